@@ -1,0 +1,18 @@
+"""Strict descriptions of a run and of a site: TOML in, one-line complaints out."""
+
+from panfm.config.load import config_hash, dump_toml, load_run, load_site, parse_run
+from panfm.config.run import RunConfig, StreamConfig
+from panfm.config.site import Releasable, SiteConfig, site_path
+
+__all__ = [
+    "Releasable",
+    "RunConfig",
+    "SiteConfig",
+    "StreamConfig",
+    "config_hash",
+    "dump_toml",
+    "load_run",
+    "load_site",
+    "parse_run",
+    "site_path",
+]

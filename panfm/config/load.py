@@ -1,0 +1,155 @@
+"""TOML in, a frozen description out, or a complaint of one line per fault.
+
+A complaint names the dotted key as it is written in TOML, what was found and what was expected; for an unknown key it
+names the nearest known one.
+"""
+
+import difflib
+import hashlib
+import tomllib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tomli_w
+from pydantic import BaseModel, ValidationError
+
+from panfm.config._base import Config
+from panfm.config.run import RunConfig
+from panfm.config.site import SiteConfig
+from panfm.errors import ConfigError
+
+C = TypeVar("C", bound=Config)
+
+
+def load_run(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """Read a run description and apply `key.sub-key=value` overrides.
+
+    Raises:
+        ConfigError: the file is absent or not TOML, a key is unknown, or a value is out of range.
+    """
+    return _validate(RunConfig, _override(_read(path), overrides), str(path))
+
+
+def load_site(folder: Path) -> SiteConfig:
+    """Read `site.toml` of a site folder. Raises ConfigError as `load_run` does."""
+    return _validate(SiteConfig, _read(folder / "site.toml"), str(folder / "site.toml"))
+
+
+def parse_run(text: str, where: str = "run description") -> RunConfig:
+    """Read a run description from TOML text. Raises ConfigError as `load_run` does."""
+    return _validate(RunConfig, _parse(text, where), where)
+
+
+def dump_toml(config: Config) -> str:
+    """The description as TOML text, defaults included; `parse_run` reads a run's back to an equal object."""
+    return tomli_w.dumps(config.model_dump(mode="json", by_alias=True, exclude_none=True))
+
+
+def config_hash(config: Config) -> str:
+    """Hex SHA-256 of the resolved text: equal descriptions hash alike."""
+    return hashlib.sha256(dump_toml(config).encode()).hexdigest()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return _parse(path.read_text(encoding="utf-8"), str(path))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such file, expected a TOML description") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as UTF-8 text ({type(error).__name__})") from error
+
+
+def _parse(text: str, where: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{where}: not valid TOML: {error}") from error
+
+
+def _override(table: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"override {override!r}: expected key=value, e.g. train.rounds=3")
+        *parents, last = key.strip().split(".")
+        node = table
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"override {override!r}: {parent} is a value, not a table")
+        node[last] = _literal(value.strip())
+    return table
+
+
+def _literal(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _validate(kind: type[C], table: Mapping[str, Any], where: str) -> C:
+    try:
+        return kind.model_validate(table, by_alias=True, by_name=False)
+    except ValidationError as error:
+        lines = [f"{where}: {_complaint(kind, fault)}" for fault in error.errors(include_url=False)]
+        raise ConfigError("\n".join(lines)) from error
+
+
+def _complaint(kind: type[BaseModel], fault: Any) -> str:
+    keys = [str(part) for part in fault["loc"] if not _is_union_tag(part)]
+    key = ".".join(keys)
+    if fault["type"] == "extra_forbidden":
+        known = _known_keys(kind, keys[:-1])
+        near = difflib.get_close_matches(keys[-1], known, n=1, cutoff=0.4)
+        hint = f"did you mean {'.'.join([*keys[:-1], near[0]])}?" if near else f"known: {', '.join(sorted(known))}"
+        return f"{key}: unknown key, {hint}"
+    found = "" if fault["type"] == "missing" else f" (got {fault['input']!r:.80})"
+    prefix = f"{key}: " if key else ""
+    return f"{prefix}{fault['msg'].removeprefix('Value error, ')}{found if prefix else ''}"
+
+
+_UNION_TAGS = {"phantom", "real-images", "folder", "latent", "dino", "mae"}
+
+
+def _is_union_tag(part: object) -> bool:
+    return part in _UNION_TAGS
+
+
+def _known_keys(kind: type[BaseModel], path: list[str]) -> list[str]:
+    """TOML keys allowed at a dotted path, over all members of a union."""
+    annotations: list[Any] = [kind]
+    for step in path:
+        annotations = [found for each in annotations for found in _descend(each, step)]
+    fields = [field for each in annotations for model in _members(each) for field in _fields(model).items()]
+    return sorted({key for key, _ in fields})
+
+
+def _descend(annotation: Any, step: str) -> list[Any]:
+    """What may stand under one key: the field of that name, or the value type of a table with free keys."""
+    found = []
+    for member in _members(annotation):
+        if typing.get_origin(member) is dict:
+            found.append(typing.get_args(member)[1])
+        elif step in _fields(member):
+            found.append(_fields(member)[step])
+    return found
+
+
+def _members(annotation: Any) -> list[Any]:
+    """Models and dicts inside unions and annotations."""
+    origin = typing.get_origin(annotation)
+    if origin is typing.Annotated:
+        return _members(typing.get_args(annotation)[0])
+    if origin in (typing.Union, types.UnionType):
+        return [member for part in typing.get_args(annotation) for member in _members(part)]
+    is_model = isinstance(annotation, type) and issubclass(annotation, BaseModel)
+    return [annotation] if is_model or origin is dict else []
+
+
+def _fields(model: Any) -> dict[str, Any]:
+    fields = getattr(model, "model_fields", {})
+    return {field.alias or name: field.annotation for name, field in fields.items()}

@@ -1,0 +1,245 @@
+"""The description of one run: streams, model, objective, masking, training, sharing.
+
+One TOML file of this shape describes a run (`configs/experiments/*.toml`). The server resolves it once and sends the
+resolved text to the sites, so every part of a federation reads the same words.
+"""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from panfm.anatomy import DEFAULT_ORGANS, parse_stream
+from panfm.config._base import Config
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+Positive = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class StreamConfig(Config):
+    """How the images of one stream are brought to one size and cut into tokens."""
+
+    shape: Annotated[tuple[Positive, ...], Field(strict=False, min_length=2, max_length=3)]
+    """Voxels after resampling and crop/pad: [R, A, S] for a volume, [height, width] for an image."""
+    patch: Annotated[tuple[Positive, ...], Field(strict=False, min_length=2, max_length=3)]
+    """Voxels of one token, one number per axis; divides `shape`."""
+    spacing_mm: Annotated[tuple[PositiveFloat, ...], Field(strict=False, max_length=3)] = ()
+    """Voxel size in mm on each axis of a volume; left out for 2D images, which are resized to `shape`."""
+    channels: Literal[1, 3] = 1
+    """1 for grey, 3 for colour (2D only)."""
+
+    @model_validator(mode="after")
+    def _axes_agree(self) -> Self:
+        if len(self.patch) != len(self.shape):
+            raise ValueError(f"patch has {len(self.patch)} axes, shape has {len(self.shape)}")
+        for size, step in zip(self.shape, self.patch, strict=True):
+            if size % step:
+                raise ValueError(f"patch {list(self.patch)} does not divide shape {list(self.shape)}")
+        if self.is_volume and len(self.spacing_mm) != 3:
+            raise ValueError("spacing-mm: a volume needs three numbers, in mm")
+        if self.is_volume and self.channels != 1:
+            raise ValueError("channels: a volume has one channel")
+        if not self.is_volume and self.spacing_mm:
+            raise ValueError("spacing-mm: only for volumes")
+        return self
+
+    @property
+    def is_volume(self) -> bool:
+        return len(self.shape) == 3
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Tokens per axis."""
+        return tuple(size // step for size, step in zip(self.shape, self.patch, strict=True))
+
+
+class PhantomSiteConfig(Config):
+    """One phantom hospital."""
+
+    organs: Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
+    """Organs it scans."""
+    subjects: Positive
+    """Patients it has."""
+    age_shift: float = 0.0
+    """Its patients' mean age against the cohort's, in standard deviations."""
+
+
+class PhantomCohortConfig(Config):
+    """A cohort of whole-body phantoms, written as NIfTI files."""
+
+    kind: Literal["phantom"]
+    preset: Literal["transient", "lasting"] = "transient"
+    """Which dominance: `transient` (training outgrows it) or `lasting` (it does not). LAB.md section 9."""
+    seed: int = 0
+    """The draw of the cohort, apart from the run's seed."""
+    holdout_subjects: Positive = 300
+    """Patients with all organs, at no site: the probe's test set."""
+    sites: Annotated[dict[Name, PhantomSiteConfig], Field(min_length=1)]
+
+
+class RealImagesCohortConfig(Config):
+    """Three sites made from the real scans under $PANFM_REAL_DATA."""
+
+    kind: Literal["real-images"]
+    seed: int = 0
+    """The split of the hippocampus volumes over sites and held-out subjects."""
+    holdout_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.25
+    """Share of hippocampus subjects held out for the probe."""
+    limit: Positive | None = None
+    """At most this many hippocampus volumes; all when left out."""
+
+
+class FolderCohortConfig(Config):
+    """Sites that exist already: `sites/<name>/` and optionally `holdout/` under one folder."""
+
+    kind: Literal["folder"]
+    path: str
+
+
+CohortConfig = Annotated[PhantomCohortConfig | RealImagesCohortConfig | FolderCohortConfig, Field(discriminator="kind")]
+
+
+class ModelConfig(Config):
+    """The pan-organ transformer."""
+
+    size: Literal["nano", "tiny", "small", "base"] = "nano"
+    """nano: 48 wide, 2 blocks, for laptops; tiny, small, base: the widths, depths and heads of ViT-T/S/B."""
+    tokenizer: Literal["statistics", "patch"] = "statistics"
+    """statistics: mean, log-sd and mean gradient of sub-blocks, then linear (learns fastest on small cohorts, LAB.md
+    section 2); patch: linear on raw voxels, as in ViT."""
+
+
+class LatentConfig(Config):
+    """Regress the teacher's features of what was hidden (data2vec-style, per patient)."""
+
+    name: Literal["latent"] = "latent"
+    top_blocks: Positive = 2
+    """Targets are the mean of the normalised outputs of this many last teacher blocks."""
+    beta: PositiveFloat = 0.5
+    """Smooth-L1 corner."""
+    summary_weight: NonNegativeFloat = 1.0
+    """Weight of the CLS loss: from CLS and an organ query, guess the teacher's summary of each organ present."""
+    standardise: bool = True
+    """Standardise targets per (stream, token, feature) by running statistics; turn off under privacy."""
+
+
+class DinoConfig(Config):
+    """Self-distillation of prototype assignments of CLS and hidden tokens (DINO/iBOT-style)."""
+
+    name: Literal["dino"]
+    prototypes: Positive = 256
+    student_temperature: PositiveFloat = 0.1
+    teacher_temperature: PositiveFloat = 0.04
+    centre_momentum: Fraction = 0.9
+
+
+class MaeConfig(Config):
+    """Reconstruct the normalised voxels of hidden patches."""
+
+    name: Literal["mae"]
+
+
+ObjectiveConfig = Annotated[LatentConfig | DinoConfig | MaeConfig, Field(discriminator="name")]
+
+
+class MaskingConfig(Config):
+    """Which tokens are hidden from the student. Every policy hides the same number of tokens per patient."""
+
+    policy: Literal["random", "organ", "sgm", "inverse", "static"] = "sgm"
+    """random: uniform; organ: whole streams; sgm: more of the streams that the model leans on; inverse: less of them;
+    static: more of `static-organs`, always."""
+    ratio: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.6
+    """Share of a patient's tokens that is hidden."""
+    saliency: Literal["attention", "value"] = "value"
+    """attention: CLS row of the teacher's last block; value: CLS attention times the norm of centred values, all blocks."""
+    scope: Literal["subject", "site", "federation"] = "site"
+    """Whose saliency steers: this patient's, the site's running mean, or the mean the server sends."""
+    strength: NonNegativeFloat = 3.0
+    """Slope of log-odds of hiding against log saliency (LAB.md section 3: 1.5 to 3)."""
+    warmup: Fraction = 0.1
+    """Share of training over which strength grows from 0."""
+    anneal: Fraction = 0.5
+    """Share of training at which strength has fallen back to 0 by cosine; 1 keeps it up to the end, 0 never lowers it."""
+    static_organs: Annotated[tuple[str, ...], Field(strict=False)] = ("heart", "adipose")
+    """Organs that `static` hides more."""
+
+
+class TrainConfig(Config):
+    """The local loop, and how much of it."""
+
+    rounds: Positive = 10
+    local_steps: Positive = 20
+    """Optimiser steps per site and round."""
+    batch_size: Positive = 32
+    """Patients per step."""
+    learning_rate: PositiveFloat = 3e-3
+    weight_decay: NonNegativeFloat = 0.05
+    betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.95)
+    warmup: Fraction = 0.1
+    """Share of the whole run over which the learning rate grows; then cosine to 0."""
+    clip_norm: PositiveFloat = 3.0
+    teacher_momentum: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.99, 0.999)
+    """EMA momentum of the teacher at the start and the end, by cosine."""
+    precision: Literal["auto", "float32"] = "auto"
+    """auto: bf16 autocast on CUDA, float32 on CPU."""
+    threads: Positive = 1
+    """CPU threads per site; part of the run because it decides the last bits."""
+
+    @property
+    def total_steps(self) -> int:
+        return self.rounds * self.local_steps
+
+
+class SharingConfig(Config):
+    """How the server averages."""
+
+    rule: Literal["grouped", "plain"] = "grouped"
+    """grouped: each group over the sites that trained it, by how much; plain: everything from everyone (baseline)."""
+
+
+class FederationConfig(Config):
+    """How the round loop treats sites."""
+
+    min_sites: Positive = 2
+    """A round needs this many good replies, and a run this many sites that shake hands."""
+    round_timeout_s: PositiveFloat = 3600.0
+    """A site that has not answered by then is left out of the round."""
+    join_timeout_s: PositiveFloat = 120.0
+    """How long to wait for sites before round 1."""
+
+
+class ProbeConfig(Config):
+    """Frozen-feature probes after training."""
+
+    bootstrap: Annotated[int, Field(ge=0)] = 200
+    """Resamples of the test subjects for the interval."""
+    missing_draws: Positive = 3
+    """Random organ subsets per number of missing organs."""
+
+
+class RunConfig(Config):
+    """One run."""
+
+    name: Name
+    seed: int = 0
+    organs: Annotated[tuple[str, ...], Field(strict=False)] = DEFAULT_ORGANS
+    streams: Annotated[dict[str, StreamConfig], Field(min_length=1)]
+    cohort: CohortConfig | None = None
+    """Where a simulation takes its sites from; left out in a deployment."""
+    model: ModelConfig = ModelConfig()
+    objective: ObjectiveConfig = LatentConfig()
+    masking: MaskingConfig = MaskingConfig()
+    train: TrainConfig = TrainConfig()
+    sharing: SharingConfig = SharingConfig()
+    federation: FederationConfig = FederationConfig()
+    probe: ProbeConfig = ProbeConfig()
+
+    @model_validator(mode="after")
+    def _streams_are_known(self) -> Self:
+        for stream in self.streams:
+            organ, _ = parse_stream(stream)
+            if organ not in self.organs:
+                raise ValueError(f"streams.{stream}: organ {organ!r} is not in organs {list(self.organs)}")
+        return self

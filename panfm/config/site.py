@@ -1,0 +1,54 @@
+"""The description of one site: where its data lies and what may leave it.
+
+`site.toml` belongs to the hospital. What it forbids stays forbidden, whatever a run asks for.
+"""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from panfm.config._base import Config
+from panfm.config.run import Name
+
+
+class Releasable(StrEnum):
+    """Everything that can leave a site. Nothing else has a name, so nothing else can be allowed."""
+
+    UPDATES = "updates"
+    """Local minus global parameters of the shared groups."""
+    COUNTS = "counts"
+    """Number of subjects, whole and per stream (they weigh the averages)."""
+    LOSS = "loss"
+    """Mean training and validation loss of the round, skipped steps."""
+    SALIENCY = "saliency"
+    """Mean saliency per stream."""
+
+
+class LimitsConfig(Config):
+    """What the site allows."""
+
+    may_leave: Annotated[tuple[Releasable, ...], Field(strict=False)] = tuple(Releasable)
+    """Kinds of content that may leave; updates and counts are needed to take part."""
+
+
+class SiteConfig(Config):
+    """One site folder."""
+
+    name: Name
+    """Stable name, known to the coordinator."""
+    manifest: str = "manifest.csv"
+    """Table of images, relative to this file: one row per subject and stream."""
+    labels: str | None = None
+    """Optional table of labels for probes, relative to this file; never leaves the site."""
+    cache_dir: str = ".panfm/cache"
+    """Preprocessed images, relative to this file."""
+    state_dir: str = ".panfm/state"
+    """Private training state, relative to this file."""
+    limits: LimitsConfig = LimitsConfig()
+
+
+def site_path(folder: Path, relative: str) -> Path:
+    """A path named in `site.toml`, resolved against the site folder."""
+    return (folder / relative).resolve()

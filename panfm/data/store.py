@@ -1,0 +1,90 @@
+"""Images of many subjects, ready for a model: what the loop, the probes and the caches all speak.
+
+Shape legend: P subjects that hold a stream, C channels, `*shape` voxels of the stream.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some subjects' images. Absent streams take no room: only the subjects that hold a stream stand in its tensor."""
+
+    size: int
+    """Number of subjects."""
+    images: dict[str, Tensor]
+    """Stream -> float32 [P, C, *shape]; only streams that at least one subject holds."""
+    rows: dict[str, Tensor]
+    """Stream -> int64 [P], which subject of the batch each image belongs to, ascending."""
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on another device."""
+        images = {stream: image.to(device) for stream, image in self.images.items()}
+        return Batch(self.size, images, {stream: rows.to(device) for stream, rows in self.rows.items()})
+
+
+@dataclass(frozen=True)
+class ImageStore:
+    """All subjects of one place, in memory or memory-mapped.
+
+    Guarantees:
+        order: subjects keep the order of the manifest; rows of a stream ascend.
+    """
+
+    subjects: tuple[str, ...]
+    splits: tuple[str, ...]
+    """Per subject: train, val or test."""
+    images: Mapping[str, NDArray[np.float32]]
+    """Stream -> float32 [P, C, *shape]."""
+    rows: Mapping[str, NDArray[np.int64]]
+    """Stream -> int64 [P], index into `subjects`."""
+
+    def batch(self, indices: Sequence[int] | NDArray[np.int64], streams: Iterable[str] | None = None) -> Batch:
+        """Images of the subjects at `indices` (into `subjects`), of all streams or only those named.
+
+        A subject may come out without any stream; the model then sees its CLS token alone.
+        """
+        wanted = np.asarray(indices, dtype=np.int64)
+        images: dict[str, Tensor] = {}
+        rows: dict[str, Tensor] = {}
+        for stream in self.images if streams is None else streams:
+            where = self._position(stream)[wanted]
+            held = np.flatnonzero(where >= 0)
+            if len(held):
+                images[stream] = torch.from_numpy(np.ascontiguousarray(self.images[stream][where[held]]))
+                rows[stream] = torch.from_numpy(held)
+        return Batch(len(wanted), images, rows)
+
+    def indices(self, split: str) -> NDArray[np.int64]:
+        """Subjects of one split, as indices into `subjects`."""
+        return np.flatnonzero(np.asarray(self.splits, dtype=object) == split)
+
+    def num_holding(self, stream: str, split: str) -> int:
+        """Subjects of a split that hold a stream."""
+        return int(np.isin(self.rows.get(stream, []), self.indices(split)).sum())
+
+    def _position(self, stream: str) -> NDArray[np.int64]:
+        position = np.full(len(self.subjects), -1, dtype=np.int64)
+        position[self.rows[stream]] = np.arange(len(self.rows[stream]))
+        return position
+
+
+def join_stores(stores: Sequence[ImageStore]) -> ImageStore:
+    """One store over several places, e.g. the centralised baseline of a study. Images are copied into memory."""
+    offsets = np.cumsum([0, *(len(store.subjects) for store in stores)])
+    streams = dict.fromkeys(stream for store in stores for stream in store.images)
+    images: dict[str, Any] = {}
+    rows: dict[str, Any] = {}
+    for stream in streams:
+        held = [(store, offset) for store, offset in zip(stores, offsets, strict=False) if stream in store.images]
+        images[stream] = np.concatenate([store.images[stream] for store, _ in held])
+        rows[stream] = np.concatenate([store.rows[stream] + offset for store, offset in held])
+    subjects = tuple(subject for store in stores for subject in store.subjects)
+    return ImageStore(subjects, tuple(split for store in stores for split in store.splits), images, rows)

@@ -1,0 +1,30 @@
+"""Every error a user can meet.
+
+PanfmError
+|-- ConfigError     a run or site description is wrong
+|-- DataError       a file, manifest or label table is wrong
+|-- ProtocolError   a message between server and site is wrong
+`-- RunError        a run could not do what was asked (failed round, lost quorum)
+
+The text says what was found, where, and what was expected, on one line: tools print it and exit with status 1.
+"""
+
+
+class PanfmError(Exception):
+    """Base of all errors meant for users; `str(error)` is one readable line."""
+
+
+class ConfigError(PanfmError):
+    """A run or site description does not hold."""
+
+
+class DataError(PanfmError):
+    """A data file does not hold what its manifest promises."""
+
+
+class ProtocolError(PanfmError):
+    """A message between server and site breaks the contract."""
+
+
+class RunError(PanfmError):
+    """A run ended without doing what was asked."""
