@@ -47,6 +47,7 @@ class StreamConfig(Config):
 
     @property
     def is_volume(self) -> bool:
+        """Three axes, in mm."""
         return len(self.shape) == 3
 
     @property
@@ -153,7 +154,8 @@ class MaskingConfig(Config):
     ratio: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.6
     """Share of a patient's tokens that is hidden."""
     saliency: Literal["attention", "value"] = "value"
-    """attention: CLS row of the teacher's last block; value: CLS attention times the norm of centred values, all blocks."""
+    """attention: CLS row of the teacher's last block; value: CLS attention times the norm of the centred values, summed
+    over all blocks."""
     scope: Literal["subject", "site", "federation"] = "site"
     """Whose saliency steers: this patient's, the site's running mean, or the mean the server sends."""
     strength: NonNegativeFloat = 3.0
@@ -161,7 +163,7 @@ class MaskingConfig(Config):
     warmup: Fraction = 0.1
     """Share of training over which strength grows from 0."""
     anneal: Fraction = 0.5
-    """Share of training at which strength has fallen back to 0 by cosine; 1 keeps it up to the end, 0 never lowers it."""
+    """Share of training at which strength has fallen back to 0 by cosine; 0 never lowers it."""
     static_organs: Annotated[tuple[str, ...], Field(strict=False)] = ("heart", "adipose")
     """Organs that `static` hides more."""
 
@@ -189,6 +191,7 @@ class TrainConfig(Config):
 
     @property
     def total_steps(self) -> int:
+        """Local steps of one site over the whole run."""
         return self.rounds * self.local_steps
 
 
