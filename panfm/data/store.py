@@ -30,7 +30,7 @@ class Batch:
         return Batch(self.size, images, {stream: rows.to(device) for stream, rows in self.rows.items()})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ImageStore:
     """All subjects of one place, in memory or memory-mapped.
 

@@ -1,0 +1,121 @@
+"""The shared transformer: CLS, pre-norm blocks, key padding, and the saliency of the CLS query.
+
+Only the CLS query's row of attention is ever computed for saliency, never the full matrix.
+
+Shape legend: B subjects, L = 1 + N tokens (CLS first), H heads, D width, M places in the vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from panfm.models.tokens import Layout
+
+Saliency = Literal["attention", "value"]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What the backbone makes of a batch."""
+
+    cls: Tensor
+    """[B, D], after the last norm."""
+    tokens: Tensor
+    """[B, N, D], after the last norm; padded rows hold no meaning."""
+    layout: Layout
+    blocks: tuple[Tensor, ...]
+    """Token outputs [B, N, D] of every block, before the last norm; empty unless asked for."""
+    saliency: Tensor | None
+    """[B, N] share of the CLS token's attention, sums to 1 over a subject's tokens; None unless asked for."""
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with key padding."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """Attend. Returns the output [B, L, D] and the CLS query [B, H, 1, d], keys and values [B, H, L, d]."""
+        batch, length, width = x.shape
+        q, k, v = self.qkv(x).view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.out(mixed.transpose(1, 2).reshape(batch, length, width)), (q[:, :, :1], k, v)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attention = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """One block; passes on the attention's CLS query, keys and values."""
+        mixed, parts = self.attention(self.norm1(x), mask)
+        x = x + mixed
+        return x + self.mlp(self.norm2(x)), parts
+
+
+class Backbone(nn.Module):
+    """Transformer over any subset of places."""
+
+    def __init__(self, width: int, depth: int, heads: int) -> None:
+        super().__init__()
+        self.cls = nn.Parameter(torch.zeros(width))
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+
+    def forward(
+        self, tokens: Tensor, layout: Layout, *, saliency: Saliency | None = None, keep_blocks: bool = False
+    ) -> Encoded:
+        """Encode tokens [B, N, D]. Padding is never attended to; a subject with no token is its CLS alone."""
+        x = torch.cat([self.cls.expand(len(tokens), 1, -1), tokens], dim=1)
+        valid = functional.pad(layout.valid, (1, 0), value=True)
+        mask = None if bool(valid.all()) else valid[:, None, None, :]
+        blocks: list[Tensor] = []
+        scores: list[Tensor] = []
+        for depth, block in enumerate(self.blocks):
+            x, parts = block(x, mask)
+            if keep_blocks:
+                blocks.append(x[:, 1:])
+            if saliency == "value" or (saliency == "attention" and depth == len(self.blocks) - 1):
+                scores.append(_cls_scores(*parts, layout, weigh_values=saliency == "value"))
+        x = self.norm(x)
+        share = _normalise(torch.stack(scores).sum(0)) if scores else None
+        return Encoded(x[:, 0], x[:, 1:], layout, tuple(blocks), share)
+
+
+def _cls_scores(query: Tensor, keys: Tensor, values: Tensor, layout: Layout, *, weigh_values: bool) -> Tensor:
+    """CLS attention to every token, summed over heads [B, N]; times the norm of its centred value if asked."""
+    logits = (query @ keys.transpose(-2, -1)).squeeze(2)[..., 1:] * query.shape[-1] ** -0.5
+    attention = logits.masked_fill(~layout.valid[:, None], -torch.inf).softmax(dim=-1).nan_to_num(0.0)
+    if weigh_values:
+        attention = attention * _centred_norms(values[:, :, 1:], layout)
+    return attention.sum(dim=1)
+
+
+def _centred_norms(values: Tensor, layout: Layout) -> Tensor:
+    """Norm of each value [B, H, N, d] about the batch's mean at its place -> [B, H, N]."""
+    batch, heads, tokens, width = values.shape
+    flat = values.transpose(1, 2).reshape(batch * tokens, heads * width)
+    place = layout.place.reshape(-1)
+    weight = layout.valid.reshape(-1, 1).to(flat.dtype)
+    num_places = int(place.max()) + 1 if len(place) else 0
+    total = flat.new_zeros(num_places, heads * width).index_add_(0, place, flat * weight)
+    count = flat.new_zeros(num_places, 1).index_add_(0, place, weight).clamp_min(1.0)
+    centred = flat - (total / count)[place]
+    return centred.view(batch, tokens, heads, width).norm(dim=-1).transpose(1, 2)
+
+
+def _normalise(scores: Tensor) -> Tensor:
+    return scores / scores.sum(dim=-1, keepdim=True).clamp_min(1e-12)

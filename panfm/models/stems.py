@@ -1,0 +1,92 @@
+"""What a tokenizer reads: raw voxels, or statistics of small blocks.
+
+A stem has no parameters, so its maps are computed once per image and kept. `statistics` turns every half-patch block
+into its mean, log standard deviation and mean absolute gradient; small cohorts learn several times faster from it than
+from raw voxels (LAB.md section 2). `patch` leaves the image as it is, as in ViT.
+
+Shape legend: P images, C channels, `*shape` voxels, `*coarse` blocks, T tokens, F features per token.
+"""
+
+import torch
+from torch import Tensor
+
+from panfm.config import StreamConfig
+from panfm.data.store import Batch
+
+_SD_FLOOR = 0.01
+"""Added to the standard deviation before the logarithm; intensities lie in [0, 1]."""
+
+
+def stem_images(images: Tensor, stream: StreamConfig, tokenizer: str) -> Tensor:
+    """Maps [P, C', *coarse] of images [P, C, *shape]; `tokenizer` is `statistics` or `patch`."""
+    return block_statistics(images, _block(stream)) if tokenizer == "statistics" else images
+
+
+def stem_step(stream: StreamConfig, tokenizer: str) -> tuple[int, ...]:
+    """Size of one token on the stem's map, per axis."""
+    if tokenizer == "patch":
+        return stream.patch
+    return tuple(size // block for size, block in zip(stream.patch, _block(stream), strict=True))
+
+
+def stem_features(stream: StreamConfig, tokenizer: str) -> int:
+    """F: numbers per token that the tokenizer's linear layer reads."""
+    channels = stream.channels * (3 if tokenizer == "statistics" else 1)
+    features = channels
+    for step in stem_step(stream, tokenizer):
+        features *= step
+    return features
+
+
+def stem_batch(batch: Batch, streams: dict[str, StreamConfig], tokenizer: str) -> Batch:
+    """The batch with every image replaced by its stem's map."""
+    maps = {name: stem_images(images, streams[name], tokenizer) for name, images in batch.images.items()}
+    return Batch(batch.size, maps, batch.rows)
+
+
+def block_statistics(images: Tensor, block: tuple[int, ...]) -> Tensor:
+    """Mean, log standard deviation and mean absolute gradient of every block.
+
+    Args:
+        images: float32 [P, C, *shape], intensities in [0, 1].
+        block: Voxels per block and axis; divides `shape`.
+    Returns:
+        float32 [P, 3 C, *coarse], each statistic scaled to about unit range.
+    """
+    mean = _block_mean(images, block)
+    variance = (_block_mean(images.square(), block) - mean.square()).clamp_min(0.0)
+    log_sd = (variance.sqrt() + _SD_FLOOR).log() + 3.0
+    gradient = _block_mean(_absolute_gradient(images), block) * 10.0
+    return torch.cat([mean * 2.0 - 1.0, log_sd, gradient], dim=1)
+
+
+def patchify(maps: Tensor, step: tuple[int, ...]) -> Tensor:
+    """Cut maps [P, C, *coarse] into tokens [P, T, F], patches in row-major order, channels first within a patch."""
+    images, channels, *sizes = maps.shape
+    split: list[int] = [images, channels]
+    for size, width in zip(sizes, step, strict=True):
+        split += [size // width, width]
+    axes = len(step)
+    grid, inside = [2 + 2 * axis for axis in range(axes)], [3 + 2 * axis for axis in range(axes)]
+    ordered = maps.reshape(split).permute(0, *grid, 1, *inside)
+    return ordered.reshape(images, -1, channels * torch.Size(step).numel())
+
+
+def _block(stream: StreamConfig) -> tuple[int, ...]:
+    return tuple(size // 2 if size % 2 == 0 else size for size in stream.patch)
+
+
+def _block_mean(images: Tensor, block: tuple[int, ...]) -> Tensor:
+    split: list[int] = list(images.shape[:2])
+    for size, width in zip(images.shape[2:], block, strict=True):
+        split += [size // width, width]
+    return images.reshape(split).mean(dim=[3 + 2 * axis for axis in range(len(block))])
+
+
+def _absolute_gradient(images: Tensor) -> Tensor:
+    total = torch.zeros_like(images)
+    axes = range(2, images.dim())
+    for axis in axes:
+        steps = images.diff(dim=axis).abs()
+        total.narrow(axis, 0, steps.shape[axis]).add_(steps)
+    return total / len(axes)

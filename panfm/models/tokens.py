@@ -1,0 +1,72 @@
+"""Which token stands where: packing, selecting, positions.
+
+The model's vocabulary of places is all patches of all its streams, in order. A batch holds, per subject, only the
+places of the streams that the subject has: absent streams are not padded in, they are not there. Rows are packed to
+the left and padded to the fullest subject.
+
+Shape legend: B subjects, N places of the fullest subject, K places kept, M places in the vocabulary, D width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The places of a batch."""
+
+    place: Tensor
+    """int64 [B, N], index into the vocabulary of M places; 0 where padded."""
+    valid: Tensor
+    """bool [B, N], False where padded."""
+
+    def select(self, keep: Tensor) -> tuple["Layout", Tensor]:
+        """Keep some places, packed to the left in their old order.
+
+        Args:
+            keep: bool [B, N].
+        Returns:
+            The smaller layout [B, K] and the int64 [B, K] column each of its places came from (0 where padded).
+        """
+        keep = keep & self.valid
+        counts = keep.sum(dim=1)
+        width = int(counts.max()) if len(counts) else 0
+        column = keep.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :width]
+        valid = torch.arange(width, device=keep.device) < counts[:, None]
+        column = column.masked_fill(~valid, 0)
+        return Layout(self.place.gather(1, column).masked_fill(~valid, 0), valid), column
+
+
+def pack(present: Tensor, stream_of_place: Tensor) -> Layout:
+    """Layout of a batch.
+
+    Args:
+        present: bool [B, S], the streams each subject has.
+        stream_of_place: int64 [M], the stream of each place.
+    """
+    held = present[:, stream_of_place]
+    places = torch.arange(len(stream_of_place), device=present.device).expand(len(present), -1)
+    return Layout(places, torch.ones_like(held)).select(held)[0]
+
+
+def gather_tokens(tokens: Tensor, column: Tensor) -> Tensor:
+    """Tokens [B, N, D] at columns [B, K] -> [B, K, D]."""
+    return tokens.gather(1, column[..., None].expand(-1, -1, tokens.shape[-1]))
+
+
+def sincos_positions(grid: tuple[int, ...], width: int) -> Tensor:
+    """Fixed sin-cos positions of a 2D or 3D grid, float32 [T, width], row-major.
+
+    Every axis gets an equal, even share of the width; what is left over stays zero.
+    Source: Vaswani et al. 2017, section 3.5, per axis as in MAE (He et al. 2022).
+    """
+    share = width // (2 * len(grid)) * 2
+    axes = torch.meshgrid(*(torch.arange(size, dtype=torch.float64) for size in grid), indexing="ij")
+    rates = 10000.0 ** (-torch.arange(0, share, 2, dtype=torch.float64) / max(share, 1))
+    parts = [
+        waves for axis in axes for waves in ((axis.reshape(-1, 1) * rates).sin(), (axis.reshape(-1, 1) * rates).cos())
+    ]
+    table = torch.cat(parts, dim=1).float()
+    return torch.nn.functional.pad(table, (0, width - table.shape[1]))

@@ -1,0 +1,36 @@
+"""How much the model leans on each stream: shares of the CLS token's attention.
+
+The backbone gives a share per token (`attention`: CLS row of the last block; `value`: attention times the norm of the
+centred values, all blocks). Here they are summed per stream, and kept as a running profile of the site.
+
+Shape legend: B subjects, N places, S streams.
+"""
+
+import torch
+from torch import Tensor
+
+from panfm.models.tokens import Layout
+
+
+def stream_shares(token_shares: Tensor, layout: Layout, stream_of_place: Tensor, num_streams: int) -> Tensor:
+    """Sum token shares [B, N] per stream -> [B, S]; absent streams get 0, every row sums to 1."""
+    stream = stream_of_place[layout.place]
+    return token_shares.new_zeros(len(token_shares), num_streams).scatter_add_(
+        1, stream, token_shares * layout.valid.to(token_shares.dtype)
+    )
+
+
+def relative_profile(shares: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean saliency of each stream relative to an equal split, over the subjects that have it.
+
+    A subject with n streams that leans on all alike gives 1 for each, so profiles of subjects with different streams
+    can be averaged.
+
+    Returns:
+        Mean of share x n [S] (1 where no subject has the stream) and the number of subjects that have it [S].
+    """
+    present = shares > 0
+    relative = shares * present.sum(dim=1, keepdim=True)
+    count = present.sum(dim=0)
+    mean = relative.sum(dim=0) / count.clamp_min(1)
+    return torch.where(count > 0, mean, torch.ones_like(mean)), count

@@ -1,0 +1,29 @@
+"""Schedules over the whole run: positions run from 0 at the first local step of round 1 to 1 at the last of the last.
+
+A site never restarts a schedule: the position follows from the round number, so that a site that missed rounds, or was
+restarted, stands where the others stand.
+"""
+
+import math
+
+
+def warmup_cosine(position: float, *, warmup: float) -> float:
+    """Factor in [0, 1]: linear from 0 over the first `warmup` share of the run, then cosine to 0."""
+    if position < warmup:
+        return position / warmup
+    return cosine(position, start=1.0, end=0.0, begin=warmup)
+
+
+def cosine(position: float, *, start: float, end: float, begin: float = 0.0) -> float:
+    """Value that goes from `start` at `begin` to `end` at 1 by half a cosine; constant before `begin`."""
+    progress = min(max((position - begin) / max(1.0 - begin, 1e-12), 0.0), 1.0)
+    return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def rise_and_anneal(position: float, *, warmup: float, anneal: float) -> float:
+    """Factor in [0, 1]: linear up over the first `warmup`, then cosine down to 0 at `anneal`; `anneal` 0: stays up."""
+    rise = min(position / warmup, 1.0) if warmup else 1.0
+    if not anneal:
+        return rise
+    fall = min(max((position - warmup) / max(anneal - warmup, 1e-12), 0.0), 1.0)
+    return rise * 0.5 * (1.0 + math.cos(math.pi * fall))
