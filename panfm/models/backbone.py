@@ -89,14 +89,15 @@ class Backbone(nn.Module):
             if keep_blocks:
                 blocks.append(x[:, 1:])
             if saliency == "value" or (saliency == "attention" and depth == len(self.blocks) - 1):
-                scores.append(_cls_scores(*parts, layout, weigh_values=saliency == "value"))
+                scores.append(_cls_scores(parts, layout, weigh_values=saliency == "value"))
         x = self.norm(x)
         share = _normalise(torch.stack(scores).sum(0)) if scores else None
         return Encoded(x[:, 0], x[:, 1:], layout, tuple(blocks), share)
 
 
-def _cls_scores(query: Tensor, keys: Tensor, values: Tensor, layout: Layout, *, weigh_values: bool) -> Tensor:
+def _cls_scores(parts: tuple[Tensor, Tensor, Tensor], layout: Layout, *, weigh_values: bool) -> Tensor:
     """CLS attention to every token, summed over heads [B, N]; times the norm of its centred value if asked."""
+    query, keys, values = parts
     logits = (query @ keys.transpose(-2, -1)).squeeze(2)[..., 1:] * query.shape[-1] ** -0.5
     attention = logits.masked_fill(~layout.valid[:, None], -torch.inf).softmax(dim=-1).nan_to_num(0.0)
     if weigh_values:

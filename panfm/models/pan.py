@@ -13,6 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from panfm.anatomy import parse_stream
 from panfm.config import RunConfig, StreamConfig
 from panfm.config.run import ModelConfig, ObjectiveConfig
 from panfm.data.store import Batch
@@ -73,6 +74,11 @@ class PanModel(nn.Module):
     def stream_names(self) -> tuple[str, ...]:
         """Streams in the order of their places."""
         return tuple(self.stream_configs)
+
+    @property
+    def stream_organs(self) -> tuple[str, ...]:
+        """Organ of every stream, in the order of `stream_names`."""
+        return tuple(parse_stream(name)[0] for name in self.stream_configs)
 
     def stem(self, batch: Batch) -> Batch:
         """The batch's maps: parameter-free, so callers may compute them once and keep them."""

@@ -26,7 +26,7 @@ class DinoObjective:
 
     needs_teacher = True
 
-    def __init__(self, config: DinoConfig, model: PanModel) -> None:
+    def __init__(self, config: DinoConfig) -> None:
         self.config = config
         self.centres = {kind: torch.zeros(config.prototypes) for kind in ("cls", "token")}
 

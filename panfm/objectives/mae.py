@@ -13,7 +13,6 @@ Shape legend: B subjects, K hidden places, P subjects that hold a stream, T plac
 import torch
 from torch import Tensor
 
-from panfm.config.run import MaeConfig
 from panfm.models import PanModel
 from panfm.models.backbone import Encoded
 from panfm.models.pan import StreamTokenizer
@@ -25,9 +24,6 @@ class MaeObjective:
     """Mean squared error of normalised patches; keeps no state and needs no teacher."""
 
     needs_teacher = False
-
-    def __init__(self, config: MaeConfig, model: PanModel) -> None:
-        pass
 
     def loss(self, student: PanModel, teacher: PanModel, view: View, full: Encoded | None) -> Tensor:
         """Loss of each subject [B]."""

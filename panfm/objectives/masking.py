@@ -13,6 +13,8 @@ scores are hidden: sampling without replacement in proportion to exp(log-odds) (
 Shape legend: B subjects, N places, S streams.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -24,7 +26,7 @@ _LEAST_RELATIVE_SALIENCY = 0.05
 """Saliency below this share of an equal split counts as this share, so that no stream is left out for good."""
 
 
-def stream_scores(config: MaskingConfig, relative: Tensor, organs: list[str], position: float) -> Tensor:
+def stream_scores(config: MaskingConfig, relative: Tensor, organs: Sequence[str], position: float) -> Tensor:
     """Log-odds of hiding, per stream.
 
     Args:

@@ -1,0 +1,134 @@
+"""One site's model in training: student, teacher, optimiser, running statistics.
+
+What is shared (the student) and what is private (everything else) come out as two separate states, so that a site can
+keep the one and send only the other. `loop.py` drives it.
+"""
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from panfm.config import RunConfig
+from panfm.config.run import DinoConfig, LatentConfig, ObjectiveConfig
+from panfm.data.store import Batch, ImageStore
+from panfm.models import PanModel, build_model
+from panfm.objectives.dino import DinoObjective
+from panfm.objectives.latent import LatentObjective
+from panfm.objectives.loop import TrainResult, train, validation_loss
+from panfm.objectives.mae import MaeObjective
+from panfm.objectives.objective import Objective
+
+
+class Learner:
+    """Student, teacher and optimiser over some of a run's streams.
+
+    Guarantees:
+        exact: after `load_shared` and `load_private` of saved states, training goes on with the same bits.
+    """
+
+    def __init__(self, run: RunConfig, streams: Sequence[str] | None = None, *, device: str = "cpu") -> None:
+        self.run = run
+        self.device = torch.device(device)
+        self.model = build_model(run, streams).to(self.device)
+        self.reset_private()
+        self._stemmed: WeakKeyDictionary[ImageStore, ImageStore] = WeakKeyDictionary()
+
+    def reset_private(self) -> None:
+        """Start the private part afresh: teacher equal to the student, empty optimiser and statistics."""
+        self.teacher = deepcopy(self.model).requires_grad_(requires_grad=False)
+        self.optimiser = _build_optimiser(self.model, self.run)
+        self.objective = _build_objective(self.run.objective, self.model)
+        self.profile = torch.ones(len(self.model.stream_names), device=self.device)
+
+    def train(self, store: ImageStore, indices: NDArray[np.int64], **where_and_how: Any) -> TrainResult:
+        """Train on some subjects of a store; see `loop.train`."""
+        return train(self, self.stem(store), indices, **where_and_how)
+
+    def validation_loss(self, store: ImageStore, indices: NDArray[np.int64], *, site: str) -> float:
+        """Loss of subjects that were not trained on, under one fixed mask; see `loop.validation_loss`."""
+        return validation_loss(self, self.stem(store), indices, site=site)
+
+    def stem(self, store: ImageStore) -> ImageStore:
+        """The store's stem maps, computed once per store and kept in memory as long as the store lives."""
+        if self.run.model.tokenizer == "patch":
+            return store
+        if store not in self._stemmed:
+            self._stemmed[store] = _stem_store(store, self.model)
+        return self._stemmed[store]
+
+    def update_teacher(self, momentum: float) -> None:
+        """teacher <- momentum teacher + (1 - momentum) student."""
+        get_ema_multi_avg_fn(momentum)(list(self.teacher.parameters()), list(self.model.parameters()), 0)
+
+    def shared_state(self) -> dict[str, Tensor]:
+        """The student's parameters, by name; copies."""
+        return {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
+
+    def load_shared(self, state: Mapping[str, Tensor]) -> None:
+        """Take over the student's parameters; names must match exactly."""
+        self.model.load_state_dict(dict(state), strict=True)
+
+    def private_state(self) -> dict[str, Tensor]:
+        """Everything else that training depends on: teacher, optimiser, statistics, saliency profile."""
+        state = {f"teacher.{name}": value for name, value in self.teacher.state_dict().items()}
+        for name, parameter in self.model.named_parameters():
+            slots = self.optimiser.state.get(parameter, {})
+            state |= {f"optimiser.{slot}.{name}": value for slot, value in slots.items()}
+        state |= {f"objective.{name}": value for name, value in self.objective.state().items()}
+        state["saliency.profile"] = self.profile
+        return {name: value.detach().cpu().clone() for name, value in state.items()}
+
+    def load_private(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what `private_state` gave."""
+        self.teacher.load_state_dict(_under(state, "teacher."), strict=True)
+        self.optimiser = _build_optimiser(self.model, self.run)
+        for name, parameter in self.model.named_parameters():
+            slots = {slot: state.get(f"optimiser.{slot}.{name}") for slot in ("step", "exp_avg", "exp_avg_sq")}
+            self.optimiser.state[parameter] = {
+                slot: value.to(self.device, copy=True) for slot, value in slots.items() if value is not None
+            }
+        self.objective.load_state(_under(state, "objective."))
+        self.profile = state["saliency.profile"].to(self.device, copy=True)
+
+
+def _under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def _build_optimiser(model: PanModel, run: RunConfig) -> torch.optim.AdamW:
+    """AdamW; weight decay on matrices only."""
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
+    vectors = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": run.train.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=run.train.learning_rate, betas=run.train.betas, fused=True)
+
+
+def _build_objective(config: ObjectiveConfig, model: PanModel) -> Objective:
+    if isinstance(config, LatentConfig):
+        return LatentObjective(config, model)
+    return DinoObjective(config) if isinstance(config, DinoConfig) else MaeObjective()
+
+
+def _stem_store(store: ImageStore, model: PanModel, *, chunk: int = 64) -> ImageStore:
+    """The stem's maps of a whole store, in memory."""
+    maps = {}
+    for stream in model.stream_names:
+        if stream not in store.images:
+            continue
+        images = store.images[stream]
+        parts = [
+            model.stem(Batch(0, {stream: torch.from_numpy(images[start : start + chunk].copy())}, {})).images[stream]
+            for start in range(0, len(images), chunk)
+        ]
+        maps[stream] = torch.cat(parts).numpy()
+    return ImageStore(store.subjects, store.splits, maps, {stream: store.rows[stream] for stream in maps})

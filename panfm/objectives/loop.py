@@ -1,0 +1,186 @@
+"""The local loop: what one site does between two messages of the server.
+
+Each step: draw patients, let the teacher see all they have, hide some tokens, let the student guess them, step, move
+the teacher. Every draw comes from a generator derived from (run seed, site, round, purpose); schedules run over the
+whole federation, not over the round.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from panfm.data.store import Batch, ImageStore
+from panfm.models.backbone import Encoded
+from panfm.objectives.masking import draw_hidden, stream_scores
+from panfm.objectives.objective import View, masked_view
+from panfm.objectives.saliency import relative_profile, stream_shares
+from panfm.objectives.schedules import cosine, warmup_cosine
+from panfm.seeds import numpy_generator, torch_generator
+
+if TYPE_CHECKING:
+    from panfm.objectives.learner import Learner
+
+_PROFILE_MOMENTUM = 0.9
+"""Momentum per step of a site's running saliency profile."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a round of local training amounts to."""
+
+    num_steps: int
+    num_skipped: int
+    """Steps left out because loss or gradient was not finite."""
+    loss: float
+    """Mean over the steps that counted; NaN when none did."""
+    saliency: dict[str, float]
+    """Per stream, relative to an equal split (1 = its fair share), on the round's last batch."""
+    subjects: int
+    """Subjects available for training."""
+    subjects_per_stream: dict[str, int]
+
+
+def train(
+    learner: "Learner",
+    store: ImageStore,
+    indices: NDArray[np.int64],
+    *,
+    first_step: int,
+    num_steps: int,
+    site: str,
+    round_number: int,
+    profile: dict[str, float] | None = None,
+    on_step: Callable[[int, float], None] | None = None,
+) -> TrainResult:
+    """Take `num_steps` optimiser steps.
+
+    Args:
+        store: Stem maps of the site's subjects.
+        indices: The subjects to train on.
+        first_step: Local steps that the schedule has behind it.
+        profile: The federation's saliency profile, relative to an equal split; used under scope `federation`.
+        on_step: Called after each step with the number of steps taken and the loss.
+    """
+    run = learner.run
+    masks = torch_generator(run.seed, site, round_number, "masking")
+    order = batches(indices, run.train.batch_size, numpy_generator(run.seed, site, round_number, "order"))
+    losses = []
+    for taken in range(num_steps):
+        position = (first_step + taken) / run.train.total_steps
+        maps = store.batch(next(order)).to(learner.device)
+        view, full = look(learner, maps, position, masks, profile)
+        with _autocast(learner):
+            loss = learner.objective.loss(learner.model, learner.teacher, view, full).mean()
+        if step(learner, loss, position):
+            start, end = run.train.teacher_momentum
+            learner.update_teacher(cosine(position, start=start, end=end))
+            losses.append(loss.item())
+        if on_step is not None:
+            on_step(taken + 1, loss.item())
+    return TrainResult(
+        num_steps=num_steps,
+        num_skipped=num_steps - len(losses),
+        loss=float(np.mean(losses)) if losses else float("nan"),
+        saliency=_saliency(learner, maps),
+        subjects=len(indices),
+        subjects_per_stream={name: int(np.isin(store.rows[name], indices).sum()) for name in store.images},
+    )
+
+
+def look(
+    learner: "Learner", maps: Batch, position: float, masks: torch.Generator, profile: dict[str, float] | None
+) -> tuple[View, Encoded | None]:
+    """Teacher's view of everything and student's view of what is not hidden."""
+    config, model = learner.run.masking, learner.model
+    guided = config.policy in ("sgm", "inverse")
+    with _autocast(learner):
+        full = _teach(learner, maps, guided=guided) if guided or learner.objective.needs_teacher else None
+        layout = full.layout if full else model.layout(maps)
+        relative = learner.profile[None]
+        if guided and full:
+            relative = _relative_saliency(learner, full, profile)
+        scores = stream_scores(config, relative, model.stream_organs, position)
+        hidden = draw_hidden(config, scores, layout, model.stream_of_place, masks)
+        return masked_view(model, maps, layout, hidden), full
+
+
+def step(learner: "Learner", loss: torch.Tensor, position: float) -> bool:
+    """One optimiser step; False, and nothing changed, when loss or gradient is not finite."""
+    config = learner.run.train
+    for group in learner.optimiser.param_groups:
+        group["lr"] = config.learning_rate * warmup_cosine(position, warmup=config.warmup)
+    learner.optimiser.zero_grad()
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(learner.model.parameters(), config.clip_norm)
+    if not bool(torch.isfinite(loss) & torch.isfinite(norm)):
+        return False
+    learner.optimiser.step()
+    return True
+
+
+@torch.no_grad()
+def validation_loss(learner: "Learner", store: ImageStore, indices: NDArray[np.int64], *, site: str) -> float:
+    """Mean loss of subjects under one fixed random mask, the same in every round; NaN without subjects."""
+    if not len(indices):
+        return float("nan")
+    masks = torch_generator(learner.run.seed, site, "validation")
+    state = learner.objective.state()
+    losses = []
+    for start in range(0, len(indices), learner.run.train.batch_size):
+        maps = store.batch(indices[start : start + learner.run.train.batch_size]).to(learner.device)
+        view, full = look(learner, maps, 0.0, masks, None)
+        losses.append(learner.objective.loss(learner.model, learner.teacher, view, full))
+    learner.objective.load_state(state)
+    return float(torch.cat(losses).mean())
+
+
+def batches(indices: NDArray[np.int64], size: int, generator: np.random.Generator) -> Iterator[NDArray[np.int64]]:
+    """Endless shuffled batches: passes over the subjects, each in a new order; a rest smaller than a batch waits."""
+    while True:
+        order = generator.permutation(indices)
+        for start in range(0, max(len(order) - size, 0) + 1, size):
+            yield order[start : start + size]
+
+
+@torch.no_grad()
+def _teach(learner: "Learner", maps: Batch, *, guided: bool) -> Encoded:
+    saliency = learner.run.masking.saliency if guided else None
+    return learner.teacher.encode(maps, saliency=saliency, keep_blocks=learner.objective.needs_teacher)
+
+
+def _relative_saliency(learner: "Learner", full: Encoded, profile: dict[str, float] | None) -> torch.Tensor:
+    """Saliency that steers the masks, relative to an equal split: [B, S] or [1, S]."""
+    shares = _shares(learner, full)
+    config = learner.run.masking
+    if config.scope == "subject":
+        return shares * (shares > 0).sum(dim=1, keepdim=True)
+    relative, count = relative_profile(shares)
+    moved = learner.profile.lerp(relative, 1.0 - _PROFILE_MOMENTUM)
+    learner.profile = torch.where(count > 0, moved, learner.profile)
+    if config.scope == "federation" and profile is not None:
+        known = [profile.get(name, 1.0) for name in learner.model.stream_names]
+        return torch.tensor([known], device=learner.device)
+    return learner.profile[None]
+
+
+def _shares(learner: "Learner", full: Encoded) -> torch.Tensor:
+    assert full.saliency is not None
+    model = learner.model
+    return stream_shares(full.saliency.float(), full.layout, model.stream_of_place, len(model.stream_names))
+
+
+@torch.no_grad()
+def _saliency(learner: "Learner", maps: Batch) -> dict[str, float]:
+    relative, count = relative_profile(_shares(learner, _teach(learner, maps, guided=True)))
+    pairs = zip(learner.model.stream_names, relative.tolist(), count.tolist(), strict=True)
+    return {name: value for name, value, num in pairs if num}
+
+
+def _autocast(learner: "Learner") -> AbstractContextManager[None]:
+    enabled = learner.device.type == "cuda" and learner.run.train.precision == "auto"
+    return torch.autocast(learner.device.type, dtype=torch.bfloat16, enabled=enabled)
