@@ -1,0 +1,214 @@
+"""Probe a cohort: every arm's frozen features fitted on the sites' training subjects, tested on the held-out ones.
+
+Fit subjects have the organs that their site happened to scan; held-out subjects are complete. All arms see the same
+subjects, labels and bootstrap resamples. An arm with fewer streams (a site's own model) is fitted on the subjects that
+hold at least one of them.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from panfm.config import RunConfig
+from panfm.errors import DataError
+from panfm.evaluate.balance import effective_rank
+from panfm.evaluate.embed import embed_store
+from panfm.evaluate.labels import LabelInfo, LabelledStore, label_groups
+from panfm.evaluate.missing import missing_grid
+from panfm.evaluate.probe import (
+    LinearProbe,
+    auc_per_label,
+    fit_classifiers,
+    fit_regressors,
+    one_class_notes,
+    r2_per_label,
+)
+from panfm.evaluate.result import ProbeResult, Score
+from panfm.evaluate.scores import Floats, draw_counts, interval
+from panfm.evaluate.statistics import StatisticsReference, measure_store
+from panfm.models import PanModel
+
+Features = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to turn images into features."""
+
+    fit: Callable[[], Features]
+    """Features of the fit subjects [N, D]."""
+    test: Callable[[Sequence[str]], Features]
+    """Features of the held-out subjects [n, D] when only these streams are there."""
+    usable: NDArray[np.bool_]
+    """[N] fit subjects that this arm can read."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What all arms are probed on."""
+
+    run: RunConfig
+    places: Sequence[LabelledStore]
+    """The sites; their training subjects are the fit subjects."""
+    holdout: LabelledStore
+    info: Mapping[str, LabelInfo]
+
+    @cached_property
+    def fit_indices(self) -> list[NDArray[np.int64]]:
+        """Per place, its training subjects."""
+        return [place.store.indices("train") for place in self.places]
+
+    @cached_property
+    def test_indices(self) -> NDArray[np.int64]:
+        """All held-out subjects."""
+        return np.arange(len(self.holdout.store.subjects))
+
+    @cached_property
+    def counts(self) -> Floats:
+        """Bootstrap resamples of the held-out subjects, the same for all arms."""
+        return draw_counts(len(self.test_indices), self.run.probe.bootstrap, self.run.seed)
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """Streams of the held-out subjects."""
+        return tuple(stream for stream in self.run.streams if stream in self.holdout.store.images)
+
+    def names(self, *, is_number: bool) -> list[str]:
+        """Labels probed by regression, or those probed by classification."""
+        return [name for name, info in self.info.items() if info.is_number == is_number]
+
+    def targets(self, names: Sequence[str]) -> tuple[Floats, Floats]:
+        """Label values of the fit and of the held-out subjects."""
+        fit = [place.values(names, at) for place, at in zip(self.places, self.fit_indices, strict=True)]
+        return np.concatenate(fit), self.holdout.values(names, self.test_indices)
+
+
+def evaluate_cohort(
+    task: Task,
+    models: Mapping[str, PanModel],
+    *,
+    grid_arms: Sequence[str] = ("federated",),
+    on_arm: Callable[[str, int, int], None] = lambda *_: None,
+) -> ProbeResult:
+    """Probe each model and, beside them, the arm `statistics` (and `training-mean`, where numbers are probed).
+
+    Args:
+        models: Arm -> trained model: federated, site:<name>, untrained.
+        grid_arms: Arms whose missing-organ grid is wanted.
+        on_arm: Told the arm that begins, its number from 0, and how many there are.
+    Raises:
+        DataError: no site holds labels or training subjects, or nobody is held out.
+    """
+    if not task.places or not len(task.test_indices) or not task.info:
+        raise DataError("probe: expected sites, held-out subjects and labels (got none of one of them)")
+    makers = {arm: partial(_model_arm, task, model) for arm, model in models.items()}
+    makers["statistics"] = partial(_statistics_arm, task)
+    if any(info.is_number for info in task.info.values()):
+        makers["training-mean"] = partial(_constant_arm, task)
+    readings: dict[str, _Reading] = {}
+    for number, (name, make) in enumerate(makers.items()):
+        on_arm(name, number, len(makers))
+        readings[name] = _read(task, name, make(), with_grid=name in grid_arms)
+    return ProbeResult(
+        scores=tuple(score for reading in readings.values() for score in reading.scores),
+        missing={name: reading.grid for name, reading in readings.items() if reading.grid},
+        balance={name: {"effective_rank": reading.effective_rank} for name, reading in readings.items()},
+        subjects={"fit": sum(len(at) for at in task.fit_indices), "test": len(task.test_indices)},
+        notes=tuple(f"{name}: {note}" for name, reading in readings.items() for note in reading.notes),
+    )
+
+
+@dataclass
+class _Reading:
+    """All that is read off one arm."""
+
+    effective_rank: float
+    scores: list[Score] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    grid: dict[str, float] = field(default_factory=dict)
+
+
+def _read(task: Task, name: str, arm: Arm, *, with_grid: bool) -> _Reading:
+    fit, test = arm.fit()[arm.usable], arm.test(task.streams)
+    reading = _Reading(effective_rank(test))
+    yes_no, numbers = task.names(is_number=False), task.names(is_number=True)
+    if yes_no:
+        truth_fit, truth_test = task.targets(yes_no)
+        probe = fit_classifiers(fit, truth_fit[arm.usable], yes_no)
+        values = auc_per_label(probe.score(test), truth_test, task.counts)
+        for group, members in label_groups(task.info).items():
+            reading.scores.append(_score(name, group, "auc", values[:, [yes_no.index(each) for each in members]]))
+        reading.notes += [*probe.notes, *one_class_notes(truth_test, yes_no)]
+        reading.grid = _grid(task, arm, probe, truth_test) if with_grid else {}
+    if numbers:
+        truth_fit, truth_test = task.targets(numbers)
+        probe = fit_regressors(fit, truth_fit[arm.usable], numbers)
+        values = r2_per_label(probe.score(test), truth_test, task.counts)
+        reading.scores += [_score(name, label, "r2", values[:, [column]]) for column, label in enumerate(numbers)]
+        reading.notes += probe.notes
+    return reading
+
+
+def _score(arm: str, group: str, metric: str, values: Floats) -> Score:
+    return Score.of(arm, group, metric, interval(values), int(np.isfinite(values[0]).sum()))
+
+
+def _grid(task: Task, arm: Arm, probe: LinearProbe, truth: Floats) -> dict[str, float]:
+    once = np.ones((1, len(truth)))
+    return missing_grid(
+        arm.test,
+        lambda features: interval(auc_per_label(probe.score(features), truth, once)).value,
+        task.streams,
+        dominant=task.run.masking.static_organs,
+        draws=task.run.probe.missing_draws,
+        seed=task.run.seed,
+    )
+
+
+def _model_arm(task: Task, model: PanModel) -> Arm:
+    held = set(model.stream_names)
+
+    def fit() -> Features:
+        pairs = zip(task.places, task.fit_indices, strict=True)
+        return np.concatenate(
+            [embed_store(model, place.store, at, held & set(place.store.images)) for place, at in pairs]
+        )
+
+    def test(streams: Sequence[str]) -> Features:
+        return embed_store(model, task.holdout.store, task.test_indices, [name for name in streams if name in held])
+
+    return Arm(fit, test, _holders(task, held))
+
+
+def _statistics_arm(task: Task) -> Arm:
+    measured = [measure_store(place.store, task.run.streams) for place in task.places]
+    reference = StatisticsReference.fit(zip(measured, task.fit_indices, strict=True))
+    held_out = measure_store(task.holdout.store, task.run.streams)
+
+    def fit() -> Features:
+        pairs = zip(measured, task.fit_indices, strict=True)
+        return np.concatenate([reference.features(each, at) for each, at in pairs])
+
+    def test(streams: Sequence[str]) -> Features:
+        return reference.features(held_out, task.test_indices, streams)
+
+    return Arm(fit, test, _holders(task, set(reference.means)))
+
+
+def _holders(task: Task, streams: set[str]) -> NDArray[np.bool_]:
+    """Fit subjects that hold at least one of the streams [N]."""
+    parts = []
+    for place, at in zip(task.places, task.fit_indices, strict=True):
+        rows = [place.store.rows[stream] for stream in streams if stream in place.store.images]
+        parts.append(np.isin(at, np.concatenate(rows) if rows else []))
+    return np.concatenate(parts)
+
+
+def _constant_arm(task: Task) -> Arm:
+    """Knows nothing of the images: the probe can only answer the fit subjects' mean."""
+    everyone = np.ones(sum(len(at) for at in task.fit_indices), dtype=bool)
+    fit, test = np.zeros((len(everyone), 1), np.float32), np.zeros((len(task.test_indices), 1), np.float32)
+    return Arm(lambda: fit, lambda _: test, everyone)

@@ -1,0 +1,145 @@
+"""Frozen features: a trained model read back from disk, applied to a store, written as `.npz`.
+
+`features.npz` holds `subjects`, `splits`, `features` [N, dim], `streams` (names), `present` [N, streams] and
+`model_hash`, and no pickled object.
+"""
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from panfm.config import RunConfig, parse_run
+from panfm.data.store import Batch, ImageStore
+from panfm.errors import DataError
+from panfm.models import PanModel, build_model
+
+
+class Embedder(Protocol):
+    """Anything that turns a batch into one vector per subject."""
+
+    def eval(self) -> object:
+        """Go to inference mode."""
+
+    def embed(self, batch: Batch) -> Tensor:
+        """Features [B, dim]."""
+
+
+def embed_store(
+    model: Embedder,
+    store: ImageStore,
+    indices: Sequence[int] | NDArray[np.int64],
+    streams: Iterable[str] | None = None,
+    batch_size: int = 256,
+    on_batch: Callable[[int], None] = lambda _: None,
+) -> NDArray[np.float32]:
+    """Features float32 [n, dim] of the subjects at `indices`, from all their streams or only those named.
+
+    Args:
+        on_batch: Told the number of subjects done after each batch.
+    """
+    model.eval()
+    wanted, names = np.asarray(indices, dtype=np.int64), None if streams is None else tuple(streams)
+    chunks = []
+    with torch.inference_mode():
+        for start in range(0, max(len(wanted), 1), batch_size):
+            batch = store.batch(wanted[start : start + batch_size], names)
+            chunks.append(model.embed(batch).float().cpu().numpy())
+            on_batch(batch.size)
+    return np.concatenate(chunks)
+
+
+@dataclass(frozen=True)
+class Features:
+    """Frozen features of one place's subjects."""
+
+    subjects: tuple[str, ...]
+    splits: tuple[str, ...]
+    streams: tuple[str, ...]
+    present: NDArray[np.bool_]
+    """[N, streams]: which streams the features were computed from."""
+    features: NDArray[np.float32]
+    """[N, dim]"""
+    model_hash: str
+    """SHA-256 of the weights file."""
+
+
+def embed_site(
+    folder: Path, model: Embedder, store: ImageStore, on_batch: Callable[[int], None] = lambda _: None
+) -> Features:
+    """Features of all subjects of a store by the model that was read from `folder`."""
+    everybody, streams = np.arange(len(store.subjects)), tuple(store.images)
+    present = np.zeros((len(everybody), len(streams)), dtype=bool)
+    for column, stream in enumerate(streams):
+        present[store.rows[stream], column] = True
+    features = embed_store(model, store, everybody, streams, on_batch=on_batch)
+    return Features(store.subjects, store.splits, streams, present, features, _file_hash(folder / "model.safetensors"))
+
+
+def write_features(path: Path, table: Features) -> None:
+    """Write one `.npz`; equal features give equal bytes."""
+    with path.open("wb") as file:
+        np.savez(
+            file,
+            subjects=np.array(table.subjects, dtype=np.str_),
+            splits=np.array(table.splits, dtype=np.str_),
+            streams=np.array(table.streams, dtype=np.str_),
+            present=table.present,
+            features=table.features,
+            model_hash=np.array(table.model_hash),
+        )
+
+
+def read_features(path: Path) -> Features:
+    """Read what `write_features` wrote.
+
+    Raises:
+        DataError: the file is absent, not an `.npz` of ours, or its arrays disagree in length.
+    """
+    try:
+        with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
+            names = [tuple(str(name) for name in file[key]) for key in ("subjects", "splits", "streams")]
+            table = Features(names[0], names[1], names[2], file["present"], file["features"], str(file["model_hash"]))
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file, expected features written by `panfm embed`") from error
+    except (OSError, EOFError, KeyError, ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path}: not a feature file written by `panfm embed` ({type(error).__name__})") from error
+    lengths = {len(table.subjects), len(table.splits), len(table.features), len(table.present)}
+    if len(lengths) != 1 or table.features.ndim != 2:
+        raise DataError(f"{path}: subjects, splits and features disagree in length ({sorted(lengths)})")
+    return table
+
+
+def load_model(folder: Path) -> tuple[PanModel, RunConfig]:
+    """The model of a run's `model/` folder, and the run that made it.
+
+    Raises:
+        DataError: a file is absent or unreadable, or the weights do not fit the run's model.
+    """
+    try:
+        run = parse_run(json.loads((folder / "metadata.json").read_text(encoding="utf-8"))["run"], str(folder))
+        weights = load_file(folder / "model.safetensors")
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        what = "model.safetensors and metadata.json with the key 'run'"
+        raise DataError(f"{folder}: expected a model folder with {what} ({type(error).__name__})") from error
+    model = build_model(run)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        raise DataError(f"{folder}: weights do not fit the model of metadata.json: {first}") from error
+    return model, run
+
+
+def _file_hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,84 @@
+"""What is probed: label values of a place's subjects, and what each label stands for.
+
+`cohort.toml` says of each label its kind, whether it is carried by weak organs, and which organs carry it. Groups of
+labels are what tables show: `all`, `weak`, one per kind.
+"""
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from panfm.data.store import ImageStore
+from panfm.errors import DataError
+
+KINDS = ("category", "disease", "volume")
+
+
+@dataclass(frozen=True)
+class LabelInfo:
+    """What one label stands for."""
+
+    kind: str
+    """category or disease (0 or 1), or volume (a number)."""
+    weak: bool = False
+    """Carried by organs that do not dominate."""
+    organs: tuple[str, ...] = ()
+    """Organs that carry it."""
+
+    @property
+    def is_number(self) -> bool:
+        """Probed by regression, not classification."""
+        return self.kind == "volume"
+
+
+@dataclass(frozen=True)
+class LabelledStore:
+    """One place's images and labels."""
+
+    store: ImageStore
+    labels: Mapping[str, NDArray[np.float64]]
+    """Label -> float64 [subjects of the store], NaN where unknown."""
+
+    def values(self, names: Sequence[str], indices: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Values [len(indices), len(names)]; a label this place does not record is unknown for all."""
+        unknown = np.full(len(self.store.subjects), np.nan)
+        columns = [self.labels.get(name, unknown)[indices] for name in names]
+        return np.stack(columns, axis=1) if columns else np.empty((len(indices), 0))
+
+
+def label_groups(info: Mapping[str, LabelInfo]) -> dict[str, list[str]]:
+    """Groups of yes/no labels, empty groups left out: `all`, `weak`, `category`, `disease`."""
+    yes_no = [name for name, label in info.items() if not label.is_number]
+    groups = {
+        "all": yes_no,
+        "weak": [name for name in yes_no if info[name].weak],
+        "category": [name for name in yes_no if info[name].kind == "category"],
+        "disease": [name for name in yes_no if info[name].kind == "disease"],
+    }
+    return {group: names for group, names in groups.items() if names}
+
+
+def read_label_info(cohort_folder: Path) -> dict[str, LabelInfo]:
+    """The `[labels.<name>]` tables of a cohort's `cohort.toml`.
+
+    Raises:
+        DataError: the file is absent, not TOML, or a label has no known kind.
+    """
+    path = cohort_folder / "cohort.toml"
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8")).get("labels", {})
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise DataError(f"{path}: expected a readable TOML file ({type(error).__name__})") from error
+    return {name: _label_info(table, f"{path}: labels.{name}") for name, table in tables.items()}
+
+
+def _label_info(table: Any, where: str) -> LabelInfo:
+    kind = table.get("kind") if isinstance(table, dict) else None
+    if kind not in KINDS:
+        raise DataError(f"{where}.kind: expected one of {', '.join(KINDS)} (got {kind!r})")
+    return LabelInfo(kind, bool(table.get("weak", False)), tuple(table.get("organs", ())))

@@ -1,0 +1,92 @@
+"""What probing found, and its file `probe.json`.
+
+```
+{"scores":  [{"arm", "group", "metric": "auc"|"r2", "value", "low", "high", "num_labels"}],
+ "missing": {arm: {"auc", "auc_missing_1", ..., "auc_drop_<organ>", "auc_only_<organ>", "auc_no_dominant"}},
+ "balance": {arm: {"effective_rank"}},
+ "subjects": {"fit", "test"}, "notes": [line]}
+```
+`group` is a group of labels (`all`, `weak`, `category`, `disease`) or, for a number, the label itself. Intervals are
+95 % bootstrap over test subjects. What cannot be told is null.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from panfm.errors import DataError
+from panfm.evaluate.scores import Interval
+
+
+@dataclass(frozen=True)
+class Score:
+    """One cell of the table."""
+
+    arm: str
+    """federated, site:<name>, untrained, statistics, ..."""
+    group: str
+    metric: str
+    value: float
+    low: float
+    high: float
+    num_labels: int
+
+    @classmethod
+    def of(cls, arm: str, group: str, metric: str, found: Interval, num_labels: int) -> "Score":
+        """A cell from an interval."""
+        return cls(arm, group, metric, found.value, found.low, found.high, num_labels)
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """Everything the probes of one run found."""
+
+    scores: tuple[Score, ...]
+    missing: Mapping[str, Mapping[str, float]]
+    balance: Mapping[str, Mapping[str, float]]
+    subjects: Mapping[str, int]
+    notes: tuple[str, ...] = ()
+
+    def value(self, arm: str, group: str = "all", metric: str = "auc") -> float:
+        """One score's point estimate; NaN when it was not measured."""
+        wanted = (arm, group, metric)
+        return next((each.value for each in self.scores if (each.arm, each.group, each.metric) == wanted), math.nan)
+
+
+def write_result(path: Path, result: ProbeResult) -> None:
+    """Write `probe.json`."""
+    path.write_text(json.dumps(_to_json(asdict(result)), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_result(path: Path) -> ProbeResult:
+    """Read `probe.json`.
+
+    Raises:
+        DataError: the file is absent or not what `write_result` writes.
+    """
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        scores = tuple(Score(**{key: _number(value) for key, value in row.items()}) for row in table["scores"])
+        missing, balance = (
+            {arm: {name: _number(value) for name, value in row.items()} for arm, row in table[key].items()}
+            for key in ("missing", "balance")
+        )
+        return ProbeResult(scores, missing, balance, table["subjects"], tuple(table["notes"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: not a probe result written by a run ({type(error).__name__})") from error
+
+
+def _number(value: Any) -> Any:
+    return math.nan if value is None else value
+
+
+def _to_json(value: Any) -> Any:
+    """The same with NaN as None, which JSON can say."""
+    if isinstance(value, dict):
+        return {key: _to_json(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_to_json(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,98 @@
+"""The reference that a learned embedding has to beat: plain statistics of every stream, read by the same linear probe.
+
+Per volume: mean, standard deviation, seven percentiles, mean absolute gradient. Per token block: mean, log standard
+deviation, mean absolute gradient. Streams that a subject lacks are filled with the fit subjects' means.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from panfm.config import StreamConfig
+from panfm.data.store import ImageStore
+from panfm.models.stems import block_statistics
+
+_PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
+_CHUNK = 128
+
+
+@dataclass(frozen=True)
+class StreamStatistics:
+    """One stream's statistics at one place."""
+
+    rows: NDArray[np.int64]
+    """[P] subjects that hold the stream, index into the store's subjects."""
+    values: NDArray[np.float32]
+    """[P, F]"""
+
+
+def measure_store(
+    store: ImageStore,
+    streams: Mapping[str, StreamConfig],
+    on_images: Callable[[int], None] = lambda _: None,
+) -> dict[str, StreamStatistics]:
+    """Statistics of all images of a store.
+
+    Args:
+        on_images: Told the number of images done after each chunk.
+    """
+    measured = {}
+    for stream, images in store.images.items():
+        chunks = []
+        for start in range(0, len(images), _CHUNK):
+            chunks.append(_measure(np.asarray(images[start : start + _CHUNK]), streams[stream]))
+            on_images(len(chunks[-1]))
+        if chunks:
+            measured[stream] = StreamStatistics(np.asarray(store.rows[stream]), np.concatenate(chunks))
+    return measured
+
+
+@dataclass(frozen=True)
+class StatisticsReference:
+    """Turns measured statistics into one feature row per subject."""
+
+    means: Mapping[str, NDArray[np.float32]]
+    """Stream -> [F], the fit subjects' means."""
+
+    @classmethod
+    def fit(cls, places: Iterable[tuple[Mapping[str, StreamStatistics], NDArray[np.int64]]]) -> "StatisticsReference":
+        """Take the means over the fit subjects: for each place its statistics and their indices."""
+        held: dict[str, list[NDArray[np.float32]]] = {}
+        for measured, indices in places:
+            for stream, statistics in measured.items():
+                held.setdefault(stream, []).append(statistics.values[np.isin(statistics.rows, indices)])
+        pooled = {stream: np.concatenate(values) for stream, values in sorted(held.items())}
+        return cls({stream: values.mean(axis=0) for stream, values in pooled.items() if len(values)})
+
+    def features(
+        self,
+        measured: Mapping[str, StreamStatistics],
+        indices: NDArray[np.int64],
+        streams: Sequence[str] | None = None,
+    ) -> NDArray[np.float32]:
+        """Features [n, sum of F]; of all streams, or with those not named treated as absent."""
+        blocks = [np.empty((len(indices), 0), dtype=np.float32)]
+        for stream, mean in self.means.items():
+            block = np.repeat(mean[None], len(indices), axis=0)
+            if stream in measured and (streams is None or stream in streams):
+                position = {int(row): at for at, row in enumerate(measured[stream].rows)}
+                pairs = [(row, position[int(index)]) for row, index in enumerate(indices) if int(index) in position]
+                if pairs:
+                    into, source = np.array(pairs).T
+                    block[into] = measured[stream].values[source]
+            blocks.append(block)
+        return np.concatenate(blocks, axis=1)
+
+
+def _measure(images: NDArray[np.float32], stream: StreamConfig) -> NDArray[np.float32]:
+    """Statistics [P, F] of images [P, C, *shape]."""
+    tensor = torch.from_numpy(np.ascontiguousarray(images))
+    blocks = block_statistics(tensor, stream.patch).flatten(1)
+    whole = block_statistics(tensor, stream.shape).flatten(1)
+    voxels = np.sort(images.reshape(*images.shape[:2], -1), axis=-1)
+    ranks = np.round(np.array(_PERCENTILES) / 100 * (voxels.shape[-1] - 1)).astype(np.int64)
+    percentiles = voxels[..., ranks].reshape(len(images), -1)
+    return np.concatenate([whole.numpy(), percentiles, blocks.numpy()], axis=1).astype(np.float32)

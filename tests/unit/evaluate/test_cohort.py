@@ -1,0 +1,101 @@
+import numpy as np
+import pytest
+
+from panfm.config import RunConfig, StreamConfig
+from panfm.config.run import ProbeConfig
+from panfm.data.store import ImageStore
+from panfm.errors import DataError
+from panfm.evaluate import LabelInfo, LabelledStore, Task, evaluate_cohort
+from panfm.models import build_model
+
+STREAM = StreamConfig(shape=(4, 4, 4), patch=(4, 4, 4), spacing_mm=(1.0, 1.0, 1.0))
+RUN = RunConfig(
+    name="toy",
+    streams={"brain-mr": STREAM, "heart-mr": STREAM, "liver-mr": STREAM},
+    probe=ProbeConfig(bootstrap=20),
+)
+INFO = {
+    "bright-brain": LabelInfo("disease", weak=True),
+    "dense-liver": LabelInfo("category"),
+    "never": LabelInfo("disease"),
+    "brain-mean": LabelInfo("volume"),
+}
+
+
+def make_place(seed, streams, n=60, split="train"):
+    """Volumes whose mean level is the subject's latent; labels read it off."""
+    generator = np.random.default_rng(seed)
+    level = generator.random((n, 3)).astype(np.float32)
+    noise = generator.random((n, 3, 1, 4, 4, 4), dtype=np.float32) * 0.1
+    volumes = level[:, :, None, None, None, None] * 0.8 + noise
+    order = list(RUN.streams)
+    images = {name: volumes[:, order.index(name)] for name in streams}
+    labels = {
+        "bright-brain": (level[:, 0] > 0.5).astype(float),
+        "dense-liver": (level[:, 2] > 0.5).astype(float),
+        "never": np.zeros(n),
+        "brain-mean": 1000 * level[:, 0].astype(float),
+    }
+    rows = {name: np.arange(n) for name in streams}
+    store = ImageStore(tuple(f"{seed}-{i}" for i in range(n)), (split,) * n, images, rows)
+    return LabelledStore(store, labels)
+
+
+def make_task():
+    places = [make_place(1, ["brain-mr", "heart-mr"]), make_place(2, ["liver-mr"])]
+    return Task(RUN, places, make_place(3, list(RUN.streams), split="test"), INFO)
+
+
+@pytest.fixture(scope="module")
+def result():
+    steps = []
+    models = {"federated": build_model(RUN), "site:liver": build_model(RUN, ["liver-mr"])}
+    found = evaluate_cohort(make_task(), models, on_arm=lambda *step: steps.append(step))
+    assert steps == [
+        (name, at, 4) for at, name in enumerate(["federated", "site:liver", "statistics", "training-mean"])
+    ]
+    return found
+
+
+def test_statistics_read_what_is_there_and_the_mean_reads_nothing(result):
+    assert result.value("statistics", "disease") > 0.9
+    assert result.value("statistics", "category") > 0.9
+    assert result.value("statistics", "brain-mean", "r2") > 0.8
+    assert result.value("training-mean", "all") == 0.5
+    assert -0.1 < result.value("training-mean", "brain-mean", "r2") <= 0.0
+
+
+def test_an_arm_without_the_organ_cannot_read_its_label(result):
+    assert result.value("site:liver", "category") > 0.8
+    assert result.value("site:liver", "weak") < 0.7
+    assert result.value("site:liver", "brain-mean", "r2") < 0.2
+
+
+def test_a_label_of_one_class_is_left_out_with_a_note(result):
+    assert any(score.group == "all" and score.num_labels == 2 for score in result.scores)
+    assert "federated: never: not probed, fit subjects are all of one class" in result.notes
+
+
+def test_only_the_wanted_arms_have_a_grid(result):
+    assert set(result.missing) == {"federated"}
+    assert set(result.missing["federated"]) == {
+        "auc",
+        "auc_missing_1",
+        "auc_missing_2",
+        *(f"auc_{what}_{organ}" for what in ("drop", "only") for organ in ("brain", "heart", "liver")),
+        "auc_no_dominant",
+    }
+    assert result.missing["federated"]["auc"] == pytest.approx(result.value("federated"))
+
+
+def test_twice_gives_the_same_answer(result):
+    models = {"federated": build_model(RUN), "site:liver": build_model(RUN, ["liver-mr"])}
+    again = evaluate_cohort(make_task(), models)
+    assert again.scores == result.scores
+    assert again.subjects == {"fit": 120, "test": 60}
+
+
+def test_no_site_is_refused():
+    task = make_task()
+    with pytest.raises(DataError, match="expected sites"):
+        evaluate_cohort(Task(RUN, [], task.holdout, INFO), {})

@@ -1,0 +1,38 @@
+import numpy as np
+import pytest
+
+from panfm.data.store import ImageStore
+from panfm.errors import DataError
+from panfm.evaluate.labels import LabelInfo, LabelledStore, label_groups, read_label_info
+
+
+def test_groups_hold_yes_no_labels_only():
+    info = {
+        "a": LabelInfo("category", weak=True),
+        "b": LabelInfo("category"),
+        "c": LabelInfo("volume"),
+    }
+    assert label_groups(info) == {"all": ["a", "b"], "weak": ["a"], "category": ["a", "b"]}
+    assert label_groups({"c": LabelInfo("volume")}) == {}
+
+
+def test_a_label_that_a_place_lacks_is_unknown():
+    place = LabelledStore(ImageStore(("p", "q"), ("train", "test"), {}, {}), {"a": np.array([1.0, 0.0])})
+    values = place.values(["a", "b"], np.array([1, 0]))
+    np.testing.assert_array_equal(values, [[0.0, np.nan], [1.0, np.nan]])
+    assert place.values([], np.array([0])).shape == (1, 0)
+
+
+def test_label_info_is_read(tmp_path):
+    text = '[labels.a]\nkind = "disease"\nweak = true\norgans = ["brain"]\n[labels.b]\nkind = "volume"\n'
+    (tmp_path / "cohort.toml").write_text(text)
+    assert read_label_info(tmp_path) == {"a": LabelInfo("disease", True, ("brain",)), "b": LabelInfo("volume")}
+
+
+@pytest.mark.parametrize("text", [None, "[", "[labels]\na = 3", '[labels.a]\nkind = "colour"'])
+def test_a_broken_cohort_file_is_one_line(tmp_path, text):
+    if text is not None:
+        (tmp_path / "cohort.toml").write_text(text)
+    with pytest.raises(DataError, match=r"cohort.toml") as caught:
+        read_label_info(tmp_path)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,58 @@
+import numpy as np
+import pytest
+
+from panfm.config import StreamConfig
+from panfm.data.store import ImageStore
+from panfm.evaluate.statistics import StatisticsReference, measure_store
+
+STREAM = StreamConfig(shape=(4, 4, 4), patch=(2, 2, 2), spacing_mm=(1.0, 1.0, 1.0))
+STREAMS = {"brain-mr": STREAM, "liver-mr": STREAM}
+
+
+def make_store(seed=0, n=6):
+    generator = np.random.default_rng(seed)
+    images = {name: generator.random((n - 2, 1, 4, 4, 4), dtype=np.float32) for name in STREAMS}
+    rows = {"brain-mr": np.arange(n - 2), "liver-mr": np.arange(2, n)}
+    return ImageStore(tuple(f"p{i}" for i in range(n)), ("train",) * n, images, rows)
+
+
+def test_statistics_by_a_slow_loop():
+    store = make_store()
+    values = measure_store(store, STREAMS)["brain-mr"].values
+    volume = store.images["brain-mr"][1, 0]
+    gradient = sum(np.abs(np.diff(volume, axis=axis)).sum() for axis in range(3)) / 3 / 64
+    assert values[1, 0] == pytest.approx(volume.mean() * 2 - 1, abs=1e-6)
+    assert values[1, 1] == pytest.approx(np.log(volume.std() + 0.01) + 3, abs=1e-5)
+    assert values[1, 2] == pytest.approx(gradient * 10, rel=1e-5)
+    assert values[1, 6] == np.sort(volume.ravel())[32]  # median, nearest rank
+    assert values[1, 10] == pytest.approx(volume[:2, :2, :2].mean() * 2 - 1, abs=1e-6)
+    assert values.shape == (4, 3 + 7 + 3 * 8)
+
+
+def test_absent_streams_become_the_mean_of_the_fit_subjects():
+    store = make_store()
+    measured = measure_store(store, STREAMS)
+    fit = np.array([0, 1, 2])
+    reference = StatisticsReference.fit([(measured, fit)])
+    features = reference.features(measured, np.arange(6))
+    brain, liver = np.split(features, 2, axis=1)
+    np.testing.assert_array_equal(brain[:4], measured["brain-mr"].values)
+    np.testing.assert_allclose(brain[4], measured["brain-mr"].values[:3].mean(axis=0), rtol=1e-6)
+    np.testing.assert_array_equal(liver[0], measured["liver-mr"].values[0])  # only subject 2 is both fit and holder
+    np.testing.assert_array_equal(liver[5], measured["liver-mr"].values[3])
+
+
+def test_streams_not_named_are_treated_as_absent():
+    store = make_store()
+    measured = measure_store(store, STREAMS)
+    reference = StatisticsReference.fit([(measured, np.arange(6))])
+    brain, liver = np.split(reference.features(measured, np.array([3, 0]), ["brain-mr"]), 2, axis=1)
+    np.testing.assert_array_equal(brain[0], measured["brain-mr"].values[3])
+    assert (liver[0] == liver[1]).all()
+
+
+def test_a_stream_that_no_fit_subject_holds_is_not_read():
+    measured = measure_store(make_store(), STREAMS)
+    reference = StatisticsReference.fit([(measured, np.array([0]))])
+    assert list(reference.means) == ["brain-mr"]
+    assert reference.features({}, np.array([0, 1])).shape[0] == 2
