@@ -33,16 +33,16 @@ def apply_intensity(image: NDArray[Any], modality: Modality) -> NDArray[np.float
     Raises:
         ValueError: a voxel is NaN or infinite.
     """
-    if not np.isfinite(image).all():
-        raise ValueError(f"{(~np.isfinite(image)).sum()} voxels are NaN or infinite")
-    low, high = _range(image, modality)
+    raw = np.asarray(image, dtype=np.float32)
+    if not np.isfinite(raw).all():
+        raise ValueError(f"{(~np.isfinite(raw)).sum()} voxels are NaN or infinite")
+    low, high = _range(raw, modality)
     if high <= low:
-        return np.zeros(image.shape, dtype=np.float32)
-    scaled = (image.astype(np.float32) - np.float32(low)) / np.float32(high - low)
-    return np.asarray(np.clip(scaled, 0.0, 1.0), dtype=np.float32)
+        return np.zeros(raw.shape, dtype=np.float32)
+    return np.clip((raw - np.float32(low)) / np.float32(high - low), 0.0, 1.0)
 
 
-def _range(image: NDArray[Any], modality: Modality) -> tuple[float, float]:
+def _range(image: NDArray[np.float32], modality: Modality) -> tuple[float, float]:
     if modality is Modality.CT:
         return HU_WINDOW
     if modality not in (Modality.MR, Modality.PET):

@@ -1,0 +1,122 @@
+"""The check a site runs before anything is trained: every row of the manifest, every image, every mask.
+
+What is read: the manifest, then each image file whole, once, header and voxels (a truncated file or a NaN hides behind
+a sound header), then each mask. Nothing is resampled and nothing is written.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from panfm.anatomy import parse_stream
+from panfm.config import SiteConfig, StreamConfig, load_site
+from panfm.data.decode import ImageError, decode_picture, decode_volume, read_bytes
+from panfm.data.manifest import Fault, Row, image_path, scan_manifest
+
+_THREADS = 4
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """What a site holds and what is wrong with it."""
+
+    site: str
+    faults: tuple[Fault, ...]
+    rows: tuple[Row, ...]
+    """Sound rows, of all streams."""
+    unused: tuple[str, ...]
+    """Streams of sound rows that the run does not read."""
+
+    @property
+    def coverage(self) -> Mapping[tuple[str, str], int]:
+        """(stream, split) -> subjects among the sound rows."""
+        return Counter((row.stream, row.split) for row in self.rows)
+
+
+def check_site(
+    folder: Path,
+    streams: Mapping[str, StreamConfig] | None = None,
+    *,
+    organs: Collection[str] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> SiteReport:
+    """Check everything a site would train on; faults come back as data.
+
+    Args:
+        folder: The site folder.
+        streams: Streams of the run to check against; decides which images are volumes. Without it, file names ending
+            in `.nii` or `.nii.gz` are.
+        organs: Organs of the run; a stream of another organ is a fault, while a stream of a known organ that the run
+            does not read is only `unused`. Without it, any `<organ>-<modality>` passes.
+        progress: Called with (images done, images in all).
+    Raises:
+        ConfigError: `site.toml` does not hold.
+    """
+    site = load_site(folder)
+    rows, faults = scan_manifest(folder, site)
+    found = [*faults]
+    digests: dict[bytes, Row] = {}
+    for done, (row, outcome) in enumerate(_inspect_all(folder, site, rows, streams or {}, organs), start=1):
+        twin = row if isinstance(outcome, Fault) else digests.setdefault(outcome, row)
+        if isinstance(outcome, Fault):
+            found.append(outcome)
+        elif twin is not row:
+            found.append(Fault(row.path, f"the same content as {twin.path}", "an image of its own", row))
+        if progress:
+            progress(done, len(rows))
+    condemned = {fault.row for fault in found}
+    sound = tuple(row for row in rows if row not in condemned)
+    unused = sorted({row.stream for row in sound} - set(streams or {})) if streams else []
+    return SiteReport(site.name, tuple(found), sound, tuple(unused))
+
+
+def _inspect_all(
+    folder: Path,
+    site: SiteConfig,
+    rows: tuple[Row, ...],
+    streams: Mapping[str, StreamConfig],
+    organs: Collection[str] | None,
+) -> Iterator[tuple[Row, Fault | bytes]]:
+    def inspect(row: Row) -> Fault | bytes:
+        organ, _ = parse_stream(row.stream)
+        if organs is not None and organ not in organs:
+            return Fault(row.path, f"unknown stream {row.stream!r}", f"an organ of {', '.join(organs)}", row)
+        config = streams.get(row.stream)
+        is_volume = config.is_volume if config else row.path.endswith((".nii", ".nii.gz"))
+        return _inspect(folder, site, row, is_volume=is_volume)
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        yield from zip(rows, pool.map(inspect, rows), strict=True)
+
+
+def _inspect(folder: Path, site: SiteConfig, row: Row, *, is_volume: bool) -> Fault | bytes:
+    """The first fault of one row's files, or the digest of its image."""
+    file = row.path
+    try:
+        content = read_bytes(image_path(folder, site, row.path))
+        shape = _shape(content, is_volume=is_volume)
+        if row.mask:
+            file = row.mask
+            _check_mask(read_bytes(image_path(folder, site, row.mask)), shape, is_volume=is_volume)
+    except ImageError as error:
+        return Fault(file, error.found, error.expected, row)
+    return hashlib.blake2b(content, digest_size=16).digest()
+
+
+def _shape(content: bytes, *, is_volume: bool) -> tuple[int, ...]:
+    return decode_volume(content).voxels.shape if is_volume else decode_picture(content).size
+
+
+def _check_mask(content: bytes, shape: tuple[int, ...], *, is_volume: bool) -> None:
+    mask = decode_volume(content).voxels if is_volume else np.asarray(decode_picture(content).convert("L")).T
+    if mask.shape != shape:
+        raise ImageError(
+            f"a mask of shape {'x'.join(map(str, mask.shape))}", f"{'x'.join(map(str, shape))} as its image"
+        )
+    if not mask.any():
+        raise ImageError("an empty mask", "at least one voxel above 0")

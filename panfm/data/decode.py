@@ -1,0 +1,143 @@
+"""Bytes of an image file to voxels, refusing what cannot be trusted. Knows no stream and needs no torch.
+
+Every refusal is an `ImageError` that says what was found and what was expected. A file is read whole, so that a
+truncated or corrupted one cannot pass.
+"""
+
+import gzip
+import io
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import nibabel as nib
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from panfm.errors import DataError
+
+SPACING_RANGE_MM = (0.01, 100.0)
+"""A voxel size outside is a broken header."""
+
+
+class ImageError(DataError):
+    """An image file does not hold what it should: what was `found` and what was `expected`."""
+
+    def __init__(self, found: str, expected: str) -> None:
+        super().__init__(f"found {found}, expected {expected}")
+        self.found, self.expected = found, expected
+
+
+class Volume(NamedTuple):
+    """A decoded NIfTI file."""
+
+    voxels: NDArray[np.float32]
+    """[X, Y, Z] as stored, scaled by the header's slope and intercept."""
+    affine: NDArray[np.float64]
+    """[4, 4], voxel index to mm in R, A, S."""
+
+
+def read_bytes(path: Path) -> bytes:
+    """Content of a file. Raises ImageError: absent or unreadable."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise ImageError("no such file", "an image") from error
+    except (OSError, ValueError) as error:
+        raise ImageError(f"a path that cannot be read ({type(error).__name__})", "an image") from error
+
+
+def decode_volume(content: bytes) -> Volume:
+    """Decode a NIfTI-1 or -2 file, gzipped or not.
+
+    Guarantees:
+        whole: the gzip checksum and the number of voxels have been verified.
+        finite: no voxel and no affine entry is NaN or infinite.
+        placed: the header states one orientation; the affine has an inverse and voxel sizes in SPACING_RANGE_MM.
+    Raises:
+        ImageError: any of it does not hold.
+    """
+    image = _parse(_unzip(content))
+    _check_shape(image.shape)
+    _check_affine(image)
+    try:
+        stored = np.asanyarray(image.dataobj).reshape(image.shape[:3])
+    except Exception as error:  # whatever a parser makes of broken bytes, it is the file's fault
+        raise ImageError(f"voxels that cannot be read ({_reason(error)})", "a whole NIfTI file") from error
+    return Volume(_real(stored), np.asarray(image.affine, dtype=np.float64))
+
+
+def decode_picture(content: bytes) -> Image.Image:
+    """Decode a PNG, JPEG, ... of 8 bits per channel. Raises ImageError: it is none, or not whole."""
+    try:
+        image = Image.open(io.BytesIO(content))
+        image.load()
+    except Exception as error:  # as above
+        raise ImageError(f"no readable picture ({type(error).__name__})", "a whole PNG or JPEG file") from error
+    if image.mode.startswith(("I", "F")):
+        raise ImageError(f"more than 8 bits per channel (mode {image.mode})", "a picture windowed to 8 bits")
+    return image
+
+
+def voxel_sizes(affine: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Voxel size in mm along each stored axis."""
+    return np.asarray(np.linalg.norm(affine[:3, :3], axis=0))
+
+
+def _unzip(content: bytes) -> bytes:
+    if not content.startswith(b"\x1f\x8b"):
+        return content
+    try:
+        return gzip.decompress(content)
+    except Exception as error:  # EOFError, BadGzipFile, zlib.error
+        raise ImageError(f"a broken gzip stream ({_reason(error)})", "a whole .nii.gz file") from error
+
+
+def _parse(raw: bytes) -> Any:
+    kinds = {raw[344:348] == b"n+1\0": nib.Nifti1Image, raw[4:8] == b"n+2\0": nib.Nifti2Image}
+    if True not in kinds:
+        raise ImageError("no NIfTI header", "a NIfTI-1 or NIfTI-2 file")
+    try:
+        return kinds[True].from_bytes(raw)
+    except Exception as error:  # as above
+        raise ImageError(f"a broken NIfTI header ({_reason(error)})", "a NIfTI-1 or NIfTI-2 file") from error
+
+
+def _check_shape(shape: tuple[int, ...]) -> None:
+    """Three axes; further ones of length 1 are tolerated, as scanners write them."""
+    if len(shape) < 3 or any(size != 1 for size in shape[3:]) or min(shape) < 1:
+        raise ImageError(f"{len(shape)}D of shape {'x'.join(map(str, shape))}", "one 3D volume")
+
+
+def _check_affine(image: Any) -> None:
+    header, affine = image.header, image.affine
+    if not (header["sform_code"] or header["qform_code"]):
+        raise ImageError("no orientation (qform and sform codes are 0)", "a header that states one")
+    if not np.isfinite(affine).all() or np.linalg.matrix_rank(affine[:3, :3]) < 3:
+        raise ImageError("a singular affine", "an affine that has an inverse")
+    if header["sform_code"] and header["qform_code"]:
+        sform, qform = _axes(image.get_sform()), _axes(image.get_qform())
+        if sform != qform:
+            raise ImageError(f"two orientations (sform {sform}, qform {qform})", "one orientation")
+    sizes, (low, high) = voxel_sizes(affine), SPACING_RANGE_MM
+    if sizes.min() < low or sizes.max() > high:
+        raise ImageError(f"voxels of {' x '.join(f'{size:.4g}' for size in sizes)} mm", f"{low:g} to {high:g} mm")
+
+
+def _axes(affine: NDArray[np.float64]) -> str:
+    return "".join(nib.orientations.aff2axcodes(affine))  # type: ignore[no-untyped-call]
+
+
+def _real(stored: NDArray[Any]) -> NDArray[np.float32]:
+    if stored.dtype.kind not in "buif":
+        raise ImageError(f"voxels of type {stored.dtype}", "real numbers")
+    with np.errstate(over="ignore"):
+        voxels = stored.astype(np.float32)
+    broken = int((~np.isfinite(voxels)).sum())
+    if broken:
+        raise ImageError(f"{broken} voxels that are NaN or infinite", "finite voxels")
+    return voxels
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:120] or type(error).__name__

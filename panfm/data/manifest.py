@@ -1,0 +1,170 @@
+"""The manifest of a site: one row per subject and stream.
+
+Columns `subject,stream,path` and optionally `split` (train, val or test; train when empty) and `mask`. Paths are
+relative to the manifest's folder. Rows that `quarantine.csv` lists are left out; that file is written by
+`panfm site check --quarantine`.
+"""
+
+import csv
+import io
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from panfm.anatomy import parse_stream
+from panfm.config import SiteConfig, site_path
+from panfm.data.table import read_table
+from panfm.errors import DataError
+
+SPLITS = ("train", "val", "test")
+QUARANTINE = "quarantine.csv"
+"""In the site folder: rows to leave out, each with the reason."""
+_NEEDED = ("subject", "stream", "path")
+_OPTIONAL = ("split", "mask")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image of one subject, as the manifest writes it."""
+
+    line: int
+    """Line of the manifest, counted from 1."""
+    subject: str
+    stream: str
+    path: str
+    split: str = "train"
+    mask: str = ""
+    """Empty when there is none."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is wrong with one row, or with the manifest as a whole."""
+
+    file: str
+    found: str
+    expected: str
+    row: Row | None = None
+    """The row it condemns; none when it condemns the whole manifest."""
+
+    def __str__(self) -> str:
+        return " ".join(f"{self.file}: found {self.found}, expected {self.expected}".split())
+
+
+def read_manifest(folder: Path, site: SiteConfig) -> tuple[Row, ...]:
+    """Rows of a site's manifest, less the quarantined ones.
+
+    Raises:
+        DataError: the table does not hold; one line per fault, each with file and line number.
+    """
+    rows, faults = scan_manifest(folder, site, leave_out=read_quarantine(folder))
+    if faults:
+        raise DataError("\n".join(str(fault) for fault in faults))
+    return rows
+
+
+def scan_manifest(
+    folder: Path, site: SiteConfig, *, leave_out: Iterable[Row] = ()
+) -> tuple[tuple[Row, ...], tuple[Fault, ...]]:
+    """Sound rows and faults of a manifest; no image is opened. Of two rows that conflict, the later is at fault."""
+    path = site_path(folder, site.manifest)
+    out = {_key(row) for row in leave_out}
+    try:
+        rows = [row for row in _parse(path) if _key(row) not in out]
+    except DataError as error:
+        return (), (Fault(path.name, str(error), f"a table of {','.join(_NEEDED)}"),)
+    if not rows:
+        return (), (Fault(path.name, "no rows", "one row per subject and stream"),)
+    complaints = _Complaints()
+    faults = [Fault(f"{path.name}:{row.line}", *complaint, row) for row in rows if (complaint := complaints(row))]
+    condemned = {fault.row for fault in faults}
+    return tuple(row for row in rows if row not in condemned), tuple(faults)
+
+
+def image_path(folder: Path, site: SiteConfig, relative: str) -> Path:
+    """A path named in the manifest."""
+    return site_path(folder, site.manifest).parent / relative
+
+
+def read_quarantine(folder: Path) -> tuple[Row, ...]:
+    """Rows listed in a site folder's quarantine; none when there is no such file. Raises DataError: unreadable."""
+    path = folder / QUARANTINE
+    if not path.exists():
+        return ()
+    try:
+        _, lines = read_table(path, ("line", *_NEEDED, "reason"))
+        return tuple(Row(int(cells["line"]), *(cells[name] for name in _NEEDED)) for _, cells in lines)
+    except (DataError, ValueError) as error:
+        raise DataError(f"{path}: not a quarantine list, run `panfm site check --quarantine` again") from error
+
+
+def write_quarantine(folder: Path, faults: Sequence[Fault]) -> Path:
+    """List the rows that faults condemn; a row listed here is left out until the list is written anew."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(("line", *_NEEDED, "reason"))
+    for fault in faults:
+        if fault.row:
+            reason = f"found {fault.found}, expected {fault.expected}"
+            table.writerow((fault.row.line, fault.row.subject, fault.row.stream, fault.row.path, reason))
+    path = folder / QUARANTINE
+    path.write_text(text.getvalue(), encoding="utf-8")
+    return path
+
+
+Complaint = tuple[str, str]
+"""What was found and what was expected."""
+
+
+class _Complaints:
+    """What is wrong with a row, alone or against the rows before it."""
+
+    def __init__(self) -> None:
+        self._images: dict[tuple[str, str], int] = {}
+        self._paths: dict[str, int] = {}
+        self._splits: dict[str, str] = {}
+
+    def __call__(self, row: Row) -> Complaint | None:
+        checks: tuple[Callable[[Row], Complaint | None], ...] = (_alone, self._repeated, self._split)
+        return next((complaint for check in checks if (complaint := check(row))), None)
+
+    def _repeated(self, row: Row) -> Complaint | None:
+        first = self._images.setdefault((row.subject, row.stream), row.line)
+        if first != row.line:
+            return f"subject {row.subject!r} with {row.stream} again (line {first})", "one row per subject and stream"
+        first = self._paths.setdefault(row.path, row.line)
+        if first != row.line:
+            return f"file {row.path!r} again (line {first})", "a file of its own"
+        return None
+
+    def _split(self, row: Row) -> Complaint | None:
+        first = self._splits.setdefault(row.subject, row.split)
+        if first != row.split:
+            return f"subject {row.subject!r} in split {row.split} and in {first}", "one split per subject"
+        return None
+
+
+def _alone(row: Row) -> Complaint | None:
+    for name in _NEEDED:
+        if not getattr(row, name):
+            return f"no {name}", f"a {name}"
+    if row.split not in SPLITS:
+        return f"split {row.split!r}", " or ".join(SPLITS)
+    try:
+        parse_stream(row.stream)
+    except ValueError:
+        return f"unknown stream {row.stream!r}", "<organ>-<modality> with a known modality, e.g. brain-mr"
+    return None
+
+
+def _parse(path: Path) -> list[Row]:
+    _, lines = read_table(path, _NEEDED, _OPTIONAL)
+    rows = [
+        Row(line, *(cells[name] for name in _NEEDED), *(cells.get(name, "") for name in _OPTIONAL))
+        for line, cells in lines
+    ]
+    return [row if row.split else replace(row, split=SPLITS[0]) for row in rows]
+
+
+def _key(row: Row) -> tuple[int, str, str, str]:
+    return row.line, row.subject, row.stream, row.path
