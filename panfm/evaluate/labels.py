@@ -13,6 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from panfm.config import StreamConfig, load_site
+from panfm.data.cache import Progress, open_store
+from panfm.data.labels import read_labels
 from panfm.data.store import ImageStore
 from panfm.errors import DataError
 
@@ -43,6 +46,20 @@ class LabelledStore:
     store: ImageStore
     labels: Mapping[str, NDArray[np.float64]]
     """Label -> float64 [subjects of the store], NaN where unknown."""
+
+    @classmethod
+    def open(
+        cls, folder: Path, streams: Mapping[str, StreamConfig], *, progress: Progress | None = None
+    ) -> "LabelledStore":
+        """A site folder's images and, where it has them, labels. Raises as `open_store` and `read_labels`."""
+        store, site = open_store(folder, streams, progress=progress), load_site(folder)
+        if site.labels is None:
+            return cls(store, {})
+        table = read_labels(folder, site)
+        row = {subject: index for index, subject in enumerate(table.subjects)}
+        padded = np.vstack([table.values, np.full((1, len(table.names)), np.nan)])
+        values = padded[[row.get(subject, -1) for subject in store.subjects]]
+        return cls(store, dict(zip(table.names, values.T, strict=True)))
 
     def values(self, names: Sequence[str], indices: NDArray[np.int64]) -> NDArray[np.float64]:
         """Values [len(indices), len(names)]; a label this place does not record is unknown for all."""

@@ -1,6 +1,8 @@
+import nibabel as nib
 import numpy as np
 import pytest
 
+from panfm.config import StreamConfig
 from panfm.data.store import ImageStore
 from panfm.errors import DataError
 from panfm.evaluate.labels import LabelInfo, LabelledStore, label_groups, read_label_info
@@ -36,3 +38,18 @@ def test_a_broken_cohort_file_is_one_line(tmp_path, text):
     with pytest.raises(DataError, match=r"cohort.toml") as caught:
         read_label_info(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_labels_are_aligned_to_the_images(tmp_path):
+    for name in ("p", "q"):
+        volume = np.random.default_rng(0).random((4, 4, 4)).astype(np.float32)
+        nib.save(nib.Nifti1Image(volume, np.eye(4)), tmp_path / f"{name}.nii.gz")
+    (tmp_path / "site.toml").write_text('name = "s"\nlabels = "labels.csv"\n')
+    (tmp_path / "manifest.csv").write_text("subject,stream,path\nq,brain-mr,q.nii.gz\np,brain-mr,p.nii.gz\n")
+    (tmp_path / "labels.csv").write_text("subject,a,b\nx,5,5\np,1,\n")
+    stream = StreamConfig(shape=(4, 4, 4), patch=(2, 2, 2), spacing_mm=(1.0, 1.0, 1.0))
+    place = LabelledStore.open(tmp_path, {"brain-mr": stream})
+    assert place.store.subjects == ("q", "p")
+    np.testing.assert_array_equal(place.values(["a", "b"], np.array([0, 1])), [[np.nan, np.nan], [1.0, np.nan]])
+    (tmp_path / "site.toml").write_text('name = "s"\n')
+    assert LabelledStore.open(tmp_path, {"brain-mr": stream}).labels == {}
