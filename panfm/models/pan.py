@@ -23,7 +23,7 @@ from panfm.models.stems import patchify, stem_batch, stem_features, stem_step
 from panfm.models.tokens import Layout, pack, sincos_positions
 from panfm.seeds import torch_generator
 
-SIZES = {"nano": (48, 2, 4), "tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12)}
+SIZES = {"nano": (48, 2, 3), "tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12)}
 """Width, depth, heads. tiny, small and base as in DeiT (Touvron et al. 2021); nano for laptops."""
 
 
@@ -134,7 +134,8 @@ def build_model(run: RunConfig, streams: Sequence[str] | None = None) -> PanMode
             streams starts with the same weights as the whole model.
     """
     names = [name for name in run.streams if streams is None or name in streams]
-    model = PanModel({name: run.streams[name] for name in names}, run.model, run.objective)
+    with torch.random.fork_rng(devices=[]):
+        model = PanModel({name: run.streams[name] for name in names}, run.model, run.objective)
     for name, parameter in model.named_parameters():
         _initialise(name, parameter, torch_generator(run.seed, "init", name))
     return model

@@ -73,8 +73,10 @@ def train(
     for taken in range(num_steps):
         position = (first_step + taken) / run.train.total_steps
         maps = store.batch(next(order)).to(learner.device)
-        view, full = look(learner, maps, position, masks, profile)
         with _autocast(learner):
+            full = _teach(learner, maps)
+            relative = _guidance(learner, full, profile)
+            view = look(learner, maps, full, relative, position, masks)
             loss = learner.objective.loss(learner.model, learner.teacher, view, full).mean()
         if step(learner, loss, position):
             start, end = run.train.teacher_momentum
@@ -93,20 +95,20 @@ def train(
 
 
 def look(
-    learner: "Learner", maps: Batch, position: float, masks: torch.Generator, profile: dict[str, float] | None
-) -> tuple[View, Encoded | None]:
-    """Teacher's view of everything and student's view of what is not hidden."""
+    learner: "Learner",
+    maps: Batch,
+    full: Encoded | None,
+    relative: torch.Tensor,
+    position: float,
+    masks: torch.Generator,
+) -> View:
+    """Hide some places, more of the streams whose saliency `relative` ([B, S] or [1, S]) says so, and let the student
+    see the rest."""
     config, model = learner.run.masking, learner.model
-    guided = config.policy in ("sgm", "inverse")
-    with _autocast(learner):
-        full = _teach(learner, maps, guided=guided) if guided or learner.objective.needs_teacher else None
-        layout = full.layout if full else model.layout(maps)
-        relative = learner.profile[None]
-        if guided and full:
-            relative = _relative_saliency(learner, full, profile)
-        scores = stream_scores(config, relative, model.stream_organs, position)
-        hidden = draw_hidden(config, scores, layout, model.stream_of_place, masks)
-        return masked_view(model, maps, layout, hidden), full
+    layout = full.layout if full else model.layout(maps)
+    scores = stream_scores(config, relative, model.stream_organs, position)
+    hidden = draw_hidden(config, scores, layout, model.stream_of_place, masks)
+    return masked_view(model, maps, layout, hidden)
 
 
 def step(learner: "Learner", loss: torch.Tensor, position: float) -> bool:
@@ -125,16 +127,18 @@ def step(learner: "Learner", loss: torch.Tensor, position: float) -> bool:
 
 @torch.no_grad()
 def validation_loss(learner: "Learner", store: ImageStore, indices: NDArray[np.int64], *, site: str) -> float:
-    """Mean loss of subjects under one fixed random mask, the same in every round; NaN without subjects."""
+    """Mean loss of subjects under one fixed, unguided mask, the same in every round; NaN without subjects."""
     if not len(indices):
         return float("nan")
     masks = torch_generator(learner.run.seed, site, "validation")
-    state = learner.objective.state()
+    state, unguided = learner.objective.state(), torch.ones_like(learner.profile)[None]
     losses = []
     for start in range(0, len(indices), learner.run.train.batch_size):
         maps = store.batch(indices[start : start + learner.run.train.batch_size]).to(learner.device)
-        view, full = look(learner, maps, 0.0, masks, None)
-        losses.append(learner.objective.loss(learner.model, learner.teacher, view, full))
+        with _autocast(learner):
+            full = _teach(learner, maps)
+            view = look(learner, maps, full, unguided, 0.0, masks)
+            losses.append(learner.objective.loss(learner.model, learner.teacher, view, full))
     learner.objective.load_state(state)
     return float(torch.cat(losses).mean())
 
@@ -147,22 +151,31 @@ def batches(indices: NDArray[np.int64], size: int, generator: np.random.Generato
             yield order[start : start + size]
 
 
+def _is_guided(learner: "Learner") -> bool:
+    return learner.run.masking.policy in ("sgm", "inverse")
+
+
 @torch.no_grad()
-def _teach(learner: "Learner", maps: Batch, *, guided: bool) -> Encoded:
-    saliency = learner.run.masking.saliency if guided else None
+def _teach(learner: "Learner", maps: Batch) -> Encoded | None:
+    """The teacher's encoding of everything, if objective or masking asks for it."""
+    saliency = learner.run.masking.saliency if _is_guided(learner) else None
+    if not saliency and not learner.objective.needs_teacher:
+        return None
     return learner.teacher.encode(maps, saliency=saliency, keep_blocks=learner.objective.needs_teacher)
 
 
-def _relative_saliency(learner: "Learner", full: Encoded, profile: dict[str, float] | None) -> torch.Tensor:
-    """Saliency that steers the masks, relative to an equal split: [B, S] or [1, S]."""
+def _guidance(learner: "Learner", full: Encoded | None, profile: dict[str, float] | None) -> torch.Tensor:
+    """Saliency that steers the masks, relative to an equal split: [B, S] or [1, S]. Moves the site's profile."""
+    if not _is_guided(learner) or full is None:
+        return torch.ones_like(learner.profile)[None]
     shares = _shares(learner, full)
-    config = learner.run.masking
-    if config.scope == "subject":
+    scope = learner.run.masking.scope
+    if scope == "subject":
         return shares * (shares > 0).sum(dim=1, keepdim=True)
     relative, count = relative_profile(shares)
     moved = learner.profile.lerp(relative, 1.0 - _PROFILE_MOMENTUM)
     learner.profile = torch.where(count > 0, moved, learner.profile)
-    if config.scope == "federation" and profile is not None:
+    if scope == "federation" and profile is not None:
         known = [profile.get(name, 1.0) for name in learner.model.stream_names]
         return torch.tensor([known], device=learner.device)
     return learner.profile[None]
@@ -176,7 +189,8 @@ def _shares(learner: "Learner", full: Encoded) -> torch.Tensor:
 
 @torch.no_grad()
 def _saliency(learner: "Learner", maps: Batch) -> dict[str, float]:
-    relative, count = relative_profile(_shares(learner, _teach(learner, maps, guided=True)))
+    full = learner.teacher.encode(maps, saliency=learner.run.masking.saliency)
+    relative, count = relative_profile(_shares(learner, full))
     pairs = zip(learner.model.stream_names, relative.tolist(), count.tolist(), strict=True)
     return {name: value for name, value, num in pairs if num}
 

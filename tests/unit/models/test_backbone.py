@@ -1,0 +1,74 @@
+"""Backbone: CLS attention against the full matrix, centred values against a loop."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from panfm.models.backbone import Backbone
+from panfm.models.tokens import pack
+
+STREAM_OF_PLACE = torch.tensor([0, 0, 1, 1, 1, 2])
+
+
+@pytest.fixture
+def backbone():
+    torch.manual_seed(0)
+    return Backbone(12, 2, 3)
+
+
+@pytest.fixture
+def layout():
+    return pack(torch.tensor([[True, True, True], [True, False, True], [False, True, False]]), STREAM_OF_PLACE)
+
+
+def slow_saliency(backbone, tokens, layout, kind):
+    """One subject at a time, full attention matrices, no padding."""
+    inputs = [tokens[b][layout.valid[b]] for b in range(len(tokens))]
+    streams = [torch.cat([backbone.cls[None], x])[None] for x in inputs]
+    scores = [torch.zeros(len(x)) for x in inputs]
+    for block in backbone.blocks:
+        attention, values = [], []
+        for x in streams:
+            q, k, v = block.attention.qkv(block.norm1(x)).view(x.shape[1], 3, 3, 4).permute(1, 2, 0, 3)
+            attention.append((q @ k.transpose(-1, -2) / 2.0).softmax(-1)[:, 0])
+            values.append(v[:, 1:])
+        for b in range(len(inputs)):
+            row = attention[b][:, 1:] / attention[b][:, 1:].sum(-1, keepdim=True)
+            if kind == "attention":
+                scores[b] = row.sum(0)
+                continue
+            for token, place in enumerate(layout.place[b][layout.valid[b]]):
+                same = [
+                    values[other][:, column]
+                    for other in range(len(inputs))
+                    for column in torch.nonzero(layout.place[other][layout.valid[other]] == place).flatten()
+                ]
+                centred = values[b][:, token] - torch.stack(same).mean(0)
+                scores[b][token] += (row[:, token] * centred.norm(dim=-1)).sum()
+        streams = [block(x, None)[0] for x in streams]
+    return [score / score.sum() for score in scores]
+
+
+@pytest.mark.parametrize("kind", ["attention", "value"])
+@torch.no_grad()
+def test_saliency_equals_full_attention_matrices(backbone, layout, kind):
+    tokens = torch.randn(3, layout.place.shape[1], 12, generator=torch.Generator().manual_seed(1))
+    found = backbone(tokens, layout, saliency=kind).saliency
+    for b, expected in enumerate(slow_saliency(backbone, tokens, layout, kind)):
+        assert_close(found[b][layout.valid[b]], expected, atol=1e-5, rtol=1e-4)
+        assert (found[b][~layout.valid[b]] == 0).all()
+
+
+@torch.no_grad()
+def test_padding_is_never_attended_to(backbone, layout):
+    tokens = torch.randn(3, layout.place.shape[1], 12, generator=torch.Generator().manual_seed(1))
+    spoiled = torch.where(layout.valid[..., None], tokens, torch.full_like(tokens, 1e3))
+    assert_close(backbone(tokens, layout).cls, backbone(spoiled, layout).cls)
+
+
+@torch.no_grad()
+def test_a_subject_without_any_token_is_its_cls_alone(backbone):
+    empty = pack(torch.tensor([[False, False, False]]), STREAM_OF_PLACE)
+    encoded = backbone(torch.zeros(1, 0, 12), empty, saliency="value")
+    assert torch.isfinite(encoded.cls).all()
+    assert encoded.saliency.shape == (1, 0)

@@ -1,0 +1,54 @@
+"""Stems: block statistics against a slow loop, patches against hand-cut ones."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from panfm.config import StreamConfig
+from panfm.models.stems import block_statistics, patchify, stem_features, stem_images, stem_step
+
+VOLUME = StreamConfig(shape=(8, 8, 4), patch=(4, 4, 2), spacing_mm=(1.0, 1.0, 1.0))
+COLOUR = StreamConfig(shape=(8, 4), patch=(4, 4), channels=3)
+
+
+def test_block_statistics_of_a_hand_computed_block():
+    images = torch.tensor([0.0, 1.0, 1.0, 0.0]).reshape(1, 1, 4)
+    maps = block_statistics(images, (2,))
+    sd = math.log(0.5 + 0.01) + 3.0
+    # gradients |1-0|, |1-1|, |0-1| and none at the end
+    assert_close(maps, torch.tensor([[[0.0, 0.0], [sd, sd], [5.0, 5.0]]]))
+
+
+@pytest.mark.parametrize(("shape", "block"), [((8, 8, 4), (2, 4, 2)), ((6, 4), (3, 2))])
+def test_block_statistics_equal_a_slow_loop(shape, block):
+    images = torch.rand(2, 2, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    maps = block_statistics(images, block)
+    for index in itertools.product(*(range(size // step) for size, step in zip(shape, block, strict=True))):
+        window = tuple(slice(i * step, (i + 1) * step) for i, step in zip(index, block, strict=True))
+        values = images[(slice(None), slice(None), *window)].flatten(2)
+        assert_close(maps[(slice(None), slice(0, 2), *index)], values.mean(-1) * 2 - 1)
+        expected = (values.std(-1, correction=0) + 0.01).log() + 3
+        assert_close(maps[(slice(None), slice(2, 4), *index)], expected)
+
+
+def test_a_constant_image_has_finite_statistics():
+    maps = block_statistics(torch.full((1, 1, 4, 4, 4), 0.3), (2, 2, 2))
+    assert torch.isfinite(maps).all()
+
+
+@pytest.mark.parametrize("tokenizer", ["statistics", "patch"])
+@pytest.mark.parametrize("stream", [VOLUME, COLOUR])
+def test_tokens_have_the_promised_number_of_features(stream, tokenizer):
+    images = torch.rand(3, stream.channels, *stream.shape)
+    tokens = patchify(stem_images(images, stream, tokenizer), stem_step(stream, tokenizer))
+    assert tokens.shape == (3, math.prod(stream.grid), stem_features(stream, tokenizer))
+
+
+def test_patches_are_row_major_and_hold_their_own_voxels():
+    image = torch.arange(32.0).reshape(1, 2, 4, 4)
+    tokens = patchify(image, (2, 2))
+    assert_close(tokens[0, 1], torch.tensor([2.0, 3, 6, 7, 18, 19, 22, 23]))
+    assert_close(tokens[0, 2], torch.tensor([8.0, 9, 12, 13, 24, 25, 28, 29]))

@@ -1,0 +1,27 @@
+"""Shares per stream and the relative profile, by hand."""
+
+import torch
+from torch.testing import assert_close
+
+from panfm.models.tokens import pack
+from panfm.objectives.saliency import relative_profile, stream_shares
+
+STREAM_OF_PLACE = torch.tensor([0, 0, 1])
+
+
+def test_stream_shares_by_hand():
+    layout = pack(torch.tensor([[True, True], [False, True]]), STREAM_OF_PLACE)
+    tokens = torch.tensor([[0.2, 0.3, 0.5], [1.0, 9.0, 9.0]])
+    assert_close(stream_shares(tokens, layout, STREAM_OF_PLACE, 2), torch.tensor([[0.5, 0.5], [0.0, 1.0]]))
+
+
+def test_relative_profile_by_hand():
+    shares = torch.tensor([[0.8, 0.2, 0.0], [1.0, 0.0, 0.0]])
+    mean, count = relative_profile(shares)
+    assert_close(mean, torch.tensor([(1.6 + 1.0) / 2, 0.4, 1.0]))
+    assert count.tolist() == [2, 1, 0]
+
+
+def test_an_equal_split_is_one_whatever_the_streams():
+    shares = torch.tensor([[1 / 3, 1 / 3, 1 / 3], [0.5, 0.0, 0.5]])
+    assert_close(relative_profile(shares)[0], torch.ones(3))
