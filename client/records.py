@@ -1,0 +1,23 @@
+"""Flower's records to plain values and back."""
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+
+from panfm.sharing.messages import Records
+
+
+def unpack(content: RecordDict) -> Records:
+    """What a message from the server holds."""
+    arrays = {name: array.numpy() for record in content.array_records.values() for name, array in record.items()}
+    config = {key: value for record in content.config_records.values() for key, value in record.items()}
+    return Records(arrays=arrays, config=config)
+
+
+def pack(records: Records) -> RecordDict:
+    """Content of a reply: one record of each kind, as Flower's own strategies expect."""
+    return RecordDict(
+        {
+            "arrays": ArrayRecord({name: Array(array) for name, array in records.arrays.items()}),
+            "metrics": MetricRecord(dict(records.metrics)),
+            "config": ConfigRecord(dict(records.config)),
+        }
+    )

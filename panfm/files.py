@@ -1,0 +1,67 @@
+"""Files that are either whole or absent: atomic writes, and a checksum where a silent change would do harm."""
+
+import hashlib
+import os
+from pathlib import Path
+
+from panfm.errors import DataError
+
+_DIGEST_BYTES = 64
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write a file so that a reader, or a crash, meets the old content or the new one, never a part.
+
+    Temporary file in the same folder, fsync, rename, fsync of the folder.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def write_checked(path: Path, content: bytes) -> str:
+    """Write `content` atomically behind its SHA-256; returns the hex digest."""
+    digest = hashlib.sha256(content).hexdigest()
+    write_atomic(path, digest.encode() + content)
+    return digest
+
+
+def read_checked(path: Path) -> bytes:
+    """Read what `write_checked` wrote.
+
+    Raises:
+        DataError: the file cannot be read, or its content is not what was written.
+    """
+    try:
+        stored = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({type(error).__name__})") from error
+    content = stored[_DIGEST_BYTES:]
+    if hashlib.sha256(content).hexdigest().encode() != stored[:_DIGEST_BYTES]:
+        raise DataError(f"{path}: corrupted, its checksum does not match; delete it to fall back to the one before")
+    return content
+
+
+def read_digest(path: Path) -> str:
+    """The digest that stands at the head of a checked file; empty if there is no such file."""
+    try:
+        with path.open("rb") as file:
+            return file.read(_DIGEST_BYTES).decode("ascii", "replace")
+    except OSError:
+        return ""
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,126 @@
+"""Which group a parameter is shared with: the one place that decides, by name.
+
+    streams.<s>.*, heads.streams.<s>.*  ->  stream:<s>   averaged over the sites that hold stream s
+    backbone.*                          ->  backbone     averaged over all sites
+    heads.* (the rest)                  ->  head         averaged over all sites
+
+A group travels as one flat float32 array: its parameters in the order of their sorted names. `GroupManifest` is that
+layout; its hashes are compared in the handshake, so that both ends cut the array at the same places.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from panfm.errors import ProtocolError
+
+Flat = NDArray[np.float32]
+Layout = tuple[tuple[str, tuple[int, ...]], ...]
+
+BACKBONE = "backbone"
+HEAD = "head"
+_STREAM = "stream:"
+
+
+def group_of(name: str) -> str:
+    """Group of a parameter name.
+
+    Raises:
+        ProtocolError: no rule covers the name, so it must not be shared.
+    """
+    match name.split("."):
+        case ["streams", stream, _, *_] | ["heads", "streams", stream, _, *_]:
+            return stream_group(stream)
+        case ["backbone", _, *_]:
+            return BACKBONE
+        case ["heads", other, *_] if other != "streams":
+            return HEAD
+    raise ProtocolError(f"parameter {name!r} belongs to no group: expected streams.*, backbone.* or heads.*")
+
+
+def stream_group(stream: str) -> str:
+    """Group of one stream's parameters."""
+    return _STREAM + stream
+
+
+def stream_of(group: str) -> str | None:
+    """The stream of a `stream:<s>` group; None for any other group."""
+    return group.removeprefix(_STREAM) if group.startswith(_STREAM) else None
+
+
+@dataclass(frozen=True)
+class GroupManifest:
+    """Group -> its parameters, in packing order.
+
+    Guarantees:
+        round trip: `unpack(group, pack(group, tensors))` gives the group's tensors back bit for bit.
+    """
+
+    groups: Mapping[str, Layout]
+
+    @classmethod
+    def of(cls, shapes: Mapping[str, tuple[int, ...]]) -> Self:
+        """Sort parameters into groups. Raises ProtocolError for a name without a group."""
+        groups: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
+        for name in sorted(shapes):
+            groups.setdefault(group_of(name), []).append((name, tuple(shapes[name])))
+        return cls({group: tuple(groups[group]) for group in sorted(groups)})
+
+    def size(self, group: str) -> int:
+        """Numbers in a packed group."""
+        return sum(math.prod(shape) for _, shape in self.groups[group])
+
+    def hashes(self) -> dict[str, str]:
+        """Group -> hex digest of its layout."""
+        return {
+            group: hashlib.sha256(json.dumps(layout).encode()).hexdigest()[:16] for group, layout in self.groups.items()
+        }
+
+    def pack(self, group: str, tensors: Mapping[str, NDArray[np.float32]]) -> Flat:
+        """One flat float32 array of a group.
+
+        Raises:
+            ProtocolError: a parameter is missing, has another shape, or is not float32.
+        """
+        flat = np.empty(self.size(group), dtype=np.float32)
+        start = 0
+        for name, shape in self.groups[group]:
+            tensor = tensors.get(name)
+            if tensor is None or tensor.shape != shape or tensor.dtype != np.float32:
+                found = "nothing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
+                raise ProtocolError(f"{group}: {name} is {found}, expected float32 {list(shape)}")
+            flat[start : start + tensor.size] = tensor.reshape(-1)
+            start += tensor.size
+        return flat
+
+    def pack_all(self, tensors: Mapping[str, NDArray[np.float32]]) -> dict[str, Flat]:
+        """Every group, packed."""
+        return {group: self.pack(group, tensors) for group in self.groups}
+
+    def unpack(self, group: str, flat: Flat) -> dict[str, NDArray[np.float32]]:
+        """The group's parameters, as views of `flat`. Raises ProtocolError if the sizes differ."""
+        if flat.shape != (self.size(group),):
+            raise ProtocolError(f"{group}: got an array of shape {list(flat.shape)}, expected [{self.size(group)}]")
+        tensors = {}
+        start = 0
+        for name, shape in self.groups[group]:
+            stop = start + math.prod(shape)
+            tensors[name] = flat[start:stop].reshape(shape)
+            start = stop
+        return tensors
+
+    def unpack_all(self, flats: Mapping[str, Flat]) -> dict[str, NDArray[np.float32]]:
+        """The parameters of all groups given. Raises ProtocolError for an unknown group."""
+        self.check_known(flats)
+        return {name: tensor for group in flats for name, tensor in self.unpack(group, flats[group]).items()}
+
+    def check_known(self, groups: Iterable[str]) -> None:
+        """Raises ProtocolError if a group is not in the manifest."""
+        if unknown := sorted(set(groups) - set(self.groups)):
+            raise ProtocolError(f"unknown group {unknown[0]!r}, known: {', '.join(self.groups)}")

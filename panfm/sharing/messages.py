@@ -1,0 +1,194 @@
+"""What server and site say to each other, as plain values: no Flower, no torch.
+
+`Records` is the form in which all of it travels: named float32 arrays, numbers, and words. Flower's records, or a
+local socket, carry it without knowing what it means.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from panfm.errors import ProtocolError
+from panfm.sharing.groups import Flat
+
+_WEIGHT = "weight/"
+_SALIENCY = "saliency/"
+
+
+@dataclass(frozen=True)
+class Records:
+    """Content of a message."""
+
+    arrays: Mapping[str, Flat] = field(default_factory=dict)
+    metrics: Mapping[str, float | int] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """Scalars, and lists of one scalar type."""
+
+
+@dataclass(frozen=True)
+class Invitation:
+    """What the server asks a site before round 1."""
+
+    run_toml: str
+    """The resolved run description."""
+
+    def to_records(self) -> Records:
+        """As it travels."""
+        return Records(config={"run": self.run_toml})
+
+    @classmethod
+    def from_records(cls, records: Records) -> Self:
+        """Read it back. Raises ProtocolError if it is missing."""
+        return cls(run_toml=_get(records.config, "run", str))
+
+
+@dataclass(frozen=True)
+class Handshake:
+    """What a site answers to an invitation."""
+
+    site: str
+    subjects: int
+    """Subjects in the train split."""
+    streams: Mapping[str, int]
+    """Stream held -> subjects of the train split with it."""
+    versions: Mapping[str, str]
+    config_hash: str
+    """Of the run description as this site understands it."""
+    group_hashes: Mapping[str, str]
+    """Group this site trains -> layout."""
+
+    def to_records(self) -> Records:
+        """As it travels."""
+        return Records(
+            config={
+                "site": self.site,
+                "subjects": self.subjects,
+                "config-hash": self.config_hash,
+                **_parallel("streams", self.streams),
+                **_parallel("versions", self.versions),
+                **_parallel("groups", self.group_hashes),
+            }
+        )
+
+    @classmethod
+    def from_records(cls, records: Records) -> Self:
+        """Read it back. Raises ProtocolError if something is missing or of the wrong type."""
+        config = records.config
+        return cls(
+            site=_get(config, "site", str),
+            subjects=_get(config, "subjects", int),
+            streams=_table(config, "streams", int),
+            versions=_table(config, "versions", str),
+            config_hash=_get(config, "config-hash", str),
+            group_hashes=_table(config, "groups", str),
+        )
+
+
+@dataclass(frozen=True)
+class RoundTask:
+    """What the server asks of a site in one round."""
+
+    run_id: str
+    round_number: int
+    """From 1."""
+    run_toml: str
+    """The resolved run description."""
+    groups: Mapping[str, Flat]
+    """Group -> global parameters, packed."""
+    profile: Mapping[str, float] | None = None
+    """Federation's saliency per stream, relative to an equal split."""
+
+    def to_records(self) -> Records:
+        """As it travels."""
+        config = {"run-id": self.run_id, "round": self.round_number, "run": self.run_toml}
+        return Records(self.groups, {}, config | (_parallel("profile", self.profile) if self.profile else {}))
+
+    @classmethod
+    def from_records(cls, records: Records) -> Self:
+        """Read it back. Raises ProtocolError if something is missing or of the wrong type."""
+        config = records.config
+        return cls(
+            run_id=_get(config, "run-id", str),
+            round_number=_get(config, "round", int),
+            run_toml=_get(config, "run", str),
+            groups=records.arrays,
+            profile=_table(config, "profile", float) if "profile-names" in config else None,
+        )
+
+
+@dataclass(frozen=True)
+class RoundReply:
+    """What a site answers. Only `panfm.sharing.release.build_reply` makes one."""
+
+    run_id: str
+    round_number: int
+    state_round: int
+    """The round whose private state the site started from; 0: none, it started fresh."""
+    updates: Mapping[str, Flat]
+    """Group -> local minus global parameters, packed."""
+    weights: Mapping[str, float]
+    """Group -> weight of this site."""
+    loss: float | None = None
+    validation_loss: float | None = None
+    num_skipped: int | None = None
+    """Local steps left out because they were not finite."""
+    saliency: Mapping[str, float] = field(default_factory=dict)
+
+    def to_records(self) -> Records:
+        """As it travels."""
+        numbers = {"loss": self.loss, "validation-loss": self.validation_loss, "num-skipped": self.num_skipped}
+        metrics: dict[str, float | int] = {key: value for key, value in numbers.items() if value is not None}
+        metrics |= {_WEIGHT + group: weight for group, weight in self.weights.items()}
+        metrics |= {_SALIENCY + stream: share for stream, share in self.saliency.items()}
+        config = {"run-id": self.run_id, "round": self.round_number, "state-round": self.state_round}
+        return Records(self.updates, metrics, config)
+
+    @classmethod
+    def from_records(cls, records: Records) -> Self:
+        """Read it back. Raises ProtocolError if something is missing or of the wrong type."""
+        metrics, config = records.metrics, records.config
+        skipped = metrics.get("num-skipped")
+        return cls(
+            run_id=_get(config, "run-id", str),
+            round_number=_get(config, "round", int),
+            state_round=_get(config, "state-round", int),
+            updates=records.arrays,
+            weights=_prefixed(metrics, _WEIGHT),
+            loss=_optional(metrics, "loss"),
+            validation_loss=_optional(metrics, "validation-loss"),
+            num_skipped=skipped if isinstance(skipped, int) else None,
+            saliency=_prefixed(metrics, _SALIENCY),
+        )
+
+
+def _parallel(key: str, table: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Two lists stand for a table: Flower's records hold no nested tables."""
+    return {f"{key}-names": list(table), f"{key}-values": list(table.values())}
+
+
+def _table(config: Mapping[str, Any], key: str, kind: type[Any]) -> dict[str, Any]:
+    names, values = _get(config, f"{key}-names", list), _get(config, f"{key}-values", list)
+    if len(names) != len(values) or not all(isinstance(value, kind) for value in values):
+        raise ProtocolError(f"message: {key} is not a table of {kind.__name__}")
+    return dict(zip(names, values, strict=True))
+
+
+def _get(config: Mapping[str, Any], key: str, kind: type[Any]) -> Any:
+    value = config.get(key)
+    if not isinstance(value, kind):
+        raise ProtocolError(f"message: {key} is {type(value).__name__}, expected {kind.__name__}")
+    return value
+
+
+def _prefixed(metrics: Mapping[str, Any], prefix: str) -> dict[str, float]:
+    found = {key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)}
+    for key, value in found.items():
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise ProtocolError(f"message: {prefix}{key} is {value!r:.40}, expected a finite number")
+    return {key: float(value) for key, value in found.items()}
+
+
+def _optional(metrics: Mapping[str, Any], key: str) -> float | None:
+    value = metrics.get(key)
+    return float(value) if isinstance(value, int | float) else None

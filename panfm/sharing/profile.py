@@ -1,0 +1,29 @@
+"""The federation's saliency profile: how much the model leans on each stream, over all sites."""
+
+from collections.abc import Iterable
+
+from panfm.sharing.groups import stream_group
+from panfm.sharing.messages import RoundReply
+
+
+def federated_profile(replies: Iterable[RoundReply]) -> dict[str, float] | None:
+    """Mean saliency per stream, weighted as the stream's parameters are.
+
+    Saliency is relative to an equal split (1: the stream's fair share). Sites with one stream are left out: theirs is
+    1 by definition and says nothing about balance.
+
+    Returns:
+        None if no site with two streams or more sent its saliency. The bits do not depend on the order of replies.
+    """
+    terms: dict[str, list[tuple[float, float]]] = {}
+    for reply in replies:
+        if len(reply.saliency) > 1:
+            for stream, saliency in reply.saliency.items():
+                weight = reply.weights.get(stream_group(stream), 0.0)
+                terms.setdefault(stream, []).append((weight * saliency, weight))
+    return {stream: _mean(sorted(terms[stream])) for stream in sorted(terms)} or None
+
+
+def _mean(terms: list[tuple[float, float]]) -> float:
+    weight = sum(weight for _, weight in terms)
+    return sum(term for term, _ in terms) / weight if weight else 1.0

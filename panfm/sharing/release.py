@@ -1,0 +1,69 @@
+"""What leaves a site, decided in one function.
+
+Every field of a reply is either the server's own words sent back (which run, which round, whether private state was
+at hand) or is released under one name of `Releasable`. What the site's `limits.may-leave` does not name stays.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from panfm.config import Releasable
+from panfm.errors import ProtocolError
+from panfm.sharing.groups import Flat
+from panfm.sharing.messages import RoundReply, RoundTask
+
+RELEASED_UNDER = {
+    "updates": Releasable.UPDATES,
+    "weights": Releasable.COUNTS,
+    "loss": Releasable.LOSS,
+    "validation_loss": Releasable.LOSS,
+    "num_skipped": Releasable.LOSS,
+    "saliency": Releasable.SALIENCY,
+}
+"""Field of a reply -> the name under which the site allows it."""
+NEEDED = (Releasable.UPDATES, Releasable.COUNTS)
+"""Without these a site cannot take part."""
+
+
+@dataclass(frozen=True)
+class RoundResult:
+    """What a site holds at the end of a round, before anything is decided."""
+
+    state_round: int
+    parameters: Mapping[str, Flat]
+    """Group -> local parameters, packed."""
+    weights: Mapping[str, float]
+    loss: float
+    validation_loss: float | None
+    num_skipped: int
+    saliency: Mapping[str, float]
+
+
+def check_may_take_part(may_leave: Collection[Releasable]) -> None:
+    """Raises ProtocolError if the site forbids what every round needs."""
+    for needed in NEEDED:
+        if needed not in may_leave:
+            raise ProtocolError(f"this site's limits.may-leave lacks {needed.value}, which every round needs")
+
+
+def build_reply(task: RoundTask, result: RoundResult, *, may_leave: Collection[Releasable]) -> RoundReply:
+    """The reply to a task: the only way out of a site.
+
+    Guarantees:
+        closed: the reply holds nothing but `RELEASED_UNDER`, restricted to `may_leave`, and the three words of the
+            protocol (run, round, state round).
+    Raises:
+        ProtocolError: the site forbids updates or counts.
+    """
+    check_may_take_part(may_leave)
+    content: dict[str, Any] = {
+        "updates": {group: local - task.groups[group] for group, local in result.parameters.items()},
+        "weights": result.weights,
+        "loss": result.loss,
+        "validation_loss": result.validation_loss,
+        "num_skipped": result.num_skipped,
+        "saliency": result.saliency,
+    }
+    allowed = {field: value for field, value in content.items() if RELEASED_UNDER[field] in may_leave}
+    return RoundReply(task.run_id, task.round_number, result.state_round, **allowed)

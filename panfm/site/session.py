@@ -1,0 +1,109 @@
+"""One run at one site, kept warm between rounds: images, model, and where its private state stands.
+
+Disk is the truth. What is in memory is used only if it is what the file of the round before holds; otherwise the file
+is loaded. So a site that was killed, or that another process served in between, goes on with the same bits.
+"""
+
+import logging
+
+import torch
+
+from panfm.config import RunConfig
+from panfm.data.store import ImageStore
+from panfm.objectives import Learner
+from panfm.sharing.groups import Flat, GroupManifest
+from panfm.sharing.messages import RoundTask
+from panfm.sharing.release import RoundResult
+from panfm.sharing.weights import group_weight
+from panfm.site.state import StateStore
+
+logger = logging.getLogger(__name__)
+
+
+class Session:
+    """Trains rounds of one run on one store."""
+
+    def __init__(self, site: str, run: RunConfig, store: ImageStore) -> None:
+        self.site = site
+        self.run = run
+        self.store = store
+        self.streams = held_streams(run, store)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        trained = tuple(run.streams) if run.sharing.rule == "plain" else tuple(self.streams)
+        self.learner = Learner(run, trained, device=device)
+        self.manifest = GroupManifest.of(
+            {name: tuple(tensor.shape) for name, tensor in self.learner.shared_state().items()}
+        )
+        self._in_memory = ""
+
+    def train_round(self, task: RoundTask, states: StateStore) -> RoundResult:
+        """Start from the round before, train, keep the private state, and say what came of it.
+
+        Raises:
+            ProtocolError: the task's groups do not fit this site's model.
+            DataError: the private state on disk is corrupted.
+        """
+        torch.set_num_threads(self.run.train.threads)
+        self._load_shared(task)
+        state_round = self._load_private(task.round_number, states)
+        num_steps = self.run.train.local_steps
+        result = self.learner.train(
+            self.store,
+            self.store.indices("train"),
+            first_step=(task.round_number - 1) * num_steps,
+            num_steps=num_steps,
+            site=self.site,
+            round_number=task.round_number,
+            profile=dict(task.profile) if task.profile else None,
+        )
+        validation_loss = self._validation_loss()
+        self._in_memory = states.save(task.round_number, self.learner.private_state())
+        weights = {
+            group: group_weight(
+                self.run,
+                group,
+                subjects=result.subjects,
+                subjects_per_stream=result.subjects_per_stream,
+                num_steps=result.num_steps,
+            )
+            for group in self.manifest.groups
+        }
+        return RoundResult(
+            state_round=state_round,
+            parameters=self._parameters(),
+            weights=weights,
+            loss=result.loss,
+            validation_loss=validation_loss,
+            num_skipped=result.num_skipped,
+            saliency=result.saliency,
+        )
+
+    def _load_shared(self, task: RoundTask) -> None:
+        arrays = self.manifest.unpack_all(task.groups)
+        self.learner.load_shared({name: torch.from_numpy(array) for name, array in arrays.items()})
+
+    def _load_private(self, round_number: int, states: StateStore) -> int:
+        """Returns the round whose private state is now in place; 0: a fresh one."""
+        before = states.round_before(round_number)
+        if before < round_number - 1:
+            logger.warning("round %s: private state of round %s is missing, using %s", round_number, round_number - 1,
+                           f"round {before}" if before else "a fresh one")  # fmt: skip
+        if before == 0:
+            self.learner.reset_private()
+        elif states.digest(before) != self._in_memory:
+            self.learner.load_private(states.load(before))
+        self._in_memory = ""
+        return before
+
+    def _parameters(self) -> dict[str, Flat]:
+        return self.manifest.pack_all({name: value.numpy() for name, value in self.learner.shared_state().items()})
+
+    def _validation_loss(self) -> float | None:
+        indices = self.store.indices("val")
+        return self.learner.validation_loss(self.store, indices, site=self.site) if len(indices) else None
+
+
+def held_streams(run: RunConfig, store: ImageStore) -> dict[str, int]:
+    """The run's streams that the store's train split holds, in the run's order -> subjects with it."""
+    counts = {stream: store.num_holding(stream, "train") for stream in run.streams if stream in store.images}
+    return {stream: count for stream, count in counts.items() if count}

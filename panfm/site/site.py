@@ -1,0 +1,83 @@
+"""One site, without Flower: it shakes hands, trains a round, and decides what leaves.
+
+The ClientApp calls it in a simulation; a resident worker will call it in a hospital. It reads the site's own folder,
+and what comes in from outside is one `RoundTask`.
+"""
+
+import platform
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from panfm import __version__
+from panfm.config import config_hash, load_site, parse_run, site_path
+from panfm.data.cache import open_store
+from panfm.errors import DataError, ProtocolError
+from panfm.sharing.messages import Handshake, Invitation, RoundReply, RoundTask
+from panfm.sharing.release import build_reply, check_may_take_part
+from panfm.site.session import Session
+from panfm.site.state import StateStore
+
+
+class Site:
+    """A site folder at work.
+
+    Guarantees:
+        repeatable: the same task gives the same reply, however often it is asked, in whichever process.
+        own limits: what `site.toml` does not allow to leave is in no reply.
+    """
+
+    def __init__(self, folder: Path, state_dir: Path | None = None) -> None:
+        """Open a site.
+
+        Args:
+            folder: The site folder.
+            state_dir: Where private state is kept, instead of where `site.toml` says.
+        """
+        self.folder = folder
+        self.config = load_site(folder)
+        self.state_dir = state_dir or site_path(folder, self.config.state_dir)
+        self._warm: tuple[str, Session] | None = None
+
+    def handshake(self, invitation: Invitation) -> Handshake:
+        """Open the data, build the model, and tell what the server needs to know before round 1.
+
+        Raises:
+            DataError: the data is faulty, or holds none of the run's streams.
+            ProtocolError: the site's limits make taking part impossible.
+        """
+        check_may_take_part(self.config.limits.may_leave)
+        session = self._session(invitation.run_toml)
+        if not session.streams:
+            raise DataError(f"{self.folder}: no subject in the train split holds a stream of this run")
+        return Handshake(
+            site=self.config.name,
+            subjects=len(session.store.indices("train")),
+            streams=session.streams,
+            versions={"panfm": __version__, "torch": torch.__version__, "python": platform.python_version()},
+            config_hash=config_hash(session.run),
+            group_hashes=session.manifest.hashes(),
+        )
+
+    def train_round(self, task: RoundTask) -> RoundReply:
+        """One round. Raises ProtocolError for a task that does not fit, DataError for corrupted private state."""
+        check_may_take_part(self.config.limits.may_leave)
+        session = self._session(task.run_toml)
+        if not 1 <= task.round_number <= session.run.train.rounds:
+            raise ProtocolError(f"round {task.round_number}: expected 1 to {session.run.train.rounds}")
+        result = session.train_round(task, StateStore(self.state_dir, task.run_id))
+        return build_reply(task, result, may_leave=self.config.limits.may_leave)
+
+    def _session(self, run_toml: str) -> Session:
+        """The warm session of a run description, or a new one in its place."""
+        if self._warm is None or self._warm[0] != run_toml:
+            run = parse_run(run_toml)
+            self._warm = (run_toml, Session(self.config.name, run, open_store(self.folder, run.streams)))
+        return self._warm[1]
+
+
+@lru_cache(maxsize=128)
+def resident_site(folder: Path, state_dir: Path | None = None) -> Site:
+    """The site of a folder, opened once per process, so that images and model stay warm between rounds."""
+    return Site(folder, state_dir)

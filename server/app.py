@@ -1,0 +1,43 @@
+"""ServerApp: reads the run config, opens the run folder, runs the federation."""
+
+import time
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from panfm.config import load_run
+from panfm.errors import ConfigError
+from server.progress import Progress
+from server.rounds import run_federation
+from server.run_folder import RunFolder
+
+_ROOT = Path(__file__).resolve().parents[1]
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the experiment that the run config names; raises, and so fails the run, if it does not do what was asked."""
+    words = {key: str(value) for key, value in context.run_config.items()}
+    sites = words.get("sites", "")
+    num_sites = len(list(Path(sites).glob("*/site.toml"))) if sites else None
+    run_federation(grid, open_folder(words), Progress(), num_sites=num_sites)
+
+
+def open_folder(words: dict[str, str]) -> RunFolder:
+    """The run folder to fill: a new one for `experiment`, or the one that `resume` names.
+
+    Raises:
+        ConfigError: the experiment or its overrides do not hold.
+        RunError: the folder holds a run already.
+    """
+    if resume := words.get("resume"):
+        return RunFolder.resume(Path(resume))
+    if not (experiment := words.get("experiment")):
+        raise ConfigError("run-config: experiment is missing, expected the path of a run description")
+    overrides = [override for override in words.get("overrides", "").split(";") if override.strip()]
+    run = load_run(_ROOT / experiment, overrides)
+    path = words.get("run-dir") or f"runs/{run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return RunFolder.create(Path(path), run)

@@ -1,0 +1,58 @@
+"""One question to many sites, with a deadline: the answers as they come, and who did not answer well."""
+
+import time
+from collections.abc import Iterable, Iterator
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+_MAX_PAUSE_S = 2.0
+_PAUSE_SHARE = 0.05
+"""Between looks we wait this share of the time already waited: at most 5 % late, few requests."""
+
+
+class Exchange:
+    """Iterate over it for the good replies; afterwards `failed` and `seconds` tell the rest.
+
+    Replies are fetched one at a time, so that only one is in memory. A failure is put down to the node that was asked
+    (Flower's own error replies name another), by the id of the message.
+    """
+
+    def __init__(self, grid: Grid, messages: Iterable[Message], timeout_s: float) -> None:
+        self.failed: dict[int, str] = {}
+        """Node id -> why there is no good reply."""
+        self.seconds: dict[int, float] = {}
+        """Node id -> seconds until its reply."""
+        self._grid = grid
+        self._timeout_s = timeout_s
+        self._start = time.monotonic()
+        self._waiting: dict[str, int] = {}
+        for message in messages:
+            self._push(message)
+
+    def __iter__(self) -> Iterator[Message]:
+        while self._waiting and self._elapsed() < self._timeout_s:
+            before = len(self._waiting)
+            for message_id in list(self._waiting):
+                for reply in self._grid.pull_messages([message_id]):
+                    node_id = self._waiting.pop(message_id)
+                    self.seconds[node_id] = self._elapsed()
+                    if reply.has_error():
+                        self.failed[node_id] = reply.error.reason or f"error {reply.error.code}"
+                    else:
+                        yield reply
+            if self._waiting and len(self._waiting) == before:
+                time.sleep(min(_MAX_PAUSE_S, 0.01 + _PAUSE_SHARE * self._elapsed()))
+        self.failed |= dict.fromkeys(self._waiting.values(), f"no reply within {self._timeout_s:g} s")
+
+    def _push(self, message: Message) -> None:
+        """One at a time: arrays that an earlier message carried are not sent again."""
+        node_id = message.metadata.dst_node_id
+        message_id = next(iter(self._grid.push_messages([message])), None)
+        if message_id:
+            self._waiting[message_id] = node_id
+        else:
+            self.failed[node_id] = "the message could not be sent"
+
+    def _elapsed(self) -> float:
+        return time.monotonic() - self._start

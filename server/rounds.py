@@ -1,0 +1,150 @@
+"""The federation, from the server's side: shake hands, then rounds, then the final model.
+
+    1. every site tells what it holds                                  (handshake.py)
+    2. each round: send each site its groups, take replies until the deadline, refuse bad ones, average the rest
+                                                                       (exchange.py, strategies/)
+    3. each round ends on disk: a checkpoint and a line in rounds.jsonl (checkpoint.py, run_folder.py)
+
+A round with fewer good replies than `federation.min-sites` ends the run with an error; it can be resumed.
+"""
+
+import secrets
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from flwr.app import Array, ArrayRecord, ConfigRecord
+from flwr.serverapp import Grid
+
+from panfm.config import RunConfig, dump_toml
+from panfm.errors import RunError
+from panfm.models import build_model
+from panfm.sharing.groups import BACKBONE, GroupManifest, stream_of
+from panfm.sharing.messages import Handshake, RoundReply, RoundTask
+from panfm.sharing.profile import federated_profile
+from server.checkpoint import ServerState
+from server.exchange import Exchange
+from server.handshake import shake_hands
+from server.progress import Progress
+from server.run_folder import RunFolder
+from strategies import GroupedMean, RoundOutcome
+
+
+def run_federation(grid: Grid, folder: RunFolder, progress: Progress, *, num_sites: int | None = None) -> None:
+    """Run all rounds that are still to do.
+
+    Args:
+        grid: Flower's line to the sites.
+        folder: A new run, or one to resume.
+        num_sites: Wait for, and insist on, this many sites; `federation.min-sites` when left out.
+    Raises:
+        RunError: too few sites, one that does not fit, or a round without a quorum.
+    """
+    run = folder.run.model_copy(update={"cohort": None})
+    first, manifest = initial_state(run)
+    state = folder.latest_state() or first
+    roster = shake_hands(grid, run, manifest, at_least=num_sites or run.federation.min_sites)
+    folder.save_sites(roster)
+    progress.sites(run, roster)
+    strategy = GroupedMean(run, manifest, roster)
+    while state.round_number < run.train.rounds:
+        state, line = train_round(grid, strategy, run, state)
+        folder.append_round(line)
+        require_quorum(run, line)
+        folder.save_state(state)
+        progress.round(run, line)
+    folder.save_model(state, manifest, [handshake.site for handshake in roster.values()])
+
+
+def train_round(
+    grid: Grid, strategy: GroupedMean, run: RunConfig, state: ServerState
+) -> tuple[ServerState, dict[str, Any]]:
+    """One round: the next state, and its line for rounds.jsonl."""
+    start = time.monotonic()
+    number = state.round_number + 1
+    task = RoundTask(state.run_id, number, dump_toml(run), state.groups, state.profile)
+    arrays = ArrayRecord({group: Array(flat) for group, flat in state.groups.items()})
+    config = ConfigRecord(dict(task.to_records().config))
+    exchange = Exchange(grid, strategy.configure_train(number, arrays, config, grid), run.federation.round_timeout_s)
+    arrays, _ = strategy.aggregate_train(number, exchange)
+    outcome = strategy.outcome
+    line = _round_line(number, start, strategy.roster, exchange, strategy.outcome, state)
+    groups = {group: array.numpy() for group, array in arrays.items()}
+    return ServerState(state.run_id, number, groups, line["profile"] or state.profile), line
+
+
+def require_quorum(run: RunConfig, line: Mapping[str, Any]) -> None:
+    """Raises RunError if a round had too few good replies; the line says why each of the others failed."""
+    needed, found = run.federation.min_sites, len(line["sites"])
+    if found < needed:
+        reasons = "; ".join(f"{site}: {reason}" for site, reason in line["rejected"].items())
+        raise RunError(
+            f"round {line['round']}: {found} good replies, at least {needed} needed (federation.min-sites): {reasons}"
+        )
+
+
+def initial_state(run: RunConfig) -> tuple[ServerState, GroupManifest]:
+    """The model before round 1, under a new run id, and the layout of its groups."""
+    tensors = {name: tensor.numpy() for name, tensor in build_model(run).state_dict().items()}
+    manifest = GroupManifest.of({name: tensor.shape for name, tensor in tensors.items()})
+    return ServerState(f"{run.name[:48]}-{secrets.token_hex(4)}", 0, manifest.pack_all(tensors)), manifest
+
+
+def _round_line(
+    number: int,
+    start: float,
+    roster: Mapping[int, Handshake],
+    exchange: Exchange,
+    outcome: RoundOutcome,
+    before: ServerState,
+) -> dict[str, Any]:
+    """What happened in a round, by site name."""
+    names = {node_id: handshake.site for node_id, handshake in roster.items()}
+    seconds = {names[node_id]: value for node_id, value in exchange.seconds.items()}
+    failed = {names[node_id]: reason for node_id, reason in exchange.failed.items()}
+    bytes_down: dict[str, int] = {}
+    for handshake in roster.values():
+        for group in handshake.group_hashes:
+            bytes_down[group] = bytes_down.get(group, 0) + before.groups[group].nbytes
+    accepted = dict(sorted(outcome.accepted.items()))
+    return {
+        "round": number,
+        "phase": "train",
+        "seconds": round(time.monotonic() - start, 4),
+        "loss": _mean_loss(accepted),
+        "sites": {site: _site_line(reply, seconds[site]) for site, reply in accepted.items()},
+        "rejected": dict(sorted((failed | outcome.rejected).items())),
+        "coverage": _coverage(accepted),
+        "bytes_down": bytes_down,
+        "bytes_up": dict(sorted(outcome.bytes_up.items())),
+        "profile": federated_profile(accepted.values()),
+    }
+
+
+def _coverage(replies: Mapping[str, RoundReply]) -> dict[str, list[str]]:
+    """Stream -> sites whose replies moved it."""
+    found: dict[str, list[str]] = {}
+    for site, reply in replies.items():
+        for group in reply.weights:
+            if (stream := stream_of(group)) and reply.weights[group]:
+                found.setdefault(stream, []).append(site)
+    return dict(sorted(found.items()))
+
+
+def _site_line(reply: RoundReply, seconds: float) -> dict[str, Any]:
+    return {
+        "seconds": round(seconds, 4),
+        "state_round": reply.state_round,
+        "loss": reply.loss,
+        "validation_loss": reply.validation_loss,
+        "num_skipped": reply.num_skipped,
+        "saliency": dict(reply.saliency),
+        "weights": dict(reply.weights),
+    }
+
+
+def _mean_loss(replies: Mapping[str, RoundReply]) -> float | None:
+    """Mean of the losses that were released, weighted as the backbone is."""
+    known = [(reply.loss, reply.weights[BACKBONE]) for reply in replies.values() if reply.loss is not None]
+    total = sum(weight for _, weight in known)
+    return sum(loss * weight for loss, weight in known) / total if total else None

@@ -1,0 +1,125 @@
+"""Everything one run leaves on disk.
+
+run.toml           the resolved description
+sites.json         handshakes and coverage
+rounds.jsonl       one line per round
+checkpoint/        the server's state after the last rounds
+model/             model.safetensors, metadata.json, run.toml
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import safetensors.numpy
+
+from panfm import __version__
+from panfm.config import RunConfig, dump_toml, load_run
+from panfm.errors import RunError
+from panfm.files import write_atomic
+from panfm.sharing.groups import GroupManifest
+from panfm.sharing.messages import Handshake
+from server.checkpoint import ServerState, load_latest, save_state
+
+
+class RunFolder:
+    """The folder of one run."""
+
+    def __init__(self, path: Path, run: RunConfig) -> None:
+        self.path = path
+        self.run = run
+
+    @classmethod
+    def create(cls, path: Path, run: RunConfig) -> Self:
+        """Start a new run. Raises RunError if the folder holds one already."""
+        if (path / "checkpoint").exists():
+            raise RunError(f"{path}: holds a run already; resume it or choose another folder")
+        write_atomic(path / "run.toml", dump_toml(run).encode())
+        (path / "rounds.jsonl").write_bytes(b"")
+        return cls(path, run)
+
+    @classmethod
+    def resume(cls, path: Path) -> Self:
+        """Go on with a run, as it was described. Raises ConfigError if the folder holds none."""
+        folder = cls(path, load_run(path / "run.toml"))
+        done = state.round_number if (state := folder.latest_state()) else 0
+        rounds = path / "rounds.jsonl"
+        lines = rounds.read_text(encoding="utf-8").splitlines() if rounds.exists() else []
+        kept = [line + "\n" for line in lines if _is_whole(line) and json.loads(line)["round"] <= done]
+        write_atomic(rounds, "".join(kept).encode())
+        return folder
+
+    def latest_state(self) -> ServerState | None:
+        """The last checkpoint, if there is one."""
+        return load_latest(self.path / "checkpoint")
+
+    def save_state(self, state: ServerState) -> None:
+        """Write a checkpoint."""
+        save_state(self.path / "checkpoint", state)
+
+    def append_round(self, line: Mapping[str, Any]) -> None:
+        """Add a line to rounds.jsonl; numbers that are not finite become null."""
+        with (self.path / "rounds.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
+
+    def save_sites(self, roster: Mapping[int, Handshake]) -> None:
+        """Write sites.json."""
+        sites = {
+            handshake.site: {
+                "subjects": handshake.subjects,
+                "streams": dict(handshake.streams),
+                "versions": dict(handshake.versions),
+                "groups": list(handshake.group_hashes),
+            }
+            for handshake in roster.values()
+        }
+        self._write_json("sites.json", {"sites": sites, "coverage": coverage(self.run, roster.values())})
+
+    def save_model(self, state: ServerState, manifest: GroupManifest, sites: list[str]) -> None:
+        """Write model/: the global parameters by name, and what they are."""
+        tensors = manifest.unpack_all(state.groups)
+        write_atomic(self.path / "model" / "model.safetensors", safetensors.numpy.save(tensors))
+        write_atomic(self.path / "model" / "run.toml", dump_toml(self.run).encode())
+        self._write_json(
+            "model/metadata.json",
+            {
+                "name": self.run.name,
+                "run-id": state.run_id,
+                "rounds": state.round_number,
+                "sites": sites,
+                "streams": {name: stream.model_dump(mode="json") for name, stream in self.run.streams.items()},
+                "parameters": {group: manifest.size(group) for group in manifest.groups},
+                "panfm": __version__,
+                "intended-use": "research; not a medical device",
+            },
+        )
+
+    def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        write_atomic(self.path / name, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def coverage(run: RunConfig, handshakes: Any) -> dict[str, dict[str, int]]:
+    """Stream -> site that holds it -> subjects."""
+    found = list(handshakes)
+    return {
+        stream: {handshake.site: handshake.streams[stream] for handshake in found if stream in handshake.streams}
+        for stream in run.streams
+    }
+
+
+def _is_whole(line: str) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

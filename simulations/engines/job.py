@@ -1,0 +1,40 @@
+"""What an engine is given, and the choice of one."""
+
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+ENGINES = ("local", "ray", "flower")
+"""local: in this process; ray: Flower's simulation engine; flower: `flwr run` on a local Flower connection."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One federation over site folders."""
+
+    sites: Path
+    """Folder of site folders."""
+    run_dir: Path
+    """Run folder; holds `run.toml` already."""
+    resume: bool = False
+
+    @property
+    def num_sites(self) -> int:
+        """How many sites there are."""
+        return len(list(self.sites.glob("*/site.toml")))
+
+    def run_config(self) -> dict[str, str]:
+        """The scalars that the apps read."""
+        run_dir = str(self.run_dir.resolve())
+        return {
+            "experiment": f"{run_dir}/run.toml",
+            "overrides": "",
+            "sites": str(self.sites.resolve()),
+            "run-dir": run_dir,
+            "resume": run_dir if self.resume else "",
+        }
+
+
+def run_job(job: Job, engine: str) -> None:
+    """Run a federation to its end. Raises RunError, or what the ServerApp raised, if it did not get there."""
+    import_module(f"simulations.engines.{engine}").run(job)

@@ -1,0 +1,15 @@
+"""Settings under which Flower and Ray talk to nobody and install nothing. Applied before they are imported."""
+
+import os
+
+OFFLINE = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+
+def go_offline() -> None:
+    """Set them in this process and for its children."""
+    os.environ.update(OFFLINE)

@@ -1,0 +1,47 @@
+"""Engine `ray`: Flower's simulation engine, sites in parallel processes.
+
+Flower's Python entry takes no run config, so both apps are wrapped to see it.
+"""
+
+from dataclasses import dataclass
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+from flwr.simulation import run_simulation
+
+from simulations.engines.job import Job
+
+
+@dataclass
+class _ConfiguredClient(ClientApp):
+    """The ClientApp, in a context with our run config."""
+
+    run_config: dict[str, str]
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        from client.app import app
+
+        return app(message, _with_config(context, self.run_config))
+
+
+def run(job: Job) -> None:
+    """Run a federation on Ray, one CPU per site at work."""
+    from server.app import app
+
+    server_app = ServerApp()
+
+    @server_app.main()
+    def main(grid: Grid, context: Context) -> None:
+        app(grid, _with_config(context, job.run_config()))
+
+    run_simulation(
+        server_app,
+        _ConfiguredClient(job.run_config()),
+        num_supernodes=job.num_sites,
+        backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0.0}},
+    )
+
+
+def _with_config(context: Context, run_config: dict[str, str]) -> Context:
+    return Context(context.run_id, context.node_id, context.node_config, context.state, dict(run_config))

@@ -1,0 +1,48 @@
+"""What a reply must be before it may touch the global model."""
+
+from collections.abc import Mapping
+
+from panfm.config import RunConfig
+from panfm.errors import ProtocolError
+from panfm.sharing.mean import ExactMean
+from panfm.sharing.messages import Handshake, RoundReply
+from panfm.sharing.weights import group_weight
+
+
+def weight_limit(run: RunConfig, group: str, handshake: Handshake) -> float:
+    """The most a site may weigh in a group, by the numbers it gave before round 1."""
+    return group_weight(
+        run,
+        group,
+        subjects=handshake.subjects,
+        subjects_per_stream=handshake.streams,
+        num_steps=run.train.local_steps,
+    )
+
+
+def check_reply(
+    reply: RoundReply, handshake: Handshake, means: Mapping[str, ExactMean], run: RunConfig, *, of: tuple[str, int]
+) -> None:
+    """Refuse a reply that is stale, incomplete, malformed, or out of bounds.
+
+    Args:
+        means: Group -> the mean it would enter.
+        of: Run id and round that are being answered.
+    Raises:
+        ProtocolError: the reason, on one line.
+    """
+    if (reply.run_id, reply.round_number) != of:
+        raise ProtocolError(f"answers round {reply.round_number} of {reply.run_id}, expected round {of[1]} of {of[0]}")
+    expected = set(handshake.group_hashes)
+    for what, found in (("updates", set(reply.updates)), ("weights", set(reply.weights))):
+        if found != expected:
+            missing, extra = sorted(expected - found), sorted(found - expected)
+            raise ProtocolError(f"{what}: missing {missing or 'none'}, not expected {extra or 'none'}")
+    for group, update in reply.updates.items():
+        weight, limit = reply.weights[group], weight_limit(run, group, handshake)
+        if not 0.0 <= weight <= limit:
+            raise ProtocolError(f"{group}: weight {weight:g}, expected 0 to {limit:g} by the site's handshake")
+        try:
+            means[group].check(update, weight)
+        except ProtocolError as error:
+            raise ProtocolError(f"{group}: {error}") from error

@@ -1,0 +1,13 @@
+"""Flower's records to plain values."""
+
+from flwr.app import RecordDict
+
+from panfm.sharing.messages import Records
+
+
+def unpack(content: RecordDict) -> Records:
+    """What a reply of a site holds."""
+    arrays = {name: array.numpy() for record in content.array_records.values() for name, array in record.items()}
+    metrics = {key: value for record in content.metric_records.values() for key, value in record.items()}
+    config = {key: value for record in content.config_records.values() for key, value in record.items()}
+    return Records(arrays=arrays, metrics=metrics, config=config)  # type: ignore[arg-type]
