@@ -38,6 +38,11 @@ def load_site(folder: Path) -> SiteConfig:
     return _validate(SiteConfig, _read(folder / "site.toml"), str(folder / "site.toml"))
 
 
+def parse_site(text: str, where: str = "site description") -> SiteConfig:
+    """Read a site description from TOML text. Raises ConfigError as `load_run` does."""
+    return _validate(SiteConfig, _parse(text, where), where)
+
+
 def parse_run(text: str, where: str = "run description") -> RunConfig:
     """Read a run description from TOML text. Raises ConfigError as `load_run` does."""
     return _validate(RunConfig, _parse(text, where), where)
@@ -65,8 +70,8 @@ def _read(path: Path) -> dict[str, Any]:
 def _parse(text: str, where: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{where}: not valid TOML: {error}") from error
+    except (ValueError, RecursionError) as error:  # also numbers too long and brackets too deep
+        raise ConfigError(f"{where}: not valid TOML: {' '.join(str(error).split())}") from error
 
 
 def _override(table: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
@@ -87,7 +92,7 @@ def _override(table: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]
 def _literal(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError, KeyError):
         return text
 
 
@@ -95,37 +100,56 @@ def _validate(kind: type[C], table: Mapping[str, Any], where: str) -> C:
     try:
         return kind.model_validate(table, by_alias=True, by_name=False)
     except ValidationError as error:
-        lines = [f"{where}: {_complaint(kind, fault)}" for fault in error.errors(include_url=False)]
+        lines = [f"{where}: {' '.join(_complaint(kind, fault).split())}" for fault in error.errors(include_url=False)]
         raise ConfigError("\n".join(lines)) from error
 
 
 def _complaint(kind: type[BaseModel], fault: Any) -> str:
-    keys = [str(part) for part in fault["loc"] if not _is_union_tag(part)]
+    keys, around, here = _locate(kind, fault["loc"])
     key = ".".join(keys)
     if fault["type"] == "extra_forbidden":
-        known = _known_keys(kind, keys[:-1])
+        known = sorted({known for each in around for member in _members(each) for known in _fields(member)})
         near = difflib.get_close_matches(keys[-1], known, n=1, cutoff=0.4)
-        hint = f"did you mean {'.'.join([*keys[:-1], near[0]])}?" if near else f"known: {', '.join(sorted(known))}"
+        hint = f"did you mean {'.'.join([*keys[:-1], near[0]])}?" if near else f"known: {', '.join(known)}"
         return f"{key}: unknown key, {hint}"
-    found = "" if fault["type"] == "missing" else f" (got {fault['input']!r:.80})"
-    prefix = f"{key}: " if key else ""
-    return f"{prefix}{fault['msg'].removeprefix('Value error, ')}{found if prefix else ''}"
+    if fault["type"].startswith("union_tag"):
+        tag = fault["ctx"]["discriminator"].strip("'")
+        found = f"{fault['ctx']['tag']!r}" if "tag" in fault["ctx"] else "nothing"
+        return f"{key}.{tag}: found {found}, expected one of {', '.join(_tags(here, tag))}"
+    message = fault["msg"].removeprefix("Value error, ")
+    is_whole_table = fault["type"] == "value_error" and isinstance(fault["input"], dict)
+    found = "" if fault["type"] == "missing" or is_whole_table else f" (got {fault['input']!r:.80})"
+    return f"{key}: {message}{found}" if key else message
 
 
-_UNION_TAGS = {"phantom", "real-images", "folder", "latent", "dino", "mae"}
+def _locate(kind: type[BaseModel], location: Iterable[object]) -> tuple[list[str], list[Any], list[Any]]:
+    """The keys as TOML has them, and the types around and at the last one.
+
+    Pydantic's location also names the chosen member of a union, and `[key]` where a key itself is at fault.
+    """
+    keys: list[str] = []
+    around: list[Any] = []
+    here: list[Any] = [kind]
+    for part in map(str, location):
+        below = [found for each in here for found in _descend(each, part)]
+        members = [member for each in here for member in _members(each)]
+        if not below and len(members) > 1:
+            here = [member for member in members if part in _literals(member)]
+        elif part != "[key]":
+            keys.append(part)
+            around, here = here, below
+    return keys, around, here
 
 
-def _is_union_tag(part: object) -> bool:
-    return part in _UNION_TAGS
+def _tags(union: list[Any], tag: str) -> list[str]:
+    """Values that choose a member of a union."""
+    members = [member for each in union for member in _members(each)]
+    return [value for member in members for value in typing.get_args(_fields(member).get(tag))]
 
 
-def _known_keys(kind: type[BaseModel], path: list[str]) -> list[str]:
-    """TOML keys allowed at a dotted path, over all members of a union."""
-    annotations: list[Any] = [kind]
-    for step in path:
-        annotations = [found for each in annotations for found in _descend(each, step)]
-    fields = [field for each in annotations for model in _members(each) for field in _fields(model).items()]
-    return sorted({key for key, _ in fields})
+def _literals(model: Any) -> list[str]:
+    values = [typing.get_args(annotation) for annotation in _fields(model).values()]
+    return [value for group in values for value in group if isinstance(value, str)]
 
 
 def _descend(annotation: Any, step: str) -> list[Any]:

@@ -4,9 +4,9 @@ One TOML file of this shape describes a run (`configs/experiments/*.toml`). The 
 resolved text to the sites, so every part of a federation reads the same words.
 """
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from panfm.anatomy import DEFAULT_ORGANS, parse_stream
 from panfm.config._base import Config
@@ -142,7 +142,13 @@ class MaeConfig(Config):
     name: Literal["mae"]
 
 
-ObjectiveConfig = Annotated[LatentConfig | DinoConfig | MaeConfig, Field(discriminator="name")]
+def _latent_unless_named(table: Any) -> Any:
+    return {"name": "latent"} | table if isinstance(table, dict) else table
+
+
+ObjectiveConfig = Annotated[
+    LatentConfig | DinoConfig | MaeConfig, Field(discriminator="name"), BeforeValidator(_latent_unless_named)
+]
 
 
 class MaskingConfig(Config):

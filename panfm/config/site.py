@@ -29,7 +29,9 @@ class Releasable(StrEnum):
 class LimitsConfig(Config):
     """What the site allows."""
 
-    may_leave: Annotated[tuple[Releasable, ...], Field(strict=False)] = tuple(Releasable)
+    may_leave: Annotated[tuple[Annotated[Releasable, Field(strict=False)], ...], Field(strict=False)] = tuple(
+        Releasable
+    )
     """Kinds of content that may leave; updates and counts are needed to take part."""
 
 

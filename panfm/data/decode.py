@@ -116,16 +116,19 @@ def _check_affine(image: Any) -> None:
     if not np.isfinite(affine).all() or np.linalg.matrix_rank(affine[:3, :3]) < 3:
         raise ImageError("a singular affine", "an affine that has an inverse")
     if header["sform_code"] and header["qform_code"]:
-        sform, qform = _axes(image.get_sform()), _axes(image.get_qform())
-        if sform != qform:
-            raise ImageError(f"two orientations (sform {sform}, qform {qform})", "one orientation")
+        _check_agreement(image.get_sform(), image.get_qform())
     sizes, (low, high) = voxel_sizes(affine), SPACING_RANGE_MM
     if sizes.min() < low or sizes.max() > high:
         raise ImageError(f"voxels of {' x '.join(f'{size:.4g}' for size in sizes)} mm", f"{low:g} to {high:g} mm")
 
 
-def _axes(affine: NDArray[np.float64]) -> str:
-    return "".join(nib.orientations.aff2axcodes(affine))  # type: ignore[no-untyped-call]
+def _check_agreement(sform: NDArray[np.float64], qform: NDArray[np.float64]) -> None:
+    """Two statements of the orientation may differ by a tilt, not by an axis."""
+    if np.allclose(sform[:3, :3], qform[:3, :3], atol=1e-3):
+        return
+    axes = ["".join(nib.orientations.aff2axcodes(form)) for form in (sform, qform)]  # type: ignore[no-untyped-call]
+    if axes[0] != axes[1]:
+        raise ImageError(f"two orientations (sform {axes[0]}, qform {axes[1]})", "one orientation")
 
 
 def _real(stored: NDArray[Any]) -> NDArray[np.float32]:

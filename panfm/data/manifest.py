@@ -21,6 +21,8 @@ QUARANTINE = "quarantine.csv"
 """In the site folder: rows to leave out, each with the reason."""
 _NEEDED = ("subject", "stream", "path")
 _OPTIONAL = ("split", "mask")
+COLUMNS = (*_NEEDED, *_OPTIONAL)
+"""Of a manifest, in their usual order."""
 
 
 @dataclass(frozen=True)

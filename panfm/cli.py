@@ -1,0 +1,142 @@
+"""`panfm ...`: one Typer app per group of commands.
+
+Commands import what they need when they run, so that `panfm --help` answers at once. An error meant for the user is
+printed line by line on stderr and ends with exit status 1; a traceback is always a bug.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from panfm.errors import DataError, PanfmError
+
+if TYPE_CHECKING:
+    from panfm.data.check import SiteReport
+
+
+class _Group(TyperGroup):
+    """Turns a PanfmError into its text and exit status 1."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except PanfmError as error:
+            typer.echo(str(error), err=True)
+            raise typer.Exit(1) from error
+
+
+main = typer.Typer(
+    cls=_Group,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Pan-organ foundation models, federated.",
+)
+site_app = typer.Typer(no_args_is_help=True, help="For the operator of one site.")
+cohort_app = typer.Typer(no_args_is_help=True, help="Data sets of simulated federations.")
+main.add_typer(site_app, name="site")
+main.add_typer(cohort_app, name="cohort")
+
+_SPLITS = ("train", "val", "test")
+_RunOption = Annotated[Path | None, typer.Option("--run", help="Description of the run (TOML).")]
+
+
+@site_app.command("init")
+def site_init(
+    folder: Annotated[Path, typer.Argument(help="New or existing folder of the site.")],
+    name: Annotated[str, typer.Option(help="Stable name, known to the coordinator.")],
+) -> None:
+    """Write a commented site.toml and an empty manifest.csv."""
+    from panfm.data.template import init_site
+
+    init_site(folder, name)
+    typer.echo(f"{folder}: fill in manifest.csv, then run: panfm site check {folder}")
+
+
+@site_app.command("check")
+def site_check(
+    site: Annotated[Path, typer.Argument(help="Site folder.")],
+    run: _RunOption = None,
+    quarantine: Annotated[bool, typer.Option("--quarantine", help="List faulty rows and go on without them.")] = False,
+) -> None:
+    """Read every image, print who has what, then each fault on one line."""
+    from panfm.config import load_run
+    from panfm.data.check import check_site
+
+    description = load_run(run) if run else None
+    streams, organs = (description.streams, description.organs) if description else (None, None)
+    with _progress("reading images") as progress:
+        report = check_site(site, streams, organs=organs, progress=progress)
+    _print_coverage(report)
+    for fault in report.faults:
+        typer.echo(str(fault))
+    if quarantine:
+        _quarantine(site, report)
+    elif report.faults:
+        raise typer.Exit(1)
+
+
+def _quarantine(site: Path, report: "SiteReport") -> None:
+    from panfm.data.manifest import write_quarantine
+
+    if not report.rows:
+        raise DataError(f"{site}: found no sound row, expected at least one")
+    path = write_quarantine(site, report.faults)
+    typer.echo(f"{path}: {len(report.faults)} rows left out, {len(report.rows)} stay")
+
+
+def _print_coverage(report: "SiteReport") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("stream", *_SPLITS, title=f"{report.site}: subjects")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for stream in sorted({row.stream for row in report.rows}):
+        note = " (not in this run)" if stream in report.unused else ""
+        table.add_row(stream + note, *(str(report.coverage[stream, split]) for split in _SPLITS))
+    table.add_section()
+    subjects = {(row.subject, row.split) for row in report.rows}
+    table.add_row("any", *(str(sum(split == each for _, each in subjects)) for split in _SPLITS))
+    Console().print(table)
+
+
+@cohort_app.command("make")
+def cohort_make(
+    folder: Annotated[Path, typer.Argument(help="New folder of the cohort.")],
+    run: Annotated[Path, typer.Option("--run", help="Description of a run with a phantom cohort (TOML).")],
+    preset: Annotated[str | None, typer.Option(help="Instead of the run's: transient or lasting.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Instead of the run's draw.")] = None,
+    subjects: Annotated[int | None, typer.Option(min=1, help="Patients per site, instead of the run's.")] = None,
+) -> None:
+    """Write a phantom cohort as site folders of NIfTI files."""
+    from panfm.config import load_run
+    from panfm.config.run import PhantomCohortConfig
+    from panfm.data.phantom import write_cohort
+
+    flags = {"preset": preset, "seed": seed}
+    description = load_run(run, [f"cohort.{key}={value}" for key, value in flags.items() if value is not None])
+    cohort = description.cohort
+    if not isinstance(cohort, PhantomCohortConfig):
+        raise DataError(f'{run}: found no phantom cohort, expected cohort.kind = "phantom"')
+    if subjects:
+        sites = {name: site.model_copy(update={"subjects": subjects}) for name, site in cohort.sites.items()}
+        cohort = cohort.model_copy(update={"sites": sites})
+    with _progress("writing images") as progress:
+        write_cohort(folder, cohort, description.streams, progress)
+    typer.echo(f"{folder}: {len(cohort.sites)} sites and held-out subjects")
+
+
+@contextmanager
+def _progress(label: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, gone when done; called with (done, total)."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

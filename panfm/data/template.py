@@ -1,0 +1,54 @@
+"""A new site folder: a commented `site.toml` and a manifest to fill in."""
+
+from pathlib import Path
+
+import tomli_w
+
+from panfm.config import parse_site
+from panfm.data.manifest import COLUMNS
+from panfm.errors import DataError
+
+_SITE = """\
+# One hospital. What is forbidden here stays forbidden, whatever a run asks for.
+
+# Stable name, known to the coordinator: lower-case letters, digits, dot, dash, underscore.
+name = "{name}"
+
+# Table of images, relative to this file: {columns}
+# One row per subject and stream (`<organ>-<modality>`, e.g. brain-mr); paths are relative to the table; split is train,
+# val or test (train when empty); mask is optional.
+manifest = "manifest.csv"
+
+# Labels for probes, relative to this file: `subject` and one column per label. They never leave the site.
+# labels = "labels.csv"
+
+# Preprocessed images and private training state, relative to this file.
+cache-dir = ".panfm/cache"
+state-dir = ".panfm/state"
+
+[limits]
+# Kinds of content that may leave the site; updates and counts are needed to take part.
+may-leave = ["updates", "counts", "loss", "saliency"]
+"""
+
+
+def init_site(folder: Path, name: str) -> None:
+    """Write `site.toml` and an empty `manifest.csv` into a folder, which is made if need be.
+
+    Raises:
+        ConfigError: the name is not one.
+        DataError: one of the files is there already, or cannot be written.
+    """
+    parse_site(tomli_w.dumps({"name": name}), "--name")
+    columns = ",".join(COLUMNS)
+    text = _SITE.format(name=name, columns=columns)
+    files = {folder / "site.toml": text, folder / "manifest.csv": f"{columns}\n"}
+    for path in files:
+        if path.exists():
+            raise DataError(f"{path}: found a file, expected none: it would be overwritten")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path, content in files.items():
+            path.write_text(content, encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be written to ({error.strerror}), expected a folder") from error
