@@ -2,18 +2,22 @@
 
 Features are standardised on the fit subjects. Yes/no labels: L2 logistic regression, one penalty for all labels, chosen
 by mean AUC on a held-out third of the fit subjects. Numbers: ridge, penalty by closed-form leave-one-out. Unknown
-labels (NaN) leave a subject out of that label alone.
+labels (NaN) leave a subject out of that label alone. Fitting keeps to one thread: the problems are small, and the bits
+then do not depend on the machine's load.
 
 Shape legend: N subjects, D features, L labels, R resamples.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, RidgeCV
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from panfm.errors import DataError
 from panfm.evaluate.scores import Floats, auc, r2
@@ -85,7 +89,8 @@ def fit_regressors(features: Features, targets: Floats, names: Sequence[str]) ->
     for column in usable:
         known = np.isfinite(targets[:, column])
         centre, scale = targets[known, column].mean(), targets[known, column].std() or 1.0
-        ridge = RidgeCV(alphas=_RIDGE_PENALTIES).fit(standard[known], (targets[known, column] - centre) / scale)
+        with threadpool_limits(limits=1):
+            ridge = RidgeCV(alphas=_RIDGE_PENALTIES).fit(standard[known], (targets[known, column] - centre) / scale)
         weights[:, column], bias[column] = ridge.coef_ * scale, ridge.intercept_ * scale + centre
     notes = [f"{name}: not probed, known for fewer than {MIN_SUBJECTS} fit subjects" for name in _others(names, usable)]
     return LinearProbe(scaler.mean_, scaler.scale_, weights, bias, tuple(notes))
@@ -158,7 +163,9 @@ def _logistic(
     for label in labels:
         known = np.isfinite(targets[:, label])
         model = LogisticRegression(C=inverse_penalty, solver=solver, max_iter=2000)
-        model.fit(standard[known], targets[known, label] == 1.0)
+        with warnings.catch_warnings(), threadpool_limits(limits=1):
+            warnings.simplefilter("ignore", ConvergenceWarning)  # Newton handing over to L-BFGS close to the optimum
+            model.fit(standard[known], targets[known, label] == 1.0)
         weights[:, label], bias[label] = model.coef_[0], model.intercept_[0]
     return weights, bias
 

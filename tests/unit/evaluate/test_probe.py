@@ -22,7 +22,7 @@ def test_classifier_equals_sklearn_per_label():
         LogisticRegression(C=c, max_iter=2000).fit(standard, targets[:, 1]).decision_function(standard)
         for c in (0.001, 0.01, 0.1, 1.0)
     ]
-    assert any(np.allclose(probe.score(features)[:, 1], each, atol=1e-3) for each in candidates)
+    assert any(np.allclose(probe.score(features)[:, 1], each, rtol=0.01, atol=0.02) for each in candidates)
 
 
 def test_separable_label_is_read_perfectly_whatever_the_units():
