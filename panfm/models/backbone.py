@@ -98,7 +98,7 @@ class Backbone(nn.Module):
 def _cls_scores(parts: tuple[Tensor, Tensor, Tensor], layout: Layout, *, weigh_values: bool) -> Tensor:
     """CLS attention to every token, summed over heads [B, N]; times the norm of its centred value if asked."""
     query, keys, values = parts
-    logits = (query @ keys.transpose(-2, -1)).squeeze(2)[..., 1:] * query.shape[-1] ** -0.5
+    logits = (query * keys[:, :, 1:]).sum(dim=-1) * query.shape[-1] ** -0.5
     attention = logits.masked_fill(~layout.valid[:, None], -torch.inf).softmax(dim=-1).nan_to_num(0.0)
     if weigh_values:
         attention = attention * _centred_norms(values[:, :, 1:], layout)
@@ -106,16 +106,16 @@ def _cls_scores(parts: tuple[Tensor, Tensor, Tensor], layout: Layout, *, weigh_v
 
 
 def _centred_norms(values: Tensor, layout: Layout) -> Tensor:
-    """Norm of each value [B, H, N, d] about the batch's mean at its place -> [B, H, N]."""
+    """Norm of each value [B, H, N, d] about the batch's mean at its place -> [B, H, N]; padding counts as place 0."""
     batch, heads, tokens, width = values.shape
     flat = values.transpose(1, 2).reshape(batch * tokens, heads * width)
     place = layout.place.reshape(-1)
-    weight = layout.valid.reshape(-1, 1).to(flat.dtype)
-    num_places = int(place.max()) + 1 if len(place) else 0
-    total = flat.new_zeros(num_places, heads * width).index_add_(0, place, flat * weight)
-    count = flat.new_zeros(num_places, 1).index_add_(0, place, weight).clamp_min(1.0)
-    centred = flat - (total / count)[place]
-    return centred.view(batch, tokens, heads, width).norm(dim=-1).transpose(1, 2)
+    if not bool(layout.valid.all()):
+        flat = flat * layout.valid.reshape(-1, 1)
+    count = torch.bincount(place, weights=layout.valid.reshape(-1).float()).clamp_min(1.0).to(flat.dtype)
+    total = flat.new_zeros(len(count), heads * width).index_add_(0, place, flat)
+    centred = flat - (total / count[:, None]).index_select(0, place)
+    return torch.linalg.vector_norm(centred.view(batch, tokens, heads, width), dim=-1).transpose(1, 2)
 
 
 def _normalise(scores: Tensor) -> Tensor:

@@ -1,0 +1,46 @@
+# Everything a newcomer needs: `make demo`, `make test`. Each does its own set-up in .venv.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+
+# No telemetry, no update check, no run-time installation, no stray threads.
+export FLWR_TELEMETRY_ENABLED := 0
+export FLWR_DISABLE_UPDATE_CHECK := 1
+export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
+export RAY_USAGE_STATS_ENABLED := 0
+export OMP_NUM_THREADS := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-all flower lint clean
+
+help:  ## What can be made
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable ".[simulation,dev]"
+	@touch $@
+
+install: $(INSTALLED)  ## Set up .venv
+
+demo: $(INSTALLED)  ## Quickstart federation: five phantom hospitals, ends with a table and the report's path
+	$(PY) -m simulations run configs/experiments/quickstart.toml
+
+flower: $(INSTALLED)  ## The same experiment through `flwr run` on a local Flower connection
+	$(PY) -m simulations run configs/experiments/quickstart.toml --engine flower
+
+test: $(INSTALLED)  ## The default test suite
+	$(PY) -m pytest -n 2
+
+test-all: $(INSTALLED)  ## The default suite and the slow tests
+	$(PY) -m pytest -n 2 -m "slow or not slow"
+
+lint: $(INSTALLED)  ## Format check, lint, strict types
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+clean:  ## Remove .venv and everything made
+	rm -rf $(VENV) runs cohorts

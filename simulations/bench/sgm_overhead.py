@@ -1,0 +1,80 @@
+"""What does saliency-guided masking cost? One training step with it over one with random masking.
+
+Random, sgm by `attention` and sgm by `value` take turns, step by step, in one process on one thread, at the same mask
+ratio and on the same batches; the ratio is the median over the turns of (guided step / random step of the same turn),
+in CPU time.
+"""
+
+import time
+
+import numpy as np
+
+from panfm.config import RunConfig
+from panfm.data.store import ImageStore
+from panfm.objectives import Learner
+from panfm.seeds import numpy_generator
+
+ARMS = {
+    "random": {"policy": "random"},
+    "attention": {"policy": "sgm", "saliency": "attention", "warmup": 0.0, "anneal": 0.0},
+    "value": {"policy": "sgm", "saliency": "value", "warmup": 0.0, "anneal": 0.0},
+}
+SIZES = ("tiny", "small")
+_NUM_SUBJECTS = 32
+
+
+def measure(run: RunConfig, size: str, *, turns: int) -> dict[str, list[float]]:
+    """CPU seconds of `turns` steps of every arm, in turn order."""
+    store = _random_store(run)
+    learners = {arm: _learner(run, size, settings, turns) for arm, settings in ARMS.items()}
+    seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    order = list(ARMS)
+    for turn in range(turns + 1):
+        for arm in order[turn % 3 :] + order[: turn % 3]:
+            taken = _one_step(learners[arm], store, turn)
+            if turn:
+                seconds[arm].append(taken)
+    return seconds
+
+
+def _one_step(learner: Learner, store: ImageStore, turn: int) -> float:
+    """CPU seconds of one step, without what a round does once at its end."""
+    ended: list[float] = []
+    begin = time.process_time()
+    learner.train(
+        store,
+        np.arange(_NUM_SUBJECTS),
+        first_step=turn,
+        num_steps=1,
+        site="bench",
+        round_number=turn,
+        on_step=lambda *_: ended.append(time.process_time()),
+    )
+    return ended[0] - begin
+
+
+def paired_ratio(seconds: dict[str, list[float]], arm: str) -> float:
+    """Median over the turns of this arm's step over the random step of the same turn."""
+    return float(np.median(np.asarray(seconds[arm]) / np.asarray(seconds["random"])))
+
+
+def _learner(run: RunConfig, size: str, masking: dict[str, object], turns: int) -> Learner:
+    train = run.train.model_copy(update={"rounds": 1, "local_steps": turns + 1, "batch_size": 8})
+    changed = {
+        "model": run.model.model_copy(update={"size": size}),
+        "masking": run.masking.model_copy(update=masking),
+        "train": train,
+    }
+    return Learner(run.model_copy(update=changed))
+
+
+def _random_store(run: RunConfig) -> ImageStore:
+    """Complete subjects of noise: the cost does not depend on what is in the images."""
+    random = numpy_generator(run.seed, "sgm-overhead")
+    images = {
+        name: random.random((_NUM_SUBJECTS, stream.channels, *stream.shape), dtype=np.float32)
+        for name, stream in run.streams.items()
+    }
+    rows = {name: np.arange(_NUM_SUBJECTS) for name in images}
+    subjects = tuple(str(index) for index in range(_NUM_SUBJECTS))
+    return ImageStore(subjects, ("train",) * _NUM_SUBJECTS, images, rows)
