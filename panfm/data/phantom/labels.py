@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from panfm.data.phantom.body import FACTORS, mixing
 from panfm.seeds import numpy_generator
 
-LABEL_NOISE = 0.45
+LABEL_NOISE = 0.9
 """Sd of what no image shows, against a score of unit variance."""
 
 

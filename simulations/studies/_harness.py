@@ -1,0 +1,146 @@
+"""What every study shares: jobs over worker processes with the time left, and the result file.
+
+A study is a list of independent jobs (arm x draw x seed), each of which yields measurements. Every arm takes the same
+(draw, seed) pairs in the same order, so that differences between arms are paired.
+"""
+
+import itertools
+import json
+import multiprocessing
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import torch
+from rich.console import Console
+
+J = TypeVar("J")
+R = TypeVar("R")
+
+WORKERS = 2
+
+
+@dataclass(frozen=True)
+class StudyOptions:
+    """What a user may ask of any study."""
+
+    seeds: int = 5
+    """Training seeds per phantom draw."""
+    draws: int = 1
+    """Phantom draws."""
+    first_seed: int = 0
+    """First training seed and first phantom draw."""
+    budget: Literal["short", "medium", "long"] = "short"
+    workers: int = WORKERS
+
+    def pairs(self) -> list[tuple[int, int]]:
+        """All (draw, seed), in the one order that every arm keeps."""
+        draws = range(self.first_seed, self.first_seed + self.draws)
+        return list(itertools.product(draws, range(self.first_seed, self.first_seed + self.seeds)))
+
+
+@dataclass
+class StudyResult:
+    """Measurements of a study, by metric and arm."""
+
+    name: str
+    config: dict[str, Any]
+    values: dict[tuple[str, str], list[float]] = field(default_factory=dict)
+    """(metric, arm) -> one value per pair, in the order of the pairs."""
+    ratios: dict[str, float] = field(default_factory=dict)
+    unit: str = "1"
+
+    def add(self, arm: str, measured: Mapping[str, float]) -> None:
+        """Append one job's measurements; call in the order of the pairs."""
+        for metric, value in measured.items():
+            self.values.setdefault((metric, arm), []).append(float(value))
+
+    def mean(self, metric: str, arm: str) -> float:
+        """Mean over the pairs."""
+        return float(np.mean(self.values[metric, arm]))
+
+    def gain(self, metric: str, arm: str, baseline: str) -> list[float]:
+        """Arm minus baseline, pair by pair."""
+        pairs = zip(self.values[metric, arm], self.values[metric, baseline], strict=True)
+        return [mine - other for mine, other in pairs]
+
+    def write(self, path: Path) -> None:
+        """Write the result file of DESIGN.md section 9; what cannot be told is null."""
+        rows = [
+            {
+                "metric": metric,
+                "arm": arm,
+                "values": values,
+                "mean": float(np.mean(values)),
+                "sd": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0,
+                "n": len(values),
+                "unit": self.unit,
+            }
+            for (metric, arm), values in self.values.items()
+        ]
+        table = {"name": self.name, "config": self.config, "commit": commit(), "results": rows, "ratios": self.ratios}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(_finite(table), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def run_jobs(work: Callable[[J], R], jobs: Sequence[J], *, workers: int = WORKERS) -> list[R]:
+    """Do all jobs in worker processes of one torch thread each; results in the order of the jobs.
+
+    After each job one line on stderr tells which it was, what it took and how long the rest will take.
+
+    Args:
+        work: a module-level function.
+        jobs: picklable; `str(job)` is what the progress shows.
+    """
+    begin, results = time.monotonic(), {}
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    for index, result in _as_they_finish(work, jobs, workers):
+        results[index] = result
+        elapsed = time.monotonic() - begin
+        left = elapsed / len(results) * (len(jobs) - len(results))
+        console.print(f"[{len(results)}/{len(jobs)}] {jobs[index]}: {_clock(elapsed)} gone, {_clock(left)} left")
+    return [results[index] for index in range(len(jobs))]
+
+
+def commit() -> str:
+    """Commit of the source tree, with `-dirty` when it has been changed since; `unknown` outside a git checkout."""
+    root = Path(__file__).resolve().parents[2]
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _as_they_finish(work: Callable[[J], R], jobs: Sequence[J], workers: int) -> Iterator[tuple[int, R]]:
+    if workers == 1:
+        yield from ((index, work(job)) for index, job in enumerate(jobs))
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        futures = {pool.submit(work, job): index for index, job in enumerate(jobs)}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
