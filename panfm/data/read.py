@@ -87,7 +87,7 @@ def _resample(volume: NDArray[np.float32], spacing: NDArray[np.float64], config:
     to_input = np.eye(4)
     to_input[:3, :3], to_input[:3, 3] = np.diag(factor), offset
     image = _smooth(torch.from_numpy(np.ascontiguousarray(volume))[None, None], factor)
-    resample = AffineTransform(config.shape, normalized=False, reverse_indexing=True, align_corners=True)
+    resample = AffineTransform(config.shape, normalized=False, reverse_indexing=True, align_corners=False)
     resampled = resample(image, torch.from_numpy(to_input).float())[0]
     return np.asarray(resampled.clamp_(0.0, 1.0).numpy(), dtype=np.float32)
 
