@@ -3,6 +3,7 @@
 Flower's Python entry takes no run config, so both apps are wrapped to see it.
 """
 
+import logging
 from dataclasses import dataclass
 
 from flwr.app import Context, Message
@@ -35,6 +36,7 @@ def run(job: Job) -> None:
     def main(grid: Grid, context: Context) -> None:
         app(grid, _with_config(context, job.run_config()))
 
+    logging.getLogger("flwr").setLevel(logging.ERROR)
     run_simulation(
         server_app,
         _ConfiguredClient(job.run_config()),

@@ -1,0 +1,65 @@
+"""`python -m simulations run|study|bench`: federations, claims and speed on one machine."""
+
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated
+
+from simulations.engines.offline import go_offline
+
+go_offline()
+
+import typer  # noqa: E402
+
+from panfm.errors import ConfigError, PanfmError  # noqa: E402
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+_PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+@app.command()
+def run(
+    experiment: Annotated[Path, typer.Argument(help="Run description (TOML).")],
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value, e.g. train.rounds=3.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; default runs/<name>-<time>.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with this run folder.")] = None,
+    engine: Annotated[str, typer.Option(help="local, ray or flower.")] = "local",
+) -> None:
+    """Run a federation, probe its model, write a report."""
+    from simulations.engines import ENGINES
+    from simulations.run import simulate
+
+    if engine not in ENGINES:
+        raise ConfigError(f"--engine {engine}: expected one of {', '.join(ENGINES)}")
+    simulate(experiment, overrides or (), out=out, resume=resume, engine=engine)
+
+
+@app.command(context_settings=_PASS_ON)
+def study(context: typer.Context, name: Annotated[str, typer.Argument(help="Name of the study.")]) -> None:
+    """Try a paper's claim, side by side with its baselines."""
+    _pass_on("studies", name, context.args)
+
+
+@app.command(context_settings=_PASS_ON)
+def bench(context: typer.Context, name: Annotated[str, typer.Argument(help="Name of the bench.")]) -> None:
+    """Answer a speed or size question, both sides in one run."""
+    _pass_on("bench", name, context.args)
+
+
+def _pass_on(package: str, name: str, words: list[str]) -> None:
+    """Hand the rest of the command line to `main` of `simulations/<package>/<name>.py`."""
+    folder = Path(__file__).parent / package
+    known = sorted(path.stem.replace("_", "-") for path in folder.glob("[a-z]*.py"))
+    if name not in known:
+        raise ConfigError(f"{name}: unknown, expected one of {', '.join(known)}")
+    command = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    command.command()(import_module(f"simulations.{package}.{name.replace('-', '_')}").main)
+    command(args=words, prog_name=f"python -m simulations {package} {name}")
+
+
+if __name__ == "__main__":
+    try:
+        app()
+    except PanfmError as error:
+        typer.echo(str(error), err=True)
+        sys.exit(1)
