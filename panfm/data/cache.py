@@ -37,17 +37,19 @@ def open_store(folder: Path, streams: Mapping[str, StreamConfig], *, progress: P
     Rows in `quarantine.csv` and rows of other streams are left out, and with them subjects who have no other row.
 
     Guarantees:
-        order: subjects as in the manifest; rows of a stream ascend.
+        order: subjects as they first appear in the manifest; rows of a stream ascend.
         atomic: a build that fails or is killed leaves nothing that a later one would read.
     Raises:
         ConfigError: `site.toml` does not hold.
         DataError: the manifest or an image does not hold, no row is left, or the cache cannot be written.
     """
     site = load_site(folder)
-    rows = [row for row in read_manifest(folder, site) if row.stream in streams]
+    manifest = read_manifest(folder, site)
+    rows = [row for row in manifest if row.stream in streams]
     if not rows:
         raise DataError(f"{folder}: found no image of the run's streams, expected one of {', '.join(streams)}")
-    splits = {row.subject: row.split for row in rows}
+    wanted = {row.subject for row in rows}
+    splits = {row.subject: row.split for row in manifest if row.subject in wanted}
     position = {subject: index for index, subject in enumerate(splits)}
     images, holders = {}, {}
     for stream, config in streams.items():

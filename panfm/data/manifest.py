@@ -7,6 +7,7 @@ relative to the manifest's folder. Rows that `quarantine.csv` lists are left out
 
 import csv
 import io
+import os.path
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -134,7 +135,7 @@ class _Complaints:
         first = self._images.setdefault((row.subject, row.stream), row.line)
         if first != row.line:
             return f"subject {row.subject!r} with {row.stream} again (line {first})", "one row per subject and stream"
-        first = self._paths.setdefault(row.path, row.line)
+        first = self._paths.setdefault(os.path.normpath(row.path), row.line)
         if first != row.line:
             return f"file {row.path!r} again (line {first})", "a file of its own"
         return None

@@ -32,9 +32,7 @@ def affine_of(axes, spacing):
 
 
 ALL_AXES = [
-    axes
-    for pairs in itertools.permutations([("R", "L"), ("A", "P"), ("S", "I")])
-    for axes in itertools.product(*pairs)
+    axes for pairs in itertools.permutations([("R", "L"), ("A", "P"), ("S", "I")]) for axes in itertools.product(*pairs)
 ]
 
 
@@ -76,7 +74,9 @@ def test_finer_spacing_is_trilinear_about_the_centre():
     spacing, shape = (0.5, 0.8, 1.0), (9, 7, 7)
     expected = np.zeros(shape)
     for index in np.ndindex(shape):
-        where = [(n - 1) / 2 + s * (i - (m - 1) / 2) for i, n, m, s in zip(index, (5, 6, 7), shape, spacing, strict=True)]
+        where = [
+            (n - 1) / 2 + s * (i - (m - 1) / 2) for i, n, m, s in zip(index, (5, 6, 7), shape, spacing, strict=True)
+        ]
         for corner in itertools.product((0, 1), repeat=3):
             base = np.floor(where).astype(int)
             weight = np.prod([1 - abs(w - (b + c)) for w, b, c in zip(where, base, corner, strict=True)])
