@@ -1,0 +1,185 @@
+from pathlib import Path
+
+import pytest
+import tomli_w
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from panfm.config import SiteConfig, config_hash, dump_toml, load_run, load_site, parse_run, parse_site
+from panfm.errors import ConfigError
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+
+RUN = """
+name = "run"
+[streams]
+brain-mr = { shape = [8, 8, 8], patch = [4, 4, 4], spacing-mm = [2.0, 2.0, 2.0] }
+heart-xray = { shape = [8, 8], patch = [4, 4] }
+"""
+COHORT = """
+[cohort]
+kind = "phantom"
+[cohort.sites]
+folder = { organs = ["brain"], subjects = 3 }
+"""
+
+
+@pytest.fixture
+def run_file(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text(RUN + COHORT)
+    return path
+
+
+def complaints(call, *args):
+    with pytest.raises(ConfigError) as caught:
+        call(*args)
+    return str(caught.value).splitlines()
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("experiments/*.toml")), ids=lambda path: path.name)
+def test_every_shipped_run_loads_and_survives_a_round_trip(path):
+    run = load_run(path)
+    assert parse_run(dump_toml(run)) == run
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("sites/*.toml")), ids=lambda path: path.name)
+def test_every_shipped_site_loads_and_survives_a_round_trip(path):
+    site = parse_site(path.read_text(), path.name)
+    assert parse_site(dump_toml(site)) == site
+
+
+def test_shipped_files_are_found():
+    assert (CONFIGS / "experiments/quickstart.toml").exists()
+    assert list(CONFIGS.glob("sites/*.toml"))
+
+
+def test_site_folder(tmp_path):
+    (tmp_path / "site.toml").write_text('name = "a"\n[limits]\nmay-leave = ["updates", "counts"]\n')
+    assert load_site(tmp_path).limits.may_leave == ("updates", "counts")
+    assert complaints(load_site, tmp_path / "none") == [
+        f"{tmp_path}/none/site.toml: no such file, expected a TOML description"
+    ]
+
+
+TYPOS = {
+    "trian.rounds=3": "trian: unknown key, did you mean train?",
+    "train.ronuds=3": "train.ronuds: unknown key, did you mean train.rounds?",
+    "train.local_steps=3": "train.local_steps: unknown key, did you mean train.local-steps?",
+    "objective.bta=1.0": "objective.bta: unknown key, did you mean objective.beta?",
+    "objective.nmae='dino'": "objective.nmae: unknown key, did you mean objective.name?",
+    "streams.brain-mr.shap=[8]": "streams.brain-mr.shap: unknown key, did you mean streams.brain-mr.shape?",
+    "cohort.sites.folder.organ=3": "cohort.sites.folder.organ: unknown key, did you mean cohort.sites.folder.organs?",
+    "cohort.sede=3": "cohort.sede: unknown key, did you mean cohort.seed?",
+    "sharing.zzz=3": "sharing.zzz: unknown key, known: rule",
+}
+
+
+@pytest.mark.parametrize("override", TYPOS)
+def test_typo_names_the_dotted_key_and_the_nearest_known_one(run_file, override):
+    assert complaints(load_run, run_file, [override]) == [f"{run_file}: {TYPOS[override]}"]
+
+
+BAD_VALUES = {
+    "train.rounds=0": "train.rounds: Input should be greater than 0 (got 0)",
+    "train.rounds=1.5": "train.rounds: Input should be a valid integer (got 1.5)",
+    "train.rounds=true": "train.rounds: Input should be a valid integer (got True)",
+    "train.learning-rate=nan": "train.learning-rate: Input should be a finite number (got nan)",
+    "train.learning-rate=inf": "train.learning-rate: Input should be a finite number (got inf)",
+    "masking.ratio=1.0": "masking.ratio: Input should be less than 1 (got 1.0)",
+    "objective.name='jepa'": "objective.name: found 'jepa', expected one of latent, dino, mae",
+    "cohort={}": "cohort.kind: found nothing, expected one of phantom, real-images, folder",
+    "cohort.sites.folder.subjects=0": "cohort.sites.folder.subjects: Input should be greater than 0 (got 0)",
+    "streams.brain-mr.patch=[3, 4, 4]": "streams.brain-mr: patch [3, 4, 4] does not divide shape [8, 8, 8]",
+    "streams.brain-mr.patch=[4, 4]": "streams.brain-mr: patch has 2 axes, shape has 3",
+    "streams.heart-xray.spacing-mm=[1.0, 1.0]": "streams.heart-xray: spacing-mm: only for volumes",
+    "organs=['heart']": "streams.brain-mr: organ 'brain' is not in organs ['heart']",
+    "train.rounds": "override 'train.rounds': expected key=value, e.g. train.rounds=3",
+    "=3": "override '=3': expected key=value, e.g. train.rounds=3",
+    "name.first=3": "override 'name.first=3': name is a value, not a table",
+}
+
+
+@pytest.mark.parametrize("override", BAD_VALUES)
+def test_bad_value(run_file, override):
+    (line,) = complaints(load_run, run_file, [override])
+    assert line.removeprefix(f"{run_file}: ") == BAD_VALUES[override]
+
+
+def test_bad_stream_name():
+    (line,) = complaints(parse_run, RUN.replace("brain-mr", "brain-mri"))
+    assert "stream 'brain-mri': expected <organ>-<modality>" in line
+
+
+def test_every_fault_has_its_line(run_file):
+    assert len(complaints(load_run, run_file, ["train.rounds=0", "seed=x", "extra=1"])) == 3
+
+
+def test_overrides(run_file):
+    run = load_run(
+        run_file, ["seed=4", "name=plain-text", "train.betas=[0.5, 0.6]", "objective.beta=2.0", " seed = 5 "]
+    )
+    assert (run.seed, run.name, run.train.betas) == (5, "plain-text", (0.5, 0.6))
+    assert (run.objective.name, run.objective.beta) == ("latent", 2.0)
+    assert load_run(run_file, ["objective.name=dino"]).objective.name == "dino"
+
+
+def test_files_that_are_no_toml(tmp_path):
+    for content in (b"\xff\xfe", b"name = ", b"a = " + b"[" * 9999, b"seed = " + b"9" * 9999):
+        (tmp_path / "run.toml").write_bytes(content)
+        assert len(complaints(load_run, tmp_path / "run.toml")) == 1
+    assert complaints(load_run, tmp_path) == [f"{tmp_path}: cannot be read as UTF-8 text (IsADirectoryError)"]
+
+
+def test_hash_follows_the_content():
+    run = parse_run(RUN)
+    assert config_hash(run) == config_hash(parse_run("# a comment\n" + RUN))
+    assert config_hash(run) != config_hash(parse_run("seed = 1\n" + RUN))
+
+
+def test_descriptions_do_not_change():
+    with pytest.raises(ValueError, match="frozen"):
+        SiteConfig(name="a").name = "b"
+
+
+KEYS = ["seed", "name", "organs", "streams", "cohort", "cohort.kind", "cohort.sites", "model.size", "objective",
+        "objective.name", "objective.beta", "masking.ratio", "train", "train.betas", "train.rounds", "streams.brain-mr",
+        "streams.brain-mr.shape", "streams.brain-mr.channels", "streams.x", "probe.bootstrap", "a\nb"]  # fmt: skip
+SCALARS = st.booleans() | st.integers() | st.integers(10**300, 10**320) | st.floats() | st.text(max_size=8)
+VALUES = st.recursive(
+    SCALARS | st.dates(),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from([*KEYS, "kind", "shape"]), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.sampled_from(KEYS), VALUES, st.booleans())
+def test_any_toml_value_is_taken_or_refused_in_lines(run_file, key, value, as_override):
+    try:
+        text = tomli_w.dumps({"value": value}).removeprefix("value = ").strip()
+    except ValueError:  # lone surrogates have no TOML
+        return
+    for line in complaints_about(run_file, key, value, text if as_override else None):
+        assert ": " in line
+
+
+def complaints_about(run_file, key, value, text):
+    try:
+        if text is None:
+            parse_run(tomli_w.dumps({"name": "run", "streams": {}, key: value}))
+        else:
+            load_run(run_file, [f"{key}={text}"])
+    except ConfigError as error:
+        return str(error).splitlines()
+    return []
+
+
+@settings(max_examples=200)
+@given(st.text(max_size=40))
+def test_any_text_is_taken_or_refused(text):
+    for parse in (parse_run, parse_site):
+        with pytest.raises(ConfigError):
+            parse(text)

@@ -1,0 +1,76 @@
+import numpy as np
+import pytest
+import torch
+
+from panfm.data.store import ImageStore, join_stores
+
+
+@pytest.fixture
+def store():
+    """Subject 0 holds both streams, 1 holds nothing, 2 holds the eye, 3 holds the brain."""
+    return ImageStore(
+        ("a", "b", "c", "d"),
+        ("train", "train", "val", "test"),
+        {
+            "brain-mr": np.arange(2, dtype=np.float32).reshape(2, 1, 1, 1, 1),
+            "eye-fundus": 10 + np.arange(2, dtype=np.float32).reshape(2, 1, 1, 1),
+        },
+        {"brain-mr": np.array([0, 3]), "eye-fundus": np.array([0, 2])},
+    )
+
+
+def test_batch_holds_only_who_holds(store):
+    batch = store.batch([3, 1, 0])
+    assert batch.size == 3
+    assert batch.images["brain-mr"].ravel().tolist() == [1.0, 0.0]
+    assert batch.rows["brain-mr"].tolist() == [0, 2]
+    assert batch.images["eye-fundus"].ravel().tolist() == [10.0]
+    assert batch.rows["eye-fundus"].tolist() == [2]
+    assert batch.rows["eye-fundus"].dtype == torch.int64
+
+
+def test_absent_streams_take_no_room(store):
+    assert store.batch([1]).images == {}
+    assert set(store.batch([2]).images) == {"eye-fundus"}
+    assert store.batch([]).size == 0
+    assert set(store.batch([0], streams=["brain-mr"]).images) == {"brain-mr"}
+
+
+def test_a_subject_may_stand_twice(store):
+    batch = store.batch([0, 0])
+    assert batch.rows["brain-mr"].tolist() == [0, 1]
+
+
+def test_batch_is_a_copy(store):
+    store.batch([0]).images["brain-mr"].fill_(7)
+    assert store.images["brain-mr"][0] == 0
+
+
+def test_batch_moves(store):
+    moved = store.batch([0]).to("cpu")
+    assert moved.size == 1
+    assert set(moved.images) == set(moved.rows) == {"brain-mr", "eye-fundus"}
+
+
+def test_splits_and_holders(store):
+    assert store.indices("train").tolist() == [0, 1]
+    assert store.indices("none").tolist() == []
+    assert store.num_holding("brain-mr", "train") == 1
+    assert store.num_holding("brain-mr", "test") == 1
+    assert store.num_holding("liver-mr", "train") == 0
+
+
+def test_join_is_the_stores_one_after_the_other(store):
+    other = ImageStore(
+        ("e",), ("train",), {"brain-mr": np.full((1, 1, 1, 1, 1), 5, np.float32)}, {"brain-mr": np.array([0])}
+    )
+    joined = join_stores([store, other])
+    assert joined.subjects == ("a", "b", "c", "d", "e")
+    assert joined.splits[-1] == "train"
+    assert joined.rows["brain-mr"].tolist() == [0, 3, 4]
+    for index in range(4):
+        one, two = store.batch([index]), joined.batch([index])
+        assert {name: image.tolist() for name, image in one.images.items()} == {
+            name: image.tolist() for name, image in two.images.items()
+        }
+    assert joined.batch([4]).images["brain-mr"].item() == 5

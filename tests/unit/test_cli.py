@@ -1,0 +1,109 @@
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from panfm.cli import main
+from panfm.config import load_site
+
+RUN = """
+name = "run"
+[streams]
+brain-mr = { shape = [8, 8, 8], patch = [4, 4, 4], spacing-mm = [20.0, 20.0, 20.0] }
+[cohort]
+kind = "phantom"
+holdout-subjects = 2
+[cohort.sites]
+one = { organs = ["brain"], subjects = 9 }
+two = { organs = ["brain"], subjects = 9 }
+"""
+
+
+@pytest.fixture
+def run_file(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text(RUN)
+    return path
+
+
+def panfm(*arguments):
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def test_help_needs_neither_torch_nor_monai():
+    code = (
+        "import sys, panfm.cli; sys.exit(any(name in sys.modules for name in ('torch', 'monai', 'numpy', 'pydantic')))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert {"site", "cohort"} <= set(panfm("--help").output.split())
+
+
+def test_error_is_one_line_on_stderr_from_the_shell(tmp_path):
+    command = [sys.executable, "-c", "from panfm.cli import main; main()", "site", "check", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stderr == f"{tmp_path}/site.toml: no such file, expected a TOML description\n"
+    assert result.stdout == ""
+
+
+def test_site_init_writes_what_site_check_reads(tmp_path):
+    folder = tmp_path / "clinic"
+    assert panfm("site", "init", folder, "--name", "clinic").exit_code == 0
+    assert load_site(folder).name == "clinic"
+    result = panfm("site", "check", folder)
+    assert result.exit_code == 1
+    assert "manifest.csv: found no rows, expected one row per subject and stream" in result.output
+
+
+def test_site_init_overwrites_nothing(tmp_path):
+    (tmp_path / "manifest.csv").write_text("mine")
+    result = panfm("site", "init", tmp_path, "--name", "clinic")
+    assert result.exit_code == 1
+    assert result.stderr == f"{tmp_path}/manifest.csv: found a file, expected none: it would be overwritten\n"
+    assert not (tmp_path / "site.toml").exists()
+
+
+@pytest.mark.parametrize("name", ["", "A", "a b", 'x"\nname="y', "a" * 65])
+def test_site_init_refuses_a_bad_name(tmp_path, name):
+    result = panfm("site", "init", tmp_path / "new", "--name", name)
+    assert result.exit_code == 1
+    assert len(result.stderr.splitlines()) == 1
+    assert result.stderr.startswith("--name: name: ")
+    assert not (tmp_path / "new").exists()
+
+
+def test_site_init_into_a_file(run_file):
+    result = panfm("site", "init", run_file / "x", "--name", "clinic")
+    assert result.exit_code == 1
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_cohort_make_and_check(tmp_path, run_file):
+    result = panfm("cohort", "make", tmp_path / "cohort", "--run", run_file, "--subjects", "5", "--preset", "lasting")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert 'preset = "lasting"' in (tmp_path / "cohort/cohort.toml").read_text()
+    for site in ("sites/one", "sites/two", "holdout"):
+        checked = panfm("site", "check", tmp_path / "cohort" / site, "--run", run_file)
+        assert (checked.exit_code, checked.stderr) == (0, "")
+        assert "brain-mr" in checked.output
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [("", "found no phantom cohort"), ('[cohort]\nkind = "folder"\npath = "x"\n', "found no phantom cohort")],
+)
+def test_cohort_make_needs_a_phantom(tmp_path, run_file, text, complaint):
+    run_file.write_text(RUN.split("[cohort]")[0] + text)
+    result = panfm("cohort", "make", tmp_path / "cohort", "--run", run_file)
+    assert result.exit_code == 1
+    assert complaint in result.stderr
+
+
+@pytest.mark.parametrize("flags", [["--preset", "nice"], ["--seed", "x"], ["--subjects", "0"]])
+def test_cohort_make_refuses_bad_flags(tmp_path, run_file, flags):
+    result = panfm("cohort", "make", tmp_path / "cohort", "--run", run_file, *flags)
+    assert result.exit_code != 0
+    assert not (tmp_path / "cohort").exists()
