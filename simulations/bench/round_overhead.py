@@ -1,0 +1,124 @@
+"""What does the federation cost on top of training? Rounds of `--engine local` over the same rounds in a plain loop.
+
+Both arms train the same sites with the same Learner, one after the other, and average group by group. The federated arm
+adds everything else: messages, packing, guards, the exact mean, validation, private state and checkpoints on disk. The
+arms take turns, round by round; the ratio is the median over the turns of (federated round / plain round).
+"""
+
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from torch import Tensor
+
+from client.app import app as client_app
+from panfm.config import RunConfig, load_run
+from panfm.data.cache import open_store
+from panfm.data.store import ImageStore
+from panfm.objectives import Learner
+from panfm.sharing.groups import group_of
+from panfm.sharing.weights import group_weight
+from panfm.site.session import held_streams
+from server.handshake import shake_hands
+from server.rounds import initial_state, train_round
+from server.run_folder import RunFolder
+from simulations.engines import Job
+from simulations.engines.local import LocalGrid
+from simulations.run import prepare_cohort
+from simulations.studies._harness import StudyResult
+from strategies import GroupedMean
+
+_EXPERIMENT = Path("configs/experiments/quickstart.toml")
+
+
+def main(
+    json: Annotated[Path | None, typer.Option(help="Write the result here.")] = None,
+    rounds: Annotated[int, typer.Option(help="Rounds per arm, after one to warm up.")] = 9,
+    experiment: Annotated[Path, typer.Option(help="Run description (TOML).")] = _EXPERIMENT,
+) -> None:
+    """Seconds per round: federation in one process against a plain loop."""
+    console = Console(soft_wrap=True, highlight=False)
+    run = load_run(experiment, [f"train.rounds={rounds + 1}"])
+    sites = prepare_cohort(run, console) / "sites"
+    with tempfile.TemporaryDirectory() as folder:
+        arms = {"local": federated_rounds(run, sites, Path(folder)), "plain": plain_rounds(run, sites)}
+        seconds: dict[str, list[float]] = {arm: [] for arm in arms}
+        for turn in range(rounds + 1):
+            for arm in sorted(arms, reverse=bool(turn % 2)):
+                seconds[arm].append(next(arms[arm]))
+            console.print(f"round {turn}: " + "  ".join(f"{arm} {seconds[arm][-1]:.3f} s" for arm in seconds))
+    result = StudyResult("round-overhead", {"experiment": str(experiment), "rounds": rounds}, unit="s")
+    for arm in arms:
+        for value in seconds[arm][1:]:
+            result.add(arm, {"round_seconds": value})
+    turns = np.asarray(seconds["local"][1:]) / np.asarray(seconds["plain"][1:])
+    result.ratios["local_over_plain"] = float(np.median(turns))
+    console.print(f"local_over_plain: {result.ratios['local_over_plain']:.3f}")
+    if json:
+        result.write(json)
+
+
+def federated_rounds(run: RunConfig, sites: Path, run_dir: Path) -> Iterator[float]:
+    """Seconds of each round of the real server and sites over the in-process grid."""
+    folder = RunFolder.create(run_dir / "run", run)
+    run = run.model_copy(update={"cohort": None})
+    job = Job(sites, run_dir / "run")
+    grid = LocalGrid(client_app, job.num_sites, job.run_config())
+    state, manifest = initial_state(run)
+    strategy = GroupedMean(run, manifest, shake_hands(grid, run, manifest, at_least=job.num_sites))
+    while True:
+        start = time.perf_counter()
+        state, line = train_round(grid, strategy, run, state)
+        folder.append_round(line)
+        folder.save_state(state)
+        yield time.perf_counter() - start
+
+
+def plain_rounds(run: RunConfig, sites: Path) -> Iterator[float]:
+    """Seconds of each round of the least one can do: train every site, average, group by group."""
+    torch.set_num_threads(run.train.threads)
+    stores = {path.name: open_store(path, run.streams) for path in sorted(sites.iterdir())}
+    learners = {site: Learner(run, tuple(held_streams(run, store))) for site, store in stores.items()}
+    state: Mapping[str, Tensor] = Learner(run).shared_state()
+    for round_number in range(1, run.train.rounds + 1):
+        start = time.perf_counter()
+        state = _plain_round(run, stores, learners, state, round_number)
+        yield time.perf_counter() - start
+
+
+def _plain_round(
+    run: RunConfig,
+    stores: Mapping[str, ImageStore],
+    learners: Mapping[str, Learner],
+    state: Mapping[str, Tensor],
+    round_number: int,
+) -> dict[str, Tensor]:
+    sums = {name: torch.zeros_like(value) for name, value in state.items()}
+    totals = dict.fromkeys(state, 0.0)
+    for site, learner in learners.items():
+        learner.load_shared({name: state[name] for name in learner.model.state_dict()})
+        result = learner.train(
+            stores[site],
+            stores[site].indices("train"),
+            first_step=(round_number - 1) * run.train.local_steps,
+            num_steps=run.train.local_steps,
+            site=site,
+            round_number=round_number,
+        )
+        for name, value in learner.shared_state().items():
+            weight = group_weight(
+                run,
+                group_of(name),
+                subjects=result.subjects,
+                subjects_per_stream=result.subjects_per_stream,
+                num_steps=result.num_steps,
+            )
+            sums[name] += weight * value
+            totals[name] += weight
+    return {name: sums[name] / totals[name] if totals[name] else state[name] for name in state}
