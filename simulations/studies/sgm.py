@@ -1,0 +1,202 @@
+"""Does saliency-guided masking help, how long, and where?
+
+Two phantoms (`transient` and `lasting` dominance), three budgets, seven masking arms at one mask ratio, and two
+references: the untrained model and plain organ statistics. Frozen embeddings are read by linear probes fitted on the
+training subjects as they were scanned, and tested on complete subjects and on the same subjects with organs removed.
+Metric names begin with the preset: `transient/auc`, `lasting/auc_no_dominant`, ...
+"""
+
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from panfm.config import RunConfig, load_run
+from panfm.data.phantom import LABELS, PRESETS
+from panfm.data.store import Batch, ImageStore
+from panfm.evaluate.balance import effective_rank, saliency_entropy
+from panfm.evaluate.embed import embed_store
+from panfm.evaluate.missing import FeaturesOf, missing_grid
+from panfm.evaluate.probe import auc_per_label, fit_classifiers
+from panfm.evaluate.statistics import StatisticsReference, measure_store
+from panfm.models import PanModel
+from panfm.objectives import Learner
+from panfm.objectives.saliency import stream_shares
+from simulations.studies._harness import StudyOptions, StudyResult, run_jobs
+from simulations.studies._phantoms import Cohort, PhantomDraw, open_draw, render_draw
+
+STEPS = {"short": 500, "medium": 3000, "long": 8000}
+MASKING: dict[str, dict[str, Any]] = {
+    "random": {"policy": "random"},
+    "organ": {"policy": "organ"},
+    "sgm-attention": {"policy": "sgm", "saliency": "attention", "anneal": 0.0},
+    "sgm-value": {"policy": "sgm", "saliency": "value", "anneal": 0.0},
+    "sgm": {"policy": "sgm"},
+    "inverse": {"policy": "inverse"},
+    "static": {"policy": "static"},
+}
+"""What sets an arm apart from the default masking, which is `sgm`."""
+REFERENCES = ("untrained", "statistics")
+TARGETS = ("auc", "auc_weak", "auc_no_dominant", "saliency_entropy")
+_EXPERIMENT = Path(__file__).resolve().parents[2] / "configs" / "experiments" / "quickstart.toml"
+_BATCH_SIZE = 64
+
+
+@dataclass(frozen=True)
+class Job:
+    """One arm, trained once and measured."""
+
+    preset: str
+    draw: int
+    seed: int
+    arm: str
+    steps: int
+    folder: Path
+
+    def __str__(self) -> str:
+        return f"{self.preset} phantom {self.draw}, seed {self.seed}, {self.arm}, {self.steps} steps"
+
+
+def run(options: StudyOptions) -> StudyResult:
+    """Run the study."""
+    steps = STEPS[options.budget]
+    result = StudyResult("sgm", {"budget": options.budget, "steps": steps, "pairs": options.pairs(), **_settings()})
+    with tempfile.TemporaryDirectory() as scratch:
+        draws = sorted({draw for draw, _ in options.pairs()})
+        wanted = [
+            PhantomDraw(preset, draw, study_run(0, "random", 1), Path(scratch) / f"{preset}-{draw}")
+            for preset in PRESETS
+            for draw in draws
+        ]
+        folders = dict(zip([(each.preset, each.draw) for each in wanted], run_jobs(render_draw, wanted), strict=True))
+        jobs = [
+            Job(preset, draw, seed, arm, steps, folders[preset, draw])
+            for draw, seed in options.pairs()
+            for preset in PRESETS
+            for arm in (*MASKING, *REFERENCES)
+        ]
+        for job, measured in zip(jobs, run_jobs(measure, jobs, workers=options.workers), strict=True):
+            result.add(job.arm, {f"{job.preset}/{metric}": value for metric, value in measured.items()})
+    result.ratios.update(_gains(result))
+    return result
+
+
+def study_run(seed: int, arm: str, steps: int) -> RunConfig:
+    """The run of one arm: the quickstart's model and streams, one place, one round."""
+    base = load_run(_EXPERIMENT)
+    masking = base.masking.model_copy(update=MASKING.get(arm, {}))
+    train = base.train.model_copy(update={"rounds": 1, "local_steps": steps, "batch_size": _BATCH_SIZE})
+    return base.model_copy(update={"seed": seed, "masking": masking, "train": train})
+
+
+def measure(job: Job) -> dict[str, float]:
+    """Train one arm and measure it."""
+    run = study_run(job.seed, job.arm, job.steps)
+    cohort = open_draw(job.folder, run)
+    if job.arm == "statistics":
+        return _probe(cohort, run, *_statistics_features(cohort, run), draw=job.draw)
+    learner = Learner(run)
+    if job.arm != "untrained":
+        everyone = np.arange(len(cohort.train.subjects))
+        learner.train(cohort.train, everyone, first_step=0, num_steps=job.steps, site="study", round_number=1)
+    return measure_learner(learner, cohort, draw=job.draw)
+
+
+def measure_learner(learner: Learner, cohort: Cohort, *, draw: int) -> dict[str, float]:
+    """All metrics of a learner's frozen student."""
+    reader = _MapReader(learner.model)
+    train, test = learner.stem(cohort.train), learner.stem(cohort.test)
+
+    def features_of(streams: Iterable[str]) -> NDArray[np.float32]:
+        return embed_store(reader, test, np.arange(len(test.subjects)), tuple(streams))
+
+    fit = embed_store(reader, train, np.arange(len(train.subjects)))
+    measured = _probe(cohort, learner.run, fit, features_of, draw=draw)
+    return measured | {"saliency_entropy": _saliency_entropy(learner.model, test)}
+
+
+class _MapReader:
+    """Embeds stem maps, which are computed once, instead of images."""
+
+    def __init__(self, model: PanModel) -> None:
+        self.model = model
+
+    def eval(self) -> object:
+        return self.model.eval()
+
+    def embed(self, batch: Batch) -> Tensor:
+        return self.model.encode(batch).cls
+
+
+def _statistics_features(cohort: Cohort, run: RunConfig) -> tuple[NDArray[np.float32], FeaturesOf]:
+    train, test = (measure_store(store, run.streams) for store in (cohort.train, cohort.test))
+    fit, everyone = np.arange(len(cohort.train.subjects)), np.arange(len(cohort.test.subjects))
+    reference = StatisticsReference.fit([(train, fit)])
+    return reference.features(train, fit), lambda streams: reference.features(test, everyone, streams)
+
+
+def _probe(
+    cohort: Cohort, run: RunConfig, fit: NDArray[np.float32], features_of: FeaturesOf, *, draw: int
+) -> dict[str, float]:
+    names, weak = list(LABELS), np.array([label.weak for label in LABELS.values()])
+    probe = fit_classifiers(fit, cohort.train_labels, names)
+    once = np.ones((1, len(cohort.test_labels)))
+
+    def per_label(features: NDArray[np.floating]) -> NDArray[np.float64]:
+        return auc_per_label(probe.score(features), cohort.test_labels, once)[0]
+
+    complete = features_of(tuple(run.streams))
+    grid = missing_grid(
+        features_of,
+        lambda features: float(per_label(features).mean()),
+        tuple(run.streams),
+        dominant=run.masking.static_organs,
+        draws=run.probe.missing_draws,
+        seed=draw,
+    )
+    return {**grid, "auc_weak": float(per_label(complete)[weak].mean()), "effective_rank": effective_rank(complete)}
+
+
+def _saliency_entropy(model: PanModel, maps: ImageStore) -> float:
+    """Of the mean `value` saliency over complete subjects, whatever steered the arm's masks."""
+    shares = []
+    with torch.inference_mode():
+        for start in range(0, len(maps.subjects), 256):
+            batch = maps.batch(np.arange(start, min(start + 256, len(maps.subjects))))
+            encoded = model.encode(batch, saliency="value")
+            assert encoded.saliency is not None
+            shares.append(
+                stream_shares(encoded.saliency, encoded.layout, model.stream_of_place, len(model.stream_names))
+            )
+    return saliency_entropy(torch.cat(shares).mean(dim=0).tolist())
+
+
+def _gains(result: StudyResult) -> dict[str, float]:
+    """Mean gain over random masking, and the share of pairs in which it is positive."""
+    gains: dict[str, float] = {}
+    for preset in PRESETS:
+        for metric in TARGETS:
+            for arm in (*MASKING, *REFERENCES):
+                if arm == "random" or (f"{preset}/{metric}", arm) not in result.values:
+                    continue
+                gain = result.gain(f"{preset}/{metric}", arm, "random")
+                gains[f"{preset}/{metric}/{arm}-minus-random"] = float(np.mean(gain))
+                gains[f"{preset}/{metric}/{arm}-wins"] = float(np.mean(np.array(gain) > 0))
+    return gains
+
+
+def _settings() -> dict[str, Any]:
+    run = study_run(0, "sgm", 1)
+    return {
+        "arms": MASKING,
+        "masking": run.masking.model_dump(mode="json", by_alias=True),
+        "model": run.model.model_dump(mode="json", by_alias=True),
+        "objective": run.objective.model_dump(mode="json", by_alias=True),
+        "train": run.train.model_dump(mode="json", by_alias=True),
+    }
