@@ -63,9 +63,14 @@ def site_check(
     run: _RunOption = None,
     quarantine: Annotated[bool, typer.Option("--quarantine", help="List faulty rows and go on without them.")] = False,
 ) -> None:
-    """Read every image, print who has what, then each fault on one line."""
+    """Read every image, print who has what, then each fault on one line.
+
+    With --quarantine the faulty rows are listed in SITE/quarantine.csv, and every run leaves them out until the list is
+    written anew; exit status 0.
+    """
     from panfm.config import load_run
     from panfm.data.check import check_site
+    from panfm.data.manifest import read_quarantine
 
     description = load_run(run) if run else None
     streams, organs = (description.streams, description.organs) if description else (None, None)
@@ -76,7 +81,10 @@ def site_check(
         typer.echo(str(fault))
     if quarantine:
         _quarantine(site, report)
-    elif report.faults:
+        return
+    if listed := read_quarantine(site):
+        typer.echo(f"quarantine.csv: {len(listed)} rows are left out of every run; --quarantine writes the list anew")
+    if report.faults:
         raise typer.Exit(1)
 
 

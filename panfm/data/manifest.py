@@ -16,6 +16,7 @@ from panfm.anatomy import parse_stream
 from panfm.config import SiteConfig, site_path
 from panfm.data.table import read_table
 from panfm.errors import DataError
+from panfm.files import write_atomic
 
 SPLITS = ("train", "val", "test")
 QUARANTINE = "quarantine.csv"
@@ -102,7 +103,11 @@ def read_quarantine(folder: Path) -> tuple[Row, ...]:
 
 
 def write_quarantine(folder: Path, faults: Sequence[Fault]) -> Path:
-    """List the rows that faults condemn; a row listed here is left out until the list is written anew."""
+    """List the rows that faults condemn; a row listed here is left out until the list is written anew.
+
+    Raises:
+        DataError: the file cannot be written.
+    """
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(("line", *_NEEDED, "reason"))
@@ -111,7 +116,10 @@ def write_quarantine(folder: Path, faults: Sequence[Fault]) -> Path:
             reason = f"found {fault.found}, expected {fault.expected}"
             table.writerow((fault.row.line, fault.row.subject, fault.row.stream, fault.row.path, reason))
     path = folder / QUARANTINE
-    path.write_text(text.getvalue(), encoding="utf-8")
+    try:
+        write_atomic(path, text.getvalue().encode())
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error.strerror}), expected a writable site folder") from error
     return path
 
 

@@ -290,6 +290,25 @@ def test_picture_and_its_mask(site):
     assert_one_fault(check(site), "chest.png: found no readable picture")
 
 
+def test_repaired_image_stays_out_until_the_quarantine_is_written_anew(site):
+    bad_image(lambda site, path: path.unlink())(site)
+    check(site, "--quarantine")
+    site.nifti("broken_brain-mr.nii.gz", np.ones((4, 4, 4), np.int16))
+    result = check(site)
+    assert result.exit_code == 0
+    assert "quarantine.csv: 1 rows are left out of every run" in result.output
+    assert "0 rows left out, 2 stay" in check(site, "--quarantine").output
+    assert "quarantine.csv" not in check(site).output
+
+
+def test_quarantine_that_cannot_be_written(site):
+    site.add("a")
+    (site.folder / QUARANTINE).mkdir()
+    result = check(site, "--quarantine")
+    assert result.exit_code == 1
+    assert len(result.stderr.splitlines()) == 1
+
+
 def test_coverage_and_progress(site):
     for index, split in enumerate(["train", "train", "val", "test"]):
         site.add(f"s{index}", split=split)
