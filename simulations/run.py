@@ -86,9 +86,9 @@ def prepare_cohort(run: RunConfig, console: Console) -> Path:
     if isinstance(config, PhantomCohortConfig):
         write_cohort(folder, config, run.streams)
     else:
-        from simulations.real_images import make_real_cohort
+        from simulations.real_images import write_real_cohort
 
-        make_real_cohort(folder, config, run.streams)
+        write_real_cohort(folder, config, run.streams)
     return folder
 
 

@@ -74,7 +74,7 @@ class ExactMean:
         for start in range(0, len(update), _CHUNK):
             chunk = update[start : start + _CHUNK]
             part = product[: len(chunk)]
-            np.multiply(chunk, factor, out=part)
+            np.multiply(chunk, factor, out=part, dtype=np.float64)
             np.rint(part, out=part)
             self._sum[start : start + _CHUNK] += part.astype(np.int64)
         self._weight += fixed_weight

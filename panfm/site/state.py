@@ -8,7 +8,8 @@ A round starts from the newest file of an earlier round, so a repeated round sta
 import re
 from pathlib import Path
 
-import safetensors.torch
+import safetensors.numpy
+import torch
 from torch import Tensor
 
 from panfm.errors import ProtocolError
@@ -34,14 +35,16 @@ class StateStore:
 
     def load(self, round_number: int) -> dict[str, Tensor]:
         """State after a round. Raises DataError, naming the file, if it is corrupted."""
-        return safetensors.torch.load(read_checked(self._path(round_number)))
+        arrays = safetensors.numpy.load(read_checked(self._path(round_number)))
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     def save(self, round_number: int, state: dict[str, Tensor]) -> str:
         """Write the state after a round; returns its digest.
 
         Older rounds than the last three go; so do later ones, which a server that went back has made another past.
         """
-        digest = write_checked(self._path(round_number), safetensors.torch.save(state))
+        content = safetensors.numpy.save({name: tensor.numpy() for name, tensor in state.items()})
+        digest = write_checked(self._path(round_number), content)
         for number in self._rounds():
             if not round_number - KEPT < number <= round_number:
                 self._path(number).unlink()

@@ -39,7 +39,7 @@ _EXPERIMENT = Path("configs/experiments/quickstart.toml")
 
 def main(
     json: Annotated[Path | None, typer.Option(help="Write the result here.")] = None,
-    rounds: Annotated[int, typer.Option(help="Rounds per arm, after one to warm up.")] = 9,
+    rounds: Annotated[int, typer.Option(help="Rounds per arm, after one to warm up.")] = 11,
     experiment: Annotated[Path, typer.Option(help="Run description (TOML).")] = _EXPERIMENT,
 ) -> None:
     """Seconds per round: federation in one process against a plain loop."""

@@ -1,0 +1,149 @@
+from fractions import Fraction
+from itertools import permutations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from panfm.errors import ProtocolError
+from panfm.sharing import mean as module
+from panfm.sharing.mean import ExactMean
+
+
+def exact(updates: list[np.ndarray], weights: list[float]) -> list[Fraction]:
+    """The obvious, in rational numbers."""
+    total = sum(Fraction(weight) for weight in weights)
+    return [
+        sum(Fraction(weight) * Fraction(float(update[index])) for update, weight in zip(updates, weights, strict=True))
+        / total
+        for index in range(len(updates[0]))
+    ]
+
+
+def mean_of(updates: list[np.ndarray], weights: list[float], limit: float | None = None) -> np.ndarray:
+    mean = ExactMean(len(updates[0]), weight_limit=limit or sum(weights))
+    for update, weight in zip(updates, weights, strict=True):
+        mean.add(update, weight)
+    result = mean.mean()
+    assert result is not None
+    return result
+
+
+def test_by_hand():
+    updates = [np.array([1, -2], np.float32), np.array([4, 0.5], np.float32)]
+    assert mean_of(updates, [1, 2]).tolist() == [3.0, np.float32(-1 / 3)]
+
+
+contributions = st.integers(1, 5).flatmap(
+    lambda size: st.lists(
+        st.tuples(
+            st.lists(st.floats(-64, 64, width=32), min_size=size, max_size=size),
+            st.integers(1, 10**6),
+        ),
+        min_size=1,
+        max_size=6,
+    )
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(contributions)
+def test_bound(entries):
+    updates = [np.array(values, np.float32) for values, _ in entries]
+    weights = [float(weight) for _, weight in entries]
+    limit = sum(weights)
+    scale = Fraction(2) ** (62 - int(np.ceil(np.log2(limit))) - 6)
+    tiny = Fraction(1, 2**149)
+    for found, wanted in zip(mean_of(updates, weights), exact(updates, weights), strict=True):
+        allowed = len(entries) / (2 * scale) / Fraction(limit) + abs(wanted) / 2**23 + tiny
+        assert abs(Fraction(float(found)) - wanted) <= allowed
+
+
+@settings(max_examples=30, deadline=None)
+@given(contributions, st.randoms(use_true_random=False))
+def test_order(entries, random):
+    def run(some: list) -> bytes:
+        return mean_of([np.array(values, np.float32) for values, _ in some], [float(w) for _, w in some], 1e7).tobytes()
+
+    shuffled = list(entries)
+    random.shuffle(shuffled)
+    assert run(shuffled) == run(entries)
+
+
+def test_order_where_floats_fail():
+    """A float32 sum of these depends on the order; ours must not, and the negative control must."""
+    generator = np.random.default_rng(0)
+    updates = [generator.normal(size=100).astype(np.float32) * 10.0**-index for index in range(5)]
+    ours, naive = set(), set()
+    for order in permutations(range(5)):
+        ours.add(mean_of([updates[index] for index in order], [float(index + 1) for index in order]).tobytes())
+        total = np.zeros(100, np.float32)
+        for index in order:
+            total += np.float32(index + 1) * updates[index]
+        naive.add(total.tobytes())
+    assert len(ours) == 1
+    assert len(naive) > 1
+
+
+def test_as_good_as_float64(monkeypatch):
+    """Five sites of a real size, over several chunks."""
+    monkeypatch.setattr(module, "_CHUNK", 7)
+    generator = np.random.default_rng(1)
+    updates = [generator.normal(scale=1e-3, size=50).astype(np.float32) for _ in range(5)]
+    weights = [2700.0, 1800.0, 2680.0, 1.0, 900.5]
+    wanted = np.average(np.asarray(updates, np.float64), axis=0, weights=weights)
+    np.testing.assert_allclose(mean_of(updates, weights), wanted, rtol=2**-23, atol=1e-15)
+
+
+def test_one_site_gives_its_update_back():
+    update = np.random.default_rng(2).normal(size=1000).astype(np.float32)
+    np.testing.assert_allclose(mean_of([update], [3000.0]), update, rtol=2**-23, atol=1e-15)
+
+
+def test_nobody_and_weight_zero_are_no_mean():
+    mean = ExactMean(3, weight_limit=10)
+    assert mean.mean() is None
+    mean.add(np.ones(3, np.float32), 0.0)
+    assert mean.mean() is None
+
+
+def test_extremes_do_not_overflow():
+    update = np.full(4, 64, np.float32)
+    assert mean_of([update, update, update], [2.0**20] * 3).tolist() == [64] * 4
+    assert mean_of([-update] * 3, [3.0, 5.0, 7.5]).tolist() == [-64] * 4
+
+
+def test_empty_group():
+    assert mean_of([np.zeros(0, np.float32)], [1.0]).size == 0
+
+
+@pytest.mark.parametrize(
+    ("update", "weight", "why"),
+    [
+        ([1, np.nan], 1, "NaN"),
+        ([np.inf, 0], 1, "NaN"),
+        ([65, 0], 1, "beyond 64"),
+        ([0, -65], 1, "beyond 64"),
+        ([1], 1, r"expected float32 \[2\]"),
+        ([1, 1], -1, "weight -1"),
+        ([1, 1], float("nan"), "weight nan"),
+        ([1, 1], 9, "at most 10"),
+    ],
+)
+def test_all_or_nothing(update, weight, why):
+    mean = ExactMean(2, weight_limit=10)
+    mean.add(np.array([1, 2], np.float32), 2)
+    with pytest.raises(ProtocolError, match=why):
+        mean.add(np.array(update, np.float32), weight)
+    assert mean.mean().tolist() == [1, 2]
+
+
+def test_other_dtypes_are_refused():
+    with pytest.raises(ProtocolError, match="float64"):
+        ExactMean(2, weight_limit=1).add(np.zeros(2), 1.0)
+
+
+def test_a_limit_must_be_a_limit():
+    with pytest.raises(ValueError, match="limit 0"):
+        ExactMean(2, weight_limit=0)

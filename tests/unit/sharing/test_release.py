@@ -1,0 +1,48 @@
+from dataclasses import fields
+
+import numpy as np
+import pytest
+
+from panfm.config import Releasable
+from panfm.errors import ProtocolError
+from panfm.sharing.messages import RoundReply, RoundTask
+from panfm.sharing.release import RELEASED_UNDER, RoundResult, build_reply
+
+TASK = RoundTask("run-1", 2, "", {"backbone": np.array([1, 2], np.float32)})
+RESULT = RoundResult(
+    state_round=1,
+    parameters={"backbone": np.array([1.5, 2], np.float32)},
+    weights={"backbone": 10.0},
+    loss=0.25,
+    validation_loss=0.75,
+    num_skipped=3,
+    saliency={"brain-mr": 1.0},
+)
+PROTOCOL = {"run_id", "round_number", "state_round"}
+
+
+def test_every_field_of_a_reply_is_released_under_a_name():
+    assert {field.name for field in fields(RoundReply)} == set(RELEASED_UNDER) | PROTOCOL
+
+
+def test_an_update_is_local_minus_global():
+    reply = build_reply(TASK, RESULT, may_leave=tuple(Releasable))
+    assert reply.updates["backbone"].tolist() == [0.5, 0]
+    assert reply == RoundReply("run-1", 2, 1, reply.updates, {"backbone": 10.0}, 0.25, 0.75, 3, {"brain-mr": 1.0})
+
+
+@pytest.mark.parametrize("withheld", [Releasable.LOSS, Releasable.SALIENCY])
+def test_what_is_not_allowed_is_absent(withheld):
+    reply = build_reply(TASK, RESULT, may_leave=[name for name in Releasable if name != withheld])
+    absent = RoundReply("", 0, 0, {}, {})
+    for field, name in RELEASED_UNDER.items():
+        if name == withheld:
+            assert getattr(reply, field) == getattr(absent, field)
+        else:
+            assert getattr(reply, field) != getattr(absent, field)
+
+
+@pytest.mark.parametrize("needed", [Releasable.UPDATES, Releasable.COUNTS])
+def test_without_updates_and_counts_there_is_no_reply(needed):
+    with pytest.raises(ProtocolError, match=f"lacks {needed}"):
+        build_reply(TASK, RESULT, may_leave=[name for name in Releasable if name != needed])
