@@ -1,7 +1,9 @@
 """Small real objects for all tests: a run with two volumes and an image stream, and stores of random subjects."""
 
 from collections.abc import Callable
+from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 import torch
@@ -48,3 +50,25 @@ def make_store() -> Callable[..., ImageStore]:
         return ImageStore(subjects, ("train",) * num_subjects, images, rows)
 
     return make
+
+
+@pytest.fixture
+def write_site() -> Callable[..., Path]:
+    """Writes a site folder of MR noise, 8 x 8 x 8 voxels of 8 mm; the last subject is for validation."""
+
+    def write(folder: Path, name: str, organs: tuple[str, ...], subjects: int = 6, *, extra: str = "") -> Path:
+        folder.mkdir(parents=True)
+        (folder / "site.toml").write_text(f'name = "{name}"\n{extra}')
+        rows = ["subject,stream,path,split"]
+        random = np.random.default_rng(list(name.encode()))
+        for subject in range(subjects):
+            split = "val" if subject == subjects - 1 else "train"
+            for organ in organs:
+                path = f"{name}-{subject}-{organ}.nii.gz"
+                volume = random.uniform(0, 1000, size=(8, 8, 8)).astype(np.int16)
+                nibabel.save(nibabel.Nifti1Image(volume, np.diag([8.0, 8.0, 8.0, 1.0])), folder / path)
+                rows.append(f"{name}-{subject},{organ}-mr,{path},{split}")
+        (folder / "manifest.csv").write_text("\n".join(rows) + "\n")
+        return folder
+
+    return write

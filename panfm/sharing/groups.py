@@ -104,9 +104,10 @@ class GroupManifest:
         return {group: self.pack(group, tensors) for group in self.groups}
 
     def unpack(self, group: str, flat: Flat) -> dict[str, NDArray[np.float32]]:
-        """The group's parameters, as views of `flat`. Raises ProtocolError if the sizes differ."""
-        if flat.shape != (self.size(group),):
-            raise ProtocolError(f"{group}: got an array of shape {list(flat.shape)}, expected [{self.size(group)}]")
+        """The group's parameters, as views of `flat`. Raises ProtocolError if size or dtype differs."""
+        if flat.shape != (self.size(group),) or flat.dtype != np.float32:
+            found = f"{flat.dtype} {list(flat.shape)}"
+            raise ProtocolError(f"{group}: got {found}, expected float32 [{self.size(group)}]")
         tensors = {}
         start = 0
         for name, shape in self.groups[group]:
@@ -116,8 +117,10 @@ class GroupManifest:
         return tensors
 
     def unpack_all(self, flats: Mapping[str, Flat]) -> dict[str, NDArray[np.float32]]:
-        """The parameters of all groups given. Raises ProtocolError for an unknown group."""
+        """The parameters of every group. Raises ProtocolError for an unknown or missing group."""
         self.check_known(flats)
+        if missing := sorted(set(self.groups) - set(flats)):
+            raise ProtocolError(f"missing group {missing[0]!r}")
         return {name: tensor for group in flats for name, tensor in self.unpack(group, flats[group]).items()}
 
     def check_known(self, groups: Iterable[str]) -> None:

@@ -16,7 +16,6 @@ from panfm.errors import ProtocolError
 from panfm.files import read_checked, read_digest, write_checked
 
 KEPT = 3
-"""Rounds kept."""
 _RUN_ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
@@ -41,13 +40,13 @@ class StateStore:
     def save(self, round_number: int, state: dict[str, Tensor]) -> str:
         """Write the state after a round; returns its digest.
 
-        Older rounds than the last three go; so do later ones, which a server that went back has made another past.
+        The last three rounds are kept. Later ones go: a server that went back has made them another past.
         """
         content = safetensors.numpy.save({name: tensor.numpy() for name, tensor in state.items()})
         digest = write_checked(self._path(round_number), content)
-        for number in self._rounds():
-            if not round_number - KEPT < number <= round_number:
-                self._path(number).unlink()
+        past = sorted(number for number in self._rounds() if number <= round_number)
+        for number in set(self._rounds()) - set(past[-KEPT:]):
+            self._path(number).unlink()
         return digest
 
     def digest(self, round_number: int) -> str:

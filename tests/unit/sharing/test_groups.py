@@ -89,8 +89,12 @@ def test_pack_refuses(wrong):
 
 
 def test_unpack_refuses_a_wrong_size_and_an_unknown_group():
-    with pytest.raises(ProtocolError, match=r"expected \[8\]"):
+    with pytest.raises(ProtocolError, match=r"expected float32 \[8\]"):
         manifest().unpack("backbone", np.zeros(9, np.float32))
+    with pytest.raises(ProtocolError, match="got float64"):
+        manifest().unpack("backbone", np.zeros(8))
+    with pytest.raises(ProtocolError, match="missing group 'head'"):
+        manifest().unpack_all({"backbone": np.zeros(8, np.float32)})
     with pytest.raises(ProtocolError, match="unknown group 'experts'"):
         manifest().unpack_all({"experts": np.zeros(9, np.float32)})
 

@@ -1,0 +1,179 @@
+"""One site's round, on real files."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from panfm.config import dump_toml, parse_run
+from panfm.errors import DataError, ProtocolError
+from panfm.models import build_model
+from panfm.sharing.groups import GroupManifest
+from panfm.sharing.messages import Invitation, RoundTask
+from panfm.site import Site
+
+RUN = """
+name = "small"
+seed = 3
+[streams]
+brain-mr = { spacing-mm = [8.0, 8.0, 8.0], shape = [8, 8, 8], patch = [4, 4, 8] }
+heart-mr = { spacing-mm = [8.0, 8.0, 8.0], shape = [8, 8, 8], patch = [4, 4, 8] }
+liver-mr = { spacing-mm = [8.0, 8.0, 8.0], shape = [8, 8, 8], patch = [4, 4, 8] }
+[train]
+rounds = 6
+local-steps = 2
+batch-size = 3
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, write_site):
+    return write_site(tmp_path / "alpha", "alpha", ("brain", "heart"))
+
+
+def task(round_number=1, *, run_id="run-1", extra="") -> RoundTask:
+    run = parse_run(RUN + extra)
+    tensors = {name: tensor.numpy() for name, tensor in build_model(run).state_dict().items()}
+    manifest = GroupManifest.of({name: tensor.shape for name, tensor in tensors.items()})
+    groups = manifest.pack_all(tensors)
+    if run.sharing.rule == "grouped":
+        del groups["stream:liver-mr"]
+    return RoundTask(run_id, round_number, dump_toml(run), groups)
+
+
+def same(one, other) -> bool:
+    """Replies equal to the bit."""
+    arrays = one.updates.keys() == other.updates.keys() and all(
+        one.updates[group].tobytes() == other.updates[group].tobytes() for group in one.updates
+    )
+    return arrays and replace(one, updates={}) == replace(other, updates={})
+
+
+def test_handshake(folder):
+    shaken = Site(folder).handshake(Invitation(task().run_toml))
+    assert (shaken.site, shaken.subjects, shaken.streams) == ("alpha", 5, {"brain-mr": 5, "heart-mr": 5})
+    assert sorted(shaken.group_hashes) == ["backbone", "head", "stream:brain-mr", "stream:heart-mr"]
+    assert shaken.versions["torch"] == torch.__version__
+
+
+def test_plain_sites_train_every_stream(folder):
+    extra = '[sharing]\nrule = "plain"\n'
+    site = Site(folder)
+    shaken = site.handshake(Invitation(task(extra=extra).run_toml))
+    assert "stream:liver-mr" in shaken.group_hashes
+    assert "liver-mr" not in shaken.streams
+    reply = site.train_round(task(extra=extra))
+    assert set(reply.weights.values()) == {10.0}
+    assert not reply.updates["stream:liver-mr"].any()
+
+
+def test_a_round_moves_every_group(folder):
+    reply = Site(folder).train_round(task())
+    assert reply.weights == {"backbone": 10, "head": 10, "stream:brain-mr": 5, "stream:heart-mr": 5}
+    assert all(update.any() and update.dtype == np.float32 for update in reply.updates.values())
+    assert reply.state_round == 0
+    assert np.isfinite([reply.loss, reply.validation_loss]).all()
+
+
+def test_a_repeated_round_gives_the_same_reply(folder):
+    warm = Site(folder)
+    first, second = warm.train_round(task(1)), warm.train_round(task(2))
+    assert second.state_round == 1
+    assert same(warm.train_round(task(2)), second)
+    assert same(Site(folder).train_round(task(2)), second)
+    assert same(warm.train_round(task(1)), first)
+    assert same(warm.train_round(task(2)), second)
+
+
+def test_private_state_matters(folder, tmp_path):
+    """The negative control of the test above: without round 1's state, round 2 is another."""
+    kept, lost = Site(folder), Site(folder, tmp_path / "elsewhere")
+    kept.train_round(task(1))
+    fresh = lost.train_round(task(2))
+    assert fresh.state_round == 0
+    assert not same(fresh, kept.train_round(task(2)))
+
+
+def test_memory_is_used_only_if_disk_agrees(folder):
+    """Another process served round 2 and went back; this one must not go on from its own memory."""
+    here, there = Site(folder), Site(folder)
+    here.train_round(task(1))
+    second = there.train_round(task(2))
+    assert same(here.train_round(task(2)), second)
+    third = there.train_round(task(3))
+    assert same(here.train_round(task(3)), third)
+
+
+def test_a_site_that_was_away_goes_on_from_its_last_state(folder):
+    site = Site(folder)
+    site.train_round(task(1))
+    assert site.train_round(task(6)).state_round == 1
+
+
+def test_corrupted_state_stops_the_site_and_names_the_file(folder):
+    Site(folder).train_round(task(1))
+    path = folder / ".panfm" / "state" / "run-1" / "round-000001.state"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DataError, match=r"round-000001\.state: corrupted"):
+        Site(folder).train_round(task(2))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        ({"round_number": 0}, "round 0: expected 1 to 6"),
+        ({"round_number": 7}, "round 7: expected 1 to 6"),
+        ({"run_id": "../other"}, "run id"),
+        ({"groups": {"backbone": np.zeros(3, np.float32)}}, r"expected float32 \["),
+        ({"groups": {"experts": np.zeros(3, np.float32)}}, "unknown group 'experts'"),
+        ({"groups": {}}, "missing group"),
+    ],
+)
+def test_a_task_that_does_not_fit_is_refused(folder, wrong, why):
+    with pytest.raises(ProtocolError, match=why):
+        Site(folder).train_round(replace(task(), **wrong))
+
+
+def test_a_site_without_the_streams_of_the_run(tmp_path, write_site):
+    folder = write_site(tmp_path / "delta", "delta", ("kidney",))
+    with pytest.raises(DataError):
+        Site(folder).handshake(Invitation(task().run_toml))
+
+
+def test_limits_win(tmp_path, write_site):
+    folder = write_site(
+        tmp_path / "beta", "beta", ("brain", "heart"), extra='[limits]\nmay-leave = ["updates", "counts"]\n'
+    )
+    reply = Site(folder).train_round(task())
+    assert (reply.loss, reply.validation_loss, reply.num_skipped, reply.saliency) == (None, None, None, {})
+    closed = write_site(tmp_path / "gamma", "gamma", ("brain",), extra='[limits]\nmay-leave = ["updates"]\n')
+    for ask in (lambda site: site.handshake(Invitation(task().run_toml)), lambda site: site.train_round(task())):
+        with pytest.raises(ProtocolError, match="lacks counts"):
+            ask(Site(closed))
+
+
+def test_nothing_private_is_in_the_bytes_of_a_reply(folder):
+    """Every byte that leaves, against the private state the round left behind, the images and the subjects' names."""
+    site = Site(folder)
+    site.train_round(task(1))
+    reply = site.train_round(task(2))
+    records = reply.to_records()
+    sent = b"".join(array.tobytes() for array in records.arrays.values())
+    sent += repr([records.metrics, records.config]).encode()
+    from panfm.site.state import StateStore
+
+    private = StateStore(folder / ".panfm" / "state", "run-1").load(2)
+    assert any(name.startswith("teacher.") for name in private)
+    assert any(name.startswith("optimiser.") for name in private)
+    for name, tensor in private.items():
+        if tensor.numel() > 4 and tensor.any() and tensor.unique().numel() > 2:
+            assert tensor.numpy().tobytes() not in sent, name
+    assert b"alpha-0" not in sent
+    assert str(folder).encode() not in sent
+    update_bytes = sum(task().groups[group].nbytes for group in reply.updates)
+    assert len(b"".join(array.tobytes() for array in records.arrays.values())) == update_bytes
+    assert {key.split("/")[0] for key in records.metrics} == {
+        "weight", "saliency", "loss", "validation-loss", "num-skipped"
+    }  # fmt: skip
+    assert set(records.config) == {"run-id", "round", "state-round"}
