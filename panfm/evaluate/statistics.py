@@ -89,7 +89,7 @@ class StatisticsReference:
 
 def _measure(images: NDArray[np.float32], stream: StreamConfig) -> NDArray[np.float32]:
     """Statistics [P, F] of images [P, C, *shape]."""
-    tensor = torch.from_numpy(np.ascontiguousarray(images))
+    tensor = torch.from_numpy(np.array(images))
     blocks = block_statistics(tensor, stream.patch).flatten(1)
     whole = block_statistics(tensor, stream.shape).flatten(1)
     voxels = np.sort(images.reshape(*images.shape[:2], -1), axis=-1)

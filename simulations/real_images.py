@@ -1,0 +1,171 @@
+"""Three sites made from real scans, read in place from the folder that $PANFM_REAL_DATA names.
+
+    memory-clinic-north, memory-clinic-south   share out the hippocampus MR volumes (Medical Segmentation Decathlon)
+    body-centre                                CT and MR crops of the seven organs, one or two patients per organ
+    holdout                                    hippocampus volumes of people at no site
+
+Left and right hippocampus of one person are separate files, and people must not be torn apart by the split. The file
+names say who belongs together: volumes 2k-1 and 2k are one person. Nothing documents this; it was checked on the 194
+volumes: in such pairs the median intensity differs by 2 % (by a third or more in pairs 2k, 2k+1) and the anterior and
+posterior volumes correlate at .83 and .79 (-.04 and -.01). Each volume is one subject of the manifest, though, since
+a subject has one image per stream.
+
+Labels are the volumes in mm3 of the anterior (1) and posterior (2) hippocampus in the masks.
+"""
+
+import csv
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import tomli_w
+
+from panfm.config import SiteConfig, StreamConfig, dump_toml
+from panfm.config.run import RealImagesCohortConfig
+from panfm.errors import ConfigError, DataError
+from panfm.seeds import numpy_generator
+
+ENVIRONMENT = "PANFM_REAL_DATA"
+HIPPOCAMPUS = "hippocampus-mr"
+CLINICS = ("memory-clinic-north", "memory-clinic-south")
+BODY = "body-centre"
+LABELS = {"anterior-volume": 1, "posterior-volume": 2}
+"""Label -> value of its voxels in the mask."""
+_ORGANS = ("brain", "heart", "adipose", "liver", "kidney", "spleen", "pancreas")
+
+Row = tuple[str, str, str, str, str]
+"""subject, stream, path, split, mask"""
+
+
+def write_real_cohort(
+    folder: Path,
+    config: RealImagesCohortConfig,
+    streams: Mapping[str, StreamConfig],
+    progress: Callable[[int, int], None] = lambda *_: None,
+) -> None:
+    """Write site folders that point to the real scans; no image is copied.
+
+    Args:
+        folder: Must not exist.
+        streams: The run's; scans of other streams are left out.
+        progress: Told how many masks are measured, of how many.
+    Raises:
+        ConfigError: $PANFM_REAL_DATA is unset or names no folder of ours.
+        DataError: the folder exists, or there are too few volumes to share out.
+    """
+    if folder.exists():
+        raise DataError(f"{folder}: exists already, expected a new folder for the cohort")
+    source = real_data()
+    volumes = sorted((source / "hippocampus" / "images").glob("hippocampus_*.nii.gz"))
+    places = share_out(volumes, config)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    total, done = sum(map(len, places.values())), 0
+    for place, held in places.items():
+        labels = []
+        for volume in held:
+            labels.append((volume.name.removesuffix(".nii.gz"), *measure_mask(_mask_of(volume))))
+            done += 1
+            progress(done, total)
+        rows = [_hippocampus_row(volume, "test" if place == "holdout" else "train") for volume in held]
+        _write_site(partial / place, rows, labels)
+    if body := list(_body_rows(source / "organs3d", streams)):
+        _write_site(partial / "sites" / BODY, body, ())
+    (partial / "cohort.toml").write_text(_describe(config, places, len(body)), encoding="utf-8")
+    partial.rename(folder)
+
+
+def real_data() -> Path:
+    """The folder of real scans. Raises ConfigError when $PANFM_REAL_DATA does not name it."""
+    named = os.environ.get(ENVIRONMENT)
+    if not named:
+        raise ConfigError(f"${ENVIRONMENT} is not set, expected the folder of real scans (hippocampus/, organs3d/)")
+    if not (Path(named) / "hippocampus" / "images").is_dir():
+        raise ConfigError(f"${ENVIRONMENT}: {named} holds no hippocampus/images, expected the folder of real scans")
+    return Path(named).resolve()
+
+
+def share_out(volumes: Sequence[Path], config: RealImagesCohortConfig) -> dict[str, list[Path]]:
+    """Volumes of the holdout and of the two clinics, in the order of their names.
+
+    Guarantees:
+        by person: both sides of a person go to one place.
+        seeded: by `config.seed` alone.
+    """
+    people: dict[int, list[Path]] = {}
+    for volume in volumes:
+        people.setdefault(person_of(volume.name), []).append(volume)
+    shuffled = [people[person] for person in numpy_generator(config.seed, "real-images").permutation(sorted(people))]
+    if config.limit:
+        sizes = np.cumsum([len(person) for person in shuffled])
+        shuffled = [person for person, size in zip(shuffled, sizes, strict=True) if size <= config.limit]
+    num_held = round(config.holdout_fraction * len(shuffled))
+    held, trained = shuffled[:num_held], shuffled[num_held:]
+    places = {"holdout": held} | {f"sites/{clinic}": trained[at::2] for at, clinic in enumerate(CLINICS)}
+    if not all(places.values()):
+        raise DataError(f"hippocampus: {len(shuffled)} people cannot be shared out over {len(places)} places")
+    return {place: sorted(volume for person in group for volume in person) for place, group in places.items()}
+
+
+def person_of(name: str) -> int:
+    """Number of the person a volume belongs to: `hippocampus_097` and `hippocampus_098` are person 49."""
+    found = re.search(r"_(\d+)", name)
+    if not found:
+        raise DataError(f"{name}: expected a name like hippocampus_097.nii.gz")
+    return (int(found[1]) + 1) // 2
+
+
+def measure_mask(path: Path) -> tuple[float, ...]:
+    """Volume in mm3 of each of LABELS in a mask."""
+    mask = nib.load(path)  # type: ignore[attr-defined]
+    voxel_mm3 = abs(np.linalg.det(mask.affine[:3, :3]))
+    voxels = np.asarray(mask.dataobj)
+    return tuple(float((voxels == value).sum() * voxel_mm3) for value in LABELS.values())
+
+
+def _mask_of(volume: Path) -> Path:
+    return volume.parents[1] / "labels" / volume.name
+
+
+def _hippocampus_row(volume: Path, split: str) -> Row:
+    return volume.name.removesuffix(".nii.gz"), HIPPOCAMPUS, str(volume), split, str(_mask_of(volume))
+
+
+def _body_rows(folder: Path, streams: Mapping[str, StreamConfig]) -> Iterable[Row]:
+    """One row per scan of the run's streams; of two scans of one subject and stream the first by name."""
+    taken = set()
+    for organ in _ORGANS:
+        for image in sorted((folder / organ).glob("*_*.nii.gz")):
+            subject, _, modality = image.name.removesuffix(".nii.gz").rpartition("_")
+            stream = f"{organ}-{modality.lower()}"
+            if modality != "mask" and stream in streams and (subject, stream) not in taken:
+                taken.add((subject, stream))
+                mask = image.with_name(image.name.replace(".nii.gz", "_mask.nii.gz"))
+                yield subject, stream, str(image), "train", str(mask) if mask.exists() else ""
+
+
+def _write_site(folder: Path, rows: Sequence[Row], labels: Sequence[tuple[object, ...]]) -> None:
+    folder.mkdir(parents=True)
+    site = SiteConfig(name=folder.name, labels="labels.csv" if labels else None)
+    (folder / "site.toml").write_text(dump_toml(site), encoding="utf-8")
+    _write_table(folder / "manifest.csv", ("subject", "stream", "path", "split", "mask"), rows)
+    if labels:
+        _write_table(folder / "labels.csv", ("subject", *LABELS), labels)
+
+
+def _write_table(path: Path, header: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
+
+
+def _describe(config: RealImagesCohortConfig, places: Mapping[str, Sequence[Path]], num_body: int) -> str:
+    labels = {name: {"kind": "volume", "weak": False, "organs": ["hippocampus"]} for name in LABELS}
+    images = {place: len(held) for place, held in places.items()} | {f"sites/{BODY}": num_body}
+    description = config.model_dump(mode="json", by_alias=True, exclude_none=True)
+    return tomli_w.dumps({**description, "images": images, "labels": labels})
