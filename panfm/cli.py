@@ -4,7 +4,7 @@ Commands import what they need when they run, so that `panfm --help` answers at 
 printed line by line on stderr and ends with exit status 1; a traceback is always a bug.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +16,7 @@ from panfm.errors import DataError, PanfmError
 
 if TYPE_CHECKING:
     from panfm.data.check import SiteReport
+    from panfm.evaluate.result import Score
 
 
 class _Group(TyperGroup):
@@ -137,6 +138,82 @@ def cohort_make(
     with _progress("writing images") as progress:
         write_cohort(folder, cohort, description.streams, progress)
     typer.echo(f"{folder}: {len(cohort.sites)} sites and held-out subjects")
+
+
+@main.command("embed")
+def embed(
+    model: Annotated[Path, typer.Argument(help="Folder of a model: <run folder>/model.")],
+    site: Annotated[Path, typer.Argument(help="Site folder.")],
+    out: Annotated[Path, typer.Option(help="Feature file to write (.npz).")],
+) -> None:
+    """Write the frozen features of a site's subjects."""
+    from panfm.data.cache import open_store
+    from panfm.evaluate.embed import embed_site, load_model, write_features
+
+    network, run = load_model(model)
+    with _progress("reading images") as progress:
+        store = open_store(site, run.streams, progress=lambda _, done, total: progress(done, total))
+    done = 0
+    with _progress("embedding subjects") as progress:
+
+        def on_batch(size: int) -> None:
+            nonlocal done
+            done += size
+            progress(done, len(store.subjects))
+
+        table = embed_site(model, network, store, on_batch)
+    write_features(out, table)
+    typer.echo(f"{out}: {len(table.subjects)} subjects, {table.features.shape[1]} features")
+
+
+@main.command("probe")
+def probe(
+    features: Annotated[list[Path], typer.Argument(help="Feature files written by `panfm embed`.")],
+    labels: Annotated[list[Path], typer.Option(help="Label table; may be given again, e.g. one per site.")],
+    fit_split: Annotated[str, typer.Option(help="Split to fit on.")] = "train",
+    test_split: Annotated[str, typer.Option(help="Split to test on.")] = "test",
+    bootstrap: Annotated[int, typer.Option(min=0, help="Resamples of the test subjects.")] = 1000,
+) -> None:
+    """How well a linear reader finds each label in frozen features: AUC, or R2 of a number, with 95 % interval."""
+    from panfm.data.labels import read_label_table
+    from panfm.evaluate.embed import read_features
+    from panfm.evaluate.table import probe_features
+
+    tables = [read_label_table(path) for path in labels]
+    scores, notes = probe_features(
+        [read_features(path) for path in features],
+        tables,
+        fit_split=fit_split,
+        test_split=test_split,
+        bootstrap=bootstrap,
+    )
+    _print_scores(scores)
+    for note in notes:
+        typer.echo(note)
+
+
+@main.command("report")
+def report(run_folder: Annotated[Path, typer.Argument(help="Run folder; the run may still be going on.")]) -> None:
+    """Print a run's tables and write report.html into its folder."""
+    from rich.console import Console
+
+    from panfm.report import print_tables, read_run, write_report
+
+    run = read_run(run_folder)
+    print_tables(run, Console())
+    typer.echo(f"report: {write_report(run)}")
+
+
+def _print_scores(scores: Sequence["Score"]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from panfm.report.table import score_text
+
+    table = Table("label", "metric", "value [95 % interval]")
+    for score in scores:
+        table.add_row(score.group, score.metric, score_text(score))
+    Console().print(table)
 
 
 @contextmanager

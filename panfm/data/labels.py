@@ -29,7 +29,11 @@ def read_labels(folder: Path, site: SiteConfig) -> Labels:
     """
     if site.labels is None:
         raise DataError(f'{folder / "site.toml"}: names no label table, expected labels = "labels.csv"')
-    path = site_path(folder, site.labels)
+    return read_label_table(site_path(folder, site.labels))
+
+
+def read_label_table(path: Path) -> Labels:
+    """Read one label table; an empty cell is unknown. Raises DataError: a line of it does not hold."""
     try:
         columns, lines = read_table(path, ("subject",))
     except DataError as error:

@@ -5,7 +5,7 @@
 """
 
 import hashlib
-import json
+import io
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -19,9 +19,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from panfm.config import RunConfig, parse_run
+from panfm.config import RunConfig, load_run
 from panfm.data.store import Batch, ImageStore
 from panfm.errors import DataError
+from panfm.files import write_atomic
 from panfm.models import PanModel, build_model
 
 
@@ -87,17 +88,25 @@ def embed_site(
 
 
 def write_features(path: Path, table: Features) -> None:
-    """Write one `.npz`; equal features give equal bytes."""
-    with path.open("wb") as file:
-        np.savez(
-            file,
-            subjects=np.array(table.subjects, dtype=np.str_),
-            splits=np.array(table.splits, dtype=np.str_),
-            streams=np.array(table.streams, dtype=np.str_),
-            present=table.present,
-            features=table.features,
-            model_hash=np.array(table.model_hash),
-        )
+    """Write one `.npz`, whole or not at all; equal features give equal bytes.
+
+    Raises:
+        DataError: the file cannot be written.
+    """
+    buffer = io.BytesIO()
+    np.savez(
+        buffer,
+        subjects=np.array(table.subjects, dtype=np.str_),
+        splits=np.array(table.splits, dtype=np.str_),
+        streams=np.array(table.streams, dtype=np.str_),
+        present=table.present,
+        features=table.features,
+        model_hash=np.array(table.model_hash),
+    )
+    try:
+        write_atomic(path, buffer.getvalue())
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error.strerror})") from error
 
 
 def read_features(path: Path) -> Features:
@@ -124,20 +133,20 @@ def load_model(folder: Path) -> tuple[PanModel, RunConfig]:
     """The model of a run's `model/` folder, and the run that made it.
 
     Raises:
-        DataError: a file is absent or unreadable, or the weights do not fit the run's model.
+        ConfigError: `run.toml` is absent or does not hold.
+        DataError: the weights are absent or unreadable, or do not fit the run's model.
     """
+    run, path = load_run(folder / "run.toml"), folder / "model.safetensors"
     try:
-        run = parse_run(json.loads((folder / "metadata.json").read_text(encoding="utf-8"))["run"], str(folder))
-        weights = load_file(folder / "model.safetensors")
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        what = "model.safetensors and metadata.json with the key 'run'"
-        raise DataError(f"{folder}: expected a model folder with {what} ({type(error).__name__})") from error
+        weights = load_file(path)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise DataError(f"{path}: expected a model's weights ({type(error).__name__})") from error
     model = build_model(run)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise DataError(f"{folder}: weights do not fit the model of metadata.json: {first}") from error
+        first = " ".join(str(error).split())[:120]
+        raise DataError(f"{path}: does not fit the model of run.toml: {first}") from error
     return model, run
 
 

@@ -1,5 +1,3 @@
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -8,7 +6,7 @@ from safetensors.torch import save_file
 from panfm.config import RunConfig, StreamConfig
 from panfm.config.load import dump_toml
 from panfm.data.store import ImageStore
-from panfm.errors import DataError
+from panfm.errors import DataError, PanfmError
 from panfm.evaluate.embed import embed_site, embed_store, load_model, read_features, write_features
 from panfm.models import build_model
 
@@ -26,7 +24,7 @@ def make_store(n=7):
 @pytest.fixture
 def folder(tmp_path):
     save_file(build_model(RUN).state_dict(), tmp_path / "model.safetensors")
-    (tmp_path / "metadata.json").write_text(json.dumps({"run": dump_toml(RUN)}))
+    (tmp_path / "run.toml").write_text(dump_toml(RUN))
     return tmp_path
 
 
@@ -69,18 +67,18 @@ def test_model_comes_back_from_disk_and_features_round_trip(folder):
     assert path.read_bytes() == first
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "metadata.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", "run.toml"])
 @pytest.mark.parametrize("content", [None, b"", b"{}", b"\x80garbage"])
-def test_a_broken_model_folder_is_one_line(folder, name, content):
+def test_every_line_about_a_broken_model_folder_names_the_file(folder, name, content):
     (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
-    with pytest.raises(DataError, match="expected a model folder") as caught:
+    with pytest.raises(PanfmError, match=name) as caught:
         load_model(folder)
-    assert "\n" not in str(caught.value)
+    assert all(name in line for line in str(caught.value).splitlines())
 
 
 def test_weights_of_another_model_are_refused(folder):
     save_file({"backbone.cls": torch.zeros(3)}, folder / "model.safetensors")
-    with pytest.raises(DataError, match="weights do not fit") as caught:
+    with pytest.raises(DataError, match="does not fit") as caught:
         load_model(folder)
     assert "\n" not in str(caught.value)
 

@@ -1,0 +1,109 @@
+"""One page per run: `report.html`. It holds everything, scripts included, and opens without a network."""
+
+import html
+from collections.abc import Iterable, Sequence
+from importlib.resources import files
+from pathlib import Path
+
+from panfm.config import config_hash, dump_toml
+from panfm.files import write_atomic
+from panfm.report.plots import figures
+from panfm.report.run import Run
+from panfm.report.table import arms_of, find, organs_of, score_text
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; display: block; overflow-x: auto }
+th, td { padding: .25rem .7rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap }
+th:first-child, td:first-child { text-align: left }
+pre { background: #f6f6f6; padding: 1rem; overflow-x: auto }
+.quiet { color: #666 }
+"""
+
+Rows = Iterable[Sequence[str]]
+
+
+def write_report(run: Run) -> Path:
+    """Write `report.html` into the run folder and return its path."""
+    path = run.folder / "report.html"
+    write_atomic(path, render(run).encode())
+    return path
+
+
+def render(run: Run) -> str:
+    """The whole page."""
+    drawn = figures(run)
+    script = files("plotly").joinpath("package_data/plotly.min.js").read_text(encoding="utf-8") if drawn else ""
+    sections = [
+        _section("Sites", _table(("site", "organs", "subjects", "rounds", "loss"), _site_rows(run))),
+        _section("Coverage", _coverage(run)),
+        _section("What frozen features are worth", _scores(run)),
+        *(_section(title, figure.to_html(full_html=False, include_plotlyjs=False)) for title, figure in drawn.items()),
+        _section("Provenance", _provenance(run)),
+    ]
+    title = html.escape(run.config.name)
+    state = "finished" if run.is_finished else "in progress"
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f"<style>{_STYLE}</style><script>{script}</script></head><body><h1>{title}</h1>"
+        f'<p class="quiet">{len(run.rounds)} of {run.config.train.rounds} rounds, {state}</p>'
+        f"{''.join(sections)}</body></html>\n"
+    )
+
+
+def _section(title: str, body: str) -> str:
+    return f"<h2>{html.escape(title)}</h2>{body}" if body else ""
+
+
+def _table(headings: Sequence[str], rows: Rows) -> str:
+    def line(cells: Sequence[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    return f"<table>{line(headings, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"
+
+
+def _site_rows(run: Run) -> Rows:
+    for site in run.site_names:
+        held = run.sites.get(site, {})
+        rounds, losses = run.series(site, "loss")
+        loss = f"{losses[0]:.3f} → {losses[-1]:.3f}" if losses else "-"
+        yield site, ", ".join(organs_of(held)), str(held.get("subjects", "-")), str(len(rounds)), loss
+
+
+def _coverage(run: Run) -> str:
+    """Subjects per stream and site."""
+    if not run.sites:
+        return ""
+    rows = (
+        (stream, *(str(run.sites.get(site, {}).get("streams", {}).get(stream, "·")) for site in run.site_names))
+        for stream in run.config.streams
+    )
+    return _table(("stream", *run.site_names), rows)
+
+
+def _scores(run: Run) -> str:
+    if run.probe is None:
+        return '<p class="quiet">Not probed yet.</p>'
+    tables = []
+    for metric, words in (("auc", "AUC"), ("r2", "R2")):
+        groups = list(dict.fromkeys(score.group for score in run.probe.scores if score.metric == metric))
+        if groups:
+            rows = [
+                (arm, *(score_text(find(run.probe, arm, group, metric)) for group in groups))
+                for arm in arms_of(run.probe, metric)
+            ]
+            tables.append(_table((words, *groups), rows))
+    counts = f"{run.probe.subjects.get('fit', 0)} subjects fitted, {run.probe.subjects.get('test', 0)} held out"
+    lines = [f"{counts}; in brackets 95 % bootstrap intervals over held-out subjects.", *run.probe.notes]
+    return "".join(tables) + "".join(f'<p class="quiet">{html.escape(line)}</p>' for line in lines)
+
+
+def _provenance(run: Run) -> str:
+    facts = {
+        "configuration hash": config_hash(run.config),
+        "seed": str(run.config.seed),
+        **{key: str(run.metadata[key]) for key in ("run-id", "rounds", "panfm", "intended-use") if key in run.metadata},
+    }
+    text = html.escape(dump_toml(run.config))
+    return _table(("what", ""), facts.items()) + f"<details><summary>run.toml</summary><pre>{text}</pre></details>"

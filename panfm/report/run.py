@@ -1,0 +1,100 @@
+"""A run folder, read; also one whose run is still going on."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from panfm.config import RunConfig, load_run
+from panfm.errors import DataError
+from panfm.evaluate.result import ProbeResult, read_result
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything a report shows."""
+
+    folder: Path
+    config: RunConfig
+    rounds: tuple[Mapping[str, Any], ...]
+    """Lines of rounds.jsonl, by round; none before the first round ends."""
+    sites: Mapping[str, Mapping[str, Any]]
+    """Site -> subjects and streams (stream -> subjects), from the handshakes."""
+    probe: ProbeResult | None
+    """None until the run has been probed."""
+    metadata: Mapping[str, Any]
+    """Of the final model; empty until there is one."""
+
+    @property
+    def is_finished(self) -> bool:
+        """There is a final model."""
+        return bool(self.metadata)
+
+    @property
+    def site_names(self) -> tuple[str, ...]:
+        """All sites that shook hands or answered, in alphabetical order."""
+        answered = {site for line in self.rounds for site in line.get("sites", {})}
+        return tuple(sorted(answered | set(self.sites)))
+
+    def series(self, site: str, key: str) -> tuple[list[int], list[Any]]:
+        """Rounds in which a site reported `key`, and what it reported."""
+        found = [
+            (line["round"], line["sites"][site][key])
+            for line in self.rounds
+            if line.get("sites", {}).get(site, {}).get(key) is not None
+        ]
+        return [number for number, _ in found], [value for _, value in found]
+
+    def bytes_by_group(self, direction: str) -> dict[str, int]:
+        """Group -> bytes sent over the whole run; direction is `up` or `down`."""
+        total: dict[str, int] = {}
+        for line in self.rounds:
+            for group, size in line.get(f"bytes_{direction}", {}).items():
+                total[group] = total.get(group, 0) + size
+        return total
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run folder; a line that is still being written is left out.
+
+    Raises:
+        ConfigError: the folder holds no run.toml of ours.
+        DataError: another of its files is damaged.
+    """
+    config = load_run(folder / "run.toml")
+    sites = _read_json(folder / "sites.json").get("sites", {})
+    probe = read_result(folder / "probe.json") if (folder / "probe.json").exists() else None
+    return Run(folder, config, _read_rounds(folder / "rounds.jsonl"), sites, probe, _read_json(_metadata(folder)))
+
+
+def _metadata(folder: Path) -> Path:
+    return folder / "model" / "metadata.json"
+
+
+def _read_rounds(path: Path) -> tuple[Mapping[str, Any], ...]:
+    if not path.exists():
+        return ()
+    lines = path.read_text(encoding="utf-8").splitlines()
+    rounds = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            content = json.loads(line)
+            rounds[int(content["round"])] = content
+        except (ValueError, KeyError, TypeError) as error:
+            if number == len(lines):
+                break
+            raise DataError(f"{path}:{number}: found {line[:40]!r}, expected one JSON object per round") from error
+    return tuple(rounds[number] for number in sorted(rounds))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path}: not valid JSON") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: found {type(content).__name__}, expected a JSON object")
+    return content

@@ -1,0 +1,106 @@
+"""The report on the console: who took part, and what the features are worth."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from rich.console import Console
+from rich.table import Column, Table
+
+from panfm.anatomy import parse_stream
+from panfm.evaluate.result import ProbeResult, Score
+from panfm.report.run import Run
+
+
+def print_tables(run: Run, console: Console) -> None:
+    """Print all that there is."""
+    console.print(site_table(run))
+    if run.probe is None:
+        return
+    for metric in ("auc", "r2"):
+        if any(score.metric == metric for score in run.probe.scores):
+            console.print(score_table(run.probe, metric))
+    if run.probe.missing:
+        console.print(missing_table(run.probe.missing))
+    for note in run.probe.notes:
+        console.print(f"note: {note}", style="dim")
+
+
+def site_table(run: Run) -> Table:
+    """Per site: organs, subjects, loss in its first and last round."""
+    table = Table("site", "organs", _right("subjects"), _right("loss"), title=f"{run.config.name}: sites")
+    for site in run.site_names:
+        held = run.sites.get(site, {})
+        subjects = held.get("subjects")
+        _, losses = run.series(site, "loss")
+        loss = f"{losses[0]:.3f} -> {losses[-1]:.3f}" if losses else "-"
+        table.add_row(site, ", ".join(organs_of(held)), "-" if subjects is None else str(subjects), loss)
+    return table
+
+
+def score_table(probe: ProbeResult, metric: str) -> Table:
+    """One row per arm, one column per label group, with 95 % intervals."""
+    groups = {score.group: score for score in probe.scores if score.metric == metric}
+    words = {"auc": "AUC", "r2": "R2"}[metric]
+    title = f"{words} of frozen features, {probe.subjects.get('test', 0)} held-out subjects (95 % interval)"
+    headings = [_heading(score) for score in groups.values()]
+    table = Table("features", *map(_right, headings), title=title)
+    for arm in arms_of(probe, metric):
+        table.add_row(arm, *(score_text(find(probe, arm, group, metric)) for group in groups))
+    return table
+
+
+def missing_table(missing: Mapping[str, Mapping[str, float]]) -> Table:
+    """AUC with organs missing: one row per arm, one column per number of missing organs."""
+    counts = missing_counts(missing)
+    table = Table("organs missing", *(_right(str(count)) for count in counts), _right("dominant"), title="AUC")
+    for arm, grid in missing.items():
+        cells = [grid.get(f"auc_missing_{count}" if count else "auc", math.nan) for count in counts]
+        table.add_row(arm, *map(number_text, [*cells, grid.get("auc_no_dominant", math.nan)]))
+    return table
+
+
+def arms_of(probe: ProbeResult, metric: str) -> list[str]:
+    """Arms that were scored, in their order."""
+    return list(dict.fromkeys(score.arm for score in probe.scores if score.metric == metric))
+
+
+def find(probe: ProbeResult, arm: str, group: str, metric: str) -> Score | None:
+    """One cell of the table."""
+    wanted = (arm, group, metric)
+    return next((each for each in probe.scores if (each.arm, each.group, each.metric) == wanted), None)
+
+
+def missing_counts(missing: Mapping[str, Mapping[str, float]]) -> Sequence[int]:
+    """Numbers of missing organs that were tried, 0 first."""
+    names = {name for grid in missing.values() for name in grid if name.startswith("auc_missing_")}
+    return [0, *sorted(int(name.removeprefix("auc_missing_")) for name in names)]
+
+
+def organs_of(held: Mapping[str, object]) -> list[str]:
+    """Organs of a site's handshake."""
+    streams = held.get("streams", {})
+    return list(dict.fromkeys(parse_stream(stream)[0] for stream in streams)) if isinstance(streams, dict) else []
+
+
+def score_text(score: Score | None) -> str:
+    """`.712 [.681, .744]`, or a dash."""
+    if score is None or math.isnan(score.value):
+        return "-"
+    if math.isnan(score.low):
+        return number_text(score.value)
+    return f"{number_text(score.value)} [{number_text(score.low)}, {number_text(score.high)}]"
+
+
+def number_text(value: float) -> str:
+    """Three decimals without the zero before the point; a dash for NaN."""
+    if math.isnan(value):
+        return "-"
+    return f"{value:.3f}".replace("0.", ".", 1) if abs(value) < 1 else f"{value:.3f}"
+
+
+def _heading(score: Score) -> str:
+    return score.group if score.metric == "r2" else f"{score.group} ({score.num_labels})"
+
+
+def _right(heading: str) -> Column:
+    return Column(heading, justify="right")

@@ -1,0 +1,84 @@
+"""`panfm embed`, `panfm probe` and `panfm report` as a person types them."""
+
+import json
+
+import nibabel as nib
+import numpy as np
+import pytest
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from panfm.cli import main
+from panfm.config import RunConfig, StreamConfig, dump_toml
+from panfm.models import build_model
+
+STREAM = StreamConfig(shape=(8, 8, 8), patch=(4, 4, 4), spacing_mm=(2.0, 2.0, 2.0))
+RUN = RunConfig(name="toy", streams={"brain-mr": STREAM})
+
+
+def panfm(*arguments):
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A run folder and a site of 36 subjects with a bright or a dark half."""
+    folder = tmp_path_factory.mktemp("place")
+    (folder / "model").mkdir()
+    save_file(build_model(RUN).state_dict(), folder / "model" / "model.safetensors")
+    for where in (folder, folder / "model"):
+        (where / "run.toml").write_text(dump_toml(RUN))
+    (folder / "model" / "metadata.json").write_text(json.dumps({"rounds": 0}))
+    generator, rows, labels = np.random.default_rng(0), ["subject,stream,path,split"], ["subject,bright,share"]
+    for number in range(36):
+        share = generator.random()
+        voxels = (generator.random((8, 8, 8)) < share).astype(np.int16)
+        nib.save(nib.Nifti1Image(voxels, np.diag([2.0, 2.0, 2.0, 1.0])), folder / f"{number}.nii.gz")
+        rows.append(f"p{number},brain-mr,{number}.nii.gz,{'test' if number % 3 == 0 else 'train'}")
+        labels.append(f"p{number},{int(share > 0.5)},{share * 100:.3f}")
+    (folder / "site.toml").write_text('name = "site"\nlabels = "labels.csv"\n')
+    (folder / "manifest.csv").write_text("\n".join(rows) + "\n")
+    (folder / "labels.csv").write_text("\n".join(labels) + "\n")
+    return folder
+
+
+def test_embed_then_probe_then_report(place):
+    out = place / "features.npz"
+    embedded = panfm("embed", place / "model", place, "--out", out)
+    assert embedded.exit_code == 0
+    assert "36 subjects, 48 features" in embedded.output.replace("\n", " ")
+    probed = panfm("probe", out, "--labels", place / "labels.csv")
+    assert probed.exit_code == 0
+    assert "auc" in next(line for line in probed.output.splitlines() if "bright" in line)
+    assert "r2" in next(line for line in probed.output.splitlines() if "share" in line)
+    reported = panfm("report", place)
+    assert reported.exit_code == 0
+    assert (place / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("embed", "model", "nowhere", "--out", "x.npz"),
+        ("embed", "nowhere", ".", "--out", "x.npz"),
+        ("probe", "nowhere.npz", "--labels", "labels.csv"),
+        ("probe", "manifest.csv", "--labels", "labels.csv"),
+        ("probe", "labels.csv", "--labels", "nowhere.csv"),
+        ("report", "nowhere"),
+    ],
+)
+def test_what_is_not_there_is_one_line(place, arguments):
+    paths = [str(place / word) if "." in word or word in ("model", "nowhere") else word for word in arguments]
+    result = panfm(*paths)
+    assert result.exit_code == 1
+    assert len(result.output.strip().splitlines()) == 1
+    assert "Traceback" not in result.output
+
+
+def test_an_unwritable_place_is_one_line(place):
+    (place / "file").write_text("")
+    result = panfm("embed", place / "model", place, "--out", place / "file" / "x.npz")
+    assert result.exit_code == 1
+    assert "cannot be written" in result.output

@@ -1,0 +1,140 @@
+import json
+import math
+import re
+
+import pytest
+from rich.console import Console
+
+from panfm.config import RunConfig, StreamConfig, dump_toml
+from panfm.errors import ConfigError, DataError
+from panfm.evaluate.result import ProbeResult, Score, write_result
+from panfm.report import print_tables, read_run, write_report
+from panfm.report.plots import figures
+from panfm.report.table import number_text
+
+STREAM = StreamConfig(shape=(4, 4, 4), patch=(2, 2, 2), spacing_mm=(1.0, 1.0, 1.0))
+RUN = RunConfig(name="toy", streams={"brain-mr": STREAM, "liver-mr": STREAM})
+PROBE = ProbeResult(
+    scores=(
+        Score("federated", "all", "auc", 0.7124, 0.68, 0.74, 27),
+        Score("untrained", "all", "auc", 0.61, 0.58, 0.65, 27),
+        Score("federated", "size", "r2", -0.05, math.nan, math.nan, 1),
+    ),
+    missing={"federated": {"auc": 0.71, "auc_missing_1": 0.65, "auc_drop_brain": 0.04, "auc_no_dominant": math.nan}},
+    balance={},
+    subjects={"fit": 90, "test": 30},
+    notes=("federated: <never>: not probed",),
+)
+
+
+def line(number, *sites):
+    return {
+        "round": number,
+        "phase": "train",
+        "sites": {
+            site: {"loss": 1.0 / number, "validation_loss": None, "saliency": {"brain-mr": 1.2}} for site in sites
+        },
+        "rejected": {},
+        "bytes_up": {"backbone": 10, "stream:brain-mr": 4},
+        "bytes_down": {"backbone": 10},
+    }
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "run.toml").write_text(dump_toml(RUN))
+    return tmp_path
+
+
+@pytest.fixture
+def finished(folder):
+    lines = [line(1, "b-site", "a-site"), line(2, "a-site")]
+    (folder / "rounds.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
+    held = {"a-site": {"subjects": 5, "streams": {"brain-mr": 5}}, "<b>": {"subjects": 7, "streams": {"liver-mr": 7}}}
+    (folder / "sites.json").write_text(json.dumps({"sites": held}))
+    (folder / "model").mkdir()
+    (folder / "model" / "metadata.json").write_text(json.dumps({"run-id": "toy-1234", "rounds": 2}))
+    write_result(folder / "probe.json", PROBE)
+    return folder
+
+
+def text_of(run):
+    console = Console(record=True, width=200, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
+    with console.file:
+        print_tables(run, console)
+        return console.export_text()
+
+
+def test_a_finished_run_is_read(finished):
+    run = read_run(finished)
+    assert run.is_finished
+    assert run.site_names == ("<b>", "a-site", "b-site")
+    assert run.series("a-site", "loss") == ([1, 2], [1.0, 0.5])
+    assert run.series("a-site", "validation_loss") == ([], [])
+    assert run.bytes_by_group("up") == {"backbone": 20, "stream:brain-mr": 8}
+
+
+def test_tables_show_sites_scores_and_notes(finished):
+    text = text_of(read_run(finished))
+    assert re.search(r"a-site +│ brain +│ +5 │ 1.000 -> 0.500", text)
+    assert ".712 [.680, .740]" in text
+    assert re.search(r"federated +│ +-.050", text)
+    assert "<never>: not probed" in text
+
+
+def test_a_run_that_has_just_begun_is_reported(folder):
+    run = read_run(folder)
+    assert not run.is_finished
+    assert figures(run) == {}
+    assert "toy: sites" in text_of(run)
+    page = write_report(run).read_text()
+    assert "0 of 10 rounds, in progress" in page
+    assert "Not probed yet" in page
+    assert len(page) < 20_000  # nothing to draw, so no plotting library
+
+
+def test_a_line_being_written_is_left_out_but_a_damaged_one_is_named(finished):
+    path = finished / "rounds.jsonl"
+    path.write_text(path.read_text() + '{"round": 3, "si')
+    assert len(read_run(finished).rounds) == 2
+    path.write_text('{"round"\n' + json.dumps(line(2)) + "\n")
+    with pytest.raises(DataError, match=r"rounds.jsonl:1: found"):
+        read_run(finished)
+
+
+def test_the_page_is_self_contained_and_escaped(finished):
+    page = write_report(read_run(finished)).read_text()
+    assert page.startswith("<!doctype html>")
+    assert not re.search(r"""<(script|img|iframe)[^>]*\ssrc\s*=|<link[^>]*href|@import|url\(['"]?http""", page)
+    assert page.count("Plotly.newPlot(") >= 4
+    assert "&lt;b&gt;" in page
+    assert "<td><b>" not in page
+    assert "federated: &lt;never&gt;: not probed" in page
+    assert ".712 [.680, .740]" in page
+    assert len(page) < 8_000_000
+
+
+def test_figures_without_data_are_left_out(finished):
+    (finished / "probe.json").unlink()
+    assert "AUC with organs missing" not in figures(read_run(finished))
+    assert "Loss per site" in figures(read_run(finished))
+
+
+def test_a_folder_that_is_no_run_is_one_line(tmp_path):
+    with pytest.raises(ConfigError, match=r"run.toml: no such file"):
+        read_run(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_a_damaged_file_is_named(folder, content):
+    (folder / "sites.json").write_text(content)
+    with pytest.raises(DataError, match=r"sites.json: "):
+        read_run(folder)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.5, ".500"), (-0.25, "-.250"), (1.0, "1.000"), (-1.5, "-1.500"), (math.nan, "-"), (0.0, ".000")],
+)
+def test_numbers_are_short(value, text):
+    assert number_text(value) == text
