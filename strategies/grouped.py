@@ -90,10 +90,12 @@ class GroupedMean(Strategy):
     def _take(self, message: Message, means: Mapping[str, ExactMean], server_round: int) -> None:
         handshake = self.roster[message.metadata.src_node_id]
         try:
+            if handshake.site in self.outcome.accepted:
+                raise ProtocolError("second reply to one question")
             reply = RoundReply.from_records(unpack(message.content))
             self._count_bytes(reply)
             check_reply(reply, handshake, means, self.run, of=(self._run_id, server_round))
-        except (ProtocolError, ValueError, TypeError) as error:
+        except ProtocolError as error:
             self.outcome.rejected[handshake.site] = str(error)
             return
         for group, update in reply.updates.items():

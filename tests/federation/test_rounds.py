@@ -1,7 +1,25 @@
-"""Whole runs over three small hospitals, in process."""
+"""Whole runs over three small hospitals: the real ServerApp, ClientApp, strategy and files, in process."""
 
 import json
+import shutil
 from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+from flwr.clientapp import ClientApp
+
+from client.app import app as client_app
+from panfm.config import dump_toml
+from panfm.errors import RunError
+from panfm.models import build_model
+from panfm.objectives import Learner
+from panfm.site.session import Session
+from server.app import app as server_app
+from simulations.engines import Job
+from simulations.engines.local import run as run_local
+from simulations.engines.local import run_apps
 
 
 def lines(run_dir: Path) -> list[dict]:
@@ -15,4 +33,184 @@ def model_bytes(run_dir: Path) -> bytes:
 def test_a_run_leaves_its_folder(federation):
     run_dir = federation.run("first")
     assert [line["round"] for line in lines(run_dir)] == [1, 2, 3]
-    print(json.dumps(lines(run_dir)[-1], indent=1))
+    last = lines(run_dir)[-1]
+    assert set(last["sites"]) == {"alpha", "beta", "gamma"}
+    assert last["coverage"] == {"brain-mr": ["alpha", "gamma"], "heart-mr": ["alpha", "beta"], "liver-mr": ["gamma"]}
+    assert last["sites"]["alpha"]["state_round"] == 2
+    assert set(last["sites"]["gamma"]["saliency"]) == {"brain-mr", "liver-mr"}
+    assert np.isfinite([last["loss"], last["sites"]["beta"]["validation_loss"]]).all()
+    assert last["rejected"] == {}
+    tensors = safetensors.numpy.load(model_bytes(run_dir))
+    run = federation.describe()
+    model = build_model(run)
+    model.load_state_dict({name: torch.from_numpy(tensor) for name, tensor in tensors.items()})
+    assert last["bytes_up"]["backbone"] == 3 * 4 * sum(parameter.numel() for parameter in model.backbone.parameters())
+    assert last["bytes_up"] == last["bytes_down"]
+    metadata = json.loads((run_dir / "model" / "metadata.json").read_text())
+    assert (metadata["rounds"], metadata["sites"]) == (3, ["alpha", "beta", "gamma"])
+    assert (run_dir / "model" / "run.toml").read_text() == (run_dir / "run.toml").read_text() == dump_toml(run)
+    coverage = json.loads((run_dir / "sites.json").read_text())["coverage"]
+    assert coverage["heart-mr"] == {"alpha": 5, "beta": 5}
+
+
+def test_the_same_seed_gives_the_same_model_and_another_does_not(federation):
+    first = model_bytes(federation.run("first"))
+    assert model_bytes(federation.run("second")) == first
+    assert model_bytes(federation.run("third", "seed=4")) != first
+
+
+def test_every_parameter_has_moved_from_its_start(federation):
+    tensors = safetensors.numpy.load(model_bytes(federation.run("first")))
+    for name, start in build_model(federation.describe()).state_dict().items():
+        assert not np.array_equal(tensors[name], start.numpy()), name
+
+
+def test_a_stream_that_no_site_holds_stays_as_it_was(federation):
+    shutil.rmtree(federation.sites / "gamma")
+    tensors = safetensors.numpy.load(model_bytes(federation.run("two")))
+    start = build_model(federation.describe()).state_dict()
+    for name, tensor in tensors.items():
+        assert np.array_equal(tensor, start[name].numpy()) == ("liver-mr" in name), name
+
+
+def test_plain_dilutes_what_few_sites_hold(federation):
+    """One round: liver, held by one of three sites of equal weight, moves a third as far as under `grouped`."""
+    start = build_model(federation.describe()).state_dict()
+
+    def moved(name: str, *overrides: str) -> np.ndarray:
+        tensors = safetensors.numpy.load(model_bytes(federation.run(name, "train.rounds=1", *overrides)))
+        key = "streams.liver-mr.project.weight"
+        return tensors[key] - start[key].numpy()
+
+    grouped, plain = moved("grouped"), moved("plain", "sharing.rule=plain")
+    assert grouped.any()
+    np.testing.assert_allclose(plain, grouped / 3, rtol=1e-3, atol=1e-7)
+
+
+def test_one_site_and_one_full_batch_is_central_training(federation):
+    """K = 1, one round: the federation ends where the Learner alone ends."""
+    for name in ("beta", "gamma"):
+        shutil.rmtree(federation.sites / name)
+    changes = ("train.rounds=1", "train.local-steps=1", "train.batch-size=5", "train.warmup=0.0")
+    changes += ("federation.min-sites=1",)
+    federated = safetensors.numpy.load(model_bytes(federation.run("one", *changes)))
+    run = federation.describe(*changes)
+    from panfm.data.cache import open_store
+
+    store = open_store(federation.sites / "alpha", run.streams)
+    central = Learner(run, ["brain-mr", "heart-mr"])
+    central.train(store, store.indices("train"), first_step=0, num_steps=1, site="alpha", round_number=1)
+    start = build_model(run).state_dict()
+    for name, value in central.shared_state().items():
+        np.testing.assert_allclose(federated[name], value.numpy(), atol=1e-6, rtol=0)
+        assert not np.array_equal(value.numpy(), start[name].numpy()), name
+
+
+class Tampered(ClientApp):
+    """The real ClientApp, with a hand in its replies."""
+
+    def __init__(self, tamper) -> None:
+        super().__init__()
+        self.tamper = tamper
+
+    def __call__(self, message, context):
+        return self.tamper(message, context, client_app(message, context))
+
+
+def nan_from(partition: int):
+    def tamper(message, context, reply):
+        if context.node_config["partition-id"] == partition and message.metadata.message_type == "train":
+            from flwr.app import Array
+
+            arrays = reply.content.array_records["arrays"]
+            arrays["backbone"] = Array(np.full_like(arrays["backbone"].numpy(), np.nan))
+        return reply
+
+    return Tampered(tamper)
+
+
+def test_a_nan_reply_is_rejected_and_the_run_goes_on(federation):
+    job = federation.job("nan")
+    run_apps(server_app, nan_from(1), job)
+    assert ["beta" in line["rejected"] for line in lines(job.run_dir)] == [True] * 3
+    assert "backbone: update holds NaN" in lines(job.run_dir)[0]["rejected"]["beta"]
+    assert all(np.isfinite(tensor).all() for tensor in safetensors.numpy.load(model_bytes(job.run_dir)).values())
+
+
+def test_a_site_whose_state_is_corrupted_is_left_out(federation, monkeypatch):
+    """An error at a site: scrubbed, tolerated, logged; the others go on."""
+    real = Session.train_round
+
+    def fails(self, task, states):
+        if self.site == "gamma" and task.round_number == 2:
+            raise OSError(28, "No space left on device", "/secret/path/patient-7")
+        return real(self, task, states)
+
+    monkeypatch.setattr(Session, "train_round", fails)
+    run_dir = federation.run("failing")
+    assert [line["rejected"] for line in lines(run_dir)] == [{}, {"gamma": "internal error (OSError)"}, {}]
+    assert lines(run_dir)[1]["coverage"].keys() == {"brain-mr", "heart-mr"}
+    assert lines(run_dir)[2]["sites"]["gamma"]["state_round"] == 1
+
+
+def test_a_lost_quorum_fails_the_run_and_says_why(federation):
+    job = federation.job("lost", "federation.min-sites=3")
+    with pytest.raises(RunError, match=r"round 1: 2 good replies, at least 3 needed.*beta: backbone: update holds NaN"):
+        run_apps(server_app, nan_from(1), job)
+    assert not (job.run_dir / "model").exists()
+    assert [line["round"] for line in lines(job.run_dir)] == [1]
+
+
+def test_a_site_that_cannot_take_part_stops_a_simulation(federation):
+    (federation.sites / "beta" / "manifest.csv").write_text("subject,stream,path\n")
+    job = federation.job("broken")
+    with pytest.raises(RunError, match="2 of at least 3 sites can take part: DataError"):
+        run_local(job)
+
+
+@pytest.mark.parametrize("rounds_before", [1, 2])
+def test_resuming_gives_the_bits_of_an_undisturbed_run(federation, rounds_before):
+    undisturbed = model_bytes(federation.run("undisturbed"))
+    answered = []
+
+    def crash(message, context, reply):
+        """Dies when two sites have trained the round and one has not."""
+        answered.append((message.metadata.message_type, message.metadata.group_id))
+        if answered.count(("train", str(rounds_before + 1))) == 2:
+            raise KeyboardInterrupt
+        return reply
+
+    job = federation.job("killed")
+    with pytest.raises(KeyboardInterrupt):
+        run_apps(server_app, Tampered(crash), job)
+    assert not (job.run_dir / "model").exists()
+    with (job.run_dir / "rounds.jsonl").open("a") as file:
+        file.write('{"round": ')
+    run_local(Job(job.sites, job.run_dir, resume=True))
+    assert model_bytes(job.run_dir) == undisturbed
+    assert [line["round"] for line in lines(job.run_dir)] == [1, 2, 3]
+
+
+def test_a_finished_run_is_not_overwritten(federation):
+    job = Job(federation.sites, federation.run("first", "train.rounds=1"))
+    with pytest.raises(RunError, match="holds a run already"):
+        run_local(job)
+
+
+def test_the_federations_profile_comes_back_to_the_sites(federation):
+    """What the sites said of saliency in a round, averaged, is sent with the next round's task."""
+    sent = {}
+
+    def listen(message, context, reply):
+        if message.metadata.message_type == "train":
+            config = message.content.config_records["config"]
+            sent[message.metadata.group_id] = dict(
+                zip(config.get("profile-names", []), config.get("profile-values", []), strict=True)
+            )
+        return reply
+
+    job = federation.job("listening")
+    run_apps(server_app, Tampered(listen), job)
+    first, second, _ = (line["profile"] for line in lines(job.run_dir))
+    assert set(first) == {"brain-mr", "heart-mr", "liver-mr"}
+    assert sent == {"1": {}, "2": first, "3": second}

@@ -125,7 +125,7 @@ def test_corrupted_state_stops_the_site_and_names_the_file(folder):
         ({"round_number": 0}, "round 0: expected 1 to 6"),
         ({"round_number": 7}, "round 7: expected 1 to 6"),
         ({"run_id": "../other"}, "run id"),
-        ({"groups": {"backbone": np.zeros(3, np.float32)}}, r"expected float32 \["),
+        ({"groups": {**task().groups, "backbone": np.zeros(3, np.float32)}}, r"expected float32 \["),
         ({"groups": {"experts": np.zeros(3, np.float32)}}, "unknown group 'experts'"),
         ({"groups": {}}, "missing group"),
     ],

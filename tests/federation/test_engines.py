@@ -1,0 +1,53 @@
+"""The three engines give the same bits; each fails with a non-zero exit and one line."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from panfm.config import dump_toml
+
+
+def simulate(federation, name: str, engine: str, *overrides: str) -> subprocess.CompletedProcess:
+    """The command a user types, in a process of its own."""
+    run = federation.describe(*overrides)
+    description = federation.folder / f"{name}.toml"
+    cohort = f'\n[cohort]\nkind = "folder"\npath = "{federation.folder}"\n'
+    description.write_text(dump_toml(run) + cohort)
+    words = ["run", str(description), "--out", str(federation.folder / name), "--engine", engine]
+    root = Path(__file__).resolve().parents[2]
+    return subprocess.run(
+        [sys.executable, "-m", "simulations", *words, "--set", "federation.join-timeout-s=200.0"],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+
+
+def model_bytes(run_dir: Path) -> bytes:
+    return (run_dir / "model" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ray", "flower"])
+def test_engines_agree_to_the_bit(federation, engine):
+    expected = model_bytes(federation.run("local", "federation.join-timeout-s=200.0"))
+    done = simulate(federation, engine, engine)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert model_bytes(federation.folder / engine) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["local", "ray", "flower"])
+def test_a_failed_round_fails_the_command(federation, engine):
+    """A learning rate that overflows: every reply holds NaN, the quorum is lost."""
+    done = simulate(
+        federation, engine, engine, "train.learning-rate=1e300", "train.warmup=0.0", "train.clip-norm=1e300"
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "0 good replies, at least 2 needed" in done.stderr
+    assert "Traceback" not in done.stderr.splitlines()[-1]
+    assert not (federation.folder / engine / "model").exists()

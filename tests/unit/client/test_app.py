@@ -1,0 +1,96 @@
+"""The ClientApp always answers, and says nothing that it should not."""
+
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numpy import zeros
+
+from client.app import SITE_ERROR, app
+from panfm.config import dump_toml
+from panfm.sharing.messages import Handshake, Invitation, Records
+
+STREAM = "{ spacing-mm = [8.0, 8.0, 8.0], shape = [8, 8, 8], patch = [4, 4, 8] }"
+
+
+def ask(kind: str, config: dict, context: Context, arrays: dict | None = None) -> Message:
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    content = RecordDict({"config": ConfigRecord(config), "arrays": ArrayRecord(arrays or {})})
+    message = Message(content, 7, kind)
+    message.metadata.__dict__["_message_id"] = "question"
+    reply = app(message, context)
+    assert isinstance(reply, Message)
+    assert reply.metadata.reply_to_message_id == "question"
+    return reply
+
+
+def at(**node_config) -> Context:
+    return Context(1, 7, node_config, RecordDict(), {})
+
+
+@pytest.fixture
+def site(tmp_path, write_site):
+    return write_site(tmp_path / "patients-of-ward-3", "alpha", ("brain", "heart"))
+
+
+@pytest.fixture
+def invitation() -> dict:
+    from panfm.config import parse_run
+
+    run = parse_run(f'name = "small"\n[streams]\nbrain-mr = {STREAM}\nheart-mr = {STREAM}\n')
+    return dict(Invitation(dump_toml(run)).to_records().config)
+
+
+def test_it_shakes_hands(site, invitation):
+    reply = ask("query", invitation, at(**{"site-folder": str(site)}))
+    config = dict(next(iter(reply.content.config_records.values())))
+    assert Handshake.from_records(Records(config=config)).streams == {"brain-mr": 5, "heart-mr": 5}
+
+
+def test_node_config_wins_over_the_servers_run_config(site, invitation, tmp_path):
+    context = Context(1, 7, {"site-folder": str(site)}, RecordDict(), {"sites": "/etc", "run-dir": str(tmp_path / "x")})
+    assert ask("query", invitation, context).has_content()
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "node_config", "reason"),
+    [
+        ("query", {}, {}, "ConfigError: node-config: site-folder is missing, expected the path of this site's folder"),
+        ("train", {}, {"site-folder": "/absent/folder"}, "ConfigError: no such file, expected a TOML description"),
+        ("query", {"run": "name = "}, None, "ConfigError: run description: not valid TOML:"),
+        ("query", {}, None, "ProtocolError: message: run is NoneType, expected str"),
+        ("train", {"run-id": "r", "round": 1}, None, "ProtocolError: message: run is NoneType, expected str"),
+        ("train", {"run-id": "../r", "round": 1, "run": ""}, None, "ConfigError"),
+    ],
+)
+def test_errors_are_answered(site, kind, config, node_config, reason):
+    reply = ask(kind, config, at(**({"site-folder": str(site)} if node_config is None else node_config)))
+    assert reply.error.code == SITE_ERROR
+    assert reply.error.reason.startswith(reason)
+    assert "ward" not in reply.error.reason
+    assert "absent" not in reply.error.reason
+
+
+def test_an_internal_error_is_answered_without_its_text(site, invitation, monkeypatch):
+    def fail(*_):
+        raise SystemExit("/srv/patients-of-ward-3/scan.nii.gz")
+
+    monkeypatch.setattr("client.app.resident_site", fail)
+    reply = ask("query", invitation, at(**{"site-folder": str(site)}))
+    assert reply.error.reason == "internal error (SystemExit)"
+
+
+scalars = st.one_of(
+    st.text(max_size=20), st.integers(-(2**40), 2**40), st.floats(), st.booleans(), st.binary(max_size=9)
+)
+keys = st.one_of(st.sampled_from(["run", "run-id", "round", "profile-names", "profile-values"]), st.text(min_size=1))
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(["query", "train"]), st.dictionaries(keys, st.one_of(scalars, st.lists(st.integers(0, 9)))))
+def test_whatever_is_asked_is_answered(site, kind, config):
+    reply = ask(kind, config, at(**{"site-folder": str(site)}), {"backbone": Array(zeros(3))})
+    assert reply.has_error()
+    assert "ward" not in (reply.error.reason or "")

@@ -1,0 +1,49 @@
+import numpy as np
+import pytest
+
+from panfm.errors import DataError
+from panfm.files import write_checked
+from server.checkpoint import ServerState, load_latest, save_state
+
+
+def state(number: int, profile: dict[str, float] | None = None) -> ServerState:
+    groups = {"backbone": np.array([0.1, number], np.float32), "stream:a-mr": np.zeros(0, np.float32)}
+    return ServerState("run-1", number, groups, profile)
+
+
+def test_round_trip(tmp_path):
+    save_state(tmp_path, state(1, {"a-mr": 1 / 3}))
+    back = load_latest(tmp_path)
+    assert (back.run_id, back.round_number, back.profile) == ("run-1", 1, {"a-mr": 1 / 3})
+    for group, flat in state(1).groups.items():
+        assert back.groups[group].tobytes() == flat.tobytes()
+        assert back.groups[group].dtype == np.float32
+
+
+def test_nothing_yet(tmp_path):
+    assert load_latest(tmp_path / "absent") is None
+
+
+def test_the_last_three_are_kept_and_the_newest_is_loaded(tmp_path):
+    for number in range(1, 12):
+        save_state(tmp_path, state(number))
+    assert len(list(tmp_path.iterdir())) == 3
+    assert load_latest(tmp_path).round_number == 11
+    assert load_latest(tmp_path).profile is None
+
+
+def test_a_corrupted_checkpoint_is_named(tmp_path):
+    save_state(tmp_path, state(2))
+    path = tmp_path / "round-000002.state"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DataError, match=r"round-000002\.state: corrupted"):
+        load_latest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{}\n", b"{}", b"nonsense", b'{"run-id": "r", "round": 1, "profile": null}\nx']
+)
+def test_a_file_of_another_kind_is_named(tmp_path, content):
+    write_checked(tmp_path / "round-000001.state", content)
+    with pytest.raises(DataError, match=r"round-000001\.state: not a checkpoint"):
+        load_latest(tmp_path)

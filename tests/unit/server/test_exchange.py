@@ -1,0 +1,112 @@
+from types import SimpleNamespace
+
+import pytest
+from flwr.app import Error, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from server import exchange as module
+from server.exchange import Exchange
+
+
+class Clock:
+    """Time passes only when somebody sleeps."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.sleeps: list[float] = []
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.sleeps.append(seconds)
+        self.now += seconds
+
+
+class FakeGrid:
+    """Node n answers after `delays[n]` seconds; an Error when the delay comes with one."""
+
+    def __init__(self, clock: Clock, delays: dict[int, object]) -> None:
+        self.clock, self.delays, self.pending, self.pulled = clock, delays, {}, []
+
+    def push_messages(self, messages):
+        for message in messages:
+            if self.delays[message.metadata.dst_node_id] == "unreachable":
+                return [None]
+            name = f"id-{message.metadata.dst_node_id}"
+            message.metadata.__dict__["_message_id"] = name
+            self.pending[name] = message
+        return [message.metadata.message_id for message in messages]
+
+    def pull_messages(self, ids):
+        assert len(ids) == 1
+        message = self.pending[ids[0]]
+        delay = self.delays[message.metadata.dst_node_id]
+        after, error = delay if isinstance(delay, tuple) else (delay, None)
+        if self.clock.now - 100 < after:
+            return []
+        self.pulled.append(ids[0])
+        return [Message(error or RecordDict(), reply_to=message)]
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    clock = Clock()
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=clock.monotonic, sleep=clock.sleep))
+    return clock
+
+
+def ask(clock: Clock, delays: dict[int, object], timeout_s: float = 60.0) -> tuple[Exchange, list[int], FakeGrid]:
+    grid = FakeGrid(clock, delays)
+    messages = (Message(RecordDict(), node_id, "train") for node_id in delays)
+    exchange = Exchange(grid, messages, timeout_s)
+    return exchange, [reply.metadata.src_node_id for reply in exchange], grid
+
+
+def test_replies_come_in_their_own_order(clock):
+    exchange, order, _ = ask(clock, {2: 5.0, 3: 1.0, 4: 0.0})
+    assert order == [4, 3, 2]
+    assert exchange.failed == {}
+    assert list(exchange.seconds) == order
+    assert exchange.seconds[2] == pytest.approx(5.0, rel=0.1)
+
+
+def test_an_error_is_put_down_to_the_node_that_was_asked(clock):
+    exchange, order, _ = ask(clock, {2: (0.0, Error(5, "Node Unavailable")), 3: 0.0, 4: (0.0, Error(8))})
+    assert order == [3]
+    assert exchange.failed == {2: "Node Unavailable", 4: "error 8"}
+
+
+def test_who_is_late_is_left_out(clock):
+    exchange, order, _ = ask(clock, {2: 61.0, 3: 1.0})
+    assert order == [3]
+    assert exchange.failed == {2: "no reply within 60 s"}
+    assert clock.now - 100 < 63
+
+
+def test_who_cannot_be_reached_is_left_out(clock):
+    exchange, order, _ = ask(clock, {2: "unreachable", 3: 0.0})
+    assert order == [3]
+    assert exchange.failed == {2: "the message could not be sent"}
+
+
+def test_it_waits_little_and_asks_seldom(clock):
+    """Within 5 % of the time waited, with few looks even over an hour."""
+    exchange, _, _ = ask(clock, {2: 3000.0}, timeout_s=3600)
+    assert exchange.seconds[2] <= 3000 * 1.05
+    assert len(clock.sleeps) < 1600
+    assert max(clock.sleeps) <= 2.0
+
+
+def test_a_reply_is_pulled_only_when_the_one_before_was_taken(clock):
+    grid = FakeGrid(clock, {2: 0.0, 3: 0.0})
+    replies = iter(Exchange(grid, [Message(RecordDict(), node_id, "train") for node_id in (2, 3)], 60.0))
+    next(replies)
+    assert grid.pulled == ["id-2"]
+
+
+def test_nobody_asked(clock):
+    exchange, order, _ = ask(clock, {})
+    assert order == []
+    assert exchange.failed == {}

@@ -1,0 +1,196 @@
+"""The grouped mean over replies as they come from sites, by hand."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from panfm.sharing.groups import GroupManifest
+from panfm.sharing.messages import Handshake, RoundReply
+from strategies import GroupedMean
+
+MANIFEST = GroupManifest.of(
+    {"backbone.a": (2,), "heads.b": (1,), "streams.brain-mr.c": (2,), "streams.eye-oct.d": (1,)}
+)
+GLOBAL = {
+    "backbone": [1.0, 2.0],
+    "head": [0.5],
+    "stream:brain-mr": [3.0, -3.0],
+    "stream:eye-oct": [0.1],
+}
+BOTH = {"backbone", "head"}
+HASHES = MANIFEST.hashes()
+
+
+def shaken(site: str, subjects: int, **streams: int) -> Handshake:
+    held = {name.replace("_", "-"): count for name, count in streams.items()}
+    groups = sorted(BOTH | {f"stream:{stream}" for stream in held})
+    return Handshake(site, subjects, held, {}, "", {group: HASHES[group] for group in groups})
+
+
+ROSTER = {11: shaken("a", 10, brain_mr=4), 12: shaken("b", 30), 13: shaken("c", 20, brain_mr=12)}
+
+
+def reply(node_id: int, value: float, **changes) -> RoundReply:
+    """Every number of every group moves by `value`; weights as declared, two local steps."""
+    handshake = ROSTER[node_id]
+    updates = {group: np.full(MANIFEST.size(group), value, np.float32) for group in handshake.group_hashes}
+    weights = {group: float(handshake.subjects * 2) for group in BOTH}
+    weights |= {f"stream:{stream}": float(count) for stream, count in handshake.streams.items()}
+    return replace(RoundReply("run-1", 5, 4, updates, weights, loss=value), **changes)
+
+
+def message(node_id: int, answer: RoundReply) -> Message:
+    records = answer.to_records()
+    content = RecordDict(
+        {
+            "arrays": ArrayRecord({name: Array(array) for name, array in records.arrays.items()}),
+            "metrics": MetricRecord(dict(records.metrics)),
+            "config": ConfigRecord(dict(records.config)),
+        }
+    )
+    asked = Message(RecordDict(), node_id, "train")
+    asked.metadata.__dict__["_message_id"] = f"ask-{node_id}"
+    return Message(content, reply_to=asked)
+
+
+@pytest.fixture
+def strategy(make_run) -> GroupedMean:
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    run = make_run()
+    run = run.model_copy(update={"train": run.train.model_copy(update={"local_steps": 2})})
+    built = GroupedMean(run, MANIFEST, ROSTER)
+    arrays = ArrayRecord({group: Array(np.array(values, np.float32)) for group, values in GLOBAL.items()})
+    built.asked = list(built.configure_train(5, arrays, ConfigRecord({"run-id": "run-1"}), None))
+    return built
+
+
+def aggregate(strategy: GroupedMean, *replies: Message) -> dict[str, np.ndarray]:
+    arrays, _ = strategy.aggregate_train(5, iter(replies))
+    return {group: array.numpy() for group, array in arrays.items()}
+
+
+def test_each_site_is_asked_for_its_own_groups(strategy):
+    assert [asked.metadata.dst_node_id for asked in strategy.asked] == [11, 12, 13]
+    assert {asked.metadata.group_id for asked in strategy.asked} == {"5"}
+    assert list(strategy.asked[0].content.array_records["arrays"]) == ["backbone", "head", "stream:brain-mr"]
+    assert list(strategy.asked[1].content.array_records["arrays"]) == ["backbone", "head"]
+    first, second = (asked.content.array_records["arrays"]["backbone"] for asked in strategy.asked[:2])
+    assert first.data is second.data
+
+
+def test_by_hand(strategy):
+    new = aggregate(strategy, message(11, reply(11, 0.1)), message(12, reply(12, 0.2)), message(13, reply(13, 0.4)))
+    everyone = (20 * 0.1 + 60 * 0.2 + 40 * 0.4) / 120
+    np.testing.assert_allclose(new["backbone"], np.array([1, 2]) + everyone, rtol=1e-6)
+    np.testing.assert_allclose(new["head"], 0.5 + everyone, rtol=1e-6)
+    holders = (4 * 0.1 + 12 * 0.4) / 16
+    np.testing.assert_allclose(new["stream:brain-mr"], np.array([3, -3]) + holders, rtol=1e-6)
+    assert all(array.dtype == np.float32 for array in new.values())
+    assert set(strategy.outcome.accepted) == {"a", "b", "c"}
+    assert strategy.outcome.bytes_up == {"backbone": 24, "head": 12, "stream:brain-mr": 16}
+    assert all(not kept.updates for kept in strategy.outcome.accepted.values())
+
+
+def test_a_group_that_nobody_trained_keeps_its_bytes(strategy):
+    before = strategy._global["stream:eye-oct"]
+    arrays, _ = strategy.aggregate_train(5, [message(11, reply(11, 0.1))])
+    assert arrays["stream:eye-oct"].data == before.data
+    weightless = reply(12, 0.3, weights=dict.fromkeys(BOTH, 0.0))
+    arrays, _ = strategy.aggregate_train(5, [message(12, weightless)])
+    assert all(arrays[group].data == strategy._global[group].data for group in GLOBAL)
+
+
+def test_replies_are_taken_one_by_one(strategy):
+    """Streaming: the next reply is asked for only after the last was added and let go."""
+    seen = []
+
+    def replies():
+        for node_id in ROSTER:
+            seen.append(len(strategy.outcome.accepted))
+            yield message(node_id, reply(node_id, 0.1))
+
+    strategy.aggregate_train(5, replies())
+    assert seen == [0, 1, 2]
+
+
+def test_order_does_not_matter(strategy):
+    answers = [message(node_id, reply(node_id, value)) for node_id, value in ((11, 0.1), (12, 1e-7), (13, -0.33))]
+    forward, backward = aggregate(strategy, *answers), aggregate(strategy, *reversed(answers))
+    assert all(forward[group].tobytes() == backward[group].tobytes() for group in GLOBAL)
+
+
+def updates(**changes) -> dict:
+    """Site a's updates with some changed; None takes one out."""
+    words = reply(11, 0.1).updates | {key.replace("_", ":"): value for key, value in changes.items()}
+    return {"updates": {group: array for group, array in words.items() if array is not None}}
+
+
+def weights(**changes) -> dict:
+    return {"weights": reply(11, 0.1).weights | changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        (updates(backbone=np.array([0.1, np.nan], np.float32)), "backbone: update holds NaN"),
+        (updates(head=np.array([np.inf], np.float32)), "head: update holds NaN, infinity"),
+        (updates(backbone=np.full(2, 1e3, np.float32)), "beyond 64"),
+        (updates(backbone=np.zeros(3, np.float32)), r"float32 \[3\], expected float32 \[2\]"),
+        (updates(backbone=np.zeros((2, 1), np.float32)), r"float32 \[2, 1\]"),
+        (updates(backbone=np.zeros(2)), "float64"),
+        (updates(head=None), r"updates: missing \['head'\]"),
+        (updates(experts=np.zeros(2, np.float32)), r"not expected \['experts'\]"),
+        (weights(backbone=-1.0), "backbone: weight -1, expected 0 to 20"),
+        (weights(backbone=1e12), r"weight 1e\+12, expected 0 to 20"),
+        (weights(backbone=float("nan")), "weight/backbone is nan"),
+        (weights(teacher=1.0), r"weights: .*not expected \['teacher'\]"),
+        ({"round_number": 4}, "answers round 4 of run-1, expected round 5"),
+        ({"run_id": "run-0"}, "answers round 5 of run-0"),
+    ],
+)
+def test_a_bad_reply_is_rejected_and_changes_nothing(strategy, changes, why):
+    good = [message(12, reply(12, 0.2)), message(13, reply(13, 0.4))]
+    without = aggregate(strategy, *good)
+    with_bad = aggregate(strategy, good[0], message(11, reply(11, 0.1, **changes)), good[1])
+    assert all(with_bad[group].tobytes() == without[group].tobytes() for group in GLOBAL)
+    assert set(strategy.outcome.accepted) == {"b", "c"}
+    with pytest.raises(AssertionError, match=why):
+        raise AssertionError(strategy.outcome.rejected["a"])
+
+
+def test_garbage_is_rejected(strategy):
+    asked = Message(RecordDict(), 11, "train")
+    asked.metadata.__dict__["_message_id"] = "ask"
+    aggregate(strategy, Message(RecordDict(), reply_to=asked))
+    assert "message: run-id is NoneType" in strategy.outcome.rejected["a"]
+    torn = message(11, reply(11, 0.1))
+    torn.content.array_records["arrays"]["backbone"] = Array("float32", (2,), "numpy.ndarray", b"torn")
+    aggregate(strategy, torn)
+    assert "cannot be read" in strategy.outcome.rejected["a"]
+
+
+def test_a_site_that_answers_twice_counts_once(strategy):
+    once = aggregate(strategy, message(11, reply(11, 0.1)))
+    twice = aggregate(strategy, message(11, reply(11, 0.1)), message(11, reply(11, 0.3)))
+    assert once["backbone"].tobytes() == twice["backbone"].tobytes()
+    assert "second reply" in strategy.outcome.rejected["a"]
+
+
+def test_flowers_own_loop_can_drive_it(strategy):
+    """`Strategy.start` of Flower, two rounds, without our round loop."""
+
+    class Echo:
+        def send_and_receive(self, messages, *, timeout=None):
+            asked = list(messages)
+            number = int(asked[0].metadata.group_id) if asked else 0
+            return [
+                message(each.metadata.dst_node_id, reply(each.metadata.dst_node_id, 0.25, round_number=number))
+                for each in asked
+            ]
+
+    initial = ArrayRecord({group: Array(np.array(values, np.float32)) for group, values in GLOBAL.items()})
+    result = strategy.start(Echo(), initial, num_rounds=2, train_config=ConfigRecord({"run-id": "run-1"}))
+    assert result.arrays["backbone"].numpy().tolist() == [1.5, 2.5]
