@@ -1,0 +1,1 @@
+"""Questions of speed and size, both sides in one run."""

@@ -1,0 +1,38 @@
+"""What travels: Flower's app bundle holds no library, the wheel holds nothing else."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from flwr.cli.build import build_fab_from_disk
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def members(path: Path) -> set[str]:
+    with zipfile.ZipFile(path) as bundle:
+        return {name for name in bundle.namelist() if not name.endswith("/")}
+
+
+@pytest.mark.filterwarnings("ignore:GitWildMatchPattern")
+def test_the_app_bundle_has_the_apps_and_no_library(tmp_path):
+    path = tmp_path / "app.fab"
+    path.write_bytes(build_fab_from_disk(ROOT))
+    found = members(path)
+    for name in ("server/app.py", "client/app.py", "strategies/grouped.py", "configs/experiments/quickstart.toml"):
+        assert name in found
+    kinds = {name.split("/")[0] for name in found if "/" in name}
+    assert kinds - {".info"} == {"server", "client", "strategies", "configs"}
+
+
+@pytest.mark.slow
+def test_the_wheel_has_the_library_only(tmp_path):
+    words = ["-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path), str(ROOT)]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False)
+    if "Cannot import 'hatchling" in done.stderr or "BackendUnavailable" in done.stderr:
+        pytest.skip("hatchling is not installed")
+    assert done.returncode == 0, done.stderr
+    [wheel] = tmp_path.glob("*.whl")
+    assert {name.split("/")[0] for name in members(wheel)} == {"panfm", "panfm-0.1.0.dist-info"}

@@ -1,0 +1,95 @@
+"""Who may import whom (DESIGN.md section 2), read off the syntax trees."""
+
+import ast
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import panfm
+
+ROOT = Path(__file__).resolve().parents[2]
+HOUSE = ("panfm", "strategies", "server", "client", "simulations")
+ALLOWED = {
+    "panfm": {"panfm"},
+    "strategies": {"strategies", "panfm"},
+    "client": {"client", "panfm"},
+    "server": {"server", "strategies", "panfm"},
+    "simulations": set(HOUSE),
+}
+LEVELS = (
+    ("errors", "seeds", "anatomy", "config", "files"),
+    ("data", "models", "sharing"),
+    ("objectives", "privacy", "evaluate"),
+    ("site", "report"),
+    ("cli",),
+)
+"""Parts of panfm, from the bottom; a part imports its own level and those below."""
+LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
+
+
+def sources(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names of all modules that a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: relative import"
+            found |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("package", HOUSE)
+def test_packages_import_only_what_they_may(package):
+    assert sources(package)
+    for path in sources(package):
+        ours = {name.split(".")[0] for name in imports(path)} & set(HOUSE)
+        assert ours <= ALLOWED[package], f"{path.relative_to(ROOT)} imports {sorted(ours - ALLOWED[package])}"
+
+
+@pytest.mark.parametrize("package", ["panfm"])
+def test_the_library_knows_nothing_of_flower_and_ray(package):
+    for path in sources(package):
+        roots = {name.split(".")[0] for name in imports(path)}
+        assert not roots & {"flwr", "ray"}, path.relative_to(ROOT)
+
+
+def test_the_library_imports_downwards_only():
+    for path in sources("panfm"):
+        part = path.relative_to(ROOT / "panfm").parts[0].removesuffix(".py")
+        if part == "__init__":
+            continue
+        assert part in LEVEL, f"panfm/{part} stands on no level"
+        for name in imports(path):
+            words = name.split(".")
+            if words[0] == "panfm" and len(words) > 1 and words[1] in LEVEL:
+                assert LEVEL[words[1]] <= LEVEL[part], f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_private_parts_of_flower_are_touched_in_one_file():
+    users = [path for package in HOUSE for path in sources(package) if "TaskIdentity" in path.read_text()]
+    assert users == [ROOT / "simulations" / "engines" / "local.py"]
+
+
+@pytest.mark.parametrize("name", ["server/app.py", "client/app.py"])
+def test_apps_are_thin(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 60
+    kind = {"server/app.py": "ServerApp", "client/app.py": "ClientApp"}[name]
+    assert f"\napp = {kind}()\n" in text
+
+
+def test_every_package_that_is_imported_has_an_init():
+    for package in HOUSE:
+        for path in sources(package):
+            assert (path.parent / "__init__.py").exists(), path.parent.relative_to(ROOT)
+
+
+def test_one_version():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert panfm.__version__ == project["version"]
