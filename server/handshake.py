@@ -1,6 +1,7 @@
 """Before round 1: who is there, what each site holds, and whether it speaks of the same model."""
 
 import time
+from collections.abc import Callable
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
@@ -16,9 +17,19 @@ from strategies.records import unpack
 _POLL_S = 0.2
 
 
-def shake_hands(grid: Grid, run: RunConfig, manifest: GroupManifest, *, at_least: int) -> dict[int, Handshake]:
-    """Invite every node that is online.
+def shake_hands(
+    grid: Grid,
+    run: RunConfig,
+    manifest: GroupManifest,
+    *,
+    at_least: int,
+    on_site: Callable[[Handshake], None] = lambda _: None,
+) -> dict[int, Handshake]:
+    """Invite every node that is online. A site reads its images before it answers, so this may take a while.
 
+    Args:
+        at_least: Fewer sites than this are too few.
+        on_site: Told of each site as it comes.
     Returns:
         Node id -> handshake, in the order of the sites' names.
     Raises:
@@ -34,9 +45,12 @@ def shake_hands(grid: Grid, run: RunConfig, manifest: GroupManifest, *, at_least
         ],
         timeout_s,
     )
-    roster = {reply.metadata.src_node_id: Handshake.from_records(unpack(reply.content)) for reply in exchange}
-    for handshake in roster.values():
+    roster: dict[int, Handshake] = {}
+    for reply in exchange:
+        handshake = Handshake.from_records(unpack(reply.content))
         check_handshake(handshake, run, manifest)
+        roster[reply.metadata.src_node_id] = handshake
+        on_site(handshake)
     if len(roster) < at_least:
         reasons = "; ".join(sorted(set(exchange.failed.values())))
         raise RunError(f"{len(roster)} of at least {at_least} sites can take part: {reasons}")

@@ -15,19 +15,18 @@ class Progress:
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(soft_wrap=True, highlight=False)
 
-    def sites(self, run: RunConfig, roster: Mapping[int, Handshake]) -> None:
-        """Who takes part, with what."""
-        for handshake in roster.values():
-            streams = ", ".join(f"{stream} {count}" for stream, count in handshake.streams.items())
-            self._console.print(f"{run.name}: {handshake.site}: {handshake.subjects} subjects: {streams}")
+    def site(self, handshake: Handshake) -> None:
+        """A site takes part, with this."""
+        streams = ", ".join(f"{stream} {count}" for stream, count in handshake.streams.items())
+        self._console.print(f"{handshake.site}: {handshake.subjects} subjects: {streams}")
 
     def round(self, run: RunConfig, line: Mapping[str, Any]) -> None:
         """How a round went."""
         loss = "-" if line["loss"] is None else f"{line['loss']:.4f}"
         megabytes = sum(line["bytes_up"].values()) / 1e6
         self._console.print(
-            f"{run.name}: round {line['round']}/{run.train.rounds}  loss {loss}  {len(line['sites'])} sites"
+            f"round {line['round']}/{run.train.rounds}  loss {loss}  {len(line['sites'])} sites"
             f"  {line['seconds']:.1f} s  {megabytes:.1f} MB up"
         )
         for site, reason in line["rejected"].items():
-            self._console.print(f"{run.name}: round {line['round']}: {site} left out: {reason}", style="yellow")
+            self._console.print(f"round {line['round']}: {site} left out: {reason}", style="yellow")

@@ -42,10 +42,11 @@ def run_federation(grid: Grid, folder: RunFolder, progress: Progress, *, num_sit
     """
     run = folder.run.model_copy(update={"cohort": None})
     first, manifest = initial_state(run)
-    state = folder.latest_state() or first
-    roster = shake_hands(grid, run, manifest, at_least=num_sites or run.federation.min_sites)
+    at_least = num_sites or run.federation.min_sites
+    roster = shake_hands(grid, run, manifest, at_least=at_least, on_site=progress.site)
     folder.save_sites(roster)
-    progress.sites(run, roster)
+    if not (state := folder.latest_state()):
+        folder.save_state(state := first)
     strategy = GroupedMean(run, manifest, roster)
     while state.round_number < run.train.rounds:
         state, line = train_round(grid, strategy, run, state)
@@ -67,7 +68,6 @@ def train_round(
     config = ConfigRecord(dict(task.to_records().config))
     exchange = Exchange(grid, strategy.configure_train(number, arrays, config, grid), run.federation.round_timeout_s)
     arrays, _ = strategy.aggregate_train(number, exchange)
-    outcome = strategy.outcome
     line = _round_line(number, start, strategy.roster, exchange, strategy.outcome, state)
     groups = {group: array.numpy() for group, array in arrays.items()}
     return ServerState(state.run_id, number, groups, line["profile"] or state.profile), line

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.progress import Progress
 
 from panfm.config import RunConfig, dump_toml, load_run
 from panfm.config.run import FolderCohortConfig, PhantomCohortConfig
@@ -16,6 +17,7 @@ from panfm.data.phantom.cohort import write_cohort
 from panfm.errors import ConfigError, RunError
 from panfm.files import write_atomic
 from simulations.engines import Job, run_job
+from simulations.real_images import write_real_cohort
 
 COHORTS = Path("cohorts")
 """Where cohorts are kept, so that a second run finds them."""
@@ -81,14 +83,17 @@ def prepare_cohort(run: RunConfig, console: Console) -> Path:
     if folder.exists():
         console.print(f"cohort: {folder} (made before)")
         return folder
-    console.print(f"cohort: making {folder}")
     COHORTS.mkdir(exist_ok=True)
-    if isinstance(config, PhantomCohortConfig):
-        write_cohort(folder, config, run.streams)
-    else:
-        from simulations.real_images import write_real_cohort
+    with Progress(console=console) as bar:
+        task = bar.add_task(f"cohort: making {folder}")
 
-        write_real_cohort(folder, config, run.streams)
+        def show(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        if isinstance(config, PhantomCohortConfig):
+            write_cohort(folder, config, run.streams, show)
+        else:
+            write_real_cohort(folder, config, run.streams, show)
     return folder
 
 
