@@ -17,6 +17,7 @@ from panfm.data.phantom.cohort import write_cohort
 from panfm.errors import ConfigError, RunError
 from panfm.files import write_atomic
 from simulations.engines import Job, run_job
+from simulations.finish import finish
 from simulations.real_images import write_real_cohort
 
 COHORTS = Path("cohorts")
@@ -58,13 +59,9 @@ def simulate(
         write_atomic(run_dir / "run.toml", dump_toml(run).encode())
     cohort = prepare_cohort(run, console)
     run_job(Job(cohort / "sites", run_dir, resume=resume is not None), engine)
-    finish(run, cohort, run_dir)
+    finish(run, cohort, run_dir, console)
     console.print(f"run folder: {run_dir}")
     return run_dir
-
-
-def finish(run: RunConfig, cohort: Path, run_dir: Path) -> None:
-    """Probe the frozen features of the final model and write the report."""
 
 
 def prepare_cohort(run: RunConfig, console: Console) -> Path:

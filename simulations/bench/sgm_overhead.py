@@ -9,18 +9,44 @@ import time
 
 import numpy as np
 
-from panfm.config import RunConfig
+from panfm.config import RunConfig, load_run
 from panfm.data.store import ImageStore
 from panfm.objectives import Learner
 from panfm.seeds import numpy_generator
+from simulations.studies._harness import StudyResult
 
-ARMS = {
+ARMS: dict[str, dict[str, object]] = {
     "random": {"policy": "random"},
     "attention": {"policy": "sgm", "saliency": "attention", "warmup": 0.0, "anneal": 0.0},
     "value": {"policy": "sgm", "saliency": "value", "warmup": 0.0, "anneal": 0.0},
 }
 SIZES = ("tiny", "small")
 _NUM_SUBJECTS = 32
+_EXPERIMENT = Path("configs/experiments/quickstart.toml")
+
+
+def main(
+    json: Annotated[Path | None, typer.Option(help="Write the result here.")] = None,
+    turns: Annotated[int, typer.Option(min=1, help="Steps per arm and size, after one to warm up.")] = 60,
+    experiment: Annotated[Path, typer.Option(help="Run description (TOML).")] = _EXPERIMENT,
+) -> None:
+    """CPU seconds of a step with saliency-guided masking over one with random masking."""
+    torch.set_num_threads(1)
+    console = Console(soft_wrap=True, highlight=False)
+    run = load_run(experiment)
+    result = StudyResult("sgm-overhead", {"experiment": str(experiment), "turns": turns, "batch-size": 8}, unit="s")
+    for size in SIZES:
+        console.print(f"{size}: {turns} turns")
+        seconds = measure(run, size, turns=turns)
+        for arm, values in seconds.items():
+            result.values[f"{size}/step", arm] = values
+        for arm in ("attention", "value"):
+            result.ratios[f"{size}/{arm}"] = paired_ratio(seconds, arm)
+            console.print(f"{size} {arm}: {result.ratios[f'{size}/{arm}']:.3f} of a random-masking step")
+    for arm in ("attention", "value"):
+        result.ratios[arm] = max(result.ratios[f"{size}/{arm}"] for size in SIZES)
+    if json:
+        result.write(json)
 
 
 def measure(run: RunConfig, size: str, *, turns: int) -> dict[str, list[float]]:

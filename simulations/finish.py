@@ -1,0 +1,72 @@
+"""After the last round: what the federation was worth, beside what each site reaches alone.
+
+Every site trains once more by itself, with the same number of local steps; then all frozen models are probed on the
+same held-out subjects, and tables and report are written.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
+
+from panfm.config import RunConfig, dump_toml, load_site, parse_run
+from panfm.data.cache import open_store
+from panfm.errors import DataError
+from panfm.evaluate import LabelledStore, ProbeResult, Task, evaluate_cohort, load_model, read_label_info, write_result
+from panfm.models import PanModel, build_model
+from panfm.report import print_tables, read_run, write_report
+from simulations.alone import train_alone
+from simulations.studies._harness import run_jobs
+
+
+@dataclass(frozen=True)
+class AloneJob:
+    """One site's training by itself."""
+
+    run_toml: str
+    folder: Path
+
+    def __str__(self) -> str:
+        return f"{self.folder.name} alone"
+
+
+def train_site_alone(job: AloneJob) -> PanModel:
+    """The model that a site reaches without the others."""
+    run = parse_run(job.run_toml)
+    return train_alone(run, open_store(job.folder, run.streams), load_site(job.folder).name)
+
+
+def finish(run: RunConfig, cohort: Path, run_dir: Path, console: Console) -> None:
+    """Probe the federation's model and its baselines if the cohort has held-out subjects; print and write the report.
+
+    Raises:
+        DataError: the cohort's label table or held-out folder does not hold.
+    """
+    if (cohort / "holdout" / "site.toml").is_file():
+        write_result(run_dir / "probe.json", probe_run(run, cohort, run_dir, console))
+    found = read_run(run_dir)
+    print_tables(found, console)
+    console.print(f"report: {write_report(found)}")
+
+
+def probe_run(run: RunConfig, cohort: Path, run_dir: Path, console: Console) -> ProbeResult:
+    """Probe `federated`, `site:<name>` alone, `untrained`, and the references."""
+    folders = sorted(path.parent for path in (cohort / "sites").glob("*/site.toml"))
+    console.print(f"training each of {len(folders)} sites alone, for comparison")
+    alone = run_jobs(train_site_alone, [AloneJob(dump_toml(run), folder) for folder in folders])
+    models = {"federated": load_model(run_dir / "model")[0]}
+    models |= {f"site:{load_site(folder).name}": model for folder, model in zip(folders, alone, strict=True)}
+    models["untrained"] = build_model(run)
+    places = [LabelledStore.open(folder, run.streams) for folder in folders]
+    info = read_label_info(cohort)
+    if not info:
+        raise DataError(f"{cohort / 'cohort.toml'}: no [labels.<name>], expected at least one to probe")
+    task = Task(run, places, LabelledStore.open(cohort / "holdout", run.streams), info)
+    with Progress(console=console) as bar:
+        shown = bar.add_task("probing")
+
+        def show(arm: str, number: int, total: int) -> None:
+            bar.update(shown, description=f"probing {arm}", completed=number, total=total)
+
+        return evaluate_cohort(task, models, grid_arms=("federated", "untrained", "statistics"), on_arm=show)
