@@ -122,6 +122,9 @@ class LatentConfig(Config):
     """Smooth-L1 corner."""
     summary_weight: NonNegativeFloat = 1.0
     """Weight of the CLS loss: from CLS and an organ query, guess the teacher's summary of each organ present."""
+    content_share: Fraction = 0.5
+    """Share of the target's variance that is a fixed random projection of the token's own content; the rest is the
+    teacher's. Keeps the teacher from drifting to what is easy to guess."""
     standardise: bool = True
     """Standardise targets per (stream, token, feature) by running statistics; turn off under privacy."""
 

@@ -25,6 +25,8 @@ from panfm.seeds import torch_generator
 
 SIZES = {"nano": (48, 2, 3), "tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12)}
 """Width, depth, heads. tiny, small and base as in DeiT (Touvron et al. 2021); nano for laptops."""
+_POSITION_SCALE = 0.2
+"""Positions are small beside what a token holds, so that the first norm does not drown it."""
 
 
 class StreamTokenizer(nn.Module):
@@ -37,7 +39,7 @@ class StreamTokenizer(nn.Module):
         self.step = stem_step(stream, tokenizer)
         self.project = nn.Linear(stem_features(stream, tokenizer), width)
         self.embedding = nn.Parameter(torch.zeros(width))
-        self.register_buffer("position", sincos_positions(stream.grid, width), persistent=False)
+        self.register_buffer("position", _POSITION_SCALE * sincos_positions(stream.grid, width), persistent=False)
 
     def forward(self, maps: Tensor) -> Tensor:
         """Maps [P, C, *coarse] -> tokens [P, T, D]."""

@@ -15,6 +15,11 @@ from panfm.data.store import Batch
 
 _SD_FLOOR = 0.01
 """Added to the standard deviation before the logarithm; intensities lie in [0, 1]."""
+_CENTRES = (0.2, -3.0, 0.03)
+"""Typical mean, log standard deviation and gradient of a block."""
+_SCALES = (32.0, 4.0, 160.0)
+"""What a unit of each is worth. Large, so that the few hundredths by which patients differ are not lost beside a
+token's constant parts: a model takes hundreds of steps to grow a scale that it lacks (simulations/studies/LOG.md)."""
 
 
 def stem_images(images: Tensor, stream: StreamConfig, tokenizer: str) -> Tensor:
@@ -51,13 +56,14 @@ def block_statistics(images: Tensor, block: tuple[int, ...]) -> Tensor:
         images: float32 [P, C, *shape], intensities in [0, 1].
         block: Voxels per block and axis; divides `shape`.
     Returns:
-        float32 [P, 3 C, *coarse], each statistic scaled to about unit range.
+        float32 [P, 3 C, *coarse], each statistic centred and scaled, the same for all streams.
     """
     mean = _block_mean(images, block)
     variance = (_block_mean(images.square(), block) - mean.square()).clamp_min(0.0)
-    log_sd = (variance.sqrt() + _SD_FLOOR).log() + 3.0
-    gradient = _block_mean(_absolute_gradient(images), block) * 10.0
-    return torch.cat([mean * 2.0 - 1.0, log_sd, gradient], dim=1)
+    log_sd = (variance.sqrt() + _SD_FLOOR).log()
+    gradient = _block_mean(_absolute_gradient(images), block)
+    statistics = zip((mean, log_sd, gradient), _CENTRES, _SCALES, strict=True)
+    return torch.cat([(value - centre) * scale for value, centre, scale in statistics], dim=1)
 
 
 def patchify(maps: Tensor, step: tuple[int, ...]) -> Tensor:

@@ -1,6 +1,7 @@
 """Latent self-distillation: regress the teacher's features of what was hidden.
 
-    target   y = standardise(mean over the last blocks of LayerNorm(teacher block output))
+    target   y = sqrt(1 - a) standardise(mean over the last blocks of LayerNorm(teacher block output))
+                 + sqrt(a) standardise(R stem features of the place),   a = content-share, R a fixed random projection
     tokens   mean over hidden places of SmoothL1(guess - y)
     summary  mean over the subject's streams of SmoothL1(summary guessed from CLS - mean of y over the stream)
     loss     tokens + summary-weight x summary
@@ -8,8 +9,13 @@
 Targets are standardised per place and feature by running statistics: what is the same for everybody (which organ is
 there) then carries no reward, only what differs between patients does (LAB.md section 2).
 
-Source: data2vec (Baevski et al. 2022) for targets; the CLS summary and the standardisation are this project's.
-Shape legend: B subjects, N places, M places in the vocabulary, S streams, D width.
+The content term is the same in every run of one seed and cannot collapse: without it the teacher drifts within a
+thousand steps to the few features that are easy to guess (effective rank 3 of 48, simulations/studies/LOG.md).
+
+Source: data2vec (Baevski et al. 2022) for targets; the random projection follows BEST-RQ (Chiu et al. 2022); the CLS
+summary and the standardisation are this project's.
+Shape legend: B subjects, P subjects that hold a stream, N places, M places in the vocabulary, S streams, T tokens of a
+stream, F stem features of a token, D width.
 """
 
 import torch
@@ -17,10 +23,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from panfm.config.run import LatentConfig
+from panfm.data.store import Batch
 from panfm.models import PanModel
 from panfm.models.backbone import Encoded
+from panfm.models.stems import patchify, stem_features, stem_step
 from panfm.models.tokens import Layout, gather_tokens
 from panfm.objectives.objective import View, mean_over
+from panfm.seeds import torch_generator
 
 
 class RunningMoments:
@@ -58,57 +67,86 @@ class LatentObjective:
 
     needs_teacher = True
 
-    def __init__(self, config: LatentConfig, model: PanModel) -> None:
+    def __init__(self, config: LatentConfig, model: PanModel, *, seed: int) -> None:
         self.config = config
         self.places = RunningMoments(len(model.stream_of_place), model.width)
+        self.contents = RunningMoments(len(model.stream_of_place), model.width)
         self.summaries = RunningMoments(len(model.stream_names), model.width)
+        self.projections = {name: _projection(model, name, seed) for name in model.stream_names}
 
     def loss(self, student: PanModel, teacher: PanModel, view: View, full: Encoded | None) -> Tensor:
         """Loss of each subject [B]."""
         assert full is not None
-        targets, summaries, present = self._targets(student, full)
+        targets, summaries, present = self._targets(student, full, view.maps)
         wanted = gather_tokens(targets, view.hidden_column)
         tokens = mean_over(self._distance(view.guesses, wanted), view.hidden.valid)
         summary = mean_over(self._distance(student.heads.summarise(view.seen.cls), summaries), present)
         return tokens + self.config.summary_weight * summary
 
     @torch.no_grad()
-    def _targets(self, student: PanModel, full: Encoded) -> tuple[Tensor, Tensor, Tensor]:
+    def _targets(self, student: PanModel, full: Encoded, maps: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Targets of all places [B, N, D], of all streams [B, S, D], and which streams are present [B, S]."""
         blocks = full.blocks[-self.config.top_blocks :]
         targets = torch.stack([functional.layer_norm(block.float(), block.shape[-1:]) for block in blocks]).mean(0)
+        contents = self._contents(student, maps, full.layout)
         if self.config.standardise:
-            targets = self._standardise_places(targets, full.layout)
+            targets = _standardise_places(self.places, targets, full.layout)
+            contents = _standardise_places(self.contents, contents, full.layout)
+        share = self.config.content_share
+        targets = (1.0 - share) ** 0.5 * targets + share**0.5 * contents
         summaries, present = _stream_means(targets, full.layout, student)
         if self.config.standardise:
             self.summaries.update(summaries, present)
             summaries = self.summaries.standardise(summaries)
         return targets, summaries, present
 
-    def _standardise_places(self, targets: Tensor, layout: Layout) -> Tensor:
-        """Standardise in the vocabulary's own order, where every place has its row."""
-        rows = targets.new_zeros(len(targets), len(self.places.count) + 1, targets.shape[-1])
-        column = layout.place.masked_fill(~layout.valid, len(self.places.count))
-        index = column[..., None].expand_as(targets)
-        rows = rows.scatter(1, index, targets)[:, :-1]
-        present = torch.zeros(rows.shape[0], rows.shape[1] + 1, dtype=torch.bool, device=rows.device)
-        present = present.scatter(1, column, layout.valid)[:, :-1]
-        self.places.update(rows, present)
-        return gather_tokens(self.places.standardise(rows), layout.place)
+    def _contents(self, student: PanModel, maps: Batch, layout: Layout) -> Tensor:
+        """Projected stem features [B, N, D]."""
+        contents = torch.zeros(maps.size, len(student.stream_of_place), student.width, device=layout.place.device)
+        for index, name in enumerate(student.stream_names):
+            if name in maps.images:
+                patches = patchify(maps.images[name], stem_step(student.stream_configs[name], student.tokenizer))
+                places = torch.nonzero(student.stream_of_place == index).squeeze(1)
+                contents[maps.rows[name][:, None], places] = patches @ self.projections[name]
+        return gather_tokens(contents, layout.place)
 
     def _distance(self, guess: Tensor, target: Tensor) -> Tensor:
         return functional.smooth_l1_loss(guess.float(), target, beta=self.config.beta, reduction="none").mean(dim=-1)
 
     def state(self) -> dict[str, Tensor]:
         """Running statistics, by name."""
-        parts = {"places": self.places, "summaries": self.summaries}
-        return {f"{part}.{name}": value for part, moments in parts.items() for name, value in moments.tensors().items()}
+        return {
+            f"{part}.{name}": value
+            for part, moments in self._moments().items()
+            for name, value in moments.tensors().items()
+        }
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Take back what `state` gave."""
-        for part, moments in {"places": self.places, "summaries": self.summaries}.items():
+        for part, moments in self._moments().items():
             for name in moments.tensors():
                 setattr(moments, name, state[f"{part}.{name}"].clone())
+
+    def _moments(self) -> dict[str, RunningMoments]:
+        return {"places": self.places, "contents": self.contents, "summaries": self.summaries}
+
+
+def _standardise_places(moments: RunningMoments, targets: Tensor, layout: Layout) -> Tensor:
+    """Standardise targets [B, N, D] in the vocabulary's own order, where every place has its row."""
+    num_places = len(moments.count)
+    rows = targets.new_zeros(len(targets), num_places + 1, targets.shape[-1])
+    column = layout.place.masked_fill(~layout.valid, num_places)
+    rows = rows.scatter(1, column[..., None].expand_as(targets), targets)[:, :-1]
+    present = torch.zeros(rows.shape[0], num_places + 1, dtype=torch.bool, device=rows.device)
+    moments.update(rows, present.scatter(1, column, layout.valid)[:, :-1])
+    return gather_tokens(moments.standardise(rows), layout.place)
+
+
+def _projection(model: PanModel, name: str, seed: int) -> Tensor:
+    """Fixed random projection [F, D] of one stream's stem features; depends on the run's seed and the name alone."""
+    features = stem_features(model.stream_configs[name], model.tokenizer)
+    projection = torch.randn(features, model.width, generator=torch_generator(seed, "content", name))
+    return (projection / features**0.5).to(model.stream_of_place.device)
 
 
 def _stream_means(targets: Tensor, layout: Layout, model: PanModel) -> tuple[Tensor, Tensor]:

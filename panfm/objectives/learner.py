@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from panfm.config import RunConfig
-from panfm.config.run import DinoConfig, LatentConfig, ObjectiveConfig
+from panfm.config.run import DinoConfig, LatentConfig
 from panfm.data.store import Batch, ImageStore
 from panfm.models import PanModel, build_model
 from panfm.objectives.dino import DinoObjective
@@ -44,7 +44,7 @@ class Learner:
         """Start the private part afresh: teacher equal to the student, empty optimiser and statistics."""
         self.teacher = deepcopy(self.model).requires_grad_(requires_grad=False)
         self.optimiser = _build_optimiser(self.model, self.run)
-        self.objective = _build_objective(self.run.objective, self.model)
+        self.objective = _build_objective(self.run, self.model)
         self.profile = torch.ones(len(self.model.stream_names), device=self.device)
 
     def train(self, store: ImageStore, indices: NDArray[np.int64], **where_and_how: Any) -> TrainResult:
@@ -113,9 +113,10 @@ def _build_optimiser(model: PanModel, run: RunConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=run.train.learning_rate, betas=run.train.betas, fused=True)
 
 
-def _build_objective(config: ObjectiveConfig, model: PanModel) -> Objective:
+def _build_objective(run: RunConfig, model: PanModel) -> Objective:
+    config = run.objective
     if isinstance(config, LatentConfig):
-        return LatentObjective(config, model)
+        return LatentObjective(config, model, seed=run.seed)
     return DinoObjective(config) if isinstance(config, DinoConfig) else MaeObjective()
 
 

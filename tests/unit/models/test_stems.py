@@ -17,9 +17,9 @@ COLOUR = StreamConfig(shape=(8, 4), patch=(4, 4), channels=3)
 def test_block_statistics_of_a_hand_computed_block():
     images = torch.tensor([0.0, 1.0, 1.0, 0.0]).reshape(1, 1, 4)
     maps = block_statistics(images, (2,))
-    sd = math.log(0.5 + 0.01) + 3.0
-    # gradients |1-0|, |1-1|, |0-1| and none at the end
-    assert_close(maps, torch.tensor([[[0.0, 0.0], [sd, sd], [5.0, 5.0]]]))
+    mean, sd = (0.5 - 0.2) * 32, (math.log(0.5 + 0.01) + 3.0) * 4
+    gradient = (0.5 - 0.03) * 160  # |1-0|, |1-1|, |0-1| and none at the end
+    assert_close(maps, torch.tensor([[[mean, mean], [sd, sd], [gradient, gradient]]]))
 
 
 @pytest.mark.parametrize(("shape", "block"), [((8, 8, 4), (2, 4, 2)), ((6, 4), (3, 2))])
@@ -29,8 +29,8 @@ def test_block_statistics_equal_a_slow_loop(shape, block):
     for index in itertools.product(*(range(size // step) for size, step in zip(shape, block, strict=True))):
         window = tuple(slice(i * step, (i + 1) * step) for i, step in zip(index, block, strict=True))
         values = images[(slice(None), slice(None), *window)].flatten(2)
-        assert_close(maps[(slice(None), slice(0, 2), *index)], values.mean(-1) * 2 - 1)
-        expected = (values.std(-1, correction=0) + 0.01).log() + 3
+        assert_close(maps[(slice(None), slice(0, 2), *index)], (values.mean(-1) - 0.2) * 32)
+        expected = ((values.std(-1, correction=0) + 0.01).log() + 3) * 4
         assert_close(maps[(slice(None), slice(2, 4), *index)], expected)
 
 

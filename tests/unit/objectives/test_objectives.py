@@ -7,12 +7,13 @@ from torch.nn import functional
 from torch.testing import assert_close
 
 from panfm.data.store import Batch
+from panfm.models.stems import patchify
 from panfm.objectives import Learner
 from panfm.objectives.latent import RunningMoments
 from panfm.objectives.masking import draw_hidden
 from panfm.objectives.objective import masked_view
 
-LATENT_PLAIN = '[objective]\nname = "latent"\nstandardise = false\n'
+LATENT_PLAIN = '[objective]\nname = "latent"\nstandardise = false\ncontent-share = 0.0\n'
 DINO = '[objective]\nname = "dino"\nprototypes = 16\n'
 MAE = '[objective]\nname = "mae"\n'
 
@@ -70,6 +71,27 @@ def test_latent_equals_a_slow_loop(make_run, make_store):
             mean = targets[(stream == index) & full.layout.valid[b]].mean(0)
             summary.append(functional.smooth_l1_loss(guesses[index], mean, beta=0.5))
         assert_close(found[b], tokens + torch.stack(summary).mean(), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_contents_are_the_projected_stem_features_of_each_place(make_run, make_store):
+    run = make_run("")
+    learner, store = Learner(run), make_store(run, 5)
+    maps = learner.model.stem(store.batch(np.arange(5)))
+    layout, objective = learner.model.layout(maps), learner.objective
+    found = objective._contents(learner.model, maps, layout)
+    for name, images in maps.images.items():
+        first = int((learner.model.stream_of_place < learner.model.stream_names.index(name)).sum())
+        patches = patchify(images, learner.model.streams[name].step)
+        for row, subject in enumerate(maps.rows[name].tolist()):
+            column = int(torch.nonzero((layout.place[subject] == first + 1) & layout.valid[subject])[0])
+            assert_close(found[subject, column], patches[row, 1] @ objective.projections[name])
+
+
+def test_a_sites_subset_projects_contents_like_the_whole_model(make_run):
+    run = make_run("")
+    whole, part = Learner(run).objective, Learner(run, ["heart-ct"]).objective
+    assert torch.equal(whole.projections["heart-ct"], part.projections["heart-ct"])
 
 
 @torch.no_grad()
