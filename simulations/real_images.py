@@ -121,7 +121,7 @@ def person_of(name: str) -> int:
 
 def measure_mask(path: Path) -> tuple[float, ...]:
     """Volume in mm3 of each of LABELS in a mask."""
-    mask = nib.load(path)  # type: ignore[attr-defined]
+    mask = nib.Nifti1Image.from_filename(path)
     voxel_mm3 = abs(np.linalg.det(mask.affine[:3, :3]))
     voxels = np.asarray(mask.dataobj)
     return tuple(float((voxels == value).sum() * voxel_mm3) for value in LABELS.values())
