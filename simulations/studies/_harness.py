@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -35,7 +35,6 @@ class StudyOptions:
     """Phantom draws."""
     first_seed: int = 0
     """First training seed and first phantom draw."""
-    budget: Literal["short", "medium", "long"] = "short"
     workers: int = WORKERS
 
     def pairs(self) -> list[tuple[int, int]]:

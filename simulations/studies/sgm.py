@@ -10,11 +10,14 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+import typer
 from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 
 from panfm.config import RunConfig, load_run
@@ -43,7 +46,7 @@ MASKING: dict[str, dict[str, Any]] = {
 }
 """What sets an arm apart from the default masking, which is `sgm`."""
 REFERENCES = ("untrained", "statistics")
-TARGETS = ("auc", "auc_weak", "auc_no_dominant", "saliency_entropy")
+SHOWN = ("auc", "auc_weak", "auc_no_dominant", "saliency_entropy")
 _EXPERIMENT = Path(__file__).resolve().parents[2] / "configs" / "experiments" / "quickstart.toml"
 _BATCH_SIZE = 64
 
@@ -63,10 +66,26 @@ class Job:
         return f"{self.preset} phantom {self.draw}, seed {self.seed}, {self.arm}, {self.steps} steps"
 
 
-def run(options: StudyOptions) -> StudyResult:
+def main(
+    seeds: Annotated[int, typer.Option(min=1, help="Training seeds per draw.")] = 5,
+    draws: Annotated[int, typer.Option(min=1, help="Phantom draws.")] = 3,
+    first_seed: Annotated[int, typer.Option(help="First training seed and first draw.")] = 0,
+    budget: Annotated[str, typer.Option(help="short, medium or long: 500, 3,000 or 8,000 steps.")] = "short",
+    json: Annotated[Path | None, typer.Option(help="Write the result here.")] = None,
+) -> None:
+    """Masking policies on two phantoms: what saliency-guided masking gains, and for how long."""
+    if budget not in STEPS:
+        raise typer.BadParameter(f"expected one of {', '.join(STEPS)}", param_hint="--budget")
+    result = run(StudyOptions(seeds, draws, first_seed), budget)
+    show(result)
+    if json:
+        result.write(json)
+
+
+def run(options: StudyOptions, budget: str) -> StudyResult:
     """Run the study."""
-    steps = STEPS[options.budget]
-    result = StudyResult("sgm", {"budget": options.budget, "steps": steps, "pairs": options.pairs(), **_settings()})
+    steps = STEPS[budget]
+    result = StudyResult("sgm", {"budget": budget, "steps": steps, "pairs": options.pairs(), **_settings()})
     with tempfile.TemporaryDirectory() as scratch:
         draws = sorted({draw for draw, _ in options.pairs()})
         wanted = [
@@ -85,6 +104,28 @@ def run(options: StudyOptions) -> StudyResult:
             result.add(job.arm, {f"{job.preset}/{metric}": value for metric, value in measured.items()})
     result.ratios.update(_gains(result))
     return result
+
+
+def show(result: StudyResult) -> None:
+    """One table per preset: mean of every arm, and its gain over random masking with the share of pairs won."""
+    for preset in PRESETS:
+        table = Table(title=f"{preset}, {result.config['steps']} steps, {len(result.config['pairs'])} pairs")
+        table.add_column("arm")
+        for metric in SHOWN:
+            table.add_column(metric, justify="right")
+        for arm in (*MASKING, *REFERENCES):
+            table.add_row(arm, *(_cell(result, f"{preset}/{metric}", arm) for metric in SHOWN))
+        Console().print(table)
+
+
+def _cell(result: StudyResult, metric: str, arm: str) -> str:
+    if (metric, arm) not in result.values:
+        return "-"
+    mean = f"{result.mean(metric, arm):.3f}"
+    if arm == "random" or (metric, "random") not in result.values:
+        return mean
+    gain = result.gain(metric, arm, "random")
+    return f"{mean} ({np.mean(gain):+.3f}, {np.mean(np.array(gain) > 0):.0%})"
 
 
 def study_run(seed: int, arm: str, steps: int) -> RunConfig:
@@ -181,7 +222,7 @@ def _gains(result: StudyResult) -> dict[str, float]:
     """Mean gain over random masking, and the share of pairs in which it is positive."""
     gains: dict[str, float] = {}
     for preset in PRESETS:
-        for metric in TARGETS:
+        for metric in SHOWN:
             for arm in (*MASKING, *REFERENCES):
                 if arm == "random" or (f"{preset}/{metric}", arm) not in result.values:
                     continue
