@@ -2,7 +2,7 @@
 
 Fit subjects have the organs that their site happened to scan; held-out subjects are complete. All arms see the same
 subjects, labels and bootstrap resamples. An arm with fewer streams (a site's own model) is fitted on the subjects that
-hold at least one of them.
+hold at least one of them; one with too few such subjects is left out with a note.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +19,7 @@ from panfm.evaluate.embed import embed_store
 from panfm.evaluate.labels import LabelInfo, LabelledStore, label_groups
 from panfm.evaluate.missing import missing_grid
 from panfm.evaluate.probe import (
+    MIN_SUBJECTS,
     LinearProbe,
     auc_per_label,
     fit_classifiers,
@@ -67,6 +68,12 @@ class Task:
         return np.arange(len(self.holdout.store.subjects))
 
     @cached_property
+    def labelled(self) -> NDArray[np.bool_]:
+        """[N] fit subjects of whom at least one label is known."""
+        known = np.isfinite(self.targets(list(self.info))[0])
+        return np.asarray(known.any(axis=1), dtype=np.bool_)
+
+    @cached_property
     def counts(self) -> Floats:
         """Bootstrap resamples of the held-out subjects, the same for all arms."""
         return draw_counts(len(self.test_indices), self.run.probe.bootstrap, self.run.seed)
@@ -100,10 +107,10 @@ def evaluate_cohort(
         grid_arms: Arms whose missing-organ grid is wanted.
         on_arm: Told the arm that begins, its number from 0, and how many there are.
     Raises:
-        DataError: no site holds labels or training subjects, or nobody is held out.
+        DataError: too few training subjects with labels, or nobody is held out.
     """
-    if not task.places or not len(task.test_indices) or not task.info:
-        raise DataError("probe: expected sites, held-out subjects and labels (got none of one of them)")
+    if not task.places or not len(task.test_indices) or task.labelled.sum() < MIN_SUBJECTS:
+        raise DataError(f"probe: expected held-out subjects and sites with {MIN_SUBJECTS} labelled training subjects")
     makers = {arm: partial(_model_arm, task, model) for arm, model in models.items()}
     makers["statistics"] = partial(_statistics_arm, task)
     if any(info.is_number for info in task.info.values()):
@@ -115,7 +122,9 @@ def evaluate_cohort(
     return ProbeResult(
         scores=tuple(score for reading in readings.values() for score in reading.scores),
         missing={name: reading.grid for name, reading in readings.items() if reading.grid},
-        balance={name: {"effective_rank": reading.effective_rank} for name, reading in readings.items()},
+        balance={
+            name: {"effective_rank": reading.effective_rank} for name, reading in readings.items() if reading.scores
+        },
         subjects={"fit": sum(len(at) for at in task.fit_indices), "test": len(task.test_indices)},
         notes=tuple(f"{name}: {note}" for name, reading in readings.items() for note in reading.notes),
     )
@@ -132,12 +141,16 @@ class _Reading:
 
 
 def _read(task: Task, name: str, arm: Arm, *, with_grid: bool) -> _Reading:
-    fit, test = arm.fit()[arm.usable], arm.test(task.streams)
+    usable = arm.usable & task.labelled
+    if usable.sum() < MIN_SUBJECTS:
+        note = f"not probed, {usable.sum()} labelled training subjects hold its streams, expected {MIN_SUBJECTS}"
+        return _Reading(float("nan"), notes=[note])
+    fit, test = arm.fit()[usable], arm.test(task.streams)
     reading = _Reading(effective_rank(test))
     yes_no, numbers = task.names(is_number=False), task.names(is_number=True)
     if yes_no:
         truth_fit, truth_test = task.targets(yes_no)
-        probe = fit_classifiers(fit, truth_fit[arm.usable], yes_no)
+        probe = fit_classifiers(fit, truth_fit[usable], yes_no)
         values = auc_per_label(probe.score(test), truth_test, task.counts)
         for group, members in label_groups(task.info).items():
             reading.scores.append(_score(name, group, "auc", values[:, [yes_no.index(each) for each in members]]))
@@ -145,7 +158,7 @@ def _read(task: Task, name: str, arm: Arm, *, with_grid: bool) -> _Reading:
         reading.grid = _grid(task, arm, probe, truth_test) if with_grid else {}
     if numbers:
         truth_fit, truth_test = task.targets(numbers)
-        probe = fit_regressors(fit, truth_fit[arm.usable], numbers)
+        probe = fit_regressors(fit, truth_fit[usable], numbers)
         values = r2_per_label(probe.score(test), truth_test, task.counts)
         reading.scores += [_score(name, label, "r2", values[:, [column]]) for column, label in enumerate(numbers)]
         reading.notes += probe.notes

@@ -97,5 +97,23 @@ def test_twice_gives_the_same_answer(result):
 
 def test_no_site_is_refused():
     task = make_task()
-    with pytest.raises(DataError, match="expected sites"):
+    with pytest.raises(DataError, match="expected held-out subjects and sites"):
         evaluate_cohort(Task(RUN, [], task.holdout, INFO), {})
+
+
+def test_an_arm_with_too_few_labelled_subjects_is_left_out_with_a_note():
+    task = make_task()
+    few = make_place(4, ["heart-mr"], n=6)
+    task = Task(RUN, [task.places[1], few], task.holdout, INFO)
+    found = evaluate_cohort(task, {"site:heart": build_model(RUN, ["heart-mr"])}, grid_arms=("site:heart",))
+    assert {score.arm for score in found.scores} == {"statistics", "training-mean"}
+    assert found.notes[0].startswith("site:heart: not probed, 6 labelled training subjects")
+    assert "site:heart" not in {*found.missing, *found.balance}
+
+
+def test_subjects_without_any_label_change_nothing(result):
+    task = make_task()
+    unlabelled = LabelledStore(make_place(9, ["brain-mr"]).store, {})
+    models = {"federated": build_model(RUN)}
+    found = evaluate_cohort(Task(RUN, [*task.places, unlabelled], task.holdout, INFO), models)
+    assert found.value("federated", "brain-mean", "r2") == result.value("federated", "brain-mean", "r2")
