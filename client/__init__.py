@@ -1,1 +1,1 @@
-""""""
+"""ClientApp: a thin relay between Flower and the site."""

@@ -1,1 +1,1 @@
-""""""
+"""ServerApp: handshake, round loop, checkpoints, run folder."""

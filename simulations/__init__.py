@@ -1,1 +1,1 @@
-""""""
+"""Federations on one machine: engines, studies of claims, benches of speed."""

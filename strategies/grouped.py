@@ -90,10 +90,7 @@ class GroupedMean(Strategy):
     def _take(self, message: Message, means: Mapping[str, ExactMean], server_round: int) -> None:
         handshake = self.roster[message.metadata.src_node_id]
         try:
-            if handshake.site in self.outcome.accepted:
-                raise ProtocolError("second reply to one question")
-            reply = RoundReply.from_records(unpack(message.content))
-            self._count_bytes(reply)
+            reply = self._read(message, handshake)
             check_reply(reply, handshake, means, self.run, of=(self._run_id, server_round))
         except ProtocolError as error:
             self.outcome.rejected[handshake.site] = str(error)
@@ -101,6 +98,14 @@ class GroupedMean(Strategy):
         for group, update in reply.updates.items():
             means[group].add(update, reply.weights[group])
         self.outcome.accepted[handshake.site] = replace(reply, updates={})
+
+    def _read(self, message: Message, handshake: Handshake) -> RoundReply:
+        if handshake.site in self.outcome.accepted:
+            raise ProtocolError("second reply to one question")
+        reply = RoundReply.from_records(unpack(message.content))
+        for group, update in reply.updates.items():
+            self.outcome.bytes_up[group] = self.outcome.bytes_up.get(group, 0) + update.nbytes
+        return reply
 
     def _empty_mean(self, group: str) -> ExactMean:
         limits = [
@@ -114,10 +119,6 @@ class GroupedMean(Strategy):
         if mean is None:
             return self._global[group]
         return Array(self._global[group].numpy() + mean)
-
-    def _count_bytes(self, reply: RoundReply) -> None:
-        for group, update in reply.updates.items():
-            self.outcome.bytes_up[group] = self.outcome.bytes_up.get(group, 0) + update.nbytes
 
     def _metrics(self) -> MetricRecord:
         return MetricRecord({"num-accepted": len(self.outcome.accepted), "num-rejected": len(self.outcome.rejected)})

@@ -5,6 +5,7 @@ is loaded. So a site that was killed, or that another process served in between,
 """
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -56,8 +57,10 @@ class Session:
             round_number=task.round_number,
             profile=dict(task.profile) if task.profile else None,
         )
-        validation_loss = self._validation_loss()
-        self._in_memory = states.save(task.round_number, self.learner.private_state())
+        with ThreadPoolExecutor(1) as beside:
+            saved = beside.submit(states.save, task.round_number, self.learner.private_state())
+            validation_loss = self._validation_loss()
+        self._in_memory = saved.result()
         weights = {
             group: group_weight(
                 self.run,
