@@ -11,7 +11,7 @@ import torch
 
 from panfm.config import RunConfig
 from panfm.data.store import ImageStore
-from panfm.objectives import Learner
+from panfm.objectives import Learner, TrainResult
 from panfm.sharing.groups import Flat, GroupManifest
 from panfm.sharing.messages import RoundTask
 from panfm.sharing.release import RoundResult
@@ -61,20 +61,10 @@ class Session:
             saved = beside.submit(states.save, task.round_number, self.learner.private_state())
             validation_loss = self._validation_loss()
         self._in_memory = saved.result()
-        weights = {
-            group: group_weight(
-                self.run,
-                group,
-                subjects=result.subjects,
-                subjects_per_stream=result.subjects_per_stream,
-                num_steps=result.num_steps,
-            )
-            for group in self.manifest.groups
-        }
         return RoundResult(
             state_round=state_round,
             parameters=self._parameters(),
-            weights=weights,
+            weights=self._weights(result),
             loss=result.loss,
             validation_loss=validation_loss,
             num_skipped=result.num_skipped,
@@ -89,14 +79,26 @@ class Session:
         """Returns the round whose private state is now in place; 0: a fresh one."""
         before = states.round_before(round_number)
         if before < round_number - 1:
-            logger.warning("round %s: private state of round %s is missing, using %s", round_number, round_number - 1,
-                           f"round {before}" if before else "a fresh one")  # fmt: skip
+            found = f"that of round {before}" if before else "a fresh one"
+            logger.warning("round %s: private state of the round before is missing, using %s", round_number, found)
         if before == 0:
             self.learner.reset_private()
         elif states.digest(before) != self._in_memory:
             self.learner.load_private(states.load(before))
         self._in_memory = ""
         return before
+
+    def _weights(self, result: TrainResult) -> dict[str, float]:
+        return {
+            group: group_weight(
+                self.run,
+                group,
+                subjects=result.subjects,
+                subjects_per_stream=result.subjects_per_stream,
+                num_steps=result.num_steps,
+            )
+            for group in self.manifest.groups
+        }
 
     def _parameters(self) -> dict[str, Flat]:
         return self.manifest.pack_all({name: value.numpy() for name, value in self.learner.shared_state().items()})
