@@ -6,8 +6,13 @@ in CPU time.
 """
 
 import time
+from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+import torch
+import typer
+from rich.console import Console
 
 from panfm.config import RunConfig, load_run
 from panfm.data.store import ImageStore
