@@ -108,11 +108,11 @@ def _cls_scores(parts: tuple[Tensor, Tensor, Tensor], layout: Layout, *, weigh_v
 def _centred_norms(values: Tensor, layout: Layout) -> Tensor:
     """Norm of each value [B, H, N, d] about the batch's mean at its place -> [B, H, N]; padding counts as place 0."""
     batch, heads, tokens, width = values.shape
-    flat = values.transpose(1, 2).reshape(batch * tokens, heads * width)
+    flat = values.transpose(1, 2).reshape(batch * tokens, heads * width).float()
     place = layout.place.reshape(-1)
     if not bool(layout.valid.all()):
         flat = flat * layout.valid.reshape(-1, 1)
-    count = torch.bincount(place, weights=layout.valid.reshape(-1).float()).clamp_min(1.0).to(flat.dtype)
+    count = torch.bincount(place, weights=layout.valid.reshape(-1).float()).clamp_min(1.0)
     total = flat.new_zeros(len(count), heads * width).index_add_(0, place, flat)
     centred = flat - (total / count[:, None]).index_select(0, place)
     return torch.linalg.vector_norm(centred.view(batch, tokens, heads, width), dim=-1).transpose(1, 2)

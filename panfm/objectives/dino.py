@@ -26,9 +26,9 @@ class DinoObjective:
 
     needs_teacher = True
 
-    def __init__(self, config: DinoConfig) -> None:
+    def __init__(self, config: DinoConfig, device: torch.device) -> None:
         self.config = config
-        self.centres = {kind: torch.zeros(config.prototypes) for kind in ("cls", "token")}
+        self.centres = {kind: torch.zeros(config.prototypes, device=device) for kind in ("cls", "token")}
 
     def loss(self, student: PanModel, teacher: PanModel, view: View, full: Encoded | None) -> Tensor:
         """Loss of each subject [B]."""
@@ -57,4 +57,6 @@ class DinoObjective:
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Take back what `state` gave."""
-        self.centres = {kind: state[f"centre.{kind}"].clone() for kind in self.centres}
+        self.centres = {
+            kind: state[f"centre.{kind}"].to(centre.device, copy=True) for kind, centre in self.centres.items()
+        }

@@ -35,11 +35,11 @@ from panfm.seeds import torch_generator
 class RunningMoments:
     """Mean and variance per row and feature, by exponential averages that start as plain averages."""
 
-    def __init__(self, rows: int, width: int, *, momentum: float = 0.99) -> None:
+    def __init__(self, rows: int, width: int, *, momentum: float = 0.99, device: torch.device | None = None) -> None:
         self.momentum = momentum
-        self.count = torch.zeros(rows, 1)
-        self.mean = torch.zeros(rows, width)
-        self.square = torch.zeros(rows, width)
+        self.count = torch.zeros(rows, 1, device=device)
+        self.mean = torch.zeros(rows, width, device=device)
+        self.square = torch.zeros(rows, width, device=device)
 
     def update(self, values: Tensor, present: Tensor) -> None:
         """Take in values [B, rows, D] where present [B, rows]; rows nobody has stay as they were."""
@@ -69,9 +69,10 @@ class LatentObjective:
 
     def __init__(self, config: LatentConfig, model: PanModel, *, seed: int) -> None:
         self.config = config
-        self.places = RunningMoments(len(model.stream_of_place), model.width)
-        self.contents = RunningMoments(len(model.stream_of_place), model.width)
-        self.summaries = RunningMoments(len(model.stream_names), model.width)
+        num_places, device = len(model.stream_of_place), model.stream_of_place.device
+        self.places = RunningMoments(num_places, model.width, device=device)
+        self.contents = RunningMoments(num_places, model.width, device=device)
+        self.summaries = RunningMoments(len(model.stream_names), model.width, device=device)
         self.projections = {name: _projection(model, name, seed) for name in model.stream_names}
 
     def loss(self, student: PanModel, teacher: PanModel, view: View, full: Encoded | None) -> Tensor:
@@ -107,7 +108,7 @@ class LatentObjective:
             if name in maps.images:
                 patches = patchify(maps.images[name], stem_step(student.stream_configs[name], student.tokenizer))
                 places = torch.nonzero(student.stream_of_place == index).squeeze(1)
-                contents[maps.rows[name][:, None], places] = patches @ self.projections[name]
+                contents[maps.rows[name][:, None], places] = (patches @ self.projections[name]).float()
         return gather_tokens(contents, layout.place)
 
     def _distance(self, guess: Tensor, target: Tensor) -> Tensor:
@@ -125,7 +126,7 @@ class LatentObjective:
         """Take back what `state` gave."""
         for part, moments in self._moments().items():
             for name in moments.tensors():
-                setattr(moments, name, state[f"{part}.{name}"].clone())
+                setattr(moments, name, state[f"{part}.{name}"].to(moments.count.device, copy=True))
 
     def _moments(self) -> dict[str, RunningMoments]:
         return {"places": self.places, "contents": self.contents, "summaries": self.summaries}

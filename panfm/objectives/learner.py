@@ -117,7 +117,8 @@ def _build_objective(run: RunConfig, model: PanModel) -> Objective:
     config = run.objective
     if isinstance(config, LatentConfig):
         return LatentObjective(config, model, seed=run.seed)
-    return DinoObjective(config) if isinstance(config, DinoConfig) else MaeObjective()
+    device = model.stream_of_place.device
+    return DinoObjective(config, device) if isinstance(config, DinoConfig) else MaeObjective()
 
 
 def _stem_store(store: ImageStore, model: PanModel, *, chunk: int = 64) -> ImageStore:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from panfm.objectives import Learner
+from panfm.objectives import Learner, loop
 from panfm.objectives.loop import batches
 
 OBJECTIVES = ["latent", "dino", "mae"]
@@ -122,3 +122,17 @@ def test_batches_pass_over_everyone(num, size, expected):
     assert [len(batch) for batch in drawn] == expected
     per_pass = max(num // size, 1)
     assert len(set(np.concatenate(drawn[:per_pass]).tolist())) == sum(expected[:per_pass])
+
+
+@pytest.mark.parametrize("saliency", ["attention", "value"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_bf16_autocast_trains_too(make_run, make_store, monkeypatch, objective, saliency):
+    """What CUDA does, on CPU: mixed dtypes must meet without error, and land near the float32 loss."""
+    run = make_run(f'[objective]\nname = "{objective}"\n[masking]\nsaliency = "{saliency}"\nwarmup = 0.0\n')
+    store = make_store(run)
+    exact = train(Learner(run), store, num_steps=2)
+    monkeypatch.setattr(loop, "_autocast", lambda _: torch.autocast("cpu", dtype=torch.bfloat16))
+    mixed = train(Learner(run), store, num_steps=2)
+    assert mixed.num_skipped == 0
+    assert mixed.loss == pytest.approx(exact.loss, rel=0.05)
+    assert mixed.loss != exact.loss
