@@ -1,5 +1,4 @@
 import numpy as np
-import pytest
 
 from panfm.config import StreamConfig
 from panfm.data.store import ImageStore
