@@ -17,7 +17,7 @@ from panfm.evaluate import LabelledStore, ProbeResult, Task, evaluate_cohort, lo
 from panfm.models import PanModel, build_model
 from panfm.report import print_tables, read_run, write_report
 from simulations.alone import train_alone
-from simulations.studies._harness import run_jobs
+from simulations.harness import run_jobs
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,8 @@ from server.rounds import initial_state, train_round
 from server.run_folder import RunFolder
 from simulations.engines import Job
 from simulations.engines.local import LocalGrid
+from simulations.harness import StudyResult
 from simulations.run import prepare_cohort
-from simulations.studies._harness import StudyResult
 from strategies import GroupedMean
 
 _EXPERIMENT = Path("configs/experiments/quickstart.toml")

@@ -18,7 +18,7 @@ from panfm.config import RunConfig, load_run
 from panfm.data.store import ImageStore
 from panfm.objectives import Learner
 from panfm.seeds import numpy_generator
-from simulations.studies._harness import StudyResult
+from simulations.harness import StudyResult
 
 ARMS: dict[str, dict[str, object]] = {
     "random": {"policy": "random"},

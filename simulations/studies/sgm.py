@@ -31,7 +31,7 @@ from panfm.evaluate.statistics import StatisticsReference, measure_store
 from panfm.models import PanModel
 from panfm.objectives import Learner
 from panfm.objectives.saliency import stream_shares
-from simulations.studies._harness import StudyOptions, StudyResult, run_jobs
+from simulations.harness import StudyOptions, StudyResult, run_jobs
 from simulations.studies._phantoms import Cohort, PhantomDraw, open_draw, render_draw
 
 STEPS = {"short": 500, "medium": 3000, "long": 8000}

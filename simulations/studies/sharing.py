@@ -34,7 +34,7 @@ from panfm.evaluate.probe import auc_per_label, fit_classifiers
 from panfm.models import PanModel
 from simulations.alone import train_alone
 from simulations.engines import Job, run_job
-from simulations.studies._harness import StudyOptions, StudyResult, run_jobs
+from simulations.harness import StudyOptions, StudyResult, run_jobs
 
 ARMS = ("local", "plain", "grouped", "centralised")
 ALL_ORGANS = "university-hospital"

@@ -1,4 +1,4 @@
-"""What every study shares: jobs over worker processes with the time left, and the result file.
+"""What studies and benches share: jobs over worker processes with the time left, and the result file.
 
 A study is a list of independent jobs (arm x draw x seed), each of which yields measurements. Every arm takes the same
 (draw, seed) pairs in the same order, so that differences between arms are paired.
@@ -108,7 +108,7 @@ def run_jobs(work: Callable[[J], R], jobs: Sequence[J], *, workers: int = WORKER
 
 def commit() -> str:
     """Commit of the source tree, with `-dirty` when it has been changed since; `unknown` outside a git checkout."""
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[1]
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
