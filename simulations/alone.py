@@ -33,4 +33,4 @@ def train_alone(
             round_number=done + 1,
         )
         on_round(done + 1)
-    return learner.model
+    return learner.model.cpu()

@@ -106,7 +106,10 @@ def _cls_scores(parts: tuple[Tensor, Tensor, Tensor], layout: Layout, *, weigh_v
 
 
 def _centred_norms(values: Tensor, layout: Layout) -> Tensor:
-    """Norm of each value [B, H, N, d] about the batch's mean at its place -> [B, H, N]; padding counts as place 0."""
+    """Norm of each value [B, H, N, d] about the batch's mean at its place -> [B, H, N]; padding counts as place 0.
+
+    A place that one subject alone holds has no mean to speak of: it gets the batch's typical norm.
+    """
     batch, heads, tokens, width = values.shape
     flat = values.transpose(1, 2).reshape(batch * tokens, heads * width).float()
     place = layout.place.reshape(-1)
@@ -115,7 +118,15 @@ def _centred_norms(values: Tensor, layout: Layout) -> Tensor:
     count = torch.bincount(place, weights=layout.valid.reshape(-1).float()).clamp_min(1.0)
     total = flat.new_zeros(len(count), heads * width).index_add_(0, place, flat)
     centred = flat - (total / count[:, None]).index_select(0, place)
-    return torch.linalg.vector_norm(centred.view(batch, tokens, heads, width), dim=-1).transpose(1, 2)
+    norms = torch.linalg.vector_norm(centred.view(batch, tokens, heads, width), dim=-1).transpose(1, 2)
+    alone = (count < 2).index_select(0, place).view(batch, 1, tokens)
+    return torch.where(alone, _typical(norms, layout.valid[:, None] & ~alone), norms) if bool(alone.any()) else norms
+
+
+def _typical(norms: Tensor, known: Tensor) -> Tensor:
+    """Mean of the norms [B, H, N] that are known [B, 1, N]; 1 when none is."""
+    known = known.expand_as(norms)
+    return norms[known].mean() if bool(known.any()) else norms.new_ones(())
 
 
 def _normalise(scores: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ class CrossBlock(nn.Module):
         return queries + self.mlp(self.norm2(queries))
 
     def _split(self, x: Tensor) -> Tensor:
-        return x.view(x.shape[0], x.shape[1], self.heads, -1).transpose(1, 2)
+        return x.unflatten(-1, (self.heads, x.shape[-1] // self.heads)).transpose(1, 2)
 
 
 class StreamHead(nn.Module):

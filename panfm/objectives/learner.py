@@ -4,9 +4,8 @@ What is shared (the student) and what is private (everything else) come out as t
 keep the one and send only the other. `loop.py` drives it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -33,9 +32,9 @@ class Learner:
         exact: after `load_shared` and `load_private` of saved states, training goes on with the same bits.
     """
 
-    def __init__(self, run: RunConfig, streams: Sequence[str] | None = None, *, device: str = "cpu") -> None:
+    def __init__(self, run: RunConfig, streams: Sequence[str] | None = None) -> None:
         self.run = run
-        self.device = torch.device(device)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = build_model(run, streams).to(self.device)
         self.reset_private()
         self._stemmed: WeakKeyDictionary[ImageStore, ImageStore] = WeakKeyDictionary()
@@ -47,9 +46,30 @@ class Learner:
         self.objective = _build_objective(self.run, self.model)
         self.profile = torch.ones(len(self.model.stream_names), device=self.device)
 
-    def train(self, store: ImageStore, indices: NDArray[np.int64], **where_and_how: Any) -> TrainResult:
+    def train(
+        self,
+        store: ImageStore,
+        indices: NDArray[np.int64],
+        *,
+        first_step: int,
+        num_steps: int,
+        site: str,
+        round_number: int,
+        profile: dict[str, float] | None = None,
+        on_step: Callable[[int, float], None] | None = None,
+    ) -> TrainResult:
         """Train on some subjects of a store; see `loop.train`."""
-        return train(self, self.stem(store), indices, **where_and_how)
+        return train(
+            self,
+            self.stem(store),
+            indices,
+            first_step=first_step,
+            num_steps=num_steps,
+            site=site,
+            round_number=round_number,
+            profile=profile,
+            on_step=on_step,
+        )
 
     def validation_loss(self, store: ImageStore, indices: NDArray[np.int64], *, site: str) -> float:
         """Loss of subjects that were not trained on, under one fixed mask; see `loop.validation_loss`."""

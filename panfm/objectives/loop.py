@@ -18,7 +18,7 @@ from panfm.data.store import Batch, ImageStore
 from panfm.models.backbone import Encoded
 from panfm.objectives.masking import draw_hidden, stream_scores
 from panfm.objectives.objective import View, masked_view
-from panfm.objectives.saliency import relative_profile, stream_shares
+from panfm.objectives.saliency import relative_profile, stream_shares, streams_present
 from panfm.objectives.schedules import cosine, warmup_cosine
 from panfm.seeds import numpy_generator, torch_generator
 
@@ -34,6 +34,7 @@ class TrainResult:
     """What a round of local training amounts to."""
 
     num_steps: int
+    """Steps asked for."""
     num_skipped: int
     """Steps left out because loss or gradient was not finite."""
     loss: float
@@ -59,6 +60,10 @@ def train(
 ) -> TrainResult:
     """Take `num_steps` optimiser steps.
 
+    Guarantees:
+        skipped: a step whose loss or gradient is not finite leaves parameters, teacher, running statistics and profile
+            as they were, and is counted.
+
     Args:
         store: Stem maps of the site's subjects.
         indices: The subjects to train on.
@@ -71,8 +76,9 @@ def train(
     order = batches(indices, run.train.batch_size, numpy_generator(run.seed, site, round_number, "order"))
     losses = []
     for taken in range(num_steps):
-        position = (first_step + taken) / run.train.total_steps
+        position = (first_step + taken + 0.5) / run.train.total_steps
         maps = store.batch(next(order)).to(learner.device)
+        before = (learner.objective.state(), learner.profile)
         with _autocast(learner):
             full = _teach(learner, maps)
             relative = _guidance(learner, full, profile)
@@ -82,6 +88,9 @@ def train(
             start, end = run.train.teacher_momentum
             learner.update_teacher(cosine(position, start=start, end=end))
             losses.append(loss.item())
+        else:
+            learner.objective.load_state(before[0])
+            learner.profile = before[1]
         if on_step is not None:
             on_step(taken + 1, loss.item())
     return TrainResult(
@@ -112,7 +121,10 @@ def look(
 
 
 def step(learner: "Learner", loss: torch.Tensor, position: float) -> bool:
-    """One optimiser step; False, and nothing changed, when loss or gradient is not finite."""
+    """One optimiser step; False, and no parameter changed, when loss or gradient is not finite, or nothing was hidden
+    that the loss could ask for."""
+    if not loss.requires_grad:
+        return False
     config = learner.run.train
     for group in learner.optimiser.param_groups:
         group["lr"] = config.learning_rate * warmup_cosine(position, warmup=config.warmup)
@@ -127,7 +139,12 @@ def step(learner: "Learner", loss: torch.Tensor, position: float) -> bool:
 
 @torch.no_grad()
 def validation_loss(learner: "Learner", store: ImageStore, indices: NDArray[np.int64], *, site: str) -> float:
-    """Mean loss of subjects under one fixed, unguided mask, the same in every round; NaN without subjects."""
+    """Mean loss of subjects under one fixed, unguided mask, the same in every round; NaN without subjects.
+
+    Subjects that hold none of the trained streams are left out.
+    """
+    held = [store.rows[name] for name in learner.model.stream_names if name in store.rows]
+    indices = indices[np.isin(indices, np.concatenate(held))] if held else indices[:0]
     if not len(indices):
         return float("nan")
     masks = torch_generator(learner.run.seed, site, "validation")
@@ -144,7 +161,8 @@ def validation_loss(learner: "Learner", store: ImageStore, indices: NDArray[np.i
 
 
 def batches(indices: NDArray[np.int64], size: int, generator: np.random.Generator) -> Iterator[NDArray[np.int64]]:
-    """Endless shuffled batches: passes over the subjects, each in a new order; a rest smaller than a batch waits."""
+    """Endless shuffled batches: passes over the subjects, each in a new order; a rest smaller than a batch is left for
+    another pass."""
     while True:
         order = generator.permutation(indices)
         for start in range(0, max(len(order) - size, 0) + 1, size):
@@ -168,11 +186,11 @@ def _guidance(learner: "Learner", full: Encoded | None, profile: dict[str, float
     """Saliency that steers the masks, relative to an equal split: [B, S] or [1, S]. Moves the site's profile."""
     if not _is_guided(learner) or full is None:
         return torch.ones_like(learner.profile)[None]
-    shares = _shares(learner, full)
+    shares, present = _shares(learner, full)
     scope = learner.run.masking.scope
     if scope == "subject":
-        return shares * (shares > 0).sum(dim=1, keepdim=True)
-    relative, count = relative_profile(shares)
+        return shares * present.sum(dim=1, keepdim=True)
+    relative, count = relative_profile(shares, present)
     moved = learner.profile.lerp(relative, 1.0 - _PROFILE_MOMENTUM)
     learner.profile = torch.where(count > 0, moved, learner.profile)
     if scope == "federation" and profile is not None:
@@ -181,16 +199,18 @@ def _guidance(learner: "Learner", full: Encoded | None, profile: dict[str, float
     return learner.profile[None]
 
 
-def _shares(learner: "Learner", full: Encoded) -> torch.Tensor:
+def _shares(learner: "Learner", full: Encoded) -> tuple[torch.Tensor, torch.Tensor]:
+    """Saliency of every stream [B, S], and which streams each subject has [B, S]."""
     assert full.saliency is not None
-    model = learner.model
-    return stream_shares(full.saliency.float(), full.layout, model.stream_of_place, len(model.stream_names))
+    places, num_streams = learner.model.stream_of_place, len(learner.model.stream_names)
+    shares = stream_shares(full.saliency.float(), full.layout, places, num_streams)
+    return shares, streams_present(full.layout, places, num_streams)
 
 
 @torch.no_grad()
 def _saliency(learner: "Learner", maps: Batch) -> dict[str, float]:
     full = learner.teacher.encode(maps, saliency=learner.run.masking.saliency)
-    relative, count = relative_profile(_shares(learner, full))
+    relative, count = relative_profile(*_shares(learner, full))
     pairs = zip(learner.model.stream_names, relative.tolist(), count.tolist(), strict=True)
     return {name: value for name, value, num in pairs if num}
 

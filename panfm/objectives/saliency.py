@@ -20,16 +20,25 @@ def stream_shares(token_shares: Tensor, layout: Layout, stream_of_place: Tensor,
     )
 
 
-def relative_profile(shares: Tensor) -> tuple[Tensor, Tensor]:
+def streams_present(layout: Layout, stream_of_place: Tensor, num_streams: int) -> Tensor:
+    """Which streams each subject has, bool [B, S]."""
+    stream = stream_of_place[layout.place]
+    count = torch.zeros(len(stream), num_streams, dtype=torch.long, device=stream.device)
+    return count.scatter_add_(1, stream, layout.valid.long()) > 0
+
+
+def relative_profile(shares: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
     """Mean saliency of each stream relative to an equal split, over the subjects that have it.
 
     A subject with n streams that leans on all alike gives 1 for each, so profiles of subjects with different streams
     can be averaged.
 
+    Args:
+        shares: [B, S], 0 where absent.
+        present: bool [B, S].
     Returns:
         Mean of share x n [S] (1 where no subject has the stream) and the number of subjects that have it [S].
     """
-    present = shares > 0
     relative = shares * present.sum(dim=1, keepdim=True)
     count = present.sum(dim=0)
     mean = relative.sum(dim=0) / count.clamp_min(1)

@@ -1,4 +1,4 @@
-"""Schedules over the whole run: positions run from 0 at the first local step of round 1 to 1 at the last of the last.
+"""Schedules over the whole run: local step k of n stands at position (k + 1/2) / n, from round 1 to the last.
 
 A site never restarts a schedule: the position follows from the round number, so that a site that missed rounds, or was
 restarted, stands where the others stand.

@@ -29,9 +29,8 @@ class Session:
         self.run = run
         self.store = store
         self.streams = held_streams(run, store)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
         trained = tuple(run.streams) if run.sharing.rule == "plain" else tuple(self.streams)
-        self.learner = Learner(run, trained, device=device)
+        self.learner = Learner(run, trained)
         self.manifest = GroupManifest.of(
             {name: tuple(tensor.shape) for name, tensor in self.learner.shared_state().items()}
         )

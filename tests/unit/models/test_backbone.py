@@ -72,3 +72,27 @@ def test_a_subject_without_any_token_is_its_cls_alone(backbone):
     encoded = backbone(torch.zeros(1, 0, 12), empty, saliency="value")
     assert torch.isfinite(encoded.cls).all()
     assert encoded.saliency.shape == (1, 0)
+
+
+@torch.no_grad()
+def test_saliency_of_one_subject_is_its_attention(backbone):
+    """Alone in its batch, no value can be centred: every norm counts alike."""
+    alone = pack(torch.tensor([[True, True, True]]), STREAM_OF_PLACE)
+    tokens = torch.randn(1, 6, 12, generator=torch.Generator().manual_seed(1))
+    found = backbone(tokens, alone, saliency="value").saliency
+    rows = []
+    x = torch.cat([backbone.cls[None, None], tokens], dim=1)
+    for block in backbone.blocks:
+        q, k, _ = block.attention.qkv(block.norm1(x)).view(1, 7, 3, 3, 4).permute(2, 0, 3, 1, 4)
+        rows.append((q[:, :, :1] @ k[:, :, 1:].transpose(-1, -2) / 2.0).softmax(-1).sum(1)[:, 0])
+        x = block(x, None)[0]
+    assert_close(found, sum(rows) / sum(rows).sum())
+
+
+@torch.no_grad()
+def test_a_place_held_by_one_subject_gets_the_typical_norm(backbone):
+    layout = pack(torch.tensor([[True, True, False], [True, False, True], [True, True, False]]), STREAM_OF_PLACE)
+    tokens = torch.randn(3, layout.place.shape[1], 12, generator=torch.Generator().manual_seed(1))
+    found = backbone(tokens, layout, saliency="value").saliency
+    assert_close(found.sum(1), torch.ones(3))
+    assert (found[layout.valid] > 0.01).all()

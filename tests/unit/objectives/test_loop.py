@@ -136,3 +136,45 @@ def test_bf16_autocast_trains_too(make_run, make_store, monkeypatch, objective, 
     assert mixed.num_skipped == 0
     assert mixed.loss == pytest.approx(exact.loss, rel=0.05)
     assert mixed.loss != exact.loss
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_training_recovers_after_a_step_that_was_skipped(make_run, make_store, objective):
+    run = make_run(f'[objective]\nname = "{objective}"\n')
+    learner, store = Learner(run), make_store(run, 18, complete=True)
+    store.images["brain-mr"][2] = np.nan
+    result = train(learner, store, num_steps=6)
+    assert result.num_skipped == 2
+    assert np.isfinite(result.loss)
+    assert all(torch.isfinite(value).all() for value in learner.private_state().values())
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_subject_with_one_token_has_nothing_hidden(make_run, make_store, objective):
+    run = make_run(f'[objective]\nname = "{objective}"\n')
+    whole = {name: stream.model_copy(update={"patch": stream.shape}) for name, stream in run.streams.items()}
+    run = run.model_copy(update={"streams": whole})
+    learner = Learner(run, ["heart-ct"])
+    result = train(learner, make_store(run, 8, complete=True), num_steps=2)
+    assert result.num_skipped == (2 if objective == "mae" else 0)
+
+
+def test_validation_leaves_out_who_holds_no_trained_stream(make_run, make_store):
+    run = make_run()
+    store = make_store(run, 9)
+    learner = Learner(run, ["heart-ct"])
+    holders = store.rows["heart-ct"]
+    assert 0 < len(holders) < 9
+    everyone = learner.validation_loss(store, np.arange(9), site="a")
+    assert everyone == learner.validation_loss(store, holders, site="a")
+    others = np.setdiff1d(np.arange(9), holders)
+    assert np.isnan(learner.validation_loss(store, others, site="a"))
+
+
+def test_a_run_of_one_step_moves_the_model(make_run, make_store):
+    run = make_run()
+    run = run.model_copy(update={"train": run.train.model_copy(update={"rounds": 1, "local_steps": 1})})
+    learner = Learner(run)
+    before = learner.shared_state()
+    train(learner, make_store(run), num_steps=1)
+    assert not equal_states(before, learner.shared_state())
