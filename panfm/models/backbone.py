@@ -1,8 +1,6 @@
-"""The shared transformer: CLS, pre-norm blocks, key padding, and the saliency of the CLS query.
+"""The shared transformer: CLS, pre-norm blocks, key padding.
 
-Only the CLS query's row of attention is ever computed for saliency, never the full matrix.
-
-Shape legend: B subjects, L = 1 + N tokens (CLS first), H heads, D width, M places in the vocabulary.
+Shape legend: B subjects, L = 1 + N tokens (CLS first), H heads, d width of a head, D width.
 """
 
 from dataclasses import dataclass
@@ -12,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from panfm.models.saliency import CentredNorms, Parts, cls_scores, normalise
 from panfm.models.tokens import Layout
 
 Saliency = Literal["attention", "value"]
@@ -41,7 +40,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    def forward(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Parts]:
         """Attend. Returns the output [B, L, D] and the CLS query [B, H, 1, d], keys and values [B, H, L, d]."""
         batch, length, width = x.shape
         q, k, v = self.qkv(x).view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
@@ -59,7 +58,7 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    def forward(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Parts]:
         """One block; passes on the attention's CLS query, keys and values."""
         mixed, parts = self.attention(self.norm1(x), mask)
         x = x + mixed
@@ -84,50 +83,13 @@ class Backbone(nn.Module):
         mask = None if bool(valid.all()) else valid[:, None, None, :]
         blocks: list[Tensor] = []
         scores: list[Tensor] = []
+        norms = CentredNorms(layout) if saliency == "value" else None
         for depth, block in enumerate(self.blocks):
             x, parts = block(x, mask)
             if keep_blocks:
                 blocks.append(x[:, 1:])
             if saliency == "value" or (saliency == "attention" and depth == len(self.blocks) - 1):
-                scores.append(_cls_scores(parts, layout, weigh_values=saliency == "value"))
+                scores.append(cls_scores(parts, layout, norms))
         x = self.norm(x)
-        share = _normalise(torch.stack(scores).sum(0)) if scores else None
+        share = normalise(torch.stack(scores).sum(0)) if scores else None
         return Encoded(x[:, 0], x[:, 1:], layout, tuple(blocks), share)
-
-
-def _cls_scores(parts: tuple[Tensor, Tensor, Tensor], layout: Layout, *, weigh_values: bool) -> Tensor:
-    """CLS attention to every token, summed over heads [B, N]; times the norm of its centred value if asked."""
-    query, keys, values = parts
-    logits = (query * keys[:, :, 1:]).sum(dim=-1) * query.shape[-1] ** -0.5
-    attention = logits.masked_fill(~layout.valid[:, None], -torch.inf).softmax(dim=-1).nan_to_num(0.0)
-    if weigh_values:
-        attention = attention * _centred_norms(values[:, :, 1:], layout)
-    return attention.sum(dim=1)
-
-
-def _centred_norms(values: Tensor, layout: Layout) -> Tensor:
-    """Norm of each value [B, H, N, d] about the batch's mean at its place -> [B, H, N]; padding counts as place 0.
-
-    A place that one subject alone holds has no mean to speak of: it gets the batch's typical norm.
-    """
-    batch, heads, tokens, width = values.shape
-    flat = values.transpose(1, 2).reshape(batch * tokens, heads * width).float()
-    place = layout.place.reshape(-1)
-    if not bool(layout.valid.all()):
-        flat = flat * layout.valid.reshape(-1, 1)
-    count = torch.bincount(place, weights=layout.valid.reshape(-1).float()).clamp_min(1.0)
-    total = flat.new_zeros(len(count), heads * width).index_add_(0, place, flat)
-    centred = flat - (total / count[:, None]).index_select(0, place)
-    norms = torch.linalg.vector_norm(centred.view(batch, tokens, heads, width), dim=-1).transpose(1, 2)
-    alone = (count < 2).index_select(0, place).view(batch, 1, tokens)
-    return torch.where(alone, _typical(norms, layout.valid[:, None] & ~alone), norms) if bool(alone.any()) else norms
-
-
-def _typical(norms: Tensor, known: Tensor) -> Tensor:
-    """Mean of the norms [B, H, N] that are known [B, 1, N]; 1 when none is."""
-    known = known.expand_as(norms)
-    return norms[known].mean() if bool(known.any()) else norms.new_ones(())
-
-
-def _normalise(scores: Tensor) -> Tensor:
-    return scores / scores.sum(dim=-1, keepdim=True).clamp_min(1e-12)
