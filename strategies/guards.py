@@ -38,6 +38,8 @@ def check_reply(
         if found != expected:
             missing, extra = sorted(expected - found), sorted(found - expected)
             raise ProtocolError(f"{what}: missing {missing or 'none'}, not expected {extra or 'none'}")
+    if not any(reply.weights.values()):
+        raise ProtocolError("all local steps were skipped: in none were loss and gradient finite")
     for group, update in reply.updates.items():
         weight, limit = reply.weights[group], weight_limit(run, group, handshake)
         if not 0.0 <= weight <= limit:

@@ -94,7 +94,7 @@ class Session:
                 group,
                 subjects=result.subjects,
                 subjects_per_stream=result.subjects_per_stream,
-                num_steps=result.num_steps,
+                num_steps=result.num_steps - result.num_skipped,
             )
             for group in self.manifest.groups
         }

@@ -15,6 +15,7 @@ from panfm.config import dump_toml
 from panfm.errors import RunError
 from panfm.models import build_model
 from panfm.objectives import Learner
+from panfm.objectives.latent import LatentObjective
 from panfm.site.session import Session
 from server.app import app as server_app
 from simulations.engines import Job
@@ -151,6 +152,40 @@ def test_a_site_whose_state_is_corrupted_is_left_out(federation, monkeypatch):
     assert [line["rejected"] for line in lines(run_dir)] == [{}, {"gamma": "internal error (OSError)"}, {}]
     assert lines(run_dir)[1]["coverage"].keys() == {"brain-mr", "heart-mr"}
     assert lines(run_dir)[2]["sites"]["gamma"]["state_round"] == 1
+
+
+def skip_all_at(monkeypatch, *sites: str) -> None:
+    """At these sites no loss is finite."""
+    real = LatentObjective.loss
+
+    class Nowhere(Session):
+        def train_round(self, task, states):
+            with monkeypatch.context() as patch:
+                if self.site in sites:
+                    patch.setattr(LatentObjective, "loss", lambda *views: real(*views) * float("nan"))
+                return super().train_round(task, states)
+
+    monkeypatch.setattr("panfm.site.site.Session", Nowhere)
+
+
+def test_a_site_that_skipped_all_its_steps_is_left_out(federation, monkeypatch):
+    shutil.rmtree(federation.sites / "gamma")
+    federation.run("without", "train.rounds=1", "federation.min-sites=1")
+    reached = safetensors.numpy.load(model_bytes(federation.folder / "without"))
+    skip_all_at(monkeypatch, "beta")
+    run_dir = federation.run("skipping", "train.rounds=1", "federation.min-sites=1")
+    assert "all local steps were skipped" in lines(run_dir)[0]["rejected"]["beta"]
+    assert list(lines(run_dir)[0]["sites"]) == ["alpha"]
+    assert lines(run_dir)[0]["coverage"] == {"brain-mr": ["alpha"], "heart-mr": ["alpha"]}
+    skipping = safetensors.numpy.load(model_bytes(run_dir))
+    assert not np.array_equal(skipping["streams.heart-mr.project.weight"], reached["streams.heart-mr.project.weight"])
+
+
+def test_a_run_whose_every_step_was_skipped_fails(federation, monkeypatch):
+    skip_all_at(monkeypatch, "alpha", "beta", "gamma")
+    with pytest.raises(RunError, match=r"0 good replies, at least 2 needed.*all local steps were skipped"):
+        federation.run("nothing")
+    assert not (federation.folder / "nothing" / "model").exists()
 
 
 def test_a_lost_quorum_fails_the_run_and_says_why(federation):

@@ -76,6 +76,26 @@ def test_a_round_moves_every_group(folder):
     assert np.isfinite([reply.loss, reply.validation_loss]).all()
 
 
+def test_skipped_steps_do_not_weigh(folder, monkeypatch):
+    """One finite step of two; then none, which leaves the model where it was."""
+    from panfm.objectives.latent import LatentObjective
+
+    real, calls = LatentObjective.loss, []
+
+    def often_nan(self, *views):
+        calls.append(0)
+        return real(self, *views) * (1.0 if len(calls) == 2 else float("nan"))
+
+    monkeypatch.setattr(LatentObjective, "loss", often_nan)
+    site = Site(folder)
+    reply = site.train_round(task())
+    assert (reply.num_skipped, reply.weights["backbone"], reply.weights["stream:brain-mr"]) == (1, 5, 5)
+    reply = site.train_round(task(2))
+    assert reply.num_skipped == 2
+    assert set(reply.weights.values()) == {0.0}
+    assert not any(update.any() for update in reply.updates.values())
+
+
 def test_a_repeated_round_gives_the_same_reply(folder):
     warm = Site(folder)
     first, second = warm.train_round(task(1)), warm.train_round(task(2))

@@ -147,6 +147,7 @@ def weights(**changes) -> dict:
         (weights(backbone=1e12), r"weight 1e\+12, expected 0 to 20"),
         (weights(backbone=float("nan")), "weight/backbone is nan"),
         (weights(teacher=1.0), r"weights: .*not expected \['teacher'\]"),
+        ({"weights": dict.fromkeys(reply(11, 0.1).weights, 0.0)}, "all local steps were skipped"),
         ({"round_number": 4}, "answers round 4 of run-1, expected round 5"),
         ({"run_id": "run-0"}, "answers round 5 of run-0"),
     ],
