@@ -54,7 +54,16 @@ def _pass_on(package: str, name: str, words: list[str]) -> None:
         raise ConfigError(f"{name}: unknown, expected one of {', '.join(known)}")
     command = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     command.command()(import_module(f"simulations.{package}.{name.replace('-', '_')}").main)
-    command(args=words, prog_name=f"python -m simulations {package} {name}")
+    command(args=_with_json_path(words, f"{name}.json"), prog_name=f"python -m simulations {package} {name}")
+
+
+def _with_json_path(words: list[str], path: str) -> list[str]:
+    """`--json` without a path writes `<name>.json` here."""
+    if "--json" not in words:
+        return words
+    after = words.index("--json") + 1
+    bare = after == len(words) or words[after].startswith("-")
+    return [*words[:after], path, *words[after:]] if bare else words
 
 
 if __name__ == "__main__":
