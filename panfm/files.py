@@ -1,8 +1,14 @@
-"""Files that are either whole or absent: atomic writes, and a checksum where a silent change would do harm."""
+"""Files that are either whole or absent: atomic writes, and a checksum where a silent change would do harm; JSON."""
 
 import hashlib
+import json
+import math
 import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from panfm.errors import DataError
 
@@ -25,6 +31,30 @@ def write_atomic(path: Path, content: bytes) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     _sync_folder(path.parent)
+
+
+def json_text(content: object, *, indent: int | None = None) -> str:
+    """JSON with null for numbers that are not finite, which it cannot say."""
+    return json.dumps(_finite(content), indent=indent, allow_nan=False)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder that appears whole or not at all: what is yielded takes its name when the block ends well.
+
+    Raises:
+        DataError: it exists already, or the block met an error of the file system.
+    """
+    try:
+        if folder.exists():
+            raise DataError(f"{folder}: exists already, expected a new folder")
+        partial = folder.with_name(f".{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        partial.rename(folder)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be made ({error})") from error
 
 
 def write_checked(path: Path, content: bytes) -> str:
@@ -57,6 +87,14 @@ def read_digest(path: Path) -> str:
             return file.read(_DIGEST_BYTES).decode("ascii", "replace")
     except OSError:
         return ""
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _sync_folder(folder: Path) -> None:

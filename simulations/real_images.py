@@ -13,10 +13,8 @@ a subject has one image per stream.
 Labels are the volumes in mm3 of the anterior (1) and posterior (2) hippocampus in the masks.
 """
 
-import csv
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -26,7 +24,9 @@ import tomli_w
 
 from panfm.config import SiteConfig, StreamConfig, dump_toml
 from panfm.config.run import RealImagesCohortConfig
+from panfm.data.table import write_table
 from panfm.errors import ConfigError, DataError
+from panfm.files import new_folder
 from panfm.seeds import numpy_generator
 
 ENVIRONMENT = "PANFM_REAL_DATA"
@@ -57,26 +57,22 @@ def write_real_cohort(
         ConfigError: $PANFM_REAL_DATA is unset or names no folder of ours.
         DataError: the folder exists, or there are too few volumes to share out.
     """
-    if folder.exists():
-        raise DataError(f"{folder}: exists already, expected a new folder for the cohort")
     source = real_data()
     volumes = sorted((source / "hippocampus" / "images").glob("hippocampus_*.nii.gz"))
     places = share_out(volumes, config)
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     total, done = sum(map(len, places.values())), 0
-    for place, held in places.items():
-        labels = []
-        for volume in held:
-            labels.append((volume.name.removesuffix(".nii.gz"), *measure_mask(_mask_of(volume))))
-            done += 1
-            progress(done, total)
-        rows = [_hippocampus_row(volume, "test" if place == "holdout" else "train") for volume in held]
-        _write_site(partial / place, rows, labels)
-    if body := list(_body_rows(source / "organs3d", streams)):
-        _write_site(partial / "sites" / BODY, body, ())
-    (partial / "cohort.toml").write_text(_describe(config, places, len(body)), encoding="utf-8")
-    partial.rename(folder)
+    with new_folder(folder) as partial:
+        for place, held in places.items():
+            labels = []
+            for volume in held:
+                labels.append((volume.name.removesuffix(".nii.gz"), *measure_mask(_mask_of(volume))))
+                done += 1
+                progress(done, total)
+            rows = [_hippocampus_row(volume, "test" if place == "holdout" else "train") for volume in held]
+            _write_site(partial / place, rows, labels)
+        if body := list(_body_rows(source / "organs3d", streams)):
+            _write_site(partial / "sites" / BODY, body, ())
+        (partial / "cohort.toml").write_text(_describe(config, places, len(body)), encoding="utf-8")
 
 
 def real_data() -> Path:
@@ -152,16 +148,9 @@ def _write_site(folder: Path, rows: Sequence[Row], labels: Sequence[tuple[object
     folder.mkdir(parents=True)
     site = SiteConfig(name=folder.name, labels="labels.csv" if labels else None)
     (folder / "site.toml").write_text(dump_toml(site), encoding="utf-8")
-    _write_table(folder / "manifest.csv", ("subject", "stream", "path", "split", "mask"), rows)
+    write_table(folder / "manifest.csv", ("subject", "stream", "path", "split", "mask"), rows)
     if labels:
-        _write_table(folder / "labels.csv", ("subject", *LABELS), labels)
-
-
-def _write_table(path: Path, header: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(rows)
+        write_table(folder / "labels.csv", ("subject", *LABELS), labels)
 
 
 def _describe(config: RealImagesCohortConfig, places: Mapping[str, Sequence[Path]], num_body: int) -> str:

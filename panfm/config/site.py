@@ -3,6 +3,7 @@
 `site.toml` belongs to the hospital. What it forbids stays forbidden, whatever a run asks for.
 """
 
+import os.path
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +12,8 @@ from pydantic import Field
 
 from panfm.config._base import Config
 from panfm.config.run import Name
+
+RelativePath = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
 
 
 class Releasable(StrEnum):
@@ -40,17 +43,17 @@ class SiteConfig(Config):
 
     name: Name
     """Stable name, known to the coordinator."""
-    manifest: str = "manifest.csv"
+    manifest: RelativePath = "manifest.csv"
     """Table of images, relative to this file: one row per subject and stream."""
-    labels: str | None = None
+    labels: RelativePath | None = None
     """Optional table of labels for probes, relative to this file; never leaves the site."""
-    cache_dir: str = ".panfm/cache"
+    cache_dir: RelativePath = ".panfm/cache"
     """Preprocessed images, relative to this file."""
-    state_dir: str = ".panfm/state"
+    state_dir: RelativePath = ".panfm/state"
     """Private training state, relative to this file."""
     limits: LimitsConfig = LimitsConfig()
 
 
 def site_path(folder: Path, relative: str) -> Path:
     """A path named in `site.toml`, resolved against the site folder."""
-    return (folder / relative).resolve()
+    return Path(os.path.realpath(folder / relative))  # Path.resolve raises for a circle of links, open() tells better

@@ -116,17 +116,21 @@ def _check_affine(image: Any) -> None:
     if not np.isfinite(affine).all() or np.linalg.matrix_rank(affine[:3, :3]) < 3:
         raise ImageError("a singular affine", "an affine that has an inverse")
     if header["sform_code"] and header["qform_code"]:
-        _check_agreement(image.get_sform(), image.get_qform())
+        _check_agreement(image)
     sizes, (low, high) = voxel_sizes(affine), SPACING_RANGE_MM
     if sizes.min() < low or sizes.max() > high:
         raise ImageError(f"voxels of {' x '.join(f'{size:.4g}' for size in sizes)} mm", f"{low:g} to {high:g} mm")
 
 
-def _check_agreement(sform: NDArray[np.float64], qform: NDArray[np.float64]) -> None:
+def _check_agreement(image: Any) -> None:
     """Two statements of the orientation may differ by a tilt, not by an axis."""
-    if np.allclose(sform[:3, :3], qform[:3, :3], atol=1e-3):
-        return
-    axes = ["".join(nib.orientations.aff2axcodes(form)) for form in (sform, qform)]  # type: ignore[no-untyped-call]
+    try:
+        sform, qform = image.get_sform(), image.get_qform()
+        if np.allclose(sform[:3, :3], qform[:3, :3], atol=1e-3):
+            return
+        axes = ["".join(nib.orientations.aff2axcodes(form)) for form in (sform, qform)]  # type: ignore[no-untyped-call]
+    except Exception as error:  # as above
+        raise ImageError(f"a broken qform ({_reason(error)})", "a header that states one orientation") from error
     if axes[0] != axes[1]:
         raise ImageError(f"two orientations (sform {axes[0]}, qform {axes[1]})", "one orientation")
 

@@ -1,7 +1,7 @@
 """CSV tables as a site writes them: a header, then rows; UTF-8, with or without the mark that Excel adds."""
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from panfm.errors import DataError
@@ -36,6 +36,14 @@ def read_table(
         if len(cells) != len(columns):
             raise DataError(f"{len(cells)} cells on line {line} under {len(columns)} columns")
     return columns, [(line, dict(zip(columns, cells, strict=True))) for line, cells in rows]
+
+
+def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Write what `read_table` reads."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
 
 
 def _cells(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:

@@ -19,6 +19,7 @@ from typing import Any
 
 from panfm.errors import DataError
 from panfm.evaluate.scores import Interval
+from panfm.files import json_text
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class ProbeResult:
 
 def write_result(path: Path, result: ProbeResult) -> None:
     """Write `probe.json`."""
-    path.write_text(json.dumps(_to_json(asdict(result)), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    path.write_text(json_text(asdict(result), indent=1) + "\n", encoding="utf-8")
 
 
 def read_result(path: Path) -> ProbeResult:
@@ -81,12 +82,3 @@ def read_result(path: Path) -> ProbeResult:
 
 def _number(value: Any) -> Any:
     return math.nan if value is None else value
-
-
-def _to_json(value: Any) -> Any:
-    """The same with NaN as None, which JSON can say."""
-    if isinstance(value, dict):
-        return {key: _to_json(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_to_json(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -6,9 +6,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from panfm.config import RunConfig, load_run
 from panfm.errors import DataError
 from panfm.evaluate.result import ProbeResult, read_result
+
+
+class _SiteLine(BaseModel):
+    """What a report shows of one site in one round."""
+
+    loss: float | None = None
+    validation_loss: float | None = None
+    saliency: dict[str, float | None] = {}
+
+
+class _RoundLine(BaseModel):
+    """What a report shows of one round."""
+
+    round: int
+    sites: dict[str, _SiteLine] = {}
+    bytes_up: dict[str, int] = {}
+    bytes_down: dict[str, int] = {}
 
 
 @dataclass(frozen=True)
@@ -75,16 +94,21 @@ def _metadata(folder: Path) -> Path:
 def _read_rounds(path: Path) -> tuple[Mapping[str, Any], ...]:
     if not path.exists():
         return ()
-    lines = path.read_text(encoding="utf-8").splitlines()
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({type(error).__name__})") from error
     rounds = {}
     for number, line in enumerate(lines, start=1):
         try:
             content = json.loads(line)
-            rounds[int(content["round"])] = content
-        except (ValueError, KeyError, TypeError) as error:
-            if number == len(lines):
+            rounds[_RoundLine.model_validate(content, strict=True).round] = content
+        except ValueError as error:
+            if not line.endswith(b"\n"):
                 break
-            raise DataError(f"{path}:{number}: found {line[:40]!r}, expected one JSON object per round") from error
+            raise DataError(
+                f"{path}:{number}: found {line.decode(errors='replace')[:40]!r}, expected one JSON object per round"
+            ) from error
     return tuple(rounds[number] for number in sorted(rounds))
 
 

@@ -102,6 +102,13 @@ def test_cohort_make_needs_a_phantom(tmp_path, run_file, text, complaint):
     assert complaint in result.stderr
 
 
+def test_cohort_make_inside_a_file(run_file):
+    result = panfm("cohort", "make", run_file / "c", "--run", run_file)
+    assert result.exit_code == 1
+    assert len(result.stderr.splitlines()) == 1
+    assert result.stderr.startswith(f"{run_file}/c: cannot be made")
+
+
 @pytest.mark.parametrize("flags", [["--preset", "nice"], ["--seed", "x"], ["--subjects", "0"]])
 def test_cohort_make_refuses_bad_flags(tmp_path, run_file, flags):
     result = panfm("cohort", "make", tmp_path / "cohort", "--run", run_file, *flags)

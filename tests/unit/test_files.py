@@ -1,7 +1,10 @@
+import json
+import math
+
 import pytest
 
 from panfm.errors import DataError
-from panfm.files import read_checked, read_digest, write_atomic, write_checked
+from panfm.files import json_text, new_folder, read_checked, read_digest, write_atomic, write_checked
 
 
 def test_atomic_write_replaces_and_leaves_nothing_behind(tmp_path):
@@ -45,3 +48,32 @@ def test_damage_is_noticed_and_named(tmp_path, damage):
 def test_an_absent_file_is_named(tmp_path):
     with pytest.raises(DataError, match=r"absent: cannot be read \(FileNotFoundError\)"):
         read_checked(tmp_path / "absent")
+
+
+def test_json_has_null_for_what_is_not_finite():
+    content = {"a": [1, 0.5, math.nan], "b": (math.inf, {"c": -math.inf}), "d": None, "e": True}
+    assert json.loads(json_text(content)) == {"a": [1, 0.5, None], "b": [None, {"c": None}], "d": None, "e": True}
+
+
+def test_a_new_folder_is_whole_or_absent(tmp_path):
+    def make(stop: bool):
+        with new_folder(tmp_path / "new") as folder:
+            (folder / "file").write_text("content")
+            assert not (tmp_path / "new").exists()
+            if stop:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make(stop=True)
+    assert not (tmp_path / "new").exists()
+    make(stop=False)
+    assert (tmp_path / "new" / "file").read_text() == "content"
+    with pytest.raises(DataError, match="new: exists already"):
+        make(stop=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+def test_a_new_folder_inside_a_file_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"c: cannot be made \(.*Not a directory"), new_folder(tmp_path / "file" / "c"):
+        pass

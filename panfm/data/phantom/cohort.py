@@ -7,9 +7,7 @@
 The folder appears whole or not at all, and the same description gives the same bytes.
 """
 
-import csv
 import gzip
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -24,7 +22,8 @@ from panfm.data.phantom.body import ORGANS
 from panfm.data.phantom.draw import Phantom, Subjects
 from panfm.data.phantom.labels import LABELS
 from panfm.data.phantom.memory import organs_of
-from panfm.errors import DataError
+from panfm.data.table import write_table
+from panfm.files import new_folder
 
 VALIDATION_EVERY = 10
 """Every tenth patient of a site is its validation split."""
@@ -45,23 +44,20 @@ def write_cohort(
         progress: told how many images are written, of how many.
 
     Raises:
-        DataError: the folder exists, or a stream is not an MR volume of an organ that the phantom has.
+        DataError: the folder exists or cannot be written, or a stream is not an MR volume of an organ that the phantom
+            has.
     """
-    if folder.exists():
-        raise DataError(f"{folder}: exists already, expected a new folder for the cohort")
     phantom = Phantom(config.preset, config.seed)
     organs = organs_of(streams)
     places = _draw_places(phantom, config, organs.values())
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     total = sum(_num_images(subjects, organs) for subjects in places.values())
     done = 0
-    for place, subjects in places.items():
-        for written in _write_place(partial / place, phantom, subjects, organs):
-            done += written
-            progress(done, total)
-    (partial / "cohort.toml").write_text(_describe(config, places), encoding="utf-8")
-    partial.rename(folder)
+    with new_folder(folder) as partial:
+        for place, subjects in places.items():
+            for written in _write_place(partial / place, phantom, subjects, organs):
+                done += written
+                progress(done, total)
+        (partial / "cohort.toml").write_text(_describe(config, places), encoding="utf-8")
 
 
 def _draw_places(phantom: Phantom, config: PhantomCohortConfig, organs: Iterable[str]) -> dict[str, Subjects]:
@@ -90,9 +86,9 @@ def _write_place(folder: Path, phantom: Phantom, subjects: Subjects, organs: Map
             (folder / path).write_bytes(_nifti(*phantom.render(subjects, index, organ)))
             rows.append((subject, stream, path, _split(folder.name, index)))
             yield 1
-    _write_table(folder / "manifest.csv", ("subject", "stream", "path", "split"), rows)
+    write_table(folder / "manifest.csv", ("subject", "stream", "path", "split"), rows)
     labels = [(subject, *values) for subject, values in zip(subjects.names, subjects.labels.astype(int), strict=True)]
-    _write_table(folder / "labels.csv", ("subject", *LABELS), labels)
+    write_table(folder / "labels.csv", ("subject", *LABELS), labels)
     site = SiteConfig(name=folder.name, labels="labels.csv")
     (folder / "site.toml").write_text(dump_toml(site), encoding="utf-8")
 
@@ -108,14 +104,9 @@ def _nifti(voxels: NDArray[np.int16], affine: NDArray[np.float64]) -> bytes:
     image.header.set_xyzt_units("mm")  # type: ignore[no-untyped-call]
     image.set_qform(affine, code=1)  # type: ignore[no-untyped-call]
     image.set_sform(affine, code=1)  # type: ignore[no-untyped-call]
-    return gzip.compress(image.to_bytes(), compresslevel=1, mtime=0)
-
-
-def _write_table(path: Path, header: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(rows)
+    content = bytearray(gzip.compress(image.to_bytes(), compresslevel=1, mtime=0))
+    content[9] = 255  # "unknown" system: what gzip.compress puts there depends on the version of Python
+    return bytes(content)
 
 
 def _describe(config: PhantomCohortConfig, places: Mapping[str, Subjects]) -> str:

@@ -65,6 +65,10 @@ def two_orientations(site, path):
     nib.save(image, path)
 
 
+def broken_qform(quaternion):
+    return header_of(qform_code=1, quatern_b=quaternion)
+
+
 BAD_IMAGES = {
     "truncated gzip": (with_bytes(lambda content: content[: len(content) // 2]), "broken gzip"),
     "gzip without its checksum": (with_bytes(lambda content: content[:-4]), "broken gzip"),
@@ -93,6 +97,8 @@ BAD_IMAGES = {
     "NaN affine": (patched(280, "<f", float("nan")), "singular affine"),
     "no orientation": (header_of(sform_code=0, qform_code=0), "no orientation"),
     "two orientations": (two_orientations, "two orientations (sform RAS, qform LAS)"),
+    "impossible qform beside a good sform": (broken_qform(2.0), "a broken qform (w2 should be positive"),
+    "NaN qform beside a good sform": (broken_qform(np.nan), "a broken qform"),
     "voxels of a metre": (header_of(affine=np.diag([1.0, 1.0, 1000.0, 1.0])), "voxels of 1 x 1 x 1000 mm"),
     "voxels of a nanometre": (header_of(affine=np.diag([1e-6, 1.0, 1.0, 1.0])), "voxels of 1e-06 x 1 x 1 mm"),
     "copy of another": (
@@ -221,7 +227,9 @@ def test_bad_table(site, name):
     assert not (site.folder / QUARANTINE).exists()
 
 
-@pytest.mark.parametrize("text", [None, "name = ", 'nam = "x"', 'name = "Not A Name"'])
+@pytest.mark.parametrize(
+    "text", [None, "name = ", 'nam = "x"', 'name = "Not A Name"', 'name = "a"\nmanifest = "\\u0000x"']
+)
 def test_bad_site_description(site, text):
     site.add("a")
     description = site.folder / "site.toml"
@@ -229,6 +237,13 @@ def test_bad_site_description(site, text):
     result = check(site)
     assert result.exit_code == 1
     assert all(line.startswith(str(description)) for line in result.stderr.splitlines())
+
+
+def test_manifest_that_is_a_circle_of_links(site):
+    site.add("a")
+    (site.folder / "manifest.csv").unlink()
+    (site.folder / "manifest.csv").symlink_to(site.folder / "manifest.csv")
+    assert_one_fault(check(site), "manifest.csv: found no UTF-8 CSV file (OSError)")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")

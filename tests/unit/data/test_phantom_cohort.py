@@ -113,6 +113,11 @@ def test_memory_equals_files(cohort, place):
     assert sum(map(len, store.rows.values())) == len(rows)
 
 
+def test_no_byte_of_an_image_tells_the_version_of_python(cohort):
+    for path in (cohort[0] / "holdout/images").iterdir():
+        assert path.read_bytes()[:10] == bytes([0x1F, 0x8B, 8, 0, 0, 0, 0, 0, 4, 255])  # no time, no system
+
+
 def test_an_existing_folder_is_left_alone(tmp_path):
     (tmp_path / "kept").mkdir()
     with pytest.raises(DataError, match="exists already"):

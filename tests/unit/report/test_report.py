@@ -102,6 +102,23 @@ def test_a_line_being_written_is_left_out_but_a_damaged_one_is_named(finished):
         read_run(finished)
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [b"\xff\xfe\n", b"3\n", b'{"round": 3, "sites": {"a-site": {"loss": "low"}}}\n', b'{"round": 3, "sites": [1]}\n'],
+)
+def test_a_line_that_is_whole_but_no_round_is_named(finished, damage):
+    path = finished / "rounds.jsonl"
+    path.write_bytes(path.read_bytes() + damage)
+    with pytest.raises(DataError, match=r"rounds.jsonl:3: found .* expected one JSON object per round"):
+        read_run(finished)
+
+
+def test_rounds_that_are_a_folder_are_one_line(folder):
+    (folder / "rounds.jsonl").mkdir()
+    with pytest.raises(DataError, match=r"rounds.jsonl: cannot be read \(IsADirectoryError\)"):
+        read_run(folder)
+
+
 def test_the_page_is_self_contained_and_escaped(finished):
     page = write_report(read_run(finished)).read_text()
     assert page.startswith("<!doctype html>")
