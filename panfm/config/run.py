@@ -16,6 +16,7 @@ Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class StreamConfig(Config):
@@ -78,6 +79,12 @@ class PhantomCohortConfig(Config):
     holdout_subjects: Positive = 300
     """Patients with all organs, at no site: the probe's test set."""
     sites: Annotated[dict[Name, PhantomSiteConfig], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _no_site_draws_the_held_out_patients(self) -> Self:
+        if "holdout" in self.sites:
+            raise ValueError("sites.holdout: the name of the held-out patients, expected another")
+        return self
 
 
 class RealImagesCohortConfig(Config):
@@ -176,6 +183,12 @@ class MaskingConfig(Config):
     static_organs: Annotated[tuple[str, ...], Field(strict=False)] = ("heart", "adipose")
     """Organs that `static` hides more."""
 
+    @model_validator(mode="after")
+    def _falls_after_it_has_risen(self) -> Self:
+        if 0 < self.anneal <= self.warmup:
+            raise ValueError(f"anneal: expected 0 or more than warmup {self.warmup:g}, found {self.anneal:g}")
+        return self
+
 
 class TrainConfig(Config):
     """The local loop, and how much of it."""
@@ -187,7 +200,7 @@ class TrainConfig(Config):
     """Patients per step."""
     learning_rate: PositiveFloat = 3e-3
     weight_decay: NonNegativeFloat = 0.05
-    betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.95)
+    betas: Annotated[tuple[BelowOne, BelowOne], Field(strict=False)] = (0.9, 0.95)
     warmup: Fraction = 0.1
     """Share of the whole run over which the learning rate grows; then cosine to 0."""
     clip_norm: PositiveFloat = 3.0
@@ -254,4 +267,14 @@ class RunConfig(Config):
             organ, _ = parse_stream(stream)
             if organ not in self.organs:
                 raise ValueError(f"streams.{stream}: organ {organ!r} is not in organs {list(self.organs)}")
+        return self
+
+    @model_validator(mode="after")
+    def _static_organs_have_streams(self) -> Self:
+        """Unless they are the default and not used."""
+        used = self.masking.policy == "static" or self.masking.static_organs != MaskingConfig().static_organs
+        held = {parse_stream(stream)[0] for stream in self.streams}
+        unknown = [organ for organ in self.masking.static_organs if organ not in held]
+        if used and unknown:
+            raise ValueError(f"masking.static-organs: no stream has organ {unknown[0]!r}, expected {sorted(held)}")
         return self

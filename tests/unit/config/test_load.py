@@ -94,6 +94,15 @@ BAD_VALUES = {
     "streams.brain-mr.patch=[4, 4]": "streams.brain-mr: patch has 2 axes, shape has 3",
     "streams.heart-xray.spacing-mm=[1.0, 1.0]": "streams.heart-xray: spacing-mm: only for volumes",
     "organs=['heart']": "streams.brain-mr: organ 'brain' is not in organs ['heart']",
+    "train.betas=[0.9, 1.0]": "train.betas.1: Input should be less than 1 (got 1.0)",
+    "masking.anneal=0.05": "masking: anneal: expected 0 or more than warmup 0.1, found 0.05",
+    "masking.policy='static'": "masking.static-organs: no stream has organ 'adipose', expected ['brain', 'heart']",
+    "masking.static-organs=['haert']": (
+        "masking.static-organs: no stream has organ 'haert', expected ['brain', 'heart']"
+    ),
+    "cohort.sites.holdout={organs=['brain'], subjects=3}": (
+        "cohort: sites.holdout: the name of the held-out patients, expected another"
+    ),
     "train.rounds": "override 'train.rounds': expected key=value, e.g. train.rounds=3",
     "=3": "override '=3': expected key=value, e.g. train.rounds=3",
     "name.first=3": "override 'name.first=3': name is a value, not a table",
