@@ -1,4 +1,4 @@
-"""Real scans of all seven organs, and pictures of six modalities, through check and cache.
+"""Real scans: seven organs through check, cache, tokenizers, a training step and `panfm embed`; all others checked.
 
 The images lie outside the repository, at $PANFM_REAL_DATA.
 """
@@ -9,11 +9,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
+from typer.testing import CliRunner
 
 from panfm.anatomy import DEFAULT_ORGANS, parse_stream
-from panfm.config import StreamConfig
+from panfm.cli import main
+from panfm.config import RunConfig, StreamConfig, dump_toml
+from panfm.config.run import ModelConfig, TrainConfig
 from panfm.data.cache import open_store
 from panfm.data.check import check_site
+from panfm.evaluate import embed_store
+from panfm.evaluate.embed import read_features
+from panfm.models import PanModel
+from panfm.objectives import Learner
 
 REAL = os.environ.get("PANFM_REAL_DATA")
 pytestmark = pytest.mark.skipif(not REAL, reason="PANFM_REAL_DATA is not set: no real images")
@@ -57,7 +66,8 @@ def assert_sound(folder, streams, num_rows):
     return store
 
 
-def test_all_seven_organs(tmp_path):
+@pytest.mark.parametrize("tokenizer", ["statistics", "patch"])
+def test_all_seven_organs(tmp_path, tokenizer):
     root = Path(REAL) / "organs3d"
     rows = [
         (
@@ -71,8 +81,43 @@ def test_all_seven_organs(tmp_path):
         if line["organ"] in DEFAULT_ORGANS
     ]
     streams = dict.fromkeys((stream for _, stream, *_ in rows), VOLUME)
-    store = assert_sound(write_site(tmp_path / "site", rows), streams, len(rows))
+    folder = write_site(tmp_path / "site", rows)
+    store = assert_sound(folder, streams, len(rows))
     assert {parse_stream(stream)[0] for stream in store.images} == set(DEFAULT_ORGANS)
+    train = TrainConfig(rounds=1, local_steps=1, batch_size=len(store.subjects), warmup=0.0)
+    run = RunConfig(name="real", streams=streams, model=ModelConfig(tokenizer=tokenizer), train=train)
+    model = assert_one_step_moves_every_stream(run, store)
+    assert_embeds(model, run, folder, tmp_path)
+
+
+def assert_one_step_moves_every_stream(run, store) -> PanModel:
+    learner = Learner(run)
+    before = {name: tensor.clone() for name, tensor in learner.shared_state().items()}
+    result = learner.train(store, store.indices("train"), first_step=0, num_steps=1, site="real", round_number=1)
+    assert (result.num_steps, result.num_skipped) == (1, 0)
+    assert np.isfinite(result.loss)
+    after = learner.shared_state()
+    assert all(torch.isfinite(tensor).all() for tensor in after.values())
+    for stream in run.streams:
+        mine = [name for name in before if name.startswith(f"streams.{stream}.")]
+        assert any(not torch.equal(before[name], after[name]) for name in mine), stream
+    return learner.model
+
+
+def assert_embeds(model, run, folder, scratch):
+    """`panfm embed` gives every subject finite features, the same as in this process."""
+    (scratch / "model").mkdir()
+    save_file(model.state_dict(), scratch / "model" / "model.safetensors")
+    (scratch / "model" / "run.toml").write_text(dump_toml(run))
+    words = ["embed", str(scratch / "model"), str(folder), "--out", str(scratch / "features.npz")]
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 0, done.output
+    table = read_features(scratch / "features.npz")
+    store = open_store(folder, run.streams)
+    assert tuple(table.subjects) == store.subjects
+    assert np.isfinite(table.features).all()
+    np.testing.assert_array_equal(table.features, embed_store(model, store, np.arange(len(store.subjects))))
+    assert table.features.std(axis=0).max() > 0.01  # subjects differ
 
 
 def test_hippocampus_volumes_and_masks(tmp_path):
