@@ -1,7 +1,7 @@
 """ClientApp: carries Flower's messages to the site's own code and its answers back.
 
 It always answers: a handler that returned nothing would leave a SuperNode waiting for good. What goes wrong at a site
-comes back as an error of one scrubbed line; the whole story stays in the site's log.
+comes back as an error of one scrubbed line under the site's public name; the whole story stays in the site's log.
 """
 
 import logging
@@ -12,6 +12,7 @@ from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 
 from client.records import pack, unpack
+from panfm.config import site_folders
 from panfm.errors import ConfigError
 from panfm.sharing.messages import Invitation, Records, RoundTask
 from panfm.site import Site, resident_site, scrub
@@ -36,11 +37,14 @@ def train_round(message: Message, context: Context) -> Message:
 
 
 def _answer(message: Message, context: Context, handle: Callable[[Site, Records], Records]) -> Message:
+    who = ""
     try:
-        return Message(pack(handle(_site(context), unpack(message.content))), reply_to=message)
+        site = _site(context)
+        who = f"site {site.config.name}: "
+        return Message(pack(handle(site, unpack(message.content))), reply_to=message)
     except (Exception, SystemExit) as error:
-        logger.exception("%s: answered with an error", message.metadata.message_type)
-        return Message(Error(SITE_ERROR, scrub(error)), reply_to=message)
+        logger.exception("%s%s: answered with an error", who, message.metadata.message_type)
+        return Message(Error(SITE_ERROR, who + scrub(error)), reply_to=message)
 
 
 def _site(context: Context) -> Site:
@@ -50,6 +54,5 @@ def _site(context: Context) -> Site:
     sites, run_dir = str(context.run_config.get("sites", "")), str(context.run_config.get("run-dir", ""))
     if not sites:
         raise ConfigError("node-config: site-folder is missing, expected the path of this site's folder")
-    folders = sorted(path.parent for path in Path(sites).glob("*/site.toml"))
-    home = folders[int(context.node_config["partition-id"])]
+    home = site_folders(Path(sites))[int(context.node_config["partition-id"])]
     return resident_site(home, Path(run_dir, "sites", home.name) if run_dir else None)

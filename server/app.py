@@ -6,7 +6,7 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from panfm.config import load_run
+from panfm.config import load_run, site_folders
 from panfm.errors import ConfigError
 from server.progress import Progress
 from server.rounds import run_federation
@@ -22,7 +22,7 @@ def main(grid: Grid, context: Context) -> None:
     """Run the experiment that the run config names; raises, and so fails the run, if it does not do what was asked."""
     words = {key: str(value) for key, value in context.run_config.items()}
     sites = words.get("sites", "")
-    num_sites = len(list(Path(sites).glob("*/site.toml"))) if sites else None
+    num_sites = len(site_folders(Path(sites))) if sites else None
     run_federation(grid, open_folder(words), Progress(), num_sites=num_sites)
 
 

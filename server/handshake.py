@@ -1,20 +1,48 @@
 """Before round 1: who is there, what each site holds, and whether it speaks of the same model."""
 
+import re
 import time
-from collections.abc import Callable
+import tomllib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from panfm import __version__
-from panfm.config import RunConfig, config_hash, dump_toml
+from panfm.config import RunConfig, dump_toml
 from panfm.errors import ProtocolError, RunError
 from panfm.sharing.groups import GroupManifest, stream_group
 from panfm.sharing.messages import Handshake, Invitation
 from server.exchange import Exchange
 from strategies.records import unpack
 
+_SITE_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _POLL_S = 0.2
+_SETTLE_S = 10.0
+"""When nobody knows how many sites will come: enough are there, and for this long no other has come."""
+
+
+@dataclass
+class Attendance:
+    """Who came before round 1."""
+
+    roster: dict[int, Handshake] = field(default_factory=dict)
+    """Node id -> handshake of each site that takes part, in the order of the sites' names."""
+    failed: list[str] = field(default_factory=list)
+    """One line for each that cannot: the site, or the node where no site gave its name, and the reason."""
+    misfits: list[str] = field(default_factory=list)
+    """One line for each whose software, model or numbers contradict the server's: the run must not start."""
+
+    def require(self, at_least: int) -> None:
+        """Raises RunError, naming sites and reasons, if a site does not fit or fewer than `at_least` take part."""
+        if self.misfits:
+            raise RunError("; ".join(self.misfits))
+        if len(self.roster) < at_least:
+            reasons = "; ".join(self.failed) or "no other answered"
+            raise RunError(f"{len(self.roster)} of at least {at_least} sites can take part: {reasons}")
 
 
 def shake_hands(
@@ -22,69 +50,128 @@ def shake_hands(
     run: RunConfig,
     manifest: GroupManifest,
     *,
-    at_least: int,
+    num_sites: int | None = None,
     on_site: Callable[[Handshake], None] = lambda _: None,
-) -> dict[int, Handshake]:
+) -> Attendance:
     """Invite every node that is online. A site reads its images before it answers, so this may take a while.
 
     Args:
-        at_least: Fewer sites than this are too few.
+        num_sites: Wait for this many; when left out, for `federation.min-sites` and those that come soon after.
         on_site: Told of each site as it comes.
-    Returns:
-        Node id -> handshake, in the order of the sites' names.
     Raises:
-        RunError: too few sites came or could take part, or one does not fit; the line names the site and the reason.
+        RunError: too few nodes came online.
     """
     invitation = RecordDict({"config": ConfigRecord(dict(Invitation(dump_toml(run)).to_records().config))})
     timeout_s = run.federation.round_timeout_s
-    exchange = Exchange(
+    nodes = _wait_for_nodes(
         grid,
-        [
-            Message(invitation, node_id, MessageType.QUERY, ttl=timeout_s, group_id="0")
-            for node_id in _wait_for_nodes(grid, at_least, run.federation.join_timeout_s)
-        ],
-        timeout_s,
+        num_sites or run.federation.min_sites,
+        timeout_s=run.federation.join_timeout_s,
+        settle_s=0.0 if num_sites else _SETTLE_S,
     )
-    roster: dict[int, Handshake] = {}
+    messages = [Message(invitation, node_id, MessageType.QUERY, ttl=timeout_s, group_id="0") for node_id in nodes]
+    exchange = Exchange(grid, messages, timeout_s)
+    attendance = Attendance()
     for reply in exchange:
-        handshake = Handshake.from_records(unpack(reply.content))
-        check_handshake(handshake, run, manifest)
-        roster[reply.metadata.src_node_id] = handshake
-        on_site(handshake)
-    if len(roster) < at_least:
-        reasons = "; ".join(sorted(set(exchange.failed.values())))
-        raise RunError(f"{len(roster)} of at least {at_least} sites can take part: {reasons}")
-    names = [handshake.site for handshake in roster.values()]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise RunError(f"site {min(twice)}: more than one node answers under this name")
-    return dict(sorted(roster.items(), key=lambda entry: entry[1].site))
+        if handshake := _read(reply, run, manifest, attendance):
+            attendance.roster[reply.metadata.src_node_id] = handshake
+            on_site(handshake)
+    attendance.failed += [_name(node_id, reason) for node_id, reason in exchange.failed.items()]
+    attendance.failed.sort()
+    attendance.misfits += _twice(attendance.roster.values())
+    attendance.roster = dict(sorted(attendance.roster.items(), key=lambda entry: entry[1].site))
+    return attendance
 
 
 def check_handshake(handshake: Handshake, run: RunConfig, manifest: GroupManifest) -> None:
-    """Raises RunError if a site's version, run description or model differs from the server's."""
-    site = handshake.site
+    """Raises ProtocolError, with the difference, if a site contradicts the server or itself."""
     if (found := handshake.versions.get("panfm")) != __version__:
-        raise RunError(f"site {site}: panfm {found}, the server has {__version__}")
-    if handshake.config_hash != config_hash(run):
-        raise RunError(f"site {site}: reads the run description differently (configuration hash)")
-    try:
-        manifest.check_known(handshake.group_hashes)
-    except ProtocolError as error:
-        raise RunError(f"site {site}: {error}") from error
+        raise ProtocolError(f"panfm {found}, the server has {__version__}")
+    _check_counts(handshake, run)
+    if differing := _differing_keys(handshake.run_toml, dump_toml(run)):
+        raise ProtocolError(f"reads the run description differently: {', '.join(differing)}")
+    manifest.check_known(handshake.group_hashes)
     hashes = manifest.hashes()
-    for group, found in handshake.group_hashes.items():
-        if found != hashes[group]:
-            raise RunError(f"site {site}: the parameters of {group} differ from the server's (layout hash)")
+    if changed := sorted(group for group, found in handshake.group_hashes.items() if found != hashes[group]):
+        raise ProtocolError(f"the parameters of {', '.join(changed)} differ from the server's (layout hash)")
     streams = run.streams if run.sharing.rule == "plain" else handshake.streams
     expected = {group for group in manifest.groups if not group.startswith("stream:")} | set(map(stream_group, streams))
-    if expected != set(handshake.group_hashes):
-        raise RunError(f"site {site}: trains {sorted(handshake.group_hashes)}, expected {sorted(expected)}")
+    if expected != (found_groups := set(handshake.group_hashes)):
+        missing, extra = sorted(expected - found_groups), sorted(found_groups - expected)
+        raise ProtocolError(f"groups it trains: missing {missing or 'none'}, not expected {extra or 'none'}")
 
 
-def _wait_for_nodes(grid: Grid, at_least: int, timeout_s: float) -> list[int]:
-    start = time.monotonic()
-    while len(nodes := sorted(grid.get_node_ids())) < at_least:
-        if time.monotonic() - start > timeout_s:
+def _check_counts(handshake: Handshake, run: RunConfig) -> None:
+    if not handshake.subjects > 0:
+        raise ProtocolError(f"{handshake.subjects} subjects, expected at least 1")
+    if unknown := sorted(set(handshake.streams) - set(run.streams)):
+        raise ProtocolError(f"holds {', '.join(unknown)}, unknown to this run")
+    for stream, count in handshake.streams.items():
+        if not 0 < count <= handshake.subjects:
+            raise ProtocolError(f"{count} subjects with {stream}, expected 1 to {handshake.subjects}")
+
+
+def _differing_keys(theirs: str, ours: str) -> list[str]:
+    """Dotted keys that one side lacks or reads otherwise. Raises ProtocolError if theirs is not TOML."""
+    try:
+        found = dict(_flatten(tomllib.loads(theirs)))
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError("its reading of the run description is not valid TOML") from error
+    expected = dict(_flatten(tomllib.loads(ours)))
+    differing = [key for key in sorted(found | expected) if found.get(key) != expected.get(key)]
+    return differing or (["the order of its keys"] if theirs != ours else [])
+
+
+def _flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _read(reply: Message, run: RunConfig, manifest: GroupManifest, attendance: Attendance) -> Handshake | None:
+    """The handshake in a reply; None if there is none that holds, which is then written down."""
+    try:
+        handshake = Handshake.from_records(unpack(reply.content))
+        _check_name(handshake.site)
+    except ProtocolError as error:
+        attendance.failed.append(f"node {reply.metadata.src_node_id}: {error}")
+        return None
+    try:
+        check_handshake(handshake, run, manifest)
+    except ProtocolError as error:
+        attendance.misfits.append(f"site {handshake.site}: {error}")
+        return None
+    return handshake
+
+
+def _check_name(site: str) -> None:
+    if not _SITE_NAME.fullmatch(site):
+        raise ProtocolError(f"site name {site!r:.40}, expected small letters, digits, dot, dash")
+
+
+def _name(node_id: int, reason: str) -> str:
+    """An error reply begins with the site's name, where the site got as far as knowing it."""
+    return reason if reason.startswith("site ") else f"node {node_id}: {reason}"
+
+
+def _twice(handshakes: Iterable[Handshake]) -> list[str]:
+    names = Counter(handshake.site for handshake in handshakes)
+    return [f"site {name}: {count} nodes answer under this name" for name, count in names.items() if count > 1]
+
+
+def _wait_for_nodes(grid: Grid, at_least: int, *, timeout_s: float, settle_s: float) -> list[int]:
+    """Nodes online, once there are enough and none has come or gone for `settle_s`, or the time is up."""
+    start = settled = time.monotonic()
+    nodes: list[int] = []
+    while True:
+        now = time.monotonic()
+        if (found := sorted(grid.get_node_ids())) != nodes:
+            nodes, settled = found, now
+        is_over = now - start > timeout_s
+        if len(nodes) >= at_least and (is_over or now - settled >= settle_s):
+            return nodes
+        if is_over:
             raise RunError(f"{len(nodes)} of at least {at_least} sites online after {timeout_s:g} s")
         time.sleep(_POLL_S)
-    return nodes

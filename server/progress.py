@@ -1,6 +1,6 @@
 """What the person who waits sees: the sites, then a line per round."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -19,6 +19,11 @@ class Progress:
         """A site takes part, with this."""
         streams = ", ".join(f"{stream} {count}" for stream, count in handshake.streams.items())
         self._console.print(f"{handshake.site}: {handshake.subjects} subjects: {streams}")
+
+    def absent(self, reasons: Iterable[str]) -> None:
+        """These cannot take part; the run goes on without them."""
+        for reason in reasons:
+            self._console.print(f"left out: {reason}", style="yellow", markup=False)
 
     def round(self, run: RunConfig, line: Mapping[str, Any]) -> None:
         """How a round went."""

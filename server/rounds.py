@@ -40,11 +40,13 @@ def run_federation(grid: Grid, folder: RunFolder, progress: Progress, *, num_sit
     Raises:
         RunError: too few sites, one that does not fit, or a round without a quorum.
     """
-    run = folder.run.model_copy(update={"cohort": None})
+    run = folder.shared_run
     first, manifest = initial_state(run)
-    at_least = num_sites or run.federation.min_sites
-    roster = shake_hands(grid, run, manifest, at_least=at_least, on_site=progress.site)
-    folder.save_sites(roster)
+    attendance = shake_hands(grid, run, manifest, num_sites=num_sites, on_site=progress.site)
+    folder.save_sites(attendance)
+    attendance.require(num_sites or run.federation.min_sites)
+    progress.absent(attendance.failed)
+    roster = attendance.roster
     if not (state := folder.latest_state()):
         folder.save_state(state := first)
     strategy = GroupedMean(run, manifest, roster)
@@ -101,7 +103,9 @@ def _round_line(
     """What happened in a round, by site name."""
     names = {node_id: handshake.site for node_id, handshake in roster.items()}
     seconds = {names[node_id]: value for node_id, value in exchange.seconds.items()}
-    failed = {names[node_id]: reason for node_id, reason in exchange.failed.items()}
+    failed = {
+        names[node_id]: reason.removeprefix(f"site {names[node_id]}: ") for node_id, reason in exchange.failed.items()
+    }
     bytes_down: dict[str, int] = {}
     for handshake in roster.values():
         for group in handshake.group_hashes:

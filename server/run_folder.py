@@ -1,7 +1,7 @@
 """Everything one run leaves on disk.
 
 run.toml           the resolved description
-sites.json         handshakes and coverage
+sites.json         handshakes, coverage, and who cannot take part
 rounds.jsonl       one line per round
 checkpoint/        the server's state after the last rounds
 model/             model.safetensors, metadata.json, run.toml
@@ -20,8 +20,8 @@ from panfm.config import RunConfig, dump_toml, load_run
 from panfm.errors import RunError
 from panfm.files import write_atomic
 from panfm.sharing.groups import GroupManifest
-from panfm.sharing.messages import Handshake
 from server.checkpoint import ServerState, load_latest, save_state
+from server.handshake import Attendance
 
 
 class RunFolder:
@@ -30,6 +30,11 @@ class RunFolder:
     def __init__(self, path: Path, run: RunConfig) -> None:
         self.path = path
         self.run = run
+
+    @property
+    def shared_run(self) -> RunConfig:
+        """The description without its cohort, which is nobody else's business and may name folders of this machine."""
+        return self.run.model_copy(update={"cohort": None})
 
     @classmethod
     def create(cls, path: Path, run: RunConfig) -> Self:
@@ -64,8 +69,9 @@ class RunFolder:
         with (self.path / "rounds.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
 
-    def save_sites(self, roster: Mapping[int, Handshake]) -> None:
-        """Write sites.json."""
+    def save_sites(self, attendance: Attendance) -> None:
+        """Write sites.json, with those that cannot take part."""
+        roster = attendance.roster
         sites = {
             handshake.site: {
                 "subjects": handshake.subjects,
@@ -75,13 +81,16 @@ class RunFolder:
             }
             for handshake in roster.values()
         }
-        self._write_json("sites.json", {"sites": sites, "coverage": coverage(self.run, roster.values())})
+        failed = attendance.misfits + attendance.failed
+        self._write_json(
+            "sites.json", {"sites": sites, "coverage": coverage(self.run, roster.values()), "failed": failed}
+        )
 
     def save_model(self, state: ServerState, manifest: GroupManifest, sites: list[str]) -> None:
         """Write model/: the global parameters by name, and what they are."""
         tensors = manifest.unpack_all(state.groups)
         write_atomic(self.path / "model" / "model.safetensors", safetensors.numpy.save(tensors))
-        write_atomic(self.path / "model" / "run.toml", dump_toml(self.run).encode())
+        write_atomic(self.path / "model" / "run.toml", dump_toml(self.shared_run).encode())
         self._write_json(
             "model/metadata.json",
             {

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from panfm.config import RunConfig, dump_toml, load_site, parse_run
+from panfm.config import RunConfig, dump_toml, load_site, parse_run, site_folders
 from panfm.data.cache import open_store
 from panfm.errors import DataError
 from panfm.evaluate import LabelledStore, ProbeResult, Task, evaluate_cohort, load_model, read_label_info, write_result
@@ -52,7 +52,7 @@ def finish(run: RunConfig, cohort: Path, run_dir: Path, console: Console) -> Non
 
 def probe_run(run: RunConfig, cohort: Path, run_dir: Path, console: Console) -> ProbeResult:
     """Probe `federated`, `site:<name>` alone, `untrained`, and the references."""
-    folders = sorted(path.parent for path in (cohort / "sites").glob("*/site.toml"))
+    folders = site_folders(cohort / "sites")
     console.print(f"training each of {len(folders)} sites alone, for comparison")
     alone = run_jobs(train_site_alone, [AloneJob(dump_toml(run), folder) for folder in folders])
     models = {"federated": load_model(run_dir / "model")[0]}

@@ -2,7 +2,7 @@
 
 from panfm.config.load import config_hash, dump_toml, load_run, load_site, parse_run, parse_site
 from panfm.config.run import RunConfig, StreamConfig
-from panfm.config.site import Releasable, SiteConfig, site_path
+from panfm.config.site import Releasable, SiteConfig, site_folders, site_path
 
 __all__ = [
     "Releasable",
@@ -15,5 +15,6 @@ __all__ = [
     "load_site",
     "parse_run",
     "parse_site",
+    "site_folders",
     "site_path",
 ]

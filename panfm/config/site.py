@@ -12,6 +12,7 @@ from pydantic import Field
 
 from panfm.config._base import Config
 from panfm.config.run import Name
+from panfm.errors import ConfigError
 
 RelativePath = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
 
@@ -52,6 +53,13 @@ class SiteConfig(Config):
     state_dir: RelativePath = ".panfm/state"
     """Private training state, relative to this file."""
     limits: LimitsConfig = LimitsConfig()
+
+
+def site_folders(folder: Path) -> list[Path]:
+    """The site folders under a folder, by name. Raises ConfigError if there is none."""
+    if not (found := sorted(path.parent for path in folder.glob("*/site.toml"))):
+        raise ConfigError(f"{folder}: holds no site, expected folders with a site.toml")
+    return found
 
 
 def site_path(folder: Path, relative: str) -> Path:

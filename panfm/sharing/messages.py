@@ -45,7 +45,7 @@ class Invitation:
 
 @dataclass(frozen=True)
 class Handshake:
-    """What a site answers to an invitation."""
+    """What a site answers to an invitation. Only `panfm.sharing.release.build_handshake` makes one."""
 
     site: str
     subjects: int
@@ -53,8 +53,8 @@ class Handshake:
     streams: Mapping[str, int]
     """Stream held -> subjects of the train split with it."""
     versions: Mapping[str, str]
-    config_hash: str
-    """Of the run description as this site understands it."""
+    run_toml: str
+    """The server's run description as this site reads it, defaults included."""
     group_hashes: Mapping[str, str]
     """Group this site trains -> layout."""
 
@@ -64,7 +64,7 @@ class Handshake:
             config={
                 "site": self.site,
                 "subjects": self.subjects,
-                "config-hash": self.config_hash,
+                "run": self.run_toml,
                 **_parallel("streams", self.streams),
                 **_parallel("versions", self.versions),
                 **_parallel("groups", self.group_hashes),
@@ -80,7 +80,7 @@ class Handshake:
             subjects=_get(config, "subjects", int),
             streams=_table(config, "streams", int),
             versions=_table(config, "versions", str),
-            config_hash=_get(config, "config-hash", str),
+            run_toml=_get(config, "run", str),
             group_hashes=_table(config, "groups", str),
         )
 

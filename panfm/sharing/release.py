@@ -1,18 +1,29 @@
-"""What leaves a site, decided in one function.
+"""What leaves a site. There are three ways out:
 
-Every field of a reply is either the server's own words sent back (which run, which round, whether private state was
-at hand) or is released under one name of `Releasable`. What the site's `limits.may-leave` does not name stays.
+    build_handshake        the answer to an invitation
+    build_reply            the answer to a round's task
+    panfm.site.scrub       an error: its kind, and nothing that was written at the site
+
+Every field of the first two is either the server's own words sent back (which run, which round, whether private state
+was at hand), what the site is (its public name, its software), or is released under one name of `Releasable`. What the
+site's `limits.may-leave` does not name stays.
 """
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from panfm.config import Releasable
+from panfm.config import Releasable, RunConfig, dump_toml
 from panfm.errors import ProtocolError
-from panfm.sharing.groups import Flat
-from panfm.sharing.messages import RoundReply, RoundTask
+from panfm.sharing.groups import Flat, GroupManifest
+from panfm.sharing.messages import Handshake, RoundReply, RoundTask
 
+HANDSHAKE_RELEASED_UNDER = {
+    "subjects": Releasable.COUNTS,
+    "streams": Releasable.COUNTS,
+    "group_hashes": Releasable.COUNTS,
+}
+"""Field of a handshake -> the name under which the site allows it; the groups tell which streams it holds."""
 RELEASED_UNDER = {
     "updates": Releasable.UPDATES,
     "weights": Releasable.COUNTS,
@@ -47,8 +58,36 @@ def check_may_take_part(may_leave: Collection[Releasable]) -> None:
             raise ProtocolError(f"this site's limits.may-leave lacks {needed.value}, which every round needs")
 
 
+def build_handshake(
+    site: str,
+    run: RunConfig,
+    manifest: GroupManifest,
+    versions: Mapping[str, str],
+    *,
+    subjects: int,
+    streams: Mapping[str, int],
+    may_leave: Collection[Releasable],
+) -> Handshake:
+    """The answer to an invitation.
+
+    Guarantees:
+        closed: it holds nothing but `HANDSHAKE_RELEASED_UNDER`, the site's public name, versions of its software, and
+            the server's run description as this site reads it.
+
+    Args:
+        site: Public name.
+        run: The server's description, parsed.
+        manifest: Layout of the groups that the site trains.
+        streams: Stream held -> subjects with it.
+    Raises:
+        ProtocolError: the site forbids updates or counts.
+    """
+    check_may_take_part(may_leave)
+    return Handshake(site, subjects, streams, versions, dump_toml(run), manifest.hashes())
+
+
 def build_reply(task: RoundTask, result: RoundResult, *, may_leave: Collection[Releasable]) -> RoundReply:
-    """The reply to a task: the only way out of a site.
+    """The reply to a task.
 
     Guarantees:
         closed: the reply holds nothing but `RELEASED_UNDER`, restricted to `may_leave`, and the three words of the

@@ -1,28 +1,27 @@
-"""What the server may learn of an error at a site: its kind and a line without paths or identifiers.
+"""What the server may learn of an error at a site: its kind, and no word that was written at the site.
 
-The full text stays in the site's own log.
+A ProtocolError is about what the server itself sent, so its text passes. Any other error may quote paths, keys of the
+site's own description, or subjects: only its kind passes. The full text stays in the site's own log.
 """
 
-import re
-
-from panfm.errors import ConfigError, PanfmError, ProtocolError, RunError
+from panfm.errors import ConfigError, DataError, PanfmError, ProtocolError
 
 _MAX_LENGTH = 200
-_SPEAKABLE = (ConfigError, ProtocolError, RunError)
-"""Errors about the run and its messages, which the server knows already. Data errors quote files and subjects."""
-_QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
+_INSTEAD = {
+    ConfigError: "this site's own description does not hold",
+    DataError: "this site's data or private state is faulty",
+}
 
 
 def scrub(error: BaseException) -> str:
     """One line for the server.
 
     Guarantees:
-        no path: no word with a slash or backslash passes, nor anything in quotes.
-        no data: of a DataError, or an error that is not ours, only the kind passes.
+        no path, no data: of an error that is not a ProtocolError, nothing passes but its kind.
     """
     kind = type(error).__name__
-    if not isinstance(error, _SPEAKABLE):
-        return kind if isinstance(error, PanfmError) else f"internal error ({kind})"
-    line = str(error).splitlines()[0] if str(error) else ""
-    words = (word for word in _QUOTED.sub("...", line).split() if "/" not in word and "\\" not in word)
-    return f"{kind}: {' '.join(words)}"[:_MAX_LENGTH]
+    if isinstance(error, ProtocolError):
+        return f"{kind}: {' '.join(str(error).split())}"[:_MAX_LENGTH]
+    if not isinstance(error, PanfmError):
+        return f"internal error ({kind})"
+    return f"{kind}: {_INSTEAD.get(type(error), 'this site cannot go on')}; its log tells more"

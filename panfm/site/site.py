@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 
 from panfm import __version__
-from panfm.config import config_hash, load_site, parse_run, site_path
+from panfm.config import RunConfig, load_site, parse_run, site_path
 from panfm.data.cache import open_store
-from panfm.errors import DataError, ProtocolError
+from panfm.errors import ConfigError, DataError, ProtocolError
 from panfm.sharing.messages import Handshake, Invitation, RoundReply, RoundTask
-from panfm.sharing.release import build_reply, check_may_take_part
+from panfm.sharing.release import build_handshake, build_reply, check_may_take_part
 from panfm.site.session import Session
 from panfm.site.state import StateStore
 
@@ -45,19 +45,20 @@ class Site:
 
         Raises:
             DataError: the data is faulty, or holds none of the run's streams.
-            ProtocolError: the site's limits make taking part impossible.
+            ProtocolError: the run description does not hold, or the site's limits make taking part impossible.
         """
         check_may_take_part(self.config.limits.may_leave)
         session = self._session(invitation.run_toml)
         if not session.streams:
             raise DataError(f"{self.folder}: no subject in the train split holds a stream of this run")
-        return Handshake(
-            site=self.config.name,
+        return build_handshake(
+            self.config.name,
+            session.run,
+            session.manifest,
+            {"panfm": __version__, "torch": torch.__version__, "python": platform.python_version()},
             subjects=len(session.store.indices("train")),
             streams=session.streams,
-            versions={"panfm": __version__, "torch": torch.__version__, "python": platform.python_version()},
-            config_hash=config_hash(session.run),
-            group_hashes=session.manifest.hashes(),
+            may_leave=self.config.limits.may_leave,
         )
 
     def train_round(self, task: RoundTask) -> RoundReply:
@@ -72,9 +73,17 @@ class Site:
     def _session(self, run_toml: str) -> Session:
         """The warm session of a run description, or a new one in its place."""
         if self._warm is None or self._warm[0] != run_toml:
-            run = parse_run(run_toml)
+            run = _read_run(run_toml)
             self._warm = (run_toml, Session(self.config.name, run, open_store(self.folder, run.streams)))
         return self._warm[1]
+
+
+def _read_run(run_toml: str) -> RunConfig:
+    """The server's run description. What is wrong with it, the server may hear: they are its own words."""
+    try:
+        return parse_run(run_toml)
+    except ConfigError as error:
+        raise ProtocolError(str(error)) from error
 
 
 @lru_cache(maxsize=128)

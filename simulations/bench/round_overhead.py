@@ -74,11 +74,11 @@ def _clocked(rounds: Iterator[None]) -> dict[str, float]:
 def federated_rounds(run: RunConfig, sites: Path, run_dir: Path) -> Iterator[None]:
     """The rounds of the real server and sites over the in-process grid, one at a time."""
     folder = RunFolder.create(run_dir / "run", run)
-    run = run.model_copy(update={"cohort": None})
+    run = folder.shared_run
     job = Job(sites, run_dir / "run")
     grid = LocalGrid(client_app, job.num_sites, job.run_config())
     state, manifest = initial_state(run)
-    strategy = GroupedMean(run, manifest, shake_hands(grid, run, manifest, at_least=job.num_sites))
+    strategy = GroupedMean(run, manifest, shake_hands(grid, run, manifest, num_sites=job.num_sites).roster)
     while True:
         state, line = train_round(grid, strategy, run, state)
         folder.append_round(line)

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
+from panfm.config import site_folders
+
 ENGINES = ("local", "ray", "flower")
 """local: in this process; ray: Flower's simulation engine; flower: `flwr run` on a local Flower connection."""
 
@@ -21,7 +23,7 @@ class Job:
     @property
     def num_sites(self) -> int:
         """How many sites there are."""
-        return len(list(self.sites.glob("*/site.toml")))
+        return len(site_folders(self.sites))
 
     def run_config(self) -> dict[str, str]:
         """The scalars that the apps read."""

@@ -25,7 +25,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from panfm.config import RunConfig, dump_toml, load_run
+from panfm.config import RunConfig, dump_toml, load_run, site_folders
 from panfm.config.run import PhantomCohortConfig
 from panfm.data.phantom.cohort import write_cohort
 from panfm.data.store import ImageStore, join_stores
@@ -123,20 +123,15 @@ def write_draw(job: CohortJob) -> Path:
     run = study_run(job.draw, 0, 1)
     assert isinstance(run.cohort, PhantomCohortConfig)
     write_cohort(job.folder, run.cohort, run.streams, lambda *_: None)
-    for folder in (*site_folders(job.folder), job.folder / "holdout"):
+    for folder in (*site_folders(job.folder / "sites"), job.folder / "holdout"):
         LabelledStore.open(folder, run.streams)
     return job.folder
-
-
-def site_folders(cohort: Path) -> list[Path]:
-    """The cohort's sites, by name."""
-    return sorted(path.parent for path in (cohort / "sites").glob("*/site.toml"))
 
 
 def measure(job: ArmJob) -> dict[str, float]:
     """Train one arm and probe the model that every site ends up with."""
     run = study_run(job.draw, job.seed, job.rounds)
-    folders = site_folders(job.cohort)
+    folders = site_folders(job.cohort / "sites")
     places = {folder.name: LabelledStore.open(folder, run.streams) for folder in folders}
     models = train_arm(job, run, {name: place.store for name, place in places.items()})
     held = {name: tuple(place.store.images) for name, place in places.items()}

@@ -199,8 +199,11 @@ def test_a_lost_quorum_fails_the_run_and_says_why(federation):
 def test_a_site_that_cannot_take_part_stops_a_simulation(federation):
     (federation.sites / "beta" / "manifest.csv").write_text("subject,stream,path\n")
     job = federation.job("broken")
-    with pytest.raises(RunError, match="2 of at least 3 sites can take part: DataError"):
+    with pytest.raises(RunError, match="2 of at least 3 sites can take part: site beta: DataError"):
         run_local(job)
+    told = json.loads((job.run_dir / "sites.json").read_text())
+    assert list(told["sites"]) == ["alpha", "gamma"]
+    assert told["failed"] == ["site beta: DataError: this site's data or private state is faulty; its log tells more"]
 
 
 @pytest.mark.parametrize("rounds_before", [0, 2])

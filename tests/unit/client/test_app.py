@@ -14,6 +14,9 @@ from panfm.sharing.messages import Handshake, Invitation, Records
 STREAM = "{ spacing-mm = [8.0, 8.0, 8.0], shape = [8, 8, 8], patch = [4, 4, 8] }"
 
 
+OWN = "this site's own description does not hold"
+
+
 def ask(kind: str, config: dict, context: Context, arrays: dict | None = None) -> Message:
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
     content = RecordDict({"config": ConfigRecord(config), "arrays": ArrayRecord(arrays or {})})
@@ -57,12 +60,17 @@ def test_node_config_wins_over_the_servers_run_config(site, invitation, tmp_path
 @pytest.mark.parametrize(
     ("kind", "config", "node_config", "reason"),
     [
-        ("query", {}, {}, "ConfigError: node-config: site-folder is missing, expected the path of this site's folder"),
-        ("train", {}, {"site-folder": "/absent/folder"}, "ConfigError: no such file, expected a TOML description"),
-        ("query", {"run": "name = "}, None, "ConfigError: run description: not valid TOML:"),
-        ("query", {}, None, "ProtocolError: message: run is NoneType, expected str"),
-        ("train", {"run-id": "r", "round": 1}, None, "ProtocolError: message: run is NoneType, expected str"),
-        ("train", {"run-id": "../r", "round": 1, "run": ""}, None, "ConfigError"),
+        ("query", {}, {}, f"ConfigError: {OWN}"),
+        ("train", {}, {"site-folder": "/absent/folder"}, f"ConfigError: {OWN}"),
+        ("query", {"run": "name = "}, None, "site alpha: ProtocolError: run description: not valid TOML:"),
+        ("query", {}, None, "site alpha: ProtocolError: message: run is NoneType, expected str"),
+        (
+            "train",
+            {"run-id": "r", "round": 1},
+            None,
+            "site alpha: ProtocolError: message: run is NoneType, expected str",
+        ),
+        ("train", {"run-id": "../r", "round": 1, "run": ""}, None, "site alpha: ProtocolError"),
     ],
 )
 def test_errors_are_answered(site, kind, config, node_config, reason):
@@ -80,6 +88,29 @@ def test_an_internal_error_is_answered_without_its_text(site, invitation, monkey
     monkeypatch.setattr("client.app.resident_site", fail)
     reply = ask("query", invitation, at(**{"site-folder": str(site)}))
     assert reply.error.reason == "internal error (SystemExit)"
+
+
+folder_names = st.text(st.sampled_from("ab .,'\"`;()-\u2019\u00e9"), min_size=1, max_size=20).filter(
+    lambda n: n.strip(". ")
+)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    folder_names, st.sampled_from(["patient-john-doe-1961 = 1", "name = 'St Mary', ", 'name = ""', "manifest = 'x'"])
+)
+def test_nothing_of_the_sites_own_files_is_answered(tmp_path_factory, invitation, name, text):
+    """Folders with spaces and apostrophes; keys that are patients."""
+    folder = tmp_path_factory.mktemp("sites") / f"St Mary's Oncology{name}patient John's"
+    folder.mkdir()
+    (folder / "site.toml").write_text(text)
+    reply = ask("query", invitation, at(**{"site-folder": str(folder)}))
+    assert reply.error.reason == f"ConfigError: {OWN}; its log tells more"
+    (folder / "site.toml").write_text("name = 'alpha'\nmanifest = \"patients' table.csv\"")
+    reply = ask("query", invitation, at(**{"site-folder": str(folder)}))
+    assert (
+        reply.error.reason == "site alpha: DataError: this site's data or private state is faulty; its log tells more"
+    )
 
 
 scalars = st.one_of(

@@ -3,10 +3,18 @@ from dataclasses import fields
 import numpy as np
 import pytest
 
-from panfm.config import Releasable
+from panfm.config import Releasable, dump_toml
 from panfm.errors import ProtocolError
-from panfm.sharing.messages import RoundReply, RoundTask
-from panfm.sharing.release import RELEASED_UNDER, RoundResult, build_reply
+from panfm.sharing.groups import GroupManifest
+from panfm.sharing.messages import Handshake, RoundReply, RoundTask
+from panfm.sharing.release import (
+    HANDSHAKE_RELEASED_UNDER,
+    NEEDED,
+    RELEASED_UNDER,
+    RoundResult,
+    build_handshake,
+    build_reply,
+)
 
 TASK = RoundTask("run-1", 2, "", {"backbone": np.array([1, 2], np.float32)})
 RESULT = RoundResult(
@@ -18,11 +26,27 @@ RESULT = RoundResult(
     num_skipped=3,
     saliency={"brain-mr": 1.0},
 )
+HANDSHAKE_PROTOCOL = {"site", "versions", "run_toml"}
 PROTOCOL = {"run_id", "round_number", "state_round"}
 
 
 def test_every_field_of_a_reply_is_released_under_a_name():
     assert {field.name for field in fields(RoundReply)} == set(RELEASED_UNDER) | PROTOCOL
+
+
+def test_every_field_of_a_handshake_is_released_under_a_name():
+    assert {field.name for field in fields(Handshake)} == set(HANDSHAKE_RELEASED_UNDER) | HANDSHAKE_PROTOCOL
+    assert set(HANDSHAKE_RELEASED_UNDER.values()) <= set(NEEDED)
+
+
+def test_a_handshake_by_hand(small_run):
+    manifest = GroupManifest.of({"backbone.a": (2,)})
+    words = {"subjects": 9, "streams": {"brain-mr": 4}}
+    shaken = build_handshake("alpha", small_run, manifest, {"panfm": "1"}, **words, may_leave=NEEDED)
+    assert shaken == Handshake("alpha", 9, {"brain-mr": 4}, {"panfm": "1"}, dump_toml(small_run), manifest.hashes())
+    for needed in NEEDED:
+        with pytest.raises(ProtocolError, match=f"lacks {needed}"):
+            build_handshake("alpha", small_run, manifest, {}, **words, may_leave=set(Releasable) - {needed})
 
 
 def test_an_update_is_local_minus_global():

@@ -173,6 +173,23 @@ def test_limits_win(tmp_path, write_site):
             ask(Site(closed))
 
 
+def test_nothing_private_is_in_the_bytes_of_a_handshake(folder):
+    """Counts, names of software and layout; no subject, path, label or array."""
+    records = Site(folder).handshake(Invitation(task().run_toml)).to_records()
+    assert (records.arrays, records.metrics) == ({}, {})
+    tables = {f"{key}-{part}" for key in ("streams", "versions", "groups") for part in ("names", "values")}
+    assert set(records.config) == {"site", "subjects", "run"} | tables
+    sent = {key: value for key, value in records.config.items() if key != "run"}
+    assert records.config["run"] == task().run_toml
+    assert (sent["site"], sent["subjects"], sent["streams-values"]) == ("alpha", 5, [5, 5])
+    assert sent["versions-names"] == ["panfm", "torch", "python"]
+    assert sent["groups-values"] == list(Site(folder)._session(task().run_toml).manifest.hashes().values())
+    words = repr(sent)
+    assert "alpha-0" not in words
+    assert str(folder) not in words
+    assert ".nii" not in words
+
+
 def test_nothing_private_is_in_the_bytes_of_a_reply(folder):
     """Every byte that leaves, against the private state the round left behind, the images and the subjects' names."""
     site = Site(folder)
