@@ -5,7 +5,6 @@ A study is a list of independent jobs (arm x draw x seed), each of which yields 
 """
 
 import itertools
-import json
 import multiprocessing
 import subprocess
 import time
@@ -19,10 +18,15 @@ import numpy as np
 import torch
 from rich.console import Console
 
+from panfm.errors import ConfigError
+from panfm.files import json_text, write_atomic
+
 J = TypeVar("J")
 R = TypeVar("R")
 
 WORKERS = 2
+QUICKSTART = Path(__file__).resolve().parents[1] / "configs" / "experiments" / "quickstart.toml"
+"""The run that studies and benches start from."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,8 @@ class StudyOptions:
     first_seed: int = 0
     """First training seed and first phantom draw."""
     workers: int = WORKERS
+    json: Path | None = None
+    """Where the result goes."""
 
     def pairs(self) -> list[tuple[int, int]]:
         """All (draw, seed), in the one order that every arm keeps."""
@@ -83,11 +89,27 @@ class StudyResult:
             for (metric, arm), values in self.values.items()
         ]
         table = {"name": self.name, "config": self.config, "commit": commit(), "results": rows, "ratios": self.ratios}
+        write_atomic(path, f"{json_text(table, indent=1)}\n".encode())
+        _kept_jobs(path).unlink(missing_ok=True)
+
+
+def check_writable(path: Path | None) -> None:
+    """Raises ConfigError if a result file could not be written when the work is done."""
+    if path is None:
+        return
+    try:
+        is_new = not path.exists()
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(_finite(table), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        path.open("ab").close()
+        if is_new:
+            path.unlink()
+    except OSError as error:
+        raise ConfigError(f"--json {path}: cannot be written ({error.strerror}), expected a file") from error
 
 
-def run_jobs(work: Callable[[J], R], jobs: Sequence[J], *, workers: int = WORKERS) -> list[R]:
+def run_jobs(
+    work: Callable[[J], R], jobs: Sequence[J], *, workers: int = WORKERS, keep_for: Path | None = None
+) -> list[R]:
     """Do all jobs in worker processes of one torch thread each; results in the order of the jobs.
 
     After each job one line on stderr tells which it was, what it took and how long the rest will take.
@@ -95,11 +117,15 @@ def run_jobs(work: Callable[[J], R], jobs: Sequence[J], *, workers: int = WORKER
     Args:
         work: a module-level function.
         jobs: picklable; `str(job)` is what the progress shows.
+        keep_for: a result file; until it is written, results are kept line by line in `<file>.jobs`.
     """
     begin, results = time.monotonic(), {}
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     for index, result in _as_they_finish(work, jobs, workers):
         results[index] = result
+        if keep_for:
+            with _kept_jobs(keep_for).open("a", encoding="utf-8") as file:
+                file.write(json_text({"job": str(jobs[index]), "result": result}) + "\n")
         elapsed = time.monotonic() - begin
         left = elapsed / len(results) * (len(jobs) - len(results))
         console.print(f"[{len(results)}/{len(jobs)}] {jobs[index]}: {_clock(elapsed)} gone, {_clock(left)} left")
@@ -131,15 +157,11 @@ def _as_they_finish(work: Callable[[J], R], jobs: Sequence[J], workers: int) -> 
             raise
 
 
+def _kept_jobs(path: Path) -> Path:
+    return path.with_name(f"{path.name}.jobs")
+
+
 def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not np.isfinite(value) else value

@@ -31,19 +31,18 @@ from server.rounds import initial_state, train_round
 from server.run_folder import RunFolder
 from simulations.engines import Job
 from simulations.engines.local import LocalGrid
-from simulations.harness import StudyResult
+from simulations.harness import QUICKSTART, StudyResult, check_writable
 from simulations.run import prepare_cohort
 from strategies import GroupedMean
-
-_EXPERIMENT = Path("configs/experiments/quickstart.toml")
 
 
 def main(
     json: Annotated[Path | None, typer.Option(help="Write the result here.")] = None,
-    rounds: Annotated[int, typer.Option(help="Rounds per arm, after one to warm up.")] = 11,
-    experiment: Annotated[Path, typer.Option(help="Run description (TOML).")] = _EXPERIMENT,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds per arm, after one to warm up.")] = 11,
+    experiment: Annotated[Path, typer.Option(help="Run description (TOML).")] = QUICKSTART,
 ) -> None:
     """Seconds per round: federation in one process against a plain loop."""
+    check_writable(json)
     console = Console(soft_wrap=True, highlight=False)
     run = load_run(experiment, [f"train.rounds={rounds + 1}"])
     sites = prepare_cohort(run, console) / "sites"

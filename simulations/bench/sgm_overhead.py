@@ -18,7 +18,7 @@ from panfm.config import RunConfig, load_run
 from panfm.data.store import ImageStore
 from panfm.objectives import Learner
 from panfm.seeds import numpy_generator
-from simulations.harness import StudyResult
+from simulations.harness import QUICKSTART, StudyResult, check_writable
 
 ARMS: dict[str, dict[str, object]] = {
     "random": {"policy": "random"},
@@ -27,16 +27,16 @@ ARMS: dict[str, dict[str, object]] = {
 }
 SIZES = ("tiny", "small")
 _NUM_SUBJECTS = 32
-_EXPERIMENT = Path("configs/experiments/quickstart.toml")
 
 
 def main(
     json: Annotated[Path | None, typer.Option(help="Write the result here.")] = None,
     turns: Annotated[int, typer.Option(min=1, help="Steps per arm and size, after one to warm up.")] = 60,
-    experiment: Annotated[Path, typer.Option(help="Run description (TOML).")] = _EXPERIMENT,
+    experiment: Annotated[Path, typer.Option(help="Run description (TOML).")] = QUICKSTART,
 ) -> None:
     """CPU seconds of a step with saliency-guided masking over one with random masking."""
     torch.set_num_threads(1)
+    check_writable(json)
     console = Console(soft_wrap=True, highlight=False)
     run = load_run(experiment)
     result = StudyResult("sgm-overhead", {"experiment": str(experiment), "turns": turns, "batch-size": 8}, unit="s")

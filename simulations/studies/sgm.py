@@ -31,7 +31,7 @@ from panfm.evaluate.statistics import StatisticsReference, measure_store
 from panfm.models import PanModel
 from panfm.objectives import Learner
 from panfm.objectives.saliency import stream_shares
-from simulations.harness import StudyOptions, StudyResult, run_jobs
+from simulations.harness import QUICKSTART, StudyOptions, StudyResult, check_writable, run_jobs
 from simulations.studies._phantoms import Cohort, PhantomDraw, open_draw, render_draw
 
 STEPS = {"short": 500, "medium": 3000, "long": 8000}
@@ -47,7 +47,6 @@ MASKING: dict[str, dict[str, Any]] = {
 """What sets an arm apart from the default masking, which is `sgm`."""
 REFERENCES = ("untrained", "statistics")
 SHOWN = ("auc", "auc_weak", "auc_no_dominant", "saliency_entropy")
-_EXPERIMENT = Path(__file__).resolve().parents[2] / "configs" / "experiments" / "quickstart.toml"
 _BATCH_SIZE = 64
 
 
@@ -76,7 +75,8 @@ def main(
     """Masking policies on two phantoms: what saliency-guided masking gains, and for how long."""
     if budget not in STEPS:
         raise typer.BadParameter(f"expected one of {', '.join(STEPS)}", param_hint="--budget")
-    result = run(StudyOptions(seeds, draws, first_seed), budget)
+    check_writable(json)
+    result = run(StudyOptions(seeds, draws, first_seed, json=json), budget)
     show(result)
     if json:
         result.write(json)
@@ -100,7 +100,8 @@ def run(options: StudyOptions, budget: str) -> StudyResult:
             for preset in PRESETS
             for arm in (*MASKING, *REFERENCES)
         ]
-        for job, measured in zip(jobs, run_jobs(measure, jobs, workers=options.workers), strict=True):
+        done = run_jobs(measure, jobs, workers=options.workers, keep_for=options.json)
+        for job, measured in zip(jobs, done, strict=True):
             result.add(job.arm, {f"{job.preset}/{metric}": value for metric, value in measured.items()})
     result.ratios.update(_gains(result))
     return result
@@ -130,7 +131,7 @@ def _cell(result: StudyResult, metric: str, arm: str) -> str:
 
 def study_run(seed: int, arm: str, steps: int) -> RunConfig:
     """The run of one arm: the quickstart's model and streams, one place, one round."""
-    base = load_run(_EXPERIMENT)
+    base = load_run(QUICKSTART)
     masking = base.masking.model_copy(update=MASKING.get(arm, {}))
     train = base.train.model_copy(update={"rounds": 1, "local_steps": steps, "batch_size": _BATCH_SIZE})
     return base.model_copy(update={"seed": seed, "masking": masking, "train": train})

@@ -32,13 +32,13 @@ from panfm.data.store import ImageStore, join_stores
 from panfm.evaluate import LabelledStore, embed_store, load_model, read_label_info
 from panfm.evaluate.probe import auc_per_label, fit_classifiers
 from panfm.models import PanModel
+from panfm.report.table import number_text
 from simulations.alone import train_alone
 from simulations.engines import Job, run_job
-from simulations.harness import StudyOptions, StudyResult, run_jobs
+from simulations.harness import QUICKSTART, StudyOptions, StudyResult, check_writable, run_jobs
 
 ARMS = ("local", "plain", "grouped", "centralised")
 ALL_ORGANS = "university-hospital"
-_EXPERIMENT = Path(__file__).resolve().parents[2] / "configs" / "experiments" / "quickstart.toml"
 _SUBJECTS_PER_SITE, _HOLDOUT = 300, 600
 _ROUNDS = {"short": 15, "medium": 50, "long": 150}
 
@@ -78,7 +78,8 @@ def main(
     """Local, plain, grouped and centralised training at one number of gradient steps."""
     if budget not in _ROUNDS:
         raise typer.BadParameter(f"expected one of {', '.join(_ROUNDS)}", param_hint="--budget")
-    result = run(StudyOptions(seeds, draws, first_seed), _ROUNDS[budget])
+    check_writable(json)
+    result = run(StudyOptions(seeds, draws, first_seed, json=json), _ROUNDS[budget])
     show(result)
     if json:
         result.write(json)
@@ -93,7 +94,8 @@ def run(options: StudyOptions, rounds: int) -> StudyResult:
         cohorts = run_jobs(write_draw, [CohortJob(draw, Path(scratch) / str(draw)) for draw in draws])
         folders = dict(zip(draws, cohorts, strict=True))
         jobs = [ArmJob(draw, seed, arm, rounds, folders[draw]) for draw, seed in options.pairs() for arm in ARMS]
-        for job, measured in zip(jobs, run_jobs(measure, jobs, workers=options.workers), strict=True):
+        done = run_jobs(measure, jobs, workers=options.workers, keep_for=options.json)
+        for job, measured in zip(jobs, done, strict=True):
             result.add(job.arm, measured)
     for metric in ("auc/mean", "auc/all-organs"):
         for arm, baseline in (("grouped", "plain"), ("grouped", "local"), ("centralised", "grouped")):
@@ -105,7 +107,7 @@ def run(options: StudyOptions, rounds: int) -> StudyResult:
 
 def study_run(draw: int, seed: int, rounds: int) -> RunConfig:
     """The quickstart with larger sites."""
-    base = load_run(_EXPERIMENT)
+    base = load_run(QUICKSTART)
     assert isinstance(base.cohort, PhantomCohortConfig)
     sites = {name: site.model_copy(update={"subjects": _SUBJECTS_PER_SITE}) for name, site in base.cohort.sites.items()}
     changed = {"seed": draw, "sites": sites, "holdout_subjects": _HOLDOUT}
@@ -189,13 +191,13 @@ class _Prober:
         return float(np.nanmean(auc_per_label(probe.score(test), self.test_labels, once)))
 
 
-def show(result: StudyResult) -> None:
+def show(result: StudyResult, console: Console | None = None) -> None:
     """Mean and sd per arm, and the paired differences."""
-    console = Console(soft_wrap=True, highlight=False)
+    console = console or Console(soft_wrap=True, highlight=False)
     metrics = list(dict.fromkeys(metric for metric, _ in result.values))
-    table = Table("metric", *ARMS, title="sharing: AUC, mean and sd over pairs")
+    table = Table("AUC", *ARMS, title="sharing: mean and sd over pairs")
     for metric in metrics:
-        table.add_row(metric, *(_mean_sd(result.values[metric, arm]) for arm in ARMS))
+        table.add_row(metric.removeprefix("auc/"), *(_mean_sd(result.values[metric, arm]) for arm in ARMS))
     console.print(table)
     for name, value in result.ratios.items():
         console.print(f"{name}: {value:+.4f}")
@@ -203,4 +205,4 @@ def show(result: StudyResult) -> None:
 
 def _mean_sd(values: Sequence[float]) -> str:
     spread = np.std(values, ddof=1) if len(values) > 1 else 0.0
-    return f"{np.mean(values):.3f} ± {spread:.3f}"
+    return f"{number_text(float(np.mean(values)))} ± {number_text(float(spread))}"
