@@ -56,7 +56,8 @@ class StudyResult:
     name: str
     config: dict[str, Any]
     values: dict[tuple[str, str], list[float]] = field(default_factory=dict)
-    """(metric, arm) -> one value per pair, in the order of the pairs."""
+    """(metric, arm) -> one value per pair, in the order of the pairs. A metric measured in several places is written
+    `<place>/<metric>`: `lasting/auc`, `neuro-centre/auc`."""
     ratios: dict[str, float] = field(default_factory=dict)
     unit: str = "1"
 
@@ -78,7 +79,7 @@ class StudyResult:
         """Write the result file of DESIGN.md section 9; what cannot be told is null."""
         rows = [
             {
-                "metric": metric,
+                **_metric_and_place(metric),
                 "arm": arm,
                 "values": values,
                 "mean": float(np.mean(values)),
@@ -130,6 +131,12 @@ def run_jobs(
         left = elapsed / len(results) * (len(jobs) - len(results))
         console.print(f"[{len(results)}/{len(jobs)}] {jobs[index]}: {_clock(elapsed)} gone, {_clock(left)} left")
     return [results[index] for index in range(len(jobs))]
+
+
+def _metric_and_place(name: str) -> dict[str, str]:
+    """`lasting/auc` as the row keys `metric` (auc) and `of` (lasting)."""
+    place, _, metric = name.rpartition("/")
+    return {"metric": metric, "of": place} if place else {"metric": metric}
 
 
 def commit() -> str:

@@ -7,8 +7,8 @@ Five phantom hospitals with unequal organs, the same subjects and the same total
     grouped      a federation that averages each group over the sites that trained it (the default)
     centralised  all images in one place; as many steps as all sites together take
 
-`auc/<site>` probes what a site's organs tell with the model that the site ends up with; `auc/mean` is its mean over
-sites; `auc/all-organs` gives a model every organ it can read (`local`: the university hospital's, which has them all).
+`auc` of a site probes what its own organs tell with the model that the site ends up with; `mean` is over sites;
+`all-organs` gives a model every organ it can read (`local`: the university hospital's, which has them all).
 Probes are fitted on all sites' training subjects as they were scanned, and tested on complete held-out subjects.
 """
 
@@ -97,7 +97,7 @@ def run(options: StudyOptions, rounds: int) -> StudyResult:
         done = run_jobs(measure, jobs, workers=options.workers, keep_for=options.json)
         for job, measured in zip(jobs, done, strict=True):
             result.add(job.arm, measured)
-    for metric in ("auc/mean", "auc/all-organs"):
+    for metric in ("mean/auc", "all-organs/auc"):
         for arm, baseline in (("grouped", "plain"), ("grouped", "local"), ("centralised", "grouped")):
             gain = np.asarray(result.gain(metric, arm, baseline))
             result.ratios[f"{metric}/{arm}-minus-{baseline}"] = float(gain.mean())
@@ -138,9 +138,9 @@ def measure(job: ArmJob) -> dict[str, float]:
     models = train_arm(job, run, {name: place.store for name, place in places.items()})
     held = {name: tuple(place.store.images) for name, place in places.items()}
     prober = _Prober(job.cohort, run, list(places.values()))
-    measured = {f"auc/{name}": prober.auc(models[name], held[name]) for name in places}
-    measured["auc/mean"] = float(np.mean(list(measured.values())))
-    measured["auc/all-organs"] = prober.auc(models[ALL_ORGANS], tuple(run.streams))
+    measured = {f"{name}/auc": prober.auc(models[name], held[name]) for name in places}
+    measured["mean/auc"] = float(np.mean(list(measured.values())))
+    measured["all-organs/auc"] = prober.auc(models[ALL_ORGANS], tuple(run.streams))
     return measured
 
 
@@ -197,7 +197,7 @@ def show(result: StudyResult, console: Console | None = None) -> None:
     metrics = list(dict.fromkeys(metric for metric, _ in result.values))
     table = Table("AUC", *ARMS, title="sharing: mean and sd over pairs")
     for metric in metrics:
-        table.add_row(metric.removeprefix("auc/"), *(_mean_sd(result.values[metric, arm]) for arm in ARMS))
+        table.add_row(metric.removesuffix("/auc"), *(_mean_sd(result.values[metric, arm]) for arm in ARMS))
     console.print(table)
     for name, value in result.ratios.items():
         console.print(f"{name}: {value:+.4f}")
