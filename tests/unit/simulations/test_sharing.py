@@ -11,7 +11,7 @@ def test_the_table_fits_80_columns():
     result = StudyResult("sharing", {})
     for arm in ARMS:
         for metric in (*load_run(QUICKSTART).cohort.sites, "mean", "all-organs"):
-            result.values[f"auc/{metric}", arm] = [0.561, 0.585]
+            result.values[f"{metric}/auc", arm] = [0.561, 0.585]
     console = Console(width=80, soft_wrap=True, file=io.StringIO())
     show(result, console)
     lines = console.file.getvalue().splitlines()
