@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 import tomli_w
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from panfm.config import SiteConfig, config_hash, dump_toml, load_run, load_site, parse_run, parse_site
@@ -95,7 +95,6 @@ BAD_VALUES = {
     "streams.heart-xray.spacing-mm=[1.0, 1.0]": "streams.heart-xray: spacing-mm: only for volumes",
     "organs=['heart']": "streams.brain-mr: organ 'brain' is not in organs ['heart']",
     "train.betas=[0.9, 1.0]": "train.betas.1: Input should be less than 1 (got 1.0)",
-    "masking.anneal=0.05": "masking: anneal: expected 0 or more than warmup 0.1, found 0.05",
     "masking.policy='static'": "masking.static-organs: no stream has organ 'adipose', expected ['brain', 'heart']",
     "masking.static-organs=['haert']": (
         "masking.static-organs: no stream has organ 'haert', expected ['brain', 'heart']"
@@ -164,7 +163,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=200)
 @given(st.sampled_from(KEYS), VALUES, st.booleans())
 def test_any_toml_value_is_taken_or_refused_in_lines(run_file, key, value, as_override):
     try:

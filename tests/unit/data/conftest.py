@@ -6,8 +6,12 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from click.testing import Result
+from typer.testing import CliRunner
 
+from panfm.cli import main
 from panfm.config import StreamConfig
+from panfm.data.manifest import QUARANTINE
 
 STREAM = StreamConfig(shape=(8, 8, 8), patch=(4, 4, 4), spacing_mm=(2.0, 2.0, 2.0))
 
@@ -44,6 +48,31 @@ class SiteFolder:
         image = nib.Nifti1Image(voxels, None)
         image.header.set_sform(affine, code=1)
         nib.save(image, self.folder / name)
+
+    def check(self, *options) -> Result:
+        """`panfm site check` on it."""
+        result = CliRunner().invoke(main, ["site", "check", str(self.folder), *options])
+        assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+        assert "Traceback" not in result.output
+        return result
+
+    def faults(self, *options) -> list[str]:
+        return [line for line in self.check(*options).output.splitlines() if ": found " in line]
+
+    def assert_one_fault(self, text, *options) -> str:
+        """The check fails for one reason, which says `text`; returns the line."""
+        assert self.check(*options).exit_code == 1
+        (line,) = self.faults(*options)
+        assert text in line
+        assert ", expected " in line
+        return line
+
+    def assert_quarantine_leaves_one_row(self):
+        result = self.check("--quarantine")
+        assert result.exit_code == 0
+        assert "1 rows left out, 1 stay" in result.output
+        assert len((self.folder / QUARANTINE).read_text().splitlines()) == 2
+        assert len(self.faults()) == 1  # the check itself goes on seeing the fault
 
 
 @pytest.fixture

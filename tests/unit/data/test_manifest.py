@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from panfm.config import load_site
@@ -71,7 +71,7 @@ def test_broken_quarantine_is_not_ignored(site, text):
         rows_of(site)
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=150)
 @given(st.binary(max_size=200) | st.text('ab,-/"\n;.\0 mrx0', max_size=60).map(lambda text: text.encode()))
 def test_any_table_is_read_or_refused_in_one_line_per_fault(site, content):
     manifest = site.write() / "manifest.csv"
