@@ -6,7 +6,6 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from click.testing import Result
 from typer.testing import CliRunner
 
 from panfm.cli import main
@@ -49,8 +48,8 @@ class SiteFolder:
         image.header.set_sform(affine, code=1)
         nib.save(image, self.folder / name)
 
-    def check(self, *options) -> Result:
-        """`panfm site check` on it."""
+    def check(self, *options):
+        """`panfm site check` on it: what it printed and how it ended."""
         result = CliRunner().invoke(main, ["site", "check", str(self.folder), *options])
         assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
         assert "Traceback" not in result.output
