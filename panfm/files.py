@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -42,17 +43,22 @@ def json_text(content: object, *, indent: int | None = None) -> str:
 def new_folder(folder: Path) -> Iterator[Path]:
     """A folder that appears whole or not at all: what is yielded takes its name when the block ends well.
 
+    Guarantees:
+        alone: two processes that make the same folder do not meet; the one that ends second leaves the first's folder.
+
     Raises:
         DataError: it exists already, or the block met an error of the file system.
     """
     try:
         if folder.exists():
             raise DataError(f"{folder}: exists already, expected a new folder")
-        partial = folder.with_name(f".{folder.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
+        partial = folder.with_name(f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
         partial.mkdir(parents=True)
-        yield partial
-        partial.rename(folder)
+        try:
+            yield partial
+            _take_name(partial, folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         raise DataError(f"{folder}: cannot be made ({error})") from error
 
@@ -95,6 +101,14 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _take_name(partial: Path, folder: Path) -> None:
+    try:
+        partial.rename(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
 
 
 def _sync_folder(folder: Path) -> None:

@@ -34,4 +34,4 @@ class Progress:
             f"  {line['seconds']:.1f} s  {megabytes:.1f} MB up"
         )
         for site, reason in line["rejected"].items():
-            self._console.print(f"round {line['round']}: {site} left out: {reason}", style="yellow")
+            self._console.print(f"round {line['round']}: {site} left out: {reason}", style="yellow", markup=False)

@@ -8,7 +8,6 @@ model/             model.safetensors, metadata.json, run.toml
 """
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -18,7 +17,7 @@ import safetensors.numpy
 from panfm import __version__
 from panfm.config import RunConfig, dump_toml, load_run
 from panfm.errors import RunError
-from panfm.files import write_atomic
+from panfm.files import json_text, write_atomic
 from panfm.sharing.groups import GroupManifest
 from server.checkpoint import ServerState, load_latest, save_state
 from server.handshake import Attendance
@@ -38,11 +37,14 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, run: RunConfig) -> Self:
-        """Start a new run. Raises RunError if the folder holds one already."""
-        if (path / "checkpoint").exists():
-            raise RunError(f"{path}: holds a run already; resume it or choose another folder")
-        write_atomic(path / "run.toml", dump_toml(run).encode())
-        (path / "rounds.jsonl").write_bytes(b"")
+        """Start a new run. Raises RunError if the folder holds one already, or cannot be written to."""
+        try:
+            if (path / "checkpoint").exists():
+                raise RunError(f"{path}: holds a run already; resume it or choose another folder")
+            write_atomic(path / "run.toml", dump_toml(run).encode())
+            (path / "rounds.jsonl").write_bytes(b"")
+        except OSError as error:
+            raise RunError(f"{path}: cannot be made a run folder ({type(error).__name__})") from error
         return cls(path, run)
 
     @classmethod
@@ -67,7 +69,7 @@ class RunFolder:
     def append_round(self, line: Mapping[str, Any]) -> None:
         """Add a line to rounds.jsonl; numbers that are not finite become null."""
         with (self.path / "rounds.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
+            file.write(json_text(line) + "\n")
 
     def save_sites(self, attendance: Attendance) -> None:
         """Write sites.json, with those that cannot take part."""
@@ -106,7 +108,7 @@ class RunFolder:
         )
 
     def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        write_atomic(self.path / name, (json.dumps(content, indent=2) + "\n").encode())
+        write_atomic(self.path / name, (json_text(content, indent=2) + "\n").encode())
 
 
 def coverage(run: RunConfig, handshakes: Any) -> dict[str, dict[str, int]]:
@@ -124,11 +126,3 @@ def _is_whole(line: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

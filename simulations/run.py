@@ -2,20 +2,20 @@
 
 import hashlib
 import json
-import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress
 
-from panfm.config import RunConfig, dump_toml, load_run
-from panfm.config.run import FolderCohortConfig, PhantomCohortConfig
+from panfm.config import RunConfig, load_run, site_folders
+from panfm.config.run import FolderCohortConfig, PhantomCohortConfig, RealImagesCohortConfig
 from panfm.data import phantom
 from panfm.data.phantom.cohort import write_cohort
-from panfm.errors import ConfigError, RunError
-from panfm.files import write_atomic
+from panfm.errors import ConfigError, DataError
+from server.run_folder import RunFolder
+from simulations import real_images
 from simulations.engines import Job, run_job
 from simulations.finish import finish
 from simulations.real_images import write_real_cohort
@@ -47,60 +47,89 @@ def simulate(
         PanfmError: the run did not do what was asked; the line says why.
     """
     console = console or Console(soft_wrap=True, highlight=False)
-    if resume:
-        run_dir, run = resume, load_run(resume / "run.toml")
-        if overrides:
-            raise ConfigError("--set does not go with --resume: a run goes on as it was described")
-    else:
-        run = load_run(experiment, overrides)
-        run_dir = out or Path(f"runs/{run.name}-{time.strftime('%Y%m%d-%H%M%S')}")
-        if (run_dir / "checkpoint").exists():
-            raise RunError(f"{run_dir}: holds a run already; --resume it or choose another --out")
-        write_atomic(run_dir / "run.toml", dump_toml(run).encode())
-    cohort = prepare_cohort(run, console)
-    run_job(Job(cohort / "sites", run_dir, resume=resume is not None), engine)
-    finish(run, cohort, run_dir, console)
-    console.print(f"run folder: {run_dir}")
-    return run_dir
+    folder = _resume(resume, overrides, out) if resume else _create(experiment, overrides, out)
+    cohort = prepare_cohort(folder.run, console)
+    run_job(Job(cohort / "sites", folder.path), engine)
+    finish(folder.run, cohort, folder.path, console)
+    console.print(f"run folder: {folder.path}")
+    return folder.path
+
+
+def _create(experiment: Path, overrides: Sequence[str], out: Path | None) -> RunFolder:
+    run = load_run(experiment, overrides)
+    cohort_folder(run)
+    return RunFolder.create(out or Path(f"runs/{run.name}-{time.strftime('%Y%m%d-%H%M%S')}"), run)
+
+
+def _resume(folder: Path, overrides: Sequence[str], out: Path | None) -> RunFolder:
+    if overrides:
+        raise ConfigError("--set does not go with --resume: a run goes on as it was described")
+    if out:
+        raise ConfigError("--out does not go with --resume: a run goes on in its own folder")
+    return RunFolder.resume(folder)
 
 
 def prepare_cohort(run: RunConfig, console: Console) -> Path:
-    """The cohort folder that a run asks for; made on first use, under a name that its content decides.
+    """The cohort folder that a run asks for; made on first use.
 
     Raises:
-        ConfigError: the run names no cohort.
+        ConfigError: the run names no cohort, or one that is not there.
         DataError: the cohort cannot be made.
     """
-    config = run.cohort
-    if config is None:
-        raise ConfigError(f"{run.name}: cohort is missing, a simulation takes its sites from it")
-    if isinstance(config, FolderCohortConfig):
-        return Path(config.path)
-    folder = COHORTS / f"{config.kind}-{_cohort_key(run)}"
+    folder = cohort_folder(run)
+    if isinstance(run.cohort, FolderCohortConfig):
+        return folder
     if folder.exists():
         console.print(f"cohort: {folder} (made before)")
         return folder
-    COHORTS.mkdir(exist_ok=True)
+    try:
+        _make_cohort(folder, run, console)
+    except DataError:
+        if not folder.exists():  # else another process has made it meanwhile
+            raise
+    return folder
+
+
+def _make_cohort(folder: Path, run: RunConfig, console: Console) -> None:
     with Progress(console=console) as bar:
         task = bar.add_task(f"cohort: making {folder}")
 
         def show(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
 
-        if isinstance(config, PhantomCohortConfig):
-            write_cohort(folder, config, run.streams, show)
-        else:
-            write_real_cohort(folder, config, run.streams, show)
-    return folder
+        if isinstance(run.cohort, PhantomCohortConfig):
+            write_cohort(folder, run.cohort, run.streams, show)
+        elif isinstance(run.cohort, RealImagesCohortConfig):
+            write_real_cohort(folder, run.cohort, run.streams, show)
 
 
-def _cohort_key(run: RunConfig) -> str:
-    """Hash of all that decides a cohort's files: its description, the streams, the code that draws it."""
-    assert run.cohort is not None
-    words = {
-        "cohort": run.cohort.model_dump(mode="json"),
-        "streams": {name: stream.model_dump(mode="json") for name, stream in run.streams.items()},
-        "code": [path.read_text(encoding="utf-8") for path in sorted(Path(phantom.__file__).parent.glob("*.py"))],
-        "real": os.environ.get("PANFM_REAL_DATA", ""),
-    }
-    return hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest()[:12]
+def cohort_folder(run: RunConfig) -> Path:
+    """Where a run's cohort lies, or will be made: under a name that its content decides. Raises ConfigError as above.
+
+    The content: its description, the streams, the code that makes it, and the scans that it is made of.
+    """
+    config = run.cohort
+    if config is None:
+        raise ConfigError(f"{run.name}: cohort is missing, a simulation takes its sites from it")
+    if isinstance(config, FolderCohortConfig):
+        site_folders(Path(config.path) / "sites")
+        return Path(config.path)
+    words: list[object] = [
+        config.model_dump(mode="json"),
+        [(name, each.model_dump(mode="json")) for name, each in run.streams.items()],
+    ]
+    if isinstance(config, PhantomCohortConfig):
+        words += _texts(sorted(Path(phantom.__file__).parent.glob("*.py")))
+    else:
+        words += _texts([Path(real_images.__file__)]) + _listing(real_images.real_data())
+    return COHORTS / f"{config.kind}-{hashlib.sha256(json.dumps(words).encode()).hexdigest()[:12]}"
+
+
+def _texts(paths: Iterable[Path]) -> list[object]:
+    return [path.read_text(encoding="utf-8") for path in paths]
+
+
+def _listing(folder: Path) -> list[object]:
+    """Every scan under a folder, with size and time of its last change."""
+    files = sorted(folder.rglob("*.nii.gz"))
+    return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]

@@ -104,13 +104,18 @@ def _wait_for_end(run_id: str, job: Job, environment: dict[str, str]) -> None:
         time.sleep(_POLL_S)
         [entry] = _flwr(["list", _CONNECTION, "--run-id", run_id], environment)["runs"]
         status = entry["status"]
-        rounds = job.run_dir / "rounds.jsonl"
-        lines = rounds.read_text(encoding="utf-8").splitlines() if rounds.exists() else []
-        for line in lines[shown:]:
-            progress.round(run, json.loads(line))
-        shown = len(lines)
+        rounds = whole_rounds(job.run_dir / "rounds.jsonl")
+        for line in rounds[shown:]:
+            progress.round(run, line)
+        shown = len(rounds)
     if status != "finished:completed" or not (job.run_dir / "model" / "metadata.json").exists():
         raise RunError(f"flower: run {status}: {entry.get('status-details') or 'no details'}; see flower.log")
+
+
+def whole_rounds(path: Path) -> list[dict[str, Any]]:
+    """The rounds written so far; what follows the last line's end is still being written."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def _flwr(words: list[str], environment: dict[str, str]) -> dict[str, Any]:

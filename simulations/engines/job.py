@@ -17,24 +17,22 @@ class Job:
     sites: Path
     """Folder of site folders."""
     run_dir: Path
-    """Run folder; holds `run.toml` already."""
-    resume: bool = False
+    """Run folder; holds `run.toml` already. A run that has begun goes on."""
 
     @property
     def num_sites(self) -> int:
         """How many sites there are."""
         return len(site_folders(self.sites))
 
+    @property
+    def log(self) -> Path:
+        """Where sites and server tell the whole story of what went wrong."""
+        return self.run_dir / "run.log"
+
     def run_config(self) -> dict[str, str]:
         """The scalars that the apps read."""
         run_dir = str(self.run_dir.resolve())
-        return {
-            "experiment": f"{run_dir}/run.toml",
-            "overrides": "",
-            "sites": str(self.sites.resolve()),
-            "run-dir": run_dir,
-            "resume": run_dir if self.resume else "",
-        }
+        return {"sites": str(self.sites.resolve()), "run-dir": run_dir, "resume": run_dir}
 
 
 def run_job(job: Job, engine: str) -> None:

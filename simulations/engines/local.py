@@ -16,6 +16,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from simulations.engines.job import Job
+from simulations.engines.logs import logged_to
 
 _SERVER_NODE = 1
 _RUN = 1
@@ -90,7 +91,8 @@ def run(job: Job) -> None:
     from client.app import app as client_app
     from server.app import app as server_app
 
-    run_apps(server_app, client_app, job)
+    with logged_to(job.log):
+        run_apps(server_app, client_app, job)
 
 
 def run_apps(server_app: ServerApp, client_app: ClientApp, job: Job) -> None:

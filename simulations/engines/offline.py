@@ -1,6 +1,8 @@
 """Settings under which Flower and Ray talk to nobody and install nothing. Applied before they are imported."""
 
 import os
+import tempfile
+from pathlib import Path
 
 OFFLINE = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -12,5 +14,6 @@ OFFLINE = {
 
 
 def go_offline() -> None:
-    """Set them in this process and for its children."""
+    """Set them in this process and for its children, with a home of Flower's own instead of ~/.flwr."""
     os.environ.update(OFFLINE)
+    os.environ.setdefault("FLWR_HOME", str(Path(tempfile.gettempdir(), f"panfm-flower-{os.getpid()}")))

@@ -12,18 +12,20 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 
 from simulations.engines.job import Job
+from simulations.engines.logs import logged_to
 
 
 @dataclass
 class _ConfiguredClient(ClientApp):
-    """The ClientApp, in a context with our run config."""
+    """The ClientApp, in a context with our run config, its log in the run folder."""
 
-    run_config: dict[str, str]
+    job: Job
 
     def __call__(self, message: Message, context: Context) -> Message:
         from client.app import app
 
-        return app(message, _with_config(context, self.run_config))
+        with logged_to(self.job.log):
+            return app(message, _with_config(context, self.job.run_config()))
 
 
 def run(job: Job) -> None:
@@ -37,12 +39,16 @@ def run(job: Job) -> None:
         app(grid, _with_config(context, job.run_config()))
 
     logging.getLogger("flwr").setLevel(logging.ERROR)
-    run_simulation(
-        server_app,
-        _ConfiguredClient(job.run_config()),
-        num_supernodes=job.num_sites,
-        backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0.0}},
-    )
+    with logged_to(job.log):
+        run_simulation(
+            server_app,
+            _ConfiguredClient(job),
+            num_supernodes=job.num_sites,
+            backend_config={
+                "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
+                "init_args": {"log_to_driver": False},
+            },
+        )
 
 
 def _with_config(context: Context, run_config: dict[str, str]) -> Context:

@@ -31,8 +31,6 @@ def test_the_app_bundle_has_the_apps_and_no_library(tmp_path):
 def test_the_wheel_has_the_library_only(tmp_path):
     words = ["-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path), str(ROOT)]
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False)
-    if "Cannot import 'hatchling" in done.stderr or "BackendUnavailable" in done.stderr:
-        pytest.skip("hatchling is not installed")
     assert done.returncode == 0, done.stderr
     [wheel] = tmp_path.glob("*.whl")
     assert {name.split("/")[0] for name in members(wheel)} == {"panfm", "panfm-0.1.0.dist-info"}

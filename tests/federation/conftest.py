@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from panfm.config import RunConfig, dump_toml, load_run
+from panfm.config import RunConfig, load_run
+from server.run_folder import RunFolder
 from simulations.engines import Job
 from simulations.engines.local import run as run_local
 
@@ -42,8 +43,7 @@ class Federation:
     def job(self, name: str, *overrides: str) -> Job:
         """A run folder that holds nothing but its run.toml."""
         run_dir = self.folder / name
-        run_dir.mkdir(exist_ok=True)
-        (run_dir / "run.toml").write_text(dump_toml(self.describe(*overrides)))
+        RunFolder.create(run_dir, self.describe(*overrides))
         return Job(self.sites, run_dir)
 
     def run(self, name: str, *overrides: str) -> Path:

@@ -40,6 +40,22 @@ def test_engines_agree_to_the_bit(federation, engine):
     assert model_bytes(federation.folder / engine) == expected
 
 
+@pytest.mark.parametrize(
+    "engine", ["local", pytest.param("ray", marks=pytest.mark.slow), pytest.param("flower", marks=pytest.mark.slow)]
+)
+def test_a_broken_site_is_one_line(federation, engine):
+    """Site and reason on the console; the whole story, with the file, in the run folder."""
+    manifest = federation.sites / "beta" / "manifest.csv"
+    manifest.write_text(manifest.read_text().replace("beta-0-heart", "absent"))
+    done = simulate(federation, engine, engine)
+    assert done.returncode == 1, done.stdout + done.stderr
+    [line] = done.stderr.splitlines()
+    assert "2 of at least 3 sites can take part: site beta: DataError: " in line
+    log = federation.folder / engine / ("flower.log" if engine == "flower" else "run.log")
+    assert "absent.nii.gz" in log.read_text()
+    assert not (federation.folder / engine / "model").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["local", "ray", "flower"])
 def test_a_failed_round_fails_the_command(federation, engine):
@@ -49,5 +65,6 @@ def test_a_failed_round_fails_the_command(federation, engine):
     )
     assert done.returncode == 1, done.stdout + done.stderr
     assert "0 good replies, at least 2 needed" in done.stderr
-    assert "Traceback" not in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr
     assert not (federation.folder / engine / "model").exists()

@@ -1,5 +1,6 @@
 """Whole runs over three small hospitals: the real ServerApp, ClientApp, strategy and files, in process."""
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -7,20 +8,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
+import tomli_w
 import torch
 from flwr.clientapp import ClientApp
+from rich.console import Console
 
 from client.app import app as client_app
-from panfm.config import dump_toml
+from panfm.config import dump_toml, parse_run
 from panfm.errors import RunError
 from panfm.models import build_model
 from panfm.objectives import Learner
 from panfm.objectives.latent import LatentObjective
 from panfm.site.session import Session
 from server.app import app as server_app
+from server.progress import Progress
+from server.rounds import run_federation
+from server.run_folder import RunFolder
 from simulations.engines import Job
+from simulations.engines.local import LocalGrid, run_apps
 from simulations.engines.local import run as run_local
-from simulations.engines.local import run_apps
 
 
 def lines(run_dir: Path) -> list[dict]:
@@ -196,6 +202,19 @@ def test_a_lost_quorum_fails_the_run_and_says_why(federation):
     assert [line["round"] for line in lines(job.run_dir)] == [1]
 
 
+def test_the_model_folder_tells_nothing_of_this_machine(federation):
+    run = federation.describe("train.rounds=1")
+    cohort = {"kind": "folder", "path": str(federation.folder)}
+    folder = RunFolder.create(
+        federation.folder / "told", parse_run(dump_toml(run) + "\n" + tomli_w.dumps({"cohort": cohort}))
+    )
+    run_local(Job(federation.sites, folder.path))
+    assert str(federation.folder) in (folder.path / "run.toml").read_text()
+    for path in (folder.path / "model").iterdir():
+        assert str(federation.folder).encode() not in path.read_bytes(), path
+    assert (folder.path / "model" / "run.toml").read_text() == dump_toml(run)
+
+
 def test_a_site_that_cannot_take_part_stops_a_simulation(federation):
     (federation.sites / "beta" / "manifest.csv").write_text("subject,stream,path\n")
     job = federation.job("broken")
@@ -204,6 +223,20 @@ def test_a_site_that_cannot_take_part_stops_a_simulation(federation):
     told = json.loads((job.run_dir / "sites.json").read_text())
     assert list(told["sites"]) == ["alpha", "gamma"]
     assert told["failed"] == ["site beta: DataError: this site's data or private state is faulty; its log tells more"]
+
+
+def test_who_cannot_take_part_is_named_and_the_run_goes_on(federation, monkeypatch):
+    """Nobody said how many sites there are: two of three are enough here."""
+    monkeypatch.setattr("server.handshake._SETTLE_S", 0.0)
+    (federation.sites / "beta" / "manifest.csv").write_text("subject,stream,path\n")
+    job = federation.job("two")
+    grid = LocalGrid(client_app, 3, job.run_config())
+    console = Console(file=io.StringIO(), width=200)
+    run_federation(grid, RunFolder.resume(job.run_dir), Progress(console))
+    reason = "site beta: DataError: this site's data or private state is faulty; its log tells more"
+    assert f"left out: {reason}\n" in console.file.getvalue()
+    assert json.loads((job.run_dir / "sites.json").read_text())["failed"] == [reason]
+    assert json.loads((job.run_dir / "model" / "metadata.json").read_text())["sites"] == ["alpha", "gamma"]
 
 
 @pytest.mark.parametrize("rounds_before", [0, 2])
@@ -224,15 +257,15 @@ def test_resuming_gives_the_bits_of_an_undisturbed_run(federation, rounds_before
     assert not (job.run_dir / "model").exists()
     with (job.run_dir / "rounds.jsonl").open("a") as file:
         file.write('{"round": ')
-    run_local(Job(job.sites, job.run_dir, resume=True))
+    run_local(job)
     assert model_bytes(job.run_dir) == undisturbed
     assert [line["round"] for line in lines(job.run_dir)] == [1, 2, 3]
 
 
 def test_a_finished_run_is_not_overwritten(federation):
-    job = Job(federation.sites, federation.run("first", "train.rounds=1"))
+    federation.run("first", "train.rounds=1")
     with pytest.raises(RunError, match="holds a run already"):
-        run_local(job)
+        federation.run("first", "train.rounds=1")
 
 
 def test_the_federations_profile_comes_back_to_the_sites(federation):

@@ -1,6 +1,7 @@
 """`python -m simulations run` in this process."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +10,13 @@ import pytest
 from typer.testing import CliRunner
 
 from panfm.config import dump_toml
+from panfm.config.run import PhantomCohortConfig, RealImagesCohortConfig
 from panfm.errors import ConfigError, RunError
+from simulations import real_images
 from simulations.__main__ import app
-from simulations.run import prepare_cohort, simulate
+from simulations.engines.flower import whole_rounds
+from simulations.engines.offline import go_offline
+from simulations.run import cohort_folder, prepare_cohort, simulate
 
 
 @pytest.fixture
@@ -48,6 +53,8 @@ def test_run_and_resume(experiment, tmp_path):
         (["run", "EXPERIMENT", "--engine", "spark"], "expected one of local, ray, flower"),
         (["run", "EXPERIMENT", "--set", "train.round=3"], r"did you mean train\.rounds"),
         (["run", "EXPERIMENT", "--resume", "nowhere"], r"nowhere/run\.toml: no such file"),
+        (["run", "EXPERIMENT", "--resume", "x", "--out", "y"], "--out does not go with --resume"),
+        (["run", "EXPERIMENT", "--set", "cohort.path=nowhere"], "nowhere/sites: holds no site"),
         (["run", "absent.toml"], r"absent\.toml: no such file"),
         (["bench", "no-such-bench"], "unknown, expected one of .*round-overhead"),
         (["study", "no-such-study"], "unknown, expected one of"),
@@ -58,6 +65,17 @@ def test_bad_words(experiment, words, why):
     assert done.exit_code == 1
     with pytest.raises(ConfigError, match=why):
         raise done.exception
+
+
+def test_a_cohort_that_is_not_there_leaves_no_run_folder(experiment, tmp_path):
+    with pytest.raises(ConfigError, match="nowhere/sites: holds no site"):
+        simulate(experiment, ["cohort.path=nowhere"], out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_folder_inside_a_file(experiment, tmp_path):
+    with pytest.raises(RunError, match=r"experiment\.toml/x: cannot be made a run folder \(NotADirectoryError\)"):
+        simulate(experiment, out=experiment / "x")
 
 
 def test_overrides_do_not_go_with_resume(experiment, tmp_path):
@@ -94,3 +112,64 @@ def test_a_phantom_cohort_is_made_once(federation, tmp_path, monkeypatch, capsys
     assert prepare_cohort(load_run(tmp_path / "x.toml"), Console()) == first
     assert "made before" in capsys.readouterr().out
     assert prepare_cohort(load_run(tmp_path / "x.toml", ["cohort.seed=1"]), Console()) != first
+
+
+@pytest.fixture
+def scans(tmp_path, monkeypatch) -> Path:
+    """A folder that looks like real scans, from outside."""
+    folder = tmp_path / "scans"
+    (folder / "hippocampus" / "images").mkdir(parents=True)
+    (folder / "hippocampus" / "images" / "hippocampus_001.nii.gz").write_bytes(b"one")
+    monkeypatch.setenv("PANFM_REAL_DATA", str(folder))
+    return folder
+
+
+def test_a_cohorts_name_follows_from_what_it_is_made_of(federation, scans, monkeypatch):
+    run = federation.describe()
+    sites = {"a": {"organs": ["brain"], "subjects": 2}}
+    phantom = run.model_copy(update={"cohort": PhantomCohortConfig(kind="phantom", sites=sites)})
+    real = run.model_copy(update={"cohort": RealImagesCohortConfig(kind="real-images")})
+    names = [(cohort_folder(phantom), cohort_folder(real))]
+
+    def changes(phantoms: bool, reals: bool) -> None:
+        names.append((cohort_folder(phantom), cohort_folder(real)))
+        assert [before != after for before, after in zip(*names[-2:], strict=True)] == [phantoms, reals]
+
+    changes(phantoms=False, reals=False)
+    (scans / "hippocampus" / "images" / "hippocampus_002.nii.gz").write_bytes(b"two")
+    changes(phantoms=False, reals=True)
+    (scans / "hippocampus" / "images" / "hippocampus_002.nii.gz").write_bytes(b"more")
+    changes(phantoms=False, reals=True)
+    os.utime(scans / "hippocampus" / "images" / "hippocampus_002.nii.gz", ns=(0, 0))
+    changes(phantoms=False, reals=True)
+    monkeypatch.setattr(real_images, "__file__", __file__)
+    changes(phantoms=False, reals=True)
+    monkeypatch.setattr("panfm.data.phantom.__file__", __file__)
+    changes(phantoms=True, reals=False)
+    monkeypatch.delenv("PANFM_REAL_DATA")
+    assert cohort_folder(phantom) == names[-1][0]
+    with pytest.raises(ConfigError, match="PANFM_REAL_DATA is not set"):
+        cohort_folder(real)
+
+
+def test_a_line_that_is_being_written_is_left_for_later(tmp_path):
+    path = tmp_path / "rounds.jsonl"
+    assert whole_rounds(path) == []
+    path.write_text('{"round": 1}\n{"rou')
+    assert whole_rounds(path) == [{"round": 1}]
+    path.write_text('{"round": 1}\n{"round": 2}')
+    assert whole_rounds(path) == [{"round": 1}]
+    path.write_text('{"round": 1}\n{"round": 2}\n')
+    assert whole_rounds(path) == [{"round": 1}, {"round": 2}]
+
+
+def test_flower_has_a_home_of_its_own(monkeypatch):
+    monkeypatch.delenv("FLWR_HOME", raising=False)
+    go_offline()
+    from flwr.supercore.utils import get_flwr_home
+
+    assert get_flwr_home() != Path.home() / ".flwr"
+    assert not get_flwr_home().exists()
+    monkeypatch.setenv("FLWR_HOME", "/chosen")
+    go_offline()
+    assert get_flwr_home() == Path("/chosen")

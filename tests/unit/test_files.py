@@ -73,6 +73,16 @@ def test_a_new_folder_is_whole_or_absent(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
 
 
+def test_two_makers_of_one_folder_do_not_meet(tmp_path):
+    with new_folder(tmp_path / "new") as slow:
+        (slow / "file").write_text("slow")
+        with new_folder(tmp_path / "new") as quick:
+            (quick / "file").write_text("quick")
+        assert (slow / "file").read_text() == "slow"
+    assert (tmp_path / "new" / "file").read_text() == "quick"
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
 def test_a_new_folder_inside_a_file_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match=r"c: cannot be made \(.*Not a directory"), new_folder(tmp_path / "file" / "c"):

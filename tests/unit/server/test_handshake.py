@@ -33,8 +33,8 @@ def test_a_site_that_fits(run, manifest):
     check_handshake(good(run, manifest), run, manifest)
 
 
-def without_warmup(text: str) -> str:
-    return "".join(line for line in text.splitlines(keepends=True) if not line.startswith("warmup"))
+def without(text: str, *keys: str) -> str:
+    return "".join(line for line in text.splitlines(keepends=True) if not line.startswith(keys))
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,10 @@ def without_warmup(text: str) -> str:
             lambda h: {"run_toml": h.run_toml.replace("batch-size = 6", "batch-size = 7")},
             r"differently: train\.batch-size$",
         ),
-        (lambda h: {"run_toml": without_warmup(h.run_toml)}, r"differently: masking\.warmup, train\.warmup$"),
+        (
+            lambda h: {"run_toml": without(h.run_toml, "clip-norm", "min-sites")},
+            r"differently: federation\.min-sites, train\.clip-norm$",
+        ),
         (lambda h: {"run_toml": "new-key = 1\n" + h.run_toml}, "differently: new-key$"),
         (lambda h: {"run_toml": h.run_toml + "\n"}, "differently: the order of its keys$"),
         (lambda h: {"run_toml": "name = "}, "not valid TOML"),
