@@ -175,19 +175,18 @@ class MaskingConfig(Config):
     scope: Literal["subject", "site", "federation"] = "site"
     """Whose saliency steers: this patient's, the site's running mean, or the mean the server sends."""
     strength: NonNegativeFloat = 3.0
-    """Slope of log-odds of hiding against log saliency (LAB.md section 3: 1.5 to 3)."""
-    warmup: Fraction = 0.1
-    """Share of training over which strength grows from 0."""
-    anneal: Fraction = 0.5
-    """Share of training at which strength has fallen back to 0 by cosine; 0 never lowers it."""
+    """Slope of log-odds of hiding against log saliency."""
+    limit: PositiveFloat = 3.0
+    """Largest log-odds, either way: the most dominant stream is hidden more, but never always."""
+    warmup_steps: Positive = 20
+    """Local steps over which strength grows from 0."""
+    settle_steps: Positive = 500
+    """Local steps at full strength; over as many more it fades to what `balance` says."""
+    balance: Fraction = 0.85
+    """Once settled, guidance goes on only while the normalised entropy of the saliency over streams lies below this;
+    0.1 below, at full strength."""
     static_organs: Annotated[tuple[str, ...], Field(strict=False)] = ("heart", "adipose")
     """Organs that `static` hides more."""
-
-    @model_validator(mode="after")
-    def _falls_after_it_has_risen(self) -> Self:
-        if 0 < self.anneal <= self.warmup:
-            raise ValueError(f"anneal: expected 0 or more than warmup {self.warmup:g}, found {self.anneal:g}")
-        return self
 
 
 class TrainConfig(Config):
@@ -232,7 +231,7 @@ class FederationConfig(Config):
     round_timeout_s: PositiveFloat = 3600.0
     """A site that has not answered by then is left out of the round."""
     join_timeout_s: PositiveFloat = 120.0
-    """How long to wait for sites before round 1."""
+    """How long to wait for sites before round 1. Once `min-sites` are there, it ends when no other has come for 10 s."""
 
 
 class ProbeConfig(Config):

@@ -82,7 +82,7 @@ def train(
         with _autocast(learner):
             full = _teach(learner, maps)
             relative = _guidance(learner, full, profile)
-            view = look(learner, maps, full, relative, position, masks)
+            view = look(learner, maps, full, relative, first_step + taken, masks)
             loss = learner.objective.loss(learner.model, learner.teacher, view, full).mean()
         if step(learner, loss, position):
             start, end = run.train.teacher_momentum
@@ -108,14 +108,14 @@ def look(
     maps: Batch,
     full: Encoded | None,
     relative: torch.Tensor,
-    position: float,
+    steps_taken: int,
     masks: torch.Generator,
 ) -> View:
     """Hide some places, more of the streams whose saliency `relative` ([B, S] or [1, S]) says so, and let the student
     see the rest."""
     config, model = learner.run.masking, learner.model
     layout = full.layout if full else model.layout(maps)
-    scores = stream_scores(config, relative, model.stream_organs, position)
+    scores = stream_scores(config, relative, model.stream_organs, steps_taken)
     hidden = draw_hidden(config, scores, layout, model.stream_of_place, masks)
     return masked_view(model, maps, layout, hidden)
 
@@ -154,7 +154,7 @@ def validation_loss(learner: "Learner", store: ImageStore, indices: NDArray[np.i
         maps = store.batch(indices[start : start + learner.run.train.batch_size]).to(learner.device)
         with _autocast(learner):
             full = _teach(learner, maps)
-            view = look(learner, maps, full, unguided, 0.0, masks)
+            view = look(learner, maps, full, unguided, 0, masks)
             losses.append(learner.objective.loss(learner.model, learner.teacher, view, full))
     learner.objective.load_state(state)
     return float(torch.cat(losses).mean())

@@ -5,14 +5,24 @@ in how that budget is spread over streams. A place's score is its stream's log-o
 scores are hidden: sampling without replacement in proportion to exp(log-odds) (Kool et al. 2019, Gumbel-top-k).
 
     random   0
-    sgm      strength x log(saliency of the stream relative to an equal split)      Pan-FM, arXiv 2605.07055
+    sgm      clip(strength(t) x log r, +-limit)      r: saliency of the stream relative to an equal split
     inverse  the same, sign turned
     static   +strength for `static-organs`, 0 for the others
     organ    whole streams in random order until the budget is spent
 
+    strength(t) = strength x min(t / warmup-steps, 1) x (f(t) + (1 - f(t)) g)
+    f(t)        1 for the first `settle-steps` local steps, over as many more by cosine to 0
+    g           1 where the saliency's normalised entropy is 0.1 or more below `balance`, linearly to 0 at `balance`
+
+Dominance is learned in the first few hundred steps, so guidance is full there, and limits itself by log r. Later it
+costs more than it gains (the dominant streams must be learned too), unless dominance lasts: g looks whether it does.
+Steps are counted, not shares of the run, because that is how dominance comes and goes (simulations/studies/LOG.md).
+
+Source: Pan-FM (arXiv 2605.07055) for guiding masks by saliency; formula and schedule are this project's.
 Shape legend: B subjects, N places, S streams.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -20,24 +30,28 @@ from torch import Tensor
 
 from panfm.config.run import MaskingConfig
 from panfm.models.tokens import Layout
-from panfm.objectives.schedules import rise_and_anneal
+from panfm.objectives.saliency import normalised_entropy
 
 _LEAST_RELATIVE_SALIENCY = 0.05
 """Saliency below this share of an equal split counts as this share, so that no stream is left out for good."""
 
 
-def stream_scores(config: MaskingConfig, relative: Tensor, organs: Sequence[str], position: float) -> Tensor:
+_BALANCE_RANGE = 0.1
+"""Entropy below `balance` at which guidance that lasts has its full strength."""
+
+
+def stream_scores(config: MaskingConfig, relative: Tensor, organs: Sequence[str], step: int) -> Tensor:
     """Log-odds of hiding, per stream.
 
     Args:
-        relative: Saliency relative to an equal split, [B, S] or [1, S]; 1 = as much as an equal split.
+        relative: Saliency relative to an equal split, [B, S] or [1, S]; 1 = as much as an equal split, 0 = absent.
         organs: Organ of each stream.
-        position: Where in the run, 0 to 1.
+        step: Local steps taken since the start of the run.
     Returns:
         Scores, same shape as `relative`.
     """
-    strength = config.strength * rise_and_anneal(position, warmup=config.warmup, anneal=config.anneal)
-    guided = strength * relative.clamp_min(_LEAST_RELATIVE_SALIENCY).log()
+    strength = config.strength * guidance(config, relative, step)
+    guided = (strength * relative.clamp_min(_LEAST_RELATIVE_SALIENCY).log()).clamp(-config.limit, config.limit)
     if config.policy == "sgm":
         return guided
     if config.policy == "inverse":
@@ -46,6 +60,14 @@ def stream_scores(config: MaskingConfig, relative: Tensor, organs: Sequence[str]
         chosen = torch.tensor([organ in config.static_organs for organ in organs], device=relative.device)
         return torch.zeros_like(relative) + config.strength * chosen
     return torch.zeros_like(relative)
+
+
+def guidance(config: MaskingConfig, relative: Tensor, step: int) -> Tensor:
+    """Share of `strength` in force at a step, [B, 1] or [1, 1]: rise, then settle to what imbalance asks for."""
+    rise = min((step + 1) / config.warmup_steps, 1.0)
+    fade = 0.5 * (1.0 + math.cos(math.pi * min(max(step / config.settle_steps - 1.0, 0.0), 1.0)))
+    lasting = ((config.balance - normalised_entropy(relative)) / _BALANCE_RANGE).clamp(0.0, 1.0)
+    return rise * (fade + (1.0 - fade) * lasting)
 
 
 def draw_hidden(

@@ -43,3 +43,15 @@ def relative_profile(shares: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
     count = present.sum(dim=0)
     mean = relative.sum(dim=0) / count.clamp_min(1)
     return torch.where(count > 0, mean, torch.ones_like(mean)), count
+
+
+def normalised_entropy(relative: Tensor) -> Tensor:
+    """Entropy of shares over the streams present [..., 1], as a share of its maximum; 1 where fewer than two are.
+
+    Args:
+        relative: [..., S], any positive multiple of the shares; 0 where absent.
+    """
+    share = relative / relative.sum(dim=-1, keepdim=True).clamp_min(1e-12)
+    entropy = torch.special.entr(share).sum(dim=-1, keepdim=True)
+    count = (relative > 0).sum(dim=-1, keepdim=True)
+    return torch.where(count > 1, entropy / count.clamp_min(2).log(), torch.ones_like(entropy))

@@ -18,12 +18,3 @@ def cosine(position: float, *, start: float, end: float, begin: float = 0.0) -> 
     """Value that goes from `start` at `begin` to `end` at 1 by half a cosine; constant before `begin`."""
     progress = min(max((position - begin) / max(1.0 - begin, 1e-12), 0.0), 1.0)
     return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * progress))
-
-
-def rise_and_anneal(position: float, *, warmup: float, anneal: float) -> float:
-    """Factor in [0, 1]: linear up over the first `warmup`, then cosine down to 0 at `anneal`; `anneal` 0: stays up."""
-    rise = min(position / warmup, 1.0) if warmup else 1.0
-    if not anneal:
-        return rise
-    fall = min(max((position - warmup) / max(anneal - warmup, 1e-12), 0.0), 1.0)
-    return rise * 0.5 * (1.0 + math.cos(math.pi * fall))

@@ -22,8 +22,8 @@ from simulations.harness import QUICKSTART, StudyResult, check_writable
 
 ARMS: dict[str, dict[str, object]] = {
     "random": {"policy": "random"},
-    "attention": {"policy": "sgm", "saliency": "attention", "warmup": 0.0, "anneal": 0.0},
-    "value": {"policy": "sgm", "saliency": "value", "warmup": 0.0, "anneal": 0.0},
+    "attention": {"policy": "sgm", "saliency": "attention", "warmup_steps": 1},
+    "value": {"policy": "sgm", "saliency": "value", "warmup_steps": 1},
 }
 SIZES = ("tiny", "small")
 _NUM_SUBJECTS = 32

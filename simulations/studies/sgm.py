@@ -35,16 +35,18 @@ from simulations.harness import QUICKSTART, StudyOptions, StudyResult, check_wri
 from simulations.studies._phantoms import Cohort, PhantomDraw, open_draw, render_draw
 
 STEPS = {"short": 500, "medium": 3000, "long": 8000}
+_CONSTANT = {"settle_steps": 10**9, "limit": 20.0}
 MASKING: dict[str, dict[str, Any]] = {
     "random": {"policy": "random"},
     "organ": {"policy": "organ"},
-    "sgm-attention": {"policy": "sgm", "saliency": "attention", "anneal": 0.0},
-    "sgm-value": {"policy": "sgm", "saliency": "value", "anneal": 0.0},
+    "sgm-attention": {"policy": "sgm", "saliency": "attention", **_CONSTANT},
+    "sgm-value": {"policy": "sgm", "saliency": "value", **_CONSTANT},
     "sgm": {"policy": "sgm"},
-    "inverse": {"policy": "inverse"},
+    "inverse": {"policy": "inverse", **_CONSTANT},
     "static": {"policy": "static"},
 }
-"""What sets an arm apart from the default masking, which is `sgm`."""
+"""What sets an arm apart from the default masking, which is `sgm`. `sgm-attention`, `sgm-value` and `inverse` keep
+their full strength to the end."""
 REFERENCES = ("untrained", "statistics")
 SHOWN = ("auc", "auc_weak", "auc_no_dominant", "saliency_entropy")
 _BATCH_SIZE = 64

@@ -122,7 +122,7 @@ ORGANS = {
         axcodes="LPS",
     ),
     "kidney": Organ(
-        radius=0.50,
+        radius=0.60,
         cycles=2.5,
         severity="renal",
         traits={
@@ -139,7 +139,7 @@ ORGANS = {
         axcodes="ASR",
     ),
     "spleen": Organ(
-        radius=0.50,
+        radius=0.60,
         cycles=2.0,
         severity="haematologic",
         traits={
@@ -156,7 +156,7 @@ ORGANS = {
         axcodes="RAS",
     ),
     "pancreas": Organ(
-        radius=0.45,
+        radius=0.55,
         cycles=2.5,
         severity="pancreatic",
         traits={

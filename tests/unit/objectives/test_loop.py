@@ -105,7 +105,7 @@ def test_saliency_is_reported_under_any_policy(make_run, make_store):
 
 
 def test_the_federations_profile_steers_the_masks(make_run, make_store):
-    run = make_run('[masking]\nscope = "federation"\nwarmup = 0.0\nanneal = 0.0\n')
+    run = make_run('[masking]\nscope = "federation"\nwarmup-steps = 1\n')
     store = make_store(run, complete=True)
     states = []
     for profile in ({"brain-mr": 3.0, "heart-ct": 0.1, "eye-fundus": 0.1}, {"brain-mr": 0.1, "heart-ct": 3.0}):
@@ -128,7 +128,7 @@ def test_batches_pass_over_everyone(num, size, expected):
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_bf16_autocast_trains_too(make_run, make_store, monkeypatch, objective, saliency):
     """What CUDA does, on CPU: mixed dtypes must meet without error, and land near the float32 loss."""
-    run = make_run(f'[objective]\nname = "{objective}"\n[masking]\nsaliency = "{saliency}"\nwarmup = 0.0\n')
+    run = make_run(f'[objective]\nname = "{objective}"\n[masking]\nsaliency = "{saliency}"\nwarmup-steps = 1\n')
     store = make_store(run)
     exact = train(Learner(run), store, num_steps=2)
     monkeypatch.setattr(loop, "_autocast", lambda _: torch.autocast("cpu", dtype=torch.bfloat16))

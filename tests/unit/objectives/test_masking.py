@@ -1,5 +1,7 @@
 """Masking: exact budgets for every policy, probabilities against a direct simulation, direction of guidance."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,16 +9,17 @@ from hypothesis import strategies as st
 
 from panfm.config.run import MaskingConfig
 from panfm.models.tokens import pack
-from panfm.objectives.masking import draw_hidden, stream_scores
+from panfm.objectives.masking import draw_hidden, guidance, stream_scores
+from panfm.objectives.saliency import normalised_entropy
 
 STREAM_OF_PLACE = torch.arange(3).repeat_interleave(torch.tensor([4, 2, 6]))
 ORGANS = ("heart", "brain", "adipose")
 POLICIES = ("random", "organ", "sgm", "inverse", "static")
 
 
-def draw(config, relative, present, *, position=0.5, seed=0):
+def draw(config, relative, present, *, step=100, seed=0):
     layout = pack(torch.tensor(present), STREAM_OF_PLACE)
-    scores = stream_scores(config, relative, ORGANS, position)
+    scores = stream_scores(config, relative, ORGANS, step)
     return layout, draw_hidden(config, scores, layout, STREAM_OF_PLACE, torch.Generator().manual_seed(seed))
 
 
@@ -35,10 +38,10 @@ def test_the_budget_is_exact_under_every_policy(policy, present, ratio, seed):
         assert row == max(min(max(wanted, 1), count - 1), 0)
 
 
-def shares(policy, relative, *, position=0.5, **config):
+def shares(policy, relative, **config):
     """Share of each stream's tokens hidden, over many draws."""
-    config = MaskingConfig(policy=policy, anneal=0.0, warmup=0.0, **config)
-    layout, hidden = draw(config, torch.tensor([relative]), [[True] * 3] * 4000, position=position)
+    config = MaskingConfig(policy=policy, **{"limit": 20.0} | config)
+    layout, hidden = draw(config, torch.tensor([relative]), [[True] * 3] * 4000)
     stream = STREAM_OF_PLACE[layout.place]
     return torch.stack([hidden[stream == index].float().mean() for index in range(3)])
 
@@ -69,7 +72,7 @@ def test_organ_hides_whole_streams():
 
 def test_gumbel_top_k_equals_drawing_without_replacement():
     """P(first two hidden) by hand: two tokens drawn one after another in proportion to exp(score)."""
-    config = MaskingConfig(policy="sgm", ratio=0.34, strength=1.0, anneal=0.0, warmup=0.0)
+    config = MaskingConfig(policy="sgm", ratio=0.34, strength=1.0)
     stream_of_place = torch.arange(3)
     layout = pack(torch.ones(60_000, 3, dtype=torch.bool), stream_of_place)
     scores = torch.tensor([[3.0, 2.0, 1.0]]).log()
@@ -78,13 +81,43 @@ def test_gumbel_top_k_equals_drawing_without_replacement():
     assert (found - torch.tensor([3, 2, 1]) / 6).abs().max() < 3 * (0.25 / 60_000) ** 0.5 * 1.5
 
 
-def test_strength_rises_and_is_annealed():
-    config = MaskingConfig(policy="sgm", warmup=0.1, anneal=0.5)
-    relative = torch.tensor([[2.0, 1.0, 0.5]])
-    sizes = [stream_scores(config, relative, ORGANS, position).abs().sum() for position in (0.0, 0.1, 0.3, 0.5, 1.0)]
-    assert sizes[0] == 0
-    assert sizes[1] > sizes[2] > 0
-    assert sizes[3] == sizes[4] == 0
+def test_a_stream_is_hidden_no_more_than_the_limit_says():
+    scores = stream_scores(MaskingConfig(limit=0.5), torch.tensor([[2.9, 0.1, 0.0]]), ORGANS, 100)
+    assert scores.tolist() == [[0.5, -0.5, -0.5]]
+    clipped, free = shares("sgm", [2.6, 0.2, 0.2], limit=0.5), shares("sgm", [2.6, 0.2, 0.2])
+    assert clipped[0] < 0.85 < 0.98 < free[0]
+
+
+@pytest.mark.parametrize(
+    ("step", "balanced", "lopsided"),
+    [
+        (0, 0.05, 0.05),
+        (9, 0.5, 0.5),
+        (19, 1.0, 1.0),
+        (500, 1.0, 1.0),
+        (750, 0.5, 1.0),
+        (1000, 0.0, 1.0),
+        (9999, 0.0, 1.0),
+    ],
+)
+def test_guidance_rises_and_then_stays_only_where_dominance_lasts(step, balanced, lopsided):
+    config = MaskingConfig(warmup_steps=20, settle_steps=500)
+    relative = torch.tensor([[1.0, 1.0, 1.0], [2.9, 0.05, 0.05]])
+    assert guidance(config, relative, step).flatten().tolist() == pytest.approx([balanced, lopsided], abs=1e-6)
+
+
+def test_guidance_that_lasts_falls_linearly_with_balance():
+    relative = torch.tensor([[1.6, 0.4, 0.0]])
+    entropy = -(0.8 * math.log(0.8) + 0.2 * math.log(0.2)) / math.log(2)
+    found = guidance(MaskingConfig(balance=entropy + 0.03), relative, 5000)
+    assert found.item() == pytest.approx(0.3, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("relative", "entropy"), [([1.0, 1.0, 1.0], 1.0), ([3.0, 0.0, 0.0], 1.0), ([2.0, 0.0, 2.0], 1.0)]
+)
+def test_entropy_counts_only_the_streams_present(relative, entropy):
+    assert normalised_entropy(torch.tensor([relative])).item() == pytest.approx(entropy)
 
 
 def test_masks_follow_the_generator():

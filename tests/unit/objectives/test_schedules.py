@@ -2,7 +2,7 @@
 
 import pytest
 
-from panfm.objectives.schedules import cosine, rise_and_anneal, warmup_cosine
+from panfm.objectives.schedules import cosine, warmup_cosine
 
 
 @pytest.mark.parametrize(("position", "factor"), [(0.0, 0.0), (0.05, 0.5), (0.1, 1.0), (0.55, 0.5), (1.0, 0.0)])
@@ -17,15 +17,3 @@ def test_no_warmup_starts_at_the_top():
 @pytest.mark.parametrize(("position", "value"), [(0.0, 0.99), (0.5, 0.9945), (1.0, 0.999), (2.0, 0.999)])
 def test_cosine(position, value):
     assert cosine(position, start=0.99, end=0.999) == pytest.approx(value)
-
-
-@pytest.mark.parametrize(
-    ("position", "anneal", "factor"),
-    [(0.05, 0.5, 0.5), (0.1, 0.5, 1.0), (0.3, 0.5, 0.5), (0.7, 0.5, 0.0), (0.9, 0.0, 1.0)],
-)
-def test_rise_and_anneal(position, anneal, factor):
-    assert rise_and_anneal(position, warmup=0.1, anneal=anneal) == pytest.approx(factor)
-
-
-def test_rise_without_warmup():
-    assert rise_and_anneal(0.0, warmup=0.0, anneal=0.0) == 1.0
