@@ -7,7 +7,7 @@ Metric names begin with the preset: `transient/auc`, `lasting/auc_no_dominant`, 
 """
 
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -48,6 +48,7 @@ MASKING: dict[str, dict[str, Any]] = {
 """What sets an arm apart from the default masking, which is `sgm`. `sgm-attention`, `sgm-value` and `inverse` keep
 their full strength to the end."""
 REFERENCES = ("untrained", "statistics")
+ALL_ARMS = ",".join((*MASKING, *REFERENCES))
 SHOWN = ("auc", "auc_weak", "auc_no_dominant", "saliency_entropy")
 _BATCH_SIZE = 64
 
@@ -72,20 +73,24 @@ def main(
     draws: Annotated[int, typer.Option(min=1, help="Phantom draws.")] = 3,
     first_seed: Annotated[int, typer.Option(help="First training seed and first draw.")] = 0,
     budget: Annotated[str, typer.Option(help="short, medium or long: 500, 3,000 or 8,000 steps.")] = "short",
+    arms: Annotated[str, typer.Option(help="Only these arms, with commas between; random is always run.")] = ALL_ARMS,
     json: Annotated[Path | None, typer.Option(help="Write the result here.")] = None,
 ) -> None:
     """Masking policies on two phantoms: what saliency-guided masking gains, and for how long."""
     if budget not in STEPS:
         raise typer.BadParameter(f"expected one of {', '.join(STEPS)}", param_hint="--budget")
+    wanted = arms.split(",")
+    if unknown := sorted(set(wanted) - {*MASKING, *REFERENCES}):
+        raise typer.BadParameter(f"{unknown[0]}: expected some of {ALL_ARMS}", param_hint="--arms")
     check_writable(json)
-    result = run(StudyOptions(seeds, draws, first_seed, json=json), budget)
+    result = run(StudyOptions(seeds, draws, first_seed, json=json), budget, ["random", *wanted])
     show(result)
     if json:
         result.write(json)
 
 
-def run(options: StudyOptions, budget: str) -> StudyResult:
-    """Run the study."""
+def run(options: StudyOptions, budget: str, arms: Sequence[str]) -> StudyResult:
+    """Run the study, with some of the arms."""
     steps = STEPS[budget]
     result = StudyResult("sgm", {"budget": budget, "steps": steps, "pairs": options.pairs(), **_settings()})
     with tempfile.TemporaryDirectory() as scratch:
@@ -101,6 +106,7 @@ def run(options: StudyOptions, budget: str) -> StudyResult:
             for draw, seed in options.pairs()
             for preset in PRESETS
             for arm in (*MASKING, *REFERENCES)
+            if arm in arms
         ]
         done = run_jobs(measure, jobs, workers=options.workers, keep_for=options.json)
         for job, measured in zip(jobs, done, strict=True):
