@@ -37,13 +37,15 @@ def train_round(message: Message, context: Context) -> Message:
 
 
 def _answer(message: Message, context: Context, handle: Callable[[Site, Records], Records]) -> Message:
-    who = ""
+    site = None
     try:
         site = _site(context)
-        who = f"site {site.config.name}: "
         return Message(pack(handle(site, unpack(message.content))), reply_to=message)
     except (Exception, SystemExit) as error:
-        logger.exception("%s%s: answered with an error", who, message.metadata.message_type)
+        logger.exception("%s: answered with an error", message.metadata.message_type)
+        if site:
+            site.log_error(error)
+        who = f"site {site.config.name}: " if site else ""
         return Message(Error(SITE_ERROR, who + scrub(error)), reply_to=message)
 
 

@@ -4,7 +4,10 @@ The ClientApp calls it in a simulation; a resident worker will call it in a hosp
 and what comes in from outside is one `RoundTask`.
 """
 
+import contextlib
 import platform
+import traceback
+from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 
@@ -69,6 +72,14 @@ class Site:
             raise ProtocolError(f"round {task.round_number}: expected 1 to {session.run.train.rounds}")
         result = session.train_round(task, StateStore(self.state_dir, task.run_id))
         return build_reply(task, result, may_leave=self.config.limits.may_leave)
+
+    def log_error(self, error: BaseException) -> None:
+        """Add the whole story of an error to `site.log` beside the private state; a disk that is full stays silent."""
+        story = f"{datetime.now().astimezone().isoformat()}\n{''.join(traceback.format_exception(error))}\n"
+        with contextlib.suppress(OSError):
+            self.state_dir.mkdir(parents=True, exist_ok=True)
+            with (self.state_dir / "site.log").open("a", encoding="utf-8") as log:
+                log.write(story)
 
     def _session(self, run_toml: str) -> Session:
         """The warm session of a run description, or a new one in its place."""

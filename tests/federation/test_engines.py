@@ -51,8 +51,7 @@ def test_a_broken_site_is_one_line(federation, engine):
     assert done.returncode == 1, done.stdout + done.stderr
     [line] = done.stderr.splitlines()
     assert "2 of at least 3 sites can take part: site beta: DataError: " in line
-    log = federation.folder / engine / ("flower.log" if engine == "flower" else "run.log")
-    assert "absent.nii.gz" in log.read_text()
+    assert "absent.nii.gz" in (federation.folder / engine / "sites" / "beta" / "site.log").read_text()
     assert not (federation.folder / engine / "model").exists()
 
 

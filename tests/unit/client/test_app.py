@@ -1,5 +1,7 @@
 """The ClientApp always answers, and says nothing that it should not."""
 
+from pathlib import Path
+
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
@@ -79,6 +81,16 @@ def test_errors_are_answered(site, kind, config, node_config, reason):
     assert reply.error.reason.startswith(reason)
     assert "ward" not in reply.error.reason
     assert "absent" not in reply.error.reason
+
+
+def test_the_whole_story_stays_at_the_site(site, invitation, monkeypatch):
+    (site / "manifest.csv").unlink()
+    reply = ask("query", invitation, at(**{"site-folder": str(site)}))
+    log = site / ".panfm" / "state" / "site.log"
+    assert "manifest.csv" in log.read_text()
+    assert "Traceback" in log.read_text()
+    monkeypatch.setattr(Path, "mkdir", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    assert ask("query", invitation, at(**{"site-folder": str(site)})).error.reason == reply.error.reason
 
 
 def test_an_internal_error_is_answered_without_its_text(site, invitation, monkeypatch):
