@@ -231,7 +231,7 @@ class FederationConfig(Config):
     round_timeout_s: PositiveFloat = 3600.0
     """A site that has not answered by then is left out of the round."""
     join_timeout_s: PositiveFloat = 120.0
-    """How long to wait for sites before round 1. Once `min-sites` are there, it ends when no other has come for 10 s."""
+    """How long to wait for sites before round 1. It ends when `min-sites` are there and no other comes for 10 s."""
 
 
 class ProbeConfig(Config):

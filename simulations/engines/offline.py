@@ -1,6 +1,8 @@
 """Settings under which Flower and Ray talk to nobody and install nothing. Applied before they are imported."""
 
+import atexit
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -16,4 +18,6 @@ OFFLINE = {
 def go_offline() -> None:
     """Set them in this process and for its children, with a home of Flower's own instead of ~/.flwr."""
     os.environ.update(OFFLINE)
-    os.environ.setdefault("FLWR_HOME", str(Path(tempfile.gettempdir(), f"panfm-flower-{os.getpid()}")))
+    if "FLWR_HOME" not in os.environ:
+        os.environ["FLWR_HOME"] = home = str(Path(tempfile.gettempdir(), f"panfm-flower-{os.getpid()}"))
+        atexit.register(shutil.rmtree, home, ignore_errors=True)
