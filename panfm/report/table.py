@@ -38,14 +38,15 @@ def site_table(run: Run) -> Table:
 
 
 def score_table(probe: ProbeResult, metric: str) -> Table:
-    """One row per arm, one column per label group, with 95 % intervals."""
+    """One row per arm, one column per label group; the interval beside the first, so that 80 columns hold it all (the
+    HTML report has them all)."""
     groups = {score.group: score for score in probe.scores if score.metric == metric}
     words = {"auc": "AUC", "r2": "R2"}[metric]
     title = f"{words} of frozen features, {probe.subjects.get('test', 0)} held-out subjects (95 % interval)"
-    headings = [_heading(score) for score in groups.values()]
-    table = Table("features", *map(_right, headings), title=title)
+    table = Table(Column("features", no_wrap=True), *map(_right, groups), title=title)
     for arm in arms_of(probe, metric):
-        table.add_row(arm, *(score_text(find(probe, arm, group, metric)) for group in groups))
+        first, *rest = (find(probe, arm, group, metric) for group in groups)
+        table.add_row(arm, score_text(first), *(number_text(math.nan if each is None else each.value) for each in rest))
     return table
 
 
@@ -98,9 +99,5 @@ def number_text(value: float) -> str:
     return f"{value:.3f}".replace("0.", ".", 1) if abs(value) < 1 else f"{value:.3f}"
 
 
-def _heading(score: Score) -> str:
-    return score.group if score.metric == "r2" else f"{score.group} ({score.num_labels})"
-
-
 def _right(heading: str) -> Column:
-    return Column(heading, justify="right")
+    return Column(heading, justify="right", no_wrap=True)
