@@ -195,6 +195,8 @@ class TrainConfig(Config):
     rounds: Positive = 10
     local_steps: Positive = 20
     """Optimiser steps per site and round."""
+    validate_every: Positive = 5
+    """Rounds between a site's validations of its own model, on its val split; the last round always ends with one."""
     batch_size: Positive = 32
     """Patients per step."""
     learning_rate: PositiveFloat = 3e-3

@@ -36,12 +36,14 @@ class Learner:
         self.run = run
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = build_model(run, streams).to(self.device)
+        self.parameters = list(self.model.parameters())
         self.reset_private()
         self._stemmed: WeakKeyDictionary[ImageStore, ImageStore] = WeakKeyDictionary()
 
     def reset_private(self) -> None:
         """Start the private part afresh: teacher equal to the student, empty optimiser and statistics."""
         self.teacher = deepcopy(self.model).requires_grad_(requires_grad=False)
+        self._teacher_parameters = list(self.teacher.parameters())
         self.optimiser = _build_optimiser(self.model, self.run)
         self.objective = _build_objective(self.run, self.model)
         self.profile = torch.ones(len(self.model.stream_names), device=self.device)
@@ -85,7 +87,7 @@ class Learner:
 
     def update_teacher(self, momentum: float) -> None:
         """teacher <- momentum teacher + (1 - momentum) student."""
-        get_ema_multi_avg_fn(momentum)(list(self.teacher.parameters()), list(self.model.parameters()), 0)
+        get_ema_multi_avg_fn(momentum)(self._teacher_parameters, self.parameters, 0)
 
     def shared_state(self) -> dict[str, Tensor]:
         """The student's parameters, by name; copies."""

@@ -130,7 +130,7 @@ def step(learner: "Learner", loss: torch.Tensor, position: float) -> bool:
         group["lr"] = config.learning_rate * warmup_cosine(position, warmup=config.warmup)
     learner.optimiser.zero_grad()
     loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(learner.model.parameters(), config.clip_norm)
+    norm = torch.nn.utils.clip_grad_norm_(learner.parameters, config.clip_norm)
     if not bool(torch.isfinite(loss) & torch.isfinite(norm)):
         return False
     learner.optimiser.step()

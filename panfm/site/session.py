@@ -5,7 +5,6 @@ is loaded. So a site that was killed, or that another process served in between,
 """
 
 import logging
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -56,16 +55,13 @@ class Session:
             round_number=task.round_number,
             profile=dict(task.profile) if task.profile else None,
         )
-        with ThreadPoolExecutor(1) as beside:
-            saved = beside.submit(states.save, task.round_number, self.learner.private_state())
-            validation_loss = self._validation_loss()
-        self._in_memory = saved.result()
+        self._in_memory = states.save(task.round_number, self.learner.private_state())
         return RoundResult(
             state_round=state_round,
             parameters=self._parameters(),
             weights=self._weights(result),
             loss=result.loss,
-            validation_loss=validation_loss,
+            validation_loss=self._validation_loss(task.round_number),
             num_skipped=result.num_skipped,
             saliency=result.saliency,
         )
@@ -102,9 +98,11 @@ class Session:
     def _parameters(self) -> dict[str, Flat]:
         return self.manifest.pack_all({name: value.numpy() for name, value in self.learner.shared_state().items()})
 
-    def _validation_loss(self) -> float | None:
+    def _validation_loss(self, round_number: int) -> float | None:
+        """Loss on the val split; None in rounds between validations, and without such subjects."""
+        due = round_number % self.run.train.validate_every == 0 or round_number == self.run.train.rounds
         indices = self.store.indices("val")
-        return self.learner.validation_loss(self.store, indices, site=self.site) if len(indices) else None
+        return self.learner.validation_loss(self.store, indices, site=self.site) if due and len(indices) else None
 
 
 def held_streams(run: RunConfig, store: ImageStore) -> dict[str, int]:

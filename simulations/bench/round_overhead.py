@@ -2,8 +2,9 @@
 
 Both arms train the same sites with the same Learner, one after the other, and average group by group. The federated arm
 adds everything else: messages, packing, guards, the exact mean, validation, private state and checkpoints on disk. The
-arms take turns, round by round; the ratio is the median over the turns of (federated round / plain round), in seconds
-on the clock, and beside it in CPU seconds, which a busy machine disturbs less.
+arms take turns, round by round. A cycle is `train.validate-every` rounds, so that each holds one validation; the ratio
+is the median over cycles of (federated cycle / plain cycle), in seconds on the clock, and beside it in CPU seconds,
+which a busy machine disturbs less.
 """
 
 import tempfile
@@ -38,26 +39,29 @@ from strategies import GroupedMean
 
 def main(
     json: Annotated[Path | None, typer.Option(help="Write the result here.")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds per arm, after one to warm up.")] = 11,
+    cycles: Annotated[int, typer.Option(min=1, help="Cycles of rounds per arm, after one round to warm up.")] = 7,
     experiment: Annotated[Path, typer.Option(help="Run description (TOML).")] = QUICKSTART,
 ) -> None:
     """Seconds per round: federation in one process against a plain loop."""
     check_writable(json)
     console = Console(soft_wrap=True, highlight=False)
-    run = load_run(experiment, [f"train.rounds={rounds + 1}"])
+    cycle = load_run(experiment).train.validate_every
+    run = load_run(experiment, [f"train.rounds={cycles * cycle + 2}"])
     sites = prepare_cohort(run, console) / "sites"
     with tempfile.TemporaryDirectory() as folder:
         arms = {"local": federated_rounds(run, sites, Path(folder)), "plain": plain_rounds(run, sites)}
-        result = StudyResult("round-overhead", {"experiment": str(experiment), "rounds": rounds}, unit="s")
-        for turn in range(rounds + 1):
+        result = StudyResult("round-overhead", {"experiment": str(experiment), "cycles": cycles}, unit="s")
+        for turn in range(cycles * cycle + 1):
             for arm in sorted(arms, reverse=bool(turn % 2)):
                 measured = _clocked(arms[arm])
                 if turn:
                     result.add(arm, measured)
                     console.print(f"round {turn}: {arm} {measured['seconds']:.3f} s")
     for metric, name in (("seconds", "local_over_plain"), ("cpu_seconds", "local_over_plain_cpu")):
-        turns = np.asarray(result.values[metric, "local"]) / np.asarray(result.values[metric, "plain"])
-        result.ratios[name] = float(np.median(turns))
+        local, plain = (
+            np.reshape(result.values[metric, arm], (cycles, cycle)).sum(axis=1) for arm in ("local", "plain")
+        )
+        result.ratios[name] = float(np.median(local / plain))
         console.print(f"{name}: {result.ratios[name]:.3f}")
     if json:
         result.write(json)

@@ -31,7 +31,7 @@ _NUM_SUBJECTS = 32
 
 def main(
     json: Annotated[Path | None, typer.Option(help="Write the result here.")] = None,
-    turns: Annotated[int, typer.Option(min=1, help="Steps per arm and size, after one to warm up.")] = 60,
+    turns: Annotated[int, typer.Option(min=1, help="Steps per arm and size, after one to warm up.")] = 100,
     experiment: Annotated[Path, typer.Option(help="Run description (TOML).")] = QUICKSTART,
 ) -> None:
     """CPU seconds of a step with saliency-guided masking over one with random masking."""

@@ -23,6 +23,7 @@ liver-mr = { spacing-mm = [8.0, 8.0, 8.0], shape = [8, 8, 8], patch = [4, 4, 8] 
 [train]
 rounds = 6
 local-steps = 2
+validate-every = 1
 batch-size = 3
 """
 
@@ -74,6 +75,12 @@ def test_a_round_moves_every_group(folder):
     assert all(update.any() and update.dtype == np.float32 for update in reply.updates.values())
     assert reply.state_round == 0
     assert np.isfinite([reply.loss, reply.validation_loss]).all()
+
+
+def test_a_site_validates_every_so_many_rounds_and_in_the_last(folder):
+    run = RUN.replace("validate-every = 1", "validate-every = 4")
+    replies = [Site(folder).train_round(replace(task(number), run_toml=run)) for number in range(1, 7)]
+    assert [reply.validation_loss is not None for reply in replies] == [False, False, False, True, False, True]
 
 
 def test_skipped_steps_do_not_weigh(folder, monkeypatch):
