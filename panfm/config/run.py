@@ -109,6 +109,35 @@ class FolderCohortConfig(Config):
 CohortConfig = Annotated[PhantomCohortConfig | RealImagesCohortConfig | FolderCohortConfig, Field(discriminator="kind")]
 
 
+def _one_for_all_blocks(number: Any) -> Any:
+    return (number,) if isinstance(number, int) else number
+
+
+PerBlock = Annotated[tuple[Positive, ...], Field(strict=False, min_length=1), BeforeValidator(_one_for_all_blocks)]
+"""One number for all blocks, or a list with one for each."""
+
+
+class ExpertsConfig(Config):
+    """Director-Experts (DEX, arXiv 2605.21861). Pairs are values at the start and the end of the run, by cosine."""
+
+    count: PerBlock = (8,)
+    """Experts in a block."""
+    active: PerBlock = (2,)
+    """Experts that a patient uses; all tokens of a patient use the same."""
+    temperature: PositiveFloat = 0.5
+    """Of the router's softmax."""
+    noise: Annotated[tuple[NonNegativeFloat, NonNegativeFloat], Field(strict=False)] = (1.0, 0.0)
+    """Scale of the exploration noise on the router's logits."""
+    director_momentum: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.99, 0.999)
+    """EMA momentum of the director, which follows the experts by their gate mass."""
+    alignment: Literal["cosine", "softmax"] = "cosine"
+    """How the experts are pulled to the director: `cosine` as in the paper, `softmax` (cross-entropy over features) as
+    in the released code."""
+    alignment_weight: NonNegativeFloat = 0.01
+    balance_weight: Annotated[tuple[NonNegativeFloat, NonNegativeFloat], Field(strict=False)] = (0.001, 0.0)
+    """Weight of the pull to equal use of the experts; the released code has 0.01 throughout."""
+
+
 class ModelConfig(Config):
     """The pan-organ transformer."""
 
@@ -117,6 +146,13 @@ class ModelConfig(Config):
     tokenizer: Literal["statistics", "patch"] = "statistics"
     """statistics: mean, log-sd and mean gradient of sub-blocks, then linear (learns fastest on small cohorts, LAB.md
     section 2); patch: linear on raw voxels, as in ViT."""
+    backbone: Literal["dense", "director-experts"] = "dense"
+    """dense: a ViT; director-experts: every block's MLP is a pool of experts and one director."""
+    hidden_multiple: Positive = 4
+    """Hidden width of an MLP (dense, expert or director) over the model's width. A pool of which K experts are active
+    costs as much as a dense MLP at 1/K of its multiple."""
+    experts: ExpertsConfig = ExpertsConfig()
+    """Only for `director-experts`."""
 
 
 class LatentConfig(Config):

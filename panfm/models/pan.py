@@ -18,6 +18,7 @@ from panfm.config import RunConfig, StreamConfig
 from panfm.config.run import ModelConfig, ObjectiveConfig
 from panfm.data.store import Batch
 from panfm.models.backbone import Backbone, Encoded, Saliency
+from panfm.models.director_experts import DirectorExperts, Path, dense_name
 from panfm.models.heads import Heads
 from panfm.models.stems import patchify, stem_batch, stem_features, stem_step
 from panfm.models.tokens import Layout, pack, sincos_positions
@@ -66,7 +67,7 @@ class PanModel(nn.Module):
         self.streams = nn.ModuleDict(
             {name: StreamTokenizer(stream, config.tokenizer, width) for name, stream in streams.items()}
         )
-        self.backbone = Backbone(width, depth, heads)
+        self.backbone = Backbone(width, depth, heads, config)
         features = {name: stem_features(stream, config.tokenizer) for name, stream in streams.items()}
         self.heads = Heads(width, heads, features, objective)
         sizes = torch.tensor([torch.Size(stream.grid).numel() for stream in streams.values()])
@@ -110,17 +111,23 @@ class PanModel(nn.Module):
         source = start.gather(1, layout.place).masked_fill(~layout.valid, 0)
         return torch.cat(flat)[source]
 
-    def encode(self, maps: Batch, *, saliency: Saliency | None = None, keep_blocks: bool = False) -> Encoded:
+    def encode(
+        self, maps: Batch, *, saliency: Saliency | None = None, keep_blocks: bool = False, path: Path = "experts"
+    ) -> Encoded:
         """Encode a batch of maps with nothing hidden."""
         layout = self.layout(maps)
         encoded: Encoded = self.backbone(
-            self.tokenize(maps, layout), layout, saliency=saliency, keep_blocks=keep_blocks
+            self.tokenize(maps, layout), layout, saliency=saliency, keep_blocks=keep_blocks, path=path
         )
         return encoded
 
-    def embed(self, batch: Batch) -> Tensor:
+    def embed(self, batch: Batch, *, path: Path = "experts") -> Tensor:
         """Embedding [B, D] of a batch of images: the CLS token after the last norm."""
-        return self.encode(self.stem(batch)).cls
+        return self.encode(self.stem(batch), path=path).cls
+
+    def director_experts(self) -> dict[str, DirectorExperts]:
+        """Layers with experts, by the prefix of their parameters' names; none in a dense model."""
+        return {name: layer for name, layer in self.named_modules() if isinstance(layer, DirectorExperts)}
 
     def hidden_queries(self) -> Tensor:
         """One query per place [M, D]: the stream's own plus the fixed position."""
@@ -134,12 +141,19 @@ def build_model(run: RunConfig, streams: Sequence[str] | None = None) -> PanMode
     Guarantees:
         seeded by name: an initial parameter depends on the run's seed and its own name, so that a site's subset of
             streams starts with the same weights as the whole model.
+        experts: a director starts as the dense model's MLP, and its experts as copies of it.
+
+    Raises:
+        ConfigError: `model.experts` has not one number per block, or more experts active than there are.
     """
     names = [name for name in run.streams if streams is None or name in streams]
     with torch.random.fork_rng(devices=[]):
         model = PanModel({name: run.streams[name] for name in names}, run.model, run.objective)
     for name, parameter in model.named_parameters():
-        _initialise(name, parameter, torch_generator(run.seed, "init", name))
+        if ".mlp.experts." not in name:
+            _initialise(name, parameter, torch_generator(run.seed, "init", dense_name(name)))
+    for layer in model.director_experts().values():
+        layer.start_experts()
     return model
 
 

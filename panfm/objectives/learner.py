@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from panfm.config import RunConfig
@@ -47,6 +47,8 @@ class Learner:
         self.optimiser = _build_optimiser(self.model, self.run)
         self.objective = _build_objective(self.run, self.model)
         self.profile = torch.ones(len(self.model.stream_names), device=self.device)
+        for layer in self.model.director_experts().values():
+            layer.reset_activation()
 
     def train(
         self,
@@ -98,12 +100,15 @@ class Learner:
         self.model.load_state_dict(dict(state), strict=True)
 
     def private_state(self) -> dict[str, Tensor]:
-        """Everything else that training depends on: teacher, optimiser, statistics, saliency profile."""
+        """Everything else that training depends on: teacher, optimiser, statistics, experts' activation, saliency
+        profile."""
         state = {f"teacher.{name}": value for name, value in self.teacher.state_dict().items()}
         for name, parameter in self.model.named_parameters():
             slots = self.optimiser.state.get(parameter, {})
             state |= {f"optimiser.{slot}.{name}": value for slot, value in slots.items()}
         state |= {f"objective.{name}": value for name, value in self.objective.state().items()}
+        layers = self.model.director_experts()
+        state |= {f"activation.{name}": layer.activation for name, layer in layers.items()}
         state["saliency.profile"] = self.profile
         return {name: value.detach().cpu().clone() for name, value in state.items()}
 
@@ -117,6 +122,8 @@ class Learner:
                 slot: value.to(self.device, copy=True) for slot, value in slots.items() if value is not None
             }
         self.objective.load_state(_under(state, "objective."))
+        for name, layer in self.model.director_experts().items():
+            layer.activation.copy_(state[f"activation.{name}"])
         self.profile = state["saliency.profile"].to(self.device, copy=True)
 
 
@@ -126,8 +133,12 @@ def _under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def _build_optimiser(model: PanModel, run: RunConfig) -> torch.optim.AdamW:
     """AdamW; weight decay on matrices only."""
-    matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
-    vectors = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
+    matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_vector = parameter.dim() <= 1 or ".experts.bias_" in name
+            (vectors if is_vector else matrices).append(parameter)
     groups = [
         {"params": matrices, "weight_decay": run.train.weight_decay},
         {"params": vectors, "weight_decay": 0.0},

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 from panfm.data.store import Batch, ImageStore
 from panfm.models.backbone import Encoded
+from panfm.models.director_experts import Exploration
+from panfm.objectives.experts import ExpertTraining
 from panfm.objectives.masking import draw_hidden, stream_scores
 from panfm.objectives.objective import View, masked_view
 from panfm.objectives.saliency import relative_profile, stream_shares, streams_present
@@ -44,6 +46,8 @@ class TrainResult:
     subjects: int
     """Subjects available for training."""
     subjects_per_stream: dict[str, int]
+    gate_mass: dict[str, list[float]]
+    """Per layer with experts (`backbone.blocks.0.mlp`) and expert, over the steps that counted; empty if dense."""
 
 
 def train(
@@ -61,8 +65,8 @@ def train(
     """Take `num_steps` optimiser steps.
 
     Guarantees:
-        skipped: a step whose loss or gradient is not finite leaves parameters, teacher, running statistics and profile
-            as they were, and is counted.
+        skipped: a step whose loss or gradient is not finite leaves parameters, directors, teacher, running statistics
+            and profile as they were, and is counted.
 
     Args:
         store: Stem maps of the site's subjects.
@@ -73,6 +77,7 @@ def train(
     """
     run = learner.run
     masks = torch_generator(run.seed, site, round_number, "masking")
+    experts = ExpertTraining(run.model.experts, learner.model, torch_generator(run.seed, site, round_number, "routing"))
     order = batches(indices, run.train.batch_size, numpy_generator(run.seed, site, round_number, "order"))
     losses = []
     for taken in range(num_steps):
@@ -82,9 +87,11 @@ def train(
         with _autocast(learner):
             full = _teach(learner, maps)
             relative = _guidance(learner, full, profile)
-            view = look(learner, maps, full, relative, first_step + taken, masks)
+            view = look(learner, maps, full, relative, first_step + taken, masks, experts.exploration(position))
             loss = learner.objective.loss(learner.model, learner.teacher, view, full).mean()
-        if step(learner, loss, position):
+            total = experts.regularise(loss, view.seen, position)
+        if step(learner, total, position):
+            experts.absorb(view.seen, position)
             start, end = run.train.teacher_momentum
             learner.update_teacher(cosine(position, start=start, end=end))
             losses.append(loss.item())
@@ -100,6 +107,7 @@ def train(
         saliency=_saliency(learner, maps),
         subjects=len(indices),
         subjects_per_stream={name: int(np.isin(store.rows[name], indices).sum()) for name in store.images},
+        gate_mass=experts.gate_mass(),
     )
 
 
@@ -110,6 +118,7 @@ def look(
     relative: torch.Tensor,
     steps_taken: int,
     masks: torch.Generator,
+    exploration: Exploration | None = None,
 ) -> View:
     """Hide some places, more of the streams whose saliency `relative` ([B, S] or [1, S]) says so, and let the student
     see the rest."""
@@ -117,7 +126,7 @@ def look(
     layout = full.layout if full else model.layout(maps)
     scores = stream_scores(config, relative, model.stream_organs, steps_taken)
     hidden = draw_hidden(config, scores, layout, model.stream_of_place, masks)
-    return masked_view(model, maps, layout, hidden)
+    return masked_view(model, maps, layout, hidden, exploration)
 
 
 def step(learner: "Learner", loss: torch.Tensor, position: float) -> bool:

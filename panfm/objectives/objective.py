@@ -15,6 +15,7 @@ from torch import Tensor
 from panfm.data.store import Batch
 from panfm.models import PanModel
 from panfm.models.backbone import Encoded
+from panfm.models.director_experts import Exploration
 from panfm.models.tokens import Layout, gather_tokens
 
 
@@ -55,12 +56,15 @@ class Objective(Protocol):
         ...
 
 
-def masked_view(student: PanModel, maps: Batch, layout: Layout, hidden: Tensor) -> View:
-    """Let the student see the visible places and guess the hidden ones (bool [B, N])."""
+def masked_view(
+    student: PanModel, maps: Batch, layout: Layout, hidden: Tensor, exploration: Exploration | None = None
+) -> View:
+    """Let the student see the visible places and guess the hidden ones (bool [B, N]); its routers, if it has any, may
+    explore."""
     tokens = student.tokenize(maps, layout)
     visible, visible_column = layout.select(~hidden)
     hidden_layout, hidden_column = layout.select(hidden)
-    seen = student.backbone(gather_tokens(tokens, visible_column), visible)
+    seen = student.backbone(gather_tokens(tokens, visible_column), visible, exploration=exploration)
     guesses = student.heads.predict(seen, hidden_layout, student.hidden_queries())
     return View(maps, layout, hidden_layout, hidden_column, seen, guesses)
 

@@ -191,3 +191,16 @@ def test_any_text_is_taken_or_refused(text):
     for parse in (parse_run, parse_site):
         with pytest.raises(ConfigError):
             parse(text)
+
+
+def test_experts_per_block_are_one_number_or_a_list():
+    table = '[model]\nbackbone = "director-experts"\n[model.experts]\ncount = [8, 4]\nactive = 3\n'
+    run = parse_run(RUN + table)
+    assert (run.model.experts.count, run.model.experts.active) == ((8, 4), (3,))
+    assert parse_run(dump_toml(run)) == run
+
+
+@pytest.mark.parametrize("faulty", ["count = 0", "count = true", "count = []", "counts = 4", "balance-weight = 0.1"])
+def test_faulty_experts_are_named(faulty):
+    first = complaints(parse_run, f"{RUN}[model.experts]\n{faulty}\n")[0]
+    assert first.startswith(f"run description: model.experts.{faulty.split()[0]}")
