@@ -5,6 +5,8 @@ A study is a list of independent jobs (arm x draw x seed), each of which yields 
 """
 
 import itertools
+import json
+import math
 import multiprocessing
 import subprocess
 import time
@@ -12,14 +14,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import torch
+import typer
 from rich.console import Console
 
 from panfm.errors import ConfigError
 from panfm.files import json_text, write_atomic
+
+Seeds = Annotated[int, typer.Option(min=1, help="Training seeds per draw.")]
+Draws = Annotated[int, typer.Option(min=1, help="Phantom draws.")]
+FirstSeed = Annotated[int, typer.Option(help="First training seed and first draw.")]
+JsonFile = Annotated[Path | None, typer.Option(help="Write the result here.")]
+Experiment = Annotated[Path, typer.Option(help="Run description (TOML).")]
+"""What the user may ask of any study or bench."""
 
 J = TypeVar("J")
 R = TypeVar("R")
@@ -117,18 +127,22 @@ def run_jobs(
 
     Args:
         work: a module-level function.
-        jobs: picklable; `str(job)` is what the progress shows.
-        keep_for: a result file; until it is written, results are kept line by line in `<file>.jobs`.
+        jobs: picklable; `str(job)` says all that sets it apart, and is what the progress shows.
+        keep_for: a result file; until it is written, results are kept line by line in `<file>.jobs`, and jobs that the
+            same commit has done are not done again.
     """
-    begin, results = time.monotonic(), {}
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    for index, result in _as_they_finish(work, jobs, workers):
+    begin, console = time.monotonic(), Console(stderr=True, highlight=False, soft_wrap=True)
+    results: dict[int, R] = _done_before(jobs, keep_for) if keep_for else {}
+    if num_before := len(results):
+        console.print(f"[{num_before}/{len(jobs)}] done before")
+    todo = {index: job for index, job in enumerate(jobs) if index not in results}
+    for index, result in _as_they_finish(work, todo, workers):
         results[index] = result
         if keep_for:
             with _kept_jobs(keep_for).open("a", encoding="utf-8") as file:
-                file.write(json_text({"job": str(jobs[index]), "result": result}) + "\n")
+                file.write(json_text({"commit": commit(), "job": str(jobs[index]), "result": result}) + "\n")
         elapsed = time.monotonic() - begin
-        left = elapsed / len(results) * (len(jobs) - len(results))
+        left = elapsed / (len(results) - num_before) * (len(jobs) - len(results))
         console.print(f"[{len(results)}/{len(jobs)}] {jobs[index]}: {_clock(elapsed)} gone, {_clock(left)} left")
     return [results[index] for index in range(len(jobs))]
 
@@ -149,13 +163,27 @@ def commit() -> str:
         return "unknown"
 
 
-def _as_they_finish(work: Callable[[J], R], jobs: Sequence[J], workers: int) -> Iterator[tuple[int, R]]:
+def _done_before(jobs: Sequence[J], keep_for: Path) -> dict[int, Any]:
+    """Results that an interrupted study of this very commit has kept."""
+    path, now = _kept_jobs(keep_for), commit()
+    if not path.exists() or now.endswith("-dirty") or now == "unknown":
+        return {}
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    found = {line["job"]: _with_nan(line["result"]) for line in lines if line.get("commit") == now}
+    return {index: found[str(job)] for index, job in enumerate(jobs) if str(job) in found}
+
+
+def _with_nan(measured: Mapping[str, float | None]) -> dict[str, float]:
+    return {metric: math.nan if value is None else value for metric, value in measured.items()}
+
+
+def _as_they_finish(work: Callable[[J], R], jobs: Mapping[int, J], workers: int) -> Iterator[tuple[int, R]]:
     if workers == 1:
-        yield from ((index, work(job)) for index, job in enumerate(jobs))
+        yield from ((index, work(job)) for index, job in jobs.items())
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        futures = {pool.submit(work, job): index for index, job in enumerate(jobs)}
+        futures = {pool.submit(work, job): index for index, job in jobs.items()}
         try:
             for future in as_completed(futures):
                 yield futures[future], future.result()

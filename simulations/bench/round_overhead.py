@@ -32,15 +32,15 @@ from server.rounds import initial_state, train_round
 from server.run_folder import RunFolder
 from simulations.engines import Job
 from simulations.engines.local import LocalGrid
-from simulations.harness import QUICKSTART, StudyResult, check_writable
+from simulations.harness import QUICKSTART, Experiment, JsonFile, StudyResult, check_writable
 from simulations.run import prepare_cohort
 from strategies import GroupedMean
 
 
 def main(
-    json: Annotated[Path | None, typer.Option(help="Write the result here.")] = None,
+    json: JsonFile = None,
     cycles: Annotated[int, typer.Option(min=1, help="Cycles of rounds per arm, after one round to warm up.")] = 7,
-    experiment: Annotated[Path, typer.Option(help="Run description (TOML).")] = QUICKSTART,
+    experiment: Experiment = QUICKSTART,
 ) -> None:
     """Seconds per round: federation in one process against a plain loop."""
     check_writable(json)

@@ -6,7 +6,6 @@ in CPU time.
 """
 
 import time
-from pathlib import Path
 from typing import Annotated
 
 import numpy as np
@@ -18,7 +17,7 @@ from panfm.config import RunConfig, load_run
 from panfm.data.store import ImageStore
 from panfm.objectives import Learner
 from panfm.seeds import numpy_generator
-from simulations.harness import QUICKSTART, StudyResult, check_writable
+from simulations.harness import QUICKSTART, Experiment, JsonFile, StudyResult, check_writable
 
 ARMS: dict[str, dict[str, object]] = {
     "random": {"policy": "random"},
@@ -30,9 +29,9 @@ _NUM_SUBJECTS = 32
 
 
 def main(
-    json: Annotated[Path | None, typer.Option(help="Write the result here.")] = None,
+    json: JsonFile = None,
     turns: Annotated[int, typer.Option(min=1, help="Steps per arm and size, after one to warm up.")] = 100,
-    experiment: Annotated[Path, typer.Option(help="Run description (TOML).")] = QUICKSTART,
+    experiment: Experiment = QUICKSTART,
 ) -> None:
     """CPU seconds of a step with saliency-guided masking over one with random masking."""
     torch.set_num_threads(1)

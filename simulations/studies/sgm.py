@@ -31,7 +31,17 @@ from panfm.evaluate.statistics import StatisticsReference, measure_store
 from panfm.models import PanModel
 from panfm.objectives import Learner
 from panfm.objectives.saliency import stream_shares
-from simulations.harness import QUICKSTART, StudyOptions, StudyResult, check_writable, run_jobs
+from simulations.harness import (
+    QUICKSTART,
+    Draws,
+    FirstSeed,
+    JsonFile,
+    Seeds,
+    StudyOptions,
+    StudyResult,
+    check_writable,
+    run_jobs,
+)
 from simulations.studies._phantoms import Cohort, PhantomDraw, open_draw, render_draw
 
 STEPS = {"short": 500, "medium": 3000, "long": 8000}
@@ -69,12 +79,12 @@ class Job:
 
 
 def main(
-    seeds: Annotated[int, typer.Option(min=1, help="Training seeds per draw.")] = 5,
-    draws: Annotated[int, typer.Option(min=1, help="Phantom draws.")] = 3,
-    first_seed: Annotated[int, typer.Option(help="First training seed and first draw.")] = 0,
+    seeds: Seeds = 5,
+    draws: Draws = 3,
+    first_seed: FirstSeed = 0,
     budget: Annotated[str, typer.Option(help="short, medium or long: 500, 3,000 or 8,000 steps.")] = "short",
     arms: Annotated[str, typer.Option(help="Only these arms, with commas between; random is always run.")] = ALL_ARMS,
-    json: Annotated[Path | None, typer.Option(help="Write the result here.")] = None,
+    json: JsonFile = None,
 ) -> None:
     """Masking policies on two phantoms: what saliency-guided masking gains, and for how long."""
     if budget not in STEPS:

@@ -35,7 +35,17 @@ from panfm.models import PanModel
 from panfm.report.table import number_text
 from simulations.alone import train_alone
 from simulations.engines import Job, run_job
-from simulations.harness import QUICKSTART, StudyOptions, StudyResult, check_writable, run_jobs
+from simulations.harness import (
+    QUICKSTART,
+    Draws,
+    FirstSeed,
+    JsonFile,
+    Seeds,
+    StudyOptions,
+    StudyResult,
+    check_writable,
+    run_jobs,
+)
 
 ARMS = ("local", "plain", "grouped", "centralised")
 ALL_ORGANS = "university-hospital"
@@ -69,11 +79,11 @@ class CohortJob:
 
 
 def main(
-    seeds: Annotated[int, typer.Option(min=1, help="Training seeds per draw.")] = 5,
-    draws: Annotated[int, typer.Option(min=1, help="Phantom draws.")] = 1,
-    first_seed: Annotated[int, typer.Option(help="First training seed and first draw.")] = 0,
+    seeds: Seeds = 5,
+    draws: Draws = 1,
+    first_seed: FirstSeed = 0,
     budget: Annotated[str, typer.Option(help="short, medium or long: 15, 50 or 150 rounds.")] = "short",
-    json: Annotated[Path | None, typer.Option(help="Write the result here.")] = None,
+    json: JsonFile = None,
 ) -> None:
     """Local, plain, grouped and centralised training at one number of gradient steps."""
     if budget not in _ROUNDS:

@@ -24,13 +24,31 @@ def test_results_come_in_the_order_of_the_jobs(workers):
     assert run_jobs(halve, [3, 1, 2], workers=workers) == [{"half": 1.5}, {"half": 0.5}, {"half": 1.0}]
 
 
-def test_a_study_that_breaks_off_leaves_what_was_measured(tmp_path):
-    path = tmp_path / "out.json"
+def test_a_study_that_breaks_off_goes_on_where_it_was(tmp_path, monkeypatch):
+    path, done = tmp_path / "out.json", []
+    monkeypatch.setattr("simulations.harness.commit", lambda: "abc")
+
+    def halve_once(number):
+        done.append(number)
+        return {"half": math.nan} if number == 0 else halve(number)
+
     with pytest.raises(ValueError, match="-1"):
-        run_jobs(halve, [3, -1], workers=1, keep_for=path)
-    assert (tmp_path / "out.json.jobs").read_text() == '{"job": "3", "result": {"half": 1.5}}\n'
+        run_jobs(halve_once, [3, 0, -1], workers=1, keep_for=path)
+    three, zero = run_jobs(halve_once, [3, 0], workers=1, keep_for=path)
+    assert three == {"half": 1.5}
+    assert math.isnan(zero["half"])
+    assert done == [3, 0, -1]
     StudyResult("toy", {}).write(path)
     assert [left.name for left in tmp_path.iterdir()] == ["out.json"]
+
+
+@pytest.mark.parametrize("now", ["other", "abc-dirty", "unknown"])
+def test_what_other_code_has_measured_is_measured_again(tmp_path, monkeypatch, now):
+    path = tmp_path / "out.json"
+    kept = '{"commit": "%s", "job": "3", "result": {"half": 9.0}}\n'
+    (tmp_path / "out.json.jobs").write_text(kept % ("abc" if now == "other" else now))
+    monkeypatch.setattr("simulations.harness.commit", lambda: now)
+    assert run_jobs(halve, [3], workers=1, keep_for=path) == [{"half": 1.5}]
 
 
 def test_result_file(tmp_path):
