@@ -93,7 +93,7 @@ def test_every_tool_refuses_a_bad_result_path_at_once(tmp_path, monkeypatch, wor
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("name", "option"), [("round-overhead", "--rounds"), ("sgm-overhead", "--turns")])
+@pytest.mark.parametrize(("name", "option"), [("round-overhead", "--cycles"), ("sgm-overhead", "--turns")])
 def test_a_bench_of_nothing_is_refused(name, option):
     done = CliRunner().invoke(app, ["bench", name, option, "0"])
     assert done.exit_code == 2
