@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from panfm.config.run import DinoConfig
+from panfm.data.store import Batch
 from panfm.models import PanModel
 from panfm.models.backbone import Encoded
 from panfm.models.tokens import gather_tokens
-from panfm.objectives.objective import View, mean_over
+from panfm.objectives.objective import Split, Targets, View, mean_over
 
 
 class DinoObjective:
@@ -30,15 +31,19 @@ class DinoObjective:
         self.config = config
         self.centres = {kind: torch.zeros(config.prototypes, device=device) for kind in ("cls", "token")}
 
-    def loss(self, student: PanModel, teacher: PanModel, view: View, full: Encoded | None) -> Tensor:
-        """Loss of each subject [B]."""
+    @torch.no_grad()
+    def targets(self, teacher: PanModel, maps: Batch, split: Split, full: Encoded | None) -> Targets:
+        """Centred assignments of CLS [B, Q] and of the hidden places [B, K, Q]. Moves the centres."""
         assert full is not None
-        with torch.no_grad():
-            cls_target = self._assign(teacher, full.cls, "cls", full.layout.valid.any(dim=1))
-            hidden = gather_tokens(full.tokens, view.hidden_column)
-            token_target = self._assign(teacher, hidden, "token", view.hidden.valid)
-        cls = self._cross_entropy(student, student.heads.project(view.seen.cls), cls_target)
-        return cls + mean_over(self._cross_entropy(student, view.guesses, token_target), view.hidden.valid)
+        cls = self._assign(teacher, full.cls, "cls", full.layout.valid.any(dim=1))
+        hidden = gather_tokens(full.tokens, split.hidden_column)
+        return {"cls": cls, "places": self._assign(teacher, hidden, "token", split.hidden.valid)}
+
+    def loss(self, student: PanModel, view: View, targets: Targets) -> Tensor:
+        """Loss of each subject [B]."""
+        cls = self._cross_entropy(student, student.heads.project(view.seen.cls), targets["cls"])
+        places = self._cross_entropy(student, view.guesses, targets["places"])
+        return cls + mean_over(places, view.split.hidden.valid)
 
     def _assign(self, teacher: PanModel, features: Tensor, kind: str, valid: Tensor) -> Tensor:
         scores = teacher.heads.assign(teacher.heads.project(features)).float()

@@ -28,7 +28,7 @@ from panfm.models import PanModel
 from panfm.models.backbone import Encoded
 from panfm.models.stems import patchify, stem_features, stem_step
 from panfm.models.tokens import Layout, gather_tokens
-from panfm.objectives.objective import View, mean_over
+from panfm.objectives.objective import Split, Targets, View, mean_over
 from panfm.seeds import torch_generator
 
 
@@ -75,39 +75,43 @@ class LatentObjective:
         self.summaries = RunningMoments(len(model.stream_names), model.width, device=device)
         self.projections = {name: _projection(model, name, seed) for name in model.stream_names}
 
-    def loss(self, student: PanModel, teacher: PanModel, view: View, full: Encoded | None) -> Tensor:
-        """Loss of each subject [B]."""
+    @torch.no_grad()
+    def targets(self, teacher: PanModel, maps: Batch, split: Split, full: Encoded | None) -> Targets:
+        """Features of the hidden places [B, K, D], summaries of streams [B, S, D], which streams are there [B, S]."""
         assert full is not None
-        targets, summaries, present = self._targets(student, full, view.maps)
-        wanted = gather_tokens(targets, view.hidden_column)
-        tokens = mean_over(self._distance(view.guesses, wanted), view.hidden.valid)
-        summary = mean_over(self._distance(student.heads.summarise(view.seen.cls), summaries), present)
+        places, summaries, present = self._features(teacher, full, maps)
+        return {"places": gather_tokens(places, split.hidden_column), "summaries": summaries, "present": present}
+
+    def loss(self, student: PanModel, view: View, targets: Targets) -> Tensor:
+        """Loss of each subject [B]."""
+        tokens = mean_over(self._distance(view.guesses, targets["places"]), view.split.hidden.valid)
+        summaries = student.heads.summarise(view.seen.cls)
+        summary = mean_over(self._distance(summaries, targets["summaries"]), targets["present"])
         return tokens + self.config.summary_weight * summary
 
-    @torch.no_grad()
-    def _targets(self, student: PanModel, full: Encoded, maps: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    def _features(self, model: PanModel, full: Encoded, maps: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Targets of all places [B, N, D], of all streams [B, S, D], and which streams are present [B, S]."""
         blocks = full.blocks[-self.config.top_blocks :]
         targets = torch.stack([functional.layer_norm(block.float(), block.shape[-1:]) for block in blocks]).mean(0)
-        contents = self._contents(student, maps, full.layout)
+        contents = self._contents(model, maps, full.layout)
         if self.config.standardise:
             targets = _standardise_places(self.places, targets, full.layout)
             contents = _standardise_places(self.contents, contents, full.layout)
         share = self.config.content_share
         targets = (1.0 - share) ** 0.5 * targets + share**0.5 * contents
-        summaries, present = _stream_means(targets, full.layout, student)
+        summaries, present = _stream_means(targets, full.layout, model)
         if self.config.standardise:
             self.summaries.update(summaries, present)
             summaries = self.summaries.standardise(summaries)
         return targets, summaries, present
 
-    def _contents(self, student: PanModel, maps: Batch, layout: Layout) -> Tensor:
+    def _contents(self, model: PanModel, maps: Batch, layout: Layout) -> Tensor:
         """Projected stem features [B, N, D]."""
-        contents = torch.zeros(maps.size, len(student.stream_of_place), student.width, device=layout.place.device)
-        for index, name in enumerate(student.stream_names):
+        contents = torch.zeros(maps.size, len(model.stream_of_place), model.width, device=layout.place.device)
+        for index, name in enumerate(model.stream_names):
             if name in maps.images:
-                patches = patchify(maps.images[name], stem_step(student.stream_configs[name], student.tokenizer))
-                places = torch.nonzero(student.stream_of_place == index).squeeze(1)
+                patches = patchify(maps.images[name], stem_step(model.stream_configs[name], model.tokenizer))
+                places = torch.nonzero(model.stream_of_place == index).squeeze(1)
                 contents[maps.rows[name][:, None], places] = (patches @ self.projections[name]).float()
         return gather_tokens(contents, layout.place)
 

@@ -19,7 +19,7 @@ from panfm.models.backbone import Encoded
 from panfm.models.director_experts import Exploration
 from panfm.objectives.experts import ExpertTraining
 from panfm.objectives.masking import draw_hidden, stream_scores
-from panfm.objectives.objective import View, masked_view
+from panfm.objectives.objective import Split, View, masked_view
 from panfm.objectives.saliency import relative_profile, stream_shares, streams_present
 from panfm.objectives.schedules import cosine, warmup_cosine
 from panfm.seeds import numpy_generator, torch_generator
@@ -87,8 +87,9 @@ def train(
         with _autocast(learner):
             full = _teach(learner, maps)
             relative = _guidance(learner, full, profile)
-            view = look(learner, maps, full, relative, first_step + taken, masks, experts.exploration(position))
-            loss = learner.objective.loss(learner.model, learner.teacher, view, full).mean()
+            split = hide(learner, maps, full, relative, first_step + taken, masks)
+            view, each = _compare(learner, maps, full, split, experts.exploration(position))
+            loss = each.mean()
             total = experts.regularise(loss, view.seen, position)
         if step(learner, total, position):
             experts.absorb(view.seen, position)
@@ -111,22 +112,20 @@ def train(
     )
 
 
-def look(
+def hide(
     learner: "Learner",
     maps: Batch,
     full: Encoded | None,
     relative: torch.Tensor,
     steps_taken: int,
     masks: torch.Generator,
-    exploration: Exploration | None = None,
-) -> View:
-    """Hide some places, more of the streams whose saliency `relative` ([B, S] or [1, S]) says so, and let the student
-    see the rest."""
+) -> Split:
+    """Hide some places, more of the streams whose saliency `relative` ([B, S] or [1, S]) says so."""
     config, model = learner.run.masking, learner.model
     layout = full.layout if full else model.layout(maps)
     scores = stream_scores(config, relative, model.stream_organs, steps_taken)
     hidden = draw_hidden(config, scores, layout, model.stream_of_place, masks)
-    return masked_view(model, maps, layout, hidden, exploration)
+    return Split.of(layout, hidden)
 
 
 def step(learner: "Learner", loss: torch.Tensor, position: float) -> bool:
@@ -163,8 +162,8 @@ def validation_loss(learner: "Learner", store: ImageStore, indices: NDArray[np.i
         maps = store.batch(indices[start : start + learner.run.train.batch_size]).to(learner.device)
         with _autocast(learner):
             full = _teach(learner, maps)
-            view = look(learner, maps, full, unguided, 0, masks)
-            losses.append(learner.objective.loss(learner.model, learner.teacher, view, full))
+            split = hide(learner, maps, full, unguided, 0, masks)
+            losses.append(_compare(learner, maps, full, split)[1])
     learner.objective.load_state(state)
     return float(torch.cat(losses).mean())
 
@@ -176,6 +175,15 @@ def batches(indices: NDArray[np.int64], size: int, generator: np.random.Generato
         order = generator.permutation(indices)
         for start in range(0, max(len(order) - size, 0) + 1, size):
             yield order[start : start + size]
+
+
+def _compare(
+    learner: "Learner", maps: Batch, full: Encoded | None, split: Split, exploration: Exploration | None = None
+) -> tuple[View, torch.Tensor]:
+    """What the student makes of a split batch, and each subject's loss [B]."""
+    view = masked_view(learner.model, maps, split, exploration)
+    targets = learner.objective.targets(learner.teacher, maps, split, full)
+    return view, learner.objective.loss(learner.model, view, targets)
 
 
 def _is_guided(learner: "Learner") -> bool:

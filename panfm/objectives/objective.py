@@ -1,13 +1,16 @@
-"""What every objective looks like to the local loop: a loss per subject.
+"""What every objective looks like to the local loop: targets without a gradient, then a loss per subject.
 
 A student sees the visible places; the objective compares what it guesses about the hidden ones with a target. Targets
 come from the teacher (`latent`, `dino`) or from the image (`mae`). Any masking policy works under any objective.
+What depends on the data's shape (who hides how much of what) is settled in `Split` and the targets; from there to the
+loss everything is a plain function of parameters and tensors, so that `panfm.privacy` can take it patient by patient.
 
 Shape legend: B subjects, N places, K hidden places, D width.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -18,6 +21,30 @@ from panfm.models.backbone import Encoded
 from panfm.models.director_experts import Exploration
 from panfm.models.tokens import Layout, gather_tokens
 
+Targets = Mapping[str, Tensor]
+"""What the student has to guess, by name; rows are subjects, or those of them that hold a stream."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which places of a batch the student sees, and which it guesses."""
+
+    layout: Layout
+    """All places [B, N]."""
+    visible: Layout
+    """Those it sees [B, V]."""
+    visible_column: Tensor
+    """int64 [B, V], where in `layout` each visible place stands."""
+    hidden: Layout
+    """Those it guesses [B, K]."""
+    hidden_column: Tensor
+    """int64 [B, K], where in `layout` each hidden place stands."""
+
+    @classmethod
+    def of(cls, layout: Layout, hidden: Tensor) -> Self:
+        """Hide some places (bool [B, N])."""
+        return cls(layout, *layout.select(~hidden), *layout.select(hidden))
+
 
 @dataclass(frozen=True)
 class View:
@@ -25,12 +52,7 @@ class View:
 
     maps: Batch
     """The batch's stem maps."""
-    layout: Layout
-    """All its places [B, N]."""
-    hidden: Layout
-    """The hidden ones [B, K]."""
-    hidden_column: Tensor
-    """int64 [B, K], where in `layout` each hidden place stands."""
+    split: Split
     seen: Encoded
     """The student's encoding of the visible places."""
     guesses: Tensor
@@ -41,10 +63,14 @@ class Objective(Protocol):
     """A self-supervised loss."""
 
     needs_teacher: bool
-    """Whether `loss` reads the teacher's encoding."""
+    """Whether `targets` reads the teacher's encoding."""
 
-    def loss(self, student: PanModel, teacher: PanModel, view: View, full: Encoded | None) -> Tensor:
-        """Loss of each subject [B]; `full` is the teacher's encoding of all places, block outputs included."""
+    def targets(self, teacher: PanModel, maps: Batch, split: Split, full: Encoded | None) -> Targets:
+        """What is to be guessed; `full` is the teacher's encoding of all places, block outputs included."""
+        ...
+
+    def loss(self, student: PanModel, view: View, targets: Targets) -> Tensor:
+        """Loss of each subject [B]."""
         ...
 
     def state(self) -> dict[str, Tensor]:
@@ -56,17 +82,12 @@ class Objective(Protocol):
         ...
 
 
-def masked_view(
-    student: PanModel, maps: Batch, layout: Layout, hidden: Tensor, exploration: Exploration | None = None
-) -> View:
-    """Let the student see the visible places and guess the hidden ones (bool [B, N]); its routers, if it has any, may
-    explore."""
-    tokens = student.tokenize(maps, layout)
-    visible, visible_column = layout.select(~hidden)
-    hidden_layout, hidden_column = layout.select(hidden)
-    seen = student.backbone(gather_tokens(tokens, visible_column), visible, exploration=exploration)
-    guesses = student.heads.predict(seen, hidden_layout, student.hidden_queries())
-    return View(maps, layout, hidden_layout, hidden_column, seen, guesses)
+def masked_view(student: PanModel, maps: Batch, split: Split, exploration: Exploration | None = None) -> View:
+    """Let the student see the visible places and guess the hidden ones; its routers, if it has any, may explore."""
+    tokens = student.tokenize(maps, split.layout)
+    seen = student.backbone(gather_tokens(tokens, split.visible_column), split.visible, exploration=exploration)
+    guesses = student.heads.predict(seen, split.hidden, student.hidden_queries())
+    return View(maps, split, seen, guesses)
 
 
 def mean_over(values: Tensor, valid: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from panfm.models.director_experts import balance_loss, layer_weight
 from panfm.objectives import Learner, loop
 from panfm.objectives.experts import ExpertTraining
-from panfm.objectives.objective import masked_view
+from panfm.objectives.objective import Split, masked_view
 
 OBJECTIVES = ["latent", "dino", "mae"]
 POLICIES = ["random", "organ", "sgm", "inverse", "static"]
@@ -132,7 +132,7 @@ def view_of(learner, store, training, position):
     maps = learner.model.stem(store.batch(np.arange(6)))
     layout = learner.model.layout(maps)
     hidden = (layout.place % 2 == 0) & layout.valid
-    return masked_view(learner.model, maps, layout, hidden, training.exploration(position))
+    return masked_view(learner.model, maps, Split.of(layout, hidden), training.exploration(position))
 
 
 def trainer(learner):

@@ -11,7 +11,7 @@ from panfm.models.stems import patchify
 from panfm.objectives import Learner
 from panfm.objectives.latent import RunningMoments
 from panfm.objectives.masking import draw_hidden
-from panfm.objectives.objective import masked_view
+from panfm.objectives.objective import Split, masked_view
 
 LATENT_PLAIN = '[objective]\nname = "latent"\nstandardise = false\ncontent-share = 0.0\n'
 DINO = '[objective]\nname = "dino"\nprototypes = 16\n'
@@ -23,8 +23,10 @@ def losses(learner, store, subjects, hidden=None):
     full = learner.teacher.encode(maps, keep_blocks=True)
     if hidden is None:
         hidden = fixed_hidden(full.layout)
-    view = masked_view(learner.model, maps, full.layout, hidden)
-    return learner.objective.loss(learner.model, learner.teacher, view, full), view, full
+    split = Split.of(full.layout, hidden)
+    view = masked_view(learner.model, maps, split)
+    targets = learner.objective.targets(learner.teacher, maps, split, full)
+    return learner.objective.loss(learner.model, view, targets), view, full
 
 
 def fixed_hidden(layout):
@@ -51,7 +53,7 @@ def test_the_student_never_sees_what_is_hidden(make_run, make_store, objective):
     changed = Batch(4, maps.images | {"heart-ct": maps.images["heart-ct"] + 1.0}, maps.rows)
     layout = learner.model.layout(maps)
     hidden = learner.model.stream_of_place[layout.place] == 1
-    first, second = (masked_view(learner.model, each, layout, hidden) for each in (maps, changed))
+    first, second = (masked_view(learner.model, each, Split.of(layout, hidden)) for each in (maps, changed))
     assert torch.equal(first.seen.cls, second.seen.cls)
     assert torch.equal(first.guesses, second.guesses)
 
@@ -63,8 +65,8 @@ def test_latent_equals_a_slow_loop(make_run, make_store):
     found, view, full = losses(learner, store, np.arange(5))
     for b in range(5):
         targets = torch.stack([functional.layer_norm(block[b], (48,)) for block in full.blocks]).mean(0)
-        kept = view.hidden.valid[b]
-        tokens = functional.smooth_l1_loss(view.guesses[b][kept], targets[view.hidden_column[b][kept]], beta=0.5)
+        kept = view.split.hidden.valid[b]
+        tokens = functional.smooth_l1_loss(view.guesses[b][kept], targets[view.split.hidden_column[b][kept]], beta=0.5)
         guesses, summary = learner.model.heads.summarise(view.seen.cls[b][None])[0], []
         stream = learner.model.stream_of_place[full.layout.place[b]]
         for index in stream[full.layout.valid[b]].unique():
@@ -105,8 +107,8 @@ def test_mae_equals_a_slow_loop(make_run, make_store):
     places = [(name, corner) for name in learner.model.stream_names for corner in corners[name]]
     for b in range(5):
         errors = []
-        for k in range(int(view.hidden.valid[b].sum())):
-            name, corner = places[view.hidden.place[b, k]]
+        for k in range(int(view.split.hidden.valid[b].sum())):
+            name, corner = places[view.split.hidden.place[b, k]]
             image = view.maps.images[name][image_row[name][b]]
             patch = image[(slice(None), *(slice(c, c + 4) for c in corner))].flatten()
             patch = (patch - patch.mean()) / (patch.var(correction=0) + 1e-6).sqrt()
@@ -128,8 +130,8 @@ def test_dino_equals_a_slow_loop_and_moves_its_centre(make_run, make_store):
         return -(wanted * (student.assign(guess) / 0.1).log_softmax(-1)).sum(-1)
 
     for b in range(5):
-        kept = view.hidden.valid[b]
-        tokens = entropy(view.guesses[b][kept], full.tokens[b][view.hidden_column[b][kept]]).mean()
+        kept = view.split.hidden.valid[b]
+        tokens = entropy(view.guesses[b][kept], full.tokens[b][view.split.hidden_column[b][kept]]).mean()
         expected = entropy(student.project(view.seen.cls[b]), full.cls[b]) + tokens
         assert_close(found[b], expected, atol=1e-4, rtol=1e-4)
     moved = 0.1 * teacher.assign(teacher.project(full.cls)).mean(0)
@@ -167,5 +169,5 @@ def test_the_hidden_budget_reaches_the_view(make_run, make_store):
     layout = learner.model.layout(maps)
     scores, masks = torch.zeros(1, 3), torch.Generator().manual_seed(0)
     hidden = draw_hidden(run.masking, scores, layout, learner.model.stream_of_place, masks)
-    view = masked_view(learner.model, maps, layout, hidden)
-    assert torch.equal(view.hidden.valid.sum(1) + view.seen.layout.valid.sum(1), layout.valid.sum(1))
+    view = masked_view(learner.model, maps, Split.of(layout, hidden))
+    assert torch.equal(view.split.hidden.valid.sum(1) + view.seen.layout.valid.sum(1), layout.valid.sum(1))
