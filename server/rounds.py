@@ -19,7 +19,7 @@ from flwr.serverapp import Grid
 from panfm.config import RunConfig, dump_toml
 from panfm.errors import RunError
 from panfm.models import build_model
-from panfm.sharing.groups import BACKBONE, GroupManifest, stream_of
+from panfm.sharing.groups import BACKBONE, GroupManifest, split_state, stream_of
 from panfm.sharing.messages import Handshake, RoundReply, RoundTask
 from panfm.sharing.profile import federated_profile
 from server.checkpoint import ServerState
@@ -86,8 +86,9 @@ def require_quorum(run: RunConfig, line: Mapping[str, Any]) -> None:
 
 
 def initial_state(run: RunConfig) -> tuple[ServerState, GroupManifest]:
-    """The model before round 1, under a new run id, and the layout of its groups."""
-    tensors = {name: tensor.numpy() for name, tensor in build_model(run).state_dict().items()}
+    """What is shared of the model before round 1, under a new run id, and the layout of its groups."""
+    shared, _ = split_state(run.sharing, build_model(run).state_dict())
+    tensors = {name: tensor.numpy() for name, tensor in shared.items()}
     manifest = GroupManifest.of({name: tensor.shape for name, tensor in tensors.items()})
     return ServerState(f"{run.name[:48]}-{secrets.token_hex(4)}", 0, manifest.pack_all(tensors)), manifest
 
@@ -130,7 +131,7 @@ def _coverage(replies: Mapping[str, RoundReply]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for site, reply in replies.items():
         for group in reply.weights:
-            if (stream := stream_of(group)) and reply.weights[group]:
+            if (stream := stream_of(group)) and any(reply.weights[group]):
                 found.setdefault(stream, []).append(site)
     return dict(sorted(found.items()))
 
@@ -149,6 +150,6 @@ def _site_line(reply: RoundReply, seconds: float) -> dict[str, Any]:
 
 def _mean_loss(replies: Mapping[str, RoundReply]) -> float | None:
     """Mean of the losses that were released, weighted as the backbone is."""
-    known = [(reply.loss, reply.weights[BACKBONE]) for reply in replies.values() if reply.loss is not None]
+    known = [(reply.loss, sum(reply.weights[BACKBONE])) for reply in replies.values() if reply.loss is not None]
     total = sum(weight for _, weight in known)
     return sum(loss * weight for loss, weight in known) / total if total else None

@@ -17,7 +17,8 @@ from panfm.errors import ProtocolError
 from panfm.sharing.groups import Flat, GroupManifest
 from panfm.sharing.mean import ExactMean
 from panfm.sharing.messages import Handshake, RoundReply
-from strategies.guards import check_reply, weight_limit
+from panfm.sharing.weights import Weights, weight_limits, weight_segments
+from strategies.guards import check_reply
 from strategies.records import unpack
 
 
@@ -48,6 +49,7 @@ class GroupedMean(Strategy):
         self.manifest = manifest
         self.roster = roster
         self.outcome = RoundOutcome()
+        self._limits = {node_id: self._weight_limits(handshake) for node_id, handshake in roster.items()}
         self._global = ArrayRecord()
         self._run_id = ""
 
@@ -91,7 +93,8 @@ class GroupedMean(Strategy):
         handshake = self.roster[message.metadata.src_node_id]
         try:
             reply = self._read(message, handshake)
-            check_reply(reply, handshake, means, self.run, of=(self._run_id, server_round))
+            limits = self._limits[message.metadata.src_node_id]
+            check_reply(reply, handshake, means, limits, of=(self._run_id, server_round))
         except ProtocolError as error:
             self.outcome.rejected[handshake.site] = str(error)
             return
@@ -107,13 +110,17 @@ class GroupedMean(Strategy):
             self.outcome.bytes_up[group] = self.outcome.bytes_up.get(group, 0) + update.nbytes
         return reply
 
+    def _weight_limits(self, handshake: Handshake) -> dict[str, Weights]:
+        return {
+            group: weight_limits(
+                self.run, self.manifest, group, subjects=handshake.subjects, subjects_per_stream=handshake.streams
+            )
+            for group in handshake.group_hashes
+        }
+
     def _empty_mean(self, group: str) -> ExactMean:
-        limits = [
-            weight_limit(self.run, group, handshake)
-            for handshake in self.roster.values()
-            if group in handshake.group_hashes
-        ]
-        return ExactMean(self.manifest.size(group), weight_limit=sum(limits) or 1.0)
+        limit = sum(max(limits[group], default=0.0) for limits in self._limits.values() if group in limits)
+        return ExactMean(weight_segments(self.run, self.manifest, group), weight_limit=limit or 1.0)
 
     def _moved(self, group: str, mean: Flat | None) -> Array:
         if mean is None:

@@ -2,31 +2,25 @@
 
 from collections.abc import Mapping
 
-from panfm.config import RunConfig
 from panfm.errors import ProtocolError
 from panfm.sharing.mean import ExactMean
 from panfm.sharing.messages import Handshake, RoundReply
-from panfm.sharing.weights import group_weight
-
-
-def weight_limit(run: RunConfig, group: str, handshake: Handshake) -> float:
-    """The most a site may weigh in a group, by the numbers it gave before round 1."""
-    return group_weight(
-        run,
-        group,
-        subjects=handshake.subjects,
-        subjects_per_stream=handshake.streams,
-        num_steps=run.train.local_steps,
-    )
+from panfm.sharing.weights import Weights
 
 
 def check_reply(
-    reply: RoundReply, handshake: Handshake, means: Mapping[str, ExactMean], run: RunConfig, *, of: tuple[str, int]
+    reply: RoundReply,
+    handshake: Handshake,
+    means: Mapping[str, ExactMean],
+    limits: Mapping[str, Weights],
+    *,
+    of: tuple[str, int],
 ) -> None:
     """Refuse a reply that is stale, incomplete, malformed, or out of bounds.
 
     Args:
         means: Group -> the mean it would enter.
+        limits: Group -> the most the site may weigh in it.
         of: Run id and round that are being answered.
     Raises:
         ProtocolError: the reason, on one line.
@@ -38,13 +32,13 @@ def check_reply(
         if found != expected:
             missing, extra = sorted(expected - found), sorted(found - expected)
             raise ProtocolError(f"{what}: missing {missing or 'none'}, not expected {extra or 'none'}")
-    if not any(reply.weights.values()):
+    if not any(map(any, reply.weights.values())):
         raise ProtocolError("all local steps were skipped: in none were loss and gradient finite")
     for group, update in reply.updates.items():
-        weight, limit = reply.weights[group], weight_limit(run, group, handshake)
-        if not 0.0 <= weight <= limit:
-            raise ProtocolError(f"{group}: weight {weight:g}, expected 0 to {limit:g} by the site's handshake")
+        for weight, limit in zip(reply.weights[group], limits[group], strict=False):
+            if not 0.0 <= weight <= limit:
+                raise ProtocolError(f"{group}: weight {weight:g}, expected 0 to {limit:g} by the site's handshake")
         try:
-            means[group].check(update, weight)
+            means[group].check(update, reply.weights[group])
         except ProtocolError as error:
             raise ProtocolError(f"{group}: {error}") from error

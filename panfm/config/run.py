@@ -259,6 +259,11 @@ class SharingConfig(Config):
 
     rule: Literal["grouped", "plain"] = "grouped"
     """grouped: each group over the sites that trained it, by how much; plain: everything from everyone (baseline)."""
+    experts: Literal["private", "pooled", "naive"] = "private"
+    """What becomes of experts and router. private: they never leave the site; pooled: mean per expert, by gate mass;
+    naive: mean of all, by subjects (baseline)."""
+    head: Literal["mean", "private"] = "mean"
+    """mean: averaged as the backbone is; private: it never leaves the site."""
 
 
 class FederationConfig(Config):

@@ -24,6 +24,7 @@ from panfm.data.store import Batch, ImageStore
 from panfm.errors import DataError
 from panfm.files import write_atomic
 from panfm.models import PanModel, build_model
+from panfm.models.start import load_with_fresh_private
 
 
 class Embedder(Protocol):
@@ -132,6 +133,8 @@ def read_features(path: Path) -> Features:
 def load_model(folder: Path) -> tuple[PanModel, RunConfig]:
     """The model of a run's `model/` folder, and the run that made it.
 
+    What sites kept to themselves is not there: private experts are copies of the director.
+
     Raises:
         ConfigError: `run.toml` is absent or does not hold.
         DataError: the weights are absent or unreadable, or do not fit the run's model.
@@ -143,7 +146,7 @@ def load_model(folder: Path) -> tuple[PanModel, RunConfig]:
         raise DataError(f"{path}: expected a model's weights ({type(error).__name__})") from error
     model = build_model(run)
     try:
-        model.load_state_dict(weights)
+        load_with_fresh_private(model, run.sharing, weights, model.state_dict())
     except RuntimeError as error:
         first = " ".join(str(error).split())[:120]
         raise DataError(f"{path}: does not fit the model of run.toml: {first}") from error

@@ -1,7 +1,7 @@
 """One site's model in training: student, teacher, optimiser, running statistics.
 
-What is shared (the student) and what is private (everything else) come out as two separate states, so that a site can
-keep the one and send only the other. `loop.py` drives it.
+What is shared (of the student, what the run's `[sharing]` says) and what is private (everything else) come out as two
+separate states, so that a site can keep the one and send only the other. `loop.py` drives it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,11 +18,13 @@ from panfm.config import RunConfig
 from panfm.config.run import DinoConfig, LatentConfig
 from panfm.data.store import Batch, ImageStore
 from panfm.models import PanModel, build_model
+from panfm.models.start import load_with_fresh_private
 from panfm.objectives.dino import DinoObjective
 from panfm.objectives.latent import LatentObjective
 from panfm.objectives.loop import TrainResult, train, validation_loss
 from panfm.objectives.mae import MaeObjective
 from panfm.objectives.objective import Objective
+from panfm.sharing.groups import split_state
 
 
 class Learner:
@@ -37,11 +39,17 @@ class Learner:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = build_model(run, streams).to(self.device)
         self.parameters = list(self.model.parameters())
+        self._start = {name: value.clone() for name, value in self._private_parameters().items()}
         self.reset_private()
         self._stemmed: WeakKeyDictionary[ImageStore, ImageStore] = WeakKeyDictionary()
 
     def reset_private(self) -> None:
-        """Start the private part afresh: teacher equal to the student, empty optimiser and statistics."""
+        """Start the private part afresh.
+
+        Private experts are copies of the director that is in place, router and private heads are as the run's seed has
+        them; the teacher equals the student, optimiser and statistics are empty.
+        """
+        load_with_fresh_private(self.model, self.run.sharing, self._shared_parameters(), self._start)
         self.teacher = deepcopy(self.model).requires_grad_(requires_grad=False)
         self._teacher_parameters = list(self.teacher.parameters())
         self.optimiser = _build_optimiser(self.model, self.run)
@@ -92,17 +100,18 @@ class Learner:
         get_ema_multi_avg_fn(momentum)(self._teacher_parameters, self.parameters, 0)
 
     def shared_state(self) -> dict[str, Tensor]:
-        """The student's parameters, by name; copies."""
-        return {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
+        """The student's shared parameters, by name; copies."""
+        return {name: value.detach().cpu().clone() for name, value in self._shared_parameters().items()}
 
     def load_shared(self, state: Mapping[str, Tensor]) -> None:
-        """Take over the student's parameters; names must match exactly."""
-        self.model.load_state_dict(dict(state), strict=True)
+        """Take over the student's shared parameters; names must match exactly."""
+        self.model.load_state_dict(self._private_parameters() | dict(state), strict=True)
 
     def private_state(self) -> dict[str, Tensor]:
-        """Everything else that training depends on: teacher, optimiser, statistics, experts' activation, saliency
-        profile."""
-        state = {f"teacher.{name}": value for name, value in self.teacher.state_dict().items()}
+        """Everything else that training depends on: the student's private parameters, teacher, optimiser, statistics,
+        experts' activation, saliency profile."""
+        state = {f"student.{name}": value for name, value in self._private_parameters().items()}
+        state |= {f"teacher.{name}": value for name, value in self.teacher.state_dict().items()}
         for name, parameter in self.model.named_parameters():
             slots = self.optimiser.state.get(parameter, {})
             state |= {f"optimiser.{slot}.{name}": value for slot, value in slots.items()}
@@ -114,6 +123,7 @@ class Learner:
 
     def load_private(self, state: Mapping[str, Tensor]) -> None:
         """Take back what `private_state` gave."""
+        self.model.load_state_dict(self._shared_parameters() | _under(state, "student."), strict=True)
         self.teacher.load_state_dict(_under(state, "teacher."), strict=True)
         self.optimiser = _build_optimiser(self.model, self.run)
         for name, parameter in self.model.named_parameters():
@@ -125,6 +135,12 @@ class Learner:
         for name, layer in self.model.director_experts().items():
             layer.activation.copy_(state[f"activation.{name}"])
         self.profile = state["saliency.profile"].to(self.device, copy=True)
+
+    def _shared_parameters(self) -> dict[str, Tensor]:
+        return split_state(self.run.sharing, self.model.state_dict())[0]
+
+    def _private_parameters(self) -> dict[str, Tensor]:
+        return split_state(self.run.sharing, self.model.state_dict())[1]
 
 
 def _under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -1,8 +1,13 @@
 """Which group a parameter is shared with: the one place that decides, by name.
 
     streams.<s>.*, heads.streams.<s>.*  ->  stream:<s>   averaged over the sites that hold stream s
-    backbone.*                          ->  backbone     averaged over all sites
-    heads.* (the rest)                  ->  head         averaged over all sites
+    backbone.blocks.<i>.mlp.director.*  ->  director     averaged over all sites
+    backbone.blocks.<i>.mlp.experts.*   ->  experts      private, or averaged over all sites expert by expert
+    backbone.blocks.<i>.mlp.router.*    ->  router       as experts
+    backbone.* (the rest)               ->  backbone     averaged over all sites
+    heads.* (the rest)                  ->  head         averaged over all sites, or private
+
+`is_shared` says, again in this one place, which groups leave a site under a run's `[sharing]`.
 
 A group travels as one flat float32 array: its parameters in the order of their sorted names. `GroupManifest` is that
 layout; its hashes are compared in the handshake, so that both ends cut the array at the same places.
@@ -13,18 +18,25 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Self
+from typing import Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from panfm.config.run import SharingConfig
 from panfm.errors import ProtocolError
 
 Flat = NDArray[np.float32]
 Layout = tuple[tuple[str, tuple[int, ...]], ...]
+Segments = tuple[tuple[int, int], ...]
+"""Runs of a packed group that share one weight: (how many numbers, which of the group's weights)."""
+_Value = TypeVar("_Value")
 
 BACKBONE = "backbone"
 HEAD = "head"
+DIRECTOR = "director"
+EXPERTS = "experts"
+ROUTER = "router"
 _STREAM = "stream:"
 
 
@@ -37,6 +49,10 @@ def group_of(name: str) -> str:
     match name.split("."):
         case ["streams", stream, _, *_] | ["heads", "streams", stream, _, *_]:
             return stream_group(stream)
+        case ["backbone", "blocks", _, "mlp", ("director" | "experts" | "router") as part, _, *_]:
+            return part
+        case ["backbone", "blocks", _, "mlp", part, *_] if not part.isdigit():
+            pass
         case ["backbone", _, *_]:
             return BACKBONE
         case ["heads", other, *_] if other != "streams":
@@ -52,6 +68,24 @@ def stream_group(stream: str) -> str:
 def stream_of(group: str) -> str | None:
     """The stream of a `stream:<s>` group; None for any other group."""
     return group.removeprefix(_STREAM) if group.startswith(_STREAM) else None
+
+
+def layer_of(name: str) -> str:
+    """The layer of a director's, expert's or router's parameter: `backbone.blocks.<i>.mlp`."""
+    return ".".join(name.split(".")[:4])
+
+
+def is_shared(sharing: SharingConfig, group: str) -> bool:
+    """Whether a group leaves its site; if not, server and other sites never hold it."""
+    if group in (EXPERTS, ROUTER):
+        return sharing.experts != "private"
+    return group != HEAD or sharing.head != "private"
+
+
+def split_state(sharing: SharingConfig, state: Mapping[str, _Value]) -> tuple[dict[str, _Value], dict[str, _Value]]:
+    """A model's state in two, by name: what is shared, and what stays at the site."""
+    shared = {name: value for name, value in state.items() if is_shared(sharing, group_of(name))}
+    return shared, {name: value for name, value in state.items() if name not in shared}
 
 
 @dataclass(frozen=True)
@@ -75,6 +109,19 @@ class GroupManifest:
     def size(self, group: str) -> int:
         """Numbers in a packed group."""
         return sum(math.prod(shape) for _, shape in self.groups[group])
+
+    def experts(self, group: str) -> tuple[tuple[str, int], ...]:
+        """The experts in a group of stacked tensors [R, ...], in order: (layer, index in the layer)."""
+        return tuple(sorted({(layer_of(name), row) for name, shape in self.groups[group] for row in range(shape[0])}))
+
+    def segments(self, group: str) -> Segments:
+        """Whose numbers stand where in a group of stacked tensors, as places in `experts(group)`."""
+        place = {expert: index for index, expert in enumerate(self.experts(group))}
+        return tuple(
+            (math.prod(shape[1:]), place[layer_of(name), row])
+            for name, shape in self.groups[group]
+            for row in range(shape[0])
+        )
 
     def hashes(self) -> dict[str, str]:
         """Group -> hex digest of its layout."""

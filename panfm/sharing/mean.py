@@ -2,6 +2,8 @@
 
     mean = sum_k w_k u_k / sum_k w_k
 
+A weight counts for the whole update, or, where experts are stacked in it, for the numbers of one expert.
+
 Floating-point addition is not associative, integer addition is. Each site's product w_k u_k is rounded once, to a
 multiple of 2^-F, and summed in int64; so is each weight. Contributions are added as they arrive: memory is one int64
 array, however many sites there are.
@@ -16,12 +18,14 @@ exact mean rounded to float32. A float32 sum of five has an error of about 2^-22
 """
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
 from panfm.errors import ProtocolError
-from panfm.sharing.groups import Flat
+from panfm.sharing.groups import Flat, Segments
+from panfm.sharing.weights import Weights
 
 UPDATE_LIMIT = 64.0
 """No parameter moves further than this in a round; an update that does is refused."""
@@ -39,67 +43,84 @@ class ExactMean:
         all or nothing: a contribution that is refused leaves the sum as it was.
     """
 
-    def __init__(self, size: int, *, weight_limit: float, update_limit: float = UPDATE_LIMIT) -> None:
+    def __init__(self, segments: Segments, *, weight_limit: float, update_limit: float = UPDATE_LIMIT) -> None:
         """An empty mean.
 
         Args:
-            size: Numbers per contribution.
-            weight_limit: The weights of all contributions sum to at most this.
+            segments: Which of a contribution's weights counts for which numbers; ((size, 0),): one for all.
+            weight_limit: No weight sums to more than this over all contributions.
             update_limit: No contribution holds a number further from 0 than this.
         """
         self.weight_limit = weight_limit
         self.update_limit = update_limit
+        self._segments = segments
         self._scale = 2.0 ** (_BITS - _exponent(weight_limit) - _exponent(update_limit))
-        self._sum: NDArray[np.int64] = np.zeros(size, dtype=np.int64)
-        self._weight = 0
+        self._sum: NDArray[np.int64] = np.zeros(sum(length for length, _ in segments), dtype=np.int64)
+        self._weights = [0] * (1 + max((which for _, which in segments), default=0))
 
     @property
-    def total_weight(self) -> float:
-        """Sum of the weights so far."""
-        return self._weight / 2**_WEIGHT_BITS
+    def total_weights(self) -> Weights:
+        """Sum of each weight so far."""
+        return tuple(weight / 2**_WEIGHT_BITS for weight in self._weights)
 
-    def add(self, update: Flat, weight: float) -> None:
+    def add(self, update: Flat, weights: Weights) -> None:
         """Add one site's contribution.
 
         Args:
             update: float32 [size].
-            weight: >= 0, rounded to a multiple of 2^-20; 0 adds nothing.
+            weights: >= 0, rounded to a multiple of 2^-20; 0 adds nothing.
         Raises:
             ProtocolError: a number is not finite or beyond its limit, or the size differs.
         """
-        self.check(update, weight)
-        fixed_weight = round(weight * 2**_WEIGHT_BITS)
-        factor = fixed_weight / 2**_WEIGHT_BITS * self._scale
+        self.check(update, weights)
+        fixed = [round(weight * 2**_WEIGHT_BITS) for weight in weights]
+        factors = [weight / 2**_WEIGHT_BITS * self._scale for weight in fixed]
         product = np.empty(min(_CHUNK, len(update)), dtype=np.float64)
-        for start in range(0, len(update), _CHUNK):
-            chunk = update[start : start + _CHUNK]
+        for here, which in self._chunks():
+            chunk = update[here]
             part = product[: len(chunk)]
-            np.multiply(chunk, factor, out=part, dtype=np.float64)
+            np.multiply(chunk, factors[which], out=part, dtype=np.float64)
             np.rint(part, out=part)
-            self._sum[start : start + _CHUNK] += part.astype(np.int64)
-        self._weight += fixed_weight
+            self._sum[here] += part.astype(np.int64)
+        self._weights = [total + weight for total, weight in zip(self._weights, fixed, strict=True)]
 
     def mean(self) -> Flat | None:
-        """The mean so far, float32; None if nobody contributed any weight."""
-        if not self._weight:
+        """The mean so far, float32; None if nobody contributed any weight.
+
+        Where nobody did it is -0.0, which leaves every number that it is added to as it was, to the bit.
+        """
+        if not any(self._weights):
             return None
-        divisor = self.total_weight * self._scale
-        mean = np.empty(len(self._sum), dtype=np.float32)
-        for start in range(0, len(mean), _CHUNK):
-            mean[start : start + _CHUNK] = self._sum[start : start + _CHUNK] / divisor
+        divisors = [weight * self._scale for weight in self.total_weights]
+        mean = np.full(len(self._sum), -0.0, dtype=np.float32)
+        for here, which in self._chunks():
+            if divisors[which]:
+                mean[here] = self._sum[here] / divisors[which]
         return mean
 
-    def check(self, update: Flat, weight: float) -> None:
+    def check(self, update: Flat, weights: Weights) -> None:
         """Raises ProtocolError if `add` would; changes nothing."""
         if update.shape != self._sum.shape or update.dtype != np.float32:
             expected = f"float32 {list(self._sum.shape)}"
             raise ProtocolError(f"update is {update.dtype} {list(update.shape)}, expected {expected}")
-        if not (weight >= 0.0 and self.total_weight + weight <= self.weight_limit):
-            raise ProtocolError(f"weight {weight:g}: expected >= 0 and at most {self.weight_limit:g} in all")
+        if len(weights) != len(self._weights):
+            raise ProtocolError(f"{len(weights)} weights, expected {len(self._weights)}")
+        for weight, total in zip(weights, self.total_weights, strict=True):
+            if not (weight >= 0.0 and total + weight <= self.weight_limit):
+                raise ProtocolError(f"weight {weight:g}: expected >= 0 and at most {self.weight_limit:g} in all")
         for start in range(0, len(update), _CHUNK):
             chunk = update[start : start + _CHUNK]
             if not (chunk.min() >= -self.update_limit and chunk.max() <= self.update_limit):
                 raise ProtocolError(f"update holds NaN, infinity or a number beyond {self.update_limit:g}")
+
+    def _chunks(self) -> Iterator[tuple[slice, int]]:
+        """Pieces small enough for the cache, and the weight that counts for each."""
+        start = 0
+        for length, which in self._segments:
+            stop = start + length
+            for begin in range(start, stop, _CHUNK):
+                yield slice(begin, min(begin + _CHUNK, stop)), which
+            start = stop
 
 
 def _exponent(limit: float) -> int:

@@ -11,7 +11,9 @@ from typing import Any, Self
 
 from panfm.errors import ProtocolError
 from panfm.sharing.groups import Flat
+from panfm.sharing.weights import Weights
 
+Metric = float | int | list[float]
 _WEIGHT = "weight/"
 _SALIENCY = "saliency/"
 
@@ -21,7 +23,7 @@ class Records:
     """Content of a message."""
 
     arrays: Mapping[str, Flat] = field(default_factory=dict)
-    metrics: Mapping[str, float | int] = field(default_factory=dict)
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     """Scalars, and lists of one scalar type."""
 
@@ -127,8 +129,8 @@ class RoundReply:
     """The round whose private state the site started from; 0: none, it started fresh."""
     updates: Mapping[str, Flat]
     """Group -> local minus global parameters, packed."""
-    weights: Mapping[str, float]
-    """Group -> weight of this site."""
+    weights: Mapping[str, Weights]
+    """Group -> weights of this site: one, or one per expert."""
     loss: float | None = None
     validation_loss: float | None = None
     num_skipped: int | None = None
@@ -138,8 +140,8 @@ class RoundReply:
     def to_records(self) -> Records:
         """As it travels."""
         numbers = {"loss": self.loss, "validation-loss": self.validation_loss, "num-skipped": self.num_skipped}
-        metrics: dict[str, float | int] = {key: value for key, value in numbers.items() if value is not None}
-        metrics |= {_WEIGHT + group: weight for group, weight in self.weights.items()}
+        metrics: dict[str, Metric] = {key: value for key, value in numbers.items() if value is not None}
+        metrics |= {_WEIGHT + group: list(weights) for group, weights in self.weights.items()}
         metrics |= {_SALIENCY + stream: share for stream, share in self.saliency.items()}
         config = {"run-id": self.run_id, "round": self.round_number, "state-round": self.state_round}
         return Records(self.updates, metrics, config)
@@ -154,11 +156,11 @@ class RoundReply:
             round_number=_get(config, "round", int),
             state_round=_get(config, "state-round", int),
             updates=records.arrays,
-            weights=_prefixed(metrics, _WEIGHT),
+            weights={group: tuple(_numbers(metrics, _WEIGHT + group)) for group in _under(metrics, _WEIGHT)},
             loss=_optional(metrics, "loss"),
             validation_loss=_optional(metrics, "validation-loss"),
             num_skipped=skipped if isinstance(skipped, int) else None,
-            saliency=_prefixed(metrics, _SALIENCY),
+            saliency={stream: _number(metrics, _SALIENCY + stream) for stream in _under(metrics, _SALIENCY)},
         )
 
 
@@ -181,12 +183,22 @@ def _get(config: Mapping[str, Any], key: str, kind: type[Any]) -> Any:
     return value
 
 
-def _prefixed(metrics: Mapping[str, Any], prefix: str) -> dict[str, float]:
-    found = {key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)}
-    for key, value in found.items():
-        if not isinstance(value, int | float) or not math.isfinite(value):
-            raise ProtocolError(f"message: {prefix}{key} is {value!r:.40}, expected a finite number")
-    return {key: float(value) for key, value in found.items()}
+def _under(metrics: Mapping[str, Any], prefix: str) -> list[str]:
+    return [key.removeprefix(prefix) for key in metrics if key.startswith(prefix)]
+
+
+def _number(metrics: Mapping[str, Any], key: str) -> float:
+    value = metrics[key]
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise ProtocolError(f"message: {key} is {value!r:.40}, expected a finite number")
+    return float(value)
+
+
+def _numbers(metrics: Mapping[str, Any], key: str) -> list[float]:
+    values = metrics[key]
+    if not isinstance(values, list):
+        raise ProtocolError(f"message: {key} is {values!r:.40}, expected a list of numbers")
+    return [_number({key: value}, key) for value in values]
 
 
 def _optional(metrics: Mapping[str, Any], key: str) -> float | None:

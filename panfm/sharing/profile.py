@@ -19,7 +19,7 @@ def federated_profile(replies: Iterable[RoundReply]) -> dict[str, float] | None:
     for reply in replies:
         if len(reply.saliency) > 1:
             for stream, saliency in reply.saliency.items():
-                weight = reply.weights.get(stream_group(stream), 0.0)
+                weight = sum(reply.weights.get(stream_group(stream), ()))
                 terms.setdefault(stream, []).append((weight * saliency, weight))
     return {stream: _mean(sorted(terms[stream])) for stream in sorted(terms)} or None
 

@@ -17,6 +17,7 @@ from panfm.config import Releasable, RunConfig, dump_toml
 from panfm.errors import ProtocolError
 from panfm.sharing.groups import Flat, GroupManifest
 from panfm.sharing.messages import Handshake, RoundReply, RoundTask
+from panfm.sharing.weights import Weights
 
 HANDSHAKE_RELEASED_UNDER = {
     "subjects": Releasable.COUNTS,
@@ -44,7 +45,7 @@ class RoundResult:
     state_round: int
     parameters: Mapping[str, Flat]
     """Group -> local parameters, packed."""
-    weights: Mapping[str, float]
+    weights: Mapping[str, Weights]
     loss: float
     validation_loss: float | None
     num_skipped: int

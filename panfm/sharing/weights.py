@@ -1,26 +1,80 @@
 """How much a site counts in the mean of a group.
 
     stream:S          subjects of the site that hold S; nothing if no local step was done
+    director          gate mass of all experts of all layers
+    experts, router   pooled: one weight per expert, its gate mass
     everything else   subjects trained x local steps done
 
-Both ends use it: the site for the weight it sends, the server for the most it may send, given its handshake.
+An image's gates sum to 1 in each layer, so a layer's gate mass is the number of images that steps were made of. Both
+ends use this file: the site for the weights it sends, the server for the most it may send, given its handshake.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from panfm.config import RunConfig
-from panfm.sharing.groups import stream_of
+from panfm.sharing.groups import DIRECTOR, EXPERTS, ROUTER, GroupManifest, Segments, layer_of, stream_of
+
+Weights = tuple[float, ...]
+"""One weight, or one per expert of the group."""
+_ROUNDING = 1.001
+"""Gates sum to 1 as well as float32 can."""
 
 
-def group_weight(
-    run: RunConfig, group: str, *, subjects: int, subjects_per_stream: Mapping[str, int], num_steps: int
-) -> float:
-    """Weight of one site in one group. Under the `plain` rule a stream's group weighs as any other.
+@dataclass(frozen=True)
+class Trained:
+    """What a site trained in a round."""
 
-    Args:
-        num_steps: Local steps done, skipped ones not counted.
-    """
+    subjects: int
+    subjects_per_stream: Mapping[str, int]
+    num_steps: int
+    """Local steps done, skipped ones not counted."""
+    gate_mass: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """Layer -> gate mass of each of its experts."""
+
+
+def group_weights(run: RunConfig, manifest: GroupManifest, group: str, trained: Trained) -> Weights:
+    """Weights of one site in one group."""
+    if is_pooled(run, group):
+        return tuple(trained.gate_mass[layer][index] for layer, index in manifest.experts(group))
+    if _is_by_gates(run, group):
+        return (sum(sum(trained.gate_mass[layer]) for layer in _layers(manifest, group)),)
+    return _plain_weights(run, group, trained)
+
+
+def weight_limits(
+    run: RunConfig, manifest: GroupManifest, group: str, *, subjects: int, subjects_per_stream: Mapping[str, int]
+) -> Weights:
+    """The most a site may weigh in a group, by the numbers it gave before round 1."""
+    images = _ROUNDING * min(subjects, run.train.batch_size) * run.train.local_steps
+    if is_pooled(run, group):
+        return (images,) * len(manifest.experts(group))
+    if _is_by_gates(run, group):
+        return (images * len(_layers(manifest, group)),)
+    return _plain_weights(run, group, Trained(subjects, subjects_per_stream, run.train.local_steps))
+
+
+def weight_segments(run: RunConfig, manifest: GroupManifest, group: str) -> Segments:
+    """Which weight counts where in a packed group."""
+    return manifest.segments(group) if is_pooled(run, group) else ((manifest.size(group), 0),)
+
+
+def is_pooled(run: RunConfig, group: str) -> bool:
+    """Whether every expert of the group has a weight of its own."""
+    return group in (EXPERTS, ROUTER) and run.sharing.experts == "pooled" and run.sharing.rule == "grouped"
+
+
+def _is_by_gates(run: RunConfig, group: str) -> bool:
+    return group == DIRECTOR and run.sharing.rule == "grouped"
+
+
+def _layers(manifest: GroupManifest, group: str) -> list[str]:
+    return sorted({layer_of(name) for name, _ in manifest.groups[group]})
+
+
+def _plain_weights(run: RunConfig, group: str, trained: Trained) -> Weights:
+    """Under the `plain` rule a stream's group weighs as any other."""
     stream = stream_of(group)
     if stream is None or run.sharing.rule == "plain":
-        return float(subjects * num_steps)
-    return float(subjects_per_stream.get(stream, 0)) if num_steps else 0.0
+        return (float(trained.subjects * trained.num_steps),)
+    return (float(trained.subjects_per_stream.get(stream, 0)) if trained.num_steps else 0.0,)

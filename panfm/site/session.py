@@ -14,7 +14,7 @@ from panfm.objectives import Learner, TrainResult
 from panfm.sharing.groups import Flat, GroupManifest
 from panfm.sharing.messages import RoundTask
 from panfm.sharing.release import RoundResult
-from panfm.sharing.weights import group_weight
+from panfm.sharing.weights import Trained, Weights, group_weights
 from panfm.site.state import StateStore
 
 logger = logging.getLogger(__name__)
@@ -83,17 +83,10 @@ class Session:
         self._in_memory = ""
         return before
 
-    def _weights(self, result: TrainResult) -> dict[str, float]:
-        return {
-            group: group_weight(
-                self.run,
-                group,
-                subjects=result.subjects,
-                subjects_per_stream=result.subjects_per_stream,
-                num_steps=result.num_steps - result.num_skipped,
-            )
-            for group in self.manifest.groups
-        }
+    def _weights(self, result: TrainResult) -> dict[str, Weights]:
+        num_steps = result.num_steps - result.num_skipped
+        trained = Trained(result.subjects, result.subjects_per_stream, num_steps, result.gate_mass)
+        return {group: group_weights(self.run, self.manifest, group, trained) for group in self.manifest.groups}
 
     def _parameters(self) -> dict[str, Flat]:
         return self.manifest.pack_all({name: value.numpy() for name, value in self.learner.shared_state().items()})

@@ -24,8 +24,8 @@ from panfm.config import RunConfig, load_run
 from panfm.data.cache import open_store
 from panfm.data.store import ImageStore
 from panfm.objectives import Learner
-from panfm.sharing.groups import group_of
-from panfm.sharing.weights import group_weight
+from panfm.sharing.groups import GroupManifest, group_of
+from panfm.sharing.weights import Trained, group_weights
 from panfm.site.session import held_streams
 from server.handshake import shake_hands
 from server.rounds import initial_state, train_round
@@ -109,6 +109,7 @@ def _plain_round(
 ) -> dict[str, Tensor]:
     sums = {name: torch.zeros_like(value) for name, value in state.items()}
     totals = dict.fromkeys(state, 0.0)
+    manifest = GroupManifest.of({name: tuple(value.shape) for name, value in state.items()})
     for site, learner in learners.items():
         learner.load_shared({name: state[name] for name in learner.model.state_dict()})
         result = learner.train(
@@ -119,14 +120,9 @@ def _plain_round(
             site=site,
             round_number=round_number,
         )
+        trained = Trained(result.subjects, result.subjects_per_stream, result.num_steps)
         for name, value in learner.shared_state().items():
-            weight = group_weight(
-                run,
-                group_of(name),
-                subjects=result.subjects,
-                subjects_per_stream=result.subjects_per_stream,
-                num_steps=result.num_steps,
-            )
+            (weight,) = group_weights(run, manifest, group_of(name), trained)
             sums[name] += weight * value
             totals[name] += weight
     return {name: sums[name] / totals[name] if totals[name] else state[name] for name in state}

@@ -16,10 +16,12 @@ from rich.console import Console
 from client.app import app as client_app
 from panfm.config import dump_toml, parse_run
 from panfm.errors import RunError
+from panfm.evaluate.embed import load_model
 from panfm.models import build_model
 from panfm.objectives import Learner
 from panfm.objectives.latent import LatentObjective
 from panfm.site.session import Session
+from panfm.site.state import StateStore
 from server.app import app as server_app
 from server.progress import Progress
 from server.rounds import run_federation
@@ -78,6 +80,24 @@ def test_a_stream_that_no_site_holds_stays_as_it_was(federation):
     start = build_model(federation.describe()).state_dict()
     for name, tensor in tensors.items():
         assert np.array_equal(tensor, start[name].numpy()) == ("liver-mr" in name), name
+
+
+def test_private_heads_stay_at_their_sites(federation):
+    """Server, messages and the exported model do without them; each site goes on with its own."""
+    run_dir = federation.run("private", "sharing.head=private")
+    assert not any("head" in line[way] for line in lines(run_dir) for way in ("bytes_up", "bytes_down"))
+    state = RunFolder.resume(run_dir).latest_state()
+    assert set(state.groups) == {"backbone", "stream:brain-mr", "stream:heart-mr", "stream:liver-mr"}
+    tensors = safetensors.numpy.load(model_bytes(run_dir))
+    assert {name.split(".")[1] for name in tensors if name.startswith("heads.")} == {"streams"}
+    model, run = load_model(run_dir / "model")
+    seeded = build_model(run).state_dict()
+    for name, value in model.state_dict().items():
+        assert np.array_equal(value.numpy(), tensors.get(name, seeded[name].numpy())), name
+    own = [StateStore(run_dir / "sites" / site, state.run_id).load(3) for site in ("alpha", "beta")]
+    name = "student.heads.project.1.weight"
+    assert not torch.equal(own[0][name], own[1][name])
+    assert not any(torch.equal(each[name], seeded[name.removeprefix("student.")]) for each in own)
 
 
 def test_plain_dilutes_what_few_sites_hold(federation):

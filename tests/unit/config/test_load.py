@@ -71,7 +71,7 @@ TYPOS = {
     "streams.brain-mr.shap=[8]": "streams.brain-mr.shap: unknown key, did you mean streams.brain-mr.shape?",
     "cohort.sites.folder.organ=3": "cohort.sites.folder.organ: unknown key, did you mean cohort.sites.folder.organs?",
     "cohort.sede=3": "cohort.sede: unknown key, did you mean cohort.seed?",
-    "sharing.zzz=3": "sharing.zzz: unknown key, known: rule",
+    "probe.zzz=3": "probe.zzz: unknown key, known: bootstrap, missing-draws",
 }
 
 

@@ -3,8 +3,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from panfm.config.run import SharingConfig
 from panfm.errors import ProtocolError
-from panfm.sharing.groups import GroupManifest, group_of, stream_of
+from panfm.sharing.groups import GroupManifest, group_of, is_shared, split_state, stream_of
 
 
 @pytest.mark.parametrize(
@@ -104,3 +105,65 @@ def test_hash_tells_layouts_apart():
     assert manifest().hashes() == manifest().hashes()
     assert manifest().hashes()["backbone"] != other.hashes()["backbone"]
     assert manifest().hashes()["head"] == other.hashes()["head"]
+
+
+DEX = {
+    "backbone.cls": (2,),
+    "backbone.blocks.0.mlp.0.weight": (2, 2),
+    "backbone.blocks.1.mlp.director.0.weight": (2, 1),
+    "backbone.blocks.1.mlp.experts.weight_in": (3, 2, 1),
+    "backbone.blocks.1.mlp.experts.bias_in": (3, 2),
+    "backbone.blocks.1.mlp.router.weight": (3, 1),
+    "backbone.blocks.2.mlp.experts.bias_in": (1, 2),
+}
+
+
+@pytest.mark.parametrize("name", ["backbone.blocks.0.mlp.activation", "backbone.blocks.0.mlp.gates.weight"])
+def test_what_a_layer_of_experts_may_hold_besides_has_no_group(name):
+    with pytest.raises(ProtocolError, match="belongs to no group"):
+        group_of(name)
+
+
+def test_director_experts_and_router_have_groups():
+    groups = GroupManifest.of(DEX).groups
+    assert {group: [name for name, _ in layout] for group, layout in groups.items()} == {
+        "backbone": ["backbone.blocks.0.mlp.0.weight", "backbone.cls"],
+        "director": ["backbone.blocks.1.mlp.director.0.weight"],
+        "experts": sorted(name for name in DEX if ".experts." in name),
+        "router": ["backbone.blocks.1.mlp.router.weight"],
+    }
+
+
+def test_segments_say_whose_every_number_is():
+    manifest = GroupManifest.of(DEX)
+    layers = ("backbone.blocks.1.mlp", "backbone.blocks.2.mlp")
+    assert manifest.experts("experts") == ((layers[0], 0), (layers[0], 1), (layers[0], 2), (layers[1], 0))
+    marked = {
+        name: np.concatenate([np.full((1, *shape[1:]), 10 * int(name.split(".")[2]) + row) for row in range(shape[0])])
+        for name, shape in DEX.items()
+        if ".experts." in name
+    }
+    flat = manifest.pack("experts", {name: value.astype(np.float32) for name, value in marked.items()})
+    whose = [
+        manifest.experts("experts")[which] for length, which in manifest.segments("experts") for _ in range(length)
+    ]
+    assert [f"{layer.split('.')[2]}{row}" for layer, row in whose] == [f"{value:.0f}" for value in flat]
+
+
+@pytest.mark.parametrize(
+    ("words", "private"),
+    [
+        ({}, {"experts", "router"}),
+        ({"head": "private"}, {"experts", "router", "head"}),
+        ({"experts": "pooled"}, set()),
+        ({"experts": "naive", "head": "private"}, {"head"}),
+    ],
+)
+def test_what_is_private_is_not_shared(words, private):
+    sharing = SharingConfig(**words)
+    names = dict.fromkeys([*DEX, "heads.project.weight", "heads.streams.brain-mr.query", "streams.brain-mr.a"], 0)
+    shared, kept = split_state(sharing, names)
+    assert {group_of(name) for name in kept} == private
+    assert shared | kept == names
+    assert not shared.keys() & kept.keys()
+    assert all(is_shared(sharing, group_of(name)) == (name in shared) for name in names)

@@ -22,9 +22,9 @@ def exact(updates: list[np.ndarray], weights: list[float]) -> list[Fraction]:
 
 
 def mean_of(updates: list[np.ndarray], weights: list[float], limit: float | None = None) -> np.ndarray:
-    mean = ExactMean(len(updates[0]), weight_limit=limit or sum(weights))
+    mean = ExactMean(((len(updates[0]), 0),), weight_limit=limit or sum(weights))
     for update, weight in zip(updates, weights, strict=True):
-        mean.add(update, weight)
+        mean.add(update, (weight,))
     result = mean.mean()
     assert result is not None
     return result
@@ -102,9 +102,9 @@ def test_one_site_gives_its_update_back():
 
 
 def test_nobody_and_weight_zero_are_no_mean():
-    mean = ExactMean(3, weight_limit=10)
+    mean = ExactMean(((3, 0),), weight_limit=10)
     assert mean.mean() is None
-    mean.add(np.ones(3, np.float32), 0.0)
+    mean.add(np.ones(3, np.float32), (0.0,))
     assert mean.mean() is None
 
 
@@ -132,18 +132,90 @@ def test_empty_group():
     ],
 )
 def test_all_or_nothing(update, weight, why):
-    mean = ExactMean(2, weight_limit=10)
-    mean.add(np.array([1, 2], np.float32), 2)
+    mean = ExactMean(((2, 0),), weight_limit=10)
+    mean.add(np.array([1, 2], np.float32), (2.0,))
     with pytest.raises(ProtocolError, match=why):
-        mean.add(np.array(update, np.float32), weight)
+        mean.add(np.array(update, np.float32), (weight,))
     assert mean.mean().tolist() == [1, 2]
 
 
 def test_other_dtypes_are_refused():
     with pytest.raises(ProtocolError, match="float64"):
-        ExactMean(2, weight_limit=1).add(np.zeros(2), 1.0)
+        ExactMean(((2, 0),), weight_limit=1).add(np.zeros(2), (1.0,))
 
 
 def test_a_limit_must_be_a_limit():
     with pytest.raises(ValueError, match="limit 0"):
-        ExactMean(2, weight_limit=0)
+        ExactMean(((2, 0),), weight_limit=0)
+
+
+def by_expert(segments, entries, limit=1e7):
+    mean = ExactMean(segments, weight_limit=limit)
+    for update, weights in entries:
+        mean.add(update, weights)
+    return mean
+
+
+def test_a_weight_per_expert_by_hand():
+    """Two experts, two tensors: numbers 0, 1 and 4 are the first's, 2, 3 and 5 the second's."""
+    segments = ((2, 0), (2, 1), (1, 0), (1, 1))
+    ones, threes = np.ones(6, np.float32), np.full(6, 3, np.float32)
+    mean = by_expert(segments, [(ones, (1.0, 0.0)), (threes, (3.0, 5.0))])
+    assert mean.mean().tolist() == [2.5, 2.5, 3.0, 3.0, 2.5, 3.0]
+    assert mean.total_weights == (4.0, 5.0)
+
+
+def test_an_expert_that_nobody_used_keeps_its_bytes():
+    """Also the sign of a zero; the negative control is what a mean of 0.0 would do to it."""
+    before = np.array([-0.0, 0.0, 1.5, -0.0], np.float32)
+    mean = by_expert(((2, 0), (2, 1)), [(np.full(4, 9, np.float32), (0.0, 1.0))]).mean()
+    assert (before + mean)[:2].tobytes() == before[:2].tobytes()
+    assert (before + np.zeros(4, np.float32))[:2].tobytes() != before[:2].tobytes()
+    assert (before + mean)[2:].tolist() == [10.5, 9.0]
+
+
+experts = st.integers(1, 4).flatmap(
+    lambda num: st.tuples(
+        st.lists(st.tuples(st.integers(0, 5), st.integers(0, num - 1)), min_size=1, max_size=6).map(
+            lambda segments: (*segments, *((1, which) for which in range(num)))
+        ),
+        st.lists(
+            st.tuples(st.integers(0, 2**32), st.lists(st.floats(0, 1000), min_size=num, max_size=num)),
+            min_size=1,
+            max_size=5,
+        ),
+    )
+)
+
+
+@settings(max_examples=60)
+@given(experts, st.randoms(use_true_random=False))
+def test_each_expert_is_averaged_as_if_alone(case, random):
+    """A segmented mean has the bits of one mean per expert, in any order."""
+    segments, sites = case
+    size = sum(length for length, _ in segments)
+    owner = np.concatenate([np.full(length, which) for length, which in segments])
+    entries = [(np.random.default_rng(seed).normal(size=size).astype(np.float32), weights) for seed, weights in sites]
+    shuffled = list(entries)
+    random.shuffle(shuffled)
+    found = by_expert(segments, shuffled).mean()
+    for which in set(owner.tolist()):
+        alone = ExactMean(((int((owner == which).sum()), 0),), weight_limit=1e7)
+        for update, weights in entries:
+            alone.add(update[owner == which], (weights[which],))
+        wanted = alone.mean()
+        if found is not None and wanted is None:
+            assert np.signbit(found[owner == which]).all()
+            assert not found[owner == which].any()
+        elif found is not None:
+            assert found[owner == which].tobytes() == wanted.tobytes()
+        else:
+            assert wanted is None
+
+
+def test_every_weight_is_checked_and_none_is_added_alone():
+    mean = by_expert(((1, 0), (1, 1)), [(np.ones(2, np.float32), (4.0, 6.0))], limit=10)
+    for weights, why in (((1.0, 5.0), "weight 5"), ((1.0, -1.0), "weight -1"), ((1.0,), "1 weights, expected 2")):
+        with pytest.raises(ProtocolError, match=why):
+            mean.add(np.ones(2, np.float32), weights)
+    assert mean.total_weights == (4.0, 6.0)

@@ -7,7 +7,7 @@ from panfm.sharing.messages import Handshake, Invitation, Records, RoundReply, R
 ARRAYS = {"backbone": np.arange(3, dtype=np.float32)}
 HANDSHAKE = Handshake("a", 7, {"brain-mr": 5}, {"panfm": "1"}, "name = 'x'", {"backbone": "layout"})
 TASK = RoundTask("run-1", 2, "name = 'x'", ARRAYS, {"brain-mr": 1.5})
-REPLY = RoundReply("run-1", 2, 1, ARRAYS, {"backbone": 14.0}, 0.5, 0.6, 0, {"brain-mr": 1.0})
+REPLY = RoundReply("run-1", 2, 1, ARRAYS, {"backbone": (14.0,)}, 0.5, 0.6, 0, {"brain-mr": 1.0})
 
 
 @pytest.mark.parametrize("message", [Invitation("name = 'x'"), HANDSHAKE, TASK, REPLY])
@@ -16,7 +16,7 @@ def test_round_trip(message):
 
 
 def test_what_is_withheld_comes_back_as_absent():
-    reply = RoundReply("run-1", 2, 1, ARRAYS, {"backbone": 14.0})
+    reply = RoundReply("run-1", 2, 1, ARRAYS, {"backbone": (14.0,)})
     back = RoundReply.from_records(reply.to_records())
     assert (back.loss, back.validation_loss, back.num_skipped, back.saliency) == (None, None, None, {})
     assert RoundTask.from_records(RoundTask("r", 1, "", ARRAYS).to_records()).profile is None
@@ -40,12 +40,12 @@ def test_wrong_types_are_refused(key, value):
         RoundReply.from_records(Records(records.arrays, records.metrics, {**records.config, key: value}))
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), "1", [1.0]])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "1", None])
 def test_weights_and_saliency_are_finite_numbers(value):
     records = REPLY.to_records()
-    for key in ("weight/backbone", "saliency/brain-mr"):
+    for key, found in (("weight/backbone", [1.0, value]), ("weight/backbone", value), ("saliency/brain-mr", value)):
         with pytest.raises(ProtocolError, match=key):
-            RoundReply.from_records(Records(records.arrays, {**records.metrics, key: value}, records.config))
+            RoundReply.from_records(Records(records.arrays, {**records.metrics, key: found}, records.config))
 
 
 def test_uneven_tables_are_refused():

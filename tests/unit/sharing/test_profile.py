@@ -7,7 +7,7 @@ from panfm.sharing.profile import federated_profile
 
 
 def reply(saliency: dict[str, float], **subjects: float) -> RoundReply:
-    weights = {f"stream:{stream}-mr": weight for stream, weight in subjects.items()}
+    weights = {f"stream:{stream}-mr": (weight,) for stream, weight in subjects.items()}
     return RoundReply("r", 1, 0, {}, weights, saliency={f"{stream}-mr": value for stream, value in saliency.items()})
 
 

@@ -1,13 +1,62 @@
-from panfm.sharing.weights import group_weight
+import pytest
+
+from panfm.sharing.groups import GroupManifest
+from panfm.sharing.weights import Trained, group_weights, weight_limits, weight_segments
+
+LAYERS = ("backbone.blocks.0.mlp", "backbone.blocks.1.mlp")
+MANIFEST = GroupManifest.of(
+    {"backbone.cls": (2,), "heads.a": (1,), "streams.brain-mr.a": (2,), "streams.heart-mr.a": (2,)}
+    | {f"{layer}.director.0.weight": (2, 3) for layer in LAYERS}
+    | {f"{layer}.router.weight": (size, 3) for layer, size in zip(LAYERS, (2, 3), strict=True)}
+    | {f"{layer}.experts.weight_in": (size, 2, 3) for layer, size in zip(LAYERS, (2, 3), strict=True)}
+    | {f"{layer}.experts.bias_in": (size, 2) for layer, size in zip(LAYERS, (2, 3), strict=True)}
+)
+TRAINED = Trained(10, {"brain-mr": 4}, 3, {LAYERS[0]: [7.5, 4.5], LAYERS[1]: [12.0, 0.0, 0.0]})
 
 
-def test_grouped_and_plain(small_run):
-    words = {"subjects": 10, "subjects_per_stream": {"brain-mr": 4}, "num_steps": 3}
-    assert group_weight(small_run, "backbone", **words) == 30
-    assert group_weight(small_run, "head", **words) == 30
-    assert group_weight(small_run, "stream:brain-mr", **words) == 4
-    assert group_weight(small_run, "stream:heart-mr", **words) == 0
-    assert group_weight(small_run, "backbone", **words | {"num_steps": 0}) == 0
-    assert group_weight(small_run, "stream:brain-mr", **words | {"num_steps": 0}) == 0
-    plain = small_run.model_copy(update={"sharing": small_run.sharing.model_copy(update={"rule": "plain"})})
-    assert {group_weight(plain, group, **words) for group in ("backbone", "head", "stream:brain-mr")} == {30}
+@pytest.fixture
+def sharing(small_run):
+    """The small run under other sharing rules."""
+    return lambda **changes: small_run.model_copy(update={"sharing": small_run.sharing.model_copy(update=changes)})
+
+
+def test_grouped_and_plain(sharing):
+    words = {"subjects": 10, "subjects_per_stream": {"brain-mr": 4}}
+
+    def weigh(run, group, num_steps=3):
+        return group_weights(run, MANIFEST, group, Trained(**words, num_steps=num_steps))
+
+    grouped = sharing()
+    assert weigh(grouped, "backbone") == weigh(grouped, "head") == (30,)
+    assert weigh(grouped, "stream:brain-mr") == (4,)
+    assert weigh(grouped, "stream:heart-mr") == (0,)
+    assert weigh(grouped, "backbone", 0) == weigh(grouped, "stream:brain-mr", 0) == (0,)
+    plain = sharing(rule="plain", experts="pooled")
+    assert {weigh(plain, group) for group in MANIFEST.groups} == {(30,)}
+
+
+def test_by_gate_mass(sharing):
+    pooled, naive = sharing(experts="pooled"), sharing(experts="naive")
+    assert group_weights(pooled, MANIFEST, "director", TRAINED) == (24.0,)
+    for group in ("experts", "router"):
+        assert group_weights(pooled, MANIFEST, group, TRAINED) == (7.5, 4.5, 12.0, 0.0, 0.0)
+        assert group_weights(naive, MANIFEST, group, TRAINED) == (30.0,)
+        assert weight_segments(naive, MANIFEST, group) == ((MANIFEST.size(group), 0),)
+    assert weight_segments(pooled, MANIFEST, "router") == ((3, 0), (3, 1), (3, 2), (3, 3), (3, 4))
+    assert weight_segments(pooled, MANIFEST, "experts") == (
+        *((2, 0), (2, 1), (6, 0), (6, 1)),
+        *((2, 2), (2, 3), (2, 4), (6, 2), (6, 3), (6, 4)),
+    )
+
+
+@pytest.mark.parametrize(("rule", "experts"), [("grouped", "pooled"), ("grouped", "naive"), ("plain", "pooled")])
+def test_honest_weights_keep_to_their_limits(sharing, rule, experts):
+    """All images of all steps to one expert is the most there can be; more is too much."""
+    run = sharing(rule=rule, experts=experts)
+    words = {"subjects": 10, "subjects_per_stream": {"brain-mr": 4}}
+    images, steps = float(min(10, run.train.batch_size) * run.train.local_steps), run.train.local_steps
+    one_expert = {LAYERS[0]: [0.0, images], LAYERS[1]: [images, 0.0, 0.0]}
+    for group in MANIFEST.groups:
+        most = group_weights(run, MANIFEST, group, Trained(**words, num_steps=steps, gate_mass=one_expert))
+        limits = weight_limits(run, MANIFEST, group, **words)
+        assert all(weight <= limit <= 1.001 * max(most) for weight, limit in zip(most, limits, strict=True))

@@ -65,13 +65,13 @@ def test_plain_sites_train_every_stream(folder):
     assert "stream:liver-mr" in shaken.group_hashes
     assert "liver-mr" not in shaken.streams
     reply = site.train_round(task(extra=extra))
-    assert set(reply.weights.values()) == {10.0}
+    assert set(reply.weights.values()) == {(10.0,)}
     assert not reply.updates["stream:liver-mr"].any()
 
 
 def test_a_round_moves_every_group(folder):
     reply = Site(folder).train_round(task())
-    assert reply.weights == {"backbone": 10, "head": 10, "stream:brain-mr": 5, "stream:heart-mr": 5}
+    assert reply.weights == {"backbone": (10,), "head": (10,), "stream:brain-mr": (5,), "stream:heart-mr": (5,)}
     assert all(update.any() and update.dtype == np.float32 for update in reply.updates.values())
     assert reply.state_round == 0
     assert np.isfinite([reply.loss, reply.validation_loss]).all()
@@ -96,10 +96,10 @@ def test_skipped_steps_do_not_weigh(folder, monkeypatch):
     monkeypatch.setattr(LatentObjective, "loss", often_nan)
     site = Site(folder)
     reply = site.train_round(task())
-    assert (reply.num_skipped, reply.weights["backbone"], reply.weights["stream:brain-mr"]) == (1, 5, 5)
+    assert (reply.num_skipped, reply.weights["backbone"], reply.weights["stream:brain-mr"]) == (1, (5,), (5,))
     reply = site.train_round(task(2))
     assert reply.num_skipped == 2
-    assert set(reply.weights.values()) == {0.0}
+    assert set(reply.weights.values()) == {(0.0,)}
     assert not any(update.any() for update in reply.updates.values())
 
 

@@ -37,8 +37,8 @@ def reply(node_id: int, value: float, **changes) -> RoundReply:
     """Every number of every group moves by `value`; weights as declared, two local steps."""
     handshake = ROSTER[node_id]
     updates = {group: np.full(MANIFEST.size(group), value, np.float32) for group in handshake.group_hashes}
-    weights = {group: float(handshake.subjects * 2) for group in BOTH}
-    weights |= {f"stream:{stream}": float(count) for stream, count in handshake.streams.items()}
+    weights = {group: (float(handshake.subjects * 2),) for group in BOTH}
+    weights |= {f"stream:{stream}": (float(count),) for stream, count in handshake.streams.items()}
     return replace(RoundReply("run-1", 5, 4, updates, weights, loss=value), **changes)
 
 
@@ -98,7 +98,7 @@ def test_a_group_that_nobody_trained_keeps_its_bytes(strategy):
     before = strategy._global["stream:eye-oct"]
     arrays, _ = strategy.aggregate_train(5, [message(11, reply(11, 0.1))])
     assert arrays["stream:eye-oct"].data == before.data
-    weightless = reply(12, 0.3, weights=dict.fromkeys(BOTH, 0.0))
+    weightless = reply(12, 0.3, weights=dict.fromkeys(BOTH, (0.0,)))
     arrays, _ = strategy.aggregate_train(5, [message(12, weightless)])
     assert all(arrays[group].data == strategy._global[group].data for group in GLOBAL)
 
@@ -129,7 +129,7 @@ def updates(**changes) -> dict:
 
 
 def weights(**changes) -> dict:
-    return {"weights": reply(11, 0.1).weights | changes}
+    return {"weights": reply(11, 0.1).weights | {group: (value,) for group, value in changes.items()}}
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,9 @@ def weights(**changes) -> dict:
         (weights(backbone=1e12), r"weight 1e\+12, expected 0 to 20"),
         (weights(backbone=float("nan")), "weight/backbone is nan"),
         (weights(teacher=1.0), r"weights: .*not expected \['teacher'\]"),
-        ({"weights": dict.fromkeys(reply(11, 0.1).weights, 0.0)}, "all local steps were skipped"),
+        ({"weights": dict.fromkeys(reply(11, 0.1).weights, (0.0,))}, "all local steps were skipped"),
+        ({"weights": reply(11, 0.1).weights | {"head": (1.0, 1.0)}}, "head: 2 weights, expected 1"),
+        ({"weights": reply(11, 0.1).weights | {"head": ()}}, "head: 0 weights, expected 1"),
         ({"round_number": 4}, "answers round 4 of run-1, expected round 5"),
         ({"run_id": "run-0"}, "answers round 5 of run-0"),
     ],
@@ -178,6 +180,66 @@ def test_a_site_that_answers_twice_counts_once(strategy):
     twice = aggregate(strategy, message(11, reply(11, 0.1)), message(11, reply(11, 0.3)))
     assert once["backbone"].tobytes() == twice["backbone"].tobytes()
     assert "second reply" in strategy.outcome.rejected["a"]
+
+
+LAYER = "backbone.blocks.0.mlp"
+DEX = GroupManifest.of(
+    {"backbone.a": (1,), f"{LAYER}.experts.bias_in": (2, 2), f"{LAYER}.router.weight": (2, 1)}
+    | {f"{LAYER}.director.0.bias": (1,)}
+)
+
+
+def dex_reply(value: float, masses: tuple[float, ...], **changes) -> RoundReply:
+    updates = {group: np.full(DEX.size(group), value, np.float32) for group in DEX.groups}
+    weights = {"backbone": (10.0,), "director": (6.0,), "experts": masses, "router": masses} | changes
+    return RoundReply("run-1", 5, 4, updates, weights)
+
+
+@pytest.fixture
+def pooled(make_run) -> GroupedMean:
+    """Two sites of ten subjects, one step of a batch of six, two experts."""
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    run = make_run('[sharing]\nexperts = "pooled"\n')
+    run = run.model_copy(update={"train": run.train.model_copy(update={"local_steps": 1})})
+    roster = {node: Handshake(site, 10, {}, {}, "", DEX.hashes()) for node, site in ((11, "a"), (12, "b"))}
+    built = GroupedMean(run, DEX, roster)
+    arrays = ArrayRecord({group: Array(np.full(DEX.size(group), -0.0, np.float32)) for group in DEX.groups})
+    list(built.configure_train(5, arrays, ConfigRecord({"run-id": "run-1"}), None))
+    return built
+
+
+def test_pooled_experts_are_averaged_by_their_gate_mass(pooled):
+    new = aggregate(
+        pooled,
+        message(11, dex_reply(1.0, (4.0, 2.0))),
+        message(12, dex_reply(3.0, (0.0, 6.0))),
+    )
+    assert not pooled.outcome.rejected
+    assert new["backbone"].tolist() == [2.0]
+    assert new["director"].tolist() == [2.0]
+    assert new["experts"].tolist() == [1.0, 1.0, 2.5, 2.5]
+    assert new["router"].tolist() == [1.0, 2.5]
+
+
+def test_an_expert_that_nobody_used_keeps_its_bytes(pooled):
+    new = aggregate(pooled, message(11, dex_reply(1.0, (0.0, 6.0))))
+    assert np.signbit(new["experts"]).tolist() == [True, True, False, False]
+    assert new["experts"].tolist() == [0.0, 0.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"experts": (7.0, 0.0)}, "experts: weight 7, expected 0 to 6.006"),
+        ({"router": (0.0, -1.0)}, "router: weight -1"),
+        ({"director": (6.1,)}, "director: weight 6.1, expected 0 to 6.006"),
+        ({"experts": (6.0,)}, "experts: 1 weights, expected 2"),
+        ({"experts": (1.0, 1.0, 1.0)}, "experts: 3 weights, expected 2"),
+    ],
+)
+def test_gate_mass_beyond_the_images_seen_is_rejected(pooled, changes, why):
+    aggregate(pooled, message(11, dex_reply(1.0, (4.0, 2.0), **changes)))
+    assert why in pooled.outcome.rejected["a"]
 
 
 def test_flowers_own_loop_can_drive_it(strategy):

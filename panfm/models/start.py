@@ -1,0 +1,29 @@
+"""A whole model where only its shared part is known: at a site that joins, and of a run's exported model."""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from panfm.config.run import SharingConfig
+from panfm.models.pan import PanModel
+from panfm.sharing.groups import EXPERTS, is_shared, split_state
+
+
+def load_with_fresh_private(
+    model: PanModel, sharing: SharingConfig, shared: Mapping[str, Tensor], seeded: Mapping[str, Tensor]
+) -> None:
+    """Load a shared part; what is private is as if nobody had trained it yet.
+
+    Guarantees:
+        experts: each private expert is a copy of its layer's director in `shared`, so that whatever the router says,
+            the experts' output is the director's.
+        the rest: what else is private (router, heads) is as in `seeded`.
+
+    Raises:
+        RuntimeError: names or shapes do not fit, as from `load_state_dict`.
+    """
+    _, private = split_state(sharing, seeded)
+    model.load_state_dict(private | dict(shared))
+    if not is_shared(sharing, EXPERTS):
+        for layer in model.director_experts().values():
+            layer.start_experts()
