@@ -1,6 +1,7 @@
 """Local training on a Director-Experts backbone: any objective, any masking; what moves, and when."""
 
 import math
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -49,13 +50,13 @@ def directors(learner):
 def test_any_objective_and_any_masking_trains(make_dex, make_store, objective, policy):
     run = make_dex(objective, f'[masking]\npolicy = "{policy}"\nstatic-organs = ["heart"]\nwarmup-steps = 1\n')
     learner, store = Learner(run), make_store(run)
-    before, teacher = learner.shared_state(), learner.private_state()
+    before, teacher = deepcopy(learner.model.state_dict()), learner.private_state()
     result = train(learner, store, num_steps=2)
     assert result.num_skipped == 0
     assert np.isfinite(result.loss)
     assert list(result.gate_mass) == [FIRST, "backbone.blocks.1.mlp"]
     assert [sum(mass) for mass in result.gate_mass.values()] == pytest.approx([12.0, 12.0], rel=1e-5)
-    after = learner.shared_state()
+    after = learner.model.state_dict()
     moved = {name for name, value in before.items() if not torch.equal(value, after[name])}
     assert {name for name in before if name.startswith(f"{FIRST}.")} <= moved
     routers = [name for name in teacher if name.startswith("teacher.") and "router" in name]
@@ -96,7 +97,7 @@ def test_one_step_moves_director_and_activation_by_the_gate_mass(make_dex, make_
     before = directors(learner)
     result = train(learner, make_store(run), first_step=3, num_steps=1)
     momentum = 0.9 - 0.3 * 0.5 * (1.0 + math.cos(math.pi * 3.5 / 8))
-    after = learner.shared_state()
+    after = learner.model.state_dict()
     names = {"0.weight": "weight_in", "0.bias": "bias_in", "2.weight": "weight_out", "2.bias": "bias_out"}
     for layer, mass in result.gate_mass.items():
         share = torch.tensor(mass) / sum(mass)
