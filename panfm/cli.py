@@ -122,21 +122,25 @@ def cohort_make(
     seed: Annotated[int | None, typer.Option(help="Instead of the run's draw.")] = None,
     subjects: Annotated[int | None, typer.Option(min=1, help="Patients per site, instead of the run's.")] = None,
 ) -> None:
-    """Write a phantom cohort as site folders of NIfTI files."""
+    """Write a phantom cohort as site folders of NIfTI or PNG files."""
     from panfm.config import load_run
-    from panfm.config.run import PhantomCohortConfig
+    from panfm.config.cohort import ModalitiesCohortConfig, PhantomCohortConfig
+    from panfm.data.modalities import write_modalities
     from panfm.data.phantom import write_cohort
 
     flags = {"preset": preset, "seed": seed}
     description = load_run(run, [f"cohort.{key}={value}" for key, value in flags.items() if value is not None])
     cohort = description.cohort
-    if not isinstance(cohort, PhantomCohortConfig):
-        raise DataError(f'{run}: found no phantom cohort, expected cohort.kind = "phantom"')
+    if not isinstance(cohort, PhantomCohortConfig | ModalitiesCohortConfig):
+        raise DataError(f'{run}: found no phantom cohort, expected cohort.kind = "phantom" or "modalities"')
     if subjects:
         sites = {name: site.model_copy(update={"subjects": subjects}) for name, site in cohort.sites.items()}
         cohort = cohort.model_copy(update={"sites": sites})
     with _progress("writing images") as progress:
-        write_cohort(folder, cohort, description.streams, progress)
+        if isinstance(cohort, PhantomCohortConfig):
+            write_cohort(folder, cohort, description.streams, progress)
+        else:
+            write_modalities(folder, cohort, description.streams, progress)
     typer.echo(f"{folder}: {len(cohort.sites)} sites and held-out subjects")
 
 

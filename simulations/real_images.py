@@ -22,9 +22,9 @@ import nibabel as nib
 import numpy as np
 import tomli_w
 
-from panfm.config import SiteConfig, StreamConfig, dump_toml
-from panfm.config.run import RealImagesCohortConfig
-from panfm.data.table import write_table
+from panfm.config import StreamConfig
+from panfm.config.cohort import RealImagesCohortConfig
+from panfm.data.folder import write_site_folder
 from panfm.errors import ConfigError, DataError
 from panfm.files import new_folder
 from panfm.seeds import numpy_generator
@@ -69,9 +69,9 @@ def write_real_cohort(
                 done += 1
                 progress(done, total)
             rows = [_hippocampus_row(volume, "test" if place == "holdout" else "train") for volume in held]
-            _write_site(partial / place, rows, labels)
+            write_site_folder(partial / place, rows, tuple(LABELS), labels)
         if body := list(_body_rows(source / "organs3d", streams)):
-            _write_site(partial / "sites" / BODY, body, ())
+            write_site_folder(partial / "sites" / BODY, body)
         (partial / "cohort.toml").write_text(_describe(config, places, len(body)), encoding="utf-8")
 
 
@@ -142,15 +142,6 @@ def _body_rows(folder: Path, streams: Mapping[str, StreamConfig]) -> Iterable[Ro
                 taken.add((subject, stream))
                 mask = image.with_name(image.name.replace(".nii.gz", "_mask.nii.gz"))
                 yield subject, stream, str(image), "train", str(mask) if mask.exists() else ""
-
-
-def _write_site(folder: Path, rows: Sequence[Row], labels: Sequence[tuple[object, ...]]) -> None:
-    folder.mkdir(parents=True)
-    site = SiteConfig(name=folder.name, labels="labels.csv" if labels else None)
-    (folder / "site.toml").write_text(dump_toml(site), encoding="utf-8")
-    write_table(folder / "manifest.csv", ("subject", "stream", "path", "split", "mask"), rows)
-    if labels:
-        write_table(folder / "labels.csv", ("subject", *LABELS), labels)
 
 
 def _describe(config: RealImagesCohortConfig, places: Mapping[str, Sequence[Path]], num_body: int) -> str:

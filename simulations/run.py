@@ -10,8 +10,14 @@ from rich.console import Console
 from rich.progress import Progress
 
 from panfm.config import RunConfig, load_run, site_folders
-from panfm.config.run import FolderCohortConfig, PhantomCohortConfig, RealImagesCohortConfig
-from panfm.data import phantom
+from panfm.config.cohort import (
+    FolderCohortConfig,
+    ModalitiesCohortConfig,
+    PhantomCohortConfig,
+    RealImagesCohortConfig,
+)
+from panfm.data import modalities, phantom
+from panfm.data.modalities import write_modalities
 from panfm.data.phantom.cohort import write_cohort
 from panfm.errors import ConfigError, DataError
 from server.run_folder import RunFolder
@@ -99,6 +105,8 @@ def _make_cohort(folder: Path, run: RunConfig, console: Console) -> None:
 
         if isinstance(run.cohort, PhantomCohortConfig):
             write_cohort(folder, run.cohort, run.streams, show)
+        elif isinstance(run.cohort, ModalitiesCohortConfig):
+            write_modalities(folder, run.cohort, run.streams, show)
         elif isinstance(run.cohort, RealImagesCohortConfig):
             write_real_cohort(folder, run.cohort, run.streams, show)
 
@@ -120,6 +128,8 @@ def cohort_folder(run: RunConfig) -> Path:
     ]
     if isinstance(config, PhantomCohortConfig):
         words += _texts(sorted(Path(phantom.__file__).parent.glob("*.py")))
+    elif isinstance(config, ModalitiesCohortConfig):
+        words += _texts(sorted(Path(modalities.__file__).parent.glob("*.py")))
     else:
         words += _texts([Path(real_images.__file__)]) + _listing(real_images.real_data())
     return COHORTS / f"{config.kind}-{hashlib.sha256(json.dumps(words).encode()).hexdigest()[:12]}"

@@ -9,14 +9,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from panfm.anatomy import DEFAULT_ORGANS, parse_stream
-from panfm.config._base import Config
-
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
-Positive = Annotated[int, Field(gt=0)]
-PositiveFloat = Annotated[float, Field(gt=0.0)]
-NonNegativeFloat = Annotated[float, Field(ge=0.0)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
+from panfm.config._base import BelowOne, Config, Fraction, Name, NonNegativeFloat, Positive, PositiveFloat
+from panfm.config.cohort import CohortConfig, StreamCohortConfig
 
 
 class StreamConfig(Config):
@@ -55,58 +49,6 @@ class StreamConfig(Config):
     def grid(self) -> tuple[int, ...]:
         """Tokens per axis."""
         return tuple(size // step for size, step in zip(self.shape, self.patch, strict=True))
-
-
-class PhantomSiteConfig(Config):
-    """One phantom hospital."""
-
-    organs: Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
-    """Organs it scans."""
-    subjects: Positive
-    """Patients it has."""
-    age_shift: float = 0.0
-    """Its patients' mean age against the cohort's, in standard deviations."""
-
-
-class PhantomCohortConfig(Config):
-    """A cohort of whole-body phantoms, written as NIfTI files."""
-
-    kind: Literal["phantom"]
-    preset: Literal["transient", "lasting"] = "transient"
-    """Which dominance: `transient` (training outgrows it) or `lasting` (it does not). LAB.md section 9."""
-    seed: int = 0
-    """The draw of the cohort, apart from the run's seed."""
-    holdout_subjects: Positive = 300
-    """Patients with all organs, at no site: the probe's test set."""
-    sites: Annotated[dict[Name, PhantomSiteConfig], Field(min_length=1)]
-
-    @model_validator(mode="after")
-    def _no_site_draws_the_held_out_patients(self) -> Self:
-        if "holdout" in self.sites:
-            raise ValueError("sites.holdout: the name of the held-out patients, expected another")
-        return self
-
-
-class RealImagesCohortConfig(Config):
-    """Three sites made from the real scans under $PANFM_REAL_DATA."""
-
-    kind: Literal["real-images"]
-    seed: int = 0
-    """The split of the hippocampus volumes over sites and held-out subjects."""
-    holdout_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.25
-    """Share of hippocampus subjects held out for the probe."""
-    limit: Positive | None = None
-    """At most this many hippocampus volumes; all when left out."""
-
-
-class FolderCohortConfig(Config):
-    """Sites that exist already: `sites/<name>/` and optionally `holdout/` under one folder."""
-
-    kind: Literal["folder"]
-    path: str
-
-
-CohortConfig = Annotated[PhantomCohortConfig | RealImagesCohortConfig | FolderCohortConfig, Field(discriminator="kind")]
 
 
 def _one_for_all_blocks(number: Any) -> Any:
@@ -309,6 +251,13 @@ class RunConfig(Config):
             organ, _ = parse_stream(stream)
             if organ not in self.organs:
                 raise ValueError(f"streams.{stream}: organ {organ!r} is not in organs {list(self.organs)}")
+        return self
+
+    @model_validator(mode="after")
+    def _cohort_streams_are_described(self) -> Self:
+        named = self.cohort.named_streams if isinstance(self.cohort, StreamCohortConfig) else ()
+        if unknown := [stream for stream in named if stream not in self.streams]:
+            raise ValueError(f"cohort: stream {unknown[0]!r} is not in streams {list(self.streams)}")
         return self
 
     @model_validator(mode="after")

@@ -10,8 +10,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from panfm.config._base import Config
-from panfm.config.run import Name
+from panfm.config._base import Config, Name
 from panfm.errors import ConfigError
 
 RelativePath = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]

@@ -39,7 +39,7 @@ def read_image(path: Path, stream: str, config: StreamConfig) -> NDArray[np.floa
         content = read_bytes(path)
         if config.is_volume:
             return prepare_volume(*decode_volume(content), stream, config)
-        return _prepare_picture(decode_picture(content), config)
+        return prepare_picture(decode_picture(content), config)
     except ImageError as error:
         raise DataError(f"{path}: {error}") from error
 
@@ -69,8 +69,8 @@ def prepare_volume(
     return _resample(oriented, spacing, config)
 
 
-def _prepare_picture(image: Image.Image, config: StreamConfig) -> NDArray[np.float32]:
-    """float32 [C, height, width] in [0, 1]."""
+def prepare_picture(image: Image.Image, config: StreamConfig) -> NDArray[np.float32]:
+    """Bring one picture, from a file or from memory, to the stream's shape: float32 [C, height, width] in [0, 1]."""
     height, width = config.shape
     picture = image.convert("L" if config.channels == 1 else "RGB").resize((width, height), Image.Resampling.BILINEAR)
     pixels = np.asarray(picture).reshape(height, width, config.channels)

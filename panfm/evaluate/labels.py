@@ -19,7 +19,7 @@ from panfm.data.labels import read_labels
 from panfm.data.store import ImageStore
 from panfm.errors import DataError
 
-KINDS = ("category", "disease", "volume")
+KINDS = ("category", "disease", "class", "volume")
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class LabelInfo:
     """What one label stands for."""
 
     kind: str
-    """category or disease (0 or 1), or volume (a number)."""
+    """category, disease or class (0 or 1; of a set of classes one holds), or volume (a number)."""
     weak: bool = False
     """Carried by organs that do not dominate."""
     organs: tuple[str, ...] = ()

@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from panfm.config import RunConfig, dump_toml, load_run, site_folders
-from panfm.config.run import PhantomCohortConfig
+from panfm.config.cohort import PhantomCohortConfig
 from panfm.data.phantom.cohort import write_cohort
 from panfm.data.store import ImageStore, join_stores
 from panfm.evaluate import LabelledStore, embed_store, load_model, read_label_info

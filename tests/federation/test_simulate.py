@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from panfm.config import dump_toml
-from panfm.config.run import PhantomCohortConfig, RealImagesCohortConfig
+from panfm.config.cohort import PhantomCohortConfig, RealImagesCohortConfig
 from panfm.errors import ConfigError, RunError
 from simulations import real_images
 from simulations.__main__ import app

@@ -91,6 +91,20 @@ def test_cohort_make_and_check(tmp_path, run_file):
         assert "brain-mr" in checked.output
 
 
+def test_cohort_make_of_modalities(tmp_path, run_file):
+    cohort = '[cohort]\nkind = "modalities"\nholdout-subjects = 2\nheld-out = ["brain-photo"]\n'
+    sites = '[cohort.sites]\none = { streams = ["brain-mr"], subjects = 9 }\n'
+    streams = "brain-mr = { shape = [8, 8], patch = [4, 4] }\nbrain-photo = { shape = [8, 8], patch = [4, 4] }\n"
+    run_file.write_text(f'name = "run"\n{cohort}{sites}[streams]\n{streams}')
+    result = panfm("cohort", "make", tmp_path / "cohort", "--run", run_file, "--subjects", "3", "--seed", "4")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert "seed = 4" in (tmp_path / "cohort/cohort.toml").read_text()
+    for site, images in (("sites/one", 3), ("holdout", 6)):
+        checked = panfm("site", "check", tmp_path / "cohort" / site, "--run", run_file)
+        assert (checked.exit_code, checked.stderr) == (0, "")
+        assert len(list((tmp_path / "cohort" / site / "images").iterdir())) == images
+
+
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [("", "found no phantom cohort"), ('[cohort]\nkind = "folder"\npath = "x"\n', "found no phantom cohort")],

@@ -16,13 +16,13 @@ import numpy as np
 import tomli_w
 from numpy.typing import NDArray
 
-from panfm.config import SiteConfig, StreamConfig, dump_toml
-from panfm.config.run import PhantomCohortConfig
+from panfm.config import StreamConfig
+from panfm.config.cohort import PhantomCohortConfig
+from panfm.data.folder import write_site_folder
 from panfm.data.phantom.body import ORGANS
 from panfm.data.phantom.draw import Phantom, Subjects
 from panfm.data.phantom.labels import LABELS
 from panfm.data.phantom.memory import organs_of
-from panfm.data.table import write_table
 from panfm.files import new_folder
 
 VALIDATION_EVERY = 10
@@ -86,11 +86,8 @@ def _write_place(folder: Path, phantom: Phantom, subjects: Subjects, organs: Map
             (folder / path).write_bytes(_nifti(*phantom.render(subjects, index, organ)))
             rows.append((subject, stream, path, _split(folder.name, index)))
             yield 1
-    write_table(folder / "manifest.csv", ("subject", "stream", "path", "split"), rows)
     labels = [(subject, *values) for subject, values in zip(subjects.names, subjects.labels.astype(int), strict=True)]
-    write_table(folder / "labels.csv", ("subject", *LABELS), labels)
-    site = SiteConfig(name=folder.name, labels="labels.csv")
-    (folder / "site.toml").write_text(dump_toml(site), encoding="utf-8")
+    write_site_folder(folder, rows, tuple(LABELS), labels)
 
 
 def _split(place: str, index: int) -> str:

@@ -88,7 +88,8 @@ BAD_VALUES = {
     "train.learning-rate=inf": "train.learning-rate: Input should be a finite number (got inf)",
     "masking.ratio=1.0": "masking.ratio: Input should be less than 1 (got 1.0)",
     "objective.name='jepa'": "objective.name: found 'jepa', expected one of latent, dino, mae",
-    "cohort={}": "cohort.kind: found nothing, expected one of phantom, real-images, folder",
+    "cohort={}": "cohort.kind: found nothing, expected one of phantom, modalities, real-images, "
+    "real-modalities, folder",
     "cohort.sites.folder.subjects=0": "cohort.sites.folder.subjects: Input should be greater than 0 (got 0)",
     "streams.brain-mr.patch=[3, 4, 4]": "streams.brain-mr: patch [3, 4, 4] does not divide shape [8, 8, 8]",
     "streams.brain-mr.patch=[4, 4]": "streams.brain-mr: patch has 2 axes, shape has 3",
@@ -204,3 +205,50 @@ def test_experts_per_block_are_one_number_or_a_list():
 def test_faulty_experts_are_named(faulty):
     first = complaints(parse_run, f"{RUN}[model.experts]\n{faulty}\n")[0]
     assert first.startswith(f"run description: model.experts.{faulty.split()[0]}")
+
+
+STREAMS_COHORT = """
+name = "pictures"
+organs = ["chest", "skin"]
+[cohort]
+kind = "{kind}"
+held-out = ["skin-photo"]
+[cohort.sites]
+a = {{ streams = ["chest-xray"]{subjects} }}
+[streams]
+chest-xray = {{ shape = [8, 8], patch = [4, 4] }}
+chest-ct = {{ shape = [8, 8], patch = [4, 4] }}
+skin-photo = {{ shape = [8, 8], patch = [4, 4], channels = 3 }}
+"""
+
+
+@pytest.mark.parametrize("kind", ["modalities", "real-modalities"])
+@pytest.mark.parametrize(
+    ("override", "complaint"),
+    [
+        ("cohort.sites.a.streams=['skin-photo']", "sites.a.streams: 'skin-photo' is held out, expected no site"),
+        ("cohort.sites.a.streams=['chest-mr']", "stream 'chest-mr' is not in streams ["),
+        ("cohort.held-out=['skin-mr']", "stream 'skin-mr' is not in streams ["),
+    ],
+)
+def test_streams_of_a_cohort(tmp_path, kind, override, complaint):
+    path = tmp_path / "run.toml"
+    path.write_text(STREAMS_COHORT.format(kind=kind, subjects=", subjects = 4" if kind == "modalities" else ""))
+    assert load_run(path).cohort.named_streams == ("chest-xray", "skin-photo")
+    (line,) = complaints(load_run, path, [override])
+    assert complaint in line
+
+
+def test_a_real_modality_is_at_one_place(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text(STREAMS_COHORT.format(kind="real-modalities", subjects=""))
+    for name in ("chest-xray", "skin-xray"):
+        (line,) = complaints(load_run, path, [f"cohort.sites.b={{ streams = ['{name}'] }}"])
+        assert "modality 'xray' stands at two places, expected one" in line
+
+
+def test_the_held_out_patients_name_is_no_sites(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text(STREAMS_COHORT.format(kind="real-modalities", subjects=""))
+    (line,) = complaints(load_run, path, ["cohort.sites.holdout={ streams = ['chest-ct'] }"])
+    assert "sites.holdout: the name of the held-out patients" in line

@@ -10,7 +10,7 @@ import pytest
 
 from panfm.anatomy import DEFAULT_ORGANS
 from panfm.config import StreamConfig, load_site
-from panfm.config.run import PhantomCohortConfig
+from panfm.config.cohort import PhantomCohortConfig
 from panfm.data.phantom import LABELS, ORGANS, Phantom, phantom_store, write_cohort
 from panfm.data.read import read_image
 from panfm.errors import DataError

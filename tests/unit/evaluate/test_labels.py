@@ -16,6 +16,7 @@ def test_groups_hold_yes_no_labels_only():
     }
     assert label_groups(info) == {"all": ["a", "b"], "weak": ["a"], "category": ["a", "b"]}
     assert label_groups({"c": LabelInfo("volume")}) == {}
+    assert label_groups({"d": LabelInfo("class")}) == {"all": ["d"]}
 
 
 def test_a_label_that_a_place_lacks_is_unknown():

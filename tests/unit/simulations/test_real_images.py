@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from panfm.config import StreamConfig, load_site
-from panfm.config.run import RealImagesCohortConfig
+from panfm.config.cohort import RealImagesCohortConfig
 from panfm.data.check import check_site
 from panfm.errors import ConfigError, DataError
 from panfm.evaluate import LabelInfo, LabelledStore, read_label_info

@@ -1,0 +1,30 @@
+"""A whole site folder written by a program: what a cohort is made of."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from panfm.config import SiteConfig, dump_toml
+from panfm.data.manifest import COLUMNS
+from panfm.data.table import write_table
+
+
+def write_site_folder(
+    folder: Path,
+    rows: Sequence[Sequence[object]],
+    label_names: Sequence[str] = (),
+    labels: Sequence[Sequence[object]] = (),
+) -> None:
+    """Write `site.toml`, `manifest.csv` and, if there are labels, `labels.csv`; the site is named like the folder.
+
+    Args:
+        folder: Made if need be.
+        rows: Of the manifest: subject, stream, path, split and optionally mask.
+        label_names: Columns of the label table after `subject`.
+        labels: Its rows: subject and one value per label; none, and there is no table.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    site = SiteConfig(name=folder.name, labels="labels.csv" if labels else None)
+    (folder / "site.toml").write_text(dump_toml(site), encoding="utf-8")
+    write_table(folder / "manifest.csv", COLUMNS[: len(rows[0])], rows)
+    if labels:
+        write_table(folder / "labels.csv", ("subject", *label_names), labels)
