@@ -142,9 +142,9 @@ def test_picture(tmp_path, channels, mode):
 def test_picture_rows_are_height():
     config = StreamConfig(shape=(2, 4), patch=(1, 1))
     pixels = np.arange(8, dtype=np.uint8).reshape(2, 4)
-    from panfm.data.read import _prepare_picture
+    from panfm.data.read import prepare_picture
 
-    np.testing.assert_allclose(_prepare_picture(Image.fromarray(pixels), config)[0] * 255, pixels, atol=1e-5)
+    np.testing.assert_allclose(prepare_picture(Image.fromarray(pixels), config)[0] * 255, pixels, atol=1e-5)
 
 
 def test_fault_names_the_file(tmp_path):
