@@ -18,7 +18,7 @@ def effective_rank(features: NDArray[np.floating]) -> float:
     singular = np.linalg.svd(centred - centred.mean(axis=0), compute_uv=False)
     if not np.any(singular > 1e-12 * max(1.0, float(np.abs(centred).max(initial=0.0)))):
         return 0.0
-    return float(np.exp(_entropy(singular / singular.sum())))
+    return float(np.exp(entropy(singular / singular.sum())))
 
 
 def saliency_entropy(shares: Iterable[float]) -> float:
@@ -30,9 +30,10 @@ def saliency_entropy(shares: Iterable[float]) -> float:
     share = np.fromiter(shares, dtype=np.float64)
     if len(share) < 2:
         return 1.0
-    return _entropy(share / share.sum()) / float(np.log(len(share)))
+    return entropy(share / share.sum()) / float(np.log(len(share)))
 
 
-def _entropy(probabilities: NDArray[np.float64]) -> float:
+def entropy(probabilities: NDArray[np.float64]) -> float:
+    """Entropy in nats of probabilities that sum to 1."""
     held = probabilities[probabilities > 0]
     return float(-(held * np.log(held)).sum())
