@@ -75,13 +75,13 @@ def write_real_cohort(
         (partial / "cohort.toml").write_text(_describe(config, places, len(body)), encoding="utf-8")
 
 
-def real_data() -> Path:
-    """The folder of real scans. Raises ConfigError when $PANFM_REAL_DATA does not name it."""
+def real_data(part: str = "hippocampus/images") -> Path:
+    """The folder of real images. Raises ConfigError when $PANFM_REAL_DATA does not name one that holds `part`."""
     named = os.environ.get(ENVIRONMENT)
     if not named:
-        raise ConfigError(f"${ENVIRONMENT} is not set, expected the folder of real scans (hippocampus/, organs3d/)")
-    if not (Path(named) / "hippocampus" / "images").is_dir():
-        raise ConfigError(f"${ENVIRONMENT}: {named} holds no hippocampus/images, expected the folder of real scans")
+        raise ConfigError(f"${ENVIRONMENT} is not set, expected the folder of real images, {part} among them")
+    if not (Path(named) / part).is_dir():
+        raise ConfigError(f"${ENVIRONMENT}: {named} holds no {part}, expected the folder of real images")
     return Path(named).resolve()
 
 

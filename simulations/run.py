@@ -15,16 +15,18 @@ from panfm.config.cohort import (
     ModalitiesCohortConfig,
     PhantomCohortConfig,
     RealImagesCohortConfig,
+    RealModalitiesCohortConfig,
 )
 from panfm.data import modalities, phantom
 from panfm.data.modalities import write_modalities
 from panfm.data.phantom.cohort import write_cohort
 from panfm.errors import ConfigError, DataError
 from server.run_folder import RunFolder
-from simulations import real_images
+from simulations import real_images, real_modalities
 from simulations.engines import Job, run_job
 from simulations.finish import finish
 from simulations.real_images import write_real_cohort
+from simulations.real_modalities import write_real_modalities
 
 COHORTS = Path("cohorts")
 """Where cohorts are kept, so that a second run finds them."""
@@ -109,6 +111,8 @@ def _make_cohort(folder: Path, run: RunConfig, console: Console) -> None:
             write_modalities(folder, run.cohort, run.streams, show)
         elif isinstance(run.cohort, RealImagesCohortConfig):
             write_real_cohort(folder, run.cohort, run.streams, show)
+        elif isinstance(run.cohort, RealModalitiesCohortConfig):
+            write_real_modalities(folder, run.cohort, run.streams, show)
 
 
 def cohort_folder(run: RunConfig) -> Path:
@@ -130,8 +134,11 @@ def cohort_folder(run: RunConfig) -> Path:
         words += _texts(sorted(Path(phantom.__file__).parent.glob("*.py")))
     elif isinstance(config, ModalitiesCohortConfig):
         words += _texts(sorted(Path(modalities.__file__).parent.glob("*.py")))
+    elif isinstance(config, RealImagesCohortConfig):
+        words += _texts([Path(real_images.__file__)]) + _listing(real_images.real_data(), "*.nii.gz")
     else:
-        words += _texts([Path(real_images.__file__)]) + _listing(real_images.real_data())
+        words += _texts([Path(real_modalities.__file__)])
+        words += _listing(real_images.real_data(real_modalities.FOLDER) / real_modalities.FOLDER, "*")
     return COHORTS / f"{config.kind}-{hashlib.sha256(json.dumps(words).encode()).hexdigest()[:12]}"
 
 
@@ -139,7 +146,7 @@ def _texts(paths: Iterable[Path]) -> list[object]:
     return [path.read_text(encoding="utf-8") for path in paths]
 
 
-def _listing(folder: Path) -> list[object]:
-    """Every scan under a folder, with size and time of its last change."""
-    files = sorted(folder.rglob("*.nii.gz"))
+def _listing(folder: Path, pattern: str) -> list[object]:
+    """Every image under a folder, with size and time of its last change."""
+    files = sorted(path for path in folder.rglob(pattern) if path.is_file())
     return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]

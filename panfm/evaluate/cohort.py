@@ -3,6 +3,10 @@
 Fit subjects have the organs that their site happened to scan; held-out subjects are complete. All arms see the same
 subjects, labels and bootstrap resamples. An arm with fewer streams (a site's own model) is fitted on the subjects that
 hold at least one of them; one with too few such subjects is left out with a note.
+
+Where every held-out subject holds one stream, as in a cohort of modalities, no organ can be taken away: instead of the
+missing-organ grid, each stream gets a probe of its own. Subjects of a stream that no site has are fitted on as well, if
+the held-out folder has some to train on.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -58,14 +62,19 @@ class Task:
     info: Mapping[str, LabelInfo]
 
     @cached_property
+    def fit_places(self) -> list[LabelledStore]:
+        """The sites, and the held-out folder if it has training subjects: of streams that no site has."""
+        return [*self.places, *([self.holdout] if len(self.holdout.store.indices("train")) else [])]
+
+    @cached_property
     def fit_indices(self) -> list[NDArray[np.int64]]:
-        """Per place, its training subjects."""
-        return [place.store.indices("train") for place in self.places]
+        """Per fit place, its training subjects."""
+        return [place.store.indices("train") for place in self.fit_places]
 
     @cached_property
     def test_indices(self) -> NDArray[np.int64]:
-        """All held-out subjects."""
-        return np.arange(len(self.holdout.store.subjects))
+        """The held-out test subjects."""
+        return self.holdout.store.indices("test")
 
     @cached_property
     def labelled(self) -> NDArray[np.bool_]:
@@ -83,13 +92,19 @@ class Task:
         """Streams of the held-out subjects."""
         return tuple(stream for stream in self.run.streams if stream in self.holdout.store.images)
 
+    @property
+    def is_one_stream_each(self) -> bool:
+        """Every held-out subject holds one stream, and there are several streams."""
+        rows = [self.holdout.store.rows[stream] for stream in self.streams]
+        return len(rows) > 1 and sum(map(len, rows)) == len(np.unique(np.concatenate(rows)))
+
     def names(self, *, is_number: bool) -> list[str]:
         """Labels probed by regression, or those probed by classification."""
         return [name for name, info in self.info.items() if info.is_number == is_number]
 
     def targets(self, names: Sequence[str]) -> tuple[Floats, Floats]:
         """Label values of the fit and of the held-out subjects."""
-        fit = [place.values(names, at) for place, at in zip(self.places, self.fit_indices, strict=True)]
+        fit = [place.values(names, at) for place, at in zip(self.fit_places, self.fit_indices, strict=True)]
         return np.concatenate(fit), self.holdout.values(names, self.test_indices)
 
 
@@ -104,7 +119,7 @@ def evaluate_cohort(
 
     Args:
         models: Arm -> trained model: federated, site:<name>, untrained.
-        grid_arms: Arms whose missing-organ grid is wanted.
+        grid_arms: Arms whose missing-organ grid, or AUC per stream, is wanted.
         on_arm: Told the arm that begins, its number from 0, and how many there are.
     Raises:
         DataError: too few training subjects with labels, or nobody is held out.
@@ -122,6 +137,7 @@ def evaluate_cohort(
     return ProbeResult(
         scores=tuple(score for reading in readings.values() for score in reading.scores),
         missing={name: reading.grid for name, reading in readings.items() if reading.grid},
+        streams={name: reading.streams for name, reading in readings.items() if reading.streams},
         balance={
             name: {"effective_rank": reading.effective_rank} for name, reading in readings.items() if reading.scores
         },
@@ -138,6 +154,7 @@ class _Reading:
     scores: list[Score] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     grid: dict[str, float] = field(default_factory=dict)
+    streams: dict[str, float] = field(default_factory=dict)
 
 
 def _read(task: Task, name: str, arm: Arm, *, with_grid: bool) -> _Reading:
@@ -155,7 +172,10 @@ def _read(task: Task, name: str, arm: Arm, *, with_grid: bool) -> _Reading:
         for group, members in label_groups(task.info).items():
             reading.scores.append(_score(name, group, "auc", values[:, [yes_no.index(each) for each in members]]))
         reading.notes += [*probe.notes, *one_class_notes(truth_test, yes_no)]
-        reading.grid = _grid(task, arm, probe, truth_test) if with_grid else {}
+        if with_grid and task.is_one_stream_each:
+            reading.streams = _per_stream(task, arm, yes_no)
+        elif with_grid:
+            reading.grid = _grid(task, arm, probe, truth_test)
     if numbers:
         truth_fit, truth_test = task.targets(numbers)
         probe = fit_regressors(fit, truth_fit[usable], numbers)
@@ -181,11 +201,26 @@ def _grid(task: Task, arm: Arm, probe: LinearProbe, truth: Floats) -> dict[str, 
     )
 
 
+def _per_stream(task: Task, arm: Arm, names: Sequence[str]) -> dict[str, float]:
+    """Mean AUC of a probe fitted and tested on the holders of one stream, by stream; NaN where it cannot be told."""
+    fit, test = arm.fit(), arm.test(task.streams)
+    truth_fit, truth_test = task.targets(names)
+    values = {}
+    for stream in task.streams:
+        here = _holders(task, {stream}) & task.labelled & arm.usable
+        there = np.isin(task.test_indices, task.holdout.store.rows[stream])
+        values[stream] = float("nan")
+        if here.sum() >= MIN_SUBJECTS:
+            scores = fit_classifiers(fit[here], truth_fit[here], names).score(test[there])
+            values[stream] = interval(auc_per_label(scores, truth_test[there], np.ones((1, there.sum())))).value
+    return values
+
+
 def _model_arm(task: Task, model: PanModel) -> Arm:
     held = set(model.stream_names)
 
     def fit() -> Features:
-        pairs = zip(task.places, task.fit_indices, strict=True)
+        pairs = zip(task.fit_places, task.fit_indices, strict=True)
         return np.concatenate(
             [embed_store(model, place.store, at, held & set(place.store.images)) for place, at in pairs]
         )
@@ -197,7 +232,7 @@ def _model_arm(task: Task, model: PanModel) -> Arm:
 
 
 def _statistics_arm(task: Task) -> Arm:
-    measured = [measure_store(place.store, task.run.streams) for place in task.places]
+    measured = [measure_store(place.store, task.run.streams) for place in task.fit_places]
     reference = StatisticsReference.fit(zip(measured, task.fit_indices, strict=True))
     held_out = measure_store(task.holdout.store, task.run.streams)
 
@@ -214,7 +249,7 @@ def _statistics_arm(task: Task) -> Arm:
 def _holders(task: Task, streams: set[str]) -> NDArray[np.bool_]:
     """Fit subjects that hold at least one of the streams [N]."""
     parts = []
-    for place, at in zip(task.places, task.fit_indices, strict=True):
+    for place, at in zip(task.fit_places, task.fit_indices, strict=True):
         rows = [place.store.rows[stream] for stream in streams if stream in place.store.images]
         parts.append(np.isin(at, np.concatenate(rows) if rows else []))
     return np.concatenate(parts)

@@ -4,7 +4,8 @@
 {"scores":  [{"arm", "group", "metric": "auc"|"r2", "value", "low", "high", "num_labels"}],
  "missing": {arm: {"auc", "auc_missing_1", ..., "auc_drop_<organ>", "auc_only_<organ>", "auc_no_dominant"}},
  "balance": {arm: {"effective_rank"}},
- "subjects": {"fit", "test"}, "notes": [line]}
+ "subjects": {"fit", "test"}, "notes": [line],
+ "streams": {arm: {stream: AUC of a probe on this stream alone}}}
 ```
 `group` is a group of labels (`all`, `weak`, `category`, `disease`) or, for a number, the label itself. Intervals are
 95 % bootstrap over test subjects. What cannot be told is null.
@@ -13,7 +14,7 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ class ProbeResult:
     balance: Mapping[str, Mapping[str, float]]
     subjects: Mapping[str, int]
     notes: tuple[str, ...] = ()
+    streams: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def value(self, arm: str, group: str = "all", metric: str = "auc") -> float:
         """One score's point estimate; NaN when it was not measured."""
@@ -71,11 +73,11 @@ def read_result(path: Path) -> ProbeResult:
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
         scores = tuple(Score(**{key: _number(value) for key, value in row.items()}) for row in table["scores"])
-        missing, balance = (
-            {arm: {name: _number(value) for name, value in row.items()} for arm, row in table[key].items()}
-            for key in ("missing", "balance")
+        missing, balance, streams = (
+            {arm: {name: _number(value) for name, value in row.items()} for arm, row in part.items()}
+            for part in (table["missing"], table["balance"], table.get("streams", {}))
         )
-        return ProbeResult(scores, missing, balance, table["subjects"], tuple(table["notes"]))
+        return ProbeResult(scores, missing, balance, table["subjects"], tuple(table["notes"]), streams)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: not a probe result written by a run ({type(error).__name__})") from error
 

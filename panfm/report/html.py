@@ -1,6 +1,7 @@
 """One page per run: `report.html`. It holds everything, scripts included, and opens without a network."""
 
 import html
+import math
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -9,7 +10,7 @@ from panfm.config import config_hash, dump_toml
 from panfm.files import write_atomic
 from panfm.report.plots import figures
 from panfm.report.run import Run
-from panfm.report.table import arms_of, find, organs_of, score_text
+from panfm.report.table import arms_of, find, number_text, organs_of, score_text
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
@@ -39,6 +40,7 @@ def render(run: Run) -> str:
         _section("Sites", _table(("site", "organs", "subjects", "rounds", "loss"), _site_rows(run))),
         _section("Coverage", _coverage(run)),
         _section("What frozen features are worth", _scores(run)),
+        _section("AUC of each stream alone", _streams(run)),
         *(_section(title, figure.to_html(full_html=False, include_plotlyjs=False)) for title, figure in drawn.items()),
         _section("Provenance", _provenance(run)),
     ]
@@ -97,6 +99,14 @@ def _scores(run: Run) -> str:
     counts = f"{run.probe.subjects.get('fit', 0)} subjects fitted, {run.probe.subjects.get('test', 0)} held out"
     lines = [f"{counts}; in brackets 95 % bootstrap intervals over held-out subjects.", *run.probe.notes]
     return "".join(tables) + "".join(f'<p class="quiet">{html.escape(line)}</p>' for line in lines)
+
+
+def _streams(run: Run) -> str:
+    """One row per stream, one column per arm; nothing where subjects hold several streams."""
+    held = run.probe.streams if run.probe else {}
+    names = dict.fromkeys(name for row in held.values() for name in row)
+    rows = [(name, *(number_text(row.get(name, math.nan)) for row in held.values())) for name in names]
+    return _table(("stream", *held), rows) if rows else ""
 
 
 def _provenance(run: Run) -> str:

@@ -21,6 +21,8 @@ def print_tables(run: Run, console: Console) -> None:
             console.print(score_table(run.probe, metric))
     if run.probe.missing:
         console.print(missing_table(run.probe.missing))
+    if run.probe.streams:
+        console.print(stream_table(run.probe.streams))
     for note in run.probe.notes:
         console.print(f"note: {note}", style="dim")
 
@@ -57,6 +59,14 @@ def missing_table(missing: Mapping[str, Mapping[str, float]]) -> Table:
     for arm, grid in missing.items():
         cells = [grid.get(f"auc_missing_{count}" if count else "auc", math.nan) for count in counts]
         table.add_row(arm, *map(number_text, [*cells, grid.get("auc_no_dominant", math.nan)]))
+    return table
+
+
+def stream_table(streams: Mapping[str, Mapping[str, float]]) -> Table:
+    """AUC per stream: one row per stream, one column per arm."""
+    table = Table("stream alone", *map(_right, streams), title="AUC")
+    for stream in dict.fromkeys(name for row in streams.values() for name in row):
+        table.add_row(stream, *(number_text(row.get(stream, math.nan)) for row in streams.values()))
     return table
 
 

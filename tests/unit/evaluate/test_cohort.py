@@ -85,6 +85,7 @@ def test_only_the_wanted_arms_have_a_grid(result):
         *(f"auc_{what}_{organ}" for what in ("drop", "only") for organ in ("brain", "heart", "liver")),
         "auc_no_dominant",
     }
+    assert result.streams == {}
     assert result.missing["federated"]["auc"] == pytest.approx(result.value("federated"))
 
 
@@ -117,3 +118,40 @@ def test_subjects_without_any_label_change_nothing(result):
     models = {"federated": build_model(RUN)}
     found = evaluate_cohort(Task(RUN, [*task.places, unlabelled], task.holdout, INFO), models)
     assert found.value("federated", "brain-mean", "r2") == result.value("federated", "brain-mean", "r2")
+
+
+def make_pictures(seed, streams, n=90, splits=("test",)):
+    """Every subject holds one stream, in turn; its mean level is the label."""
+    generator = np.random.default_rng(seed)
+    level = generator.random(n).astype(np.float32)
+    volumes = 0.8 * level[:, None, None, None, None] + 0.1 * generator.random((n, 1, 4, 4, 4), dtype=np.float32)
+    rows = {name: np.arange(at, n, len(streams)) for at, name in enumerate(streams)}
+    images = {name: volumes[held] for name, held in rows.items()}
+    split = tuple(splits[subject // len(streams) % len(splits)] for subject in range(n))
+    store = ImageStore(tuple(f"{seed}-{each}" for each in range(n)), split, images, rows)
+    return LabelledStore(store, {"bright": (level > 0.5).astype(float)})
+
+
+def read_pictures(holdout_splits):
+    sites = [make_pictures(1, ["brain-mr"], splits=("train",)), make_pictures(2, ["heart-mr"], splits=("train",))]
+    holdout = make_pictures(3, list(RUN.streams), splits=holdout_splits)
+    task = Task(RUN, sites, holdout, {"bright": LabelInfo("class")})
+    return evaluate_cohort(task, {"federated": build_model(RUN)}, grid_arms=("federated", "statistics"))
+
+
+def test_subjects_of_one_stream_each_are_read_per_stream():
+    found = read_pictures(("train", "test"))
+    assert found.missing == {}
+    assert found.subjects == {"fit": 225, "test": 45}
+    assert set(found.streams) == {"federated", "statistics"}
+    assert set(found.streams["statistics"]) == set(RUN.streams)
+    assert min(found.streams["statistics"].values()) > 0.9  # liver-mr: no site has it, the held-out folder trains on it
+    assert found.value("statistics", "all") > 0.9
+    assert {score.group for score in found.scores} == {"all"}
+
+
+def test_a_stream_that_nobody_can_be_fitted_on_has_no_answer():
+    found = read_pictures(("test",))
+    assert found.subjects == {"fit": 180, "test": 90}
+    assert np.isnan(found.streams["statistics"]["liver-mr"])
+    assert found.streams["statistics"]["brain-mr"] > 0.9

@@ -15,6 +15,7 @@ RESULT = ProbeResult(
     balance={"federated": {"effective_rank": 3.5}},
     subjects={"fit": 100, "test": 50},
     notes=("federated: x: not probed",),
+    streams={"federated": {"chest-xray": 0.8}},
 )
 
 
@@ -24,11 +25,12 @@ def test_round_trip_keeps_everything_and_nan_is_null(tmp_path):
     back = read_result(path)
     assert back.scores[0] == RESULT.scores[0]
     assert math.isnan(back.scores[1].low)
-    assert (back.missing, back.balance, back.subjects, back.notes) == (
+    assert (back.missing, back.balance, back.subjects, back.notes, back.streams) == (
         RESULT.missing,
         RESULT.balance,
         RESULT.subjects,
         RESULT.notes,
+        RESULT.streams,
     )
     assert json.loads(path.read_text())["scores"][1]["low"] is None
 

@@ -24,6 +24,7 @@ PROBE = ProbeResult(
     balance={},
     subjects={"fit": 90, "test": 30},
     notes=("federated: <never>: not probed",),
+    streams={"federated": {"brain-mr": 0.8, "liver-mr": math.nan}},
 )
 
 
@@ -80,6 +81,8 @@ def test_tables_show_sites_scores_and_notes(finished):
     assert ".712 [.680, .740]" in text
     assert re.search(r"federated +│ +-.050", text)
     assert "<never>: not probed" in text
+    assert re.search(r"brain-mr +│ +.800", text)
+    assert re.search(r"liver-mr +│ +- +│", text)
 
 
 def test_a_run_that_has_just_begun_is_reported(folder):
@@ -128,11 +131,13 @@ def test_the_page_is_self_contained_and_escaped(finished):
     assert "<td><b>" not in page
     assert "federated: &lt;never&gt;: not probed" in page
     assert ".712 [.680, .740]" in page
+    assert "<tr><td>brain-mr</td><td>.800</td></tr><tr><td>liver-mr</td><td>-</td></tr>" in page
     assert len(page) < 8_000_000
 
 
 def test_figures_without_data_are_left_out(finished):
     (finished / "probe.json").unlink()
+    assert "AUC of each stream alone" not in write_report(read_run(finished)).read_text()
     assert "AUC with organs missing" not in figures(read_run(finished))
     assert "Loss per site" in figures(read_run(finished))
 
