@@ -1,0 +1,149 @@
+"""What does a Director-Experts backbone cost? One MAE step with it over one with a dense backbone.
+
+    dense   one MLP per block, hidden width 4 x 192
+    dex     8 experts and a director per block, 2 active, hidden width 2 x 192: the same active FLOPs
+    naive   dex as one writes it first: a loop over expert modules, and a director that stacks all of them every step
+
+A step is forward, losses, backward, optimiser and the directors' update on 32 images of 196 tokens, three quarters of
+them hidden, 12 blocks, one thread. The routers' noise stays at 1, so that experts stay in use. The arms take turns,
+step by step, in one process and on the same batches; a ratio is the median over the turns, in CPU time.
+"""
+
+import time
+from pathlib import Path
+from typing import Annotated, cast
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from torch import Tensor, nn
+
+from panfm.config import RunConfig, parse_run
+from panfm.data.store import ImageStore
+from panfm.models.director_experts import DirectorExperts, mlp
+from panfm.objectives import Learner
+from panfm.seeds import numpy_generator
+from simulations.harness import StudyResult, check_writable
+
+_RUN = """
+name = "dex-step"
+organs = ["chest"]
+streams.chest-xray = { shape = [224, 224], patch = [16, 16] }
+objective.name = "mae"
+masking = { policy = "random", ratio = 0.75 }
+train.rounds = 1
+train.batch-size = 32
+"""
+_MODELS = {
+    "dense": 'model = { size = "tiny", tokenizer = "patch" }',
+    "dex": 'model = { size = "tiny", tokenizer = "patch", backbone = "director-experts", hidden-multiple = 2, '
+    "experts = { noise = [1.0, 1.0] } }",
+}
+_NUM_SUBJECTS = 64
+
+
+def main(
+    json: Annotated[Path | None, typer.Option(help="Write the result here.")] = None,
+    turns: Annotated[int, typer.Option(min=1, help="Steps per arm, after one to warm up.")] = 15,
+) -> None:
+    """CPU seconds of a Director-Experts step over a dense and over a naive one."""
+    torch.set_num_threads(1)
+    check_writable(json)
+    console = Console(soft_wrap=True, highlight=False)
+    result = StudyResult("dex-step", {"turns": turns, "run": _RUN, "models": _MODELS}, unit="s")
+    seconds = measure(turns)
+    for arm, values in seconds.items():
+        result.values["step", arm] = values
+    for other in ("dense", "naive"):
+        result.ratios[f"dex_over_{other}"] = float(np.median(np.asarray(seconds["dex"]) / np.asarray(seconds[other])))
+        console.print(f"dex over {other}: {result.ratios[f'dex_over_{other}']:.3f}")
+    if json:
+        result.write(json)
+
+
+def measure(turns: int) -> dict[str, list[float]]:
+    """CPU seconds of `turns` steps of every arm, in turn order."""
+    learners = {arm: Learner(_run(arm, turns)) for arm in _MODELS}
+    learners["naive"] = naive_learner(_run("dex", turns))
+    store = _random_store(learners["dense"].run)
+    seconds: dict[str, list[float]] = {arm: [] for arm in learners}
+    order = list(learners)
+    for turn in range(turns + 1):
+        for arm in order[turn % 3 :] + order[: turn % 3]:
+            taken = _one_step(learners[arm], store, turn)
+            if turn:
+                seconds[arm].append(taken)
+    return seconds
+
+
+class NaiveExperts(nn.Module):
+    """One module per expert; each picks its subjects and adds what it makes of them."""
+
+    def __init__(self, num_experts: int, width: int, hidden: int) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(mlp(width, hidden) for _ in range(num_experts))
+
+    def forward(self, x: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
+        """Mix the chosen experts' outputs for x [B, L, D]."""
+        mixed = torch.zeros_like(x)
+        for index, expert in enumerate(self.experts):
+            subject, rank = torch.nonzero(chosen == index, as_tuple=True)
+            if len(subject):
+                mixed = mixed.index_add(0, subject, gates[subject, rank, None, None] * expert(x[subject]))
+        return mixed
+
+
+class NaiveDirectorExperts(DirectorExperts):
+    """Stacks all experts whenever the director moves."""
+
+    @torch.no_grad()
+    def move_director(self, mass: Tensor, *, momentum: float) -> None:
+        """Group EMA over a stack of every parameter."""
+        share = mass / mass.sum()
+        each = [list(expert.parameters()) for expert in cast(nn.ModuleList, self.experts.experts)]
+        for director, same in zip(self.director.parameters(), zip(*each, strict=True), strict=True):
+            group = (torch.stack(same) * share.view(-1, *[1] * director.dim())).sum(dim=0)
+            director.copy_(momentum * director + (1.0 - momentum) * group)
+
+
+def naive_learner(run: RunConfig) -> Learner:
+    """The same model with naive layers; every expert starts as the director. Pooled, because names differ."""
+    learner = Learner(run.model_copy(update={"sharing": run.sharing.model_copy(update={"experts": "pooled"})}))
+    for layer in learner.model.director_experts().values():
+        experts = NaiveExperts(len(layer.activation), *reversed(layer.experts.weight_in.shape[1:]))
+        for expert in experts.experts:
+            expert.load_state_dict(layer.director.state_dict())
+        layer.__class__, layer.experts = NaiveDirectorExperts, experts  # type: ignore[assignment]
+    learner.parameters = list(learner.model.parameters())
+    learner.reset_private()
+    return learner
+
+
+def _one_step(learner: Learner, store: ImageStore, turn: int) -> float:
+    """CPU seconds of one step, without what a round does once at its end."""
+    ended: list[float] = []
+    begin = time.process_time()
+    learner.train(
+        store,
+        np.arange(_NUM_SUBJECTS),
+        first_step=turn,
+        num_steps=1,
+        site="bench",
+        round_number=turn,
+        on_step=lambda *_: ended.append(time.process_time()),
+    )
+    return ended[0] - begin
+
+
+def _run(arm: str, turns: int) -> RunConfig:
+    return parse_run(f"{_MODELS[arm]}\n{_RUN}train.local-steps = {turns + 1}\n")
+
+
+def _random_store(run: RunConfig) -> ImageStore:
+    """Noise: the cost does not depend on what is in the images."""
+    random = numpy_generator(run.seed, "dex-step")
+    images = random.random((_NUM_SUBJECTS, 1, 224, 224), dtype=np.float32)
+    subjects = tuple(str(index) for index in range(_NUM_SUBJECTS))
+    everyone = {"chest-xray": np.arange(_NUM_SUBJECTS)}
+    return ImageStore(subjects, ("train",) * _NUM_SUBJECTS, {"chest-xray": images}, everyone)

@@ -1,0 +1,39 @@
+"""The bench's naive layers are the same method, written another way."""
+
+import numpy as np
+import torch
+from torch.testing import assert_close
+
+from panfm.objectives import Learner
+from simulations.bench.dex_step import naive_learner
+
+
+@torch.no_grad()
+def test_naive_layers_do_what_the_librarys_do(make_run, make_store):
+    run = make_run('[model]\nbackbone = "director-experts"\nexperts.count = 5\n[objective]\nname = "mae"\n')
+    mine, naive = (
+        learner.model.director_experts()["backbone.blocks.0.mlp"] for learner in (Learner(run), naive_learner(run))
+    )
+    generator = torch.Generator().manual_seed(0)
+    for stacked, *each in zip(
+        mine.experts.parameters(), *(expert.parameters() for expert in naive.experts.experts), strict=True
+    ):
+        stacked.normal_(0.0, 0.3, generator=generator)
+        for index, parameter in enumerate(each):
+            parameter.copy_(stacked[index])
+    x = torch.randn(7, 3, 48, generator=generator)
+    assert_close(mine(x).outputs, naive(x).outputs, atol=1e-5, rtol=1e-5)
+    before = mine.director[0].weight.clone()
+    for layer in (mine, naive):
+        layer.move_director(torch.tensor([3.0, 0.0, 1.0, 2.5, 0.5]), momentum=0.6)
+    assert not torch.equal(before, mine.director[0].weight)
+    for first, second in zip(mine.director.parameters(), naive.director.parameters(), strict=True):
+        assert_close(first, second, atol=1e-6, rtol=1e-5)
+
+
+def test_naive_layers_train(make_run, make_store):
+    run = make_run('[model]\nbackbone = "director-experts"\n[objective]\nname = "mae"\n')
+    learner = naive_learner(run)
+    result = learner.train(make_store(run), np.arange(12), first_step=0, num_steps=2, site="a", round_number=1)
+    assert result.num_skipped == 0
+    assert np.isfinite(result.loss)
