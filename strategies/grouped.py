@@ -14,6 +14,7 @@ from flwr.serverapp.strategy import Strategy
 
 from panfm.config import RunConfig
 from panfm.errors import ProtocolError
+from panfm.sharing.coding import bytes_per_group, decode
 from panfm.sharing.groups import Flat, GroupManifest
 from panfm.sharing.mean import ExactMean
 from panfm.sharing.messages import Handshake, RoundReply
@@ -31,7 +32,7 @@ class RoundOutcome:
     rejected: dict[str, str] = field(default_factory=dict)
     """Site -> why its reply was refused."""
     bytes_up: dict[str, int] = field(default_factory=dict)
-    """Group -> bytes of updates received, refused ones included."""
+    """Group -> bytes of updates as they came, refused ones included."""
 
 
 class GroupedMean(Strategy):
@@ -106,9 +107,9 @@ class GroupedMean(Strategy):
         if handshake.site in self.outcome.accepted:
             raise ProtocolError("second reply to one question")
         reply = RoundReply.from_records(unpack(message.content))
-        for group, update in reply.updates.items():
-            self.outcome.bytes_up[group] = self.outcome.bytes_up.get(group, 0) + update.nbytes
-        return reply
+        for group, size in bytes_per_group(reply.updates).items():
+            self.outcome.bytes_up[group] = self.outcome.bytes_up.get(group, 0) + size
+        return replace(reply, updates=decode(self.run.sharing.coding, self.manifest, reply.updates))
 
     def _weight_limits(self, handshake: Handshake) -> dict[str, Weights]:
         return {

@@ -206,6 +206,8 @@ class SharingConfig(Config):
     naive: mean of all, by subjects (baseline)."""
     head: Literal["mean", "private"] = "mean"
     """mean: averaged as the backbone is; private: it never leaves the site."""
+    coding: Literal["float32", "bf16", "int8"] = "float32"
+    """How a site's updates travel: 4, 2 or 1 bytes a number. What rounding loses, the site adds to its next update."""
 
 
 class FederationConfig(Config):

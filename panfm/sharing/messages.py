@@ -1,7 +1,15 @@
 """What server and site say to each other, as plain values: no Flower, no torch.
 
-`Records` is the form in which all of it travels: named float32 arrays, numbers, and words. Flower's records, or a
-local socket, carry it without knowing what it means.
+`Records` is the form in which all of it travels: named arrays, numbers, and words. Flower's records, or a local
+socket, carry it without knowing what it means.
+
+    down   arrays   <group>                float32 [size], parameters
+    up     arrays   <group>                float32, uint16 (bf16) or int8 [size], update (coding.py)
+                    <group>/scale          float32 [rows], only with int8
+           metrics  weight/<group>         list of one, or of one per expert
+                    saliency/<stream>      number
+                    loss, validation-loss, num-skipped
+           config   run-id, round, state-round
 """
 
 import math
@@ -10,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 from panfm.errors import ProtocolError
+from panfm.sharing.coding import Arrays
 from panfm.sharing.groups import Flat
 from panfm.sharing.weights import Weights
 
@@ -22,7 +31,7 @@ _SALIENCY = "saliency/"
 class Records:
     """Content of a message."""
 
-    arrays: Mapping[str, Flat] = field(default_factory=dict)
+    arrays: Arrays = field(default_factory=dict)
     metrics: Mapping[str, Metric] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     """Scalars, and lists of one scalar type."""
@@ -127,8 +136,8 @@ class RoundReply:
     round_number: int
     state_round: int
     """The round whose private state the site started from; 0: none, it started fresh."""
-    updates: Mapping[str, Flat]
-    """Group -> local minus global parameters, packed."""
+    updates: Arrays
+    """Local minus global parameters, packed and coded as `sharing.coding` says (coding.py)."""
     weights: Mapping[str, Weights]
     """Group -> weights of this site: one, or one per expert."""
     loss: float | None = None

@@ -15,7 +15,8 @@ from typing import Any
 
 from panfm.config import Releasable, RunConfig, dump_toml
 from panfm.errors import ProtocolError
-from panfm.sharing.groups import Flat, GroupManifest
+from panfm.sharing.coding import Arrays
+from panfm.sharing.groups import GroupManifest
 from panfm.sharing.messages import Handshake, RoundReply, RoundTask
 from panfm.sharing.weights import Weights
 
@@ -43,8 +44,8 @@ class RoundResult:
     """What a site holds at the end of a round, before anything is decided."""
 
     state_round: int
-    parameters: Mapping[str, Flat]
-    """Group -> local parameters, packed."""
+    updates: Arrays
+    """Local minus global parameters, packed and coded."""
     weights: Mapping[str, Weights]
     loss: float
     validation_loss: float | None
@@ -98,7 +99,7 @@ def build_reply(task: RoundTask, result: RoundResult, *, may_leave: Collection[R
     """
     check_may_take_part(may_leave)
     content: dict[str, Any] = {
-        "updates": {group: local - task.groups[group] for group, local in result.parameters.items()},
+        "updates": result.updates,
         "weights": result.weights,
         "loss": result.loss,
         "validation_loss": result.validation_loss,

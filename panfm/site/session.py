@@ -7,15 +7,20 @@ is loaded. So a site that was killed, or that another process served in between,
 import logging
 
 import torch
+from torch import Tensor
 
 from panfm.config import RunConfig
 from panfm.data.store import ImageStore
 from panfm.objectives import Learner, TrainResult
+from panfm.sharing.coding import Arrays, encode_with_feedback
 from panfm.sharing.groups import Flat, GroupManifest
 from panfm.sharing.messages import RoundTask
 from panfm.sharing.release import RoundResult
 from panfm.sharing.weights import Trained, Weights, group_weights
 from panfm.site.state import StateStore
+
+_LOST = "coding.lost."
+"""Prefix, in the private state, of what the coding of a group's last update lost."""
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +38,7 @@ class Session:
         self.manifest = GroupManifest.of(
             {name: tuple(tensor.shape) for name, tensor in self.learner.shared_state().items()}
         )
+        self._lost: dict[str, Flat] = {}
         self._in_memory = ""
 
     def train_round(self, task: RoundTask, states: StateStore) -> RoundResult:
@@ -55,10 +61,11 @@ class Session:
             round_number=task.round_number,
             profile=dict(task.profile) if task.profile else None,
         )
-        self._in_memory = states.save(task.round_number, self.learner.private_state())
+        updates = self._updates(task)
+        self._in_memory = states.save(task.round_number, self._private_state())
         return RoundResult(
             state_round=state_round,
-            parameters=self._parameters(),
+            updates=updates,
             weights=self._weights(result),
             loss=result.loss,
             validation_loss=self._validation_loss(task.round_number),
@@ -78,8 +85,11 @@ class Session:
             logger.warning("round %s: private state of the round before is missing, using %s", round_number, found)
         if before == 0:
             self.learner.reset_private()
+            self._lost = {}
         elif states.digest(before) != self._in_memory:
-            self.learner.load_private(states.load(before))
+            state = states.load(before)
+            self.learner.load_private(state)
+            self._lost = {name.removeprefix(_LOST): state[name].numpy() for name in state if name.startswith(_LOST)}
         self._in_memory = ""
         return before
 
@@ -88,8 +98,16 @@ class Session:
         trained = Trained(result.subjects, result.subjects_per_stream, num_steps, result.gate_mass)
         return {group: group_weights(self.run, self.manifest, group, trained) for group in self.manifest.groups}
 
-    def _parameters(self) -> dict[str, Flat]:
-        return self.manifest.pack_all({name: value.numpy() for name, value in self.learner.shared_state().items()})
+    def _updates(self, task: RoundTask) -> Arrays:
+        """Updates as they travel; what their coding loses is kept for the next round."""
+        local = self.manifest.pack_all({name: value.numpy() for name, value in self.learner.shared_state().items()})
+        updates = {group: parameters - task.groups[group] for group, parameters in local.items()}
+        coded, self._lost = encode_with_feedback(self.run.sharing.coding, self.manifest, updates, self._lost)
+        return coded
+
+    def _private_state(self) -> dict[str, Tensor]:
+        lost = {_LOST + group: torch.from_numpy(numbers) for group, numbers in self._lost.items()}
+        return self.learner.private_state() | lost
 
     def _validation_loss(self, round_number: int) -> float | None:
         """Loss on the val split; None in rounds between validations, and without such subjects."""

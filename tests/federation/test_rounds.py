@@ -39,6 +39,10 @@ def model_bytes(run_dir: Path) -> bytes:
     return (run_dir / "model" / "model.safetensors").read_bytes()
 
 
+def exported(run_dir: Path) -> dict[str, np.ndarray]:
+    return safetensors.numpy.load(model_bytes(run_dir))
+
+
 def test_a_run_leaves_its_folder(federation):
     run_dir = federation.run("first")
     assert [line["round"] for line in lines(run_dir)] == [1, 2, 3]
@@ -98,6 +102,16 @@ def test_private_heads_stay_at_their_sites(federation):
     name = "student.heads.project.1.weight"
     assert not torch.equal(own[0][name], own[1][name])
     assert not any(torch.equal(each[name], seeded[name.removeprefix("student.")]) for each in own)
+
+
+def test_coded_updates_are_small_and_end_near_the_exact_model(federation):
+    """One byte a number: a quarter of the bytes, and a model far closer to the exact one than that is to its start."""
+    exact, start = exported(federation.run("exact", "train.rounds=2")), build_model(federation.describe()).state_dict()
+    found = exported(federation.run("coded", "train.rounds=2", "sharing.coding=int8"))
+    moved = max(np.abs(exact[name] - start[name].numpy()).max() for name in exact)
+    assert 0.0 < max(np.abs(found[name] - exact[name]).max() for name in found) < 0.05 * moved
+    whole, coded = (sum(lines(federation.folder / name)[-1]["bytes_up"].values()) for name in ("exact", "coded"))
+    assert 0.25 < coded / whole < 0.27
 
 
 def test_plain_dilutes_what_few_sites_hold(federation):

@@ -19,7 +19,7 @@ from panfm.sharing.release import (
 TASK = RoundTask("run-1", 2, "", {"backbone": np.array([1, 2], np.float32)})
 RESULT = RoundResult(
     state_round=1,
-    parameters={"backbone": np.array([1.5, 2], np.float32)},
+    updates={"backbone": np.array([0.5, 0], np.float32)},
     weights={"backbone": (10.0,)},
     loss=0.25,
     validation_loss=0.75,
@@ -49,7 +49,7 @@ def test_a_handshake_by_hand(small_run):
             build_handshake("alpha", small_run, manifest, {}, **words, may_leave=set(Releasable) - {needed})
 
 
-def test_an_update_is_local_minus_global():
+def test_a_reply_by_hand():
     reply = build_reply(TASK, RESULT, may_leave=tuple(Releasable))
     assert reply.updates["backbone"].tolist() == [0.5, 0]
     assert reply == RoundReply("run-1", 2, 1, reply.updates, {"backbone": (10.0,)}, 0.25, 0.75, 3, {"brain-mr": 1.0})

@@ -9,9 +9,11 @@ import torch
 from panfm.config import dump_toml, parse_run
 from panfm.errors import DataError, ProtocolError
 from panfm.models import build_model
+from panfm.sharing.coding import decode
 from panfm.sharing.groups import GroupManifest
 from panfm.sharing.messages import Invitation, RoundTask
 from panfm.site import Site
+from panfm.site.state import StateStore
 
 RUN = """
 name = "small"
@@ -113,6 +115,23 @@ def test_a_repeated_round_gives_the_same_reply(folder):
     assert same(warm.train_round(task(2)), second)
 
 
+@pytest.mark.parametrize("coding", ["bf16", "int8"])
+def test_what_coding_lost_is_private_and_comes_with_the_next_round(folder, coding):
+    extra = f'[sharing]\ncoding = "{coding}"\n'
+    warm = Site(folder)
+    first, second = warm.train_round(task(1, extra=extra)), warm.train_round(task(2, extra=extra))
+    assert first.updates["backbone"].dtype == {"bf16": np.uint16, "int8": np.int8}[coding]
+    assert same(Site(folder).train_round(task(2, extra=extra)), second)
+    lost = StateStore(folder / ".panfm" / "state", "run-1").load(1)
+    names = {name for name in lost if name.startswith("coding.lost.")}
+    assert names == {f"coding.lost.{group}" for group in task().groups}
+    assert all(lost[name].any() for name in names)
+    exact = Site(folder, folder / "exact").train_round(task(1))
+    manifest = warm._session(task(extra=extra).run_toml).manifest
+    for group, arrived in decode(coding, manifest, first.updates).items():
+        np.testing.assert_allclose(arrived + lost[f"coding.lost.{group}"].numpy(), exact.updates[group], atol=1e-8)
+
+
 def test_private_state_matters(folder, tmp_path):
     """The negative control of the test above: without round 1's state, round 2 is another."""
     kept, lost = Site(folder), Site(folder, tmp_path / "elsewhere")
@@ -205,8 +224,6 @@ def test_nothing_private_is_in_the_bytes_of_a_reply(folder):
     records = reply.to_records()
     sent = b"".join(array.tobytes() for array in records.arrays.values())
     sent += repr([records.metrics, records.config]).encode()
-    from panfm.site.state import StateStore
-
     private = StateStore(folder / ".panfm" / "state", "run-1").load(2)
     assert any(name.startswith("teacher.") for name in private)
     assert any(name.startswith("optimiser.") for name in private)
