@@ -7,6 +7,7 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
+from panfm.sharing.coding import encode
 from panfm.sharing.groups import GroupManifest
 from panfm.sharing.messages import Handshake, RoundReply
 from strategies import GroupedMean
@@ -180,6 +181,24 @@ def test_a_site_that_answers_twice_counts_once(strategy):
     twice = aggregate(strategy, message(11, reply(11, 0.1)), message(11, reply(11, 0.3)))
     assert once["backbone"].tobytes() == twice["backbone"].tobytes()
     assert "second reply" in strategy.outcome.rejected["a"]
+
+
+def test_coded_updates_are_decoded_before_anything_looks_at_them(strategy):
+    """Bytes are counted as they came; what cannot be decoded is a rejected reply."""
+    sharing = strategy.run.sharing.model_copy(update={"coding": "int8"})
+    strategy.run = strategy.run.model_copy(update={"sharing": sharing})
+    coded = encode("int8", MANIFEST, reply(11, 0.5).updates)
+    new = aggregate(strategy, message(11, reply(11, 0.5, updates=coded)))
+    np.testing.assert_allclose(new["backbone"], [1.5, 2.5], rtol=1e-6)
+    assert strategy.outcome.bytes_up == {"backbone": 2 + 4, "head": 1 + 4, "stream:brain-mr": 2 + 4}
+    for changes, why in (
+        ({"head/scale": np.zeros(2, np.float32)}, "head/scale is float32 [2], expected float32 [1]"),
+        ({"head/scale": np.full(1, np.nan, np.float32)}, "head: update holds NaN"),
+        ({"head": np.zeros(1, np.float32)}, "head is float32 [1], expected int8 [1]"),
+        ({"router/scale": np.zeros(1, np.float32)}, "not expected ['router/scale']"),
+    ):
+        aggregate(strategy, message(11, reply(11, 0.5, updates={**coded, **changes})))
+        assert why in strategy.outcome.rejected["a"]
 
 
 LAYER = "backbone.blocks.0.mlp"
