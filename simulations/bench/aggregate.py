@@ -1,0 +1,176 @@
+"""What does the exact, guarded mean cost the server? Replies of many sites through our strategy and through Flower's.
+
+    ours     GroupedMean: guards, exact order-independent mean, replies let go one by one
+    flower   Flower's FedAvg over the same numbers, one array per parameter as in its examples
+    axpy     the floor: `total += weight * update` in numpy, over arrays that lie in memory already
+
+All sites send a `small` model of seven organs (about 25 million numbers). The arms take turns; making the replies is
+not counted. `peak_copies` is what the aggregation had in memory at its worst, replies included and the global model
+not, in float32 copies of the model; it is taken in a pass of its own.
+"""
+
+import time
+import tracemalloc
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated
+
+import numpy as np
+import typer
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp.strategy import FedAvg
+from rich.console import Console
+
+from client.records import pack
+from panfm.config import RunConfig, load_run
+from panfm.models import build_model
+from panfm.seeds import numpy_generator
+from panfm.sharing.groups import Flat, GroupManifest
+from panfm.sharing.messages import Handshake, RoundReply
+from simulations.engines.local import LocalGrid
+from simulations.harness import QUICKSTART, Experiment, JsonFile, StudyResult, check_writable
+from strategies import GroupedMean
+
+SITES = (4, 16, 64)
+_RUN_ID, _SUBJECTS, _DISTINCT = "bench", 100, 3
+
+
+@dataclass(frozen=True)
+class Updates:
+    """What the sites send: a few distinct updates, over and over."""
+
+    run: RunConfig
+    manifest: GroupManifest
+    named: list[dict[str, Flat]]
+    """Parameter -> its part of the update, for each distinct one."""
+
+    @classmethod
+    def draw(cls, run: RunConfig) -> "Updates":
+        """Updates of a small model, sd 0.01."""
+        run = run.model_copy(update={"model": run.model.model_copy(update={"size": "small"})})
+        shapes = {name: tuple(value.shape) for name, value in build_model(run).state_dict().items()}
+        random = numpy_generator(0, "aggregate")
+        named = [
+            {name: random.normal(0.0, 0.01, shape).astype(np.float32) for name, shape in shapes.items()}
+            for _ in range(_DISTINCT)
+        ]
+        return cls(run, GroupManifest.of(shapes), named)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of one update."""
+        return sum(value.nbytes for value in self.named[0].values())
+
+
+def main(
+    json: JsonFile = None,
+    turns: Annotated[int, typer.Option(min=1, help="Aggregations per arm and number of sites.")] = 3,
+    experiment: Experiment = QUICKSTART,
+) -> None:
+    """Seconds and memory of one aggregation, over Flower's and over the floor."""
+    check_writable(json)
+    console = Console(soft_wrap=True, highlight=False)
+    updates = Updates.draw(load_run(experiment))
+    result = StudyResult("aggregate", {"turns": turns, "numbers": updates.num_bytes // 4}, unit="s")
+    LocalGrid(ClientApp(), 1, {})  # messages want to know which run they are in
+    for num_sites in SITES:
+        arms = {"ours": ours, "flower": flower, "axpy": axpy}
+        for _ in range(turns):
+            for arm, aggregate in arms.items():
+                result.add(arm, {f"{num_sites}/seconds": aggregate(updates, num_sites)})
+        result.ratios[f"{num_sites}/peak_copies"] = peak_bytes(updates, num_sites) / updates.num_bytes
+        for other in ("flower", "axpy"):
+            ours_seconds, other_seconds = (result.values[f"{num_sites}/seconds", arm] for arm in ("ours", other))
+            ratio = float(np.median(np.asarray(ours_seconds) / np.asarray(other_seconds)))
+            result.ratios[f"{num_sites}/ours_over_{other}"] = ratio
+        console.print(f"{num_sites} sites: " + ", ".join(_shown(result.ratios, num_sites)))
+    for name in ("peak_copies", "ours_over_flower", "ours_over_axpy"):
+        result.ratios[name] = max(result.ratios[f"{num_sites}/{name}"] for num_sites in SITES)
+    if json:
+        result.write(json)
+
+
+def _shown(ratios: Mapping[str, float], num_sites: int) -> list[str]:
+    start = f"{num_sites}/"
+    return [f"{name.removeprefix(start)} {value:.2f}" for name, value in ratios.items() if name.startswith(start)]
+
+
+class _Replies:
+    """Messages of sites, made when they are asked for; `seconds` is what making them took."""
+
+    def __init__(self, num_sites: int, content: Callable[[int], RecordDict]) -> None:
+        self.seconds = 0.0
+        self._num_sites = num_sites
+        self._content = content
+
+    def __iter__(self) -> Iterator[Message]:
+        for site in range(self._num_sites):
+            begin = time.perf_counter()
+            asked = Message(RecordDict(), site + 2, MessageType.TRAIN)
+            reply = Message(self._content(site), reply_to=asked)
+            self.seconds += time.perf_counter() - begin
+            yield reply
+
+
+def ours(updates: Updates, num_sites: int) -> float:
+    """Seconds of one aggregation by our strategy."""
+    strategy, replies = _our_side(updates, num_sites)
+    begin = time.perf_counter()
+    strategy.aggregate_train(1, replies)
+    seconds = time.perf_counter() - begin - replies.seconds
+    assert len(strategy.outcome.accepted) == num_sites
+    return seconds
+
+
+def peak_bytes(updates: Updates, num_sites: int) -> int:
+    """The most that one aggregation by our strategy holds."""
+    strategy, replies = _our_side(updates, num_sites)
+    tracemalloc.start()
+    strategy.aggregate_train(1, replies)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return peak
+
+
+def _our_side(updates: Updates, num_sites: int) -> tuple[GroupedMean, _Replies]:
+    manifest = updates.manifest
+    packed = [manifest.pack_all(named) for named in updates.named]
+    held = dict.fromkeys(updates.run.streams, _SUBJECTS)
+    weights = {group: (float(_SUBJECTS),) for group in manifest.groups}
+    roster = {
+        site + 2: Handshake(f"site-{site}", _SUBJECTS, held, {}, "", manifest.hashes()) for site in range(num_sites)
+    }
+
+    def content(site: int) -> RecordDict:
+        return pack(RoundReply(_RUN_ID, 1, 0, packed[site % _DISTINCT], weights).to_records())
+
+    strategy = GroupedMean(updates.run, manifest, roster)
+    arrays = ArrayRecord({group: Array(flat) for group, flat in packed[0].items()})
+    grid = LocalGrid(ClientApp(), num_sites, {})
+    list(strategy.configure_train(1, arrays, ConfigRecord({"run-id": _RUN_ID}), grid))
+    return strategy, _Replies(num_sites, content)
+
+
+def flower(updates: Updates, num_sites: int) -> float:
+    """Seconds of one aggregation by Flower's FedAvg."""
+
+    def content(site: int) -> RecordDict:
+        arrays = ArrayRecord({name: Array(value) for name, value in updates.named[site % _DISTINCT].items()})
+        return RecordDict({"arrays": arrays, "metrics": MetricRecord({"num-examples": _SUBJECTS})})
+
+    replies = _Replies(num_sites, content)
+    begin = time.perf_counter()
+    FedAvg().aggregate_train(1, replies)
+    return time.perf_counter() - begin - replies.seconds
+
+
+def axpy(updates: Updates, num_sites: int) -> float:
+    """Seconds of the plain sum."""
+    flats = [np.concatenate([value.reshape(-1) for value in named.values()]) for named in updates.named]
+    weight = np.float32(1.0 / num_sites)
+    begin = time.perf_counter()
+    total = np.zeros_like(flats[0])
+    for site in range(num_sites):
+        total += weight * flats[site % _DISTINCT]
+    return time.perf_counter() - begin
