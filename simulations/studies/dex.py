@@ -1,0 +1,261 @@
+"""What do Director-Experts buy, and is it theirs, or any sparse layer's?
+
+Ten-modality pictures in one place, masked autoencoding, the same data, steps and active parameters in every arm:
+
+    dense           one MLP per block
+    token-moe       experts that every token chooses by itself
+    random-routing  experts that every picture is given at random, once and for all; no router learns
+    dex             experts that every picture chooses by its CLS token, with their director
+    dex-director    the same model, read through its directors alone: a dense ViT
+    untrained       the dense model before its first step
+
+The alignment to the director is off where there is none (token-moe, random-routing). `nmi` is between the expert with
+most of a picture's gates and its modality (`nmi_unit`: of what is routed, which may be a token), `conflict` between the
+gradients of the modalities in MLPs or experts. Both are means over blocks (nmi: over the deeper half); `block-<i>/...`
+are the blocks' own. Probes are AUCs over the six shapes.
+"""
+
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import numpy as np
+import torch
+import typer
+from numpy.typing import NDArray
+from torch import Tensor
+
+from panfm.config import RunConfig
+from panfm.data.store import ImageStore
+from panfm.evaluate.modularity import expert_modality_nmi, experts_used, gradient_conflict, layer_gradients
+from panfm.models import PanModel
+from panfm.models.backbone import Block
+from panfm.models.director_experts import DirectorExperts, Routed
+from panfm.models.export import director_run, director_state
+from panfm.objectives import Learner
+from panfm.objectives.loop import hide
+from panfm.objectives.objective import masked_view
+from panfm.seeds import numpy_generator, torch_generator
+from simulations.harness import (
+    Draws,
+    FirstSeed,
+    JsonFile,
+    Seeds,
+    StudyOptions,
+    StudyResult,
+    check_writable,
+    run_jobs,
+)
+from simulations.studies._modalities import (
+    CohortJob,
+    Pictures,
+    print_result,
+    probe_across,
+    probe_joined,
+    study_run,
+    with_backbone,
+    write_draw,
+)
+from simulations.studies._routing import Routing, reroute
+
+STEPS = {"short": 500, "medium": 3000, "long": 8000}
+ROUTING: dict[str, Routing] = {"token-moe": "token", "random-routing": "random"}
+ARMS = ("dense", "token-moe", "random-routing", "dex", "untrained")
+ROWS = ("dense", "token-moe", "random-routing", "dex", "dex-director", "untrained")
+SHOWN = (
+    "nmi",
+    "nmi_unit",
+    "experts_used",
+    "conflict",
+    "probe_own",
+    "probe_pooled",
+    "probe_heldout",
+    "probe_lomo",
+    "cka",
+    "val_loss",
+)
+_BATCH_SIZE = 64
+_CONFLICT_PICTURES = 64
+"""Of each modality."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One arm, trained once and measured."""
+
+    draw: int
+    seed: int
+    arm: str
+    steps: int
+    folder: Path
+
+    def __str__(self) -> str:
+        return f"pictures {self.draw}, seed {self.seed}, {self.arm}, {self.steps} steps"
+
+
+def main(
+    seeds: Seeds = 5,
+    draws: Draws = 1,
+    first_seed: FirstSeed = 0,
+    budget: Annotated[str, typer.Option(help="short, medium or long: 500, 3,000 or 8,000 steps.")] = "short",
+    json: JsonFile = None,
+) -> None:
+    """Director-Experts against dense, token-routed and randomly routed layers."""
+    if budget not in STEPS:
+        raise typer.BadParameter(f"expected one of {', '.join(STEPS)}", param_hint="--budget")
+    check_writable(json)
+    result = run(StudyOptions(seeds, draws, first_seed, json=json), STEPS[budget])
+    print_result(result, ROWS, SHOWN, None)
+    if json:
+        result.write(json)
+
+
+def run(options: StudyOptions, steps: int) -> StudyResult:
+    """Run the study."""
+    described = {arm: arm_run(0, arm, steps).model_dump(mode="json", by_alias=True) for arm in ARMS}
+    result = StudyResult("dex", {"pairs": options.pairs(), "steps": steps, "arms": described})
+    with tempfile.TemporaryDirectory() as scratch:
+        draws = sorted({draw for draw, _ in options.pairs()})
+        written = run_jobs(
+            write_draw, [CohortJob(draw, Path(scratch) / str(draw)) for draw in draws], workers=options.workers
+        )
+        folders = dict(zip(draws, written, strict=True))
+        jobs = [Job(draw, seed, arm, steps, folders[draw]) for draw, seed in options.pairs() for arm in ARMS]
+        done = run_jobs(measure, jobs, workers=options.workers, keep_for=options.json)
+    for job, measured in zip(jobs, done, strict=True):
+        result.add(job.arm, {name: value for name, value in measured.items() if not name.startswith("director:")})
+        result.add(f"{job.arm}-director", _under(measured, "director:"))
+    result.ratios.update(_answers(result))
+    return result
+
+
+def _under(measured: Mapping[str, float], prefix: str) -> dict[str, float]:
+    return {name.removeprefix(prefix): value for name, value in measured.items() if name.startswith(prefix)}
+
+
+def arm_run(seed: int, arm: str, steps: int) -> RunConfig:
+    """The run of one arm."""
+    run = study_run(seed, steps=steps)
+    run = run.model_copy(update={"train": run.train.model_copy(update={"batch_size": _BATCH_SIZE})})
+    if arm in ("dense", "untrained"):
+        return with_backbone(run, "dense")
+    return with_backbone(run, "director-experts", **({} if arm == "dex" else {"alignment_weight": 0.0}))
+
+
+def measure(job: Job) -> dict[str, float]:
+    """Train one arm and measure it; what is read through the directors stands under `director:`."""
+    run = arm_run(job.seed, job.arm, job.steps)
+    pictures = Pictures.open(job.folder, run)
+    everyone = pictures.together.store
+    learner = Learner(run)
+    routing = ROUTING.get(job.arm, "image")
+    reroute(learner.model, routing, run.seed)
+    if job.arm != "untrained":
+        learner.train(
+            everyone, everyone.indices("train"), first_step=0, num_steps=job.steps, site="study", round_number=1
+        )
+    measured = {"val_loss": learner.validation_loss(everyone, everyone.indices("val"), site="study")}
+    measured |= conflict(learner, everyone) | specialisation(learner.model, pictures)
+    return measured | probes(pictures, run, learner.model, routing, has_director=job.arm == "dex")
+
+
+def probes(
+    pictures: Pictures, run: RunConfig, model: PanModel, routing: Routing, *, has_director: bool
+) -> dict[str, float]:
+    """All probes of a trained model."""
+    run = run.model_copy(update={"sharing": run.sharing.model_copy(update={"experts": "pooled"})})
+    state = model.state_dict()
+    measured = probe_across(pictures, model)
+    measured["probe_heldout"] = probe_joined(pictures, run, state, frozen=True, routing=routing)
+    if has_director:
+        through = probe_across(pictures, model, "director")
+        through["probe_heldout"] = probe_joined(pictures, director_run(run), director_state(state), frozen=True)
+        measured |= {f"director:{name}": value for name, value in through.items()}
+    return measured
+
+
+def conflict(learner: Learner, store: ImageStore) -> dict[str, float]:
+    """How the modalities' gradients lie to one another, in every block's MLP or experts."""
+    maps, losses = learner.stem(store), {}
+    for stream, rows in store.rows.items():
+        held = np.intersect1d(rows, store.indices("train"))
+        chosen = numpy_generator(learner.run.seed, "conflict", stream).permutation(held)[:_CONFLICT_PICTURES]
+        losses[stream] = partial(_loss, learner, maps, chosen, stream)
+    found = [gradient_conflict(rows) for rows in layer_gradients(losses, _layers(learner.model))]
+    measured = {f"block-{index}/conflict": each.size for index, each in enumerate(found)}
+    measured["conflict"] = float(np.mean([each.size for each in found]))
+    measured["conflict_share"] = float(np.mean([each.share for each in found]))
+    return measured
+
+
+def _layers(model: PanModel) -> list[list[Tensor]]:
+    """Parameters of each block's MLP, or of its experts."""
+    layers = [cast(Block, block).mlp for block in model.backbone.blocks]
+    return [list((layer.experts if isinstance(layer, DirectorExperts) else layer).parameters()) for layer in layers]
+
+
+def _loss(learner: Learner, maps: ImageStore, chosen: NDArray[np.int64], stream: str) -> Tensor:
+    """Loss of some pictures under one unguided mask, without noise on the routers."""
+    batch = maps.batch(chosen).to(learner.device)
+    masks = torch_generator(learner.run.seed, "conflict", stream)
+    split = hide(learner, batch, None, torch.ones_like(learner.profile)[None], 0, masks)
+    targets = learner.objective.targets(learner.teacher, batch, split, None)
+    return learner.objective.loss(learner.model, masked_view(learner.model, batch, split), targets).mean()
+
+
+def specialisation(model: PanModel, pictures: Pictures) -> dict[str, float]:
+    """How experts and modalities go together on held-out pictures; nothing for a dense model."""
+    store, streams = pictures.holdout.store, pictures.trained
+    gates, names = [], []
+    for stream in streams:
+        chosen = np.intersect1d(store.rows[stream], store.indices("test"))
+        with torch.inference_mode():
+            routed = model.encode(model.stem(store.batch(chosen)).to(model.stream_of_place.device)).routed
+        gates.append([_gates(each, len(chosen)) for each in routed])
+        names += [stream] * len(chosen)
+    layers = [np.concatenate(layer) for layer in zip(*gates, strict=True)]
+    if not layers:
+        return {}
+    pictures_nmi = [expert_modality_nmi(layer.mean(axis=1), names) for layer in layers]
+    units = np.repeat(names, layers[0].shape[1]).tolist()
+    measured = {f"block-{index}/nmi": value for index, value in enumerate(pictures_nmi)}
+    deeper = slice(len(layers) // 2, None)
+    measured["nmi"] = float(np.mean(pictures_nmi[deeper]))
+    measured["nmi_unit"] = float(np.mean([expert_modality_nmi(_flat(layer), units) for layer in layers[deeper]]))
+    measured["experts_used"] = float(np.mean([experts_used(_flat(layer)) for layer in layers[deeper]]))
+    return measured
+
+
+def _gates(routed: Routed, num_pictures: int) -> NDArray[np.float32]:
+    """Gates [N, U, R] of the U units of each picture that were routed: its tokens, or the picture itself."""
+    full = torch.zeros_like(routed.probs).scatter_(1, routed.chosen, routed.gates)
+    return full.view(num_pictures, -1, full.shape[1]).cpu().numpy()
+
+
+def _flat(gates: NDArray[np.float32]) -> NDArray[np.float32]:
+    return gates.reshape(-1, gates.shape[2])
+
+
+def _answers(result: StudyResult) -> dict[str, float]:
+    """The questions of the study, as paired means and as shares of pairs."""
+    answers = {
+        "nmi_dex": result.mean("nmi", "dex"),
+        "nmi_dex-minus-token-moe": _gain(result, "nmi", "dex", "token-moe", np.mean),
+        "conflict_dex_over_dense": result.mean("conflict", "dex") / result.mean("conflict", "dense"),
+    }
+    for metric in ("probe_own", "probe_pooled", "probe_heldout", "probe_lomo"):
+        for arm in ("dex", "dex-director"):
+            answers[f"{metric}/{arm}-minus-dense"] = _gain(result, metric, arm, "dense", np.mean)
+            answers[f"{metric}/{arm}-at-least-dense"] = _gain(
+                result, metric, arm, "dense", lambda gain: np.mean(gain >= 0)
+            )
+    return answers
+
+
+def _gain(
+    result: StudyResult, metric: str, arm: str, baseline: str, reduce: Callable[[NDArray[np.float64]], Any]
+) -> float:
+    return float(reduce(np.array(result.gain(metric, arm, baseline))))

@@ -1,0 +1,50 @@
+import math
+
+import pytest
+import torch
+
+from panfm.sharing.groups import EXPERTS, ROUTER, group_of
+from simulations.studies import dex_federated as study
+from simulations.studies._modalities import Pictures
+
+DEX_ARMS = ("private", "pooled", "naive", "local", "centralised")
+
+
+@pytest.fixture
+def one_step(monkeypatch):
+    monkeypatch.setattr(study, "_LOCAL_STEPS", 1)
+    monkeypatch.setattr("simulations.studies._modalities.JOIN_STEPS", 1)
+
+
+def trained(cohort, arm):
+    run = study.arm_run(0, arm, 1)
+    return study.train_arm(study.ArmJob(3, 0, arm, 1, cohort), run, Pictures.open(cohort, run))
+
+
+def differing(one, other):
+    pairs = zip(one.state_dict().items(), other.state_dict().values(), strict=True)
+    return {group_of(name) for (name, value), its in pairs if not torch.equal(value, its)}
+
+
+def test_sites_end_up_with_their_own_experts_only_where_these_are_private(picture_cohort, one_step):
+    private, pooled = trained(picture_cohort, "private"), trained(picture_cohort, "pooled")
+    assert differing(*list(private.sites.values())[:2]) == {EXPERTS, ROUTER}
+    assert differing(*list(pooled.sites.values())[:2]) == set()
+    assert private.bytes_round < pooled.bytes_round
+    layer = next(iter(private.shared[0].director_experts().values()))
+    assert all(torch.equal(layer.experts.weight_in[0], expert) for expert in layer.experts.weight_in)
+
+
+@pytest.mark.parametrize("arm", ["private", "local"])
+def test_one_arm_measured(picture_cohort, one_step, arm):
+    measured = study.measure(study.ArmJob(3, 0, arm, 1, picture_cohort))
+    assert measured.keys() == {*study.METRICS}
+    assert math.isnan(measured.pop("bytes_round")) == (arm == "local")
+    assert all(0.0 <= value <= 1.0 for value in measured.values())
+
+
+def test_arms_differ_in_what_they_say():
+    runs = {arm: study.arm_run(0, arm, 1) for arm in study.ARMS}
+    assert {arm for arm, run in runs.items() if run.model.backbone == "director-experts"} == {*DEX_ARMS}
+    assert [runs[arm].sharing.experts for arm in ("private", "pooled", "naive")] == ["private", "pooled", "naive"]
+    assert runs["dense"].model.hidden_multiple == 2 * runs["private"].model.hidden_multiple
