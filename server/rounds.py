@@ -8,6 +8,7 @@
 A round with fewer good replies than `federation.min-sites` ends the run with an error; it can be resumed.
 """
 
+import logging
 import secrets
 import time
 from collections.abc import Mapping
@@ -29,6 +30,8 @@ from server.progress import Progress
 from server.run_folder import RunFolder
 from strategies import GroupedMean, RoundOutcome
 
+logger = logging.getLogger(__name__)
+
 
 def run_federation(grid: Grid, folder: RunFolder, progress: Progress, *, num_sites: int | None = None) -> None:
     """Run all rounds that are still to do.
@@ -49,10 +52,11 @@ def run_federation(grid: Grid, folder: RunFolder, progress: Progress, *, num_sit
     roster = attendance.roster
     if not (state := folder.latest_state()):
         folder.save_state(state := first)
-    strategy = GroupedMean(run, manifest, roster)
+    strategy = GroupedMean(run, manifest, roster, state.memory)
     while state.round_number < run.train.rounds:
         state, line = train_round(grid, strategy, run, state)
         folder.append_round(line)
+        _log_rejected(line)
         require_quorum(run, line)
         folder.save_state(state)
         progress.round(run, line)
@@ -70,9 +74,9 @@ def train_round(
     config = ConfigRecord(dict(task.to_records().config))
     exchange = Exchange(grid, strategy.configure_train(number, arrays, config, grid), run.federation.round_timeout_s)
     arrays, _ = strategy.aggregate_train(number, exchange)
-    line = _round_line(number, start, strategy.roster, exchange, strategy.outcome, state)
+    line = _round_line(number, start, strategy.asked, exchange, strategy.outcome, state)
     groups = {group: array.numpy() for group, array in arrays.items()}
-    return ServerState(state.run_id, number, groups, line["profile"] or state.profile), line
+    return ServerState(state.run_id, number, groups, line["profile"] or state.profile, strategy.memory), line
 
 
 def require_quorum(run: RunConfig, line: Mapping[str, Any]) -> None:
@@ -83,6 +87,11 @@ def require_quorum(run: RunConfig, line: Mapping[str, Any]) -> None:
         raise RunError(
             f"round {line['round']}: {found} good replies, at least {needed} needed (federation.min-sites): {reasons}"
         )
+
+
+def _log_rejected(line: Mapping[str, Any]) -> None:
+    for site, reason in line["rejected"].items():
+        logger.warning("round %s: %s left out: %s", line["round"], site, reason)
 
 
 def initial_state(run: RunConfig) -> tuple[ServerState, GroupManifest]:
@@ -96,28 +105,29 @@ def initial_state(run: RunConfig) -> tuple[ServerState, GroupManifest]:
 def _round_line(
     number: int,
     start: float,
-    roster: Mapping[int, Handshake],
+    asked: Mapping[int, Handshake],
     exchange: Exchange,
     outcome: RoundOutcome,
     before: ServerState,
 ) -> dict[str, Any]:
     """What happened in a round, by site name."""
-    names = {node_id: handshake.site for node_id, handshake in roster.items()}
+    names = {node_id: handshake.site for node_id, handshake in asked.items()}
     seconds = {names[node_id]: value for node_id, value in exchange.seconds.items()}
     failed = {
         names[node_id]: reason.removeprefix(f"site {names[node_id]}: ") for node_id, reason in exchange.failed.items()
     }
     bytes_down: dict[str, int] = {}
-    for handshake in roster.values():
+    for handshake in asked.values():
         for group in handshake.group_hashes:
             bytes_down[group] = bytes_down.get(group, 0) + before.groups[group].nbytes
     accepted = dict(sorted(outcome.accepted.items()))
     return {
         "round": number,
+        "asked": sorted(names.values()),
         "phase": "train",
         "seconds": round(time.monotonic() - start, 4),
         "loss": _mean_loss(accepted),
-        "sites": {site: _site_line(reply, seconds[site]) for site, reply in accepted.items()},
+        "sites": {site: _site_line(reply, outcome.norms[site], seconds[site]) for site, reply in accepted.items()},
         "rejected": dict(sorted((failed | outcome.rejected).items())),
         "coverage": _coverage(accepted),
         "bytes_down": bytes_down,
@@ -136,7 +146,7 @@ def _coverage(replies: Mapping[str, RoundReply]) -> dict[str, list[str]]:
     return dict(sorted(found.items()))
 
 
-def _site_line(reply: RoundReply, seconds: float) -> dict[str, Any]:
+def _site_line(reply: RoundReply, norms: Mapping[str, float], seconds: float) -> dict[str, Any]:
     return {
         "seconds": round(seconds, 4),
         "state_round": reply.state_round,
@@ -145,6 +155,7 @@ def _site_line(reply: RoundReply, seconds: float) -> dict[str, Any]:
         "num_skipped": reply.num_skipped,
         "saliency": dict(reply.saliency),
         "weights": dict(reply.weights),
+        "norms": {group: float(f"{norm:.4g}") for group, norm in norms.items()},
     }
 
 

@@ -1,5 +1,6 @@
 """Flower strategies: how replies become the next global model."""
 
 from strategies.grouped import GroupedMean, RoundOutcome
+from strategies.memory import Memory
 
-__all__ = ["GroupedMean", "RoundOutcome"]
+__all__ = ["GroupedMean", "Memory", "RoundOutcome"]

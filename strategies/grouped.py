@@ -3,9 +3,11 @@
 Flower's FedAvg wants the same keys and one weight from everyone. Here each site receives and returns its own subset of
 groups, with a weight per group; replies are taken one by one and let go, and their order does not matter to the bit.
 A group that nobody trained keeps its bytes.
+
+What it needs from earlier rounds (usual norms, state of the server optimisers) is in `memory`.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
@@ -15,11 +17,16 @@ from flwr.serverapp.strategy import Strategy
 from panfm.config import RunConfig
 from panfm.errors import ProtocolError
 from panfm.sharing.coding import bytes_per_group, decode
-from panfm.sharing.groups import Flat, GroupManifest
+from panfm.sharing.groups import GroupManifest, stream_of
 from panfm.sharing.mean import ExactMean
 from panfm.sharing.messages import Handshake, RoundReply
 from panfm.sharing.weights import Weights, weight_limits, weight_segments
+from strategies.direction import pointing_elsewhere
 from strategies.guards import check_reply
+from strategies.memory import Memory
+from strategies.norms import check_norms, remember
+from strategies.optimisers import Slots, server_step
+from strategies.participation import draw_sites
 from strategies.records import unpack
 
 
@@ -33,34 +40,42 @@ class RoundOutcome:
     """Site -> why its reply was refused."""
     bytes_up: dict[str, int] = field(default_factory=dict)
     """Group -> bytes of updates as they came, refused ones included."""
+    norms: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Site -> group -> norm of its update, for replies that passed the first guards."""
 
 
 class GroupedMean(Strategy):
     """Mean of updates per group; site -> groups and greatest weights come from the handshakes."""
 
-    def __init__(self, run: RunConfig, manifest: GroupManifest, roster: Mapping[int, Handshake]) -> None:
+    def __init__(
+        self, run: RunConfig, manifest: GroupManifest, roster: Mapping[int, Handshake], memory: Memory | None = None
+    ) -> None:
         """A strategy for one run.
 
         Args:
             run: Its description.
             manifest: Layout of the groups.
-            roster: Node id -> handshake of the sites that take part.
+            roster: Node id -> handshake of the sites that take part; may be replaced between rounds.
+            memory: That of the round before; empty before the first.
         """
         self.run = run
         self.manifest = manifest
         self.roster = roster
+        self.memory = memory or Memory()
+        self.asked: dict[int, Handshake] = {}
+        """Those of the roster that are asked in this round."""
         self.outcome = RoundOutcome()
-        self._limits = {node_id: self._weight_limits(handshake) for node_id, handshake in roster.items()}
         self._global = ArrayRecord()
         self._run_id = ""
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """One message per site, with the groups it trains; all share the same arrays."""
+        """One message per site that is asked, with the groups it trains; all share the same arrays."""
+        self.asked = draw_sites(self.run, self.roster, server_round)
         self._global = arrays
         self._run_id = str(config["run-id"])
-        for node_id, handshake in self.roster.items():
+        for node_id, handshake in self.asked.items():
             groups = ArrayRecord({group: arrays[group] for group in handshake.group_hashes})
             yield Message(
                 RecordDict({"arrays": groups, "config": config}),
@@ -74,9 +89,16 @@ class GroupedMean(Strategy):
         """New global arrays from the good replies; what happened stands in `outcome`."""
         self.outcome = RoundOutcome()
         means = {group: self._empty_mean(group) for group in self.manifest.groups}
-        for message in replies:
-            self._take(message, means, server_round)
-        return ArrayRecord({group: self._moved(group, means[group].mean()) for group in means}), self._metrics()
+        good = self._good_replies(replies, means, server_round)
+        limit = self.run.sharing.guards.direction
+        for _, reply in self._agreeing(good, limit) if limit else good:
+            for group, update in reply.updates.items():
+                means[group].add(update, reply.weights[group])
+        moved = {group: self._moved(group, means[group]) for group in means}
+        accepted = self.outcome.accepted
+        norms = remember(self.memory.norms, [self.outcome.norms[site] for site in sorted(accepted)])
+        self.memory = Memory(norms, {group: slots for group, (_, slots) in moved.items() if slots})
+        return ArrayRecord({group: array for group, (array, _) in moved.items()}), self._metrics()
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -90,18 +112,31 @@ class GroupedMean(Strategy):
     def summary(self) -> None:
         """Nothing: the run folder tells."""
 
-    def _take(self, message: Message, means: Mapping[str, ExactMean], server_round: int) -> None:
-        handshake = self.roster[message.metadata.src_node_id]
-        try:
-            reply = self._read(message, handshake)
-            limits = self._limits[message.metadata.src_node_id]
-            check_reply(reply, handshake, means, limits, of=(self._run_id, server_round))
-        except ProtocolError as error:
-            self.outcome.rejected[handshake.site] = str(error)
-            return
-        for group, update in reply.updates.items():
-            means[group].add(update, reply.weights[group])
-        self.outcome.accepted[handshake.site] = replace(reply, updates={})
+    def _good_replies(
+        self, replies: Iterable[Message], means: Mapping[str, ExactMean], server_round: int
+    ) -> Iterator[tuple[str, RoundReply]]:
+        """Sites and replies that pass the guards, one by one; `outcome` keeps them without their updates."""
+        of = (self._run_id, server_round)
+        for message in replies:
+            handshake = self.asked[message.metadata.src_node_id]
+            try:
+                reply = self._read(message, handshake)
+                check_reply(reply, handshake, means, self._limits(handshake), of=of)
+                norms = check_norms(self.run, reply, self.memory.norms)
+            except ProtocolError as error:
+                self.outcome.rejected[handshake.site] = str(error)
+                continue
+            self.outcome.norms[handshake.site] = norms
+            self.outcome.accepted[handshake.site] = replace(reply, updates={})
+            yield handshake.site, reply
+
+    def _agreeing(self, good: Iterable[tuple[str, RoundReply]], limit: float) -> Iterator[tuple[str, RoundReply]]:
+        """Those that point where the others do; all are held until the last has come."""
+        held = dict(good)
+        refused = pointing_elsewhere(held, limit)
+        self.outcome.rejected |= refused
+        self.outcome.accepted = {site: kept for site, kept in self.outcome.accepted.items() if site not in refused}
+        yield from ((site, reply) for site, reply in held.items() if site not in refused)
 
     def _read(self, message: Message, handshake: Handshake) -> RoundReply:
         if handshake.site in self.outcome.accepted:
@@ -111,7 +146,7 @@ class GroupedMean(Strategy):
             self.outcome.bytes_up[group] = self.outcome.bytes_up.get(group, 0) + size
         return replace(reply, updates=decode(self.run.sharing.coding, self.manifest, reply.updates))
 
-    def _weight_limits(self, handshake: Handshake) -> dict[str, Weights]:
+    def _limits(self, handshake: Handshake) -> dict[str, Weights]:
         return {
             group: weight_limits(
                 self.run, self.manifest, group, subjects=handshake.subjects, subjects_per_stream=handshake.streams
@@ -120,13 +155,25 @@ class GroupedMean(Strategy):
         }
 
     def _empty_mean(self, group: str) -> ExactMean:
-        limit = sum(max(limits[group], default=0.0) for limits in self._limits.values() if group in limits)
-        return ExactMean(weight_segments(self.run, self.manifest, group), weight_limit=limit or 1.0)
+        limits = [
+            max(self._limits(handshake)[group], default=0.0)
+            for handshake in self.asked.values()
+            if group in handshake.group_hashes
+        ]
+        return ExactMean(weight_segments(self.run, self.manifest, group), weight_limit=sum(limits) or 1.0)
 
-    def _moved(self, group: str, mean: Flat | None) -> Array:
-        if mean is None:
-            return self._global[group]
-        return Array(self._global[group].numpy() + mean)
+    def _moved(self, group: str, mean: ExactMean) -> tuple[Array, Slots]:
+        """Where the server optimiser takes a group, and its state afterwards."""
+        slots = self.memory.slots.get(group, {})
+        update = mean.mean()
+        if update is None or not self._has_quorum(group):
+            return self._global[group], slots
+        step, slots = server_step(self.run.sharing.optimiser_of(group), update, slots)
+        return Array(self._global[group].numpy() + step), slots
+
+    def _has_quorum(self, group: str) -> bool:
+        trained = sum(any(reply.weights.get(group, ())) for reply in self.outcome.accepted.values())
+        return stream_of(group) is None or trained >= self.run.federation.sites_per_stream
 
     def _metrics(self) -> MetricRecord:
         return MetricRecord({"num-accepted": len(self.outcome.accepted), "num-rejected": len(self.outcome.rejected)})

@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from panfm.anatomy import DEFAULT_ORGANS, parse_stream
 from panfm.config._base import BelowOne, Config, Fraction, Name, NonNegativeFloat, Positive, PositiveFloat
 from panfm.config.cohort import CohortConfig, StreamCohortConfig
+from panfm.config.sharing import SharingConfig
 
 
 class StreamConfig(Config):
@@ -196,20 +197,6 @@ class TrainConfig(Config):
         return self.rounds * self.local_steps
 
 
-class SharingConfig(Config):
-    """How the server averages."""
-
-    rule: Literal["grouped", "plain"] = "grouped"
-    """grouped: each group over the sites that trained it, by how much; plain: everything from everyone (baseline)."""
-    experts: Literal["private", "pooled", "naive"] = "private"
-    """What becomes of experts and router. private: they never leave the site; pooled: mean per expert, by gate mass;
-    naive: mean of all, by subjects (baseline)."""
-    head: Literal["mean", "private"] = "mean"
-    """mean: averaged as the backbone is; private: it never leaves the site."""
-    coding: Literal["float32", "bf16", "int8"] = "float32"
-    """How a site's updates travel: 4, 2 or 1 bytes a number. What rounding loses, the site adds to its next update."""
-
-
 class FederationConfig(Config):
     """How the round loop treats sites."""
 
@@ -219,6 +206,11 @@ class FederationConfig(Config):
     """A site that has not answered by then is left out of the round."""
     join_timeout_s: PositiveFloat = 120.0
     """How long to wait for sites before round 1. It ends when `min-sites` are there and no other comes for 10 s."""
+    participation: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Share of the sites that is asked in a round, drawn anew each time; never fewer than `min-sites`."""
+    sites_per_stream: Positive = 1
+    """A stream's parameters move only in rounds in which this many sites trained them; otherwise they stay as they
+    are, and the round goes on. A stream that fewer sites hold is never trained by the federation."""
 
 
 class ProbeConfig(Config):

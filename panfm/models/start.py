@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from panfm.config.run import SharingConfig
+from panfm.config.sharing import SharingConfig
 from panfm.models.pan import PanModel
 from panfm.sharing.groups import EXPERTS, is_shared, split_state
 

@@ -23,7 +23,7 @@ from typing import Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from panfm.config.run import SharingConfig
+from panfm.config.sharing import SharingConfig
 from panfm.errors import ProtocolError
 
 Flat = NDArray[np.float32]

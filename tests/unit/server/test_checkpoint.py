@@ -1,9 +1,12 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from panfm.errors import DataError
 from panfm.files import write_checked
 from server.checkpoint import ServerState, load_latest, save_state
+from strategies import Memory
 
 
 def state(number: int, profile: dict[str, float] | None = None) -> ServerState:
@@ -47,3 +50,15 @@ def test_a_file_of_another_kind_is_named(tmp_path, content):
     write_checked(tmp_path / "round-000001.state", content)
     with pytest.raises(DataError, match=r"round-000001\.state: not a checkpoint"):
         load_latest(tmp_path)
+
+
+def test_the_memory_of_the_strategy_comes_back(tmp_path):
+    slots = {"backbone": {"first": np.array([0.1, 1 / 3], np.float32), "second": np.array([1e-9, 2.0], np.float32)}}
+    memory = Memory({"backbone": (0.1, 1 / 3), "stream:a-mr": ()}, slots)
+    save_state(tmp_path, replace(state(1), memory=memory))
+    back = load_latest(tmp_path)
+    assert set(back.groups) == {"backbone", "stream:a-mr"}
+    assert back.memory.norms == memory.norms
+    assert list(back.memory.slots) == ["backbone"]
+    for slot, flat in slots["backbone"].items():
+        assert back.memory.slots["backbone"][slot].tobytes() == flat.tobytes()

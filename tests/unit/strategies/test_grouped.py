@@ -7,10 +7,11 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
+from panfm.config import RunConfig
 from panfm.sharing.coding import encode
 from panfm.sharing.groups import GroupManifest
 from panfm.sharing.messages import Handshake, RoundReply
-from strategies import GroupedMean
+from strategies import GroupedMean, Memory
 
 MANIFEST = GroupManifest.of(
     {"backbone.a": (2,), "heads.b": (1,), "streams.brain-mr.c": (2,), "streams.eye-oct.d": (1,)}
@@ -59,12 +60,17 @@ def message(node_id: int, answer: RoundReply) -> Message:
 
 @pytest.fixture
 def strategy(make_run) -> GroupedMean:
+    return build(make_run())
+
+
+def build(run: RunConfig, memory: Memory | None = None, roster: dict | None = None) -> GroupedMean:
+    """A strategy that has asked for round 5."""
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
-    run = make_run()
-    run = run.model_copy(update={"train": run.train.model_copy(update={"local_steps": 2})})
-    built = GroupedMean(run, MANIFEST, ROSTER)
+    train = run.train.model_copy(update={"local_steps": 2, "learning_rate": 0.1})
+    run = run.model_copy(update={"train": train})
+    built = GroupedMean(run, MANIFEST, roster or ROSTER, memory)
     arrays = ArrayRecord({group: Array(np.array(values, np.float32)) for group, values in GLOBAL.items()})
-    built.asked = list(built.configure_train(5, arrays, ConfigRecord({"run-id": "run-1"}), None))
+    built.messages = list(built.configure_train(5, arrays, ConfigRecord({"run-id": "run-1"}), None))
     return built
 
 
@@ -74,11 +80,11 @@ def aggregate(strategy: GroupedMean, *replies: Message) -> dict[str, np.ndarray]
 
 
 def test_each_site_is_asked_for_its_own_groups(strategy):
-    assert [asked.metadata.dst_node_id for asked in strategy.asked] == [11, 12, 13]
-    assert {asked.metadata.group_id for asked in strategy.asked} == {"5"}
-    assert list(strategy.asked[0].content.array_records["arrays"]) == ["backbone", "head", "stream:brain-mr"]
-    assert list(strategy.asked[1].content.array_records["arrays"]) == ["backbone", "head"]
-    first, second = (asked.content.array_records["arrays"]["backbone"] for asked in strategy.asked[:2])
+    assert [asked.metadata.dst_node_id for asked in strategy.messages] == [11, 12, 13]
+    assert {asked.metadata.group_id for asked in strategy.messages} == {"5"}
+    assert list(strategy.messages[0].content.array_records["arrays"]) == ["backbone", "head", "stream:brain-mr"]
+    assert list(strategy.messages[1].content.array_records["arrays"]) == ["backbone", "head"]
+    first, second = (asked.content.array_records["arrays"]["backbone"] for asked in strategy.messages[:2])
     assert first.data is second.data
 
 
@@ -123,6 +129,12 @@ def test_order_does_not_matter(strategy):
     assert all(forward[group].tobytes() == backward[group].tobytes() for group in GLOBAL)
 
 
+def only_common(node_id: int) -> dict:
+    """What a site without streams sends in place of this one's reply."""
+    whole = reply(node_id, 0.3)
+    return {field: {group: getattr(whole, field)[group] for group in BOTH} for field in ("updates", "weights")}
+
+
 def updates(**changes) -> dict:
     """Site a's updates with some changed; None takes one out."""
     words = reply(11, 0.1).updates | {key.replace("_", ":"): value for key, value in changes.items()}
@@ -139,6 +151,8 @@ def weights(**changes) -> dict:
         (updates(backbone=np.array([0.1, np.nan], np.float32)), "backbone: update holds NaN"),
         (updates(head=np.array([np.inf], np.float32)), "head: update holds NaN, infinity"),
         (updates(backbone=np.full(2, 1e3, np.float32)), "beyond 64"),
+        (updates(backbone=np.full(2, 100.0, np.float32)), "update holds NaN, infinity or a number beyond 64"),
+        (updates(backbone=np.full(2, 20.0, np.float32)), r"backbone: norm 28.3, expected at most 2.83"),
         (updates(backbone=np.zeros(3, np.float32)), r"float32 \[3\], expected float32 \[2\]"),
         (updates(backbone=np.zeros((2, 1), np.float32)), r"float32 \[2, 1\]"),
         (updates(backbone=np.zeros(2)), "float64"),
@@ -219,7 +233,7 @@ def pooled(make_run) -> GroupedMean:
     """Two sites of ten subjects, one step of a batch of six, two experts."""
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
     run = make_run('[sharing]\nexperts = "pooled"\n')
-    run = run.model_copy(update={"train": run.train.model_copy(update={"local_steps": 1})})
+    run = run.model_copy(update={"train": run.train.model_copy(update={"local_steps": 1, "learning_rate": 1.0})})
     roster = {node: Handshake(site, 10, {}, {}, "", DEX.hashes()) for node, site in ((11, "a"), (12, "b"))}
     built = GroupedMean(run, DEX, roster)
     arrays = ArrayRecord({group: Array(np.full(DEX.size(group), -0.0, np.float32)) for group in DEX.groups})
@@ -276,3 +290,61 @@ def test_flowers_own_loop_can_drive_it(strategy):
     initial = ArrayRecord({group: Array(np.array(values, np.float32)) for group, values in GLOBAL.items()})
     result = strategy.start(Echo(), initial, num_rounds=2, train_config=ConfigRecord({"run-id": "run-1"}))
     assert result.arrays["backbone"].numpy().tolist() == [1.5, 2.5]
+
+
+def test_the_usual_norms_are_remembered_and_bound_the_next_round(strategy):
+    aggregate(strategy, message(11, reply(11, 1e-3)), message(12, reply(12, 2e-3)), message(13, reply(13, 9e-3)))
+    assert strategy.memory.norms["backbone"] == pytest.approx([2e-3 * 2**0.5])
+    assert strategy.memory.norms["stream:brain-mr"] == pytest.approx([5e-3 * 2**0.5])
+    assert "stream:eye-oct" not in strategy.memory.norms
+    aggregate(strategy, message(11, reply(11, 0.1)), message(12, reply(12, 0.05)))
+    assert strategy.outcome.rejected["a"] == "backbone: norm 0.141, expected at most 0.0849 (sharing.guards.norm-ratio)"
+    assert strategy.memory.norms["backbone"] == pytest.approx([2e-3 * 2**0.5, 0.05 * 2**0.5])
+    assert strategy.outcome.norms["b"]["backbone"] == pytest.approx(0.05 * 2**0.5)
+
+
+def test_a_sign_flipped_reply_is_rejected(make_run):
+    """Weights and norms as ever; only the direction tells. It is held back until all are there."""
+    run = make_run("[sharing.guards]\ndirection = 0.4\n")
+    strategy = build(run, roster=ROSTER | {14: shaken("d", 20)})
+    good = [message(12, reply(12, 0.2)), message(13, reply(13, 0.4)), message(14, reply(13, 0.3, **only_common(13)))]
+    without = aggregate(strategy, *good)
+    with_flipped = aggregate(strategy, good[0], message(11, reply(11, -0.3)), *good[1:])
+    assert all(with_flipped[group].tobytes() == without[group].tobytes() for group in GLOBAL)
+    assert "points elsewhere: cosine -1.00" in strategy.outcome.rejected["a"]
+    assert set(strategy.outcome.accepted) == {"b", "c", "d"}
+    aggregate(strategy, *good, message(11, reply(11, 0.3)))
+    assert strategy.outcome.rejected == {}
+
+
+def test_a_stream_without_its_quorum_stays_as_it_was(make_run):
+    strategy = build(make_run("[federation]\nsites-per-stream = 2\n"))
+    new = aggregate(strategy, message(11, reply(11, 0.1)), message(12, reply(12, 0.2)))
+    assert new["stream:brain-mr"].tolist() == GLOBAL["stream:brain-mr"]
+    assert new["backbone"].tolist() != GLOBAL["backbone"]
+    new = aggregate(strategy, message(11, reply(11, 0.1)), message(13, reply(13, 0.2)))
+    assert new["stream:brain-mr"].tolist() != GLOBAL["stream:brain-mr"]
+
+
+def test_an_optimiser_of_its_own_for_a_group(make_run):
+    """Head by momentum, the rest goes where the mean points; the second round is the first's step and half of it."""
+    momentum = '[sharing.groups.head.optimiser]\nkind = "momentum"\nmomentum = 0.5\nnesterov = false\n'
+    strategy = build(make_run(momentum))
+    for _ in range(2):
+        new = aggregate(strategy, message(12, reply(12, 0.2)))
+    np.testing.assert_allclose(new["head"], 0.5 + 0.3, rtol=1e-6)
+    np.testing.assert_allclose(new["backbone"], [1.2, 2.2], rtol=1e-6)
+    assert list(strategy.memory.slots) == ["head"]
+    resumed = aggregate(build(make_run(momentum), strategy.memory), message(12, reply(12, 0.2)))
+    np.testing.assert_allclose(resumed["head"], 0.5 + 0.35, rtol=1e-6)
+    aggregate(strategy)
+    np.testing.assert_allclose(strategy.memory.slots["head"]["momentum"], 0.3, rtol=1e-6)
+
+
+def test_a_share_of_the_sites_is_asked(make_run):
+    strategy = build(make_run("[federation]\nparticipation = 0.5\n"))
+    asked = [each.metadata.dst_node_id for each in strategy.messages]
+    assert len(asked) == 2
+    assert list(strategy.asked) == asked
+    aggregate(strategy, *(message(node_id, reply(node_id, 0.1)) for node_id in asked))
+    assert len(strategy.outcome.accepted) == 2

@@ -1,0 +1,106 @@
+"""How the server turns the updates of a round into the next global model: guards, mean, optimiser, group by group."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from panfm.config._base import BelowOne, Config, PositiveFloat
+
+Mean = Literal["weighted", "median", "trimmed", "geometric-median", "l-dawa"]
+GroupName = Annotated[str, Field(pattern=r"^(backbone|head|director|experts|router|stream(:[a-z0-9._-]+)?)$")]
+
+
+class GuardsConfig(Config):
+    """What a site's update must keep to. One that does not is refused and logged; the round goes on without it."""
+
+    norm_limit: PositiveFloat = 10.0
+    """Greatest root mean square of a group's update, in units of `train.learning-rate` x `train.local-steps`: AdamW
+    moves a number by about 1 of these in a round, or less."""
+    norm_ratio: Annotated[float, Field(gt=1.0)] = 30.0
+    """Greatest norm of a group's update, as a multiple of what was usual in the last ten rounds."""
+    direction: PositiveFloat | None = None
+    """Refuse an update whose cosine with the other sites' lies this far from the usual one, as a sign-flipped one may;
+    0.4 is a start (strategies/direction.py tells when it helps). Keeps all replies of a round in memory, and needs four
+    sites. Off when left out."""
+
+
+class PlainStepConfig(Config):
+    """Go where the mean points."""
+
+    kind: Literal["none"] = "none"
+
+
+class MomentumConfig(Config):
+    """FedAvgM (arXiv 1909.06335); with Nesterov's look-ahead, DiLoCo's outer step (arXiv 2311.08105, there with
+    learning rate 0.7). Momentum 0 and learning rate 1 - m is a running mean of the sites' models with momentum m: on
+    the group `director`, GEMA over the federation."""
+
+    kind: Literal["momentum"]
+    learning_rate: PositiveFloat = 1.0
+    momentum: BelowOne = 0.9
+    nesterov: bool = True
+
+
+class AdaptiveConfig(Config):
+    """FedAdam and FedYogi (arXiv 2003.00295, Algorithm 2)."""
+
+    kind: Literal["adam", "yogi"]
+    learning_rate: PositiveFloat = 0.01
+    """About what a number moves in a round."""
+    betas: Annotated[tuple[BelowOne, BelowOne], Field(strict=False)] = (0.9, 0.99)
+    epsilon: PositiveFloat = 1e-3
+    """The paper's tau: an update that is small against it moves little."""
+
+
+OptimiserConfig = Annotated[PlainStepConfig | MomentumConfig | AdaptiveConfig, Field(discriminator="kind")]
+
+
+class GroupConfig(Config):
+    """What is different for one group; keys left out are as in `[sharing]`."""
+
+    mean: Mean | None = None
+    optimiser: OptimiserConfig | None = None
+    norm_limit: PositiveFloat | None = None
+
+
+class SharingConfig(Config):
+    """How the server averages."""
+
+    rule: Literal["grouped", "plain"] = "grouped"
+    """grouped: each group over the sites that trained it, by how much; plain: everything from everyone (baseline)."""
+    experts: Literal["private", "pooled", "naive"] = "private"
+    """What becomes of experts and router. private: they never leave the site; pooled: mean per expert, by gate mass;
+    naive: mean of all, by subjects (baseline)."""
+    head: Literal["mean", "private"] = "mean"
+    """mean: averaged as the backbone is; private: it never leaves the site."""
+    coding: Literal["float32", "bf16", "int8"] = "float32"
+    """How a site's updates travel: 4, 2 or 1 bytes a number. What rounding loses, the site adds to its next update."""
+    mean: Mean = "weighted"
+    """weighted: by how much each site trained the group. median, trimmed: number by number, one vote per site (arXiv
+    1803.01498). geometric-median: weighted, of whole groups (arXiv 1912.13445). l-dawa: weighted, and within a group
+    each layer by the cosine between the site's and the global parameters (arXiv 2307.07393). median, trimmed and
+    geometric-median keep all updates of a round in memory."""
+    trim: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.2
+    """Share of the sites that `trimmed` cuts off at each end, rounded up."""
+    optimiser: OptimiserConfig = PlainStepConfig()
+    """What the server makes of the mean update."""
+    guards: GuardsConfig = GuardsConfig()
+    groups: dict[GroupName, GroupConfig] = Field(default_factory=dict)
+    """Differences by group: a group's name, or `stream` for all streams."""
+
+    def mean_of(self, group: str) -> Mean:
+        """The mean of one group."""
+        return next((found.mean for found in self._for(group) if found.mean), self.mean)
+
+    def optimiser_of(self, group: str) -> PlainStepConfig | MomentumConfig | AdaptiveConfig:
+        """The optimiser of one group."""
+        return next((found.optimiser for found in self._for(group) if found.optimiser), self.optimiser)
+
+    def norm_limit_of(self, group: str) -> float:
+        """The norm limit of one group."""
+        return next((found.norm_limit for found in self._for(group) if found.norm_limit), self.guards.norm_limit)
+
+    def _for(self, group: str) -> list[GroupConfig]:
+        """What is said of a group, its own words first."""
+        names = dict.fromkeys((group, group.partition(":")[0]))
+        return [self.groups[name] for name in names if name in self.groups]
