@@ -27,7 +27,7 @@ def pointing_elsewhere(replies: Mapping[str, RoundReply], limit: float) -> dict[
     found = cosines(replies)
     usual = median(found.values()) if found else 0.0
     return {
-        site: f"points elsewhere: cosine {cosine:.2f} with the other sites, usual {usual:.2f} (sharing.guards.direction)"
+        site: f"points elsewhere: cosine {cosine:.2f} with the others, usual {usual:.2f} (sharing.guards.direction)"
         for site, cosine in found.items()
         if abs(cosine - usual) > limit
     }

@@ -18,11 +18,11 @@ from panfm.config import RunConfig
 from panfm.errors import ProtocolError
 from panfm.sharing.coding import bytes_per_group, decode
 from panfm.sharing.groups import GroupManifest, stream_of
-from panfm.sharing.mean import ExactMean
 from panfm.sharing.messages import Handshake, RoundReply
-from panfm.sharing.weights import Weights, weight_limits, weight_segments
+from panfm.sharing.weights import Weights, weight_limits
 from strategies.direction import pointing_elsewhere
 from strategies.guards import check_reply
+from strategies.means import GroupMean, empty_mean
 from strategies.memory import Memory
 from strategies.norms import check_norms, remember
 from strategies.optimisers import Slots, server_step
@@ -113,7 +113,7 @@ class GroupedMean(Strategy):
         """Nothing: the run folder tells."""
 
     def _good_replies(
-        self, replies: Iterable[Message], means: Mapping[str, ExactMean], server_round: int
+        self, replies: Iterable[Message], means: Mapping[str, GroupMean], server_round: int
     ) -> Iterator[tuple[str, RoundReply]]:
         """Sites and replies that pass the guards, one by one; `outcome` keeps them without their updates."""
         of = (self._run_id, server_round)
@@ -154,15 +154,16 @@ class GroupedMean(Strategy):
             for group in handshake.group_hashes
         }
 
-    def _empty_mean(self, group: str) -> ExactMean:
+    def _empty_mean(self, group: str) -> GroupMean:
         limits = [
             max(self._limits(handshake)[group], default=0.0)
             for handshake in self.asked.values()
             if group in handshake.group_hashes
         ]
-        return ExactMean(weight_segments(self.run, self.manifest, group), weight_limit=sum(limits) or 1.0)
+        start = self._global[group].numpy()
+        return empty_mean(self.run, self.manifest, group, start, weight_limit=sum(limits) or 1.0)
 
-    def _moved(self, group: str, mean: ExactMean) -> tuple[Array, Slots]:
+    def _moved(self, group: str, mean: GroupMean) -> tuple[Array, Slots]:
         """Where the server optimiser takes a group, and its state afterwards."""
         slots = self.memory.slots.get(group, {})
         update = mean.mean()

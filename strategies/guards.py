@@ -3,15 +3,15 @@
 from collections.abc import Mapping
 
 from panfm.errors import ProtocolError
-from panfm.sharing.mean import ExactMean
 from panfm.sharing.messages import Handshake, RoundReply
 from panfm.sharing.weights import Weights
+from strategies.means import GroupMean
 
 
 def check_reply(
     reply: RoundReply,
     handshake: Handshake,
-    means: Mapping[str, ExactMean],
+    means: Mapping[str, GroupMean],
     limits: Mapping[str, Weights],
     *,
     of: tuple[str, int],

@@ -16,17 +16,68 @@ Source:
     Yin et al. 2018 (arXiv 1803.01498); Pillutla et al. 2022 (arXiv 1912.13445), Algorithm 2 (smoothed Weiszfeld).
 """
 
+import hashlib
 import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from panfm.sharing.groups import Flat
+from panfm.config.sharing import Mean
+from panfm.sharing.groups import Flat, Segments
+from panfm.sharing.mean import ExactMean
+from panfm.sharing.weights import Weights
 
 _CHUNK = 1 << 14
 _SMOOTHING = 1e-6
 _ITERATIONS = 100
+
+
+class HeldMean:
+    """One of these means of one group; order-independent, for updates are sorted by content before anything is done."""
+
+    def __init__(self, segments: Segments, kind: Mean, *, trim: float, weight_limit: float) -> None:
+        """An empty mean.
+
+        Args:
+            segments: As for `ExactMean`; each weight's numbers have a mean of their own.
+            kind: median, trimmed or geometric-median.
+            trim: Share of the sites that `trimmed` cuts off at each end.
+            weight_limit: No weight is larger.
+        """
+        self._segments = segments
+        self._kind = kind
+        self._trim = trim
+        self._bounds = ExactMean(segments, weight_limit=weight_limit)
+        self._held: list[tuple[Weights, bytes, Flat]] = []
+
+    def check(self, update: Flat, weights: Weights) -> None:
+        """Raises ProtocolError if `add` would; changes nothing."""
+        self._bounds.check(update, weights)
+
+    def add(self, update: Flat, weights: Weights) -> None:
+        """Keep one site's contribution. Raises ProtocolError as `check` does."""
+        self.check(update, weights)
+        self._held.append((weights, hashlib.sha256(update.data).digest(), update))
+
+    def mean(self) -> Flat | None:
+        """As `ExactMean.mean`: None if nobody contributed any weight, -0.0 where nobody did."""
+        held = sorted(self._held, key=lambda contribution: contribution[:2])
+        if not any(any(weights) for weights, _, _ in held):
+            return None
+        parts, start = [], 0
+        for length, which in self._segments:
+            here = slice(start, start := start + length)
+            votes = [(update[here], weights[which]) for weights, _, update in held if weights[which]]
+            parts.append(self._robust(*zip(*votes, strict=True)) if votes else np.full(length, -0.0, np.float32))
+        return np.concatenate(parts)
+
+    def _robust(self, updates: Sequence[Flat], weights: Sequence[float]) -> Flat:
+        if self._kind == "median":
+            return coordinate_median(updates)
+        if self._kind == "trimmed":
+            return trimmed_mean(updates, weights, trim=self._trim)
+        return geometric_median(updates, weights)
 
 
 def coordinate_median(updates: Sequence[Flat]) -> Flat:

@@ -348,3 +348,16 @@ def test_a_share_of_the_sites_is_asked(make_run):
     assert list(strategy.asked) == asked
     aggregate(strategy, *(message(node_id, reply(node_id, 0.1)) for node_id in asked))
     assert len(strategy.outcome.accepted) == 2
+
+
+@pytest.mark.parametrize("kind", ["median", "trimmed", "geometric-median", "l-dawa"])
+def test_a_group_may_have_a_mean_of_its_own(make_run, kind):
+    answers = [message(11, reply(11, 0.1)), message(12, reply(12, 0.2)), message(13, reply(13, 0.6))]
+    plain = aggregate(build(make_run()), *answers)
+    strategy = build(make_run(f"[sharing.groups.backbone]\nmean = '{kind}'\n"))
+    new, again = aggregate(strategy, *answers), aggregate(strategy, *reversed(answers))
+    assert all(new[group].tobytes() == plain[group].tobytes() for group in GLOBAL if group != "backbone")
+    assert new["backbone"].tobytes() != plain["backbone"].tobytes()
+    assert new["backbone"].tobytes() == again["backbone"].tobytes()
+    if kind == "median":
+        np.testing.assert_allclose(new["backbone"], [1.2, 2.2], rtol=1e-6)

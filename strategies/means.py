@@ -1,0 +1,45 @@
+"""The mean that `[sharing]` names for a group."""
+
+import math
+from typing import Protocol
+
+from panfm.config import RunConfig
+from panfm.sharing.groups import Flat, GroupManifest
+from panfm.sharing.mean import ExactMean
+from panfm.sharing.weights import Weights, weight_segments
+from strategies.divergence import DivergenceMean
+from strategies.robust import HeldMean
+
+
+class GroupMean(Protocol):
+    """Takes the updates of one group as they come.
+
+    Guarantees:
+        order: any permutation of the same contributions gives the same bits.
+    """
+
+    def check(self, update: Flat, weights: Weights) -> None:
+        """Raises ProtocolError if `add` would; changes nothing."""
+
+    def add(self, update: Flat, weights: Weights) -> None:
+        """Add one site's contribution."""
+
+    def mean(self) -> Flat | None:
+        """float32; None if nobody contributed any weight. Experts to which nobody did are -0.0."""
+
+
+def empty_mean(run: RunConfig, manifest: GroupManifest, group: str, start: Flat, *, weight_limit: float) -> GroupMean:
+    """A mean without contributions.
+
+    Args:
+        start: Global parameters of the group at the start of the round.
+        weight_limit: No weight sums to more than this over all contributions.
+    """
+    segments = weight_segments(run, manifest, group)
+    kind = run.sharing.mean_of(group)
+    if kind == "weighted":
+        return ExactMean(segments, weight_limit=weight_limit)
+    if kind == "l-dawa":
+        layers = tuple((math.prod(shape), 0) for _, shape in manifest.groups[group])
+        return DivergenceMean(segments if len(segments) > 1 else layers, start, weight_limit=weight_limit)
+    return HeldMean(segments, kind, trim=run.sharing.trim, weight_limit=weight_limit)
