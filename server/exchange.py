@@ -23,6 +23,8 @@ class Exchange:
         """Node id -> why there is no good reply."""
         self.seconds: dict[int, float] = {}
         """Node id -> seconds until its reply."""
+        self.late: set[int] = set()
+        """Those that had not answered at the deadline."""
         self._grid = grid
         self._timeout_s = timeout_s
         self._start = time.monotonic()
@@ -30,20 +32,30 @@ class Exchange:
         for message in messages:
             self._push(message)
 
+    @property
+    def is_waiting(self) -> bool:
+        """Whether a reply may still come in time."""
+        return bool(self._waiting) and self._elapsed() < self._timeout_s
+
     def __iter__(self) -> Iterator[Message]:
-        while self._waiting and self._elapsed() < self._timeout_s:
+        while self.is_waiting:
             before = len(self._waiting)
-            for message_id in list(self._waiting):
-                for reply in self._grid.pull_messages([message_id]):
-                    node_id = self._waiting.pop(message_id)
-                    self.seconds[node_id] = self._elapsed()
-                    if reply.has_error():
-                        self.failed[node_id] = reply.error.reason or f"error {reply.error.code}"
-                    else:
-                        yield reply
+            yield from self.ready()
             if self._waiting and len(self._waiting) == before:
                 time.sleep(min(_MAX_PAUSE_S, 0.01 + _PAUSE_SHARE * self._elapsed()))
-        self.failed |= dict.fromkeys(self._waiting.values(), f"no reply within {self._timeout_s:g} s")
+        self.late = set(self._waiting.values())
+        self.failed |= dict.fromkeys(self.late, f"no reply within {self._timeout_s:g} s")
+
+    def ready(self) -> Iterator[Message]:
+        """The good replies that are there by now."""
+        for message_id in list(self._waiting):
+            for reply in self._grid.pull_messages([message_id]):
+                node_id = self._waiting.pop(message_id)
+                self.seconds[node_id] = self._elapsed()
+                if reply.has_error():
+                    self.failed[node_id] = reply.error.reason or f"error {reply.error.code}"
+                else:
+                    yield reply
 
     def _push(self, message: Message) -> None:
         """One at a time: arrays that an earlier message carried are not sent again."""

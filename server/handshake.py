@@ -35,6 +35,8 @@ class Attendance:
     """One line for each that cannot: the site, or the node where no site gave its name, and the reason."""
     misfits: list[str] = field(default_factory=list)
     """One line for each whose software, model or numbers contradict the server's: the run must not start."""
+    asked: list[int] = field(default_factory=list)
+    """Node ids of all that were invited."""
 
     def require(self, at_least: int) -> None:
         """Raises RunError, naming sites and reasons, if a site does not fit or fewer than `at_least` take part."""
@@ -61,19 +63,16 @@ def shake_hands(
     Raises:
         RunError: too few nodes came online.
     """
-    invitation = RecordDict({"config": ConfigRecord(dict(Invitation(dump_toml(run)).to_records().config))})
-    timeout_s = run.federation.round_timeout_s
     nodes = _wait_for_nodes(
         grid,
         num_sites or run.federation.min_sites,
         timeout_s=run.federation.join_timeout_s,
         settle_s=0.0 if num_sites else _SETTLE_S,
     )
-    messages = [Message(invitation, node_id, MessageType.QUERY, ttl=timeout_s, group_id="0") for node_id in nodes]
-    exchange = Exchange(grid, messages, timeout_s)
-    attendance = Attendance()
+    exchange = invite(grid, run, nodes)
+    attendance = Attendance(asked=nodes)
     for reply in exchange:
-        if handshake := _read(reply, run, manifest, attendance):
+        if handshake := read_handshake(reply, run, manifest, attendance):
             attendance.roster[reply.metadata.src_node_id] = handshake
             on_site(handshake)
     attendance.failed += [_name(node_id, reason) for node_id, reason in exchange.failed.items()]
@@ -81,6 +80,30 @@ def shake_hands(
     attendance.misfits += _twice(attendance.roster.values())
     attendance.roster = dict(sorted(attendance.roster.items(), key=lambda entry: entry[1].site))
     return attendance
+
+
+def invite(grid: Grid, run: RunConfig, nodes: Iterable[int]) -> Exchange:
+    """Ask nodes what they hold. They have as long for it as for a round."""
+    invitation = RecordDict({"config": ConfigRecord(dict(Invitation(dump_toml(run)).to_records().config))})
+    timeout_s = run.federation.round_timeout_s
+    messages = [Message(invitation, node_id, MessageType.QUERY, ttl=timeout_s, group_id="0") for node_id in nodes]
+    return Exchange(grid, messages, timeout_s)
+
+
+def read_handshake(reply: Message, run: RunConfig, manifest: GroupManifest, attendance: Attendance) -> Handshake | None:
+    """The handshake in a reply; None if there is none that holds, which is then written down in `attendance`."""
+    try:
+        handshake = Handshake.from_records(unpack(reply.content))
+        _check_name(handshake.site)
+    except ProtocolError as error:
+        attendance.failed.append(f"node {reply.metadata.src_node_id}: {error}")
+        return None
+    try:
+        check_handshake(handshake, run, manifest)
+    except ProtocolError as error:
+        attendance.misfits.append(f"site {handshake.site}: {error}")
+        return None
+    return handshake
 
 
 def check_handshake(handshake: Handshake, run: RunConfig, manifest: GroupManifest) -> None:
@@ -128,22 +151,6 @@ def _flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield from _flatten(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
-
-
-def _read(reply: Message, run: RunConfig, manifest: GroupManifest, attendance: Attendance) -> Handshake | None:
-    """The handshake in a reply; None if there is none that holds, which is then written down."""
-    try:
-        handshake = Handshake.from_records(unpack(reply.content))
-        _check_name(handshake.site)
-    except ProtocolError as error:
-        attendance.failed.append(f"node {reply.metadata.src_node_id}: {error}")
-        return None
-    try:
-        check_handshake(handshake, run, manifest)
-    except ProtocolError as error:
-        attendance.misfits.append(f"site {handshake.site}: {error}")
-        return None
-    return handshake
 
 
 def _check_name(site: str) -> None:

@@ -1,8 +1,8 @@
 """The federation, from the server's side: shake hands, then rounds, then the final model.
 
     1. every site tells what it holds                                  (handshake.py)
-    2. each round: send each site its groups, take replies until the deadline, refuse bad ones, average the rest
-                                                                       (exchange.py, strategies/)
+    2. each round: see who is there, send each site its groups, take replies until the deadline, refuse bad ones,
+       average the rest                                                (roster.py, exchange.py, strategies/)
     3. each round ends on disk: a checkpoint and a line in rounds.jsonl (checkpoint.py, run_folder.py)
 
 A round with fewer good replies than `federation.min-sites` ends the run with an error; it can be resumed.
@@ -27,6 +27,7 @@ from server.checkpoint import ServerState
 from server.exchange import Exchange
 from server.handshake import shake_hands
 from server.progress import Progress
+from server.roster import Roster
 from server.run_folder import RunFolder
 from strategies import GroupedMean, RoundOutcome
 
@@ -49,18 +50,23 @@ def run_federation(grid: Grid, folder: RunFolder, progress: Progress, *, num_sit
     folder.save_sites(attendance)
     attendance.require(num_sites or run.federation.min_sites)
     progress.absent(attendance.failed)
-    roster = attendance.roster
     if not (state := folder.latest_state()):
         folder.save_state(state := first)
-    strategy = GroupedMean(run, manifest, roster, state.memory)
+    strategy = GroupedMean(run, manifest, attendance.roster, state.memory)
+    roster = Roster(grid, run, manifest, attendance)
     while state.round_number < run.train.rounds:
+        known = attendance.roster
+        strategy.roster = roster.gather(state.round_number + 1)
+        if attendance.roster is not known:
+            folder.save_sites(attendance)
         state, line = train_round(grid, strategy, run, state)
         folder.append_round(line)
+        roster.note(line)
         _log_rejected(line)
         require_quorum(run, line)
         folder.save_state(state)
         progress.round(run, line)
-    folder.save_model(state, manifest, [handshake.site for handshake in roster.values()])
+    folder.save_model(state, manifest, [handshake.site for handshake in attendance.roster.values()])
 
 
 def train_round(
@@ -128,6 +134,7 @@ def _round_line(
         "seconds": round(time.monotonic() - start, 4),
         "loss": _mean_loss(accepted),
         "sites": {site: _site_line(reply, outcome.norms[site], seconds[site]) for site, reply in accepted.items()},
+        "late": sorted(names[node_id] for node_id in exchange.late),
         "rejected": dict(sorted((failed | outcome.rejected).items())),
         "coverage": _coverage(accepted),
         "bytes_down": bytes_down,

@@ -186,6 +186,12 @@ class TrainConfig(Config):
     clip_norm: PositiveFloat = 3.0
     teacher_momentum: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.99, 0.999)
     """EMA momentum of the teacher at the start and the end, by cosine."""
+    teacher_start: Literal["own", "global"] = "own"
+    """Where a site's teacher starts a round. own: where it ended the site's last one; global: at the parameters that
+    the server sends, as the student does."""
+    proximal_mu: NonNegativeFloat = 0.0
+    """FedProx (arXiv 1812.06127): after each step, parameters go back by this x learning rate of their way from the
+    round's global ones; apart from Adam's scaling, as weight decay is in AdamW."""
     precision: Literal["auto", "float32"] = "auto"
     """auto: bf16 autocast on CUDA, float32 on CPU."""
     threads: Positive = 1

@@ -41,6 +41,7 @@ class Learner:
         self.parameters = list(self.model.parameters())
         self._start = {name: value.clone() for name, value in self._private_parameters().items()}
         self.reset_private()
+        self._anchor: dict[str, Tensor] = {}
         self._stemmed: WeakKeyDictionary[ImageStore, ImageStore] = WeakKeyDictionary()
 
     def reset_private(self) -> None:
@@ -106,6 +107,20 @@ class Learner:
     def load_shared(self, state: Mapping[str, Tensor]) -> None:
         """Take over the student's shared parameters; names must match exactly."""
         self.model.load_state_dict(self._private_parameters() | dict(state), strict=True)
+        if self.run.train.proximal_mu:
+            self._anchor = {name: value.to(self.device, copy=True) for name, value in state.items()}
+
+    @torch.no_grad()
+    def pull_back(self, share: float) -> None:
+        """Take shared parameters back by a share of their way from those last loaded; nothing if none were."""
+        if share and self._anchor:
+            for name, parameter in self.model.named_parameters():
+                if name in self._anchor:
+                    parameter.lerp_(self._anchor[name], share)
+
+    def restart_teacher(self) -> None:
+        """Take the teacher to where the student is."""
+        self.teacher.load_state_dict(self.model.state_dict())
 
     def private_state(self) -> dict[str, Tensor]:
         """Everything else that training depends on: the student's private parameters, teacher, optimiser, statistics,

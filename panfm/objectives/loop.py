@@ -142,6 +142,7 @@ def step(learner: "Learner", loss: torch.Tensor, position: float) -> bool:
     if not bool(torch.isfinite(loss) & torch.isfinite(norm)):
         return False
     learner.optimiser.step()
+    learner.pull_back(group["lr"] * config.proximal_mu)
     return True
 
 

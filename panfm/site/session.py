@@ -90,6 +90,8 @@ class Session:
             state = states.load(before)
             self.learner.load_private(state)
             self._lost = {name.removeprefix(_LOST): state[name].numpy() for name in state if name.startswith(_LOST)}
+        if self.run.train.teacher_start == "global":
+            self.learner.restart_teacher()
         self._in_memory = ""
         return before
 
