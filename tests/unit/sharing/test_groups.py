@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from panfm.config.run import SharingConfig
+from panfm.config.sharing import SharingConfig
 from panfm.errors import ProtocolError
 from panfm.sharing.groups import GroupManifest, group_of, is_shared, split_state, stream_of
 
