@@ -8,7 +8,8 @@ model/             model.safetensors, metadata.json, run.toml
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -63,12 +64,13 @@ class RunFolder:
         return load_latest(self.path / "checkpoint")
 
     def save_state(self, state: ServerState) -> None:
-        """Write a checkpoint."""
-        save_state(self.path / "checkpoint", state)
+        """Write a checkpoint. Raises RunError if the disk does not take it."""
+        with _written(self.path / "checkpoint" / f"round-{state.round_number:06d}.state"):
+            save_state(self.path / "checkpoint", state)
 
     def append_round(self, line: Mapping[str, Any]) -> None:
-        """Add a line to rounds.jsonl; numbers that are not finite become null."""
-        with (self.path / "rounds.jsonl").open("a", encoding="utf-8") as file:
+        """Add a line to rounds.jsonl; numbers that are not finite become null. Raises RunError as `save_state` does."""
+        with _written(self.path / "rounds.jsonl"), (self.path / "rounds.jsonl").open("a", encoding="utf-8") as file:
             file.write(json_text(line) + "\n")
 
     def save_sites(self, attendance: Attendance) -> None:
@@ -109,6 +111,14 @@ class RunFolder:
 
     def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
         write_atomic(self.path / name, (json_text(content, indent=2) + "\n").encode())
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written ({error.strerror}); the run can be resumed") from error
 
 
 def coverage(run: RunConfig, handshakes: Any) -> dict[str, dict[str, int]]:

@@ -9,6 +9,7 @@ itself (SIGKILL) at the so-many-th file that it opens, renames or removes in the
 began; a site counts from the round's start.
 """
 
+import contextlib
 import json
 import os
 import pickle
@@ -90,16 +91,17 @@ class ForkedSites(ClientApp):
 
 
 class MortalWorkers(ClientApp):
-    """The real ClientApp in Ray's worker, which the victim takes with it, once."""
+    """The ClientApp in Ray's worker, which the victim takes with it."""
 
-    def __init__(self, job: dict[str, Any]) -> None:
+    def __init__(self, inner: ClientApp, job: dict[str, Any]) -> None:
         super().__init__()
+        self.inner = inner
         self.job = job
 
     def __call__(self, message: Message, context: Context) -> Message:
         if is_victim(self.job, message, context):
             light_fuse(self.job)
-        return client_app(message, context)
+        return self.inner(message, context)
 
 
 def work(job: dict[str, Any]) -> int:
@@ -109,7 +111,7 @@ def work(job: dict[str, Any]) -> int:
     try:
         run_apps(server_app, ForkedSites(job), Job(Path(job["sites"]), Path(job["run_dir"])))
     except PanfmError as error:
-        print(error, file=sys.stderr)
+        sys.stderr.write(f"{error}\n")
         return 3
     return 0
 
@@ -121,22 +123,21 @@ def serve() -> None:
             os.setpgid(0, 0)
             os._exit(work(json.loads(line)))
         _, status = os.waitpid(pid, 0)
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)  # a site that outlived its server
-        except ProcessLookupError:
-            pass
-        print(os.waitstatus_to_exitcode(status), flush=True)
+        sys.stdout.write(f"{os.waitstatus_to_exitcode(status)}\n")
+        sys.stdout.flush()
 
 
 def on_ray(job: dict[str, Any]) -> None:
     """One job with Ray's workers as sites."""
-    import client.app
-    from simulations.engines.ray import run
+    from simulations.engines import ray
 
     if job["victim"] == "server":
         light_fuse(job)
-    client.app.app = MortalWorkers(job)
-    run(Job(Path(job["sites"]), Path(job["run_dir"])))
+    real = ray._ConfiguredClient
+    ray._ConfiguredClient = lambda described: MortalWorkers(real(described), job)
+    ray.run(Job(Path(job["sites"]), Path(job["run_dir"])))
 
 
 if __name__ == "__main__":
