@@ -114,6 +114,23 @@ def _print_coverage(report: "SiteReport") -> None:
     Console().print(table)
 
 
+@site_app.command("start")
+def site_start(site: Annotated[Path, typer.Argument(help="Site folder.")]) -> None:
+    """Run the site's worker until it is stopped: it answers handshakes and rounds at its socket, and nothing else."""
+    import logging
+
+    from panfm.site import Site
+    from panfm.site.limits import limit_memory
+    from panfm.site.worker import Worker, listen
+
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    opened = Site(site)
+    limit_memory(opened.config.limits.memory_gib)
+    with listen(site, opened.config) as listener:
+        typer.echo(f'{opened.config.name}: at work; node-config: site-socket="{listener.getsockname()}"')
+        Worker(opened, listener).serve_forever()
+
+
 @cohort_app.command("make")
 def cohort_make(
     folder: Annotated[Path, typer.Argument(help="New folder of the cohort.")],

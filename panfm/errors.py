@@ -4,6 +4,7 @@ PanfmError
 |-- ConfigError     a run or site description is wrong
 |-- DataError       a file, manifest or label table is wrong
 |-- ProtocolError   a message between server and site is wrong
+|-- LimitError      what was asked goes beyond what a site allows
 `-- RunError        a run could not do what was asked (failed round, lost quorum)
 
 The text says what was found, where, and what was expected, on one line: tools print it and exit with status 1.
@@ -24,6 +25,10 @@ class DataError(PanfmError):
 
 class ProtocolError(PanfmError):
     """A message between server and site breaks the contract."""
+
+
+class LimitError(PanfmError):
+    """What was asked of a site goes beyond its own limits."""
 
 
 class RunError(PanfmError):

@@ -1,6 +1,6 @@
 """Strict descriptions of a run and of a site: TOML in, one-line complaints out."""
 
-from panfm.config.load import config_hash, dump_toml, load_run, load_site, parse_run, parse_site
+from panfm.config.load import config_hash, dump_toml, experiment_hash, load_run, load_site, parse_run, parse_site
 from panfm.config.run import RunConfig, StreamConfig
 from panfm.config.site import Releasable, SiteConfig, site_folders, site_path
 
@@ -11,6 +11,7 @@ __all__ = [
     "StreamConfig",
     "config_hash",
     "dump_toml",
+    "experiment_hash",
     "load_run",
     "load_site",
     "parse_run",

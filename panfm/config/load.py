@@ -58,6 +58,11 @@ def config_hash(config: Config) -> str:
     return hashlib.sha256(dump_toml(config).encode()).hexdigest()
 
 
+def experiment_hash(run: RunConfig) -> str:
+    """Hash of a run as sites are told of it: without its cohort, which is a matter of the machine that simulates."""
+    return config_hash(run.model_copy(update={"cohort": None}))
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         return _parse(path.read_text(encoding="utf-8"), str(path))

@@ -14,6 +14,9 @@ from panfm.config._base import Config, Name
 from panfm.errors import ConfigError
 
 RelativePath = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
+Account = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
+Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Limit = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 
 
 class Releasable(StrEnum):
@@ -36,6 +39,23 @@ class LimitsConfig(Config):
         Releasable
     )
     """Kinds of content that may leave; updates and counts are needed to take part."""
+    experiments: Annotated[tuple[Hash, ...], Field(strict=False)] = ()
+    """Experiments that may run here, by hash, as `panfm site dry-run` prints it; empty: any."""
+    seconds_per_round: Limit | None = None
+    """A round that takes longer is given up."""
+    memory_gib: Limit | None = None
+    """Memory that the resident worker may fill, in GiB; a round that asks for more fails."""
+
+
+class WorkerConfig(Config):
+    """The resident worker: who may ask it for a round, and where."""
+
+    socket: RelativePath = ".panfm/run/worker.sock"
+    """Unix socket, relative to this file; its folder is the worker's own."""
+    users: Annotated[tuple[Account, ...], Field(strict=False)] = ()
+    """Accounts that may ask, besides the worker's own: the one under which Flower runs."""
+    group: Account | None = None
+    """Group that may reach the socket, when Flower runs under another account."""
 
 
 class SiteConfig(Config):
@@ -52,6 +72,7 @@ class SiteConfig(Config):
     state_dir: RelativePath = ".panfm/state"
     """Private training state, relative to this file."""
     limits: LimitsConfig = LimitsConfig()
+    worker: WorkerConfig = WorkerConfig()
 
 
 def site_folders(folder: Path) -> list[Path]:

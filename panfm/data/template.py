@@ -29,6 +29,18 @@ state-dir = ".panfm/state"
 [limits]
 # Kinds of content that may leave the site; updates and counts are needed to take part.
 may-leave = ["updates", "counts", "loss", "saliency"]
+# Experiments that may run here, by the hash that `panfm site dry-run` prints; empty: any.
+experiments = []
+# A round that takes longer is given up; one that fills more memory fails.
+# seconds-per-round = 3600.0
+# memory-gib = 32.0
+
+[worker]
+# `panfm site start` answers here, and only to its own account and these ones (the one that Flower runs under).
+socket = ".panfm/run/worker.sock"
+users = []
+# Group that may reach the socket, when Flower runs under another account.
+# group = "panfm"
 """
 
 

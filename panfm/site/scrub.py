@@ -1,10 +1,11 @@
 """What the server may learn of an error at a site: its kind, and no word that was written at the site.
 
-A ProtocolError is about what the server itself sent, so its text passes. Any other error may quote paths, keys of the
-site's own description, or subjects: only its kind passes. The full text stays in the site's own log.
+A ProtocolError is about what the server itself sent, a LimitError names a limit, so their text passes. Any other error
+may quote paths, keys of the site's own description, or subjects: only its kind passes. The full text stays in the
+site's own log.
 """
 
-from panfm.errors import ConfigError, DataError, PanfmError, ProtocolError
+from panfm.errors import ConfigError, DataError, LimitError, PanfmError, ProtocolError
 
 _MAX_LENGTH = 200
 _INSTEAD = {
@@ -17,10 +18,10 @@ def scrub(error: BaseException) -> str:
     """One line for the server.
 
     Guarantees:
-        no path, no data: of an error that is not a ProtocolError, nothing passes but its kind.
+        no path, no data: of an error that is neither a ProtocolError nor a LimitError, nothing passes but its kind.
     """
     kind = type(error).__name__
-    if isinstance(error, ProtocolError):
+    if isinstance(error, ProtocolError | LimitError):
         return f"{kind}: {' '.join(str(error).split())}"[:_MAX_LENGTH]
     if not isinstance(error, PanfmError):
         return f"internal error ({kind})"

@@ -1,6 +1,6 @@
 """One site, without Flower: it shakes hands, trains a round, and decides what leaves.
 
-The ClientApp calls it in a simulation; a resident worker will call it in a hospital. It reads the site's own folder,
+The ClientApp calls it in a simulation, the resident worker in a hospital. It reads the site's own folder,
 and what comes in from outside is one `RoundTask`.
 """
 
@@ -19,6 +19,7 @@ from panfm.data.cache import open_store
 from panfm.errors import ConfigError, DataError, ProtocolError
 from panfm.sharing.messages import Handshake, Invitation, RoundReply, RoundTask
 from panfm.sharing.release import build_handshake, build_reply, check_may_take_part
+from panfm.site.limits import check_experiment
 from panfm.site.session import Session
 from panfm.site.state import StateStore
 
@@ -84,7 +85,7 @@ class Site:
     def _session(self, run_toml: str) -> Session:
         """The warm session of a run description, or a new one in its place."""
         if self._warm is None or self._warm[0] != run_toml:
-            run = _read_run(run_toml)
+            check_experiment(run := _read_run(run_toml), self.config.limits)
             self._warm = (run_toml, Session(self.config.name, run, open_store(self.folder, run.streams)))
         return self._warm[1]
 

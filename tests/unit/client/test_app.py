@@ -1,5 +1,7 @@
-"""The ClientApp always answers, and says nothing that it should not."""
+"""The ClientApp always answers, says nothing that it should not, and is light."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,8 +32,9 @@ def ask(kind: str, config: dict, context: Context, arrays: dict | None = None) -
     return reply
 
 
-def at(**node_config) -> Context:
-    return Context(1, 7, node_config, RecordDict(), {})
+def at(site: Path) -> Context:
+    """A simulated site, the only one of its folder."""
+    return Context(1, 7, {"partition-id": 0}, RecordDict(), {"sites": str(site.parent)})
 
 
 @pytest.fixture
@@ -48,58 +51,74 @@ def invitation() -> dict:
 
 
 def test_it_shakes_hands(site, invitation):
-    reply = ask("query", invitation, at(**{"site-folder": str(site)}))
+    reply = ask("query", invitation, at(site))
     config = dict(next(iter(reply.content.config_records.values())))
     assert Handshake.from_records(Records(config=config)).streams == {"brain-mr": 5, "heart-mr": 5}
 
 
-def test_node_config_wins_over_the_servers_run_config(site, invitation, tmp_path):
-    context = Context(1, 7, {"site-folder": str(site)}, RecordDict(), {"sites": "/etc", "run-dir": str(tmp_path / "x")})
-    assert ask("query", invitation, context).has_content()
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr("client.relay.START_S", 0.1)
+
+
+def test_node_config_wins_over_the_servers_run_config(site, invitation, tmp_path, impatient):
+    node_config = {"site-socket": str(tmp_path / "worker.sock"), "partition-id": 0}
+    context = Context(1, 7, node_config, RecordDict(), {"sites": str(site.parent), "run-dir": str(tmp_path / "x")})
+    assert ask("query", invitation, context).error.reason.startswith("TimeoutError: the site's worker cannot be asked")
     assert not (tmp_path / "x").exists()
 
 
+def test_it_imports_no_torch():
+    """Flower starts a new process for every message."""
+    heavy = "{'torch', 'monai', 'nibabel', 'sklearn', 'panfm.site', 'panfm.data', 'panfm.models'}"
+    code = f"import sys, client.app; sys.exit(str({heavy} & set(sys.modules)) if {heavy} & set(sys.modules) else 0)"
+    root = Path(__file__).resolve().parents[3]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_without_socket_and_simulation_it_says_so(invitation):
+    reply = ask("query", invitation, Context(1, 7, {}, RecordDict(), {}))
+    assert reply.error.reason.startswith("ConfigError: the site's worker cannot be asked")
+
+
 @pytest.mark.parametrize(
-    ("kind", "config", "node_config", "reason"),
+    ("kind", "config", "reason"),
     [
-        ("query", {}, {}, f"ConfigError: {OWN}"),
-        ("train", {}, {"site-folder": "/absent/folder"}, f"ConfigError: {OWN}"),
-        ("query", {"run": "name = "}, None, "site alpha: ProtocolError: run description: not valid TOML:"),
-        ("query", {}, None, "site alpha: ProtocolError: message: run is NoneType, expected str"),
-        (
-            "train",
-            {"run-id": "r", "round": 1},
-            None,
-            "site alpha: ProtocolError: message: run is NoneType, expected str",
-        ),
-        ("train", {"run-id": "../r", "round": 1, "run": ""}, None, "site alpha: ProtocolError"),
+        ("query", {"run": "name = "}, "site alpha: ProtocolError: run description: not valid TOML:"),
+        ("query", {}, "site alpha: ProtocolError: message: run is NoneType, expected str"),
+        ("train", {"run-id": "r", "round": 1}, "site alpha: ProtocolError: message: run is NoneType, expected str"),
+        ("train", {"run-id": "../r", "round": 1, "run": ""}, "site alpha: ProtocolError"),
     ],
 )
-def test_errors_are_answered(site, kind, config, node_config, reason):
-    reply = ask(kind, config, at(**({"site-folder": str(site)} if node_config is None else node_config)))
+def test_errors_are_answered(site, kind, config, reason):
+    reply = ask(kind, config, at(site))
     assert reply.error.code == SITE_ERROR
     assert reply.error.reason.startswith(reason)
     assert "ward" not in reply.error.reason
-    assert "absent" not in reply.error.reason
+
+
+def test_an_absent_site_is_answered(tmp_path):
+    assert ask("train", {}, at(tmp_path / "absent" / "x")).error.reason.startswith(f"ConfigError: {OWN}")
 
 
 def test_the_whole_story_stays_at_the_site(site, invitation, monkeypatch):
     (site / "manifest.csv").unlink()
-    reply = ask("query", invitation, at(**{"site-folder": str(site)}))
+    reply = ask("query", invitation, at(site))
     log = site / ".panfm" / "state" / "site.log"
     assert "manifest.csv" in log.read_text()
     assert "Traceback" in log.read_text()
     monkeypatch.setattr(Path, "mkdir", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    assert ask("query", invitation, at(**{"site-folder": str(site)})).error.reason == reply.error.reason
+    assert ask("query", invitation, at(site)).error.reason == reply.error.reason
 
 
 def test_an_internal_error_is_answered_without_its_text(site, invitation, monkeypatch):
     def fail(*_):
         raise SystemExit("/srv/patients-of-ward-3/scan.nii.gz")
 
-    monkeypatch.setattr("client.app.resident_site", fail)
-    reply = ask("query", invitation, at(**{"site-folder": str(site)}))
-    assert reply.error.reason == "internal error (SystemExit)"
+    monkeypatch.setattr("panfm.site.site.Site.handshake", fail)
+    reply = ask("query", invitation, at(site))
+    assert reply.error.reason == "site alpha: internal error (SystemExit)"
 
 
 folder_names = st.text(st.sampled_from("ab .,'\"`;()-\u2019\u00e9"), min_size=1, max_size=20).filter(
@@ -116,10 +135,10 @@ def test_nothing_of_the_sites_own_files_is_answered(tmp_path_factory, invitation
     folder = tmp_path_factory.mktemp("sites") / f"St Mary's Oncology{name}patient John's"
     folder.mkdir()
     (folder / "site.toml").write_text(text)
-    reply = ask("query", invitation, at(**{"site-folder": str(folder)}))
+    reply = ask("query", invitation, at(folder))
     assert reply.error.reason == f"ConfigError: {OWN}; its log tells more"
     (folder / "site.toml").write_text("name = 'alpha'\nmanifest = \"patients' table.csv\"")
-    reply = ask("query", invitation, at(**{"site-folder": str(folder)}))
+    reply = ask("query", invitation, at(folder))
     assert (
         reply.error.reason == "site alpha: DataError: this site's data or private state is faulty; its log tells more"
     )
@@ -134,6 +153,6 @@ keys = st.one_of(st.sampled_from(["run", "run-id", "round", "profile-names", "pr
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from(["query", "train"]), st.dictionaries(keys, st.one_of(scalars, st.lists(st.integers(0, 9)))))
 def test_whatever_is_asked_is_answered(site, kind, config):
-    reply = ask(kind, config, at(**{"site-folder": str(site)}), {"backbone": Array(zeros(3))})
+    reply = ask(kind, config, at(site), {"backbone": Array(zeros(3))})
     assert reply.has_error()
     assert "ward" not in (reply.error.reason or "")

@@ -2,8 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from panfm.errors import ConfigError, DataError, ProtocolError, RunError
-from panfm.site import scrub
+from panfm.errors import ConfigError, DataError, LimitError, ProtocolError, RunError
+from panfm.site.scrub import scrub
 
 OWN = "ConfigError: this site's own description does not hold; its log tells more"
 DATA = "DataError: this site's data or private state is faulty; its log tells more"
@@ -15,6 +15,7 @@ DATA = "DataError: this site's data or private state is faulty; its log tells mo
         (ProtocolError("round 9: expected 1 to 3"), "ProtocolError: round 9: expected 1 to 3"),
         (ProtocolError("first line\nsecond line"), "ProtocolError: first line second line"),
         (ProtocolError(""), "ProtocolError: "),
+        (LimitError("took longer than"), "LimitError: took longer than"),
         (ConfigError("/srv/St Mary's Oncology/site.toml: patient-john-doe-1961: unknown key"), OWN),
         (DataError("subject NHS-1234567: NaN voxels"), DATA),
         (RunError("at /srv/data"), "RunError: this site cannot go on; its log tells more"),

@@ -1,0 +1,155 @@
+"""Records over a local socket, between a site's worker and whoever relays for it. Light: no torch.
+
+    frame    "PANFM/1\\n" | size of words, uint64 | size of arrays, uint64 | words | arrays
+    words    JSON: {"kind", "arrays": [[name, dtype, length], ...], "metrics": {...}, "config": {...}}
+    arrays   one after the other, little-endian
+
+The other end may be hostile. Sizes are checked before anything is read, what is read is checked before it is used, and
+nothing is unpickled.
+"""
+
+import json
+import socket
+import struct
+import time
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from panfm.errors import ProtocolError
+from panfm.sharing.messages import Records
+
+MAX_WORDS = 1 << 22
+"""Bytes of words in one frame."""
+MAX_ARRAYS = 1 << 31
+"""Bytes of arrays in one frame."""
+_MAGIC = b"PANFM/1\n"
+_HEADER = struct.Struct("<8sQQ")
+_DTYPES = {"float32": "<f4", "uint16": "<u2", "int8": "|i1"}
+_FIELDS = {"kind", "arrays", "metrics", "config"}
+
+
+class Kind(StrEnum):
+    """What a frame is."""
+
+    HANDSHAKE = "handshake"
+    ROUND = "round"
+    ANSWER = "answer"
+    ERROR = "error"
+    """Its config holds one line, `reason`."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One question, or one answer."""
+
+    kind: Kind
+    records: Records
+
+    @classmethod
+    def error(cls, reason: str) -> "Frame":
+        """An answer that says why there is no other."""
+        return cls(Kind.ERROR, Records(config={"reason": reason}))
+
+
+def encode(frame: Frame) -> bytes:
+    """The bytes of a frame. Raises ProtocolError if it holds what cannot travel."""
+    arrays = {name: np.ascontiguousarray(array) for name, array in frame.records.arrays.items()}
+    words = {
+        "kind": frame.kind,
+        "arrays": [[name, array.dtype.name, array.size] for name, array in arrays.items()],
+        "metrics": dict(frame.records.metrics),
+        "config": dict(frame.records.config),
+    }
+    if unknown := {array.dtype.name for array in arrays.values()} - set(_DTYPES):
+        raise ProtocolError(f"frame: arrays of {', '.join(sorted(unknown))}, expected {', '.join(_DTYPES)}")
+    try:
+        text = json.dumps(words).encode()
+    except TypeError as error:
+        raise ProtocolError("frame: holds words that are neither text nor numbers") from error
+    body = b"".join(array.astype(_DTYPES[array.dtype.name], copy=False).tobytes() for array in arrays.values())
+    return _HEADER.pack(_MAGIC, len(text), len(body)) + text + body
+
+
+def decode(words: bytes | bytearray, body: bytes | bytearray) -> Frame:
+    """The frame that two parts hold. Raises ProtocolError if they hold none."""
+    try:
+        found = json.loads(words)
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError("frame: its words are not JSON") from error
+    if not isinstance(found, dict) or set(found) != _FIELDS or found["kind"] not in list(Kind):
+        raise ProtocolError(f"frame: expected {', '.join(sorted(_FIELDS))}, and a known kind")
+    for table in (found["metrics"], found["config"]):
+        if not isinstance(table, dict) or not all(map(_is_value, table.values())):
+            raise ProtocolError("frame: expected scalars, and lists of one kind of scalar")
+    return Frame(Kind(found["kind"]), Records(_cut(found["arrays"], body), found["metrics"], found["config"]))
+
+
+def send(connection: socket.socket, content: bytes, *, timeout_s: float | None) -> None:
+    """Send the bytes of a frame. Raises OSError if the connection ends, or does not take them in time."""
+    connection.settimeout(timeout_s)
+    connection.sendall(content)
+
+
+def receive(connection: socket.socket, *, timeout_s: float | None) -> Frame:
+    """The next frame.
+
+    Args:
+        timeout_s: Seconds within which the whole frame must have come; None: whenever it comes.
+    Raises:
+        ProtocolError: it is not one, or too large.
+        OSError: the connection ended, or was too slow.
+    """
+    deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    magic, num_words, num_arrays = _HEADER.unpack(_read(connection, _HEADER.size, deadline))
+    if magic != _MAGIC:
+        raise ProtocolError("frame: not one of panfm")
+    if num_words > MAX_WORDS or num_arrays > MAX_ARRAYS:
+        raise ProtocolError(f"frame: {num_words} + {num_arrays} bytes, at most {MAX_WORDS} + {MAX_ARRAYS} are taken")
+    return decode(_read(connection, num_words, deadline), _read(connection, num_arrays, deadline))
+
+
+def _read(connection: socket.socket, size: int, deadline: float | None) -> bytearray:
+    content = bytearray(size)
+    view = memoryview(content)
+    while view:
+        if deadline is not None:
+            connection.settimeout(max(deadline - time.monotonic(), 1e-3))
+        if not (got := connection.recv_into(view)):
+            raise ConnectionResetError("the other end closed the connection")
+        view = view[got:]
+    return content
+
+
+def _is_value(value: Any) -> bool:
+    if isinstance(value, list):
+        return len({type(each) for each in value}) <= 1 and not any(isinstance(each, list) for each in value) and all(
+            map(_is_value, value)
+        )  # fmt: skip
+    return isinstance(value, str | int | float)
+
+
+def _cut(layout: Any, body: bytes | bytearray) -> dict[str, NDArray[Any]]:
+    """Flat arrays by name; they must fill the body exactly."""
+    arrays: dict[str, NDArray[Any]] = {}
+    start = 0
+    for entry in layout if isinstance(layout, list) else [None]:
+        name, dtype, length = _entry(entry)
+        end = start + length * np.dtype(_DTYPES[dtype]).itemsize
+        if end > len(body) or name in arrays:
+            raise ProtocolError("frame: its arrays do not fit its list of arrays")
+        arrays[name] = np.frombuffer(body[start:end], _DTYPES[dtype])
+        start = end
+    if start != len(body):
+        raise ProtocolError("frame: its arrays do not fit its list of arrays")
+    return arrays
+
+
+def _entry(entry: Any) -> tuple[str, str, int]:
+    match entry:
+        case [str(name), str(dtype), int(length)] if dtype in _DTYPES and length >= 0 and length is not True:
+            return name, dtype, length
+    raise ProtocolError("frame: expected name, dtype and length of each array")

@@ -1,0 +1,127 @@
+"""The resident worker: the site's own code, at the end of a local socket, with model, images and state kept warm.
+
+Flower's client process, and the code in it that came from the server, can ask it for a handshake or a round and gets
+nothing else. One question at a time. It keeps nothing that is not on disk: killed at any point and started again, it
+gives the same bits.
+"""
+
+import fcntl
+import grp
+import logging
+import os
+import pwd
+import socket
+import struct
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from panfm.config import SiteConfig, site_path
+from panfm.errors import ConfigError, ProtocolError
+from panfm.sharing.frames import Frame, encode, receive, send
+from panfm.site.answer import answer
+from panfm.site.site import Site
+
+logger = logging.getLogger(__name__)
+
+TRANSFER_TIMEOUT_S = 30.0
+"""For a question to arrive, and for an answer to be taken."""
+_PATH_BYTES = 107
+_PEER = struct.Struct("3i")
+
+
+class Worker:
+    """Answers whoever may ask."""
+
+    def __init__(self, site: Site, listener: socket.socket) -> None:
+        self.site = site
+        self._listener = listener
+        self._users = allowed_users(site.config)
+
+    def serve_forever(self) -> None:
+        """One question after the other."""
+        while True:
+            self.serve_one()
+
+    def serve_one(self) -> None:
+        """Wait for one connection and answer it; a connection that breaks is its own end only."""
+        connection, _ = self._listener.accept()
+        with connection:
+            try:
+                if self._may_ask(connection):
+                    send(connection, self._answer(connection), timeout_s=TRANSFER_TIMEOUT_S)
+            except OSError as error:
+                logger.warning("a connection ended early (%s)", type(error).__name__)
+
+    def _may_ask(self, connection: socket.socket) -> bool:
+        _, user, _ = _PEER.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+        if user not in self._users:
+            logger.warning("user %s is not in worker.users: hung up", user)
+        return user in self._users
+
+    def _answer(self, connection: socket.socket) -> bytes:
+        try:
+            asked = receive(connection, timeout_s=TRANSFER_TIMEOUT_S)
+        except (ProtocolError, MemoryError) as error:
+            logger.warning("a question that is none: %s", error)
+            return encode(Frame.error(f"ProtocolError: {error}"))
+        return encode(answer(self.site, asked))
+
+
+@contextmanager
+def listen(folder: Path, site: SiteConfig) -> Iterator[socket.socket]:
+    """The site's socket, in a folder that nobody else may enter (or, with `worker.group`, that group only).
+
+    Raises:
+        ConfigError: another worker serves this site, or the socket cannot be made.
+    """
+    path = site_path(folder, site.worker.socket)
+    if len(os.fsencode(path)) > _PATH_BYTES:
+        raise ConfigError(f"worker.socket: {path} is longer than {_PATH_BYTES} bytes, which no socket's path may be")
+    with ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _share(path.parent, site, 0o700, 0o710)
+            fcntl.flock(stack.enter_context(path.with_suffix(".lock").open("wb")), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink(missing_ok=True)
+            listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+            listener.bind(str(path))
+            _share(path, site, 0o600, 0o660)
+            listener.listen()
+        except BlockingIOError as error:
+            raise ConfigError(f"{folder}: another worker serves this site") from error
+        except OSError as error:
+            raise ConfigError(f"worker.socket: {path} cannot be made ({error.strerror})") from error
+        yield listener
+
+
+def is_running(folder: Path, site: SiteConfig) -> bool:
+    """Whether a worker serves this site now."""
+    try:
+        with site_path(folder, site.worker.socket).with_suffix(".lock").open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def allowed_users(site: SiteConfig) -> set[int]:
+    """Ids of the accounts that may ask: the worker's own, and `worker.users`. Raises ConfigError for an unknown one."""
+    try:
+        return {os.getuid()} | {pwd.getpwnam(name).pw_uid for name in site.worker.users}
+    except KeyError as error:
+        raise ConfigError(f"worker.users: {error.args[0]}") from error
+
+
+def _share(path: Path, site: SiteConfig, alone: int, with_group: int) -> None:
+    """Rights of the owner alone, or of a group as well."""
+    if site.worker.group is None:
+        path.chmod(alone)
+        return
+    try:
+        os.chown(path, -1, grp.getgrnam(site.worker.group).gr_gid)
+    except KeyError as error:
+        raise ConfigError(f"worker.group: {error.args[0]}") from error
+    path.chmod(with_group)

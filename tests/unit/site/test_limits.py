@@ -1,0 +1,58 @@
+import contextlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from panfm.config import experiment_hash, parse_run, parse_site
+from panfm.errors import LimitError
+from panfm.site.limits import check_experiment, time_limit
+
+RUN = 'name = "small"\n[streams]\nbrain-mr = { shape = [8, 8, 8], patch = [4, 4, 8], spacing-mm = [8.0, 8.0, 8.0] }\n'
+
+
+def _swallow_the_first() -> None:
+    with contextlib.suppress(LimitError):
+        time.sleep(5.0)
+    time.sleep(5.0)
+
+
+def test_the_alarm_ends_what_takes_too_long_even_what_swallows_it_once():
+    start = time.monotonic()
+    with pytest.raises(LimitError, match=r"limits\.seconds-per-round \(0\.05\)"), time_limit(0.05):
+        _swallow_the_first()
+    assert time.monotonic() - start < 4.0
+
+
+def test_no_alarm_stays_behind():
+    before = signal.getsignal(signal.SIGALRM)
+    with time_limit(60.0):
+        assert signal.getitimer(signal.ITIMER_REAL)[0] > 0
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    assert signal.getsignal(signal.SIGALRM) == before
+    with time_limit(None):
+        assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_experiments_are_known_by_what_sites_are_told_of_them():
+    run, other = parse_run(RUN), parse_run(RUN + "[train]\nrounds = 9\n")
+    simulated = parse_run(RUN + '[cohort]\nkind = "folder"\npath = "/tmp"\n')
+    assert experiment_hash(simulated) == experiment_hash(run) != experiment_hash(other)
+    limits = parse_site(f'name = "a"\n[limits]\nexperiments = ["{experiment_hash(run)}"]\n').limits
+    check_experiment(run, limits)
+    check_experiment(simulated, limits)
+    with pytest.raises(LimitError, match=experiment_hash(other)):
+        check_experiment(other, limits)
+    check_experiment(other, parse_site('name = "a"').limits)
+
+
+def test_memory_is_limited_and_the_process_stays():
+    code = (
+        "from panfm.site.limits import limit_memory; limit_memory(0.25)\n"
+        "try: bytearray(2**29)\n"
+        "except MemoryError: print('refused', len(bytearray(2**24)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["refused", str(2**24)]

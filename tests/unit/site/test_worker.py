@@ -1,0 +1,157 @@
+"""The worker at its socket: what may ask, what is answered, and that nothing ends it."""
+
+import os
+import re
+import socket
+import stat
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from client.relay import ask
+from panfm.cli import main
+from panfm.config import parse_site
+from panfm.errors import ConfigError
+from panfm.sharing.frames import Frame, Kind, encode
+from panfm.sharing.messages import Handshake, Invitation, Records, RoundReply
+from panfm.site import Site
+from panfm.site.worker import Worker, is_running, listen
+from tests.unit.site.test_site import same, task
+
+
+@pytest.fixture
+def folder(tmp_path, write_site):
+    return write_site(tmp_path / "alpha", "alpha", ("brain", "heart"))
+
+
+@pytest.fixture
+def serving(folder):
+    """Ask from another thread, while the worker serves from this one, as limits on time need the main thread."""
+    with listen(folder, Site(folder).config) as listener, ThreadPoolExecutor(1) as pool:
+        worker, path = Worker(Site(folder), listener), listener.getsockname()
+
+        def serve(frame: Frame) -> Frame:
+            answer = pool.submit(ask, path, frame)
+            worker.serve_one()
+            return answer.result()
+
+        yield SimpleNamespace(ask=serve, worker=worker, path=path)
+
+
+def test_it_answers_as_the_site_itself(folder, serving, tmp_path):
+    invitation = Invitation(task().run_toml)
+    answer = serving.ask(Frame(Kind.HANDSHAKE, invitation.to_records()))
+    assert Handshake.from_records(answer.records) == Site(folder).handshake(invitation)
+    elsewhere = Site(folder, tmp_path / "elsewhere")
+    for number in (1, 2, 2):
+        answer = serving.ask(Frame(Kind.ROUND, task(number).to_records()))
+        assert answer.kind is Kind.ANSWER
+        assert same(RoundReply.from_records(answer.records), elsewhere.train_round(task(number)))
+
+
+@pytest.mark.parametrize("kind", [Kind.ANSWER, Kind.ERROR])
+def test_it_answers_two_questions_only(serving, kind):
+    reason = "site alpha: ProtocolError: {}: no question, expected handshake or round"
+    assert serving.ask(Frame(kind, Records())) == Frame.error(reason.format(kind))
+
+
+def test_errors_are_scrubbed_and_kept(folder, serving):
+    (folder / "manifest.csv").unlink()
+    answer = serving.ask(Frame(Kind.HANDSHAKE, Invitation(task().run_toml).to_records()))
+    assert answer == Frame.error(
+        "site alpha: DataError: this site's data or private state is faulty; its log tells more"
+    )
+    assert "manifest.csv" in (folder / ".panfm" / "state" / "site.log").read_text()
+
+
+def test_other_accounts_are_hung_up_on_unread(serving):
+    serving.worker._users = {os.getuid() + 1}
+    with socket.socket(socket.AF_UNIX) as stranger:
+        stranger.connect(serving.path)
+        serving.worker.serve_one()
+        assert stranger.recv(1) == b""
+
+
+def test_a_round_that_takes_too_long_is_given_up_and_the_next_one_counts(folder, serving, monkeypatch):
+    real = Site.train_round
+    monkeypatch.setattr(Site, "train_round", lambda self, task: threading.Event().wait(20.0))
+    limited = parse_site('name = "alpha"\n[limits]\nseconds-per-round = 0.05\n')
+    usual, serving.worker.site.config = serving.worker.site.config, limited
+    reason = "site alpha: LimitError: took longer than this site's limits.seconds-per-round (0.05)"
+    assert serving.ask(Frame(Kind.ROUND, task().to_records())) == Frame.error(reason)
+    serving.worker.site.config = usual
+    monkeypatch.setattr(Site, "train_round", real)
+    assert serving.ask(Frame(Kind.ROUND, task().to_records())).kind is Kind.ANSWER
+
+
+def test_an_experiment_that_the_site_has_not_named_is_refused(folder, serving):
+    (folder / "site.toml").write_text(f'name = "alpha"\n[limits]\nexperiments = ["{"0" * 64}"]\n')
+    serving.worker.site = Site(folder)
+    for frame in (
+        Frame(Kind.HANDSHAKE, Invitation(task().run_toml).to_records()),
+        Frame(Kind.ROUND, task().to_records()),
+    ):
+        answer = serving.ask(frame)
+        assert answer.records.config["reason"].startswith("site alpha: LimitError: experiment ")
+    assert not list((folder / ".panfm").rglob("*.npy"))
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"GET / HTTP/1.1\r\n\r\n",
+        bytes(100),
+        b"PANFM/1\n" + b"\xff" * 16,
+        encode(Frame(Kind.ROUND, Records({"a": np.ones(9, np.float32)})))[:-1],
+        b"PANFM/1\n" + (1).to_bytes(8, "little") + bytes(8) + b"[",
+    ],
+)
+def test_whatever_comes_the_worker_goes_on(serving, content):
+    with socket.socket(socket.AF_UNIX) as stranger:
+        stranger.connect(serving.path)
+        stranger.sendall(content)
+        stranger.shutdown(socket.SHUT_WR)
+        serving.worker.serve_one()
+    assert serving.ask(Frame(Kind.HANDSHAKE, Invitation(task().run_toml).to_records())).kind is Kind.ANSWER
+
+
+def test_the_socket_is_its_owners_alone(folder, serving):
+    path = folder / ".panfm" / "run"
+    assert [stat.S_IMODE(each.stat().st_mode) for each in (path, path / "worker.sock")] == [0o700, 0o600]
+
+
+def test_one_worker_per_site(folder, serving):
+    site = Site(folder).config
+    assert is_running(folder, site)
+    with pytest.raises(ConfigError, match="another worker serves this site"), listen(folder, site):
+        pass
+
+
+def test_a_socket_left_behind_by_a_dead_worker_is_taken_over(folder):
+    site = Site(folder).config
+    for _ in range(2):
+        with listen(folder, site) as listener:
+            assert listener.getsockname().endswith("worker.sock")
+        assert not is_running(folder, site)
+
+
+@pytest.mark.parametrize(
+    ("extra", "reason"),
+    [
+        ('users = ["nobody-of-this-name"]', r"worker\.users"),
+        ('group = "no-group-of-this-name"', r"worker\.group"),
+        (f'socket = "{"x" * 120}"', "longer than"),
+        ('socket = "site.toml/worker.sock"', "cannot be made"),
+    ],
+)
+def test_what_cannot_be_listened_at_is_one_line(folder, extra, reason):
+    (folder / "site.toml").write_text(f'name = "alpha"\n[worker]\n{extra}\n')
+    done = CliRunner().invoke(main, ["site", "start", str(folder)])
+    assert (done.exit_code, len(done.stderr.splitlines())) == (1, 1)
+    assert re.search(reason, done.stderr)
