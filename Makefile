@@ -12,7 +12,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all flower lint clean
+.PHONY: help install demo test test-all flower federation lint clean
 
 help:  ## What can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -30,6 +30,9 @@ demo: $(INSTALLED)  ## Quickstart federation: five phantom hospitals, ends with 
 
 flower: $(INSTALLED)  ## The same experiment through `flwr run` on a local Flower connection
 	$(PY) -m simulations run configs/experiments/quickstart.toml --engine flower
+
+federation: $(INSTALLED)  ## Three hospitals as real servers on this machine, over TLS with authentication
+	$(PY) -m simulations run configs/deployment/federation.toml --engine deployment
 
 test: $(INSTALLED)  ## The default test suite
 	$(PY) -m pytest -n 2

@@ -23,7 +23,7 @@ def run(
     overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value, e.g. train.rounds=3.")] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; default runs/<name>-<time>.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with this run folder.")] = None,
-    engine: Annotated[str, typer.Option(help="local, ray or flower.")] = "local",
+    engine: Annotated[str, typer.Option(help="local, ray, flower or deployment.")] = "local",
 ) -> None:
     """Run a federation, probe its model, write a report."""
     from simulations.engines import ENGINES

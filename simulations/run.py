@@ -48,7 +48,7 @@ def simulate(
         overrides: `key=value`, not under `resume`.
         out: Run folder; `runs/<name>-<time>` when left out.
         resume: Run folder to go on with, instead of `out`.
-        engine: local, ray or flower.
+        engine: local, ray, flower or deployment.
     Returns:
         The run folder.
     Raises:

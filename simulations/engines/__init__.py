@@ -1,4 +1,4 @@
-"""Three ways to run the same ServerApp, ClientApp and strategy on one machine, bit for bit the same."""
+"""Four ways to run the same ServerApp, ClientApp and strategy on one machine, bit for bit the same."""
 
 from simulations.engines.job import ENGINES, Job, run_job
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from panfm.config import site_folders
 
-ENGINES = ("local", "ray", "flower")
-"""local: in this process; ray: Flower's simulation engine; flower: `flwr run` on a local Flower connection."""
+ENGINES = ("local", "ray", "flower", "deployment")
+"""local: in this process; ray: Flower's simulation engine; flower: `flwr run` on a local Flower connection; deployment:
+the servers of a real one, with TLS and authentication."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from panfm.config.cohort import PhantomCohortConfig, RealImagesCohortConfig
 from panfm.errors import ConfigError, RunError
 from simulations import real_images
 from simulations.__main__ import app
-from simulations.engines.flower import whole_rounds
+from simulations.engines.flwr import whole_rounds
 from simulations.engines.offline import go_offline
 from simulations.run import cohort_folder, prepare_cohort, simulate
 

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Who trusts whom: the coordinator's certificate, and one key per site. Nothing here leaves the machine that makes it
+# except ca.crt (to every site) and <name>.pub (from a site to the coordinator).
+#
+#   credentials.sh coordinator FOLDER HOST   ca.crt, server.pem, server.key for HOST (DNS name or IP address), and the
+#                                            secret that the coordinator's SuperExec shows to its SuperLink
+#   credentials.sh site FOLDER NAME          NAME (private key of the site's SuperNode) and NAME.pub
+set -euo pipefail
+[ $# -eq 3 ] || { sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+role="$1" folder="$2" name="$3"
+umask 077
+mkdir -p "$folder"
+cd "$folder"
+ec=(-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes)
+
+case "$role" in
+coordinator)
+  if [[ "$name" =~ ^[0-9.]+$|: ]]; then kind=IP; else kind=DNS; fi
+  openssl req -x509 "${ec[@]}" -days 365 -subj "/CN=panfm CA" -addext basicConstraints=critical,CA:TRUE \
+    -addext keyUsage=critical,keyCertSign,cRLSign -keyout ca.key -out ca.crt 2>/dev/null
+  openssl req "${ec[@]}" -subj "/CN=$name" -keyout server.key -out server.csr 2>/dev/null
+  printf 'subjectAltName=%s:%s\nextendedKeyUsage=serverAuth\nbasicConstraints=CA:FALSE\n' "$kind" "$name" >san.cnf
+  openssl x509 -req -in server.csr -CA ca.crt -CAkey ca.key -CAcreateserial -days 365 -extfile san.cnf -out server.pem 2>/dev/null
+  rm -f server.csr san.cnf ca.srl
+  openssl rand -out superexec.secret 32
+  ;;
+site) ssh-keygen -q -t ecdsa -b 384 -N "" -C "$name" -f "$name" ;;
+*) echo "credentials.sh: $role: expected coordinator or site" >&2; exit 2 ;;
+esac

@@ -1,0 +1,156 @@
+"""Engine `deployment`: what runs in hospitals, all of it on this machine, over TLS and with authentication.
+
+    coordinator    SuperLink (process isolation, database on disk) and the SuperExec that shows it a secret
+    each site      resident worker (`panfm site start`) and a SuperNode whose key the coordinator has registered
+
+The commands are those of `configs/deployment/hosts`, with loopback addresses. It stands beside the other engines
+because it answers the same question, how to run the apps on one machine, and must give the same bits.
+"""
+
+import json
+import ssl
+import subprocess
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Self
+
+from panfm.config import load_site, site_folders, site_path
+from panfm.site.worker import is_running
+from simulations.engines.flwr import ROOT, flwr, private_environment, submit, wait_for_end
+from simulations.engines.job import Job
+from simulations.engines.processes import Process, end, free_ports, start, wait_until
+
+CONNECTION = "deployment"
+_CREDENTIALS = ROOT / "configs" / "deployment" / "credentials.sh"
+_START_TIMEOUT_S = 300.0
+
+
+class Deployment:
+    """Processes of a coordinator and its sites; all end with the block."""
+
+    def __init__(self, home: Path, logs: Path) -> None:
+        """Args: home: keys, certificates, Flower's own files. logs: one file per process."""
+        self.home = home
+        self.logs = logs
+        self.port, *_ = free_ports(1)
+        self.environment = private_environment(home)
+        self.processes: dict[str, Process] = {}
+
+    def __enter__(self) -> Self:
+        self.logs.mkdir(parents=True, exist_ok=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in reversed(self.processes.values()):
+            end(process)
+
+    @property
+    def address(self) -> str:
+        """Where the SuperLink listens."""
+        return f"127.0.0.1:{self.port}"
+
+    def start_coordinator(self) -> None:
+        """Credentials, SuperLink, SuperExec, and the connection under which `flwr` finds them."""
+        credentials("coordinator", self.home, "127.0.0.1")
+        connection = f'address = "{self.address}"\nroot-certificates = "{self.home / "ca.crt"}"\n'
+        text = f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\n{connection}'
+        (self.home / "config.toml").write_text(text, encoding="utf-8")
+        self.start_superlink()
+        secret = ["--superexec-auth-secret-file", str(self.home / "superexec.secret")]
+        self._start("superexec", "flower-superexec", "--runtime-api-address", self.address, *self._trust(), *secret)
+
+    def start_superlink(self) -> None:
+        """Start it, or start it again on the same database, and wait until it answers."""
+        words = ["--ssl-ca-certfile", "ca.crt", "--ssl-certfile", "server.pem", "--ssl-keyfile", "server.key"]
+        words = [str(self.home / word) if "." in word else word for word in words]
+        words += ["--host", "127.0.0.1", "--port", str(self.port), "--enable-supernode-auth"]
+        words += ["--database", str(self.home / "superlink.db"), "--isolation", "process"]
+        words += ["--superexec-auth-secret-file", str(self.home / "superexec.secret")]
+        self._start("superlink", "flower-superlink", *words)
+        wait_until(self._is_healthy, "flower-superlink", _START_TIMEOUT_S, self.processes["superlink"])
+
+    def start_worker(self, folder: Path) -> None:
+        """The site's worker, in the background."""
+        self._start(f"{folder.name}.worker", "panfm", "site", "start", str(folder))
+
+    def register(self, folder: Path) -> None:
+        """Make a key for a site, and let the coordinator know it."""
+        credentials("site", self.home, folder.name)
+        key = str(self.home / f"{folder.name}.pub")
+        flwr(["supernode", "register", key, CONNECTION, "--name", folder.name], self.environment)
+
+    def start_supernode(self, folder: Path, *, trust: list[str] | None = None) -> None:
+        """The site's SuperNode, in the background. It knows the worker's socket, and nothing of the data."""
+        socket = site_path(folder, load_site(folder).worker.socket)
+        [port] = free_ports(1)
+        words = ["--superlink", self.address, *(self._trust() if trust is None else trust)]
+        words += ["--auth-supernode-private-key", str(self.home / folder.name)]
+        words += ["--host", "127.0.0.1", "--port", str(port), "--node-config", f"site-socket={json.dumps(str(socket))}"]
+        self._start(f"{folder.name}.supernode", "flower-supernode", *words)
+
+    def wait_for(self, folders: list[Path]) -> None:
+        """Until every site's worker listens, and its SuperNode is online."""
+        for folder in folders:
+            self.wait_for_worker(folder)
+        nodes = [self.processes[f"{folder.name}.supernode"] for folder in folders]
+        wait_until(lambda: self.num_online() >= len(folders), "SuperNodes online", _START_TIMEOUT_S, *nodes)
+
+    def wait_for_worker(self, folder: Path) -> None:
+        """Until it listens."""
+        worker, site = self.processes[f"{folder.name}.worker"], load_site(folder)
+        wait_until(lambda: is_running(folder, site), f"worker of {folder.name}", _START_TIMEOUT_S, worker)
+
+    def num_online(self) -> int:
+        """SuperNodes that the coordinator sees."""
+        nodes = flwr(["supernode", "list", CONNECTION], self.environment)["nodes"]
+        return sum(node["status"] == "online" for node in nodes)
+
+    def _start(self, name: str, *words: str) -> None:
+        self.processes[name] = start(words, self.logs / f"{name}.log", self.environment)
+
+    def _trust(self) -> list[str]:
+        return ["--root-certificates", str(self.home / "ca.crt")]
+
+    def _is_healthy(self) -> bool:
+        try:
+            context = ssl.create_default_context(cafile=self.home / "ca.crt")
+            with urllib.request.urlopen(f"https://{self.address}/health", timeout=1, context=context):
+                return True
+        except (urllib.error.URLError, OSError):
+            return False
+
+
+def run(job: Job) -> None:
+    """Bring a deployment up, run a federation over it, take it down. Raises RunError unless the run completed."""
+    folders = site_folders(job.sites)
+    with deployed(folders, job.run_dir / "logs") as deployment:
+        run_id = submit(CONNECTION, run_config(job), deployment.environment)
+        wait_for_end(run_id, CONNECTION, job, deployment.environment)
+
+
+def run_config(job: Job) -> dict[str, str]:
+    """What the coordinator tells the apps. Where a site's data lies, only the site knows."""
+    return {key: value for key, value in job.run_config().items() if key != "sites"}
+
+
+@contextmanager
+def deployed(folders: list[Path], logs: Path) -> Iterator[Deployment]:
+    """A coordinator and a number of sites, all online."""
+    with tempfile.TemporaryDirectory(prefix="panfm-deployment-") as home, Deployment(Path(home), logs) as deployment:
+        for folder in folders:
+            deployment.start_worker(folder)
+        deployment.start_coordinator()
+        for folder in folders:
+            deployment.register(folder)
+            deployment.start_supernode(folder)
+        deployment.wait_for(folders)
+        yield deployment
+
+
+def credentials(role: str, folder: Path, name: str) -> None:
+    """Certificates of the coordinator, or the key of a site."""
+    subprocess.run([str(_CREDENTIALS), role, str(folder), name], check=True)

@@ -1,0 +1,54 @@
+"""Processes of ours: each in a group of its own, so that it ends with all its children; free ports; one wait."""
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from panfm.errors import RunError
+
+Process = subprocess.Popen[bytes]
+_END_S = 10.0
+_POLL_S = 0.2
+
+
+def start(words: Sequence[str], log: Path, environment: Mapping[str, str]) -> Process:
+    """Start a command in the background; what it prints goes to the end of a file."""
+    with log.open("ab") as file:
+        return subprocess.Popen(words, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+
+
+def end(process: Process) -> None:
+    """Ask a process and its children to stop, then make them."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        send_signal(process, number)
+
+
+def send_signal(process: Process, number: signal.Signals) -> None:
+    """Send a signal to a process and its children, and give it a while to end."""
+    try:
+        os.killpg(process.pid, number)
+        process.wait(timeout=_END_S)
+    except (ProcessLookupError, subprocess.TimeoutExpired):
+        return
+
+
+def wait_until(condition: Callable[[], bool], what: str, timeout_s: float, *processes: Process) -> None:
+    """Raises RunError if it takes too long, or if one of the processes it depends on has ended."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline or any(process.poll() is not None for process in processes):
+            raise RunError(f"{what}: not within {timeout_s:g} s; its log in the run folder tells more")
+        time.sleep(_POLL_S)
+
+
+def free_ports(number: int) -> list[int]:
+    """Ports that nobody uses now."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(number)]
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
