@@ -131,6 +131,51 @@ def site_start(site: Annotated[Path, typer.Argument(help="Site folder.")]) -> No
         Worker(opened, listener).serve_forever()
 
 
+@site_app.command("dry-run")
+def site_dry_run(
+    site: Annotated[Path, typer.Argument(help="Site folder.")],
+    run: Annotated[Path, typer.Option("--run", help="Description of the run (TOML).")],
+) -> None:
+    """Try one local step of a run: its time and memory, and all that would leave the site. Nothing leaves."""
+    from panfm.config import load_run
+    from panfm.site.dry_run import dry_run
+    from panfm.site.tell import dry_run_lines
+
+    for line in dry_run_lines(dry_run(site, load_run(run))):
+        typer.echo(line)
+
+
+@site_app.command("status")
+def site_status(site: Annotated[Path, typer.Argument(help="Site folder.")]) -> None:
+    """Whether the worker is at work, the rounds whose state is kept, and how much has left."""
+    from panfm.config import load_site, site_path
+    from panfm.site.tell import status_lines
+
+    config = load_site(site)
+    for line in status_lines(site, config, site_path(site, config.state_dir)):
+        typer.echo(line)
+
+
+@site_app.command("log")
+def site_log(
+    site: Annotated[Path, typer.Argument(help="Site folder.")],
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Check the chain of hashes only, and print its end.")
+    ] = False,
+) -> None:
+    """Every message that left the site, oldest first. Ends with status 1 where the record was tampered with."""
+    from panfm.config import load_site, site_path
+    from panfm.site.departures import Departures
+    from panfm.site.tell import departure_line
+
+    count, end = 0, "nothing yet"
+    for line in Departures(site_path(site, load_site(site).state_dir)).lines():
+        count, end = count + 1, line["chain"]
+        if not verify:
+            typer.echo(departure_line(line))
+    typer.echo(f"{count} messages, unbroken; the chain ends with: {end}")
+
+
 @cohort_app.command("make")
 def cohort_make(
     folder: Annotated[Path, typer.Argument(help="New folder of the cohort.")],

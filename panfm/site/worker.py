@@ -1,8 +1,8 @@
 """The resident worker: the site's own code, at the end of a local socket, with model, images and state kept warm.
 
 Flower's client process, and the code in it that came from the server, can ask it for a handshake or a round and gets
-nothing else. One question at a time. It keeps nothing that is not on disk: killed at any point and started again, it
-gives the same bits.
+nothing else. One question at a time. What leaves is on disk first (departures.py), and nothing is kept that is not:
+killed at any point and started again, it gives the same bits.
 """
 
 import fcntl
@@ -17,9 +17,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from panfm.config import SiteConfig, site_path
-from panfm.errors import ConfigError, ProtocolError
+from panfm.errors import ConfigError, PanfmError, ProtocolError
 from panfm.sharing.frames import Frame, encode, receive, send
 from panfm.site.answer import answer
+from panfm.site.departures import Departures
 from panfm.site.site import Site
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ class Worker:
         self.site = site
         self._listener = listener
         self._users = allowed_users(site.config)
+        self._departures = Departures(site.state_dir)
 
     def serve_forever(self) -> None:
         """One question after the other."""
@@ -44,14 +46,14 @@ class Worker:
             self.serve_one()
 
     def serve_one(self) -> None:
-        """Wait for one connection and answer it; a connection that breaks is its own end only."""
+        """Wait for one connection and answer it; whatever goes wrong with it is its own end only."""
         connection, _ = self._listener.accept()
         with connection:
             try:
                 if self._may_ask(connection):
                     send(connection, self._answer(connection), timeout_s=TRANSFER_TIMEOUT_S)
-            except OSError as error:
-                logger.warning("a connection ended early (%s)", type(error).__name__)
+            except (OSError, PanfmError, MemoryError) as error:
+                logger.warning("a connection ended without an answer (%s: %s)", type(error).__name__, error)
 
     def _may_ask(self, connection: socket.socket) -> bool:
         _, user, _ = _PEER.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
@@ -65,7 +67,10 @@ class Worker:
         except (ProtocolError, MemoryError) as error:
             logger.warning("a question that is none: %s", error)
             return encode(Frame.error(f"ProtocolError: {error}"))
-        return encode(answer(self.site, asked))
+        found = answer(self.site, asked)
+        content = encode(found)
+        self._departures.append(found, content)
+        return content
 
 
 @contextmanager

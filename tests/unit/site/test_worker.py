@@ -19,6 +19,7 @@ from panfm.errors import ConfigError
 from panfm.sharing.frames import Frame, Kind, encode
 from panfm.sharing.messages import Handshake, Invitation, Records, RoundReply
 from panfm.site import Site
+from panfm.site.departures import Departures
 from panfm.site.worker import Worker, is_running, listen
 from tests.unit.site.test_site import same, task
 
@@ -51,6 +52,15 @@ def test_it_answers_as_the_site_itself(folder, serving, tmp_path):
         answer = serving.ask(Frame(Kind.ROUND, task(number).to_records()))
         assert answer.kind is Kind.ANSWER
         assert same(RoundReply.from_records(answer.records), elsewhere.train_round(task(number)))
+    kinds = [(line["kind"], line["round"]) for line in Departures(folder / ".panfm" / "state").lines()]
+    assert kinds == [("answer", None), ("answer", 1), ("answer", 2), ("answer", 2)]
+
+
+def test_what_cannot_be_written_down_does_not_leave(folder, serving, monkeypatch):
+    monkeypatch.setattr("client.relay.ATTEMPTS", 1)
+    (folder / ".panfm" / "state" / "departures.jsonl").mkdir(parents=True)
+    with pytest.raises(ConnectionError):
+        serving.ask(Frame(Kind.HANDSHAKE, Invitation(task().run_toml).to_records()))
 
 
 @pytest.mark.parametrize("kind", [Kind.ANSWER, Kind.ERROR])

@@ -1,0 +1,96 @@
+"""What left the site: one line per message, written before the message goes, each bound to all before it by a hash.
+
+    time, kind, run, round     which message
+    arrays                     name, type and length of each group of parameters
+    numbers, words             names of what else is in it
+    bytes, sha256              of the message as it left
+    chain                      SHA-256 of the line before's chain and of this line
+
+No answer goes out that is not on disk here (a refusal of bytes that were no question, before the site is asked
+anything, says nothing of it and is not kept). Whoever wrote down the last chain can tell whether lines were changed or
+taken out since.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from panfm.errors import DataError
+from panfm.sharing.frames import Frame
+
+Line = dict[str, Any]
+_FIRST = "0" * 64
+
+
+class Departures:
+    """The record of one site. One process writes it, any may read it."""
+
+    def __init__(self, folder: Path) -> None:
+        """Args: folder: where the site keeps its state."""
+        self.path = folder / "departures.jsonl"
+
+    def append(self, frame: Frame, content: bytes) -> None:
+        """Add a message that is about to leave. Raises OSError if that cannot be written: then it must stay."""
+        line = _describe(frame, content)
+        whole = self._whole()
+        line["chain"] = _chain(_end(whole[-1]) if whole else _FIRST, line)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("ab") as file:
+            file.truncate(sum(map(len, whole)))
+            file.write(json.dumps(line).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def lines(self) -> Iterator[Line]:
+        """Every message, oldest first.
+
+        Raises:
+            DataError: a line was changed, moved, or taken out before the last one.
+        """
+        before = _FIRST
+        for number, text in enumerate(self._whole(), start=1):
+            try:
+                line = json.loads(text)
+                chain = line.pop("chain")
+            except (ValueError, KeyError, AttributeError, TypeError) as error:
+                raise DataError(f"{self.path}: line {number} is none, expected what was written") from error
+            if chain != _chain(before, line):
+                raise DataError(f"{self.path}: line {number} was changed, or one before it was taken out")
+            before = chain
+            yield line | {"chain": chain}
+
+    def _whole(self) -> list[bytes]:
+        """Lines that were written to their end; the rest of a crash is none, and its message never left."""
+        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
+        return [line for line in lines if line.endswith(b"\n")]
+
+
+def _describe(frame: Frame, content: bytes) -> Line:
+    records = frame.records
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "kind": frame.kind.value,
+        "run": records.config.get("run-id"),
+        "round": records.config.get("round"),
+        "arrays": [[name, array.dtype.name, array.size] for name, array in records.arrays.items()],
+        "numbers": sorted(records.metrics),
+        "words": sorted(records.config),
+        "bytes": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
+
+
+def _end(text: bytes) -> str:
+    """The chain that a line ends with; a line that somebody spoilt breaks it, and work goes on."""
+    try:
+        return str(json.loads(text)["chain"])
+    except (ValueError, KeyError, TypeError):
+        return hashlib.sha256(text).hexdigest()
+
+
+def _chain(before: str, line: Line) -> str:
+    return hashlib.sha256((before + json.dumps(line, sort_keys=True)).encode()).hexdigest()

@@ -1,0 +1,68 @@
+"""What a run would cost this site and what would leave it, tried with one local step; nothing leaves."""
+
+import resource
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from panfm.config import RunConfig, dump_toml, experiment_hash
+from panfm.models import build_model
+from panfm.sharing.frames import Frame, Kind, encode
+from panfm.sharing.groups import GroupManifest
+from panfm.sharing.messages import Handshake, Invitation, RoundReply, RoundTask
+from panfm.site.site import Site
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What was found. Whether the site's `limits.experiments` names the experiment is not asked."""
+
+    experiment: str
+    """Hash for `limits.experiments`."""
+    handshake: Handshake
+    reply: RoundReply
+    bytes_up: int
+    """Size of the whole reply."""
+    seconds: float
+    """Of a round of one local step, once it is warm."""
+    memory_gib: float
+    """Most memory that this process filled so far."""
+    gpu_gib: float | None
+    """Most memory of the GPU, if there is one."""
+
+
+def dry_run(folder: Path, run: RunConfig) -> DryRun:
+    """Shake hands, and train one step of round 1, with private state in a folder that goes.
+
+    Raises:
+        PanfmError: what would go wrong in the run.
+    """
+    short = run.model_copy(update={"cohort": None, "train": run.train.model_copy(update={"local_steps": 1})})
+    with tempfile.TemporaryDirectory(prefix="panfm-dry-run-") as state:
+        site = Site(folder, Path(state))
+        limits = site.config.limits.model_copy(update={"experiments": ()})
+        site.config = site.config.model_copy(update={"limits": limits})
+        handshake = site.handshake(Invitation(dump_toml(short)))
+        task = _first_task(short, handshake)
+        site.train_round(task)  # the first step pays for what later ones find warm
+        start = time.monotonic()
+        reply = site.train_round(task)
+        seconds = time.monotonic() - start
+    return DryRun(
+        experiment=experiment_hash(run),
+        handshake=handshake,
+        reply=reply,
+        bytes_up=len(encode(Frame(Kind.ANSWER, reply.to_records()))),
+        seconds=seconds,
+        memory_gib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        gpu_gib=torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None,
+    )
+
+
+def _first_task(run: RunConfig, handshake: Handshake) -> RoundTask:
+    tensors = {name: tensor.numpy() for name, tensor in build_model(run).state_dict().items()}
+    groups = GroupManifest.of({name: tensor.shape for name, tensor in tensors.items()}).pack_all(tensors)
+    return RoundTask("dry-run", 1, dump_toml(run), {name: groups[name] for name in handshake.group_hashes})

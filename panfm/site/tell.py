@@ -1,0 +1,49 @@
+"""What the site's commands tell its operator, line by line."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from panfm.config import SiteConfig
+from panfm.site.departures import Departures, Line
+from panfm.site.dry_run import DryRun
+from panfm.site.worker import is_running
+
+
+def dry_run_lines(found: DryRun) -> Iterator[str]:
+    """The cost of a run, and everything that would leave."""
+    handshake, reply = found.handshake, found.reply
+    yield f"experiment {found.experiment} (for limits.experiments in site.toml)"
+    gpu = "" if found.gpu_gib is None else f", {found.gpu_gib:.2f} GiB of the GPU"
+    yield f"one local step: {found.seconds:.3f} s; at most {found.memory_gib:.2f} GiB of memory{gpu}"
+    yield "before round 1 leave:"
+    held = ", ".join(f"{stream} {count}" for stream, count in handshake.streams.items())
+    yield f"  name {handshake.site}; subjects {handshake.subjects}; with {held}"
+    yield f"  versions {', '.join(f'{name} {version}' for name, version in handshake.versions.items())}"
+    yield f"every round leave {found.bytes_up} bytes:"
+    for name, array in reply.updates.items():
+        yield f"  {name}: {array.dtype} {list(array.shape)}, {array.nbytes} bytes"
+    for name, value in reply.to_records().metrics.items():
+        yield f"  {name}: {'a number' if isinstance(value, int | float) else f'{len(value)} numbers'}"
+    for name in reply.to_records().config:
+        yield f"  {name}: the server's own words, or the round this site started from"
+
+
+def status_lines(folder: Path, site: SiteConfig, state_dir: Path) -> Iterator[str]:
+    """Whether the worker is at work, and what it has done."""
+    yield f"{site.name}: the worker is {'at work' if is_running(folder, site) else 'not running'}"
+    for path in sorted(state_dir.glob("*/round-*.state")):
+        yield f"run {path.parent.name}: private state after round {int(path.stem.removeprefix('round-'))}"
+    lines = list(Departures(state_dir).lines())
+    yield f"messages that left: {len(lines)}, {sum(line['bytes'] for line in lines)} bytes"
+    if lines:
+        yield f"last: {departure_line(lines[-1])}"
+
+
+def departure_line(line: Line) -> str:
+    """One message that left."""
+    groups = ", ".join(f"{name} {dtype}[{length}]" for name, dtype, length in line["arrays"]) or "no arrays"
+    which = "" if line["round"] is None else f" of round {line['round']} of {line['run']}"
+    numbers = f"; numbers: {', '.join(line['numbers'])}" if line["numbers"] else ""
+    return (
+        f"{line['time']} {line['kind']}{which}: {line['bytes']} bytes, sha256 {line['sha256'][:16]}; {groups}{numbers}"
+    )

@@ -1,0 +1,82 @@
+"""What left is written down first, and no line of it can be changed unseen."""
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+
+from panfm.errors import DataError
+from panfm.sharing.frames import Frame, Kind, encode
+from panfm.sharing.messages import Records
+from panfm.site.departures import Departures
+
+
+def reply(number: int) -> Frame:
+    arrays = {"backbone": np.ones(3, np.float32), "head": np.ones(2, np.int8)}
+    return Frame(Kind.ANSWER, Records(arrays, {"loss": 0.5}, {"run-id": "run-1", "round": number}))
+
+
+@pytest.fixture
+def departures(tmp_path):
+    departures = Departures(tmp_path / "state")
+    for number in (1, 2, 3):
+        departures.append(reply(number), encode(reply(number)))
+    return departures
+
+
+def test_what_is_written(departures):
+    first, *_, last = departures.lines()
+    assert first["arrays"] == [["backbone", "float32", 3], ["head", "int8", 2]]
+    assert (first["numbers"], first["words"], last["round"]) == (["loss"], ["round", "run-id"], 3)
+    assert first["sha256"] == hashlib.sha256(encode(reply(1))).hexdigest()
+    assert first["bytes"] == len(encode(reply(1)))
+
+
+def test_errors_are_messages_too(departures):
+    frame = Frame.error("site alpha: no")
+    departures.append(frame, encode(frame))
+    assert [line["kind"] for line in departures.lines()] == ["answer"] * 3 + ["error"]
+
+
+def test_nothing_yet(tmp_path):
+    assert list(Departures(tmp_path / "state").lines()) == []
+
+
+def change(lines: list[str]) -> list[str]:
+    return [lines[0].replace('"round": 1', '"round": 9'), *lines[1:]]
+
+
+@pytest.mark.parametrize(
+    ("tamper", "number"),
+    [
+        (change, 1),
+        (lambda lines: lines[1:], 1),
+        (lambda lines: [lines[0], lines[2]], 2),
+        (lambda lines: [lines[0], lines[2], lines[1]], 2),
+        (lambda lines: [lines[0], "{}", *lines[1:]], 2),
+        (lambda lines: [lines[0], "[]", *lines[1:]], 2),
+        (lambda lines: [*lines, "no json"], 4),
+    ],
+)
+def test_tampering_is_seen(departures, tamper, number):
+    lines = tamper(departures.path.read_text().splitlines())
+    departures.path.write_text("\n".join(lines) + "\n")
+    for _ in range(2):
+        with pytest.raises(DataError, match=f"line {number} "):
+            list(departures.lines())
+        departures.append(reply(4), encode(reply(4)))  # work goes on
+
+
+def test_the_rest_of_a_crash_goes_with_the_next_message(departures):
+    with departures.path.open("a") as file:
+        file.write(json.dumps({"time": "cut o"})[:-3])
+    assert len(list(departures.lines())) == 3
+    departures.append(reply(4), encode(reply(4)))
+    assert [line["round"] for line in departures.lines()] == [1, 2, 3, 4]
+
+
+def test_a_new_process_goes_on_where_the_last_one_stopped(departures):
+    again = Departures(departures.path.parent)
+    again.append(reply(4), encode(reply(4)))
+    assert len(list(again.lines())) == 4

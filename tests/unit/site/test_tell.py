@@ -1,0 +1,54 @@
+"""What the operator is told by `panfm site dry-run`, `status` and `log`."""
+
+import re
+
+import pytest
+from typer.testing import CliRunner
+
+from panfm.cli import main
+from panfm.config import dump_toml, experiment_hash, parse_run
+from panfm.sharing.frames import Frame, encode
+from panfm.site.departures import Departures
+from tests.unit.site.test_site import RUN, task
+
+
+def run(*words) -> list[str]:
+    result = CliRunner().invoke(main, ["site", *map(str, words)])
+    assert result.exit_code == 0, result.output
+    return result.output.splitlines()
+
+
+@pytest.fixture
+def folder(tmp_path, write_site):
+    return write_site(tmp_path / "alpha", "alpha", ("brain", "heart"))
+
+
+@pytest.mark.parametrize("allowed", ["", f'[limits]\nexperiments = ["{"0" * 64}"]\n'])
+def test_a_dry_run_tells_all_that_would_leave_and_leaves_nothing(folder, tmp_path, allowed):
+    (folder / "site.toml").write_text(f'name = "alpha"\n{allowed}')
+    (tmp_path / "run.toml").write_text(RUN)
+    lines = run("dry-run", folder, "--run", tmp_path / "run.toml")
+    assert lines[0].split()[1] == experiment_hash(parse_run(dump_toml(parse_run(RUN))))
+    text = "\n".join(lines)
+    for group in ("backbone", "head", "stream:brain-mr", "stream:heart-mr"):
+        assert f"  {group}: float32 [{task().groups[group].size}], {task().groups[group].nbytes} bytes" in text
+    assert re.search(r"one local step: [\d.]+ s; at most [\d.]+ GiB", text)
+    assert "liver" not in text
+    assert not (folder / ".panfm" / "state").exists()
+
+
+def test_status(folder):
+    assert run("status", folder) == ["alpha: the worker is not running", "messages that left: 0, 0 bytes"]
+
+
+def test_log(folder):
+    departures = Departures(folder / ".panfm" / "state")
+    frame = Frame.error("site alpha: no")
+    departures.append(frame, encode(frame))
+    line, end = run("log", folder)
+    assert "error" in line
+    assert end.endswith(next(departures.lines())["chain"])
+    assert run("log", folder, "--verify") == [end]
+    departures.path.write_text(departures.path.read_text().replace('"bytes": ', '"bytes": 1'))
+    result = CliRunner().invoke(main, ["site", "log", str(folder), "--verify"])
+    assert (result.exit_code, len(result.stderr.splitlines())) == (1, 1)
