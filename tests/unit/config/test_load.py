@@ -37,7 +37,10 @@ def complaints(call, *args):
     return str(caught.value).splitlines()
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("experiments/*.toml")), ids=lambda path: path.name)
+RUNS = sorted([*CONFIGS.glob("experiments/*.toml"), *CONFIGS.glob("deployment/*.toml")])
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.name)
 def test_every_shipped_run_loads_and_survives_a_round_trip(path):
     run = load_run(path)
     assert parse_run(dump_toml(run)) == run
