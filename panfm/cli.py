@@ -118,12 +118,14 @@ def _print_coverage(report: "SiteReport") -> None:
 def site_start(site: Annotated[Path, typer.Argument(help="Site folder.")]) -> None:
     """Run the site's worker until it is stopped: it answers handshakes and rounds at its socket, and nothing else."""
     import logging
+    import os
 
     from panfm.site import Site
     from panfm.site.limits import limit_memory
     from panfm.site.worker import Worker, listen
 
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    os.umask(0o077)
     opened = Site(site)
     limit_memory(opened.config.limits.memory_gib)
     with listen(site, opened.config) as listener:

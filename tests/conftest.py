@@ -60,7 +60,7 @@ def make_store() -> Callable[..., ImageStore]:
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def write_site() -> Callable[..., Path]:
     """Writes a site folder of MR noise, 8 x 8 x 8 voxels of 8 mm; the last subject is for validation."""
 

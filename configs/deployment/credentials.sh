@@ -19,7 +19,7 @@ coordinator)
   openssl req -x509 "${ec[@]}" -days 365 -subj "/CN=panfm CA" -addext basicConstraints=critical,CA:TRUE \
     -addext keyUsage=critical,keyCertSign,cRLSign -keyout ca.key -out ca.crt 2>/dev/null
   openssl req "${ec[@]}" -subj "/CN=$name" -keyout server.key -out server.csr 2>/dev/null
-  printf 'subjectAltName=%s:%s\nextendedKeyUsage=serverAuth\nbasicConstraints=CA:FALSE\n' "$kind" "$name" >san.cnf
+  printf 'subjectAltName=%s:%s,IP:127.0.0.1\nextendedKeyUsage=serverAuth\nbasicConstraints=CA:FALSE\n' "$kind" "$name" >san.cnf
   openssl x509 -req -in server.csr -CA ca.crt -CAkey ca.key -CAcreateserial -days 365 -extfile san.cnf -out server.pem 2>/dev/null
   rm -f server.csr san.cnf ca.srl
   openssl rand -out superexec.secret 32

@@ -53,9 +53,9 @@ class WorkerConfig(Config):
     socket: RelativePath = ".panfm/run/worker.sock"
     """Unix socket, relative to this file; its folder is the worker's own."""
     users: Annotated[tuple[Account, ...], Field(strict=False)] = ()
-    """Accounts that may ask, besides the worker's own: the one under which Flower runs."""
+    """Accounts, by name or number, that may ask besides the worker's own: the one under which Flower runs."""
     group: Account | None = None
-    """Group that may reach the socket, when Flower runs under another account."""
+    """Group, by name or number, that may reach the socket, when Flower runs under another account."""
 
 
 class SiteConfig(Config):

@@ -115,18 +115,20 @@ def is_running(folder: Path, site: SiteConfig) -> bool:
 def allowed_users(site: SiteConfig) -> set[int]:
     """Ids of the accounts that may ask: the worker's own, and `worker.users`. Raises ConfigError for an unknown one."""
     try:
-        return {os.getuid()} | {pwd.getpwnam(name).pw_uid for name in site.worker.users}
+        return {os.getuid()} | {
+            int(name) if name.isdigit() else pwd.getpwnam(name).pw_uid for name in site.worker.users
+        }
     except KeyError as error:
         raise ConfigError(f"worker.users: {error.args[0]}") from error
 
 
 def _share(path: Path, site: SiteConfig, alone: int, with_group: int) -> None:
     """Rights of the owner alone, or of a group as well."""
-    if site.worker.group is None:
+    if not (name := site.worker.group):
         path.chmod(alone)
         return
     try:
-        os.chown(path, -1, grp.getgrnam(site.worker.group).gr_gid)
+        os.chown(path, -1, int(name) if name.isdigit() else grp.getgrnam(name).gr_gid)
     except KeyError as error:
         raise ConfigError(f"worker.group: {error.args[0]}") from error
     path.chmod(with_group)

@@ -83,14 +83,23 @@ class Deployment:
         key = str(self.home / f"{folder.name}.pub")
         flwr(["supernode", "register", key, CONNECTION, "--name", folder.name], self.environment)
 
-    def start_supernode(self, folder: Path, *, trust: list[str] | None = None) -> None:
-        """The site's SuperNode, in the background. It knows the worker's socket, and nothing of the data."""
+    def start_supernode(
+        self, folder: Path, *, name: str = "", key: Path | None = None, trust: list[str] | None = None
+    ) -> None:
+        """The site's SuperNode, in the background. It knows the worker's socket, and nothing of the data.
+
+        Args:
+            folder: The site folder.
+            name: Of the process, instead of the site's.
+            key: Private key, instead of the site's.
+            trust: Flags, instead of those that make it trust the coordinator's certificate.
+        """
         socket = site_path(folder, load_site(folder).worker.socket)
         [port] = free_ports(1)
         words = ["--superlink", self.address, *(self._trust() if trust is None else trust)]
-        words += ["--auth-supernode-private-key", str(self.home / folder.name)]
+        words += ["--auth-supernode-private-key", str(key or self.home / folder.name)]
         words += ["--host", "127.0.0.1", "--port", str(port), "--node-config", f"site-socket={json.dumps(str(socket))}"]
-        self._start(f"{folder.name}.supernode", "flower-supernode", *words)
+        self._start(name or f"{folder.name}.supernode", "flower-supernode", *words)
 
     def wait_for(self, folders: list[Path]) -> None:
         """Until every site's worker listens, and its SuperNode is online."""
