@@ -11,6 +11,8 @@ role="$1" folder="$2" name="$3"
 umask 077
 mkdir -p "$folder"
 cd "$folder"
+if [ "$role" = site ]; then key="$name"; else key=ca.key; fi
+[ ! -e "$key" ] || { echo "credentials.sh: $folder/$key is there already" >&2; exit 1; }
 ec=(-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes)
 
 case "$role" in
