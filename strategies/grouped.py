@@ -10,6 +10,7 @@ What it needs from earlier rounds (usual norms, state of the server optimisers) 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
@@ -17,7 +18,7 @@ from flwr.serverapp.strategy import Strategy
 from panfm.config import RunConfig
 from panfm.errors import ProtocolError
 from panfm.sharing.coding import bytes_per_group, decode
-from panfm.sharing.groups import GroupManifest, stream_of
+from panfm.sharing.groups import Flat, GroupManifest, stream_of
 from panfm.sharing.messages import Handshake, RoundReply
 from panfm.sharing.weights import Weights, weight_limits
 from strategies.direction import pointing_elsewhere
@@ -27,7 +28,7 @@ from strategies.memory import Memory
 from strategies.norms import check_norms, remember
 from strategies.optimisers import Slots, server_step
 from strategies.participation import draw_sites
-from strategies.records import unpack
+from strategies.records import make_array, unpack, view_array
 
 
 @dataclass
@@ -94,7 +95,8 @@ class GroupedMean(Strategy):
         for _, reply in self._agreeing(good, limit) if limit else good:
             for group, update in reply.updates.items():
                 means[group].add(update, reply.weights[group])
-        moved = {group: self._moved(group, means[group]) for group in means}
+            del reply  # before the next one comes
+        moved = {group: self._moved(group, means.pop(group).mean()) for group in self.manifest.groups}
         accepted = self.outcome.accepted
         norms = remember(self.memory.norms, [self.outcome.norms[site] for site in sorted(accepted)])
         self.memory = Memory(norms, {group: slots for group, (_, slots) in moved.items() if slots})
@@ -129,6 +131,7 @@ class GroupedMean(Strategy):
             self.outcome.norms[handshake.site] = norms
             self.outcome.accepted[handshake.site] = replace(reply, updates={})
             yield handshake.site, reply
+            del message, reply
 
     def _agreeing(self, good: Iterable[tuple[str, RoundReply]], limit: float) -> Iterator[tuple[str, RoundReply]]:
         """Those that point where the others do; all are held until the last has come."""
@@ -160,17 +163,16 @@ class GroupedMean(Strategy):
             for handshake in self.asked.values()
             if group in handshake.group_hashes
         ]
-        start = self._global[group].numpy()
+        start = view_array(self._global[group])
         return empty_mean(self.run, self.manifest, group, start, weight_limit=sum(limits) or 1.0)
 
-    def _moved(self, group: str, mean: GroupMean) -> tuple[Array, Slots]:
+    def _moved(self, group: str, update: Flat | None) -> tuple[Array, Slots]:
         """Where the server optimiser takes a group, and its state afterwards."""
         slots = self.memory.slots.get(group, {})
-        update = mean.mean()
         if update is None or not self._has_quorum(group):
             return self._global[group], slots
         step, slots = server_step(self.run.sharing.optimiser_of(group), update, slots)
-        return Array(self._global[group].numpy() + step), slots
+        return make_array(np.add(view_array(self._global[group]), step, out=step)), slots
 
     def _has_quorum(self, group: str) -> bool:
         trained = sum(any(reply.weights.get(group, ())) for reply in self.outcome.accepted.values())

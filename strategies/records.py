@@ -9,8 +9,18 @@ from panfm.sharing.npy import to_npy, view_npy
 
 
 def unpack(content: RecordDict) -> Records:
-    """What a reply of a site holds; arrays are views of its bytes. Raises ProtocolError if these are not arrays."""
-    arrays = {name: view_array(array) for record in content.array_records.values() for name, array in record.items()}
+    """What a reply of a site holds.
+
+    Its arrays are views of the bytes, which are taken out of it: Flower's records refer to themselves, and would keep
+    them until the collector comes.
+
+    Raises:
+        ProtocolError: the bytes are not arrays.
+    """
+    arrays = {}
+    for record in content.array_records.values():
+        for name in list(record):
+            arrays[name] = view_array(record.pop(name))
     metrics = {key: value for record in content.metric_records.values() for key, value in record.items()}
     config = {key: value for record in content.config_records.values() for key, value in record.items()}
     return Records(arrays=arrays, metrics=metrics, config=config)  # type: ignore[arg-type]

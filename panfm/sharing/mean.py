@@ -112,10 +112,8 @@ class ExactMean:
         for weight, total in zip(weights, self.total_weights, strict=True):
             if not (weight >= 0.0 and total + weight <= self.weight_limit):
                 raise ProtocolError(f"weight {weight:g}: expected >= 0 and at most {self.weight_limit:g} in all")
-        for start in range(0, len(update), _CHUNK):
-            chunk = update[start : start + _CHUNK]
-            if not (chunk.min() >= -self.update_limit and chunk.max() <= self.update_limit):
-                raise ProtocolError(f"update holds NaN, infinity or a number beyond {self.update_limit:g}")
+        if not all(_within(update[here], self.update_limit) for here, _ in self._pieces()):
+            raise ProtocolError(f"update holds NaN, infinity or a number beyond {self.update_limit:g}")
 
     def _pieces(self) -> Iterator[tuple[slice, int]]:
         """Pieces of the segments, and the weight that counts for each."""
@@ -125,6 +123,11 @@ class ExactMean:
             for begin in range(start, stop, _PIECE):
                 yield slice(begin, min(begin + _PIECE, stop)), which
             start = stop
+
+
+def _within(update: Flat, limit: float) -> bool:
+    """No number is NaN or beyond the limit. None can be where the norm is not, and that is sooner known."""
+    return float(np.dot(update, update)) <= limit**2 or bool(update.min() >= -limit and update.max() <= limit)
 
 
 def _add_rounded(update: Flat, factor: float, total: NDArray[np.float64]) -> None:

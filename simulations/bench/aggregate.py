@@ -22,7 +22,6 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 from rich.console import Console
 
-from client.records import pack
 from panfm.config import RunConfig, load_run
 from panfm.models import build_model
 from panfm.seeds import numpy_generator
@@ -31,6 +30,7 @@ from panfm.sharing.messages import Handshake, RoundReply
 from simulations.engines.local import LocalGrid
 from simulations.harness import QUICKSTART, Experiment, JsonFile, StudyResult, check_writable
 from strategies import GroupedMean
+from strategies.records import make_array
 
 SITES = (4, 16, 64)
 _RUN_ID, _SUBJECTS, _DISTINCT = "bench", 100, 3
@@ -105,12 +105,14 @@ class _Replies:
         self._content = content
 
     def __iter__(self) -> Iterator[Message]:
-        for site in range(self._num_sites):
-            begin = time.perf_counter()
-            asked = Message(RecordDict(), site + 2, MessageType.TRAIN)
-            reply = Message(self._content(site), reply_to=asked)
-            self.seconds += time.perf_counter() - begin
-            yield reply
+        yield from map(self._make, range(self._num_sites))
+
+    def _make(self, site: int) -> Message:
+        begin = time.perf_counter()
+        asked = Message(RecordDict(), site + 2, MessageType.TRAIN)
+        reply = Message(self._content(site), reply_to=asked)
+        self.seconds += time.perf_counter() - begin
+        return reply
 
 
 def ours(updates: Updates, num_sites: int) -> float:
@@ -143,7 +145,10 @@ def _our_side(updates: Updates, num_sites: int) -> tuple[GroupedMean, _Replies]:
     }
 
     def content(site: int) -> RecordDict:
-        return pack(RoundReply(_RUN_ID, 1, 0, packed[site % _DISTINCT], weights).to_records())
+        records = RoundReply(_RUN_ID, 1, 0, packed[site % _DISTINCT], weights).to_records()
+        arrays = ArrayRecord({group: make_array(flat) for group, flat in records.arrays.items()})
+        metrics, config = MetricRecord(dict(records.metrics)), ConfigRecord(dict(records.config))
+        return RecordDict({"arrays": arrays, "metrics": metrics, "config": config})
 
     strategy = GroupedMean(updates.run, manifest, roster)
     arrays = ArrayRecord({group: Array(flat) for group, flat in packed[0].items()})
