@@ -160,13 +160,13 @@ def _logistic(
 ) -> tuple[Floats, Floats]:
     weights, bias = _nothing(standard, targets)
     solver = "newton-cholesky" if standard.shape[1] <= _NEWTON_UP_TO else "lbfgs"
-    for label in labels:
-        known = np.isfinite(targets[:, label])
-        model = LogisticRegression(C=inverse_penalty, solver=solver, max_iter=2000)
-        with warnings.catch_warnings(), threadpool_limits(limits=1):
-            warnings.simplefilter("ignore", ConvergenceWarning)  # Newton handing over to L-BFGS close to the optimum
+    with warnings.catch_warnings(), threadpool_limits(limits=1):
+        warnings.simplefilter("ignore", ConvergenceWarning)  # Newton handing over to L-BFGS close to the optimum
+        for label in labels:
+            known = np.isfinite(targets[:, label])
+            model = LogisticRegression(C=inverse_penalty, solver=solver, max_iter=2000)
             model.fit(standard[known], targets[known, label] == 1.0)
-        weights[:, label], bias[label] = model.coef_[0], model.intercept_[0]
+            weights[:, label], bias[label] = model.coef_[0], model.intercept_[0]
     return weights, bias
 
 
