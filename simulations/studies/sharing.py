@@ -12,8 +12,6 @@ Five phantom hospitals with unequal organs, the same subjects and the same total
 Probes are fitted on all sites' training subjects as they were scanned, and tested on complete held-out subjects.
 """
 
-import contextlib
-import io
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,16 +23,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from panfm.config import RunConfig, dump_toml, load_run, site_folders
+from panfm.config import RunConfig, load_run, site_folders
 from panfm.config.cohort import PhantomCohortConfig
 from panfm.data.phantom.cohort import write_cohort
 from panfm.data.store import ImageStore, join_stores
-from panfm.evaluate import LabelledStore, embed_store, load_model, read_label_info
+from panfm.evaluate import LabelledStore, embed_store, read_label_info
 from panfm.evaluate.probe import auc_per_label, fit_classifiers
 from panfm.models import PanModel
-from panfm.report.table import number_text
 from simulations.alone import train_alone
-from simulations.engines import Job, run_job
 from simulations.harness import (
     QUICKSTART,
     Draws,
@@ -46,6 +42,7 @@ from simulations.harness import (
     check_writable,
     run_jobs,
 )
+from simulations.studies._federations import federate, mean_sd
 
 ARMS = ("local", "plain", "grouped", "centralised")
 ALL_ORGANS = "university-hospital"
@@ -164,18 +161,7 @@ def train_arm(job: ArmJob, run: RunConfig, stores: dict[str, ImageStore]) -> dic
         model = train_alone(run.model_copy(update={"train": train}), join_stores(list(stores.values())), "everyone")
         return dict.fromkeys(stores, model)
     sharing = run.sharing.model_copy(update={"rule": job.arm})
-    return dict.fromkeys(stores, _federate(run.model_copy(update={"sharing": sharing}), job.cohort))
-
-
-def _federate(run: RunConfig, cohort: Path) -> PanModel:
-    """The model of a federation over the in-process engine; its progress is not shown."""
-    with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):
-        run_dir = Path(scratch) / "run"
-        run_dir.mkdir()
-        (run_dir / "run.toml").write_text(dump_toml(run), encoding="utf-8")
-        run_job(Job(cohort / "sites", run_dir), "local")
-        model, _ = load_model(run_dir / "model")
-        return model
+    return dict.fromkeys(stores, federate(run.model_copy(update={"sharing": sharing}), job.cohort).model)
 
 
 class _Prober:
@@ -207,12 +193,7 @@ def show(result: StudyResult, console: Console | None = None) -> None:
     metrics = list(dict.fromkeys(metric for metric, _ in result.values))
     table = Table("AUC", *ARMS, title="sharing: mean and sd over pairs")
     for metric in metrics:
-        table.add_row(metric.removesuffix("/auc"), *(_mean_sd(result.values[metric, arm]) for arm in ARMS))
+        table.add_row(metric.removesuffix("/auc"), *(mean_sd(result.values[metric, arm]) for arm in ARMS))
     console.print(table)
     for name, value in result.ratios.items():
         console.print(f"{name}: {value:+.4f}")
-
-
-def _mean_sd(values: Sequence[float]) -> str:
-    spread = np.std(values, ddof=1) if len(values) > 1 else 0.0
-    return f"{number_text(float(np.mean(values)))} ± {number_text(float(spread))}"

@@ -1,0 +1,45 @@
+"""What should the server make of the sites' updates? The quickstart, as many rounds and local steps in every arm.
+
+    mean      go where the weighted mean points (the default)
+    nesterov  DiLoCo's outer step
+    adam      FedAdam
+    fedprox   mean; sites are pulled back to the round's global parameters
+    l-dawa    mean; each layer weighted by how little it turned from the global one
+
+Rates were chosen on development draw 100 (LOG.md).
+"""
+
+from simulations.harness import (
+    QUICKSTART,
+    Draws,
+    Experiment,
+    FirstSeed,
+    JsonFile,
+    Seeds,
+    StudyOptions,
+    check_writable,
+)
+from simulations.studies._federations import compare, show
+
+ARMS = {
+    "mean": (),
+    "nesterov": ("sharing.optimiser={kind='momentum', learning-rate=0.7, momentum=0.5}",),
+    "adam": ("sharing.optimiser={kind='adam', learning-rate=0.01}",),
+    "fedprox": ("train.proximal-mu=1.0",),
+    "l-dawa": ("sharing.mean=l-dawa",),
+}
+
+
+def main(
+    seeds: Seeds = 3,
+    draws: Draws = 1,
+    first_seed: FirstSeed = 0,
+    json: JsonFile = None,
+    experiment: Experiment = QUICKSTART,
+) -> None:
+    """AUC of a federation at equal budget, by what the server makes of the updates."""
+    check_writable(json)
+    result = compare("server-optimisers", experiment, ARMS, StudyOptions(seeds, draws, first_seed, json=json))
+    show(result, ARMS)
+    if json:
+        result.write(json)
