@@ -17,6 +17,7 @@ from panfm.errors import DataError, PanfmError
 if TYPE_CHECKING:
     from panfm.data.check import SiteReport
     from panfm.evaluate.result import Score
+    from panfm.privacy import Ledger
 
 
 class _Group(TyperGroup):
@@ -41,6 +42,8 @@ site_app = typer.Typer(no_args_is_help=True, help="For the operator of one site.
 cohort_app = typer.Typer(no_args_is_help=True, help="Data sets of simulated federations.")
 main.add_typer(site_app, name="site")
 main.add_typer(cohort_app, name="cohort")
+ledger_app = typer.Typer(no_args_is_help=True, help="What a site has spent of its patients' privacy.")
+main.add_typer(ledger_app, name="ledger")
 
 _SPLITS = ("train", "val", "test")
 _RunOption = Annotated[Path | None, typer.Option("--run", help="Description of the run (TOML).")]
@@ -206,6 +209,44 @@ def cohort_make(
         else:
             write_modalities(folder, cohort, description.streams, progress)
     typer.echo(f"{folder}: {len(cohort.sites)} sites and held-out subjects")
+
+
+@ledger_app.command("show")
+def ledger_show(site: Annotated[Path, typer.Argument(help="Site folder.")]) -> None:
+    """Print what was promised, what is spent, on what, and what is not covered."""
+    from panfm.privacy.statement import statement
+
+    for line in statement(_ledger(site).entries()):
+        typer.echo(line)
+
+
+@ledger_app.command("verify")
+def ledger_verify(site: Annotated[Path, typer.Argument(help="Site folder.")]) -> None:
+    """Check that no entry was changed, moved or removed."""
+    ledger = _ledger(site)
+    typer.echo(f"{ledger.path}: {len(ledger.entries())} entries, each follows from the one before")
+
+
+@ledger_app.command("plan")
+def ledger_plan(
+    run: Annotated[Path, typer.Argument(help="Description of a private run (TOML).")],
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value, e.g. train.rounds=3.")] = None,
+    site: Annotated[Path | None, typer.Option(help="Site folder: on top of what its ledger holds.")] = None,
+) -> None:
+    """Epsilon of a run with its noise, and the noise with which it would spend its epsilon."""
+    from panfm.config import load_run
+    from panfm.privacy.plan import plan
+
+    for line in plan(load_run(run, overrides or ()), _ledger(site).entries() if site else ()):
+        typer.echo(line)
+
+
+def _ledger(folder: Path) -> "Ledger":
+    from panfm.config import load_site, site_path
+    from panfm.site.spending import Account
+
+    site = load_site(folder)
+    return Account(folder, site, site_path(folder, site.state_dir)).ledger
 
 
 @main.command("embed")

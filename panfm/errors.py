@@ -5,6 +5,8 @@ PanfmError
 |-- DataError       a file, manifest or label table is wrong
 |-- ProtocolError   a message between server and site is wrong
 |-- LimitError      what was asked goes beyond what a site allows
+|-- LedgerError     the record of privacy spent is missing, foreign or changed
+|-- BudgetError     a site's privacy budget does not cover what is asked
 `-- RunError        a run could not do what was asked (failed round, lost quorum)
 
 The text says what was found, where, and what was expected, on one line: tools print it and exit with status 1.
@@ -29,6 +31,14 @@ class ProtocolError(PanfmError):
 
 class LimitError(PanfmError):
     """What was asked of a site goes beyond its own limits."""
+
+
+class LedgerError(PanfmError):
+    """The record of privacy spent does not hold."""
+
+
+class BudgetError(PanfmError):
+    """A private round would cost more than the site may spend."""
 
 
 class RunError(PanfmError):

@@ -17,6 +17,7 @@ import safetensors.numpy
 
 from panfm import __version__
 from panfm.config import RunConfig, dump_toml, load_run
+from panfm.config.privacy import claim
 from panfm.errors import RunError
 from panfm.files import json_text, write_atomic
 from panfm.sharing.groups import GroupManifest
@@ -104,6 +105,7 @@ class RunFolder:
                 "sites": sites,
                 "streams": {name: stream.model_dump(mode="json") for name, stream in self.run.streams.items()},
                 "parameters": {group: manifest.size(group) for group in manifest.groups},
+                "privacy": claim(self.run) or "none",
                 "panfm": __version__,
                 "intended-use": "research; not a medical device",
             },

@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from panfm.anatomy import DEFAULT_ORGANS, parse_stream
 from panfm.config._base import BelowOne, Config, Fraction, Name, NonNegativeFloat, Positive, PositiveFloat
 from panfm.config.cohort import CohortConfig, StreamCohortConfig
+from panfm.config.privacy import PrivacyConfig, broken_guarantees
 from panfm.config.sharing import SharingConfig
 
 
@@ -244,6 +245,8 @@ class RunConfig(Config):
     sharing: SharingConfig = SharingConfig()
     federation: FederationConfig = FederationConfig()
     probe: ProbeConfig = ProbeConfig()
+    privacy: PrivacyConfig | None = None
+    """Differential privacy; off when left out."""
 
     @model_validator(mode="after")
     def _streams_are_known(self) -> Self:
@@ -268,4 +271,11 @@ class RunConfig(Config):
         unknown = [organ for organ in self.masking.static_organs if organ not in held]
         if used and unknown:
             raise ValueError(f"masking.static-organs: no stream has organ {unknown[0]!r}, expected {sorted(held)}")
+        return self
+
+    @model_validator(mode="after")
+    def _private_runs_keep_their_promise(self) -> Self:
+        if self.privacy and not self.privacy.acknowledge_broken_guarantee:
+            for fault in broken_guarantees(self):
+                raise ValueError(fault)
         return self

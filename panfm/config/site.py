@@ -39,6 +39,12 @@ class LimitsConfig(Config):
         Releasable
     )
     """Kinds of content that may leave; updates and counts are needed to take part."""
+    epsilon: Annotated[float, Field(gt=0.0)] | None = None
+    """Set it to take part in differentially private runs only, and to spend at most this over all of them."""
+    delta: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """Largest chance that epsilon does not hold; the run's smaller one wins."""
+    public_subjects: Annotated[int, Field(gt=0)] | None = None
+    """Patients that the site is publicly known to have, instead of the private run's number."""
     experiments: Annotated[tuple[Hash, ...], Field(strict=False)] = ()
     """Experiments that may run here, by hash, as `panfm site dry-run` prints it; empty: any."""
     seconds_per_round: Limit | None = None
@@ -71,6 +77,8 @@ class SiteConfig(Config):
     """Preprocessed images, relative to this file."""
     state_dir: RelativePath = ".panfm/state"
     """Private training state, relative to this file."""
+    ledger_dir: RelativePath = ".panfm/ledger"
+    """Record of the privacy spent by all runs on these patients, relative to this file. Back it up; never delete it."""
     limits: LimitsConfig = LimitsConfig()
     worker: WorkerConfig = WorkerConfig()
 

@@ -25,10 +25,17 @@ manifest = "manifest.csv"
 # Preprocessed images and private training state, relative to this file.
 cache-dir = ".panfm/cache"
 state-dir = ".panfm/state"
+# Record of the privacy spent by all runs on these patients. Back it up; never delete it.
+ledger-dir = ".panfm/ledger"
 
 [limits]
 # Kinds of content that may leave the site; updates and counts are needed to take part.
 may-leave = ["updates", "counts", "loss", "saliency"]
+# Set epsilon to take part in differentially private runs only, and to spend at most this over all of them.
+# epsilon = 8.0
+# delta = 1e-4
+# Patients that the site is publicly known to have; stands for the true number in private runs.
+# public-subjects = 1000
 # Experiments that may run here, by the hash that `panfm site dry-run` prints; empty: any.
 experiments = []
 # A round that takes longer is given up; one that fills more memory fails.

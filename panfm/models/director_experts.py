@@ -16,8 +16,9 @@ Source: DEX (arXiv 2605.21861); `softmax` is the released code's alignment.
 Shape legend: B subjects, L tokens (CLS first), D width, H hidden width, R experts, K active experts.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,13 @@ class Exploration:
     """Noise on the router's logits, for training only."""
 
     scale: float
-    generator: torch.Generator
+    draw: Callable[[Tensor], Tensor]
+    """Logits [B, R] of the next layer -> standard normal noise of their shape."""
+
+    @classmethod
+    def of(cls, scale: float, generator: torch.Generator) -> Self:
+        """Noise drawn from a generator."""
+        return cls(scale, lambda x: torch.randn(x.shape, generator=generator, device=generator.device).to(x))
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,8 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
         """Mix the chosen experts' outputs for x [B, L, D]."""
+        if len(chosen) == 1:
+            return self._gathered(x[0], chosen[0], gates[0])[None]
         num_active = chosen.shape[1]
         order = chosen.flatten().argsort(stable=True)
         loads = chosen.flatten().bincount(minlength=len(self.bias_in)).tolist()
@@ -84,6 +93,14 @@ class Experts(nn.Module):
         outputs = torch.cat([_expert(*each) for each in zip(slices, *self._unstacked(), strict=True)])
         per_subject = outputs.index_select(0, order.argsort()).view(*chosen.shape, *x.shape[1:])
         return torch.einsum("bk,bkld->bld", gates.to(outputs.dtype), per_subject)
+
+    def _gathered(self, x: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
+        """One subject's tokens [L, D] through its experts [K]. Nothing here depends on values, so it can be batched by
+        `torch.func.vmap`."""
+        hidden = torch.einsum("ld,khd->klh", x, self.weight_in[chosen]) + self.bias_in[chosen][:, None]
+        outputs = torch.einsum("klh,kdh->kld", functional.gelu(hidden), self.weight_out[chosen])
+        outputs = outputs + self.bias_out[chosen][:, None]
+        return torch.einsum("k,kld->ld", gates.to(outputs.dtype), outputs)
 
     def _unstacked(self) -> list[tuple[Tensor, ...]]:
         return [stacked.unbind() for stacked in (self.weight_in, self.bias_in, self.weight_out, self.bias_out)]
@@ -122,9 +139,8 @@ class DirectorExperts(nn.Module):
             logits = self.router(cls.to(self.router.weight.dtype))
         if exploration is None:
             return logits
-        noise = torch.randn(logits.shape, generator=exploration.generator, device=exploration.generator.device)
         seldom = 1.0 - self.activation / self.activation.sum()
-        return logits + exploration.scale * (noise.to(logits) + seldom)
+        return logits + exploration.scale * (exploration.draw(logits) + seldom)
 
     def reset_activation(self) -> None:
         """All experts equally active."""

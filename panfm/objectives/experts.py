@@ -37,7 +37,7 @@ class ExpertTraining:
 
     def exploration(self, position: float) -> Exploration | None:
         """The noise of a step at a position of the run."""
-        return Exploration(_at(self.config.noise, position), self.generator) if self.layers else None
+        return Exploration.of(_at(self.config.noise, position), self.generator) if self.layers else None
 
     def regularise(self, loss: Tensor, seen: Encoded, position: float) -> Tensor:
         """Add alignment and balance to an objective's loss; nothing to one that asks for no gradient."""

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from panfm.data.store import Batch, ImageStore
+from panfm.errors import ConfigError
 from panfm.models.backbone import Encoded
 from panfm.models.director_experts import Exploration
 from panfm.objectives.experts import ExpertTraining
@@ -68,6 +69,9 @@ def train(
         skipped: a step whose loss or gradient is not finite leaves parameters, directors, teacher, running statistics
             and profile as they were, and is counted.
 
+    Raises:
+        ConfigError: the run is private, and this loop keeps no promise.
+
     Args:
         store: Stem maps of the site's subjects.
         indices: The subjects to train on.
@@ -76,6 +80,8 @@ def train(
         on_step: Called after each step with the number of steps taken and the loss.
     """
     run = learner.run
+    if run.privacy is not None:
+        raise ConfigError("privacy: a private run trains by panfm.privacy.train_privately, with a permit from a ledger")
     masks = torch_generator(run.seed, site, round_number, "masking")
     experts = ExpertTraining(run.model.experts, learner.model, torch_generator(run.seed, site, round_number, "routing"))
     order = batches(indices, run.train.batch_size, numpy_generator(run.seed, site, round_number, "order"))
@@ -204,7 +210,7 @@ def _guidance(learner: "Learner", full: Encoded | None, profile: dict[str, float
     """Saliency that steers the masks, relative to an equal split: [B, S] or [1, S]. Moves the site's profile."""
     if not _is_guided(learner) or full is None:
         return torch.ones_like(learner.profile)[None]
-    shares, present = _shares(learner, full)
+    shares, present = stream_saliency(learner, full)
     scope = learner.run.masking.scope
     if scope == "subject":
         return shares * present.sum(dim=1, keepdim=True)
@@ -217,7 +223,7 @@ def _guidance(learner: "Learner", full: Encoded | None, profile: dict[str, float
     return learner.profile[None]
 
 
-def _shares(learner: "Learner", full: Encoded) -> tuple[torch.Tensor, torch.Tensor]:
+def stream_saliency(learner: "Learner", full: Encoded) -> tuple[torch.Tensor, torch.Tensor]:
     """Saliency of every stream [B, S], and which streams each subject has [B, S]."""
     assert full.saliency is not None
     places, num_streams = learner.model.stream_of_place, len(learner.model.stream_names)
@@ -228,7 +234,7 @@ def _shares(learner: "Learner", full: Encoded) -> tuple[torch.Tensor, torch.Tens
 @torch.no_grad()
 def _saliency(learner: "Learner", maps: Batch) -> dict[str, float]:
     full = learner.teacher.encode(maps, saliency=learner.run.masking.saliency)
-    relative, count = relative_profile(*_shares(learner, full))
+    relative, count = relative_profile(*stream_saliency(learner, full))
     pairs = zip(learner.model.stream_names, relative.tolist(), count.tolist(), strict=True)
     return {name: value for name, value, num in pairs if num}
 

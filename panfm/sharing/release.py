@@ -47,9 +47,9 @@ class RoundResult:
     updates: Arrays
     """Local minus global parameters, packed and coded."""
     weights: Mapping[str, Weights]
-    loss: float
+    loss: float | None
     validation_loss: float | None
-    num_skipped: int
+    num_skipped: int | None
     saliency: Mapping[str, float]
 
 

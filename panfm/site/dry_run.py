@@ -35,7 +35,7 @@ class DryRun:
 
 
 def dry_run(folder: Path, run: RunConfig) -> DryRun:
-    """Shake hands, and train one step of round 1, with private state in a folder that goes.
+    """Shake hands, and train one step of round 1, with private state and ledger in a folder that goes.
 
     Raises:
         PanfmError: what would go wrong in the run.
@@ -44,7 +44,7 @@ def dry_run(folder: Path, run: RunConfig) -> DryRun:
     with tempfile.TemporaryDirectory(prefix="panfm-dry-run-") as state:
         site = Site(folder, Path(state))
         limits = site.config.limits.model_copy(update={"experiments": ()})
-        site.config = site.config.model_copy(update={"limits": limits})
+        site.config = site.config.model_copy(update={"limits": limits, "ledger_dir": f"{state}/ledger"})
         handshake = site.handshake(Invitation(dump_toml(short)))
         task = _first_task(short, handshake)
         site.train_round(task)  # the first step pays for what later ones find warm

@@ -5,10 +5,12 @@ may quote paths, keys of the site's own description, or subjects: only its kind 
 site's own log.
 """
 
-from panfm.errors import ConfigError, DataError, LimitError, PanfmError, ProtocolError
+from panfm.errors import BudgetError, ConfigError, DataError, LedgerError, LimitError, PanfmError, ProtocolError
 
 _MAX_LENGTH = 200
 _INSTEAD = {
+    BudgetError: "this site's privacy budget does not cover another round",
+    LedgerError: "this site's privacy ledger does not hold",
     ConfigError: "this site's own description does not hold",
     DataError: "this site's data or private state is faulty",
 }

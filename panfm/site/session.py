@@ -12,11 +12,13 @@ from torch import Tensor
 from panfm.config import RunConfig
 from panfm.data.store import ImageStore
 from panfm.objectives import Learner, TrainResult
+from panfm.privacy import train_privately
 from panfm.sharing.coding import Arrays, encode_with_feedback
 from panfm.sharing.groups import Flat, GroupManifest
 from panfm.sharing.messages import RoundTask
 from panfm.sharing.release import RoundResult
 from panfm.sharing.weights import Trained, Weights, group_weights
+from panfm.site.spending import Account
 from panfm.site.state import StateStore
 
 _LOST = "coding.lost."
@@ -28,9 +30,15 @@ logger = logging.getLogger(__name__)
 class Session:
     """Trains rounds of one run on one store."""
 
-    def __init__(self, site: str, run: RunConfig, store: ImageStore) -> None:
+    def __init__(self, site: str, run: RunConfig, store: ImageStore, account: Account | None = None) -> None:
+        """Build the model.
+
+        Args:
+            account: Pays for the rounds of a private run.
+        """
         self.site = site
         self.run = run
+        self.account = account
         self.store = store
         self.streams = held_streams(run, store)
         trained = tuple(run.streams) if run.sharing.rule == "plain" else tuple(self.streams)
@@ -47,12 +55,27 @@ class Session:
         Raises:
             ProtocolError: the task's groups do not fit this site's model.
             DataError: the private state on disk is corrupted.
+            BudgetError, LedgerError: the run is private, and the site cannot pay for the round.
         """
         torch.set_num_threads(self.run.train.threads)
         self._load_shared(task)
         state_round = self._load_private(task.round_number, states)
+        result = self._train_privately(task) if self.run.privacy else self._train(task)
+        updates = self._updates(task)
+        self._in_memory = states.save(task.round_number, self._private_state())
+        return RoundResult(
+            state_round=state_round,
+            updates=updates,
+            weights=self._weights(result),
+            loss=None if self.run.privacy else result.loss,
+            validation_loss=None if self.run.privacy else self._validation_loss(task.round_number),
+            num_skipped=None if self.run.privacy else result.num_skipped,
+            saliency=result.saliency,
+        )
+
+    def _train(self, task: RoundTask) -> TrainResult:
         num_steps = self.run.train.local_steps
-        result = self.learner.train(
+        return self.learner.train(
             self.store,
             self.store.indices("train"),
             first_step=(task.round_number - 1) * num_steps,
@@ -61,16 +84,18 @@ class Session:
             round_number=task.round_number,
             profile=dict(task.profile) if task.profile else None,
         )
-        updates = self._updates(task)
-        self._in_memory = states.save(task.round_number, self._private_state())
-        return RoundResult(
-            state_round=state_round,
-            updates=updates,
-            weights=self._weights(result),
-            loss=result.loss,
-            validation_loss=self._validation_loss(task.round_number),
-            num_skipped=result.num_skipped,
-            saliency=result.saliency,
+
+    def _train_privately(self, task: RoundTask) -> TrainResult:
+        assert self.account is not None
+        num_steps = self.run.train.local_steps
+        return train_privately(
+            self.learner,
+            self.store,
+            self.store.indices("train"),
+            permit=self.account.pay(self.run, task, self.store),
+            first_step=(task.round_number - 1) * num_steps,
+            num_steps=num_steps,
+            profile=dict(task.profile) if task.profile else None,
         )
 
     def _load_shared(self, task: RoundTask) -> None:

@@ -21,6 +21,7 @@ from panfm.sharing.messages import Handshake, Invitation, RoundReply, RoundTask
 from panfm.sharing.release import build_handshake, build_reply, check_may_take_part
 from panfm.site.limits import check_experiment
 from panfm.site.session import Session
+from panfm.site.spending import Account, as_known, check_privacy
 from panfm.site.state import StateStore
 
 
@@ -28,7 +29,8 @@ class Site:
     """A site folder at work.
 
     Guarantees:
-        repeatable: the same task gives the same reply, however often it is asked, in whichever process.
+        repeatable: the same task gives the same reply, however often it is asked, in whichever process. In a private
+            run every answer draws new noise instead, and is paid for.
         own limits: what `site.toml` does not allow to leave is in no reply.
     """
 
@@ -55,18 +57,25 @@ class Site:
         session = self._session(invitation.run_toml)
         if not session.streams:
             raise DataError(f"{self.folder}: no subject in the train split holds a stream of this run")
+        private = session.run.privacy
         return build_handshake(
             self.config.name,
-            session.run,
+            _read_run(invitation.run_toml),
             session.manifest,
             {"panfm": __version__, "torch": torch.__version__, "python": platform.python_version()},
-            subjects=len(session.store.indices("train")),
-            streams=session.streams,
+            subjects=private.public_subjects if private else len(session.store.indices("train")),
+            streams=dict.fromkeys(session.streams, private.public_subjects) if private else session.streams,
             may_leave=self.config.limits.may_leave,
         )
 
     def train_round(self, task: RoundTask) -> RoundReply:
-        """One round. Raises ProtocolError for a task that does not fit, DataError for corrupted private state."""
+        """One round.
+
+        Raises:
+            ProtocolError: the task does not fit.
+            DataError: the private state is corrupted.
+            BudgetError, LedgerError: the run is private, and the site cannot pay for the round.
+        """
         check_may_take_part(self.config.limits.may_leave)
         session = self._session(task.run_toml)
         if not 1 <= task.round_number <= session.run.train.rounds:
@@ -86,7 +95,9 @@ class Site:
         """The warm session of a run description, or a new one in its place."""
         if self._warm is None or self._warm[0] != run_toml:
             check_experiment(run := _read_run(run_toml), self.config.limits)
-            self._warm = (run_toml, Session(self.config.name, run, open_store(self.folder, run.streams)))
+            check_privacy(run := as_known(run, self.config), self.config)
+            account = Account(self.folder, self.config, self.state_dir)
+            self._warm = (run_toml, Session(self.config.name, run, open_store(self.folder, run.streams), account))
         return self._warm[1]
 
 

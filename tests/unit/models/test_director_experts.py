@@ -41,7 +41,7 @@ def images(batch=7, length=4, width=6, seed=1):
 
 
 def noise(scale=0.7, seed=3):
-    return Exploration(scale, torch.Generator().manual_seed(seed))
+    return Exploration.of(scale, torch.Generator().manual_seed(seed))
 
 
 def slow_mlp(token, weight_in, bias_in, weight_out, bias_out):
@@ -63,7 +63,7 @@ def slow_director(layer, token):
 def slow_forward(layer, x, exploration=None):
     """One subject, one expert, one token at a time. Returns probs, chosen, gates, outputs, mass."""
     num_experts = len(layer.activation)
-    drawn = torch.randn(len(x), num_experts, generator=exploration.generator) if exploration else None
+    drawn = exploration.draw(torch.empty(len(x), num_experts)) if exploration else None
     probs, chosen, gates, outputs, mass = [], [], [], [], torch.zeros(num_experts)
     for b, subject in enumerate(x):
         logits = layer.router.weight @ subject[0]

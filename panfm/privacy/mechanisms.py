@@ -1,0 +1,109 @@
+"""What a private round releases, and what that costs.
+
+    gradients   per step: S + N(0, (z C)^2), S the sum of clipped gradients over a Poisson sample of rate q
+    saliency    per round: V + N(0, (z_s sqrt 2)^2), V the sum over all patients of (shares, equal split)
+
+Both are Gaussian; the accountant composes them as privacy loss random variables (PRV), whatever their order. Adding or
+removing one patient is the relation; a mechanism over all patients has rate 1.
+
+Source: Gopi, Lee & Wutschitz 2021, "Numerical Composition of Differential Privacy", as in Opacus.
+"""
+
+import math
+import warnings
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from panfm.config import RunConfig
+
+SALIENCY_SENSITIVITY = math.sqrt(2.0)
+"""Shares sum to 1 and so do equal splits: each has an L2 norm of at most 1."""
+_MOST_NOISE = 1e4
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """A Gaussian mechanism, applied some times."""
+
+    name: str
+    releases: tuple[str, ...]
+    """What leaves the site because of it."""
+    sensitivity: float
+    """L2 change that one patient can make."""
+    noise: float
+    """Standard deviation of the noise, in sensitivities."""
+    rate: float
+    """Chance of a patient to be in it."""
+    count: int
+    """Times."""
+
+
+def planned(run: RunConfig) -> tuple[Mechanism, ...]:
+    """The mechanisms of one round at one site."""
+    assert run.privacy is not None
+    private = run.privacy
+    gradients = Mechanism(
+        "gradients",
+        ("updates",),
+        private.clip_norm,
+        private.noise_multiplier,
+        private.sample_rate,
+        run.train.local_steps,
+    )
+    if not needs_saliency(run):
+        return (gradients,)
+    saliency = Mechanism("saliency", ("saliency",), SALIENCY_SENSITIVITY, private.statistics_noise, 1.0, 1)
+    return gradients, saliency
+
+
+def needs_saliency(run: RunConfig) -> bool:
+    """Whether masks are steered by more than the patient's own saliency."""
+    return run.masking.policy in ("sgm", "inverse") and run.masking.scope != "subject"
+
+
+def epsilon(mechanisms: Iterable[Mechanism], delta: float) -> float:
+    """Epsilon of all mechanisms together, an upper bound within 0.02; 0 for none, infinite where it cannot be told."""
+    history = Counter[tuple[float, float]]()
+    for each in mechanisms:
+        history[each.noise, each.rate] += each.count
+    if not history:
+        return 0.0
+    from opacus.accountants import PRVAccountant
+
+    accountant = PRVAccountant()
+    accountant.history = [(noise, rate, count) for (noise, rate), count in sorted(history.items())]
+    # The RDP bound that sizes the PRV's grid warns when it is loose; at rate 1 the PRV takes the logarithm of 0.
+    with warnings.catch_warnings(), np.errstate(divide="ignore", over="raise"):
+        warnings.filterwarnings("ignore", message="Optimal order is the")
+        try:
+            return float(accountant.get_epsilon(delta=delta))
+        except (ArithmeticError, MemoryError, RuntimeError, ValueError):  # too little noise for any finite grid
+            return math.inf
+
+
+def noise_for(target: float, delta: float, *, rate: float, count: int, others: tuple[Mechanism, ...] = ()) -> float:
+    """Smallest noise, to 0.1 %, with which `count` steps and the other mechanisms stay within epsilon = `target`.
+
+    Raises:
+        ValueError: the other mechanisms alone take the target, or no noise up to 10,000 is enough.
+    """
+
+    def fits(noise: float) -> bool:
+        return epsilon((*others, Mechanism("gradients", (), 1.0, noise, rate, count)), delta) <= target
+
+    high = 1.0
+    while not fits(high):
+        if (high := 2.0 * high) > _MOST_NOISE:
+            raise ValueError(
+                f"epsilon {target:g}: not reached with noise {_MOST_NOISE:g}; fewer rounds or a larger epsilon"
+            )
+    low = high / 2.0
+    while low > 0.2 and fits(low):
+        low, high = low / 2.0, low
+    while high - low > 1e-3 * high:
+        middle = 0.5 * (low + high)
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return high

@@ -1,0 +1,37 @@
+"""Before a private run: what it would cost, and what noise its budget buys."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from panfm.config import RunConfig
+from panfm.errors import ConfigError
+from panfm.privacy.ledger import Entry, mechanisms_of
+from panfm.privacy.mechanisms import epsilon, noise_for, planned
+
+
+def plan(run: RunConfig, entries: Sequence[Entry] = ()) -> list[str]:
+    """The lines of `panfm ledger plan`.
+
+    Args:
+        entries: A ledger's, whose mechanisms are spent before.
+    Raises:
+        ConfigError: the run is not private, or no noise keeps it within its epsilon.
+    """
+    private = run.privacy
+    if private is None:
+        raise ConfigError(f"{run.name}: privacy is missing, expected a private run")
+    gradients, *others = (replace(each, count=each.count * run.train.rounds) for each in planned(run))
+    before = [*others, *(each for entry in entries for each in mechanisms_of(entry))]
+    cost = epsilon([gradients, *before], private.delta)
+    try:
+        noise = noise_for(
+            private.epsilon, private.delta, rate=gradients.rate, count=gradients.count, others=tuple(before)
+        )
+    except ValueError as error:
+        raise ConfigError(f"privacy.epsilon: {error}") from error
+    return [
+        f"{run.train.rounds} rounds x {run.train.local_steps} steps, sample-rate {private.sample_rate:g}, "
+        f"delta {private.delta:g}",
+        f"noise-multiplier {private.noise_multiplier:g}: epsilon {cost:.3f}",
+        f"epsilon {private.epsilon:g}: noise-multiplier {noise:.4g}",
+    ]

@@ -1,0 +1,59 @@
+"""What a ledger says, in words that a data-protection officer can read."""
+
+from collections.abc import Sequence
+
+from panfm.config.privacy import NO_CLAIM
+from panfm.privacy.ledger import Entry, mechanisms_of
+from panfm.privacy.mechanisms import epsilon
+
+NOT_COVERED = (
+    "the site itself, and whoever reads its disk",
+    "patients in the validation and test splits, and data a model was pre-trained on before",
+    "that the site took part, which streams it holds, and how long it took to answer",
+    "attacks on the rounding of floating-point numbers",
+)
+
+
+def statement(entries: Sequence[Entry]) -> list[str]:
+    """The lines of `panfm ledger show`."""
+    if not entries:
+        return ["No private round has run on these patients: nothing is spent."]
+    opened, rounds = entries[0], entries[1:]
+    lines = [f"Site {opened['site']}: {len(rounds)} private rounds in {len({each['run'] for each in rounds})} runs."]
+    lines += _promise(str(opened["site"]), rounds) if rounds else []
+    if len({each["dataset"] for each in rounds}) > 1:
+        lines.append("The patients changed between rounds; who joined later or left earlier spent at most this.")
+    lines.append("Mechanisms, each a sum over patients with Gaussian noise:")
+    lines += _mechanisms(rounds)
+    return [*lines, "Not covered:", *(f"  - {each}" for each in NOT_COVERED)]
+
+
+def _promise(site: str, rounds: Sequence[Entry]) -> list[str]:
+    if any(each["claim"] == NO_CLAIM for each in rounds):
+        return [f"{NO_CLAIM}: rounds ran although something broke the guarantee. Nothing is promised."]
+    last = rounds[-1]
+    spent = _spent(rounds, last["delta"])
+    return [
+        f"For every patient whose records are at ONE site, all that {site} sent in these rounds, and every model made "
+        f"from it, is ({spent:.3f}, {last['delta']:g})-differentially private under adding or removing that patient, "
+        "against the server, other sites and the public, if sampling, clipping and noise ran as written here.",
+        f"Spent: epsilon {spent:.3f} of {last['limit']:g} at delta {last['delta']:g}. A patient at two such sites: "
+        f"epsilon {_spent([*rounds, *rounds], last['delta']):.3f}; at three: "
+        f"{_spent([*rounds, *rounds, *rounds], last['delta']):.3f}.",
+    ]
+
+
+def _spent(rounds: Sequence[Entry], delta: float) -> float:
+    return epsilon([each for entry in rounds for each in mechanisms_of(entry)], delta)
+
+
+def _mechanisms(rounds: Sequence[Entry]) -> list[str]:
+    counts: dict[tuple[str, str, float, float, float], int] = {}
+    for each in (mechanism for entry in rounds for mechanism in mechanisms_of(entry)):
+        key = (each.name, ", ".join(each.releases), each.sensitivity, each.noise, each.rate)
+        counts[key] = counts.get(key, 0) + each.count
+    return [
+        f"  - {name} (releases {released}): {count} times, sensitivity {sensitivity:.4g}, noise {noise:g} x that, "
+        f"each patient in it with chance {rate:g}"
+        for (name, released, sensitivity, noise, rate), count in counts.items()
+    ]

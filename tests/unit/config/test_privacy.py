@@ -1,0 +1,87 @@
+"""What a private run may not ask for: one line each, with the field and the remedy."""
+
+import pytest
+
+from panfm.config import parse_run
+from panfm.config.privacy import NO_CLAIM, claim
+from panfm.errors import ConfigError
+
+STREAMS = """
+name = "small"
+[streams]
+brain-mr = { spacing-mm = [2.0, 2.0, 2.0], shape = [8, 8, 4], patch = [4, 4, 4] }
+"""
+SOUND = """
+[masking]
+policy = "random"
+[objective]
+standardise = false
+"""
+PRIVACY = """
+[privacy]
+epsilon = 8.0
+delta = 1e-3
+public-subjects = 100
+noise-multiplier = 1.5
+sample-rate = 0.1
+"""
+ACKNOWLEDGED = "acknowledge-broken-guarantee = true\n"
+BROKEN = [
+    ('[objective]\nname = "dino"\n[masking]\npolicy = "random"\n', PRIVACY, "objective.name: "),
+    ('[masking]\npolicy = "random"\n', PRIVACY, "objective.standardise: "),
+    ("[objective]\nstandardise = false\n", PRIVACY, "masking.saliency: "),
+    (
+        SOUND,
+        PRIVACY.replace("1e-3", "2e-3"),
+        "privacy.delta: 0.002 is above 1 / (10 public-subjects), set at most 0.001",
+    ),
+    (SOUND + '[model]\nbackbone = "director-experts"\n', PRIVACY, "model.experts.balance-weight: "),
+]
+
+
+def test_a_sound_private_run_says_what_it_promises():
+    run = parse_run(STREAMS + SOUND + PRIVACY)
+    assert claim(run) == "(8, 0.001)-DP per patient of one site, add-or-remove-one"
+    assert claim(parse_run(STREAMS)) is None
+
+
+@pytest.mark.parametrize(("tables", "privacy", "complaint"), BROKEN)
+def test_what_breaks_the_guarantee_is_refused_in_one_line(tables, privacy, complaint):
+    with pytest.raises(ConfigError) as caught:
+        parse_run(STREAMS + tables + privacy)
+    [line] = str(caught.value).splitlines()
+    assert complaint in line
+    assert "set " in line
+
+
+@pytest.mark.parametrize(("tables", "privacy", "complaint"), BROKEN)
+def test_what_is_acknowledged_runs_without_a_claim(tables, privacy, complaint):
+    assert claim(parse_run(STREAMS + tables + privacy + ACKNOWLEDGED)) == NO_CLAIM
+
+
+@pytest.mark.parametrize(
+    ("line", "remedy"),
+    [
+        ("seed = 3", "leave it out"),
+        ('sampling = "shuffle"', "leave it out"),
+        ("batch-size = 32", "set sample-rate"),
+        ("adaptive-clipping = true", "set clip-norm"),
+        ("release-loss = true", "leave it out"),
+        ("release-counts = true", "set public-subjects"),
+    ],
+)
+def test_habits_of_other_frameworks_are_refused_with_the_remedy(line, remedy):
+    with pytest.raises(ConfigError) as caught:
+        parse_run(STREAMS + SOUND + PRIVACY + line + "\n")
+    [found] = str(caught.value).splitlines()
+    assert line.split(" ")[0] + ": " in found
+    assert "privacy" in found
+    assert remedy in found
+
+
+@pytest.mark.parametrize("line", ["noise-multiplier = inf", "clip-norm = 0.0", "epsilon = nan", "sample-rate = 1.5"])
+def test_numbers_that_make_no_sense_are_refused(line):
+    key = line.split(" ")[0]
+    kept = "\n".join(each for each in PRIVACY.splitlines() if not each.startswith(key))
+    with pytest.raises(ConfigError, match=f"privacy.{key}"):
+        parse_run(STREAMS + SOUND + kept + f"\n{line}\n")

@@ -1,0 +1,204 @@
+"""The sum of clipped gradients: exact on the real models and losses, and moved by one patient by no more than C."""
+
+import numpy as np
+import pytest
+import torch
+from opacus import GradSampleModule
+from torch import nn
+from torch.func import functional_call
+from torch.testing import assert_close
+
+from panfm.objectives import Learner
+from panfm.objectives.experts import ExpertTraining
+from panfm.objectives.objective import masked_view
+from panfm.privacy.gradients import clipped_sum, patient_gradients
+from panfm.privacy.loop import sum_over
+from panfm.privacy.trained import trained_parameters
+
+KINDS = [(objective, backbone) for objective in ("latent", "mae") for backbone in ("dense", "dex")]
+ACKNOWLEDGED = "acknowledge-broken-guarantee = true"
+
+
+def norm(tensors):
+    return torch.stack([value.double().square().sum() for value in tensors]).sum().sqrt().item()
+
+
+def moved_teacher(learner):
+    """A teacher that is not the student, as after some steps."""
+    with torch.no_grad():
+        for parameter in learner.teacher.parameters():
+            parameter.mul_(1.1).add_(0.01)
+
+
+def one_at_a_time(learner, store, indices, hide, clip):
+    """Plain autograd on batches of one, clipped and added up."""
+    run, model = learner.run, learner.model
+    experts = ExpertTraining(run.model.experts, model, torch.Generator())
+    trained = trained_parameters(model, run.privacy.trained)
+    total = {name: torch.zeros(value.shape, dtype=torch.float64) for name, value in trained.items()}
+    for index in indices:
+        maps = store.batch([index])
+        full = learner.teacher.encode(maps, keep_blocks=True)
+        split = hide(learner, maps, full, None, 0, None)
+        view = masked_view(model, maps, split)
+        targets = learner.objective.targets(learner.teacher, maps, split, full)
+        loss = learner.objective.loss(model, view, targets).sum()
+        if experts.layers:
+            loss = loss + run.model.experts.alignment_weight * experts.alignment(view.seen).sum()
+        found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+        gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(trained.values(), found, strict=True)]
+        factor = min(1.0, clip / norm(gradients))
+        for name, gradient in zip(trained, gradients, strict=True):
+            total[name] += factor * gradient.double()
+    return total
+
+
+@pytest.mark.parametrize(("objective", "backbone"), KINDS)
+@pytest.mark.parametrize("clip", [0.05, 100.0])
+def test_the_sum_equals_a_loop_over_patients(make_private, every_subset, fixed_masks, objective, backbone, clip):
+    run = make_private(objective, backbone, clip=clip)
+    learner = Learner(run)
+    moved_teacher(learner)
+    store = learner.stem(every_subset(run))
+    found = sum_over(learner, store, np.arange(14), 0)
+    expected = one_at_a_time(learner, store, range(14), fixed_masks, clip)
+    assert found.keys() == expected.keys()
+    assert any(name.startswith("heads.") for name in found)
+    difference = norm([found[name] - value for name, value in expected.items()])
+    assert difference <= 1e-6 * max(norm(expected.values()), clip)
+
+
+@pytest.mark.parametrize(("objective", "backbone"), KINDS)
+def test_one_patient_more_or_less_moves_the_sum_by_at_most_the_clip_norm(
+    make_private, every_subset, fixed_masks, objective, backbone
+):
+    run = make_private(objective, backbone, clip=0.05)
+    learner = Learner(run)
+    store = learner.stem(every_subset(run, 1))
+    for change, from_others in leave_one_out(learner, store):
+        assert 0.049 < change <= 0.05 * (1 + 1e-5)  # met, so that a gradient that were too large would show
+        assert from_others <= 1e-5 * 0.05
+
+
+def leave_one_out(learner, store):
+    """How far the sum moves when a patient goes, and how much of that is not the patient's own gradient."""
+    everyone, state = np.arange(len(store.subjects)), learner.objective.state()
+
+    def total(indices):
+        learner.objective.load_state(state)
+        return sum_over(learner, store, indices, 0)
+
+    whole, found = total(everyone), []
+    for index in (0, len(everyone) - 1):
+        rest, own = total(np.delete(everyone, index)), total(everyone[index : index + 1])
+        change = norm([whole[name] - rest[name] for name in whole])
+        found.append((change, norm([whole[name] - rest[name] - own[name] for name in whole])))
+    return found
+
+
+@pytest.mark.parametrize(
+    "objective",
+    ['[objective]\nname = "latent"\nstandardise = true\n', '[objective]\nname = "dino"\ncentre-momentum = 0.5\n'],
+)
+def test_terms_that_couple_patients_move_the_others_gradients(make_private, make_store, fixed_masks, objective):
+    """The negative control: what is refused unless acknowledged is refused for a reason."""
+    run = make_private(objective, clip=0.05, chunk=1 if "dino" in objective else 3, more=ACKNOWLEDGED)
+    learner = Learner(run)
+    moved_teacher(learner)
+    store = learner.stem(make_store(run, 5, complete=True))
+    assert max(from_others for _, from_others in leave_one_out(learner, store)) > 1e-3 * 0.05
+
+
+def coupled(kind):
+    """Loss of each patient of a batch of features [B, D], with a term that reads the others."""
+
+    def losses(weight, x):
+        features = x @ weight
+        if kind == "batch-norm":
+            features = (features - features.mean(0)) / (features.std(0) + 1e-3)
+        elif kind == "koleo":
+            distance = torch.cdist(features, features) + 1e3 * torch.eye(len(x))
+            return -(distance.min(dim=1).values + 1e-3).log()
+        elif kind == "load-balance":
+            share = features.softmax(dim=1)
+            return share.shape[1] * (share * share.mean(0).detach()).sum(1) * len(x)
+        elif kind == "batch-tokens":
+            return features.square().sum(1) / x[:, 0].sum()
+        return features.square().mean(dim=1)
+
+    return losses
+
+
+@pytest.mark.parametrize("kind", ["none", "batch-norm", "koleo", "load-balance", "batch-tokens"])
+def test_what_couples_patients_moves_the_sum_by_more_than_the_clip_norm(kind):
+    """A sum of gradients clipped one by one is safe only if each depends on its own patient."""
+    random = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(64, 6, generator=random), torch.randn(6, 4, generator=random)
+    clip, losses = 0.05 if kind == "batch-tokens" else 1e-3, coupled(kind)
+    x[:, 0] = 1.0
+    x[0, 0] = 600.0  # one patient with many hidden tokens, where tokens are counted
+
+    def total(batch):
+        jacobian = torch.func.jacrev(losses)(weight, batch)
+        return clipped_sum({"weight": jacobian}, clip)["weight"]
+
+    whole = total(x)
+    worst = max(norm([whole - total(torch.cat([x[:i], x[i + 1 :]]))]) for i in range(64))
+    if kind == "none":
+        assert worst <= clip * (1 + 1e-5)
+    else:
+        assert worst > clip * 1.02
+
+
+class Stack(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(12, 16), nn.LayerNorm(16), nn.GELU(), nn.Linear(16, 3))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+def test_gradients_equal_those_of_opacus():
+    torch.manual_seed(0)
+    model, x = Stack(), torch.randn(7, 5, 12)
+    parameters = {name: value.detach() for name, value in model.named_parameters()}
+
+    def loss(weights, one):
+        return functional_call(model, weights, (one[None],)).square().mean()
+
+    found = patient_gradients(loss, parameters, x)
+    wrapped = GradSampleModule(model, loss_reduction="sum")
+    wrapped(x.requires_grad_()).square().mean(dim=(1, 2)).sum().backward()
+    for name, parameter in wrapped._module.named_parameters():
+        assert_close(found[name], parameter.grad_sample, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backbone", ["dense", "dex"])
+def test_a_patient_whose_gradient_is_not_finite_contributes_nothing(make_private, every_subset, fixed_masks, backbone):
+    run = make_private("mae", backbone)
+    learner = Learner(run)
+    store = learner.stem(every_subset(run))
+    poisoned = int(store.rows["brain-mr"][2])
+    without = sum_over(learner, store, np.delete(np.arange(14), poisoned), 0)
+    for value in (np.nan, np.inf, 1e38):
+        store.images["brain-mr"][2] = value
+        found = sum_over(learner, store, np.arange(14), 0)
+        for name, expected in without.items():
+            assert_close(found[name], expected, atol=1e-6, rtol=0)
+
+
+def test_the_clip_norm_is_joint_over_all_parameters():
+    gradients = {"a": torch.tensor([[3.0, 0.0], [0.3, 0.0]]), "b": torch.tensor([[[4.0]], [[0.4]]])}
+    found = clipped_sum(gradients, 1.0)
+    assert_close(found["a"], torch.tensor([0.9, 0.0], dtype=torch.float64))
+    assert_close(found["b"], torch.tensor([[1.2]], dtype=torch.float64))
+
+
+def test_nobody_and_a_patient_without_streams_give_zero(make_private, every_subset):
+    run = make_private()
+    learner = Learner(run, ["heart-ct"])
+    store = learner.stem(every_subset(run))
+    others = np.setdiff1d(np.arange(14), store.rows["heart-ct"])
+    for sample in (np.arange(0), others):
+        assert not any(value.any() for value in sum_over(learner, store, sample, 0).values())

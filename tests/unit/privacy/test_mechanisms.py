@@ -1,0 +1,62 @@
+"""Accounting: the table of checked values, heterogeneous events, and the way back from epsilon to noise."""
+
+import math
+
+import pytest
+
+from panfm.privacy.mechanisms import Mechanism, epsilon, noise_for, planned
+
+
+def gaussian(noise, rate, count):
+    return Mechanism("gradients", (), 1.0, noise, rate, count)
+
+
+TABLE = [(0.7, 36.79), (1.0, 16.50), (1.5, 8.242), (2.0, 5.482), (4.0, 2.331)]
+STATISTICS = gaussian(20.0, 1.0, 40)
+
+
+@pytest.mark.parametrize(("noise", "expected"), TABLE)
+def test_the_table_of_checked_values(noise, expected):
+    assert epsilon([gaussian(noise, 0.05, 2000)], 1e-5) == pytest.approx(expected, abs=0.02)
+
+
+def test_mixed_events_in_any_order_and_number_of_pieces():
+    pieces = [gaussian(1.5, 0.05, 50), gaussian(20.0, 1.0, 1)] * 40
+    whole = epsilon([STATISTICS, gaussian(1.5, 0.05, 2000)], 1e-5)
+    assert whole == pytest.approx(8.407, abs=0.02)
+    assert epsilon(pieces, 1e-5) == whole
+
+
+def test_nothing_costs_nothing_and_too_little_noise_costs_everything():
+    assert epsilon([], 1e-5) == 0.0
+    assert math.isinf(epsilon([gaussian(0.01, 1.0, 100)], 1e-5))
+
+
+def test_noise_for_is_the_way_back():
+    noise = noise_for(2.0, 1e-4, rate=0.1, count=10)
+    assert epsilon([gaussian(noise, 0.1, 10)], 1e-4) <= 2.0
+    assert epsilon([gaussian(0.99 * noise, 0.1, 10)], 1e-4) > 2.0
+    with pytest.raises(ValueError, match=r"epsilon 0\.01"):
+        noise_for(0.01, 1e-4, rate=0.1, count=1, others=(gaussian(1.0, 1.0, 10),))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("target", "expected"), [(1.0, 8.516), (8.0, 1.531)])
+def test_checked_noise(target, expected):
+    assert noise_for(target, 1e-5, rate=0.05, count=2000) == pytest.approx(expected, rel=0.005)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("noise", [noise for noise, _ in TABLE])
+def test_a_second_accountant_agrees(noise):
+    dp = pytest.importorskip("dp_accounting", reason="not installed: it wants attrs < 24")
+    event = dp.PoissonSampledDpEvent(0.05, dp.GaussianDpEvent(noise))
+    accountant = dp.pld.PLDAccountant()
+    accountant.compose(event, 2000)
+    other = accountant.get_epsilon(1e-5)
+    assert other - 1e-3 <= epsilon([gaussian(noise, 0.05, 2000)], 1e-5) <= other + 0.02
+
+
+def test_what_a_round_is_planned_to_release(make_private):
+    run = make_private(clip=0.5)
+    assert planned(run) == (Mechanism("gradients", ("updates",), 0.5, 1.0, 0.25, 4),)

@@ -1,0 +1,127 @@
+"""Private rounds: paid for, noised as stated, and telling nothing but what the ledger lists."""
+
+import numpy as np
+import pytest
+import torch
+
+from panfm.errors import LedgerError
+from panfm.objectives import Learner
+from panfm.privacy.ledger import Ledger, Limits
+from panfm.privacy.loop import noisy_gradient, sum_over, train_privately
+from panfm.privacy.saliency import noisy_profile, saliency_sum
+
+
+def permit(run, folder, round_number=1):
+    limits = Limits(run.privacy.epsilon, run.privacy.delta)
+    return Ledger(folder, "alpha").spend(run, "run-1", round_number, limits=limits, dataset="d")
+
+
+def guided(make_private, scope="site", backbone="dense", **more):
+    run = make_private(backbone=backbone, **more)
+    masking = run.masking.model_copy(update={"policy": "sgm", "saliency": "attention", "scope": scope})
+    return run.model_copy(update={"masking": masking})
+
+
+@pytest.mark.parametrize("backbone", ["dense", "dex"])
+def test_a_round_moves_the_model_and_tells_public_numbers_only(make_private, make_store, tmp_path, backbone):
+    run = make_private(backbone=backbone)
+    learner, store = Learner(run), make_store(run)
+    before = learner.shared_state()
+    result = train_privately(learner, store, np.arange(12), permit=permit(run, tmp_path), first_step=0, num_steps=4)
+    assert all(torch.isfinite(value).all() for value in learner.shared_state().values())
+    assert not torch.equal(before["backbone.norm.weight"], learner.shared_state()["backbone.norm.weight"])
+    assert np.isnan(result.loss)
+    assert result.saliency == {}
+    assert (result.num_skipped, result.subjects) == (0, 50)
+    assert set(result.subjects_per_stream.values()) == {50}
+    assert all(len(set(mass)) == 1 for mass in result.gate_mass.values())
+    assert len(result.gate_mass) == (2 if backbone == "dex" else 0)
+
+
+def test_a_permit_is_used_once_and_for_its_own_round(make_private, make_store, tmp_path):
+    run = make_private()
+    learner, store = Learner(run), make_store(run)
+    leave = permit(run, tmp_path)
+    with pytest.raises(LedgerError, match="other mechanisms"):
+        train_privately(learner, store, np.arange(12), permit=leave, first_step=0, num_steps=5)
+    train_privately(learner, store, np.arange(2), permit=leave, first_step=0, num_steps=4)
+    with pytest.raises(LedgerError, match="ran already"):
+        train_privately(learner, store, np.arange(2), permit=leave, first_step=4, num_steps=4)
+
+
+def test_a_step_without_patients_is_noise_of_the_stated_size(make_private, make_store):
+    run = make_private(clip=0.7)
+    learner, store = Learner(run), make_store(run)
+    torch.manual_seed(0)
+    steps = [noisy_gradient(learner, store, np.arange(0), 0) for _ in range(3)]
+    torch.manual_seed(0)
+    steps += [noisy_gradient(learner, store, np.arange(0), 0) for _ in range(3)]
+    values = [torch.cat([each.flatten() for each in step.values()]) for step in steps]
+    assert not torch.equal(values[0], values[3])
+    values = torch.cat(values).double()
+    assert len(values) > 500_000
+    stated = 1.0 * 0.7 / (0.25 * 50)
+    assert values.std().item() == pytest.approx(stated, rel=0.005)
+    assert values.std().item() != pytest.approx(1.02 * stated, rel=0.005)
+
+
+def test_the_gradient_is_divided_by_a_public_number(make_private, make_store, fixed_masks):
+    run = make_private()
+    private = run.privacy.model_copy(update={"noise_multiplier": 1e-12, "sample_rate": 1.0})
+    run = run.model_copy(update={"privacy": private})
+    learner, store = Learner(run), make_store(run)
+    store = learner.stem(store)
+    total = sum_over(learner, store, np.arange(12), 0)
+    for name, value in noisy_gradient(learner, store, np.arange(12), 0).items():
+        torch.testing.assert_close(value, (total[name] / 50).float(), atol=1e-8, rtol=1e-5)
+
+
+@pytest.mark.parametrize("trained", ["vectors", "last-block"])
+def test_what_is_not_trained_stays_to_the_bit(make_private, make_store, tmp_path, trained):
+    run = make_private(more=f'trained = "{trained}"')
+    learner = Learner(run)
+    before = learner.shared_state()
+    train_privately(learner, make_store(run), np.arange(6), permit=permit(run, tmp_path), first_step=0, num_steps=4)
+    moved = {name for name, value in learner.shared_state().items() if not torch.equal(value, before[name])}
+    if trained == "vectors":
+        assert moved == {name for name, value in before.items() if value.dim() <= 1}
+    else:
+        assert all(name.startswith(("backbone.blocks.1.", "backbone.norm.", "heads.")) for name in moved)
+        assert "backbone.blocks.1.mlp.0.weight" in moved
+
+
+@pytest.mark.parametrize("scope", ["site", "subject", "federation"])
+def test_masks_follow_the_noised_profile(make_private, make_store, tmp_path, scope):
+    run = guided(make_private, scope)
+    learner, store = Learner(run), make_store(run)
+    leave = permit(run, tmp_path)
+    assert [each.name for each in leave.mechanisms] == ["gradients", "saliency"][: 1 if scope == "subject" else 2]
+    profile = {"brain-mr": 2.0, "heart-ct": 0.5}
+    result = train_privately(learner, store, np.arange(12), permit=leave, first_step=0, num_steps=4, profile=profile)
+    assert result.saliency.keys() == (set() if scope == "subject" else set(run.streams))
+    assert torch.equal(learner.profile, torch.ones(3)) == (scope == "subject")
+
+
+def test_saliency_moves_by_at_most_its_sensitivity(make_private, every_subset):
+    run = guided(make_private)
+    learner = Learner(run)
+    store = learner.stem(every_subset(run))
+    everyone = np.arange(14)
+    whole = saliency_sum(learner, store, everyone)
+    torch.testing.assert_close(whole.sum(dim=1), torch.full((2,), 14.0, dtype=torch.float64))
+    changes = [(whole - saliency_sum(learner, store, np.delete(everyone, each))).norm().item() for each in everyone]
+    assert 1.0 < max(changes) <= 2**0.5 * (1 + 1e-6)
+
+
+def test_the_profile_tends_to_one_where_noise_rules_and_to_the_truth_where_not(make_private, every_subset):
+    run = guided(make_private)
+    learner = Learner(run)
+    store = learner.stem(every_subset(run))
+    total = saliency_sum(learner, store, np.arange(14))
+    for noise, expected in ((1e-6, total[0] / total[1]), (1e5, None)):
+        private = run.privacy.model_copy(update={"statistics_noise": noise})
+        learner.run = run.model_copy(update={"privacy": private})
+        found = noisy_profile(learner, store, np.arange(14))
+        if expected is not None:
+            torch.testing.assert_close(found, expected.float(), atol=1e-4, rtol=1e-4)
+        assert ((found > 0) & torch.isfinite(found)).all()

@@ -1,0 +1,69 @@
+"""The ledger in words, and the commands that print it."""
+
+import pytest
+from typer.testing import CliRunner
+
+from panfm.cli import main
+from panfm.privacy.ledger import FILE, Ledger, Limits
+from panfm.privacy.statement import statement
+
+
+def run_ledger(*words):
+    return CliRunner().invoke(main, ["ledger", *words])
+
+
+@pytest.fixture
+def site(tmp_path, write_site, make_private):
+    folder = write_site(tmp_path / "alpha", "alpha", ("brain",))
+    ledger = Ledger(folder / ".panfm" / "ledger", "alpha")
+    ledger.spend(make_private(), "run-1", 1, limits=Limits(8.0, 1e-3), dataset="d")
+    return folder
+
+
+def test_what_a_ledger_says(site):
+    shown = run_ledger("show", str(site)).output
+    assert "Site alpha: 1 private rounds in 1 runs." in shown
+    assert "For every patient whose records are at ONE site, all that alpha sent" in shown
+    assert "of 8 at delta 0.001. A patient at two such sites: epsilon" in shown
+    assert (
+        "gradients (releases updates): 4 times, sensitivity 0.5, noise 1 x that, each patient in it with chance 0.25"
+        in (shown.replace("\n", " "))
+    )
+    assert "Not covered:" in shown
+
+
+def test_nothing_spent_and_nothing_promised(make_private, tmp_path):
+    assert statement([]) == ["No private round has run on these patients: nothing is spent."]
+    broken = make_private('[objective]\nname = "dino"\n', more="acknowledge-broken-guarantee = true")
+    ledger = Ledger(tmp_path, "alpha")
+    ledger.spend(broken, "run-1", 1, limits=Limits(8.0, 1e-3), dataset="d")
+    shown = " ".join(statement(ledger.entries()))
+    assert "noise only, no DP claim" in shown
+    assert "differentially private" not in shown
+
+
+def test_verify_finds_a_change(site):
+    assert "2 entries, each follows from the one before" in run_ledger("verify", str(site)).output.replace("\n", " ")
+    path = site / ".panfm" / "ledger" / FILE
+    path.write_text(path.read_text().replace('"noise": 1.0', '"noise": 2.0'))
+    done = run_ledger("verify", str(site))
+    assert done.exit_code == 1
+    assert "line 2 was changed" in done.output
+
+
+def test_plan_goes_both_ways(tmp_path, make_private):
+    from panfm.config import dump_toml
+
+    path = tmp_path / "run.toml"
+    path.write_text(dump_toml(make_private()))
+    done = run_ledger("plan", str(path), "--set", "privacy.epsilon=2.0")
+    first, cost, noise = done.output.splitlines()
+    assert first.startswith("2 rounds x 4 steps, sample-rate 0.25")
+    wanted = noise.split("noise-multiplier ")[1]
+    again = run_ledger("plan", str(path), "--set", f"privacy.noise-multiplier={float(wanted) * 1.001}")
+    found = float(again.output.splitlines()[1].split("epsilon ")[1])
+    assert 1.95 < found <= 2.0
+    assert float(cost.split("epsilon ")[1]) > 2.0
+    missing = tmp_path / "plain.toml"
+    missing.write_text(dump_toml(make_private().model_copy(update={"privacy": None})))
+    assert "privacy is missing" in run_ledger("plan", str(missing)).output

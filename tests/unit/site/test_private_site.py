@@ -1,0 +1,172 @@
+"""A site in a private run: every byte it sends is public or bought, and its budget is its own."""
+
+import numpy as np
+import pytest
+
+from panfm.config import dump_toml, parse_run
+from panfm.errors import BudgetError, ConfigError, LedgerError, ProtocolError
+from panfm.models import build_model
+from panfm.privacy.ledger import mechanisms_of
+from panfm.sharing.groups import GroupManifest
+from panfm.sharing.messages import Invitation, RoundTask
+from panfm.site import Site
+from panfm.site.spending import Account
+
+RUN = """
+name = "small"
+seed = 3
+[streams]
+brain-mr = { spacing-mm = [8.0, 8.0, 8.0], shape = [8, 8, 8], patch = [4, 4, 8] }
+heart-mr = { spacing-mm = [8.0, 8.0, 8.0], shape = [8, 8, 8], patch = [4, 4, 8] }
+[train]
+rounds = 6
+local-steps = 2
+[objective]
+standardise = false
+"""
+RANDOM = '[masking]\npolicy = "random"\n'
+GUIDED = '[masking]\nsaliency = "attention"\n'
+DEX = '[model]\nbackbone = "director-experts"\n[model.experts]\nbalance-weight = [0.0, 0.0]\n'
+PRIVACY = """
+[privacy]
+epsilon = 9.0
+delta = 1e-3
+public-subjects = 40
+noise-multiplier = 1.5
+sample-rate = 0.5
+"""
+
+
+def task(round_number=1, *, run_id="run-1", extra=RANDOM, privacy=PRIVACY) -> RoundTask:
+    run = parse_run(RUN + extra + privacy)
+    tensors = {name: tensor.numpy() for name, tensor in build_model(run).state_dict().items()}
+    manifest = GroupManifest.of({name: tensor.shape for name, tensor in tensors.items()})
+    return RoundTask(run_id, round_number, dump_toml(run), manifest.pack_all(tensors))
+
+
+@pytest.fixture
+def site(tmp_path, write_site):
+    return Site(write_site(tmp_path / "alpha", "alpha", ("brain", "heart")))
+
+
+def spent(site):
+    return Account(site.folder, site.config, site.state_dir).ledger.entries()
+
+
+@pytest.mark.parametrize(("extra", "bought"), [(RANDOM, {"updates"}), (GUIDED, {"updates", "saliency"})])
+def test_every_field_of_a_reply_is_public_or_bought(site, extra, bought):
+    """The negative control is test_site.py: without privacy the same fields hold losses and counts."""
+    asked = task(extra=extra)
+    records = site.train_round(asked).to_records()
+    released = {name for each in mechanisms_of(spent(site)[-1]) for name in each.releases}
+    assert released == bought
+    public = {"weight/backbone": [80.0], "weight/head": [80.0]}
+    public |= {"weight/stream:brain-mr": [40.0], "weight/stream:heart-mr": [40.0]}
+    saliency = {"saliency/brain-mr", "saliency/heart-mr"} if "saliency" in bought else set()
+    assert set(records.arrays) == set(asked.groups)  # all of them updates
+    assert {key: value for key, value in records.metrics.items() if key not in saliency} == public
+    assert set(records.metrics) - set(public) == saliency
+    assert records.config == {"run-id": "run-1", "round": 1, "state-round": 0}
+
+
+def test_a_handshake_tells_public_numbers_only(site):
+    asked = task()
+    handshake = site.handshake(Invitation(asked.run_toml))
+    assert (handshake.subjects, handshake.streams) == (40, {"brain-mr": 40, "heart-mr": 40})
+    assert handshake.run_toml == asked.run_toml
+    assert not spent(site)
+
+
+def test_the_sites_own_public_number_wins(site, tmp_path, write_site):
+    folder = write_site(tmp_path / "beta", "beta", ("brain",), extra="[limits]\npublic-subjects = 60\n")
+    asked = task()
+    handshake = Site(folder).handshake(Invitation(asked.run_toml))
+    assert handshake.subjects == 60
+    assert handshake.run_toml == asked.run_toml
+    folder = write_site(tmp_path / "gamma", "gamma", ("brain",), extra="[limits]\npublic-subjects = 200\n")
+    with pytest.raises(ConfigError, match=r"limits.public-subjects: 200 patients: privacy.delta: 0.001 is above"):
+        Site(folder).handshake(Invitation(asked.run_toml))
+
+
+def test_a_site_with_a_limit_takes_part_in_private_runs_only(tmp_path, write_site):
+    site = Site(write_site(tmp_path / "beta", "beta", ("brain", "heart"), extra="[limits]\nepsilon = 2.0\n"))
+    broken = PRIVACY + "acknowledge-broken-guarantee = true\n"
+    for each in (task(privacy=""), task(privacy=broken)):
+        with pytest.raises(ProtocolError, match=r"limits.epsilon"):
+            site.handshake(Invitation(each.run_toml))
+        with pytest.raises(ProtocolError, match=r"limits.epsilon"):
+            site.train_round(each)
+
+
+@pytest.mark.parametrize("limits", ["", "[limits]\nepsilon = 8.0\n"])
+def test_the_smaller_budget_stops_the_site(tmp_path, write_site, limits):
+    site = Site(write_site(tmp_path / "beta", "beta", ("brain", "heart"), extra=limits))
+    budget = 8.0 if limits else 9.0
+    tasks = [task(number, privacy=PRIVACY.replace("1.5", "0.7")) for number in range(1, 7)]
+    with pytest.raises(BudgetError, match=rf"of {budget:g} at delta 0.001"):
+        list(map(site.train_round, tasks))
+    epsilons = [entry["epsilon"] for entry in spent(site)[1:]]
+    assert epsilons == sorted(epsilons)
+    assert 1 <= len(epsilons) < 6
+    assert epsilons[-1] <= budget
+
+
+def test_killing_and_resuming_and_another_run_never_lower_what_is_spent(site, monkeypatch):
+    site.train_round(task())
+    first = spent(site)[-1]["epsilon"]
+
+    def killed(*args, **more):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("panfm.privacy.loop.noisy_gradient", killed)
+    with pytest.raises(KeyboardInterrupt):
+        Site(site.folder).train_round(task(2))
+    monkeypatch.undo()
+    after_kill = spent(site)[-1]["epsilon"]
+    Site(site.folder).train_round(task(2))
+    Site(site.folder).train_round(task(1, run_id="run-2"))
+    found = [entry["epsilon"] for entry in spent(site)[1:]]
+    assert first < after_kill
+    assert found == sorted(found)
+    assert len(set(found)) == 4
+
+
+def test_a_task_that_does_not_fit_costs_nothing(site):
+    asked = task()
+    wrong = RoundTask("run-1", 1, asked.run_toml, {"backbone": np.zeros(3, dtype=np.float32)})
+    with pytest.raises(ProtocolError):
+        site.train_round(wrong)
+    assert not spent(site)
+
+
+def test_a_ledger_that_is_gone_stops_the_site(site):
+    site.train_round(task())
+    (site.folder / ".panfm/ledger/ledger.jsonl").unlink()
+    with pytest.raises(LedgerError, match="missing, foreign or cut off"):
+        site.train_round(task(2))
+
+
+def test_a_repeated_round_draws_new_noise(site):
+    first, second = site.train_round(task()), Site(site.folder).train_round(task())
+    assert not np.array_equal(first.updates["backbone"], second.updates["backbone"])
+    assert len(spent(site)) == 3
+
+
+def test_private_experts_are_trained_by_the_private_step(site):
+    site.train_round(_without_experts(task(extra=RANDOM + DEX)))
+    [entry] = spent(site)[1:]
+    assert [each.name for each in mechanisms_of(entry)] == ["gradients"]
+
+
+def _without_experts(asked: RoundTask) -> RoundTask:
+    kept = {group: flat for group, flat in asked.groups.items() if group not in ("experts", "router")}
+    return RoundTask(asked.run_id, asked.round_number, asked.run_toml, kept)
+
+
+def test_a_dry_run_spends_nothing(site):
+    from panfm.site.dry_run import dry_run
+
+    found = dry_run(site.folder, parse_run(RUN + RANDOM + PRIVACY))
+    assert found.handshake.subjects == 40
+    assert found.reply.loss is None
+    assert not spent(site)
