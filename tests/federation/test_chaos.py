@@ -53,7 +53,7 @@ def draw_kill(rng: random.Random, turn: int, rounds_done: int) -> dict:
     when = {"events": rng.randint(1, 25 if victim == "server" else 6)}
     if rng.random() < 0.3:
         when = {"seconds": rng.uniform(0.0, 1.0 if victim == "server" else 0.1)}
-    return {"victim": victim, "round": rng.randint(rounds_done + 1, ROUNDS), **when}
+    return {"victim": victim, "round": rng.randint(min(rounds_done + 1, ROUNDS), ROUNDS), **when}
 
 
 def rounds_done(run_dir: Path) -> int:
