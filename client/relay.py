@@ -2,8 +2,9 @@
 
 import socket
 import time
+from pathlib import Path
 
-from panfm.sharing.frames import Frame, encode, receive, send
+from panfm.sharing.frames import Frame, address, encode, receive, send
 
 ATTEMPTS = 3
 """A worker that went away while it worked is asked again, and gives the same answer; but not for ever."""
@@ -39,7 +40,8 @@ def _connect(path: str) -> socket.socket:
     while time.monotonic() < deadline:
         connection = socket.socket(socket.AF_UNIX)
         try:
-            connection.connect(path)
+            with address(Path(path)) as short:
+                connection.connect(short)
         except (ConnectionRefusedError, FileNotFoundError):
             connection.close()
             time.sleep(_POLL_S)

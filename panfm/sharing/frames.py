@@ -9,11 +9,15 @@ nothing is unpickled.
 """
 
 import json
+import os
 import socket
 import struct
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +30,7 @@ MAX_WORDS = 1 << 22
 """Bytes of words in one frame."""
 MAX_ARRAYS = 1 << 31
 """Bytes of arrays in one frame."""
+_ADDRESS_BYTES = 107
 _MAGIC = b"PANFM/1\n"
 _HEADER = struct.Struct("<8sQQ")
 _DTYPES = {"float32": "<f4", "uint16": "<u2", "int8": "|i1"}
@@ -86,6 +91,19 @@ def decode(words: bytes | bytearray, body: bytes | bytearray) -> Frame:
         if not isinstance(table, dict) or not all(map(_is_value, table.values())):
             raise ProtocolError("frame: expected scalars, and lists of one kind of scalar")
     return Frame(Kind(found["kind"]), Records(_cut(found["arrays"], body), found["metrics"], found["config"]))
+
+
+@contextmanager
+def address(path: Path) -> Iterator[str]:
+    """A socket's path as the system takes it: at most 107 bytes; a longer one goes by way of its folder's handle."""
+    if len(os.fsencode(path)) <= _ADDRESS_BYTES:
+        yield str(path)
+        return
+    folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY)
+    try:
+        yield f"/proc/self/fd/{folder}/{path.name}"
+    finally:
+        os.close(folder)
 
 
 def send(connection: socket.socket, content: bytes, *, timeout_s: float | None) -> None:

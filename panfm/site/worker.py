@@ -18,7 +18,7 @@ from pathlib import Path
 
 from panfm.config import SiteConfig, site_path
 from panfm.errors import ConfigError, PanfmError, ProtocolError
-from panfm.sharing.frames import Frame, encode, receive, send
+from panfm.sharing.frames import Frame, address, encode, receive, send
 from panfm.site.answer import answer
 from panfm.site.departures import Departures
 from panfm.site.site import Site
@@ -27,7 +27,6 @@ logger = logging.getLogger(__name__)
 
 TRANSFER_TIMEOUT_S = 30.0
 """For a question to arrive, and for an answer to be taken."""
-_PATH_BYTES = 107
 _PEER = struct.Struct("3i")
 
 
@@ -81,8 +80,6 @@ def listen(folder: Path, site: SiteConfig) -> Iterator[socket.socket]:
         ConfigError: another worker serves this site, or the socket cannot be made.
     """
     path = site_path(folder, site.worker.socket)
-    if len(os.fsencode(path)) > _PATH_BYTES:
-        raise ConfigError(f"worker.socket: {path} is longer than {_PATH_BYTES} bytes, which no socket's path may be")
     with ExitStack() as stack:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,7 +87,8 @@ def listen(folder: Path, site: SiteConfig) -> Iterator[socket.socket]:
             fcntl.flock(stack.enter_context(path.with_suffix(".lock").open("wb")), fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink(missing_ok=True)
             listener = stack.enter_context(socket.socket(socket.AF_UNIX))
-            listener.bind(str(path))
+            with address(path) as short:
+                listener.bind(short)
             _share(path, site, 0o600, 0o660)
             listener.listen()
         except BlockingIOError as error:
