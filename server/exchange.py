@@ -37,13 +37,18 @@ class Exchange:
         """Whether a reply may still come in time."""
         return bool(self._waiting) and self._elapsed() < self._timeout_s
 
+    @property
+    def waiting_for(self) -> set[int]:
+        """Those that have not answered."""
+        return set(self._waiting.values())
+
     def __iter__(self) -> Iterator[Message]:
         while self.is_waiting:
             before = len(self._waiting)
             yield from self.ready()
             if self._waiting and len(self._waiting) == before:
                 time.sleep(min(_MAX_PAUSE_S, 0.01 + _PAUSE_SHARE * self._elapsed()))
-        self.late = set(self._waiting.values())
+        self.late = self.waiting_for
         self.failed |= dict.fromkeys(self.late, f"no reply within {self._timeout_s:g} s")
 
     def ready(self) -> Iterator[Message]:

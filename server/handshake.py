@@ -125,8 +125,9 @@ def check_handshake(handshake: Handshake, run: RunConfig, manifest: GroupManifes
 
 
 def _check_counts(handshake: Handshake, run: RunConfig) -> None:
-    if not handshake.subjects > 0:
-        raise ProtocolError(f"{handshake.subjects} subjects, expected at least 1")
+    most = run.federation.max_subjects
+    if not 0 < handshake.subjects <= most:
+        raise ProtocolError(f"{handshake.subjects} subjects, expected 1 to {most} (federation.max-subjects)")
     if unknown := sorted(set(handshake.streams) - set(run.streams)):
         raise ProtocolError(f"holds {', '.join(unknown)}, unknown to this run")
     for stream, count in handshake.streams.items():

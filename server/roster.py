@@ -35,6 +35,8 @@ class Roster:
         self._manifest = manifest
         self._invited = set(attendance.asked)
         self._invitations: list[Exchange] = []
+        self._unheard: set[int] = set()
+        """Invited, but with no answer, or an error: invited again before the next round."""
         self._absent: set[int] = set()
         self._late: dict[str, int] = {}
         """Site -> rounds in a row in which it let the deadline pass."""
@@ -47,6 +49,8 @@ class Roster:
         before that.
         """
         start = time.monotonic()
+        self._invited -= self._unheard
+        self._unheard = set()
         while True:
             present = self._present(round_number)
             if len(present) >= self._run.federation.min_sites:
@@ -85,8 +89,10 @@ class Roster:
             for reply in exchange.ready():
                 if handshake := read_handshake(reply, self._run, self._manifest, heard):
                     self._welcome(reply.metadata.src_node_id, handshake, online)
-            for reason in heard.failed + heard.misfits:
+            for reason in [*heard.failed, *heard.misfits, *exchange.failed.values()]:
                 logger.warning("cannot join: %s", reason)
+            self._unheard |= set(exchange.failed) | (set() if exchange.is_waiting else exchange.waiting_for)
+            exchange.failed.clear()
         self._invitations = [exchange for exchange in self._invitations if exchange.is_waiting]
 
     def _welcome(self, node_id: int, handshake: Handshake, online: Collection[int]) -> None:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -131,6 +132,7 @@ def run_jobs(
         keep_for: a result file; until it is written, results are kept line by line in `<file>.jobs`, and jobs that the
             same commit has done are not done again.
     """
+    commit()  # before the tree can move on
     begin, console = time.monotonic(), Console(stderr=True, highlight=False, soft_wrap=True)
     results: dict[int, R] = _done_before(jobs, keep_for) if keep_for else {}
     if num_before := len(results):
@@ -153,8 +155,10 @@ def _metric_and_place(name: str) -> dict[str, str]:
     return {"metric": metric, "of": place} if place else {"metric": metric}
 
 
+@cache
 def commit() -> str:
-    """Commit of the source tree, with `-dirty` when it has been changed since; `unknown` outside a git checkout."""
+    """Commit of the source tree when first asked, with `-dirty` when it has been changed since; `unknown` outside a git
+    checkout."""
     root = Path(__file__).resolve().parents[1]
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:

@@ -34,6 +34,7 @@ def check_reply(
             raise ProtocolError(f"{what}: missing {missing or 'none'}, not expected {extra or 'none'}")
     if not any(map(any, reply.weights.values())):
         raise ProtocolError("all local steps were skipped: in none were loss and gradient finite")
+    _check_saliency(reply, handshake)
     for group, update in reply.updates.items():
         for weight, limit in zip(reply.weights[group], limits[group], strict=False):
             if not 0.0 <= weight <= limit:
@@ -42,3 +43,11 @@ def check_reply(
             means[group].check(update, reply.weights[group])
         except ProtocolError as error:
             raise ProtocolError(f"{group}: {error}") from error
+
+
+def _check_saliency(reply: RoundReply, handshake: Handshake) -> None:
+    """Relative to an equal split it cannot exceed the number of streams; twice that leaves room for privacy's noise."""
+    limit = 2.0 * max(len(handshake.streams), 1)
+    for stream, saliency in reply.saliency.items():
+        if stream not in handshake.streams or not 0.0 <= saliency <= limit:
+            raise ProtocolError(f"saliency of {stream:.40}: {saliency:g}, expected 0 to {limit:g} of a stream it holds")

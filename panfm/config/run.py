@@ -213,6 +213,8 @@ class FederationConfig(Config):
     """A site that has not answered by then is left out of the round."""
     join_timeout_s: PositiveFloat = 120.0
     """How long to wait for sites before round 1. It ends when `min-sites` are there and no other comes for 10 s."""
+    max_subjects: Positive = 1_000_000
+    """A site that says it has more is refused: its word decides how much it may weigh."""
     participation: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Share of the sites that is asked in a round, drawn anew each time; never fewer than `min-sites`."""
     sites_per_stream: Positive = 1
@@ -261,6 +263,17 @@ class RunConfig(Config):
         named = self.cohort.named_streams if isinstance(self.cohort, StreamCohortConfig) else ()
         if unknown := [stream for stream in named if stream not in self.streams]:
             raise ValueError(f"cohort: stream {unknown[0]!r} is not in streams {list(self.streams)}")
+        return self
+
+    @model_validator(mode="after")
+    def _groups_with_differences_travel(self) -> Self:
+        """A guard or a mean for a group that is not there would be one that is silently off."""
+        travel = {"backbone", "stream", *(f"stream:{stream}" for stream in self.streams)}
+        travel |= {"head"} if self.sharing.head == "mean" else set()
+        if self.model.backbone == "director-experts":
+            travel |= {"director"} | ({"experts", "router"} if self.sharing.experts != "private" else set())
+        if unknown := sorted(set(self.sharing.groups) - travel):
+            raise ValueError(f"sharing.groups: {unknown[0]!r} does not travel in this run, expected {sorted(travel)}")
         return self
 
     @model_validator(mode="after")

@@ -180,7 +180,8 @@ def _parallel(key: str, table: Mapping[str, Any]) -> dict[str, list[Any]]:
 
 def _table(config: Mapping[str, Any], key: str, kind: type[Any]) -> dict[str, Any]:
     names, values = _get(config, f"{key}-names", list), _get(config, f"{key}-values", list)
-    if len(names) != len(values) or not all(isinstance(value, kind) for value in values):
+    of_names, of_values = (all(isinstance(e, k) for e in each) for each, k in ((names, str), (values, kind)))
+    if len(names) != len(values) or not (of_names and of_values):
         raise ProtocolError(f"message: {key} is not a table of {kind.__name__}")
     return dict(zip(names, values, strict=True))
 

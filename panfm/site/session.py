@@ -104,6 +104,7 @@ class Session:
 
     def _load_private(self, round_number: int, states: StateStore) -> int:
         """Returns the round whose private state is now in place; 0: a fresh one."""
+        in_memory, self._in_memory = self._in_memory, ""
         before = states.round_before(round_number)
         if before < round_number - 1:
             found = f"that of round {before}" if before else "a fresh one"
@@ -111,13 +112,12 @@ class Session:
         if before == 0:
             self.learner.reset_private()
             self._lost = {}
-        elif states.digest(before) != self._in_memory:
+        elif states.digest(before) != in_memory:
             state = states.load(before)
             self.learner.load_private(state)
             self._lost = {name.removeprefix(_LOST): state[name].numpy() for name in state if name.startswith(_LOST)}
         if self.run.train.teacher_start == "global":
             self.learner.restart_teacher()
-        self._in_memory = ""
         return before
 
     def _weights(self, result: TrainResult) -> dict[str, Weights]:

@@ -1,6 +1,6 @@
 """What does the exact, guarded mean cost the server? Replies of many sites through our strategy and through Flower's.
 
-    ours     GroupedMean: guards, exact order-independent mean, replies let go one by one
+    ours     GroupedMean: guards, exact order-independent mean on two threads, replies let go one by one
     flower   Flower's FedAvg over the same numbers, one array per parameter as in its examples
     axpy     the floor: `total += weight * update` in numpy, over arrays that lie in memory already
 

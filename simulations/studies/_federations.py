@@ -1,6 +1,7 @@
 """Federations as studies need them: run one and read its folder; compare variants of one run, pair by pair."""
 
 import contextlib
+import hashlib
 import io
 import json
 import tempfile
@@ -13,7 +14,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from panfm.config import RunConfig, load_run, site_folders
+from panfm.config import RunConfig, dump_toml, load_run, site_folders
 from panfm.evaluate import LabelledStore, Task, evaluate_cohort, load_model, read_label_info
 from panfm.models import PanModel
 from panfm.report.table import number_text
@@ -46,7 +47,8 @@ class ArmJob:
     cohort: Path
 
     def __str__(self) -> str:
-        return f"phantom {self.draw}, seed {self.seed}, {self.arm}"
+        key = hashlib.sha256(dump_toml(self.run).encode()).hexdigest()[:8]
+        return f"phantom {self.draw}, seed {self.seed}, {self.arm} ({self.run.name} {key})"
 
 
 def federate(run: RunConfig, cohort: Path) -> Federated:

@@ -255,3 +255,9 @@ def test_the_held_out_patients_name_is_no_sites(tmp_path):
     path.write_text(STREAMS_COHORT.format(kind="real-modalities", subjects=""))
     (line,) = complaints(load_run, path, ["cohort.sites.holdout={ streams = ['chest-ct'] }"])
     assert "sites.holdout: the name of the held-out patients" in line
+
+
+@pytest.mark.parametrize("group", ["stream:haert-mr", "experts", "director"])
+def test_a_group_that_does_not_travel_has_no_mean_of_its_own(run_file, group):
+    with pytest.raises(ConfigError, match=f"sharing.groups: '{group}' does not travel"):
+        load_run(run_file, [f'sharing.groups={{"{group}" = {{ mean = "median" }}}}'])

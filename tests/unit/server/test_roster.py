@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from panfm import __version__
@@ -22,6 +22,7 @@ class Nodes:
         self.run, self.manifest = run, manifest
         self.online: dict[int, str] = {}
         self.busy: set[int] = set()
+        self.broken: set[int] = set()
         self.invited: list[int] = []
         self.now = 0.0
 
@@ -43,6 +44,8 @@ class Nodes:
             return []
         asked = Message(RecordDict(), node_id, "query")
         asked.metadata.__dict__["_message_id"] = name
+        if node_id in self.broken:
+            return [Message(Error(1000, "out of order"), reply_to=asked)]
         config = ConfigRecord(dict(self.handshake(self.online[node_id]).to_records().config))
         return [Message(RecordDict({"config": config}), reply_to=asked)]
 
@@ -124,6 +127,17 @@ def test_a_misfit_is_left_out_and_asked_again_only_when_it_comes_anew(nodes, cap
     roster.gather(3)
     nodes.online[20] = "b"
     assert names(roster.gather(4)) == ["a", "b", "c"]
+
+
+def test_who_answers_with_an_error_is_invited_again_before_the_next_round(nodes, caplog):
+    roster = begin(nodes, "a", "b")
+    nodes.online[13] = "c"
+    nodes.broken = {13}
+    assert [names(roster.gather(number)) for number in (1, 2)] == [["a", "b"]] * 2
+    assert "cannot join: out of order" in caplog.text
+    nodes.broken = set()
+    assert names(roster.gather(3)) == ["a", "b", "c"]
+    assert nodes.invited == [13, 13, 13]
 
 
 def test_a_site_may_come_back_as_another_node_but_not_twice(nodes, caplog):

@@ -52,3 +52,10 @@ def test_uneven_tables_are_refused():
     config = {**HANDSHAKE.to_records().config, "streams-values": []}
     with pytest.raises(ProtocolError, match="streams is not a table"):
         Handshake.from_records(Records(config=config))
+
+
+@pytest.mark.parametrize("name", [7, b"x"])
+def test_names_that_are_no_text_are_refused(name):
+    config = {**HANDSHAKE.to_records().config, "streams-names": [name], "streams-values": [1]}
+    with pytest.raises(ProtocolError, match="streams is not a table"):
+        Handshake.from_records(Records({}, {}, config))

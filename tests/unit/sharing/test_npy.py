@@ -15,6 +15,10 @@ def saved(array) -> bytes:
     return file.getvalue()
 
 
+def with_header(text: str) -> bytes:
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode() + bytes(48)
+
+
 @given(
     arrays.arrays(
         dtype=arrays.floating_dtypes(sizes=(32, 64)) | arrays.integer_dtypes() | arrays.unsigned_integer_dtypes(),
@@ -51,6 +55,11 @@ def test_a_view_takes_no_memory_and_cannot_be_written():
         saved(np.array([{"a": 1}], dtype=object)),
         to_npy(np.arange(6.0)).replace(b"(6,)", b"(7,)"),
         b"\x93NUMPY\x03" + to_npy(np.arange(6.0))[7:],
+        with_header("{'descr': ('<f4',), 'fortran_order': False, 'shape': (6,)}"),
+        with_header("{'descr': 'f4,(', 'fortran_order': False, 'shape': (6,)}"),
+        with_header("(" * 300),
+        with_header("{"),
+        with_header("-" * 9000 + "1"),
     ],
 )
 def test_anything_else_is_refused(data):
