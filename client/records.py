@@ -3,6 +3,7 @@
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from panfm.sharing.messages import Records
+from panfm.sharing.npy import to_npy
 
 
 def unpack(content: RecordDict) -> Records:
@@ -14,9 +15,13 @@ def unpack(content: RecordDict) -> Records:
 
 def pack(records: Records) -> RecordDict:
     """Content of a reply: one record of each kind, as Flower's own strategies expect."""
+    arrays = {
+        name: Array(dtype=str(array.dtype), shape=array.shape, stype="numpy.ndarray", data=to_npy(array))
+        for name, array in records.arrays.items()
+    }
     return RecordDict(
         {
-            "arrays": ArrayRecord({name: Array(array) for name, array in records.arrays.items()}),
+            "arrays": ArrayRecord(arrays),
             "metrics": MetricRecord(dict(records.metrics)),
             "config": ConfigRecord(dict(records.config)),
         }

@@ -39,7 +39,7 @@ from strategies import GroupedMean
 
 def main(
     json: JsonFile = None,
-    cycles: Annotated[int, typer.Option(min=1, help="Cycles of rounds per arm, after one round to warm up.")] = 7,
+    cycles: Annotated[int, typer.Option(min=1, help="Cycles of rounds per arm, after one round to warm up.")] = 12,
     experiment: Experiment = QUICKSTART,
 ) -> None:
     """Seconds per round: federation in one process against a plain loop."""

@@ -74,7 +74,7 @@ def test_killed_anywhere_and_resumed_ends_at_the_same_bits(four_sites, forker):
         if not run_dir.exists():
             four_sites.job(name, *OVERRIDES)
         enough = sum(killed.values()) >= KILLS
-        kill = {"victim": ""} if enough else draw_kill(rng, sum(killed.values()), rounds_done(run_dir))
+        kill = {"victim": "", "round": 0} if enough else draw_kill(rng, sum(killed.values()), rounds_done(run_dir))
         code = attempt(forker, four_sites, name, kill)
         if code == 0:
             assert model_bytes(run_dir) == undisturbed
@@ -97,7 +97,7 @@ def test_killed_on_ray_too(four_sites):
         {"victim": "server", "round": 0, "events": 14},
         {"victim": "gamma", "round": 2, "events": 1},
     ]
-    for kill in (*kills, {"victim": ""}):
+    for kill in (*kills, {"victim": "", "round": 0}):
         job = {"sites": str(four_sites.sites), "run_dir": str(run_dir), **kill}
         words = [sys.executable, str(SCRIPT), "ray", json.dumps(job)]
         done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
