@@ -6,7 +6,7 @@
     fedprox   mean; sites are pulled back to the round's global parameters
     l-dawa    mean; each layer weighted by how little it turned from the global one
 
-Rates were chosen on development draw 100 (LOG.md).
+nesterov's rates are the better of two tried on development draw 100; adam's and fedprox's are not tuned yet (LOG.md).
 """
 
 from simulations.harness import (
