@@ -244,8 +244,10 @@ def _answers(result: StudyResult) -> dict[str, float]:
     answers = {
         "nmi_dex": result.mean("nmi", "dex"),
         "nmi_dex-minus-token-moe": _gain(result, "nmi", "dex", "token-moe", np.mean),
-        "conflict_dex_over_dense": result.mean("conflict", "dex") / result.mean("conflict", "dense"),
+        "nmi_unit_dex-minus-token-moe": _gain(result, "nmi_unit", "dex", "token-moe", np.mean),
     }
+    for arm in ("dex", "token-moe", "random-routing"):
+        answers[f"conflict_{arm}_over_dense"] = result.mean("conflict", arm) / result.mean("conflict", "dense")
     for metric in ("probe_own", "probe_pooled", "probe_heldout", "probe_lomo"):
         for arm in ("dex", "dex-director"):
             answers[f"{metric}/{arm}-minus-dense"] = _gain(result, metric, arm, "dense", np.mean)

@@ -82,7 +82,7 @@ def test_streams_are_at_one_site_or_held_out(picture_cohort):
 def test_the_whole_study(tmp_path, monkeypatch, picture_cohort):
     def measure(job):
         base = {"dense": 0.5, "dex": 0.6}.get(job.arm, 0.4) + 0.01 * job.seed
-        measured = dict.fromkeys((*PROBES, "nmi", "conflict", "val_loss"), base)
+        measured = dict.fromkeys((*PROBES, "nmi", "nmi_unit", "conflict", "val_loss"), base)
         return measured | ({f"director:{name}": 0.45 for name in PROBES} if job.arm == "dex" else {})
 
     monkeypatch.setattr(dex, "measure", measure)
