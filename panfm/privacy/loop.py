@@ -30,7 +30,7 @@ from panfm.privacy.gradients import clipped_sum, patient_gradients
 from panfm.privacy.ledger import Permit
 from panfm.privacy.mechanisms import needs_saliency, planned
 from panfm.privacy.patients import PatientLoss, as_patients, chunks_of_equals
-from panfm.privacy.randomness import normal, poisson_sample, secret_generator
+from panfm.privacy.randomness import poisson_sample, secret_generator, with_noise
 from panfm.privacy.saliency import noisy_profile
 from panfm.privacy.trained import trained_parameters
 
@@ -88,8 +88,7 @@ def noisy_gradient(
     sample = poisson_sample(indices, private.sample_rate)
     total = sum_over(learner, store, sample, steps_taken, profile)
     scale, size = private.noise_multiplier * private.clip_norm, private.sample_rate * private.public_subjects
-    noised = {name: value + scale * normal(value.numel()).view_as(value) for name, value in total.items()}
-    return {name: (value / size).float() for name, value in noised.items()}
+    return {name: (with_noise(value, scale) / size).float() for name, value in total.items()}
 
 
 def sum_over(

@@ -1,11 +1,13 @@
 """Noise and samples that nobody can repeat: every bit comes from the operating system.
 
 A generator with a seed would do as well for the statistics, but who knows the seed can subtract the noise exactly.
-Each normal number is the sum of four over two, so that the rounding of one cannot be read off the result.
+What was noised is rounded to a grid, a million times finer than the noise and the same whatever was noised: which
+floating-point numbers a sum can reach would else tell something of what went into it. A mitigation, not a proof.
 
-Source: Holohan & Braghin 2021, "Secure Random Sampling in Differential Privacy".
+Source: Mironov 2012, "On Significance of the Least Significant Bits for Differential Privacy", for the rounding.
 """
 
+import math
 import os
 
 import numpy as np
@@ -15,6 +17,7 @@ from torch import Tensor
 
 _BITS = 52
 """A float64 holds (k + 1/2) / 2^52 exactly, so that a uniform number is never 0 or 1."""
+_GRID_BITS = 20
 _CHUNK = 1 << 20
 
 
@@ -35,8 +38,15 @@ def normal(size: int) -> Tensor:
     """
     values = torch.empty(size, dtype=torch.float64)
     for part in values.split(_CHUNK):
-        part.copy_(torch.special.ndtri(uniform(4 * len(part))).view(4, -1).sum(dim=0).mul_(0.5))
+        part.copy_(torch.special.ndtri(uniform(len(part))))
     return values
+
+
+def with_noise(value: Tensor, deviation: float) -> Tensor:
+    """A float64 tensor plus normal noise of a standard deviation, rounded to the grid."""
+    grid = 2.0 ** (math.floor(math.log2(deviation)) - _GRID_BITS)
+    noised = normal(value.numel()).mul_(deviation).view_as(value).add_(value)
+    return noised.div_(grid).round_().mul_(grid)
 
 
 def poisson_sample(indices: NDArray[np.int64], rate: float) -> NDArray[np.int64]:

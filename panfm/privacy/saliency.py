@@ -19,7 +19,7 @@ from panfm.objectives import Learner
 from panfm.objectives.loop import stream_saliency
 from panfm.privacy.mechanisms import SALIENCY_SENSITIVITY
 from panfm.privacy.patients import chunks_of_equals
-from panfm.privacy.randomness import normal
+from panfm.privacy.randomness import with_noise
 
 
 def noisy_profile(learner: Learner, store: ImageStore, indices: NDArray[np.int64]) -> Tensor:
@@ -28,8 +28,7 @@ def noisy_profile(learner: Learner, store: ImageStore, indices: NDArray[np.int64
     assert private is not None
     total = saliency_sum(learner, store, indices)
     deviation = private.statistics_noise * SALIENCY_SENSITIVITY
-    noised = total + deviation * normal(total.numel()).view_as(total)
-    shares, equal = noised.clamp_min(0.0) + deviation
+    shares, equal = with_noise(total, deviation).clamp_min(0.0) + deviation
     return (shares / equal).float().to(learner.device)
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from panfm.privacy import randomness
-from panfm.privacy.randomness import normal, poisson_sample, uniform
+from panfm.privacy.randomness import normal, poisson_sample, uniform, with_noise
 
 MILLION = 1_000_000
 
@@ -49,7 +49,7 @@ def test_bits_of_all_words_are_used(monkeypatch):
     real = randomness.os.urandom
     monkeypatch.setattr(randomness.os, "urandom", lambda size: asked.append(size) or real(size))
     normal(10)
-    assert asked == [4 * 8 * 10]
+    assert asked == [8 * 10]
     assert normal(0).shape == uniform(0).shape == (0,)
 
 
@@ -63,3 +63,13 @@ def test_a_poisson_sample_takes_each_with_the_rate():
     assert len(poisson_sample(np.arange(9), 1.0)) == 9
     sizes = {len(poisson_sample(np.arange(100), 0.5)) for _ in range(20)}
     assert len(sizes) > 1
+
+
+@pytest.mark.parametrize("deviation", [3.0, 0.01])
+def test_what_is_noised_lies_on_one_grid_whatever_it_was(deviation):
+    grid = 2.0 ** (np.floor(np.log2(deviation)) - 20)
+    for start in (0.0, 1 / 3):
+        found = with_noise(torch.full((1000, 200), start, dtype=torch.float64), deviation)
+        assert torch.equal(found, (found / grid).round() * grid)
+        assert (found - start).std().item() == pytest.approx(deviation, rel=0.01)
+        assert len(found.unique()) > 190_000 * 0.9
