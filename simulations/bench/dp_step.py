@@ -1,0 +1,152 @@
+"""What does a private step cost? One with clipped per-patient gradients and noise over a plain one.
+
+    dense   ViT of 12 blocks, 192 wide, 32 images of 196 tokens
+    dex     its MLPs are 8 experts of hidden width 2 x 192, 2 active, and a director; 16 images
+
+A step is teacher, masks, targets, forward, gradients, clipping, noise, optimiser and teacher's update; latent
+self-distillation without running statistics, random masks. The batch is the same in both: the sample rate is 1. The
+arms take turns in one process on one thread, and a ratio is the median over the turns, in CPU time. Memory is the
+growth of a fresh process's peak during three steps, in a process per arm (Linux).
+"""
+
+import multiprocessing
+import time
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+
+from panfm.config import RunConfig, parse_run
+from panfm.data.store import ImageStore
+from panfm.objectives import Learner
+from panfm.privacy.loop import noisy_gradient, step
+from panfm.seeds import numpy_generator
+from simulations.harness import StudyResult, check_writable
+
+_RUN = """
+name = "dp-step"
+organs = ["chest"]
+streams.chest-xray = { shape = [224, 224], patch = [16, 16] }
+objective.standardise = false
+masking.policy = "random"
+train.rounds = 1
+"""
+_PRIVACY = """
+[privacy]
+epsilon = 8.0
+delta = 1e-3
+public-subjects = 32
+noise-multiplier = 1.5
+sample-rate = 1.0
+"""
+_MODELS = {
+    "dense": '[model]\nsize = "tiny"\n',
+    "dex": '[model]\nsize = "tiny"\nbackbone = "director-experts"\nhidden-multiple = 2\n'
+    "[model.experts]\nbalance-weight = [0.0, 0.0]\n",
+}
+_BATCH = {"dense": 32, "dex": 16}
+_CHUNK = {"dense": 8, "dex": 4}
+
+
+def main(
+    json: Annotated[Path | None, typer.Option(help="Write the result here.")] = None,
+    turns: Annotated[int, typer.Option(min=1, help="Steps per arm, after one to warm up.")] = 7,
+) -> None:
+    """CPU seconds and memory of a private step over a plain one."""
+    torch.set_num_threads(1)
+    check_writable(json)
+    console = Console(soft_wrap=True, highlight=False)
+    result = StudyResult("dp-step", {"turns": turns, "batch": _BATCH, "chunk": _CHUNK, "models": _MODELS}, unit="s")
+    for kind in _MODELS:
+        seconds = measure(kind, turns)
+        for arm, values in seconds.items():
+            result.values[f"{kind}/step", arm] = values
+        result.ratios[kind] = float(np.median(np.asarray(seconds["private"]) / np.asarray(seconds["plain"])))
+        grown = {arm: peak_growth(kind, arm) for arm in ("plain", "private")}
+        result.ratios[f"{kind}_memory"] = grown["private"] / grown["plain"]
+        megabytes = " / ".join(f"{grown[arm] / 2**20:.0f}" for arm in ("private", "plain"))
+        console.print(
+            f"{kind}: time {result.ratios[kind]:.3f}, memory {result.ratios[f'{kind}_memory']:.3f} ({megabytes} MB)"
+        )
+    if json:
+        result.write(json)
+
+
+def measure(kind: str, turns: int) -> dict[str, list[float]]:
+    """CPU seconds of `turns` steps of either arm, in turn order."""
+    arms = {arm: _Arm(kind, private=arm == "private") for arm in ("plain", "private")}
+    seconds: dict[str, list[float]] = {arm: [] for arm in arms}
+    for turn in range(turns + 1):
+        for arm in sorted(arms, reverse=bool(turn % 2)):
+            taken = arms[arm].take_step()
+            if turn:
+                seconds[arm].append(taken)
+    return seconds
+
+
+class _Arm:
+    """One learner that takes steps on one batch."""
+
+    def __init__(self, kind: str, *, private: bool) -> None:
+        self.learner = Learner(_run(kind, private=private))
+        self.indices = np.arange(_BATCH[kind])
+        self.store = _random_store(self.learner.run, _BATCH[kind])
+        self.maps = self.learner.stem(self.store)
+
+    def take_step(self) -> float:
+        """CPU seconds of one step, without what a round does once at its end."""
+        ended: list[float] = []
+        begin = time.process_time()
+        if self.learner.run.privacy:
+            step(self.learner, noisy_gradient(self.learner, self.maps, self.indices, 0), 0.5)
+            return time.process_time() - begin
+        self.learner.train(
+            self.store,
+            self.indices,
+            first_step=0,
+            num_steps=1,
+            site="bench",
+            round_number=1,
+            on_step=lambda *_: ended.append(time.process_time()),
+        )
+        return ended[0] - begin
+
+
+def peak_growth(kind: str, arm: str) -> float:
+    """Bytes by which three steps raise the peak of a fresh process."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_peak_growth, (kind, arm))
+
+
+def _peak_growth(kind: str, arm: str) -> float:
+    torch.set_num_threads(1)
+    ready = _Arm(kind, private=arm == "private")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far, which a child inherits, is forgotten
+    before = _status_bytes("VmRSS")
+    for _ in range(3):
+        ready.take_step()
+    return _status_bytes("VmHWM") - before
+
+
+def _status_bytes(key: str) -> float:
+    """A number of /proc/self/status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
+
+
+def _run(kind: str, *, private: bool) -> RunConfig:
+    train = f"train.batch-size = {_BATCH[kind]}\n"
+    privacy = f"{_PRIVACY}chunk = {_CHUNK[kind]}\n" if private else ""
+    return parse_run(_RUN + train + _MODELS[kind] + privacy)
+
+
+def _random_store(run: RunConfig, num_subjects: int) -> ImageStore:
+    """Images of noise: the cost does not depend on what is in them."""
+    random = numpy_generator(run.seed, "dp-step")
+    [(name, stream)] = run.streams.items()
+    images = {name: random.random((num_subjects, stream.channels, *stream.shape), dtype=np.float32)}
+    subjects = tuple(str(index) for index in range(num_subjects))
+    return ImageStore(subjects, ("train",) * num_subjects, images, {name: np.arange(num_subjects)})
