@@ -181,7 +181,8 @@ def _result(learner: Learner, num_steps: int) -> TrainResult:
     private = learner.run.privacy
     assert private is not None
     names = learner.model.stream_names
-    expected = private.sample_rate * private.public_subjects * num_steps
+    most = min(private.public_subjects, learner.run.train.batch_size)  # what the server lets a site weigh
+    expected = min(private.sample_rate * private.public_subjects, most) * num_steps
     layers = learner.model.director_experts()
     return TrainResult(
         num_steps=num_steps,

@@ -9,6 +9,7 @@ from panfm.models import build_model
 from panfm.privacy.ledger import mechanisms_of
 from panfm.sharing.groups import GroupManifest
 from panfm.sharing.messages import Invitation, RoundTask
+from panfm.sharing.weights import weight_limits
 from panfm.site import Site
 from panfm.site.spending import Account
 
@@ -156,6 +157,19 @@ def test_private_experts_are_trained_by_the_private_step(site):
     site.train_round(_without_experts(task(extra=RANDOM + DEX)))
     [entry] = spent(site)[1:]
     assert [each.name for each in mechanisms_of(entry)] == ["gradients"]
+
+
+@pytest.mark.parametrize("rate", ["0.01", "1.0"])
+def test_the_server_accepts_the_weights_of_private_experts(site, rate):
+    """Whether a Poisson sample is smaller or larger than `train.batch-size`."""
+    privacy = PRIVACY.replace("sample-rate = 0.5", f"sample-rate = {rate}")
+    asked = _without_experts(task(extra=RANDOM + DEX, privacy=privacy))
+    reply, run = site.train_round(asked), parse_run(asked.run_toml)
+    manifest = GroupManifest.of({name: value.shape for name, value in build_model(run).state_dict().items()})
+    streams = dict.fromkeys(run.streams, 40)
+    for group, weights in reply.weights.items():
+        limits = weight_limits(run, manifest, group, subjects=40, subjects_per_stream=streams)
+        assert all(0.0 < weight <= limit for weight, limit in zip(weights, limits, strict=True))
 
 
 def _without_experts(asked: RoundTask) -> RoundTask:
