@@ -21,6 +21,7 @@ from typing import Any
 
 from simulations.engines.offline import go_offline
 
+os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # who forks must not have threads
 go_offline()
 
 from flwr.app import Context, Message  # noqa: E402
