@@ -16,6 +16,7 @@ from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord
 from flwr.serverapp import Grid
+from torch import Tensor
 
 from panfm.config import RunConfig, dump_toml
 from panfm.errors import RunError
@@ -45,7 +46,7 @@ def run_federation(grid: Grid, folder: RunFolder, progress: Progress, *, num_sit
         RunError: too few sites, one that does not fit, or a round without a quorum.
     """
     run = folder.shared_run
-    first, manifest = initial_state(run)
+    first, manifest = initial_state(run, folder.start())
     attendance = shake_hands(grid, run, manifest, num_sites=num_sites, on_site=progress.site)
     folder.save_sites(attendance)
     attendance.require(num_sites or run.federation.min_sites)
@@ -100,9 +101,13 @@ def _log_rejected(line: Mapping[str, Any]) -> None:
         logger.warning("round %s: %s left out: %s", line["round"], site, reason)
 
 
-def initial_state(run: RunConfig) -> tuple[ServerState, GroupManifest]:
-    """What is shared of the model before round 1, under a new run id, and the layout of its groups."""
-    shared, _ = split_state(run.sharing, build_model(run).state_dict())
+def initial_state(run: RunConfig, start: Mapping[str, Tensor] | None = None) -> tuple[ServerState, GroupManifest]:
+    """What is shared of the model before round 1, under a new run id, and the layout of its groups.
+
+    Args:
+        start: The shared parameters of a warm start.
+    """
+    shared = start or split_state(run.sharing, build_model(run).state_dict())[0]
     tensors = {name: tensor.numpy() for name, tensor in shared.items()}
     manifest = GroupManifest.of({name: tensor.shape for name, tensor in tensors.items()})
     return ServerState(f"{run.name[:48]}-{secrets.token_hex(4)}", 0, manifest.pack_all(tensors)), manifest

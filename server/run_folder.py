@@ -1,6 +1,7 @@
 """Everything one run leaves on disk.
 
 run.toml           the resolved description
+start.safetensors  the weights that it starts from, where it is a warm start
 sites.json         handshakes, coverage, and who cannot take part
 rounds.jsonl       one line per round
 checkpoint/        the server's state after the last rounds
@@ -14,15 +15,19 @@ from pathlib import Path
 from typing import Any, Self
 
 import safetensors.numpy
+from torch import Tensor
 
 from panfm import __version__
-from panfm.config import RunConfig, dump_toml, load_run
+from panfm.config import RunConfig, as_told, dump_toml, load_run
 from panfm.config.privacy import claim
-from panfm.errors import RunError
+from panfm.errors import DataError, RunError
 from panfm.files import json_text, write_atomic
+from panfm.models.warm import read_start, start_state
 from panfm.sharing.groups import GroupManifest
 from server.checkpoint import ServerState, load_latest, save_state
 from server.handshake import Attendance
+
+_START = "start.safetensors"
 
 
 class RunFolder:
@@ -34,15 +39,23 @@ class RunFolder:
 
     @property
     def shared_run(self) -> RunConfig:
-        """The description without its cohort, which is nobody else's business and may name folders of this machine."""
-        return self.run.model_copy(update={"cohort": None})
+        """The description as sites are told of it."""
+        return as_told(self.run)
 
     @classmethod
     def create(cls, path: Path, run: RunConfig) -> Self:
-        """Start a new run. Raises RunError if the folder holds one already, or cannot be written to."""
+        """Start a new run.
+
+        Raises:
+            RunError: the folder holds one already, or cannot be written to.
+            ConfigError, DataError: the model that the run starts from does not fit.
+        """
+        weights = read_start(run) if run.start else None
         try:
             if (path / "checkpoint").exists():
                 raise RunError(f"{path}: holds a run already; resume it or choose another folder")
+            if weights is not None:
+                write_atomic(path / _START, weights)
             write_atomic(path / "run.toml", dump_toml(run).encode())
             (path / "rounds.jsonl").write_bytes(b"")
         except OSError as error:
@@ -59,6 +72,18 @@ class RunFolder:
         kept = [line + "\n" for line in lines if _is_whole(line) and json.loads(line)["round"] <= done]
         write_atomic(rounds, "".join(kept).encode())
         return folder
+
+    def start(self) -> dict[str, Tensor] | None:
+        """The shared parameters that the run starts from, by name; None without a warm start. Raises DataError if they
+        are not those of the description."""
+        if self.run.start is None:
+            return None
+        path = self.path / _START
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror}), expected the weights of the start") from error
+        return start_state(self.run, content)
 
     def latest_state(self) -> ServerState | None:
         """The last checkpoint, if there is one."""
@@ -106,6 +131,7 @@ class RunFolder:
                 "streams": {name: stream.model_dump(mode="json") for name, stream in self.run.streams.items()},
                 "parameters": {group: manifest.size(group) for group in manifest.groups},
                 "privacy": claim(self.run) or "none",
+                "start": self.run.start and self.run.start.sha256,
                 "panfm": __version__,
                 "intended-use": "research; not a medical device",
             },

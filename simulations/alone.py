@@ -3,7 +3,9 @@
 The same Learner, loop, seeds and schedule as in a federation, without messages in between.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
 
 from panfm.config import RunConfig
 from panfm.data.store import ImageStore
@@ -12,17 +14,26 @@ from panfm.objectives import Learner
 
 
 def train_alone(
-    run: RunConfig, store: ImageStore, name: str, *, on_round: Callable[[int], None] = lambda _: None
+    run: RunConfig,
+    store: ImageStore,
+    name: str,
+    *,
+    start: Mapping[str, Tensor] | None = None,
+    on_round: Callable[[int], None] = lambda _: None,
 ) -> PanModel:
     """Train on one store for as many rounds and local steps as a site of the federation takes.
 
     Args:
         name: Stands for the site in the seeds.
+        start: Shared parameters of a warm start.
         on_round: Called with the number of rounds done.
     Returns:
         The model, over the store's streams only.
     """
     learner = Learner(run, [stream for stream in run.streams if stream in store.images])
+    if start:
+        learner.load_shared({name: start[name] for name in learner.shared_state()})
+        learner.reset_private()
     for done in range(run.train.rounds):
         learner.train(
             store,

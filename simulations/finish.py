@@ -1,7 +1,8 @@
 """After the last round: what the federation was worth, beside what each site reaches alone.
 
-Every site trains once more by itself, with the same number of local steps; then all frozen models are probed on the
-same held-out subjects, and tables and report are written.
+Every site trains once more by itself, with the same start and number of local steps, and without noise in a private
+run, since nothing leaves; then all frozen models are probed on the same held-out subjects, and tables and report are
+written.
 """
 
 from dataclasses import dataclass
@@ -15,7 +16,9 @@ from panfm.data.cache import open_store
 from panfm.errors import DataError
 from panfm.evaluate import LabelledStore, ProbeResult, Task, evaluate_cohort, load_model, read_label_info, write_result
 from panfm.models import PanModel, build_model
+from panfm.models.start import load_with_fresh_private
 from panfm.report import print_tables, read_run, write_report
+from server.run_folder import RunFolder
 from simulations.alone import train_alone
 from simulations.harness import run_jobs
 
@@ -26,6 +29,7 @@ class AloneJob:
 
     run_toml: str
     folder: Path
+    run_dir: Path
 
     def __str__(self) -> str:
         return f"{self.folder.name} alone"
@@ -33,8 +37,9 @@ class AloneJob:
 
 def train_site_alone(job: AloneJob) -> PanModel:
     """The model that a site reaches without the others."""
-    run = parse_run(job.run_toml)
-    return train_alone(run, open_store(job.folder, run.streams), load_site(job.folder).name)
+    run = parse_run(job.run_toml).model_copy(update={"privacy": None})
+    start = RunFolder(job.run_dir, run).start()
+    return train_alone(run, open_store(job.folder, run.streams), load_site(job.folder).name, start=start)
 
 
 def finish(run: RunConfig, cohort: Path, run_dir: Path, console: Console) -> None:
@@ -51,13 +56,16 @@ def finish(run: RunConfig, cohort: Path, run_dir: Path, console: Console) -> Non
 
 
 def probe_run(run: RunConfig, cohort: Path, run_dir: Path, console: Console) -> ProbeResult:
-    """Probe `federated`, `site:<name>` alone, `untrained`, and the references."""
+    """Probe `federated`, `site:<name>` alone, `untrained`, `start` in a warm start, and the references."""
     folders = site_folders(cohort / "sites")
     console.print(f"training each of {len(folders)} sites alone, for comparison")
-    alone = run_jobs(train_site_alone, [AloneJob(dump_toml(run), folder) for folder in folders])
+    alone = run_jobs(train_site_alone, [AloneJob(dump_toml(run), folder, run_dir) for folder in folders])
     models = {"federated": load_model(run_dir / "model")[0]}
     models |= {f"site:{load_site(folder).name}": model for folder, model in zip(folders, alone, strict=True)}
     models["untrained"] = build_model(run)
+    if start := RunFolder(run_dir, run).start():
+        models["start"] = build_model(run)
+        load_with_fresh_private(models["start"], run.sharing, start, models["start"].state_dict())
     places = [LabelledStore.open(folder, run.streams) for folder in folders]
     info = read_label_info(cohort)
     if not info:

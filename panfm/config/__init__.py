@@ -1,6 +1,15 @@
 """Strict descriptions of a run and of a site: TOML in, one-line complaints out."""
 
-from panfm.config.load import config_hash, dump_toml, experiment_hash, load_run, load_site, parse_run, parse_site
+from panfm.config.load import (
+    as_told,
+    config_hash,
+    dump_toml,
+    experiment_hash,
+    load_run,
+    load_site,
+    parse_run,
+    parse_site,
+)
 from panfm.config.run import RunConfig, StreamConfig
 from panfm.config.site import Releasable, SiteConfig, site_folders, site_path
 
@@ -9,6 +18,7 @@ __all__ = [
     "RunConfig",
     "SiteConfig",
     "StreamConfig",
+    "as_told",
     "config_hash",
     "dump_toml",
     "experiment_hash",

@@ -28,9 +28,10 @@ def load_run(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
     """Read a run description and apply `key.sub-key=value` overrides.
 
     Raises:
-        ConfigError: the file is absent or not TOML, a key is unknown, or a value is out of range.
+        ConfigError: the file is absent or not TOML, a key is unknown, a value is out of range, or a model to start from
+            cannot be read.
     """
-    return _validate(RunConfig, _override(_read(path), overrides), str(path))
+    return _with_start_hash(_validate(RunConfig, _override(_read(path), overrides), str(path)))
 
 
 def load_site(folder: Path) -> SiteConfig:
@@ -58,9 +59,29 @@ def config_hash(config: Config) -> str:
     return hashlib.sha256(dump_toml(config).encode()).hexdigest()
 
 
+def as_told(run: RunConfig) -> RunConfig:
+    """A run as sites are told of it: without its cohort and the place of its start, which are a matter of one machine
+    and may name its folders."""
+    start = run.start and run.start.model_copy(update={"model": None})
+    return run.model_copy(update={"cohort": None, "start": start})
+
+
 def experiment_hash(run: RunConfig) -> str:
-    """Hash of a run as sites are told of it: without its cohort, which is a matter of the machine that simulates."""
-    return config_hash(run.model_copy(update={"cohort": None}))
+    """Hash of a run as sites are told of it."""
+    return config_hash(as_told(run))
+
+
+def _with_start_hash(run: RunConfig) -> RunConfig:
+    if run.start is None or run.start.model is None or run.start.sha256 is not None:
+        return run
+    path = Path(run.start.model) / "model.safetensors"
+    try:
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise ConfigError(
+            f"start.model: {path} cannot be read ({error.strerror}), expected a model's weights"
+        ) from error
+    return run.model_copy(update={"start": run.start.model_copy(update={"sha256": found})})
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from panfm.config._base import BelowOne, Config, Fraction, Name, NonNegativeFloa
 from panfm.config.cohort import CohortConfig, StreamCohortConfig
 from panfm.config.privacy import PrivacyConfig, broken_guarantees
 from panfm.config.sharing import SharingConfig
+from panfm.config.start import StartConfig
 
 
 class StreamConfig(Config):
@@ -249,6 +250,8 @@ class RunConfig(Config):
     probe: ProbeConfig = ProbeConfig()
     privacy: PrivacyConfig | None = None
     """Differential privacy; off when left out."""
+    start: StartConfig | None = None
+    """A trained model to start from; parameters are drawn by `seed` when left out."""
 
     @model_validator(mode="after")
     def _streams_are_known(self) -> Self:

@@ -68,6 +68,22 @@ def test_the_sum_equals_a_loop_over_patients(make_private, every_subset, fixed_m
     assert difference <= 1e-6 * max(norm(expected.values()), clip)
 
 
+@pytest.mark.parametrize("backbone", ["dense", "dex"])
+@pytest.mark.parametrize("trained", ["vectors", "last-block"])
+def test_the_sum_over_a_part_of_the_parameters_is_clipped_by_that_part(
+    make_private, every_subset, fixed_masks, trained, backbone
+):
+    run = make_private(backbone=backbone, clip=0.05, more=f'trained = "{trained}"')
+    learner = Learner(run)
+    moved_teacher(learner)
+    store = learner.stem(every_subset(run, 1))
+    found = sum_over(learner, store, np.arange(7), 0)
+    expected = one_at_a_time(learner, store, range(7), fixed_masks, 0.05)
+    assert found.keys() == expected.keys() < dict(learner.model.named_parameters()).keys()
+    assert norm([found[name] - value for name, value in expected.items()]) <= 1e-6 * norm(expected.values())
+    assert norm(sum_over(learner, store, np.arange(1), 0).values()) == pytest.approx(0.05, rel=1e-5)
+
+
 @pytest.mark.parametrize(("objective", "backbone"), KINDS)
 def test_one_patient_more_or_less_moves_the_sum_by_at_most_the_clip_norm(
     make_private, every_subset, fixed_masks, objective, backbone

@@ -1,0 +1,74 @@
+"""Warm start: what a run shares, taken from a model that was trained before.
+
+The file of weights is the description's by its hash; streams, model and every parameter must be the run's own, since a
+model that fits by chance (another voxel size, another order of channels) would train on without a word.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from panfm.config import RunConfig, load_run
+from panfm.errors import DataError
+from panfm.models.pan import build_model
+from panfm.sharing.groups import split_state
+
+
+def read_start(run: RunConfig) -> bytes:
+    """The weights file that `run.start.model` names, checked.
+
+    Raises:
+        ConfigError: the folder's `run.toml` is absent or does not hold.
+        DataError: the weights are absent, or do not fit the run.
+    """
+    assert run.start is not None
+    if run.start.model is None:
+        raise DataError("start.model: missing, expected the folder of the model that start.sha256 tells of")
+    folder = Path(run.start.model)
+    before = load_run(folder / "run.toml")
+    if differing := [name for name, stream in run.streams.items() if before.streams.get(name) != stream]:
+        raise DataError(f"start.model: {folder} was trained on another {differing[0]}, expected the run's streams")
+    if before.model != run.model:
+        raise DataError(f"start.model: {folder} has another [model], expected the run's")
+    try:
+        content = (folder / "model.safetensors").read_bytes()
+    except OSError as error:
+        raise DataError(f"start.model: {folder}/model.safetensors cannot be read ({error.strerror})") from error
+    start_state(run, content)
+    return content
+
+
+def start_state(run: RunConfig, content: bytes) -> dict[str, Tensor]:
+    """The shared parameters in a weights file, by name.
+
+    Raises:
+        DataError: it is not the file that the run's description tells of, or not what the run shares.
+    """
+    assert run.start is not None
+    found = hashlib.sha256(content).hexdigest()
+    if found != run.start.sha256:
+        raise DataError(f"start.sha256: the weights have {found}, expected {run.start.sha256}")
+    try:
+        state = safetensors.torch.load(content)
+    except (ValueError, SafetensorError) as error:
+        raise DataError("start.model: expected weights as a run exports them") from error
+    _check_fit(state, split_state(run.sharing, build_model(run).state_dict())[0])
+    return state
+
+
+def _check_fit(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Raises DataError at the first parameter that is missing, too many, of another shape, or not finite float32."""
+    for name in sorted(found.keys() | expected.keys()):
+        if name not in found:
+            raise DataError(f"start.model: holds no {name}, which this run shares")
+        if name not in expected:
+            raise DataError(f"start.model: holds {name}, which this run does not share")
+        value, shape = found[name], list(expected[name].shape)
+        if list(value.shape) != shape or value.dtype != expected[name].dtype:
+            raise DataError(f"start.model: {name} is {value.dtype} {list(value.shape)}, expected float32 {shape}")
+        if not bool(value.isfinite().all()):
+            raise DataError(f"start.model: {name} holds NaN or inf, expected finite numbers")
