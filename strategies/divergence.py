@@ -35,17 +35,19 @@ class DivergenceMean:
         segments = tuple((length, index) for index, (length, _) in enumerate(layers))
         self._mean = ExactMean(segments, weight_limit=weight_limit)
 
-    def check(self, update: Flat, weights: Weights) -> None:
-        """Raises ProtocolError if `add` would; changes nothing."""
+    def check(self, update: Flat, weights: Weights) -> float:
+        """As `ExactMean.check`."""
         if len(weights) != (expected := 1 + max(self._whose, default=0)):
             raise ProtocolError(f"{len(weights)} weights, expected {expected}")
-        self._mean.check(update, tuple(weights[which] for which in self._whose))
+        return self._mean.check(update, tuple(weights[which] for which in self._whose))
 
-    def add(self, update: Flat, weights: Weights) -> None:
-        """Add one site's contribution. Raises ProtocolError as `check` does."""
-        self.check(update, weights)
+    def add(self, update: Flat, weights: Weights, *, checked: bool = False) -> None:
+        """As `ExactMean.add`."""
+        if not checked:
+            self.check(update, weights)
         turned = map(_cosine, np.split(self._start, self._edges), np.split(self._start + update, self._edges))
-        self._mean.add(update, tuple(weights[which] * cos for which, cos in zip(self._whose, turned, strict=True)))
+        turned_weights = tuple(weights[which] * cos for which, cos in zip(self._whose, turned, strict=True))
+        self._mean.add(update, turned_weights, checked=True)
 
     def mean(self) -> Flat | None:
         """As `ExactMean.mean`."""

@@ -94,7 +94,7 @@ class GroupedMean(Strategy):
         limit = self.run.sharing.guards.direction
         for _, reply in self._agreeing(good, limit) if limit else good:
             for group, update in reply.updates.items():
-                means[group].add(update, reply.weights[group])
+                means[group].add(update, reply.weights[group], checked=True)
             del reply  # before the next one comes
         moved = {group: self._moved(group, means.pop(group).mean()) for group in self.manifest.groups}
         accepted = self.outcome.accepted
@@ -123,8 +123,8 @@ class GroupedMean(Strategy):
             handshake = self.asked[message.metadata.src_node_id]
             try:
                 reply = self._read(message, handshake)
-                check_reply(reply, handshake, means, self._limits(handshake), of=of)
-                norms = check_norms(self.run, reply, self.memory.norms)
+                norms = check_reply(reply, handshake, means, self._limits(handshake), of=of)
+                norms = check_norms(self.run, reply, norms, self.memory.norms)
             except ProtocolError as error:
                 self.outcome.rejected[handshake.site] = str(error)
                 continue

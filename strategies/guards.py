@@ -15,13 +15,15 @@ def check_reply(
     limits: Mapping[str, Weights],
     *,
     of: tuple[str, int],
-) -> None:
+) -> dict[str, float]:
     """Refuse a reply that is stale, incomplete, malformed, or out of bounds.
 
     Args:
         means: Group -> the mean it would enter.
         limits: Group -> the most the site may weigh in it.
         of: Run id and round that are being answered.
+    Returns:
+        Group -> L2 norm of its update.
     Raises:
         ProtocolError: the reason, on one line.
     """
@@ -35,14 +37,16 @@ def check_reply(
     if not any(map(any, reply.weights.values())):
         raise ProtocolError("all local steps were skipped: in none were loss and gradient finite")
     _check_saliency(reply, handshake)
+    norms = {}
     for group, update in reply.updates.items():
         for weight, limit in zip(reply.weights[group], limits[group], strict=False):
             if not 0.0 <= weight <= limit:
                 raise ProtocolError(f"{group}: weight {weight:g}, expected 0 to {limit:g} by the site's handshake")
         try:
-            means[group].check(update, reply.weights[group])
+            norms[group] = means[group].check(update, reply.weights[group])
         except ProtocolError as error:
             raise ProtocolError(f"{group}: {error}") from error
+    return norms
 
 
 def _check_saliency(reply: RoundReply, handshake: Handshake) -> None:

@@ -18,11 +18,11 @@ class GroupMean(Protocol):
         order: any permutation of the same contributions gives the same bits.
     """
 
-    def check(self, update: Flat, weights: Weights) -> None:
-        """Raises ProtocolError if `add` would; changes nothing."""
+    def check(self, update: Flat, weights: Weights) -> float:
+        """L2 norm of an update that may be added; changes nothing. Raises ProtocolError as `add` does."""
 
-    def add(self, update: Flat, weights: Weights) -> None:
-        """Add one site's contribution."""
+    def add(self, update: Flat, weights: Weights, *, checked: bool = False) -> None:
+        """Add one site's contribution; `checked`: that `check` has let pass just now."""
 
     def mean(self) -> Flat | None:
         """float32; None if nobody contributed any weight. Experts to which nobody did are -0.0."""

@@ -6,33 +6,24 @@
 A norm says nothing of direction: a sign-flipped update passes (see direction.py).
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from statistics import median
 
-import numpy as np
-
 from panfm.config import RunConfig
 from panfm.errors import ProtocolError
-from panfm.sharing.groups import Flat
 from panfm.sharing.messages import RoundReply
 from strategies.memory import Norms
 
 _ROUNDS = 10
-_CHUNK = 1 << 14
 
 
-def norm(update: Flat) -> float:
-    """L2 norm: float32 products, summed in float64 chunk by chunk."""
-    chunks = (update[start : start + _CHUNK] for start in range(0, len(update), _CHUNK))
-    return float(np.sqrt(sum(float(np.dot(chunk, chunk)) for chunk in chunks)))
-
-
-def check_norms(run: RunConfig, reply: RoundReply, past: Norms) -> dict[str, float]:
-    """Norm of the update of each group that a site trained. Raises ProtocolError if one is too long."""
-    norms = {group: norm(update) for group, update in reply.updates.items() if any(reply.weights[group])}
-    for group, found in norms.items():
+def check_norms(run: RunConfig, reply: RoundReply, norms: Mapping[str, float], past: Norms) -> dict[str, float]:
+    """Norms of the updates of those groups that a site trained. Raises ProtocolError if one is too long."""
+    trained = {group: found for group, found in norms.items() if any(reply.weights[group])}
+    for group, found in trained.items():
         check_norm(run, group, found, len(reply.updates[group]), past)
-    return norms
+    return trained
 
 
 def check_norm(run: RunConfig, group: str, found: float, size: int, past: Norms) -> None:
@@ -45,7 +36,7 @@ def check_norm(run: RunConfig, group: str, found: float, size: int, past: Norms)
     Raises:
         ProtocolError: the norm, and what it is at most.
     """
-    scale = run.train.learning_rate * run.train.local_steps * float(np.sqrt(size))
+    scale = run.train.learning_rate * run.train.local_steps * math.sqrt(size)
     limits = [("norm-limit", run.sharing.norm_limit_of(group) * scale)]
     if usual := median(past.get(group, (0.0,))):
         limits.append(("norm-ratio", run.sharing.guards.norm_ratio * usual))

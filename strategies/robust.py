@@ -51,13 +51,14 @@ class HeldMean:
         self._bounds = ExactMean(segments, weight_limit=weight_limit)
         self._held: list[tuple[Weights, bytes, Flat]] = []
 
-    def check(self, update: Flat, weights: Weights) -> None:
-        """Raises ProtocolError if `add` would; changes nothing."""
-        self._bounds.check(update, weights)
+    def check(self, update: Flat, weights: Weights) -> float:
+        """As `ExactMean.check`."""
+        return self._bounds.check(update, weights)
 
-    def add(self, update: Flat, weights: Weights) -> None:
-        """Keep one site's contribution. Raises ProtocolError as `check` does."""
-        self.check(update, weights)
+    def add(self, update: Flat, weights: Weights, *, checked: bool = False) -> None:
+        """Keep one site's contribution, as `ExactMean.add` says."""
+        if not checked:
+            self.check(update, weights)
         self._held.append((weights, hashlib.sha256(update.data).digest(), update))
 
     def mean(self) -> Flat | None:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from panfm.errors import ProtocolError
 from panfm.sharing import mean as module
-from panfm.sharing.mean import ExactMean
+from panfm.sharing.mean import ExactMean, norm
 
 
 def exact(updates: list[np.ndarray], weights: list[float]) -> list[Fraction]:
@@ -53,7 +53,7 @@ def test_bound(entries):
     updates = [np.array(values, np.float32) for values, _ in entries]
     weights = [float(weight) for _, weight in entries]
     limit = sum(weights)
-    scale = Fraction(2) ** (52 - int(np.ceil(np.log2(limit))) - 6)
+    scale = Fraction(2) ** (51 - int(np.ceil(np.log2(limit))) - 6)
     tiny = Fraction(1, 2**149)
     for found, wanted in zip(mean_of(updates, weights), exact(updates, weights), strict=True):
         allowed = len(entries) / (2 * scale) / Fraction(limit) + abs(wanted) / 2**23 + tiny
@@ -220,3 +220,26 @@ def test_every_weight_is_checked_and_none_is_added_alone():
         with pytest.raises(ProtocolError, match=why):
             mean.add(np.ones(2, np.float32), weights)
     assert mean.total_weights == (4.0, 6.0)
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 1 << 14, (1 << 15) + 3, (1 << 20) + 5])
+def test_norm(size):
+    update = np.random.default_rng(0).normal(size=size).astype(np.float32)
+    assert norm(update) == pytest.approx(np.linalg.norm(update.astype(float)), rel=1e-6)
+    mean = ExactMean(((size, 0),), weight_limit=1)
+    assert mean.check(update, (1.0,)) == norm(update)
+
+
+@pytest.mark.parametrize("many", [1, 2, 3, 1000])
+def test_the_constant_comes_off_however_many_sites_there_are(many):
+    """Sums pass 2^64 on the way: each contribution brings 1.5 x 2^52 and its binade's exponent."""
+    update = np.array([64, -64, 2**-30, -(2**-30), 0], np.float32)
+    assert mean_of([update] * many, [1.0] * many, limit=1024.0).tolist() == update.tolist()
+
+
+def test_a_tie_is_rounded_by_the_contribution_alone():
+    """Half-way numbers, with sums that are odd and even when they come: both ways round, the same bits."""
+    half = 2.0 ** -(51 - 2 - 6) / 2  # weight limit 4
+    updates = [np.array([count * half], np.float32) for count in (1, 3, 5, 7)]
+    found = {mean_of([updates[index] for index in order], [1.0] * 4, 4.0).tobytes() for order in permutations(range(4))}
+    assert len(found) == 1
