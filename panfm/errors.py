@@ -43,3 +43,9 @@ class BudgetError(PanfmError):
 
 class RunError(PanfmError):
     """A run ended without doing what was asked."""
+
+
+def one_line(text: str, limit: int = 300) -> str:
+    """What somebody else wrote, as one line that is safe to print: printable characters only, cut at `limit`."""
+    line = "".join(each if each.isprintable() else "?" for each in " ".join(text.split()))
+    return line if len(line) <= limit else f"{line[: limit - 3]}..."

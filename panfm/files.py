@@ -1,11 +1,13 @@
-"""Files that are either whole or absent: atomic writes, and a checksum where a silent change would do harm; JSON."""
+"""Files that are either whole or absent: atomic writes, checksums where a silent change would do harm; JSON; locks."""
 
+import fcntl
 import hashlib
 import json
 import math
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 from panfm.errors import DataError
 
 _DIGEST_BYTES = 64
+_LOCK_POLL_S = 0.1
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -61,6 +64,38 @@ def new_folder(folder: Path) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         raise DataError(f"{folder}: cannot be made ({error})") from error
+
+
+@contextmanager
+def locked(path: Path, *, wait_s: float) -> Iterator[None]:
+    """Hold a lock file; it is free again when the block ends, or the process and all it has forked.
+
+    Raises:
+        BlockingIOError: another process holds it, for longer than `wait_s`.
+    """
+    deadline = time.monotonic() + wait_s
+    with path.open("ab") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(_LOCK_POLL_S)
+        yield
+
+
+def is_locked(path: Path) -> bool:
+    """Whether somebody holds the lock file now."""
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def write_checked(path: Path, content: bytes) -> str:

@@ -11,6 +11,7 @@ from panfm.errors import ConfigError
 from server.progress import Progress
 from server.rounds import run_federation
 from server.run_folder import RunFolder
+from server.tracking import refresh_page
 
 _ROOT = Path(__file__).resolve().parents[1]
 
@@ -23,7 +24,12 @@ def main(grid: Grid, context: Context) -> None:
     words = {key: str(value) for key, value in context.run_config.items()}
     sites = words.get("sites", "")
     num_sites = len(site_folders(Path(sites))) if sites else None
-    run_federation(grid, open_folder(words), Progress(), num_sites=num_sites)
+    folder = open_folder(words)
+    try:
+        with folder.at_work():
+            run_federation(grid, folder, Progress(), num_sites=num_sites)
+    finally:
+        refresh_page(folder.path)
 
 
 def open_folder(words: dict[str, str]) -> RunFolder:

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator
 from flwr.app import Message
 from flwr.serverapp import Grid
 
+from panfm.errors import one_line
+
 _MAX_PAUSE_S = 2.0
 _PAUSE_SHARE = 0.05
 """Between looks we wait this share of the time already waited: at most 5 % late, few requests."""
@@ -58,7 +60,7 @@ class Exchange:
                 node_id = self._waiting.pop(message_id)
                 self.seconds[node_id] = self._elapsed()
                 if reply.has_error():
-                    self.failed[node_id] = reply.error.reason or f"error {reply.error.code}"
+                    self.failed[node_id] = one_line(reply.error.reason or f"error {reply.error.code}")
                 else:
                     yield reply
 

@@ -6,6 +6,7 @@ from typing import Any
 from rich.console import Console
 
 from panfm.config import RunConfig
+from panfm.errors import one_line
 from panfm.sharing.messages import Handshake
 
 
@@ -23,7 +24,7 @@ class Progress:
     def absent(self, reasons: Iterable[str]) -> None:
         """These cannot take part; the run goes on without them."""
         for reason in reasons:
-            self._console.print(f"left out: {reason}", style="yellow", markup=False)
+            self._note(f"left out: {reason}")
 
     def round(self, run: RunConfig, line: Mapping[str, Any]) -> None:
         """How a round went."""
@@ -31,7 +32,18 @@ class Progress:
         megabytes = sum(line["bytes_up"].values()) / 1e6
         self._console.print(
             f"round {line['round']}/{run.train.rounds}  loss {loss}  {len(line['sites'])} sites"
-            f"  {line['seconds']:.1f} s  {megabytes:.1f} MB up"
+            f"  {line['seconds']:.1f} s  {megabytes:.1f} MB up{_epsilon(line)}"
         )
         for site, reason in line["rejected"].items():
-            self._console.print(f"round {line['round']}: {site} left out: {reason}", style="yellow", markup=False)
+            self._note(f"round {line['round']}: {site} left out: {reason}")
+        for site, reason in line.get("away", {}).items():
+            self._note(f"round {line['round']}: {site} {reason}")
+
+    def _note(self, words: str) -> None:
+        self._console.print(one_line(words), style="yellow", markup=False)
+
+
+def _epsilon(line: Mapping[str, Any]) -> str:
+    """The largest planned cost of a site so far, in a private run."""
+    costs = [cost for cost in line.get("epsilon", {}).values() if cost is not None]
+    return f"  epsilon {max(costs):.3f}" if costs else ""

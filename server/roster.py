@@ -2,8 +2,10 @@
 
 Before each round the nodes that are online are looked at. A new one is invited; it takes part from the first round that
 begins after its handshake has come and fits, and nobody waits for it. A site that is offline is not asked. One that
-is online but let the deadline pass is asked again in the next round; from the second time in a row it rests for one
-round, then three, then seven, so that a site that hangs does not cost every round its deadline.
+is online but lets the deadline pass twice in a row is silent: a worker that hangs, or a SuperNode that waits for good
+for a reply that its ClientApp never gave (it looks online all the same). It is invited anew, and asked again only once
+it has answered, and has rested for one round, then three, then seven: a site that answers but is always late does not
+cost every round its deadline, one that never answers costs two of them.
 """
 
 import logging
@@ -14,12 +16,15 @@ from typing import Any
 from flwr.serverapp import Grid
 
 from panfm.config import RunConfig
+from panfm.errors import one_line
 from panfm.sharing.groups import GroupManifest
 from panfm.sharing.messages import Handshake
 from server.exchange import Exchange
 from server.handshake import Attendance, invite, read_handshake
 
 logger = logging.getLogger(__name__)
+_SILENT_AFTER = 2
+"""Deadlines in a row."""
 _LONGEST_REST = 7
 _POLL_S = 0.2
 
@@ -38,15 +43,19 @@ class Roster:
         self._unheard: set[int] = set()
         """Invited, but with no answer, or an error: invited again before the next round."""
         self._absent: set[int] = set()
-        self._late: dict[str, int] = {}
+        self._refused: dict[int, str] = {}
+        """Node id -> why it cannot join."""
+        self._missed: dict[str, list[int]] = {}
         """Site -> rounds in a row in which it let the deadline pass."""
+        self._silent: set[int] = set()
+        """Node ids of sites that must answer an invitation before they are asked again."""
         self._rests_until: dict[str, int] = {}
 
     def gather(self, round_number: int) -> dict[int, Handshake]:
-        """The sites to ask in a round: fit, online, not resting.
+        """The sites to ask in a round: fit, online, not silent, not resting.
 
-        Waits, up to `federation.join-timeout-s`, until there are `federation.min-sites`; sites that rest are asked
-        before that.
+        Waits, up to `federation.join-timeout-s`, until there are `federation.min-sites`; sites that are silent or rest
+        are asked before that.
         """
         start = time.monotonic()
         self._invited -= self._unheard
@@ -58,19 +67,49 @@ class Roster:
             if time.monotonic() - start > self._run.federation.join_timeout_s:
                 return present
             time.sleep(_POLL_S)
-        awake = {n: known for n, known in present.items() if self._rests_until.get(known.site, 0) < round_number}
+        awake = {node_id: known for node_id, known in present.items() if not self._why_spared(node_id, round_number)}
         return awake if len(awake) >= self._run.federation.min_sites else present
 
     def note(self, line: Mapping[str, Any]) -> None:
         """Remember who was late in a round, from its line of rounds.jsonl."""
+        nodes = {known.site: node_id for node_id, known in self.attendance.roster.items()}
         for site in line["asked"]:
-            times = self._late[site] = self._late.get(site, 0) + 1 if site in line["late"] else 0
-            self._rests_until[site] = line["round"] + (min(2 ** (times - 1) - 1, _LONGEST_REST) if times else 0)
+            missed = self._missed[site] = [*self._missed.get(site, ()), line["round"]] if site in line["late"] else []
+            if len(missed) < _SILENT_AFTER:
+                self._rests_until[site] = 0
+                self._silent.discard(nodes[site])
+                continue
+            self._rests_until[site] = line["round"] + min(2 ** (len(missed) - 1) - 1, _LONGEST_REST)
+            self._silent.add(nodes[site])
+            self._invited.discard(nodes[site])
+            logger.warning("round %s: %s is online but %s", line["round"], site, self._why_silent(site))
+
+    def away(self, round_number: int, asked: Collection[str]) -> dict[str, str]:
+        """Site, or node that gave no site's name -> why it was not asked in a round."""
+        roster = self.attendance.roster
+        found = {known.site: self._why_spared(node_id, round_number) for node_id, known in roster.items()}
+        found |= {roster[node_id].site: "offline" for node_id in self._absent if node_id in roster}
+        found |= {f"node {node_id}": f"cannot join: {reason}" for node_id, reason in self._refused.items()}
+        return {site: reason for site, reason in sorted(found.items()) if reason and site not in asked}
+
+    def _why_spared(self, node_id: int, round_number: int) -> str:
+        """Why a site that is online is not asked; empty if it is."""
+        site = self.attendance.roster[node_id].site
+        if node_id in self._silent:
+            return self._why_silent(site)
+        if self._rests_until.get(site, 0) >= round_number:
+            return f"answers again, rests until round {self._rests_until[site]}"
+        return ""
+
+    def _why_silent(self, site: str) -> str:
+        rounds = ", ".join(map(str, self._missed[site][-3:]))
+        return f"silent: no reply by the deadline of rounds {rounds}; not asked until it answers an invitation"
 
     def _present(self, round_number: int) -> dict[int, Handshake]:
         online = set(self._grid.get_node_ids())
         self._invited &= online
-        if strangers := sorted(online - self._invited - set(self.attendance.roster)):
+        self._refused = {node_id: reason for node_id, reason in self._refused.items() if node_id in online}
+        if strangers := sorted(online - self._invited - (set(self.attendance.roster) - self._silent)):
             self._invited |= set(strangers)
             self._invitations.append(invite(self._grid, self._run, strangers))
         self._hear(online)
@@ -85,22 +124,32 @@ class Roster:
     def _hear(self, online: Collection[int]) -> None:
         """Take in whoever has answered an invitation by now."""
         for exchange in self._invitations:
-            heard = Attendance()
             for reply in exchange.ready():
+                heard, node_id = Attendance(), reply.metadata.src_node_id
                 if handshake := read_handshake(reply, self._run, self._manifest, heard):
-                    self._welcome(reply.metadata.src_node_id, handshake, online)
-            for reason in [*heard.failed, *heard.misfits, *exchange.failed.values()]:
-                logger.warning("cannot join: %s", reason)
+                    self._welcome(node_id, handshake, online)
+                for reason in [*heard.failed, *heard.misfits]:
+                    self._refuse(node_id, reason)
+            for node_id, reason in exchange.failed.items():
+                self._refuse(node_id, reason)
             self._unheard |= set(exchange.failed) | (set() if exchange.is_waiting else exchange.waiting_for)
             exchange.failed.clear()
         self._invitations = [exchange for exchange in self._invitations if exchange.is_waiting]
 
+    def _refuse(self, node_id: int, reason: str) -> None:
+        logger.warning("cannot join: %s", reason)
+        if node_id not in self.attendance.roster:
+            self._refused[node_id] = one_line(reason)
+
     def _welcome(self, node_id: int, handshake: Handshake, online: Collection[int]) -> None:
-        namesakes = {other for other, known in self.attendance.roster.items() if known.site == handshake.site}
+        roster = self.attendance.roster
+        namesakes = {other for other, known in roster.items() if known.site == handshake.site and other != node_id}
         if namesakes & set(online):
-            logger.warning("cannot join: another node is online as site %s", handshake.site)
+            self._refuse(node_id, f"another node is online as site {handshake.site}")
             return
-        kept = {other: known for other, known in self.attendance.roster.items() if other not in namesakes}
-        everyone = kept | {node_id: handshake}
-        self.attendance.roster = dict(sorted(everyone.items(), key=lambda entry: entry[1].site))
-        logger.warning("%s joins", handshake.site)
+        self._silent -= {node_id, *namesakes}
+        self._refused.pop(node_id, None)
+        everyone = {other: known for other, known in roster.items() if other not in namesakes} | {node_id: handshake}
+        if everyone != roster:
+            self.attendance.roster = dict(sorted(everyone.items(), key=lambda entry: entry[1].site))
+        logger.warning("%s %s", handshake.site, "answers again" if node_id in roster else "joins")

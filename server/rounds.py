@@ -3,7 +3,8 @@
     1. every site tells what it holds                                  (handshake.py)
     2. each round: see who is there, send each site its groups, take replies until the deadline, refuse bad ones,
        average the rest                                                (roster.py, exchange.py, strategies/)
-    3. each round ends on disk: a checkpoint and a line in rounds.jsonl (checkpoint.py, run_folder.py)
+    3. each round ends on disk: a checkpoint and a line in rounds.jsonl (checkpoint.py, run_folder.py), and what
+       people look at meanwhile                                        (tracking.py)
 
 A round with fewer good replies than `federation.min-sites` ends the run with an error; it can be resumed.
 """
@@ -25,11 +26,13 @@ from panfm.sharing.groups import BACKBONE, GroupManifest, split_state, stream_of
 from panfm.sharing.messages import Handshake, RoundReply, RoundTask
 from panfm.sharing.profile import federated_profile
 from server.checkpoint import ServerState
+from server.costs import PlannedCosts
 from server.exchange import Exchange
 from server.handshake import shake_hands
 from server.progress import Progress
 from server.roster import Roster
 from server.run_folder import RunFolder
+from server.tracking import Tracking
 from strategies import GroupedMean, RoundOutcome
 
 logger = logging.getLogger(__name__)
@@ -54,19 +57,22 @@ def run_federation(grid: Grid, folder: RunFolder, progress: Progress, *, num_sit
     if not (state := folder.latest_state()):
         folder.save_state(state := first)
     strategy = GroupedMean(run, manifest, attendance.roster, state.memory)
-    roster = Roster(grid, run, manifest, attendance)
-    while state.round_number < run.train.rounds:
-        known = attendance.roster
-        strategy.roster = roster.gather(state.round_number + 1)
-        if attendance.roster is not known:
-            folder.save_sites(attendance)
-        state, line = train_round(grid, strategy, run, state)
-        folder.append_round(line)
-        roster.note(line)
-        _log_rejected(line)
-        require_quorum(run, line)
-        folder.save_state(state)
-        progress.round(run, line)
+    roster, costs = Roster(grid, run, manifest, attendance), PlannedCosts(run, folder.rounds())
+    with Tracking(folder) as tracking:
+        while state.round_number < run.train.rounds:
+            known = attendance.roster
+            strategy.roster = roster.gather(state.round_number + 1)
+            if attendance.roster is not known:
+                folder.save_sites(attendance)
+            state, line = train_round(grid, strategy, run, state)
+            line |= {"away": roster.away(line["round"], line["asked"]), "epsilon": costs.after(line["asked"])}
+            folder.append_round(line)
+            tracking.round(line)
+            roster.note(line)
+            _log_rejected(line)
+            require_quorum(run, line)
+            folder.save_state(state)
+            progress.round(run, line)
     folder.save_model(state, manifest, [handshake.site for handshake in attendance.roster.values()])
 
 

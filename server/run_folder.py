@@ -4,13 +4,16 @@ run.toml           the resolved description
 start.safetensors  the weights that it starts from, where it is a warm start
 sites.json         handshakes, coverage, and who cannot take part
 rounds.jsonl       one line per round
+ended.json         why the run ended without a model
 checkpoint/        the server's state after the last rounds
 model/             model.safetensors, metadata.json, run.toml
+status.html, tensorboard/   for people (tracking.py)
+flower.json        where Flower runs it (server/cli.py)
 """
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,14 +23,19 @@ from torch import Tensor
 from panfm import __version__
 from panfm.config import RunConfig, as_told, dump_toml, load_run
 from panfm.config.privacy import claim
-from panfm.errors import DataError, RunError
-from panfm.files import json_text, write_atomic
+from panfm.errors import DataError, PanfmError, RunError
+from panfm.files import json_text, locked, write_atomic
 from panfm.models.warm import read_start, start_state
 from panfm.sharing.groups import GroupManifest
 from server.checkpoint import ServerState, load_latest, save_state
 from server.handshake import Attendance
 
 _START = "start.safetensors"
+ENDED = "ended.json"
+LOCK = ".lock"
+"""Held by the process that is at work in the folder."""
+_LOCK_WAIT_S = 10.0
+"""A server that was killed may leave a process that ends a little later."""
 
 
 class RunFolder:
@@ -54,23 +62,31 @@ class RunFolder:
         try:
             if (path / "checkpoint").exists():
                 raise RunError(f"{path}: holds a run already; resume it or choose another folder")
-            if weights is not None:
-                write_atomic(path / _START, weights)
-            write_atomic(path / "run.toml", dump_toml(run).encode())
-            (path / "rounds.jsonl").write_bytes(b"")
+            path.mkdir(parents=True, exist_ok=True)
+            with _alone_in(path):
+                if weights is not None:
+                    write_atomic(path / _START, weights)
+                write_atomic(path / "run.toml", dump_toml(run).encode())
+                (path / "rounds.jsonl").write_bytes(b"")
         except OSError as error:
             raise RunError(f"{path}: cannot be made a run folder ({type(error).__name__})") from error
         return cls(path, run)
 
     @classmethod
     def resume(cls, path: Path) -> Self:
-        """Go on with a run, as it was described. Raises ConfigError if the folder holds none."""
+        """Go on with a run, as it was described.
+
+        Raises:
+            ConfigError: the folder holds none.
+            RunError: another process is at work in it.
+        """
         folder = cls(path, load_run(path / "run.toml"))
-        done = state.round_number if (state := folder.latest_state()) else 0
-        rounds = path / "rounds.jsonl"
-        lines = rounds.read_text(encoding="utf-8").splitlines() if rounds.exists() else []
-        kept = [line + "\n" for line in lines if _is_whole(line) and json.loads(line)["round"] <= done]
-        write_atomic(rounds, "".join(kept).encode())
+        with _alone_in(path):
+            done = state.round_number if (state := folder.latest_state()) else 0
+            rounds = path / "rounds.jsonl"
+            lines = rounds.read_text(encoding="utf-8").splitlines() if rounds.exists() else []
+            kept = [line + "\n" for line in lines if _is_whole(line) and json.loads(line)["round"] <= done]
+            write_atomic(rounds, "".join(kept).encode())
         return folder
 
     def start(self) -> dict[str, Tensor] | None:
@@ -85,6 +101,29 @@ class RunFolder:
             raise DataError(f"{path}: cannot be read ({error.strerror}), expected the weights of the start") from error
         return start_state(self.run, content)
 
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Meanwhile nobody else works in the folder; why it failed is written down.
+
+        Raises:
+            RunError: another process is at work in it.
+        """
+        with _alone_in(self.path):
+            (self.path / ENDED).unlink(missing_ok=True)
+            try:
+                yield
+            except PanfmError as error:
+                self.note_end(str(error))
+                raise
+            except Exception as error:
+                self.note_end(f"internal error ({type(error).__name__}); the server's log tells more")
+                raise
+
+    def note_end(self, reason: str) -> None:
+        """Write down why the run ended without a model; a disk that is full stays silent."""
+        with suppress(OSError):
+            self._write_json(ENDED, {"reason": reason})
+
     def latest_state(self) -> ServerState | None:
         """The last checkpoint, if there is one."""
         return load_latest(self.path / "checkpoint")
@@ -98,6 +137,10 @@ class RunFolder:
         """Add a line to rounds.jsonl; numbers that are not finite become null. Raises RunError as `save_state` does."""
         with _written(self.path / "rounds.jsonl"), (self.path / "rounds.jsonl").open("a", encoding="utf-8") as file:
             file.write(json_text(line) + "\n")
+
+    def rounds(self) -> list[dict[str, Any]]:
+        """The rounds done so far, as `append_round` was given them."""
+        return whole_rounds(self.path / "rounds.jsonl")
 
     def save_sites(self, attendance: Attendance) -> None:
         """Write sites.json, with those that cannot take part."""
@@ -147,6 +190,24 @@ def _written(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise RunError(f"{path}: cannot be written ({error.strerror}); the run can be resumed") from error
+
+
+@contextmanager
+def _alone_in(path: Path) -> Iterator[None]:
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(path / LOCK, wait_s=_LOCK_WAIT_S))
+        except BlockingIOError as error:
+            raise RunError(f"{path}: another process is at work in this run folder") from error
+        except PermissionError as error:
+            raise RunError(f"{path}: not writable for this account, expected the ServerApp's") from error
+        yield
+
+
+def whole_rounds(path: Path) -> list[dict[str, Any]]:
+    """The rounds written so far; what follows the last line's end is still being written."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def coverage(run: RunConfig, handshakes: Any) -> dict[str, dict[str, int]]:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from panfm.config import RunConfig
+from panfm.config.privacy import NO_CLAIM, claim
 from panfm.errors import ConfigError
 from panfm.privacy.ledger import Entry, mechanisms_of
 from panfm.privacy.mechanisms import epsilon, noise_for, planned
@@ -35,3 +36,15 @@ def plan(run: RunConfig, entries: Sequence[Entry] = ()) -> list[str]:
         f"noise-multiplier {private.noise_multiplier:g}: epsilon {cost:.3f}",
         f"epsilon {private.epsilon:g}: noise-multiplier {noise:.4g}",
     ]
+
+
+def cost_of_rounds(run: RunConfig, rounds: int) -> float | None:
+    """Epsilon of so many rounds at one site by the run's public description; None where nothing is promised.
+
+    A plan, not a site's account: never more than the run's epsilon, at which every site stops; a round that is repeated
+    after a failure costs a site twice, other runs on the same patients count too, and only its own ledger knows.
+    """
+    if run.privacy is None or claim(run) == NO_CLAIM:
+        return None
+    spent = epsilon([replace(each, count=each.count * rounds) for each in planned(run)], run.privacy.delta)
+    return min(run.privacy.epsilon, spent)

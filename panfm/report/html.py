@@ -2,27 +2,15 @@
 
 import html
 import math
-from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
 
 from panfm.config import config_hash, dump_toml
 from panfm.files import write_atomic
+from panfm.report.elements import STYLE, Rows, section, table
 from panfm.report.plots import figures
 from panfm.report.run import Run
 from panfm.report.table import arms_of, find, number_text, organs_of, score_text
-
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; display: block; overflow-x: auto }
-th, td { padding: .25rem .7rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap }
-th:first-child, td:first-child { text-align: left }
-pre { background: #f6f6f6; padding: 1rem; overflow-x: auto }
-.quiet { color: #666 }
-"""
-
-Rows = Iterable[Sequence[str]]
 
 
 def write_report(run: Run) -> Path:
@@ -37,32 +25,21 @@ def render(run: Run) -> str:
     drawn = figures(run)
     script = files("plotly").joinpath("package_data/plotly.min.js").read_text(encoding="utf-8") if drawn else ""
     sections = [
-        _section("Sites", _table(("site", "organs", "subjects", "rounds", "loss"), _site_rows(run))),
-        _section("Coverage", _coverage(run)),
-        _section("What frozen features are worth", _scores(run)),
-        _section("AUC of each stream alone", _streams(run)),
-        *(_section(title, figure.to_html(full_html=False, include_plotlyjs=False)) for title, figure in drawn.items()),
-        _section("Provenance", _provenance(run)),
+        section("Sites", table(("site", "organs", "subjects", "rounds", "loss"), _site_rows(run))),
+        section("Coverage", _coverage(run)),
+        section("What frozen features are worth", _scores(run)),
+        section("AUC of each stream alone", _streams(run)),
+        *(section(title, figure.to_html(full_html=False, include_plotlyjs=False)) for title, figure in drawn.items()),
+        section("Provenance", _provenance(run)),
     ]
     title = html.escape(run.config.name)
     state = "finished" if run.is_finished else "in progress"
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f"<style>{_STYLE}</style><script>{script}</script></head><body><h1>{title}</h1>"
+        f"<style>{STYLE}</style><script>{script}</script></head><body><h1>{title}</h1>"
         f'<p class="quiet">{len(run.rounds)} of {run.config.train.rounds} rounds, {state}</p>'
         f"{''.join(sections)}</body></html>\n"
     )
-
-
-def _section(title: str, body: str) -> str:
-    return f"<h2>{html.escape(title)}</h2>{body}" if body else ""
-
-
-def _table(headings: Sequence[str], rows: Rows) -> str:
-    def line(cells: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-    return f"<table>{line(headings, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"
 
 
 def _site_rows(run: Run) -> Rows:
@@ -81,7 +58,7 @@ def _coverage(run: Run) -> str:
         (stream, *(str(run.sites.get(site, {}).get("streams", {}).get(stream, "·")) for site in run.site_names))
         for stream in run.config.streams
     )
-    return _table(("stream", *run.site_names), rows)
+    return table(("stream", *run.site_names), rows)
 
 
 def _scores(run: Run) -> str:
@@ -95,7 +72,7 @@ def _scores(run: Run) -> str:
                 (arm, *(score_text(find(run.probe, arm, group, metric)) for group in groups))
                 for arm in arms_of(run.probe, metric)
             ]
-            tables.append(_table((words, *groups), rows))
+            tables.append(table((words, *groups), rows))
     counts = f"{run.probe.subjects.get('fit', 0)} subjects fitted, {run.probe.subjects.get('test', 0)} held out"
     lines = [f"{counts}; in brackets 95 % bootstrap intervals over held-out subjects.", *run.probe.notes]
     return "".join(tables) + "".join(f'<p class="quiet">{html.escape(line)}</p>' for line in lines)
@@ -106,7 +83,7 @@ def _streams(run: Run) -> str:
     held = run.probe.streams if run.probe else {}
     names = dict.fromkeys(name for row in held.values() for name in row)
     rows = [(name, *(number_text(row.get(name, math.nan)) for row in held.values())) for name in names]
-    return _table(("stream", *held), rows) if rows else ""
+    return table(("stream", *held), rows) if rows else ""
 
 
 def _provenance(run: Run) -> str:
@@ -116,4 +93,4 @@ def _provenance(run: Run) -> str:
         **{key: str(run.metadata[key]) for key in ("run-id", "rounds", "panfm", "intended-use") if key in run.metadata},
     }
     text = html.escape(dump_toml(run.config))
-    return _table(("what", ""), facts.items()) + f"<details><summary>run.toml</summary><pre>{text}</pre></details>"
+    return table(("what", ""), facts.items()) + f"<details><summary>run.toml</summary><pre>{text}</pre></details>"

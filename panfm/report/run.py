@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from panfm.config import RunConfig, load_run
-from panfm.errors import DataError
+from panfm.errors import DataError, one_line
 from panfm.evaluate.result import ProbeResult, read_result
+from panfm.files import is_locked
 
 
 class _SiteLine(BaseModel):
@@ -18,6 +19,7 @@ class _SiteLine(BaseModel):
 
     loss: float | None = None
     validation_loss: float | None = None
+    seconds: float | None = None
     saliency: dict[str, float | None] = {}
 
 
@@ -25,9 +27,32 @@ class _RoundLine(BaseModel):
     """What a report shows of one round."""
 
     round: int
+    seconds: float | None = None
+    loss: float | None = None
+    asked: list[str] = []
     sites: dict[str, _SiteLine] = {}
+    late: list[str] = []
+    rejected: dict[str, str] = {}
+    away: dict[str, str] = {}
+    epsilon: dict[str, float | None] = {}
+    coverage: dict[str, list[str]] = {}
+    profile: dict[str, float | None] | None = None
     bytes_up: dict[str, int] = {}
     bytes_down: dict[str, int] = {}
+
+
+class _Holdings(BaseModel):
+    """What a site shook hands with."""
+
+    subjects: int | None = None
+    streams: dict[str, int] = {}
+
+
+class _SitesFile(BaseModel):
+    """What a report reads of sites.json."""
+
+    sites: dict[str, _Holdings] = {}
+    failed: list[str] = []
 
 
 @dataclass(frozen=True)
@@ -44,11 +69,26 @@ class Run:
     """None until the run has been probed."""
     metadata: Mapping[str, Any]
     """Of the final model; empty until there is one."""
+    left_out: tuple[str, ...] = ()
+    """One line for each that could not take part from the start."""
+    is_at_work: bool = False
+    """A process is at work in the folder now."""
+    failure: str = ""
+    """Why the run ended without a model, if its server could tell."""
 
     @property
     def is_finished(self) -> bool:
         """There is a final model."""
         return bool(self.metadata)
+
+    @property
+    def state(self) -> str:
+        """`running`, `finished`, `failed`, `interrupted`, or `not begun`."""
+        if self.is_at_work:
+            return "running"
+        if self.is_finished or self.failure:
+            return "finished" if self.is_finished else "failed"
+        return "interrupted" if (self.folder / "checkpoint").exists() else "not begun"
 
     @property
     def site_names(self) -> tuple[str, ...]:
@@ -82,9 +122,27 @@ def read_run(folder: Path) -> Run:
         DataError: another of its files is damaged.
     """
     config = load_run(folder / "run.toml")
-    sites = _read_json(folder / "sites.json").get("sites", {})
+    told = _read_sites(folder / "sites.json")
     probe = read_result(folder / "probe.json") if (folder / "probe.json").exists() else None
-    return Run(folder, config, _read_rounds(folder / "rounds.jsonl"), sites, probe, _read_json(_metadata(folder)))
+    return Run(
+        folder,
+        config,
+        _read_rounds(folder / "rounds.jsonl"),
+        {site: held.model_dump() for site, held in told.sites.items()},
+        probe,
+        _read_json(_metadata(folder)),
+        left_out=tuple(told.failed),
+        is_at_work=is_locked(folder / ".lock"),
+        failure=str(_read_json(folder / "ended.json").get("reason", "")),
+    )
+
+
+def _read_sites(path: Path) -> _SitesFile:
+    try:
+        return _SitesFile.model_validate(_read_json(path), strict=True)
+    except ValidationError as error:
+        where = ".".join(map(str, error.errors()[0]["loc"]))
+        raise DataError(f"{path}: {one_line(where)}: not what a run writes there") from error
 
 
 def _metadata(folder: Path) -> Path:

@@ -30,6 +30,7 @@ from panfm.site.session import held_streams
 from server.handshake import shake_hands
 from server.rounds import initial_state, train_round
 from server.run_folder import RunFolder
+from server.tracking import Tracking
 from simulations.engines import Job
 from simulations.engines.local import LocalGrid
 from simulations.harness import QUICKSTART, Experiment, JsonFile, StudyResult, check_writable
@@ -82,11 +83,13 @@ def federated_rounds(run: RunConfig, sites: Path, run_dir: Path) -> Iterator[Non
     grid = LocalGrid(client_app, job.num_sites, job.run_config())
     state, manifest = initial_state(run)
     strategy = GroupedMean(run, manifest, shake_hands(grid, run, manifest, num_sites=job.num_sites).roster)
-    while True:
-        state, line = train_round(grid, strategy, run, state)
-        folder.append_round(line)
-        folder.save_state(state)
-        yield
+    with Tracking(folder) as tracking:
+        while True:
+            state, line = train_round(grid, strategy, run, state)
+            folder.append_round(line)
+            tracking.round(line)
+            folder.save_state(state)
+            yield
 
 
 def plain_rounds(run: RunConfig, sites: Path) -> Iterator[None]:

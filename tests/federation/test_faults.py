@@ -173,6 +173,38 @@ def test_a_late_reply_is_dropped_and_the_site_is_back_next_round(four_sites, mon
     assert model(job.run_dir) == model(run_with(four_sites, "lost", lost))
 
 
+class Wedged(LocalGrid):
+    """Beta's SuperNode waits for good from round 2 on: it is online and never answers. It is started again after
+    round 5 (and has lost its messages)."""
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(client_app, job.num_sites, job.run_config())
+        self.rounds = job.run_dir / "rounds.jsonl"
+
+    def pull_messages(self, message_ids):
+        done = len(self.rounds.read_text().splitlines())
+        waits = {name for name, each in self._pending.items() if each.metadata.dst_node_id == 2 + BETA}
+        return super().pull_messages(name for name in message_ids if not 1 <= done < 5 or name not in waits)
+
+
+def test_a_site_that_is_online_but_silent_holds_up_two_rounds_and_no_more(four_sites, monkeypatch, caplog):
+    now = [0.0]
+    clock = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda seconds: now.__setitem__(0, now[0] + seconds))
+    for module in ("server.exchange", "server.rounds"):
+        monkeypatch.setattr(f"{module}.time", clock)
+    job = four_sites.job("wedged", "train.rounds=7")
+    server_app(Wedged(job), Context(1, 1, {}, RecordDict(), dict(job.run_config())))
+    told = lines(job.run_dir)
+    assert [line["late"] for line in told] == [[], ["beta"], ["beta"], [], [], [], []]
+    assert [line["seconds"] > 3600 for line in told] == [False, True, True, False, False, False, False]
+    why = "silent: no reply by the deadline of rounds 2, 3; not asked until it answers an invitation"
+    assert [line["away"] for line in told] == [{}, {}, {}, {"beta": why}, {"beta": why}, {}, {}]
+    assert ["beta" in line["sites"] for line in told] == [True, False, False, False, False, True, True]
+    assert f"round 3: beta is online but {why}" in caplog.text
+    assert f"{why}</td>" in (job.run_dir / "status.html").read_text()
+    assert model(job.run_dir)
+
+
 def full_disk(monkeypatch, folder: Path, name: str) -> None:
     """Nothing more can be written to a file of this name under a folder."""
     real = os.fsync

@@ -23,6 +23,7 @@ class Nodes:
         self.online: dict[int, str] = {}
         self.busy: set[int] = set()
         self.broken: set[int] = set()
+        self.reason = "out of order"
         self.invited: list[int] = []
         self.now = 0.0
 
@@ -45,7 +46,7 @@ class Nodes:
         asked = Message(RecordDict(), node_id, "query")
         asked.metadata.__dict__["_message_id"] = name
         if node_id in self.broken:
-            return [Message(Error(1000, "out of order"), reply_to=asked)]
+            return [Message(Error(1000, self.reason), reply_to=asked)]
         config = ConfigRecord(dict(self.handshake(self.online[node_id]).to_records().config))
         return [Message(RecordDict({"config": config}), reply_to=asked)]
 
@@ -182,3 +183,81 @@ def test_it_waits_for_a_quorum_but_not_for_ever(nodes):
     del nodes.online[12]
     assert names(roster.gather(1)) == ["a"]
     assert 120 <= nodes.now < 121
+
+
+def test_a_silent_site_costs_two_deadlines_and_is_back_once_it_answers(nodes, caplog):
+    """A SuperNode that waits for good looks online all the same."""
+    roster = begin(nodes, "a", "b", "c")
+    nodes.busy = {12}
+    told = {}
+    for number in range(1, 40):
+        if number == 31:
+            nodes.busy = set()  # started again
+        sites = names(roster.gather(number))
+        told[number] = roster.away(number, sites)
+        roster.note(line(number, *sites, late=("b",) if "b" in sites and number < 31 else ()))
+    why = "silent: no reply by the deadline of rounds 1, 2; not asked until it answers an invitation"
+    assert [number for number, away in told.items() if not away] == [1, 2, *range(31, 40)]
+    assert told[3] == told[30] == {"b": why}
+    assert f"round 2: b is online but {why}" in caplog.text
+    assert "b answers again" in caplog.text
+    assert nodes.invited == [12]  # one that is not yet answered is not sent again
+
+
+def test_a_silent_site_whose_invitation_was_lost_is_invited_again(nodes):
+    roster = begin(nodes, "a", "b", "c")
+    nodes.busy = {12}
+    for number in (1, 2):
+        roster.gather(number)
+        roster.note(line(number, "a", "b", "c", late=("b",)))
+    roster.gather(3)
+    nodes.now += 3601
+    roster.gather(4)
+    roster.gather(5)
+    assert nodes.invited == [12, 12]
+    del nodes.online[12]
+    assert roster.away(6, names(roster.gather(6))) == {"b": "offline"}
+    nodes.online[12], nodes.busy = "b", set()
+    assert "b" in names(roster.gather(7))
+
+
+def test_a_site_that_answers_but_is_always_late_rests(nodes):
+    roster = begin(nodes, "a", "b", "c")
+    for number in (1, 2):
+        roster.note(line(number, "a", "b", "c", late=("b",)))
+    assert "b" not in names(roster.gather(3))
+    assert roster.away(3, ["a", "c"]) == {"b": "answers again, rests until round 3"}
+    assert "b" in names(roster.gather(4))
+
+
+def test_a_silent_site_may_come_back_as_another_node(nodes):
+    roster = begin(nodes, "a", "b", "c")
+    nodes.busy = {12}
+    for number in (1, 2):
+        roster.note(line(number, "a", "b", "c", late=("b",)))
+    del nodes.online[12]
+    nodes.online[30] = "b"
+    assert roster.gather(3).keys() == {11, 13}  # it rests
+    assert roster.gather(4).keys() == {11, 13, 30}
+
+
+def test_why_a_node_cannot_join_is_told_as_long_as_it_is_online(nodes):
+    roster = begin(nodes, "a", "b")
+    nodes.online |= {20: "misfit", 21: "a"}
+    asked = names(roster.gather(1))
+    assert roster.away(1, asked) == {
+        "node 20": "cannot join: site misfit: 0 subjects, expected 1 to 1000000 (federation.max-subjects)",
+        "node 21": "cannot join: another node is online as site a",
+    }
+    del nodes.online[20], nodes.online[21]
+    assert roster.away(2, names(roster.gather(2))) == {}
+
+
+def test_words_of_a_node_are_one_printable_line(nodes):
+    roster = begin(nodes, "a", "b")
+    nodes.online[13], nodes.broken = "c", {13}
+    nodes.reason = "out\n of \x1b[31morder" + "x" * 1000
+    roster.gather(1)
+    [reason] = roster.away(1, ["a", "b"]).values()
+    assert reason.startswith("cannot join: out of ?[31morder")
+    assert len(reason) <= 313

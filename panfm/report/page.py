@@ -1,0 +1,129 @@
+"""One page for those who watch a run without a shell: `status.html`, written anew after every round.
+
+It opens without a network and asks the browser to load it again while the run goes on. Its words come from sites too:
+all are escaped, there is no script in it, and it forbids any.
+"""
+
+import html
+import time
+from pathlib import Path
+
+from panfm.config import config_hash
+from panfm.files import write_atomic
+from panfm.report.elements import STYLE, section, table
+from panfm.report.run import Run, read_run
+from panfm.report.status import (
+    clock,
+    headline,
+    left_out,
+    privacy_line,
+    series,
+    site_statuses,
+    stream_statuses,
+)
+from panfm.report.svg import line_chart
+
+_REFRESH_S = 15
+_MORE_STYLE = """
+progress { width: 100%; height: 1rem } svg { width: 100%; max-width: 48rem; font-size: 11px }
+td:last-child { text-align: left; white-space: normal }
+"""
+
+
+def write_status(folder: Path) -> Path:
+    """Write `status.html` into a run folder and return its path. Raises as `read_run`, and OSError."""
+    path = folder / "status.html"
+    write_atomic(path, render_status(read_run(folder)).encode())
+    return path
+
+
+def render_status(run: Run) -> str:
+    """The whole page."""
+    name, told = html.escape(run.config.name), time.strftime("%Y-%m-%d %H:%M:%S %Z")
+    refresh = f'<meta http-equiv="refresh" content="{_REFRESH_S}">' if run.state == "running" else ""
+    guard = "default-src 'none'; style-src 'unsafe-inline'"
+    total, done = run.config.train.rounds, len(run.rounds)
+    sections = [
+        section(
+            "Sites", table(("site", "subjects", "rounds", "seconds", "loss", "epsilon", "last round"), _sites(run))
+        ),
+        section(
+            "Streams", table(("stream", "held by", "trained by", "last round", "saliency", "sites"), _streams(run))
+        ),
+        section("Left out, and why", _left_out(run)),
+        *(section(title, chart) for title, chart in _charts(run).items()),
+        section("Run", table(("what", ""), _facts(run).items())),
+    ]
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8">{refresh}'
+        f'<meta http-equiv="Content-Security-Policy" content="{guard}"><title>{name}</title>'
+        f"<style>{STYLE}{_MORE_STYLE}</style></head><body><h1>{name}</h1><p>{html.escape(headline(run))}</p>"
+        f'<progress max="{total}" value="{done}"></progress>'
+        f'<p class="quiet">as of {told}. {html.escape(privacy_line(run))}</p>{"".join(sections)}</body></html>\n'
+    )
+
+
+def _sites(run: Run) -> list[tuple[str, ...]]:
+    return [
+        (
+            each.site,
+            "-" if each.subjects is None else str(each.subjects),
+            f"{each.answered} of {each.asked}",
+            "-" if each.seconds is None else clock(each.seconds),
+            _number(each.loss, 4),
+            _number(each.epsilon, 3),
+            each.now,
+        )
+        for each in site_statuses(run)
+    ]
+
+
+def _streams(run: Run) -> list[tuple[str, ...]]:
+    return [
+        (
+            each.stream,
+            str(len(each.holders)),
+            str(len(each.trained_by)),
+            "-" if each.last_round is None else str(each.last_round),
+            _number(each.saliency, 2),
+            ", ".join(each.holders),
+        )
+        for each in stream_statuses(run)
+    ]
+
+
+def _left_out(run: Run) -> str:
+    rows = left_out(run)
+    return table(("site", "when", "why"), rows) if rows else '<p class="quiet">Nobody.</p>'
+
+
+def _charts(run: Run) -> dict[str, str]:
+    """Title -> chart; empty where there is nothing to draw."""
+    losses = {"federation": list(series(run, "loss"))}
+    losses |= {site: list(zip(*run.series(site, "loss"), strict=True)) for site in run.site_names}
+    streams = run.config.streams
+    told = [(line["round"], line["profile"]) for line in run.rounds if line.get("profile")]
+    shares = {each: [(at, found[each]) for at, found in told if found.get(each) is not None] for each in streams}
+    costs = {
+        site: [(line["round"], cost) for line in run.rounds if (cost := line.get("epsilon", {}).get(site)) is not None]
+        for site in run.site_names
+    }
+    return {
+        "Training loss": line_chart(losses),
+        "Saliency per stream (1 is a fair share)": line_chart(shares),
+        "Seconds per round": line_chart({"round": list(series(run, "seconds"))}),
+        "Planned epsilon": line_chart(costs),
+    }
+
+
+def _facts(run: Run) -> dict[str, str]:
+    sizes = {f"bytes {direction}": sum(run.bytes_by_group(direction).values()) for direction in ("up", "down")}
+    return {
+        "configuration hash": config_hash(run.config),
+        **{name: f"{size / 1e6:.1f} MB" for name, size in sizes.items()},
+        "intended use": "research; not a medical device",
+    }
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"

@@ -1,0 +1,53 @@
+"""Line charts as SVG text: no script, a few kilobytes, for a page that is written anew after every round."""
+
+import html
+import math
+from collections.abc import Mapping, Sequence
+
+COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf")
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 640, 220, 60, 24
+_MOST_POINTS = 300
+
+Points = Sequence[tuple[int, float]]
+
+
+def line_chart(lines: Mapping[str, Points]) -> str:
+    """A chart of numbers by round, with a legend; empty if there is no finite number."""
+    kept = {name: _thinned([(x, y) for x, y in points if math.isfinite(y)]) for name, points in lines.items()}
+    kept = {name: points for name, points in kept.items() if points}
+    if not kept:
+        return ""
+    xs, ys = zip(*(point for points in kept.values() for point in points), strict=True)
+    low, high = min(ys), max(ys)
+    if low == high:
+        low, high = low - 1.0, high + 1.0
+
+    def place(x: float, y: float) -> str:
+        across = (x - min(xs)) / (max(xs) - min(xs) or 1)
+        return (
+            f"{_LEFT + across * (_WIDTH - _LEFT - 8):.1f},{8 + (high - y) / (high - low) * (_HEIGHT - _BOTTOM - 8):.1f}"
+        )
+
+    drawn, legend = [], []
+    for number, (name, points) in enumerate(kept.items()):
+        colour = COLOURS[number % len(COLOURS)]
+        path = " ".join(place(x, y) for x, y in points)
+        drawn.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
+        at = place(*points[-1]).split(",")
+        drawn.append(f'<circle cx="{at[0]}" cy="{at[1]}" r="2.5" fill="{colour}"/>')
+        legend.append(f'<span style="color:{colour}">&#9632;</span> {html.escape(name)}')
+    floor = _HEIGHT - _BOTTOM
+    axes = (
+        f'<path d="M{_LEFT} 8V{floor}H{_WIDTH}" fill="none" stroke="#999"/>'
+        f'<text x="{_LEFT - 6}" y="16" text-anchor="end">{high:.4g}</text>'
+        f'<text x="{_LEFT - 6}" y="{floor}" text-anchor="end">{low:.4g}</text>'
+        f'<text x="{_LEFT}" y="{_HEIGHT - 6}">round {min(xs)}</text>'
+        f'<text x="{_WIDTH - 4}" y="{_HEIGHT - 6}" text-anchor="end">{max(xs)}</text>'
+    )
+    return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}">{axes}{"".join(drawn)}</svg><p>{" &nbsp; ".join(legend)}</p>'
+
+
+def _thinned(points: Points) -> Points:
+    """At most so many points, the last among them."""
+    step = -(-len(points) // _MOST_POINTS) or 1
+    return points[::-1][::step][::-1]

@@ -1,0 +1,15 @@
+"""`python -m server start|status|watch|resume|stop|export`: for the coordinator of a federation."""
+
+import sys
+
+import typer
+
+from panfm.errors import PanfmError
+from server.cli import app
+
+if __name__ == "__main__":
+    try:
+        app(prog_name="python -m server")
+    except PanfmError as error:
+        typer.echo(str(error), err=True)
+        sys.exit(1)

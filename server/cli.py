@@ -1,0 +1,171 @@
+"""The coordinator's commands. A run is known by its run folder; where Flower runs it stands there in flower.json.
+
+Every command ends with status 0 only if what was asked for is so: `start`, `resume` and `watch` if the run finished,
+`status` if it runs or has finished, `stop` if it has stopped. Run them under the ServerApp's account, on its machine.
+"""
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from panfm.errors import RunError
+from panfm.files import json_text, write_atomic
+from server.flower import FlowerRun, flower_environment, submit
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+_RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]
+_Detach = Annotated[bool, typer.Option("--detach", help="Do not watch it; status 0 once Flower has taken it.")]
+_STOP_S = 120.0
+"""Flower ends the ServerApp of a stopped run within about a minute."""
+_POLL_S = 1.0
+
+
+@app.callback()
+def main() -> None:
+    """For the coordinator: start a run over real sites, watch it, go on with it after a failure, export its model."""
+
+
+@app.command()
+def start(
+    experiment: Annotated[Path, typer.Argument(help="Run description (TOML).")],
+    connection: Annotated[str, typer.Option(help="SuperLink connection in $FLWR_HOME/config.toml.")],
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value, e.g. train.rounds=3.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; default runs/<name>-<time>.")] = None,
+    detach: _Detach = False,
+) -> None:
+    """Start a run, and watch it to its end."""
+    from panfm.config import load_run
+    from server.run_folder import RunFolder
+
+    run = load_run(experiment, overrides or ())
+    folder = out or Path(f"runs/{run.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    is_new = not folder.exists()
+    RunFolder.create(folder, run)
+    try:
+        _submit(folder, connection)
+    except RunError:
+        if is_new:
+            shutil.rmtree(folder)
+        raise
+    _watch_unless(detach, folder)
+
+
+@app.command()
+def resume(
+    run_dir: _RunDir,
+    connection: Annotated[str | None, typer.Option(help="Another connection than it was started on.")] = None,
+    detach: _Detach = False,
+) -> None:
+    """Go on with a run from its last checkpoint, as it was described, and watch it to its end."""
+    from panfm.report import read_run
+
+    run = read_run(run_dir)
+    if run.is_at_work:
+        raise RunError(f"{run_dir}: is running, expected a run that has ended; stop it first")
+    if run.is_finished:
+        raise RunError(f"{run_dir}: has finished, expected a run that has not")
+    known = _flower_run(run_dir)
+    if connection is None and known is None:
+        raise RunError(f"{run_dir}: was not started with `python -m server start`; name a --connection")
+    if known and connection in (None, known.connection):
+        status, _ = known.entry(flower_environment())
+        if not status.startswith("finished"):
+            raise RunError(f"{run_dir}: Flower's run {known.run_id} is {status}; stop it first")
+    _submit(run_dir, connection or (known.connection if known else ""))
+    _watch_unless(detach, run_dir)
+
+
+@app.command()
+def status(run_dir: _RunDir) -> None:
+    """One screen: how far it is, sites, streams, and who was left out."""
+    from rich.console import Console
+
+    from panfm.report import read_run
+    from server.screen import screen
+    from server.watch import why_not_finished
+
+    run, flower = read_run(run_dir), _flower_run(run_dir)
+    Console().print(screen(run))
+    if run.state in ("running", "finished"):
+        return
+    found = flower.entry(flower_environment()) if flower else ("", "")
+    if found[0] and not found[0].startswith("finished"):
+        typer.echo(f"Flower: run {flower.run_id if flower else ''} is {found[0]}")
+        return
+    raise RunError(f"{run_dir}: {why_not_finished(run, *found)}")
+
+
+@app.command()
+def watch(run_dir: _RunDir) -> None:
+    """Show the rounds as they come, until the run ends; also a run that `python -m simulations` has started."""
+    from rich.console import Console
+
+    from panfm.report import read_run
+    from server.watch import follow, view
+
+    console = Console(soft_wrap=True, highlight=False)
+    flower = None if read_run(run_dir).is_finished else _flower_run(run_dir)
+    with view(console) as show:
+        follow(run_dir, show, flower, flower_environment())
+    console.print(f"{run_dir}: finished; model: {run_dir / 'model'}", markup=False)
+
+
+@app.command()
+def stop(run_dir: _RunDir) -> None:
+    """End a run; it can be resumed from the last round that it finished."""
+    from panfm.report import read_run
+    from server.run_folder import RunFolder
+    from server.tracking import refresh_page
+
+    run, flower = read_run(run_dir), _flower_run(run_dir)
+    if flower is None:
+        raise RunError(f"{run_dir}: was not started with `python -m server start`; end the process that runs it")
+    if run.is_finished and not run.is_at_work:
+        raise RunError(f"{run_dir}: has finished, there is nothing to stop")
+    environment = flower_environment()
+    found, details = flower.entry(environment)
+    if found.startswith("finished"):
+        raise RunError(f"{run_dir}: is not running; Flower: {found}: {details}")
+    flower.stop(environment)
+    deadline = time.monotonic() + _STOP_S
+    while read_run(run_dir).is_at_work:
+        if time.monotonic() > deadline:
+            raise RunError(f"{run_dir}: Flower has stopped the run, but its ServerApp is still at work")
+        time.sleep(_POLL_S)
+    RunFolder(run_dir, run.config).note_end("stopped by the coordinator")
+    refresh_page(run_dir)
+    done = len(read_run(run_dir).rounds)
+    typer.echo(f"{run_dir}: stopped after {done} of {run.config.train.rounds} rounds")
+
+
+def _submit(run_dir: Path, connection: str) -> None:
+    """Hand a run folder to Flower, and write down where."""
+    from server.run_folder import ENDED
+
+    path = str(run_dir.resolve())
+    run_id = submit(connection, {"run-dir": path, "resume": path}, flower_environment())
+    (run_dir / ENDED).unlink(missing_ok=True)
+    words = {"run-id": run_id, "connection": connection}
+    write_atomic(run_dir / "flower.json", f"{json_text(words)}\n".encode())
+    typer.echo(f"{run_dir}: Flower's run {run_id} on connection {connection}")
+
+
+def _flower_run(run_dir: Path) -> FlowerRun | None:
+    """Where Flower runs it; None if it was started otherwise. Raises RunError if the file is damaged."""
+    path = run_dir / "flower.json"
+    if not path.exists():
+        return None
+    try:
+        words = json.loads(path.read_text(encoding="utf-8"))
+        return FlowerRun(str(int(words["run-id"])), str(words["connection"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path}: expected the run-id and the connection of a run ({type(error).__name__})") from error
+
+
+def _watch_unless(detach: bool, run_dir: Path) -> None:
+    if not detach:
+        watch(run_dir)

@@ -1,0 +1,97 @@
+"""Flower's command line, as a person would type it, with an answer that tells the truth.
+
+Flower exits with 0 even when a run failed or a command did not get through; what is here raises RunError.
+"""
+
+import json
+import os
+import socket
+import ssl
+import subprocess
+import sys
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from panfm.errors import RunError, one_line
+
+ROOT = Path(__file__).resolve().parents[1]
+OFFLINE = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+}
+"""Settings under which Flower talks to nobody and installs nothing."""
+_UNAVAILABLE = "Connection to the SuperLink is unavailable"
+_DOOR_S = 5.0
+
+
+@dataclass(frozen=True)
+class FlowerRun:
+    """A run as a SuperLink knows it."""
+
+    run_id: str
+    connection: str
+    """Name of the SuperLink connection in $FLWR_HOME/config.toml."""
+
+    def entry(self, environment: Mapping[str, str]) -> tuple[str, str]:
+        """Status (`pending`, `running`, `finished:completed`, `finished:failed`, ...) and details. Raises RunError."""
+        [entry] = flwr(["list", self.connection, "--run-id", self.run_id], environment)["runs"]
+        return entry["status"], one_line(entry.get("status-details") or "no details")
+
+    def stop(self, environment: Mapping[str, str]) -> None:
+        """End it; its ServerApp is ended within a minute. Raises RunError."""
+        flwr(["stop", self.run_id, self.connection], environment)
+
+
+def flower_environment() -> dict[str, str]:
+    """This process's environment; nothing is asked of the network, our own interpreter's commands come first."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    return os.environ | OFFLINE | {"PATH": path}
+
+
+def submit(
+    connection: str, run_config: Mapping[str, str], environment: Mapping[str, str], *more: str, app: Path = ROOT
+) -> str:
+    """Start a run of an app, this checkout's when left out; returns Flower's run id."""
+    words = " ".join(f"{key}={json.dumps(value)}" for key, value in run_config.items())
+    return str(flwr(["run", str(app), connection, "--run-config", words, *more], environment)["run-id"])
+
+
+def flwr(words: list[str], environment: Mapping[str, str]) -> dict[str, Any]:
+    """What a `flwr` command answers in JSON. Raises RunError, in one line, if it does not."""
+    done = subprocess.run(
+        ["flwr", *words, "--format", "json"], env=environment, capture_output=True, text=True, check=False
+    )
+    try:
+        answer: dict[str, Any] = json.loads(done.stdout[done.stdout.index("{") :])
+    except ValueError as error:
+        raise RunError(f"flwr {words[0]}: {one_line((done.stderr or done.stdout).strip()[-300:])}") from error
+    if not answer.get("success", True):
+        text = answer.get("error-message", "failed").strip().rpartition("\n\n")[2]  # first it tells what it is doing
+        if text.startswith(_UNAVAILABLE):
+            raise RunError(_at_the_door(words, environment))
+        raise RunError(f"flwr {words[0]}: {one_line(text)}")
+    return answer
+
+
+def _at_the_door(words: list[str], environment: Mapping[str, str]) -> str:
+    """Why the SuperLink that a command names, and that Flower only calls unavailable, cannot be spoken to."""
+    home = Path(environment.get("FLWR_HOME") or Path.home() / ".flwr")
+    connections = tomllib.loads((home / "config.toml").read_text(encoding="utf-8"))["superlink"]
+    name = next(word for word in words[1:] if word in connections)
+    known = connections[name]
+    host, _, port = known["address"].rpartition(":")
+    where = f"connection {name} of {home / 'config.toml'}: {known['address']}"
+    try:
+        with socket.create_connection((host, int(port)), timeout=_DOOR_S) as door:
+            if known.get("insecure"):
+                return f"{where} answers, but not in plain text: insecure = true where TLS is expected?"
+            ssl.create_default_context(cafile=known.get("root-certificates")).wrap_socket(door, server_hostname=host)
+    except ssl.SSLCertVerificationError as error:
+        return f"{where} has a certificate that is not trusted ({error.verify_message})"
+    except (OSError, ValueError) as error:
+        return f"{where} does not answer ({one_line(str(error))})"
+    return f"{where} answers, but does not speak to us"

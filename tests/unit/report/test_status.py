@@ -1,0 +1,184 @@
+"""Where a run stands, on the page and on the screen, with words of sites that want to be more than words."""
+
+import json
+import re
+
+import pytest
+from rich.console import Console
+
+from panfm.config import RunConfig, StreamConfig, dump_toml
+from panfm.config.privacy import PrivacyConfig
+from panfm.errors import DataError
+from panfm.files import locked
+from panfm.report import read_run
+from panfm.report.page import render_status, write_status
+from panfm.report.status import clock, headline, left_out, ranges, site_statuses, stream_statuses
+from panfm.report.svg import line_chart
+from server.screen import screen
+
+STREAM = StreamConfig(shape=(4, 4, 4), patch=(2, 2, 2), spacing_mm=(1.0, 1.0, 1.0))
+RUN = RunConfig(name="toy", streams={"brain-mr": STREAM, "liver-mr": STREAM})
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    '"><svg onload=alert(1)>',
+    "'; DROP TABLE sites; --",
+    "[red]markup[/red] [link=http://x]y[/link]",
+    "\x1b[2J\x1b]0;title\x07 escape",
+    "line\nbreak\r\nand\ttab",
+    "\u202ereversed",
+    "</title></style><script>x</script>",
+]
+
+
+def line(number, **changes):
+    whole = {
+        "round": number,
+        "asked": ["a", "b"],
+        "seconds": 60.0,
+        "loss": 1.0 / number,
+        "sites": {"a": {"seconds": 50.0, "loss": 1.0 / number, "validation_loss": None, "saliency": {}}},
+        "late": [],
+        "rejected": {"b": "update holds NaN"},
+        "away": {"c": "offline"},
+        "coverage": {"brain-mr": ["a"]},
+        "profile": {"brain-mr": 1.25},
+        "epsilon": {},
+        "bytes_up": {"backbone": 2_000_000},
+        "bytes_down": {"backbone": 4_000_000},
+    }
+    return whole | changes
+
+
+def write(folder, *lines, run=RUN, sites=None):
+    (folder / "run.toml").write_text(dump_toml(run))
+    (folder / "rounds.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
+    held = {"a": {"subjects": 5, "streams": {"brain-mr": 5}}, "b": {"subjects": 7, "streams": {"liver-mr": 7}}}
+    (folder / "sites.json").write_text(json.dumps({"sites": sites or held, "failed": ["node 9: panfm 0.0"]}))
+    return read_run(folder)
+
+
+def on_screen(run):
+    console = Console(width=300, force_terminal=False)
+    with console.capture() as capture:
+        console.print(screen(run))
+    return capture.get()
+
+
+def test_sites_and_streams(tmp_path):
+    run = write(tmp_path, line(1, rejected={}), line(2))
+    a, b, c = site_statuses(run)
+    assert (a.asked, a.answered, a.seconds, a.loss, a.now) == (2, 2, 50.0, 0.5, "answered")
+    assert (b.asked, b.answered, b.loss, b.now) == (2, 0, None, "left out: update holds NaN")
+    assert (c.site, c.subjects, c.asked, c.now) == ("c", None, 0, "offline")
+    brain, liver = stream_statuses(run)
+    assert (brain.holders, brain.trained_by, brain.last_round, brain.saliency) == (("a",), ("a",), 2, 1.25)
+    assert (liver.holders, liver.trained_by, liver.last_round, liver.saliency) == (("b",), (), None, None)
+
+
+def test_who_was_left_out_is_told_once_per_reason(tmp_path):
+    run = write(tmp_path, *(line(number, rejected={} if number == 3 else {"b": "NaN"}) for number in (1, 2, 3, 4)))
+    times = [("b", "rounds 1-2, 4", "NaN"), ("c", "rounds 1-4", "offline"), ("", "the start", "node 9: panfm 0.0")]
+    assert left_out(run) == times
+    assert len(left_out(run, most=1)) == 2
+
+
+def test_headline_follows_the_run(tmp_path):
+    assert headline(write(tmp_path)) == "0 of 10 rounds, not begun"
+    with locked(tmp_path / ".lock", wait_s=0.0):
+        run = write(tmp_path, line(1), line(2, seconds=120.0), line(3, seconds=120.0))
+        assert headline(run) == "3 of 10 rounds, running; 2 min 0 s a round, about 14 min 0 s left"
+    (tmp_path / "checkpoint").mkdir()
+    assert headline(read_run(tmp_path)) == "3 of 10 rounds, interrupted"
+    (tmp_path / "ended.json").write_text('{"reason": "lost quorum"}')
+    assert headline(read_run(tmp_path)) == "3 of 10 rounds, failed: lost quorum"
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "metadata.json").write_text('{"rounds": 3}')
+    assert headline(read_run(tmp_path)) == "3 of 10 rounds, finished"
+
+
+def test_the_page_loads_itself_again_only_while_the_run_goes_on(tmp_path):
+    with locked(tmp_path / ".lock", wait_s=0.0):
+        assert 'http-equiv="refresh"' in render_status(write(tmp_path, line(1)))
+    page = write_status(tmp_path).read_text()
+    assert 'http-equiv="refresh"' not in page
+    assert '<progress max="10" value="1">' in page
+    assert "<td>left out: update holds NaN</td>" in page
+    assert "2.0 MB" in page
+    assert len(page) < 20_000
+
+
+def test_planned_epsilon_is_shown_and_called_a_plan(tmp_path):
+    private = PrivacyConfig(epsilon=8.0, delta=1e-4, public_subjects=100, noise_multiplier=1.0, sample_rate=0.1)
+    changes = {"objective": {"standardise": False}, "masking": {"policy": "random"}}
+    run = RunConfig(name="toy", streams={"brain-mr": STREAM}, privacy=private, **changes)
+    found = write(tmp_path, line(1, epsilon={"a": 0.5, "b": 0.5}), line(2, epsilon={"a": 0.75, "b": 0.5}), run=run)
+    assert [each.epsilon for each in site_statuses(found)] == [0.75, 0.5, None]
+    assert "0.750" in on_screen(found)
+    for told in (on_screen(found), render_status(found)):
+        assert "(8, 0.0001)-DP per patient" in told
+        assert "is the plan" in told
+    assert "Planned epsilon" in render_status(found)
+
+
+@pytest.mark.parametrize("words", HOSTILE)
+def test_words_of_sites_stay_words(tmp_path, words):
+    """In names of sites and nodes, reasons, streams and groups."""
+    hostile = line(
+        1,
+        sites={words: {"seconds": 1.0, "loss": 0.5}},
+        rejected={words: words, "b": words},
+        away={f"node {words}": words},
+        coverage={words: [words]},
+        bytes_up={words: 3},
+        epsilon={words: 1.0},
+    )
+    sites = {words: {"subjects": 1, "streams": {words: 1, "brain-mr": 1}}}
+    run = write(tmp_path, hostile, line(2), hostile | {"round": 3}, sites=sites)
+    (tmp_path / "ended.json").write_text(json.dumps({"reason": words}))
+    page = render_status(read_run(tmp_path))
+    tags = {tag.split()[0] for tag in re.findall(r"<(/?[a-z][^>]*)>", page.lower())}
+    plain = "html head meta title style body h1 h2 p progress table tr th td svg path text polyline circle span"
+    assert {tag.lstrip("/") for tag in tags} <= set(plain.split())
+    assert not re.search(r"<[^>]*\son[a-z]+\s*=", page)
+    assert page.count("<style>") == page.count("</style>") == 1
+    assert "default-src 'none'" in page
+    shown = on_screen(run)
+    assert all(each.isprintable() or each == "\n" for each in shown)
+    if words.startswith("["):
+        assert words in shown
+
+
+def test_a_damaged_sites_file_is_named(tmp_path):
+    write(tmp_path)
+    (tmp_path / "sites.json").write_text('{"sites": {"a": {"streams": ["brain-mr"]}}}')
+    with pytest.raises(DataError, match=r"sites\.json: sites\.a\.streams: not what a run writes there"):
+        read_run(tmp_path)
+
+
+def test_a_chart_keeps_its_points_inside_and_the_last_one():
+    chart = line_chart({"a": [(number, float(number % 7)) for number in range(1, 2001)], "<b>": [(1, float("nan"))]})
+    [points] = re.findall(r'points="([^"]*)"', chart)
+    pairs = [tuple(map(float, pair.split(","))) for pair in points.split()]
+    assert len(pairs) <= 300
+    assert all(60 <= x <= 640 and 8 <= y <= 196 for x, y in pairs)
+    assert pairs[-1][0] == 632.0
+    assert "&lt;b&gt;" not in chart  # it has no finite number
+    assert line_chart({"a": [], "b": [(1, float("inf"))]}) == ""
+
+
+def test_one_point_and_a_level_line_are_drawn():
+    assert line_chart({"a": [(3, 2.0)]}).count("<circle") == 1
+    assert "nan" not in line_chart({"a": [(1, 2.0), (2, 2.0)]})
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.04, "0.0 s"), (9.94, "9.9 s"), (99.4, "99 s"), (100.0, "1 min 40 s"), (7260.0, "2 h 1 min")],
+)
+def test_lengths_of_time(seconds, text):
+    assert clock(seconds) == text
+
+
+def test_ranges_of_rounds():
+    assert [ranges([1]), ranges([1, 2, 3]), ranges([1, 3, 4])] == ["round 1", "rounds 1-3", "rounds 1, 3-4"]
