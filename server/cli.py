@@ -136,7 +136,7 @@ def stop(run_dir: _RunDir) -> None:
         if time.monotonic() > deadline:
             raise RunError(f"{run_dir}: Flower has stopped the run, but its ServerApp is still at work")
         time.sleep(_POLL_S)
-    RunFolder(run_dir, run.config).note_end("stopped by the coordinator")
+    RunFolder(run_dir, run.config).note_end("by the coordinator", state="stopped")
     refresh_page(run_dir)
     done = len(read_run(run_dir).rounds)
     typer.echo(f"{run_dir}: stopped after {done} of {run.config.train.rounds} rounds")

@@ -89,7 +89,8 @@ def _at_the_door(words: list[str], environment: Mapping[str, str]) -> str:
         with socket.create_connection((host, int(port)), timeout=_DOOR_S) as door:
             if known.get("insecure"):
                 return f"{where} answers, but not in plain text: insecure = true where TLS is expected?"
-            ssl.create_default_context(cafile=known.get("root-certificates")).wrap_socket(door, server_hostname=host)
+            context = ssl.create_default_context(cafile=known.get("root-certificates"))
+            context.wrap_socket(door, server_hostname=host).close()
     except ssl.SSLCertVerificationError as error:
         return f"{where} has a certificate that is not trusted ({error.verify_message})"
     except (OSError, ValueError) as error:

@@ -4,7 +4,7 @@ run.toml           the resolved description
 start.safetensors  the weights that it starts from, where it is a warm start
 sites.json         handshakes, coverage, and who cannot take part
 rounds.jsonl       one line per round
-ended.json         why the run ended without a model
+ended.json         how and why the run ended without a model
 checkpoint/        the server's state after the last rounds
 model/             model.safetensors, metadata.json, run.toml
 status.html, tensorboard/   for people (tracking.py)
@@ -119,10 +119,10 @@ class RunFolder:
                 self.note_end(f"internal error ({type(error).__name__}); the server's log tells more")
                 raise
 
-    def note_end(self, reason: str) -> None:
+    def note_end(self, reason: str, *, state: str = "failed") -> None:
         """Write down why the run ended without a model; a disk that is full stays silent."""
         with suppress(OSError):
-            self._write_json(ENDED, {"reason": reason})
+            self._write_json(ENDED, {"state": state, "reason": reason})
 
     def latest_state(self) -> ServerState | None:
         """The last checkpoint, if there is one."""

@@ -75,5 +75,5 @@ def why_not_finished(run: Run, status: str = "", details: str = "") -> str:
     """One line: what the server wrote down, or else what Flower knows."""
     done = f"after {len(run.rounds)} of {run.config.train.rounds} rounds"
     if run.failure:
-        return f"failed {done}: {run.failure}"
+        return f"{run.ending} {done}: {run.failure}"
     return f"{run.state} {done}" + (f"; Flower: {status}: {details}" if status else "")

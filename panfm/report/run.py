@@ -73,8 +73,10 @@ class Run:
     """One line for each that could not take part from the start."""
     is_at_work: bool = False
     """A process is at work in the folder now."""
+    ending: str = ""
+    """`failed` or `stopped`, if that was written down."""
     failure: str = ""
-    """Why the run ended without a model, if its server could tell."""
+    """Why the run ended so."""
 
     @property
     def is_finished(self) -> bool:
@@ -83,11 +85,11 @@ class Run:
 
     @property
     def state(self) -> str:
-        """`running`, `finished`, `failed`, `interrupted`, or `not begun`."""
+        """`running`, `finished`, `failed`, `stopped`, `interrupted` (killed), or `not begun`."""
         if self.is_at_work:
             return "running"
-        if self.is_finished or self.failure:
-            return "finished" if self.is_finished else "failed"
+        if self.is_finished or self.ending:
+            return "finished" if self.is_finished else self.ending
         return "interrupted" if (self.folder / "checkpoint").exists() else "not begun"
 
     @property
@@ -122,7 +124,7 @@ def read_run(folder: Path) -> Run:
         DataError: another of its files is damaged.
     """
     config = load_run(folder / "run.toml")
-    told = _read_sites(folder / "sites.json")
+    told, ended = _read_sites(folder / "sites.json"), _read_json(folder / "ended.json")
     probe = read_result(folder / "probe.json") if (folder / "probe.json").exists() else None
     return Run(
         folder,
@@ -133,7 +135,8 @@ def read_run(folder: Path) -> Run:
         _read_json(_metadata(folder)),
         left_out=tuple(told.failed),
         is_at_work=is_locked(folder / ".lock"),
-        failure=str(_read_json(folder / "ended.json").get("reason", "")),
+        ending=str(ended.get("state", "")),
+        failure=str(ended.get("reason", "")),
     )
 
 

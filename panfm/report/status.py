@@ -85,7 +85,7 @@ def headline(run: Run) -> str:
     """How far it is, how it goes, and how long it will take."""
     done, total = len(run.rounds), run.config.train.rounds
     words = f"{done} of {total} rounds, {run.state}"
-    if run.failure and run.state == "failed":
+    if run.failure and run.state == run.ending:
         return f"{words}: {run.failure}"
     lengths = [line["seconds"] for line in run.rounds[-_RECENT:] if line.get("seconds") is not None]
     if run.state == "running" and lengths:

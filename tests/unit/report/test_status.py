@@ -90,7 +90,9 @@ def test_headline_follows_the_run(tmp_path):
         assert headline(run) == "3 of 10 rounds, running; 2 min 0 s a round, about 14 min 0 s left"
     (tmp_path / "checkpoint").mkdir()
     assert headline(read_run(tmp_path)) == "3 of 10 rounds, interrupted"
-    (tmp_path / "ended.json").write_text('{"reason": "lost quorum"}')
+    (tmp_path / "ended.json").write_text('{"state": "stopped", "reason": "by hand"}')
+    assert headline(read_run(tmp_path)) == "3 of 10 rounds, stopped: by hand"
+    (tmp_path / "ended.json").write_text('{"state": "failed", "reason": "lost quorum"}')
     assert headline(read_run(tmp_path)) == "3 of 10 rounds, failed: lost quorum"
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "metadata.json").write_text('{"rounds": 3}')
@@ -135,7 +137,7 @@ def test_words_of_sites_stay_words(tmp_path, words):
     )
     sites = {words: {"subjects": 1, "streams": {words: 1, "brain-mr": 1}}}
     run = write(tmp_path, hostile, line(2), hostile | {"round": 3}, sites=sites)
-    (tmp_path / "ended.json").write_text(json.dumps({"reason": words}))
+    (tmp_path / "ended.json").write_text(json.dumps({"state": words, "reason": words}))
     page = render_status(read_run(tmp_path))
     tags = {tag.split()[0] for tag in re.findall(r"<(/?[a-z][^>]*)>", page.lower())}
     plain = "html head meta title style body h1 h2 p progress table tr th td svg path text polyline circle span"
