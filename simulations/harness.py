@@ -59,6 +59,28 @@ class StudyOptions:
         draws = range(self.first_seed, self.first_seed + self.draws)
         return list(itertools.product(draws, range(self.first_seed, self.first_seed + self.seeds)))
 
+    def draw_numbers(self) -> list[int]:
+        """Every phantom draw, once."""
+        return sorted({draw for draw, _ in self.pairs()})
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a study was asked to show: a number of at least so much."""
+
+    claim: str
+    found: float
+    least: float
+
+    @property
+    def is_met(self) -> bool:
+        """False for a number that cannot be told."""
+        return self.found >= self.least
+
+    def __str__(self) -> str:
+        verdict = "met" if self.is_met else "MISSED"
+        return f"target {verdict}: {self.claim} is {self.found:+.4f}, wanted at least {self.least:+.4g}"
+
 
 @dataclass
 class StudyResult:
@@ -70,6 +92,7 @@ class StudyResult:
     """(metric, arm) -> one value per pair, in the order of the pairs. A metric measured in several places is written
     `<place>/<metric>`: `lasting/auc`, `neuro-centre/auc`."""
     ratios: dict[str, float] = field(default_factory=dict)
+    targets: list[Target] = field(default_factory=list)
     unit: str = "1"
 
     def add(self, arm: str, measured: Mapping[str, float]) -> None:
@@ -86,8 +109,20 @@ class StudyResult:
         pairs = zip(self.values[metric, arm], self.values[metric, baseline], strict=True)
         return [mine - other for mine, other in pairs]
 
+    def share_won(self, metric: str, arm: str, baseline: str) -> float:
+        """Share of the pairs in which the arm is ahead."""
+        return float(np.mean(np.array(self.gain(metric, arm, baseline)) > 0))
+
     def write(self, path: Path) -> None:
-        """Write the result file of DESIGN.md section 9; what cannot be told is null."""
+        """Write the result file; what cannot be told is null.
+
+        ```
+        {"name", "config", "commit",
+         "results": [{"metric", "of": place, if any, "arm", "values": [one per pair], "mean", "sd", "n", "unit"}],
+         "ratios": {name: number},
+         "targets": [{"claim", "found", "at_least", "met"}]}
+        ```
+        """
         rows = [
             {
                 **_metric_and_place(metric),
@@ -100,9 +135,27 @@ class StudyResult:
             }
             for (metric, arm), values in self.values.items()
         ]
-        table = {"name": self.name, "config": self.config, "commit": commit(), "results": rows, "ratios": self.ratios}
+        targets = [
+            {"claim": each.claim, "found": each.found, "at_least": each.least, "met": each.is_met}
+            for each in self.targets
+        ]
+        table = {
+            "name": self.name,
+            "config": self.config,
+            "commit": commit(),
+            "results": rows,
+            "ratios": self.ratios,
+            "targets": targets,
+        }
         write_atomic(path, f"{json_text(table, indent=1)}\n".encode())
         _kept_jobs(path).unlink(missing_ok=True)
+
+
+def steps_of(budget: str, budgets: Mapping[str, int]) -> int:
+    """Steps or rounds of a budget that the user named. Raises BadParameter: there is none of this name."""
+    if budget not in budgets:
+        raise typer.BadParameter(f"expected one of {', '.join(budgets)}", param_hint="--budget")
+    return budgets[budget]
 
 
 def check_writable(path: Path | None) -> None:

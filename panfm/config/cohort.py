@@ -24,7 +24,7 @@ class PhantomCohortConfig(Config):
 
     kind: Literal["phantom"]
     preset: Literal["transient", "lasting"] = "transient"
-    """Which dominance: `transient` (training outgrows it) or `lasting` (it does not). LAB.md section 9."""
+    """Which dominance: `transient` (training outgrows it) or `lasting` (it does not)."""
     seed: int = 0
     """The draw of the cohort, apart from the run's seed."""
     holdout_subjects: Positive = 300

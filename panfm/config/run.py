@@ -89,8 +89,8 @@ class ModelConfig(Config):
     size: Literal["nano", "tiny", "small", "base"] = "nano"
     """nano: 48 wide, 2 blocks, for laptops; tiny, small, base: the widths, depths and heads of ViT-T/S/B."""
     tokenizer: Literal["statistics", "patch"] = "statistics"
-    """statistics: mean, log-sd and mean gradient of sub-blocks, then linear (learns fastest on small cohorts, LAB.md
-    section 2); patch: linear on raw voxels, as in ViT."""
+    """statistics: mean, log-sd and mean gradient of sub-blocks, then linear (learns fastest on small cohorts);
+    patch: linear on raw voxels, as in ViT."""
     backbone: Literal["dense", "director-experts"] = "dense"
     """dense: a ViT; director-experts: every block's MLP is a pool of experts and one director."""
     hidden_multiple: Positive = 4

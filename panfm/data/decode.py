@@ -6,6 +6,7 @@ truncated or corrupted one cannot pass.
 
 import gzip
 import io
+import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,12 @@ from panfm.errors import DataError
 
 SPACING_RANGE_MM = (0.01, 100.0)
 """A voxel size outside is a broken header."""
+LARGEST_BYTES = 4 * 2**30
+"""What a gzipped file may unpack to; a few megabytes can be made to fill any memory."""
+
+
+nib.imageglobals.logger.setLevel(logging.CRITICAL + 1)
+"""What nibabel has to say of a header beside raising would be a second line about the same fault."""
 
 
 class ImageError(DataError):
@@ -38,8 +45,10 @@ class Volume(NamedTuple):
 
 
 def read_bytes(path: Path) -> bytes:
-    """Content of a file. Raises ImageError: absent or unreadable."""
+    """Content of a file. Raises ImageError: absent, unreadable, or no file (a pipe would be waited for for ever)."""
     try:
+        if path.exists() and not path.is_file():
+            raise ImageError("a folder or device", "an image")
         return path.read_bytes()
     except FileNotFoundError as error:
         raise ImageError("no such file", "an image") from error
@@ -88,9 +97,12 @@ def _unzip(content: bytes) -> bytes:
     if not content.startswith(b"\x1f\x8b"):
         return content
     try:
-        return gzip.decompress(content)
+        raw = gzip.GzipFile(fileobj=io.BytesIO(content)).read(LARGEST_BYTES + 1)
     except Exception as error:  # EOFError, BadGzipFile, zlib.error
         raise ImageError(f"a broken gzip stream ({_reason(error)})", "a whole .nii.gz file") from error
+    if len(raw) > LARGEST_BYTES:
+        raise ImageError(f"more than {LARGEST_BYTES / 2**30:g} GiB when unpacked", "one volume")
+    return raw
 
 
 def _parse(raw: bytes) -> Any:

@@ -1,7 +1,7 @@
 """Intensity rules: what a voxel value means in each modality, brought to [0, 1].
 
 CT and grey-level pictures have a fixed scale; MR and raw PET do not, so their scale is the scan's own 1st and 99th
-percentile. The rules are those of DEX (arXiv 2606.02073, Methods); its z-score of raw PET is dropped because the
+percentile. The rules are those of DEX (arXiv 2605.21861, Methods); its z-score of raw PET is dropped because the
 min-max that follows undoes it. PET must be raw counts: SUV are not recognised.
 """
 

@@ -53,6 +53,8 @@ def _cells(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
             rows = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader if cells]
     except FileNotFoundError as error:
         raise DataError("no such file") from error
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except csv.Error as error:
+        raise DataError(f"no UTF-8 CSV file ({error})") from error
+    except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"no UTF-8 CSV file ({type(error).__name__})") from error
     return (rows[0][1] if rows else []), rows[1:]

@@ -7,7 +7,7 @@
 Sparse gradients have small cosines whatever is learned, so a conflict is to be read beside a control of the same
 sparsity (random routing).
 
-Source: gradient conflict, Yu et al. 2020 (PCGrad); specialisation, DEX (arXiv 2605.21861) and LAB.md section 5.
+Source: gradient conflict, Yu et al. 2020 (PCGrad); specialisation, DEX (arXiv 2605.21861).
 Shape legend: M modalities, P parameters of a layer, N images, R experts.
 """
 

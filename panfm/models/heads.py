@@ -1,7 +1,7 @@
 """What training needs and an embedding does not: predictor, summary head, prototypes, patch decoder.
 
-Hidden tokens are queries only, never keys, so that a hidden organ looks the same to the model as a missing one
-(LAB.md section 2). Parameters under `streams` belong to a stream and are shared with that stream's group.
+Hidden tokens are queries only, never keys, so that a hidden organ looks the same to the model as a missing
+one. Parameters under `streams` belong to a stream and are shared with that stream's group.
 
 Shape legend: B subjects, K hidden places, L encoded tokens, S streams, D width, F features of a patch.
 """

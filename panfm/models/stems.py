@@ -2,7 +2,7 @@
 
 A stem has no parameters, so its maps are computed once per image and kept. `statistics` turns every half-patch block
 into its mean, log standard deviation and mean absolute gradient; small cohorts learn several times faster from it than
-from raw voxels (LAB.md section 2). `patch` leaves the image as it is, as in ViT.
+from raw voxels. `patch` leaves the image as it is, as in ViT.
 
 Shape legend: P images, C channels, `*shape` voxels, `*coarse` blocks, T tokens, F features per token.
 """

@@ -7,7 +7,7 @@
     loss     tokens + summary-weight x summary
 
 Targets are standardised per place and feature by running statistics: what is the same for everybody (which organ is
-there) then carries no reward, only what differs between patients does (LAB.md section 2).
+there) then carries no reward, only what differs between patients does.
 
 The content term is the same in every run of one seed and cannot collapse: without it the teacher drifts within a
 thousand steps to the few features that are easy to guess (effective rank 3 of 48, simulations/studies/LOG.md).

@@ -48,6 +48,7 @@ from simulations.harness import (
     StudyResult,
     check_writable,
     run_jobs,
+    steps_of,
 )
 from simulations.studies._modalities import (
     CohortJob,
@@ -104,10 +105,9 @@ def main(
     json: JsonFile = None,
 ) -> None:
     """Director-Experts against dense, token-routed and randomly routed layers."""
-    if budget not in STEPS:
-        raise typer.BadParameter(f"expected one of {', '.join(STEPS)}", param_hint="--budget")
+    size = steps_of(budget, STEPS)
     check_writable(json)
-    result = run(StudyOptions(seeds, draws, first_seed, json=json), STEPS[budget])
+    result = run(StudyOptions(seeds, draws, first_seed, json=json), size)
     print_result(result, ROWS, SHOWN, None)
     if json:
         result.write(json)
@@ -118,7 +118,7 @@ def run(options: StudyOptions, steps: int) -> StudyResult:
     described = {arm: arm_run(0, arm, steps).model_dump(mode="json", by_alias=True) for arm in ARMS}
     result = StudyResult("dex", {"pairs": options.pairs(), "steps": steps, "arms": described})
     with tempfile.TemporaryDirectory() as scratch:
-        draws = sorted({draw for draw, _ in options.pairs()})
+        draws = options.draw_numbers()
         written = run_jobs(
             write_draw, [CohortJob(draw, Path(scratch) / str(draw)) for draw in draws], workers=options.workers
         )

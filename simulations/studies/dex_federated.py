@@ -47,6 +47,7 @@ from simulations.harness import (
     StudyResult,
     check_writable,
     run_jobs,
+    steps_of,
 )
 from simulations.studies._modalities import (
     CohortJob,
@@ -100,10 +101,9 @@ def main(
     json: JsonFile = None,
 ) -> None:
     """Federated Director-Experts with private, pooled and naively averaged experts."""
-    if budget not in ROUNDS:
-        raise typer.BadParameter(f"expected one of {', '.join(ROUNDS)}", param_hint="--budget")
+    size = steps_of(budget, ROUNDS)
     check_writable(json)
-    result = run(StudyOptions(seeds, draws, first_seed, json=json), ROUNDS[budget])
+    result = run(StudyOptions(seeds, draws, first_seed, json=json), size)
     print_result(result, ARMS, METRICS, None)
     if json:
         result.write(json)
@@ -114,7 +114,7 @@ def run(options: StudyOptions, rounds: int) -> StudyResult:
     described = {arm: arm_run(0, arm, rounds).model_dump(mode="json", by_alias=True) for arm in ARMS}
     result = StudyResult("dex-federated", {"pairs": options.pairs(), "rounds": rounds, "arms": described})
     with tempfile.TemporaryDirectory() as scratch:
-        draws = sorted({draw for draw, _ in options.pairs()})
+        draws = options.draw_numbers()
         cohorts = [CohortJob(draw, Path(scratch) / str(draw)) for draw in draws]
         folders = dict(zip(draws, run_jobs(write_draw, cohorts, workers=options.workers), strict=True))
         jobs = [ArmJob(draw, seed, arm, rounds, folders[draw]) for draw, seed in options.pairs() for arm in ARMS]

@@ -39,8 +39,10 @@ from simulations.harness import (
     Seeds,
     StudyOptions,
     StudyResult,
+    Target,
     check_writable,
     run_jobs,
+    steps_of,
 )
 from simulations.studies._phantoms import Cohort, PhantomDraw, open_draw, render_draw
 
@@ -87,8 +89,7 @@ def main(
     json: JsonFile = None,
 ) -> None:
     """Masking policies on two phantoms: what saliency-guided masking gains, and for how long."""
-    if budget not in STEPS:
-        raise typer.BadParameter(f"expected one of {', '.join(STEPS)}", param_hint="--budget")
+    steps_of(budget, STEPS)
     wanted = arms.split(",")
     if unknown := sorted(set(wanted) - {*MASKING, *REFERENCES}):
         raise typer.BadParameter(f"{unknown[0]}: expected some of {ALL_ARMS}", param_hint="--arms")
@@ -104,11 +105,10 @@ def run(options: StudyOptions, budget: str, arms: Sequence[str]) -> StudyResult:
     steps = STEPS[budget]
     result = StudyResult("sgm", {"budget": budget, "steps": steps, "pairs": options.pairs(), **_settings()})
     with tempfile.TemporaryDirectory() as scratch:
-        draws = sorted({draw for draw, _ in options.pairs()})
         wanted = [
             PhantomDraw(preset, draw, study_run(0, "random", 1), Path(scratch) / f"{preset}-{draw}")
             for preset in PRESETS
-            for draw in draws
+            for draw in options.draw_numbers()
         ]
         folders = dict(zip([(each.preset, each.draw) for each in wanted], run_jobs(render_draw, wanted), strict=True))
         jobs = [
@@ -122,6 +122,7 @@ def run(options: StudyOptions, budget: str, arms: Sequence[str]) -> StudyResult:
         for job, measured in zip(jobs, done, strict=True):
             result.add(job.arm, {f"{job.preset}/{metric}": value for metric, value in measured.items()})
     result.ratios.update(_gains(result))
+    result.targets += targets(result, budget) if "sgm" in arms else []
     return result
 
 
@@ -135,6 +136,8 @@ def show(result: StudyResult) -> None:
         for arm in (*MASKING, *REFERENCES):
             table.add_row(arm, *(_cell(result, f"{preset}/{metric}", arm) for metric in SHOWN))
         Console().print(table)
+    for target in result.targets:
+        Console(soft_wrap=True, highlight=False).print(str(target))
 
 
 def _cell(result: StudyResult, metric: str, arm: str) -> str:
@@ -143,8 +146,8 @@ def _cell(result: StudyResult, metric: str, arm: str) -> str:
     mean = f"{result.mean(metric, arm):.3f}"
     if arm == "random" or (metric, "random") not in result.values:
         return mean
-    gain = result.gain(metric, arm, "random")
-    return f"{mean} ({np.mean(gain):+.3f}, {np.mean(np.array(gain) > 0):.0%})"
+    gain = np.mean(result.gain(metric, arm, "random"))
+    return f"{mean} ({gain:+.3f}, {result.share_won(metric, arm, 'random'):.0%})"
 
 
 def study_run(seed: int, arm: str, steps: int) -> RunConfig:
@@ -247,8 +250,32 @@ def _gains(result: StudyResult) -> dict[str, float]:
                     continue
                 gain = result.gain(f"{preset}/{metric}", arm, "random")
                 gains[f"{preset}/{metric}/{arm}-minus-random"] = float(np.mean(gain))
-                gains[f"{preset}/{metric}/{arm}-wins"] = float(np.mean(np.array(gain) > 0))
+                gains[f"{preset}/{metric}/{arm}-wins"] = result.share_won(f"{preset}/{metric}", arm, "random")
     return gains
+
+
+def targets(result: StudyResult, budget: str) -> list[Target]:
+    """What `sgm` was asked to show at a budget. `long` compares with `statistics` where that arm was run."""
+
+    def ahead(metric: str, least: float, baseline: str = "random") -> Target:
+        found = float(np.mean(result.gain(metric, "sgm", baseline)))
+        return Target(f"{budget}: {metric}, sgm minus {baseline}", found, least)
+
+    def won(metric: str) -> Target:
+        return Target(
+            f"{budget}: {metric}, share of pairs that sgm wins", result.share_won(metric, "sgm", "random"), 0.8
+        )
+
+    found = [ahead(f"{preset}/saliency_entropy", 0.0) for preset in PRESETS]
+    if budget == "short":
+        for preset in PRESETS:
+            for metric, least in (("auc", 0.02), ("auc_no_dominant", 0.03)):
+                found += [ahead(f"{preset}/{metric}", least), won(f"{preset}/{metric}")]
+    if budget == "long":
+        found += [ahead("transient/auc", -0.003), ahead("lasting/auc_no_dominant", 0.01)]
+        against = [preset for preset in PRESETS if (f"{preset}/auc", "statistics") in result.values]
+        found += [ahead(f"{preset}/auc", 0.0, "statistics") for preset in against]
+    return found
 
 
 def _settings() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Who may import whom (DESIGN.md section 2), read off the syntax trees."""
+"""Who may import whom, read off the syntax trees."""
 
 import ast
 import tomllib

@@ -33,6 +33,10 @@ BAD_TABLES = {
     "column twice": ("subject,stream,path,path\na,brain-mr,x,y\n", "manifest.csv: found column 'path' twice"),
     "comma in a path": ("subject,stream,path\na,brain-mr,x,y\n", "manifest.csv: found 4 cells on line 2"),
     "no text": (b"\xff\xfe\x00\x01", "manifest.csv: found no UTF-8 CSV file"),
+    "endless cell": (
+        f"subject,stream,path\n{'x' * 200_000},brain-mr,x\n",
+        "found no UTF-8 CSV file (field larger than",
+    ),
     "open quote": ('subject,stream,path\n"a,brain-mr,x\n', "manifest.csv: found no UTF-8 CSV file"),
 }
 

@@ -1,6 +1,7 @@
 """Broken images and masks, one by one, through the command a site operator types."""
 
 import gzip
+import os
 import struct
 
 import nibabel as nib
@@ -73,7 +74,9 @@ BAD_IMAGES = {
     ),
     "text": (lambda site, path: path.write_text("I am no image\n"), "no NIfTI header"),
     "empty": (lambda site, path: path.write_bytes(b""), "no NIfTI header"),
-    "folder": (lambda site, path: (path.unlink(), path.mkdir()), "cannot be read"),
+    "folder": (lambda site, path: (path.unlink(), path.mkdir()), "a folder or device"),
+    "pipe, which nobody writes to": (lambda site, path: (path.unlink(), os.mkfifo(path)), "a folder or device"),
+    "device without an end": (lambda site, path: (path.unlink(), path.symlink_to("/dev/zero")), "a folder or device"),
     "absent": (lambda site, path: path.unlink(), "no such file"),
     "2D": (header_of(np.zeros((4, 5), np.int16)), "2D of shape 4x5"),
     "4D": (header_of(np.zeros((4, 4, 4, 3), np.int16)), "4D of shape 4x4x4x3"),
@@ -81,6 +84,7 @@ BAD_IMAGES = {
     "negative size": (patched(40, "<8h", 3, -4, 4, 4, 1, 1, 1, 1), "found"),
     "huge size": (patched(40, "<8h", 3, 32767, 32767, 32767, 1, 1, 1, 1), "voxels that cannot be read"),
     "unknown type": (patched(70, "<h", 999), "found"),
+    "nine axes": (patched(40, "<h", 9), "found"),
     "complex": (header_of(np.zeros((3, 3, 3), np.complex64)), "complex64"),
     "colour": (header_of(np.zeros((3, 3, 3), [("R", "u1"), ("G", "u1"), ("B", "u1")])), "voxels of type"),
     "NaN": (nan_voxels(np.nan), "1 voxels that are NaN or infinite"),
@@ -125,12 +129,22 @@ BAD_MASKS = {
 
 
 @pytest.mark.parametrize("name", BAD_IMAGES)
-def test_bad_image(site, name, capfd):
+def test_bad_image(site, name, capfd, caplog):
     make, text = BAD_IMAGES[name]
     bad_image(make)(site)
     assert site.assert_one_fault(text).startswith("broken_brain-mr.nii.gz: ")
-    assert capfd.readouterr() == ("", "")  # no library talks past us
+    assert (*capfd.readouterr(), caplog.text) == ("", "", "")  # no library talks past us
     site.assert_quarantine_leaves_one_row()
+
+
+def test_a_file_that_unpacks_without_end(site, monkeypatch):
+    """Kilobytes that would fill the memory; one at the limit passes."""
+    site.add("sound")
+    size = len(gzip.decompress((site.folder / "sound_brain-mr.nii.gz").read_bytes()))
+    monkeypatch.setattr("panfm.data.decode.LARGEST_BYTES", size)
+    assert site.check().exit_code == 0
+    monkeypatch.setattr("panfm.data.decode.LARGEST_BYTES", size - 1)
+    site.assert_one_fault("GiB when unpacked")
 
 
 @pytest.mark.parametrize("name", BAD_MASKS)

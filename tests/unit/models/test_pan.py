@@ -9,6 +9,8 @@ from torch.testing import assert_close
 
 from panfm.data.store import Batch
 from panfm.models import build_model
+from panfm.models.stems import patchify
+from panfm.models.tokens import sincos_positions
 
 STREAMS = ("brain-mr", "heart-ct", "eye-fundus")
 SUBSETS = [subset for size in (1, 2, 3) for subset in itertools.combinations(STREAMS, size)]
@@ -43,6 +45,18 @@ def test_any_subset_of_streams_is_a_valid_input(run, make_store, subset):
     embedding = model.embed(store.batch(np.arange(4), subset))
     assert embedding.shape == (4, model.width)
     assert torch.isfinite(embedding).all()
+
+
+@torch.no_grad()
+def test_a_token_is_its_patch_its_stream_and_its_position(run, make_store):
+    model, store = build_model(run), make_store(run, 3, complete=True)
+    maps = model.stem(store.batch(np.arange(3)))
+    tokens = model.tokenize(maps, model.layout(maps))
+    tokenizer, config = model.streams["heart-ct"], run.streams["heart-ct"]
+    patches = patchify(maps.images["heart-ct"], tokenizer.step)
+    positions = 0.2 * sincos_positions(config.grid, model.width)
+    expected = patches @ tokenizer.project.weight.T + tokenizer.project.bias + tokenizer.embedding + positions
+    assert_close(tokens[:, model.stream_of_place == 1], expected)
 
 
 @torch.no_grad()

@@ -115,6 +115,151 @@ def test_the_federations_profile_steers_the_masks(make_run, make_store):
     assert not equal_states(*states)
 
 
+@pytest.fixture
+def leaning(monkeypatch):
+    """A teacher whose CLS gives the first stream 8 of 10 parts; what guides the masks, and what gets hidden of each."""
+    saliency, scores, draw = loop.stream_saliency, loop.stream_scores, loop.draw_hidden
+    guides, hidden = [], []
+
+    def lean(learner, full):
+        _, present = saliency(learner, full)
+        return present * torch.tensor([0.8, 0.1, 0.1]), present
+
+    def note_guide(config, relative, organs, step):
+        guides.append(relative)
+        return scores(config, relative, organs, step)
+
+    def note_hidden(config, scores, layout, stream_of_place, masks):
+        drawn = draw(config, scores, layout, stream_of_place, masks)
+        stream = stream_of_place[layout.place]
+        hidden.append([drawn[stream == index].float().mean().item() for index in range(3)])
+        return drawn
+
+    monkeypatch.setattr(loop, "stream_saliency", lean)
+    monkeypatch.setattr(loop, "stream_scores", note_guide)
+    monkeypatch.setattr(loop, "draw_hidden", note_hidden)
+    return guides, hidden
+
+
+@pytest.mark.parametrize("scope", ["subject", "site"])
+@pytest.mark.parametrize(("policy", "sign"), [("sgm", 1), ("inverse", -1)])
+def test_masks_follow_what_the_teacher_leans_on(make_run, make_store, leaning, policy, sign, scope):
+    run = make_run(f'[masking]\npolicy = "{policy}"\nscope = "{scope}"\nwarmup-steps = 1\n')
+    train(Learner(run), make_store(run, complete=True), num_steps=8)
+    _, hidden = leaning
+    first, *others = np.mean(hidden[4:], axis=0)
+    assert sign * (first - np.mean(others)) > 0.3
+
+
+def test_a_subjects_own_saliency_is_relative_to_an_equal_split(make_run, make_store, leaning):
+    run = make_run('[masking]\nscope = "subject"\n')
+    train(Learner(run), make_store(run, complete=True), num_steps=1)
+    assert leaning[0][0].tolist() == [pytest.approx([2.4, 0.3, 0.3])] * run.train.batch_size
+
+
+def test_the_sites_profile_runs_behind_by_its_momentum(make_run, make_store, leaning):
+    run = make_run()
+    train(Learner(run), make_store(run, complete=True), num_steps=2)
+    once, twice = (guide[0].numpy() for guide in leaning[0])
+    relative = np.array([2.4, 0.3, 0.3])
+    np.testing.assert_allclose(once, 0.9 * 1 + 0.1 * relative, rtol=1e-5)
+    np.testing.assert_allclose(twice, 0.9 * once + 0.1 * relative, rtol=1e-5)
+
+
+def test_schedules_run_over_the_whole_run_and_not_over_the_round(make_run, make_store, monkeypatch):
+    """Learning rate, teacher's momentum and guidance of every step, against the formulas written out."""
+    run, rates, momenta, steps = make_run(), [], [], []
+    scores = loop.stream_scores
+
+    def note_step(config, relative, organs, step):
+        steps.append(step)
+        return scores(config, relative, organs, step)
+
+    monkeypatch.setattr(loop, "stream_scores", note_step)
+    learner, store = Learner(run), make_store(run)
+    monkeypatch.setattr(learner, "update_teacher", momenta.append)
+    for first in (0, 4):
+        train(
+            learner,
+            store,
+            first_step=first,
+            round_number=1 + first // 4,
+            on_step=lambda *_: rates.append([group["lr"] for group in learner.optimiser.param_groups]),
+        )
+    assert steps == list(range(8))
+    for step in range(8):
+        position = (step + 0.5) / 8
+        rate = position / 0.1 if position < 0.1 else 0.5 * (1 + np.cos(np.pi * (position - 0.1) / 0.9))
+        assert rates[step] == pytest.approx([run.train.learning_rate * rate] * 2)
+        assert momenta[step] == pytest.approx(0.999 + (0.99 - 0.999) * 0.5 * (1 + np.cos(np.pi * position)))
+
+
+def test_the_teacher_is_an_average_of_the_students(make_run, make_store):
+    run = make_run("teacher-momentum = [0.9, 0.9]\n")
+    learner, store = Learner(run), make_store(run)
+    start = learner.shared_state()
+    train(learner, store, num_steps=1)
+    for name, student in learner.shared_state().items():
+        kept = learner.private_state()[f"teacher.{name}"]
+        torch.testing.assert_close(kept, 0.9 * start[name] + 0.1 * student)
+
+
+def test_the_teacher_encodes_and_the_student_never_sees_everything(make_run, make_store, monkeypatch):
+    run = make_run()
+    learner = Learner(run)
+    monkeypatch.setattr(learner.model, "encode", None)
+    train(learner, make_store(run), num_steps=1)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_skipped_step_leaves_everything_as_it_was(make_run, make_store, objective):
+    run = make_run(f'[objective]\nname = "{objective}"\n')
+    learner, store = Learner(run), make_store(run, 6, complete=True)
+    train(learner, store)
+    broken = make_store(run, 6, complete=True)
+    broken.images["brain-mr"][2] = np.nan
+    before = learner.private_state() | learner.shared_state()
+    assert train(learner, broken, first_step=4, round_number=2).num_skipped == 4
+    assert equal_states(before, learner.private_state() | learner.shared_state())
+
+
+def test_gradients_are_clipped_to_their_norm(make_run, make_store, monkeypatch):
+    run = make_run("clip-norm = 0.001\n")
+    learner, norms = Learner(run), []
+
+    def note_norm():
+        gradients = [parameter.grad.flatten() for parameter in learner.parameters if parameter.grad is not None]
+        norms.append(torch.cat(gradients).norm().item())
+
+    monkeypatch.setattr(learner.optimiser, "step", note_norm)
+    train(learner, make_store(run), num_steps=2)
+    assert norms == pytest.approx([0.001, 0.001], rel=1e-3)
+
+
+def test_only_matrices_decay(make_run):
+    learner = Learner(make_run())
+    matrices, vectors = learner.optimiser.param_groups
+    assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.05, 0.0)
+    assert {parameter.dim() for parameter in matrices["params"]} == {2}
+    assert {parameter.dim() for parameter in vectors["params"]} == {1}
+
+
+def test_validation_masks_without_guidance(make_run, make_store, leaning):
+    run = make_run()
+    learner, store = Learner(run), make_store(run, complete=True)
+    train(learner, store)
+    leaning[0].clear()
+    learner.validation_loss(store, np.arange(5), site="a")
+    assert [guide.tolist() for guide in leaning[0]] == [[[1.0, 1.0, 1.0]]]
+
+
+def test_every_pass_has_an_order_of_its_own():
+    stream = batches(np.arange(10), 5, np.random.default_rng(0))
+    passes = [np.concatenate([next(stream), next(stream)]).tolist() for _ in range(2)]
+    assert passes[0] != passes[1]
+    assert sorted(passes[0]) == sorted(passes[1]) == list(range(10)) != passes[0]
+
+
 @pytest.mark.parametrize(("num", "size", "expected"), [(10, 4, [4, 4, 4, 4]), (3, 4, [3, 3, 3]), (4, 4, [4, 4])])
 def test_batches_pass_over_everyone(num, size, expected):
     stream = batches(np.arange(num), size, np.random.default_rng(0))

@@ -88,6 +88,11 @@ def test_a_stream_is_hidden_no_more_than_the_limit_says():
     assert clipped[0] < 0.85 < 0.98 < free[0]
 
 
+def test_a_stream_that_nobody_leans_on_is_still_hidden_now_and_then():
+    scores = stream_scores(MaskingConfig(limit=20.0, strength=2.0), torch.tensor([[2.9, 0.06, 0.01]]), ORGANS, 100)
+    assert scores.tolist() == [pytest.approx([2 * math.log(2.9), 2 * math.log(0.06), 2 * math.log(0.05)])]
+
+
 @pytest.mark.parametrize(
     ("step", "balanced", "lopsided"),
     [

@@ -90,6 +90,18 @@ def test_contents_are_the_projected_stem_features_of_each_place(make_run, make_s
             assert_close(found[subject, column], patches[row, 1] @ objective.projections[name])
 
 
+@torch.no_grad()
+def test_targets_mix_features_and_contents_by_their_share_of_the_variance(make_run, make_store):
+    run = make_run('[objective]\nname = "latent"\nstandardise = false\ncontent-share = 0.36\n')
+    learner, store = Learner(run), make_store(run, 5)
+    maps = learner.model.stem(store.batch(np.arange(5)))
+    full = learner.teacher.encode(maps, keep_blocks=True)
+    features = torch.stack([functional.layer_norm(block, (48,)) for block in full.blocks]).mean(0)
+    contents = learner.objective._contents(learner.teacher, maps, full.layout)
+    found = learner.objective.targets(learner.teacher, maps, Split.of(full.layout, full.layout.valid), full)["places"]
+    assert_close(found[full.layout.valid], (0.8 * features + 0.6 * contents)[full.layout.valid])
+
+
 def test_a_sites_subset_projects_contents_like_the_whole_model(make_run):
     run = make_run("")
     whole, part = Learner(run).objective, Learner(run, ["heart-ct"]).objective
@@ -136,6 +148,18 @@ def test_dino_equals_a_slow_loop_and_moves_its_centre(make_run, make_store):
         assert_close(found[b], expected, atol=1e-4, rtol=1e-4)
     moved = 0.1 * teacher.assign(teacher.project(full.cls)).mean(0)
     assert_close(learner.objective.centres["cls"], centre + moved)
+
+
+@torch.no_grad()
+def test_dino_targets_are_centred(make_run, make_store):
+    run = make_run(DINO)
+    learner, store = Learner(run), make_store(run, 5)
+    maps = learner.model.stem(store.batch(np.arange(5)))
+    full, heads = learner.teacher.encode(maps, keep_blocks=True), learner.teacher.heads
+    centre = torch.linspace(-0.1, 0.1, 16)
+    learner.objective.load_state({"centre.cls": centre, "centre.token": centre})
+    found = learner.objective.targets(learner.teacher, maps, Split.of(full.layout, fixed_hidden(full.layout)), full)
+    assert_close(found["cls"], ((heads.assign(heads.project(full.cls)) - centre) / 0.04).softmax(-1))
 
 
 def test_running_moments_equal_plain_ones_at_first_and_skip_absent_rows():

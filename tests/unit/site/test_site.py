@@ -9,6 +9,7 @@ import torch
 from panfm.config import dump_toml, parse_run
 from panfm.errors import DataError, ProtocolError
 from panfm.models import build_model
+from panfm.objectives import Learner
 from panfm.sharing.coding import decode
 from panfm.sharing.groups import GroupManifest
 from panfm.sharing.messages import Invitation, RoundTask
@@ -100,6 +101,19 @@ def test_a_site_validates_every_so_many_rounds_and_in_the_last(folder):
     run = RUN.replace("validate-every = 1", "validate-every = 4")
     replies = [Site(folder).train_round(replace(task(number), run_toml=run)) for number in range(1, 7)]
     assert [reply.validation_loss is not None for reply in replies] == [False, False, False, True, False, True]
+
+
+def test_a_round_trains_and_validates_on_the_right_subjects_at_its_place_in_the_run(folder, monkeypatch):
+    real, seen = Learner.train, []
+
+    def note(learner, store, indices, **words):
+        seen.append((indices.tolist(), words["first_step"], words["num_steps"], words["round_number"]))
+        return real(learner, store, indices, **words)
+
+    monkeypatch.setattr(Learner, "train", note)
+    monkeypatch.setattr(Learner, "validation_loss", lambda learner, store, indices, site: float(indices.sum()))
+    assert Site(folder).train_round(task(4)).validation_loss == 5.0
+    assert seen == [([0, 1, 2, 3, 4], 6, 2, 4)]
 
 
 def test_skipped_steps_do_not_weigh(folder, monkeypatch):
