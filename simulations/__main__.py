@@ -37,16 +37,16 @@ def run(
 @app.command(context_settings=_PASS_ON)
 def study(context: typer.Context, name: Annotated[str, typer.Argument(help="Name of the study.")]) -> None:
     """Try a paper's claim, side by side with its baselines."""
-    _pass_on("studies", name, context.args)
+    _pass_on("study", "studies", name, context.args)
 
 
 @app.command(context_settings=_PASS_ON)
 def bench(context: typer.Context, name: Annotated[str, typer.Argument(help="Name of the bench.")]) -> None:
     """Answer a speed or size question, both sides in one run."""
-    _pass_on("bench", name, context.args)
+    _pass_on("bench", "bench", name, context.args)
 
 
-def _pass_on(package: str, name: str, words: list[str]) -> None:
+def _pass_on(verb: str, package: str, name: str, words: list[str]) -> None:
     """Hand the rest of the command line to `main` of `simulations/<package>/<name>.py`."""
     folder = Path(__file__).parent / package
     known = sorted(path.stem.replace("_", "-") for path in folder.glob("[a-z]*.py"))
@@ -54,7 +54,7 @@ def _pass_on(package: str, name: str, words: list[str]) -> None:
         raise ConfigError(f"{name}: unknown, expected one of {', '.join(known)}")
     command = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     command.command()(import_module(f"simulations.{package}.{name.replace('-', '_')}").main)
-    command(args=_with_json_path(words, f"{name}.json"), prog_name=f"python -m simulations {package} {name}")
+    command(args=_with_json_path(words, f"{name}.json"), prog_name=f"python -m simulations {verb} {name}")
 
 
 def _with_json_path(words: list[str], path: str) -> list[str]:

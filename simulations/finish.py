@@ -77,4 +77,6 @@ def probe_run(run: RunConfig, cohort: Path, run_dir: Path, console: Console) -> 
         def show(arm: str, number: int, total: int) -> None:
             bar.update(shown, description=f"probing {arm}", completed=number, total=total)
 
-        return evaluate_cohort(task, models, grid_arms=("federated", "untrained", "statistics"), on_arm=show)
+        result = evaluate_cohort(task, models, grid_arms=("federated", "untrained", "statistics"), on_arm=show)
+        bar.update(shown, description="probing", completed=bar.tasks[shown].total)
+    return result

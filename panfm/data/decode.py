@@ -19,6 +19,8 @@ from panfm.errors import DataError
 
 SPACING_RANGE_MM = (0.01, 100.0)
 """A voxel size outside is a broken header."""
+_LEAST_SINE = 0.5
+"""Volume of a voxel over that of a box with its edges; a CT's tilted gantry leaves more than 0.8."""
 LARGEST_BYTES = 4 * 2**30
 """What a gzipped file may unpack to; a few megabytes can be made to fill any memory."""
 
@@ -62,7 +64,8 @@ def decode_volume(content: bytes) -> Volume:
     Guarantees:
         whole: the gzip checksum and the number of voxels have been verified.
         finite: no voxel and no affine entry is NaN or infinite.
-        placed: the header states one orientation; the affine has an inverse and voxel sizes in SPACING_RANGE_MM.
+        placed: the header states one orientation; the affine has an inverse, axes far from parallel, and voxel sizes in
+            SPACING_RANGE_MM.
     Raises:
         ImageError: any of it does not hold.
     """
@@ -130,6 +133,8 @@ def _check_affine(image: Any) -> None:
     if header["sform_code"] and header["qform_code"]:
         _check_agreement(image)
     sizes, (low, high) = voxel_sizes(affine), SPACING_RANGE_MM
+    if abs(np.linalg.det(affine[:3, :3])) < _LEAST_SINE * sizes.prod():
+        raise ImageError("axes that are nearly parallel", "axes at right angles, or tilted")
     if sizes.min() < low or sizes.max() > high:
         raise ImageError(f"voxels of {' x '.join(f'{size:.4g}' for size in sizes)} mm", f"{low:g} to {high:g} mm")
 

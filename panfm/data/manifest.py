@@ -52,7 +52,9 @@ class Fault:
     """The row it condemns; none when it condemns the whole manifest."""
 
     def __str__(self) -> str:
-        return " ".join(f"{self.file}: found {self.found}, expected {self.expected}".split())
+        """One line; what would steer a terminal is spelled out."""
+        line = " ".join(f"{self.file}: found {self.found}, expected {self.expected}".split())
+        return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in line)
 
 
 def read_manifest(folder: Path, site: SiteConfig) -> tuple[Row, ...]:

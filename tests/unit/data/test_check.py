@@ -21,7 +21,8 @@ BAD_ROWS = {
     "no path": (["b,brain-mr,,,"], "manifest.csv:3: found no path"),
     "two splits": (["a,heart-mr,b.nii.gz,val,"], "manifest.csv:3: found subject 'a' in split val and in train"),
     "unknown split": (["b,brain-mr,b.nii.gz,dev,"], "manifest.csv:3: found split 'dev', expected train or val or test"),
-    "null byte": (["b,brain-mr,\0,,"], "found a path that cannot be read"),
+    "null byte": (["b,brain-mr,\0,,"], "\\x00: found a path that cannot be read"),
+    "what steers a terminal": (["b,brain-mr,\x1b[2Jb.nii,,"], "\\x1b[2Jb.nii: found no such file"),
 }
 
 BAD_TABLES = {

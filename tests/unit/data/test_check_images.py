@@ -93,6 +93,10 @@ BAD_IMAGES = {
     "singular affine": (header_of(affine=np.diag([1.0, 1.0, 0.0, 1.0])), "singular affine"),
     "affine of zeros": (patched(280, "<12f", *([0.0] * 12)), "singular affine"),
     "NaN affine": (patched(280, "<f", float("nan")), "singular affine"),
+    "axes that are nearly parallel": (
+        header_of(affine=np.array([[1, 0.9, 0, 0], [0, 0.4, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]])),
+        "axes that are nearly parallel",
+    ),
     "no orientation": (header_of(sform_code=0, qform_code=0), "no orientation"),
     "two orientations": (two_orientations, "two orientations (sform RAS, qform LAS)"),
     "impossible qform beside a good sform": (broken_qform(2.0), "a broken qform (w2 should be positive"),
@@ -135,6 +139,18 @@ def test_bad_image(site, name, capfd, caplog):
     assert site.assert_one_fault(text).startswith("broken_brain-mr.nii.gz: ")
     assert (*capfd.readouterr(), caplog.text) == ("", "", "")  # no library talks past us
     site.assert_quarantine_leaves_one_row()
+
+
+def test_a_tilted_gantry_is_no_fault(site):
+    tilt = np.deg2rad(30)
+    site.write()
+    site.nifti(
+        "tilted.nii.gz",
+        np.ones((4, 4, 4), np.int16),
+        np.array([[1, 0, 0, 0], [0, 1, np.sin(tilt), 0], [0, 0, np.cos(tilt), 0], [0, 0, 0, 1.0]]),
+    )
+    site.row("a", path="tilted.nii.gz")
+    assert site.check().exit_code == 0
 
 
 def test_a_file_that_unpacks_without_end(site, monkeypatch):

@@ -93,6 +93,14 @@ def test_every_tool_refuses_a_bad_result_path_at_once(tmp_path, monkeypatch, wor
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["sgm", "sharing", "dex", "dex-federated"])
+def test_a_budget_that_is_none_names_the_command_and_the_budgets(name):
+    done = CliRunner().invoke(app, ["study", name, "--budget", "tiny"])
+    assert done.exit_code == 2
+    assert f"Usage: python -m simulations study {name} " in done.output
+    assert "expected one of short, medium, long" in done.output
+
+
 @pytest.mark.parametrize(("name", "option"), [("round-overhead", "--cycles"), ("sgm-overhead", "--turns")])
 def test_a_bench_of_nothing_is_refused(name, option):
     done = CliRunner().invoke(app, ["bench", name, option, "0"])

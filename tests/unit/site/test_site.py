@@ -107,13 +107,16 @@ def test_a_round_trains_and_validates_on_the_right_subjects_at_its_place_in_the_
     real, seen = Learner.train, []
 
     def note(learner, store, indices, **words):
-        seen.append((indices.tolist(), words["first_step"], words["num_steps"], words["round_number"]))
+        seen.append(
+            (indices.tolist(), words["first_step"], words["num_steps"], words["round_number"], words["profile"])
+        )
         return real(learner, store, indices, **words)
 
     monkeypatch.setattr(Learner, "train", note)
     monkeypatch.setattr(Learner, "validation_loss", lambda learner, store, indices, site: float(indices.sum()))
-    assert Site(folder).train_round(task(4)).validation_loss == 5.0
-    assert seen == [([0, 1, 2, 3, 4], 6, 2, 4)]
+    profile = {"brain-mr": 1.5, "heart-mr": 0.5}
+    assert Site(folder).train_round(replace(task(4), profile=profile)).validation_loss == 5.0
+    assert seen == [([0, 1, 2, 3, 4], 6, 2, 4, profile)]
 
 
 def test_skipped_steps_do_not_weigh(folder, monkeypatch):
