@@ -1,5 +1,6 @@
 """Noise from the operating system: the right spread, found wrong if it is 2 % off, and never the same twice."""
 
+import mpmath
 import numpy as np
 import pytest
 import torch
@@ -36,21 +37,49 @@ def test_no_seed_decides_the_noise():
     assert not torch.equal(*drawn)
 
 
-@pytest.mark.parametrize("byte", [0, 255])
+@pytest.mark.parametrize("byte", [0, 127, 255])
 def test_the_ends_of_the_range_are_finite(monkeypatch, byte):
     monkeypatch.setattr(randomness.os, "urandom", lambda size: bytes([byte]) * size)
     assert 0.0 < uniform(3)[0] < 1.0
     assert torch.isfinite(normal(3)).all()
 
 
-def test_bits_of_all_words_are_used(monkeypatch):
-    """Every uniform number comes from eight fresh bytes."""
+def test_every_number_comes_from_eight_fresh_bytes(monkeypatch):
     asked = []
-    real = randomness.os.urandom
-    monkeypatch.setattr(randomness.os, "urandom", lambda size: asked.append(size) or real(size))
+    monkeypatch.setattr(randomness.os, "urandom", lambda size: asked.append(size) or b"\x5a" * size)
     normal(10)
     assert asked == [8 * 10]
     assert normal(0).shape == uniform(0).shape == (0,)
+
+
+def test_numbers_of_the_tail_get_as_many_bits_as_others(monkeypatch):
+    """Seven leading zero bytes leave 8 bits of 63: the rest is drawn again, or a large number had 2^8 values only."""
+    real = randomness.os.urandom
+
+    def urandom(size):
+        words = np.frombuffer(real(size), dtype=np.int64).copy()
+        if first:
+            words &= np.int64(0xFF) | np.int64(-(2**63))
+            first.clear()
+        return words.tobytes()
+
+    first = [True]
+    monkeypatch.setattr(randomness.os, "urandom", urandom)
+    values = normal(10_000)
+    assert len(values.unique()) == 10_000
+    assert (values.abs() > 8.0).all()
+    assert (values > 0).double().mean().item() == pytest.approx(0.5, abs=0.04)
+
+
+def test_quantiles_are_the_true_ones():
+    """Newton's step from the quantile found to the true one, in 40 digits, over the whole range that can come up."""
+    mpmath.mp.dps = 40
+    random = np.random.default_rng(0)
+    tails = np.concatenate([random.uniform(0.5, 1.0, 8) * 2.0**-exponent for exponent in range(1, 118)])
+    found = torch.special.ndtri(torch.from_numpy(tails)).tolist()
+    for tail, value in zip(tails.tolist(), found, strict=True):
+        error = (mpmath.erfc(-mpmath.mpf(value) / mpmath.sqrt(2)) / 2 - mpmath.mpf(tail)) / mpmath.npdf(value)
+        assert abs(error) < 4e-15
 
 
 def test_a_poisson_sample_takes_each_with_the_rate():
@@ -67,9 +96,29 @@ def test_a_poisson_sample_takes_each_with_the_rate():
 
 @pytest.mark.parametrize("deviation", [3.0, 0.01])
 def test_what_is_noised_lies_on_one_grid_whatever_it_was(deviation):
-    grid = 2.0 ** (np.floor(np.log2(deviation)) - 20)
+    grid = 2.0 ** (np.floor(np.log2(deviation)) - 8)
     for start in (0.0, 1 / 3):
         found = with_noise(torch.full((1000, 200), start, dtype=torch.float64), deviation)
         assert torch.equal(found, (found / grid).round() * grid)
         assert (found - start).std().item() == pytest.approx(deviation, rel=0.01)
-        assert len(found.unique()) > 190_000 * 0.9
+
+
+def fits_rounded_noise(found, start, deviation, grid):
+    """Chi-square of the counts on the grid points against a rounded Gaussian about `start`, at six sigma."""
+    points, counts = np.unique((found / grid).round().numpy().astype(np.int64), return_counts=True)
+    edges = (np.arange(points[0], points[-1] + 2) - 0.5) * grid
+    expected = len(found) * np.diff(torch.special.ndtr(torch.from_numpy((edges - start) / deviation)).numpy())
+    seen = np.zeros(len(expected))
+    seen[points - points[0]] = counts
+    large = expected >= 20
+    distance = ((seen - expected)[large] ** 2 / expected[large]).sum()
+    return abs(distance - large.sum()) < 6 * np.sqrt(2 * large.sum())
+
+
+@pytest.mark.parametrize("start", [0.0, 1 / 3])
+def test_grid_points_come_up_as_those_of_an_exact_rounded_gaussian(start):
+    deviation, grid = 1.5, 2.0**-8
+    found = with_noise(torch.full((MILLION,), start, dtype=torch.float64), deviation)
+    assert fits_rounded_noise(found, start, deviation, grid)
+    assert not fits_rounded_noise(found, start, 1.02 * deviation, grid)
+    assert not fits_rounded_noise(found, start + 0.04, deviation, grid)
