@@ -45,6 +45,7 @@ main.add_typer(cohort_app, name="cohort")
 ledger_app = typer.Typer(no_args_is_help=True, help="What a site has spent of its patients' privacy.")
 main.add_typer(ledger_app, name="ledger")
 
+_LEDGER_HELP = "Site folder, or run folder with site-level privacy."
 _SPLITS = ("train", "val", "test")
 _RunOption = Annotated[Path | None, typer.Option("--run", help="Description of the run (TOML).")]
 
@@ -212,18 +213,22 @@ def cohort_make(
 
 
 @ledger_app.command("show")
-def ledger_show(site: Annotated[Path, typer.Argument(help="Site folder.")]) -> None:
-    """Print what was promised, what is spent, on what, and what is not covered."""
+def ledger_show(folder: Annotated[Path, typer.Argument(help=_LEDGER_HELP)]) -> None:
+    """Print what was promised, what is spent, on what, and what is not covered.
+
+    Written for a data-protection officer. A site's ledger is shared by all runs on its patients, and is written before
+    anything is sent. A run folder has one where the server added noise for its sites ([server-privacy]).
+    """
     from panfm.privacy.statement import statement
 
-    for line in statement(_ledger(site).entries()):
+    for line in statement(_ledger(folder).entries()):
         typer.echo(line)
 
 
 @ledger_app.command("verify")
-def ledger_verify(site: Annotated[Path, typer.Argument(help="Site folder.")]) -> None:
-    """Check that no entry was changed, moved or removed."""
-    ledger = _ledger(site)
+def ledger_verify(folder: Annotated[Path, typer.Argument(help=_LEDGER_HELP)]) -> None:
+    """Check that no entry was changed, moved or removed: every line holds the hash of the one before."""
+    ledger = _ledger(folder)
     typer.echo(f"{ledger.path}: {len(ledger.entries())} entries, each follows from the one before")
 
 
@@ -231,9 +236,13 @@ def ledger_verify(site: Annotated[Path, typer.Argument(help="Site folder.")]) ->
 def ledger_plan(
     run: Annotated[Path, typer.Argument(help="Description of a private run (TOML).")],
     overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value, e.g. train.rounds=3.")] = None,
-    site: Annotated[Path | None, typer.Option(help="Site folder: on top of what its ledger holds.")] = None,
+    site: Annotated[Path | None, typer.Option(help="Site or run folder: on top of what its ledger holds.")] = None,
 ) -> None:
-    """Epsilon of a run with its noise, and the noise with which it would spend its epsilon."""
+    """Epsilon of a run with its noise, and the noise with which it would spend its epsilon.
+
+    Try other numbers with --set: privacy.epsilon=2, train.rounds=5, privacy.sample-rate=0.1. With --site, on top of
+    what is spent there already.
+    """
     from panfm.config import load_run
     from panfm.privacy.plan import plan
 
@@ -243,8 +252,11 @@ def ledger_plan(
 
 def _ledger(folder: Path) -> "Ledger":
     from panfm.config import load_site, site_path
+    from panfm.privacy.ledger import run_ledger
     from panfm.site.spending import Account
 
+    if (folder / "run.toml").is_file() and not (folder / "site.toml").is_file():
+        return run_ledger(folder)
     site = load_site(folder)
     return Account(folder, site, site_path(folder, site.state_dir)).ledger
 

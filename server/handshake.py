@@ -125,14 +125,14 @@ def check_handshake(handshake: Handshake, run: RunConfig, manifest: GroupManifes
 
 
 def _check_counts(handshake: Handshake, run: RunConfig) -> None:
-    most = run.federation.max_subjects
-    if not 0 < handshake.subjects <= most:
-        raise ProtocolError(f"{handshake.subjects} subjects, expected 1 to {most} (federation.max-subjects)")
+    fewest, most = int(run.server_privacy is None), run.federation.max_subjects
+    if not fewest <= handshake.subjects <= most:
+        raise ProtocolError(f"{handshake.subjects} subjects, expected {fewest} to {most} (federation.max-subjects)")
     if unknown := sorted(set(handshake.streams) - set(run.streams)):
         raise ProtocolError(f"holds {', '.join(unknown)}, unknown to this run")
     for stream, count in handshake.streams.items():
-        if not 0 < count <= handshake.subjects:
-            raise ProtocolError(f"{count} subjects with {stream}, expected 1 to {handshake.subjects}")
+        if not fewest <= count <= handshake.subjects:
+            raise ProtocolError(f"{count} subjects with {stream}, expected {fewest} to {handshake.subjects}")
 
 
 def _differing_keys(theirs: str, ours: str) -> list[str]:

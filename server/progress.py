@@ -18,8 +18,12 @@ class Progress:
 
     def site(self, handshake: Handshake) -> None:
         """A site takes part, with this."""
-        streams = ", ".join(f"{stream} {count}" for stream, count in handshake.streams.items())
-        self._console.print(f"{handshake.site}: {handshake.subjects} subjects: {streams}")
+        streams = ", ".join(f"{stream} {count or ''}".strip() for stream, count in handshake.streams.items())
+        self._console.print(f"{handshake.site}: {handshake.subjects or 'withheld number of'} subjects: {streams}")
+
+    def privacy(self, label: str) -> None:
+        """What the run may say of its privacy."""
+        self._console.print(f"privacy: {label}", markup=False)
 
     def absent(self, reasons: Iterable[str]) -> None:
         """These cannot take part; the run goes on without them."""

@@ -20,6 +20,7 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from panfm.config import RunConfig, dump_toml
+from panfm.config.privacy import privacy_label
 from panfm.errors import RunError
 from panfm.models import build_model
 from panfm.sharing.groups import BACKBONE, GroupManifest, split_state, stream_of
@@ -32,8 +33,9 @@ from server.handshake import shake_hands
 from server.progress import Progress
 from server.roster import Roster
 from server.run_folder import RunFolder
+from server.site_privacy import Account
 from server.tracking import Tracking
-from strategies import GroupedMean, RoundOutcome
+from strategies import GroupedMean, RoundOutcome, SitePrivateMean
 
 logger = logging.getLogger(__name__)
 
@@ -49,14 +51,16 @@ def run_federation(grid: Grid, folder: RunFolder, progress: Progress, *, num_sit
         RunError: too few sites, one that does not fit, or a round without a quorum.
     """
     run = folder.shared_run
+    num_sites = needed_sites(run, num_sites)
     first, manifest = initial_state(run, folder.start())
     attendance = shake_hands(grid, run, manifest, num_sites=num_sites, on_site=progress.site)
     folder.save_sites(attendance)
     attendance.require(num_sites or run.federation.min_sites)
     progress.absent(attendance.failed)
+    progress.privacy(privacy_label(run))
     if not (state := folder.latest_state()):
         folder.save_state(state := first)
-    strategy = GroupedMean(run, manifest, attendance.roster, state.memory)
+    strategy = make_strategy(folder, manifest, attendance.roster, state)
     roster, costs = Roster(grid, run, manifest, attendance), PlannedCosts(run, folder.rounds())
     with Tracking(folder) as tracking:
         while state.round_number < run.train.rounds:
@@ -76,6 +80,28 @@ def run_federation(grid: Grid, folder: RunFolder, progress: Progress, *, num_sit
     folder.save_model(state, manifest, [handshake.site for handshake in attendance.roster.values()])
 
 
+def needed_sites(run: RunConfig, num_sites: int | None) -> int | None:
+    """How many sites to wait for. Raises RunError if site-level privacy counts on another number than there are."""
+    expected = run.server_privacy.num_sites if run.server_privacy else num_sites
+    if num_sites not in (None, expected):
+        raise RunError(f"{num_sites} sites, expected {expected} (server-privacy.num-sites)")
+    return expected
+
+
+def make_strategy(
+    folder: RunFolder, manifest: GroupManifest, roster: Mapping[int, Handshake], state: ServerState
+) -> GroupedMean:
+    """The strategy that a run asks for. Raises BudgetError if site-level privacy does not cover the rounds to come."""
+    run = folder.shared_run
+    if run.server_privacy is None:
+        return GroupedMean(run, manifest, roster, state.memory)
+    if len(roster) != run.server_privacy.num_sites:
+        raise RunError(f"{len(roster)} sites, expected {run.server_privacy.num_sites} (server-privacy.num-sites)")
+    account = Account(run, folder.path, state.run_id, [handshake.site for handshake in roster.values()])
+    account.check_ahead(run.train.rounds - state.round_number)
+    return SitePrivateMean(run, manifest, roster, state.memory, pay=account.pay)
+
+
 def train_round(
     grid: Grid, strategy: GroupedMean, run: RunConfig, state: ServerState
 ) -> tuple[ServerState, dict[str, Any]]:
@@ -88,6 +114,7 @@ def train_round(
     exchange = Exchange(grid, strategy.configure_train(number, arrays, config, grid), run.federation.round_timeout_s)
     arrays, _ = strategy.aggregate_train(number, exchange)
     line = _round_line(number, start, strategy.asked, exchange, strategy.outcome, state)
+    line["privacy"] = privacy_label(run)
     groups = {group: array.numpy() for group, array in arrays.items()}
     return ServerState(state.run_id, number, groups, line["profile"] or state.profile, strategy.memory), line
 

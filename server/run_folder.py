@@ -22,7 +22,7 @@ from torch import Tensor
 
 from panfm import __version__
 from panfm.config import RunConfig, as_told, dump_toml, load_run
-from panfm.config.privacy import claim
+from panfm.config.privacy import privacy_label
 from panfm.errors import DataError, PanfmError, RunError
 from panfm.files import json_text, locked, write_atomic
 from panfm.models.warm import read_start, start_state
@@ -147,8 +147,8 @@ class RunFolder:
         roster = attendance.roster
         sites = {
             handshake.site: {
-                "subjects": handshake.subjects,
-                "streams": dict(handshake.streams),
+                "subjects": handshake.subjects or None,
+                "streams": {stream: count or None for stream, count in handshake.streams.items()},
                 "versions": dict(handshake.versions),
                 "groups": list(handshake.group_hashes),
             }
@@ -156,7 +156,13 @@ class RunFolder:
         }
         failed = attendance.misfits + attendance.failed
         self._write_json(
-            "sites.json", {"sites": sites, "coverage": coverage(self.run, roster.values()), "failed": failed}
+            "sites.json",
+            {
+                "privacy": privacy_label(self.run),
+                "sites": sites,
+                "coverage": coverage(self.run, roster.values()),
+                "failed": failed,
+            },
         )
 
     def save_model(self, state: ServerState, manifest: GroupManifest, sites: list[str]) -> None:
@@ -173,7 +179,7 @@ class RunFolder:
                 "sites": sites,
                 "streams": {name: stream.model_dump(mode="json") for name, stream in self.run.streams.items()},
                 "parameters": {group: manifest.size(group) for group in manifest.groups},
-                "privacy": claim(self.run) or "none",
+                "privacy": privacy_label(self.run),
                 "start": self.run.start and self.run.start.sha256,
                 "panfm": __version__,
                 "intended-use": "research; not a medical device",
@@ -210,11 +216,13 @@ def whole_rounds(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
-def coverage(run: RunConfig, handshakes: Any) -> dict[str, dict[str, int]]:
-    """Stream -> site that holds it -> subjects."""
+def coverage(run: RunConfig, handshakes: Any) -> dict[str, dict[str, int | None]]:
+    """Stream -> site that holds it -> subjects; null where withheld."""
     found = list(handshakes)
     return {
-        stream: {handshake.site: handshake.streams[stream] for handshake in found if stream in handshake.streams}
+        stream: {
+            handshake.site: handshake.streams[stream] or None for handshake in found if stream in handshake.streams
+        }
         for stream in run.streams
     }
 

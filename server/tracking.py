@@ -14,8 +14,9 @@ from typing import Any, Self
 
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
+from tensorboardX.summary import scalar, text
 
+from panfm.config.privacy import privacy_label
 from panfm.errors import PanfmError
 from panfm.report.page import write_status
 from server.run_folder import RunFolder
@@ -70,6 +71,8 @@ class Tracking:
         # A TensorBoard that has read the file before forgets what it held.
         restart = SessionLog(status=SessionLog.START)
         self._events.write_event(Event(wall_time=time.time(), step=0, session_log=restart))
+        if (label := privacy_label(self._folder.run)) != "none":
+            self._events.write_event(Event(wall_time=time.time(), step=0, summary=text("privacy", label)))
         for line in self._folder.rounds():
             self._add(line)
         self._events.flush()

@@ -5,13 +5,14 @@ run, since nothing leaves; then all frozen models are probed on the same held-ou
 written.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress
 
 from panfm.config import RunConfig, dump_toml, load_site, parse_run, site_folders
+from panfm.config.privacy import privacy_label
 from panfm.data.cache import open_store
 from panfm.errors import DataError
 from panfm.evaluate import LabelledStore, ProbeResult, Task, evaluate_cohort, load_model, read_label_info, write_result
@@ -49,10 +50,16 @@ def finish(run: RunConfig, cohort: Path, run_dir: Path, console: Console) -> Non
         DataError: the cohort's label table or held-out folder does not hold.
     """
     if (cohort / "holdout" / "site.toml").is_file():
-        write_result(run_dir / "probe.json", probe_run(run, cohort, run_dir, console))
+        write_result(run_dir / "probe.json", _labelled(run, probe_run(run, cohort, run_dir, console)))
     found = read_run(run_dir)
     print_tables(found, console)
     console.print(f"report: {write_report(found)}")
+
+
+def _labelled(run: RunConfig, found: ProbeResult) -> ProbeResult:
+    """With a note of what the run may say of its privacy."""
+    label = privacy_label(run)
+    return found if label == "none" else replace(found, notes=(*found.notes, f"privacy: {label}"))
 
 
 def probe_run(run: RunConfig, cohort: Path, run_dir: Path, console: Console) -> ProbeResult:

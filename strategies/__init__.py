@@ -2,5 +2,6 @@
 
 from strategies.grouped import GroupedMean, RoundOutcome
 from strategies.memory import Memory
+from strategies.site_private import SitePrivateMean
 
-__all__ = ["GroupedMean", "Memory", "RoundOutcome"]
+__all__ = ["GroupedMean", "Memory", "RoundOutcome", "SitePrivateMean"]

@@ -96,7 +96,7 @@ class GroupedMean(Strategy):
             for group, update in reply.updates.items():
                 means[group].add(update, reply.weights[group], checked=True)
             del reply  # before the next one comes
-        moved = {group: self._moved(group, means.pop(group).mean()) for group in self.manifest.groups}
+        moved = {group: self._moved(group, mean) for group, mean in self._released(server_round, means)}
         accepted = self.outcome.accepted
         norms = remember(self.memory.norms, [self.outcome.norms[site] for site in sorted(accepted)])
         self.memory = Memory(norms, {group: slots for group, (_, slots) in moved.items() if slots})
@@ -124,7 +124,7 @@ class GroupedMean(Strategy):
             try:
                 reply = self._read(message, handshake)
                 norms = check_reply(reply, handshake, means, self._limits(handshake), of=of)
-                norms = check_norms(self.run, reply, norms, self.memory.norms)
+                norms = self._norms(reply, norms)
             except ProtocolError as error:
                 self.outcome.rejected[handshake.site] = str(error)
                 continue
@@ -148,6 +148,15 @@ class GroupedMean(Strategy):
         for group, size in bytes_per_group(reply.updates).items():
             self.outcome.bytes_up[group] = self.outcome.bytes_up.get(group, 0) + size
         return replace(reply, updates=decode(self.run.sharing.coding, self.manifest, reply.updates))
+
+    def _norms(self, reply: RoundReply, norms: dict[str, float]) -> dict[str, float]:
+        """What is kept of the norms of a reply's groups. Raises ProtocolError if one is too long."""
+        return check_norms(self.run, reply, norms, self.memory.norms)
+
+    def _released(self, server_round: int, means: dict[str, GroupMean]) -> Iterator[tuple[str, Flat | None]]:
+        """Mean of each group; None, and the group stays as it is, where nobody trained it."""
+        for group in self.manifest.groups:
+            yield group, means.pop(group).mean()
 
     def _limits(self, handshake: Handshake) -> dict[str, Weights]:
         return {

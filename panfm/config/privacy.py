@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from panfm.config._base import Config, Positive, PositiveFloat
+from panfm.config.server_privacy import server_claim
 
 if TYPE_CHECKING:
     from panfm.config.run import RunConfig
@@ -80,9 +81,14 @@ def broken_guarantees(run: "RunConfig") -> Iterator[str]:
 
 
 def claim(run: "RunConfig") -> str | None:
-    """What a run may say of itself; None if it is not private."""
+    """What a run may say of its patients' privacy; None if it is not private."""
     if run.privacy is None:
         return None
     if any(broken_guarantees(run)):
         return NO_CLAIM
     return f"({run.privacy.epsilon:g}, {run.privacy.delta:g})-DP per patient of one site, add-or-remove-one"
+
+
+def privacy_label(run: "RunConfig") -> str:
+    """What every artefact of a run says of its privacy."""
+    return "; ".join(filter(None, (claim(run), server_claim(run)))) or "none"

@@ -12,6 +12,7 @@ from panfm.anatomy import DEFAULT_ORGANS, parse_stream
 from panfm.config._base import BelowOne, Config, Fraction, Name, NonNegativeFloat, Positive, PositiveFloat
 from panfm.config.cohort import CohortConfig, StreamCohortConfig
 from panfm.config.privacy import PrivacyConfig, broken_guarantees
+from panfm.config.server_privacy import ServerPrivacyConfig, server_faults
 from panfm.config.sharing import SharingConfig
 from panfm.config.start import StartConfig
 
@@ -249,7 +250,9 @@ class RunConfig(Config):
     federation: FederationConfig = FederationConfig()
     probe: ProbeConfig = ProbeConfig()
     privacy: PrivacyConfig | None = None
-    """Differential privacy; off when left out."""
+    """Differential privacy of patients; off when left out."""
+    server_privacy: ServerPrivacyConfig | None = None
+    """Differential privacy of sites, at the server; off when left out."""
     start: StartConfig | None = None
     """A trained model to start from; parameters are drawn by `seed` when left out."""
 
@@ -293,5 +296,8 @@ class RunConfig(Config):
     def _private_runs_keep_their_promise(self) -> Self:
         if self.privacy and not self.privacy.acknowledge_broken_guarantee:
             for fault in broken_guarantees(self):
+                raise ValueError(fault)
+        if self.server_privacy:
+            for fault in server_faults(self):
                 raise ValueError(fault)
         return self

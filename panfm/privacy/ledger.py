@@ -1,4 +1,5 @@
-"""What a site has spent: one append-only file, shared by all runs on its patients.
+"""What a site has spent: one append-only file, shared by all runs on its patients. (A server that adds noise for its
+sites keeps one per run.)
 
     <ledger-dir>/ledger.jsonl     one line per entry: the first opens the ledger, every other is one private round
 
@@ -22,13 +23,18 @@ from typing import Any
 
 from panfm.config import RunConfig
 from panfm.config.privacy import NO_CLAIM, claim
+from panfm.config.server_privacy import server_claim
 from panfm.errors import BudgetError, LedgerError
 from panfm.files import write_atomic
-from panfm.privacy.mechanisms import Mechanism, epsilon, planned
+from panfm.privacy.mechanisms import Mechanism, Unit, epsilon, planned
 
 FILE = "ledger.jsonl"
 ANCHOR = "ledger.anchor"
 _FIRST = "0" * 64
+_OPENING = {
+    "patient": {"unit": "patient", "relation": "add-or-remove-one", "sampling": "Poisson, secret"},
+    "site": {"unit": "site", "relation": "zero-out", "sampling": "none: all sites in every round"},
+}
 Entry = Mapping[str, Any]
 
 
@@ -59,7 +65,7 @@ class Limits:
 
 
 class Ledger:
-    """The ledger of one site and its data set.
+    """The ledger of one site and its data set, or of a run's server.
 
     Guarantees:
         append-only: an entry that was changed, moved or removed is found before anything more is spent.
@@ -67,16 +73,18 @@ class Ledger:
         bounded: no entry is written with which the limits would be exceeded.
     """
 
-    def __init__(self, folder: Path, site: str, *, anchor_dir: Path | None = None) -> None:
+    def __init__(self, folder: Path, site: str, *, anchor_dir: Path | None = None, unit: Unit = "patient") -> None:
         """A ledger that is there, or that the first `spend` opens.
 
         Args:
             folder: Where the file lies; all runs on these patients share it.
-            site: Public name of the site.
+            site: Public name of the site, or "server".
             anchor_dir: Where the newest line is remembered; not at all when left out.
+            unit: Whom it is kept for: a site's patients, or a server's sites.
         """
         self.path = folder / FILE
         self.site = site
+        self.unit: Unit = unit
         self._anchor = anchor_dir / ANCHOR if anchor_dir else None
 
     def spend(self, run: RunConfig, run_id: str, round_number: int, *, limits: Limits, dataset: str) -> Permit:
@@ -85,19 +93,20 @@ class Ledger:
         Args:
             run: The run's description.
             limits: Of the run and the site together.
-            dataset: Fingerprint of the patients.
+            dataset: Fingerprint of the patients, or names of the sites.
         Raises:
             BudgetError: with this round more than `limits` would be spent; nothing is written.
             LedgerError: the file is missing, another site's, or does not hold.
         """
-        mechanisms, promise = planned(run), claim(run)
+        mechanisms = planned(run, self.unit)
+        promise = claim(run) if self.unit == "patient" else server_claim(run)
         assert promise is not None
         with self._locked() as file:
             entries = self._read(file)
             before = [each for entry in entries for each in mechanisms_of(entry)]
             spent = epsilon([*before, *mechanisms], limits.delta)
             if promise != NO_CLAIM:
-                self._check_budget(entries, before, spent, limits, round_number)
+                self._check_budget(entries, before, spent, limits, f"round {round_number}")
             opening = [] if entries else [self._opening()]
             entry = {
                 "kind": "round",
@@ -118,8 +127,15 @@ class Ledger:
         with self._locked() as file:
             return self._read(file)
 
+    def check_ahead(self, run: RunConfig, num_rounds: int, *, limits: Limits) -> None:
+        """Raises BudgetError if so many more rounds do not fit; writes nothing."""
+        entries = self.entries()
+        before = [each for entry in entries for each in mechanisms_of(entry)]
+        spent = epsilon([*before, *planned(run, self.unit) * num_rounds], limits.delta)
+        self._check_budget(entries, before, spent, limits, f"{num_rounds} rounds")
+
     def _check_budget(
-        self, entries: Sequence[Entry], before: Sequence[Mechanism], spent: float, limits: Limits, round_number: int
+        self, entries: Sequence[Entry], before: Sequence[Mechanism], spent: float, limits: Limits, what: str
     ) -> None:
         if any(entry.get("claim") == NO_CLAIM for entry in entries):
             raise BudgetError(
@@ -128,7 +144,7 @@ class Ledger:
         if not spent <= limits.epsilon:
             now = epsilon(before, limits.delta)
             raise BudgetError(
-                f"privacy budget exhausted: round {round_number} would reach epsilon {spent:.3f} of {limits.epsilon:g} "
+                f"privacy budget exhausted: {what} would reach epsilon {spent:.3f} of {limits.epsilon:g} "
                 f"at delta {limits.delta:g}, spent {now:.3f}"
             )
 
@@ -137,11 +153,9 @@ class Ledger:
             "kind": "opened",
             "ledger": secrets.token_hex(8),
             "site": self.site,
-            "unit": "patient",
-            "relation": "add-or-remove-one",
             "accountant": "PRV (Opacus)",
-            "sampling": "Poisson, secret",
             "randomness": "operating system",
+            **_OPENING[self.unit],
         }
 
     @contextmanager
@@ -161,6 +175,8 @@ class Ledger:
         entries = check_chain(file.read(), str(self.path))
         if entries and entries[0]["site"] != self.site:
             raise LedgerError(f"{self.path}: belongs to site {entries[0]['site']}, expected {self.site}")
+        if entries and entries[0]["unit"] != self.unit:
+            raise LedgerError(f"{self.path}: is kept per {entries[0]['unit']}, expected per {self.unit}")
         self._check_anchor(entries)
         return entries
 
@@ -185,6 +201,11 @@ class Ledger:
         os.fsync(file.fileno())
         if self._anchor:
             write_atomic(self._anchor, before.encode())
+
+
+def run_ledger(folder: Path) -> Ledger:
+    """The ledger of a run's server, in the run folder."""
+    return Ledger(folder / "ledger", "server", anchor_dir=folder / "checkpoint", unit="site")
 
 
 def check_chain(content: bytes, where: str) -> list[Entry]:

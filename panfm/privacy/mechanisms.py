@@ -3,8 +3,10 @@
     gradients   per step: S + N(0, (z C)^2), S the sum of clipped gradients over a Poisson sample of rate q
     saliency    per round: V + N(0, (z_s sqrt 2)^2), V the sum over all patients of (shares, equal split)
 
-Both are Gaussian; the accountant composes them as privacy loss random variables (PRV), whatever their order. Adding or
-removing one patient is the relation; a mechanism over all patients has rate 1.
+    site updates   per round, at the server, under site-level privacy: S + N(0, (z C)^2), S the sum of clipped updates
+
+All are Gaussian; the accountant composes them as privacy loss random variables (PRV), whatever their order. Adding or
+removing one patient is the relation (of site-level privacy: a site's updates or zero); a mechanism over all has rate 1.
 
 Source: Gopi, Lee & Wutschitz 2021, "Numerical Composition of Differential Privacy", as in Opacus.
 """
@@ -14,6 +16,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -22,6 +25,8 @@ from panfm.config import RunConfig
 SALIENCY_SENSITIVITY = math.sqrt(2.0)
 """Shares sum to 1 and so do equal splits: each has an L2 norm of at most 1."""
 _MOST_NOISE = 1e4
+Unit = Literal["patient", "site"]
+"""Whom a guarantee is for."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +46,12 @@ class Mechanism:
     """Times."""
 
 
-def planned(run: RunConfig) -> tuple[Mechanism, ...]:
-    """The mechanisms of one round at one site."""
+def planned(run: RunConfig, unit: Unit = "patient") -> tuple[Mechanism, ...]:
+    """The mechanisms of one round: at one site, for its patients, or at the server, for sites."""
+    if unit == "site":
+        assert run.server_privacy is not None
+        clip_norm, noise = run.server_privacy.clip_norm, run.server_privacy.noise_multiplier
+        return (Mechanism("site updates", ("global model",), clip_norm, noise, 1.0, 1),)
     assert run.privacy is not None
     private = run.privacy
     gradients = Mechanism(

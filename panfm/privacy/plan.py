@@ -7,32 +7,38 @@ from panfm.config import RunConfig
 from panfm.config.privacy import NO_CLAIM, claim
 from panfm.errors import ConfigError
 from panfm.privacy.ledger import Entry, mechanisms_of
-from panfm.privacy.mechanisms import epsilon, noise_for, planned
+from panfm.privacy.mechanisms import Unit, epsilon, noise_for, planned
 
 
 def plan(run: RunConfig, entries: Sequence[Entry] = ()) -> list[str]:
-    """The lines of `panfm ledger plan`.
+    """The lines of `panfm ledger plan`: for patients, for sites, or for both.
 
     Args:
-        entries: A ledger's, whose mechanisms are spent before.
+        entries: A ledger's, whose mechanisms are spent before; of the patients of one site, or of a run's sites.
     Raises:
         ConfigError: the run is not private, or no noise keeps it within its epsilon.
     """
-    private = run.privacy
-    if private is None:
+    asked: tuple[tuple[Unit, object], ...] = (("patient", run.privacy), ("site", run.server_privacy))
+    units = [unit for unit, table in asked if table]
+    if not units:
         raise ConfigError(f"{run.name}: privacy is missing, expected a private run")
-    gradients, *others = (replace(each, count=each.count * run.train.rounds) for each in planned(run))
+    kept_for = entries[0]["unit"] if entries else None
+    return [line for unit in units for line in _plan(run, unit, entries if unit == kept_for else ())]
+
+
+def _plan(run: RunConfig, unit: Unit, entries: Sequence[Entry]) -> list[str]:
+    private, table = (run.privacy, "privacy") if unit == "patient" else (run.server_privacy, "server-privacy")
+    assert private is not None
+    first, *others = (replace(each, count=each.count * run.train.rounds) for each in planned(run, unit))
     before = [*others, *(each for entry in entries for each in mechanisms_of(entry))]
-    cost = epsilon([gradients, *before], private.delta)
+    cost = epsilon([first, *before], private.delta)
     try:
-        noise = noise_for(
-            private.epsilon, private.delta, rate=gradients.rate, count=gradients.count, others=tuple(before)
-        )
+        noise = noise_for(private.epsilon, private.delta, rate=first.rate, count=first.count, others=tuple(before))
     except ValueError as error:
-        raise ConfigError(f"privacy.epsilon: {error}") from error
+        raise ConfigError(f"{table}.epsilon: {error}") from error
+    steps = f" x {run.train.local_steps} steps, sample-rate {first.rate:g}" if unit == "patient" else ", all sites"
     return [
-        f"{run.train.rounds} rounds x {run.train.local_steps} steps, sample-rate {private.sample_rate:g}, "
-        f"delta {private.delta:g}",
+        f"per {unit}: {run.train.rounds} rounds{steps}, delta {private.delta:g}",
         f"noise-multiplier {private.noise_multiplier:g}: epsilon {cost:.3f}",
         f"epsilon {private.epsilon:g}: noise-multiplier {noise:.4g}",
     ]

@@ -4,28 +4,53 @@ from collections.abc import Sequence
 
 from panfm.config.privacy import NO_CLAIM
 from panfm.privacy.ledger import Entry, mechanisms_of
-from panfm.privacy.mechanisms import epsilon
+from panfm.privacy.mechanisms import Unit, epsilon
 
-NOT_COVERED = (
+_NOT_COVERED = (
     "the site itself, and whoever reads its disk",
     "patients in the validation and test splits, and data a model was pre-trained on before",
     "that the site took part, which streams it holds, and how long it took to answer",
-    "attacks on the rounding of floating-point numbers",
+    "attacks on the rounding of floating-point numbers, beyond what panfm/privacy/randomness.py argues",
+)
+_NOT_COVERED_SITES = (
+    "against the server, which sees every site's updates as they are, and whoever reads its memory or its lines",
+    "that a site took part, which streams it holds, how long it took to answer, and whether a round failed",
+    "other runs over the same sites, which add up, and patients: for them see the sites' own ledgers",
+    "attacks on the rounding of floating-point numbers, beyond what panfm/privacy/randomness.py argues",
 )
 
 
 def statement(entries: Sequence[Entry]) -> list[str]:
     """The lines of `panfm ledger show`."""
     if not entries:
-        return ["No private round has run on these patients: nothing is spent."]
+        return ["No private round has run: nothing is spent."]
     opened, rounds = entries[0], entries[1:]
+    if opened["unit"] == "site":
+        return _of_sites(rounds)
     lines = [f"Site {opened['site']}: {len(rounds)} private rounds in {len({each['run'] for each in rounds})} runs."]
     lines += _promise(str(opened["site"]), rounds) if rounds else []
     if len({each["dataset"] for each in rounds}) > 1:
         lines.append("The patients changed between rounds; who joined later or left earlier spent at most this.")
     lines.append("Mechanisms, each a sum over patients with Gaussian noise:")
-    lines += _mechanisms(rounds)
-    return [*lines, "Not covered:", *(f"  - {each}" for each in NOT_COVERED)]
+    lines += _mechanisms(rounds, "patient")
+    return [*lines, "Not covered:", *(f"  - {each}" for each in _NOT_COVERED)]
+
+
+def _of_sites(rounds: Sequence[Entry]) -> list[str]:
+    """A server's ledger."""
+    last = rounds[-1]
+    sites = str(last["dataset"]).split(",")
+    return [
+        f"A run over {len(sites)} sites ({', '.join(sites)}): {len(rounds)} rounds with noise for its sites.",
+        f"For every one of these sites, the global models of these rounds, and what the run folder says, are "
+        f"({_spent(rounds, last['delta']):.3f}, {last['delta']:g})-differentially private under replacing all of the "
+        "site's updates by zero, against the other sites and the public, if clipping and noise ran as written here.",
+        f"Spent: epsilon {_spent(rounds, last['delta']):.3f} of {last['limit']:g} at delta {last['delta']:g}.",
+        "Mechanisms, each a sum over sites with Gaussian noise:",
+        *_mechanisms(rounds, "site"),
+        "Not covered:",
+        *(f"  - {each}" for each in _NOT_COVERED_SITES),
+    ]
 
 
 def _promise(site: str, rounds: Sequence[Entry]) -> list[str]:
@@ -47,13 +72,13 @@ def _spent(rounds: Sequence[Entry], delta: float) -> float:
     return epsilon([each for entry in rounds for each in mechanisms_of(entry)], delta)
 
 
-def _mechanisms(rounds: Sequence[Entry]) -> list[str]:
+def _mechanisms(rounds: Sequence[Entry], unit: Unit) -> list[str]:
     counts: dict[tuple[str, str, float, float, float], int] = {}
     for each in (mechanism for entry in rounds for mechanism in mechanisms_of(entry)):
         key = (each.name, ", ".join(each.releases), each.sensitivity, each.noise, each.rate)
         counts[key] = counts.get(key, 0) + each.count
     return [
         f"  - {name} (releases {released}): {count} times, sensitivity {sensitivity:.4g}, noise {noise:g} x that, "
-        f"each patient in it with chance {rate:g}"
+        f"each {unit} in it with chance {rate:g}"
         for (name, released, sensitivity, noise, rate), count in counts.items()
     ]

@@ -2,10 +2,12 @@
 
 import html
 import math
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 
 from panfm.config import config_hash, dump_toml
+from panfm.config.privacy import privacy_label
 from panfm.files import write_atomic
 from panfm.report.elements import STYLE, Rows, section, table
 from panfm.report.plots import figures
@@ -38,6 +40,7 @@ def render(run: Run) -> str:
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f"<style>{STYLE}</style><script>{script}</script></head><body><h1>{title}</h1>"
         f'<p class="quiet">{len(run.rounds)} of {run.config.train.rounds} rounds, {state}</p>'
+        f"<p>Privacy: {html.escape(privacy_label(run.config))}</p>"
         f"{''.join(sections)}</body></html>\n"
     )
 
@@ -47,7 +50,7 @@ def _site_rows(run: Run) -> Rows:
         held = run.sites.get(site, {})
         rounds, losses = run.series(site, "loss")
         loss = f"{losses[0]:.3f} → {losses[-1]:.3f}" if losses else "-"
-        yield site, ", ".join(organs_of(held)), str(held.get("subjects", "-")), str(len(rounds)), loss
+        yield site, ", ".join(organs_of(held)), str(held.get("subjects") or "-"), str(len(rounds)), loss
 
 
 def _coverage(run: Run) -> str:
@@ -55,10 +58,15 @@ def _coverage(run: Run) -> str:
     if not run.sites:
         return ""
     rows = (
-        (stream, *(str(run.sites.get(site, {}).get("streams", {}).get(stream, "·")) for site in run.site_names))
+        (stream, *(_held(run.sites.get(site, {}).get("streams", {}), stream) for site in run.site_names))
         for stream in run.config.streams
     )
     return table(("stream", *run.site_names), rows)
+
+
+def _held(streams: Mapping[str, int | None], stream: str) -> str:
+    """Subjects with a stream; only that there are some, where their number is withheld."""
+    return str(streams[stream] or "held") if stream in streams else "·"
 
 
 def _scores(run: Run) -> str:

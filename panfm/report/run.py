@@ -45,7 +45,7 @@ class _Holdings(BaseModel):
     """What a site shook hands with."""
 
     subjects: int | None = None
-    streams: dict[str, int] = {}
+    streams: dict[str, int | None] = {}
 
 
 class _SitesFile(BaseModel):

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from panfm.config.privacy import claim
+from panfm.config.privacy import privacy_label
 from panfm.report.run import Run
 
 _RECENT = 5
@@ -95,9 +95,9 @@ def headline(run: Run) -> str:
 
 
 def privacy_line(run: Run) -> str:
-    """What is promised to patients; empty if nothing is."""
-    promised = claim(run.config)
-    return f"privacy: {promised}; epsilon below is the plan's, each site's own ledger decides" if promised else ""
+    """What is promised to patients and sites; empty if nothing is."""
+    promised = privacy_label(run.config)
+    return "" if promised == "none" else f"privacy: {promised}; epsilon below is the plan's, each ledger decides"
 
 
 def ranges(numbers: Sequence[int]) -> str:

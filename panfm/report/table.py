@@ -1,30 +1,36 @@
 """The report on the console: who took part, and what the features are worth."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Column, Table
 
 from panfm.anatomy import parse_stream
+from panfm.config.privacy import privacy_label
 from panfm.evaluate.result import ProbeResult, Score
 from panfm.report.run import Run
 
 
 def print_tables(run: Run, console: Console) -> None:
-    """Print all that there is."""
-    console.print(site_table(run))
-    if run.probe is None:
-        return
-    for metric in ("auc", "r2"):
-        if any(score.metric == metric for score in run.probe.scores):
-            console.print(score_table(run.probe, metric))
-    if run.probe.missing:
-        console.print(missing_table(run.probe.missing))
-    if run.probe.streams:
-        console.print(stream_table(run.probe.streams))
-    for note in run.probe.notes:
+    """Print all that there is; under each table what the run may say of its privacy."""
+    label = privacy_label(run.config)
+    for table in (site_table(run), *(probe_tables(run.probe) if run.probe else ())):
+        table.caption = None if label == "none" else f"privacy: {label}"
+        console.print(table)
+    for note in run.probe.notes if run.probe else ():
         console.print(f"note: {note}", style="dim")
+
+
+def probe_tables(probe: ProbeResult) -> Iterator[Table]:
+    """What frozen features are worth."""
+    for metric in ("auc", "r2"):
+        if any(score.metric == metric for score in probe.scores):
+            yield score_table(probe, metric)
+    if probe.missing:
+        yield missing_table(probe.missing)
+    if probe.streams:
+        yield stream_table(probe.streams)
 
 
 def site_table(run: Run) -> Table:

@@ -60,7 +60,7 @@ class Handshake:
 
     site: str
     subjects: int
-    """Subjects in the train split."""
+    """Subjects in the train split; 0: withheld."""
     streams: Mapping[str, int]
     """Stream held -> subjects of the train split with it."""
     versions: Mapping[str, str]

@@ -3,6 +3,7 @@
     time, kind, run, round     which message
     arrays                     name, type and length of each group of parameters
     numbers, words             names of what else is in it
+    privacy                    what the run it belongs to may say of its patients' privacy
     bytes, sha256              of the message as it left
     chain                      SHA-256 of the line before's chain and of this line
 
@@ -33,9 +34,9 @@ class Departures:
         """Args: folder: where the site keeps its state."""
         self.path = folder / "departures.jsonl"
 
-    def append(self, frame: Frame, content: bytes) -> None:
+    def append(self, frame: Frame, content: bytes, *, privacy: str = "none") -> None:
         """Add a message that is about to leave. Raises OSError if that cannot be written: then it must stay."""
-        line = _describe(frame, content)
+        line = _describe(frame, content) | {"privacy": privacy}
         whole = self._whole()
         line["chain"] = _chain(_end(whole[-1]) if whole else _FIRST, line)
         self.path.parent.mkdir(parents=True, exist_ok=True)

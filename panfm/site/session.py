@@ -63,14 +63,15 @@ class Session:
         result = self._train_privately(task) if self.run.privacy else self._train(task)
         updates = self._updates(task)
         self._in_memory = states.save(task.round_number, self._private_state())
+        quiet = self.run.privacy or self.run.server_privacy
         return RoundResult(
             state_round=state_round,
             updates=updates,
             weights=self._weights(result),
-            loss=None if self.run.privacy else result.loss,
-            validation_loss=None if self.run.privacy else self._validation_loss(task.round_number),
-            num_skipped=None if self.run.privacy else result.num_skipped,
-            saliency=result.saliency,
+            loss=None if quiet else result.loss,
+            validation_loss=None if quiet else self._validation_loss(task.round_number),
+            num_skipped=None if quiet else result.num_skipped,
+            saliency={} if self.run.server_privacy else result.saliency,
         )
 
     def _train(self, task: RoundTask) -> TrainResult:

@@ -15,6 +15,7 @@ import torch
 
 from panfm import __version__
 from panfm.config import RunConfig, load_site, parse_run, site_path
+from panfm.config.privacy import claim
 from panfm.data.cache import open_store
 from panfm.errors import ConfigError, DataError, ProtocolError
 from panfm.sharing.messages import Handshake, Invitation, RoundReply, RoundTask
@@ -57,16 +58,23 @@ class Site:
         session = self._session(invitation.run_toml)
         if not session.streams:
             raise DataError(f"{self.folder}: no subject in the train split holds a stream of this run")
-        private = session.run.privacy
+        known, held = self._counts(session)
         return build_handshake(
             self.config.name,
             _read_run(invitation.run_toml),
             session.manifest,
             {"panfm": __version__, "torch": torch.__version__, "python": platform.python_version()},
-            subjects=private.public_subjects if private else len(session.store.indices("train")),
-            streams=dict.fromkeys(session.streams, private.public_subjects) if private else session.streams,
+            subjects=known,
+            streams=held,
             may_leave=self.config.limits.may_leave,
         )
+
+    def _counts(self, session: Session) -> tuple[int, dict[str, int]]:
+        """Subjects, whole and by stream: public numbers in a private run, 0 where the server is to publish none."""
+        if session.run.privacy or session.run.server_privacy:
+            known = session.run.privacy.public_subjects if session.run.privacy else 0
+            return known, dict.fromkeys(session.streams, known)
+        return len(session.store.indices("train")), session.streams
 
     def train_round(self, task: RoundTask) -> RoundReply:
         """One round.
@@ -82,6 +90,11 @@ class Site:
             raise ProtocolError(f"round {task.round_number}: expected 1 to {session.run.train.rounds}")
         result = session.train_round(task, StateStore(self.state_dir, task.run_id))
         return build_reply(task, result, may_leave=self.config.limits.may_leave)
+
+    @property
+    def privacy(self) -> str:
+        """What the run that was last worked on may say of its patients' privacy."""
+        return claim(self._warm[1].run) or "none" if self._warm else "none"
 
     def log_error(self, error: BaseException) -> None:
         """Add the whole story of an error to `site.log` beside the private state; a disk that is full stays silent."""

@@ -44,6 +44,6 @@ def departure_line(line: Line) -> str:
     groups = ", ".join(f"{name} {dtype}[{length}]" for name, dtype, length in line["arrays"]) or "no arrays"
     which = "" if line["round"] is None else f" of round {line['round']} of {line['run']}"
     numbers = f"; numbers: {', '.join(line['numbers'])}" if line["numbers"] else ""
-    return (
-        f"{line['time']} {line['kind']}{which}: {line['bytes']} bytes, sha256 {line['sha256'][:16]}; {groups}{numbers}"
-    )
+    privacy = "" if line.get("privacy", "none") == "none" else f"; privacy: {line['privacy']}"
+    what = f"{line['kind']}{which}: {line['bytes']} bytes, sha256 {line['sha256'][:16]}"
+    return f"{line['time']} {what}; {groups}{numbers}{privacy}"

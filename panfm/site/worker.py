@@ -68,7 +68,7 @@ class Worker:
             return encode(Frame.error(f"ProtocolError: {error}"))
         found = answer(self.site, asked)
         content = encode(found)
-        self._departures.append(found, content)
+        self._departures.append(found, content, privacy=self.site.privacy)
         return content
 
 

@@ -1,12 +1,19 @@
 """A private federation: each site stops at its own budget, and the run goes on with the others."""
 
+import io
 import json
 
 import pytest
+import safetensors.numpy
+from rich.console import Console
+from typer.testing import CliRunner
 
+from panfm.cli import main
 from panfm.errors import RunError
+from panfm.files import read_checked
 from panfm.privacy import ledger
 from panfm.privacy.ledger import FILE
+from panfm.report import print_tables, read_run, write_report
 
 PRIVATE = (
     "objective.standardise=false",
@@ -33,8 +40,7 @@ def four_sites(federation, write_site, monkeypatch):
 
 
 def spent(federation, site):
-    lines = (federation.sites / site / ".panfm" / "ledger" / FILE).read_text().splitlines()
-    return [json.loads(line)["epsilon"] for line in lines[1:]]
+    return [json.loads(line)["epsilon"] for line in ledger_lines(federation, site)[1:]]
 
 
 def rounds(folder):
@@ -66,11 +72,43 @@ def test_a_run_ends_when_too_few_sites_can_pay(four_sites):
         four_sites.run("first", *PRIVATE, "federation.min-sites=4")
 
 
-def test_a_run_without_a_guarantee_says_so(federation):
+def test_experts_router_and_heads_are_trained_by_the_private_step(four_sites):
+    """A private Director-Experts federation: what never leaves a site moves under the same permit and no other."""
+    dex = ("model.backbone=director-experts", "model.experts.balance-weight=[0.0, 0.0]", "sharing.head=private")
+    folder = four_sites.run("dex", *PRIVATE, *dex, "train.rounds=1")
+    [line] = rounds(folder)
+    assert sorted(line["sites"]) == ["alpha", "beta", "delta", "gamma"]
+    for site in line["sites"]:
+        _, entry = (json.loads(text) for text in ledger_lines(four_sites, site))
+        assert [each["name"] for each in entry["mechanisms"]] == ["gradients"]
+        [path] = (folder / "sites" / site).glob("*/round-000001.state")
+        moved = read_checked(path)
+        assert b"experts" in moved
+    shared = safetensors.numpy.load((folder / "model" / "model.safetensors").read_bytes())
+    assert any(".director." in name for name in shared)
+    assert not any(part in name for name in shared for part in (".experts.", ".router."))
+
+
+def ledger_lines(federation, site):
+    return (federation.sites / site / ".panfm" / "ledger" / FILE).read_text().splitlines()
+
+
+def test_a_run_without_a_guarantee_says_so_everywhere(federation, tmp_path):
     folder = federation.run(
         "broken", *PRIVATE, "objective.standardise=true", "privacy.acknowledge-broken-guarantee=true", "train.rounds=1"
     )
-    metadata = json.loads((folder / "model" / "metadata.json").read_text())
-    assert metadata["privacy"] == "noise only, no DP claim"
-    ledger_line = (federation.sites / "alpha" / ".panfm" / "ledger" / FILE).read_text().splitlines()[-1]
-    assert json.loads(ledger_line)["claim"] == "noise only, no DP claim"
+    label = "noise only, no DP claim"
+    assert all(line["privacy"] == label for line in rounds(folder))
+    for name in ("model/metadata.json", "sites.json"):
+        assert json.loads((folder / name).read_text())["privacy"] == label
+    assert all(json.loads(line)["claim"] == label for line in ledger_lines(federation, "alpha")[1:])
+    shown = CliRunner().invoke(main, ["ledger", "show", str(federation.sites / "alpha")]).output
+    assert label in shown
+    assert "differentially private" not in shown
+    found = read_run(folder)
+    assert f"Privacy: {label}" in write_report(found).read_text()
+    console = Console(file=io.StringIO(), width=100)
+    print_tables(found, console)
+    assert f"privacy: {label}" in console.file.getvalue()
+    run_toml = (folder / "model" / "run.toml").read_text()
+    assert "acknowledge-broken-guarantee = true" in run_toml

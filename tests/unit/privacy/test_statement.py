@@ -33,7 +33,7 @@ def test_what_a_ledger_says(site):
 
 
 def test_nothing_spent_and_nothing_promised(make_private, tmp_path):
-    assert statement([]) == ["No private round has run on these patients: nothing is spent."]
+    assert statement([]) == ["No private round has run: nothing is spent."]
     broken = make_private('[objective]\nname = "dino"\n', more="acknowledge-broken-guarantee = true")
     ledger = Ledger(tmp_path, "alpha")
     ledger.spend(broken, "run-1", 1, limits=Limits(8.0, 1e-3), dataset="d")
@@ -51,6 +51,7 @@ def test_verify_finds_a_change(site):
     assert "line 2 was changed" in done.output
 
 
+@pytest.mark.slow
 def test_plan_goes_both_ways(tmp_path, make_private):
     from panfm.config import dump_toml
 
@@ -58,7 +59,7 @@ def test_plan_goes_both_ways(tmp_path, make_private):
     path.write_text(dump_toml(make_private()))
     done = run_ledger("plan", str(path), "--set", "privacy.epsilon=2.0")
     first, cost, noise = done.output.splitlines()
-    assert first.startswith("2 rounds x 4 steps, sample-rate 0.25")
+    assert first.startswith("per patient: 2 rounds x 4 steps, sample-rate 0.25")
     wanted = noise.split("noise-multiplier ")[1]
     again = run_ledger("plan", str(path), "--set", f"privacy.noise-multiplier={float(wanted) * 1.001}")
     found = float(again.output.splitlines()[1].split("epsilon ")[1])

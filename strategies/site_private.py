@@ -1,0 +1,80 @@
+"""Grouped mean with site-level privacy (`[server-privacy]`): updates clipped as wholes, equal weights, and noise.
+
+Flower's wrappers zip the arrays of a reply with the model's by position, and so cannot carry sites with unlike groups;
+their noise comes from a seeded generator. Here an update is clipped by its keys, as a whole (panfm/privacy/sites.py).
+
+What a site says of itself, losses, weights and norms of its update, is dropped as its reply is read, so that neither
+model nor run folder can depend on it. A round in which one of the sites is missing or refused releases nothing and
+costs nothing. Server optimisers see the noised mean alone.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+from flwr.app import ArrayRecord, ConfigRecord, Message
+from flwr.serverapp import Grid
+
+from panfm.config import RunConfig
+from panfm.privacy.sites import clip_update, noised_mean
+from panfm.sharing.groups import Flat, GroupManifest
+from panfm.sharing.messages import Handshake, RoundReply
+from strategies.grouped import GroupedMean
+from strategies.means import GroupMean
+from strategies.memory import Memory
+
+
+class SitePrivateMean(GroupedMean):
+    """Noised mean of clipped updates over a fixed set of sites."""
+
+    def __init__(
+        self,
+        run: RunConfig,
+        manifest: GroupManifest,
+        roster: Mapping[int, Handshake],
+        memory: Memory | None = None,
+        *,
+        pay: Callable[[int], None],
+    ) -> None:
+        """A strategy for one run.
+
+        Args:
+            roster: As for `GroupedMean`; its sites are those of all rounds, whoever comes later.
+            pay: Called with the round before its noise is drawn; raises if the budget does not cover it.
+        """
+        super().__init__(run, manifest, roster, memory)
+        assert run.server_privacy is not None
+        self._private = run.server_privacy
+        self._pay = pay
+        self._sites = frozenset(handshake.site for handshake in roster.values())
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """As `GroupedMean`, to the sites of round 1 only."""
+        self.roster = {node: handshake for node, handshake in self.roster.items() if handshake.site in self._sites}
+        return super().configure_train(server_round, arrays, config, grid)
+
+    def _read(self, message: Message, handshake: Handshake) -> RoundReply:
+        reply = super()._read(message, handshake)
+        return RoundReply(
+            reply.run_id,
+            reply.round_number,
+            reply.state_round,
+            clip_update(reply.updates, self._private.clip_norm),
+            dict.fromkeys(handshake.group_hashes, (1.0,)),
+        )
+
+    def _norms(self, reply: RoundReply, norms: dict[str, float]) -> dict[str, float]:
+        """None: the clip bounds them, and they tell of the site."""
+        return {}
+
+    def _released(self, server_round: int, means: dict[str, GroupMean]) -> Iterator[tuple[str, Flat | None]]:
+        if len(self.outcome.accepted) != self._private.num_sites:
+            yield from dict.fromkeys(self.manifest.groups).items()
+            return
+        self._pay(server_round)
+        for group, mean in super()._released(server_round, means):
+            yield group, None if mean is None else self._noised(group, mean)
+
+    def _noised(self, group: str, mean: Flat) -> Flat:
+        num_sites = sum(group in handshake.group_hashes for handshake in self.asked.values())
+        return noised_mean(mean, num_sites, clip_norm=self._private.clip_norm, noise=self._private.noise_multiplier)
