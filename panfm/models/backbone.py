@@ -4,7 +4,6 @@ Shape legend: B subjects, L = 1 + N tokens (CLS first), H heads, d width of a he
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +12,9 @@ from torch.nn import functional
 from panfm.config.run import ModelConfig
 from panfm.errors import ConfigError
 from panfm.models.director_experts import DirectorExperts, Exploration, Path, Routed, mlp
-from panfm.models.saliency import CentredNorms, Parts, cls_scores, normalise
+from panfm.models.saliency import ClsSaliency, Saliency
 from panfm.models.tokens import Layout
 
-Saliency = Literal["attention", "value"]
 _DEFAULT = ModelConfig()
 
 
@@ -46,12 +44,14 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Parts]:
-        """Attend. Returns the output [B, L, D] and the CLS query [B, H, 1, d], keys and values [B, H, L, d]."""
+    def forward(self, x: Tensor, mask: Tensor | None, saliency: ClsSaliency | None = None) -> Tensor:
+        """Attend; `saliency`, if given, gathers what CLS attends to."""
         batch, length, width = x.shape
         q, k, v = self.qkv(x).view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        if saliency:
+            saliency.add(q[:, :, :1], k, v)
         mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.out(mixed.transpose(1, 2).reshape(batch, length, width)), (q[:, :, :1], k, v)
+        return self.out(mixed.transpose(1, 2).reshape(batch, length, width))
 
 
 class Block(nn.Module):
@@ -65,17 +65,22 @@ class Block(nn.Module):
         self.mlp = feed_forward
 
     def forward(
-        self, x: Tensor, mask: Tensor | None, *, path: Path = "experts", exploration: Exploration | None = None
-    ) -> tuple[Tensor, Parts, Routed | None]:
-        """One block; passes on the attention's CLS query, keys and values, and how the experts were chosen."""
-        mixed, parts = self.attention(self.norm1(x), mask)
-        x = x + mixed
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        *,
+        saliency: ClsSaliency | None = None,
+        path: Path = "experts",
+        exploration: Exploration | None = None,
+    ) -> tuple[Tensor, Routed | None]:
+        """One block; passes on how the experts were chosen."""
+        x = x + self.attention(self.norm1(x), mask, saliency)
         if not isinstance(self.mlp, DirectorExperts):
-            return x + self.mlp(self.norm2(x)), parts, None
+            return x + self.mlp(self.norm2(x)), None
         if path == "director":
-            return x + self.mlp.director(self.norm2(x)), parts, None
+            return x + self.mlp.director(self.norm2(x)), None
         routed: Routed = self.mlp(self.norm2(x), exploration)
-        return x + routed.outputs, parts, routed
+        return x + routed.outputs, routed
 
 
 class Backbone(nn.Module):
@@ -112,19 +117,17 @@ class Backbone(nn.Module):
         valid = functional.pad(layout.valid, (1, 0), value=True)
         mask = None if bool(valid.all()) else valid[:, None, None, :]
         blocks: list[Tensor] = []
-        scores: list[Tensor] = []
         routes: list[Routed] = []
-        norms = CentredNorms(layout) if saliency == "value" else None
+        leaned = ClsSaliency(layout, saliency) if saliency else None
         for depth, block in enumerate(self.blocks):
-            x, parts, routed = block(x, mask, path=path, exploration=exploration)
+            watched = leaned if saliency == "value" or depth == len(self.blocks) - 1 else None
+            x, routed = block(x, mask, saliency=watched, path=path, exploration=exploration)
             if routed is not None:
                 routes.append(routed)
             if keep_blocks:
                 blocks.append(x[:, 1:])
-            if saliency == "value" or (saliency == "attention" and depth == len(self.blocks) - 1):
-                scores.append(cls_scores(parts, layout, norms))
         x = self.norm(x)
-        share = normalise(torch.stack(scores).sum(0)) if scores else None
+        share = leaned.shares() if leaned else None
         return Encoded(x[:, 0], x[:, 1:], layout, tuple(blocks), share, tuple(routes))
 
 

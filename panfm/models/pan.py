@@ -17,9 +17,10 @@ from panfm.anatomy import parse_stream
 from panfm.config import RunConfig, StreamConfig
 from panfm.config.run import ModelConfig, ObjectiveConfig
 from panfm.data.store import Batch
-from panfm.models.backbone import Backbone, Encoded, Saliency
+from panfm.models.backbone import Backbone, Encoded
 from panfm.models.director_experts import DirectorExperts, Path, dense_name
 from panfm.models.heads import Heads
+from panfm.models.saliency import Saliency
 from panfm.models.stems import patchify, stem_batch, stem_features, stem_step
 from panfm.models.tokens import Layout, pack, sincos_positions
 from panfm.seeds import torch_generator

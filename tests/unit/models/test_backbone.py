@@ -50,8 +50,11 @@ def slow_saliency(backbone, tokens, layout, kind):
 
 
 @pytest.mark.parametrize("kind", ["attention", "value"])
+@pytest.mark.parametrize("complete", [False, True])
 @torch.no_grad()
-def test_saliency_equals_full_attention_matrices(backbone, layout, kind):
+def test_saliency_equals_full_attention_matrices(backbone, layout, kind, complete):
+    if complete:
+        layout = pack(torch.ones(3, 3, dtype=torch.bool), STREAM_OF_PLACE)
     tokens = torch.randn(3, layout.place.shape[1], 12, generator=torch.Generator().manual_seed(1))
     found = backbone(tokens, layout, saliency=kind).saliency
     for b, expected in enumerate(slow_saliency(backbone, tokens, layout, kind)):
