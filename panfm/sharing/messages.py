@@ -1,4 +1,4 @@
-"""What server and site say to each other, as plain values: no Flower, no torch.
+"""What server and site say to each other, as plain values: no Flower, no torch, no descriptions. Light.
 
 `Records` is the form in which all of it travels: named arrays, numbers, and words. Flower's records, or a local
 socket, carry it without knowing what it means.
@@ -12,15 +12,19 @@ socket, carry it without knowing what it means.
            config   run-id, round, state-round
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from panfm.errors import ProtocolError
-from panfm.sharing.coding import Arrays
-from panfm.sharing.groups import Flat
-from panfm.sharing.weights import Weights
+
+if TYPE_CHECKING:
+    from panfm.sharing.coding import Arrays
+    from panfm.sharing.groups import Flat
+    from panfm.sharing.weights import Weights
 
 Metric = float | int | list[float]
 _WEIGHT = "weight/"

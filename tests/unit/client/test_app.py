@@ -70,7 +70,7 @@ def test_node_config_wins_over_the_servers_run_config(site, invitation, tmp_path
 
 def test_it_imports_no_torch():
     """Flower starts a new process for every message."""
-    heavy = "{'torch', 'monai', 'nibabel', 'sklearn', 'panfm.site', 'panfm.data', 'panfm.models'}"
+    heavy = "{'torch', 'monai', 'nibabel', 'sklearn', 'panfm.config', 'panfm.site', 'panfm.data'}"
     code = f"import sys, client.app; sys.exit(str({heavy} & set(sys.modules)) if {heavy} & set(sys.modules) else 0)"
     root = Path(__file__).resolve().parents[3]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
