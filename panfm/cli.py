@@ -53,7 +53,9 @@ _RunOption = Annotated[Path | None, typer.Option("--run", help="Description of t
 @site_app.command("init")
 def site_init(
     folder: Annotated[Path, typer.Argument(help="New or existing folder of the site.")],
-    name: Annotated[str, typer.Option(help="Stable name, known to the coordinator.")],
+    name: Annotated[
+        str, typer.Option(prompt="Stable name of the site", help="Known to the coordinator; asked for when left out.")
+    ],
 ) -> None:
     """Write a commented site.toml and an empty manifest.csv."""
     from panfm.data.template import init_site
@@ -126,6 +128,7 @@ def site_start(site: Annotated[Path, typer.Argument(help="Site folder.")]) -> No
 
     from panfm.site import Site
     from panfm.site.limits import limit_memory
+    from panfm.site.tell import supernode_command
     from panfm.site.worker import Worker, listen
 
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
@@ -133,7 +136,8 @@ def site_start(site: Annotated[Path, typer.Argument(help="Site folder.")]) -> No
     opened = Site(site)
     limit_memory(opened.config.limits.memory_gib)
     with listen(site, opened.config) as listener:
-        typer.echo(f'{opened.config.name}: at work; node-config: site-socket="{listener.getsockname()}"')
+        typer.echo(f"{opened.config.name}: at work; its SuperNode, under Flower's account:")
+        typer.echo(supernode_command(site, opened.config))
         Worker(opened, listener).serve_forever()
 
 

@@ -64,6 +64,17 @@ class WorkerConfig(Config):
     """Group, by name or number, that may reach the socket, when Flower runs under another account."""
 
 
+class CoordinatorConfig(Config):
+    """Where the coordinator is and how both know each other: for the SuperNode's command that `site start` prints."""
+
+    address: Annotated[str, Field(pattern=r"^[A-Za-z0-9.-]+:[0-9]{1,5}$")] = "coordinator.example.org:443"
+    """Host and port."""
+    root_certificates: RelativePath = "ca.crt"
+    """The coordinator's certificate authority, relative to this file."""
+    key: RelativePath = "supernode.key"
+    """Private key of the site's SuperNode, relative to this file; the coordinator has registered its public half."""
+
+
 class SiteConfig(Config):
     """One site folder."""
 
@@ -81,6 +92,7 @@ class SiteConfig(Config):
     """Record of the privacy spent by all runs on these patients, relative to this file. Back it up; never delete it."""
     limits: LimitsConfig = LimitsConfig()
     worker: WorkerConfig = WorkerConfig()
+    coordinator: CoordinatorConfig = CoordinatorConfig()
 
 
 def site_folders(folder: Path) -> list[Path]:

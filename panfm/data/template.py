@@ -48,6 +48,12 @@ socket = ".panfm/run/worker.sock"
 users = []
 # Group that may reach the socket, when Flower runs under another account.
 # group = "panfm"
+
+[coordinator]
+# For the SuperNode's command, which `panfm site start` prints: where it dials, what it trusts, its own key.
+address = "coordinator.example.org:443"
+root-certificates = "ca.crt"
+key = "supernode.key"
 """
 
 

@@ -4,6 +4,7 @@
     arrays                     name, type and length of each group of parameters
     numbers, words             names of what else is in it
     privacy                    what the run it belongs to may say of its patients' privacy
+    epsilon                    what this and all private rounds before have spent on these patients; null if not private
     bytes, sha256              of the message as it left
     chain                      SHA-256 of the line before's chain and of this line
 
@@ -34,9 +35,9 @@ class Departures:
         """Args: folder: where the site keeps its state."""
         self.path = folder / "departures.jsonl"
 
-    def append(self, frame: Frame, content: bytes, *, privacy: str = "none") -> None:
+    def append(self, frame: Frame, content: bytes, *, privacy: str = "none", epsilon: float | None = None) -> None:
         """Add a message that is about to leave. Raises OSError if that cannot be written: then it must stay."""
-        line = _describe(frame, content) | {"privacy": privacy}
+        line = _describe(frame, content) | {"privacy": privacy, "epsilon": epsilon}
         whole = self._whole()
         line["chain"] = _chain(_end(whole[-1]) if whole else _FIRST, line)
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,14 +51,18 @@ class Departures:
         """Every message, oldest first.
 
         Raises:
-            DataError: a line was changed, moved, or taken out before the last one.
+            DataError: a line was changed, moved, or taken out before the last one; or the file cannot be read.
         """
         before = _FIRST
-        for number, text in enumerate(self._whole(), start=1):
+        try:
+            whole = self._whole()
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be read ({error.strerror})") from error
+        for number, text in enumerate(whole, start=1):
             try:
                 line = json.loads(text)
                 chain = line.pop("chain")
-            except (ValueError, KeyError, AttributeError, TypeError) as error:
+            except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
                 raise DataError(f"{self.path}: line {number} is none, expected what was written") from error
             if chain != _chain(before, line):
                 raise DataError(f"{self.path}: line {number} was changed, or one before it was taken out")
@@ -89,7 +94,7 @@ def _end(text: bytes) -> str:
     """The chain that a line ends with; a line that somebody spoilt breaks it, and work goes on."""
     try:
         return str(json.loads(text)["chain"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return hashlib.sha256(text).hexdigest()
 
 

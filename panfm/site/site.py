@@ -17,7 +17,7 @@ from panfm import __version__
 from panfm.config import RunConfig, load_site, parse_run, site_path
 from panfm.config.privacy import claim
 from panfm.data.cache import open_store
-from panfm.errors import ConfigError, DataError, ProtocolError
+from panfm.errors import ConfigError, DataError, LedgerError, ProtocolError
 from panfm.sharing.messages import Handshake, Invitation, RoundReply, RoundTask
 from panfm.sharing.release import build_handshake, build_reply, check_may_take_part
 from panfm.site.limits import check_experiment
@@ -95,6 +95,16 @@ class Site:
     def privacy(self) -> str:
         """What the run that was last worked on may say of its patients' privacy."""
         return claim(self._warm[1].run) or "none" if self._warm else "none"
+
+    @property
+    def epsilon_spent(self) -> float | None:
+        """What the ledger says after its newest round; None if the run at work is not private, or the ledger faulty."""
+        if self._warm is None or (account := self._warm[1].account) is None or self._warm[1].run.privacy is None:
+            return None
+        try:
+            return next((entry["epsilon"] for entry in reversed(account.ledger.entries()) if "epsilon" in entry), None)
+        except LedgerError:
+            return None
 
     def log_error(self, error: BaseException) -> None:
         """Add the whole story of an error to `site.log` beside the private state; a disk that is full stays silent."""

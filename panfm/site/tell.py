@@ -1,9 +1,11 @@
 """What the site's commands tell its operator, line by line."""
 
+import json
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
-from panfm.config import SiteConfig
+from panfm.config import SiteConfig, site_path
 from panfm.site.departures import Departures, Line
 from panfm.site.dry_run import DryRun
 from panfm.site.worker import is_running
@@ -45,5 +47,17 @@ def departure_line(line: Line) -> str:
     which = "" if line["round"] is None else f" of round {line['round']} of {line['run']}"
     numbers = f"; numbers: {', '.join(line['numbers'])}" if line["numbers"] else ""
     privacy = "" if line.get("privacy", "none") == "none" else f"; privacy: {line['privacy']}"
+    spent = "" if line.get("epsilon") is None else f"; epsilon {line['epsilon']:.3f} spent so far"
     what = f"{line['kind']}{which}: {line['bytes']} bytes, sha256 {line['sha256'][:16]}"
-    return f"{line['time']} {what}; {groups}{numbers}{privacy}"
+    return f"{line['time']} {what}; {groups}{numbers}{privacy}{spent}"
+
+
+def supernode_command(folder: Path, site: SiteConfig) -> str:
+    """What starts the site's SuperNode, ready for a shell."""
+    coordinator = site.coordinator
+    words = ["flower-supernode", "--superlink", coordinator.address]
+    words += ["--root-certificates", str(site_path(folder, coordinator.root_certificates))]
+    words += ["--auth-supernode-private-key", str(site_path(folder, coordinator.key))]
+    return shlex.join(
+        [*words, "--node-config", f"site-socket={json.dumps(str(site_path(folder, site.worker.socket)))}"]
+    )

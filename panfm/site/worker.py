@@ -68,7 +68,8 @@ class Worker:
             return encode(Frame.error(f"ProtocolError: {error}"))
         found = answer(self.site, asked)
         content = encode(found)
-        self._departures.append(found, content, privacy=self.site.privacy)
+        site = self.site
+        self._departures.append(found, content, privacy=site.privacy, epsilon=site.epsilon_spent)
         return content
 
 

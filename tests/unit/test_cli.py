@@ -58,6 +58,12 @@ def test_site_init_writes_what_site_check_reads(tmp_path):
     assert "manifest.csv: found no rows, expected one row per subject and stream" in result.output
 
 
+def test_site_init_asks(tmp_path):
+    folder = tmp_path / "clinic"
+    result = CliRunner().invoke(main, ["site", "init", str(folder)], input="clinic\n")
+    assert (result.exit_code, load_site(folder).name) == (0, "clinic")
+
+
 def test_site_init_overwrites_nothing(tmp_path):
     (tmp_path / "manifest.csv").write_text("mine")
     result = panfm("site", "init", tmp_path, "--name", "clinic")

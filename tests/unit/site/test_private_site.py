@@ -99,6 +99,17 @@ def test_a_site_with_a_limit_takes_part_in_private_runs_only(tmp_path, write_sit
             site.train_round(each)
 
 
+def test_what_is_spent_can_be_told_after_each_round(site):
+    assert site.epsilon_spent is None
+    site.handshake(Invitation(task().run_toml))
+    assert site.epsilon_spent is None
+    for number in (1, 2):
+        site.train_round(task(number))
+        assert site.epsilon_spent == spent(site)[-1]["epsilon"]
+    site.handshake(Invitation(task(privacy="").run_toml))
+    assert site.epsilon_spent is None  # this run spends nothing, and its messages say so
+
+
 @pytest.mark.parametrize("limits", ["", "[limits]\nepsilon = 8.0\n"])
 def test_the_smaller_budget_stops_the_site(tmp_path, write_site, limits):
     site = Site(write_site(tmp_path / "beta", "beta", ("brain", "heart"), extra=limits))

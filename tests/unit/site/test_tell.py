@@ -1,14 +1,17 @@
 """What the operator is told by `panfm site dry-run`, `status` and `log`."""
 
 import re
+import shlex
+import tomllib
 
 import pytest
 from typer.testing import CliRunner
 
 from panfm.cli import main
-from panfm.config import dump_toml, experiment_hash, parse_run
+from panfm.config import dump_toml, experiment_hash, load_site, parse_run
 from panfm.sharing.frames import Frame, encode
 from panfm.site.departures import Departures
+from panfm.site.tell import supernode_command
 from tests.unit.site.test_site import RUN, task
 
 
@@ -44,11 +47,23 @@ def test_status(folder):
 def test_log(folder):
     departures = Departures(folder / ".panfm" / "state")
     frame = Frame.error("site alpha: no")
-    departures.append(frame, encode(frame))
+    departures.append(frame, encode(frame), epsilon=1.25)
     line, end = run("log", folder)
     assert "error" in line
+    assert line.endswith("epsilon 1.250 spent so far")
     assert end.endswith(next(departures.lines())["chain"])
     assert run("log", folder, "--verify") == [end]
     departures.path.write_text(departures.path.read_text().replace('"bytes": ', '"bytes": 1'))
     result = CliRunner().invoke(main, ["site", "log", str(folder), "--verify"])
     assert (result.exit_code, len(result.stderr.splitlines())) == (1, 1)
+
+
+def test_the_supernodes_command_survives_a_shell(tmp_path, write_site):
+    folder = write_site(tmp_path / "St Mary's", "alpha", ("brain",), extra='[coordinator]\nkey = "my key"\n')
+    words = shlex.split(supernode_command(folder, load_site(folder)))
+    flags = dict(zip(words[1::2], words[2::2], strict=True))
+    assert words[0] == "flower-supernode"
+    assert flags["--superlink"] == "coordinator.example.org:443"
+    assert flags["--auth-supernode-private-key"] == str(folder / "my key")
+    assert flags["--root-certificates"] == str(folder / "ca.crt")
+    assert tomllib.loads(flags["--node-config"]) == {"site-socket": str(folder / ".panfm/run/worker.sock")}
