@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 from panfm.config._base import Config
 from panfm.config.run import RunConfig
 from panfm.config.site import SiteConfig
-from panfm.errors import ConfigError
+from panfm.errors import ConfigError, one_line
 
 C = TypeVar("C", bound=Config)
 
@@ -97,7 +97,7 @@ def _parse(text: str, where: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # also numbers too long and brackets too deep
-        raise ConfigError(f"{where}: not valid TOML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{where}: not valid TOML: {one_line(str(error))}") from error
 
 
 def _override(table: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
@@ -126,7 +126,9 @@ def _validate(kind: type[C], table: Mapping[str, Any], where: str) -> C:
     try:
         return kind.model_validate(table, by_alias=True, by_name=False)
     except ValidationError as error:
-        lines = [f"{where}: {' '.join(_complaint(kind, fault).split())}" for fault in error.errors(include_url=False)]
+        lines = [
+            f"{where}: {one_line(_complaint(kind, fault), limit=1000)}" for fault in error.errors(include_url=False)
+        ]
         raise ConfigError("\n".join(lines)) from error
 
 

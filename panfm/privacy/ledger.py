@@ -222,7 +222,7 @@ def check_chain(content: bytes, where: str) -> list[Entry]:
             stamped = {key: value for key, value in entry.items() if key != "hash"}
             holds = entry["hash"] == _digest(stamped) and entry["before"] == before and _line(entry) == line + b"\n"
             holds = holds and entry["kind"] == ("round" if entries else "opened")
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise LedgerError(f"{where}: line {number} is no entry of a ledger") from error
         if not holds:
             raise LedgerError(f"{where}: line {number} was changed, moved, or follows a line that was removed")
