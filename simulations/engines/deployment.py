@@ -55,13 +55,13 @@ class Deployment:
 
     def start_coordinator(self) -> None:
         """Credentials, SuperLink, SuperExec, and the connection under which `flwr` finds them."""
-        credentials("coordinator", self.home, "127.0.0.1")
+        credentials("coordinator", self.home, "localhost")
         connection = f'address = "{self.address}"\nroot-certificates = "{self.home / "ca.crt"}"\n'
         text = f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\n{connection}'
         (self.home / "config.toml").write_text(text, encoding="utf-8")
         self.start_superlink()
         secret = ["--superexec-auth-secret-file", str(self.home / "superexec.secret")]
-        self._start("superexec", "flower-superexec", "--runtime-api-address", self.address, *self._trust(), *secret)
+        self.start("superexec", "flower-superexec", "--runtime-api-address", self.address, *self._trust(), *secret)
 
     def start_superlink(self) -> None:
         """Start it, or start it again on the same database, and wait until it answers."""
@@ -70,12 +70,12 @@ class Deployment:
         words += ["--host", "127.0.0.1", "--port", str(self.port), "--enable-supernode-auth"]
         words += ["--database", str(self.home / "superlink.db"), "--isolation", "process"]
         words += ["--superexec-auth-secret-file", str(self.home / "superexec.secret")]
-        self._start("superlink", "flower-superlink", *words)
+        self.start("superlink", "flower-superlink", *words)
         wait_until(self._is_healthy, "flower-superlink", _START_TIMEOUT_S, self.processes["superlink"])
 
     def start_worker(self, folder: Path) -> None:
         """The site's worker, in the background."""
-        self._start(f"{folder.name}.worker", "panfm", "site", "start", str(folder))
+        self.start(f"{folder.name}.worker", "panfm", "site", "start", str(folder))
 
     def register(self, folder: Path) -> None:
         """Make a key for a site, and let the coordinator know it."""
@@ -83,23 +83,28 @@ class Deployment:
         key = str(self.home / f"{folder.name}.pub")
         flwr(["supernode", "register", key, CONNECTION, "--name", folder.name], self.environment)
 
-    def start_supernode(
-        self, folder: Path, *, name: str = "", key: Path | None = None, trust: list[str] | None = None
-    ) -> None:
-        """The site's SuperNode, in the background. It knows the worker's socket, and nothing of the data.
+    def start_supernode(self, folder: Path) -> None:
+        """The site's SuperNode, in the background."""
+        self.start(f"{folder.name}.supernode", *self.supernode(folder))
+
+    def supernode(
+        self, folder: Path, *, address: str = "", key: Path | None = None, trust: list[str] | None = None
+    ) -> list[str]:
+        """The words of a site's SuperNode. It knows the worker's socket, and nothing of the data.
 
         Args:
             folder: The site folder.
-            name: Of the process, instead of the site's.
+            address: Where it finds the coordinator, instead of at the SuperLink's own.
             key: Private key, instead of the site's.
             trust: Flags, instead of those that make it trust the coordinator's certificate.
         """
         socket = site_path(folder, load_site(folder).worker.socket)
         [port] = free_ports(1)
-        words = ["--superlink", self.address, *(self._trust() if trust is None else trust)]
+        words = ["flower-supernode", "--superlink", address or self.address]
+        words += self._trust() if trust is None else trust
         words += ["--auth-supernode-private-key", str(key or self.home / folder.name)]
-        words += ["--host", "127.0.0.1", "--port", str(port), "--node-config", f"site-socket={json.dumps(str(socket))}"]
-        self._start(name or f"{folder.name}.supernode", "flower-supernode", *words)
+        words += ["--host", "127.0.0.1", "--port", str(port)]
+        return [*words, "--node-config", f"site-socket={json.dumps(str(socket))}"]
 
     def wait_for(self, folders: list[Path]) -> None:
         """Until every site's worker listens, and its SuperNode is online."""
@@ -118,7 +123,8 @@ class Deployment:
         nodes = flwr(["supernode", "list", CONNECTION], self.environment)["nodes"]
         return sum(node["status"] == "online" for node in nodes)
 
-    def _start(self, name: str, *words: str) -> None:
+    def start(self, name: str, *words: str) -> None:
+        """Any process, in the background, with a log under its name."""
         self.processes[name] = start(words, self.logs / f"{name}.log", self.environment)
 
     def _trust(self) -> list[str]:

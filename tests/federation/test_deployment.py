@@ -1,23 +1,47 @@
-"""A real deployment on loopback: SuperLink, SuperNodes and workers as processes, over TLS with authentication."""
+"""A real deployment on loopback: SuperLink, SuperNodes and workers as processes, over TLS with authentication.
 
+The SuperNode of alpha reaches the coordinator through a recorder, that of beta through the shipped nginx.conf where
+this machine has nginx, that of gamma directly. A SuperNode that ends is started again as its shipped unit says.
+"""
+
+import gzip
+import http.client
 import os
+import re
+import shutil
 import signal
 import ssl
-import urllib.error
-import urllib.request
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
+import safetensors.numpy
+import tomli_w
 
+from client.relay import ask
+from panfm.config import RunConfig, dump_toml, load_run, parse_run
+from panfm.files import read_checked
+from panfm.sharing.frames import Frame, Kind
+from panfm.sharing.messages import RoundTask
 from panfm.site import Site
 from panfm.site.departures import Departures
-from simulations.engines.deployment import CONNECTION, credentials, deployed, run_config
-from simulations.engines.flwr import submit, wait_for_end, whole_rounds
-from simulations.engines.processes import send_signal, wait_until
-from tests.federation.conftest import HOLDINGS, Federation
+from server.checkpoint import ServerState, load_latest
+from server.run_folder import RunFolder
+from simulations.engines import Job
+from simulations.engines.deployment import CONNECTION, Deployment, credentials, run_config
+from simulations.engines.flwr import ROOT, flwr, submit, wait_for_end, whole_rounds
+from simulations.engines.processes import Process, free_ports, send_signal, wait_until
+from tests.federation.conftest import HOLDINGS, RUN, Federation
 
 pytestmark = pytest.mark.slow
-LONG_S = 300.0
+LONG_S = 600.0
+HOSTS = ROOT / "configs" / "deployment" / "hosts"
+NGINX = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
+needs_nginx = pytest.mark.skipif(not NGINX, reason="nginx is not installed: apt-get install nginx")
+WINDOW = 32
+"""So many bytes in a row are no chance."""
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +55,57 @@ def federation(tmp_path_factory, write_site) -> Federation:
 @pytest.fixture(scope="module")
 def deployment(federation):
     folders = sorted(federation.sites.iterdir())
-    with deployed(folders, federation.folder / "logs") as deployment:
+    with Deployment(federation.folder / "home", federation.folder / "logs") as deployment:
+        for folder in folders:
+            deployment.start_worker(folder)
+        deployment.start_coordinator()
+        deployment.doors = {"alpha": start_recorder(deployment), "gamma": deployment.address}
+        deployment.doors["beta"] = start_nginx(deployment) if NGINX else deployment.address
+        for folder in folders:
+            deployment.register(folder)
+            command = deployment.supernode(folder, address=deployment.doors[folder.name])
+            deployment.start(f"{folder.name}.supernode", *supervised(command))
+        deployment.wait_for(folders)
         yield deployment
+
+
+def start_recorder(deployment: Deployment) -> str:
+    [port] = free_ports(1)
+    script = Path(__file__).with_name("recorder.py")
+    deployment.start("recorder", sys.executable, str(script), str(port), str(deployment.port), str(deployment.home))
+    return f"127.0.0.1:{port}"
+
+
+def start_nginx(deployment: Deployment) -> str:
+    """The shipped file, with this machine's names, folders and ports in it, inside the least that nginx wants."""
+    [port] = free_ports(1)
+    home, text = deployment.home, (HOSTS / "nginx.conf").read_text(encoding="utf-8")
+    words = {"listen 443": f"listen 127.0.0.1:{port}", "127.0.0.1:8000": deployment.address}
+    words |= {"coordinator.example.org": "localhost", "/etc/panfm": str(home)}
+    for shipped, ours in words.items():
+        assert shipped in text
+        text = text.replace(shipped, ours)
+    kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    temporary = " ".join(f"{kind}_temp_path {home / 'nginx'};" for kind in kinds)
+    start = f"daemon off; pid {home / 'nginx.pid'}; error_log stderr; {'user root;' if os.geteuid() == 0 else ''}"
+    config = home / "nginx.conf"
+    config.write_text(f"{start}\nevents {{}}\nhttp {{\naccess_log off; {temporary}\n{text}}}\n", encoding="utf-8")
+    deployment.start("nginx", NGINX, "-e", "stderr", "-c", str(config))
+    return f"127.0.0.1:{port}"
+
+
+def supervised(command: list[str]) -> list[str]:
+    """What systemd does with the shipped unit."""
+    unit = (HOSTS / "panfm-supernode.service").read_text(encoding="utf-8")
+    assert "\nRestart=always\n" in unit
+    seconds = re.search(r"^RestartSec=(\d+)$", unit, re.MULTILINE)[1]
+    return ["bash", "-c", f'while :; do "$@"; sleep {seconds}; done', "supervised", *command]
+
+
+def child_of(process: Process) -> int:
+    """The one process that a supervisor has started and that is at work."""
+    [child] = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(encoding="ascii").split()
+    return int(child)
 
 
 def connections(path: Path) -> int:
@@ -41,32 +114,117 @@ def connections(path: Path) -> int:
     return sum(line.endswith(f" {path}") for line in lines)
 
 
-def test_a_run_with_a_worker_and_the_superlink_killed_gives_the_bits_of_the_local_engine(federation, deployment):
-    expected = federation.run("local", "train.rounds=3", "federation.min-sites=3")
-    job = federation.job("run", "train.rounds=3", "federation.min-sites=3")
-    beta, rounds = federation.sites / "beta", job.run_dir / "rounds.jsonl"
+def restart_worker(deployment: Deployment, folder: Path, number: signal.Signals = signal.SIGTERM) -> None:
+    send_signal(deployment.processes[f"{folder.name}.worker"], number)
+    deployment.start_worker(folder)
+    deployment.wait_for_worker(folder)
+
+
+def freeze_when_asked(deployment: Deployment, folder: Path) -> None:
+    """The worker accepts nothing more; returns when the next round's question waits for it."""
+    os.killpg(deployment.processes[f"{folder.name}.worker"].pid, signal.SIGSTOP)
+    socket = folder / ".panfm" / "run" / "worker.sock"
+    wait_until(lambda: connections(socket) > 1, f"{folder.name} is asked", LONG_S)
+
+
+@pytest.fixture(scope="module")
+def finished(federation, deployment) -> Job:
+    """A run of three rounds with private experts, in which a worker and then the SuperLink were killed."""
+    overrides = ("train.rounds=3", "federation.min-sites=3", "model.backbone=director-experts")
+    job, beta = federation.job("run", *overrides), federation.sites / "beta"
+    rounds = job.run_dir / "rounds.jsonl"
     run_id = submit(CONNECTION, run_config(job), deployment.environment)
     wait_until(lambda: len(whole_rounds(rounds)) >= 1, "round 1", LONG_S)
-    os.killpg(deployment.processes["beta.worker"].pid, signal.SIGSTOP)  # round 2 finds it, and waits
-    wait_until(lambda: connections(beta / ".panfm" / "run" / "worker.sock") > 1, "beta is asked", LONG_S)
-    send_signal(deployment.processes["beta.worker"], signal.SIGKILL)
-    deployment.start_worker(beta)
+    freeze_when_asked(deployment, beta)
+    restart_worker(deployment, beta, signal.SIGKILL)
     wait_until(lambda: len(whole_rounds(rounds)) >= 2, "round 2", LONG_S)
     send_signal(deployment.processes["superlink"], signal.SIGKILL)
     deployment.start_superlink()
     wait_for_end(run_id, CONNECTION, job, deployment.environment)
-    assert [line["rejected"] for line in whole_rounds(rounds)] == [{}, {}, {}]
-    model = "model/model.safetensors"
-    assert (job.run_dir / model).read_bytes() == (expected / model).read_bytes()
+    return job
+
+
+def test_a_run_with_a_worker_and_the_superlink_killed_gives_the_bits_of_the_local_engine(federation, finished):
+    assert [line["rejected"] for line in whole_rounds(finished.run_dir / "rounds.jsonl")] == [{}, {}, {}]
     for name in HOLDINGS:
         lines = list(Departures(Site(federation.sites / name).state_dir).lines())
         assert [line["round"] for line in lines] == [None, 1, 2, 3]
+    overrides = ("train.rounds=3", "federation.min-sites=3", "model.backbone=director-experts")
+    expected, model = federation.run("local", *overrides), "model/model.safetensors"
+    assert (finished.run_dir / model).read_bytes() == (expected / model).read_bytes()
+
+
+def captured(deployment: Deployment, way: str) -> bytes:
+    return b"".join(path.read_bytes() for path in sorted(deployment.home.glob(f"*.{way}")))
+
+
+def state_after(job: Job, number: int, folder: Path) -> ServerState:
+    """The server's checkpoint of one round."""
+    shutil.copy(job.run_dir / "checkpoint" / f"round-{number:06d}.state", folder)
+    return load_latest(folder)
+
+
+def windows(array: np.ndarray) -> list[bytes]:
+    """Bytes from all over an array, none of which are there by chance."""
+    content = array.tobytes()
+    starts = range(0, len(content) - WINDOW + 1, max(WINDOW, len(content) // 8 // WINDOW * WINDOW))
+    found = [content[start : start + WINDOW] for start in starts]
+    return [each for each in found if len(set(each)) > WINDOW // 4]
+
+
+@pytest.fixture(scope="module")
+def alphas_last(federation, finished, tmp_path_factory) -> RoundTask:
+    """What alpha was asked in the last round."""
+    run = load_run(finished.run_dir / "run.toml").model_copy(update={"cohort": None})
+    before = state_after(finished, 2, tmp_path_factory.mktemp("checkpoint"))
+    left = list(Departures(federation.sites / "alpha" / ".panfm" / "state").lines())[-1]
+    groups = {name: before.groups[name] for name, _, _ in left["arrays"]}
+    assert set(groups) == {"backbone", "head", "director", "stream:brain-mr", "stream:heart-mr"}
+    return RoundTask(before.run_id, 3, dump_toml(run), groups, before.profile)
+
+
+def test_a_capture_of_what_passed_holds_the_shared_groups_and_nothing_private(federation, deployment, alphas_last):
+    """The control: the same search finds the shared groups, on their way down and up."""
+    alpha = federation.sites / "alpha"
+    up, down = captured(deployment, "up"), captured(deployment, "down")
+    for name, array in alphas_last.groups.items():
+        assert all(window in down for window in windows(array)), name
+    for name, array in replay(alpha, alphas_last).items():
+        assert all(window in up for window in windows(array)), name
+    private = {}
+    for path in (alpha / ".panfm" / "state" / alphas_last.run_id).glob("round-*.state"):
+        private |= {f"{path.stem} {name}": array for name, array in safetensors.numpy.load(read_checked(path)).items()}
+    for kind in ("student.", "teacher.", "optimiser.", ".experts.", ".router."):
+        assert any(kind in name for name in private), kind
+    for image in alpha.glob("*.nii.gz"):
+        content = gzip.decompress(image.read_bytes())
+        private[image.name] = np.frombuffer(content, np.uint8)
+    passed = up + down
+    assert [name for name, array in private.items() if any(window in passed for window in windows(array))] == []
+    for word in (*(f"alpha-{number}" for number in range(6)), ".nii", "manifest", str(alpha), str(federation.folder)):
+        assert word.encode() not in up, word
+
+
+def replay(folder: Path, task: RoundTask) -> Mapping[str, np.ndarray]:
+    """The arrays that the worker answers when a client on its machine asks a round again."""
+    return ask(str(folder / ".panfm" / "run" / "worker.sock"), Frame(Kind.ROUND, task.to_records())).records.arrays
+
+
+def test_a_replayed_round_tells_nothing_new_and_changes_nothing(federation, deployment, alphas_last):
+    alpha = federation.sites / "alpha"
+    state = (alpha / ".panfm" / "state" / alphas_last.run_id / "round-000003.state").read_bytes()
+    passed, lines = captured(deployment, "up"), len(list(Departures(alpha / ".panfm" / "state").lines()))
+    for _ in range(2):
+        for name, array in replay(alpha, alphas_last).items():
+            assert array.tobytes() in passed, name
+    assert (alpha / ".panfm" / "state" / alphas_last.run_id / "round-000003.state").read_bytes() == state
+    assert len(list(Departures(alpha / ".panfm" / "state").lines())) == lines + 2  # on record all the same
 
 
 def test_nobody_else_gets_in(federation, deployment):
     """Another authority's certificate, a key that nobody registered, plain text: each ends, none comes online."""
     others = federation.folder / "other-authority"
-    credentials("coordinator", others, "127.0.0.1")
+    credentials("coordinator", others, "localhost")
     credentials("site", others, "stranger")
     alpha, own = federation.sites / "alpha", deployment.home / "alpha"
     foreign = ["--root-certificates", str(others / "ca.crt")]
@@ -76,7 +234,7 @@ def test_nobody_else_gets_in(federation, deployment):
         "plain-text": (own, ["--insecure"], "Insecure connection is enabled"),
     }
     for name, (key, trust, _) in doors.items():
-        deployment.start_supernode(alpha, name=name, key=key, trust=trust)
+        deployment.start(name, *deployment.supernode(alpha, key=key, trust=trust))
     for name, (*_, reason) in doors.items():
         process = deployment.processes[name]
         assert process.wait(timeout=LONG_S) != 0, name
@@ -84,14 +242,115 @@ def test_nobody_else_gets_in(federation, deployment):
     assert deployment.num_online() == len(HOLDINGS)
 
 
-@pytest.mark.parametrize(
-    ("route", "status"), [("runtime/acquire-task", 401), ("fleet/pull-messages", 401), ("fleet/activate-node", 401)]
-)
-def test_a_stranger_at_the_routes_is_turned_away(deployment, route, status):
+def post(deployment: Deployment, address: str, path: str) -> int:
+    """The status that a stranger is answered with, who has no key but trusts the certificate."""
     context = ssl.create_default_context(cafile=deployment.home / "ca.crt")
-    request = urllib.request.Request(f"https://{deployment.address}/v1/{route}", data=b"", method="POST")
-    request.add_header("Content-Type", "application/protobuf")
-    with pytest.raises(urllib.error.HTTPError) as caught:
-        urllib.request.urlopen(request, timeout=30, context=context)
-    caught.value.close()
-    assert caught.value.code == status
+    connection = http.client.HTTPSConnection(address, timeout=60, context=context)
+    try:
+        connection.request("POST", path, b"", {"Content-Type": "application/protobuf"})
+        return connection.getresponse().status
+    finally:
+        connection.close()
+
+
+@pytest.mark.parametrize("route", ["runtime/acquire-task", "fleet/pull-messages", "fleet/activate-node"])
+def test_a_stranger_at_the_routes_is_turned_away(deployment, route):
+    assert post(deployment, deployment.address, f"/v1/{route}") == 401
+
+
+def test_the_superlink_listens_on_loopback_only(deployment):
+    """Its control routes have no other guard: whoever reaches them may start a run."""
+    listening = {line.split()[1] for line in Path("/proc/net/tcp").read_text(encoding="ascii").splitlines()[1:]}
+    assert {each for each in listening if each.endswith(f":{deployment.port:04X}")} == {
+        f"0100007F:{deployment.port:04X}"
+    }
+    assert "--host 127.0.0.1 " in (HOSTS / "panfm-superlink.service").read_text(encoding="utf-8")
+
+
+HIDDEN = ("v1/control/list-runs", "v1/control/start-run", "v1/control/register-node", "v1/runtime/acquire-task")
+AROUND = ("v1/fleet/../control/list-runs", "v1/fleet/%2e%2e/control/list-runs", "v1/fleet/..%2fcontrol/list-runs")
+
+
+@needs_nginx
+@pytest.mark.parametrize("path", [*HIDDEN, *AROUND, "/v1/control/list-runs", "V1/control/list-runs", "docs", "health"])
+def test_nginx_publishes_no_other_route(deployment, path):
+    assert post(deployment, deployment.doors["beta"], f"/{path}") == 404
+
+
+@needs_nginx
+def test_nginx_lets_a_stranger_reach_fleet_routes_that_refuse_him(deployment):
+    assert post(deployment, deployment.doors["beta"], "/v1/fleet/pull-messages") == 401
+    assert post(deployment, deployment.address, "/v1/control/list-runs") == 200  # so 404 was the proxy's doing
+
+
+def limit(folder: Path, **limits) -> None:
+    (folder / "site.toml").write_text(tomli_w.dumps({"name": folder.name, "limits": limits}), encoding="utf-8")
+
+
+def test_limits_of_the_sites_win(federation, deployment):
+    """beta gives a round no time, gamma knows of no such experiment: both refuse, in one line, and alpha goes on."""
+    beta, gamma = federation.sites / "beta", federation.sites / "gamma"
+    limit(beta, **{"seconds-per-round": 0.001})
+    limit(gamma, experiments=["0" * 64])
+    try:
+        for folder in (beta, gamma):
+            restart_worker(deployment, folder)
+        job = federation.job("limits", "train.rounds=1", "federation.min-sites=1")
+        wait_for_end(
+            submit(CONNECTION, run_config(job), deployment.environment), CONNECTION, job, deployment.environment
+        )
+    finally:
+        for folder in (beta, gamma):
+            limit(folder)
+            restart_worker(deployment, folder)
+    [line] = whole_rounds(job.run_dir / "rounds.jsonl")
+    assert list(line["sites"]) == ["alpha"]
+    assert line["rejected"] == {"beta": "LimitError: took longer than this site's limits.seconds-per-round (0.001)"}
+    sites = (job.run_dir / "sites.json").read_text(encoding="utf-8")
+    assert re.search(r"site gamma: LimitError: experiment [0-9a-f]{64} is not in this site's limits.experiments", sites)
+    assert list(Departures(gamma / ".panfm" / "state").lines())[-1]["kind"] == "error"
+
+
+def large() -> RunConfig:
+    """85 million parameters, for the one site that holds livers."""
+    text = "\n".join(line for line in RUN.splitlines() if not line.startswith(("brain-mr", "heart-mr")))
+    return parse_run(f'{text}\n[model]\nsize = "base"\n[federation]\nmin-sites = 1\n')
+
+
+def test_a_reply_of_300_mb_arrives(federation, deployment):
+    run = large()
+    run = run.model_copy(update={"train": run.train.model_copy(update={"rounds": 1, "local_steps": 1})})
+    job = Job(federation.sites, federation.folder / "large")
+    RunFolder.create(job.run_dir, run)
+    wait_for_end(submit(CONNECTION, run_config(job), deployment.environment), CONNECTION, job, deployment.environment)
+    [line] = whole_rounds(job.run_dir / "rounds.jsonl")
+    assert line["rejected"] == {}
+    assert list(line["sites"]) == ["gamma"]
+    assert sum(line["bytes_up"].values()) > 300e6
+    assert np.isfinite(line["loss"])
+
+
+def test_a_supernode_killed_in_a_round_and_started_again_within_a_minute_comes_back(federation, deployment):
+    """Its round goes on without it; it is refused while its old session lives, gets in, and takes up its own state."""
+    job = federation.job("supernode", "train.rounds=60", "federation.min-sites=2")
+    gamma, rounds = federation.sites / "gamma", job.run_dir / "rounds.jsonl"
+    run_id = submit(CONNECTION, run_config(job), deployment.environment)
+    wait_until(lambda: len(whole_rounds(rounds)) >= 1, "round 1", LONG_S)
+    freeze_when_asked(deployment, gamma)
+    os.kill(child_of(deployment.processes["gamma.supernode"]), signal.SIGKILL)
+    os.killpg(deployment.processes["gamma.worker"].pid, signal.SIGCONT)
+
+    def is_back() -> bool:
+        lines = whole_rounds(rounds)
+        lost = [line["round"] for line in lines if "gamma" in line["rejected"]]
+        return bool(lost) and "gamma" in lines[-1]["sites"] and lines[-1]["round"] > lost[0]
+
+    wait_until(is_back, "gamma is back", LONG_S)
+    flwr(["stop", run_id, CONNECTION], deployment.environment)
+    lines = whole_rounds(rounds)
+    [lost] = [line for line in lines if line["rejected"]]
+    assert list(lost["rejected"]) == ["gamma"]
+    back = next(line for line in lines if line["round"] > lost["round"] and "gamma" in line["sites"])
+    assert back["sites"]["gamma"]["state_round"] == lost["round"]  # the worker had finished the round that was lost
+    assert "Failed to activate" in (deployment.logs / "gamma.supernode.log").read_text(encoding="utf-8")
+    assert deployment.num_online() == len(HOLDINGS)

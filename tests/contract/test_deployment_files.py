@@ -1,0 +1,73 @@
+"""Every command and every flag in the shipped units and the compose file exists; systemd accepts the units."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import yaml
+
+HOSTS = Path(__file__).resolve().parents[2] / "configs" / "deployment" / "hosts"
+BIN = Path(sys.executable).parent
+UNITS = sorted(HOSTS.glob("*.service"))
+SERVICES = yaml.safe_load((HOSTS / "compose.yaml").read_text(encoding="utf-8"))["services"]
+
+
+def start_command(unit: Path) -> str:
+    """`ExecStart`, its lines joined."""
+    text = unit.read_text(encoding="utf-8").replace("\\\n", " ")
+    return re.search(r"^ExecStart=(.*)$", text, re.MULTILINE)[1]
+
+
+COMMANDS = {unit.name: start_command(unit) for unit in UNITS}
+COMMANDS |= {f"compose: {name}": service["command"] for name, service in SERVICES.items()}
+
+
+@cache
+def help_of(*words: str) -> str:
+    return subprocess.run([BIN / words[0], *words[1:], "--help"], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.slow  # each Flower command takes seconds to say what it can
+@pytest.mark.parametrize("name", COMMANDS)
+def test_commands_and_flags_exist(name):
+    program, *words = shlex.split(COMMANDS[name])
+    program = program.removeprefix("/opt/panfm/bin/")
+    assert program in {"panfm", "flower-superlink", "flower-superexec", "flower-supernode"}
+    known = help_of(program, *(words[:2] if program == "panfm" else ()))
+    for flag in [word for word in words if word.startswith("-")]:
+        assert re.search(rf"(?<![\w-]){flag}(?![\w-])", known), flag
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd-analyze is not installed")
+def test_systemd_accepts_the_units(unit, tmp_path):
+    """With this machine's commands in place of those under /opt/panfm."""
+    for each in UNITS:
+        text = each.read_text(encoding="utf-8").replace("/opt/panfm/bin", str(BIN))
+        (tmp_path / each.name).write_text(text, encoding="utf-8")
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", tmp_path / unit.name], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, [line for line in done.stderr.splitlines() if unit.name in line]) == (0, [])
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
+def test_units_start_again_what_ends(unit):
+    text = unit.read_text(encoding="utf-8")
+    assert "\nRestart=always\n" in text
+    assert re.search(r"^RestartSec=[1-9]\d*$", text, re.MULTILINE)
+
+
+def test_containers_are_kept_apart():
+    """The worker has no network, and shares no account and no folder of images with the SuperNode."""
+    worker, supernode = SERVICES["worker"], SERVICES["supernode"]
+    assert worker["network_mode"] == "none"
+    assert worker["user"] != supernode["user"]
+    shared = {each.split(":")[0] for each in worker["volumes"]} & {each.split(":")[0] for each in supernode["volumes"]}
+    assert shared == {"/run/panfm"}
+    assert {service["restart"] for service in SERVICES.values()} == {"always"}
