@@ -329,6 +329,30 @@ def report(run_folder: Annotated[Path, typer.Argument(help="Run folder; the run 
     typer.echo(f"report: {write_report(run)}")
 
 
+@main.command("export")
+def export(
+    run_folder: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    to: Annotated[str, typer.Option(help="safetensors, monai-bundle, dense-vit or onnx.")],
+    out: Annotated[Path, typer.Option(help="New folder; for onnx, new file.")],
+    streams: Annotated[
+        str, typer.Option(help="For monai-bundle and onnx: the inputs, e.g. brain-mr,heart-ct; all when left out.")
+    ] = "",
+    licence: Annotated[str | None, typer.Option(help="Licence of the weights, for the metadata.")] = None,
+) -> None:
+    """Write a run's model for use elsewhere, read it back, and compare it with the original.
+
+    safetensors: the weights as they are, read by `panfm embed`. dense-vit: a plain ViT of this library; a
+    Director-Experts model goes through its directors. monai-bundle: a folder for MONAI. onnx: one file, one input per
+    stream and `present`, needs panfm[onnx]. Each says streams, spacing, intensity rules, sites, rounds, epsilon,
+    licence and intended use.
+    """
+    from panfm.export import export_run
+
+    names = [name.strip() for name in streams.split(",") if name.strip()]
+    difference = export_run(run_folder, to, out, streams=names, licence=licence)
+    typer.echo(f"{out}: read back, embeds as the run's model does (largest difference {difference:.1g})")
+
+
 def _print_scores(scores: Sequence["Score"]) -> None:
     from rich.console import Console
     from rich.table import Table

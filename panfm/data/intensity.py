@@ -42,6 +42,15 @@ def apply_intensity(image: NDArray[Any], modality: Modality) -> NDArray[np.float
     return np.clip((raw - np.float32(low)) / np.float32(high - low), 0.0, 1.0)
 
 
+def intensity_rule(modality: Modality) -> str:
+    """The rule of a modality, in words."""
+    if modality is Modality.CT:
+        return f"{HU_WINDOW[0]:g} to {HU_WINDOW[1]:g} HU to 0 to 1, clipped"
+    if modality not in (Modality.MR, Modality.PET):
+        return f"grey levels {GREY_LEVELS[0]:g} to {GREY_LEVELS[1]:g} to 0 to 1"
+    return f"the scan's own {PERCENTILES[0]:g}st to {PERCENTILES[1]:g}th percentile to 0 to 1, clipped"
+
+
 def _range(image: NDArray[np.float32], modality: Modality) -> tuple[float, float]:
     if modality is Modality.CT:
         return HU_WINDOW

@@ -13,13 +13,19 @@ from torch import Tensor
 from panfm.config import RunConfig
 from panfm.models.director_experts import dense_name
 from panfm.models.pan import PanModel
+from panfm.sharing.groups import DIRECTOR, EXPERTS, ROUTER
 
 _ONLY_WITH_EXPERTS = (".mlp.experts.", ".mlp.router.")
 
 
 def director_run(run: RunConfig) -> RunConfig:
-    """The same run with a dense backbone."""
-    return run.model_copy(update={"model": run.model.model_copy(update={"backbone": "dense"})})
+    """The same run with a dense backbone, and without what its sharing says of groups that a dense model has not."""
+    groups = {name: config for name, config in run.sharing.groups.items() if name not in (DIRECTOR, EXPERTS, ROUTER)}
+    dense = {
+        "model": run.model.model_copy(update={"backbone": "dense"}),
+        "sharing": run.sharing.model_copy(update={"groups": groups}),
+    }
+    return run.model_copy(update=dense)
 
 
 def director_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ LEVELS = (
     ("errors", "seeds", "anatomy", "config", "files"),
     ("data", "models", "sharing"),
     ("objectives", "privacy", "evaluate"),
-    ("site", "report"),
+    ("site", "report", "export"),
     ("cli",),
 )
 """Parts of panfm, from the bottom; a part imports its own level and those below."""

@@ -1,0 +1,131 @@
+"""What is exported: the final model of a run folder, and what has to be told of it wherever it goes."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from panfm import __version__
+from panfm.anatomy import Modality, parse_stream
+from panfm.config import RunConfig
+from panfm.config.privacy import privacy_label
+from panfm.data.intensity import intensity_rule
+from panfm.errors import ConfigError, DataError
+from panfm.evaluate.embed import load_model
+from panfm.files import json_text
+from panfm.models import PanModel
+from panfm.sharing.groups import EXPERTS, is_shared
+
+NOT_PRIVATE = "none: not private"
+LICENCE_UNKNOWN = "not stated; ask the sites that trained the model"
+
+
+class _Written(BaseModel):
+    """What an export takes from a model's own metadata.json."""
+
+    model_config = ConfigDict(alias_generator=lambda name: name.replace("_", "-"))
+    name: str
+    run_id: str
+    rounds: int
+    sites: list[str]
+    intended_use: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """A run's final model."""
+
+    folder: Path
+    """`<run folder>/model`."""
+    model: PanModel
+    """In inference mode. Experts that their sites kept are copies of the director."""
+    run: RunConfig
+    metadata: dict[str, Any]
+    """Of the whole model, ready for JSON."""
+
+    @classmethod
+    def read(cls, run_folder: Path, licence: str | None = None) -> "Source":
+        """Read a run folder.
+
+        Args:
+            licence: Of the weights, as it shall stand in the metadata.
+        Raises:
+            ConfigError: the model's run.toml is absent or does not hold.
+            DataError: the run has no final model, or a file of it is damaged.
+        """
+        folder = run_folder / "model"
+        if not folder.is_dir():
+            raise DataError(f"{run_folder}: found no model/, expected the folder of a finished run")
+        written = _read_metadata(folder / "metadata.json")
+        model, run = load_model(folder)
+        metadata = _describe(folder, model, run, written, licence or LICENCE_UNKNOWN)
+        return cls(folder, model.eval(), run, metadata)
+
+    def choose(self, streams: Sequence[str]) -> tuple[str, ...]:
+        """The streams named, in their order; all of the run when none is. Raises ConfigError if one is not there."""
+        if unknown := [name for name in streams if name not in self.run.streams]:
+            raise ConfigError(f"--streams: found {unknown[0]!r}, expected some of {', '.join(self.run.streams)}")
+        return tuple(dict.fromkeys(streams)) or tuple(self.run.streams)
+
+    def metadata_of(self, streams: Sequence[str]) -> dict[str, Any]:
+        """The metadata of an export that reads these streams only."""
+        return self.metadata | {"streams": {name: self.metadata["streams"][name] for name in streams}}
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write one JSON object, indented."""
+    path.write_text(json_text(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_metadata(path: Path) -> _Written:
+    try:
+        return _Written.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file, expected what the run wrote of its model") from error
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise DataError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not valid JSON ({type(error).__name__})") from error
+
+
+def _describe(folder: Path, model: PanModel, run: RunConfig, written: _Written, licence: str) -> dict[str, Any]:
+    return {
+        **written.model_dump(by_alias=True),
+        "licence": licence,
+        "epsilon": _epsilon(run),
+        "start": run.start and run.start.sha256,
+        "streams": {name: _describe_stream(run, name) for name in run.streams},
+        "embedding": model.width,
+        "experts": _describe_experts(run),
+        "model-hash": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
+        "panfm": __version__,
+        "torch": torch.__version__,
+    }
+
+
+def _epsilon(run: RunConfig) -> str:
+    label = privacy_label(run)
+    return NOT_PRIVATE if label == "none" else label
+
+
+def _describe_stream(run: RunConfig, name: str) -> dict[str, Any]:
+    config, (organ, modality) = run.streams[name], parse_stream(name)
+    return {
+        "organ": organ,
+        "modality": str(modality),
+        "axes": "C, R, A, S" if config.is_volume else "C, height, width",
+        **config.model_dump(mode="json", by_alias=True),
+        "intensity": intensity_rule(modality if config.is_volume else Modality.PHOTO),
+    }
+
+
+def _describe_experts(run: RunConfig) -> str:
+    if run.model.backbone == "dense":
+        return "none"
+    return "pooled" if is_shared(run.sharing, EXPERTS) else "kept by their sites; copies of the director in their place"
