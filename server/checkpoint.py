@@ -19,7 +19,8 @@ from strategies import Memory
 
 KEPT = 3
 """Rounds kept."""
-_GLOBAL = "global"
+_GLOBAL, _STEP, _LOST, _AVERAGE = "global", "step", "lost", "average"
+"""Parts of a checkpoint; the others are slots of server optimisers."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,12 @@ def save_state(folder: Path, state: ServerState) -> None:
         "round": state.round_number,
         "profile": state.profile and dict(state.profile),
         "norms": dict(state.memory.norms),
+        "holders": state.memory.holders,
     }
-    tensors = {f"{_GLOBAL}/{group}": flat for group, flat in state.groups.items()}
-    tensors |= {f"{slot}/{group}": flat for group, slots in state.memory.slots.items() for slot, flat in slots.items()}
+    memory = state.memory
+    parts = {_GLOBAL: state.groups, _STEP: memory.step, _LOST: memory.lost, _AVERAGE: memory.average}
+    tensors = {f"{part}/{name}": array for part, arrays in parts.items() for name, array in arrays.items()}
+    tensors |= {f"{slot}/{group}": flat for group, slots in memory.slots.items() for slot, flat in slots.items()}
     content = json.dumps(words).encode() + b"\n" + safetensors.numpy.save(tensors)
     write_checked(_path(folder, state.round_number), content)
     for old in sorted(folder.glob("round-*.state"))[:-KEPT]:
@@ -70,13 +74,17 @@ def load_latest(folder: Path) -> ServerState | None:
 
 
 def _restored(words: dict[str, Any], tensors: dict[str, Flat]) -> ServerState:
-    found: dict[str, dict[str, Flat]] = {}
+    parts: dict[str, dict[str, Flat]] = {}
     for name, flat in tensors.items():
-        slot, _, group = name.partition("/")
-        found.setdefault(group, {})[slot] = flat
-    groups = {group: slots.pop(_GLOBAL) for group, slots in found.items()}
+        part, _, rest = name.partition("/")
+        parts.setdefault(part, {})[rest] = flat
+    groups, step, lost, average = (parts.pop(part, {}) for part in (_GLOBAL, _STEP, _LOST, _AVERAGE))
+    slots: dict[str, dict[str, Flat]] = {}
+    for slot, arrays in parts.items():
+        for group, flat in arrays.items():
+            slots.setdefault(group, {})[slot] = flat
     norms = {group: tuple(medians) for group, medians in words["norms"].items()}
-    memory = Memory(norms, {group: slots for group, slots in found.items() if slots})
+    memory = Memory(norms, dict(slots), dict(step), lost, tuple(words["holders"]), average)
     return ServerState(words["run-id"], words["round"], groups, words["profile"], memory)
 
 

@@ -35,7 +35,7 @@ from server.roster import Roster
 from server.run_folder import RunFolder
 from server.site_privacy import Account
 from server.tracking import Tracking
-from strategies import GroupedMean, RoundOutcome, SitePrivateMean
+from strategies import GroupedMean, SitePrivateMean
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ def train_round(
     config = ConfigRecord(dict(task.to_records().config))
     exchange = Exchange(grid, strategy.configure_train(number, arrays, config, grid), run.federation.round_timeout_s)
     arrays, _ = strategy.aggregate_train(number, exchange)
-    line = _round_line(number, start, strategy.asked, exchange, strategy.outcome, state)
+    line = _round_line(number, start, exchange, strategy)
     line["privacy"] = privacy_label(run)
     groups = {group: array.numpy() for group, array in arrays.items()}
     return ServerState(state.run_id, number, groups, line["profile"] or state.profile, strategy.memory), line
@@ -149,21 +149,16 @@ def initial_state(run: RunConfig, start: Mapping[str, Tensor] | None = None) -> 
 def _round_line(
     number: int,
     start: float,
-    asked: Mapping[int, Handshake],
     exchange: Exchange,
-    outcome: RoundOutcome,
-    before: ServerState,
+    strategy: GroupedMean,
 ) -> dict[str, Any]:
     """What happened in a round, by site name."""
-    names = {node_id: handshake.site for node_id, handshake in asked.items()}
+    names = {node_id: handshake.site for node_id, handshake in strategy.asked.items()}
+    outcome = strategy.outcome
     seconds = {names[node_id]: value for node_id, value in exchange.seconds.items()}
     failed = {
         names[node_id]: reason.removeprefix(f"site {names[node_id]}: ") for node_id, reason in exchange.failed.items()
     }
-    bytes_down: dict[str, int] = {}
-    for handshake in asked.values():
-        for group in handshake.group_hashes:
-            bytes_down[group] = bytes_down.get(group, 0) + before.groups[group].nbytes
     accepted = dict(sorted(outcome.accepted.items()))
     return {
         "round": number,
@@ -175,7 +170,7 @@ def _round_line(
         "late": sorted(names[node_id] for node_id in exchange.late),
         "rejected": dict(sorted((failed | outcome.rejected).items())),
         "coverage": _coverage(accepted),
-        "bytes_down": bytes_down,
+        "bytes_down": dict(strategy.bytes_down),
         "bytes_up": dict(sorted(outcome.bytes_up.items())),
         "profile": federated_profile(accepted.values()),
     }

@@ -4,31 +4,34 @@ Flower's FedAvg wants the same keys and one weight from everyone. Here each site
 groups, with a weight per group; replies are taken one by one and let go, and their order does not matter to the bit.
 A group that nobody trained keeps its bytes.
 
-What it needs from earlier rounds (usual norms, state of the server optimisers) is in `memory`.
+What it needs from earlier rounds (usual norms, state of the server optimisers, last coded step) is in `memory`.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from panfm.config import RunConfig
 from panfm.errors import ProtocolError
 from panfm.sharing.coding import bytes_per_group, decode
+from panfm.sharing.downlink import code_step, take_step
 from panfm.sharing.groups import Flat, GroupManifest, stream_of
 from panfm.sharing.messages import Handshake, RoundReply
 from panfm.sharing.weights import Weights, weight_limits
 from strategies.direction import pointing_elsewhere
+from strategies.downlink import Downlink
 from strategies.guards import check_reply
 from strategies.means import GroupMean, empty_mean
 from strategies.memory import Memory
 from strategies.norms import check_norms, remember
-from strategies.optimisers import Slots, server_step
+from strategies.optimisers import server_step
 from strategies.participation import draw_sites
 from strategies.records import make_array, unpack, view_array
+from strategies.teacher import follow
 
 
 @dataclass
@@ -66,20 +69,23 @@ class GroupedMean(Strategy):
         self.asked: dict[int, Handshake] = {}
         """Those of the roster that are asked in this round."""
         self.outcome = RoundOutcome()
+        self.bytes_down: Mapping[str, int] = {}
+        """Group -> bytes sent to the sites of this round."""
         self._global = ArrayRecord()
         self._run_id = ""
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """One message per site that is asked, with the groups it trains; all share the same arrays."""
+        """One message per site that is asked, with the groups it trains."""
         self.asked = draw_sites(self.run, self.roster, server_round)
         self._global = arrays
         self._run_id = str(config["run-id"])
+        downlink = Downlink(arrays, self.memory, teacher=self._average())
+        self.bytes_down = downlink.bytes
         for node_id, handshake in self.asked.items():
-            groups = ArrayRecord({group: arrays[group] for group in handshake.group_hashes})
             yield Message(
-                RecordDict({"arrays": groups, "config": config}),
+                downlink.content(handshake, config),
                 node_id,
                 MessageType.TRAIN,
                 ttl=self.run.federation.round_timeout_s,
@@ -96,11 +102,15 @@ class GroupedMean(Strategy):
             for group, update in reply.updates.items():
                 means[group].add(update, reply.weights[group], checked=True)
             del reply  # before the next one comes
-        moved = {group: self._moved(group, mean) for group, mean in self._released(server_round, means)}
         accepted = self.outcome.accepted
         norms = remember(self.memory.norms, [self.outcome.norms[site] for site in sorted(accepted)])
-        self.memory = Memory(norms, {group: slots for group, (_, slots) in moved.items() if slots})
-        return ArrayRecord({group: array for group, (array, _) in moved.items()}), self._metrics()
+        holders = tuple(sorted(accepted)) if self._is_coded else ()
+        after = Memory(norms, lost=dict(self.memory.lost), holders=holders)
+        moved = {group: self._moved(group, mean, after) for group, mean in self._released(server_round, means)}
+        if average := self._average():
+            after.average |= follow(average, _views(moved), self.run.train.server_ema)
+        self.memory = after
+        return ArrayRecord(moved), self._metrics()
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -175,13 +185,33 @@ class GroupedMean(Strategy):
         start = view_array(self._global[group])
         return empty_mean(self.run, self.manifest, group, start, weight_limit=sum(limits) or 1.0)
 
-    def _moved(self, group: str, update: Flat | None) -> tuple[Array, Slots]:
-        """Where the server optimiser takes a group, and its state afterwards."""
+    def _moved(self, group: str, update: Flat | None, after: Memory) -> Array:
+        """Where the server optimiser takes a group; what is to be remembered of it goes into `after`."""
         slots = self.memory.slots.get(group, {})
         if update is None or not self._has_quorum(group):
-            return self._global[group], slots
+            after.slots |= {group: slots} if slots else {}
+            return self._global[group]
         step, slots = server_step(self.run.sharing.optimiser_of(group), update, slots)
-        return make_array(np.add(view_array(self._global[group]), step, out=step)), slots
+        after.slots |= {group: slots} if slots else {}
+        start = view_array(self._global[group])
+        if not self._is_coded:
+            return make_array(np.add(start, step, out=step))
+        coding = self.run.sharing.coding
+        arrays, lost = code_step(coding, self.manifest, group, step, self.memory.lost)
+        after.step |= arrays
+        after.lost |= lost
+        return make_array(take_step(coding, self.manifest, {group: start}, arrays)[group])
+
+    @property
+    def _is_coded(self) -> bool:
+        """Whether steps are sent: float32 would gain nothing."""
+        return self.run.sharing.coding != "float32"
+
+    def _average(self) -> Mapping[str, Flat]:
+        """The EMA that teachers start at, before the round's replies; empty if they start elsewhere."""
+        if self.run.train.teacher_start != "server-ema":
+            return {}
+        return self.memory.average or _views(self._global)
 
     def _has_quorum(self, group: str) -> bool:
         trained = sum(any(reply.weights.get(group, ())) for reply in self.outcome.accepted.values())
@@ -189,3 +219,7 @@ class GroupedMean(Strategy):
 
     def _metrics(self) -> MetricRecord:
         return MetricRecord({"num-accepted": len(self.outcome.accepted), "num-rejected": len(self.outcome.rejected)})
+
+
+def _views(arrays: Mapping[str, Array]) -> dict[str, Flat]:
+    return {group: view_array(array) for group, array in arrays.items()}

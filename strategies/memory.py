@@ -2,6 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
+
+from numpy.typing import NDArray
 
 from panfm.sharing.groups import Flat
 
@@ -9,10 +12,18 @@ Norms = Mapping[str, tuple[float, ...]]
 """Group -> median norm of the accepted updates of each of the last rounds, oldest first."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Memory:
     """Everything but the model itself."""
 
     norms: Norms = field(default_factory=dict)
-    slots: Mapping[str, Mapping[str, Flat]] = field(default_factory=dict)
+    slots: dict[str, Mapping[str, Flat]] = field(default_factory=dict)
     """Group -> slot of its server optimiser -> float32 array, e.g. `momentum`."""
+    step: dict[str, NDArray[Any]] = field(default_factory=dict)
+    """The last step of the global parameters as it travels; nothing where updates travel as float32."""
+    lost: dict[str, Flat] = field(default_factory=dict)
+    """Group -> what the coding of its last step lost."""
+    holders: tuple[str, ...] = ()
+    """Sites that hold the parameters that the last step starts from."""
+    average: dict[str, Flat] = field(default_factory=dict)
+    """Group -> EMA of its global parameters; nothing unless teachers start there."""

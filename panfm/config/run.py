@@ -189,9 +189,11 @@ class TrainConfig(Config):
     clip_norm: PositiveFloat = 3.0
     teacher_momentum: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.99, 0.999)
     """EMA momentum of the teacher at the start and the end, by cosine."""
-    teacher_start: Literal["own", "global"] = "own"
+    teacher_start: Literal["own", "global", "server-ema"] = "own"
     """Where a site's teacher starts a round. own: where it ended the site's last one; global: at the parameters that
-    the server sends, as the student does."""
+    the server sends, as the student does; server-ema: at the server's EMA of these, which is sent as well."""
+    server_ema: BelowOne = 0.9
+    """Momentum per round of that EMA."""
     proximal_mu: NonNegativeFloat = 0.0
     """FedProx (arXiv 1812.06127): after each step, parameters go back by this x learning rate of their way from the
     round's global ones; apart from Adam's scaling, as weight decay is in AdamW."""

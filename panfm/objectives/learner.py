@@ -122,6 +122,10 @@ class Learner:
         """Take the teacher to where the student is."""
         self.teacher.load_state_dict(self.model.state_dict())
 
+    def load_teacher(self, state: Mapping[str, Tensor]) -> None:
+        """Take over the teacher's shared parameters; its private ones stay."""
+        self.teacher.load_state_dict(self.teacher.state_dict() | dict(state))
+
     def private_state(self) -> dict[str, Tensor]:
         """Everything else that training depends on: the student's private parameters, teacher, optimiser, statistics,
         experts' activation, saliency profile."""

@@ -3,7 +3,10 @@
 `Records` is the form in which all of it travels: named arrays, numbers, and words. Flower's records, or a local
 socket, carry it without knowing what it means.
 
-    down   arrays   <group>                float32 [size], parameters
+    down   arrays   <group>                float32 [size], parameters; or, to a site that holds those of the round
+                                           before, the step since, coded as updates are (downlink.py)
+                    <group>/teacher        float32 [size], the server's EMA, if teachers start there
+           config   run-id, round, run, profile, digests (of the parameters that a step leads to)
     up     arrays   <group>                float32, uint16 (bf16) or int8 [size], update (coding.py)
                     <group>/scale          float32 [rows], only with int8
            metrics  weight/<group>         list of one, or of one per expert
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
 Metric = float | int | list[float]
 _WEIGHT = "weight/"
 _SALIENCY = "saliency/"
+_TEACHER = "/teacher"
 
 
 @dataclass(frozen=True)
@@ -109,15 +113,22 @@ class RoundTask:
     """From 1."""
     run_toml: str
     """The resolved run description."""
-    groups: Mapping[str, Flat]
-    """Group -> global parameters, packed."""
+    groups: Arrays
+    """Group -> global parameters, packed; with `digests`, the coded step to them from those of the round before."""
     profile: Mapping[str, float] | None = None
     """Federation's saliency per stream, relative to an equal split."""
+    digests: Mapping[str, str] = field(default_factory=dict)
+    """Group -> digest of its global parameters, where `groups` holds a step."""
+    teacher: Mapping[str, Flat] = field(default_factory=dict)
+    """Group -> the server's EMA of its parameters, if teachers start there."""
 
     def to_records(self) -> Records:
         """As it travels."""
         config = {"run-id": self.run_id, "round": self.round_number, "run": self.run_toml}
-        return Records(self.groups, {}, config | (_parallel("profile", self.profile) if self.profile else {}))
+        config |= _parallel("profile", self.profile) if self.profile else {}
+        config |= digest_words(self.digests) if self.digests else {}
+        teacher = {teacher_name(group): flat for group, flat in self.teacher.items()}
+        return Records({**self.groups, **teacher}, {}, config)
 
     @classmethod
     def from_records(cls, records: Records) -> Self:
@@ -127,8 +138,12 @@ class RoundTask:
             run_id=_get(config, "run-id", str),
             round_number=_get(config, "round", int),
             run_toml=_get(config, "run", str),
-            groups=records.arrays,
+            groups={name: array for name, array in records.arrays.items() if not name.endswith(_TEACHER)},
             profile=_table(config, "profile", float) if "profile-names" in config else None,
+            digests=_table(config, "digests", str) if "digests-names" in config else {},
+            teacher={
+                name.removesuffix(_TEACHER): array for name, array in records.arrays.items() if name.endswith(_TEACHER)
+            },
         )
 
 
@@ -175,6 +190,16 @@ class RoundReply:
             num_skipped=skipped if isinstance(skipped, int) else None,
             saliency={stream: _number(metrics, _SALIENCY + stream) for stream in _under(metrics, _SALIENCY)},
         )
+
+
+def digest_words(digests: Mapping[str, str]) -> dict[str, list[str]]:
+    """Digests in the config of a task."""
+    return _parallel("digests", digests)
+
+
+def teacher_name(group: str) -> str:
+    """Name of the array of a task that holds a group of the teacher's parameters."""
+    return group + _TEACHER
 
 
 def _parallel(key: str, table: Mapping[str, Any]) -> dict[str, list[Any]]:

@@ -5,15 +5,18 @@ is loaded. So a site that was killed, or that another process served in between,
 """
 
 import logging
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from panfm.config import RunConfig
 from panfm.data.store import ImageStore
+from panfm.errors import ProtocolError
 from panfm.objectives import Learner, TrainResult
 from panfm.privacy import train_privately
 from panfm.sharing.coding import Arrays, encode_with_feedback
+from panfm.sharing.downlink import digests, take_step
 from panfm.sharing.groups import Flat, GroupManifest
 from panfm.sharing.messages import RoundTask
 from panfm.sharing.release import RoundResult
@@ -22,7 +25,9 @@ from panfm.site.spending import Account
 from panfm.site.state import StateStore
 
 _LOST = "coding.lost."
-"""Prefix, in the private state, of what the coding of a group's last update lost."""
+_GLOBAL = "global."
+"""Prefixes, in the private state: what the coding of a group's last update lost, and the global parameters that the
+round started from, which a coded step leads on from."""
 
 logger = logging.getLogger(__name__)
 
@@ -47,21 +52,23 @@ class Session:
             {name: tuple(tensor.shape) for name, tensor in self.learner.shared_state().items()}
         )
         self._lost: dict[str, Flat] = {}
+        self._global: Mapping[str, Flat] = {}
+        """Global parameters that the last round started from."""
         self._in_memory = ""
 
     def train_round(self, task: RoundTask, states: StateStore) -> RoundResult:
         """Start from the round before, train, keep the private state, and say what came of it.
 
         Raises:
-            ProtocolError: the task's groups do not fit this site's model.
+            ProtocolError: the task's groups do not fit this site's model, or are a step from parameters that it lacks.
             DataError: the private state on disk is corrupted.
             BudgetError, LedgerError: the run is private, and the site cannot pay for the round.
         """
         torch.set_num_threads(self.run.train.threads)
-        self._load_shared(task)
         state_round = self._load_private(task.round_number, states)
+        self._load_global(task, state_round)
         result = self._train_privately(task) if self.run.privacy else self._train(task)
-        updates = self._updates(task)
+        updates = self._updates()
         self._in_memory = states.save(task.round_number, self._private_state())
         quiet = self.run.privacy or self.run.server_privacy
         return RoundResult(
@@ -99,9 +106,29 @@ class Session:
             profile=dict(task.profile) if task.profile else None,
         )
 
-    def _load_shared(self, task: RoundTask) -> None:
-        arrays = self.manifest.unpack_all(task.groups)
-        self.learner.load_shared({name: torch.from_numpy(array) for name, array in arrays.items()})
+    def _load_global(self, task: RoundTask, state_round: int) -> None:
+        """Start from the server's parameters; without private state, afresh."""
+        groups = self._arrived(task, state_round) if task.digests else task.groups
+        self.learner.load_shared(self._tensors(groups))
+        self._global = groups
+        if state_round == 0:
+            self.learner.reset_private()
+            self._lost = {}
+        if self.run.train.teacher_start == "global":
+            self.learner.restart_teacher()
+        elif self.run.train.teacher_start == "server-ema":
+            self.learner.load_teacher(self._tensors(task.teacher))
+
+    def _arrived(self, task: RoundTask, state_round: int) -> dict[str, Flat]:
+        """The global parameters that a step leads to. Raises ProtocolError if they are not the server's."""
+        if state_round == task.round_number - 1 and self._global:
+            groups = take_step(self.run.sharing.coding, self.manifest, self._global, task.groups)
+            if digests(groups) == task.digests:
+                return groups
+        raise ProtocolError(f"round {task.round_number}: no step leads from this site's parameters to the server's")
+
+    def _tensors(self, groups: Mapping[str, Flat]) -> dict[str, Tensor]:
+        return {name: torch.from_numpy(array) for name, array in self.manifest.unpack_all(groups).items()}
 
     def _load_private(self, round_number: int, states: StateStore) -> int:
         """Returns the round whose private state is now in place; 0: a fresh one."""
@@ -110,15 +137,10 @@ class Session:
         if before < round_number - 1:
             found = f"that of round {before}" if before else "a fresh one"
             logger.warning("round %s: private state of the round before is missing, using %s", round_number, found)
-        if before == 0:
-            self.learner.reset_private()
-            self._lost = {}
-        elif states.digest(before) != in_memory:
+        if before and states.digest(before) != in_memory:
             state = states.load(before)
             self.learner.load_private(state)
-            self._lost = {name.removeprefix(_LOST): state[name].numpy() for name in state if name.startswith(_LOST)}
-        if self.run.train.teacher_start == "global":
-            self.learner.restart_teacher()
+            self._lost, self._global = _under(state, _LOST), _under(state, _GLOBAL)
         return before
 
     def _weights(self, result: TrainResult) -> dict[str, Weights]:
@@ -126,22 +148,28 @@ class Session:
         trained = Trained(result.subjects, result.subjects_per_stream, num_steps, result.gate_mass)
         return {group: group_weights(self.run, self.manifest, group, trained) for group in self.manifest.groups}
 
-    def _updates(self, task: RoundTask) -> Arrays:
+    def _updates(self) -> Arrays:
         """Updates as they travel; what their coding loses is kept for the next round."""
         local = self.manifest.pack_all({name: value.numpy() for name, value in self.learner.shared_state().items()})
-        updates = {group: parameters - task.groups[group] for group, parameters in local.items()}
+        updates = {group: parameters - self._global[group] for group, parameters in local.items()}
         coded, self._lost = encode_with_feedback(self.run.sharing.coding, self.manifest, updates, self._lost)
         return coded
 
     def _private_state(self) -> dict[str, Tensor]:
-        lost = {_LOST + group: torch.from_numpy(numbers) for group, numbers in self._lost.items()}
-        return self.learner.private_state() | lost
+        kept = {_LOST + group: numbers for group, numbers in self._lost.items()}
+        if self.run.sharing.coding != "float32":
+            kept |= {_GLOBAL + group: parameters for group, parameters in self._global.items()}
+        return self.learner.private_state() | {name: torch.from_numpy(array) for name, array in kept.items()}
 
     def _validation_loss(self, round_number: int) -> float | None:
         """Loss on the val split; None in rounds between validations, and without such subjects."""
         due = round_number % self.run.train.validate_every == 0 or round_number == self.run.train.rounds
         indices = self.store.indices("val")
         return self.learner.validation_loss(self.store, indices, site=self.site) if due and len(indices) else None
+
+
+def _under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Flat]:
+    return {name.removeprefix(prefix): value.numpy() for name, value in state.items() if name.startswith(prefix)}
 
 
 def held_streams(run: RunConfig, store: ImageStore) -> dict[str, int]:

@@ -1,6 +1,6 @@
 """A site's private training state on its own disk: one file per round, whole or absent, checksummed.
 
-    <folder>/<run id>/round-000007.state     what the site keeps to itself after round 7
+    <folder>/runs/<run id>/round-000007.state     what the site keeps to itself after round 7
 
 A round starts from the newest file of an earlier round, so a repeated round starts where it started the first time.
 """
@@ -16,6 +16,8 @@ from panfm.errors import ProtocolError
 from panfm.files import read_checked, read_digest, write_checked
 
 KEPT = 3
+RUNS = "runs"
+"""A folder of their own: a run id comes over the wire, and may be named like a file of the site's."""
 _RUN_ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
@@ -26,7 +28,7 @@ class StateStore:
         """Raises ProtocolError if the run id, which came over the wire, is not a plain name."""
         if not _RUN_ID.fullmatch(run_id):
             raise ProtocolError("run id: expected lower-case letters, digits, dot, dash, underscore")
-        self.folder = folder / run_id
+        self.folder = folder / RUNS / run_id
 
     def round_before(self, round_number: int) -> int:
         """The newest round before this one whose state is on disk; 0 if there is none."""

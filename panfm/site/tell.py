@@ -8,6 +8,7 @@ from pathlib import Path
 from panfm.config import SiteConfig, site_path
 from panfm.site.departures import Departures, Line
 from panfm.site.dry_run import DryRun
+from panfm.site.state import RUNS
 from panfm.site.worker import is_running
 
 
@@ -33,7 +34,7 @@ def dry_run_lines(found: DryRun) -> Iterator[str]:
 def status_lines(folder: Path, site: SiteConfig, state_dir: Path) -> Iterator[str]:
     """Whether the worker is at work, and what it has done."""
     yield f"{site.name}: the worker is {'at work' if is_running(folder, site) else 'not running'}"
-    for path in sorted(state_dir.glob("*/round-*.state")):
+    for path in sorted(state_dir.glob(f"{RUNS}/*/round-*.state")):
         yield f"run {path.parent.name}: private state after round {int(path.stem.removeprefix('round-'))}"
     lines = list(Departures(state_dir).lines())
     yield f"messages that left: {len(lines)}, {sum(line['bytes'] for line in lines)} bytes"

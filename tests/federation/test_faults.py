@@ -259,7 +259,7 @@ def stop_after_round_2(four_sites) -> Path:
 def test_a_truncated_state_file_of_a_site(four_sites):
     """The site stops, and its log names the file; deleted, the site goes on from the round before."""
     run_dir = stop_after_round_2(four_sites)
-    [state] = (run_dir / "sites" / "beta").glob("*/round-000002.state")
+    [state] = (run_dir / "sites" / "beta").glob("runs/*/round-000002.state")
     state.write_bytes(state.read_bytes()[:-100])
     run_local(Job(four_sites.sites, run_dir))
     assert lines(run_dir)[2]["rejected"]["beta"].startswith("DataError: this site's data or private state is faulty")
@@ -293,8 +293,9 @@ def test_a_clock_that_jumps(four_sites, monkeypatch, jump_s):
     assert model(run_dir) == model(four_sites.run("whole"))
 
 
-def test_a_site_that_was_away_for_five_rounds_comes_back(four_sites):
-    """It goes on from its own last state; the run is as repeatable as any."""
+@pytest.mark.parametrize("coding", ["float32", "int8"])
+def test_a_site_that_was_away_for_five_rounds_comes_back(four_sites, coding):
+    """It goes on from its own last state and the server's parameters; the run is as repeatable as any."""
 
     class Away(ClientApp):
         def __init__(self) -> None:
@@ -307,7 +308,7 @@ def test_a_site_that_was_away_for_five_rounds_comes_back(four_sites):
 
     found = []
     for name in ("first", "second"):
-        job = four_sites.job(name, "train.rounds=8")
+        job = four_sites.job(name, "train.rounds=8", f"sharing.coding={coding}")
         run_apps(server_app, Away(), job)
         found.append(model(job.run_dir))
         assert [line["sites"].get("beta", {}).get("state_round") for line in lines(job.run_dir)] == [

@@ -29,6 +29,8 @@ from server.run_folder import RunFolder
 from simulations.engines import Job
 from simulations.engines.local import LocalGrid, run_apps
 from simulations.engines.local import run as run_local
+from strategies import Memory
+from strategies.downlink import Downlink
 
 
 def lines(run_dir: Path) -> list[dict]:
@@ -112,6 +114,68 @@ def test_coded_updates_are_small_and_end_near_the_exact_model(federation):
     assert 0.0 < max(np.abs(found[name] - exact[name]).max() for name in found) < 0.05 * moved
     whole, coded = (sum(lines(federation.folder / name)[-1]["bytes_up"].values()) for name in ("exact", "coded"))
     assert 0.25 < coded / whole < 0.27
+
+
+def bytes_down(run_dir: Path) -> list[int]:
+    return [sum(line["bytes_down"].values()) for line in lines(run_dir)]
+
+
+class Forgetful(Downlink):
+    """Sends everything to everyone."""
+
+    def __init__(self, groups, memory, *, teacher) -> None:
+        super().__init__(groups, Memory(), teacher=teacher)
+
+
+@pytest.mark.parametrize("coding", ["bf16", "int8"])
+def test_steps_go_down_to_those_that_were_there_and_all_parameters_to_the_others(federation, monkeypatch, coding):
+    """A site that fails in round 2 is sent everything in round 3; who gets what makes no difference to a bit."""
+    real, failing = Session.train_round, {("gamma", 2)}
+
+    def fails(self, task, states):
+        if (self.site, task.round_number) in failing:
+            raise OSError("away")
+        return real(self, task, states)
+
+    monkeypatch.setattr(Session, "train_round", fails)
+    overrides = ("train.rounds=4", f"sharing.coding={coding}")
+    run_dir = federation.run("steps", *overrides)
+    first, second, third, fourth = bytes_down(run_dir)
+    assert fourth == second < third < first
+    assert second == pytest.approx({"bf16": 0.5, "int8": 0.254}[coding] * first, rel=0.01)
+    monkeypatch.setattr("strategies.grouped.Downlink", Forgetful)
+    whole = federation.run("whole", *overrides)
+    assert bytes_down(whole) == [first] * 4
+    assert model_bytes(whole) == model_bytes(run_dir)
+
+
+def test_a_site_that_lost_its_place_says_so_and_is_sent_everything(federation, monkeypatch):
+    """Its parameters are off by one bit in round 2: refused there, and back in round 3."""
+    real = Session.train_round
+
+    def drifts(self, task, states):
+        if (self.site, task.round_number) == ("beta", 2) and task.digests:
+            self._global = {group: flat + np.float32(1e-7) for group, flat in self._global.items()}
+        return real(self, task, states)
+
+    monkeypatch.setattr(Session, "train_round", drifts)
+    run_dir = federation.run("drifted", "sharing.coding=int8")
+    rejected = [line["rejected"] for line in lines(run_dir)]
+    assert [list(each) for each in rejected] == [[], ["beta"], []]
+    assert "no step leads from this site's parameters" in rejected[1]["beta"]
+    assert lines(run_dir)[2]["sites"]["beta"]["state_round"] == 1
+    assert bytes_down(run_dir)[2] > bytes_down(run_dir)[1]
+
+
+def test_teachers_start_at_the_servers_average(federation):
+    """It is sent and counted; with momentum 0 it is the global model, and one runs as the other."""
+    run_dir = federation.run("average", "train.teacher-start=server-ema", "train.server-ema=0.0")
+    line = lines(run_dir)[1]
+    assert line["bytes_down"] == {group: 2 * size for group, size in line["bytes_up"].items()}
+    same_as = federation.run("global", "train.teacher-start=global")
+    assert model_bytes(run_dir) == model_bytes(same_as)
+    lazy = federation.run("lazy", "train.teacher-start=server-ema", "train.server-ema=0.9")
+    assert model_bytes(lazy) != model_bytes(same_as)
 
 
 def test_plain_dilutes_what_few_sites_hold(federation):
@@ -273,9 +337,13 @@ def test_who_cannot_take_part_is_named_and_the_run_goes_on(federation, monkeypat
     assert json.loads((job.run_dir / "model" / "metadata.json").read_text())["sites"] == ["alpha", "gamma"]
 
 
-@pytest.mark.parametrize("rounds_before", [0, 2])
-def test_resuming_gives_the_bits_of_an_undisturbed_run(federation, rounds_before):
-    undisturbed = model_bytes(federation.run("undisturbed"))
+LOADED = ("sharing.coding=int8", "train.teacher-start=server-ema", "sharing.optimiser.kind=adam")
+"""All that the server's memory may hold."""
+
+
+@pytest.mark.parametrize(("rounds_before", "overrides"), [(0, ()), (2, ()), (2, LOADED)])
+def test_resuming_gives_the_bits_of_an_undisturbed_run(federation, rounds_before, overrides):
+    undisturbed = model_bytes(federation.run("undisturbed", *overrides))
     answered = []
 
     def crash(message, context, reply):
@@ -285,7 +353,7 @@ def test_resuming_gives_the_bits_of_an_undisturbed_run(federation, rounds_before
             raise KeyboardInterrupt
         return reply
 
-    job = federation.job("killed")
+    job = federation.job("killed", *overrides)
     with pytest.raises(KeyboardInterrupt):
         run_apps(server_app, Tampered(crash), job)
     assert not (job.run_dir / "model").exists()

@@ -54,11 +54,19 @@ def test_a_file_of_another_kind_is_named(tmp_path, content):
 
 def test_the_memory_of_the_strategy_comes_back(tmp_path):
     slots = {"backbone": {"first": np.array([0.1, 1 / 3], np.float32), "second": np.array([1e-9, 2.0], np.float32)}}
-    memory = Memory({"backbone": (0.1, 1 / 3), "stream:a-mr": ()}, slots)
+    step = {"backbone": np.array([1, -128], np.int8), "backbone/scale": np.array([0.5], np.float32)}
+    kept = {"backbone": np.array([-0.0, 1e-9], np.float32)}
+    memory = Memory({"backbone": (0.1, 1 / 3), "stream:a-mr": ()}, slots, step, kept, ("a", "b"), kept)
     save_state(tmp_path, replace(state(1), memory=memory))
     back = load_latest(tmp_path)
     assert set(back.groups) == {"backbone", "stream:a-mr"}
     assert back.memory.norms == memory.norms
     assert list(back.memory.slots) == ["backbone"]
+    assert back.memory.holders == ("a", "b")
+    for part in ("step", "lost", "average"):
+        ours, theirs = getattr(back.memory, part), getattr(memory, part)
+        assert {name: (array.dtype, array.tobytes()) for name, array in ours.items()} == {
+            name: (array.dtype, array.tobytes()) for name, array in theirs.items()
+        }
     for slot, flat in slots["backbone"].items():
         assert back.memory.slots["backbone"][slot].tobytes() == flat.tobytes()

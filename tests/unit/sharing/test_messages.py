@@ -7,12 +7,20 @@ from panfm.sharing.messages import Handshake, Invitation, Records, RoundReply, R
 ARRAYS = {"backbone": np.arange(3, dtype=np.float32)}
 HANDSHAKE = Handshake("a", 7, {"brain-mr": 5}, {"panfm": "1"}, "name = 'x'", {"backbone": "layout"})
 TASK = RoundTask("run-1", 2, "name = 'x'", ARRAYS, {"brain-mr": 1.5})
+STEP = RoundTask("run-1", 3, "x", ARRAYS, None, {"backbone": "digest"}, {"backbone": np.ones(3, np.float32)})
 REPLY = RoundReply("run-1", 2, 1, ARRAYS, {"backbone": (14.0,)}, 0.5, 0.6, 0, {"brain-mr": 1.0})
 
 
 @pytest.mark.parametrize("message", [Invitation("name = 'x'"), HANDSHAKE, TASK, REPLY])
 def test_round_trip(message):
     assert type(message).from_records(message.to_records()) == message
+
+
+def test_round_trip_of_a_step_and_a_teacher():
+    back = RoundTask.from_records(STEP.to_records())
+    assert (back.groups, back.digests) == (STEP.groups, STEP.digests)
+    assert back.teacher["backbone"] is STEP.teacher["backbone"]
+    assert not TASK.to_records().config.keys() & {"digests-names", "digests-values"}
 
 
 def test_what_is_withheld_comes_back_as_absent():

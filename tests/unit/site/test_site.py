@@ -11,9 +11,12 @@ from panfm.errors import DataError, ProtocolError
 from panfm.models import build_model
 from panfm.objectives import Learner
 from panfm.sharing.coding import decode
+from panfm.sharing.downlink import code_step, digests, take_step
+from panfm.sharing.frames import Frame
 from panfm.sharing.groups import GroupManifest
 from panfm.sharing.messages import Invitation, RoundTask
 from panfm.site import Site
+from panfm.site.departures import Departures
 from panfm.site.state import StateStore
 
 RUN = """
@@ -87,6 +90,75 @@ def test_where_the_teacher_starts_a_round(folder, tmp_path):
         assert all(torch.equal(kept[name], start[name]) for name in kept) == (choice == "global")
     assert same(replies["own"][0], replies["global"][0])
     assert not same(replies["own"][1], replies["global"][1])
+
+
+def test_the_teacher_starts_at_the_servers_average(folder):
+    """And so the student's own teacher, and the student itself, do not matter."""
+    extra = 'teacher-start = "server-ema"\nteacher-momentum = [1.0, 1.0]\n'
+    asked = task(1, extra=extra)
+    average = {group: flat + np.float32(0.5) for group, flat in asked.groups.items()}
+    site = Site(folder)
+    site.train_round(replace(asked, teacher=average))
+    session = site._warm[1]
+    kept = session.learner.teacher.state_dict()
+    for name, expected in session.manifest.unpack_all(average).items():
+        assert np.array_equal(kept[name].numpy(), expected), name
+    with pytest.raises(ProtocolError, match="missing group"):
+        site.train_round(asked)
+
+
+def stepped(asked: RoundTask, groups: dict, number: int) -> RoundTask:
+    """A task of round `number` whose step leads from `groups` to the asked parameters plus what rounding does."""
+    run = parse_run(asked.run_toml)
+    manifest = GroupManifest.of({name: tuple(t.shape) for name, t in build_model(run).state_dict().items()})
+    step = {}
+    for group, flat in groups.items():
+        step |= code_step("int8", manifest, group, asked.groups[group] - flat, {})[0]
+    reached = take_step("int8", manifest, groups, step)
+    return replace(asked, round_number=number, groups=step, digests=digests(reached)), reached
+
+
+def test_a_step_leads_where_all_parameters_would(folder, tmp_path):
+    """Warm, after a restart, and repeated."""
+    extra = '[sharing]\ncoding = "int8"\n'
+    first = task(1, extra=extra)
+    goal = replace(first, groups={group: flat + np.float32(0.01) for group, flat in first.groups.items()})
+    step, reached = stepped(goal, first.groups, 2)
+    whole = Site(folder, tmp_path / "whole")
+    whole.train_round(first)
+    expected = whole.train_round(replace(goal, round_number=2, groups=reached))
+    site = Site(folder, tmp_path / "step")
+    site.train_round(first)
+    for each in (site, Site(folder, tmp_path / "step"), site):
+        assert same(each.train_round(step), expected)
+
+
+def test_a_step_from_elsewhere_is_refused_and_all_parameters_mend_it(folder, tmp_path):
+    extra = '[sharing]\ncoding = "int8"\n'
+    first = task(1, extra=extra)
+    step, reached = stepped(first, first.groups, 2)
+    site = Site(folder, tmp_path / "state")
+    with pytest.raises(ProtocolError, match="round 2: no step leads from this site's parameters"):
+        site.train_round(step)  # new
+    drifted = {group: flat + np.float32(1e-3) for group, flat in first.groups.items()}
+    site.train_round(replace(first, groups=drifted))
+    with pytest.raises(ProtocolError, match="no step leads"):
+        site.train_round(step)
+    assert site.train_round(replace(first, round_number=2, groups=reached)).state_round == 1
+    with pytest.raises(ProtocolError, match="round 5: no step leads"):
+        site.train_round(replace(step, round_number=5))  # away for two rounds
+
+
+@pytest.mark.parametrize("name", ["site.log", "departures.jsonl", "ledger", "runs"])
+def test_a_run_may_be_named_like_a_file_of_the_site(folder, name):
+    """An error before, in between and after: the log takes it, and the run goes on."""
+    site = Site(folder)
+    for number in (1, 2):
+        site.log_error(ValueError(f"before {number}"))
+        Departures(site.state_dir).append(Frame.error("x"), b"x")
+        assert site.train_round(task(number, run_id=name)).state_round == number - 1
+    assert (site.state_dir / "site.log").read_text().count("ValueError: before") == 2
+    assert len(list(Departures(site.state_dir).lines())) == 2
 
 
 def test_a_round_moves_every_group(folder):
@@ -193,7 +265,7 @@ def test_a_site_that_was_away_goes_on_from_its_last_state(folder):
 
 def test_corrupted_state_stops_the_site_and_names_the_file(folder):
     Site(folder).train_round(task(1))
-    path = folder / ".panfm" / "state" / "run-1" / "round-000001.state"
+    path = folder / ".panfm" / "state" / "runs" / "run-1" / "round-000001.state"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(DataError, match=r"round-000001\.state: corrupted"):
         Site(folder).train_round(task(2))

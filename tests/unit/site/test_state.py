@@ -46,7 +46,7 @@ def test_runs_do_not_meet(tmp_path):
 def test_a_truncated_file_is_named_and_not_used(tmp_path):
     states = StateStore(tmp_path, "run-1")
     states.save(7, state(1))
-    path = tmp_path / "run-1" / "round-000007.state"
+    path = tmp_path / "runs" / "run-1" / "round-000007.state"
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(DataError, match=r"round-000007\.state: corrupted"):
         states.load(7)

@@ -1,0 +1,58 @@
+"""Who is sent the last step, and who all parameters."""
+
+import numpy as np
+import pytest
+from flwr.app import ArrayRecord, ConfigRecord
+
+from panfm.sharing.downlink import digests
+from panfm.sharing.messages import Handshake
+from strategies import Memory
+from strategies.downlink import Downlink
+from strategies.records import make_array
+
+GROUPS = {"backbone": np.arange(8, dtype=np.float32), "stream:a-mr": np.ones(4, np.float32)}
+STEP = {
+    "backbone": np.ones(8, np.int8),
+    "backbone/scale": np.ones(1, np.float32),
+    "stream:a-mr": np.ones(4, np.int8),
+    "stream:a-mr/scale": np.ones(1, np.float32),
+}
+
+
+def shaken(site: str, *groups: str) -> Handshake:
+    return Handshake(site, 1, {}, {}, "", dict.fromkeys(groups, ""))
+
+
+@pytest.fixture
+def arrays() -> ArrayRecord:
+    return ArrayRecord({group: make_array(flat) for group, flat in GROUPS.items()})
+
+
+def sent(downlink: Downlink, handshake: Handshake) -> tuple[dict[str, str], dict]:
+    content = downlink.content(handshake, ConfigRecord({"round": 3}))
+    types = {name: array.dtype for name, array in content.array_records["arrays"].items()}
+    return types, dict(content.config_records["config"])
+
+
+def test_holders_get_the_step_and_where_it_leads_others_get_everything(arrays):
+    downlink = Downlink(arrays, Memory(step=STEP, holders=("a", "b")), teacher={})
+    types, config = sent(downlink, shaken("a", "backbone"))
+    assert types == {"backbone": "int8", "backbone/scale": "float32"}
+    assert config == {"round": 3, "digests-names": ["backbone"], "digests-values": [digests(GROUPS)["backbone"]]}
+    types, config = sent(downlink, shaken("c", "backbone", "stream:a-mr"))
+    assert types == {"backbone": "float32", "stream:a-mr": "float32"}
+    assert config == {"round": 3}
+    assert downlink.bytes == {"backbone": 8 + 4 + 32, "stream:a-mr": 16}
+
+
+def test_the_teacher_goes_to_all_and_is_counted(arrays):
+    downlink = Downlink(arrays, Memory(step=STEP, holders=("a",)), teacher=GROUPS)
+    assert sent(downlink, shaken("a", "backbone"))[0].keys() == {"backbone", "backbone/scale", "backbone/teacher"}
+    assert sent(downlink, shaken("b", "backbone"))[0].keys() == {"backbone", "backbone/teacher"}
+    assert downlink.bytes == {"backbone": 8 + 4 + 32 + 32 + 32}
+
+
+def test_messages_share_their_arrays(arrays):
+    downlink = Downlink(arrays, Memory(), teacher={})
+    one, other = (downlink.content(shaken(site, "backbone"), ConfigRecord()) for site in "ab")
+    assert one.array_records["arrays"]["backbone"].data is other.array_records["arrays"]["backbone"].data
