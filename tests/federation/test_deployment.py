@@ -192,7 +192,7 @@ def test_a_capture_of_what_passed_holds_the_shared_groups_and_nothing_private(fe
     for name, array in replay(alpha, alphas_last).items():
         assert all(window in up for window in windows(array)), name
     private = {}
-    for path in (alpha / ".panfm" / "state" / alphas_last.run_id).glob("round-*.state"):
+    for path in (alpha / ".panfm" / "state" / "runs" / alphas_last.run_id).glob("round-*.state"):
         private |= {f"{path.stem} {name}": array for name, array in safetensors.numpy.load(read_checked(path)).items()}
     for kind in ("student.", "teacher.", "optimiser.", ".experts.", ".router."):
         assert any(kind in name for name in private), kind

@@ -167,7 +167,7 @@ def test_a_site_that_joins_late_starts_its_experts_from_the_director(federation,
     with pytest.raises(KeyboardInterrupt):
         run_apps(server_app, crash_in_round_2, job)
     run_id = RunFolder.resume(job.run_dir).latest_state().run_id
-    for path in (job.run_dir / "sites" / "gamma" / run_id).iterdir():
+    for path in (job.run_dir / "sites" / "gamma" / "runs" / run_id).iterdir():
         path.unlink()
     client_app_forgets()
     watched = Watched(monkeypatch)

@@ -81,7 +81,7 @@ def test_experts_router_and_heads_are_trained_by_the_private_step(four_sites):
     for site in line["sites"]:
         _, entry = (json.loads(text) for text in ledger_lines(four_sites, site))
         assert [each["name"] for each in entry["mechanisms"]] == ["gradients"]
-        [path] = (folder / "sites" / site).glob("*/round-000001.state")
+        [path] = (folder / "sites" / site).glob("runs/*/round-000001.state")
         moved = read_checked(path)
         assert b"experts" in moved
     shared = safetensors.numpy.load((folder / "model" / "model.safetensors").read_bytes())
