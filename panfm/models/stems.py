@@ -78,6 +78,14 @@ def patchify(maps: Tensor, step: tuple[int, ...]) -> Tensor:
     return ordered.reshape(images, -1, channels * torch.Size(step).numel())
 
 
+def intensities(patches: Tensor, tokenizer: str) -> Tensor:
+    """What patches [..., F] say of the image itself, in its own units: voxels, or the means of blocks [..., F / 3]."""
+    if tokenizer == "patch":
+        return patches
+    means = patches[..., : patches.shape[-1] // 3]
+    return means / _SCALES[0] + _CENTRES[0]
+
+
 def _block(stream: StreamConfig) -> tuple[int, ...]:
     return tuple(size // 2 if size % 2 == 0 else size for size in stream.patch)
 

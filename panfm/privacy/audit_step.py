@@ -1,0 +1,166 @@
+"""Does the private step do what it claims? A one-run audit with canaries.
+
+m patients are made up whose gradient points along an axis of its own, longer than the clip norm. A coin decides for
+each whether it is among the patients; then T real steps run: Poisson sample, per-patient gradients, clipping, noise,
+optimiser. Who looks at a canary's coordinate in the sum of what was released guesses whether it was there. The m / 4
+with the largest and the m / 4 with the smallest sums are guessed; v of r guesses right are too many for an
+(epsilon, delta)-private step if
+
+    P[Binomial(r, e^eps / (1 + e^eps)) >= v] + 2 m delta max_i P[v > Binomial >= v - i] / i  <  1 - confidence
+
+so the smallest epsilon for which that is not so is a lower bound. A correct step gives about a fifth of its claim; one
+without noise or clipping gives what r right guesses can prove. A bug that doubles a patient's weight stays unseen: that
+is for the exact tests.
+
+Source: Steinke, Nasr & Jagielski 2023, "Privacy Auditing with One (1) Training Run", Theorem 5.2 and Appendix D.
+Shape legend: B patients of a chunk, m canaries.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.stats import binom  # type: ignore[import-untyped]
+from torch import Tensor, nn
+
+from panfm.config import RunConfig
+from panfm.data.store import Batch, ImageStore
+from panfm.errors import ConfigError
+from panfm.models import PanModel
+from panfm.models.backbone import Encoded
+from panfm.objectives import Learner
+from panfm.objectives.objective import Objective, Split, Targets, View
+from panfm.privacy.loop import noisy_gradient, step
+from panfm.privacy.mechanisms import Mechanism, epsilon
+from panfm.seeds import numpy_generator
+
+DELTA = 1e-5
+"""Of the claim that is audited; the run's own delta is too large for as many canaries as this takes."""
+_LENGTH = 100.0
+"""Norm of a canary's gradient, in clip norms."""
+_NAME = "heads.canaries"
+"""A parameter under `heads` is trained whichever part of the model is."""
+
+
+@dataclass(frozen=True)
+class StepAudit:
+    """What was found."""
+
+    claim: float
+    """Epsilon of these steps by the accountant, at `DELTA`."""
+    lower_bound: float
+    """Epsilon that the guesses prove; above the claim, the step does not do what it claims."""
+    guesses: int
+    correct: int
+    canaries: int
+    steps: int
+
+
+def audit_step(
+    run: RunConfig, *, canaries: int = 1000, steps: int = 40, rate: float = 0.25, confidence: float = 0.95
+) -> StepAudit:
+    """Audit the step of a private run, with its model, objective, clip norm and noise.
+
+    Args:
+        canaries: m; they hold the run's first stream.
+        steps: T.
+        rate: Chance of a canary to be in a step, instead of the run's.
+        confidence: Of the lower bound.
+    Raises:
+        ConfigError: the run is not private.
+    """
+    if run.privacy is None:
+        raise ConfigError(f"{run.name}: privacy is missing, expected a private run")
+    learner, store = _learner(run, canaries, steps, rate)
+    present = numpy_generator(run.seed, "canaries").random(canaries) < 0.5
+    indices, seen = np.flatnonzero(present), torch.zeros(canaries, dtype=torch.float64)
+    for taken in range(steps):
+        gradient = noisy_gradient(learner, store, indices, taken)
+        seen += gradient[_NAME].double()
+        step(learner, gradient, (taken + 0.5) / steps)
+    correct, guesses = guess(seen.numpy(), present)
+    noise = run.privacy.noise_multiplier
+    claim = epsilon([Mechanism("gradients", ("updates",), run.privacy.clip_norm, noise, rate, steps)], DELTA)
+    bound = lower_bound(guesses, correct, canaries, delta=DELTA, confidence=confidence)
+    return StepAudit(claim, bound, guesses, correct, canaries, steps)
+
+
+def guess(seen: NDArray[np.float64], present: NDArray[np.bool_]) -> tuple[int, int]:
+    """(right, made) guesses: the quarter with the largest sums is there, that with the smallest is not."""
+    quarter = len(seen) // 4
+    order = np.argsort(seen, kind="stable")
+    right = int(present[order[-quarter:]].sum() + (~present[order[:quarter]]).sum())
+    return right, 2 * quarter
+
+
+def lower_bound(guesses: int, correct: int, canaries: int, *, delta: float, confidence: float) -> float:
+    """Largest epsilon, to 0.0001, that so many right guesses refute; 0 if they refute none."""
+    low, high = 0.0, 20.0
+    if _chance(guesses, correct, canaries, 0.0, delta) >= 1.0 - confidence:
+        return 0.0
+    while high - low > 1e-4:
+        middle = 0.5 * (low + high)
+        refuted = _chance(guesses, correct, canaries, middle, delta) < 1.0 - confidence
+        low, high = (middle, high) if refuted else (low, middle)
+    return low
+
+
+def _chance(guesses: int, correct: int, canaries: int, eps: float, delta: float) -> float:
+    """Most probability that an (eps, delta)-private step gives so many right guesses."""
+    right = 1.0 / (1.0 + np.exp(-eps))
+    tail = float(binom.sf(correct - 1, guesses, right))
+    counts = np.arange(1, correct + 1)
+    near = np.cumsum(binom.pmf(correct - counts, guesses, right)) / counts
+    return min(tail + 2.0 * canaries * delta * float(near.max(initial=0.0)), 1.0)
+
+
+def _learner(run: RunConfig, canaries: int, steps: int, rate: float) -> tuple[Learner, ImageStore]:
+    """A learner whose model has a coordinate per canary, and the stem maps of the canaries."""
+    assert run.privacy is not None
+    private = run.privacy.model_copy(update={"sample_rate": rate})
+    train = run.train.model_copy(update={"rounds": 1, "local_steps": steps})
+    stream = next(iter(run.streams))
+    learner = Learner(run.model_copy(update={"privacy": private, "train": train}), [stream])
+    learner.model.heads.register_parameter("canaries", nn.Parameter(torch.zeros(canaries, device=learner.device)))
+    config = run.streams[stream]
+    pictures = numpy_generator(run.seed, "canary pictures").random((canaries, config.channels, *config.shape))
+    names = tuple(f"canary-{number}" for number in range(canaries))
+    images, rows = {stream: pictures.astype(np.float32)}, {stream: np.arange(canaries)}
+    maps = learner.stem(ImageStore(names, ("train",) * canaries, images, rows))
+    known = torch.from_numpy(np.asarray(maps.images[stream]))
+    learner.objective = _WithCanaries(learner.objective, stream, known, private.clip_norm)
+    return learner, maps
+
+
+class _WithCanaries:
+    """The run's objective, plus a long gradient along the axis of the canary that a patient is."""
+
+    def __init__(self, objective: Objective, stream: str, pictures: Tensor, clip_norm: float) -> None:
+        self.inner = objective
+        self.needs_teacher = objective.needs_teacher
+        self.stream = stream
+        self.pictures = pictures.flatten(1)
+        self.length = _LENGTH * clip_norm
+
+    def targets(self, teacher: PanModel, maps: Batch, split: Split, full: Encoded | None) -> Targets:
+        """The objective's, and which canary each patient is, [B, m]; it is known by its picture."""
+        own = maps.images[self.stream].flatten(1).cpu()
+        number = torch.cdist(own, self.pictures).argmin(dim=1)
+        axis = nn.functional.one_hot(number, len(self.pictures)).float()
+        return {**self.inner.targets(teacher, maps, split, full), "canary": axis.to(maps.images[self.stream].device)}
+
+    def loss(self, student: PanModel, view: View, targets: Targets) -> Tensor:
+        """Loss of each subject [B]."""
+        inner = {name: value for name, value in targets.items() if name != "canary"}
+        coordinates = student.heads.canaries
+        assert isinstance(coordinates, Tensor)
+        return self.inner.loss(student, view, inner) + self.length * (targets["canary"] @ coordinates)
+
+    def state(self) -> dict[str, Tensor]:
+        """The objective's."""
+        return self.inner.state()
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Take back what `state` gave."""
+        self.inner.load_state(state)

@@ -1,0 +1,79 @@
+"""The canary audit: its arithmetic, and the bugs that it catches in the real step."""
+
+import numpy as np
+import pytest
+from scipy.stats import binom
+
+from panfm.errors import ConfigError
+from panfm.privacy import loop
+from panfm.privacy.audit_step import audit_step, guess, lower_bound
+
+CANARIES, STEPS = 300, 20
+
+
+@pytest.fixture
+def run(make_private):
+    run = make_private(chunk=64)
+    return run.model_copy(update={"privacy": run.privacy.model_copy(update={"noise_multiplier": 4.0})})
+
+
+def audited(run):
+    return audit_step(run, canaries=CANARIES, steps=STEPS)
+
+
+@pytest.mark.parametrize(("guesses", "correct"), [(20, 20), (100, 90), (500, 500)])
+def test_without_delta_the_bound_is_that_of_a_coin(guesses, correct):
+    found = lower_bound(guesses, correct, 1000, delta=0.0, confidence=0.95)
+    right = 1 / (1 + np.exp(-found))
+    assert binom.sf(correct - 1, guesses, right) == pytest.approx(0.05, abs=2e-4)
+    assert lower_bound(guesses, correct, 1000, delta=1e-5, confidence=0.95) <= found
+
+
+@pytest.mark.parametrize("correct", [0, 10, 12])
+def test_guesses_that_chance_explains_prove_nothing(correct):
+    assert lower_bound(20, correct, 40, delta=1e-5, confidence=0.95) == 0.0
+
+
+def test_a_large_delta_explains_everything():
+    assert lower_bound(500, 500, 1000, delta=0.1, confidence=0.95) == 0.0
+
+
+def test_a_correct_mechanism_is_refuted_no_more_often_than_stated():
+    """Randomised response of epsilon 1: the bound exceeds 1 in at most one of twenty audits."""
+    random = np.random.default_rng(0)
+    right = random.binomial(200, np.e / (1 + np.e), size=400)
+    share = np.mean([lower_bound(200, int(each), 200, delta=0.0, confidence=0.95) > 1.0 for each in right])
+    assert 0.02 < share <= 0.05 + 3 * (0.05 * 0.95 / 400) ** 0.5
+
+
+def test_the_largest_and_the_smallest_are_guessed():
+    seen, present = np.array([5.0, -1.0, 0.1, 4.0, 0.0, -2.0, 3.0, 0.2]), np.array([1, 0, 1, 1, 1, 1, 0, 0], dtype=bool)
+    assert guess(seen, present) == (3, 4)
+
+
+@pytest.mark.parametrize("trained", ["all", "vectors", "last-block"])
+def test_a_correct_step_stays_under_its_claim(run, trained):
+    run = run.model_copy(update={"privacy": run.privacy.model_copy(update={"trained": trained})})
+    found = audit_step(run, canaries=80, steps=4)
+    assert (found.canaries, found.steps, found.guesses) == (80, 4, 40)
+    assert found.lower_bound <= found.claim
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bug", ["none", "no noise", "a tenth of the noise", "no clipping"])
+def test_a_step_that_breaks_its_promise_is_caught(run, monkeypatch, bug):
+    noised, clipped = loop.with_noise, loop.clipped_sum
+    if bug == "no noise":
+        monkeypatch.setattr(loop, "with_noise", lambda value, deviation: value)
+    elif bug == "a tenth of the noise":
+        monkeypatch.setattr(loop, "with_noise", lambda value, deviation: noised(value, deviation / 10))
+    elif bug == "no clipping":
+        monkeypatch.setattr(loop, "clipped_sum", lambda gradients, clip_norm: clipped(gradients, 1e9))
+    found = audited(run)
+    assert 0.5 < found.claim < 2.0
+    assert (found.lower_bound > found.claim) == (bug != "none")
+
+
+def test_a_run_without_privacy_has_no_step_to_audit(make_run):
+    with pytest.raises(ConfigError, match="privacy is missing, expected a private run"):
+        audited(make_run())
