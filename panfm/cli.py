@@ -474,8 +474,8 @@ def export(
 
     safetensors: the weights as they are, read by `panfm embed`. dense-vit: a plain ViT of this library; a
     Director-Experts model goes through its directors. monai-bundle: a folder for MONAI. onnx: one file, one input per
-    stream and `present`, needs panfm[onnx]. Each says streams, spacing, intensity rules, sites, rounds, epsilon,
-    licence and intended use.
+    stream and `present`, needs the extra `onnx` of panfm. Each says streams, spacing, intensity rules, sites, rounds,
+    epsilon, licence and intended use.
     """
     from panfm.export import export_run
 

@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from panfm.cli import export
 from panfm.errors import RunError
 from panfm.files import json_text, write_atomic
 from server.flower import FlowerRun, flower_environment, submit
@@ -27,6 +28,9 @@ _POLL_S = 1.0
 @app.callback()
 def main() -> None:
     """For the coordinator: start a run over real sites, watch it, go on with it after a failure, export its model."""
+
+
+app.command("export")(export)
 
 
 @app.command()

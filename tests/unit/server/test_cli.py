@@ -280,3 +280,9 @@ def test_an_error_is_one_line_and_status_1_from_the_shell(tmp_path):
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False, env=os.environ)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == f"{tmp_path}/run.toml: no such file, expected a TOML description\n"
+
+
+def test_export_is_the_librarys(begun, tmp_path):
+    code, _, why = call("export", begun.path, "--to", "safetensors", "--out", tmp_path / "out")
+    assert (code, why) == (1, f"{begun.path}: found no model/, expected the folder of a finished run")
+    assert not (tmp_path / "out").exists()
