@@ -22,8 +22,8 @@ from panfm.report.page import write_status
 from server.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
-_PAGE_EVERY_S = 1.0
-"""Rounds of a simulation may take milliseconds; nobody sees that many pages."""
+_PAGE_EVERY_S = 5.0
+"""Rounds of a simulation may take milliseconds; nobody sees that many pages. Those of real sites take longer."""
 
 
 class Tracking:

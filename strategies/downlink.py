@@ -26,7 +26,7 @@ class Downlink:
         self.bytes: dict[str, int] = {}
         """Group -> bytes sent so far, over all sites."""
         self._holders = frozenset(memory.holders)
-        self._whole = dict(groups.items())
+        self._whole = {group: (array, view_array(array).nbytes) for group, array in groups.items()}
         self._step = _packed(memory.step)
         self._teacher = _packed({teacher_name(group): flat for group, flat in teacher.items()})
         self._digests = digests({group: view_array(array) for group, array in groups.items()}) if memory.holders else {}
@@ -35,15 +35,16 @@ class Downlink:
         """What one site is sent."""
         is_holder = handshake.site in self._holders
         arrays = (self._step if is_holder else self._whole) | self._teacher
-        sent = {name: array for name, array in arrays.items() if name.partition("/")[0] in handshake.group_hashes}
-        for name, array in sent.items():
+        sent = {name: each for name, each in arrays.items() if name.partition("/")[0] in handshake.group_hashes}
+        for name, (_, size) in sent.items():
             group = name.partition("/")[0]
-            self.bytes[group] = self.bytes.get(group, 0) + view_array(array).nbytes
+            self.bytes[group] = self.bytes.get(group, 0) + size
         if is_holder:
             words = digest_words({group: self._digests[group] for group in handshake.group_hashes})
             config = ConfigRecord({**config, **words})
-        return RecordDict({"arrays": ArrayRecord(sent), "config": config})
+        return RecordDict({"arrays": ArrayRecord({name: array for name, (array, _) in sent.items()}), "config": config})
 
 
-def _packed(arrays: Arrays) -> dict[str, Array]:
-    return {name: make_array(array) for name, array in arrays.items()}
+def _packed(arrays: Arrays) -> dict[str, tuple[Array, int]]:
+    """Name -> packed array, and its bytes."""
+    return {name: (make_array(array), array.nbytes) for name, array in arrays.items()}
