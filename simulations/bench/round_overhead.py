@@ -5,11 +5,16 @@ adds everything else: messages, packing, guards, the exact mean, validation, pri
 arms take turns, round by round. A cycle is `train.validate-every` rounds, so that each holds one validation; the ratio
 is the median over cycles of (federated cycle / plain cycle), in seconds on the clock, and beside it in CPU seconds,
 which a busy machine disturbs less.
+
+The same training takes up to 3 % more or less in one arm than in the other for as long as a process lives, whichever
+way its memory happens to lie; so the cycles are spread over fresh processes, one after the other.
 """
 
+import multiprocessing
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Annotated
 
@@ -40,32 +45,49 @@ from strategies import GroupedMean
 
 def main(
     json: JsonFile = None,
-    cycles: Annotated[int, typer.Option(min=1, help="Cycles of rounds per arm, after one round to warm up.")] = 12,
+    cycles: Annotated[int, typer.Option(min=1, help="Cycles per arm and process, after one round to warm up.")] = 2,
+    processes: Annotated[int, typer.Option(min=1, help="Fresh processes, one after the other.")] = 6,
     experiment: Experiment = QUICKSTART,
 ) -> None:
     """Seconds per round: federation in one process against a plain loop."""
     check_writable(json)
     console = Console(soft_wrap=True, highlight=False)
-    cycle = load_run(experiment).train.validate_every
-    run = load_run(experiment, [f"train.rounds={cycles * cycle + 2}"])
-    sites = prepare_cohort(run, console) / "sites"
-    with tempfile.TemporaryDirectory() as folder:
-        arms = {"local": federated_rounds(run, sites, Path(folder)), "plain": plain_rounds(run, sites)}
-        result = StudyResult("round-overhead", {"experiment": str(experiment), "cycles": cycles}, unit="s")
-        for turn in range(cycles * cycle + 1):
-            for arm in sorted(arms, reverse=bool(turn % 2)):
-                measured = _clocked(arms[arm])
-                if turn:
-                    result.add(arm, measured)
-                    console.print(f"round {turn}: {arm} {measured['seconds']:.3f} s")
+    prepare_cohort(load_run(experiment), console)
+    config = {"experiment": str(experiment), "cycles": cycles, "processes": processes}
+    result = StudyResult("round-overhead", config, unit="s")
+    for number in range(1, processes + 1):
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            measured = pool.submit(measure_cycles, experiment, cycles, number).result()
+        for arm, values in measured.items():
+            for cycle in values:
+                result.add(arm, cycle)
+        shown = (f"{arm} {sum(cycle['seconds'] for cycle in values):.3f} s" for arm, values in measured.items())
+        console.print(f"process {number} of {processes}: {', '.join(shown)}")
     for metric, name in (("seconds", "local_over_plain"), ("cpu_seconds", "local_over_plain_cpu")):
-        local, plain = (
-            np.reshape(result.values[metric, arm], (cycles, cycle)).sum(axis=1) for arm in ("local", "plain")
-        )
+        local, plain = (np.array(result.values[metric, arm]) for arm in ("local", "plain"))
         result.ratios[name] = float(np.median(local / plain))
         console.print(f"{name}: {result.ratios[name]:.3f}")
     if json:
         result.write(json)
+
+
+def measure_cycles(experiment: Path, cycles: int, number: int) -> dict[str, list[dict[str, float]]]:
+    """Arm -> what each of its cycles takes in this process; every other process begins with the other arm."""
+    cycle = load_run(experiment).train.validate_every
+    run = load_run(experiment, [f"train.rounds={cycles * cycle + 2}"])
+    sites = prepare_cohort(run, Console(quiet=True)) / "sites"
+    measured: dict[str, list[dict[str, float]]] = {"local": [], "plain": []}
+    with tempfile.TemporaryDirectory() as folder:
+        arms = {"local": federated_rounds(run, sites, Path(folder)), "plain": plain_rounds(run, sites)}
+        rounds: dict[str, list[dict[str, float]]] = {arm: [] for arm in arms}
+        for turn in range(cycles * cycle + 1):
+            for arm in sorted(arms, reverse=bool((turn + number) % 2)):
+                rounds[arm].append(_clocked(arms[arm]))
+    for arm, taken in rounds.items():
+        for start in range(1, len(taken), cycle):
+            part = taken[start : start + cycle]
+            measured[arm].append({name: sum(each[name] for each in part) for name in part[0]})
+    return measured
 
 
 def _clocked(rounds: Iterator[None]) -> dict[str, float]:

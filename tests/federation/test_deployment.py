@@ -212,12 +212,12 @@ def replay(folder: Path, task: RoundTask) -> Mapping[str, np.ndarray]:
 
 def test_a_replayed_round_tells_nothing_new_and_changes_nothing(federation, deployment, alphas_last):
     alpha = federation.sites / "alpha"
-    state = (alpha / ".panfm" / "state" / alphas_last.run_id / "round-000003.state").read_bytes()
+    state = (alpha / ".panfm" / "state" / "runs" / alphas_last.run_id / "round-000003.state").read_bytes()
     passed, lines = captured(deployment, "up"), len(list(Departures(alpha / ".panfm" / "state").lines()))
     for _ in range(2):
         for name, array in replay(alpha, alphas_last).items():
             assert array.tobytes() in passed, name
-    assert (alpha / ".panfm" / "state" / alphas_last.run_id / "round-000003.state").read_bytes() == state
+    assert (alpha / ".panfm" / "state" / "runs" / alphas_last.run_id / "round-000003.state").read_bytes() == state
     assert len(list(Departures(alpha / ".panfm" / "state").lines())) == lines + 2  # on record all the same
 
 
