@@ -1,0 +1,315 @@
+"""What does privacy cost, and what does it stop? Epsilon 2, 8 and infinity, from scratch and from a public model.
+
+Five phantom hospitals with unequal organs, as many steps over the same patients in every arm:
+
+    cold-<epsilon>   from the seed's parameters; all of them are trained
+    warm-<epsilon>   from a public model; norms, biases, embeddings and queries are trained (`privacy.trained`)
+    untrained        what `cold` starts from
+    public           what `warm` starts from: the quickstart's model, trained in one place on another phantom draw
+    warm-ordinary    from the public model, all parameters, by the ordinary loop
+
+`inf` is the private loop with the same Poisson samples, steps and trained parameters, a clip norm that nobody reaches
+and noise that rounding would hide. `warm-ordinary` takes as many steps over shuffled batches of the size that a Poisson
+sample has on average, and clips the batch's gradient as every ordinary run does. An epsilon is worth something only
+where its arm is ahead of what it starts from, so `untrained` and `public` stand beside the rest.
+
+    auc              of the frozen features, over all labels and all held-out subjects, as a run probes it
+    mia_auc          membership inference against the start of training: trained patients, and as many of the same sites
+    psnr, psnr_grey  dB, means over patients: what comes out of one patient's gradient at the final model, with the
+                     clipping and noise that its site adds, and the best single grey instead
+
+The gradients of `warm` hold no part that the closed-form inversion needs: there `psnr` is `psnr_grey` by construction.
+"""
+
+import csv
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+from rich.console import Console
+from rich.table import Table
+
+from panfm.config import RunConfig, dump_toml, load_run, site_folders
+from panfm.config.cohort import PhantomCohortConfig
+from panfm.data.cache import open_store
+from panfm.data.phantom.cohort import write_cohort
+from panfm.data.store import join_stores
+from panfm.data.table import write_table
+from panfm.evaluate import LabelledStore, Task, evaluate_cohort, read_label_info
+from panfm.models import PanModel, build_model
+from panfm.models.start import load_with_fresh_private
+from panfm.models.warm import read_start, start_state
+from panfm.privacy.audit_inversion import Attacked
+from panfm.privacy.audit_membership import Place, audit_membership
+from panfm.privacy.mechanisms import noise_for, planned
+from panfm.sharing.groups import split_state
+from simulations.alone import train_alone
+from simulations.harness import (
+    QUICKSTART,
+    Draws,
+    FirstSeed,
+    JsonFile,
+    Seeds,
+    StudyOptions,
+    StudyResult,
+    Target,
+    check_writable,
+    run_jobs,
+)
+from simulations.studies._federations import federate, mean_sd
+
+EPSILONS = {"inf": None, "8": 8.0, "2": 2.0}
+ARMS = tuple(f"{start}-{epsilon}" for start in ("cold", "warm") for epsilon in EPSILONS)
+REFERENCES = ("untrained", "public", "warm-ordinary")
+METRICS = ("auc", "mia_auc", "psnr", "psnr_grey")
+_PRIVATE = QUICKSTART.with_name("private.toml")
+_PUBLIC_DRAW = 1000
+"""Public patients are of the draw that lies so far ahead."""
+_MEMBERS, _HOLDOUT, _ATTACKED, _MASKS = 100, 400, 10, 4
+_ROUNDS, _LOCAL_STEPS, _RATE, _DELTA = 2, 10, 0.5, 1e-3
+_PUBLIC_ROUNDS, _PUBLIC_STEPS, _PUBLIC_BATCH = 8, 100, 64
+
+
+@dataclass(frozen=True)
+class CohortJob:
+    """One draw of the cohort, written as files."""
+
+    draw: int
+    folder: Path
+    holdout: int = _HOLDOUT
+
+    def __str__(self) -> str:
+        return f"phantom {self.draw}: writing files"
+
+
+@dataclass(frozen=True)
+class PublicJob:
+    """The training of one public model."""
+
+    draw: int
+    seed: int
+    cohort: Path
+    folder: Path
+
+    def __str__(self) -> str:
+        return f"phantom {self.draw}, seed {self.seed}, public model"
+
+
+@dataclass(frozen=True)
+class ArmJob:
+    """One arm, trained once, probed and attacked."""
+
+    draw: int
+    seed: int
+    arm: str
+    run: RunConfig
+    cohort: Path
+
+    def __str__(self) -> str:
+        return f"phantom {self.draw}, seed {self.seed}, {self.arm}"
+
+
+def main(seeds: Seeds = 3, draws: Draws = 1, first_seed: FirstSeed = 0, json: JsonFile = None) -> None:
+    """AUC, membership inference and inversion at epsilon 2, 8 and infinity, from scratch and from a public model."""
+    check_writable(json)
+    result = run(StudyOptions(seeds, draws, first_seed, json=json))
+    show(result)
+    if json:
+        result.write(json)
+
+
+def run(options: StudyOptions) -> StudyResult:
+    """Run the study."""
+    with tempfile.TemporaryDirectory() as scratch:
+        cohorts, starts = _prepare(options, Path(scratch))
+        arms = (*ARMS, *REFERENCES)
+        jobs = [
+            ArmJob(draw, seed, arm, arm_run(arm, seed, starts[draw, seed]), cohorts[draw])
+            for draw, seed in options.pairs()
+            for arm in arms
+        ]
+        described = {job.arm: job.run.model_dump(mode="json", by_alias=True) for job in jobs[: len(arms)]}
+        result = StudyResult("privacy", {"pairs": options.pairs(), "arms": described})
+        done = run_jobs(measure, jobs, workers=options.workers, keep_for=options.json)
+    for job, measured in zip(jobs, done, strict=True):
+        result.add(job.arm, measured)
+    result.ratios.update(answers(result))
+    result.targets += targets(result)
+    return result
+
+
+def _prepare(options: StudyOptions, scratch: Path) -> tuple[dict[int, Path], dict[tuple[int, int], Path]]:
+    """Draw -> its cohort, and (draw, seed) -> its public model."""
+    draws = options.draw_numbers()
+    cohorts = [CohortJob(draw, scratch / f"{draw}") for draw in draws]
+    cohorts += [CohortJob(draw + _PUBLIC_DRAW, scratch / f"{draw + _PUBLIC_DRAW}", holdout=1) for draw in draws]
+    written = {
+        job.draw: folder
+        for job, folder in zip(cohorts, run_jobs(write_draw, cohorts, workers=options.workers), strict=True)
+    }
+    public = [
+        PublicJob(draw, seed, written[draw + _PUBLIC_DRAW], scratch / f"public-{draw}-{seed}")
+        for draw, seed in options.pairs()
+    ]
+    starts = run_jobs(train_public, public, workers=options.workers)
+    return written, dict(zip(options.pairs(), starts, strict=True))
+
+
+def arm_run(arm: str, seed: int, public: Path) -> RunConfig:
+    """The run of one arm; of `untrained` and `public`, the one that tells how they are measured.
+
+    Args:
+        public: Folder of the public model.
+    """
+    changes = [f"seed={seed}", f"train.rounds={_ROUNDS}", f"train.local-steps={_LOCAL_STEPS}"]
+    changes += [f"train.batch-size={round(_RATE * _MEMBERS)}"]
+    start, _, epsilon = arm.partition("-")
+    if start in ("warm", "public"):
+        changes.append(f"start.model={str(public)!r}")
+    run = load_run(_PRIVATE, [*changes, *_privacy(start, epsilon)])
+    return run if epsilon in EPSILONS else run.model_copy(update={"privacy": None})
+
+
+def _privacy(start: str, epsilon: str) -> list[str]:
+    """What the arm changes in the table `privacy`."""
+    trained = "vectors" if start == "warm" else "all"
+    changes: dict[str, object] = {
+        "public-subjects": _MEMBERS,
+        "sample-rate": _RATE,
+        "chunk": 64,
+        "trained": f"'{trained}'",
+    }
+    if target := EPSILONS.get(epsilon):
+        noise = noise_of(target, _ROUNDS, _LOCAL_STEPS)
+        changes |= {"epsilon": target, "delta": _DELTA, "noise-multiplier": noise}
+    else:  # a delta too large to claim anything, so that no ledger ends the run
+        changes |= {"delta": 0.5, "noise-multiplier": 1e-12, "statistics-noise": 1e-12, "clip-norm": 1e3}
+        changes["acknowledge-broken-guarantee"] = "true"
+    return [f"privacy.{key}={value}" for key, value in changes.items()]
+
+
+@cache
+def noise_of(target: float, rounds: int, local_steps: int) -> float:
+    """Noise multiplier with which so many rounds, their saliency included, spend an epsilon."""
+    run = load_run(_PRIVATE, [f"train.local-steps={local_steps}"])
+    gradients, *others = (replace(each, count=each.count * rounds) for each in planned(run))
+    return noise_for(target, _DELTA, rate=_RATE, count=gradients.count, others=tuple(others))
+
+
+def write_draw(job: CohortJob) -> Path:
+    """Write one draw, half of each site's patients in the train split, and build its caches; returns its folder."""
+    base = load_run(_PRIVATE)
+    assert isinstance(base.cohort, PhantomCohortConfig)
+    sites = {name: site.model_copy(update={"subjects": 2 * _MEMBERS}) for name, site in base.cohort.sites.items()}
+    changed = {"seed": job.draw, "sites": sites, "holdout_subjects": job.holdout}
+    write_cohort(job.folder, base.cohort.model_copy(update=changed), base.streams)
+    for folder in site_folders(job.folder / "sites"):
+        halve(folder / "manifest.csv")
+    for folder in (*site_folders(job.folder / "sites"), job.folder / "holdout"):
+        LabelledStore.open(folder, base.streams)
+    return job.folder
+
+
+def halve(manifest: Path) -> None:
+    """Put every other patient of a manifest into train and the rest into val: members, and others like them."""
+    with manifest.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    number = {subject: index for index, subject in enumerate(dict.fromkeys(row["subject"] for row in rows))}
+    split = ("train", "val")
+    halved = [list({**row, "split": split[number[row["subject"]] % 2]}.values()) for row in rows]
+    write_table(manifest, list(rows[0]), halved)
+
+
+def train_public(job: PublicJob) -> Path:
+    """Train the quickstart's model in one place; returns its folder, as `start.model` reads it."""
+    changes = [f"train.rounds={_PUBLIC_ROUNDS}", f"train.local-steps={_PUBLIC_STEPS}"]
+    run = load_run(QUICKSTART, [f"seed={job.seed}", f"train.batch-size={_PUBLIC_BATCH}", *changes])
+    stores = [open_store(folder, run.streams) for folder in site_folders(job.cohort / "sites")]
+    shared, _ = split_state(run.sharing, train_alone(run, join_stores(stores), "public").state_dict())
+    job.folder.mkdir()
+    safetensors.torch.save_file(dict(shared), job.folder / "model.safetensors")
+    (job.folder / "run.toml").write_text(dump_toml(run), encoding="utf-8")
+    return job.folder
+
+
+def measure(job: ArmJob) -> dict[str, float]:
+    """Train one arm, probe and attack its model."""
+    run, nothing = job.run, build_model(job.run)
+    before = started(run)
+    after = before if job.arm in ("untrained", "public") else train(job)
+    places = [LabelledStore.open(folder, run.streams) for folder in site_folders(job.cohort / "sites")]
+    holdout = LabelledStore.open(job.cohort / "holdout", run.streams)
+    probed = evaluate_cohort(Task(run, places, holdout, read_label_info(job.cohort)), {"arm": after}, grid_arms=())
+    members = [Place.of(place.store) for place in places]
+    origin = nothing if job.arm == "public" else before
+    attack = audit_membership(run, origin.state_dict(), after.state_dict(), members, masks=_MASKS)
+    return {"auc": probed.value("arm"), "mia_auc": attack.auc.value, **_inverted(run, after, places)}
+
+
+def started(run: RunConfig) -> PanModel:
+    """The model that a run starts from."""
+    model = build_model(run)
+    if run.start:
+        load_with_fresh_private(model, run.sharing, start_state(run, read_start(run)), model.state_dict())
+    return model
+
+
+def train(job: ArmJob) -> PanModel:
+    """The federation's model, over copies of the sites: every arm has ledgers of its own."""
+    with tempfile.TemporaryDirectory(dir=job.cohort.parent) as scratch:
+        shutil.copytree(job.cohort / "sites", Path(scratch) / "sites", copy_function=os.link)
+        return federate(job.run, Path(scratch)).model
+
+
+def _inverted(run: RunConfig, model: PanModel, places: list[LabelledStore]) -> dict[str, float]:
+    attacked = Attacked(model, run, [place.store for place in places])
+    noise = run.privacy.noise_multiplier if run.privacy else 0.0
+    alone = [[patient] for patient in attacked.patients(_ATTACKED)]
+    found = attacked.scenario("one patient", alone, partial(attacked.gradient, noise=noise))
+    return {"psnr": float(np.mean(found.psnr)), "psnr_grey": float(np.mean(found.grey))}
+
+
+def answers(result: StudyResult) -> dict[str, float]:
+    """What an epsilon costs and whether it adds anything, as paired means; and what attacks find at epsilon 8."""
+    pairs = [(f"{start}-{epsilon}", f"{start}-inf") for start in ("cold", "warm") for epsilon in ("8", "2")]
+    pairs += [(arm, "untrained") for arm in ("cold-inf", "cold-8", "cold-2", "public")]
+    pairs += [(arm, "public") for arm in ("warm-inf", "warm-8", "warm-2", "warm-ordinary")]
+    pairs += [("warm-8", "warm-ordinary"), ("warm-8", "cold-inf")]
+    found = {f"auc/{arm}-minus-{other}": float(np.mean(result.gain("auc", arm, other))) for arm, other in pairs}
+    found |= {f"mia_auc/{start}-8": result.mean("mia_auc", f"{start}-8") for start in ("cold", "warm")}
+    return found | {f"psnr/{arm}-minus-grey": _above_grey(result, arm) for arm in ("cold-inf", "cold-8", "warm-8")}
+
+
+def _above_grey(result: StudyResult, arm: str) -> float:
+    return result.mean("psnr", arm) - result.mean("psnr_grey", arm)
+
+
+def targets(result: StudyResult) -> list[Target]:
+    """What privacy was asked to show."""
+    found: Mapping[str, float] = result.ratios
+    return [
+        Target("0.56 minus membership AUC at epsilon 8, cold", 0.56 - found["mia_auc/cold-8"], 0.0),
+        Target("0.56 minus membership AUC at epsilon 8, warm", 0.56 - found["mia_auc/warm-8"], 0.0),
+        Target("AUC at epsilon 8 minus non-private, warm", found["auc/warm-8-minus-warm-inf"], -0.02),
+        Target("the same against all parameters, ordinary loop", found["auc/warm-8-minus-warm-ordinary"], -0.02),
+    ]
+
+
+def show(result: StudyResult, console: Console | None = None) -> None:
+    """Mean and sd per arm, the differences, and the targets."""
+    console = console or Console(soft_wrap=True, highlight=False)
+    table = Table("arm", "AUC", "membership AUC", "PSNR", "of a grey", title="privacy: mean and sd over pairs")
+    for arm in (*ARMS, *REFERENCES):
+        decibels = (f"{result.mean(metric, arm):.1f}" for metric in ("psnr", "psnr_grey"))
+        table.add_row(arm, *(mean_sd(result.values[metric, arm]) for metric in ("auc", "mia_auc")), *decibels)
+    console.print(table)
+    for name, value in result.ratios.items():
+        console.print(f"{name}: {value:+.4f}")
+    for target in result.targets:
+        console.print(str(target))
