@@ -22,21 +22,35 @@ def check_experiment(run: RunConfig, limits: LimitsConfig) -> None:
 
 @contextmanager
 def time_limit(seconds: float | None) -> Iterator[None]:
-    """Raises LimitError out of its block when the time is up. In the main thread of a process only."""
+    """Raises LimitError out of its block when the time is up. In the main thread of a process only.
+
+    Guarantees:
+        LimitError: also if what the alarm stopped made another error of it, or went on and came to an end.
+    """
     if seconds is None:
         yield
         return
+    limit = LimitError(f"took longer than this site's limits.seconds-per-round ({seconds:g})")
+    is_up = False
 
     def stop(*_: object) -> None:
-        raise LimitError(f"took longer than this site's limits.seconds-per-round ({seconds:g})")
+        nonlocal is_up
+        is_up = True
+        raise limit
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds, _AGAIN_S)
     try:
+        signal.setitimer(signal.ITIMER_REAL, seconds, _AGAIN_S)
         yield
+    except Exception as error:
+        if is_up and error is not limit:
+            raise limit from error
+        raise
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+    if is_up:
+        raise limit
 
 
 def limit_memory(gib: float | None) -> None:

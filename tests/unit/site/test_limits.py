@@ -26,6 +26,30 @@ def test_the_alarm_ends_what_takes_too_long_even_what_swallows_it_once():
     assert time.monotonic() - start < 4.0
 
 
+def _make_another_error_of_it() -> None:
+    try:
+        time.sleep(5.0)
+    except LimitError as error:
+        raise RuntimeError("an import failed") from error
+
+
+def _come_to_an_end() -> None:
+    with contextlib.suppress(LimitError):
+        time.sleep(5.0)
+
+
+@pytest.mark.parametrize("block", [_make_another_error_of_it, _come_to_an_end])
+def test_whatever_a_block_makes_of_the_alarm_is_told_as_the_limit(block):
+    with pytest.raises(LimitError, match="seconds-per-round"), time_limit(0.05):
+        block()
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_errors_of_the_block_itself_stay_what_they_are():
+    with pytest.raises(RuntimeError, match="its own"), time_limit(60.0):
+        raise RuntimeError("its own")
+
+
 def test_no_alarm_stays_behind():
     before = signal.getsignal(signal.SIGALRM)
     with time_limit(60.0):
