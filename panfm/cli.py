@@ -16,6 +16,8 @@ from typer.core import TyperGroup
 from panfm.errors import DataError, PanfmError
 
 if TYPE_CHECKING:
+    import click
+
     from panfm.data.check import SiteReport
     from panfm.evaluate.result import Score
     from panfm.privacy import Ledger
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 class _Group(TyperGroup):
     """Turns a PanfmError into its text and exit status 1."""
 
-    def invoke(self, ctx: Any) -> Any:
+    def invoke(self, ctx: "click.Context") -> Any:
         try:
             return super().invoke(ctx)
         except PanfmError as error:
@@ -227,7 +229,7 @@ def ledger_show(folder: Annotated[Path, typer.Argument(help=_LEDGER_HELP)]) -> N
     """Print what was promised, what is spent, on what, and what is not covered.
 
     Written for a data-protection officer. A site's ledger is shared by all runs on its patients, and is written before
-    anything is sent. A run folder has one where the server added noise for its sites ([server-privacy]).
+    anything is sent. A run folder has one where the server added noise for its sites (table `server-privacy`).
     """
     from panfm.privacy.statement import statement
 
