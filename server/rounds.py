@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from flwr.app import Array, ArrayRecord, ConfigRecord
+from flwr.app import ArrayRecord, ConfigRecord
 from flwr.serverapp import Grid
 from torch import Tensor
 
@@ -36,6 +36,7 @@ from server.run_folder import RunFolder
 from server.site_privacy import Account
 from server.tracking import Tracking
 from strategies import GroupedMean, SitePrivateMean
+from strategies.records import make_array, view_array
 
 logger = logging.getLogger(__name__)
 
@@ -109,13 +110,13 @@ def train_round(
     start = time.monotonic()
     number = state.round_number + 1
     task = RoundTask(state.run_id, number, dump_toml(run), state.groups, state.profile)
-    arrays = ArrayRecord({group: Array(flat) for group, flat in state.groups.items()})
+    arrays = ArrayRecord({group: make_array(flat) for group, flat in state.groups.items()})
     config = ConfigRecord(dict(task.to_records().config))
     exchange = Exchange(grid, strategy.configure_train(number, arrays, config, grid), run.federation.round_timeout_s)
     arrays, _ = strategy.aggregate_train(number, exchange)
     line = _round_line(number, start, exchange, strategy)
     line["privacy"] = privacy_label(run)
-    groups = {group: array.numpy() for group, array in arrays.items()}
+    groups = {group: view_array(array) for group, array in arrays.items()}
     return ServerState(state.run_id, number, groups, line["profile"] or state.profile, strategy.memory), line
 
 

@@ -26,6 +26,8 @@ from panfm.objectives.mae import MaeObjective
 from panfm.objectives.objective import Objective
 from panfm.sharing.groups import split_state
 
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
 
 class Learner:
     """Student, teacher and optimiser over some of a run's streams.
@@ -131,9 +133,7 @@ class Learner:
         experts' activation, saliency profile."""
         state = {f"student.{name}": value for name, value in self._private_parameters().items()}
         state |= {f"teacher.{name}": value for name, value in self.teacher.state_dict().items()}
-        for name, parameter in self.model.named_parameters():
-            slots = self.optimiser.state.get(parameter, {})
-            state |= {f"optimiser.{slot}.{name}": value for slot, value in slots.items()}
+        state |= {f"optimiser.{slot}": packed for slot, packed in self._optimiser_state().items()}
         state |= {f"objective.{name}": value for name, value in self.objective.state().items()}
         layers = self.model.director_experts()
         state |= {f"activation.{name}": layer.activation for name, layer in layers.items()}
@@ -144,16 +144,33 @@ class Learner:
         """Take back what `private_state` gave."""
         self.model.load_state_dict(self._shared_parameters() | _under(state, "student."), strict=True)
         self.teacher.load_state_dict(_under(state, "teacher."), strict=True)
-        self.optimiser = _build_optimiser(self.model, self.run)
-        for name, parameter in self.model.named_parameters():
-            slots = {slot: state.get(f"optimiser.{slot}.{name}") for slot in ("step", "exp_avg", "exp_avg_sq")}
-            self.optimiser.state[parameter] = {
-                slot: value.to(self.device, copy=True) for slot, value in slots.items() if value is not None
-            }
+        self._load_optimiser_state(_under(state, "optimiser."))
         self.objective.load_state(_under(state, "objective."))
         for name, layer in self.model.director_experts().items():
             layer.activation.copy_(state[f"activation.{name}"])
         self.profile = state["saliency.profile"].to(self.device, copy=True)
+
+    def _optimiser_state(self) -> dict[str, Tensor]:
+        """AdamW's slots of all parameters, packed one after the other; zeros for one that it has not moved yet."""
+        slots = [self.optimiser.state.get(parameter, {}) for parameter in self.parameters]
+        never = torch.zeros((), device=self.device)
+        packed = {"step": torch.stack([each.get("step", never) for each in slots])}
+        for slot in _MOMENTS:
+            pairs = zip(self.parameters, slots, strict=True)
+            moments = [each.get(slot, torch.zeros_like(parameter)) for parameter, each in pairs]
+            packed[slot] = torch.cat([moment.reshape(-1) for moment in moments])
+        return packed
+
+    def _load_optimiser_state(self, packed: Mapping[str, Tensor]) -> None:
+        self.optimiser = _build_optimiser(self.model, self.run)
+        sizes = [parameter.numel() for parameter in self.parameters]
+        moments = zip(*(packed[slot].split(sizes) for slot in _MOMENTS), strict=True)
+        for parameter, step, values in zip(self.parameters, packed["step"], moments, strict=True):
+            if step:
+                slots = {slot: value.view_as(parameter) for slot, value in zip(_MOMENTS, values, strict=True)}
+                self.optimiser.state[parameter] = {
+                    slot: value.to(self.device, copy=True) for slot, value in {"step": step, **slots}.items()
+                }
 
     def _shared_parameters(self) -> dict[str, Tensor]:
         return split_state(self.run.sharing, self.model.state_dict())[0]

@@ -1,6 +1,8 @@
 """Arrays as the bytes of a .npy file, which is how Flower carries them, without the copies that its own way makes."""
 
 import io
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.lib import format as npy
@@ -10,6 +12,8 @@ from panfm.errors import ProtocolError
 
 _HEADERS = {(1, 0): npy.read_array_header_1_0}
 """By version of the format; numpy writes 1.0 for all that we send."""
+_PREFIX = npy.MAGIC_LEN + 2
+"""Bytes before the header: the magic string, and the header's length."""
 
 
 def to_npy(array: NDArray[np.generic]) -> bytes:
@@ -25,10 +29,16 @@ def view_npy(data: bytes) -> NDArray[np.generic]:
     Raises:
         ProtocolError: the bytes are not those of a .npy file of plain numbers, or not all of it.
     """
-    start = io.BytesIO(data[: npy.MAGIC_LEN + 2 + 65535])
     try:
-        read_header = _HEADERS[npy.read_magic(start)]
-        shape, fortran, dtype = read_header(start)
-        return np.frombuffer(data, dtype, offset=start.tell()).reshape(shape, order="F" if fortran else "C")
+        start = _PREFIX + int.from_bytes(data[npy.MAGIC_LEN : _PREFIX], "little")
+        shape, fortran, dtype = _read_header(data[:start])
+        return np.frombuffer(data, dtype, offset=start).reshape(shape, order="F" if fortran else "C")
     except Exception as error:  # numpy parses the header as Python: anything may come of it
         raise ProtocolError(f"array cannot be read ({type(error).__name__})") from error
+
+
+@lru_cache(maxsize=256)
+def _read_header(start: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Shape, whether columns come first, and dtype: the same few, round after round, and numpy takes its time."""
+    file = io.BytesIO(start)
+    return _HEADERS[npy.read_magic(file)](file)
