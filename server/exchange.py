@@ -1,5 +1,6 @@
 """One question to many sites, with a deadline: the answers as they come, and who did not answer well."""
 
+import logging
 import time
 from collections.abc import Iterable, Iterator
 
@@ -8,6 +9,8 @@ from flwr.serverapp import Grid
 
 from panfm.errors import one_line
 
+logger = logging.getLogger(__name__)
+_PUSHES = 3
 _MAX_PAUSE_S = 2.0
 _PAUSE_SHARE = 0.05
 """Between looks we wait this share of the time already waited: at most 5 % late, few requests."""
@@ -65,9 +68,22 @@ class Exchange:
                     yield reply
 
     def _push(self, message: Message) -> None:
-        """One at a time: arrays that an earlier message carried are not sent again."""
+        """One at a time: arrays that an earlier message carried are not sent again.
+
+        A SuperLink that died after it had taken an array, and before it could say so, refuses the array when Flower
+        sends it once more. The question is then asked anew; a site that gets it twice gives the same answer twice.
+        """
         node_id = message.metadata.dst_node_id
-        message_id = next(iter(self._grid.push_messages([message])), None)
+        for attempt in range(1, _PUSHES + 1):
+            try:
+                message_id = next(iter(self._grid.push_messages([message])), None)
+            except Exception:
+                if attempt == _PUSHES:
+                    raise
+                logger.warning("node %s: sending failed, trying again", node_id, exc_info=True)
+                message = _anew(message)
+            else:
+                break
         if message_id:
             self._waiting[message_id] = node_id
         else:
@@ -75,3 +91,9 @@ class Exchange:
 
     def _elapsed(self) -> float:
         return time.monotonic() - self._start
+
+
+def _anew(message: Message) -> Message:
+    """The same question under another id."""
+    about = message.metadata
+    return Message(message.content, about.dst_node_id, about.message_type, ttl=about.ttl, group_id=about.group_id)

@@ -1,15 +1,18 @@
 """`python -m server` as its page tells it, against a real federation on loopback, over TLS with authentication."""
 
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from panfm.config import dump_toml
 from panfm.report import read_run
-from simulations.engines.deployment import CONNECTION, deployed
+from simulations.engines.deployment import CONNECTION, Deployment, deployed
 from simulations.engines.processes import wait_until
 from tests.federation.conftest import HOLDINGS, Federation
 
@@ -27,19 +30,35 @@ def federation(tmp_path_factory, write_site) -> Federation:
 
 
 @pytest.fixture(scope="module")
-def tool(federation):
-    """Calls `python -m server`: exit status, what it says, why not."""
+def deployment(federation):
     with deployed(sorted(federation.sites.iterdir()), federation.folder / "logs") as deployment:
-        environment = os.environ | deployment.environment
+        yield deployment
 
-        def call(*words: object) -> tuple[int, str, str]:
-            command = [sys.executable, "-m", "server", *map(str, words)]
-            done = subprocess.run(
-                command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=LONG_S
-            )
-            return done.returncode, done.stdout, done.stderr
 
-        yield call
+@pytest.fixture(scope="module")
+def tool(deployment):
+    """Calls `python -m server`: exit status, what it says, why not."""
+    environment = os.environ | deployment.environment
+
+    def call(*words: object) -> tuple[int, str, str]:
+        command = [sys.executable, "-m", "server", *map(str, words)]
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=LONG_S
+        )
+        return done.returncode, done.stdout, done.stderr
+
+    return call
+
+
+@contextmanager
+def held_up(deployment: Deployment, site: str) -> Iterator[None]:
+    """Meanwhile a site's worker stands still, and the round with it."""
+    group = deployment.processes[f"{site}.worker"].pid
+    os.killpg(group, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.killpg(group, signal.SIGCONT)
 
 
 def experiment(federation, *overrides: str) -> Path:
@@ -48,22 +67,22 @@ def experiment(federation, *overrides: str) -> Path:
     return path
 
 
-def test_a_run_that_is_stopped_and_resumed_has_the_bits_of_an_undisturbed_one(federation, tool):
+def test_a_run_that_is_stopped_and_resumed_has_the_bits_of_an_undisturbed_one(federation, deployment, tool):
     expected = federation.run("local", "federation.min-sites=3", "train.rounds=6")
     run, path = federation.folder / "run", experiment(federation, "train.rounds=6")
     code, told, why = tool("start", path, "--connection", CONNECTION, "--out", run, "--detach")
     assert (code, why) == (0, "")
     assert told.startswith(f"{run}: Flower's run ")
     wait_until(lambda: len(read_run(run).rounds) >= 1, "round 1", LONG_S)
-    code, told, why = tool("status", run)
-    assert (code, why) == (0, "")
-    assert "of 6 rounds, running" in told
-    assert "alpha" in told
-    assert "is running" in tool("resume", run)[2]
-
-    code, told, why = tool("stop", run)
-    assert (code, why) == (0, "")
-    assert f"{run}: stopped after " in told
+    with held_up(deployment, "beta"):
+        code, told, why = tool("status", run)
+        assert (code, why) == (0, "")
+        assert "of 6 rounds, running" in told
+        assert "alpha" in told
+        assert "is running" in tool("resume", run)[2]
+        code, told, why = tool("stop", run)
+        assert (code, why) == (0, "")
+        assert f"{run}: stopped after " in told
     code, told, why = tool("status", run)
     assert code == 1
     assert ": stopped after " in why

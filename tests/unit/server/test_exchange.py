@@ -28,9 +28,16 @@ class FakeGrid:
 
     def __init__(self, clock: Clock, delays: dict[int, object]) -> None:
         self.clock, self.delays, self.pending, self.pulled = clock, delays, {}, []
+        self.refusals: dict[int, int] = {}
+        """Node -> messages to it that raise first."""
 
     def push_messages(self, messages):
         for message in messages:
+            if self.refusals.get(message.metadata.dst_node_id, 0) > 0:
+                self.refusals[message.metadata.dst_node_id] -= 1
+                message.metadata.__dict__["_message_id"] = "lost"
+                raise RuntimeError("an object could not be stored")
+            assert not message.metadata.message_id
             if self.delays[message.metadata.dst_node_id] == "unreachable":
                 return [None]
             name = f"id-{message.metadata.dst_node_id}"
@@ -89,6 +96,24 @@ def test_who_cannot_be_reached_is_left_out(clock):
     exchange, order, _ = ask(clock, {2: "unreachable", 3: 0.0})
     assert order == [3]
     assert exchange.failed == {2: "the message could not be sent"}
+
+
+def test_what_could_not_be_sent_is_sent_again_under_another_id(clock):
+    grid = FakeGrid(clock, {2: 0.0, 3: 0.0})
+    grid.refusals[2] = 2
+    content = RecordDict()
+    exchange = Exchange(grid, [Message(content, node_id, "train", ttl=9.0, group_id="7") for node_id in (2, 3)], 60.0)
+    assert [reply.metadata.src_node_id for reply in exchange] == [2, 3]
+    about = grid.pending["id-2"].metadata
+    assert (about.message_type, about.ttl, about.group_id) == ("train", 9.0, "7")
+    assert grid.pending["id-2"].content is content
+
+
+def test_what_can_never_be_sent_ends_the_exchange(clock):
+    grid = FakeGrid(clock, {2: 0.0})
+    grid.refusals[2] = 3
+    with pytest.raises(RuntimeError, match="stored"):
+        Exchange(grid, [Message(RecordDict(), 2, "train")], 60.0)
 
 
 def test_it_waits_little_and_asks_seldom(clock):
