@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from panfm.errors import DataError, PanfmError
+from panfm.errors import DataError, LedgerError, PanfmError
 
 if TYPE_CHECKING:
     import click
@@ -263,11 +263,13 @@ def ledger_plan(
 
 
 def _ledger(folder: Path) -> "Ledger":
-    from panfm.config import load_site, site_path
+    from panfm.config import load_run, load_site, site_path
     from panfm.privacy.ledger import run_ledger
     from panfm.site.spending import Account
 
     if (folder / "run.toml").is_file() and not (folder / "site.toml").is_file():
+        if load_run(folder / "run.toml").server_privacy is None:
+            raise LedgerError(f"{folder}: a run without server-privacy has no ledger, its sites do; name a site folder")
         return run_ledger(folder)
     site = load_site(folder)
     return Account(folder, site, site_path(folder, site.state_dir)).ledger

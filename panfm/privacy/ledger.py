@@ -17,9 +17,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from io import BufferedRandom
+from io import BufferedRandom, BytesIO
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from panfm.config import RunConfig
 from panfm.config.privacy import NO_CLAIM, claim
@@ -123,9 +123,19 @@ class Ledger:
         return Permit(run_id, round_number, mechanisms, promise)
 
     def entries(self) -> list[Entry]:
-        """All entries, checked; none if there is no ledger yet. Raises LedgerError if the file does not hold."""
-        with self._locked() as file:
-            return self._read(file)
+        """All entries, checked; none if there is no ledger yet. Writes nothing, so whoever may read it may ask.
+
+        Raises:
+            LedgerError: the file does not hold, or cannot be read.
+        """
+        try:
+            with self.path.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_SH)
+                return self._read(file)
+        except FileNotFoundError:
+            return self._read(BytesIO())
+        except OSError as error:
+            raise LedgerError(f"{self.path}: cannot be read ({error.strerror})") from error
 
     def check_ahead(self, run: RunConfig, num_rounds: int, *, limits: Limits) -> None:
         """Raises BudgetError if so many more rounds do not fit; writes nothing."""
@@ -170,11 +180,13 @@ class Ledger:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield file
 
-    def _read(self, file: BufferedRandom) -> list[Entry]:
+    def _read(self, file: IO[bytes]) -> list[Entry]:
         file.seek(0)
         entries = check_chain(file.read(), str(self.path))
         if entries and entries[0]["site"] != self.site:
-            raise LedgerError(f"{self.path}: belongs to site {entries[0]['site']}, expected {self.site}")
+            raise LedgerError(
+                f"{self.path}: belongs to site {entries[0]['site']}, expected {self.site}; set another ledger-dir"
+            )
         if entries and entries[0]["unit"] != self.unit:
             raise LedgerError(f"{self.path}: is kept per {entries[0]['unit']}, expected per {self.unit}")
         self._check_anchor(entries)
@@ -183,7 +195,7 @@ class Ledger:
     def _check_anchor(self, entries: Sequence[Entry]) -> None:
         if self._anchor is None or not self._anchor.exists():
             return
-        newest = self._anchor.read_text(encoding="ascii").strip()
+        newest = self._anchor.read_bytes().decode("ascii", "replace")
         if newest not in {entry["hash"] for entry in entries}:
             raise LedgerError(
                 f"{self.path}: missing, foreign or cut off: the newest entry that this site remembers is not in it; "

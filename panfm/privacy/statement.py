@@ -22,13 +22,13 @@ _NOT_COVERED_SITES = (
 
 def statement(entries: Sequence[Entry]) -> list[str]:
     """The lines of `panfm ledger show`."""
-    if not entries:
+    if len(entries) < 2:
         return ["No private round has run: nothing is spent."]
     opened, rounds = entries[0], entries[1:]
     if opened["unit"] == "site":
         return _of_sites(rounds)
     lines = [f"Site {opened['site']}: {len(rounds)} private rounds in {len({each['run'] for each in rounds})} runs."]
-    lines += _promise(str(opened["site"]), rounds) if rounds else []
+    lines += _promise(str(opened["site"]), rounds)
     if len({each["dataset"] for each in rounds}) > 1:
         lines.append("The patients changed between rounds; who joined later or left earlier spent at most this.")
     lines.append("Mechanisms, each a sum over patients with Gaussian noise:")

@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 
 from panfm.config import RunConfig, SiteConfig, site_path
-from panfm.config.privacy import broken_guarantees
+from panfm.config.privacy import NO_CLAIM, broken_guarantees, claim
 from panfm.data.store import ImageStore
 from panfm.errors import ConfigError, ProtocolError
 from panfm.privacy.ledger import Ledger, Limits, Permit
@@ -29,7 +29,7 @@ def as_known(run: RunConfig, site: SiteConfig) -> RunConfig:
         return run
     private = run.privacy.model_copy(update={"public_subjects": site.limits.public_subjects})
     known = run.model_copy(update={"privacy": private})
-    if not private.acknowledge_broken_guarantee:
+    if claim(run) != NO_CLAIM:
         for fault in broken_guarantees(known):
             raise ConfigError(f"limits.public-subjects: {site.limits.public_subjects} patients: {fault}")
     return known

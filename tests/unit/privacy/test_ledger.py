@@ -124,6 +124,19 @@ def test_a_round_without_a_claim_is_labelled_and_ends_all_claims(make_private, t
         spend(Ledger(tmp_path, "alpha"), make_private())
 
 
+def test_who_only_reads_leaves_nothing_behind(make_private, tmp_path, cheap):
+    ledger = Ledger(tmp_path / "ledger", "alpha", anchor_dir=tmp_path / "state")
+    assert ledger.entries() == []
+    assert not list(tmp_path.iterdir())
+    spend(ledger, make_private())
+    (tmp_path / "state" / ANCHOR).write_bytes(b"\xff\xfe")
+    with pytest.raises(LedgerError, match="missing, foreign or cut off"):
+        ledger.entries()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LedgerError, match=r"cannot be read \(Not a directory\)"):
+        Ledger(tmp_path / "file", "alpha").entries()
+
+
 def _spend_some(folder, run):
     for number in range(5):
         Ledger(folder, "alpha").spend(run, "run-1", number + 1, limits=Limits(1e6, 1e-3), dataset="d")

@@ -6,8 +6,10 @@ import torch
 
 from panfm.errors import LedgerError
 from panfm.objectives import Learner
+from panfm.privacy import loop, saliency
 from panfm.privacy.ledger import Ledger, Limits
 from panfm.privacy.loop import noisy_gradient, sum_over, train_privately
+from panfm.privacy.randomness import with_noise
 from panfm.privacy.saliency import noisy_profile, saliency_sum
 
 
@@ -65,6 +67,25 @@ def test_a_step_without_patients_is_noise_of_the_stated_size(make_private, make_
     assert values.std().item() != pytest.approx(1.02 * stated, rel=0.005)
 
 
+def test_a_step_is_a_poisson_sample_at_the_stated_rate_that_no_seed_decides(make_private, make_store, monkeypatch):
+    """Each of 12 patients with chance 1/4, independently: a pass over shuffled patients would have 3 every time."""
+    run = make_private()
+    learner, store, there = Learner(run), make_store(run), []
+
+    def sum_over(learner, store, sample, steps_taken, profile):
+        there.append(np.isin(np.arange(12), sample))
+        return {}
+
+    monkeypatch.setattr(loop, "sum_over", sum_over)
+    for _ in range(5000):
+        torch.manual_seed(0)
+        np.random.seed(0)  # noqa: NPY002
+        noisy_gradient(learner, store, np.arange(12), 0)
+    assert np.mean(there) == pytest.approx(0.25, abs=0.011)  # six standard errors
+    assert np.sum(there, axis=1).var() == pytest.approx(12 * 0.25 * 0.75, rel=0.12)
+    assert np.abs(np.cov(np.array(there[1:]).T, np.array(there[:-1]).T) * (1 - np.eye(24))).max() < 0.02
+
+
 def test_the_gradient_is_divided_by_a_public_number(make_private, make_store, fixed_masks):
     run = make_private()
     private = run.privacy.model_copy(update={"noise_multiplier": 1e-12, "sample_rate": 1.0})
@@ -111,6 +132,33 @@ def test_saliency_moves_by_at_most_its_sensitivity(make_private, every_subset):
     torch.testing.assert_close(whole.sum(dim=1), torch.full((2,), 14.0, dtype=torch.float64))
     changes = [(whole - saliency_sum(learner, store, np.delete(everyone, each))).norm().item() for each in everyone]
     assert 1.0 < max(changes) <= 2**0.5 * (1 + 1e-6)
+
+
+def test_the_profile_is_made_of_a_sum_with_noise_of_the_stated_size(make_private, make_store, monkeypatch):
+    run = guided(make_private)
+    learner, store, noised = Learner(run), make_store(run), []
+    monkeypatch.setattr(saliency, "saliency_sum", lambda *_: torch.zeros(2, 500_000, dtype=torch.float64))
+    monkeypatch.setattr(saliency, "with_noise", lambda *words: noised.append(with_noise(*words)) or noised[-1])
+    found = noisy_profile(learner, store, np.arange(12))
+    stated = 20.0 * 2**0.5
+    assert noised[0].std().item() == pytest.approx(stated, rel=0.005)
+    assert noised[0].std().item() != pytest.approx(1.02 * stated, rel=0.005)
+    shares, equal = noised[0].clamp_min(0.0) + stated
+    assert torch.equal(found, (shares / equal).float())
+
+
+@pytest.mark.parametrize("scope", ["site", "federation"])
+def test_masks_are_steered_by_what_was_noised(make_private, make_store, monkeypatch, scope):
+    run = guided(make_private, scope)
+    learner, store, steered = Learner(run), make_store(run), []
+    learner.profile = torch.tensor([0.5, 1.0, 1.5])
+    hide = loop.hide
+    monkeypatch.setattr(loop, "hide", lambda *words: steered.append(words[3]) or hide(*words))
+    profile = {"brain-mr": 2.0, "heart-ct": 0.5, "eye-fundus": 1.0}
+    sum_over(learner, learner.stem(store), np.arange(12), 0, profile)
+    expected = learner.profile if scope == "site" else torch.tensor(list(profile.values()))
+    assert len(steered) > 1
+    assert all(torch.equal(each, expected[None]) for each in steered)
 
 
 def test_the_profile_tends_to_one_where_noise_rules_and_to_the_truth_where_not(make_private, every_subset):

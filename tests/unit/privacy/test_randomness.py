@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from panfm.privacy import randomness
-from panfm.privacy.randomness import normal, poisson_sample, uniform, with_noise
+from panfm.privacy.randomness import normal, poisson_sample, secret_generator, uniform, with_noise
 
 MILLION = 1_000_000
 
@@ -27,12 +27,23 @@ def test_normal_has_the_stated_deviation_and_the_test_would_see_two_percent():
     assert inside == pytest.approx([0.6827, 0.9545, 0.9973], abs=0.002)
 
 
-def test_no_seed_decides_the_noise():
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda: normal(1000),
+        lambda: uniform(1000),
+        lambda: with_noise(torch.zeros(1000, dtype=torch.float64), 1.0),
+        lambda: torch.from_numpy(poisson_sample(np.arange(1000), 0.5)),
+        lambda: torch.rand(1000, generator=secret_generator()),
+    ],
+)
+def test_no_seed_decides_what_is_drawn(draw):
     drawn = []
     for _ in range(2):
         torch.manual_seed(0)
+        np.random.seed(0)  # noqa: NPY002
         before = torch.random.get_rng_state()
-        drawn.append(normal(1000))
+        drawn.append(draw())
         assert torch.equal(before, torch.random.get_rng_state())
     assert not torch.equal(*drawn)
 
@@ -118,7 +129,7 @@ def fits_rounded_noise(found, start, deviation, grid):
 @pytest.mark.parametrize("start", [0.0, 1 / 3])
 def test_grid_points_come_up_as_those_of_an_exact_rounded_gaussian(start):
     deviation, grid = 1.5, 2.0**-8
-    found = with_noise(torch.full((MILLION,), start, dtype=torch.float64), deviation)
+    found = with_noise(torch.full((3 * MILLION,), start, dtype=torch.float64), deviation)
     assert fits_rounded_noise(found, start, deviation, grid)
     assert not fits_rounded_noise(found, start, 1.02 * deviation, grid)
     assert not fits_rounded_noise(found, start + 0.04, deviation, grid)

@@ -4,7 +4,9 @@ import pytest
 from typer.testing import CliRunner
 
 from panfm.cli import main
+from panfm.config import dump_toml
 from panfm.privacy.ledger import FILE, Ledger, Limits
+from panfm.privacy.mechanisms import epsilon, planned
 from panfm.privacy.statement import statement
 
 
@@ -32,6 +34,31 @@ def test_what_a_ledger_says(site):
     assert "Not covered:" in shown
 
 
+def test_a_patient_at_several_sites_pays_at_each(site, make_private):
+    shown = " ".join(run_ledger("show", str(site)).output.split())
+    [mechanism] = planned(make_private())
+    costs = [epsilon([mechanism] * sites, 1e-3) for sites in (1, 2, 3)]
+    assert len({f"{cost:.3f}" for cost in costs}) == 3
+    assert f"({costs[0]:.3f}, 0.001)-differentially private" in shown
+    assert f"A patient at two such sites: epsilon {costs[1]:.3f}; at three: {costs[2]:.3f}." in shown
+
+
+def test_a_run_folder_has_a_ledger_only_if_its_server_adds_noise(make_private, tmp_path):
+    (tmp_path / "run.toml").write_text(dump_toml(make_private()))
+    for words in (["show", tmp_path], ["verify", tmp_path], ["plan", tmp_path / "run.toml", "--site", tmp_path]):
+        done = run_ledger(*map(str, words))
+        assert done.exit_code == 1
+        assert done.stderr == (
+            f"{tmp_path}: a run without server-privacy has no ledger, its sites do; name a site folder\n"
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["run.toml"]
+
+
+@pytest.mark.parametrize("unit", ["patient", "site"])
+def test_a_ledger_that_was_opened_and_no_more(unit):
+    assert statement([{"kind": "opened", "unit": unit}]) == ["No private round has run: nothing is spent."]
+
+
 def test_nothing_spent_and_nothing_promised(make_private, tmp_path):
     assert statement([]) == ["No private round has run: nothing is spent."]
     broken = make_private('[objective]\nname = "dino"\n', more="acknowledge-broken-guarantee = true")
@@ -53,8 +80,6 @@ def test_verify_finds_a_change(site):
 
 @pytest.mark.slow
 def test_plan_goes_both_ways(tmp_path, make_private):
-    from panfm.config import dump_toml
-
     path = tmp_path / "run.toml"
     path.write_text(dump_toml(make_private()))
     done = run_ledger("plan", str(path), "--set", "privacy.epsilon=2.0")

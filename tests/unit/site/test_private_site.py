@@ -1,16 +1,23 @@
 """A site in a private run: every byte it sends is public or bought, and its budget is its own."""
 
+import socket
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
+import torch
 
 from panfm.config import dump_toml, parse_run
 from panfm.errors import BudgetError, ConfigError, LedgerError, ProtocolError
 from panfm.models import build_model
+from panfm.privacy import loop, saliency
 from panfm.privacy.ledger import mechanisms_of
+from panfm.privacy.mechanisms import epsilon
+from panfm.sharing.frames import Frame, Kind, encode, receive
 from panfm.sharing.groups import GroupManifest
-from panfm.sharing.messages import Invitation, RoundTask
+from panfm.sharing.messages import Invitation, RoundReply, RoundTask
 from panfm.sharing.weights import weight_limits
-from panfm.site import Site
+from panfm.site import Site, answer
 from panfm.site.spending import Account
 
 RUN = """
@@ -70,6 +77,70 @@ def test_every_field_of_a_reply_is_public_or_bought(site, extra, bought):
     assert records.config == {"run-id": "run-1", "round": 1, "state-round": 0}
 
 
+class Fixed:
+    """In place of what the mechanisms release: numbers that no patient decides. The sums are made, and thrown away."""
+
+    def __init__(self, monkeypatch):
+        self.random = np.random.default_rng(0)
+        for module, name in ((loop, "sum_over"), (saliency, "saliency_sum")):
+            monkeypatch.setattr(module, name, self.instead_of(getattr(module, name)))
+        for module in (loop, saliency):
+            monkeypatch.setattr(module, "with_noise", lambda value, deviation: value)
+
+    def instead_of(self, summed):
+        def fixed(*words):
+            found = summed(*words)
+            if isinstance(found, dict):
+                return {name: self.numbers(value) for name, value in found.items()}
+            return self.numbers(found)
+
+        return fixed
+
+    def numbers(self, like):
+        return torch.from_numpy(self.random.normal(size=tuple(like.shape)))
+
+
+def all_that_leaves(folder, tasks) -> list[bytes]:
+    """Every byte: the answer to an invitation, to rounds, and to what it refuses."""
+    site = Site(folder)
+    asked = [Frame(Kind.HANDSHAKE, Invitation(tasks[0].run_toml).to_records())]
+    asked += [Frame(Kind.ROUND, each.to_records()) for each in tasks]
+    asked.append(Frame(Kind.ROUND, task(99).to_records()))
+    return [encode(answer(site, each)) for each in asked]
+
+
+@pytest.mark.parametrize("extra", [RANDOM, GUIDED, RANDOM + DEX, RANDOM + '[sharing]\ncoding = "int8"\n'])
+def test_every_byte_follows_from_what_the_ledger_lists_and_from_public_words(tmp_path, write_site, monkeypatch, extra):
+    """Two sites of one public name, with other patients and other numbers of them: once what the mechanisms release is
+    fixed, they send the same bytes. As they are, none of the rounds' bytes agree."""
+    tasks = [_without_experts(task(number, extra=extra)) for number in (1, 2)]
+    folders = [write_site(tmp_path / name, name, ("brain", "heart"), size) for name, size in (("beta", 5), ("eta", 9))]
+    for folder in folders:
+        (folder / "site.toml").write_text('name = "alpha"\n')
+    first, second = (all_that_leaves(folder, tasks) for folder in folders)
+    assert [one == other for one, other in zip(first, second, strict=True)] == [True, False, False, True]
+    sent = []
+    for folder in folders:
+        with monkeypatch.context() as patched:
+            Fixed(patched)
+            (folder / ".panfm" / "state").rename(folder / "before")
+            (folder / ".panfm" / "ledger").rename(folder / "before" / "ledger")
+            sent.append(all_that_leaves(folder, tasks))
+    assert sent[0] == sent[1]
+    for content, entry in zip(sent[0][1:3], spent(Site(folder))[1:], strict=True):
+        reply = RoundReply.from_records(_read(content).records)
+        assert encode(Frame(Kind.ANSWER, reply.to_records())) == content
+        released = {name for each in mechanisms_of(entry) for name in each.releases}
+        assert released == ({"updates", "saliency"} if extra == GUIDED else {"updates"})
+
+
+def _read(content: bytes) -> Frame:
+    here, there = socket.socketpair()
+    with here, there, ThreadPoolExecutor(1) as pool:
+        pool.submit(there.sendall, content)
+        return receive(here, timeout_s=10.0)
+
+
 def test_a_handshake_tells_public_numbers_only(site):
     asked = task()
     handshake = site.handshake(Invitation(asked.run_toml))
@@ -87,6 +158,25 @@ def test_the_sites_own_public_number_wins(site, tmp_path, write_site):
     folder = write_site(tmp_path / "gamma", "gamma", ("brain",), extra="[limits]\npublic-subjects = 200\n")
     with pytest.raises(ConfigError, match=r"limits.public-subjects: 200 patients: privacy.delta: 0.001 is above"):
         Site(folder).handshake(Invitation(asked.run_toml))
+
+
+def test_a_public_number_that_breaks_the_guarantee_is_refused_though_the_run_acknowledges_what_it_has_not(
+    tmp_path, write_site
+):
+    """The server would claim what this site's ledger could not."""
+    folder = write_site(tmp_path / "gamma", "gamma", ("brain",), extra="[limits]\npublic-subjects = 200\n")
+    asked = task(privacy=PRIVACY + "acknowledge-broken-guarantee = true\n")
+    with pytest.raises(ConfigError, match=r"limits.public-subjects: 200 patients"):
+        Site(folder).train_round(asked)
+
+
+def test_the_smaller_delta_wins(tmp_path, write_site):
+    for delta, expected in ((1e-5, 1e-5), (0.5, 1e-3)):
+        site = Site(write_site(tmp_path / f"{delta}", "beta", ("brain", "heart"), extra=f"[limits]\ndelta = {delta}\n"))
+        site.train_round(task())
+        entry = spent(site)[-1]
+        assert entry["delta"] == expected
+        assert entry["epsilon"] == epsilon(mechanisms_of(entry), expected)
 
 
 def test_a_site_with_a_limit_takes_part_in_private_runs_only(tmp_path, write_site):
