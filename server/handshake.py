@@ -137,13 +137,15 @@ def _check_counts(handshake: Handshake, run: RunConfig) -> None:
 
 def _differing_keys(theirs: str, ours: str) -> list[str]:
     """Dotted keys that one side lacks or reads otherwise. Raises ProtocolError if theirs is not TOML."""
+    if theirs == ours:
+        return []
     try:
         found = dict(_flatten(tomllib.loads(theirs)))
     except (ValueError, RecursionError) as error:
         raise ProtocolError("its reading of the run description is not valid TOML") from error
     expected = dict(_flatten(tomllib.loads(ours)))
     differing = [key for key in sorted(found | expected) if found.get(key) != expected.get(key)]
-    return differing or (["the order of its keys"] if theirs != ours else [])
+    return differing or ["the order of its keys"]
 
 
 def _flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -42,6 +42,8 @@ class Learner:
         self.model = build_model(run, streams).to(self.device)
         self.parameters = list(self.model.parameters())
         self._start = {name: value.clone() for name, value in self._private_parameters().items()}
+        self.teacher = deepcopy(self.model).requires_grad_(requires_grad=False)
+        self._teacher_parameters = list(self.teacher.parameters())
         self.reset_private()
         self._anchor: dict[str, Tensor] = {}
         self._stemmed: WeakKeyDictionary[ImageStore, ImageStore] = WeakKeyDictionary()
@@ -53,8 +55,7 @@ class Learner:
         them; the teacher equals the student, optimiser and statistics are empty.
         """
         load_with_fresh_private(self.model, self.run.sharing, self._shared_parameters(), self._start)
-        self.teacher = deepcopy(self.model).requires_grad_(requires_grad=False)
-        self._teacher_parameters = list(self.teacher.parameters())
+        self.restart_teacher()
         self.optimiser = _build_optimiser(self.model, self.run)
         self.objective = _build_objective(self.run, self.model)
         self.profile = torch.ones(len(self.model.stream_names), device=self.device)

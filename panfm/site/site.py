@@ -124,6 +124,7 @@ class Site:
         return self._warm[1]
 
 
+@lru_cache(maxsize=1)
 def _read_run(run_toml: str) -> RunConfig:
     """The server's run description. What is wrong with it, the server may hear: they are its own words."""
     try:
@@ -132,7 +133,11 @@ def _read_run(run_toml: str) -> RunConfig:
         raise ProtocolError(str(error)) from error
 
 
-@lru_cache(maxsize=128)
+@lru_cache(maxsize=64)
 def resident_site(folder: Path, state_dir: Path | None = None) -> Site:
-    """The site of a folder, opened once per process, so that images and model stay warm between rounds."""
+    """The site of a folder, kept open so that images and model stay warm between rounds.
+
+    Of more than 64 sites in one process, those asked longest ago are let go, with their memory and open files (one per
+    stream), and start from disk when they are asked again.
+    """
     return Site(folder, state_dir)

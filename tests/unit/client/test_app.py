@@ -34,7 +34,7 @@ def ask(kind: str, config: dict, context: Context, arrays: dict | None = None) -
 
 def at(site: Path) -> Context:
     """A simulated site, the only one of its folder."""
-    return Context(1, 7, {"partition-id": 0}, RecordDict(), {"sites": str(site.parent)})
+    return Context(1, 7, {"partition-id": 0, "num-partitions": 1}, RecordDict(), {"sites": str(site.parent)})
 
 
 @pytest.fixture

@@ -101,7 +101,9 @@ def test_a_budget_that_is_none_names_the_command_and_the_budgets(name):
     assert "expected one of short, medium, long" in done.output
 
 
-@pytest.mark.parametrize(("name", "option"), [("round-overhead", "--cycles"), ("sgm-overhead", "--turns")])
+@pytest.mark.parametrize(
+    ("name", "option"), [("round-overhead", "--cycles"), ("sgm-overhead", "--turns"), ("thousand-sites", "--rounds")]
+)
 def test_a_bench_of_nothing_is_refused(name, option):
     done = CliRunner().invoke(app, ["bench", name, option, "0"])
     assert done.exit_code == 2

@@ -1,0 +1,192 @@
+"""What do 1,000 sites cost on top of their training? A whole run of `--engine local` over the training alone.
+
+Each site is a small hospital of its own on disk: ten phantom patients, scans of two of the quickstart's seven organs, a
+`nano` model. A tenth of the sites is asked in a round, and takes the quickstart's 20 local steps. As most sites come
+back after many rounds, hardly one is warm when it is asked.
+
+    local   the real run from its handshakes to its model: everything that a round takes
+    pure    `Learner.train` for the same sites with as many steps, and nothing else: models, stem maps and images are
+            in memory before its clock starts
+
+The arms take turns, round by round. `over_pure` is the ratio of their medians over the rounds, in seconds on the clock
+per site and round; beside it stands the same in CPU seconds, which a busy machine disturbs less. `memory_grown` and
+`files_grown` are what the process had filled at most, and its open files, after the last round over after the first.
+The handshakes are told apart; making the images comes before it all.
+"""
+
+import resource
+import tempfile
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+
+from client.app import app as client_app
+from panfm.anatomy import parse_stream
+from panfm.config import RunConfig, load_run, site_folders
+from panfm.config.cohort import PhantomCohortConfig, PhantomSiteConfig
+from panfm.data.cache import open_store
+from panfm.objectives import Learner
+from panfm.sharing.messages import Handshake
+from panfm.site.session import held_streams
+from server.progress import Progress
+from server.rounds import run_federation
+from server.run_folder import RunFolder
+from simulations.engines import Job
+from simulations.engines.local import LocalGrid
+from simulations.engines.logs import logged_to
+from simulations.harness import QUICKSTART, JsonFile, StudyResult, check_writable
+from simulations.run import prepare_cohort
+
+_SUBJECTS = 10
+_ORGANS_PER_SITE = 2
+_TELL_EVERY = 100
+"""Handshakes per line of progress."""
+
+
+def main(
+    json: JsonFile = None,
+    sites: Annotated[
+        int, typer.Option(min=2, max=10_000, help="Sites; a tenth is asked in a round, at least 2.")
+    ] = 1000,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds.")] = 20,
+) -> None:
+    """Seconds per site and round: many sites in one process against their training alone."""
+    check_writable(json)
+    console = Console(soft_wrap=True, highlight=False)
+    run = describe(sites, rounds)
+    cohort = prepare_cohort(run, console) / "sites"
+    for site in track(site_folders(cohort), "images: preprocessing", console=console):
+        open_store(site, run.streams)
+    result = StudyResult("thousand-sites", {"sites": sites, "rounds": rounds, "subjects": _SUBJECTS}, unit="s")
+    with tempfile.TemporaryDirectory() as temporary:
+        job = Job(cohort, Path(temporary, "run"))
+        folder = RunFolder.create(job.run_dir, run)
+        grid = LocalGrid(client_app, job.num_sites, job.run_config())
+        turns = Turns(run, cohort, result, console)
+        with logged_to(job.log):
+            run_federation(grid, folder, turns, num_sites=sites)
+    for metric, name in (("seconds", "over_pure"), ("cpu_seconds", "over_pure_cpu")):
+        local, pure = (float(np.median(result.values[metric, arm])) for arm in ("local", "pure"))
+        result.ratios[name] = local / pure
+        console.print(f"{name}: {result.ratios[name]:.3f} ({1e3 * local:.1f} ms over {1e3 * pure:.1f} ms)")
+    for held, name in (("peak_gib", "memory_grown"), ("open_files", "files_grown")):
+        first, last = turns.held[0][held], turns.held[-1][held]
+        result.ratios[name] = last / first
+        console.print(f"{held}: {first:.4g} after the first round, {last:.4g} after the last")
+    if json:
+        result.write(json)
+
+
+def describe(num_sites: int, rounds: int) -> RunConfig:
+    """The quickstart with many small hospitals in place of its five."""
+    overrides = [f"train.rounds={rounds}", "federation.participation=0.1", "model.size=nano"]
+    run = load_run(QUICKSTART, overrides)
+    organs = [parse_stream(stream)[0] for stream in run.streams]
+    sites = {
+        f"site-{number:04d}": PhantomSiteConfig(
+            organs=tuple(organs[(number + offset) % len(organs)] for offset in range(_ORGANS_PER_SITE)),
+            subjects=_SUBJECTS,
+        )
+        for number in range(num_sites)
+    }
+    cohort = PhantomCohortConfig(kind="phantom", holdout_subjects=1, sites=sites)
+    return run.model_copy(update={"cohort": cohort})
+
+
+class Turns(Progress):
+    """Reads the clock of the run at the end of each round, and lets the other arm take its turn."""
+
+    def __init__(self, run: RunConfig, sites: Path, result: StudyResult, console: Console) -> None:
+        super().__init__(console)
+        self.held: list[dict[str, float]] = []
+        """What the process held after each round."""
+        self._pure = PureTraining(run, sites)
+        self._result = result
+        self._num_sites = 0
+        self._clock = _Clock()
+
+    def site(self, handshake: Handshake) -> None:
+        """A site has shaken hands."""
+        self._num_sites += 1
+        if self._num_sites % _TELL_EVERY == 0:
+            self._console.print(f"{self._num_sites} sites have shaken hands")
+
+    def privacy(self, label: str) -> None:
+        """All sites have shaken hands: the rounds begin."""
+        measured = self._clock.per_site(self._num_sites)
+        self._result.add("handshakes", measured)
+        self._console.print(f"handshakes: {1e3 * measured['seconds']:.1f} ms per site")
+        self._clock = _Clock()
+
+    def round(self, run: RunConfig, line: Mapping[str, Any]) -> None:
+        """A round has ended; the other arm trains its sites again."""
+        local = self._clock.per_site(len(line["sites"]))
+        self._result.add("local", local)
+        self.held.append(_held())
+        pure = self._pure.train(line["sites"], line["round"])
+        self._result.add("pure", pure)
+        super().round(run, line)
+        self._console.print(f"  per site: local {1e3 * local['seconds']:.1f} ms, pure {1e3 * pure['seconds']:.1f} ms")
+        self._clock = _Clock()
+
+
+class PureTraining:
+    """The training of some sites, one after the other; sites with the same streams share a learner."""
+
+    def __init__(self, run: RunConfig, sites: Path) -> None:
+        self._run = run
+        self._sites = sites
+        self._learners: dict[tuple[str, ...], Learner] = {}
+
+    def train(self, sites: Iterable[str], round_number: int) -> dict[str, float]:
+        """Seconds per site."""
+        torch.set_num_threads(self._run.train.threads)
+        ready = []
+        for site in sites:
+            store = open_store(self._sites / site, self._run.streams)
+            learner = self._learner(tuple(held_streams(self._run, store)))
+            learner.stem(store)
+            ready.append((site, learner, store))
+        num_steps = self._run.train.local_steps
+        clock = _Clock()
+        for site, learner, store in ready:
+            learner.train(
+                store,
+                store.indices("train"),
+                first_step=(round_number - 1) * num_steps,
+                num_steps=num_steps,
+                site=site,
+                round_number=round_number,
+            )
+        return clock.per_site(len(ready))
+
+    def _learner(self, streams: tuple[str, ...]) -> Learner:
+        if streams not in self._learners:
+            self._learners[streams] = Learner(self._run, streams)
+        return self._learners[streams]
+
+
+class _Clock:
+    """Runs from where it is made."""
+
+    def __init__(self) -> None:
+        self._begin, self._begin_cpu = time.perf_counter(), time.process_time()
+
+    def per_site(self, num_sites: int) -> dict[str, float]:
+        seconds, cpu_seconds = time.perf_counter() - self._begin, time.process_time() - self._begin_cpu
+        return {"seconds": seconds / num_sites, "cpu_seconds": cpu_seconds / num_sites}
+
+
+def _held() -> dict[str, float]:
+    """What the process has filled at most so far, and its open files."""
+    return {
+        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "open_files": len(list(Path("/dev/fd").iterdir())),
+    }
