@@ -180,17 +180,28 @@ def site_log(
     verify: Annotated[
         bool, typer.Option("--verify", help="Check the chain of hashes only, and print its end.")
     ] = False,
+    noted: Annotated[
+        str | None,
+        typer.Option(help="An end of the chain that you wrote down earlier: it must still be in the record."),
+    ] = None,
 ) -> None:
-    """Every message that left the site, oldest first. Ends with status 1 where the record was tampered with."""
+    """Every message that left the site, oldest first. Ends with status 1 where the record was tampered with.
+
+    Lines that were changed or taken out break the chain. Lines cut off at its end, or a record written anew from some
+    line on, do not: they are found with --noted.
+    """
     from panfm.config import load_site, site_path
     from panfm.site.departures import Departures
     from panfm.site.tell import departure_line
 
-    count, end = 0, "nothing yet"
-    for line in Departures(site_path(site, load_site(site).state_dir)).lines():
-        count, end = count + 1, line["chain"]
+    departures, ends = Departures(site_path(site, load_site(site).state_dir)), []
+    for line in departures.lines():
+        ends.append(line["chain"])
         if not verify:
             typer.echo(departure_line(line))
+    if noted is not None and noted not in ends:
+        raise DataError(f"{departures.path}: the end noted is not in it, lines were cut off or written anew")
+    count, end = len(ends), ends[-1] if ends else "nothing yet"
     typer.echo(f"{count} messages, unbroken; the chain ends with: {end}")
 
 

@@ -58,6 +58,25 @@ def test_log(folder):
     assert (result.exit_code, len(result.stderr.splitlines())) == (1, 1)
 
 
+def test_an_end_that_was_noted_tells_what_the_chain_cannot(folder):
+    """Cut off, or written anew from some line on: the chain holds, the note does not."""
+    departures = Departures(folder / ".panfm" / "state")
+    first, second, forged = (Frame.error(f"site alpha: {reason}") for reason in ("no", "not now", "yes"))
+    for frame in (first, second):
+        departures.append(frame, encode(frame))
+    ends = [line["chain"] for line in departures.lines()]
+    for end in ends:
+        assert run("log", folder, "--verify", "--noted", end)[0].startswith("2 messages, unbroken")
+    departures.path.write_text(departures.path.read_text().splitlines(keepends=True)[0])
+    cut = run("log", folder, "--verify")
+    departures.append(forged, encode(forged))
+    for words in (cut, run("log", folder, "--verify")):
+        assert "unbroken" in words[0]
+    result = CliRunner().invoke(main, ["site", "log", str(folder), "--verify", "--noted", ends[1]])
+    assert result.exit_code == 1
+    assert result.stderr == f"{departures.path}: the end noted is not in it, lines were cut off or written anew\n"
+
+
 def test_the_supernodes_command_survives_a_shell(tmp_path, write_site):
     folder = write_site(tmp_path / "St Mary's", "alpha", ("brain",), extra='[coordinator]\nkey = "my key"\n')
     words = shlex.split(supernode_command(folder, load_site(folder)))
