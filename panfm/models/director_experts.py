@@ -9,8 +9,9 @@
     alignment  cosine   1 - cos(output, director)             the director's output is a target, without gradient
                softmax  H(softmax(director / .5), softmax(output))    over features
 
-Dispatch is a loop over the experts, each reading one contiguous slice of the subjects sorted by expert: measured faster
-than a grouped product padded to the busiest expert at every size tried (48 to 192 wide, 8 and 16 experts).
+Dispatch is a loop over the experts, each reading one contiguous slice of the subjects sorted by expert (`dispatch.py`):
+measured faster than a grouped product padded to the busiest expert at every size tried (48 to 192 wide, 8 and 16
+experts), and at 192 wide than torch's unpadded one (`grouped_mm`).
 
 Source: DEX (arXiv 2605.21861); `softmax` is the released code's alignment.
 Shape legend: B subjects, L tokens (CLS first), D width, H hidden width, R experts, K active experts.
@@ -24,12 +25,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from panfm.models.dispatch import mix_experts
+
 Path = Literal["experts", "director"]
 """Which of the two a forward pass goes through."""
 Alignment = Literal["cosine", "softmax"]
 
 _ACTIVATION_MOMENTUM = 0.99
 _TARGET_TEMPERATURE = 0.5
+_SHORTEST = 1e-8
 
 
 @dataclass(frozen=True)
@@ -86,13 +90,10 @@ class Experts(nn.Module):
         """Mix the chosen experts' outputs for x [B, L, D]."""
         if len(chosen) == 1:
             return self._gathered(x[0], chosen[0], gates[0])[None]
-        num_active = chosen.shape[1]
-        order = chosen.flatten().argsort(stable=True)
-        loads = chosen.flatten().bincount(minlength=len(self.bias_in)).tolist()
-        slices = x.index_select(0, order // num_active).split(loads)
-        outputs = torch.cat([_expert(*each) for each in zip(slices, *self._unstacked(), strict=True)])
-        per_subject = outputs.index_select(0, order.argsort()).view(*chosen.shape, *x.shape[1:])
-        return torch.einsum("bk,bkld->bld", gates.to(outputs.dtype), per_subject)
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        stacked = (self.weight_in, self.bias_in, self.weight_out, self.bias_out)
+        weight_in, bias_in, weight_out, bias_out = (each.to(dtype) for each in stacked)
+        return mix_experts(x.to(dtype), chosen, gates.to(dtype), (weight_in, bias_in, weight_out, bias_out))
 
     def _gathered(self, x: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
         """One subject's tokens [L, D] through its experts [K]. Nothing here depends on values, so it can be batched by
@@ -101,9 +102,6 @@ class Experts(nn.Module):
         outputs = torch.einsum("klh,kdh->kld", functional.gelu(hidden), self.weight_out[chosen])
         outputs = outputs + self.bias_out[chosen][:, None]
         return torch.einsum("k,kld->ld", gates.to(outputs.dtype), outputs)
-
-    def _unstacked(self) -> list[tuple[Tensor, ...]]:
-        return [stacked.unbind() for stacked in (self.weight_in, self.bias_in, self.weight_out, self.bias_out)]
 
 
 class DirectorExperts(nn.Module):
@@ -179,9 +177,16 @@ class DirectorExperts(nn.Module):
 def alignment_distance(outputs: Tensor, target: Tensor, kind: Alignment) -> Tensor:
     """Distance of the experts' outputs [..., D] to the director's -> [...]."""
     if kind == "cosine":
-        return 1.0 - functional.cosine_similarity(outputs.float(), target.float(), dim=-1)
+        mine, wanted = outputs.float(), target.float()
+        lengths = _length(mine) * _length(wanted)
+        return 1.0 - torch.linalg.vecdot(mine, wanted) / lengths
     wanted = (target.float() / _TARGET_TEMPERATURE).softmax(dim=-1)
     return -(wanted * outputs.float().log_softmax(dim=-1)).sum(dim=-1)
+
+
+def _length(x: Tensor) -> Tensor:
+    """Norm of x [..., D], not quite zero."""
+    return x.norm(dim=-1).clamp_min(_SHORTEST)
 
 
 def balance_loss(probs: Tensor) -> Tensor:
@@ -198,7 +203,3 @@ def layer_weight(layer: int, num_layers: int) -> float:
 def dense_name(name: str) -> str:
     """The dense model's name of a parameter: a director's stands for the MLP's; any other name is the same."""
     return name.replace(".mlp.director.", ".mlp.")
-
-
-def _expert(x: Tensor, weight_in: Tensor, bias_in: Tensor, weight_out: Tensor, bias_out: Tensor) -> Tensor:
-    return functional.linear(functional.gelu(functional.linear(x, weight_in, bias_in)), weight_out, bias_out)

@@ -2,7 +2,8 @@
 
     dense   one MLP per block, hidden width 4 x 192
     dex     8 experts and a director per block, 2 active, hidden width 2 x 192: the same active FLOPs
-    naive   dex as one writes it first: a loop over expert modules, and a director that stacks all of them every step
+    naive   dex as one writes it first: a loop over expert modules that autograd differentiates, torch's cosine, and a
+            director that stacks all experts every step
 
 A step is forward, losses, backward, optimiser and the directors' update on 32 images of 196 tokens, three quarters of
 them hidden, 12 blocks, one thread. The routers' noise stays at 1, so that experts stay in use. The arms take turns,
@@ -18,10 +19,11 @@ import torch
 import typer
 from rich.console import Console
 from torch import Tensor, nn
+from torch.nn import functional
 
 from panfm.config import RunConfig, parse_run
 from panfm.data.store import ImageStore
-from panfm.models.director_experts import DirectorExperts, mlp
+from panfm.models.director_experts import Alignment, DirectorExperts, Routed, mlp
 from panfm.objectives import Learner
 from panfm.seeds import numpy_generator
 from simulations.harness import StudyResult, check_writable
@@ -95,7 +97,15 @@ class NaiveExperts(nn.Module):
 
 
 class NaiveDirectorExperts(DirectorExperts):
-    """Stacks all experts whenever the director moves."""
+    """Stacks all experts whenever the director moves; its cosine is torch's."""
+
+    def alignment_loss(self, routed: Routed, valid: Tensor, kind: Alignment) -> Tensor:
+        """One minus torch's cosine similarity, for the one kind that the bench asks for."""
+        assert kind == "cosine"
+        with torch.no_grad():
+            target = self.director(routed.inputs)
+        distance = 1.0 - functional.cosine_similarity(routed.outputs, target, dim=-1)
+        return (distance * valid).sum(dim=1) / valid.sum(dim=1)
 
     @torch.no_grad()
     def move_director(self, mass: Tensor, *, momentum: float) -> None:
@@ -110,12 +120,14 @@ class NaiveDirectorExperts(DirectorExperts):
 def naive_learner(run: RunConfig) -> Learner:
     """The same model with naive layers; every expert starts as the director. Pooled, because names differ."""
     learner = Learner(run.model_copy(update={"sharing": run.sharing.model_copy(update={"experts": "pooled"})}))
-    for layer in learner.model.director_experts().values():
-        experts = NaiveExperts(len(layer.activation), *reversed(layer.experts.weight_in.shape[1:]))
-        for expert in experts.experts:
-            expert.load_state_dict(layer.director.state_dict())
-        layer.__class__, layer.experts = NaiveDirectorExperts, experts  # type: ignore[assignment]
+    for model in (learner.model, learner.teacher):
+        for layer in model.director_experts().values():
+            experts = NaiveExperts(len(layer.activation), *reversed(layer.experts.weight_in.shape[1:]))
+            for expert in experts.experts:
+                expert.load_state_dict(layer.director.state_dict())
+            layer.__class__, layer.experts = NaiveDirectorExperts, experts  # type: ignore[assignment]
     learner.parameters = list(learner.model.parameters())
+    learner._teacher_parameters = list(learner.teacher.requires_grad_(requires_grad=False).parameters())
     learner.reset_private()
     return learner
 

@@ -18,6 +18,7 @@ from panfm.models.director_experts import (
     balance_loss,
     layer_weight,
 )
+from panfm.models.dispatch import mix_experts
 from panfm.models.export import director_run, director_state, start_from_dense
 from panfm.models.tokens import pack
 
@@ -339,10 +340,48 @@ def test_a_subject_without_any_token_goes_through_experts_too(make_run):
     assert encoded.routed[0].outputs.shape == (1, 1, 12)
 
 
+@pytest.mark.parametrize(("num_experts", "num_active", "batch"), [(5, 2, 7), (8, 1, 2), (3, 3, 4)])
+def test_the_gradient_of_a_mixture_is_that_of_finite_differences(num_experts, num_active, batch):
+    """Of inputs, gates, and all experts, idle ones too."""
+    layer, x = make_layer(num_experts, num_active).double(), images(batch).double().requires_grad_()
+    routed = layer(x)
+    stacked = tuple(layer.experts.parameters())
+    gates = routed.gates.detach().requires_grad_()
+    torch.autograd.gradcheck(lambda x, gates, *four: mix_experts(x, routed.chosen, gates, four), (x, gates, *stacked))
+
+
+def test_a_mixture_refuses_a_gradient_of_its_gradient():
+    layer, x = make_layer(), images().requires_grad_()
+    (first,) = torch.autograd.grad(layer(x).outputs.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+def test_a_batch_of_nobody_has_no_outputs():
+    layer = make_layer()
+    routed = layer(images(0))
+    assert routed.outputs.shape == (0, 4, 6)
+    routed.outputs.sum().backward()
+    assert all((parameter.grad == 0).all() for parameter in layer.experts.parameters())
+
+
+def test_outputs_of_length_zero_have_a_distance_and_a_gradient():
+    outputs = torch.zeros(2, 3, requires_grad=True)
+    distance = alignment_distance(outputs, torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]), "cosine")
+    assert distance.tolist() == [1.0, 1.0]
+    distance.sum().backward()
+    assert torch.isfinite(outputs.grad).all()
+
+
 def test_routing_keeps_its_precision_under_autocast():
     layer, x = make_layer(), images()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mixed = layer(x)
     assert mixed.probs.dtype == torch.float32
     assert torch.equal(mixed.probs, layer(x).probs)
+    assert mixed.outputs.dtype == torch.bfloat16
     assert functional.mse_loss(mixed.outputs.float(), layer(x).outputs) < 1e-2
+    found, expected = (gradients(layer, routed.outputs.float().square().sum()) for routed in (mixed, layer(x)))
+    for name in (name for name in found if name.startswith("experts.")):
+        assert found[name].dtype == torch.float32
+        assert (found[name] - expected[name]).norm() < 0.02 * expected[name].norm()
