@@ -206,7 +206,7 @@ def probe_joined(
 
 
 def print_result(result: StudyResult, arms: Sequence[str], metrics: Sequence[str], console: Console | None) -> None:
-    """Mean and standard deviation of every metric and arm, and the answers."""
+    """Mean and standard deviation of every metric and arm, the answers, and the targets."""
     console = console or Console(soft_wrap=True, highlight=False)
     table = Table("", *(arm.replace("-", "-\n") for arm in arms), title=f"{result.name}: mean and sd over pairs")
     for metric in metrics:
@@ -214,6 +214,8 @@ def print_result(result: StudyResult, arms: Sequence[str], metrics: Sequence[str
     console.print(table)
     for name, value in result.ratios.items():
         console.print(f"{name}: {value:+.3f}")
+    for target in result.targets:
+        console.print(target)
 
 
 def _mean_sd(values: Sequence[float]) -> str:

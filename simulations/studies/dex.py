@@ -46,6 +46,7 @@ from simulations.harness import (
     Seeds,
     StudyOptions,
     StudyResult,
+    Target,
     check_writable,
     run_jobs,
     steps_of,
@@ -129,6 +130,7 @@ def run(options: StudyOptions, steps: int) -> StudyResult:
         result.add(job.arm, {name: value for name, value in measured.items() if not name.startswith("director:")})
         result.add(f"{job.arm}-director", _under(measured, "director:"))
     result.ratios.update(_answers(result))
+    result.targets += targets(result)
     return result
 
 
@@ -255,6 +257,17 @@ def _answers(result: StudyResult) -> dict[str, float]:
                 result, metric, arm, "dense", lambda gain: np.mean(gain >= 0)
             )
     return answers
+
+
+def targets(result: StudyResult) -> list[Target]:
+    """What was asked of Director-Experts."""
+    found = result.ratios
+    return [
+        Target("nmi of dex, deeper half", found["nmi_dex"], 0.4),
+        Target("nmi, dex minus token-moe", found["nmi_dex-minus-token-moe"], 0.15),
+        Target("one minus conflict of dex over dense", 1.0 - found["conflict_dex_over_dense"], 0.25),
+        Target("share of pairs with probe_pooled of dex at least dense", found["probe_pooled/dex-at-least-dense"], 0.8),
+    ]
 
 
 def _gain(

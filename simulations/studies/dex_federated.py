@@ -26,6 +26,8 @@ from typing import Annotated
 
 import numpy as np
 import typer
+from numpy.typing import NDArray
+from scipy import stats
 
 from panfm.config import RunConfig
 from panfm.data.store import join_stores
@@ -45,6 +47,7 @@ from simulations.harness import (
     Seeds,
     StudyOptions,
     StudyResult,
+    Target,
     check_writable,
     run_jobs,
     steps_of,
@@ -122,6 +125,7 @@ def run(options: StudyOptions, rounds: int) -> StudyResult:
     for job, measured in zip(jobs, done, strict=True):
         result.add(job.arm, measured)
     result.ratios.update(_answers(result))
+    result.targets += targets(result)
     return result
 
 
@@ -202,5 +206,24 @@ def _answers(result: StudyResult) -> dict[str, float]:
             if baseline != DEFAULT:
                 gain = np.array(result.gain(metric, DEFAULT, baseline))
                 answers[f"{metric}/{DEFAULT}-minus-{baseline}"] = float(gain.mean())
+                answers[f"{metric}/{DEFAULT}-minus-{baseline}/half-interval"] = half_interval(gain)
                 answers[f"{metric}/{DEFAULT}-at-least-{baseline}"] = float((gain >= 0).mean())
     return answers
+
+
+def half_interval(gains: NDArray[np.float64]) -> float:
+    """Half of the 95 % interval of a mean, by Student's t; NaN for a single pair."""
+    if len(gains) < 2:
+        return float("nan")
+    return float(stats.t.ppf(0.975, len(gains) - 1) * gains.std(ddof=1) / np.sqrt(len(gains)))
+
+
+def targets(result: StudyResult) -> list[Target]:
+    """What was asked of the arm that is the default."""
+    gains = [
+        Target(f"{metric}, {DEFAULT} minus {baseline}", result.ratios[f"{metric}/{DEFAULT}-minus-{baseline}"], 0.0)
+        for metric in ("probe_own", "probe_newsite")
+        for baseline in ("naive", "dense")
+    ]
+    bytes_saved = 1.0 - result.ratios["bytes_private_over_all"]
+    return [*gains, Target(f"share of the bytes that {DEFAULT} saves", bytes_saved, 0.55)]

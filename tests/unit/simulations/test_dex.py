@@ -93,6 +93,7 @@ def test_the_whole_study(tmp_path, monkeypatch, picture_cohort):
     assert result.ratios["conflict_dex_over_dense"] == pytest.approx(0.605 / 0.505)
     assert result.ratios["probe_pooled/dex-at-least-dense"] == 1.0
     assert result.ratios["probe_pooled/dex-director-at-least-dense"] == 0.0
+    assert [target.is_met for target in result.targets] == [True, True, False, True]
     result.write(tmp_path / "dex.json")
 
 

@@ -1,9 +1,11 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from panfm.sharing.groups import EXPERTS, ROUTER, group_of
+from simulations.harness import StudyOptions
 from simulations.studies import dex_federated as study
 from simulations.studies._modalities import Pictures
 
@@ -48,3 +50,24 @@ def test_arms_differ_in_what_they_say():
     assert {arm for arm, run in runs.items() if run.model.backbone == "director-experts"} == {*DEX_ARMS}
     assert [runs[arm].sharing.experts for arm in ("private", "pooled", "naive")] == ["private", "pooled", "naive"]
     assert runs["dense"].model.hidden_multiple == 2 * runs["private"].model.hidden_multiple
+
+
+def test_the_whole_study(monkeypatch, picture_cohort):
+    """Private is ahead of dense by .01 and .03, behind naive by .02."""
+
+    def measure(job):
+        lead = {"private": 0.02, "dense": 0.01 - 0.02 * job.seed, "naive": 0.04}.get(job.arm, 0.0)
+        sent = {"private": 40.0, "pooled": 100.0}.get(job.arm, float("nan"))
+        return dict.fromkeys(study.METRICS, 0.5 + lead) | {"bytes_round": sent}
+
+    monkeypatch.setattr(study, "measure", measure)
+    monkeypatch.setattr(study, "write_draw", lambda job: picture_cohort)
+    result = study.run(StudyOptions(seeds=2, workers=1), rounds=1)
+    assert result.ratios["probe_own/private-minus-dense"] == pytest.approx(0.02)
+    assert result.ratios["probe_own/private-minus-dense/half-interval"] == pytest.approx(12.706 * 0.01, rel=1e-3)
+    assert result.ratios["probe_newsite/private-at-least-dense"] == 1.0
+    assert [target.is_met for target in result.targets] == [False, True, False, True, True]
+
+
+def test_one_pair_has_no_interval():
+    assert math.isnan(study.half_interval(np.array([0.1])))
