@@ -166,7 +166,7 @@ def _flower_run(run_dir: Path) -> FlowerRun | None:
     try:
         words = json.loads(path.read_text(encoding="utf-8"))
         return FlowerRun(str(int(words["run-id"])), str(words["connection"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise RunError(f"{path}: expected the run-id and the connection of a run ({type(error).__name__})") from error
 
 

@@ -18,6 +18,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from panfm.errors import DataError
 from panfm.evaluate.scores import Interval
 from panfm.files import json_text
@@ -71,16 +73,14 @@ def read_result(path: Path) -> ProbeResult:
         DataError: the file is absent or not what `write_result` writes.
     """
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-        scores = tuple(Score(**{key: _number(value) for key, value in row.items()}) for row in table["scores"])
-        missing, balance, streams = (
-            {arm: {name: _number(value) for name, value in row.items()} for arm, row in part.items()}
-            for part in (table["missing"], table["balance"], table.get("streams", {}))
-        )
-        return ProbeResult(scores, missing, balance, table["subjects"], tuple(table["notes"]), streams)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return TypeAdapter(ProbeResult).validate_python(_with_nan(json.loads(path.read_text(encoding="utf-8"))))
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: not a probe result written by a run ({type(error).__name__})") from error
 
 
-def _number(value: Any) -> Any:
+def _with_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_nan(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_with_nan(each) for each in value]
     return math.nan if value is None else value

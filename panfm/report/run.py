@@ -164,7 +164,7 @@ def _read_rounds(path: Path) -> tuple[Mapping[str, Any], ...]:
         try:
             content = json.loads(line)
             rounds[_RoundLine.model_validate(content, strict=True).round] = content
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if not line.endswith(b"\n"):
                 break
             raise DataError(
@@ -178,7 +178,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: not valid JSON") from error
     if not isinstance(content, dict):
         raise DataError(f"{path}: found {type(content).__name__}, expected a JSON object")

@@ -5,6 +5,7 @@ Not a traceback, not an exit status of 0 for what cannot hold, no line broken in
 """
 
 import contextlib
+import json
 import random
 import re
 import subprocess
@@ -21,11 +22,13 @@ from typer.testing import CliRunner
 
 from panfm.cli import main
 from panfm.config import dump_toml, load_run, parse_run, parse_site
-from panfm.errors import ConfigError
+from panfm.errors import ConfigError, PanfmError
+from panfm.evaluate.result import ProbeResult, Score, write_result
 from panfm.privacy.ledger import Ledger, Limits
 from panfm.sharing.frames import Frame, encode
 from panfm.site.departures import Departures
-from tests.federation.conftest import RUN
+from server.cli import app as server
+from tests.federation.conftest import RUN, Federation
 
 pytestmark = pytest.mark.slow
 CASES = 200
@@ -255,9 +258,60 @@ def test_ledger(site):
     ledger.path.unlink()
 
 
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory, write_site) -> Path:
+    """A finished run, probed."""
+    federation = Federation(tmp_path_factory.mktemp("runs"))
+    for name in ("alpha", "beta"):
+        write_site(federation.sites / name, name, ("brain",))
+    folder = federation.run("run", "train.rounds=2")
+    scores = (Score("federated", "all", "auc", 0.7, 0.6, 0.8, 3), Score("untrained", "age", "r2", 0.1, 0.0, 0.2, 1))
+    grid = {"federated": {"auc": 0.7, "auc_missing_1": 0.6, "auc_drop_brain": 0.5}}
+    balance = {"federated": {"effective_rank": 3.0}}
+    write_result(folder / "probe.json", ProbeResult(scores, grid, balance, {"fit": 20, "test": 10}, ("a note",), grid))
+    return folder
+
+
+def spoil_json(draw: random.Random, value: Any) -> Any:
+    """One value somewhere in it replaced or taken out."""
+    if isinstance(value, dict) and value and draw.random() < 0.8:
+        key = draw.choice(list(value))
+        rest = {name: each for name, each in value.items() if name != key}
+        return rest if draw.random() < 0.2 else {**rest, key: spoil_json(draw, value[key])}
+    if isinstance(value, list) and value and draw.random() < 0.8:
+        at = draw.randrange(len(value))
+        return [*value[:at], spoil_json(draw, value[at]), *value[at + 1 :]]
+    return draw.choice(VALUES)
+
+
+@pytest.mark.parametrize("name", ["rounds.jsonl", "sites.json", "probe.json", "model/metadata.json"])
+def test_run_folder(run_folder, name):
+    """As the coordinator's `status` and `panfm report` read it."""
+    path = run_folder / name
+    text = path.read_text()
+    objects = [json.loads(line) for line in (text.splitlines() if name.endswith("l") else [text])]
+
+    def spoil(draw: random.Random) -> bytes:
+        if draw.random() < 0.25:
+            return spoil_bytes(draw, text.encode())
+        at = draw.randrange(len(objects))
+        found = [*objects[:at], spoil_json(draw, objects[at]), *objects[at + 1 :]]
+        return "".join(f"{json.dumps(each)}\n" for each in found).encode()
+
+    def check() -> None:
+        told(["report", run_folder], path)
+        found = CliRunner().invoke(server, ["status", str(run_folder)]).exception
+        assert found is None or isinstance(found, PanfmError | SystemExit), repr(found)
+        assert "\n" not in str(found)
+
+    each_case(name, path, spoil, check, CASES // 2)
+
+
 COMMANDS = {
-    "panfm": ("site check", "site dry-run", "site status", "site log", "site start", "cohort make", "ledger show",
-              "ledger verify", "ledger plan", "embed", "probe", "report"),
+    "panfm": ("site init", "site check", "site dry-run", "site status", "site log", "site start", "cohort make",
+              "ledger show", "ledger verify", "ledger plan", "audit step", "audit membership", "audit inversion",
+              "embed", "probe", "report", "export"),
+    "python -m server": ("start", "status", "watch", "resume", "stop", "export"),
     "python -m simulations": ("run", "study dex", "bench aggregate"),
 }  # fmt: skip
 
@@ -270,6 +324,18 @@ def test_flags(command, site, tmp_path):
         found = ask([*command.split(), *words])
         assert found.exit_code in (1, 2), words
         assert found.stderr, words
+
+
+@pytest.mark.parametrize("command", COMMANDS["python -m server"])
+def test_flags_of_the_coordinator(command, tmp_path):
+    absent = str(tmp_path / "absent")
+    where = {"start": ["--connection", "x"], "export": ["--to", "onnx", "--out", absent]}.get(command, [])
+    for words in (["--unknown"], [absent, "--connection"], [absent] * 4, [absent, *where], []):
+        found = CliRunner().invoke(server, [command, *words])
+        assert isinstance(found.exception, PanfmError | SystemExit), words
+        assert found.exit_code in (1, 2), words
+        assert found.stderr or "\n" not in str(found.exception), words
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

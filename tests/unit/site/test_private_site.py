@@ -29,6 +29,7 @@ heart-mr = { spacing-mm = [8.0, 8.0, 8.0], shape = [8, 8, 8], patch = [4, 4, 8] 
 [train]
 rounds = 6
 local-steps = 2
+validate-every = 1
 [objective]
 standardise = false
 """
