@@ -58,7 +58,7 @@ key = "supernode.key"
 
 
 def init_site(folder: Path, name: str) -> None:
-    """Write `site.toml` and an empty `manifest.csv` into a folder, which is made if need be.
+    """Write `site.toml` and an empty `manifest.csv` into a folder, which is made if need be, for its owner alone.
 
     Raises:
         ConfigError: the name is not one.
@@ -72,7 +72,7 @@ def init_site(folder: Path, name: str) -> None:
         if path.exists():
             raise DataError(f"{path}: found a file, expected none: it would be overwritten")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         for path, content in files.items():
             path.write_text(content, encoding="utf-8")
     except OSError as error:

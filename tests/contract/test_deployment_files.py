@@ -63,6 +63,17 @@ def test_units_start_again_what_ends(unit):
     assert re.search(r"^RestartSec=[1-9]\d*$", text, re.MULTILINE)
 
 
+@pytest.mark.parametrize("name", [name for name in COMMANDS if "supernode" not in name and "worker" not in name])
+def test_nothing_is_installed_at_run_time(name):
+    """The coordinator's processes are told not to; a SuperNode does only if it is told to."""
+    unit, service = HOSTS / name, SERVICES.get(name.removeprefix("compose: "), {})
+    words = (
+        unit.read_text(encoding="utf-8") if unit.exists() else "\n".join(map("=".join, service["environment"].items()))
+    )
+    assert "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1" in words
+    assert not any("--allow-runtime-dependency-installation" in command for command in COMMANDS.values())
+
+
 def test_containers_are_kept_apart():
     """The worker has no network, and shares no account and no folder of images with the SuperNode."""
     worker, supernode = SERVICES["worker"], SERVICES["supernode"]

@@ -53,6 +53,7 @@ def test_site_init_writes_what_site_check_reads(tmp_path):
     folder = tmp_path / "clinic"
     assert panfm("site", "init", folder, "--name", "clinic").exit_code == 0
     assert load_site(folder).name == "clinic"
+    assert folder.stat().st_mode & 0o077 == 0
     result = panfm("site", "check", folder)
     assert result.exit_code == 1
     assert "manifest.csv: found no rows, expected one row per subject and stream" in result.output

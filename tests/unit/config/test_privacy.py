@@ -79,6 +79,24 @@ def test_habits_of_other_frameworks_are_refused_with_the_remedy(line, remedy):
     assert remedy in found
 
 
+@pytest.mark.parametrize(
+    ("table", "line"),
+    [
+        ("objective", 'centring = "sinkhorn"'),
+        ("objective", "koleo-weight = 0.1"),
+        ("objective", 'reduction = "tokens of the batch"'),
+        ("model", 'norm = "batch"'),
+        ("train", "shuffle = true"),
+        ("model.experts", "private = false"),
+    ],
+)
+def test_what_this_project_does_not_have_is_refused_by_name(table, line):
+    key = f"{table}.{line.split(' ')[0]}"
+    with pytest.raises(ConfigError) as caught:
+        parse_run(f"{STREAMS}[masking]\npolicy = 'random'\n[{table}]\n{line}\n{PRIVACY}")
+    assert any(f"{key}: unknown key" in found for found in str(caught.value).splitlines())
+
+
 @pytest.mark.parametrize("line", ["noise-multiplier = inf", "clip-norm = 0.0", "epsilon = nan", "sample-rate = 1.5"])
 def test_numbers_that_make_no_sense_are_refused(line):
     key = line.split(" ")[0]

@@ -55,13 +55,13 @@ def test_a_step_without_patients_is_noise_of_the_stated_size(make_private, make_
     run = make_private(clip=0.7)
     learner, store = Learner(run), make_store(run)
     torch.manual_seed(0)
-    steps = [noisy_gradient(learner, store, np.arange(0), 0) for _ in range(3)]
+    steps = [noisy_gradient(learner, store, np.arange(0), 0) for _ in range(6)]
     torch.manual_seed(0)
-    steps += [noisy_gradient(learner, store, np.arange(0), 0) for _ in range(3)]
+    steps += [noisy_gradient(learner, store, np.arange(0), 0) for _ in range(6)]
     values = [torch.cat([each.flatten() for each in step.values()]) for step in steps]
-    assert not torch.equal(values[0], values[3])
+    assert not torch.equal(values[0], values[6])
     values = torch.cat(values).double()
-    assert len(values) > 500_000
+    assert len(values) > 1_000_000
     stated = 1.0 * 0.7 / (0.25 * 50)
     assert values.std().item() == pytest.approx(stated, rel=0.005)
     assert values.std().item() != pytest.approx(1.02 * stated, rel=0.005)

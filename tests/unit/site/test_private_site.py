@@ -1,5 +1,8 @@
 """A site in a private run: every byte it sends is public or bought, and its budget is its own."""
 
+import multiprocessing
+import os
+import signal
 import socket
 from concurrent.futures import ThreadPoolExecutor
 
@@ -232,6 +235,24 @@ def test_killing_and_resuming_and_another_run_never_lower_what_is_spent(site, mo
     assert first < after_kill
     assert found == sorted(found)
     assert len(set(found)) == 4
+
+
+def _dies_in_its_round(folder, asked):
+    loop.noisy_gradient = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+    Site(folder).train_round(asked)
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_in_a_round_has_paid_for_it(site):
+    site.train_round(task())
+    process = multiprocessing.get_context("spawn").Process(target=_dies_in_its_round, args=(site.folder, task(2)))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    site.train_round(task(2))
+    entries = spent(site)[1:]
+    assert [entry["round"] for entry in entries] == [1, 2, 2]
+    assert entries[0]["epsilon"] < entries[1]["epsilon"] < entries[2]["epsilon"]
 
 
 def test_a_task_that_does_not_fit_costs_nothing(site):
