@@ -98,10 +98,10 @@ class GroupedMean(Strategy):
         means = {group: self._empty_mean(group) for group in self.manifest.groups}
         good = self._good_replies(replies, means, server_round)
         limit = self.run.sharing.guards.direction
-        for _, reply in self._agreeing(good, limit) if limit else good:
-            for group, update in reply.updates.items():
-                means[group].add(update, reply.weights[group], checked=True)
-            del reply  # before the next one comes
+        for site, updates in self._agreeing(good, limit) if limit else good:
+            weights = self.outcome.accepted[site].weights
+            for group in sorted(updates, key=lambda group: len(updates[group])):
+                means[group].add(updates.pop(group), weights[group], checked=True)
         accepted = self.outcome.accepted
         norms = remember(self.memory.norms, [self.outcome.norms[site] for site in sorted(accepted)])
         holders = tuple(sorted(accepted)) if self._is_coded else ()
@@ -126,8 +126,11 @@ class GroupedMean(Strategy):
 
     def _good_replies(
         self, replies: Iterable[Message], means: Mapping[str, GroupMean], server_round: int
-    ) -> Iterator[tuple[str, RoundReply]]:
-        """Sites and replies that pass the guards, one by one; `outcome` keeps them without their updates."""
+    ) -> Iterator[tuple[str, dict[str, Flat]]]:
+        """Sites and updates that pass the guards, one by one; `outcome` keeps the rest of their replies.
+
+        Nothing else holds the updates: a group that is popped is let go.
+        """
         of = (self._run_id, server_round)
         for message in replies:
             handshake = self.asked[message.metadata.src_node_id]
@@ -140,16 +143,20 @@ class GroupedMean(Strategy):
                 continue
             self.outcome.norms[handshake.site] = norms
             self.outcome.accepted[handshake.site] = replace(reply, updates={})
-            yield handshake.site, reply
+            updates = dict(reply.updates)
             del message, reply
+            yield handshake.site, updates
 
-    def _agreeing(self, good: Iterable[tuple[str, RoundReply]], limit: float) -> Iterator[tuple[str, RoundReply]]:
+    def _agreeing(
+        self, good: Iterable[tuple[str, dict[str, Flat]]], limit: float
+    ) -> Iterator[tuple[str, dict[str, Flat]]]:
         """Those that point where the others do; all are held until the last has come."""
         held = dict(good)
-        refused = pointing_elsewhere(held, limit)
+        accepted = self.outcome.accepted
+        refused = pointing_elsewhere({site: replace(accepted[site], updates=held[site]) for site in held}, limit)
         self.outcome.rejected |= refused
-        self.outcome.accepted = {site: kept for site, kept in self.outcome.accepted.items() if site not in refused}
-        yield from ((site, reply) for site, reply in held.items() if site not in refused)
+        self.outcome.accepted = {site: kept for site, kept in accepted.items() if site not in refused}
+        yield from ((site, updates) for site, updates in held.items() if site not in refused)
 
     def _read(self, message: Message, handshake: Handshake) -> RoundReply:
         if handshake.site in self.outcome.accepted:

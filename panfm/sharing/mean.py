@@ -42,6 +42,8 @@ _ONES_BITS = int(np.float64(_ONES).view(np.int64))
 _WEIGHT_BITS = 20
 _CHUNK = 1 << 15
 """Numbers that are worked on at a time, so that what lies between stays in the cache."""
+_LARGE_CHUNK = 1 << 17
+"""The same in a large update, where two threads working on less would mostly wait for Python's lock."""
 _PIECE = 1 << 20
 """Numbers that a thread takes at a time."""
 _THREADS = 2
@@ -68,6 +70,7 @@ class ExactMean:
         self.update_limit = update_limit
         self._size = sum(length for length, _ in segments)
         self._pieces = list(_cut(segments))
+        self._chunk = max(_CHUNK, min(_LARGE_CHUNK, self._size >> 6))
         self._scale = 2.0 ** (_BITS - _exponent(weight_limit) - _exponent(update_limit))
         self._sum: NDArray[np.int64] | None = None
         """Of the contributions' integers, each with the constant."""
@@ -109,7 +112,10 @@ class ExactMean:
         factors = [weight / 2**_WEIGHT_BITS * self._scale for weight in fixed]
         is_first = self._sum is None
         total = np.empty(self._size, np.int64) if self._sum is None else self._sum
-        _in_threads(lambda here, which: _add_rounded(update[here], factors[which], total[here], is_first), self._pieces)
+        _in_threads(
+            lambda here, which: _add_rounded(update[here], factors[which], total[here], is_first, self._chunk),
+            self._pieces,
+        )
         self._sum = total
         self._added += 1
         self._weights = [total + weight for total, weight in zip(self._weights, fixed, strict=True)]
@@ -124,7 +130,9 @@ class ExactMean:
         total, constant = self._sum, _wrapped(self._added * _ONES_BITS)
         divisors = [weight * self._scale for weight in self.total_weights]
         mean = np.empty(self._size, dtype=np.float32)
-        _in_threads(lambda here, which: _divide(total[here], constant, divisors[which], mean[here]), self._pieces)
+        _in_threads(
+            lambda here, which: _divide(total[here], constant, divisors[which], mean[here], self._chunk), self._pieces
+        )
         return mean
 
 
@@ -143,31 +151,29 @@ def _within(update: Flat, limit: float) -> bool:
     return bool(update.min() >= -limit and update.max() <= limit)
 
 
-def _add_rounded(update: Flat, factor: float, total: NDArray[np.int64], is_first: bool) -> None:
+def _add_rounded(update: Flat, factor: float, total: NDArray[np.int64], is_first: bool, chunk: int) -> None:
     """total += round(update x factor) + the constant, modulo 2^64; if it is the first, total is what comes of it."""
-    product = np.empty(min(_CHUNK, len(update)))
-    for start in range(0, len(update), _CHUNK):
-        here = total[start : start + _CHUNK]
+    product = np.empty(0 if is_first else min(chunk, len(update)))
+    for start in range(0, len(update), chunk):
+        here = total[start : start + chunk]
         part = here.view(np.float64) if is_first else product[: len(here)]
-        part[:] = update[start : start + _CHUNK]
+        part[:] = update[start : start + chunk]
         part *= factor
         part += _ONES
         if not is_first:
             here += part.view(np.int64)
 
 
-def _divide(total: NDArray[np.int64], constant: int, divisor: float, mean: Flat) -> None:
+def _divide(total: NDArray[np.int64], constant: int, divisor: float, mean: Flat, chunk: int) -> None:
     """mean = (total - constant) / divisor, and -0.0 if nobody weighs anything."""
     if not divisor:
         mean[:] = -0.0
         return
-    whole = np.empty(min(_CHUNK, len(total)), np.int64)
-    for start in range(0, len(total), _CHUNK):
-        part = total[start : start + _CHUNK]
-        np.subtract(part, constant, out=whole[: len(part)])
-        quotient = whole[: len(part)].astype(np.float64)
-        quotient /= divisor
-        mean[start : start + _CHUNK] = quotient
+    whole = np.empty(min(chunk, len(total)), np.int64)
+    for start in range(0, len(total), chunk):
+        part = whole[: len(total) - start]
+        np.subtract(total[start : start + chunk], constant, out=part)
+        np.divide(part, divisor, out=mean[start : start + chunk], dtype=np.float64, casting="same_kind")
 
 
 def _cut(segments: Segments) -> Iterator[tuple[slice, int]]:
@@ -181,8 +187,8 @@ def _cut(segments: Segments) -> Iterator[tuple[slice, int]]:
 
 
 def _in_threads(work: Callable[[slice, int], _R], pieces: Sequence[tuple[slice, int]]) -> list[_R]:
-    if len(pieces) == 1:
-        return [work(*pieces[0])]
+    if len(pieces) <= _THREADS:
+        return [work(*piece) for piece in pieces]
     with ThreadPoolExecutor(_THREADS) as threads:
         return list(threads.map(work, *zip(*pieces, strict=True)))
 

@@ -7,6 +7,13 @@
 All sites send a `small` model of seven organs (about 25 million numbers). The arms take turns; making the replies is
 not counted. `peak_copies` is what the aggregation had in memory at its worst, replies included and the global model
 not, in float32 copies of the model; it is taken in a pass of its own.
+
+Where our time goes, on two cores, in ms: of a reply 8 for the guards' norm, 18 for the sum, about 9 for letting its
+bytes go; of a round 30 for the mean and 50 for its message. Flower takes 42 to 49 a reply, axpy about 24. What memory
+alone takes (the sum's 8 bytes a number read and written: 10, the reply read: 6, let go: 9) is already half of Flower's
+time. Tried for norm and sum, 26 together: both in one pass (20 to 24, but a refused reply would have to be taken off
+again), chunks of 2^15 (32 to 42: two threads wait for Python's lock), of 2^18 (as 2^17), torch (25 to 55 for the sum).
+The sum (2) and one reply (1) are 3 copies of the model in memory; the objects around them add .001 to .003.
 """
 
 import time

@@ -86,12 +86,14 @@ def test_order_where_floats_fail():
     assert len(naive) > 1
 
 
-def test_as_good_as_float64(monkeypatch):
+@pytest.mark.parametrize(("size", "large_chunk"), [(50, 9), (700, 9), (700, 11), (700, 1000)])
+def test_as_good_as_float64(size, large_chunk, monkeypatch):
     """Five sites of a real size, over several chunks and threads."""
     monkeypatch.setattr(module, "_CHUNK", 7)
+    monkeypatch.setattr(module, "_LARGE_CHUNK", large_chunk)
     monkeypatch.setattr(module, "_PIECE", 20)
     generator = np.random.default_rng(1)
-    updates = [generator.normal(scale=1e-3, size=50).astype(np.float32) for _ in range(5)]
+    updates = [generator.normal(scale=1e-3, size=size).astype(np.float32) for _ in range(5)]
     weights = [2700.0, 1800.0, 2680.0, 1.0, 900.5]
     wanted = np.average(np.asarray(updates, np.float64), axis=0, weights=weights)
     np.testing.assert_allclose(mean_of(updates, weights), wanted, rtol=2**-23, atol=1e-13)

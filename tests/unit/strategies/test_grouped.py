@@ -13,6 +13,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from panfm.config import RunConfig
 from panfm.sharing.coding import encode
 from panfm.sharing.groups import GroupManifest
+from panfm.sharing.mean import ExactMean
 from panfm.sharing.messages import Handshake, RoundReply
 from strategies import GroupedMean, Memory
 
@@ -125,6 +126,19 @@ def test_replies_are_taken_one_by_one(strategy):
 
     strategy.aggregate_train(5, replies())
     assert seen == [0, 1, 2]
+
+
+def test_a_group_is_let_go_when_it_is_added(strategy, monkeypatch):
+    """Smallest first, so that the largest is added when the others have gone; the guards have passed all of them."""
+    kept, seen = [], []
+
+    def add(self, update, weights, *, checked=False):
+        seen.append((len(update), sum(each() is not None for each in kept), checked))
+        kept.append(weakref.ref(update))
+
+    monkeypatch.setattr(ExactMean, "add", add)
+    strategy.aggregate_train(5, [message(11, reply(11, 0.1)), message(12, reply(12, 0.2))])
+    assert seen == [(1, 0, True), (2, 0, True), (2, 0, True), (1, 0, True), (2, 0, True)]
 
 
 def test_order_does_not_matter(strategy):
