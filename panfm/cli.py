@@ -137,11 +137,12 @@ def site_start(site: Annotated[Path, typer.Argument(help="Site folder.")]) -> No
     from panfm.site import Site
     from panfm.site.limits import limit_memory
     from panfm.site.tell import supernode_command
-    from panfm.site.worker import Worker, listen
+    from panfm.site.worker import Worker, check_closed, listen
 
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     os.umask(0o077)
     opened = Site(site)
+    check_closed(site, opened.config)
     limit_memory(opened.config.limits.memory_gib)
     with listen(site, opened.config) as listener:
         typer.echo(f"{opened.config.name}: at work; its SuperNode, under Flower's account:")

@@ -99,6 +99,12 @@ def listen(folder: Path, site: SiteConfig) -> Iterator[socket.socket]:
         yield listener
 
 
+def check_closed(folder: Path, site: SiteConfig) -> None:
+    """Raises ConfigError if every account of this machine may enter the site folder, and Flower runs under another."""
+    if site.worker.users and folder.stat().st_mode & 0o007:
+        raise ConfigError(f"{folder}: open to every account, Flower's among them; expected: chmod o= {folder}")
+
+
 def is_running(folder: Path, site: SiteConfig) -> bool:
     """Whether a worker serves this site now."""
     try:

@@ -159,6 +159,10 @@ def test_another_account_gets_neither_files_nor_the_worker(worker):
     for folder in opened:
         folder.chmod(0o755)  # pytest's own folders are closed; the site's must hold by themselves
     try:
+        image = next(worker.folder.glob("*.nii.gz"))
+        worker.folder.chmod(0o700)  # as `panfm site init` makes it, and `panfm site start` wants it
+        assert as_nobody(lambda: image.read_bytes()) == "PermissionError"
+        worker.folder.chmod(0o755)
         assert as_nobody(lambda: connect(worker.socket)) == "PermissionError"
         assert as_nobody(lambda: list((worker.folder / ".panfm" / "run").iterdir())) == "PermissionError"
         for name in (".panfm/state/departures.jsonl", ".panfm/cache"):

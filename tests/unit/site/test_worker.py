@@ -18,8 +18,9 @@ from panfm.config import parse_site
 from panfm.errors import ConfigError
 from panfm.sharing.frames import Frame, Kind, encode
 from panfm.sharing.messages import Handshake, Invitation, Records, RoundReply
-from panfm.site import Site
+from panfm.site import Site, limits
 from panfm.site.departures import Departures
+from panfm.site.tell import supernode_command
 from panfm.site.worker import Worker, is_running, listen
 from tests.unit.site.test_site import same, task
 
@@ -161,6 +162,24 @@ def test_a_path_longer_than_a_sockets_address(tmp_path, write_site):
     assert answer.result().kind is Kind.ERROR
 
 
+def test_start_is_careful_before_it_answers(folder, monkeypatch):
+    """Files for its owner alone, memory bounded, and no other account in the site folder if Flower has one."""
+    done, words = [], ["site", "start", str(folder)]
+    monkeypatch.setattr(os, "umask", done.append)
+    monkeypatch.setattr(limits, "limit_memory", done.append)
+    monkeypatch.setattr(Worker, "serve_forever", lambda self: done.append("at work"))
+    (folder / "site.toml").write_text('name = "alpha"\n[limits]\nmemory-gib = 1.5\n[worker]\nusers = ["65534"]\n')
+    folder.chmod(0o755)
+    refused = CliRunner().invoke(main, words)
+    assert refused.exit_code == 1
+    assert refused.stderr == f"{folder}: open to every account, Flower's among them; expected: chmod o= {folder}\n"
+    folder.chmod(0o750)
+    done.clear()
+    told = CliRunner().invoke(main, words)
+    assert done == [0o077, 1.5, "at work"]
+    assert told.stdout.splitlines()[1] == supernode_command(folder, Site(folder).config)
+
+
 @pytest.mark.parametrize(
     ("extra", "reason"),
     [
@@ -170,6 +189,7 @@ def test_a_path_longer_than_a_sockets_address(tmp_path, write_site):
     ],
 )
 def test_what_cannot_be_listened_at_is_one_line(folder, extra, reason):
+    folder.chmod(0o700)
     (folder / "site.toml").write_text(f'name = "alpha"\n[worker]\n{extra}\n')
     done = CliRunner().invoke(main, ["site", "start", str(folder)])
     assert (done.exit_code, len(done.stderr.splitlines())) == (1, 1)
