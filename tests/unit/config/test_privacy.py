@@ -32,8 +32,8 @@ BROKEN = [
     ("[objective]\nstandardise = false\n", PRIVACY, "masking.saliency: "),
     (
         SOUND,
-        PRIVACY.replace("1e-3", "2e-3"),
-        "privacy.delta: 0.002 is above 1 / (10 public-subjects), set at most 0.001",
+        PRIVACY.replace("1e-3", "1.01e-3"),
+        "privacy.delta: 0.00101 is above 1 / (10 public-subjects), set at most 0.001",
     ),
     (SOUND + '[model]\nbackbone = "director-experts"\n', PRIVACY, "model.experts.balance-weight: "),
 ]

@@ -66,6 +66,24 @@ def test_a_second_accountant_agrees(noise):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("noise", "rate", "count", "delta"),
+    [
+        (0.4, 1e-4, 1000, 1e-5),
+        (0.2, 1e-6, 1000, 1e-4),
+        (0.25, 1e-3, 10, 1e-4),
+        (0.5, 0.5, 1, 1e-3),
+        (50.0, 1.0, 1, 1e-3),
+    ],
+)
+def test_a_second_accountant_agrees_at_the_ends(noise, rate, count, delta):
+    """A server chooses noise and rate, and would like them to seem cheap."""
+    mechanisms = [gaussian(noise, rate, count)]
+    other = second_opinion(mechanisms, delta)
+    assert other - 1e-3 <= epsilon(mechanisms, delta) <= other + 0.02
+
+
+@pytest.mark.slow
 def test_a_second_accountant_agrees_on_a_mixed_history():
     mechanisms = [gaussian(1.5, 0.05, 2000), STATISTICS, gaussian(5.0, 1.0, 10)]
     other = second_opinion(mechanisms, 1e-5)
