@@ -123,8 +123,8 @@ class PanModel(nn.Module):
         return encoded
 
     def embed(self, batch: Batch, *, path: Path = "experts") -> Tensor:
-        """Embedding [B, D] of a batch of images: the CLS token after the last norm."""
-        return self.encode(self.stem(batch), path=path).cls
+        """Embedding [B, D] of a batch of images, wherever it lies: the CLS token after the last norm."""
+        return self.encode(self.stem(batch.to(self.stream_of_place.device)), path=path).cls
 
     def director_experts(self) -> dict[str, DirectorExperts]:
         """Layers with experts, by the prefix of their parameters' names; none in a dense model."""

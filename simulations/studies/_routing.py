@@ -47,7 +47,7 @@ class RandomlyRoutedModel(PanModel):
 
     def tokenize(self, maps: Batch, layout: Layout) -> Tensor:
         """As any model does; on the way, settles how the batch is routed."""
-        drawn = torch.stack([self._draw(key) for key in content_keys(maps)])
+        drawn = torch.stack([self._draw(key) for key in content_keys(maps)]).to(self.stream_of_place.device)
         for layer, logits in zip(self.director_experts().values(), drawn.unbind(1), strict=True):
             assert isinstance(layer, RandomlyRouted)
             layer.drawn = logits
@@ -77,5 +77,5 @@ def content_keys(maps: Batch) -> list[str]:
     hashes = [hashlib.blake2b(digest_size=8) for _ in range(maps.size)]
     for stream, rows in maps.rows.items():
         for row, image in zip(rows.tolist(), maps.images[stream], strict=True):
-            hashes[row].update(image.numpy().tobytes())
+            hashes[row].update(image.cpu().numpy().tobytes())
     return [each.hexdigest() for each in hashes]

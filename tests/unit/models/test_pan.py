@@ -102,3 +102,12 @@ def test_hidden_queries_stand_in_the_order_of_places(run):
 
 def double(batch: Batch) -> Batch:
     return Batch(batch.size, {name: image.double() for name, image in batch.images.items()}, batch.rows)
+
+
+def test_a_batch_is_embedded_where_the_model_is(make_run, make_store, monkeypatch):
+    """Images are read to the host's memory, the model may be elsewhere."""
+    run, seen = make_run(), []
+    model, batch = build_model(run), make_store(run, 3).batch([0, 1])
+    monkeypatch.setattr(Batch, "to", lambda batch, device: seen.append(device) or batch)
+    model.embed(batch)
+    assert seen == [model.backbone.cls.device]
