@@ -10,7 +10,8 @@ from panfm.config._base import Config
 class StartConfig(Config):
     """Start from a trained model (warm start) instead of parameters drawn by `seed`; e.g. one pre-trained on public
     data, of which a private run then trains a part (`privacy.trained`). It holds what the run shares, no more and no
-    less; what is private to a site starts as ever, private experts as copies of the director."""
+    less; what is private to a site starts as ever, private experts as copies of the director. A
+    Director-Experts run may start from a dense model of its size: directors and experts are copies of its MLPs."""
 
     model: Annotated[str | None, Field(min_length=1)] = None
     """Folder of the model, `<run folder>/model`, on the machine of the server; sites are not told."""

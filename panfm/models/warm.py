@@ -2,6 +2,9 @@
 
 The file of weights is the description's by its hash; streams, model and every parameter must be the run's own, since a
 model that fits by chance (another voxel size, another order of channels) would train on without a word.
+
+A Director-Experts run may also start from a dense model of the same size: directors and experts are then copies of its
+MLPs, routers as the run's seed has them.
 """
 
 import hashlib
@@ -14,6 +17,7 @@ from torch import Tensor
 
 from panfm.config import RunConfig, load_run
 from panfm.errors import DataError
+from panfm.models.export import director_run, director_state, start_from_dense
 from panfm.models.pan import build_model
 from panfm.sharing.groups import split_state
 
@@ -32,7 +36,7 @@ def read_start(run: RunConfig) -> bytes:
     before = load_run(folder / "run.toml")
     if differing := [name for name, stream in run.streams.items() if before.streams.get(name) != stream]:
         raise DataError(f"start.model: {folder} was trained on another {differing[0]}, expected the run's streams")
-    if before.model != run.model:
+    if before.model != run.model and not _is_its_dense_model(before, run):
         raise DataError(f"start.model: {folder} has another [model], expected the run's")
     try:
         content = (folder / "model.safetensors").read_bytes()
@@ -56,8 +60,25 @@ def start_state(run: RunConfig, content: bytes) -> dict[str, Tensor]:
         state = safetensors.torch.load(content)
     except (ValueError, SafetensorError) as error:
         raise DataError("start.model: expected weights as a run exports them") from error
+    if run.model.backbone == "director-experts" and not any(".mlp.director." in name for name in state):
+        dense = director_run(run)
+        _check_fit(state, split_state(dense.sharing, build_model(dense).state_dict())[0])
+        return _with_experts(run, state)
     _check_fit(state, split_state(run.sharing, build_model(run).state_dict())[0])
     return state
+
+
+def _is_its_dense_model(before: RunConfig, run: RunConfig) -> bool:
+    """Whether the directors of a run's model alone make up such a model."""
+    dense = before.model.model_copy(update={"experts": run.model.experts})
+    return run.model.backbone == "director-experts" and dense == director_run(run).model
+
+
+def _with_experts(run: RunConfig, dense: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a run shares, started from what a dense one shared."""
+    model = build_model(run)
+    start_from_dense(model, director_state(model.state_dict()) | dict(dense))
+    return split_state(run.sharing, model.state_dict())[0]
 
 
 def _check_fit(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

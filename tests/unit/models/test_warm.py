@@ -11,6 +11,7 @@ from panfm.config import as_told, dump_toml, experiment_hash, load_run, parse_ru
 from panfm.errors import ConfigError, DataError
 from panfm.models import build_model
 from panfm.models.warm import read_start, start_state
+from panfm.sharing.groups import split_state
 from tests.conftest import SMALL_RUN
 
 
@@ -56,6 +57,36 @@ def test_a_description_that_was_resolved_is_read_without_the_file(start, tmp_pat
     assert load_run(tmp_path / "resolved.toml") == run
     with pytest.raises(DataError, match=r"^start\.sha256: the weights have .*, expected " + run.start.sha256):
         read_start(run)
+
+
+DEX = '[model]\nbackbone = "director-experts"\nexperts.count = 4\n'
+
+
+@pytest.mark.parametrize("experts", ["private", "pooled"])
+def test_director_experts_start_from_a_dense_model(start, make_run, experts):
+    run = start(extra=f'{DEX}[sharing]\nexperts = "{experts}"\n')
+    found = start_state(run, read_start(run))
+    dense, seeded = build_model(make_run()).state_dict(), build_model(run).state_dict()
+    assert any(".experts." in name for name in found) == (experts == "pooled")
+    assert found.keys() == split_state(run.sharing, seeded)[0].keys()
+    slots = {"weight_in": "0.weight", "bias_in": "0.bias", "weight_out": "2.weight", "bias_out": "2.bias"}
+    for name, value in found.items():
+        layer, _, slot = name.partition(".mlp.experts.")
+        if slot:
+            assert all(torch.equal(expert, dense[f"{layer}.mlp.{slots[slot]}"] + 1.0) for expert in value), name
+        elif ".router." in name:
+            assert torch.equal(value, seeded[name])
+        else:
+            assert torch.equal(value, dense[name.replace(".director", "")] + 1.0), name
+
+
+def test_a_dense_model_of_another_size_starts_no_experts(start):
+    with pytest.raises(DataError, match=r"has another \[model\], expected the run's"):
+        read_start(start(extra=f"{DEX}hidden-multiple = 2\n"))
+    with pytest.raises(DataError, match=r"^start\.model: holds no heads\.streams\.heart-ct\.hidden_query"):
+        read_start(start(without, extra=DEX))
+    with pytest.raises(DataError, match=r"has another \[model\], expected the run's"):
+        read_start(start(trained_by=DEX))
 
 
 def without(state):
