@@ -21,19 +21,20 @@ from panfm.sharing.weights import Weights
 class DivergenceMean:
     """`ExactMean` with a weight per layer; streaming and order-independent as it is."""
 
-    def __init__(self, layers: Segments, start: Flat, *, weight_limit: float) -> None:
+    def __init__(self, layers: Segments, start: Flat, *, weight_limit: float, usual: float) -> None:
         """An empty mean.
 
         Args:
             layers: Length of each layer, and which of a contribution's weights counts for it.
             start: Global parameters at the start of the round.
             weight_limit: No weight sums to more than this over all contributions.
+            usual: Few numbers of an update lie further from 0 than this.
         """
         self._start = start
         self._whose = [which for _, which in layers]
         self._edges = np.cumsum([length for length, _ in layers])[:-1]
         segments = tuple((length, index) for index, (length, _) in enumerate(layers))
-        self._mean = ExactMean(segments, weight_limit=weight_limit)
+        self._mean = ExactMean(segments, weight_limit=weight_limit, usual=usual)
 
     def check(self, update: Flat, weights: Weights) -> float:
         """As `ExactMean.check`."""

@@ -25,7 +25,7 @@ class GroupMean(Protocol):
         """Add one site's contribution; `checked`: that `check` has let pass just now."""
 
     def mean(self) -> Flat | None:
-        """float32; None if nobody contributed any weight. Experts to which nobody did are -0.0."""
+        """float32, once; None if nobody contributed any weight. Experts to which nobody did are -0.0."""
 
 
 def empty_mean(run: RunConfig, manifest: GroupManifest, group: str, start: Flat, *, weight_limit: float) -> GroupMean:
@@ -38,8 +38,18 @@ def empty_mean(run: RunConfig, manifest: GroupManifest, group: str, start: Flat,
     segments = weight_segments(run, manifest, group)
     kind = run.sharing.mean_of(group)
     if kind == "weighted":
-        return ExactMean(segments, weight_limit=weight_limit)
+        return ExactMean(segments, weight_limit=weight_limit, usual=usual_size(run))
     if kind == "l-dawa":
         layers = tuple((math.prod(shape), 0) for _, shape in manifest.groups[group])
-        return DivergenceMean(segments if len(segments) > 1 else layers, start, weight_limit=weight_limit)
+        return DivergenceMean(
+            segments if len(segments) > 1 else layers, start, weight_limit=weight_limit, usual=usual_size(run)
+        )
     return HeldMean(segments, kind, trim=run.sharing.trim, weight_limit=weight_limit)
+
+
+def usual_size(run: RunConfig) -> float:
+    """What few numbers of an update exceed: twice a learning rate per local step, which is about what AdamW moves a
+    parameter at most; of a clipped update, a sixteenth of its norm."""
+    if run.server_privacy:
+        return run.server_privacy.clip_norm / 16.0
+    return 2.0 * run.train.learning_rate * run.train.local_steps

@@ -9,7 +9,7 @@ LAYERS = ((2, 0), (2, 0), (2, 0))
 
 
 def mean(*contributions: tuple[list[float], float], layers=LAYERS) -> DivergenceMean:
-    built = DivergenceMean(layers, START, weight_limit=100.0)
+    built = DivergenceMean(layers, START, weight_limit=100.0, usual=0.25)
     for update, weight in contributions:
         built.add(np.array(update, np.float32), (weight,))
     return built
