@@ -45,6 +45,8 @@ class Learner:
         self.teacher = deepcopy(self.model).requires_grad_(requires_grad=False)
         self._teacher_parameters = list(self.teacher.parameters())
         self.reset_private()
+        self.holds: tuple[object, str] | None = None
+        """Whose private state is in place, and its digest: a note of those who take turns at the learner."""
         self._anchor: dict[str, Tensor] = {}
         self._stemmed: WeakKeyDictionary[ImageStore, ImageStore] = WeakKeyDictionary()
 

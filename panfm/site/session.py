@@ -6,11 +6,12 @@ is loaded. So a site that was killed, or that another process served in between,
 
 import logging
 from collections.abc import Mapping
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from panfm.config import RunConfig
+from panfm.config import RunConfig, dump_toml, parse_run
 from panfm.data.store import ImageStore
 from panfm.errors import ProtocolError
 from panfm.objectives import Learner, TrainResult
@@ -47,14 +48,15 @@ class Session:
         self.store = store
         self.streams = held_streams(run, store)
         trained = tuple(run.streams) if run.sharing.rule == "plain" else tuple(self.streams)
-        self.learner = Learner(run, trained)
+        self.learner = _resident_learner(dump_toml(run), trained)
         self.manifest = GroupManifest.of(
             {name: tuple(tensor.shape) for name, tensor in self.learner.shared_state().items()}
         )
+        self._mine = object()
+        """Marks what this session has put into the learner."""
         self._lost: dict[str, Flat] = {}
         self._global: Mapping[str, Flat] = {}
         """Global parameters that the last round started from."""
-        self._in_memory = ""
 
     def train_round(self, task: RoundTask, states: StateStore) -> RoundResult:
         """Start from the round before, train, keep the private state, and say what came of it.
@@ -69,7 +71,7 @@ class Session:
         self._load_global(task, state_round)
         result = self._train_privately(task) if self.run.privacy else self._train(task)
         updates = self._updates()
-        self._in_memory = states.save(task.round_number, self._private_state())
+        self.learner.holds = (self._mine, states.save(task.round_number, self._private_state()))
         quiet = self.run.privacy or self.run.server_privacy
         return RoundResult(
             state_round=state_round,
@@ -132,12 +134,12 @@ class Session:
 
     def _load_private(self, round_number: int, states: StateStore) -> int:
         """Returns the round whose private state is now in place; 0: a fresh one."""
-        in_memory, self._in_memory = self._in_memory, ""
+        in_memory, self.learner.holds = self.learner.holds, None
         before = states.round_before(round_number)
         if before < round_number - 1:
             found = f"that of round {before}" if before else "a fresh one"
             logger.warning("round %s: private state of the round before is missing, using %s", round_number, found)
-        if before and states.digest(before) != in_memory:
+        if before and in_memory != (self._mine, states.digest(before)):
             state = states.load(before)
             self.learner.load_private(state)
             self._lost, self._global = _under(state, _LOST), _under(state, _GLOBAL)
@@ -170,6 +172,13 @@ class Session:
 
 def _under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Flat]:
     return {name.removeprefix(prefix): value.numpy() for name, value in state.items() if name.startswith(prefix)}
+
+
+@lru_cache(maxsize=32)
+def _resident_learner(run_toml: str, streams: tuple[str, ...]) -> Learner:
+    """Sites of one process that train the same streams of a run take turns at one learner: a round loads all of it that
+    is not in place, and building one takes as long as two steps."""
+    return Learner(parse_run(run_toml), streams)
 
 
 def held_streams(run: RunConfig, store: ImageStore) -> dict[str, int]:

@@ -15,7 +15,7 @@ from panfm.sharing.downlink import code_step, digests, take_step
 from panfm.sharing.frames import Frame
 from panfm.sharing.groups import GroupManifest
 from panfm.sharing.messages import Invitation, RoundTask
-from panfm.site import Site
+from panfm.site import Site, session
 from panfm.site.departures import Departures
 from panfm.site.state import StateStore
 
@@ -46,6 +46,8 @@ def task(round_number=1, *, run_id="run-1", extra="") -> RoundTask:
     groups = manifest.pack_all(tensors)
     if run.sharing.rule == "grouped":
         del groups["stream:liver-mr"]
+    if run.sharing.head == "private":
+        del groups["head"]
     return RoundTask(run_id, round_number, dump_toml(run), groups)
 
 
@@ -255,6 +257,29 @@ def test_memory_is_used_only_if_disk_agrees(folder):
     assert same(here.train_round(task(2)), second)
     third = there.train_round(task(3))
     assert same(here.train_round(task(3)), third)
+
+
+@pytest.mark.parametrize("extra", ["", '[sharing]\ncoding = "int8"\n', '[sharing]\nhead = "private"\n'])
+def test_sites_that_take_turns_at_one_learner_do_not_meet(tmp_path, write_site, extra, monkeypatch):
+    """Three sites of one process with the same streams, not always asked; beside them, each with its own."""
+    for name in ("alpha", "beta", "gamma"):
+        write_site(tmp_path / name, name, ("brain", "heart"))
+
+    def rounds(state_dir) -> list:
+        sites = {name: Site(tmp_path / name, state_dir / name) for name in ("alpha", "beta", "gamma")}
+        order = "alpha beta gamma", "beta alpha", "gamma alpha beta", "alpha gamma"
+        asked = [(name, number) for number, names in enumerate(order, start=1) for name in names.split()]
+        found = [sites[name].train_round(task(number, extra=extra)) for name, number in asked]
+        assert len({id(site._warm[1].learner) for site in sites.values()}) == num_learners
+        return found
+
+    num_learners = 1
+    together = rounds(tmp_path / "together")
+    monkeypatch.setattr(session, "_resident_learner", session._resident_learner.__wrapped__)
+    num_learners = 3
+    alone = rounds(tmp_path / "alone")
+    assert all(map(same, together, alone))
+    assert not same(together[0], together[1])
 
 
 def test_a_site_that_was_away_goes_on_from_its_last_state(folder):
