@@ -14,10 +14,9 @@ from panfm.site.scrub import scrub
 
 def ask(context: Context, question: Frame) -> Frame:
     """What the site answers."""
-    run_dir, place = str(context.run_config.get("run-dir", "")), context.node_config
+    sites, run_dir = str(context.run_config["sites"]), str(context.run_config.get("run-dir", ""))
     try:
-        homes = _homes(str(context.run_config["sites"]), int(place["num-partitions"]))
-        home = homes[int(place["partition-id"])]
+        home = _homes(sites, _changed(sites))[int(context.node_config["partition-id"])]
         site = resident_site(home, Path(run_dir, "sites", home.name) if run_dir else None)
     except PanfmError as error:
         return Frame.error(scrub(error))
@@ -25,6 +24,11 @@ def ask(context: Context, question: Frame) -> Frame:
 
 
 @lru_cache(maxsize=1)
-def _homes(sites: str, num_sites: int) -> list[Path]:
+def _homes(sites: str, _: int) -> list[Path]:
     """The site folders, looked up once: at 1,000 sites, a look takes longer than a small site's step."""
-    return site_folders(Path(sites))[:num_sites]
+    return site_folders(Path(sites))
+
+
+def _changed(sites: str) -> int:
+    """When a folder came or went, in ns."""
+    return Path(sites).stat().st_mtime_ns if Path(sites).is_dir() else 0

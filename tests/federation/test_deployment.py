@@ -331,8 +331,12 @@ def test_a_reply_of_300_mb_arrives(federation, deployment):
 
 
 def test_a_supernode_killed_in_a_round_and_started_again_within_a_minute_comes_back(federation, deployment):
-    """Its round goes on without it; it is refused while its old session lives, gets in, and takes up its own state."""
-    job = federation.job("supernode", "train.rounds=60", "federation.min-sites=2")
+    """Its round goes on without it; it is refused while its old session lives, gets in, and takes up its own state.
+
+    Flower says that it is gone, unless it is back before anybody has looked; then the round waits for its deadline.
+    """
+    overrides = ("train.rounds=60", "federation.min-sites=2", "federation.round-timeout-s=120.0")
+    job = federation.job("supernode", *overrides)
     gamma, rounds = federation.sites / "gamma", job.run_dir / "rounds.jsonl"
     run_id = submit(CONNECTION, run_config(job), deployment.environment)
     wait_until(lambda: len(whole_rounds(rounds)) >= 1, "round 1", LONG_S)
