@@ -40,15 +40,17 @@ def gradient_conflict(gradients: NDArray[np.floating], *, margin: float = 0.05) 
     Guarantees:
         idle: a modality without any gradient (no image of it reached these parameters) is in no pair.
         scale: the length of a gradient does not matter.
+        not finite: one number that is NaN or infinite makes all of the answer NaN.
     Args:
         gradients: [M, P], one per modality.
         margin: Cosines above minus this are noise and count for no share.
     """
-    length = np.linalg.norm(np.asarray(gradients, dtype=np.float64), axis=1)
-    unit = np.asarray(gradients, dtype=np.float64)[length > 0] / length[length > 0, None]
-    cosines = (unit @ unit.T)[np.triu_indices(len(unit), k=1)]
-    if not len(cosines):
+    held = np.asarray(gradients, dtype=np.float64)
+    held = held[held.any(axis=1)]
+    if len(held) < 2 or not np.isfinite(held).all():
         return Conflict(float("nan"), float("nan"), float("nan"))
+    unit = held / np.linalg.norm(held, axis=1, keepdims=True)
+    cosines = (unit @ unit.T)[np.triu_indices(len(unit), k=1)]
     size = np.maximum(-cosines, 0.0).mean()
     return Conflict(float((cosines < -margin).mean()), float(size), float(cosines.mean()))
 
@@ -80,14 +82,19 @@ def expert_modality_nmi(gates: NDArray[np.floating], modality: Sequence[object])
     Guarantees:
         range: 0 (the expert says nothing of the modality) to 1 (each tells the other).
         one expert, or one modality: 0.0, since nothing is divided.
+        no image, or a gate that is not finite: NaN.
     Args:
         gates: [N, R]; the largest names the expert, the first of equals. Tokens may stand for images.
         modality: N names.
     """
-    expert = np.asarray(gates).argmax(axis=1)
+    gates = np.asarray(gates)
+    if not len(gates) or not np.isfinite(gates).all():
+        return float("nan")
+    expert = gates.argmax(axis=1)
     names, index = np.unique(np.asarray(modality), return_inverse=True)
-    joint = np.zeros((np.asarray(gates).shape[1], len(names)))
-    np.add.at(joint, (expert, index), 1.0 / len(expert))
+    counts = np.zeros((gates.shape[1], len(names)))
+    np.add.at(counts, (expert, index), 1.0)
+    joint = counts / len(expert)
     of_expert, of_modality = entropy(joint.sum(axis=1)), entropy(joint.sum(axis=0))
     if not of_expert or not of_modality:
         return 0.0
@@ -95,6 +102,8 @@ def expert_modality_nmi(gates: NDArray[np.floating], modality: Sequence[object])
 
 
 def experts_used(gates: NDArray[np.floating]) -> float:
-    """Effective number of experts of one layer: exp(entropy of their shares of the gate mass [N, R]), 1 to R."""
+    """Effective number of experts of one layer: exp(entropy of their shares of the gate mass [N, R]), 1 to R; NaN
+    without images, or where a gate is not finite."""
     mass = np.asarray(gates, dtype=np.float64).sum(axis=0)
-    return float(np.exp(entropy(mass / mass.sum())))
+    total = mass.sum()
+    return float(np.exp(entropy(mass / total))) if total > 0 and np.isfinite(total) else float("nan")

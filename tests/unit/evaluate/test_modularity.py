@@ -42,8 +42,11 @@ def test_cosines_within_the_margin_count_for_no_share():
     assert gradient_conflict(gradients, margin=0.0).share == 1.0
 
 
-@pytest.mark.parametrize("gradients", [np.zeros((3, 4)), np.ones((1, 4)), np.zeros((0, 4))])
-def test_no_pair_is_nan(gradients):
+POISONED = [np.array([[1.0, 0.0], [-1.0, 0.0], [bad, 1.0]]) for bad in (np.nan, np.inf)]
+
+
+@pytest.mark.parametrize("gradients", [np.zeros((3, 4)), np.ones((1, 4)), np.zeros((0, 4)), *POISONED])
+def test_no_pair_is_nan_and_poison_is_not_idle(gradients):
     found = gradient_conflict(gradients)
     assert np.isnan([found.share, found.size, found.cosine]).all()
 
@@ -74,6 +77,7 @@ def test_nmi_by_hand():
     assert expert_modality_nmi(shared, names) == pytest.approx(2 / 3)
     assert expert_modality_nmi(own[[0, 0, 0, 0]], names) == 0.0
     assert expert_modality_nmi(own, ["ct"] * 4) == 0.0
+    assert [expert_modality_nmi(own[[0] * number], ["ct"] * number) for number in range(1, 50)] == [0.0] * 49
     assert expert_modality_nmi(np.eye(2)[[0, 1, 0, 1]], ["ct", "ct", "mr", "mr"]) == 0.0
 
 
@@ -83,3 +87,11 @@ def test_experts_used_by_hand():
     )
     assert experts_used(np.eye(8)) == pytest.approx(8.0)
     assert experts_used(np.eye(8)[[2, 2]]) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    "measure", [lambda gates: expert_modality_nmi(gates, ["ct", "mr", "pet"][: len(gates)]), experts_used]
+)
+@pytest.mark.parametrize("gates", [np.zeros((0, 2)), *POISONED])
+def test_gates_of_nobody_or_not_finite_tell_nothing(measure, gates):
+    assert np.isnan(measure(gates))
