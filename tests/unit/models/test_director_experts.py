@@ -1,6 +1,7 @@
 """Director-Experts against the formulas of METHODS written as plain loops; exactness per subject; dense and back."""
 
 import math
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -100,8 +101,13 @@ def slow_alignment(layer, outputs, x, kind):
     return torch.stack(losses)
 
 
-def gradients(layer, loss):
-    trained = {name: value for name, value in layer.named_parameters() if value.requires_grad}
+def slow_balance(probs):
+    importance = [probs[:, r].mean() for r in range(probs.shape[1])]
+    return len(importance) * sum(value * value.detach() for value in importance)
+
+
+def gradients(layer, loss, **inputs):
+    trained = {name: value for name, value in layer.named_parameters() if value.requires_grad} | inputs
     found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
     return {
         name: torch.zeros_like(value) if grad is None else grad
@@ -134,17 +140,63 @@ def test_a_forward_pass_equals_the_formulas(num_experts, num_active, batch, expl
 @pytest.mark.parametrize("kind", ["cosine", "softmax"])
 @pytest.mark.parametrize("exploring", [False, True])
 def test_losses_and_gradients_equal_the_formulas(kind, exploring):
-    layer, x, up = make_layer(), images(), images(seed=9)
+    layer, x, up = make_layer(), images().requires_grad_(), images(seed=9)
     found = layer(x, noise() if exploring else None)
     probs, _, _, outputs, _ = slow_forward(layer, x, noise() if exploring else None)
     alignment = layer.alignment_loss(found, torch.ones(7, 4, dtype=torch.bool), kind)
     assert_close(alignment, slow_alignment(layer, outputs, x, kind), **CLOSE)
-    importance = [probs[:, r].mean() for r in range(5)]
-    balance = 5 * sum(value * value.detach() for value in importance)
+    balance = slow_balance(probs)
     assert_close(balance_loss(found.probs), balance, **CLOSE)
     mine = (found.outputs * up).sum() + alignment.sum() + balance_loss(found.probs)
     slow = (outputs * up).sum() + slow_alignment(layer, outputs, x, kind).sum() + balance
-    assert_equal_gradients(gradients(layer, mine), gradients(layer, slow))
+    assert_equal_gradients(gradients(layer, mine, x=x), gradients(layer, slow, x=x))
+
+
+POOLS = [
+    (num_experts, num_active)
+    for num_experts in range(1, 9)
+    for num_active in {1, 2, num_experts}
+    if num_active <= num_experts
+]
+
+
+@pytest.mark.parametrize("kind", ["cosine", "softmax"])
+@pytest.mark.parametrize(("num_experts", "num_active"), POOLS)
+def test_after_several_updates_all_still_equals_the_formulas(num_experts, num_active, kind):
+    """Router, experts, director and running activation take five steps twice: once here, once in the loops above."""
+    layer = make_layer(num_experts, num_active)
+    twin, drawn, again = deepcopy(layer), torch.Generator().manual_seed(5), torch.Generator().manual_seed(5)
+    for step in range(5):
+        x, up, scale, momentum = images(3, 2, seed=step), images(3, 2, seed=100 + step), 1.0 - step / 5, 0.9 + step / 50
+        found = layer(x, Exploration.of(scale, drawn))
+        probs, chosen, _, outputs, mass = slow_forward(twin, x, Exploration.of(scale, again))
+        assert torch.equal(found.chosen, chosen)
+        assert_close(found.outputs, outputs, **CLOSE)
+        alignment = layer.alignment_loss(found, torch.ones(3, 2, dtype=torch.bool), kind)
+        loss = (found.outputs * up).mean() + alignment.mean() + balance_loss(found.probs)
+        slow = (outputs * up).mean() + slow_alignment(twin, outputs, x, kind).mean() + slow_balance(probs)
+        assert_close(loss, slow, **CLOSE)
+        descend(layer, loss)
+        descend(twin, slow)
+        layer.move_director(found.mass(), momentum=momentum)
+        layer.move_activation(found.mass())
+        share = mass / mass.sum()
+        with torch.no_grad():
+            for director, stacked in zip(twin.director.parameters(), twin.experts.parameters(), strict=True):
+                group = sum(share[r] * stacked[r] for r in range(num_experts))
+                director.copy_(momentum * director + (1.0 - momentum) * group)
+            twin.activation.copy_(0.99 * twin.activation + 0.01 * share)
+        for name, value in layer.state_dict().items():
+            assert_close(value, twin.state_dict()[name], **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
+        assert_close(layer.activation, twin.activation, **CLOSE)
+
+
+@torch.no_grad()
+def descend(layer, loss):
+    with torch.enable_grad():
+        found = gradients(layer, loss)
+    for name, gradient in found.items():
+        layer.get_parameter(name).sub_(0.1 * gradient)
 
 
 def test_by_hand():
