@@ -10,18 +10,22 @@ Source:
     Rehman et al. 2023 (arXiv 2307.07393).
 """
 
+import math
+
 import numpy as np
 
 from panfm.errors import ProtocolError
 from panfm.sharing.groups import Flat, Segments
-from panfm.sharing.mean import ExactMean
+from panfm.sharing.mean import ExactMean, check_size
 from panfm.sharing.weights import Weights
 
 
 class DivergenceMean:
     """`ExactMean` with a weight per layer; streaming and order-independent as it is."""
 
-    def __init__(self, layers: Segments, start: Flat, *, weight_limit: float, usual: float) -> None:
+    def __init__(
+        self, layers: Segments, start: Flat, *, weight_limit: float, usual: float, space: Flat | None = None
+    ) -> None:
         """An empty mean.
 
         Args:
@@ -29,32 +33,36 @@ class DivergenceMean:
             start: Global parameters at the start of the round.
             weight_limit: No weight sums to more than this over all contributions.
             usual: Few numbers of an update lie further from 0 than this.
+            space: As for `ExactMean`.
         """
         self._start = start
         self._whose = [which for _, which in layers]
         self._edges = np.cumsum([length for length, _ in layers])[:-1]
         segments = tuple((length, index) for index, (length, _) in enumerate(layers))
-        self._mean = ExactMean(segments, weight_limit=weight_limit, usual=usual)
+        self._mean = ExactMean(segments, weight_limit=weight_limit, usual=usual, space=space)
 
-    def check(self, update: Flat, weights: Weights) -> float:
-        """As `ExactMean.check`."""
+    def add(self, update: Flat, weights: Weights) -> float:
+        """As `ExactMean.add`."""
         if len(weights) != (expected := 1 + max(self._whose, default=0)):
             raise ProtocolError(f"{len(weights)} weights, expected {expected}")
-        return self._mean.check(update, tuple(weights[which] for which in self._whose))
+        check_size(update, len(self._start))
+        return self._mean.add(update, self._turned(update, weights))
 
-    def add(self, update: Flat, weights: Weights, *, checked: bool = False) -> None:
-        """As `ExactMean.add`."""
-        if not checked:
-            self.check(update, weights)
-        turned = map(_cosine, np.split(self._start, self._edges), np.split(self._start + update, self._edges))
-        turned_weights = tuple(weights[which] * cos for which, cos in zip(self._whose, turned, strict=True))
-        self._mean.add(update, turned_weights, checked=True)
+    def take_off(self, update: Flat, weights: Weights) -> None:
+        """As `ExactMean.take_off`."""
+        self._mean.take_off(update, self._turned(update, weights))
 
     def mean(self) -> Flat | None:
         """As `ExactMean.mean`."""
         return self._mean.mean()
 
+    def _turned(self, update: Flat, weights: Weights) -> Weights:
+        """A weight per layer."""
+        turned = map(_cosine, np.split(self._start, self._edges), np.split(self._start + update, self._edges))
+        return tuple(weights[which] * cosine for which, cosine in zip(self._whose, turned, strict=True))
+
 
 def _cosine(one: Flat, other: Flat) -> float:
+    """What is not finite has no direction either: `ExactMean` refuses it."""
     norms = float(np.linalg.norm(one)) * float(np.linalg.norm(other))
-    return min(max(float(np.dot(one, other)) / norms, 0.0), 1.0) if norms else 1.0
+    return min(max(float(np.dot(one, other)) / norms, 0.0), 1.0) if 0.0 < norms < math.inf else 1.0

@@ -7,7 +7,7 @@ A group that nobody trained keeps its bytes.
 What it needs from earlier rounds (usual norms, state of the server optimisers, last coded step) is in `memory`.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -21,6 +21,7 @@ from panfm.sharing.coding import bytes_per_group, decode
 from panfm.sharing.downlink import code_step, take_step
 from panfm.sharing.groups import Flat, GroupManifest, stream_of
 from panfm.sharing.messages import Handshake, RoundReply
+from panfm.sharing.npy import NpySpace
 from panfm.sharing.weights import Weights, weight_limits
 from strategies.direction import pointing_elsewhere
 from strategies.downlink import Downlink
@@ -30,7 +31,7 @@ from strategies.memory import Memory
 from strategies.norms import check_norms, remember
 from strategies.optimisers import server_step
 from strategies.participation import draw_sites
-from strategies.records import make_array, unpack, view_array
+from strategies.records import hand_over, unpack, view_array
 from strategies.teacher import follow
 
 
@@ -95,22 +96,20 @@ class GroupedMean(Strategy):
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord, MetricRecord]:
         """New global arrays from the good replies; what happened stands in `outcome`."""
         self.outcome = RoundOutcome()
-        means = {group: self._empty_mean(group) for group in self.manifest.groups}
-        good = self._good_replies(replies, means, server_round)
-        limit = self.run.sharing.guards.direction
-        for site, updates in self._agreeing(good, limit) if limit else good:
-            weights = self.outcome.accepted[site].weights
-            for group in sorted(updates, key=lambda group: len(updates[group])):
-                means[group].add(updates.pop(group), weights[group], checked=True)
+        spaces = {group: NpySpace(self.manifest.size(group)) for group in self.manifest.groups}
+        means = {group: self._empty_mean(group, spaces[group]) for group in self.manifest.groups}
+        self._add_replies(replies, means, server_round)
         accepted = self.outcome.accepted
         norms = remember(self.memory.norms, [self.outcome.norms[site] for site in sorted(accepted)])
         holders = tuple(sorted(accepted)) if self._is_coded else ()
         after = Memory(norms, lost=dict(self.memory.lost), holders=holders)
-        moved = {group: self._moved(group, mean, after) for group, mean in self._released(server_round, means)}
+        released = self._released(server_round, means)
+        moved = [group for group, mean in released if self._move(group, mean, spaces[group].numbers, after)]
+        arrays = dict(self._global) | {group: hand_over(spaces[group]) for group in moved}
         if average := self._average():
-            after.average |= follow(average, _views(moved), self.run.train.server_ema)
+            after.average |= follow(average, _views(arrays), self.run.train.server_ema)
         self.memory = after
-        return ArrayRecord(moved), self._metrics()
+        return ArrayRecord(arrays), self._metrics()
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -124,39 +123,42 @@ class GroupedMean(Strategy):
     def summary(self) -> None:
         """Nothing: the run folder tells."""
 
-    def _good_replies(
-        self, replies: Iterable[Message], means: Mapping[str, GroupMean], server_round: int
-    ) -> Iterator[tuple[str, dict[str, Flat]]]:
-        """Sites and updates that pass the guards, one by one; `outcome` keeps the rest of their replies.
+    def _add_replies(self, replies: Iterable[Message], means: Mapping[str, GroupMean], server_round: int) -> None:
+        """Add the updates that pass the guards, one by one; `outcome` keeps the rest of their replies.
 
-        Nothing else holds the updates: a group that is popped is let go.
+        Updates are let go at once, unless their directions are to be compared when all have come.
         """
-        of = (self._run_id, server_round)
+        limit = self.run.sharing.guards.direction
+        held: dict[str, RoundReply] = {}
         for message in replies:
             handshake = self.asked[message.metadata.src_node_id]
             try:
                 reply = self._read(message, handshake)
-                norms = check_reply(reply, handshake, means, self._limits(handshake), of=of)
-                norms = self._norms(reply, norms)
+                check_reply(reply, handshake, self._limits(handshake), of=(self._run_id, server_round))
+                self.outcome.norms[handshake.site] = self._add(reply, means)
             except ProtocolError as error:
                 self.outcome.rejected[handshake.site] = str(error)
                 continue
-            self.outcome.norms[handshake.site] = norms
             self.outcome.accepted[handshake.site] = replace(reply, updates={})
-            updates = dict(reply.updates)
+            if limit:
+                held[handshake.site] = reply
             del message, reply
-            yield handshake.site, updates
-
-    def _agreeing(
-        self, good: Iterable[tuple[str, dict[str, Flat]]], limit: float
-    ) -> Iterator[tuple[str, dict[str, Flat]]]:
-        """Those that point where the others do; all are held until the last has come."""
-        held = dict(good)
-        accepted = self.outcome.accepted
-        refused = pointing_elsewhere({site: replace(accepted[site], updates=held[site]) for site in held}, limit)
+        refused = pointing_elsewhere(held, limit) if limit else {}
+        for site in refused:
+            _take_off(held[site], means, held[site].updates)
+            del self.outcome.accepted[site]
         self.outcome.rejected |= refused
-        self.outcome.accepted = {site: kept for site, kept in accepted.items() if site not in refused}
-        yield from ((site, updates) for site, updates in held.items() if site not in refused)
+
+    def _add(self, reply: RoundReply, means: Mapping[str, GroupMean]) -> dict[str, float]:
+        """Add a reply's updates; what is kept of their norms. Raises ProtocolError, and all means are as they were."""
+        norms: dict[str, float] = {}
+        try:
+            for group, update in reply.updates.items():
+                norms[group] = _named(group, means[group].add, update, reply.weights[group])
+            return self._norms(reply, norms)
+        except ProtocolError:
+            _take_off(reply, means, norms)
+            raise
 
     def _read(self, message: Message, handshake: Handshake) -> RoundReply:
         if handshake.site in self.outcome.accepted:
@@ -183,31 +185,41 @@ class GroupedMean(Strategy):
             for group in handshake.group_hashes
         }
 
-    def _empty_mean(self, group: str) -> GroupMean:
+    def _empty_mean(self, group: str, space: NpySpace) -> GroupMean:
         limits = [
             max(self._limits(handshake)[group], default=0.0)
             for handshake in self.asked.values()
             if group in handshake.group_hashes
         ]
         start = view_array(self._global[group])
-        return empty_mean(self.run, self.manifest, group, start, weight_limit=sum(limits) or 1.0)
+        limit = sum(limits) or 1.0
+        return empty_mean(self.run, self.manifest, group, start, weight_limit=limit, space=space.numbers)
 
-    def _moved(self, group: str, update: Flat | None, after: Memory) -> Array:
-        """Where the server optimiser takes a group; what is to be remembered of it goes into `after`."""
+    def _move(self, group: str, update: Flat | None, space: Flat, after: Memory) -> bool:
+        """Put a group where the server optimiser takes it; what is to be remembered of it goes into `after`.
+
+        Args:
+            update: Its mean update; may lie in the space.
+            space: Takes the group.
+        Returns:
+            Whether it moves.
+        """
         slots = self.memory.slots.get(group, {})
         if update is None or not self._has_quorum(group):
             after.slots |= {group: slots} if slots else {}
-            return self._global[group]
+            return False
         step, slots = server_step(self.run.sharing.optimiser_of(group), update, slots)
         after.slots |= {group: slots} if slots else {}
         start = view_array(self._global[group])
-        if not self._is_coded:
-            return make_array(np.add(start, step, out=step))
-        coding = self.run.sharing.coding
-        arrays, lost = code_step(coding, self.manifest, group, step, self.memory.lost)
-        after.step |= arrays
-        after.lost |= lost
-        return make_array(take_step(coding, self.manifest, {group: start}, arrays)[group])
+        if self._is_coded:
+            coding = self.run.sharing.coding
+            arrays, lost = code_step(coding, self.manifest, group, step, self.memory.lost)
+            after.step |= arrays
+            after.lost |= lost
+            space[:] = take_step(coding, self.manifest, {group: start}, arrays)[group]
+        else:
+            np.add(start, step, out=space)
+        return True
 
     @property
     def _is_coded(self) -> bool:
@@ -226,6 +238,18 @@ class GroupedMean(Strategy):
 
     def _metrics(self) -> MetricRecord:
         return MetricRecord({"num-accepted": len(self.outcome.accepted), "num-rejected": len(self.outcome.rejected)})
+
+
+def _named(group: str, add: Callable[[Flat, Weights], float], update: Flat, weights: Weights) -> float:
+    try:
+        return add(update, weights)
+    except ProtocolError as error:
+        raise ProtocolError(f"{group}: {error}") from error
+
+
+def _take_off(reply: RoundReply, means: Mapping[str, GroupMean], groups: Iterable[str]) -> None:
+    for group in groups:
+        means[group].take_off(reply.updates[group], reply.weights[group])
 
 
 def _views(arrays: Mapping[str, Array]) -> dict[str, Flat]:

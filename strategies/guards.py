@@ -1,29 +1,24 @@
-"""What a reply must be before it may touch the global model."""
+"""What a reply must be before its numbers are looked at."""
 
 from collections.abc import Mapping
 
 from panfm.errors import ProtocolError
 from panfm.sharing.messages import Handshake, RoundReply
 from panfm.sharing.weights import Weights
-from strategies.means import GroupMean
 
 
 def check_reply(
     reply: RoundReply,
     handshake: Handshake,
-    means: Mapping[str, GroupMean],
     limits: Mapping[str, Weights],
     *,
     of: tuple[str, int],
-) -> dict[str, float]:
-    """Refuse a reply that is stale, incomplete, malformed, or out of bounds.
+) -> None:
+    """Refuse a reply that is stale or incomplete, or says of itself what cannot be.
 
     Args:
-        means: Group -> the mean it would enter.
         limits: Group -> the most the site may weigh in it.
         of: Run id and round that are being answered.
-    Returns:
-        Group -> L2 norm of its update.
     Raises:
         ProtocolError: the reason, on one line.
     """
@@ -37,16 +32,10 @@ def check_reply(
     if not any(map(any, reply.weights.values())):
         raise ProtocolError("all local steps were skipped: in none were loss and gradient finite")
     _check_saliency(reply, handshake)
-    norms = {}
-    for group, update in reply.updates.items():
-        for weight, limit in zip(reply.weights[group], limits[group], strict=False):
+    for group, weights in reply.weights.items():
+        for weight, limit in zip(weights, limits[group], strict=False):
             if not 0.0 <= weight <= limit:
                 raise ProtocolError(f"{group}: weight {weight:g}, expected 0 to {limit:g} by the site's handshake")
-        try:
-            norms[group] = means[group].check(update, reply.weights[group])
-        except ProtocolError as error:
-            raise ProtocolError(f"{group}: {error}") from error
-    return norms
 
 
 def _check_saliency(reply: RoundReply, handshake: Handshake) -> None:

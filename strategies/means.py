@@ -18,33 +18,35 @@ class GroupMean(Protocol):
         order: any permutation of the same contributions gives the same bits.
     """
 
-    def check(self, update: Flat, weights: Weights) -> float:
-        """L2 norm of an update that may be added; changes nothing. Raises ProtocolError as `add` does."""
+    def add(self, update: Flat, weights: Weights) -> float:
+        """Add one site's contribution, and give its L2 norm. Raises ProtocolError, and is as it was."""
 
-    def add(self, update: Flat, weights: Weights, *, checked: bool = False) -> None:
-        """Add one site's contribution; `checked`: that `check` has let pass just now."""
+    def take_off(self, update: Flat, weights: Weights) -> None:
+        """Undo `add` of the same contribution: to the bit, as if it had never come."""
 
     def mean(self) -> Flat | None:
         """float32, once; None if nobody contributed any weight. Experts to which nobody did are -0.0."""
 
 
-def empty_mean(run: RunConfig, manifest: GroupManifest, group: str, start: Flat, *, weight_limit: float) -> GroupMean:
+def empty_mean(
+    run: RunConfig, manifest: GroupManifest, group: str, start: Flat, *, weight_limit: float, space: Flat
+) -> GroupMean:
     """A mean without contributions.
 
     Args:
         start: Global parameters of the group at the start of the round.
         weight_limit: No weight sums to more than this over all contributions.
+        space: float32 of the group's size, in which it may work, and in which the mean may be.
     """
     segments = weight_segments(run, manifest, group)
     kind = run.sharing.mean_of(group)
     if kind == "weighted":
-        return ExactMean(segments, weight_limit=weight_limit, usual=usual_size(run))
+        return ExactMean(segments, weight_limit=weight_limit, usual=usual_size(run), space=space)
     if kind == "l-dawa":
         layers = tuple((math.prod(shape), 0) for _, shape in manifest.groups[group])
-        return DivergenceMean(
-            segments if len(segments) > 1 else layers, start, weight_limit=weight_limit, usual=usual_size(run)
-        )
-    return HeldMean(segments, kind, trim=run.sharing.trim, weight_limit=weight_limit)
+        layers = segments if len(segments) > 1 else layers
+        return DivergenceMean(layers, start, weight_limit=weight_limit, usual=usual_size(run), space=space)
+    return HeldMean(segments, kind, trim=run.sharing.trim, weight_limit=weight_limit, space=space)
 
 
 def usual_size(run: RunConfig) -> float:

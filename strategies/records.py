@@ -1,11 +1,12 @@
 """Flower's records to plain values and back, without copying arrays."""
 
+import numpy as np
 from flwr.app import Array, RecordDict
 
 from panfm.errors import ProtocolError
 from panfm.sharing.groups import Flat
 from panfm.sharing.messages import Records
-from panfm.sharing.npy import to_npy, view_npy
+from panfm.sharing.npy import NpySpace, to_npy, view_npy
 
 
 def unpack(content: RecordDict) -> Records:
@@ -35,4 +36,14 @@ def view_array(array: Array) -> Flat:
 
 def make_array(flat: Flat) -> Array:
     """Flower's array of some numbers, in one copy."""
-    return Array(dtype=str(flat.dtype), shape=flat.shape, stype="numpy.ndarray", data=to_npy(flat))
+    return _wrap(flat.dtype, flat.shape, to_npy(flat))
+
+
+def hand_over(space: NpySpace) -> Array:
+    """Flower's array of the numbers of a space, without a copy; the space is closed."""
+    dtype, shape = space.numbers.dtype, space.numbers.shape
+    return _wrap(dtype, shape, space.close())
+
+
+def _wrap(dtype: np.dtype[np.generic], shape: tuple[int, ...], data: bytes) -> Array:
+    return Array(dtype=str(dtype), shape=shape, stype="numpy.ndarray", data=data)

@@ -36,7 +36,9 @@ _ITERATIONS = 100
 class HeldMean:
     """One of these means of one group; order-independent, for updates are sorted by content before anything is done."""
 
-    def __init__(self, segments: Segments, kind: Mean, *, trim: float, weight_limit: float) -> None:
+    def __init__(
+        self, segments: Segments, kind: Mean, *, trim: float, weight_limit: float, space: Flat | None = None
+    ) -> None:
         """An empty mean.
 
         Args:
@@ -44,22 +46,24 @@ class HeldMean:
             kind: median, trimmed or geometric-median.
             trim: Share of the sites that `trimmed` cuts off at each end.
             weight_limit: No weight is larger.
+            space: As for `ExactMean`, which looks at every contribution first.
         """
         self._segments = segments
         self._kind = kind
         self._trim = trim
-        self._bounds = ExactMean(segments, weight_limit=weight_limit)
+        self._guard = ExactMean(segments, weight_limit=weight_limit, space=space)
         self._held: list[tuple[Weights, bytes, Flat]] = []
 
-    def check(self, update: Flat, weights: Weights) -> float:
-        """As `ExactMean.check`."""
-        return self._bounds.check(update, weights)
-
-    def add(self, update: Flat, weights: Weights, *, checked: bool = False) -> None:
+    def add(self, update: Flat, weights: Weights) -> float:
         """Keep one site's contribution, as `ExactMean.add` says."""
-        if not checked:
-            self.check(update, weights)
+        found = self._guard.add(update, weights)
+        self._guard.take_off(update, weights)
         self._held.append((weights, hashlib.sha256(update.data).digest(), update))
+        return found
+
+    def take_off(self, update: Flat, weights: Weights) -> None:
+        """As `ExactMean.take_off`."""
+        self._held = [kept for kept in self._held if kept[2] is not update]
 
     def mean(self) -> Flat | None:
         """As `ExactMean.mean`: None if nobody contributed any weight, -0.0 where nobody did."""

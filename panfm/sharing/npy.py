@@ -23,6 +23,28 @@ def to_npy(array: NDArray[np.generic]) -> bytes:
     return b"".join((header.getvalue(), array.reshape(-1).view(np.uint8).data))
 
 
+class NpySpace:
+    """A float32 array [size] in the bytes of a .npy file, to be filled, and then handed over.
+
+    They are copied only if someone still holds the array. A copy of a large model costs more than the arithmetic of a
+    round: its memory is mapped page by page.
+    """
+
+    def __init__(self, size: int) -> None:
+        """All zeros."""
+        header = io.BytesIO()
+        described = {"descr": npy.dtype_to_descr(np.dtype(np.float32)), "fortran_order": False, "shape": (size,)}
+        npy.write_array_header_1_0(header, described)
+        self._file = io.BytesIO(bytes(header.tell() + 4 * size))
+        self._file.write(header.getvalue())
+        self.numbers = np.frombuffer(self._file.getbuffer(), np.float32, offset=header.tell())
+
+    def close(self) -> bytes:
+        """The bytes; the array is let go."""
+        del self.numbers
+        return self._file.getvalue()
+
+
 def view_npy(data: bytes) -> NDArray[np.generic]:
     """The array in such bytes: a view of them, not writable.
 

@@ -1,14 +1,17 @@
+import importlib
 from fractions import Fraction
 from itertools import permutations
 
+import numba
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from panfm.errors import ProtocolError
+from panfm.sharing import loops
 from panfm.sharing import mean as module
-from panfm.sharing.mean import ExactMean, norm
+from panfm.sharing.mean import ExactMean
 
 
 def exact(updates: list[np.ndarray], weights: list[float]) -> list[Fraction]:
@@ -95,8 +98,9 @@ def test_order_where_floats_fail():
 @pytest.mark.parametrize("size", [7, 50, 700])
 @pytest.mark.parametrize("scale", [1e-6, 1e-3, 1.0])
 def test_nearly_as_good_as_float64(size, scale, monkeypatch):
-    """Five sites, over several pieces and threads."""
-    monkeypatch.setattr(module, "_PIECE", 20)
+    """Five sites, over several rows, of which the most are shared by two threads."""
+    monkeypatch.setattr(module, "_ROW", 20)
+    monkeypatch.setattr(module, "_ROWS_FOR_TWO", 10)
     generator = np.random.default_rng(1)
     updates = [generator.normal(scale=scale, size=size).astype(np.float32) for _ in range(5)]
     weights = [2700.0, 1800.0, 2680.0, 1.0, 900.5]
@@ -121,8 +125,8 @@ def test_smaller_usual_numbers_have_finer_units():
 
 
 def test_numbers_beyond_the_usual_are_as_exact_wherever_they_come(monkeypatch):
-    """In some pieces of some updates; beside them the bits are those of a mean that never met one."""
-    monkeypatch.setattr(module, "_PIECE", 5)
+    """In some rows of some updates; beside them the bits are those of a mean that never met one."""
+    monkeypatch.setattr(module, "_ROW", 5)
     updates = [np.random.default_rng(seed).normal(scale=0.01, size=23).astype(np.float32) for seed in range(4)]
     quiet = mean_of(updates, [1.0, 2.0, 3.0, 4.0])
     updates[1][7], updates[3][7], updates[3][22] = 60.0, -63.0, 1.5
@@ -151,8 +155,7 @@ def test_the_largest_usual_numbers_fill_the_sum_and_no_more(many):
 def test_the_mean_takes_the_place_of_the_sum():
     mean = ExactMean(((2, 0),), weight_limit=2)
     mean.add(np.array([0.125, 4.0], np.float32), (2.0,))
-    total = mean._sum
-    assert np.shares_memory(mean.mean(), total)
+    assert mean.mean().tolist() == [0.125, 4.0]
     assert mean.mean() is None
 
 
@@ -216,8 +219,8 @@ def test_a_weight_per_expert_by_hand():
     segments = ((2, 0), (2, 1), (1, 0), (1, 1))
     ones, threes = np.ones(6, np.float32), np.full(6, 3, np.float32)
     mean = by_expert(segments, [(ones, (1.0, 0.0)), (threes, (3.0, 5.0))])
-    assert mean.mean().tolist() == [2.5, 2.5, 3.0, 3.0, 2.5, 3.0]
     assert mean.total_weights == (4.0, 5.0)
+    assert mean.mean().tolist() == [2.5, 2.5, 3.0, 3.0, 2.5, 3.0]
 
 
 def test_an_expert_that_nobody_used_keeps_its_bytes():
@@ -276,12 +279,36 @@ def test_every_weight_is_checked_and_none_is_added_alone():
     assert mean.total_weights == (4.0, 6.0)
 
 
-@pytest.mark.parametrize("size", [0, 1, 7, 1 << 14, (1 << 15) + 3, (1 << 20) + 5])
-def test_norm(size):
+@pytest.mark.parametrize("size", [0, 1, 7, 1 << 12, (1 << 15) + 3, (1 << 20) + 5])
+def test_the_norm(size):
     update = np.random.default_rng(0).normal(size=size).astype(np.float32)
-    assert norm(update) == pytest.approx(np.linalg.norm(update.astype(float)), rel=1e-6)
-    mean = ExactMean(((size, 0),), weight_limit=1)
-    assert mean.check(update, (1.0,)) == norm(update)
+    found = ExactMean(((size, 0),), weight_limit=1).add(update, (0.0,))
+    assert found == pytest.approx(np.linalg.norm(update.astype(float)), rel=1e-6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(contributions, st.randoms(use_true_random=False))
+def test_what_is_taken_off_never_came(entries, random):
+    """To the bit, whatever the order, with numbers beyond the usual and without."""
+    size, others = len(entries[0][0]), [([random.uniform(-9, 9)] * len(entries[0][0]), 7.5) for _ in range(3)]
+    mean = ExactMean(((size, 0),), weight_limit=1e7)
+    steps = [(mean.add, entry) for entry in entries] + [(mean.add, entry) for entry in others]
+    random.shuffle(steps)
+    for step, (values, weight) in steps + [(mean.take_off, entry) for entry in others]:
+        step(np.array(values, np.float32), (float(weight),))
+    alone = mean_of([np.array(values, np.float32) for values, _ in entries], [float(w) for _, w in entries], 1e7)
+    assert mean.mean().tobytes() == alone.tobytes()
+
+
+@pytest.mark.parametrize("segments", [((9, 0),), ((2, 0), (0, 1), (3, 1), (4, 0))])
+def test_a_given_space_is_worked_in_and_what_it_held_does_not_matter(segments):
+    space = np.full(9, np.nan, np.float32)
+    mean = ExactMean(segments, weight_limit=10, space=space)
+    update = np.arange(9, dtype=np.float32) / 64
+    update.flags.writeable = False
+    mean.add(update, (2.0, 1.0)[: 1 + max(which for _, which in segments)])
+    assert mean.mean() is space
+    assert space.tolist() == update.tolist()
 
 
 def test_a_tie_is_rounded_by_the_contribution_alone():
@@ -290,3 +317,28 @@ def test_a_tie_is_rounded_by_the_contribution_alone():
     updates = [np.array([count * half], np.float32) for count in (1, 3, 5, 7)]
     found = {mean_of([updates[index] for index in order], [1.0] * 4, 4.0).tobytes() for order in permutations(range(4))}
     assert len(found) == 1
+
+
+def test_two_threads_and_one_give_the_same_bits(monkeypatch):
+    updates = [np.random.default_rng(seed).normal(size=100_001).astype(np.float32) for seed in range(3)]
+    alone = mean_of(updates, [1.0, 2.0, 3.0])
+    monkeypatch.setattr(module, "_ROWS_FOR_TWO", 2)
+    assert mean_of(updates, [1.0, 2.0, 3.0]).tobytes() == alone.tobytes()
+
+
+def test_the_loops_are_compiled_anew_where_nothing_may_be_kept(monkeypatch):
+    """As in a container whose disk cannot be written."""
+    njit = numba.njit
+
+    def nowhere(*args, cache=False, **options):
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return njit(*args, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(numba, "njit", nowhere)
+        fresh = importlib.reload(loops)
+    total, update, whose = np.zeros(3, np.int32), np.array([1, 2, 4], np.float32), np.zeros(1, np.int64)
+    factors, beyond = np.ones(1, np.float32), np.zeros(1, np.bool_)
+    squares = fresh.add_rows(total, update, np.array([0, 3]), whose, factors, np.float32(9), beyond, 0, 1)
+    assert (squares, total.tolist(), beyond.tolist()) == (21.0, [1, 2, 4], [False])

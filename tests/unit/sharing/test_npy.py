@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis.extra import numpy as arrays
 
 from panfm.errors import ProtocolError
-from panfm.sharing.npy import to_npy, view_npy
+from panfm.sharing.npy import NpySpace, to_npy, view_npy
 
 
 def saved(array) -> bytes:
@@ -65,3 +65,23 @@ def test_a_view_takes_no_memory_and_cannot_be_written():
 def test_anything_else_is_refused(data):
     with pytest.raises(ProtocolError, match="array cannot be read"):
         view_npy(data)
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 100_000])
+def test_a_space_is_the_bytes_of_its_numbers(size):
+    space = NpySpace(size)
+    assert not space.numbers.any()
+    wanted = np.arange(size, dtype=np.float32)
+    space.numbers[:] = wanted
+    where = space.numbers.ctypes.data
+    data = space.close()
+    assert data == to_npy(wanted)
+    assert view_npy(data).ctypes.data == where
+
+
+def test_who_still_holds_the_numbers_of_a_space_cannot_change_its_bytes():
+    space = NpySpace(3)
+    held = space.numbers
+    data = space.close()
+    held[:] = 1.0
+    assert view_npy(data).tolist() == [0, 0, 0]

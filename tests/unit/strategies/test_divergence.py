@@ -52,3 +52,11 @@ def test_what_is_wrong_is_refused():
         with pytest.raises(ProtocolError, match=why):
             built.add(update, weights)
     assert built.mean() is None
+
+
+def test_what_is_taken_off_never_came():
+    built = mean(([0.5, 0, 1, 1, 0, 0], 3.0))
+    extra = np.array([3, -2, 0, 1, 9, 1], np.float32)
+    built.add(extra, (2.0,))
+    built.take_off(extra, (2.0,))
+    assert built.mean().tobytes() == mean(([0.5, 0, 1, 1, 0, 0], 3.0)).mean().tobytes()

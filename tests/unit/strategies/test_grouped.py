@@ -13,9 +13,10 @@ from flwr.supercore.task_identity import TaskIdentity
 from panfm.config import RunConfig
 from panfm.sharing.coding import encode
 from panfm.sharing.groups import GroupManifest
-from panfm.sharing.mean import ExactMean
 from panfm.sharing.messages import Handshake, RoundReply
+from panfm.sharing.npy import NpySpace, view_npy
 from strategies import GroupedMean, Memory
+from strategies import grouped as module
 
 MANIFEST = GroupManifest.of(
     {"backbone.a": (2,), "heads.b": (1,), "streams.brain-mr.c": (2,), "streams.eye-oct.d": (1,)}
@@ -128,17 +129,36 @@ def test_replies_are_taken_one_by_one(strategy):
     assert seen == [0, 1, 2]
 
 
-def test_a_group_is_let_go_when_it_is_added(strategy, monkeypatch):
-    """Smallest first, so that the largest is added when the others have gone; the guards have passed all of them."""
-    kept, seen = [], []
+def test_the_new_model_lies_where_the_sum_did(strategy, monkeypatch):
+    """A copy of a large one costs more than the arithmetic of a round; whoever holds on to the mean makes one."""
+    spaces, sent = [], []
 
-    def add(self, update, weights, *, checked=False):
-        seen.append((len(update), sum(each() is not None for each in kept), checked))
-        kept.append(weakref.ref(update))
+    class Space(NpySpace):
+        def __init__(self, size):
+            super().__init__(size)
+            spaces.append(self.numbers.ctypes.data)
 
-    monkeypatch.setattr(ExactMean, "add", add)
-    strategy.aggregate_train(5, [message(11, reply(11, 0.1)), message(12, reply(12, 0.2))])
-    assert seen == [(1, 0, True), (2, 0, True), (2, 0, True), (1, 0, True), (2, 0, True)]
+        def close(self):
+            data = super().close()
+            sent.append(view_npy(data).ctypes.data)
+            return data
+
+    monkeypatch.setattr(module, "NpySpace", Space)
+    aggregate(strategy, message(11, reply(11, 0.1)), message(12, reply(12, 0.2)))
+    assert sent == spaces[:3]  # nobody trained the fourth group
+
+
+@pytest.mark.parametrize("mean", ["weighted", "l-dawa", "median", "trimmed", "geometric-median"])
+def test_what_a_later_guard_refuses_leaves_every_kind_of_mean_as_it_was(make_run, mean):
+    """All groups are added before the norm of the last is looked at; large numbers are summed apart."""
+    strategy = build(make_run(f'[sharing]\nmean = "{mean}"\n'), roster=ROSTER | {14: shaken("d", 20)})
+    good = [message(12, reply(12, 0.2)), message(13, reply(13, 0.4)), message(14, reply(13, 0.3, **only_common(13)))]
+    without = aggregate(strategy, *good)
+    for size in (0.3, 9.0):
+        long = updates(backbone=np.full(2, size, np.float32), **{"stream:brain-mr": np.full(2, 20, np.float32)})
+        with_long = aggregate(strategy, good[0], message(11, reply(11, 0.1, **long)), *good[1:])
+        assert "norm" in strategy.outcome.rejected["a"]
+        assert all(with_long[group].tobytes() == without[group].tobytes() for group in GLOBAL)
 
 
 def test_order_does_not_matter(strategy):

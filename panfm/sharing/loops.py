@@ -1,0 +1,98 @@
+"""Loops over the numbers of an update, compiled: numpy reads and writes the memory anew for every operation.
+
+Rows are numbers edges[row] to edges[row + 1]; `whose` says which weight counts for each. Each function takes the rows
+from `first` up to `last`, and lets other Python threads go on meanwhile.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+from panfm.sharing.groups import Flat
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+_Indices = NDArray[np.int64]
+
+
+def _compiled(function: _Function) -> _Function:
+    """Sums of floats may be reordered, nothing else; the code is kept beside the source, or where numba may write."""
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc"}}
+    try:
+        compiled: _Function = numba.njit(cache=True, **options)(function)
+    except RuntimeError:  # nowhere
+        compiled = numba.njit(**options)(function)
+    return compiled
+
+
+@_compiled
+def add_rows(
+    total: NDArray[np.int32],
+    update: Flat,
+    edges: _Indices,
+    whose: _Indices,
+    factors: Flat,
+    limit: np.float32,
+    beyond: NDArray[np.bool_],
+    first: int,
+    last: int,
+) -> float:
+    """Add round(factor * update) to the total; a row with a number beyond the limit, or NaN, is only marked.
+
+    Returns:
+        Sum of the squares of all rows: each row's in float32, theirs in float64.
+    """
+    squares = np.float64(0.0)
+    for row in range(first, last):
+        numbers = update[edges[row] : edges[row + 1]]
+        squares += _squares(numbers)
+        beyond[row] = _is_beyond(numbers, limit)
+        if not beyond[row]:
+            _add(total[edges[row] : edges[row + 1]], numbers, factors[whose[row]])
+    return squares
+
+
+@_compiled
+def divide_rows(
+    total: NDArray[np.int32],
+    mean: Flat,
+    edges: _Indices,
+    whose: _Indices,
+    divisors: NDArray[np.float64],
+    first: int,
+    last: int,
+) -> None:
+    """Divide in float64; -0.0 where the divisor is 0. The mean may lie where the total does."""
+    for row in range(first, last):
+        numbers = total[edges[row] : edges[row + 1]].copy()
+        _divide(mean[edges[row] : edges[row + 1]], numbers, divisors[whose[row]])
+
+
+@_compiled
+def _squares(numbers: Flat) -> np.float32:
+    total = np.float32(0.0)
+    for index in range(len(numbers)):
+        total += numbers[index] * numbers[index]
+    return total
+
+
+@_compiled
+def _is_beyond(numbers: Flat, limit: np.float32) -> bool:
+    found = np.int32(0)
+    for index in range(len(numbers)):
+        found |= np.int32(not (abs(numbers[index]) <= limit))
+    return found != 0
+
+
+@_compiled
+def _add(total: NDArray[np.int32], numbers: Flat, factor: np.float32) -> None:
+    for index in range(len(total)):
+        total[index] += np.int32(np.rint(numbers[index] * factor))
+
+
+@_compiled
+def _divide(mean: Flat, numbers: NDArray[np.int32], divisor: float) -> None:
+    for index in range(len(mean)):
+        mean[index] = np.float32(numbers[index] / divisor) if divisor else np.float32(-0.0)
