@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from panfm.config.run import ExpertsConfig
 from panfm.models.director_experts import balance_loss, layer_weight
 from panfm.objectives import Learner, loop
 from panfm.objectives.experts import ExpertTraining
@@ -172,6 +173,36 @@ def test_noise_fades_over_the_run_and_is_for_training_only(make_dex, make_store)
     assert torch.equal(*teacher)
     losses = [learner.validation_loss(store, np.arange(5), site="a") for _ in range(2)]
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(
+    ("without", "with_it"),
+    [
+        ("noise = [0.0, 0.0]", "noise = [1.0, 1.0]"),
+        ("alignment-weight = 0.0", "alignment-weight = 1.0"),
+        ("balance-weight = [0.0, 0.0]", "balance-weight = [1.0, 1.0]"),
+    ],
+)
+def test_noise_alignment_and_balance_each_change_what_a_round_ends_with(make_dex, make_store, without, with_it):
+    learners = [Learner(make_dex(experts=f"count = 4\n{each}")) for each in (without, with_it, with_it)]
+    for learner in learners:
+        train(learner, make_store(learner.run), num_steps=2)
+    ends = [learner.model.state_dict() for learner in learners]
+    assert not equal_states(ends[0], ends[1])
+    assert equal_states(ends[1], ends[2])
+
+
+def test_numbers_that_are_not_given_are_the_papers():
+    assert ExpertsConfig() == ExpertsConfig(
+        count=(8,),
+        active=(2,),
+        temperature=0.5,
+        noise=(1.0, 0.0),
+        director_momentum=(0.99, 0.999),
+        alignment="cosine",
+        alignment_weight=0.01,
+        balance_weight=(0.001, 0.0),
+    )
 
 
 def test_rounds_and_sites_draw_their_own_noise(make_dex, make_store, monkeypatch):

@@ -25,11 +25,15 @@ def norm(tensors):
     return torch.stack([value.double().square().sum() for value in tensors]).sum().sqrt().item()
 
 
-def moved_teacher(learner):
-    """A teacher that is not the student, as after some steps."""
-    with torch.no_grad():
-        for parameter in learner.teacher.parameters():
-            parameter.mul_(1.1).add_(0.01)
+@torch.no_grad()
+def as_after_some_steps(learner):
+    """A teacher that is not the student, and experts that are neither alike nor their director's copies."""
+    for parameter in learner.teacher.parameters():
+        parameter.mul_(1.1).add_(0.01)
+    generator = torch.Generator().manual_seed(0)
+    for layer in learner.model.director_experts().values():
+        for parameter in layer.experts.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
 def one_at_a_time(learner, store, indices, hide, clip):
@@ -60,7 +64,7 @@ def one_at_a_time(learner, store, indices, hide, clip):
 def test_the_sum_equals_a_loop_over_patients(make_private, every_subset, fixed_masks, objective, backbone, clip):
     run = make_private(objective, backbone, clip=clip)
     learner = Learner(run)
-    moved_teacher(learner)
+    as_after_some_steps(learner)
     store = learner.stem(every_subset(run))
     found = sum_over(learner, store, np.arange(14), 0)
     expected = one_at_a_time(learner, store, range(14), fixed_masks, clip)
@@ -77,7 +81,7 @@ def test_the_sum_over_a_part_of_the_parameters_is_clipped_by_that_part(
 ):
     run = make_private(backbone=backbone, clip=0.05, more=f'trained = "{trained}"')
     learner = Learner(run)
-    moved_teacher(learner)
+    as_after_some_steps(learner)
     store = learner.stem(every_subset(run, 1))
     found = sum_over(learner, store, np.arange(7), 0)
     expected = one_at_a_time(learner, store, range(7), fixed_masks, 0.05)
@@ -124,7 +128,7 @@ def test_a_site_of_any_subset_of_streams(make_private, every_subset, fixed_masks
     clip = 0.05
     run = make_private("latent", backbone, clip=clip)
     learner = Learner(run, streams)
-    moved_teacher(learner)
+    as_after_some_steps(learner)
     store = learner.stem(every_subset(run, 1))
     holders = sorted(set(np.concatenate([store.rows[name] for name in streams]).tolist()))
     found, expected = (
