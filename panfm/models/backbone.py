@@ -47,7 +47,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None, saliency: ClsSaliency | None = None) -> Tensor:
         """Attend; `saliency`, if given, gathers what CLS attends to."""
         batch, length, width = x.shape
-        q, k, v = self.qkv(x).view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        q, k, v = (each.unflatten(2, (self.heads, -1)).transpose(1, 2) for each in self.qkv(x).chunk(3, dim=2))
         if saliency:
             saliency.add(q[:, :, :1], k, v)
         mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)

@@ -19,10 +19,11 @@ Shape legend: B subjects, L tokens (CLS first), D width, H hidden width, R exper
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from panfm.models.dispatch import mix_experts
@@ -177,16 +178,39 @@ class DirectorExperts(nn.Module):
 def alignment_distance(outputs: Tensor, target: Tensor, kind: Alignment) -> Tensor:
     """Distance of the experts' outputs [..., D] to the director's -> [...]."""
     if kind == "cosine":
-        mine, wanted = outputs.float(), target.float()
-        lengths = _length(mine) * _length(wanted)
-        return 1.0 - torch.linalg.vecdot(mine, wanted) / lengths
+        distance: Tensor = _CosineDistance.apply(outputs.float(), target.float())[0]  # type: ignore[no-untyped-call]
+        return distance
     wanted = (target.float() / _TARGET_TEMPERATURE).softmax(dim=-1)
     return -(wanted * outputs.float().log_softmax(dim=-1)).sum(dim=-1)
 
 
-def _length(x: Tensor) -> Tensor:
-    """Norm of x [..., D], not quite zero."""
-    return x.norm(dim=-1).clamp_min(_SHORTEST)
+class _CosineDistance(torch.autograd.Function):
+    """1 - cos of outputs and target [..., D]; lengths count as `_SHORTEST` at least.
+
+    Its gradient, -target / (|o| |t|) + output cos / |o|^2, is one pass over each.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(outputs: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        length = outputs.norm(dim=-1)
+        floored = length.clamp_min(_SHORTEST)
+        toward = 1.0 / (floored * target.norm(dim=-1).clamp_min(_SHORTEST))
+        cosine = torch.linalg.vecdot(outputs, target) * toward
+        along = torch.where(length < _SHORTEST, 0.0, cosine / floored.square())
+        return 1.0 - cosine, toward, along
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs, *output[1:])
+        ctx.mark_non_differentiable(*output[1:])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, None]:
+        outputs, target, toward, along = ctx.saved_tensors
+        return torch.addcmul(target * (-grad * toward)[..., None], outputs, (grad * along)[..., None]), None
 
 
 def balance_loss(probs: Tensor) -> Tensor:

@@ -4,7 +4,8 @@
 
 Subjects are sorted by expert, so that an expert reads one contiguous slice. Autograd would do the same sums; by hand,
 every expert's weight gradient is written straight into its place in the stack (autograd stacks them in a second copy of
-all experts), and what an expert needs is dropped before the next one starts.
+all experts), no activation is copied that need not be, and every buffer has the same size in every step however the
+experts are loaded, so that the allocator finds it again.
 
 Shape legend: B subjects, L tokens, D width, H hidden width, R experts, K active experts; a slice is n subjects' tokens
 [n L, D].
@@ -42,49 +43,55 @@ class _Mix(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, chosen: Tensor, gates: Tensor, *experts: Tensor) -> Tensor:
         order = chosen.flatten().argsort(stable=True)
-        subject, back = order // chosen.shape[1], order.argsort()
+        back = order.argsort().view_as(chosen)
         ctx.loads = (chosen.flatten().bincount(minlength=len(experts[0])) * x.shape[1]).tolist()
-        inputs = x.index_select(0, subject).flatten(0, 1)
-        outputs, hiddens = torch.empty_like(inputs), []
-        for tokens, output, (weight_in, bias_in, weight_out, bias_out) in zip(
-            inputs.split(ctx.loads), outputs.split(ctx.loads), _unstacked(*experts), strict=True
+        inputs = x.index_select(0, order // chosen.shape[1]).flatten(0, 1)
+        before = inputs.new_empty(len(inputs), experts[0].shape[1])
+        after, outputs = torch.empty_like(before), torch.empty_like(inputs)
+        for (tokens, early, late, output), (weight_in, bias_in, weight_out, bias_out) in zip(
+            _slices(ctx.loads, inputs, before, after, outputs), _unstacked(*experts), strict=True
         ):
-            before = torch.addmm(bias_in, tokens, weight_in.t())
-            after = functional.gelu(before)
-            torch.addmm(bias_out, after, weight_out.t(), out=output)
-            hiddens += [before, after]
-        outputs = _sorted_back(outputs, back, chosen, x)
-        ctx.save_for_backward(inputs, outputs, chosen, gates, order, back, experts[0], experts[2], *hiddens)
-        return torch.bmm(gates[:, None], outputs).view_as(x)
+            torch.addmm(bias_in, tokens, weight_in.t(), out=early)
+            torch.ops.aten.gelu.out(early, out=late)
+            torch.addmm(bias_out, late, weight_out.t(), out=output)
+        outputs = outputs.view(len(order), x.shape[1] * x.shape[2])
+        ctx.save_for_backward(inputs, before, after, outputs, gates, order, back, experts[0], experts[2])
+        return _gathered_sum(outputs, back, gates).view_as(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, outputs, chosen, gates, order, back, weight_in, weight_out, *hiddens = ctx.saved_tensors
-        grad_gates = (outputs * grad.reshape(len(grad), 1, outputs.shape[2])).sum(dim=2)
-        ups = grad.index_select(0, order // chosen.shape[1]).mul_(gates.flatten()[order][:, None, None]).flatten(0, 1)
-        grad_in, grad_out = torch.empty_like(weight_in), torch.empty_like(weight_out)
-        grad_bias_in, grad_bias_out = [], []
-        slices = zip(inputs.split(ctx.loads), ups.split(ctx.loads), hiddens[::2], hiddens[1::2], strict=True)
-        weights = _unstacked(weight_in, weight_out, grad_in, grad_out)
-        for (tokens, up, before, after), (w_in, w_out, into_in, into_out) in zip(slices, weights, strict=True):
-            torch.mm(up.t(), after, out=into_out)
-            grad_bias_out.append(up.sum(dim=0))
-            down = torch.ops.aten.gelu_backward(up @ w_out, before)
+        inputs, before, after, outputs, gates, order, back, weight_in, weight_out = ctx.saved_tensors
+        ups = grad.reshape(len(grad), outputs.shape[1]).index_select(0, order // back.shape[1])
+        grad_gates = torch.linalg.vecdot(outputs, ups)[back]
+        ups = ups.mul_(gates.flatten()[order][:, None]).view_as(inputs)
+        downs = torch.empty_like(before)
+        shapes = (weight_in.shape, weight_in.shape[:2], weight_out.shape, weight_out.shape[:2])
+        into = [weight_in.new_empty(shape) for shape in shapes]
+        for (tokens, early, late, up, down), (w_in, w_out, into_in, into_bias_in, into_out, into_bias_out) in zip(
+            _slices(ctx.loads, inputs, before, after, ups, downs), _unstacked(weight_in, weight_out, *into), strict=True
+        ):
+            torch.mm(up.t(), late, out=into_out)
+            torch.sum(up, dim=0, out=into_bias_out)
+            torch.mm(up, w_out, out=down)
+            torch.ops.aten.gelu_backward.grad_input(down, early, grad_input=down)
             torch.mm(down.t(), tokens, out=into_in)
-            grad_bias_in.append(down.sum(dim=0))
+            torch.sum(down, dim=0, out=into_bias_in)
             torch.mm(down, w_in, out=up)
-        grad_x = _sorted_back(ups, back, chosen, grad).sum(dim=1).view_as(grad)
-        return grad_x, None, grad_gates, grad_in, torch.stack(grad_bias_in), grad_out, torch.stack(grad_bias_out)
+        grad_x = _gathered_sum(ups.view_as(outputs), back).view_as(grad)
+        return grad_x, None, grad_gates, *into
+
+
+def _slices(loads: list[int], *rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Rows that stand by expert, expert by expert."""
+    return zip(*(each.split(loads) for each in rows), strict=True)
 
 
 def _unstacked(*stacked: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Expert by expert."""
+    """Stacks, expert by expert."""
     return zip(*(each.unbind() for each in stacked), strict=True)
 
 
-def _sorted_back(slices: Tensor, back: Tensor, chosen: Tensor, like: Tensor) -> Tensor:
-    """What stands by expert [B K L, D], by subject again [B, K, L D]; `like` is [B, L, D]."""
-    batch, num_active = chosen.shape
-    flat = like.shape[1] * like.shape[2]
-    return slices.view(batch * num_active, flat).index_select(0, back).view(batch, num_active, flat)
+def _gathered_sum(rows: Tensor, where: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Sum over K of rows [B K, L D] at `where` [B, K], weighted or not -> [B, L D]; reads and writes each row once."""
+    return functional.embedding_bag(where, rows, per_sample_weights=weights, mode="sum")

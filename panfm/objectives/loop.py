@@ -144,9 +144,11 @@ def step(learner: "Learner", loss: torch.Tensor, position: float) -> bool:
         group["lr"] = config.learning_rate * warmup_cosine(position, warmup=config.warmup)
     learner.optimiser.zero_grad()
     loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(learner.parameters, config.clip_norm)
+    norm = torch.nn.utils.get_total_norm([each.grad for each in learner.parameters if each.grad is not None])
     if not bool(torch.isfinite(loss) & torch.isfinite(norm)):
         return False
+    if norm > config.clip_norm:
+        torch.nn.utils.clip_grads_with_norm_(learner.parameters, config.clip_norm, norm)
     learner.optimiser.step()
     learner.pull_back(group["lr"] * config.proximal_mu)
     return True

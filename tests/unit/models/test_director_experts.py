@@ -15,6 +15,7 @@ from panfm.models.backbone import Backbone
 from panfm.models.director_experts import (
     DirectorExperts,
     Exploration,
+    _CosineDistance,
     alignment_distance,
     balance_loss,
     layer_weight,
@@ -423,6 +424,38 @@ def test_outputs_of_length_zero_have_a_distance_and_a_gradient():
     assert distance.tolist() == [1.0, 1.0]
     distance.sum().backward()
     assert torch.isfinite(outputs.grad).all()
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-9, 0.0])
+def test_the_gradient_of_the_cosine_is_that_of_autograd(scale):
+    """Of lengths below the floor, too; alone and under vmap, as privacy takes it."""
+    outputs, target = (scale * images(3).double()).requires_grad_(), images(3, seed=2).double()
+    weights = torch.arange(12.0).view(3, 4).double()
+
+    def slow(outputs, target):
+        lengths = [each.square().sum(dim=-1).add(1e-300).sqrt().clamp_min(1e-8) for each in (outputs, target)]
+        return 1.0 - (outputs * target).sum(dim=-1) / (lengths[0] * lengths[1])
+
+    def fast(outputs, target):
+        return _CosineDistance.apply(outputs, target)[0]
+
+    assert_close(fast(outputs, target), slow(outputs, target))
+    (expected,) = torch.autograd.grad((weights * slow(outputs, target)).sum(), outputs)
+    (found,) = torch.autograd.grad((weights * fast(outputs, target)).sum(), outputs)
+    assert_close(found, expected)
+
+    def one(outputs, target, weights):
+        return (weights * fast(outputs, target)).sum()
+
+    assert_close(torch.func.vmap(torch.func.grad(one))(outputs.detach(), target, weights), expected)
+
+
+def test_the_cosine_refuses_a_gradient_of_its_gradient():
+    outputs = images().requires_grad_()
+    (first,) = torch.autograd.grad(
+        alignment_distance(outputs, images(seed=2), "cosine").sum(), outputs, create_graph=True
+    )
+    assert not first.requires_grad
 
 
 def test_routing_keeps_its_precision_under_autocast():
