@@ -4,8 +4,7 @@
 
 Subjects are sorted by expert, so that an expert reads one contiguous slice. Autograd would do the same sums; by hand,
 every expert's weight gradient is written straight into its place in the stack (autograd stacks them in a second copy of
-all experts), no activation is copied that need not be, and every buffer has the same size in every step however the
-experts are loaded, so that the allocator finds it again.
+all experts), gelu's gradient overwrites what it is computed from, and what is sorted goes back in the pass that mixes.
 
 Shape legend: B subjects, L tokens, D width, H hidden width, R experts, K active experts; a slice is n subjects' tokens
 [n L, D].
