@@ -5,6 +5,8 @@
 Subjects are sorted by expert, so that an expert reads one contiguous slice. Autograd would do the same sums; by hand,
 every expert's weight gradient is written straight into its place in the stack (autograd stacks them in a second copy of
 all experts), gelu's gradient overwrites what it is computed from, and what is sorted goes back in the pass that mixes.
+Hidden activations are kept slice by slice: one buffer for a whole layer was measured slower, because the allocator
+gives large ones back to the system and every step pays for fresh pages.
 
 Shape legend: B subjects, L tokens, D width, H hidden width, R experts, K active experts; a slice is n subjects' tokens
 [n L, D].
@@ -45,35 +47,36 @@ class _Mix(torch.autograd.Function):
         back = order.argsort().view_as(chosen)
         ctx.loads = (chosen.flatten().bincount(minlength=len(experts[0])) * x.shape[1]).tolist()
         inputs = x.index_select(0, order // chosen.shape[1]).flatten(0, 1)
-        before = inputs.new_empty(len(inputs), experts[0].shape[1])
-        after, outputs = torch.empty_like(before), torch.empty_like(inputs)
-        for (tokens, early, late, output), (weight_in, bias_in, weight_out, bias_out) in zip(
-            _slices(ctx.loads, inputs, before, after, outputs), _unstacked(*experts), strict=True
+        outputs, hiddens = torch.empty_like(inputs), []
+        for tokens, output, (weight_in, bias_in, weight_out, bias_out) in zip(
+            inputs.split(ctx.loads), outputs.split(ctx.loads), _unstacked(*experts), strict=True
         ):
-            torch.addmm(bias_in, tokens, weight_in.t(), out=early)
-            torch.ops.aten.gelu.out(early, out=late)
-            torch.addmm(bias_out, late, weight_out.t(), out=output)
+            before = torch.addmm(bias_in, tokens, weight_in.t())
+            after = functional.gelu(before)
+            torch.addmm(bias_out, after, weight_out.t(), out=output)
+            hiddens += [before, after]
         outputs = outputs.view(len(order), x.shape[1] * x.shape[2])
-        ctx.save_for_backward(inputs, before, after, outputs, gates, order, back, experts[0], experts[2])
+        ctx.save_for_backward(inputs, outputs, gates, order, back, experts[0], experts[2], *hiddens)
         return _gathered_sum(outputs, back, gates).view_as(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, before, after, outputs, gates, order, back, weight_in, weight_out = ctx.saved_tensors
+        inputs, outputs, gates, order, back, weight_in, weight_out, *hiddens = ctx.saved_tensors
         ups = grad.reshape(len(grad), outputs.shape[1]).index_select(0, order // back.shape[1])
         grad_gates = torch.linalg.vecdot(outputs, ups)[back]
         ups = ups.mul_(gates.flatten()[order][:, None]).view_as(inputs)
-        downs = torch.empty_like(before)
         shapes = (weight_in.shape, weight_in.shape[:2], weight_out.shape, weight_out.shape[:2])
         into = [weight_in.new_empty(shape) for shape in shapes]
-        for (tokens, early, late, up, down), (w_in, w_out, into_in, into_bias_in, into_out, into_bias_out) in zip(
-            _slices(ctx.loads, inputs, before, after, ups, downs), _unstacked(weight_in, weight_out, *into), strict=True
+        slices = zip(inputs.split(ctx.loads), ups.split(ctx.loads), hiddens[::2], hiddens[1::2], strict=True)
+        weights = _unstacked(weight_in, weight_out, *into)
+        for (tokens, up, before, after), (w_in, w_out, into_in, into_bias_in, into_out, into_bias_out) in zip(
+            slices, weights, strict=True
         ):
-            torch.mm(up.t(), late, out=into_out)
+            torch.mm(up.t(), after, out=into_out)
             torch.sum(up, dim=0, out=into_bias_out)
-            torch.mm(up, w_out, out=down)
-            torch.ops.aten.gelu_backward.grad_input(down, early, grad_input=down)
+            down = up @ w_out
+            torch.ops.aten.gelu_backward.grad_input(down, before, grad_input=down)
             torch.mm(down.t(), tokens, out=into_in)
             torch.sum(down, dim=0, out=into_bias_in)
             torch.mm(down, w_in, out=up)
@@ -81,13 +84,8 @@ class _Mix(torch.autograd.Function):
         return grad_x, None, grad_gates, *into
 
 
-def _slices(loads: list[int], *rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Rows that stand by expert, expert by expert."""
-    return zip(*(each.split(loads) for each in rows), strict=True)
-
-
 def _unstacked(*stacked: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Stacks, expert by expert."""
+    """Expert by expert."""
     return zip(*(each.unbind() for each in stacked), strict=True)
 
 
