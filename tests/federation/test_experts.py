@@ -14,7 +14,7 @@ from panfm.data.cache import open_store
 from panfm.evaluate.embed import embed_store, load_model
 from panfm.models import build_model
 from panfm.objectives import Learner
-from panfm.sharing.groups import DIRECTOR, EXPERTS, ROUTER, group_of
+from panfm.sharing.groups import DIRECTOR, EXPERTS, ROUTER, GroupManifest, group_of
 from panfm.site.state import StateStore
 from server.app import app as server_app
 from server.run_folder import RunFolder
@@ -94,6 +94,26 @@ def test_no_byte_of_a_private_expert_or_router_leaves(federation, monkeypatch):
     assert {"backbone", "director", "head"} < set(state.groups)
     assert not {EXPERTS, ROUTER} & set(state.groups)
     assert not {EXPERTS, ROUTER} & {group_of(name) for name in exported(job.run_dir)}
+
+
+def test_what_leaves_is_to_the_bit_what_shared_parameters_moved_by(federation, monkeypatch):
+    """Nothing of an expert is mixed into what is shared, where a search for its bytes would not find it."""
+    watched, sent, moved = Watched(monkeypatch), [], []
+
+    def listen(message, context):
+        reply = client_app(message, context)
+        if message.metadata.message_type == "train":
+            (arrays,) = reply.content.array_records.values()
+            sent.append({group: array.numpy().tobytes() for group, array in arrays.items()})
+        return reply
+
+    run_apps(server_app, listen, federation.job("exact", *DEX, "train.rounds=1"))
+    for before, after, _ in watched.rounds.values():
+        update = {name: after[name] - before[name] for name in after if group_of(name) not in (EXPERTS, ROUTER)}
+        packed = GroupManifest.of({name: value.shape for name, value in update.items()}).pack_all(update)
+        moved.append({group: flat.tobytes() for group, flat in packed.items()})
+    assert len(sent) == len(moved) == len(SITES)
+    assert all(each in moved for each in sent)
 
 
 @pytest.mark.parametrize("rule", [POOLED, NAIVE])
