@@ -40,6 +40,22 @@ def test_a_round_moves_the_model_and_tells_public_numbers_only(make_private, mak
     assert len(result.gate_mass) == (2 if backbone == "dex" else 0)
 
 
+def test_directors_follow_all_experts_alike(make_private):
+    """Who used which expert is a patient's secret."""
+    learner = Learner(make_private(backbone="dex"))
+    layers = learner.model.director_experts().values()
+    gradient = {
+        name: torch.randn_like(value) for name, value in learner.model.named_parameters() if value.requires_grad
+    }
+    before = [layer.director[2].weight.clone() for layer in layers]
+    loop.step(learner, gradient, 0.5)
+    for layer, start in zip(layers, before, strict=True):
+        assert not torch.equal(layer.experts.weight_out[0], layer.experts.weight_out[1])
+        expected = 0.9945 * start + 0.0055 * layer.experts.weight_out.mean(dim=0)
+        torch.testing.assert_close(layer.director[2].weight, expected)
+        assert not torch.equal(layer.director[2].weight, start)
+
+
 def test_a_permit_is_used_once_and_for_its_own_round(make_private, make_store, tmp_path):
     run = make_private()
     learner, store = Learner(run), make_store(run)
