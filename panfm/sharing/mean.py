@@ -44,6 +44,10 @@ UPDATE_LIMIT = 64.0
 USUAL = 0.25
 _BITS = 30
 _WEIGHT_BITS = 20
+_ROUNDED = 1.0 + 2.0**-10
+"""Weights that sum to their limit exceed it when rounded; for that there is room in the bit to spare."""
+_SPAN = 32
+"""Bits that the update limit may lie above the usual for the sum of the largest numbers to fit 64 bits."""
 _ROW = 1 << 12
 """Numbers that are worked on at a time: they stay in the first cache, and their squares are summed in float32."""
 _ROWS_FOR_TWO = 1 << 10
@@ -73,16 +77,17 @@ class ExactMean:
         Args:
             segments: Which of a contribution's weights counts for which numbers; ((size, 0),): one for all.
             weight_limit: No weight sums to more than this over all contributions.
-            usual: Few numbers lie further from 0 than this; the smaller it is, the finer the units. Larger numbers cost
-                memory and time, and are as exact.
+            usual: Few numbers lie further from 0 than this; the smaller it is, the finer the units, down to 2^-32 of
+                the update limit. Larger numbers cost memory and time, and are as exact.
             update_limit: No contribution holds a number further from 0 than this.
             space: float32 [size] in which to work, and in which the mean will be; its own if None.
         """
         self.weight_limit = weight_limit
         self.update_limit = update_limit
         self._edges, self._whose = _rows(segments)
-        self._usual = min(2.0 ** _exponent(usual), update_limit)
-        self._scale = 2.0 ** (_BITS - _exponent(weight_limit) - _exponent(usual))
+        usual_bits = max(_exponent(usual), _exponent(update_limit) - _SPAN)
+        self._usual = min(2.0**usual_bits, update_limit)
+        self._scale = 2.0 ** (_BITS - _exponent(weight_limit) - usual_bits)
         self._space = np.empty(self._edges[-1], np.float32) if space is None else space
         self._sum = self._space.view(np.int32)
         self._helper = ThreadPoolExecutor(1)
@@ -128,7 +133,7 @@ class ExactMean:
         if not any(self._weights):
             return None
         divisors = np.asarray(self.total_weights) * self._scale
-        apart = {row: self._sum[self._row(row)] + whole for row, whole in self._beyond.items() if whole.any()}
+        apart = {row: self._sum[self._row(row)] + whole for row, whole in self._beyond.items()}
         self._in_two(lambda *rows: divide_rows(self._sum, self._space, self._edges, self._whose, divisors, *rows))
         for row, whole in apart.items():
             self._space[self._row(row)] = whole / divisors[self._whose[row]]
@@ -140,7 +145,7 @@ class ExactMean:
         if len(weights) != len(self._weights):
             raise ProtocolError(f"{len(weights)} weights, expected {len(self._weights)}")
         for weight, total in zip(weights, self.total_weights, strict=True):
-            if not (weight >= 0.0 and total + weight <= self.weight_limit):
+            if not (weight >= 0.0 and total + weight <= _ROUNDED * self.weight_limit):
                 raise ProtocolError(f"weight {weight:g}: expected >= 0 and at most {self.weight_limit:g} in all")
 
     def _put(self, update: Flat, weights: Weights, *, sign: int) -> tuple[float, list[int]]:
@@ -156,7 +161,9 @@ class ExactMean:
         factors = self._factors(weights)
         for row in beyond:
             whole = np.rint(update[self._row(row)] * factors[self._whose[row]]).astype(np.int64)
-            self._beyond[row] = self._beyond.get(row, 0) + sign * whole
+            whole = self._beyond.pop(row, 0) + sign * whole
+            if whole.any():
+                self._beyond[row] = whole
         self._weights = [total + sign * weight for total, weight in zip(self._weights, _fixed(weights), strict=True)]
 
     def _factors(self, weights: Weights) -> Flat:

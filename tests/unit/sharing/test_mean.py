@@ -172,6 +172,30 @@ def test_extremes_do_not_overflow():
     assert mean_of([-update] * 3, [3.0, 5.0, 7.5]).tolist() == [-64] * 4
 
 
+@pytest.mark.parametrize("weights", [(2**24 + 3.0, 2**24 + 1.0, 2**24 + 3.0), (6.006, 4.004, 2.002)])
+def test_weights_at_their_limit_may_round_up(weights):
+    """Whoever comes last is not refused for it, nor one that weighs nothing."""
+    entries = [(np.full(1, weight / 2**25, np.float32), weight) for weight in (*weights, 0.0)]
+    found = {mean_of(*zip(*order, strict=True), limit=sum(weights)).tobytes() for order in permutations(entries)}
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("usual", [1e-6, 1e-9, 1e-30])
+def test_the_largest_numbers_do_not_overflow_however_small_the_usual(usual):
+    mean = ExactMean(((3, 0),), weight_limit=3, usual=usual)
+    for _ in range(3):
+        mean.add(np.array([64, -64, 1e-5], np.float32), (1.0,))
+    np.testing.assert_allclose(mean.mean(), [64, -64, 1e-5], rtol=1e-6)
+
+
+def test_large_numbers_that_are_taken_off_leave_nothing_behind():
+    mean, update = ExactMean(((9, 0),), weight_limit=1), np.full(9, 64, np.float32)
+    mean.add(update, (1.0,))
+    assert mean._beyond
+    mean.take_off(update, (1.0,))
+    assert not mean._beyond
+
+
 def test_empty_group():
     assert mean_of([np.zeros(0, np.float32)], [1.0]).size == 0
 
