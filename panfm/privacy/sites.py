@@ -19,6 +19,8 @@ from panfm.privacy.randomness import with_noise
 from panfm.sharing.groups import Flat
 
 _CHUNK = 1 << 16
+_LEAST = float(np.finfo(np.float32).tiny)
+"""Below it float32 has few digits."""
 
 
 def clip_update(updates: Mapping[str, Flat], clip_norm: float) -> dict[str, Flat]:
@@ -26,10 +28,10 @@ def clip_update(updates: Mapping[str, Flat], clip_norm: float) -> dict[str, Flat
 
     Guarantees:
         bounded: the norm over all groups is at most clip_norm (1 + 1e-6).
-        poison: an update that holds a number that is not finite becomes zero.
+        poison: an update that holds a number that is not finite, or is 2^126 times too long, becomes zero.
     """
     norm = float(np.sqrt(sum(map(_squared_norm, updates.values()))))
-    if not np.isfinite(norm):
+    if not norm * _LEAST <= clip_norm:
         return {group: np.zeros_like(update) for group, update in updates.items()}
     factor = np.float32(min(1.0, clip_norm / norm)) if norm else np.float32(1.0)
     return {group: update * factor for group, update in updates.items()}

@@ -45,6 +45,13 @@ def test_an_update_that_is_not_finite_counts_as_zero(poison):
     assert not clip_update({"head": np.zeros(2, np.float32)}, 1.0)["head"].any()
 
 
+def test_a_factor_that_float32_cannot_hold_lets_nothing_past_the_bound():
+    """It would be rounded up from 0.75 to 1 of the least number there is."""
+    update = {"backbone": np.full(10_000, 3e38, np.float32)}
+    assert norm(clip_update(update, 3.2e-5)) <= 3.2e-5 * (1 + 1e-6)
+    assert norm(clip_update(update, 500.0)) == pytest.approx(500.0, rel=1e-6)
+
+
 def test_the_noise_is_the_stated_one_and_two_percent_would_show():
     drawn = []
     for _ in range(2):
