@@ -10,10 +10,12 @@ costs nothing. Server optimisers see the noised mean alone.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
+import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 
 from panfm.config import RunConfig
+from panfm.errors import ProtocolError
 from panfm.privacy.sites import clip_update, noised_mean
 from panfm.sharing.groups import Flat, GroupManifest
 from panfm.sharing.messages import Handshake, RoundReply
@@ -55,6 +57,9 @@ class SitePrivateMean(GroupedMean):
 
     def _read(self, message: Message, handshake: Handshake) -> RoundReply:
         reply = super()._read(message, handshake)
+        for group, update in reply.updates.items():
+            if update.dtype != np.float32 or update.ndim != 1:
+                raise ProtocolError(f"{group}: update is {update.dtype} {list(update.shape)}, expected flat float32")
         return RoundReply(
             reply.run_id,
             reply.round_number,

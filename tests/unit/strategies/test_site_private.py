@@ -145,6 +145,17 @@ def test_an_update_of_no_numbers_counts_as_zero_and_nobody_is_refused(build, wit
     assert all(np.isfinite(values).all() for values in new.values())
 
 
+@pytest.mark.parametrize("update", [np.ones((20, 1), np.float32), np.float32(1.0), np.full(20, "x"), np.ones(20)])
+def test_what_has_no_norm_is_refused_as_any_bad_reply(build, update):
+    """Updates are clipped before the guards look at them."""
+    replies = everyone()
+    replies[11] = replace(replies[11], updates=replies[11].updates | {"backbone": np.asarray(update)})
+    strategy = build()
+    assert not any(values.any() for values in aggregate(strategy, replies).values())
+    assert list(strategy.outcome.rejected) == ["a"]
+    assert strategy.outcome.rejected["a"].startswith("backbone: update is")
+
+
 def test_nothing_that_a_site_says_of_itself_is_kept(build):
     strategy = build()
     aggregate(strategy, everyone())
