@@ -58,8 +58,9 @@ class DivergenceMean:
 
     def _turned(self, update: Flat, weights: Weights) -> Weights:
         """A weight per layer."""
-        turned = map(_cosine, np.split(self._start, self._edges), np.split(self._start + update, self._edges))
-        return tuple(weights[which] * cosine for which, cosine in zip(self._whose, turned, strict=True))
+        with np.errstate(over="ignore", invalid="ignore"):  # what it comes of is refused
+            turned = map(_cosine, np.split(self._start, self._edges), np.split(self._start + update, self._edges))
+            return tuple(weights[which] * cosine for which, cosine in zip(self._whose, turned, strict=True))
 
 
 def _cosine(one: Flat, other: Flat) -> float:

@@ -12,7 +12,7 @@ arrive, and memory is 4 bytes a number, however many sites there are: F is the l
     2^F = 2^30 / (W U)
 
 Rows of an update in which a number lies beyond U are summed apart, as the same integers, in 64 bits. Error against
-exact arithmetic, for n sites (products are float32, hence the second term):
+exact arithmetic with the weights as they are rounded, for n sites (products are float32, hence the second term):
 
     |mean - exact| <= n 2^-(F+1) / sum(w) + 2^-23 (sum_k w_k |u_k| / sum(w) + |exact|)
 

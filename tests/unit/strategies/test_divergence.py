@@ -45,6 +45,8 @@ def test_what_is_wrong_is_refused():
     built = mean()
     for update, weights, why in (
         (np.full(6, np.nan, np.float32), (1.0,), "holds NaN"),
+        (np.full(6, np.inf, np.float32), (1.0,), "holds NaN, infinity"),
+        (np.full(6, 3e38, np.float32), (1.0,), "a number beyond 64"),
         (np.zeros(5, np.float32), (1.0,), r"\[5\]"),
         (np.zeros(6, np.float32), (1.0, 1.0), "2 weights, expected 1"),
         (np.zeros(6, np.float32), (101.0,), "weight 101"),
