@@ -5,7 +5,7 @@ from `first` up to `last`, and lets other Python threads go on meanwhile.
 """
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numba
 import numpy as np
@@ -18,13 +18,11 @@ _Indices = NDArray[np.int64]
 
 
 def _compiled(function: _Function) -> _Function:
-    """Sums of floats may be reordered, nothing else; the code is kept beside the source, or where numba may write."""
-    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc"}}
-    try:
-        compiled: _Function = numba.njit(cache=True, **options)(function)
-    except RuntimeError:  # nowhere
-        compiled = numba.njit(**options)(function)
-    return compiled
+    """Machine code, made at the first call; sums of floats may be reordered, nothing else.
+
+    It is not kept on disk: a disk that is full or may not be written to would end the round, to spare a process 2 s.
+    """
+    return cast(_Function, numba.njit(nogil=True, error_model="numpy", fastmath={"reassoc"})(function))
 
 
 @_compiled

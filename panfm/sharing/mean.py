@@ -11,8 +11,9 @@ arrive, and memory is 4 bytes a number, however many sites there are: F is the l
 
     2^F = 2^30 / (W U)
 
-Rows of an update in which a number lies beyond U are summed apart, as the same integers, in 64 bits. Error against
-exact arithmetic with the weights as they are rounded, for n sites (products are float32, hence the second term):
+Rows of an update in which a number lies beyond U are summed apart, as the same integers, in 64 bits: 8 bytes more for a
+number of such a row. Error against exact arithmetic with the weights as they are rounded, for n sites (products are
+float32, hence the second term):
 
     |mean - exact| <= n 2^-(F+1) / sum(w) + 2^-23 (sum_k w_k |u_k| / sum(w) + |exact|)
 
@@ -133,9 +134,10 @@ class ExactMean:
         if not any(self._weights):
             return None
         divisors = np.asarray(self.total_weights) * self._scale
-        apart = {row: self._sum[self._row(row)] + whole for row, whole in self._beyond.items()}
+        for row, whole in self._beyond.items():
+            whole += self._sum[self._row(row)]
         self._in_two(lambda *rows: divide_rows(self._sum, self._space, self._edges, self._whose, divisors, *rows))
-        for row, whole in apart.items():
+        for row, whole in self._beyond.items():
             self._space[self._row(row)] = whole / divisors[self._whose[row]]
         self._weights = [0] * len(self._weights)
         return self._space
@@ -160,10 +162,11 @@ class ExactMean:
     def _count(self, update: Flat, weights: Weights, beyond: Sequence[int], *, sign: int) -> None:
         factors = self._factors(weights)
         for row in beyond:
-            whole = np.rint(update[self._row(row)] * factors[self._whose[row]]).astype(np.int64)
-            whole = self._beyond.pop(row, 0) + sign * whole
-            if whole.any():
-                self._beyond[row] = whole
+            part = np.rint(update[self._row(row)] * factors[self._whose[row]]).astype(np.int64)
+            whole = self._beyond.setdefault(row, np.zeros_like(part))
+            whole += sign * part
+            if not whole.any():
+                del self._beyond[row]
         self._weights = [total + sign * weight for total, weight in zip(self._weights, _fixed(weights), strict=True)]
 
     def _factors(self, weights: Weights) -> Flat:

@@ -1,15 +1,13 @@
-import importlib
+import tracemalloc
 from fractions import Fraction
 from itertools import permutations
 
-import numba
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from panfm.errors import ProtocolError
-from panfm.sharing import loops
 from panfm.sharing import mean as module
 from panfm.sharing.mean import ExactMean
 
@@ -350,19 +348,15 @@ def test_two_threads_and_one_give_the_same_bits(monkeypatch):
     assert mean_of(updates, [1.0, 2.0, 3.0]).tobytes() == alone.tobytes()
 
 
-def test_the_loops_are_compiled_anew_where_nothing_may_be_kept(monkeypatch):
-    """As in a container whose disk cannot be written."""
-    njit = numba.njit
-
-    def nowhere(*args, cache=False, **options):
-        if cache:
-            raise RuntimeError("cannot cache function: no locator available")
-        return njit(*args, **options)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(numba, "njit", nowhere)
-        fresh = importlib.reload(loops)
-    total, update, whose = np.zeros(3, np.int32), np.array([1, 2, 4], np.float32), np.zeros(1, np.int64)
-    factors, beyond = np.ones(1, np.float32), np.zeros(1, np.bool_)
-    squares = fresh.add_rows(total, update, np.array([0, 3]), whose, factors, np.float32(9), beyond, 0, 1)
-    assert (squares, total.tolist(), beyond.tolist()) == (21.0, [1, 2, 4], [False])
+def test_at_worst_numbers_beyond_the_usual_take_twelve_bytes_each():
+    """The sum, and a sum apart; the mean makes no second copy of either."""
+    size = 1 << 20
+    mean = ExactMean(((size, 0),), weight_limit=4.0)
+    update = np.full(size, 8.0, np.float32)
+    mean.add(update, (1.0,))
+    tracemalloc.start()
+    mean.add(update, (1.0,))
+    assert (mean.mean() == 8.0).all()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 3 * size
