@@ -68,7 +68,7 @@ class Deployment:
         words = ["--ssl-ca-certfile", "ca.crt", "--ssl-certfile", "server.pem", "--ssl-keyfile", "server.key"]
         words = [str(self.home / word) if "." in word else word for word in words]
         words += ["--host", "127.0.0.1", "--port", str(self.port), "--enable-supernode-auth"]
-        words += ["--database", str(self.home / "superlink.db"), "--isolation", "process"]
+        words += ["--database", f"sqlite:///{self.home / 'superlink.db'}?plugin=panfm", "--isolation", "process"]
         words += ["--superexec-auth-secret-file", str(self.home / "superexec.secret")]
         self.start("superlink", "flower-superlink", *words)
         wait_until(self._is_healthy, "flower-superlink", _START_TIMEOUT_S, self.processes["superlink"])

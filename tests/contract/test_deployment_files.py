@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from sqlalchemy import make_url
 
 HOSTS = Path(__file__).resolve().parents[2] / "configs" / "deployment" / "hosts"
 BIN = Path(sys.executable).parent
@@ -82,3 +83,11 @@ def test_containers_are_kept_apart():
     shared = {each.split(":")[0] for each in worker["volumes"]} & {each.split(":")[0] for each in supernode["volumes"]}
     assert shared == {"/run/panfm"}
     assert {service["restart"] for service in SERVICES.values()} == {"always"}
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if "superlink" in name])
+def test_the_superlink_keeps_its_database_on_disk_and_waits_for_its_lock(name):
+    words = shlex.split(COMMANDS[name])
+    url = make_url(words[words.index("--database") + 1])
+    assert url.query == {"plugin": "panfm"}
+    assert Path(url.database).is_absolute()

@@ -31,7 +31,7 @@ def public(tmp_path_factory) -> Path:
     return folder
 
 
-SMALL = {"_MEMBERS": 4, "_ATTACKED": 1, "_ROUNDS": 1, "_LOCAL_STEPS": 1, "_PUBLIC_ROUNDS": 1, "_PUBLIC_STEPS": 1}
+SMALL = {"_MEMBERS": 4, "_ATTACKED": 6, "_ROUNDS": 1, "_LOCAL_STEPS": 1, "_PUBLIC_ROUNDS": 1, "_PUBLIC_STEPS": 1}
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def test_an_arm_is_trained_probed_and_attacked(cohort, arm, tmp_path, monkeypatc
     assert {path: path.stat().st_size for path in cohort.rglob("*") if path.is_file()} == before
     if arm == "warm-inf":
         assert measured["psnr"] == measured["psnr_grey"]
-    if arm == "public":
+    if arm == "public":  # one draw of the masks in seven hides too much; they are nobody's to repeat
         assert measured["psnr"] > measured["psnr_grey"] + 20.0
 
 

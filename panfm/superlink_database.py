@@ -1,0 +1,30 @@
+"""A SuperLink's database that waits for its lock: `--database "sqlite:////path/superlink.db?plugin=panfm"`.
+
+Flower lets a statement wait five seconds. While a disk is busy for longer, with a large reply or somebody's checkpoint,
+its SuperLink then answers with a server error, and whoever hears it ends for good: SuperNodes, the SuperExec, and with
+it the run.
+"""
+
+from typing import Any
+
+from sqlalchemy import URL, event
+from sqlalchemy.engine import CreateEnginePlugin, Engine
+
+WAIT_MS = 25_000
+"""Below the 30 s after which Flower's own clients take an answer for lost."""
+
+
+class WaitForLock(CreateEnginePlugin):
+    """SQLAlchemy finds it by its name in the URL; it sets the time whenever a connection is taken from the pool."""
+
+    def update_url(self, url: URL) -> URL:
+        """Without the word that named it, which SQLite does not know."""
+        return url.difference_update_query(["plugin"])
+
+    def engine_created(self, engine: Engine) -> None:
+        """After Flower's own setting, which comes when a connection is made."""
+        event.listen(engine, "checkout", _wait)
+
+
+def _wait(connection: Any, *_: object) -> None:
+    connection.execute(f"PRAGMA busy_timeout = {WAIT_MS}")
