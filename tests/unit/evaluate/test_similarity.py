@@ -39,7 +39,7 @@ def test_unrelated_features_have_none_however_wide():
     assert abs(np.nanmean(values)) < 0.1
 
 
-@pytest.mark.parametrize("features", [np.ones((6, 3)), np.zeros((3, 3)), np.zeros((0, 3))])
+@pytest.mark.parametrize("features", [np.ones((6, 3)), np.eye(3), np.zeros((3, 3)), np.zeros((0, 3))])
 def test_too_little_is_nan(features):
     other = np.random.default_rng(0).normal(size=features.shape)
     assert np.isnan(linear_cka(features, other))

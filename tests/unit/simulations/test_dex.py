@@ -41,6 +41,16 @@ def test_a_dense_model_has_no_specialisation(picture_cohort):
     assert dex.specialisation(build_model(run), Pictures.open(picture_cohort, run)) == {}
 
 
+@pytest.mark.parametrize("arm", ["dense", "dex"])
+def test_conflict_is_read_off_the_mlp_or_the_experts_alone(arm):
+    model = build_model(dex.arm_run(0, arm, 1))
+    part = ".mlp.experts." if arm == "dex" else ".mlp."
+    for index, layer in enumerate(dex._layers(model)):
+        named = [value for name, value in model.backbone.named_parameters() if name.startswith(f"blocks.{index}{part}")]
+        assert len(named) == 4
+        assert all(one is other for one, other in zip(layer, named, strict=True))
+
+
 def test_gates_of_pictures_and_of_tokens():
     gates = torch.tensor([[0.75, 0.25], [0.5, 0.5], [1.0, 0.0], [0.6, 0.4]])
     chosen = torch.tensor([[2, 0], [1, 2], [0, 1], [2, 1]])
