@@ -42,7 +42,7 @@ def test_a_constant_image_has_finite_statistics():
 @pytest.mark.parametrize("tokenizer", ["statistics", "patch"])
 @pytest.mark.parametrize("stream", [VOLUME, COLOUR])
 def test_tokens_have_the_promised_number_of_features(stream, tokenizer):
-    images = torch.rand(3, stream.channels, *stream.shape)
+    images = torch.rand(3, stream.channels, *stream.shape, generator=torch.Generator().manual_seed(0))
     tokens = patchify(stem_images(images, stream, tokenizer), stem_step(stream, tokenizer))
     assert tokens.shape == (3, math.prod(stream.grid), stem_features(stream, tokenizer))
 
