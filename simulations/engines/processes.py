@@ -46,9 +46,15 @@ def wait_until(condition: Callable[[], bool], what: str, timeout_s: float, *proc
 
 
 def free_ports(number: int) -> list[int]:
-    """Ports that nobody uses now."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(number)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
+    """Ports that nobody uses, and that the kernel gives to nobody else while this process lives.
+
+    Each is held by a socket that does not listen, so that a server may, as long as it sets SO_REUSEADDR.
+    """
+    ports = []
+    for _ in range(number):
+        holder = socket.socket()
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))
+        ports.append(holder.getsockname()[1])
+        holder.detach()
     return ports

@@ -105,9 +105,10 @@ def why(answers, home, entry: str) -> str:
 
 def test_why_a_superlink_is_unavailable(certificate, door, monkeypatch):
     home, answers = certificate, SimpleNamespace(stdout="", stderr="")
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, socket.socket() as closed:  # it has a port, and listens to nobody
         patch.setattr(flower.subprocess, "run", lambda *_, **__: answers)
-        dead = closed_port()
+        closed.bind(("127.0.0.1", 0))
+        dead = closed.getsockname()[1]
         own, other = (f'root-certificates = "{home / name}.crt"' for name in ("own", "other"))
         where = f"connection x of {home / 'config.toml'}: localhost:{door}"
         assert "does not answer" in why(answers, home, f'address = "127.0.0.1:{dead}"\n{own}')
@@ -121,11 +122,6 @@ def test_why_a_superlink_is_unavailable(certificate, door, monkeypatch):
             why(answers, home, f'address = "localhost:{door}"\n{own}') == f"{where} answers, but does not speak to us"
         )
         assert "localhost does not answer" in why(answers, home, f'address = "localhost"\n{own}')
-
-
-def closed_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
 
 
 def test_one_line():
