@@ -4,21 +4,22 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from client.relay import ask
-from panfm.config import dump_toml, load_site, parse_run
+from panfm.config import dump_toml, parse_run
 from panfm.models import build_model
-from panfm.sharing.frames import Frame, Kind, encode
+from panfm.sharing.frames import Frame, Kind, address, encode
 from panfm.sharing.groups import GroupManifest
 from panfm.sharing.messages import Invitation, Records, RoundReply, RoundTask
 from panfm.site import Site
 from panfm.site.departures import Departures
-from panfm.site.worker import is_running
 from simulations.engines.flwr import private_environment
 from simulations.engines.processes import Process, end, send_signal, start, wait_until
 from tests.federation.conftest import RUN
@@ -33,16 +34,30 @@ class Worker:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.socket = str(folder / ".panfm" / "run" / "worker.sock")
+        self.socket = folder / ".panfm" / "run" / "worker.sock"
         self.process: Process | None = None
 
     def start(self) -> None:
         environment = private_environment(self.folder)
         self.process = start(["panfm", "site", "start", str(self.folder)], self.folder / "worker.log", environment)
-        wait_until(lambda: is_running(self.folder, load_site(self.folder)), "worker", 300.0, self.process)
+        wait_until(self.listens, "worker", 300.0, self.process)
+
+    def listens(self) -> bool:
+        try:
+            with connected(self.socket):
+                return True
+        except OSError:
+            return False
 
     def ask(self, kind: Kind, records: Records) -> Frame:
-        return ask(self.socket, Frame(kind, records))
+        return ask(str(self.socket), Frame(kind, records))
+
+
+@contextmanager
+def connected(path: Path) -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_UNIX) as stranger, address(path) as short:
+        stranger.connect(short)
+        yield stranger
 
 
 @pytest.fixture(scope="module")
@@ -121,8 +136,7 @@ def test_what_is_wrong_is_answered_without_a_word_of_the_site(worker, records):
 def test_a_flood_of_broken_connections_does_not_end_it(worker):
     half = encode(Frame(Kind.ROUND, task(1).to_records()))[:-9]
     for content in [b"", b"\x00" * 40, half, os.urandom(64)] * 25:
-        with socket.socket(socket.AF_UNIX) as stranger:
-            stranger.connect(worker.socket)
+        with connected(worker.socket) as stranger:
             stranger.sendall(content)
     assert worker.ask(Kind.HANDSHAKE, Invitation(dump_toml(run)).to_records()).kind is Kind.ANSWER
 
@@ -146,10 +160,9 @@ def as_nobody(act) -> str:
         return pipe.read()
 
 
-def connect(path: str) -> bytes:
+def connect(path: Path) -> bytes:
     """What is answered to a question that the worker would answer."""
-    with socket.socket(socket.AF_UNIX) as stranger:
-        stranger.connect(path)
+    with connected(path) as stranger:
         stranger.sendall(encode(Frame(Kind.HANDSHAKE, Invitation(dump_toml(run)).to_records())))
         return stranger.recv(100)
 

@@ -2,12 +2,13 @@
 
 import socket
 import threading
+from pathlib import Path
 
 import pytest
 
 from client import relay
 from panfm.errors import ProtocolError
-from panfm.sharing.frames import Frame, Kind, encode, receive
+from panfm.sharing.frames import Frame, Kind, address, encode, receive
 from panfm.sharing.messages import Records
 
 QUESTION = Frame(Kind.ROUND, Records(config={"round": 1}))
@@ -21,7 +22,8 @@ def worker(tmp_path):
 
     def start(deaths: int, answer: bytes = b"") -> tuple[str, list]:
         listener = socket.socket(socket.AF_UNIX)
-        listener.bind(path)
+        with address(Path(path)) as short:
+            listener.bind(short)
         listener.listen()
 
         def serve() -> None:
@@ -29,7 +31,7 @@ def worker(tmp_path):
                 for number in range(deaths + 1):
                     connection, _ = listener.accept()
                     with connection:
-                        asked.append(receive(connection, timeout_s=5.0))
+                        asked.append(receive(connection, timeout_s=60.0))
                         if number == deaths:
                             connection.sendall(answer or encode(ANSWER))
 

@@ -157,7 +157,7 @@ def test_cache_folder_that_is_a_file(clinic, streams):
 
 def test_several_may_build_at_once(clinic, streams):
     """Threads stand for processes: each writes a file of its own and renames it."""
-    together = threading.Barrier(3, timeout=10)
+    together = threading.Barrier(3, timeout=60)
 
     def build(_):
         return open_store(clinic.folder, streams, progress=lambda stream, done, total: done < 3 or together.wait())

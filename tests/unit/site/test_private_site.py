@@ -142,7 +142,7 @@ def _read(content: bytes) -> Frame:
     here, there = socket.socketpair()
     with here, there, ThreadPoolExecutor(1) as pool:
         pool.submit(there.sendall, content)
-        return receive(here, timeout_s=10.0)
+        return receive(here, timeout_s=60.0)
 
 
 def test_a_handshake_tells_public_numbers_only(site):

@@ -16,7 +16,7 @@ from client.relay import ask
 from panfm.cli import main
 from panfm.config import parse_site
 from panfm.errors import ConfigError
-from panfm.sharing.frames import Frame, Kind, encode
+from panfm.sharing.frames import Frame, Kind, address, encode
 from panfm.sharing.messages import Handshake, Invitation, Records, RoundReply
 from panfm.site import Site, limits
 from panfm.site.departures import Departures
@@ -34,10 +34,10 @@ def folder(tmp_path, write_site):
 def serving(folder):
     """Ask from another thread, while the worker serves from this one, as limits on time need the main thread."""
     with listen(folder, Site(folder).config) as listener, ThreadPoolExecutor(1) as pool:
-        worker, path = Worker(Site(folder), listener), listener.getsockname()
+        worker, path = Worker(Site(folder), listener), folder / ".panfm" / "run" / "worker.sock"
 
         def serve(frame: Frame) -> Frame:
-            answer = pool.submit(ask, path, frame)
+            answer = pool.submit(ask, str(path), frame)
             worker.serve_one()
             return answer.result()
 
@@ -81,8 +81,8 @@ def test_errors_are_scrubbed_and_kept(folder, serving):
 
 def test_other_accounts_are_hung_up_on_unread(serving):
     serving.worker._users = {os.getuid() + 1}
-    with socket.socket(socket.AF_UNIX) as stranger:
-        stranger.connect(serving.path)
+    with socket.socket(socket.AF_UNIX) as stranger, address(serving.path) as path:
+        stranger.connect(path)
         stranger.sendall(encode(Frame(Kind.HANDSHAKE, Invitation(task().run_toml).to_records())))
         serving.worker.serve_one()
         with pytest.raises(ConnectionResetError):  # what it said lay there unread
@@ -127,8 +127,8 @@ def test_an_experiment_that_the_site_has_not_named_is_refused(folder, serving):
     ],
 )
 def test_whatever_comes_the_worker_goes_on(serving, content):
-    with socket.socket(socket.AF_UNIX) as stranger:
-        stranger.connect(serving.path)
+    with socket.socket(socket.AF_UNIX) as stranger, address(serving.path) as path:
+        stranger.connect(path)
         stranger.sendall(content)
         stranger.shutdown(socket.SHUT_WR)
         serving.worker.serve_one()
