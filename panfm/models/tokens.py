@@ -52,8 +52,8 @@ def pack(present: Tensor, stream_of_place: Tensor) -> Layout:
 
 
 def gather_tokens(tokens: Tensor, column: Tensor) -> Tensor:
-    """Tokens [B, N, D] at columns [B, K] -> [B, K, D]."""
-    return tokens.gather(1, column[..., None].expand(-1, -1, tokens.shape[-1]))
+    """Tokens [B, N, D] at columns [B, K] -> [B, K, D]. Copies whole rows; `gather` goes feature by feature."""
+    return tokens[torch.arange(len(tokens), device=tokens.device)[:, None], column]
 
 
 def sincos_positions(grid: tuple[int, ...], width: int) -> Tensor:

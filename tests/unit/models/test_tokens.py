@@ -31,6 +31,26 @@ def test_select_keeps_order_and_remembers_columns(keep):
     assert [row[ok].int().tolist() for row, ok in zip(picked, smaller.valid, strict=True)] == expected
 
 
+def test_gathered_tokens_and_their_gradients_are_those_of_one_row_after_the_other():
+    """A column that is named twice gets both gradients; subject by subject under vmap, as privacy takes them, too."""
+    random = torch.Generator().manual_seed(0)
+    tokens, up = torch.randn(3, 5, 2, generator=random), torch.randn(3, 4, 2, generator=random)
+    column = torch.tensor([[4, 0, 2, 0], [1, 1, 1, 1], [3, 2, 1, 0]])
+    expected = torch.zeros_like(tokens)
+    for b, row in enumerate(column.tolist()):
+        for k, place in enumerate(row):
+            assert torch.equal(gather_tokens(tokens, column)[b, k], tokens[b, place])
+            expected[b, place] += up[b, k]
+    leaf = tokens.clone().requires_grad_()
+    (gather_tokens(leaf, column) * up).sum().backward()
+    assert torch.equal(leaf.grad, expected)
+
+    def one(tokens, column, up):
+        return (gather_tokens(tokens[None], column[None])[0] * up).sum()
+
+    assert torch.equal(torch.func.vmap(torch.func.grad(one))(tokens, column, up), expected)
+
+
 def test_select_never_keeps_padding():
     layout = pack(torch.tensor([[True, True], [True, False]]), torch.tensor([0, 1]))
     smaller, _ = layout.select(torch.ones(2, 2, dtype=torch.bool))
