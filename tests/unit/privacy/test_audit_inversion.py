@@ -43,18 +43,19 @@ def test_patches_that_were_seen_come_back_and_the_mask_with_them(make_private, m
 
 
 def test_clipping_does_not_help_and_noise_does(make_private, make_store):
+    """One draw of the masks in forty hides too much of a patient: the median holds unless five of eight are such."""
     run = make_private(clip=1e-3, extra=PATCH)
     stores = [pictures(run, make_store), pictures(run, lambda *args, **more: make_store(*args, seed=1, **more))]
-    found = {each.name: each for each in audit_inversion(build_model(run), run, stores, patients=4)}
+    found = {each.name: each for each in audit_inversion(build_model(run), run, stores, patients=8)}
     assert list(found) == [
         "one patient",
         "one patient, as AdamW moves the model",
-        "sum over 4 patients",
+        "sum over 8 patients",
         "sum over sites, one patient each",
         "one patient, noise 0.001",
         "one patient, noise 1",
     ]
-    assert len(found["one patient"].psnr) == 4
+    assert len(found["one patient"].psnr) == 8
     assert np.median(found["one patient"].psnr) > 60.0
     for name in ("one patient, noise 0.001", "one patient, noise 1"):
         assert np.median(found[name].psnr) < np.median(found[name].grey) + 1.0
