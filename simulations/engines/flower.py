@@ -14,7 +14,7 @@ from simulations.engines.job import Job
 from simulations.engines.processes import end, free_ports, start, wait_until
 
 _CONNECTION = "panfm-local"
-_START_TIMEOUT_S = 60.0
+_START_TIMEOUT_S = 300.0
 
 
 def run(job: Job) -> None:
@@ -29,7 +29,8 @@ def run(job: Job) -> None:
         (home / "config.toml").write_text(connection, encoding="utf-8")
         words = ["flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess", "--host", "127.0.0.1"]
         words += ["--port", str(port), "--control-api-address", f"127.0.0.1:{control_port}"]
-        superlink = start([*words, "--database", str(home / "state.db")], home / "superlink.log", environment)
+        words += ["--database", f"sqlite:///{home / 'state.db'}?plugin=panfm"]
+        superlink = start(words, home / "superlink.log", environment)
         try:
             wait_until(lambda: _is_healthy(port), "flower-superlink", _START_TIMEOUT_S, superlink)
             federation = f"num-supernodes={job.num_sites} client-resources-num-cpus=1"
