@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy import zeros
 
@@ -126,7 +126,7 @@ folder_names = st.text(st.sampled_from("ab .,'\"`;()-\u2019\u00e9"), min_size=1,
 )
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40)
 @given(
     folder_names, st.sampled_from(["patient-john-doe-1961 = 1", "name = 'St Mary', ", 'name = ""', "manifest = 'x'"])
 )
@@ -150,7 +150,7 @@ scalars = st.one_of(
 keys = st.one_of(st.sampled_from(["run", "run-id", "round", "profile-names", "profile-values"]), st.text(min_size=1))
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40)
 @given(st.sampled_from(["query", "train"]), st.dictionaries(keys, st.one_of(scalars, st.lists(st.integers(0, 9)))))
 def test_whatever_is_asked_is_answered(site, kind, config):
     reply = ask(kind, config, at(site), {"backbone": Array(zeros(3))})
