@@ -18,7 +18,7 @@ from tests.federation.conftest import HOLDINGS, Federation
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
-LONG_S = 300.0
+LONG_S = 900.0
 
 
 @pytest.fixture(scope="module")
