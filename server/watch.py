@@ -1,5 +1,6 @@
 """A run, watched from its folder until it ends: live on a terminal, plain lines elsewhere."""
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from server.flower import FlowerRun
 from server.progress import Progress
 from server.screen import screen
 
+logger = logging.getLogger(__name__)
 View = Callable[[Run], None]
 _POLL_S = 1.0
 _STATUS_S = 10.0
@@ -61,7 +63,7 @@ def follow(run_dir: Path, show: View, flower: FlowerRun | None, environment: Map
             if not run.is_at_work:
                 break
         elif (run.is_finished and not run.is_at_work) or time.monotonic() - asked > _STATUS_S:
-            status, details = flower.entry(environment)
+            status, details = _entry(flower, run, environment)
             asked = time.monotonic()
             if status.startswith("finished"):
                 break
@@ -69,6 +71,17 @@ def follow(run_dir: Path, show: View, flower: FlowerRun | None, environment: Map
     show(run := read_run(run_dir))
     if not run.is_finished or (flower and status != "finished:completed"):
         raise RunError(f"{run_dir}: {why_not_finished(run, status, details)}")
+
+
+def _entry(flower: FlowerRun, run: Run, environment: Mapping[str, str]) -> tuple[str, str]:
+    """What Flower knows of a run; nothing while it does not answer and the run goes on, as one does without it."""
+    try:
+        return flower.entry(environment)
+    except RunError as error:
+        if not run.is_at_work:
+            raise
+        logger.warning("%s; the run goes on", error)
+        return "", ""
 
 
 def why_not_finished(run: Run, status: str = "", details: str = "") -> str:

@@ -4,6 +4,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -46,9 +47,10 @@ def wait_until(condition: Callable[[], bool], what: str, timeout_s: float, *proc
 
 
 def free_ports(number: int) -> list[int]:
-    """Ports that nobody uses, and that the kernel gives to nobody else while this process lives.
+    """Ports that nobody uses, and that Linux gives to nobody else while this process lives.
 
-    Each is held by a socket that does not listen, so that a server may, as long as it sets SO_REUSEADDR.
+    Each is held by a socket that does not listen, so that a server may, as long as it sets SO_REUSEADDR. Elsewhere than
+    on Linux a held port would be refused to the server too.
     """
     ports = []
     for _ in range(number):
@@ -56,5 +58,8 @@ def free_ports(number: int) -> list[int]:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         holder.bind(("127.0.0.1", 0))
         ports.append(holder.getsockname()[1])
-        holder.detach()
+        if sys.platform == "linux":
+            holder.detach()
+        else:
+            holder.close()
     return ports
