@@ -11,15 +11,15 @@ from sqlalchemy import URL, event
 from sqlalchemy.engine import CreateEnginePlugin, Engine
 
 WAIT_MS = 25_000
-"""Below the 30 s after which Flower's own clients take an answer for lost."""
+"""For one statement. Below the 30 s after which Flower's own clients take an answer for lost."""
 
 
 class WaitForLock(CreateEnginePlugin):
     """SQLAlchemy finds it by its name in the URL; it sets the time whenever a connection is taken from the pool."""
 
     def update_url(self, url: URL) -> URL:
-        """Without the word that named it, which SQLite does not know."""
-        return url.difference_update_query(["plugin"])
+        """As it is: SQLAlchemy has taken out the word that named the plugin."""
+        return url
 
     def engine_created(self, engine: Engine) -> None:
         """After Flower's own setting, which comes when a connection is made."""

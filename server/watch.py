@@ -20,6 +20,8 @@ View = Callable[[Run], None]
 _POLL_S = 1.0
 _STATUS_S = 10.0
 """A look at Flower's status costs a process; the rounds are read from the run folder meanwhile."""
+_SILENCE_S = 600.0
+"""A SuperLink that has not answered for so long, with no round done either, is taken for gone."""
 
 
 class Lines:
@@ -55,33 +57,32 @@ def follow(run_dir: Path, show: View, flower: FlowerRun | None, environment: Map
     Raises:
         RunError: it ended without doing what was asked; the line says why.
     """
-    status, details, asked = "", "", time.monotonic()
+    status, details, rounds = "", "", 0
+    asked = heard = time.monotonic()
     while True:
         run = read_run(run_dir)
         show(run)
+        if len(run.rounds) > rounds:
+            rounds, heard = len(run.rounds), time.monotonic()
         if flower is None:
             if not run.is_at_work:
                 break
         elif (run.is_finished and not run.is_at_work) or time.monotonic() - asked > _STATUS_S:
-            status, details = _entry(flower, run, environment)
             asked = time.monotonic()
+            try:
+                status, details = flower.entry(environment)
+            except RunError as error:
+                if not run.is_at_work or asked - heard > _SILENCE_S:
+                    raise
+                logger.warning("%s; the run goes on", error)
+                continue
+            heard = asked
             if status.startswith("finished"):
                 break
         time.sleep(_POLL_S)
     show(run := read_run(run_dir))
     if not run.is_finished or (flower and status != "finished:completed"):
         raise RunError(f"{run_dir}: {why_not_finished(run, status, details)}")
-
-
-def _entry(flower: FlowerRun, run: Run, environment: Mapping[str, str]) -> tuple[str, str]:
-    """What Flower knows of a run; nothing while it does not answer and the run goes on, as one does without it."""
-    try:
-        return flower.entry(environment)
-    except RunError as error:
-        if not run.is_at_work:
-            raise
-        logger.warning("%s; the run goes on", error)
-        return "", ""
 
 
 def why_not_finished(run: Run, status: str = "", details: str = "") -> str:

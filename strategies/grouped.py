@@ -131,23 +131,30 @@ class GroupedMean(Strategy):
         limit = self.run.sharing.guards.direction
         held: dict[str, RoundReply] = {}
         for message in replies:
-            handshake = self.asked[message.metadata.src_node_id]
+            site = self.asked[message.metadata.src_node_id].site
             try:
-                reply = self._read(message, handshake)
-                check_reply(reply, handshake, self._limits(handshake), of=(self._run_id, server_round))
-                self.outcome.norms[handshake.site] = self._add(reply, means)
+                reply = self._take(message, means, server_round)
             except ProtocolError as error:
-                self.outcome.rejected[handshake.site] = str(error)
-                continue
-            self.outcome.accepted[handshake.site] = replace(reply, updates={})
-            if limit:
-                held[handshake.site] = reply
-            del message, reply
+                self.outcome.rejected[site] = str(error)
+            else:
+                self.outcome.accepted[site] = replace(reply, updates={})
+                if limit:
+                    held[site] = reply
+                del reply
+            del message
         refused = pointing_elsewhere(held, limit) if limit else {}
         for site in refused:
             _take_off(held[site], means, held[site].updates)
             del self.outcome.accepted[site]
         self.outcome.rejected |= refused
+
+    def _take(self, message: Message, means: Mapping[str, GroupMean], server_round: int) -> RoundReply:
+        """Add a reply that passes the guards. Raises ProtocolError for one that does not, and all is as it was."""
+        handshake = self.asked[message.metadata.src_node_id]
+        reply = self._read(message, handshake)
+        check_reply(reply, handshake, self._limits(handshake), of=(self._run_id, server_round))
+        self.outcome.norms[handshake.site] = self._add(reply, means)
+        return reply
 
     def _add(self, reply: RoundReply, means: Mapping[str, GroupMean]) -> dict[str, float]:
         """Add a reply's updates; what is kept of their norms. Raises ProtocolError, and all means are as they were."""

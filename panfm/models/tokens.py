@@ -53,7 +53,7 @@ def pack(present: Tensor, stream_of_place: Tensor) -> Layout:
 
 def gather_tokens(tokens: Tensor, column: Tensor) -> Tensor:
     """Tokens [B, N, D] at columns [B, K] -> [B, K, D]. Copies whole rows; `gather` goes feature by feature."""
-    return tokens[torch.arange(len(tokens), device=tokens.device)[:, None], column]
+    return tokens[torch.arange(tokens.shape[0], device=tokens.device)[:, None], column]
 
 
 def sincos_positions(grid: tuple[int, ...], width: int) -> Tensor:

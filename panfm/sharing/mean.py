@@ -11,9 +11,9 @@ arrive, and memory is 4 bytes a number, however many sites there are: F is the l
 
     2^F = 2^30 / (W U)
 
-Rows of an update in which a number lies beyond U are summed apart, as the same integers, in 64 bits: 8 bytes more for a
-number of such a row. Error against exact arithmetic with the weights as they are rounded, for n sites (products are
-float32, hence the second term):
+Rows of an update in which a number lies beyond U are added as the same integers in 64 bits; what the sum cannot hold,
+its multiples of 2^30, lies apart: 4 bytes more for a number of such a row. Error against exact arithmetic with the
+weights as they are rounded, for n sites (products are float32, hence the second term):
 
     |mean - exact| <= n 2^-(F+1) / sum(w) + 2^-23 (sum_k w_k |u_k| / sum(w) + |exact|)
 
@@ -47,8 +47,8 @@ _BITS = 30
 _WEIGHT_BITS = 20
 _ROUNDED = 1.0 + 2.0**-10
 """Weights that sum to their limit exceed it when rounded; for that there is room in the bit to spare."""
-_SPAN = 32
-"""Bits that the update limit may lie above the usual for the sum of the largest numbers to fit 64 bits."""
+_SPAN = 30
+"""Bits that the update limit may lie above the usual for the sum of the largest numbers to fit twice 30 bits."""
 _ROW = 1 << 12
 """Numbers that are worked on at a time: they stay in the first cache, and their squares are summed in float32."""
 _ROWS_FOR_TWO = 1 << 10
@@ -78,7 +78,7 @@ class ExactMean:
         Args:
             segments: Which of a contribution's weights counts for which numbers; ((size, 0),): one for all.
             weight_limit: No weight sums to more than this over all contributions.
-            usual: Few numbers lie further from 0 than this; the smaller it is, the finer the units, down to 2^-32 of
+            usual: Few numbers lie further from 0 than this; the smaller it is, the finer the units, down to 2^-30 of
                 the update limit. Larger numbers cost memory and time, and are as exact.
             update_limit: No contribution holds a number further from 0 than this.
             space: float32 [size] in which to work, and in which the mean will be; its own if None.
@@ -93,8 +93,10 @@ class ExactMean:
         self._sum = self._space.view(np.int32)
         self._helper = ThreadPoolExecutor(1)
         self._in_two(self._clear)
-        self._beyond: dict[int, NDArray[np.int64]] = {}
-        """Row -> sum of the contributions that are too large for `_sum`."""
+        self._carry = np.zeros(0, np.int32)
+        """[size] once a number was too large: what is to be added to `_sum`, in units of 2^30."""
+        self._carried: set[int] = set()
+        """Rows in which something is."""
         self._weights = [0] * (1 + max((which for _, which in segments), default=0))
 
     @property
@@ -122,7 +124,7 @@ class ExactMean:
         return math.sqrt(squares)
 
     def take_off(self, update: Flat, weights: Weights) -> None:
-        """Undo `add` of the same contribution."""
+        """Undo `add` of the same contribution: the last one, or, when none are to come, any."""
         _, beyond = self._put(update, weights, sign=-1)
         self._count(update, weights, beyond, sign=-1)
 
@@ -134,11 +136,12 @@ class ExactMean:
         if not any(self._weights):
             return None
         divisors = np.asarray(self.total_weights) * self._scale
-        for row, whole in self._beyond.items():
-            whole += self._sum[self._row(row)]
+        apart = self._carry.view(np.float32)
+        for row in self._carried:
+            apart[self._row(row)] = self._whole(row) / divisors[self._whose[row]]
         self._in_two(lambda *rows: divide_rows(self._sum, self._space, self._edges, self._whose, divisors, *rows))
-        for row, whole in self._beyond.items():
-            self._space[self._row(row)] = whole / divisors[self._whose[row]]
+        for row in self._carried:
+            self._space[self._row(row)] = apart[self._row(row)]
         self._weights = [0] * len(self._weights)
         return self._space
 
@@ -161,13 +164,26 @@ class ExactMean:
 
     def _count(self, update: Flat, weights: Weights, beyond: Sequence[int], *, sign: int) -> None:
         factors = self._factors(weights)
+        if beyond and not len(self._carry):
+            self._carry = np.zeros_like(self._sum)
         for row in beyond:
             part = np.rint(update[self._row(row)] * factors[self._whose[row]]).astype(np.int64)
-            whole = self._beyond.setdefault(row, np.zeros_like(part))
-            whole += sign * part
-            if not whole.any():
-                del self._beyond[row]
+            self._split(row, self._whole(row) + sign * part)
         self._weights = [total + sign * weight for total, weight in zip(self._weights, _fixed(weights), strict=True)]
+
+    def _whole(self, row: int) -> NDArray[np.int64]:
+        at = self._row(row)
+        return self._sum[at] + (self._carry[at].astype(np.int64) << _BITS)
+
+    def _split(self, row: int, whole: NDArray[np.int64]) -> None:
+        """Keep the sum of a row in two parts, the lower at most 2^29: what is usual can still be added to it."""
+        at = self._row(row)
+        self._carry[at] = (whole + (1 << _BITS - 1)) >> _BITS
+        self._sum[at] = whole - (self._carry[at].astype(np.int64) << _BITS)
+        if self._carry[at].any():
+            self._carried.add(row)
+        else:
+            self._carried.discard(row)
 
     def _factors(self, weights: Weights) -> Flat:
         return np.asarray([weight / 2**_WEIGHT_BITS * self._scale for weight in _fixed(weights)], np.float32)

@@ -41,8 +41,10 @@ def wait_until(condition: Callable[[], bool], what: str, timeout_s: float, *proc
     """Raises RunError if it takes too long, or if one of the processes it depends on has ended."""
     deadline = time.monotonic() + timeout_s
     while not condition():
-        if time.monotonic() > deadline or any(process.poll() is not None for process in processes):
-            raise RunError(f"{what}: not within {timeout_s:g} s; its log in the run folder tells more")
+        ended = [process.returncode for process in processes if process.poll() is not None]
+        if ended or time.monotonic() > deadline:
+            why = f"ended with status {ended[0]}" if ended else f"not within {timeout_s:g} s"
+            raise RunError(f"{what}: {why}; its log in the run folder tells more")
         time.sleep(_POLL_S)
 
 

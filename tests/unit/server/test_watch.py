@@ -1,4 +1,6 @@
+import time
 from contextlib import ExitStack
+from unittest.mock import Mock
 
 import pytest
 
@@ -45,3 +47,13 @@ def test_a_superlink_that_does_not_answer_does_not_end_the_watch_of_a_run_at_wor
 def test_a_superlink_that_does_not_answer_ends_the_watch_of_a_run_at_rest(folder):
     with pytest.raises(RunError, match=r"^flwr list: does not answer$"):
         watch.follow(folder.path, lambda _: None, Flower(RunError("flwr list: does not answer")), {})
+
+
+def test_a_superlink_that_is_gone_for_good_ends_the_watch_though_the_run_waits_for_it(folder, monkeypatch):
+    monkeypatch.setattr(watch, "_SILENCE_S", 0.05)
+    flower, begin = Mock(), time.monotonic()
+    flower.entry.side_effect = RunError("flwr list: does not answer")
+    with folder.at_work(), pytest.raises(RunError, match=r"^flwr list: does not answer$"):
+        watch.follow(folder.path, lambda _: None, flower, {})
+    assert time.monotonic() - begin > 0.05
+    assert flower.entry.call_count > 1

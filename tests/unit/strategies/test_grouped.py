@@ -404,19 +404,20 @@ def test_a_group_may_have_a_mean_of_its_own(make_run, kind):
         np.testing.assert_allclose(new["backbone"], [1.2, 2.2], rtol=1e-6)
 
 
-def test_a_reply_is_let_go_before_the_next_one_comes(strategy):
-    """Flower's records refer to themselves, so only the collector would free what is left in them."""
+@pytest.mark.parametrize(("value", "num_accepted"), [(0.5, 3), (500.0, 0)])
+def test_a_reply_is_let_go_before_the_next_one_comes(strategy, value, num_accepted):
+    """Also one that is refused. Flower's records refer to themselves, so only the collector would free what is left in them."""
     gc.disable()
     try:
         arrived: list[weakref.ref] = []
 
         def come(node_id: int) -> Message:
             assert not any(array() for array in arrived)
-            coming = deepcopy(message(node_id, reply(node_id, 0.5)))
+            coming = deepcopy(message(node_id, reply(node_id, value)))
             arrived.extend(map(weakref.ref, coming.content.array_records["arrays"].values()))
             return coming
 
         strategy.aggregate_train(5, map(come, (11, 12, 13)))
     finally:
         gc.enable()
-    assert len(strategy.outcome.accepted) == 3
+    assert len(strategy.outcome.accepted) == num_accepted
