@@ -405,11 +405,21 @@ def test_a_group_may_have_a_mean_of_its_own(make_run, kind):
 
 
 @pytest.mark.parametrize(("value", "num_accepted"), [(0.5, 3), (500.0, 0)])
-def test_a_reply_is_let_go_before_the_next_one_comes(strategy, value, num_accepted):
-    """Also one that is refused. Flower's records refer to themselves, so only the collector would free what is left in them."""
+def test_a_reply_is_let_go_before_the_next_one_comes(strategy, value, num_accepted, monkeypatch):
+    """Also one that is refused.
+
+    Flower's records refer to themselves, so only the collector would free what is left in them.
+    """
     gc.disable()
     try:
         arrived: list[weakref.ref] = []
+        read = strategy._read
+
+        def spied(*about) -> RoundReply:
+            arrived.append(weakref.ref(found := read(*about)))
+            return found
+
+        monkeypatch.setattr(strategy, "_read", spied)
 
         def come(node_id: int) -> Message:
             assert not any(array() for array in arrived)
@@ -420,4 +430,5 @@ def test_a_reply_is_let_go_before_the_next_one_comes(strategy, value, num_accept
         strategy.aggregate_train(5, map(come, (11, 12, 13)))
     finally:
         gc.enable()
+    assert len(arrived) > 6
     assert len(strategy.outcome.accepted) == num_accepted
