@@ -1,7 +1,8 @@
 """`panfm ...`: one Typer app per group of commands.
 
-Commands import what they need when they run, so that `panfm --help` answers at once. An error meant for the user is
-printed line by line on stderr and ends with exit status 1; a traceback is always a bug.
+Commands import what they need when they run, so that `panfm --help` answers at once, and read a run description before
+they import torch, so that a mistake in it is told at once. An error meant for the user is printed line by line on
+stderr and ends with exit status 1; a traceback is always a bug.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -84,10 +85,11 @@ def site_check(
     written anew; exit status 0.
     """
     from panfm.config import load_run
+
+    description = load_run(run) if run else None
     from panfm.data.check import check_site
     from panfm.data.manifest import read_quarantine
 
-    description = load_run(run) if run else None
     streams, organs = (description.streams, description.organs) if description else (None, None)
     with _progress("reading images") as progress:
         report = check_site(site, streams, organs=organs, progress=progress)
@@ -157,10 +159,12 @@ def site_dry_run(
 ) -> None:
     """Try one local step of a run: its time and memory, and all that would leave the site. Nothing leaves."""
     from panfm.config import load_run
+
+    description = load_run(run)
     from panfm.site.dry_run import dry_run
     from panfm.site.tell import dry_run_lines
 
-    for line in dry_run_lines(dry_run(site, load_run(run))):
+    for line in dry_run_lines(dry_run(site, description)):
         typer.echo(line)
 
 
@@ -217,11 +221,12 @@ def cohort_make(
     """Write a phantom cohort as site folders of NIfTI or PNG files."""
     from panfm.config import load_run
     from panfm.config.cohort import ModalitiesCohortConfig, PhantomCohortConfig
-    from panfm.data.modalities import write_modalities
-    from panfm.data.phantom import write_cohort
 
     flags = {"preset": preset, "seed": seed}
     description = load_run(run, [f"cohort.{key}={value}" for key, value in flags.items() if value is not None])
+    from panfm.data.modalities import write_modalities
+    from panfm.data.phantom import write_cohort
+
     cohort = description.cohort
     if not isinstance(cohort, PhantomCohortConfig | ModalitiesCohortConfig):
         raise DataError(f'{run}: found no phantom cohort, expected cohort.kind = "phantom" or "modalities"')
@@ -268,9 +273,11 @@ def ledger_plan(
     what is spent there already.
     """
     from panfm.config import load_run
+
+    description = load_run(run, overrides or ())
     from panfm.privacy.plan import plan
 
-    for line in plan(load_run(run, overrides or ()), _ledger(site).entries() if site else ()):
+    for line in plan(description, _ledger(site).entries() if site else ()):
         typer.echo(line)
 
 
@@ -309,9 +316,11 @@ def audit_step(
     step that is wrong by a factor of two can pass.
     """
     from panfm.config import load_run
+
+    description = load_run(run, overrides or ())
     from panfm.privacy.audit_step import DELTA, audit_step
 
-    found = audit_step(load_run(run, overrides or ()), canaries=canaries, steps=steps)
+    found = audit_step(description, canaries=canaries, steps=steps)
     _write_json(json, asdict(found))
     typer.echo(f"{found.steps} steps, each canary in one with chance 0.25")
     typer.echo(f"claimed: epsilon {found.claim:.3f} at delta {DELTA:g}")

@@ -43,9 +43,10 @@ def start(
 ) -> None:
     """Start a run, and watch it to its end."""
     from panfm.config import load_run
-    from server.run_folder import RunFolder
 
     run = load_run(experiment, overrides or ())
+    from server.run_folder import RunFolder
+
     folder = out or Path(f"runs/{run.name}-{time.strftime('%Y%m%d-%H%M%S')}")
     is_new = not folder.exists()
     RunFolder.create(folder, run)

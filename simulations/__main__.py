@@ -26,6 +26,10 @@ def run(
     engine: Annotated[str, typer.Option(help="local, ray, flower or deployment.")] = "local",
 ) -> None:
     """Run a federation, probe its model, write a report."""
+    from panfm.config import load_run
+
+    if resume is None:
+        load_run(experiment, overrides or ())  # a mistake is told before torch is imported, which takes seconds
     from simulations.engines import ENGINES
     from simulations.run import simulate
 

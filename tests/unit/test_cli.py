@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -7,6 +8,7 @@ from typer.testing import CliRunner
 from panfm.cli import main
 from panfm.config import load_site
 
+ROOT = Path(__file__).parents[2]
 RUN = """
 name = "run"
 [streams]
@@ -135,3 +137,33 @@ def test_cohort_make_refuses_bad_flags(tmp_path, run_file, flags):
     result = panfm("cohort", "make", tmp_path / "cohort", "--run", run_file, *flags)
     assert result.exit_code != 0
     assert not (tmp_path / "cohort").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "-m simulations run RUN",
+        "-m server start RUN --connection none",
+        "-m panfm site check . --run RUN",
+        "-m panfm site dry-run . --run RUN",
+        "-m panfm ledger plan RUN",
+        "-m panfm audit step RUN",
+        "-m panfm cohort make new --run RUN",
+    ],
+)
+def test_a_mistake_in_a_run_description_is_told_before_torch_is_imported(tmp_path, words):
+    description = tmp_path / "run.toml"
+    description.write_text('name = "x"\nstreamz = 1\n')
+    code = f"""
+import runpy, sys
+sys.argv = {words.split()[1:]!r}
+sys.argv = [word.replace("RUN", {str(description)!r}) for word in sys.argv]
+try:
+    runpy.run_module(sys.argv[0], run_name="__main__")
+except SystemExit as end:
+    assert end.code == 1, end.code
+assert not {{"torch", "monai", "flwr.serverapp"}} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "did you mean streams" in done.stderr
