@@ -10,8 +10,9 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Self
 
 from panfm.errors import DataError
 
@@ -96,6 +97,27 @@ def is_locked(path: Path) -> bool:
     except OSError:
         return False
     return False
+
+
+@dataclass(frozen=True)
+class FileStamp:
+    """Which file this is, and when it last changed.
+
+    Whoever has verified a file need not read it again while its stamp is the same. A change within the clock tick (a
+    few ms) of the stamp does not show.
+    """
+
+    device: int
+    inode: int
+    size: int
+    changed_ns: int
+    """Time of the last change of content or owner; unlike the time of modification it cannot be set."""
+
+    @classmethod
+    def of(cls, file: IO[bytes]) -> Self:
+        """The stamp of an open file, all of which is on disk."""
+        status = os.fstat(file.fileno())
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_ctime_ns)
 
 
 def write_checked(path: Path, content: bytes) -> str:
