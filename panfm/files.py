@@ -143,6 +143,16 @@ def read_checked(path: Path) -> bytes:
     return content
 
 
+def read_checked_start(path: Path, size: int) -> bytes:
+    """The first bytes of what `write_checked` wrote, unchecked. Raises DataError if the file cannot be read."""
+    try:
+        with path.open("rb") as file:
+            file.seek(_DIGEST_BYTES)
+            return file.read(size)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({type(error).__name__})") from error
+
+
 def read_digest(path: Path) -> str:
     """The digest that stands at the head of a checked file; empty if there is no such file."""
     try:

@@ -274,13 +274,7 @@ class Ledger:
     @contextmanager
     def _opened(self) -> Iterator[IO[bytes]]:
         """The file, open for reading while no other process writes it; an empty one if there is none."""
-        try:
-            file = self.path.open("rb")
-        except FileNotFoundError:
-            file = Path(os.devnull).open("rb")
-        except OSError as error:
-            raise LedgerError(f"{self.path}: cannot be read ({error.strerror})") from error
-        with file:
+        with _open_or_empty(self.path) as file:
             fcntl.flock(file, fcntl.LOCK_SH)
             yield file
 
@@ -379,6 +373,15 @@ def check_chain(content: bytes, where: str) -> list[Entry]:
         before = entry["hash"]
         entries.append(entry)
     return entries
+
+
+def _open_or_empty(path: Path) -> IO[bytes]:
+    try:
+        return path.open("rb")
+    except FileNotFoundError:
+        return Path(os.devnull).open("rb")
+    except OSError as error:
+        raise LedgerError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def mechanisms_of(entry: Entry) -> list[Mechanism]:
