@@ -246,19 +246,38 @@ def ledger_show(folder: Annotated[Path, typer.Argument(help=_LEDGER_HELP)]) -> N
     """Print what was promised, what is spent, on what, and what is not covered.
 
     Written for a data-protection officer. A site's ledger is shared by all runs on its patients, and is written before
-    anything is sent. A run folder has one where the server added noise for its sites (table `server-privacy`).
+    anything is sent. A run folder has one where the server added noise for its sites (table `server-privacy`). Note the
+    end of the chain elsewhere: `panfm ledger verify --noted` finds with it whether entries were cut off.
     """
     from panfm.privacy.statement import statement
 
-    for line in statement(_ledger(folder).entries()):
+    entries = _ledger(folder).entries()
+    for line in statement(entries):
         typer.echo(line)
+    if entries:
+        typer.echo(f"The chain ends with: {entries[-1]['hash']}")
 
 
 @ledger_app.command("verify")
-def ledger_verify(folder: Annotated[Path, typer.Argument(help=_LEDGER_HELP)]) -> None:
-    """Check that no entry was changed, moved or removed: every line holds the hash of the one before."""
+def ledger_verify(
+    folder: Annotated[Path, typer.Argument(help=_LEDGER_HELP)],
+    noted: Annotated[
+        str | None,
+        typer.Option(help="An end of the chain that you wrote down earlier: it must still be in the ledger."),
+    ] = None,
+) -> None:
+    """Check that no entry was changed, moved or removed: every line holds the hash of the one before.
+
+    The anchor in the site's state folder tells whether entries were cut off; whoever cuts ledger and anchor alike is
+    found with --noted. Where the anchor is lost, rounds are refused until --noted names an end that the ledger still
+    holds: the anchor is then written anew.
+    """
     ledger = _ledger(folder)
-    typer.echo(f"{ledger.path}: {len(ledger.entries())} entries, each follows from the one before")
+    if noted is not None and ledger.check_noted(noted):
+        typer.echo(f"{ledger.path}: its anchor was missing and is written anew, as the end noted is in the ledger")
+    entries = ledger.entries()
+    typer.echo(f"{ledger.path}: {len(entries)} entries, each follows from the one before")
+    typer.echo(f"The chain ends with: {entries[-1]['hash'] if entries else 'nothing yet'}")
 
 
 @ledger_app.command("plan")

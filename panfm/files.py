@@ -10,8 +10,9 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Self
 
 from panfm.errors import DataError
 
@@ -98,6 +99,27 @@ def is_locked(path: Path) -> bool:
     return False
 
 
+@dataclass(frozen=True)
+class FileStamp:
+    """Which file this is, and when it last changed.
+
+    Whoever has verified a file need not read it again while its stamp is the same. A change within the clock tick (a
+    few ms) of the stamp does not show.
+    """
+
+    device: int
+    inode: int
+    size: int
+    changed_ns: int
+    """Time of the last change of content or owner; unlike the time of modification it cannot be set."""
+
+    @classmethod
+    def of(cls, file: IO[bytes]) -> Self:
+        """The stamp of an open file, all of which is on disk."""
+        status = os.fstat(file.fileno())
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_ctime_ns)
+
+
 def write_checked(path: Path, content: bytes) -> str:
     """Write `content` atomically behind its SHA-256; returns the hex digest."""
     digest = hashlib.sha256(content).hexdigest()
@@ -119,6 +141,16 @@ def read_checked(path: Path) -> bytes:
     if hashlib.sha256(content).hexdigest().encode() != stored[:_DIGEST_BYTES]:
         raise DataError(f"{path}: corrupted, its checksum does not match; delete it to fall back to the one before")
     return content
+
+
+def read_checked_start(path: Path, size: int) -> bytes:
+    """The first bytes of what `write_checked` wrote, unchecked. Raises DataError if the file cannot be read."""
+    try:
+        with path.open("rb") as file:
+            file.seek(_DIGEST_BYTES)
+            return file.read(size)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({type(error).__name__})") from error
 
 
 def read_digest(path: Path) -> str:

@@ -6,9 +6,9 @@
 import os.path
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from panfm.config._base import Config, Name
 from panfm.errors import ConfigError
@@ -40,9 +40,10 @@ class LimitsConfig(Config):
     )
     """Kinds of content that may leave; updates and counts are needed to take part."""
     epsilon: Annotated[float, Field(gt=0.0)] | None = None
-    """Set it to take part in differentially private runs only, and to spend at most this over all of them."""
-    delta: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
-    """Largest chance that epsilon does not hold; the run's smaller one wins."""
+    """Set it to take part in differentially private runs only, and to spend at most this over all of them. It says
+    nothing without `delta` and `public-subjects`, which the server would choose otherwise."""
+    delta: Annotated[float, Field(ge=1e-12, le=0.1)] | None = None
+    """Largest chance that epsilon does not hold; the run's smaller one wins. At most 1 / (10 public-subjects)."""
     public_subjects: Annotated[int, Field(gt=0)] | None = None
     """Patients that the site is publicly known to have, instead of the private run's number."""
     experiments: Annotated[tuple[Hash, ...], Field(strict=False)] = ()
@@ -51,6 +52,23 @@ class LimitsConfig(Config):
     """A round that takes longer is given up."""
     memory_gib: Limit | None = None
     """Memory that the resident worker may fill, in GiB; a round that asks for more fails."""
+
+    @model_validator(mode="after")
+    def _epsilon_has_its_delta(self) -> Self:
+        needed = {"delta": self.delta, "public-subjects": self.public_subjects}
+        missing = " and ".join(key for key, value in needed.items() if value is None)
+        if self.epsilon is not None and missing:
+            raise ValueError(f"epsilon: alone it is no limit, the server would choose {missing}; add {missing}")
+        if self.largest_delta is not None and self.delta is not None and self.delta > self.largest_delta:
+            raise ValueError(
+                f"delta: {self.delta:g} is above 1 / (10 public-subjects), set at most {self.largest_delta:.3g}"
+            )
+        return self
+
+    @property
+    def largest_delta(self) -> float | None:
+        """The largest delta that promises anything to the site's public number of patients; None if it has none."""
+        return None if self.public_subjects is None else 0.1 / self.public_subjects
 
 
 class WorkerConfig(Config):

@@ -4,20 +4,27 @@ sites keeps one per run.)
     <ledger-dir>/ledger.jsonl     one line per entry: the first opens the ledger, every other is one private round
 
 Every line holds the SHA-256 of the line before, so that no entry can be changed, moved or removed without a trace; the
-anchor, kept with the private state, remembers the newest line, so that cutting the end off leaves one too. A round is
-written and synced to disk *before* it runs: a crash counts too much, never too little.
+anchor, kept with the private state, remembers the newest line, so that cutting the end off leaves one too. A ledger
+without its anchor is refused, and so is an anchor without its ledger. Who can write both files can cut both: an end of
+the chain that was noted elsewhere finds that (`panfm ledger verify --noted`). A round is written and synced to disk
+*before* it runs: a crash counts too much, never too little.
+
+A process verifies the whole file when it first reads it, and again whenever somebody else has touched it; its own
+entries it adds to what it has verified, so that a round costs the same however long the ledger is.
 """
 
 import fcntl
 import hashlib
 import json
+import math
 import os
 import secrets
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from io import BufferedRandom, BytesIO
+from io import BufferedRandom
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,12 +32,14 @@ from panfm.config import RunConfig
 from panfm.config.privacy import NO_CLAIM, claim
 from panfm.config.server_privacy import server_claim
 from panfm.errors import BudgetError, LedgerError
-from panfm.files import write_atomic
-from panfm.privacy.mechanisms import Mechanism, Unit, epsilon, planned
+from panfm.files import FileStamp, write_atomic
+from panfm.privacy.mechanisms import LEAST_NOISE, Mechanism, Unit, check_mechanism, epsilon, merged, planned
 
 FILE = "ledger.jsonl"
 ANCHOR = "ledger.anchor"
 _FIRST = "0" * 64
+_ACCOUNTANT_ERROR = 0.02
+"""How far two of the accountant's upper bounds of one number may lie apart."""
 _OPENING = {
     "patient": {"unit": "patient", "relation": "add-or-remove-one", "sampling": "Poisson, secret"},
     "site": {"unit": "site", "relation": "zero-out", "sampling": "none: all sites in every round"},
@@ -63,12 +72,58 @@ class Limits:
     epsilon: float
     delta: float
 
+    def __post_init__(self) -> None:
+        if not (self.epsilon > 0.0 and 0.0 < self.delta < 1.0):
+            raise LedgerError(
+                f"limits: epsilon {self.epsilon:g} and delta {self.delta:g}, expected epsilon > 0 and delta in (0, 1)"
+            )
+
+
+@dataclass
+class _Balance:
+    """What the entries of a verified ledger add up to."""
+
+    size: int = 0
+    """Bytes of all whole lines."""
+    end: str = _FIRST
+    """Hash of the newest entry."""
+    counts: Counter[Mechanism] = field(default_factory=Counter)
+    """How often each mechanism, of count 1, was applied."""
+    greatest: dict[float, float] = field(default_factory=dict)
+    """Delta -> largest epsilon that was booked at it."""
+    newest: float | None = None
+    """Epsilon after the newest round."""
+    has_unclaimed: bool = False
+    """Whether a round ran although something broke its guarantee."""
+
+    def add(self, entry: Entry) -> None:
+        """Take the next entry in."""
+        self.size += len(_line(entry))
+        self.end = entry["hash"]
+        for mechanism in mechanisms_of(entry):
+            self.counts[replace(mechanism, count=1)] += mechanism.count
+        if entry["kind"] == "round":
+            self.newest = entry["epsilon"]
+            self.greatest[entry["delta"]] = max(entry["epsilon"], self.greatest.get(entry["delta"], 0.0))
+            self.has_unclaimed |= entry["claim"] == NO_CLAIM
+
+    def mechanisms(self) -> list[Mechanism]:
+        """All mechanisms so far, equal ones as one."""
+        return [replace(mechanism, count=count) for mechanism, count in self.counts.items()]
+
+    def least(self, delta: float) -> float:
+        """The least that a further entry at this delta can amount to: epsilon grows with every round, and with a
+        smaller delta."""
+        return max((spent for at, spent in self.greatest.items() if at >= delta), default=0.0)
+
 
 class Ledger:
     """The ledger of one site and its data set, or of a run's server.
 
     Guarantees:
-        append-only: an entry that was changed, moved or removed is found before anything more is spent.
+        append-only: an entry that was changed, moved or removed is found before anything more is spent. (What was
+            changed within a few ms of this process's own last entry is found when a ledger is opened next.)
+        monotone: what is booked is a number, at least 0, and no less than an earlier entry at that delta or a larger.
         spent first: `spend` returns after the entry is on disk, and mechanisms run after `spend`.
         bounded: no entry is written with which the limits would be exceeded.
     """
@@ -86,6 +141,9 @@ class Ledger:
         self.site = site
         self.unit: Unit = unit
         self._anchor = anchor_dir / ANCHOR if anchor_dir else None
+        self._balance = _Balance()
+        self._stamp: FileStamp | None = None
+        """Of the file that the balance was verified on."""
 
     def spend(self, run: RunConfig, run_id: str, round_number: int, *, limits: Limits, dataset: str) -> Permit:
         """Write a round down, if the budget covers it.
@@ -95,19 +153,22 @@ class Ledger:
             limits: Of the run and the site together.
             dataset: Fingerprint of the patients, or names of the sites.
         Raises:
+            ProtocolError: a mechanism of the run cannot be accounted for, or has too little noise for its claim.
             BudgetError: with this round more than `limits` would be spent; nothing is written.
-            LedgerError: the file is missing, another site's, or does not hold.
+            LedgerError: the file or its anchor is missing, another site's, or does not hold.
         """
         mechanisms = planned(run, self.unit)
         promise = claim(run) if self.unit == "patient" else server_claim(run)
         assert promise is not None
+        for mechanism in mechanisms:
+            check_mechanism(mechanism, least_noise=0.0 if promise == NO_CLAIM else LEAST_NOISE)
         with self._locked() as file:
-            entries = self._read(file)
-            before = [each for entry in entries for each in mechanisms_of(entry)]
-            spent = epsilon([*before, *mechanisms], limits.delta)
+            balance = self._verified(file)
+            spent = self._cost(balance, mechanisms, limits)
             if promise != NO_CLAIM:
-                self._check_budget(entries, before, spent, limits, f"round {round_number}")
-            opening = [] if entries else [self._opening()]
+                self._check_budget(balance, spent, limits, f"round {round_number}")
+            if balance.end == _FIRST:
+                self._append(file, self._opening())
             entry = {
                 "kind": "round",
                 "run": run_id,
@@ -119,7 +180,7 @@ class Ledger:
                 "claim": promise,
                 "dataset": dataset,
             }
-            self._append(file, entries, [*opening, entry])
+            self._append(file, entry)
         return Permit(run_id, round_number, mechanisms, promise)
 
     def entries(self) -> list[Entry]:
@@ -128,31 +189,61 @@ class Ledger:
         Raises:
             LedgerError: the file does not hold, or cannot be read.
         """
-        try:
-            with self.path.open("rb") as file:
-                fcntl.flock(file, fcntl.LOCK_SH)
-                return self._read(file)
-        except FileNotFoundError:
-            return self._read(BytesIO())
-        except OSError as error:
-            raise LedgerError(f"{self.path}: cannot be read ({error.strerror})") from error
+        with self._opened() as file:
+            return self._read(file)
+
+    def spent(self) -> float | None:
+        """Epsilon after the newest round, None before the first. Raises LedgerError as `entries` does."""
+        with self._opened() as file:
+            return self._verified(file).newest
+
+    def check_noted(self, noted: str) -> bool:
+        """Check that an end of the chain, which somebody noted earlier, is still in the ledger. If there is no anchor
+        it is written anew, as that somebody vouches for the file.
+
+        Returns:
+            Whether the anchor was written.
+        Raises:
+            LedgerError: the end is not in the ledger, or the file does not hold.
+        """
+        with self._opened() as file:
+            is_anchored = self._anchor is None or self._anchor.exists()
+            entries = self._read(file) if is_anchored else self._read_unanchored(file)
+            if noted not in {entry["hash"] for entry in entries}:
+                raise LedgerError(f"{self.path}: the end noted is not in it, entries were cut off or written anew")
+            if self._anchor and not is_anchored:
+                write_atomic(self._anchor, str(entries[-1]["hash"]).encode())
+            return not is_anchored
 
     def check_ahead(self, run: RunConfig, num_rounds: int, *, limits: Limits) -> None:
         """Raises BudgetError if so many more rounds do not fit; writes nothing."""
-        entries = self.entries()
-        before = [each for entry in entries for each in mechanisms_of(entry)]
-        spent = epsilon([*before, *planned(run, self.unit) * num_rounds], limits.delta)
-        self._check_budget(entries, before, spent, limits, f"{num_rounds} rounds")
+        with self._opened() as file:
+            balance = self._verified(file)
+        spent = self._cost(balance, planned(run, self.unit) * num_rounds, limits)
+        self._check_budget(balance, spent, limits, f"{num_rounds} rounds")
 
-    def _check_budget(
-        self, entries: Sequence[Entry], before: Sequence[Mechanism], spent: float, limits: Limits, what: str
-    ) -> None:
-        if any(entry.get("claim") == NO_CLAIM for entry in entries):
+    def _cost(self, balance: _Balance, mechanisms: Sequence[Mechanism], limits: Limits) -> float:
+        """Epsilon with some more mechanisms, never below what is booked already.
+
+        Raises:
+            LedgerError: what the accountant says cannot be.
+        """
+        told = epsilon(merged([*balance.mechanisms(), *mechanisms]), limits.delta)
+        least = balance.least(limits.delta)
+        if math.isnan(told) or told < 0.0 or told < least - _ACCOUNTANT_ERROR:
+            raise LedgerError(
+                f"{self.path}: the accountant says epsilon {told:g} at delta {limits.delta:g}, expected at least "
+                f"{least:g}, which is booked already"
+            )
+        return max(told, least)
+
+    def _check_budget(self, balance: _Balance, spent: float, limits: Limits, what: str) -> None:
+        if balance.has_unclaimed:
             raise BudgetError(
                 f"{self.path}: holds rounds with {NO_CLAIM}; no later round on these patients can claim one"
             )
         if not spent <= limits.epsilon:
-            now = epsilon(before, limits.delta)
+            now = self._cost(balance, (), limits)
             raise BudgetError(
                 f"privacy budget exhausted: {what} would reach epsilon {spent:.3f} of {limits.epsilon:g} "
                 f"at delta {limits.delta:g}, spent {now:.3f}"
@@ -180,7 +271,30 @@ class Ledger:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield file
 
+    @contextmanager
+    def _opened(self) -> Iterator[IO[bytes]]:
+        """The file, open for reading while no other process writes it; an empty one if there is none."""
+        with _open_or_empty(self.path) as file:
+            fcntl.flock(file, fcntl.LOCK_SH)
+            yield file
+
+    def _verified(self, file: IO[bytes]) -> _Balance:
+        """The balance of the ledger; the file is read only if anybody but this object has touched it or the anchor."""
+        stamp = FileStamp.of(file)
+        is_anchored = self._anchor is None or self._remembered() == self._balance.end
+        if stamp != self._stamp or not is_anchored:
+            balance = _Balance()
+            for entry in self._read(file):
+                balance.add(entry)
+            self._balance, self._stamp = balance, stamp
+        return self._balance
+
     def _read(self, file: IO[bytes]) -> list[Entry]:
+        entries = self._read_unanchored(file)
+        self._check_anchor(entries)
+        return entries
+
+    def _read_unanchored(self, file: IO[bytes]) -> list[Entry]:
         file.seek(0)
         entries = check_chain(file.read(), str(self.path))
         if entries and entries[0]["site"] != self.site:
@@ -189,30 +303,48 @@ class Ledger:
             )
         if entries and entries[0]["unit"] != self.unit:
             raise LedgerError(f"{self.path}: is kept per {entries[0]['unit']}, expected per {self.unit}")
-        self._check_anchor(entries)
         return entries
 
     def _check_anchor(self, entries: Sequence[Entry]) -> None:
-        if self._anchor is None or not self._anchor.exists():
+        if self._anchor is None:
             return
-        newest = self._anchor.read_bytes().decode("ascii", "replace")
-        if newest not in {entry["hash"] for entry in entries}:
+        newest = self._remembered()
+        if newest is None and len(entries) > 1:
+            raise LedgerError(
+                f"{self.path}: its anchor {self._anchor} is missing, so that nobody can tell whether its end was cut "
+                "off; restore the anchor, or vouch for the ledger: panfm ledger verify FOLDER --noted END"
+            )
+        if newest is not None and newest not in {entry["hash"] for entry in entries}:
             raise LedgerError(
                 f"{self.path}: missing, foreign or cut off: the newest entry that this site remembers is not in it; "
                 "restore the file from a backup"
             )
 
-    def _append(self, file: BufferedRandom, entries: Sequence[Entry], new: Sequence[Mapping[str, Any]]) -> None:
-        before = entries[-1]["hash"] if entries else _FIRST
-        file.truncate(sum(len(_line(entry)) for entry in entries))  # a line cut short by a crash: its round never ran
-        for content in new:
-            stamped = {**content, "time": datetime.now(UTC).isoformat(timespec="seconds"), "before": before}
-            before = _digest(stamped)
-            file.write(_line({**stamped, "hash": before}))
+    def _remembered(self) -> str | None:
+        """The hash in the anchor; None if there is no anchor."""
+        try:
+            return self._anchor.read_bytes().decode("ascii", "replace") if self._anchor else None
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise LedgerError(f"{self._anchor}: cannot be read ({error.strerror})") from error
+
+    def _append(self, file: BufferedRandom, content: Mapping[str, Any]) -> None:
+        """Add an entry to a verified ledger, then to its balance."""
+        stamped = {
+            **content,
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "before": self._balance.end,
+        }
+        entry = {**stamped, "hash": _digest(stamped)}
+        file.truncate(self._balance.size)  # a line cut short by a crash: its round never ran
+        file.write(_line(entry))
         file.flush()
         os.fsync(file.fileno())
         if self._anchor:
-            write_atomic(self._anchor, before.encode())
+            write_atomic(self._anchor, entry["hash"].encode())
+        self._balance.add(entry)
+        self._stamp = FileStamp.of(file)
 
 
 def run_ledger(folder: Path) -> Ledger:
@@ -241,6 +373,15 @@ def check_chain(content: bytes, where: str) -> list[Entry]:
         before = entry["hash"]
         entries.append(entry)
     return entries
+
+
+def _open_or_empty(path: Path) -> IO[bytes]:
+    try:
+        return path.open("rb")
+    except FileNotFoundError:
+        return Path(os.devnull).open("rb")
+    except OSError as error:
+        raise LedgerError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def mechanisms_of(entry: Entry) -> list[Mechanism]:

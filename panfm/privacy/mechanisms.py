@@ -15,15 +15,19 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
 from panfm.config import RunConfig
+from panfm.errors import ProtocolError
 
 SALIENCY_SENSITIVITY = math.sqrt(2.0)
 """Shares sum to 1 and so do equal splits: each has an L2 norm of at most 1."""
+LEAST_NOISE = 0.3
+"""Noise, in sensitivities, below which no round may claim a guarantee: one release of all patients then costs an
+epsilon of about 20, and small errors in the noise's scale decide what is booked."""
 _MOST_NOISE = 1e4
 Unit = Literal["patient", "site"]
 """Whom a guarantee is for."""
@@ -73,8 +77,39 @@ def needs_saliency(run: RunConfig) -> bool:
     return run.masking.policy in ("sgm", "inverse") and run.masking.scope != "subject"
 
 
+def check_mechanism(mechanism: Mechanism, *, least_noise: float = LEAST_NOISE) -> None:
+    """Refuse a mechanism that the accountant cannot account for, or that has less noise than any claim needs.
+
+    Raises:
+        ProtocolError: the number at fault, and what was expected.
+    """
+    noise, rate, sensitivity, count = mechanism.noise, mechanism.rate, mechanism.sensitivity, mechanism.count
+    checks = [
+        ("noise", noise, 0.0 < noise < math.inf and noise >= least_noise, f"a number of at least {least_noise:g}"),
+        ("rate", rate, 0.0 < rate <= 1.0, "above 0, at most 1"),
+        ("sensitivity", sensitivity, 0.0 < sensitivity < math.inf, "a number above 0"),
+        ("count", count, isinstance(count, int) and count >= 1, "a whole number of at least 1"),
+    ]
+    for name, value, is_sound, expected in checks:
+        if not is_sound:
+            raise ProtocolError(f"privacy: {mechanism.name} have {name} {value:g}, expected {expected}")
+
+
+def merged(mechanisms: Iterable[Mechanism]) -> tuple[Mechanism, ...]:
+    """Equal mechanisms as one, with their counts added up."""
+    counts = Counter[Mechanism]()
+    for mechanism in mechanisms:
+        counts[replace(mechanism, count=1)] += mechanism.count
+    return tuple(replace(mechanism, count=count) for mechanism, count in counts.items())
+
+
 def epsilon(mechanisms: Iterable[Mechanism], delta: float) -> float:
-    """Epsilon of all mechanisms together, an upper bound within 0.02; 0 for none, infinite where it cannot be told."""
+    """Epsilon of all mechanisms together at a delta.
+
+    Guarantees:
+        upper bound: it lies above the true epsilon, within 0.02; infinite where the accountant cannot tell it.
+        a number: it is at least 0 and never NaN.
+    """
     history = Counter[tuple[float, float]]()
     for each in mechanisms:
         history[each.noise, each.rate] += each.count
@@ -88,9 +123,10 @@ def epsilon(mechanisms: Iterable[Mechanism], delta: float) -> float:
     with warnings.catch_warnings(), np.errstate(divide="ignore", over="raise"):
         warnings.filterwarnings("ignore", message="Optimal order is the")
         try:
-            return float(accountant.get_epsilon(delta=delta))
+            found = float(accountant.get_epsilon(delta=delta))
         except (ArithmeticError, MemoryError, RuntimeError, ValueError):  # too little noise for any finite grid
             return math.inf
+    return math.inf if math.isnan(found) else max(found, 0.0)  # at a large delta the accountant's goes below 0
 
 
 def noise_for(target: float, delta: float, *, rate: float, count: int, others: tuple[Mechanism, ...] = ()) -> float:

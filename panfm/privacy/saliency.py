@@ -4,7 +4,8 @@
 
 with a_j the shares of patient j over the streams, and e_j an equal split over those that j has. Both are non-negative
 and sum to 1. The profile is V's first half over its second: what streams get relative to an equal split, both with one
-standard deviation of the noise added, so that it tends to 1 where the noise leaves nothing to tell.
+standard deviation of the noise added, so that it tends to 1 where the noise leaves nothing to tell. A share is at most
+1 and an equal split at least 1/S, so a profile without noise lies in [0, S]; a noised one is cut to that.
 
 Shape legend: B patients of a chunk, S streams.
 """
@@ -23,13 +24,14 @@ from panfm.privacy.randomness import with_noise
 
 
 def noisy_profile(learner: Learner, store: ImageStore, indices: NDArray[np.int64]) -> Tensor:
-    """Saliency per stream relative to an equal split [S]."""
+    """Saliency per stream relative to an equal split [S], from 0 to the number of streams that the site holds."""
     private = learner.run.privacy
     assert private is not None
     total = saliency_sum(learner, store, indices)
     deviation = private.statistics_noise * SALIENCY_SENSITIVITY
     shares, equal = with_noise(total, deviation).clamp_min(0.0) + deviation
-    return (shares / equal).float().to(learner.device)
+    most = sum(name in store.images for name in learner.model.stream_names)
+    return (shares / equal).clamp_max(most).float().to(learner.device)
 
 
 @torch.no_grad()

@@ -6,7 +6,19 @@ from panfm.config.privacy import NO_CLAIM
 from panfm.privacy.ledger import Entry, mechanisms_of
 from panfm.privacy.mechanisms import Unit, epsilon
 
+_ADVERSARY = (
+    "Protected against: the coordinator and its server, even one that chooses the description of every run, the "
+    "parameters that a round starts from, and which rounds are asked for again; the other sites; the network; and "
+    "whoever reads the models. All of these may work together, and may know the data of every other patient."
+)
+_VOID_IF = (
+    "Void if the same patients also took part in a run without privacy, before or after: what left in such a run has "
+    "no noise, and this ledger does not count it. `panfm site log` tells the privacy of all that left. A site with "
+    "limits.epsilon, delta and public-subjects in its site.toml refuses such runs."
+)
 _NOT_COVERED = (
+    "runs without privacy, and results that the site publishes itself: probes, embeddings, audits",
+    "what is true of patients in general, and can be learned without this one",
     "the site itself, and whoever reads its disk",
     "patients in the validation and test splits, and data a model was pre-trained on before",
     "that the site took part, which streams it holds, and how long it took to answer",
@@ -15,7 +27,8 @@ _NOT_COVERED = (
 _NOT_COVERED_SITES = (
     "against the server, which sees every site's updates as they are, and whoever reads its memory or its lines",
     "that a site took part, which streams it holds, how long it took to answer, and whether a round failed",
-    "other runs over the same sites, which add up, and patients: for them see the sites' own ledgers",
+    "other runs over the same sites, which add up and, without such noise, void this; and patients: for them see the "
+    "sites' own ledgers",
     "attacks on the rounding of floating-point numbers, beyond what panfm/privacy/randomness.py argues",
 )
 
@@ -29,8 +42,12 @@ def statement(entries: Sequence[Entry]) -> list[str]:
         return _of_sites(rounds)
     lines = [f"Site {opened['site']}: {len(rounds)} private rounds in {len({each['run'] for each in rounds})} runs."]
     lines += _promise(str(opened["site"]), rounds)
+    lines += [_ADVERSARY, _VOID_IF]
     if len({each["dataset"] for each in rounds}) > 1:
-        lines.append("The patients changed between rounds; who joined later or left earlier spent at most this.")
+        lines.append(
+            "The patients, or which of their images were used, changed between rounds; who joined later or left "
+            "earlier spent at most this."
+        )
     lines.append("Mechanisms, each a sum over patients with Gaussian noise:")
     lines += _mechanisms(rounds, "patient")
     return [*lines, "Not covered:", *(f"  - {each}" for each in _NOT_COVERED)]

@@ -15,6 +15,7 @@ taken out since.
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -22,30 +23,55 @@ from pathlib import Path
 from typing import Any
 
 from panfm.errors import DataError
+from panfm.files import FileStamp
 from panfm.sharing.frames import Frame
 
 Line = dict[str, Any]
+logger = logging.getLogger(__name__)
 _FIRST = "0" * 64
 
 
 class Departures:
-    """The record of one site. One process writes it, any may read it."""
+    """The record of one site. One process writes it, any may read it.
+
+    The writer verifies the record when it first adds a message, and again when somebody else has touched the file. In
+    between a message costs the same however long the record is.
+    """
 
     def __init__(self, folder: Path) -> None:
         """Args: folder: where the site keeps its state."""
         self.path = folder / "departures.jsonl"
+        self._end = _FIRST
+        """The chain of the last line that was written to its end."""
+        self._size = 0
+        """Bytes up to there."""
+        self._stamp: FileStamp | None = None
+        """Of the file when these two were right."""
 
     def append(self, frame: Frame, content: bytes, *, privacy: str = "none", epsilon: float | None = None) -> None:
         """Add a message that is about to leave. Raises OSError if that cannot be written: then it must stay."""
         line = _describe(frame, content) | {"privacy": privacy, "epsilon": epsilon}
-        whole = self._whole()
-        line["chain"] = _chain(_end(whole[-1]) if whole else _FIRST, line)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab") as file:
-            file.truncate(sum(map(len, whole)))
-            file.write(json.dumps(line).encode() + b"\n")
+            if FileStamp.of(file) != self._stamp:
+                self._find_end()
+            line["chain"] = _chain(self._end, line)
+            text = json.dumps(line).encode() + b"\n"
+            file.truncate(self._size)
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
+            self._end, self._size, self._stamp = line["chain"], self._size + len(text), FileStamp.of(file)
+
+    def _find_end(self) -> None:
+        """Read the whole record; one that was tampered with is told, and goes on from its last line."""
+        try:
+            for _ in self.lines():
+                pass
+        except DataError as error:
+            logger.warning("the record of what left was tampered with: %s", error)
+        whole = self._whole()
+        self._end, self._size = _chain_of(whole[-1]) if whole else _FIRST, sum(map(len, whole))
 
     def lines(self) -> Iterator[Line]:
         """Every message, oldest first.
@@ -90,7 +116,7 @@ def _describe(frame: Frame, content: bytes) -> Line:
     }
 
 
-def _end(text: bytes) -> str:
+def _chain_of(text: bytes) -> str:
     """The chain that a line ends with; a line that somebody spoilt breaks it, and work goes on."""
     try:
         return str(json.loads(text)["chain"])

@@ -44,7 +44,8 @@ def dry_run(folder: Path, run: RunConfig) -> DryRun:
     with tempfile.TemporaryDirectory(prefix="panfm-dry-run-") as state:
         site = Site(folder, Path(state))
         limits = site.config.limits.model_copy(update={"experiments": ()})
-        site.config = site.config.model_copy(update={"limits": limits, "ledger_dir": f"{state}/ledger"})
+        elsewhere = {"ledger_dir": f"{state}/ledger", "state_dir": state}
+        site.config = site.config.model_copy(update={"limits": limits, **elsewhere})
         handshake = site.handshake(Invitation(dump_toml(short)))
         task = _first_task(short, handshake)
         site.train_round(task)  # the first step pays for what later ones find warm

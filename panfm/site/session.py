@@ -11,7 +11,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from panfm.config import RunConfig, dump_toml, parse_run
+from panfm.config import RunConfig, dump_toml, experiment_hash, parse_run
+from panfm.config.privacy import privacy_label
 from panfm.data.store import ImageStore
 from panfm.errors import ProtocolError
 from panfm.objectives import Learner, TrainResult
@@ -22,8 +23,8 @@ from panfm.sharing.groups import Flat, GroupManifest
 from panfm.sharing.messages import RoundTask
 from panfm.sharing.release import RoundResult
 from panfm.sharing.weights import Trained, Weights, group_weights
-from panfm.site.spending import Account
-from panfm.site.state import StateStore
+from panfm.site.spending import Account, fingerprint
+from panfm.site.state import Origin, StateStore
 
 _LOST = "coding.lost."
 _GLOBAL = "global."
@@ -46,6 +47,7 @@ class Session:
         self.run = run
         self.account = account
         self.store = store
+        self.origin = Origin(experiment_hash(run), privacy_label(run), fingerprint(store))
         self.streams = held_streams(run, store)
         trained = tuple(run.streams) if run.sharing.rule == "plain" else tuple(self.streams)
         self.learner = _resident_learner(dump_toml(run), trained)
@@ -63,7 +65,7 @@ class Session:
 
         Raises:
             ProtocolError: the task's groups do not fit this site's model, or are a step from parameters that it lacks.
-            DataError: the private state on disk is corrupted.
+            DataError: the private state on disk is corrupted, or comes from another experiment or other patients.
             BudgetError, LedgerError: the run is private, and the site cannot pay for the round.
         """
         torch.set_num_threads(self.run.train.threads)
@@ -102,7 +104,7 @@ class Session:
             self.learner,
             self.store,
             self.store.indices("train"),
-            permit=self.account.pay(self.run, task, self.store),
+            permit=self.account.pay(self.run, task, self.origin.patients),
             first_step=(task.round_number - 1) * num_steps,
             num_steps=num_steps,
             profile=dict(task.profile) if task.profile else None,
@@ -135,6 +137,7 @@ class Session:
     def _load_private(self, round_number: int, states: StateStore) -> int:
         """Returns the round whose private state is now in place; 0: a fresh one."""
         in_memory, self.learner.holds = self.learner.holds, None
+        states.check_origin()
         before = states.round_before(round_number)
         if before < round_number - 1:
             found = f"that of round {before}" if before else "a fresh one"

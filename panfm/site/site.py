@@ -8,7 +8,7 @@ import contextlib
 import platform
 import traceback
 from datetime import datetime
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
@@ -88,7 +88,7 @@ class Site:
         session = self._session(task.run_toml)
         if not 1 <= task.round_number <= session.run.train.rounds:
             raise ProtocolError(f"round {task.round_number}: expected 1 to {session.run.train.rounds}")
-        result = session.train_round(task, StateStore(self.state_dir, task.run_id))
+        result = session.train_round(task, StateStore(self.state_dir, task.run_id, session.origin))
         return build_reply(task, result, may_leave=self.config.limits.may_leave)
 
     @property
@@ -99,10 +99,10 @@ class Site:
     @property
     def epsilon_spent(self) -> float | None:
         """What the ledger says after its newest round; None if the run at work is not private, or the ledger faulty."""
-        if self._warm is None or (account := self._warm[1].account) is None or self._warm[1].run.privacy is None:
+        if self._warm is None or self._warm[1].run.privacy is None:
             return None
         try:
-            return next((entry["epsilon"] for entry in reversed(account.ledger.entries()) if "epsilon" in entry), None)
+            return self._account.ledger.spent()
         except LedgerError:
             return None
 
@@ -114,13 +114,18 @@ class Site:
             with (self.state_dir / "site.log").open("a", encoding="utf-8") as log:
                 log.write(story)
 
+    @cached_property
+    def _account(self) -> Account:
+        """One for all runs: the anchor lies where `site.toml` keeps private state, wherever this run's is kept."""
+        return Account(self.folder, self.config, site_path(self.folder, self.config.state_dir))
+
     def _session(self, run_toml: str) -> Session:
         """The warm session of a run description, or a new one in its place."""
         if self._warm is None or self._warm[0] != run_toml:
             check_experiment(run := _read_run(run_toml), self.config.limits)
             check_privacy(run := as_known(run, self.config), self.config)
-            account = Account(self.folder, self.config, self.state_dir)
-            self._warm = (run_toml, Session(self.config.name, run, open_store(self.folder, run.streams), account))
+            store = open_store(self.folder, run.streams)
+            self._warm = (run_toml, Session(self.config.name, run, store, self._account))
         return self._warm[1]
 
 

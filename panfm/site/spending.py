@@ -3,6 +3,8 @@
 import hashlib
 from pathlib import Path
 
+import numpy as np
+
 from panfm.config import RunConfig, SiteConfig, site_path
 from panfm.config.privacy import NO_CLAIM, broken_guarantees, claim
 from panfm.data.store import ImageStore
@@ -10,12 +12,15 @@ from panfm.errors import ConfigError, ProtocolError
 from panfm.privacy.ledger import Ledger, Limits, Permit
 from panfm.sharing.messages import RoundTask
 
+_SAMPLE = 1024
+"""Numbers from the middle of an image that tell it from others."""
+
 
 def check_privacy(run: RunConfig, site: SiteConfig) -> None:
     """Raises ProtocolError if the run is less private than the site asks."""
     if site.limits.epsilon is None:
         return
-    if run.privacy is None or run.privacy.acknowledge_broken_guarantee:
+    if run.privacy is None or run.privacy.acknowledge_broken_guarantee or claim(run) == NO_CLAIM:
         raise ProtocolError("this site's limits.epsilon allows private runs only, with their guarantee whole")
 
 
@@ -40,19 +45,43 @@ class Account:
 
     def __init__(self, folder: Path, site: SiteConfig, state_dir: Path) -> None:
         self.ledger = Ledger(site_path(folder, site.ledger_dir), site.name, anchor_dir=state_dir)
-        self._site = site.limits
+        self._site = site
 
-    def pay(self, run: RunConfig, task: RoundTask, store: ImageStore) -> Permit:
-        """Write a round into the ledger. Raises BudgetError or LedgerError."""
+    def pay(self, run: RunConfig, task: RoundTask, dataset: str) -> Permit:
+        """Write a round into the ledger, under the stricter of the run's limits and the site's.
+
+        Args:
+            dataset: Fingerprint of the patients.
+        Raises:
+            ProtocolError: the run is less private than the site asks, or has mechanisms that cannot be accounted for.
+            BudgetError, LedgerError: the site cannot pay.
+        """
         assert run.privacy is not None
+        check_privacy(run, self._site)
+        site = self._site.limits
+        epsilons = (run.privacy.epsilon, site.epsilon)
+        deltas = (run.privacy.delta, site.delta, site.largest_delta)
         limits = Limits(
-            min(run.privacy.epsilon, self._site.epsilon or run.privacy.epsilon),
-            min(run.privacy.delta, self._site.delta or run.privacy.delta),
+            min(epsilon for epsilon in epsilons if epsilon is not None),
+            min(delta for delta in deltas if delta is not None),
         )
-        return self.ledger.spend(run, task.run_id, task.round_number, limits=limits, dataset=fingerprint(store))
+        return self.ledger.spend(run, task.run_id, task.round_number, limits=limits, dataset=dataset)
 
 
 def fingerprint(store: ImageStore) -> str:
-    """Digest of who is in the train split, so that the ledger tells when the patients changed."""
-    names = sorted(store.subjects[index] for index in store.indices("train"))
-    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
+    """Digest of who is in the train split, with which images: it tells when patients or images changed.
+
+    An image counts by its shape and the numbers in its middle, which is quick whatever its size: another image shows, a
+    change elsewhere in the same image may not.
+    """
+    digest = hashlib.sha256()
+    train = store.indices("train")
+    for stream in sorted(store.images):
+        images, rows = store.images[stream], store.rows[stream]
+        digest.update(f"{stream} {images.shape[1:]}\0".encode())
+        positions = {store.subjects[rows[position]]: position for position in np.flatnonzero(np.isin(rows, train))}
+        for subject, position in sorted(positions.items()):
+            image = images[position].reshape(-1)
+            start = max(len(image) - _SAMPLE, 0) // 2
+            digest.update(subject.encode() + b"\0" + image[start : start + _SAMPLE].tobytes())
+    return digest.hexdigest()[:16]

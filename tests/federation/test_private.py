@@ -39,7 +39,7 @@ def four_sites(federation, write_site, monkeypatch):
     write_site(federation.sites / "delta", "delta", ("brain", "heart"))
     for name, epsilon in BUDGETS.items():
         with (federation.sites / name / "site.toml").open("a") as file:
-            file.write(f"[limits]\nepsilon = {epsilon}\n")
+            file.write(f"[limits]\nepsilon = {epsilon}\ndelta = 1e-3\npublic-subjects = 50\n")
     return federation
 
 

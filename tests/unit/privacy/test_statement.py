@@ -17,7 +17,7 @@ def run_ledger(*words):
 @pytest.fixture
 def site(tmp_path, write_site, make_private):
     folder = write_site(tmp_path / "alpha", "alpha", ("brain",))
-    ledger = Ledger(folder / ".panfm" / "ledger", "alpha")
+    ledger = Ledger(folder / ".panfm" / "ledger", "alpha", anchor_dir=folder / ".panfm" / "state")
     ledger.spend(make_private(), "run-1", 1, limits=Limits(8.0, 1e-3), dataset="d")
     return folder
 

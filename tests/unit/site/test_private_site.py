@@ -47,6 +47,7 @@ public-subjects = 40
 noise-multiplier = 1.5
 sample-rate = 0.5
 """
+PUBLIC = "delta = 1e-3\npublic-subjects = 40\n"
 
 
 def task(round_number=1, *, run_id="run-1", extra=RANDOM, privacy=PRIVACY) -> RoundTask:
@@ -175,7 +176,7 @@ def test_a_public_number_that_breaks_the_guarantee_is_refused_though_the_run_ack
 
 
 def test_the_smaller_delta_wins(tmp_path, write_site):
-    for delta, expected in ((1e-5, 1e-5), (0.5, 1e-3)):
+    for delta, expected in ((1e-5, 1e-5), (0.1, 1e-3)):
         site = Site(write_site(tmp_path / f"{delta}", "beta", ("brain", "heart"), extra=f"[limits]\ndelta = {delta}\n"))
         site.train_round(task())
         entry = spent(site)[-1]
@@ -184,7 +185,7 @@ def test_the_smaller_delta_wins(tmp_path, write_site):
 
 
 def test_a_site_with_a_limit_takes_part_in_private_runs_only(tmp_path, write_site):
-    site = Site(write_site(tmp_path / "beta", "beta", ("brain", "heart"), extra="[limits]\nepsilon = 2.0\n"))
+    site = Site(write_site(tmp_path / "beta", "beta", ("brain", "heart"), extra=f"[limits]\nepsilon = 2.0\n{PUBLIC}"))
     broken = PRIVACY + "acknowledge-broken-guarantee = true\n"
     for each in (task(privacy=""), task(privacy=broken)):
         with pytest.raises(ProtocolError, match=r"limits.epsilon"):
@@ -204,7 +205,7 @@ def test_what_is_spent_can_be_told_after_each_round(site):
     assert site.epsilon_spent is None  # this run spends nothing, and its messages say so
 
 
-@pytest.mark.parametrize("limits", ["", "[limits]\nepsilon = 8.0\n"])
+@pytest.mark.parametrize("limits", ["", f"[limits]\nepsilon = 8.0\n{PUBLIC}"])
 def test_the_smaller_budget_stops_the_site(tmp_path, write_site, limits):
     site = Site(write_site(tmp_path / "beta", "beta", ("brain", "heart"), extra=limits))
     budget = 8.0 if limits else 9.0

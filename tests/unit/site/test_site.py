@@ -77,18 +77,17 @@ def test_plain_sites_train_every_stream(folder):
     assert not reply.updates["stream:liver-mr"].any()
 
 
-def test_where_the_teacher_starts_a_round(folder, tmp_path):
+def test_where_the_teacher_starts_a_round(folder, tmp_path, monkeypatch):
     """At the start of the run it makes no difference; afterwards it does."""
     replies = {}
     for choice in ("own", "global"):
         site = Site(folder, tmp_path / choice)
         extra = f'teacher-start = "{choice}"\n'
         replies[choice] = [site.train_round(task(number, extra=extra)) for number in (1, 2)]
-        first = site._warm[1].learner
-        site.train_round(task(3, extra="teacher-momentum = [1.0, 1.0]\n" + extra))
-        learner, start = site._warm[1].learner, build_model(parse_run(RUN)).state_dict()
-        assert learner is not first
-        kept = learner.teacher.state_dict()
+        with monkeypatch.context() as patched:
+            patched.setattr(Learner, "update_teacher", lambda learner, momentum: None)
+            site.train_round(task(3, extra=extra))
+        start, kept = build_model(parse_run(RUN)).state_dict(), site._warm[1].learner.teacher.state_dict()
         assert all(torch.equal(kept[name], start[name]) for name in kept) == (choice == "global")
     assert same(replies["own"][0], replies["global"][0])
     assert not same(replies["own"][1], replies["global"][1])

@@ -2,7 +2,9 @@ import pytest
 import torch
 
 from panfm.errors import DataError, ProtocolError
-from panfm.site.state import StateStore
+from panfm.site.state import Origin, StateStore
+
+ORIGIN = Origin("e" * 64, "none", "p" * 16)
 
 
 def state(value: float) -> dict[str, torch.Tensor]:
@@ -10,7 +12,7 @@ def state(value: float) -> dict[str, torch.Tensor]:
 
 
 def test_round_trip(tmp_path):
-    states = StateStore(tmp_path, "run-1")
+    states = StateStore(tmp_path, "run-1", ORIGIN)
     digest = states.save(1, state(0.1))
     back = states.load(1)
     assert back.keys() == state(0.1).keys()
@@ -22,7 +24,7 @@ def test_round_trip(tmp_path):
 
 
 def test_the_newest_earlier_round_is_found(tmp_path):
-    states = StateStore(tmp_path, "run-1")
+    states = StateStore(tmp_path, "run-1", ORIGIN)
     assert states.round_before(1) == 0
     for number in (1, 2, 4):
         states.save(number, state(number))
@@ -30,7 +32,7 @@ def test_the_newest_earlier_round_is_found(tmp_path):
 
 
 def test_the_last_three_are_kept_and_later_ones_go(tmp_path):
-    states = StateStore(tmp_path, "run-1")
+    states = StateStore(tmp_path, "run-1", ORIGIN)
     for number in range(1, 6):
         states.save(number, state(number))
     assert sorted(path.name for path in states.folder.iterdir()) == [f"round-00000{n}.state" for n in (3, 4, 5)]
@@ -39,12 +41,12 @@ def test_the_last_three_are_kept_and_later_ones_go(tmp_path):
 
 
 def test_runs_do_not_meet(tmp_path):
-    StateStore(tmp_path, "run-1").save(1, state(1))
-    assert StateStore(tmp_path, "run-2").round_before(9) == 0
+    StateStore(tmp_path, "run-1", ORIGIN).save(1, state(1))
+    assert StateStore(tmp_path, "run-2", ORIGIN).round_before(9) == 0
 
 
 def test_a_truncated_file_is_named_and_not_used(tmp_path):
-    states = StateStore(tmp_path, "run-1")
+    states = StateStore(tmp_path, "run-1", ORIGIN)
     states.save(7, state(1))
     path = tmp_path / "runs" / "run-1" / "round-000007.state"
     path.write_bytes(path.read_bytes()[:-10])
