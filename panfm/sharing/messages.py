@@ -72,8 +72,8 @@ class Handshake:
     streams: Mapping[str, int]
     """Stream held -> subjects of the train split with it."""
     versions: Mapping[str, str]
-    run_toml: str
-    """The server's run description as this site reads it, defaults included."""
+    experiment: str
+    """Hash of the server's run description as this site reads it, defaults included."""
     group_hashes: Mapping[str, str]
     """Group this site trains -> layout."""
 
@@ -83,7 +83,7 @@ class Handshake:
             config={
                 "site": self.site,
                 "subjects": self.subjects,
-                "run": self.run_toml,
+                "experiment": self.experiment,
                 **_parallel("streams", self.streams),
                 **_parallel("versions", self.versions),
                 **_parallel("groups", self.group_hashes),
@@ -99,7 +99,7 @@ class Handshake:
             subjects=_get(config, "subjects", int),
             streams=_table(config, "streams", int),
             versions=_table(config, "versions", str),
-            run_toml=_get(config, "run", str),
+            experiment=_get(config, "experiment", str),
             group_hashes=_table(config, "groups", str),
         )
 

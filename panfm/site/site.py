@@ -20,7 +20,8 @@ from panfm.data.cache import open_store
 from panfm.errors import ConfigError, DataError, LedgerError, ProtocolError
 from panfm.sharing.messages import Handshake, Invitation, RoundReply, RoundTask
 from panfm.sharing.release import build_handshake, build_reply, check_may_take_part
-from panfm.site.limits import check_experiment
+from panfm.site.limits import check_experiment, check_sizes, check_step
+from panfm.site.kept_runs import make_room
 from panfm.site.session import Session
 from panfm.site.spending import Account, as_known, check_privacy
 from panfm.site.state import StateStore
@@ -88,7 +89,9 @@ class Site:
         session = self._session(task.run_toml)
         if not 1 <= task.round_number <= session.run.train.rounds:
             raise ProtocolError(f"round {task.round_number}: expected 1 to {session.run.train.rounds}")
-        result = session.train_round(task, StateStore(self.state_dir, task.run_id))
+        states = StateStore(self.state_dir, task.run_id)
+        make_room(states.folder, self.config.limits.kept_runs)
+        result = session.train_round(task, states)
         return build_reply(task, result, may_leave=self.config.limits.may_leave)
 
     @property
@@ -117,10 +120,15 @@ class Site:
     def _session(self, run_toml: str) -> Session:
         """The warm session of a run description, or a new one in its place."""
         if self._warm is None or self._warm[0] != run_toml:
-            check_experiment(run := _read_run(run_toml), self.config.limits)
+            limits = self.config.limits
+            check_experiment(run := _read_run(run_toml), limits)
+            check_sizes(run, limits)
             check_privacy(run := as_known(run, self.config), self.config)
+            self._warm = None  # lets go of the memory of the run before
+            store = open_store(self.folder, run.streams)
+            check_step(run, limits, len(store.indices("train")))
             account = Account(self.folder, self.config, self.state_dir)
-            self._warm = (run_toml, Session(self.config.name, run, open_store(self.folder, run.streams), account))
+            self._warm = (run_toml, Session(self.config.name, run, store, account))
         return self._warm[1]
 
 

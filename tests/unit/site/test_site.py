@@ -275,7 +275,7 @@ def test_sites_that_take_turns_at_one_learner_do_not_meet(tmp_path, write_site, 
 
     num_learners = 1
     together = rounds(tmp_path / "together")
-    monkeypatch.setattr(session, "_resident_learner", session._resident_learner.__wrapped__)
+    monkeypatch.setattr(session, "_learners", session._learners.__wrapped__)
     num_learners = 3
     alone = rounds(tmp_path / "alone")
     assert all(map(same, together, alone))
