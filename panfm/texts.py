@@ -64,7 +64,7 @@ def read_text(path: Path, *, max_bytes: int = MAX_BYTES) -> str:
 
 
 def check_text(text: str, where: str, *, max_bytes: int = MAX_BYTES) -> None:
-    """Raises ConfigError, beginning with `where`, if a TOML or JSON text is too large or too deeply nested to be parsed.
+    """Raises ConfigError, beginning with `where`, if a TOML or JSON text is too large or too deep to be parsed.
 
     Guarantees:
         linear: time and memory grow with the text's length, whatever it holds.

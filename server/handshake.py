@@ -94,12 +94,12 @@ def read_handshake(reply: Message, run: RunConfig, manifest: GroupManifest, atte
         handshake = Handshake.from_records(unpack(reply.content))
         _check_name(handshake.site)
     except ProtocolError as error:
-        attendance.failed.append(f"node {reply.metadata.src_node_id}: {error}")
+        attendance.failed.append(f"node {reply.metadata.src_node_id}: {one_line(str(error))}")
         return None
     try:
         check_handshake(handshake, run, manifest)
     except ProtocolError as error:
-        attendance.misfits.append(f"site {handshake.site}: {error}")
+        attendance.misfits.append(f"site {handshake.site}: {one_line(str(error))}")
         return None
     return handshake
 

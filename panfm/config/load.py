@@ -124,12 +124,10 @@ def _validate(kind: type[C], table: Mapping[str, Any], where: str) -> C:
         return kind.model_validate(table, by_alias=True, by_name=False)
     except ValidationError as error:
         faults = error.errors(include_url=False)
-        lines = [
-            f"{where}: {one_line(_complaint(kind, fault), limit=1000)}" for fault in faults[:_MAX_COMPLAINTS]
-        ]
+        lines = [f"{where}: {one_line(_complaint(kind, fault), limit=1000)}" for fault in faults[:_MAX_COMPLAINTS]]
         if more := len(faults) - len(lines):
             lines.append(f"{where}: {more} more faults")
-        raise ConfigError("\n".join(lines)) from error
+        raise ConfigError("\n".join(lines)) from None  # pydantic's own text has lines without end
 
 
 def _complaint(kind: type[BaseModel], fault: Any) -> str:

@@ -17,7 +17,7 @@ import shutil
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -171,7 +171,7 @@ def _write(part: IO[bytes], cached: _Cached, progress: Progress | None) -> None:
                 progress(cached.stream, done, len(cached.paths))
 
 
-def _read_all(cached: _Cached) -> Iterator[NDArray[np.float32]]:
+def _read_all(cached: _Cached) -> Generator[NDArray[np.float32]]:
     """Images in order, read by threads, a few ahead. Closed early, it reads no further one; one that a thread is at is
     read to its end."""
     from panfm.data.read import read_image  # MONAI takes seconds to import, and a warm cache does not need it

@@ -20,11 +20,16 @@ from panfm.data.cache import open_store
 from panfm.errors import ConfigError, DataError, LedgerError, ProtocolError
 from panfm.sharing.messages import Handshake, Invitation, RoundReply, RoundTask
 from panfm.sharing.release import build_handshake, build_reply, check_may_take_part
-from panfm.site.limits import check_experiment, check_sizes, check_step
 from panfm.site.kept_runs import make_room
+from panfm.site.limits import check_experiment, check_sizes, check_step
 from panfm.site.session import Session
 from panfm.site.spending import Account, as_known, check_privacy
 from panfm.site.state import StateStore
+
+_MAX_LOG_BYTES = 1 << 24
+"""A `site.log` larger than this becomes `site.log.1`."""
+_MAX_STORY = 1 << 16
+"""Characters of one error in it."""
 
 
 class Site:
@@ -112,10 +117,13 @@ class Site:
     def log_error(self, error: BaseException) -> None:
         """Add the whole story of an error to `site.log` beside the private state; a disk that is full stays silent."""
         story = f"{datetime.now().astimezone().isoformat()}\n{''.join(traceback.format_exception(error))}\n"
+        path = self.state_dir / "site.log"
         with contextlib.suppress(OSError):
             self.state_dir.mkdir(parents=True, exist_ok=True)
-            with (self.state_dir / "site.log").open("a", encoding="utf-8") as log:
-                log.write(story)
+            if path.exists() and path.stat().st_size > _MAX_LOG_BYTES:
+                path.replace(path.with_suffix(".log.1"))
+            with path.open("a", encoding="utf-8", errors="backslashreplace") as log:
+                log.write(story[-_MAX_STORY:])
 
     def _session(self, run_toml: str) -> Session:
         """The warm session of a run description, or a new one in its place."""
