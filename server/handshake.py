@@ -2,18 +2,16 @@
 
 import re
 import time
-import tomllib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from panfm import __version__
-from panfm.config import RunConfig, dump_toml
-from panfm.errors import ProtocolError, RunError
+from panfm.config import RunConfig, dump_toml, experiment_hash
+from panfm.errors import ProtocolError, RunError, one_line
 from panfm.sharing.groups import GroupManifest, stream_group
 from panfm.sharing.messages import Handshake, Invitation
 from server.exchange import Exchange
@@ -96,12 +94,12 @@ def read_handshake(reply: Message, run: RunConfig, manifest: GroupManifest, atte
         handshake = Handshake.from_records(unpack(reply.content))
         _check_name(handshake.site)
     except ProtocolError as error:
-        attendance.failed.append(f"node {reply.metadata.src_node_id}: {error}")
+        attendance.failed.append(f"node {reply.metadata.src_node_id}: {one_line(str(error))}")
         return None
     try:
         check_handshake(handshake, run, manifest)
     except ProtocolError as error:
-        attendance.misfits.append(f"site {handshake.site}: {error}")
+        attendance.misfits.append(f"site {handshake.site}: {one_line(str(error))}")
         return None
     return handshake
 
@@ -111,8 +109,11 @@ def check_handshake(handshake: Handshake, run: RunConfig, manifest: GroupManifes
     if (found := handshake.versions.get("panfm")) != __version__:
         raise ProtocolError(f"panfm {found}, the server has {__version__}")
     _check_counts(handshake, run)
-    if differing := _differing_keys(handshake.run_toml, dump_toml(run)):
-        raise ProtocolError(f"reads the run description differently: {', '.join(differing)}")
+    if handshake.experiment != (expected_hash := experiment_hash(run)):
+        raise ProtocolError(
+            f"its software reads the run description differently: experiment {one_line(handshake.experiment, 64)},"
+            f" the server has {expected_hash}"
+        )
     manifest.check_known(handshake.group_hashes)
     hashes = manifest.hashes()
     if changed := sorted(group for group, found in handshake.group_hashes.items() if found != hashes[group]):
@@ -133,27 +134,6 @@ def _check_counts(handshake: Handshake, run: RunConfig) -> None:
     for stream, count in handshake.streams.items():
         if not fewest <= count <= handshake.subjects:
             raise ProtocolError(f"{count} subjects with {stream}, expected {fewest} to {handshake.subjects}")
-
-
-def _differing_keys(theirs: str, ours: str) -> list[str]:
-    """Dotted keys that one side lacks or reads otherwise. Raises ProtocolError if theirs is not TOML."""
-    if theirs == ours:
-        return []
-    try:
-        found = dict(_flatten(tomllib.loads(theirs)))
-    except (ValueError, RecursionError) as error:
-        raise ProtocolError("its reading of the run description is not valid TOML") from error
-    expected = dict(_flatten(tomllib.loads(ours)))
-    differing = [key for key in sorted(found | expected) if found.get(key) != expected.get(key)]
-    return differing or ["the order of its keys"]
-
-
-def _flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in table.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def _check_name(site: str) -> None:

@@ -16,7 +16,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from panfm.config import RunConfig
-from panfm.errors import ProtocolError
+from panfm.errors import ProtocolError, one_line
 from panfm.sharing.coding import bytes_per_group, decode
 from panfm.sharing.downlink import code_step, take_step
 from panfm.sharing.groups import Flat, GroupManifest, stream_of
@@ -135,7 +135,7 @@ class GroupedMean(Strategy):
             try:
                 reply = self._take(message, means, server_round)
             except ProtocolError as error:
-                self.outcome.rejected[site] = str(error)
+                self.outcome.rejected[site] = one_line(str(error))
             else:
                 self.outcome.accepted[site] = replace(reply, updates={})
                 if limit:

@@ -5,7 +5,7 @@ from flwr.app import Array, RecordDict
 
 from panfm.errors import ProtocolError
 from panfm.sharing.groups import Flat
-from panfm.sharing.messages import Records
+from panfm.sharing.messages import Records, check_count, check_words
 from panfm.sharing.npy import NpySpace, to_npy, view_npy
 
 
@@ -16,15 +16,18 @@ def unpack(content: RecordDict) -> Records:
     them until the collector comes.
 
     Raises:
-        ProtocolError: the bytes are not arrays.
+        ProtocolError: the bytes are not arrays, or there are more or longer words than a site has to say.
     """
+    check_count(sum(map(len, content.values())))
     arrays = {}
     for record in content.array_records.values():
         for name in list(record):
             arrays[name] = view_array(record.pop(name))
     metrics = {key: value for record in content.metric_records.values() for key, value in record.items()}
     config = {key: value for record in content.config_records.values() for key, value in record.items()}
-    return Records(arrays=arrays, metrics=metrics, config=config)  # type: ignore[arg-type]
+    records = Records(arrays=arrays, metrics=metrics, config=config)  # type: ignore[arg-type]
+    check_words(records)
+    return records
 
 
 def view_array(array: Array) -> Flat:

@@ -20,8 +20,12 @@ from panfm.config._base import Config
 from panfm.config.run import RunConfig
 from panfm.config.site import SiteConfig
 from panfm.errors import ConfigError, one_line
+from panfm.texts import parse_toml, read_text
 
 C = TypeVar("C", bound=Config)
+_MAX_COMPLAINTS = 20
+_MAX_KEY = 64
+"""Characters of an unknown key that are compared to the known ones."""
 
 
 def load_run(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
@@ -41,12 +45,12 @@ def load_site(folder: Path) -> SiteConfig:
 
 def parse_site(text: str, where: str = "site description") -> SiteConfig:
     """Read a site description from TOML text. Raises ConfigError as `load_run` does."""
-    return _validate(SiteConfig, _parse(text, where), where)
+    return _validate(SiteConfig, parse_toml(text, where), where)
 
 
 def parse_run(text: str, where: str = "run description") -> RunConfig:
     """Read a run description from TOML text. Raises ConfigError as `load_run` does."""
-    return _validate(RunConfig, _parse(text, where), where)
+    return _validate(RunConfig, parse_toml(text, where), where)
 
 
 def dump_toml(config: Config) -> str:
@@ -86,18 +90,11 @@ def _with_start_hash(run: RunConfig) -> RunConfig:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return _parse(path.read_text(encoding="utf-8"), str(path))
+        return parse_toml(read_text(path), str(path))
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such file, expected a TOML description") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as UTF-8 text ({type(error).__name__})") from error
-
-
-def _parse(text: str, where: str) -> dict[str, Any]:
-    try:
-        return tomllib.loads(text)
-    except (ValueError, RecursionError) as error:  # also numbers too long and brackets too deep
-        raise ConfigError(f"{where}: not valid TOML: {one_line(str(error))}") from error
 
 
 def _override(table: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
@@ -126,10 +123,11 @@ def _validate(kind: type[C], table: Mapping[str, Any], where: str) -> C:
     try:
         return kind.model_validate(table, by_alias=True, by_name=False)
     except ValidationError as error:
-        lines = [
-            f"{where}: {one_line(_complaint(kind, fault), limit=1000)}" for fault in error.errors(include_url=False)
-        ]
-        raise ConfigError("\n".join(lines)) from error
+        faults = error.errors(include_url=False)
+        lines = [f"{where}: {one_line(_complaint(kind, fault), limit=1000)}" for fault in faults[:_MAX_COMPLAINTS]]
+        if more := len(faults) - len(lines):
+            lines.append(f"{where}: {more} more faults")
+        raise ConfigError("\n".join(lines)) from None  # pydantic's own text has lines without end
 
 
 def _complaint(kind: type[BaseModel], fault: Any) -> str:
@@ -137,7 +135,7 @@ def _complaint(kind: type[BaseModel], fault: Any) -> str:
     key = ".".join(keys)
     if fault["type"] == "extra_forbidden":
         known = sorted({known for each in around for member in _members(each) for known in _fields(member)})
-        near = difflib.get_close_matches(keys[-1], known, n=1, cutoff=0.4)
+        near = difflib.get_close_matches(keys[-1][:_MAX_KEY], known, n=1, cutoff=0.4)
         hint = f"did you mean {'.'.join([*keys[:-1], near[0]])}?" if near else f"known: {', '.join(known)}"
         return f"{key}: unknown key, {hint}"
     if fault["type"].startswith("union_tag"):

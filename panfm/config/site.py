@@ -10,7 +10,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from panfm.config._base import Config, Name
+from panfm.config._base import Config, Name, Positive
 from panfm.errors import ConfigError
 
 RelativePath = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
@@ -49,9 +49,27 @@ class LimitsConfig(Config):
     experiments: Annotated[tuple[Hash, ...], Field(strict=False)] = ()
     """Experiments that may run here, by hash, as `panfm site dry-run` prints it; empty: any."""
     seconds_per_round: Limit | None = None
-    """A round that takes longer is given up."""
+    """A round, or a handshake with what it reads and prepares, that takes longer is given up."""
     memory_gib: Limit | None = None
-    """Memory that the resident worker may fill, in GiB; a round that asks for more fails."""
+    """Memory that the resident worker may fill, in GiB; a question that asks for more fails. Neither a GPU's memory nor
+    what the system keeps of files that are read counts."""
+    parameters: Positive = 1_000_000_000
+    """Numbers in the model of a run, experts included. A message to the worker holds at most twice as many."""
+    voxels_per_image: Positive = 512**3
+    """Voxels, colours included, of one image as a run prepares it."""
+    tokens_per_patient: Positive = 65_536
+    """Tokens of a patient with every stream of a run."""
+    local_steps: Positive = 10_000
+    """Optimiser steps in a round."""
+    rounds: Positive = 100_000
+    """Rounds of a run."""
+    step_gib: Limit = 64.0
+    """Memory of one local step without the model, in GiB, by a rough count (panfm/models/sizes.py)."""
+    cache_gib: Limit = 1000.0
+    """Space of all prepared images on disk, in GiB. The oldest of other runs are removed for those of a new one."""
+    kept_runs: Positive = 20
+    """Runs whose private state is kept. For one more, that of the run longest idle is removed, if for a day at least;
+    else the new run is refused."""
 
     @model_validator(mode="after")
     def _epsilon_has_its_delta(self) -> Self:

@@ -4,14 +4,24 @@ A file's name carries two hashes: of the stream's settings with the preprocessin
 with each image's size and time of change. Anything changed, and the name is another: a stale file is never read, and
 is removed when its successor is there. Files appear by rename, so that a reader sees a whole one or none; two
 processes that build the same one write the same bytes, and the last rename wins.
+
+A run decides how large its images are, so their size is counted before the first is read, and the files of other runs
+make room: those longest unused go first.
 """
 
 import hashlib
+import logging
+import math
 import os
+import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import IO
 
@@ -21,11 +31,19 @@ from numpy.typing import NDArray
 from panfm.config import StreamConfig, dump_toml, load_site, site_path
 from panfm.data.manifest import image_path, read_manifest
 from panfm.data.store import ImageStore
-from panfm.errors import DataError
+from panfm.errors import DataError, LimitError
 
 PREPROCESSING_VERSION = 1
 """To be raised whenever `panfm.data.read` would give other values for the same file."""
 _THREADS = 2
+_AHEAD = 2 * _THREADS
+"""Images read before the one that is written next."""
+_MAX_FILES = 1000
+"""Files of one cache folder."""
+_STALE_S = 3600.0
+"""An unfinished file that nobody has written to for so long was left behind by a process that was killed."""
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 """Called with (stream, images done, images in all)."""
@@ -42,6 +60,7 @@ def open_store(folder: Path, streams: Mapping[str, StreamConfig], *, progress: P
     Raises:
         ConfigError: `site.toml` does not hold.
         DataError: the manifest or an image does not hold, no row is left, or the cache cannot be written.
+        LimitError: the images would fill more than the site's `limits.cache-gib`.
     """
     site = load_site(folder)
     manifest = read_manifest(folder, site)
@@ -51,44 +70,123 @@ def open_store(folder: Path, streams: Mapping[str, StreamConfig], *, progress: P
     wanted = {row.subject for row in rows}
     splits = {row.subject: row.split for row in manifest if row.subject in wanted}
     position = {subject: index for index, subject in enumerate(splits)}
-    images, holders = {}, {}
+    cached, holders = {}, {}
     for stream, config in streams.items():
         held = sorted((row for row in rows if row.stream == stream), key=lambda row: position[row.subject])
         if held:
             paths = [image_path(folder, site, row.path) for row in held]
-            images[stream] = _open_stream(site_path(folder, site.cache_dir), stream, config, paths, progress)
+            cached[stream] = _Cached(site_path(folder, site.cache_dir), stream, config, paths)
             holders[stream] = np.array([position[row.subject] for row in held], dtype=np.int64)
+    _make_room(list(cached.values()), site.limits.cache_gib)
+    images = {stream: _open(each, progress) for stream, each in cached.items()}
     return ImageStore(tuple(splits), tuple(splits.values()), images, holders)
 
 
-def _open_stream(
-    cache: Path, stream: str, config: StreamConfig, paths: Sequence[Path], progress: Progress | None
-) -> NDArray[np.float32]:
+@dataclass(frozen=True)
+class _Cached:
+    """The prepared images of one stream: float32 [P, C, *shape] in a file."""
+
+    folder: Path
+    stream: str
+    config: StreamConfig
+    paths: Sequence[Path]
+
+    @property
+    def family(self) -> str:
+        """Beginning of the names of files with the same settings."""
+        return f"{self.stream}.{_hash(str(PREPROCESSING_VERSION), self.stream, dump_toml(self.config))}"
+
+    @cached_property
+    def file(self) -> Path:
+        """Where it is, or will be."""
+        return self.folder / f"{self.family}.{_hash(*map(_fingerprint, self.paths))}.npy"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.paths), self.config.channels, *self.config.shape)
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the array."""
+        return 4 * math.prod(self.shape)
+
+
+def _make_room(cached: Sequence[_Cached], limit_gib: float) -> None:
+    """Remove files of other runs, those longest unused first, until the images of this one have room.
+
+    Raises:
+        LimitError: they have not even if alone.
+        DataError: the disk has not the space.
+    """
+    missing = [each for each in cached if not each.file.exists()]
+    if not missing:
+        return
+    needed, limit = sum(each.size_bytes for each in cached), limit_gib * 2**30
+    if needed > limit:
+        raise LimitError(
+            f"this run's images fill {needed / 2**30:.6g} GiB, this site's limits.cache-gib is {limit_gib:g}"
+        )
+    folder, new = cached[0].folder, sum(each.size_bytes for each in missing)
+    others = _removable(folder, keep={each.file for each in cached})
+    filled = sum(path.stat().st_size for path in others)
+    while others and (needed + filled > limit or len(others) + len(cached) > _MAX_FILES or new > _free_bytes(folder)):
+        oldest = others.pop(0)
+        logger.warning("%s: prepared images of another run, removed to make room", oldest.name)
+        filled -= oldest.stat().st_size
+        oldest.unlink(missing_ok=True)
+    if new > (free := _free_bytes(folder)):
+        raise DataError(f"{folder}: found {free / 2**30:.3g} GiB free, expected {new / 2**30:.3g} for the run's images")
+
+
+def _removable(folder: Path, keep: set[Path]) -> list[Path]:
+    """Files of other runs, and those that a killed process left unfinished; the longest unused first."""
+    stale = [path for path in folder.glob("*.part") if time.time() - path.stat().st_mtime > _STALE_S]
+    return sorted({*stale, *folder.glob("*.npy")} - keep, key=lambda path: path.stat().st_atime)
+
+
+def _free_bytes(folder: Path) -> int:
+    """Of the disk that holds a folder, or will hold it."""
+    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.is_dir())).free
+
+
+def _open(cached: _Cached, progress: Progress | None) -> NDArray[np.float32]:
     """Memory-mapped float32 [P, C, *shape], read-only."""
-    family = f"{stream}.{_hash(str(PREPROCESSING_VERSION), stream, dump_toml(config))}"
-    file = cache / f"{family}.{_hash(*map(_fingerprint, paths))}.npy"
-    if not file.exists():
-        with _atomic(file) as part:
-            _write(part, stream, config, paths, progress)
-        for stale in set(cache.glob(f"{family}.*.npy")) - {file}:
+    if not cached.file.exists():
+        with _atomic(cached.file) as part:
+            _write(part, cached, progress)
+        for stale in set(cached.folder.glob(f"{cached.family}.*.npy")) - {cached.file}:
             stale.unlink(missing_ok=True)
-    images: NDArray[np.float32] = np.load(file, mmap_mode="r")
+    os.utime(cached.file, ns=(time.time_ns(), cached.file.stat().st_mtime_ns))
+    images: NDArray[np.float32] = np.load(cached.file, mmap_mode="r")
     return images
 
 
-def _write(
-    part: IO[bytes], stream: str, config: StreamConfig, paths: Sequence[Path], progress: Progress | None
-) -> None:
-    from panfm.data.read import read_image  # MONAI takes seconds to import, and a warm cache does not need it
-
-    shape = (len(paths), config.channels, *config.shape)
-    header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+def _write(part: IO[bytes], cached: _Cached, progress: Progress | None) -> None:
+    header = {"descr": "<f4", "fortran_order": False, "shape": cached.shape}
     np.lib.format.write_array_header_1_0(part, header)
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for done, image in enumerate(pool.map(lambda path: read_image(path, stream, config), paths), start=1):
+    with closing(_read_all(cached)) as images:
+        for done, image in enumerate(images, start=1):
             part.write(image.astype("<f4").tobytes())
             if progress:
-                progress(stream, done, len(paths))
+                progress(cached.stream, done, len(cached.paths))
+
+
+def _read_all(cached: _Cached) -> Generator[NDArray[np.float32]]:
+    """Images in order, read by threads, a few ahead. Closed early, it reads no further one; one that a thread is at is
+    read to its end."""
+    from panfm.data.read import read_image  # MONAI takes seconds to import, and a warm cache does not need it
+
+    waiting: deque[Future[NDArray[np.float32]]] = deque()
+    pool = ThreadPoolExecutor(_THREADS)
+    try:
+        for path in cached.paths:
+            waiting.append(pool.submit(read_image, path, cached.stream, cached.config))
+            if len(waiting) > _AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 @contextmanager

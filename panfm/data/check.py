@@ -17,6 +17,7 @@ from panfm.anatomy import parse_stream
 from panfm.config import SiteConfig, StreamConfig, load_site
 from panfm.data.decode import ImageError, decode_picture, decode_volume, read_bytes
 from panfm.data.manifest import Fault, Row, image_path, scan_manifest
+from panfm.errors import LimitError
 
 _THREADS = 4
 
@@ -105,6 +106,8 @@ def _inspect(folder: Path, site: SiteConfig, row: Row, *, is_volume: bool) -> Fa
             _check_mask(read_bytes(image_path(folder, site, row.mask)), shape, is_volume=is_volume)
     except ImageError as error:
         return Fault(file, error.found, error.expected, row)
+    except MemoryError as error:
+        raise LimitError(f"{file}: needs more memory than there is") from error
     return hashlib.blake2b(content, digest_size=16).digest()
 
 

@@ -4,9 +4,14 @@ Every refusal is an `ImageError` that says what was found and what was expected.
 truncated or corrupted one cannot pass.
 """
 
+import errno
 import gzip
 import io
 import logging
+import math
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,14 +20,18 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from panfm.errors import DataError
+from panfm.errors import DataError, PanfmError
 
 SPACING_RANGE_MM = (0.01, 100.0)
 """A voxel size outside is a broken header."""
 _LEAST_SINE = 0.5
 """Volume of a voxel over that of a box with its edges; a CT's tilted gantry leaves more than 0.8."""
 LARGEST_BYTES = 4 * 2**30
-"""What a gzipped file may unpack to; a few megabytes can be made to fill any memory."""
+"""Of a volume's file, unpacked; a few megabytes can be made to fill any memory."""
+_BLOCK_BYTES = 1 << 20
+_MOST_BEHIND = 1 << 20
+"""Bytes that may follow the voxels."""
+_ZLIB_NO_MEMORY = "Error -4 "
 
 
 nib.imageglobals.logger.setLevel(logging.CRITICAL + 1)
@@ -51,6 +60,8 @@ def read_bytes(path: Path) -> bytes:
     try:
         if path.exists() and not path.is_file():
             raise ImageError("a folder or device", "an image")
+        if path.stat().st_size > LARGEST_BYTES:
+            raise ImageError(f"more than {LARGEST_BYTES / 2**30:g} GiB", "one image")
         return path.read_bytes()
     except FileNotFoundError as error:
         raise ImageError("no such file", "an image") from error
@@ -69,23 +80,22 @@ def decode_volume(content: bytes) -> Volume:
     Raises:
         ImageError: any of it does not hold.
     """
-    image = _parse(_unzip(content))
+    raw = _unzip(content)
+    image = _parse(raw)
     _check_shape(image.shape)
     _check_affine(image)
-    try:
+    if (announced := _announced_bytes(raw)) > len(raw):
+        raise ImageError(f"voxels that cannot be read ({len(raw)} of {announced} bytes)", "a whole NIfTI file")
+    with _file_at_fault("voxels that cannot be read", "a whole NIfTI file"):
         stored = np.asanyarray(image.dataobj).reshape(image.shape[:3])
-    except Exception as error:  # whatever a parser makes of broken bytes, it is the file's fault
-        raise ImageError(f"voxels that cannot be read ({_reason(error)})", "a whole NIfTI file") from error
     return Volume(_real(stored), np.asarray(image.affine, dtype=np.float64))
 
 
 def decode_picture(content: bytes) -> Image.Image:
     """Decode a PNG, JPEG, ... of 8 bits per channel. Raises ImageError: it is none, or not whole."""
-    try:
-        image = Image.open(io.BytesIO(content))
+    with _file_at_fault("no readable picture", "a whole PNG or JPEG file"):
+        image: Image.Image = Image.open(io.BytesIO(content))
         image.load()
-    except Exception as error:  # as above
-        raise ImageError(f"no readable picture ({type(error).__name__})", "a whole PNG or JPEG file") from error
     if image.mode.startswith(("I", "F")):
         raise ImageError(f"more than 8 bits per channel (mode {image.mode})", "a picture windowed to 8 bits")
     return image
@@ -96,26 +106,59 @@ def voxel_sizes(affine: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(np.linalg.norm(affine[:3, :3], axis=0))
 
 
+@contextmanager
+def _file_at_fault(found: str, expected: str) -> Iterator[None]:
+    """Whatever a parser makes of broken bytes is the file's fault; memory that ran out, or a limit of ours, is not."""
+    try:
+        yield
+    except (MemoryError, PanfmError):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+            raise
+        if isinstance(error, zlib.error) and str(error).startswith(_ZLIB_NO_MEMORY):
+            raise MemoryError from error
+        raise ImageError(f"{found} ({_reason(error)})", expected) from error
+
+
 def _unzip(content: bytes) -> bytes:
+    """The content unpacked, block by block: no more is filled than the header announces."""
     if not content.startswith(b"\x1f\x8b"):
         return content
-    try:
-        raw = gzip.GzipFile(fileobj=io.BytesIO(content)).read(LARGEST_BYTES + 1)
-    except Exception as error:  # EOFError, BadGzipFile, zlib.error
-        raise ImageError(f"a broken gzip stream ({_reason(error)})", "a whole .nii.gz file") from error
-    if len(raw) > LARGEST_BYTES:
-        raise ImageError(f"more than {LARGEST_BYTES / 2**30:g} GiB when unpacked", "one volume")
-    return raw
+    raw, announced = io.BytesIO(), -1
+    with _file_at_fault("a broken gzip stream", "a whole .nii.gz file"), gzip.open(io.BytesIO(content)) as file:
+        while block := file.read(_BLOCK_BYTES):
+            announced = _announced_bytes(block) if announced < 0 else announced
+            raw.write(block)
+            if raw.tell() > LARGEST_BYTES:
+                raise ImageError(f"more than {LARGEST_BYTES / 2**30:g} GiB when unpacked", "one volume")
+            if raw.tell() > announced + _MOST_BEHIND:
+                raise ImageError("more bytes than its header announces", f"{announced}")
+    return raw.getvalue()
+
+
+def _announced_bytes(start: bytes) -> int:
+    """Size of a NIfTI file, by the header at its start."""
+    kind = _kind(start)
+    with _file_at_fault("a broken NIfTI header", "a NIfTI-1 or NIfTI-2 file"):
+        header = kind.header_class(start[: kind.header_class.template_dtype.itemsize])
+        shape, offset = header.get_data_shape(), int(header["vox_offset"])
+        _check_shape(shape)
+        return max(offset, 0) + math.prod(map(int, shape)) * header.get_data_dtype().itemsize
+
+
+def _kind(start: bytes) -> Any:
+    """The nibabel class of a file, by its first bytes."""
+    if start[344:348] == b"n+1\0":
+        return nib.Nifti1Image
+    if start[4:8] == b"n+2\0":
+        return nib.Nifti2Image
+    raise ImageError("no NIfTI header", "a NIfTI-1 or NIfTI-2 file")
 
 
 def _parse(raw: bytes) -> Any:
-    kinds = {raw[344:348] == b"n+1\0": nib.Nifti1Image, raw[4:8] == b"n+2\0": nib.Nifti2Image}
-    if True not in kinds:
-        raise ImageError("no NIfTI header", "a NIfTI-1 or NIfTI-2 file")
-    try:
-        return kinds[True].from_bytes(raw)
-    except Exception as error:  # as above
-        raise ImageError(f"a broken NIfTI header ({_reason(error)})", "a NIfTI-1 or NIfTI-2 file") from error
+    with _file_at_fault("a broken NIfTI header", "a NIfTI-1 or NIfTI-2 file"):
+        return _kind(raw).from_bytes(raw)
 
 
 def _check_shape(shape: tuple[int, ...]) -> None:
@@ -141,13 +184,11 @@ def _check_affine(image: Any) -> None:
 
 def _check_agreement(image: Any) -> None:
     """Two statements of the orientation may differ by a tilt, not by an axis."""
-    try:
+    with _file_at_fault("a broken qform", "a header that states one orientation"):
         sform, qform = image.get_sform(), image.get_qform()
         if np.allclose(sform[:3, :3], qform[:3, :3], atol=1e-3):
             return
         axes = ["".join(nib.orientations.aff2axcodes(form)) for form in (sform, qform)]  # type: ignore[no-untyped-call]
-    except Exception as error:  # as above
-        raise ImageError(f"a broken qform ({_reason(error)})", "a header that states one orientation") from error
     if axes[0] != axes[1]:
         raise ImageError(f"two orientations (sform {axes[0]}, qform {axes[1]})", "one orientation")
 

@@ -4,7 +4,6 @@
 labels are what tables show: `all`, `weak`, one per kind.
 """
 
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,10 @@ from panfm.config import StreamConfig, load_site
 from panfm.data.cache import Progress, open_store
 from panfm.data.labels import read_labels
 from panfm.data.store import ImageStore
-from panfm.errors import DataError
+from panfm.errors import ConfigError, DataError
+from panfm.texts import parse_toml, read_text
 
+_MAX_COHORT_BYTES = 1 << 20
 KINDS = ("category", "disease", "class", "volume")
 
 
@@ -88,8 +89,9 @@ def read_label_info(cohort_folder: Path) -> dict[str, LabelInfo]:
     """
     path = cohort_folder / "cohort.toml"
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8")).get("labels", {})
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        text = read_text(path, max_bytes=_MAX_COHORT_BYTES)
+        tables = parse_toml(text, str(path), max_bytes=_MAX_COHORT_BYTES).get("labels", {})
+    except (OSError, UnicodeDecodeError, ConfigError) as error:
         raise DataError(f"{path}: expected a readable TOML file ({type(error).__name__})") from error
     return {name: _label_info(table, f"{path}: labels.{name}") for name, table in tables.items()}
 

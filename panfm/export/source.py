@@ -1,7 +1,6 @@
 """What is exported: the final model of a run folder, and what has to be told of it wherever it goes."""
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,9 @@ from panfm.evaluate.embed import load_model
 from panfm.files import json_text
 from panfm.models import PanModel
 from panfm.sharing.groups import EXPERTS, is_shared
+from panfm.texts import parse_json, read_text
 
+_MAX_METADATA_BYTES = 1 << 20
 NOT_PRIVATE = "none: not private"
 LICENCE_UNKNOWN = "not stated; ask the sites that trained the model"
 
@@ -84,13 +85,14 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def _read_metadata(path: Path) -> _Written:
     try:
-        return _Written.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        text = read_text(path, max_bytes=_MAX_METADATA_BYTES)
+        return _Written.model_validate(parse_json(text, str(path), max_bytes=_MAX_METADATA_BYTES))
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file, expected what the run wrote of its model") from error
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise DataError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, ConfigError) as error:
         raise DataError(f"{path}: not valid JSON ({type(error).__name__})") from error
 
 

@@ -4,8 +4,8 @@
     words    JSON: {"kind", "arrays": [[name, dtype, length], ...], "metrics": {...}, "config": {...}}
     arrays   one after the other, little-endian
 
-The other end may be hostile. Sizes are checked before anything is read, what is read is checked before it is used, and
-nothing is unpickled.
+The other end may be hostile. Sizes are checked before anything is read, memory follows what arrives and not what was
+announced, what is read is checked before it is used, and nothing is unpickled.
 """
 
 import json
@@ -23,13 +23,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from panfm.errors import ProtocolError
-from panfm.sharing.messages import Records
+from panfm.errors import ConfigError, ProtocolError
+from panfm.sharing.messages import Records, check_words
+from panfm.texts import parse_json
 
-MAX_WORDS = 1 << 22
+MAX_WORDS = 1 << 20
 """Bytes of words in one frame."""
 MAX_ARRAYS = 1 << 31
 """Bytes of arrays in one frame."""
+_BLOCK_BYTES = 1 << 18
 _ADDRESS_BYTES = 107
 _MAGIC = b"PANFM/1\n"
 _HEADER = struct.Struct("<8sQQ")
@@ -82,15 +84,17 @@ def encode(frame: Frame) -> bytes:
 def decode(words: bytes | bytearray, body: bytes | bytearray) -> Frame:
     """The frame that two parts hold. Raises ProtocolError if they hold none."""
     try:
-        found = json.loads(words)
-    except (ValueError, RecursionError) as error:
+        found = parse_json(words.decode(), "words", max_bytes=MAX_WORDS)
+    except (ConfigError, UnicodeDecodeError) as error:
         raise ProtocolError("frame: its words are not JSON") from error
     if not isinstance(found, dict) or set(found) != _FIELDS or found["kind"] not in list(Kind):
         raise ProtocolError(f"frame: expected {', '.join(sorted(_FIELDS))}, and a known kind")
     for table in (found["metrics"], found["config"]):
         if not isinstance(table, dict) or not all(map(_is_value, table.values())):
             raise ProtocolError("frame: expected scalars, and lists of one kind of scalar")
-    return Frame(Kind(found["kind"]), Records(_cut(found["arrays"], body), found["metrics"], found["config"]))
+    records = Records(_cut(found["arrays"], body), found["metrics"], found["config"])
+    check_words(records)
+    return Frame(Kind(found["kind"]), records)
 
 
 @contextmanager
@@ -112,11 +116,12 @@ def send(connection: socket.socket, content: bytes, *, timeout_s: float | None) 
     connection.sendall(content)
 
 
-def receive(connection: socket.socket, *, timeout_s: float | None) -> Frame:
+def receive(connection: socket.socket, *, timeout_s: float | None, max_arrays: int = MAX_ARRAYS) -> Frame:
     """The next frame.
 
     Args:
         timeout_s: Seconds within which the whole frame must have come; None: whenever it comes.
+        max_arrays: Bytes of arrays that are taken, at most MAX_ARRAYS.
     Raises:
         ProtocolError: it is not one, or too large.
         OSError: the connection ended, or was too slow.
@@ -125,20 +130,20 @@ def receive(connection: socket.socket, *, timeout_s: float | None) -> Frame:
     magic, num_words, num_arrays = _HEADER.unpack(_read(connection, _HEADER.size, deadline))
     if magic != _MAGIC:
         raise ProtocolError("frame: not one of panfm")
-    if num_words > MAX_WORDS or num_arrays > MAX_ARRAYS:
-        raise ProtocolError(f"frame: {num_words} + {num_arrays} bytes, at most {MAX_WORDS} + {MAX_ARRAYS} are taken")
+    most = min(max_arrays, MAX_ARRAYS)
+    if num_words > MAX_WORDS or num_arrays > most:
+        raise ProtocolError(f"frame: {num_words} + {num_arrays} bytes, at most {MAX_WORDS} + {most} are taken")
     return decode(_read(connection, num_words, deadline), _read(connection, num_arrays, deadline))
 
 
 def _read(connection: socket.socket, size: int, deadline: float | None) -> bytearray:
-    content = bytearray(size)
-    view = memoryview(content)
-    while view:
+    content = bytearray()
+    while missing := size - len(content):
         if deadline is not None:
             connection.settimeout(max(deadline - time.monotonic(), 1e-3))
-        if not (got := connection.recv_into(view)):
+        if not (block := connection.recv(min(missing, _BLOCK_BYTES))):
             raise ConnectionResetError("the other end closed the connection")
-        view = view[got:]
+        content += block
     return content
 
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
 from panfm.errors import ProtocolError
+from panfm.texts import MAX_BYTES
 
 if TYPE_CHECKING:
     from panfm.sharing.coding import Arrays
@@ -33,6 +34,12 @@ Metric = float | int | list[float]
 _WEIGHT = "weight/"
 _SALIENCY = "saliency/"
 _TEACHER = "/teacher"
+_MAX_ENTRIES = 4096
+"""Arrays, metrics and words of one message, together."""
+_MAX_NAME = 256
+"""Characters of a name, and of a text in a list."""
+_MAX_LIST = 1 << 16
+_MAX_VERSIONS = 16
 
 
 @dataclass(frozen=True)
@@ -72,8 +79,8 @@ class Handshake:
     streams: Mapping[str, int]
     """Stream held -> subjects of the train split with it."""
     versions: Mapping[str, str]
-    run_toml: str
-    """The server's run description as this site reads it, defaults included."""
+    experiment: str
+    """Hash of the server's run description as this site reads it, defaults included."""
     group_hashes: Mapping[str, str]
     """Group this site trains -> layout."""
 
@@ -83,7 +90,7 @@ class Handshake:
             config={
                 "site": self.site,
                 "subjects": self.subjects,
-                "run": self.run_toml,
+                "experiment": self.experiment,
                 **_parallel("streams", self.streams),
                 **_parallel("versions", self.versions),
                 **_parallel("groups", self.group_hashes),
@@ -98,8 +105,8 @@ class Handshake:
             site=_get(config, "site", str),
             subjects=_get(config, "subjects", int),
             streams=_table(config, "streams", int),
-            versions=_table(config, "versions", str),
-            run_toml=_get(config, "run", str),
+            versions=_versions(config),
+            experiment=_get(config, "experiment", str),
             group_hashes=_table(config, "groups", str),
         )
 
@@ -139,7 +146,7 @@ class RoundTask:
             round_number=_get(config, "round", int),
             run_toml=_get(config, "run", str),
             groups={name: array for name, array in records.arrays.items() if not name.endswith(_TEACHER)},
-            profile=_table(config, "profile", float) if "profile-names" in config else None,
+            profile=_profile(config) if "profile-names" in config else None,
             digests=_table(config, "digests", str) if "digests-names" in config else {},
             teacher={
                 name.removesuffix(_TEACHER): array for name, array in records.arrays.items() if name.endswith(_TEACHER)
@@ -192,6 +199,43 @@ class RoundReply:
         )
 
 
+def check_count(entries: int) -> None:
+    """Raises ProtocolError for a message of more entries than any of ours has: a look at each takes time."""
+    if entries > _MAX_ENTRIES:
+        raise ProtocolError(f"message: {entries} arrays, metrics and words, expected at most {_MAX_ENTRIES}")
+
+
+def check_words(records: Records) -> None:
+    """Raises ProtocolError if what another party sent holds more or longer words than any message of ours."""
+    check_count(len(records.arrays) + len(records.metrics) + len(records.config))
+    for name in (*records.arrays, *records.metrics, *records.config):
+        _check_value("a name", name, _MAX_NAME)
+    for table in (records.metrics, records.config):
+        for name, value in table.items():
+            if isinstance(value, list) and len(value) > _MAX_LIST:
+                raise ProtocolError(f"message: {name} is a list of {len(value)}, expected at most {_MAX_LIST}")
+            for each in value if isinstance(value, list) else ():
+                _check_value(name, each, _MAX_NAME)
+            _check_value(name, value, MAX_BYTES)
+
+
+def _check_value(name: str, value: object, most: int) -> None:
+    if isinstance(value, str):
+        if len(value) > most or not _is_unicode(value):
+            raise ProtocolError(f"message: {name} is a text of {len(value)} characters, expected at most {most}")
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ProtocolError(f"message: {name} is an integer of more than 64 bits")
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text can be written down as UTF-8: JSON may hold halves of characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def digest_words(digests: Mapping[str, str]) -> dict[str, list[str]]:
     """Digests in the config of a task."""
     return _parallel("digests", digests)
@@ -207,6 +251,18 @@ def _parallel(key: str, table: Mapping[str, Any]) -> dict[str, list[Any]]:
     return {f"{key}-names": list(table), f"{key}-values": list(table.values())}
 
 
+def _versions(config: Mapping[str, Any]) -> dict[str, str]:
+    versions = _table(config, "versions", str)
+    if len(versions) > _MAX_VERSIONS or not all(each.isprintable() for pair in versions.items() for each in pair):
+        raise ProtocolError(f"message: versions are more than {_MAX_VERSIONS}, or not printable")
+    return versions
+
+
+def _profile(config: Mapping[str, Any]) -> dict[str, float]:
+    profile = _table(config, "profile", float)
+    return {stream: _number(profile, stream) for stream in profile}
+
+
 def _table(config: Mapping[str, Any], key: str, kind: type[Any]) -> dict[str, Any]:
     names, values = _get(config, f"{key}-names", list), _get(config, f"{key}-values", list)
     of_names, of_values = (all(isinstance(e, k) for e in each) for each, k in ((names, str), (values, kind)))
@@ -217,7 +273,7 @@ def _table(config: Mapping[str, Any], key: str, kind: type[Any]) -> dict[str, An
 
 def _get(config: Mapping[str, Any], key: str, kind: type[Any]) -> Any:
     value = config.get(key)
-    if not isinstance(value, kind):
+    if not isinstance(value, kind) or isinstance(value, bool):
         raise ProtocolError(f"message: {key} is {type(value).__name__}, expected {kind.__name__}")
     return value
 

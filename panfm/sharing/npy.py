@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 from panfm.errors import ProtocolError
 
+_MAX_HEADER = 1024
+"""Bytes: that of one of our arrays has 118, and numpy parses it as Python."""
 _HEADERS = {(1, 0): npy.read_array_header_1_0}
 """By version of the format; numpy writes 1.0 for all that we send."""
 _PREFIX = npy.MAGIC_LEN + 2
@@ -53,6 +55,8 @@ def view_npy(data: bytes) -> NDArray[np.generic]:
     """
     try:
         start = _PREFIX + int.from_bytes(data[npy.MAGIC_LEN : _PREFIX], "little")
+        if start > _MAX_HEADER:
+            raise ValueError(f"a header of {start} bytes")
         shape, fortran, dtype = _read_header(data[:start])
         return np.frombuffer(data, dtype, offset=start).reshape(shape, order="F" if fortran else "C")
     except Exception as error:  # numpy parses the header as Python: anything may come of it

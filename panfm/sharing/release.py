@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from panfm.config import Releasable, RunConfig, dump_toml
+from panfm.config import Releasable, RunConfig, experiment_hash
 from panfm.errors import ProtocolError
 from panfm.sharing.coding import Arrays
 from panfm.sharing.groups import GroupManifest
@@ -74,7 +74,7 @@ def build_handshake(
 
     Guarantees:
         closed: it holds nothing but `HANDSHAKE_RELEASED_UNDER`, the site's public name, versions of its software, and
-            the server's run description as this site reads it.
+            a hash of the server's run description as this site reads it.
 
     Args:
         site: Public name.
@@ -85,7 +85,7 @@ def build_handshake(
         ProtocolError: the site forbids updates or counts.
     """
     check_may_take_part(may_leave)
-    return Handshake(site, subjects, streams, versions, dump_toml(run), manifest.hashes())
+    return Handshake(site, subjects, streams, versions, experiment_hash(run), manifest.hashes())
 
 
 def build_reply(task: RoundTask, result: RoundResult, *, may_leave: Collection[Releasable]) -> RoundReply:

@@ -9,7 +9,7 @@ import logging
 from panfm.errors import ProtocolError
 from panfm.sharing.frames import Frame, Kind
 from panfm.sharing.messages import Invitation, Records, RoundTask
-from panfm.site.limits import time_limit
+from panfm.site.limits import memory_told, time_limit
 from panfm.site.scrub import scrub
 from panfm.site.site import Site
 
@@ -31,9 +31,10 @@ def answer(site: Site, asked: Frame) -> Frame:
 
 
 def _handle(site: Site, asked: Frame) -> Records:
-    if asked.kind is Kind.HANDSHAKE:
-        return site.handshake(Invitation.from_records(asked.records)).to_records()
-    if asked.kind is Kind.ROUND:
-        with time_limit(site.config.limits.seconds_per_round):
+    limits = site.config.limits
+    with time_limit(limits.seconds_per_round), memory_told(limits):
+        if asked.kind is Kind.HANDSHAKE:
+            return site.handshake(Invitation.from_records(asked.records)).to_records()
+        if asked.kind is Kind.ROUND:
             return site.train_round(RoundTask.from_records(asked.records)).to_records()
     raise ProtocolError(f"{asked.kind}: no question, expected {Kind.HANDSHAKE} or {Kind.ROUND}")

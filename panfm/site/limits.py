@@ -1,13 +1,18 @@
-"""What a site grants a run at most: which experiments, how long, how much memory."""
+"""What a site grants a run at most: which experiments, how large, how long, how much memory."""
 
+import errno
+import math
 import resource
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 from panfm.config import RunConfig, experiment_hash
 from panfm.config.site import LimitsConfig
 from panfm.errors import LimitError
+from panfm.models.sizes import num_parameters, step_bytes, tokens_per_patient
 
 _AGAIN_S = 1.0
 """An alarm that some library swallowed is raised again after this long."""
@@ -18,6 +23,51 @@ def check_experiment(run: RunConfig, limits: LimitsConfig) -> None:
     found = experiment_hash(run)
     if limits.experiments and found not in limits.experiments:
         raise LimitError(f"experiment {found} is not in this site's limits.experiments")
+
+
+def check_sizes(run: RunConfig, limits: LimitsConfig) -> None:
+    """Refuse a run that is too large, before anything is built or allocated for it.
+
+    Raises:
+        LimitError: names the limit, its value, and the run's value.
+    """
+    image = max(stream.channels * math.prod(stream.shape) for stream in run.streams.values())
+    _check("parameters", num_parameters(run), limits.parameters)
+    _check("voxels-per-image", image, limits.voxels_per_image)
+    _check("tokens-per-patient", tokens_per_patient(run), limits.tokens_per_patient)
+    _check("local-steps", run.train.local_steps, limits.local_steps)
+    _check("rounds", run.train.rounds, limits.rounds)
+
+
+def check_step(run: RunConfig, limits: LimitsConfig, num_patients: int) -> None:
+    """Raises LimitError if one local step on patients of the site would fill too much memory."""
+    size = step_bytes(run, min(num_patients, run.train.batch_size))
+    _check("step-gib", size / 2**30, limits.step_gib)
+
+
+def _check(name: str, found: float, limit: float) -> None:
+    if found > limit:
+        raise LimitError(f"this run asks for {found:.12g}, this site's limits.{name} is {limit:.12g}")
+
+
+@contextmanager
+def memory_told(limits: LimitsConfig) -> Iterator[None]:
+    """Raises LimitError out of its block where memory ran out, whoever met it."""
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not _is_of_memory(error):
+            raise
+        limit = f"limits.memory-gib is {limits.memory_gib:g}" if limits.memory_gib else "the machine has no more"
+        raise LimitError(f"this run asks for more memory than there is: {limit}") from error
+
+
+def _is_of_memory(error: Exception) -> bool:
+    """NumPy and Python raise MemoryError, the system ENOMEM, and torch a RuntimeError that says so."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    is_torch = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError) or is_torch
 
 
 @contextmanager

@@ -5,8 +5,8 @@ is loaded. So a site that was killed, or that another process served in between,
 """
 
 import logging
-from collections.abc import Mapping
-from functools import lru_cache
+from collections.abc import Callable, Mapping
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ class Session:
         self.origin = Origin(experiment_hash(run), privacy_label(run), fingerprint(store))
         self.streams = held_streams(run, store)
         trained = tuple(run.streams) if run.sharing.rule == "plain" else tuple(self.streams)
-        self.learner = _resident_learner(dump_toml(run), trained)
+        self.learner = _learners(dump_toml(run))(trained)
         self.manifest = GroupManifest.of(
             {name: tuple(tensor.shape) for name, tensor in self.learner.shared_state().items()}
         )
@@ -177,11 +177,14 @@ def _under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Flat]:
     return {name.removeprefix(prefix): value.numpy() for name, value in state.items() if name.startswith(prefix)}
 
 
-@lru_cache(maxsize=32)
-def _resident_learner(run_toml: str, streams: tuple[str, ...]) -> Learner:
-    """Sites of one process that train the same streams of a run take turns at one learner: a round loads all of it that
-    is not in place, and building one takes as long as two steps."""
-    return Learner(parse_run(run_toml), streams)
+@lru_cache(maxsize=1)
+def _learners(run_toml: str) -> Callable[[tuple[str, ...]], Learner]:
+    """A run's learners by the streams that they train; those of the run before are let go.
+
+    Sites of one process that train the same streams of a run take turns at one learner: a round loads all of it that is
+    not in place, and building one takes as long as two steps.
+    """
+    return lru_cache(maxsize=32)(partial(Learner, parse_run(run_toml)))
 
 
 def held_streams(run: RunConfig, store: ImageStore) -> dict[str, int]:

@@ -20,10 +20,16 @@ from panfm.data.cache import open_store
 from panfm.errors import ConfigError, DataError, LedgerError, ProtocolError
 from panfm.sharing.messages import Handshake, Invitation, RoundReply, RoundTask
 from panfm.sharing.release import build_handshake, build_reply, check_may_take_part
-from panfm.site.limits import check_experiment
+from panfm.site.kept_runs import make_room
+from panfm.site.limits import check_experiment, check_sizes, check_step
 from panfm.site.session import Session
 from panfm.site.spending import Account, as_known, check_privacy
 from panfm.site.state import StateStore
+
+_MAX_LOG_BYTES = 1 << 24
+"""A `site.log` larger than this becomes `site.log.1`."""
+_MAX_STORY = 1 << 16
+"""Characters of one error in it."""
 
 
 class Site:
@@ -88,7 +94,9 @@ class Site:
         session = self._session(task.run_toml)
         if not 1 <= task.round_number <= session.run.train.rounds:
             raise ProtocolError(f"round {task.round_number}: expected 1 to {session.run.train.rounds}")
-        result = session.train_round(task, StateStore(self.state_dir, task.run_id, session.origin))
+        states = StateStore(self.state_dir, task.run_id, session.origin)
+        make_room(states.folder, self.config.limits.kept_runs)
+        result = session.train_round(task, states)
         return build_reply(task, result, may_leave=self.config.limits.may_leave)
 
     @property
@@ -109,10 +117,13 @@ class Site:
     def log_error(self, error: BaseException) -> None:
         """Add the whole story of an error to `site.log` beside the private state; a disk that is full stays silent."""
         story = f"{datetime.now().astimezone().isoformat()}\n{''.join(traceback.format_exception(error))}\n"
+        path = self.state_dir / "site.log"
         with contextlib.suppress(OSError):
             self.state_dir.mkdir(parents=True, exist_ok=True)
-            with (self.state_dir / "site.log").open("a", encoding="utf-8") as log:
-                log.write(story)
+            if path.exists() and path.stat().st_size > _MAX_LOG_BYTES:
+                path.replace(path.with_suffix(".log.1"))
+            with path.open("a", encoding="utf-8", errors="backslashreplace") as log:
+                log.write(story[-_MAX_STORY:])
 
     @cached_property
     def _account(self) -> Account:
@@ -122,9 +133,13 @@ class Site:
     def _session(self, run_toml: str) -> Session:
         """The warm session of a run description, or a new one in its place."""
         if self._warm is None or self._warm[0] != run_toml:
-            check_experiment(run := _read_run(run_toml), self.config.limits)
+            limits = self.config.limits
+            check_experiment(run := _read_run(run_toml), limits)
+            check_sizes(run, limits)
             check_privacy(run := as_known(run, self.config), self.config)
+            self._warm = None  # lets go of the memory of the run before
             store = open_store(self.folder, run.streams)
+            check_step(run, limits, len(store.indices("train")))
             self._warm = (run_toml, Session(self.config.name, run, store, self._account))
         return self._warm[1]
 

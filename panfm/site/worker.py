@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from panfm.config import SiteConfig, site_path
-from panfm.errors import ConfigError, PanfmError, ProtocolError
+from panfm.errors import ConfigError, ProtocolError
 from panfm.sharing.frames import Frame, address, encode, receive, send
 from panfm.site.answer import answer
 from panfm.site.departures import Departures
@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 TRANSFER_TIMEOUT_S = 30.0
 """For a question to arrive, and for an answer to be taken."""
+_BYTES_PER_PARAMETER = 8
+"""Of a question: float32 of the global parameters, and of the teacher's."""
 _PEER = struct.Struct("3i")
 
 
@@ -51,7 +53,7 @@ class Worker:
             try:
                 if self._may_ask(connection):
                     send(connection, self._answer(connection), timeout_s=TRANSFER_TIMEOUT_S)
-            except (OSError, PanfmError, MemoryError) as error:
+            except Exception as error:
                 logger.warning("a connection ended without an answer (%s: %s)", type(error).__name__, error)
 
     def _may_ask(self, connection: socket.socket) -> bool:
@@ -62,7 +64,8 @@ class Worker:
 
     def _answer(self, connection: socket.socket) -> bytes:
         try:
-            asked = receive(connection, timeout_s=TRANSFER_TIMEOUT_S)
+            most = _BYTES_PER_PARAMETER * self.site.config.limits.parameters
+            asked = receive(connection, timeout_s=TRANSFER_TIMEOUT_S, max_arrays=most)
         except (ProtocolError, MemoryError) as error:
             logger.warning("a question that is none: %s", error)
             return encode(Frame.error(f"ProtocolError: {error}"))

@@ -18,7 +18,7 @@ ALLOWED = {
     "simulations": set(HOUSE),
 }
 LEVELS = (
-    ("errors", "seeds", "anatomy", "config", "files"),
+    ("errors", "seeds", "anatomy", "config", "files", "texts"),
     ("data", "models", "sharing"),
     ("objectives", "privacy", "evaluate"),
     ("site", "report", "export"),

@@ -7,7 +7,7 @@ from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from panfm import __version__
-from panfm.config import dump_toml
+from panfm.config import experiment_hash
 from panfm.models import build_model
 from panfm.sharing.groups import GroupManifest
 from panfm.sharing.messages import Handshake
@@ -53,7 +53,7 @@ class Nodes:
     def handshake(self, site: str) -> Handshake:
         groups = {group: self.manifest.hashes()[group] for group in ("backbone", "head", "stream:brain-mr")}
         subjects = 0 if site == "misfit" else 5
-        return Handshake(site, subjects, {"brain-mr": 5}, {"panfm": __version__}, dump_toml(self.run), groups)
+        return Handshake(site, subjects, {"brain-mr": 5}, {"panfm": __version__}, experiment_hash(self.run), groups)
 
     def monotonic(self) -> float:
         return self.now

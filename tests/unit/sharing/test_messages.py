@@ -5,7 +5,7 @@ from panfm.errors import ProtocolError
 from panfm.sharing.messages import Handshake, Invitation, Records, RoundReply, RoundTask
 
 ARRAYS = {"backbone": np.arange(3, dtype=np.float32)}
-HANDSHAKE = Handshake("a", 7, {"brain-mr": 5}, {"panfm": "1"}, "name = 'x'", {"backbone": "layout"})
+HANDSHAKE = Handshake("a", 7, {"brain-mr": 5}, {"panfm": "1"}, "5e" * 32, {"backbone": "layout"})
 TASK = RoundTask("run-1", 2, "name = 'x'", ARRAYS, {"brain-mr": 1.5})
 STEP = RoundTask("run-1", 3, "x", ARRAYS, None, {"backbone": "digest"}, {"backbone": np.ones(3, np.float32)})
 REPLY = RoundReply("run-1", 2, 1, ARRAYS, {"backbone": (14.0,)}, 0.5, 0.6, 0, {"brain-mr": 1.0})

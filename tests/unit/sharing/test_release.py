@@ -3,7 +3,7 @@ from dataclasses import fields
 import numpy as np
 import pytest
 
-from panfm.config import Releasable, dump_toml
+from panfm.config import Releasable, experiment_hash
 from panfm.errors import ProtocolError
 from panfm.sharing.groups import GroupManifest
 from panfm.sharing.messages import Handshake, RoundReply, RoundTask
@@ -26,7 +26,7 @@ RESULT = RoundResult(
     num_skipped=3,
     saliency={"brain-mr": 1.0},
 )
-HANDSHAKE_PROTOCOL = {"site", "versions", "run_toml"}
+HANDSHAKE_PROTOCOL = {"site", "versions", "experiment"}
 PROTOCOL = {"run_id", "round_number", "state_round"}
 
 
@@ -43,7 +43,9 @@ def test_a_handshake_by_hand(small_run):
     manifest = GroupManifest.of({"backbone.a": (2,)})
     words = {"subjects": 9, "streams": {"brain-mr": 4}}
     shaken = build_handshake("alpha", small_run, manifest, {"panfm": "1"}, **words, may_leave=NEEDED)
-    assert shaken == Handshake("alpha", 9, {"brain-mr": 4}, {"panfm": "1"}, dump_toml(small_run), manifest.hashes())
+    assert shaken == Handshake(
+        "alpha", 9, {"brain-mr": 4}, {"panfm": "1"}, experiment_hash(small_run), manifest.hashes()
+    )
     for needed in NEEDED:
         with pytest.raises(ProtocolError, match=f"lacks {needed}"):
             build_handshake("alpha", small_run, manifest, {}, **words, may_leave=set(Releasable) - {needed})

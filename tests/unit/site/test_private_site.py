@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from panfm.config import dump_toml, parse_run
+from panfm.config import dump_toml, experiment_hash, parse_run
 from panfm.errors import BudgetError, ConfigError, LedgerError, ProtocolError
 from panfm.models import build_model
 from panfm.privacy import loop, saliency
@@ -150,7 +150,7 @@ def test_a_handshake_tells_public_numbers_only(site):
     asked = task()
     handshake = site.handshake(Invitation(asked.run_toml))
     assert (handshake.subjects, handshake.streams) == (40, {"brain-mr": 40, "heart-mr": 40})
-    assert handshake.run_toml == asked.run_toml
+    assert handshake.experiment == experiment_hash(parse_run(asked.run_toml))
     assert not spent(site)
 
 
@@ -159,7 +159,7 @@ def test_the_sites_own_public_number_wins(site, tmp_path, write_site):
     asked = task()
     handshake = Site(folder).handshake(Invitation(asked.run_toml))
     assert handshake.subjects == 60
-    assert handshake.run_toml == asked.run_toml
+    assert handshake.experiment == experiment_hash(parse_run(asked.run_toml))
     folder = write_site(tmp_path / "gamma", "gamma", ("brain",), extra="[limits]\npublic-subjects = 200\n")
     with pytest.raises(ConfigError, match=r"limits.public-subjects: 200 patients: privacy.delta: 0.001 is above"):
         Site(folder).handshake(Invitation(asked.run_toml))

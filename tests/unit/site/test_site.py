@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from panfm.config import dump_toml, parse_run
+from panfm.config import dump_toml, experiment_hash, parse_run
 from panfm.errors import DataError, ProtocolError
 from panfm.models import build_model
 from panfm.objectives import Learner
@@ -274,7 +274,7 @@ def test_sites_that_take_turns_at_one_learner_do_not_meet(tmp_path, write_site, 
 
     num_learners = 1
     together = rounds(tmp_path / "together")
-    monkeypatch.setattr(session, "_resident_learner", session._resident_learner.__wrapped__)
+    monkeypatch.setattr(session, "_learners", session._learners.__wrapped__)
     num_learners = 3
     alone = rounds(tmp_path / "alone")
     assert all(map(same, together, alone))
@@ -334,9 +334,9 @@ def test_nothing_private_is_in_the_bytes_of_a_handshake(folder):
     records = Site(folder).handshake(Invitation(task().run_toml)).to_records()
     assert (records.arrays, records.metrics) == ({}, {})
     tables = {f"{key}-{part}" for key in ("streams", "versions", "groups") for part in ("names", "values")}
-    assert set(records.config) == {"site", "subjects", "run"} | tables
-    sent = {key: value for key, value in records.config.items() if key != "run"}
-    assert records.config["run"] == task().run_toml
+    assert set(records.config) == {"site", "subjects", "experiment"} | tables
+    sent = {key: value for key, value in records.config.items() if key != "experiment"}
+    assert records.config["experiment"] == experiment_hash(parse_run(RUN))
     assert (sent["site"], sent["subjects"], sent["streams-values"]) == ("alpha", 5, [5, 5])
     assert sent["versions-names"] == ["panfm", "torch", "python"]
     assert sent["groups-values"] == list(Site(folder)._session(task().run_toml).manifest.hashes().values())

@@ -1,0 +1,35 @@
+"""The counts beside the models that are built."""
+
+import itertools
+
+import pytest
+
+from panfm.models import build_model
+from panfm.models.sizes import num_parameters, step_bytes, tokens_per_patient
+
+OBJECTIVES = ("latent", "dino", "mae")
+MODELS = (
+    'size = "nano"',
+    'size = "tiny"\nhidden-multiple = 2',
+    'tokenizer = "patch"',
+    'backbone = "director-experts"\nexperts = { count = 5, active = 2 }',
+    'backbone = "director-experts"\nhidden-multiple = 3\nexperts = { count = [3, 4], active = [1, 2] }',
+)
+
+
+@pytest.mark.parametrize(("objective", "model"), list(itertools.product(OBJECTIVES, MODELS)))
+def test_the_count_is_that_of_the_model(make_run, objective, model):
+    run = make_run(f'[objective]\nname = "{objective}"\n[model]\n{model}\n')
+    assert num_parameters(run) == sum(each.numel() for each in build_model(run).parameters())
+
+
+def test_a_model_that_no_machine_holds_is_counted(make_run):
+    experts = f'backbone = "director-experts"\nhidden-multiple = {2**60}\nexperts = {{ count = {2**60} }}\n'
+    assert num_parameters(make_run(f"[model]\n{experts}")) > 2**120
+
+
+def test_tokens_and_activations(make_run):
+    run = make_run("[masking]\nratio = 0.5\n")
+    assert tokens_per_patient(run) == 2 * 2 * 1 + 2 * 1 * 1 + 2 * 2
+    visible, guessed, teacher = 2 * (8 * 48 + 2 * 4 * 48), 8 * 48, 2 * 48
+    assert step_bytes(run, 3) == 4 * 3 * 10 * (0.5 * visible + 0.5 * guessed + teacher)
