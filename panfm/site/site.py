@@ -17,9 +17,12 @@ from panfm import __version__
 from panfm.config import RunConfig, load_site, parse_run, site_path
 from panfm.config.privacy import claim
 from panfm.data.cache import open_store
+from panfm.data.store import ImageStore
 from panfm.errors import ConfigError, DataError, LedgerError, ProtocolError
 from panfm.sharing.messages import Handshake, Invitation, RoundReply, RoundTask
 from panfm.sharing.release import build_handshake, build_reply, check_may_take_part
+from panfm.site.admission import check_other_runs
+from panfm.site.floors import Floors, check_run
 from panfm.site.limits import check_experiment
 from panfm.site.session import Session
 from panfm.site.spending import Account, as_known, check_privacy
@@ -88,7 +91,9 @@ class Site:
         session = self._session(task.run_toml)
         if not 1 <= task.round_number <= session.run.train.rounds:
             raise ProtocolError(f"round {task.round_number}: expected 1 to {session.run.train.rounds}")
-        result = session.train_round(task, StateStore(self.state_dir, task.run_id))
+        states = StateStore(self.state_dir, task.run_id)
+        check_other_runs(self.state_dir, task.run_id, self.config.limits)
+        result = session.train_round(task, states)
         return build_reply(task, result, may_leave=self.config.limits.may_leave)
 
     @property
@@ -119,9 +124,20 @@ class Site:
         if self._warm is None or self._warm[0] != run_toml:
             check_experiment(run := _read_run(run_toml), self.config.limits)
             check_privacy(run := as_known(run, self.config), self.config)
-            account = Account(self.folder, self.config, self.state_dir)
-            self._warm = (run_toml, Session(self.config.name, run, open_store(self.folder, run.streams), account))
+            check_run(run, self.config.limits)
+            account, floors = Account(self.folder, self.config, self.state_dir), Floors.of(run, self.config.limits)
+            self._warm = (run_toml, Session(self.config.name, run, self._open_store(run, floors), floors, account))
         return self._warm[1]
+
+    def _open_store(self, run: RunConfig, floors: Floors) -> ImageStore:
+        """Images of the run's streams; without those that too few training subjects hold."""
+        store = open_store(self.folder, run.streams)
+        few = floors.streams_below(store, [store.indices("train")])
+        if not few:
+            return store
+        streams = {name: stream for name, stream in run.streams.items() if name in store.rows and name not in few}
+        floors.check_subjects(store, list(streams))
+        return open_store(self.folder, streams)
 
 
 @lru_cache(maxsize=1)
