@@ -179,6 +179,19 @@ def site_status(site: Annotated[Path, typer.Argument(help="Site folder.")]) -> N
         typer.echo(line)
 
 
+@site_app.command("end")
+def site_end(
+    site: Annotated[Path, typer.Argument(help="Site folder.")],
+    run: Annotated[str, typer.Argument(help="Id of the run, as `panfm site status` tells it.")],
+) -> None:
+    """End a run at this site for good: its questions are refused, and another run may begin."""
+    from panfm.config import load_site, site_path
+    from panfm.site.admission import end_run
+
+    end_run(site_path(site, load_site(site).state_dir), run)
+    typer.echo(f"run {run}: ended at this site")
+
+
 @site_app.command("log")
 def site_log(
     site: Annotated[Path, typer.Argument(help="Site folder.")],

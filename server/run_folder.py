@@ -25,7 +25,7 @@ from panfm.config import RunConfig, as_told, dump_toml, load_run
 from panfm.config.privacy import privacy_label
 from panfm.errors import DataError, PanfmError, RunError
 from panfm.files import json_text, locked, write_atomic
-from panfm.models.warm import read_start, start_state
+from panfm.models.warm import read_start, start_state, with_start_parameters
 from panfm.sharing.groups import GroupManifest
 from server.checkpoint import ServerState, load_latest, save_state
 from server.handshake import Attendance
@@ -65,6 +65,7 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             with _alone_in(path):
                 if weights is not None:
+                    run = with_start_parameters(run, weights)
                     write_atomic(path / _START, weights)
                 write_atomic(path / "run.toml", dump_toml(run).encode())
                 (path / "rounds.jsonl").write_bytes(b"")

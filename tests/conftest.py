@@ -1,11 +1,13 @@
 """Small real objects for all tests: a run with two volumes and an image stream, and stores of random subjects."""
 
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
 import nibabel
 import numpy as np
 import pytest
+import tomli_w
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -35,6 +37,9 @@ local-steps = 4
 batch-size = 6
 """
 
+NO_FLOORS = {"smallest-batch": 1, "smallest-steps": 1}
+"""Limits of sites whose patients are drawn."""
+
 
 @pytest.fixture
 def make_run() -> Callable[..., RunConfig]:
@@ -62,11 +67,13 @@ def make_store() -> Callable[..., ImageStore]:
 
 @pytest.fixture(scope="session")
 def write_site() -> Callable[..., Path]:
-    """Writes a site folder of MR noise, 8 x 8 x 8 voxels of 8 mm; the last subject is for validation."""
+    """Writes a site folder of MR noise, 8 x 8 x 8 voxels of 8 mm; the last subject is for validation. No floors."""
 
     def write(folder: Path, name: str, organs: tuple[str, ...], subjects: int = 6, *, extra: str = "") -> Path:
         folder.mkdir(parents=True)
-        (folder / "site.toml").write_text(f'name = "{name}"\n{extra}')
+        table = tomllib.loads(extra)
+        table["limits"] = NO_FLOORS | table.get("limits", {})
+        (folder / "site.toml").write_text(tomli_w.dumps({"name": name} | table))
         rows = ["subject,stream,path,split"]
         random = np.random.default_rng(list(name.encode()))
         for subject in range(subjects):

@@ -48,6 +48,15 @@ class LimitsConfig(Config):
     """Patients that the site is publicly known to have, instead of the private run's number."""
     experiments: Annotated[tuple[Hash, ...], Field(strict=False)] = ()
     """Experiments that may run here, by hash, as `panfm site dry-run` prints it; empty: any."""
+    smallest_batch: Positive = 8
+    """Fewest training subjects in a batch, behind a stream's update of a round, and behind a loss or saliency, of a run
+    whose noise this site's `epsilon` does not bound."""
+    smallest_steps: Positive = 5
+    """Fewest local steps that make up a round's update of such a run."""
+    runs_at_once: Positive = 1
+    """Unfinished runs that may ask for rounds; `panfm site end` ends one."""
+    idle_hours: Limit = 24.0
+    """An unfinished run that has asked for no round for so long gives way to another."""
     seconds_per_round: Limit | None = None
     """A round, or a handshake with what it reads and prepares, that takes longer is given up."""
     memory_gib: Limit | None = None

@@ -17,3 +17,8 @@ class StartConfig(Config):
     """Folder of the model, `<run folder>/model`, on the machine of the server; sites are not told."""
     sha256: Annotated[str | None, Field(pattern=r"^[0-9a-f]{64}$")] = None
     """Of its model.safetensors. Filled in when the description is read; another file is then refused."""
+    parameters: Annotated[dict[str, Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]] | None, Field(min_length=1)] = (
+        None
+    )
+    """Shared group -> SHA-256 of its float32 parameters in the order of their names, by which sites know the globals of
+    round 1. Filled in when the run folder is made; other parameters are then refused."""

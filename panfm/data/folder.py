@@ -4,8 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from panfm.config import SiteConfig, dump_toml
+from panfm.config.site import LimitsConfig
 from panfm.data.manifest import COLUMNS
 from panfm.data.table import write_table
+
+_SIMULATED = LimitsConfig(smallest_batch=1, smallest_steps=1)
+"""No patient needs a floor where they are drawn or public; what is studied may be as small as it likes."""
 
 
 def write_site_folder(
@@ -23,7 +27,7 @@ def write_site_folder(
         labels: Its rows: subject and one value per label; none, and there is no table.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    site = SiteConfig(name=folder.name, labels="labels.csv" if labels else None)
+    site = SiteConfig(name=folder.name, labels="labels.csv" if labels else None, limits=_SIMULATED)
     (folder / "site.toml").write_text(dump_toml(site), encoding="utf-8")
     write_table(folder / "manifest.csv", COLUMNS[: len(rows[0])], rows)
     if labels:

@@ -19,7 +19,7 @@ from panfm.config import RunConfig, load_run
 from panfm.errors import DataError
 from panfm.models.export import director_run, director_state, start_from_dense
 from panfm.models.pan import build_model
-from panfm.sharing.groups import split_state
+from panfm.sharing.groups import GroupManifest, parameter_hashes, split_state
 
 
 def read_start(run: RunConfig) -> bytes:
@@ -46,12 +46,38 @@ def read_start(run: RunConfig) -> bytes:
     return content
 
 
+def with_start_parameters(run: RunConfig, content: bytes) -> RunConfig:
+    """The run with the hashes of what it starts from, group by group, by which sites know them.
+
+    Raises:
+        DataError: as `start_state` does.
+    """
+    assert run.start is not None
+    hashes = _hashes(start_state(run, content))
+    return run.model_copy(update={"start": run.start.model_copy(update={"parameters": hashes})})
+
+
 def start_state(run: RunConfig, content: bytes) -> dict[str, Tensor]:
     """The shared parameters in a weights file, by name.
 
     Raises:
         DataError: it is not the file that the run's description tells of, or not what the run shares.
     """
+    assert run.start is not None
+    state = _read_state(run, content)
+    expected, hashes = run.start.parameters, _hashes(state)
+    if expected is not None and expected != hashes:
+        groups = [group for group in sorted(hashes | expected) if hashes.get(group) != expected.get(group)]
+        raise DataError(f"start.parameters: the weights have another {groups[0]}, expected the one of this hash")
+    return state
+
+
+def _hashes(state: Mapping[str, Tensor]) -> dict[str, str]:
+    tensors = {name: value.numpy() for name, value in state.items()}
+    return parameter_hashes(GroupManifest.of({name: value.shape for name, value in tensors.items()}).pack_all(tensors))
+
+
+def _read_state(run: RunConfig, content: bytes) -> dict[str, Tensor]:
     assert run.start is not None
     found = hashlib.sha256(content).hexdigest()
     if found != run.start.sha256:

@@ -5,7 +5,7 @@ the teacher. Every draw comes from a generator derived from (run seed, site, rou
 whole federation, not over the round.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -49,6 +49,10 @@ class TrainResult:
     subjects_per_stream: dict[str, int]
     gate_mass: dict[str, list[float]]
     """Per layer with experts (`backbone.blocks.0.mlp`) and expert, over the steps that counted; empty if dense."""
+    batches: Sequence[Sequence[int]] = ()
+    """Subjects of each step, as indices into the store; not told of a private round, whose batches are secret."""
+    counted: Sequence[int] = ()
+    """Steps that were not left out, as indices into `batches`."""
 
 
 def train(
@@ -85,10 +89,11 @@ def train(
     masks = torch_generator(run.seed, site, round_number, "masking")
     experts = ExpertTraining(run.model.experts, learner.model, torch_generator(run.seed, site, round_number, "routing"))
     order = batches(indices, run.train.batch_size, numpy_generator(run.seed, site, round_number, "order"))
-    losses = []
+    losses, drawn, counted = [], [], []
     for taken in range(num_steps):
         position = (first_step + taken + 0.5) / run.train.total_steps
-        maps = store.batch(next(order)).to(learner.device)
+        drawn.append((chosen := next(order)).tolist())
+        maps = store.batch(chosen).to(learner.device)
         before = (learner.objective.state(), learner.profile)
         with _autocast(learner):
             full = _teach(learner, maps)
@@ -102,6 +107,7 @@ def train(
             start, end = run.train.teacher_momentum
             learner.update_teacher(cosine(position, start=start, end=end))
             losses.append(loss.item())
+            counted.append(taken)
         else:
             learner.objective.load_state(before[0])
             learner.profile = before[1]
@@ -115,6 +121,8 @@ def train(
         subjects=len(indices),
         subjects_per_stream={name: int(np.isin(store.rows[name], indices).sum()) for name in store.images},
         gate_mass=experts.gate_mass(),
+        batches=drawn,
+        counted=counted,
     )
 
 

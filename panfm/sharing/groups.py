@@ -82,6 +82,11 @@ def is_shared(sharing: SharingConfig, group: str) -> bool:
     return group != HEAD or sharing.head != "private"
 
 
+def parameter_hashes(groups: Mapping[str, Flat]) -> dict[str, str]:
+    """Group -> SHA-256 of its packed parameters."""
+    return {group: hashlib.sha256(np.ascontiguousarray(flat).data).hexdigest() for group, flat in groups.items()}
+
+
 def split_state(sharing: SharingConfig, state: Mapping[str, _Value]) -> tuple[dict[str, _Value], dict[str, _Value]]:
     """A model's state in two, by name: what is shared, and what stays at the site."""
     shared = {name: value for name, value in state.items() if is_shared(sharing, group_of(name))}

@@ -13,7 +13,9 @@ from panfm.models import build_model
 from panfm.sharing.frames import Frame, Kind, encode
 from panfm.sharing.groups import GroupManifest
 from panfm.sharing.messages import Handshake, Invitation, RoundReply, RoundTask
+from panfm.site.floors import check_run
 from panfm.site.site import Site
+from panfm.site.spending import as_known
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,12 @@ def dry_run(folder: Path, run: RunConfig) -> DryRun:
     Raises:
         PanfmError: what would go wrong in the run.
     """
-    short = run.model_copy(update={"cohort": None, "train": run.train.model_copy(update={"local_steps": 1})})
+    one_step = run.train.model_copy(update={"local_steps": 1})
+    short = run.model_copy(update={"cohort": None, "start": None, "train": one_step})
     with tempfile.TemporaryDirectory(prefix="panfm-dry-run-") as state:
         site = Site(folder, Path(state))
-        limits = site.config.limits.model_copy(update={"experiments": ()})
+        check_run(as_known(run, site.config), site.config.limits)
+        limits = site.config.limits.model_copy(update={"experiments": (), "smallest_steps": 1})
         elsewhere = {"ledger_dir": f"{state}/ledger", "state_dir": state}
         site.config = site.config.model_copy(update={"limits": limits, **elsewhere})
         handshake = site.handshake(Invitation(dump_toml(short)))

@@ -5,9 +5,10 @@ is loaded. So a site that was killed, or that another process served in between,
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache, partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,10 +20,12 @@ from panfm.objectives import Learner, TrainResult
 from panfm.privacy import train_privately
 from panfm.sharing.coding import Arrays, encode_with_feedback
 from panfm.sharing.downlink import digests, take_step
-from panfm.sharing.groups import Flat, GroupManifest
+from panfm.sharing.groups import Flat, GroupManifest, stream_group
 from panfm.sharing.messages import RoundTask
 from panfm.sharing.release import RoundResult
 from panfm.sharing.weights import Trained, Weights, group_weights
+from panfm.site.admission import admit, check_start, question_digest
+from panfm.site.floors import Floors
 from panfm.site.spending import Account, fingerprint
 from panfm.site.state import Origin, StateStore
 
@@ -37,20 +40,24 @@ logger = logging.getLogger(__name__)
 class Session:
     """Trains rounds of one run on one store."""
 
-    def __init__(self, site: str, run: RunConfig, store: ImageStore, account: Account | None = None) -> None:
+    def __init__(
+        self, site: str, run: RunConfig, store: ImageStore, floors: Floors, account: Account | None = None
+    ) -> None:
         """Build the model.
 
         Args:
+            floors: What the site asks of a round before its result leaves.
             account: Pays for the rounds of a private run.
         """
         self.site = site
         self.run = run
         self.account = account
         self.store = store
+        self.floors = floors
         self.origin = Origin(experiment_hash(run), privacy_label(run), fingerprint(store))
         self.streams = held_streams(run, store)
-        trained = tuple(run.streams) if run.sharing.rule == "plain" else tuple(self.streams)
-        self.learner = _learners(dump_toml(run))(trained)
+        self.trained = tuple(run.streams) if run.sharing.rule == "plain" else tuple(self.streams)
+        self.learner = _learners(dump_toml(run))(self.trained)
         self.manifest = GroupManifest.of(
             {name: tuple(tensor.shape) for name, tensor in self.learner.shared_state().items()}
         )
@@ -64,38 +71,46 @@ class Session:
         """Start from the round before, train, keep the private state, and say what came of it.
 
         Raises:
-            ProtocolError: the task's groups do not fit this site's model, or are a step from parameters that it lacks.
+            ProtocolError: the task's groups do not fit this site's model, are a step from parameters that it lacks or
+                 not where the run starts, or the round was asked otherwise before.
+            LimitError: too few steps counted.
             DataError: the private state on disk is corrupted, or comes from another experiment or other patients.
             BudgetError, LedgerError: the run is private, and the site cannot pay for the round.
         """
         torch.set_num_threads(self.run.train.threads)
         state_round = self._load_private(task.round_number, states)
         self._load_global(task, state_round)
+        digest = question_digest(self.run, task, self._global, states.digest(state_round))
+        admit(states, self.run, task.round_number, digest)
         result = self._train_privately(task) if self.run.privacy else self._train(task)
-        updates = self._updates()
+        thin = self.floors.streams_below(self.store, [result.batches[step] for step in result.counted])
+        updates = self._updates({stream_group(stream) for stream in thin})
         self.learner.holds = (self._mine, states.save(task.round_number, self._private_state()))
         quiet = self.run.privacy or self.run.server_privacy
         return RoundResult(
             state_round=state_round,
             updates=updates,
-            weights=self._weights(result),
+            weights=self._weights(result, thin),
             loss=None if quiet else result.loss,
             validation_loss=None if quiet else self._validation_loss(task.round_number),
             num_skipped=None if quiet else result.num_skipped,
-            saliency={} if self.run.server_privacy else result.saliency,
+            saliency={} if self.run.server_privacy else self._saliency(result),
         )
 
     def _train(self, task: RoundTask) -> TrainResult:
         num_steps = self.run.train.local_steps
-        return self.learner.train(
+        first_step = (task.round_number - 1) * num_steps
+        result = self.learner.train(
             self.store,
             self.store.indices("train"),
-            first_step=(task.round_number - 1) * num_steps,
+            first_step=first_step,
             num_steps=num_steps,
             site=self.site,
             round_number=task.round_number,
             profile=dict(task.profile) if task.profile else None,
         )
+        self.floors.check_round(self.run.train, first_step, result)
+        return result
 
     def _train_privately(self, task: RoundTask) -> TrainResult:
         assert self.account is not None
@@ -113,7 +128,11 @@ class Session:
     def _load_global(self, task: RoundTask, state_round: int) -> None:
         """Start from the server's parameters; without private state, afresh."""
         groups = self._arrived(task, state_round) if task.digests else task.groups
-        self.learner.load_shared(self._tensors(groups))
+        tensors = self._tensors(groups)
+        if task.round_number == 1:
+            for parameters in (groups, task.teacher):
+                check_start(self.run, self.trained, parameters)
+        self.learner.load_shared(tensors)
         self._global = groups
         if state_round == 0:
             self.learner.reset_private()
@@ -148,16 +167,27 @@ class Session:
             self._lost, self._global = _under(state, _LOST), _under(state, _GLOBAL)
         return before
 
-    def _weights(self, result: TrainResult) -> dict[str, Weights]:
+    def _weights(self, result: TrainResult, thin: Collection[str]) -> dict[str, Weights]:
+        """Weights of the groups; none of streams that too few subjects of the round hold."""
         num_steps = result.num_steps - result.num_skipped
-        trained = Trained(result.subjects, result.subjects_per_stream, num_steps, result.gate_mass)
+        subjects_per_stream = {name: count for name, count in result.subjects_per_stream.items() if name not in thin}
+        trained = Trained(result.subjects, subjects_per_stream, num_steps, result.gate_mass)
         return {group: group_weights(self.run, self.manifest, group, trained) for group in self.manifest.groups}
 
-    def _updates(self) -> Arrays:
-        """Updates as they travel; what their coding loses is kept for the next round."""
+    def _saliency(self, result: TrainResult) -> dict[str, float]:
+        """Saliency of the streams that enough subjects of the last batch hold."""
+        thin = self.floors.streams_below(self.store, result.batches[-1:])
+        return {stream: value for stream, value in result.saliency.items() if stream not in thin}
+
+    def _updates(self, withheld: Collection[str]) -> Arrays:
+        """Updates as they travel, those of some groups withheld; what their coding loses is kept for the next round."""
         local = self.manifest.pack_all({name: value.numpy() for name, value in self.learner.shared_state().items()})
         updates = {group: parameters - self._global[group] for group, parameters in local.items()}
-        coded, self._lost = encode_with_feedback(self.run.sharing.coding, self.manifest, updates, self._lost)
+        updates |= {group: np.zeros_like(updates[group]) for group in withheld}
+        kept = {group: lost for group, lost in self._lost.items() if group in withheld}
+        owed = {group: lost for group, lost in self._lost.items() if group not in withheld}
+        coded, lost = encode_with_feedback(self.run.sharing.coding, self.manifest, updates, owed)
+        self._lost = lost | kept
         return coded
 
     def _private_state(self) -> dict[str, Tensor]:
@@ -167,10 +197,14 @@ class Session:
         return self.learner.private_state() | {name: torch.from_numpy(array) for name, array in kept.items()}
 
     def _validation_loss(self, round_number: int) -> float | None:
-        """Loss on the val split; None in rounds between validations, and without such subjects."""
+        """Loss on the val split; None in rounds between validations, and with too few such subjects."""
         due = round_number % self.run.train.validate_every == 0 or round_number == self.run.train.rounds
         indices = self.store.indices("val")
-        return self.learner.validation_loss(self.store, indices, site=self.site) if due and len(indices) else None
+        return (
+            self.learner.validation_loss(self.store, indices, site=self.site)
+            if due and len(indices) >= self.floors.batch
+            else None
+        )
 
 
 def _under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Flat]:

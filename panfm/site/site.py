@@ -17,9 +17,12 @@ from panfm import __version__
 from panfm.config import RunConfig, load_site, parse_run, site_path
 from panfm.config.privacy import claim
 from panfm.data.cache import open_store
+from panfm.data.store import ImageStore
 from panfm.errors import ConfigError, DataError, LedgerError, ProtocolError
 from panfm.sharing.messages import Handshake, Invitation, RoundReply, RoundTask
 from panfm.sharing.release import build_handshake, build_reply, check_may_take_part
+from panfm.site.admission import check_other_runs
+from panfm.site.floors import Floors, check_run
 from panfm.site.kept_runs import make_room
 from panfm.site.limits import check_experiment, check_sizes, check_step
 from panfm.site.session import Session
@@ -95,6 +98,7 @@ class Site:
         if not 1 <= task.round_number <= session.run.train.rounds:
             raise ProtocolError(f"round {task.round_number}: expected 1 to {session.run.train.rounds}")
         states = StateStore(self.state_dir, task.run_id, session.origin)
+        check_other_runs(self.state_dir, task.run_id, self.config.limits)
         make_room(states.folder, self.config.limits.kept_runs)
         result = session.train_round(task, states)
         return build_reply(task, result, may_leave=self.config.limits.may_leave)
@@ -137,11 +141,23 @@ class Site:
             check_experiment(run := _read_run(run_toml), limits)
             check_sizes(run, limits)
             check_privacy(run := as_known(run, self.config), self.config)
+            check_run(run, limits)
+            floors = Floors.of(run, limits)
             self._warm = None  # lets go of the memory of the run before
-            store = open_store(self.folder, run.streams)
+            store = self._open_store(run, floors)
             check_step(run, limits, len(store.indices("train")))
-            self._warm = (run_toml, Session(self.config.name, run, store, self._account))
+            self._warm = (run_toml, Session(self.config.name, run, store, floors, self._account))
         return self._warm[1]
+
+    def _open_store(self, run: RunConfig, floors: Floors) -> ImageStore:
+        """Images of the run's streams; without those that too few training subjects hold."""
+        store = open_store(self.folder, run.streams)
+        few = floors.streams_below(store, [store.indices("train")])
+        if not few:
+            return store
+        streams = {name: stream for name, stream in run.streams.items() if name in store.rows and name not in few}
+        floors.check_subjects(store, list(streams))
+        return open_store(self.folder, streams)
 
 
 @lru_cache(maxsize=1)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from panfm.config import SiteConfig, site_path
+from panfm.site.admission import active_runs
 from panfm.site.departures import Departures, Line
 from panfm.site.dry_run import DryRun
 from panfm.site.state import RUNS
@@ -36,6 +37,8 @@ def status_lines(folder: Path, site: SiteConfig, state_dir: Path) -> Iterator[st
     yield f"{site.name}: the worker is {'at work' if is_running(folder, site) else 'not running'}"
     for path in sorted(state_dir.glob(f"{RUNS}/*/round-*.state")):
         yield f"run {path.parent.name}: private state after round {int(path.stem.removeprefix('round-'))}"
+    for name, asked in active_runs(state_dir, site.limits).items():
+        yield f"run {name}: not finished, asked for round {max(asked.digests)} of {asked.rounds}"
     lines = list(Departures(state_dir).lines())
     yield f"messages that left: {len(lines)}, {sum(line['bytes'] for line in lines)} bytes"
     if lines:

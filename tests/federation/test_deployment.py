@@ -33,6 +33,7 @@ from simulations.engines import Job
 from simulations.engines.deployment import CONNECTION, Deployment, credentials, run_config
 from simulations.engines.flwr import ROOT, flwr, submit, wait_for_end, whole_rounds
 from simulations.engines.processes import Process, free_ports, send_signal, wait_until
+from tests.conftest import NO_FLOORS
 from tests.federation.conftest import HOLDINGS, RUN, Federation
 
 pytestmark = pytest.mark.slow
@@ -284,7 +285,9 @@ def test_nginx_lets_a_stranger_reach_fleet_routes_that_refuse_him(deployment):
 
 
 def limit(folder: Path, **limits) -> None:
-    (folder / "site.toml").write_text(tomli_w.dumps({"name": folder.name, "limits": limits}), encoding="utf-8")
+    (folder / "site.toml").write_text(
+        tomli_w.dumps({"name": folder.name, "limits": NO_FLOORS | limits}), encoding="utf-8"
+    )
 
 
 def test_limits_of_the_sites_win(federation, deployment):

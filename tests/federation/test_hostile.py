@@ -62,7 +62,8 @@ def connected(path: Path) -> Iterator[socket.socket]:
 
 @pytest.fixture(scope="module")
 def worker(tmp_path_factory, write_site):
-    worker = Worker(write_site(tmp_path_factory.mktemp("sites") / "alpha", "alpha", ("brain", "heart"), subjects=8))
+    folder, many = tmp_path_factory.mktemp("sites") / "alpha", "[limits]\nruns-at-once = 9\n"
+    worker = Worker(write_site(folder, "alpha", ("brain", "heart"), subjects=8, extra=many))
     worker.start()
     yield worker
     end(worker.process)

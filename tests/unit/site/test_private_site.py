@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import tomli_w
 import torch
 
 from panfm.config import dump_toml, experiment_hash, parse_run
@@ -22,6 +23,7 @@ from panfm.sharing.messages import Invitation, RoundReply, RoundTask
 from panfm.sharing.weights import weight_limits
 from panfm.site import Site, answer
 from panfm.site.spending import Account
+from tests.conftest import NO_FLOORS
 
 RUN = """
 name = "small"
@@ -121,7 +123,7 @@ def test_every_byte_follows_from_what_the_ledger_lists_and_from_public_words(tmp
     tasks = [_without_experts(task(number, extra=extra)) for number in (1, 2)]
     folders = [write_site(tmp_path / name, name, ("brain", "heart"), size) for name, size in (("beta", 5), ("eta", 9))]
     for folder in folders:
-        (folder / "site.toml").write_text('name = "alpha"\n')
+        (folder / "site.toml").write_text(tomli_w.dumps({"name": "alpha", "limits": NO_FLOORS}))
     first, second = (all_that_leaves(folder, tasks) for folder in folders)
     assert [one == other for one, other in zip(first, second, strict=True)] == [True, False, False, True]
     sent = []
@@ -218,7 +220,8 @@ def test_the_smaller_budget_stops_the_site(tmp_path, write_site, limits):
     assert epsilons[-1] <= budget
 
 
-def test_killing_and_resuming_and_another_run_never_lower_what_is_spent(site, monkeypatch):
+def test_killing_and_resuming_and_another_run_never_lower_what_is_spent(tmp_path, write_site, monkeypatch):
+    site = Site(write_site(tmp_path / "beta", "beta", ("brain", "heart"), extra="[limits]\nruns-at-once = 2\n"))
     site.train_round(task())
     first = spent(site)[-1]["epsilon"]
 

@@ -96,9 +96,10 @@ def test_where_the_teacher_starts_a_round(folder, tmp_path, monkeypatch):
 def test_the_teacher_starts_at_the_servers_average(folder):
     """And so the student's own teacher, and the student itself, do not matter."""
     extra = 'teacher-start = "server-ema"\nteacher-momentum = [1.0, 1.0]\n'
-    asked = task(1, extra=extra)
+    first, asked = task(1, extra=extra), task(2, extra=extra)
     average = {group: flat + np.float32(0.5) for group, flat in asked.groups.items()}
     site = Site(folder)
+    site.train_round(replace(first, teacher=first.groups))
     site.train_round(replace(asked, teacher=average))
     session = site._warm[1]
     kept = session.learner.teacher.state_dict()
@@ -141,13 +142,14 @@ def test_a_step_from_elsewhere_is_refused_and_all_parameters_mend_it(folder, tmp
     site = Site(folder, tmp_path / "state")
     with pytest.raises(ProtocolError, match="round 2: no step leads from this site's parameters"):
         site.train_round(step)  # new
+    site.train_round(first)
     drifted = {group: flat + np.float32(1e-3) for group, flat in first.groups.items()}
-    site.train_round(replace(first, groups=drifted))
+    site.train_round(replace(first, round_number=2, groups=drifted))
     with pytest.raises(ProtocolError, match="no step leads"):
-        site.train_round(step)
-    assert site.train_round(replace(first, round_number=2, groups=reached)).state_round == 1
-    with pytest.raises(ProtocolError, match="round 5: no step leads"):
-        site.train_round(replace(step, round_number=5))  # away for two rounds
+        site.train_round(replace(step, round_number=3))
+    assert site.train_round(replace(first, round_number=3, groups=reached)).state_round == 2
+    with pytest.raises(ProtocolError, match="round 6: no step leads"):
+        site.train_round(replace(step, round_number=6))  # away for two rounds
 
 
 @pytest.mark.parametrize("name", ["site.log", "departures.jsonl", "ledger", "runs"])

@@ -5,6 +5,7 @@ import shlex
 import tomllib
 
 import pytest
+import tomli_w
 from typer.testing import CliRunner
 
 from panfm.cli import main
@@ -12,6 +13,7 @@ from panfm.config import dump_toml, experiment_hash, load_site, parse_run
 from panfm.sharing.frames import Frame, encode
 from panfm.site.departures import Departures
 from panfm.site.tell import supernode_command
+from tests.conftest import NO_FLOORS
 from tests.unit.site.test_site import RUN, task
 
 
@@ -26,9 +28,9 @@ def folder(tmp_path, write_site):
     return write_site(tmp_path / "alpha", "alpha", ("brain", "heart"))
 
 
-@pytest.mark.parametrize("allowed", ["", f'[limits]\nexperiments = ["{"0" * 64}"]\n'])
+@pytest.mark.parametrize("allowed", [{}, {"experiments": ["0" * 64]}])
 def test_a_dry_run_tells_all_that_would_leave_and_leaves_nothing(folder, tmp_path, allowed):
-    (folder / "site.toml").write_text(f'name = "alpha"\n{allowed}')
+    (folder / "site.toml").write_text(tomli_w.dumps({"name": "alpha", "limits": NO_FLOORS | allowed}))
     (tmp_path / "run.toml").write_text(RUN)
     lines = run("dry-run", folder, "--run", tmp_path / "run.toml")
     assert lines[0].split()[1] == experiment_hash(parse_run(dump_toml(parse_run(RUN))))
