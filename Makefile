@@ -12,7 +12,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all flower federation lint clean
+.PHONY: help install demo test test-all same-bits flower federation lint clean
 
 help:  ## What can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -39,6 +39,9 @@ test: $(INSTALLED)  ## The default test suite
 
 test-all: $(INSTALLED)  ## The default suite and the slow tests
 	$(PY) -m pytest -n 2 -m "slow or not slow"
+
+same-bits: $(INSTALLED)  ## Does this tree give the bits of an earlier commit? make same-bits BASE=<commit>
+	$(PY) -m simulations same-bits $(BASE)
 
 lint: $(INSTALLED)  ## Format check, lint, strict types
 	$(PY) -m ruff format --check .

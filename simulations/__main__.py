@@ -1,4 +1,4 @@
-"""`python -m simulations run|study|bench`: federations, claims and speed on one machine."""
+"""`python -m simulations run|study|bench|same-bits`: federations, claims and speed on one machine."""
 
 import sys
 from importlib import import_module
@@ -48,6 +48,21 @@ def study(context: typer.Context, name: Annotated[str, typer.Argument(help="Name
 def bench(context: typer.Context, name: Annotated[str, typer.Argument(help="Name of the bench.")]) -> None:
     """Answer a speed or size question, both sides in one run."""
     _pass_on("bench", "bench", name, context.args)
+
+
+@app.command()
+def same_bits(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="Commit to compare this tree with.")],
+    only: Annotated[list[str] | None, typer.Option(help="Name of a run; all when left out.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Without the deployment of real processes.")] = False,
+) -> None:
+    """Prove that this tree gives, bit for bit, the models, states, rounds and replies of an earlier commit."""
+    from rich.console import Console
+
+    from simulations.same_bits.command import same_bits as prove
+    from simulations.same_bits.runs import chosen
+
+    prove(base, chosen(only or [], without_deployment=quick), Console(soft_wrap=True, highlight=False))
 
 
 def _pass_on(verb: str, package: str, name: str, words: list[str]) -> None:
