@@ -109,14 +109,14 @@ def test_the_whole_study(tmp_path, monkeypatch, picture_cohort):
 
 def test_the_table_fits_80_columns():
     result = StudyResult("dex", {})
-    for arm in dex.ROWS:
+    for arm in dex.rows_of(dex.ARMS):
         for metric in dex.SHOWN:
             result.values[metric, arm] = [0.561, 0.585]
     console = Console(width=80, soft_wrap=True, file=io.StringIO())
-    print_result(result, dex.ROWS, dex.SHOWN, console)
+    print_result(result, dex.rows_of(dex.ARMS), dex.SHOWN, console)
     lines = console.file.getvalue().splitlines()
     assert max(map(len, lines)) <= 80
-    assert sum(line.count("±.017") for line in lines) == len(dex.ROWS) * len(dex.SHOWN)
+    assert sum(line.count("±.017") for line in lines) == len(dex.rows_of(dex.ARMS)) * len(dex.SHOWN)
 
 
 def test_jobs_are_told_apart():
