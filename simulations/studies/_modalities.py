@@ -4,13 +4,15 @@ Every picture shows one of six shapes in one of ten modalities. Nine stand at th
 for transfer: its tokenizer is trained for a few steps on a frozen backbone, then its shapes are probed.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
+from scipy import stats
 from torch import Tensor
 
 from panfm.config import RunConfig, load_run, site_folders
@@ -26,7 +28,6 @@ from panfm.objectives import Learner
 from panfm.report.table import number_text
 from panfm.sharing.groups import group_of, stream_of
 from simulations.harness import QUICKSTART, StudyResult
-from simulations.studies._routing import Routing, reroute
 
 EXPERIMENT = QUICKSTART.with_name("dex-ten-modalities.toml")
 """The run that these studies start from."""
@@ -181,7 +182,12 @@ def probe_across(pictures: Pictures, model: PanModel, through: Through = "expert
 
 
 def probe_joined(
-    pictures: Pictures, run: RunConfig, state: Mapping[str, Tensor], *, frozen: bool, routing: Routing = "image"
+    pictures: Pictures,
+    run: RunConfig,
+    state: Mapping[str, Tensor],
+    *,
+    frozen: bool,
+    exchange_layers: Callable[[PanModel], None] = lambda _: None,
 ) -> float:
     """AUC on the streams that no site had, once they have joined.
 
@@ -189,6 +195,7 @@ def probe_joined(
         run: Of the model; under `sharing.experts = private` the experts start as copies of the directors.
         state: Of the trained model.
         frozen: Only what belongs to the new streams is trained; else everything is, as at a site.
+        exchange_layers: Gives a model the layers that it was trained with, where these are not the library's.
     """
     streams = pictures.held_out
     train = run.train.model_copy(update={"rounds": 1, "local_steps": JOIN_STEPS})
@@ -199,10 +206,17 @@ def probe_joined(
         if frozen and stream_of(group_of(name)) is None:
             parameter.requires_grad_(False)
     learner.reset_private()
-    reroute(learner.model, routing, run.seed)
+    exchange_layers(learner.model)
     store = pictures.holdout.store
     learner.train(store, store.indices("train"), first_step=0, num_steps=JOIN_STEPS, site="new-site", round_number=1)
     return float(np.mean(probe_own(pictures, learner.model, pictures.holdout, streams)))
+
+
+def half_interval(gains: NDArray[np.float64]) -> float:
+    """Half of the 95 % interval of a mean, by Student's t; NaN for a single pair."""
+    if len(gains) < 2:
+        return float("nan")
+    return float(stats.t.ppf(0.975, len(gains) - 1) * gains.std(ddof=1) / np.sqrt(len(gains)))
 
 
 def print_result(result: StudyResult, arms: Sequence[str], metrics: Sequence[str], console: Console | None) -> None:

@@ -9,6 +9,12 @@ Ten-modality pictures in one place, masked autoencoding, the same data, steps an
     dex-director    the same model, read through its directors alone: a dense ViT
     untrained       the dense model before its first step
 
+Asked for by name (`--arms`), `dex` as the authors' released code computes it (`_released.py`):
+
+    dex-activation-zero   the running activation starts at 0, not even
+    dex-director-first    the director moves before the optimiser's step, not after it
+    dex-released          both
+
 The alignment to the director is off where there is none (token-moe, random-routing). `nmi` is between the expert with
 most of a picture's gates and its modality (`nmi_unit`: of what is routed, which may be a token), `conflict` between the
 gradients of the modalities in MLPs or experts. Both are means over blocks (nmi: over the deeper half); `block-<i>/...`
@@ -16,7 +22,7 @@ are the blocks' own. Probes are AUCs over the six shapes.
 """
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -54,6 +60,7 @@ from simulations.harness import (
 from simulations.studies._modalities import (
     CohortJob,
     Pictures,
+    half_interval,
     print_result,
     probe_across,
     probe_joined,
@@ -61,12 +68,18 @@ from simulations.studies._modalities import (
     with_backbone,
     write_draw,
 )
+from simulations.studies._released import ActivationFromZero, DirectorFirst, Released, use_layers
 from simulations.studies._routing import Routing, reroute
 
 STEPS = {"short": 500, "medium": 3000, "long": 8000}
 ROUTING: dict[str, Routing] = {"token-moe": "token", "random-routing": "random"}
+RELEASED: dict[str, type[DirectorExperts]] = {
+    "dex-activation-zero": ActivationFromZero,
+    "dex-director-first": DirectorFirst,
+    "dex-released": Released,
+}
 ARMS = ("dense", "token-moe", "random-routing", "dex", "untrained")
-ROWS = ("dense", "token-moe", "random-routing", "dex", "dex-director", "untrained")
+DEVIATIONS_SHOWN = ("nmi", "conflict", "probe_own", "probe_pooled", "probe_heldout", "val_loss")
 SHOWN = (
     "nmi",
     "nmi_unit",
@@ -103,20 +116,32 @@ def main(
     draws: Draws = 1,
     first_seed: FirstSeed = 0,
     budget: Annotated[str, typer.Option(help="short, medium or long: 500, 3,000 or 8,000 steps.")] = "short",
+    arms: Annotated[str, typer.Option(help="Only these arms, with commas between.")] = ",".join(ARMS),
     json: JsonFile = None,
 ) -> None:
     """Director-Experts against dense, token-routed and randomly routed layers."""
-    size = steps_of(budget, STEPS)
+    size, chosen = steps_of(budget, STEPS), tuple(arms.split(","))
+    if unknown := sorted({*chosen} - {*ARMS, *RELEASED}):
+        raise typer.BadParameter(f"{unknown[0]}: expected some of {', '.join((*ARMS, *RELEASED))}", param_hint="--arms")
     check_writable(json)
-    result = run(StudyOptions(seeds, draws, first_seed, json=json), size)
-    print_result(result, ROWS, SHOWN, None)
+    result = run(StudyOptions(seeds, draws, first_seed, json=json), size, chosen)
+    print_result(result, rows_of(chosen), SHOWN, None)
     if json:
         result.write(json)
 
 
-def run(options: StudyOptions, steps: int) -> StudyResult:
-    """Run the study."""
-    described = {arm: arm_run(0, arm, steps).model_dump(mode="json", by_alias=True) for arm in ARMS}
+def rows_of(arms: Sequence[str]) -> list[str]:
+    """What is measured of some arms: every arm, and those with a director once more through it."""
+    return [row for arm in arms for row in ((arm, f"{arm}-director") if _has_director(arm) else (arm,))]
+
+
+def _has_director(arm: str) -> bool:
+    return arm == "dex" or arm in RELEASED
+
+
+def run(options: StudyOptions, steps: int, arms: Sequence[str] = ARMS) -> StudyResult:
+    """Run the study with some of the arms; its questions are answered where all arms are there that they name."""
+    described = {arm: arm_run(0, arm, steps).model_dump(mode="json", by_alias=True) for arm in arms}
     result = StudyResult("dex", {"pairs": options.pairs(), "steps": steps, "arms": described})
     with tempfile.TemporaryDirectory() as scratch:
         draws = options.draw_numbers()
@@ -124,13 +149,16 @@ def run(options: StudyOptions, steps: int) -> StudyResult:
             write_draw, [CohortJob(draw, Path(scratch) / str(draw)) for draw in draws], workers=options.workers
         )
         folders = dict(zip(draws, written, strict=True))
-        jobs = [Job(draw, seed, arm, steps, folders[draw]) for draw, seed in options.pairs() for arm in ARMS]
+        jobs = [Job(draw, seed, arm, steps, folders[draw]) for draw, seed in options.pairs() for arm in arms]
         done = run_jobs(measure, jobs, workers=options.workers, keep_for=options.json)
     for job, measured in zip(jobs, done, strict=True):
         result.add(job.arm, {name: value for name, value in measured.items() if not name.startswith("director:")})
         result.add(f"{job.arm}-director", _under(measured, "director:"))
-    result.ratios.update(_answers(result))
-    result.targets += targets(result)
+    if {*ARMS} <= {*arms}:
+        result.ratios.update(_answers(result))
+        result.targets += targets(result)
+    if "dex" in arms:
+        result.ratios.update(_deviations(result, [arm for arm in arms if arm in RELEASED]))
     return result
 
 
@@ -144,7 +172,15 @@ def arm_run(seed: int, arm: str, steps: int) -> RunConfig:
     run = run.model_copy(update={"train": run.train.model_copy(update={"batch_size": _BATCH_SIZE})})
     if arm in ("dense", "untrained"):
         return with_backbone(run, "dense")
-    return with_backbone(run, "director-experts", **({} if arm == "dex" else {"alignment_weight": 0.0}))
+    return with_backbone(run, "director-experts", **({} if _has_director(arm) else {"alignment_weight": 0.0}))
+
+
+def exchange_layers(model: PanModel, arm: str, seed: int) -> None:
+    """Give an untrained model the layers of an arm; its parameters stay where they are."""
+    if arm in RELEASED:
+        use_layers(model, RELEASED[arm])
+    else:
+        reroute(model, ROUTING.get(arm, "image"), seed)
 
 
 def measure(job: Job) -> dict[str, float]:
@@ -153,26 +189,24 @@ def measure(job: Job) -> dict[str, float]:
     pictures = Pictures.open(job.folder, run)
     everyone = pictures.together.store
     learner = Learner(run)
-    routing = ROUTING.get(job.arm, "image")
-    reroute(learner.model, routing, run.seed)
+    exchange_layers(learner.model, job.arm, job.seed)
     if job.arm != "untrained":
         learner.train(
             everyone, everyone.indices("train"), first_step=0, num_steps=job.steps, site="study", round_number=1
         )
     measured = {"val_loss": learner.validation_loss(everyone, everyone.indices("val"), site="study")}
     measured |= conflict(learner, everyone) | specialisation(learner.model, pictures)
-    return measured | probes(pictures, run, learner.model, routing, has_director=job.arm == "dex")
+    return measured | probes(pictures, run, learner.model, job.arm)
 
 
-def probes(
-    pictures: Pictures, run: RunConfig, model: PanModel, routing: Routing, *, has_director: bool
-) -> dict[str, float]:
-    """All probes of a trained model."""
+def probes(pictures: Pictures, run: RunConfig, model: PanModel, arm: str) -> dict[str, float]:
+    """All probes of an arm's trained model."""
     run = run.model_copy(update={"sharing": run.sharing.model_copy(update={"experts": "pooled"})})
     state = model.state_dict()
     measured = probe_across(pictures, model)
-    measured["probe_heldout"] = probe_joined(pictures, run, state, frozen=True, routing=routing)
-    if has_director:
+    exchange = partial(exchange_layers, arm=arm, seed=run.seed)
+    measured["probe_heldout"] = probe_joined(pictures, run, state, frozen=True, exchange_layers=exchange)
+    if _has_director(arm):
         through = probe_across(pictures, model, "director")
         through["probe_heldout"] = probe_joined(pictures, director_run(run), director_state(state), frozen=True)
         measured |= {f"director:{name}": value for name, value in through.items()}
@@ -256,6 +290,19 @@ def _answers(result: StudyResult) -> dict[str, float]:
             answers[f"{metric}/{arm}-at-least-dense"] = _gain(
                 result, metric, arm, "dense", lambda gain: np.mean(gain >= 0)
             )
+    return answers
+
+
+def _deviations(result: StudyResult, arms: Sequence[str]) -> dict[str, float]:
+    """What each arm of the released code gains on `dex`: paired mean, and half of its 95 % interval."""
+    answers = {}
+    for arm in arms:
+        for of in ("", "-director"):
+            for metric in DEVIATIONS_SHOWN:
+                if (metric, f"{arm}{of}") in result.values:
+                    gain = np.array(result.gain(metric, f"{arm}{of}", f"dex{of}"))
+                    answers[f"{metric}/{arm}{of}-minus-dex{of}"] = float(gain.mean())
+                    answers[f"{metric}/{arm}{of}-minus-dex{of}/half-interval"] = half_interval(gain)
     return answers
 
 

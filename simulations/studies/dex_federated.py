@@ -26,8 +26,6 @@ from typing import Annotated
 
 import numpy as np
 import typer
-from numpy.typing import NDArray
-from scipy import stats
 
 from panfm.config import RunConfig
 from panfm.data.store import join_stores
@@ -55,6 +53,7 @@ from simulations.harness import (
 from simulations.studies._modalities import (
     CohortJob,
     Pictures,
+    half_interval,
     print_result,
     probe_joined,
     probe_own,
@@ -209,13 +208,6 @@ def _answers(result: StudyResult) -> dict[str, float]:
                 answers[f"{metric}/{DEFAULT}-minus-{baseline}/half-interval"] = half_interval(gain)
                 answers[f"{metric}/{DEFAULT}-at-least-{baseline}"] = float((gain >= 0).mean())
     return answers
-
-
-def half_interval(gains: NDArray[np.float64]) -> float:
-    """Half of the 95 % interval of a mean, by Student's t; NaN for a single pair."""
-    if len(gains) < 2:
-        return float("nan")
-    return float(stats.t.ppf(0.975, len(gains) - 1) * gains.std(ddof=1) / np.sqrt(len(gains)))
 
 
 def targets(result: StudyResult) -> list[Target]:

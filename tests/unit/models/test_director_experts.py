@@ -237,6 +237,18 @@ def test_the_running_activation_follows_the_gate_mass():
     assert_close(layer.activation, 0.99 * torch.full((5,), 0.2) + 0.01 * expected, **CLOSE)
 
 
+def test_the_noise_of_the_first_two_steps_by_hand():
+    """Two experts, even at first: both gain .5. After gate mass 3 and 1 they are at .5025 and .4975."""
+    layer = make_layer(2, 1)
+    layer.reset_activation()
+    nothing = Exploration(1.0, torch.zeros_like)
+    with torch.no_grad():
+        layer.router.weight.zero_()
+    assert_close(layer._logits(torch.zeros(1, 6), nothing), torch.tensor([[0.5, 0.5]]))
+    layer.move_activation(torch.tensor([3.0, 1.0]))
+    assert_close(layer._logits(torch.zeros(1, 6), nothing), torch.tensor([[0.4975, 0.5025]]))
+
+
 def test_seldom_used_experts_are_explored_more():
     layer, x = make_layer(width=6), images(200)
     with torch.no_grad():

@@ -110,6 +110,29 @@ def test_one_step_moves_director_and_activation_by_the_gate_mass(make_dex, make_
             assert_close(after[f"{layer}.director.{director}"], expected, atol=1e-6, rtol=1e-5)
 
 
+def test_the_director_moves_after_the_optimiser_by_the_updated_experts(make_dex, make_store, monkeypatch):
+    """Experts at 2 before the step and 1 after it, director at 0, momentum .6: .4 x 1, not .4 x 2."""
+    learner = Learner(make_dex(experts="count = 4\ndirector-momentum = [0.6, 0.6]"))
+    layers = learner.model.director_experts().values()
+
+    def set_numbers(experts, director):
+        for layer in layers:
+            for stacked, its in layer._expert_and_director():
+                stacked.detach().fill_(experts)
+                its.fill_(director)
+
+    def to_one(*_):
+        set_numbers(1.0, 0.0)
+        return True
+
+    set_numbers(2.0, 0.0)
+    monkeypatch.setattr(loop, "step", to_one)
+    train(learner, make_store(learner.run), num_steps=1)
+    for layer in layers:
+        for parameter in layer.director.parameters():
+            assert_close(parameter, torch.full_like(parameter, 0.4))
+
+
 def test_a_step_that_is_not_finite_leaves_no_trace(make_dex, make_store):
     run = make_dex()
     learner, store = Learner(run), make_store(run, 6, complete=True)

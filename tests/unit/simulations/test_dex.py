@@ -4,6 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import typer
 from rich.console import Console
 
 from panfm.models import build_model
@@ -25,15 +26,15 @@ def test_every_arm_costs_the_same():
     assert widths["token-moe"].experts.alignment_weight == widths["random-routing"].experts.alignment_weight == 0
 
 
-@pytest.mark.parametrize("arm", ["dex", "token-moe"])
+@pytest.mark.parametrize("arm", ["dex", "token-moe", "dex-released"])
 def test_one_arm_measured(picture_cohort, arm):
     measured = dex.measure(dex.Job(3, 0, arm, 1, picture_cohort))
     blocks = {f"block-{block}/{metric}" for block in range(2) for metric in ("nmi", "conflict")}
     expected = {*PROBES, *blocks, "nmi", "nmi_unit", "experts_used", "conflict", "conflict_share", "val_loss"}
-    assert measured.keys() == expected | ({f"director:{name}" for name in PROBES} if arm == "dex" else set())
+    assert measured.keys() == expected | ({f"director:{name}" for name in PROBES} if arm != "token-moe" else set())
     assert all(math.isfinite(value) for value in measured.values())
     assert measured["nmi"] == measured["block-1/nmi"]
-    assert (measured["nmi"] == measured["nmi_unit"]) == (arm == "dex")
+    assert (measured["nmi"] == measured["nmi_unit"]) == (arm != "token-moe")
 
 
 def test_a_dense_model_has_no_specialisation(picture_cohort):
@@ -109,16 +110,38 @@ def test_the_whole_study(tmp_path, monkeypatch, picture_cohort):
 
 def test_the_table_fits_80_columns():
     result = StudyResult("dex", {})
-    for arm in dex.ROWS:
+    for arm in dex.rows_of(dex.ARMS):
         for metric in dex.SHOWN:
             result.values[metric, arm] = [0.561, 0.585]
     console = Console(width=80, soft_wrap=True, file=io.StringIO())
-    print_result(result, dex.ROWS, dex.SHOWN, console)
+    print_result(result, dex.rows_of(dex.ARMS), dex.SHOWN, console)
     lines = console.file.getvalue().splitlines()
     assert max(map(len, lines)) <= 80
-    assert sum(line.count("±.017") for line in lines) == len(dex.ROWS) * len(dex.SHOWN)
+    assert sum(line.count("±.017") for line in lines) == len(dex.rows_of(dex.ARMS)) * len(dex.SHOWN)
+
+
+def test_some_arms_alone_are_compared_to_dex(monkeypatch, picture_cohort):
+    """A deviation that gains .01 and .03: .02 +- 12.706 x .01."""
+
+    def measure(job):
+        base = 0.5 if job.arm == "dex" else 0.51 + 0.02 * job.seed
+        return dict.fromkeys((*PROBES, "nmi", "conflict", "val_loss"), base) | {"director:probe_own": base - 0.1}
+
+    monkeypatch.setattr(dex, "measure", measure)
+    monkeypatch.setattr(dex, "write_draw", lambda job: picture_cohort)
+    result = dex.run(StudyOptions(seeds=2, workers=1), steps=1, arms=("dex", "dex-released"))
+    assert not result.targets
+    assert result.ratios["nmi/dex-released-minus-dex"] == pytest.approx(0.02)
+    assert result.ratios["nmi/dex-released-minus-dex/half-interval"] == pytest.approx(12.706 * 0.01, rel=1e-3)
+    assert result.ratios["probe_own/dex-released-director-minus-dex-director"] == pytest.approx(0.02)
+    assert dex.rows_of(["dense", "dex-released"]) == ["dense", "dex-released", "dex-released-director"]
+
+
+def test_an_unknown_arm_is_refused():
+    with pytest.raises(typer.BadParameter, match="dex-relased: expected some of dense, "):
+        dex.main(arms="dex,dex-relased")
 
 
 def test_jobs_are_told_apart():
-    jobs = [dex.Job(0, seed, arm, 1, "") for seed in (0, 1) for arm in dex.ARMS]
+    jobs = [dex.Job(0, seed, arm, 1, "") for seed in (0, 1) for arm in (*dex.ARMS, *dex.RELEASED)]
     assert len({str(job) for job in [*jobs, CohortJob(0, ""), CohortJob(1, "")]}) == len(jobs) + 2

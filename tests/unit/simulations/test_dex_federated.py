@@ -7,7 +7,7 @@ import torch
 from panfm.sharing.groups import EXPERTS, ROUTER, group_of
 from simulations.harness import StudyOptions
 from simulations.studies import dex_federated as study
-from simulations.studies._modalities import Pictures
+from simulations.studies._modalities import Pictures, half_interval
 
 DEX_ARMS = ("private", "pooled", "naive", "local", "centralised")
 
@@ -70,4 +70,4 @@ def test_the_whole_study(monkeypatch, picture_cohort):
 
 
 def test_one_pair_has_no_interval():
-    assert math.isnan(study.half_interval(np.array([0.1])))
+    assert math.isnan(half_interval(np.array([0.1])))
