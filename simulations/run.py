@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import assert_never
 
 from rich.console import Console
 from rich.progress import Progress
@@ -105,14 +106,19 @@ def _make_cohort(folder: Path, run: RunConfig, console: Console) -> None:
         def show(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
 
-        if isinstance(run.cohort, PhantomCohortConfig):
-            write_cohort(folder, run.cohort, run.streams, show)
-        elif isinstance(run.cohort, ModalitiesCohortConfig):
-            write_modalities(folder, run.cohort, run.streams, show)
-        elif isinstance(run.cohort, RealImagesCohortConfig):
-            write_real_cohort(folder, run.cohort, run.streams, show)
-        elif isinstance(run.cohort, RealModalitiesCohortConfig):
-            write_real_modalities(folder, run.cohort, run.streams, show)
+        match run.cohort:
+            case PhantomCohortConfig():
+                write_cohort(folder, run.cohort, run.streams, show)
+            case ModalitiesCohortConfig():
+                write_modalities(folder, run.cohort, run.streams, show)
+            case RealImagesCohortConfig():
+                write_real_cohort(folder, run.cohort, run.streams, show)
+            case RealModalitiesCohortConfig():
+                write_real_modalities(folder, run.cohort, run.streams, show)
+            case FolderCohortConfig() | None:
+                raise ConfigError(f"{run.name}: cohort is not one that is made")
+            case _:
+                assert_never(run.cohort)
 
 
 def cohort_folder(run: RunConfig) -> Path:
@@ -130,15 +136,18 @@ def cohort_folder(run: RunConfig) -> Path:
         config.model_dump(mode="json"),
         [(name, each.model_dump(mode="json")) for name, each in run.streams.items()],
     ]
-    if isinstance(config, PhantomCohortConfig):
-        words += _texts(sorted(Path(phantom.__file__).parent.glob("*.py")))
-    elif isinstance(config, ModalitiesCohortConfig):
-        words += _texts(sorted(Path(modalities.__file__).parent.glob("*.py")))
-    elif isinstance(config, RealImagesCohortConfig):
-        words += _texts([Path(real_images.__file__)]) + _listing(real_images.real_data(), "*.nii.gz")
-    else:
-        words += _texts([Path(real_modalities.__file__)])
-        words += _listing(real_images.real_data(real_modalities.FOLDER) / real_modalities.FOLDER, "*")
+    match config:
+        case PhantomCohortConfig():
+            words += _texts(sorted(Path(phantom.__file__).parent.glob("*.py")))
+        case ModalitiesCohortConfig():
+            words += _texts(sorted(Path(modalities.__file__).parent.glob("*.py")))
+        case RealImagesCohortConfig():
+            words += _texts([Path(real_images.__file__)]) + _listing(real_images.real_data(), "*.nii.gz")
+        case RealModalitiesCohortConfig():
+            words += _texts([Path(real_modalities.__file__)])
+            words += _listing(real_images.real_data(real_modalities.FOLDER) / real_modalities.FOLDER, "*")
+        case _:
+            assert_never(config)
     return COHORTS / f"{config.kind}-{hashlib.sha256(json.dumps(words).encode()).hexdigest()[:12]}"
 
 

@@ -1,7 +1,7 @@
 """The mean that `[sharing]` names for a group."""
 
 import math
-from typing import Protocol
+from typing import Protocol, assert_never
 
 from panfm.config import RunConfig
 from panfm.sharing.groups import Flat, GroupManifest
@@ -40,13 +40,17 @@ def empty_mean(
     """
     segments = weight_segments(run, manifest, group)
     kind = run.sharing.mean_of(group)
-    if kind == "weighted":
-        return ExactMean(segments, weight_limit=weight_limit, usual=usual_size(run), space=space)
-    if kind == "l-dawa":
-        layers = tuple((math.prod(shape), 0) for _, shape in manifest.groups[group])
-        layers = segments if len(segments) > 1 else layers
-        return DivergenceMean(layers, start, weight_limit=weight_limit, usual=usual_size(run), space=space)
-    return HeldMean(segments, kind, trim=run.sharing.trim, weight_limit=weight_limit, space=space)
+    match kind:
+        case "weighted":
+            return ExactMean(segments, weight_limit=weight_limit, usual=usual_size(run), space=space)
+        case "l-dawa":
+            layers = tuple((math.prod(shape), 0) for _, shape in manifest.groups[group])
+            layers = segments if len(segments) > 1 else layers
+            return DivergenceMean(layers, start, weight_limit=weight_limit, usual=usual_size(run), space=space)
+        case "median" | "trimmed" | "geometric-median":
+            return HeldMean(segments, kind, trim=run.sharing.trim, weight_limit=weight_limit, space=space)
+        case _:
+            assert_never(kind)
 
 
 def usual_size(run: RunConfig) -> float:

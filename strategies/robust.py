@@ -19,6 +19,7 @@ Source:
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
+from typing import assert_never
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,11 +79,17 @@ class HeldMean:
         return np.concatenate(parts)
 
     def _robust(self, updates: Sequence[Flat], weights: Sequence[float]) -> Flat:
-        if self._kind == "median":
-            return coordinate_median(updates)
-        if self._kind == "trimmed":
-            return trimmed_mean(updates, weights, trim=self._trim)
-        return geometric_median(updates, weights)
+        match self._kind:
+            case "median":
+                return coordinate_median(updates)
+            case "trimmed":
+                return trimmed_mean(updates, weights, trim=self._trim)
+            case "geometric-median":
+                return geometric_median(updates, weights)
+            case "weighted" | "l-dawa":
+                raise ValueError(f"mean: {self._kind} is not a robust one")
+            case _:
+                assert_never(self._kind)
 
 
 def coordinate_median(updates: Sequence[Flat]) -> Flat:

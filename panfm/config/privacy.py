@@ -24,6 +24,7 @@ _HABITS = {
     "batch-size": "a batch is a Poisson sample; set sample-rate",
     "adaptive-clipping": "the clip norm is fixed, following the data costs privacy; set clip-norm",
     "target-quantile": "the clip norm is fixed, following the data costs privacy; set clip-norm",
+    "chunk": "patients are taken one at a time, so that none shows in another's gradient; leave it out",
     "release-loss": "raw losses and metrics do not leave a private site; leave it out",
     "release-counts": "raw counts do not leave a private site; set public-subjects",
 }
@@ -50,8 +51,6 @@ class PrivacyConfig(Config):
     The noise grows with the square root of their number. The others stay as the run started them."""
     statistics_noise: PositiveFloat = 20.0
     """Standard deviation of the noise on a site's saliency, in its sensitivities; entered only if masking needs it."""
-    chunk: Positive = 8
-    """Patients whose gradients are in memory at once."""
     acknowledge_broken_guarantee: bool = False
     """Train on although something breaks the guarantee; every artefact then says `noise only, no DP claim`."""
 

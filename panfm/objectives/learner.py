@@ -6,6 +6,7 @@ separate states, so that a site can keep the one and send only the other. `loop.
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
+from typing import assert_never
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from panfm.config import RunConfig
-from panfm.config.run import DinoConfig, LatentConfig
+from panfm.config.run import DinoConfig, LatentConfig, MaeConfig
 from panfm.data.store import Batch, ImageStore
 from panfm.models import PanModel, build_model
 from panfm.models.start import load_with_fresh_private
@@ -98,7 +99,7 @@ class Learner:
         if self.run.model.tokenizer == "patch":
             return store
         if store not in self._stemmed:
-            self._stemmed[store] = _stem_store(store, self.model)
+            self._stemmed[store] = _stem_store(store, self.model, chunk=1 if self.run.privacy else 64)
         return self._stemmed[store]
 
     def update_teacher(self, momentum: float) -> None:
@@ -203,14 +204,23 @@ def _build_optimiser(model: PanModel, run: RunConfig) -> torch.optim.AdamW:
 
 def _build_objective(run: RunConfig, model: PanModel) -> Objective:
     config = run.objective
-    if isinstance(config, LatentConfig):
-        return LatentObjective(config, model, seed=run.seed)
-    device = model.stream_of_place.device
-    return DinoObjective(config, device) if isinstance(config, DinoConfig) else MaeObjective()
+    match config:
+        case LatentConfig():
+            return LatentObjective(config, model, seed=run.seed)
+        case DinoConfig():
+            return DinoObjective(config, model.stream_of_place.device)
+        case MaeConfig():
+            return MaeObjective()
+        case _:
+            assert_never(config)
 
 
-def _stem_store(store: ImageStore, model: PanModel, *, chunk: int = 64) -> ImageStore:
-    """The stem's maps of a whole store, in memory."""
+def _stem_store(store: ImageStore, model: PanModel, *, chunk: int) -> ImageStore:
+    """The stem's maps of a whole store, in memory.
+
+    Args:
+        chunk: Images at a time; with 1, no bit of a map depends on other patients.
+    """
     maps = {}
     for stream in model.stream_names:
         if stream not in store.images:

@@ -19,7 +19,7 @@ from panfm.errors import ConfigError
 from panfm.models.backbone import Encoded
 from panfm.models.director_experts import Exploration
 from panfm.objectives.experts import ExpertTraining
-from panfm.objectives.masking import draw_hidden, stream_scores
+from panfm.objectives.masking import draw_hidden, is_guided, stream_scores
 from panfm.objectives.objective import Split, View, masked_view
 from panfm.objectives.saliency import relative_profile, stream_shares, streams_present
 from panfm.objectives.schedules import cosine, warmup_cosine
@@ -203,14 +203,10 @@ def _compare(
     return view, learner.objective.loss(learner.model, view, targets)
 
 
-def _is_guided(learner: "Learner") -> bool:
-    return learner.run.masking.policy in ("sgm", "inverse")
-
-
 @torch.no_grad()
 def _teach(learner: "Learner", maps: Batch) -> Encoded | None:
     """The teacher's encoding of everything, if objective or masking asks for it."""
-    saliency = learner.run.masking.saliency if _is_guided(learner) else None
+    saliency = learner.run.masking.saliency if is_guided(learner.run.masking) else None
     if not saliency and not learner.objective.needs_teacher:
         return None
     return learner.teacher.encode(maps, saliency=saliency, keep_blocks=learner.objective.needs_teacher)
@@ -218,7 +214,7 @@ def _teach(learner: "Learner", maps: Batch) -> Encoded | None:
 
 def _guidance(learner: "Learner", full: Encoded | None, profile: dict[str, float] | None) -> torch.Tensor:
     """Saliency that steers the masks, relative to an equal split: [B, S] or [1, S]. Moves the site's profile."""
-    if not _is_guided(learner) or full is None:
+    if not is_guided(learner.run.masking) or full is None:
         return torch.ones_like(learner.profile)[None]
     shares, present = stream_saliency(learner, full)
     scope = learner.run.masking.scope

@@ -24,6 +24,7 @@ Shape legend: B subjects, N places, S streams.
 
 import math
 from collections.abc import Sequence
+from typing import assert_never
 
 import torch
 from torch import Tensor
@@ -40,6 +41,17 @@ _BALANCE_RANGE = 0.1
 """Entropy below `balance` at which guidance that lasts has its full strength."""
 
 
+def is_guided(config: MaskingConfig) -> bool:
+    """Whether saliency steers the masks."""
+    match config.policy:
+        case "sgm" | "inverse":
+            return True
+        case "random" | "organ" | "static":
+            return False
+        case _:
+            assert_never(config.policy)
+
+
 def stream_scores(config: MaskingConfig, relative: Tensor, organs: Sequence[str], step: int) -> Tensor:
     """Log-odds of hiding, per stream.
 
@@ -52,14 +64,18 @@ def stream_scores(config: MaskingConfig, relative: Tensor, organs: Sequence[str]
     """
     strength = config.strength * guidance(config, relative, step)
     guided = (strength * relative.clamp_min(_LEAST_RELATIVE_SALIENCY).log()).clamp(-config.limit, config.limit)
-    if config.policy == "sgm":
-        return guided
-    if config.policy == "inverse":
-        return -guided
-    if config.policy == "static":
-        chosen = torch.tensor([organ in config.static_organs for organ in organs], device=relative.device)
-        return torch.zeros_like(relative) + config.strength * chosen
-    return torch.zeros_like(relative)
+    match config.policy:
+        case "sgm":
+            return guided
+        case "inverse":
+            return -guided
+        case "static":
+            chosen = torch.tensor([organ in config.static_organs for organ in organs], device=relative.device)
+            return torch.zeros_like(relative) + config.strength * chosen
+        case "random" | "organ":
+            return torch.zeros_like(relative)
+        case _:
+            assert_never(config.policy)
 
 
 def guidance(config: MaskingConfig, relative: Tensor, step: int) -> Tensor:
@@ -80,11 +96,14 @@ def draw_hidden(
     """
     stream = stream_of_place[layout.place]
     noise = _gumbel(stream.shape, generator)
-    if config.policy == "organ":
-        order = torch.rand(len(stream), scores.shape[1], generator=generator)
-        key = order.to(stream.device).gather(1, stream) + 1e-6 * noise.to(stream.device)
-    else:
-        key = scores.expand(len(stream), -1).gather(1, stream) + noise.to(stream.device)
+    match config.policy:
+        case "organ":
+            order = torch.rand(len(stream), scores.shape[1], generator=generator)
+            key = order.to(stream.device).gather(1, stream) + 1e-6 * noise.to(stream.device)
+        case "random" | "sgm" | "inverse" | "static":
+            key = scores.expand(len(stream), -1).gather(1, stream) + noise.to(stream.device)
+        case _:
+            assert_never(config.policy)
     rank = key.masked_fill(~layout.valid, -torch.inf).argsort(dim=1, descending=True).argsort(dim=1)
     count = layout.valid.sum(dim=1)
     budget = (count * config.ratio).round().long().clamp_min(1).minimum(count - 1)

@@ -11,7 +11,7 @@ Source: Yeom et al. 2018 for the loss, Watson et al. 2022 for calibrating it by 
 Shape legend: N patients, M masks, R resamples.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,7 +26,6 @@ from panfm.evaluate.scores import Interval, auc, draw_counts, interval
 from panfm.objectives import Learner
 from panfm.objectives.loop import hide
 from panfm.objectives.objective import masked_view
-from panfm.privacy.patients import chunks_of_equals
 from panfm.seeds import torch_generator
 
 _CHUNK = 64
@@ -101,11 +100,24 @@ def patient_losses(
     maps, position = learner.stem(store), {int(index): at for at, index in enumerate(indices)}
     losses = np.full((masks, len(indices)), np.nan)
     for mask in range(masks):
-        for number, chunk in enumerate(chunks_of_equals(maps, indices, learner.model.stream_names, _CHUNK)):
+        for number, chunk in enumerate(_chunks_of_equals(maps, indices, learner.model.stream_names, _CHUNK)):
             generator = torch_generator(run.seed, "membership", mask, number)
             losses[mask, [position[int(index)] for index in chunk]] = _losses(learner, maps, chunk, generator)
     found: NDArray[np.float64] = losses.mean(axis=0)
     return found
+
+
+def _chunks_of_equals(
+    store: ImageStore, indices: NDArray[np.int64], streams: Sequence[str], size: int
+) -> Iterator[NDArray[np.int64]]:
+    """Chunks of at most `size` subjects that hold the same of the streams; who holds none is left out."""
+    held = np.zeros((len(indices), len(streams)), dtype=bool)
+    for column, stream in enumerate(streams):
+        held[:, column] = np.isin(indices, store.rows.get(stream, []))
+    for kind in np.unique(held, axis=0):
+        equals = indices[(held == kind).all(axis=1)]
+        for start in range(0, len(equals) if kind.any() else 0, size):
+            yield equals[start : start + size]
 
 
 @torch.no_grad()

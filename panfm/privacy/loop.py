@@ -5,19 +5,17 @@
 over a Poisson sample of the patients; q and N are public. Then AdamW and the teacher move as ever: what is computed
 from g alone costs no more privacy. A sample may be empty; its step is noise, and counts. Losses stay unseen.
 
-Masks and routers' noise are drawn per patient from secret randomness, as many hidden tokens for all who hold the same
-streams. Masks are steered by the patient's own saliency or by the site's noised one, never by the batch. Who used which
-expert is not counted: directors follow all experts alike.
+Patients are taken one at a time (`gradients.py` says why), each with a secret generator of its own for mask and routers'
+noise, and as many hidden tokens as all have who hold the same streams. Masks are steered by the patient's own saliency
+or by the site's noised one, never by the batch. Who used which expert is not counted: directors follow all experts alike.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.func import functional_call
 
 from panfm.data.store import Batch, ImageStore
 from panfm.errors import LedgerError
@@ -25,11 +23,12 @@ from panfm.models.backbone import Encoded
 from panfm.objectives import Learner, TrainResult
 from panfm.objectives.experts import ExpertTraining
 from panfm.objectives.loop import hide, stream_saliency
+from panfm.objectives.masking import is_guided
 from panfm.objectives.schedules import cosine, warmup_cosine
-from panfm.privacy.gradients import clipped_sum, patient_gradients
+from panfm.privacy.gradients import add_clipped, patient_gradient
 from panfm.privacy.ledger import Permit
 from panfm.privacy.mechanisms import needs_saliency, planned
-from panfm.privacy.patients import PatientLoss, as_patients, chunks_of_equals
+from panfm.privacy.patients import Patient, one_patient, patient_loss, patients_with_streams
 from panfm.privacy.randomness import poisson_sample, secret_generator, with_noise
 from panfm.privacy.saliency import noisy_profile
 from panfm.privacy.trained import trained_parameters
@@ -91,47 +90,54 @@ def noisy_gradient(
     return {name: (with_noise(value, scale) / size).float() for name, value in total.items()}
 
 
+def secret_draws(_: int) -> torch.Generator:
+    """A generator for one patient in one step, which nobody can repeat."""
+    return secret_generator()
+
+
 def sum_over(
     learner: Learner,
     store: ImageStore,
     sample: NDArray[np.int64],
     steps_taken: int,
     profile: dict[str, float] | None = None,
+    draws: Callable[[int], torch.Generator] = secret_draws,
 ) -> dict[str, Tensor]:
-    """Sum of clipped gradients of the subjects in a sample, float64 on the CPU; zero for none."""
+    """Sum of clipped gradients of the subjects in a sample, float64 on the CPU; zero for none.
+
+    Args:
+        draws: The generator of a subject's mask and routers' noise; other than by default in tests alone.
+    """
     private = learner.run.privacy
     assert private is not None
-    experts = ExpertTraining(learner.run.model.experts, learner.model, secret_generator())
-    loss = PatientLoss(learner.model, learner.objective, experts)
     trained = trained_parameters(learner.model, private.trained)
-    parameters = {"student." + name: parameter.detach() for name, parameter in trained.items()}
-    total = {name: torch.zeros(value.shape, dtype=torch.float64) for name, value in trained.items()}
-
-    def loss_of_one(student: Mapping[str, Tensor], patient: Any) -> Tensor:
-        return functional_call(loss, dict(student), (patient,))
-
-    for chunk in chunks_of_equals(store, sample, learner.model.stream_names, private.chunk):
-        patients = prepare(learner, experts, store.batch(chunk).to(learner.device), steps_taken, profile)
-        gradients = patient_gradients(loss_of_one, parameters, patients)
-        for name, value in clipped_sum(gradients, private.clip_norm).items():
-            total[name.removeprefix("student.")] += value.cpu()
-    return total
+    total = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in trained.items()}
+    for index in patients_with_streams(store, sample, learner.model.stream_names):
+        maps = one_patient(store, int(index), learner.device)
+        patient = prepare(learner, maps, steps_taken, profile, draws(int(index)))
+        add_clipped(total, patient_gradient(patient_loss(learner, patient), trained), private.clip_norm)
+    return {name: value.cpu() for name, value in total.items()}
 
 
 @torch.no_grad()
 def prepare(
-    learner: Learner, experts: ExpertTraining, maps: Batch, steps_taken: int, profile: dict[str, float] | None
-) -> dict[str, Any]:
-    """Masks, targets and routers' noise of patients who hold the same streams, each patient's own."""
+    learner: Learner, maps: Batch, steps_taken: int, profile: dict[str, float] | None, generator: torch.Generator
+) -> Patient:
+    """Mask and targets of a batch of one patient.
+
+    Args:
+        generator: The patient's own; draws the mask and the routers' noise.
+    """
     objective, masking = learner.objective, learner.run.masking
-    guided = masking.policy in ("sgm", "inverse")
+    steered = is_guided(masking) and masking.scope == "subject"
     full = None
-    if objective.needs_teacher or (guided and masking.scope == "subject"):
-        saliency = masking.saliency if guided and masking.scope == "subject" else None
+    if objective.needs_teacher or steered:
+        saliency = masking.saliency if steered else None
         full = learner.teacher.encode(maps, saliency=saliency, keep_blocks=objective.needs_teacher)
-    split = hide(learner, maps, full, _steering(learner, full, profile), steps_taken, secret_generator())
+    split = hide(learner, maps, full, _steering(learner, full, profile), steps_taken, generator)
     targets = objective.targets(learner.teacher, maps, split, full)
-    return as_patients(maps, split, targets, _routing_noise(learner, experts, maps.size, steps_taken))
+    experts = ExpertTraining(learner.run.model.experts, learner.model, generator)
+    return Patient(maps, split, targets, experts, _position(learner, steps_taken))
 
 
 def step(learner: Learner, gradient: Mapping[str, Tensor], position: float) -> None:
@@ -146,15 +152,6 @@ def step(learner: Learner, gradient: Mapping[str, Tensor], position: float) -> N
         momentum = _at(learner.run.model.experts.director_momentum, position)
         layer.move_director(torch.ones_like(layer.activation), momentum=momentum)
     learner.update_teacher(_at(config.teacher_momentum, position))
-
-
-def _routing_noise(learner: Learner, experts: ExpertTraining, num_patients: int, steps_taken: int) -> list[Tensor]:
-    """Noise for the routers, [B, R] per layer with experts."""
-    exploration = experts.exploration(_position(learner, steps_taken))
-    if exploration is None:
-        return []
-    shapes = [layer.activation.expand(num_patients, -1) for layer in experts.layers.values()]
-    return [exploration.scale * exploration.draw(shape) for shape in shapes]
 
 
 def _position(learner: Learner, steps_taken: int) -> float:

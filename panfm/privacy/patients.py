@@ -1,81 +1,56 @@
-"""A batch of patients, seen as patients: trees of tensors whose first axis are the patients, and the loss of one.
+"""One patient in a private step: the images, what is hidden of them, the targets, and the loss.
 
-Patients of one chunk hold the same streams, so that they have as many tokens, and hide as many, and one program serves
-them all. Targets and masks are drawn outside of it.
+Every tensor is made from this patient alone. Shapes follow from the streams that the patient holds, and nobody else's
+data, number or order decides a path through the code.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from panfm.data.store import Batch, ImageStore
-from panfm.models import PanModel
-from panfm.models.director_experts import Exploration
-from panfm.models.tokens import Layout
+from panfm.objectives import Learner
 from panfm.objectives.experts import ExpertTraining
-from panfm.objectives.objective import Objective, Split, Targets, masked_view
+from panfm.objectives.objective import Split, Targets, masked_view
 
 
-def chunks_of_equals(
-    store: ImageStore, indices: NDArray[np.int64], streams: Sequence[str], size: int
-) -> Iterator[NDArray[np.int64]]:
-    """Chunks of at most `size` subjects that hold the same of the streams; who holds none is left out."""
-    held = np.zeros((len(indices), len(streams)), dtype=bool)
-    for column, stream in enumerate(streams):
-        held[:, column] = np.isin(indices, store.rows.get(stream, []))
-    for kind in np.unique(held, axis=0):
-        equals = indices[(held == kind).all(axis=1)]
-        for start in range(0, len(equals) if kind.any() else 0, size):
-            yield equals[start : start + size]
+@dataclass(frozen=True)
+class Patient:
+    """One patient, ready for the student."""
+
+    maps: Batch
+    """Stem maps of a batch of one."""
+    split: Split
+    targets: Targets
+    experts: ExpertTraining
+    """Draws the routers' noise from the patient's own generator."""
+    position: float
+    """Of the step in the run."""
 
 
-def as_patients(maps: Batch, split: Split, targets: Targets, noise: Sequence[Tensor] = ()) -> dict[str, Any]:
-    """The batch as a tree; all its subjects hold the same streams.
-
-    Args:
-        noise: For the routers, [B, R] per layer with experts, scale included.
-    """
-    return {
-        "noise": tuple(noise),
-        "images": dict(maps.images),
-        "place": split.layout.place,
-        "visible": (split.visible.place, split.visible_column),
-        "hidden": (split.hidden.place, split.hidden_column),
-        "targets": dict(targets),
-    }
+def patients_with_streams(
+    store: ImageStore, indices: NDArray[np.int64], streams: Sequence[str]
+) -> NDArray[np.int64]:
+    """The indices of subjects that hold any of the streams, in their order."""
+    rows = [store.rows[stream] for stream in streams if stream in store.rows]
+    return indices[np.isin(indices, np.concatenate(rows))] if rows else indices[:0]
 
 
-class PatientLoss(nn.Module):
-    """Loss of one patient, as a function of the student's parameters: the objective, and experts' alignment."""
-
-    def __init__(self, student: PanModel, objective: Objective, experts: ExpertTraining) -> None:
-        super().__init__()
-        self.student = student
-        self.objective = objective
-        self.experts = experts
-
-    def forward(self, patient: dict[str, Any]) -> Tensor:
-        """The loss of a tree as `as_patients` makes it, without the patients' axis."""
-        images = {name: image[None] for name, image in patient["images"].items()}
-        place = patient["place"]
-        rows = {name: torch.zeros(1, dtype=torch.long, device=place.device) for name in images}
-        maps = Batch(1, images, rows)
-        visible, hidden = patient["visible"], patient["hidden"]
-        split = Split(_layout(place), _layout(visible[0]), visible[1][None], _layout(hidden[0]), hidden[1][None])
-        targets = {name: target[None] for name, target in patient["targets"].items()}
-        drawn = iter(patient["noise"])
-        exploration = Exploration(1.0, lambda _: next(drawn)[None]) if patient["noise"] else None
-        view = masked_view(self.student, maps, split, exploration)
-        loss = self.objective.loss(self.student, view, targets)
-        if patient["noise"]:
-            loss = loss + self.experts.config.alignment_weight * self.experts.alignment(view.seen)
-        return loss.sum()
+def one_patient(store: ImageStore, index: int, device: torch.device) -> Batch:
+    """A batch of one subject, in memory that torch allocated: kernels may round by how their input is aligned."""
+    batch = store.batch([index])
+    return Batch(1, {name: image.clone() for name, image in batch.images.items()}, batch.rows).to(device)
 
 
-def _layout(place: Tensor) -> Layout:
-    """One patient's places, none of them padding."""
-    return Layout(place[None], torch.ones(1, place.shape[0], dtype=torch.bool, device=place.device))
+def patient_loss(learner: Learner, patient: Patient) -> Tensor:
+    """Loss of one patient, a number: the objective, and the experts' alignment."""
+    exploration = patient.experts.exploration(patient.position)
+    view = masked_view(learner.model, patient.maps, patient.split, exploration)
+    loss = learner.objective.loss(learner.model, view, patient.targets)
+    if patient.experts.layers:
+        loss = loss + learner.run.model.experts.alignment_weight * patient.experts.alignment(view.seen)
+    return loss.sum()

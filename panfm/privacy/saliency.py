@@ -7,19 +7,23 @@ and sum to 1. The profile is V's first half over its second: what streams get re
 standard deviation of the noise added, so that it tends to 1 where the noise leaves nothing to tell. A share is at most
 1 and an equal split at least 1/S, so a profile without noise lies in [0, S]; a noised one is cut to that.
 
-Shape legend: B patients of a chunk, S streams.
+Patients are taken one at a time, as in the private step.
+
+Shape legend: S streams.
 """
+
+import math
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from panfm.data.store import ImageStore
+from panfm.data.store import Batch, ImageStore
 from panfm.objectives import Learner
 from panfm.objectives.loop import stream_saliency
 from panfm.privacy.mechanisms import SALIENCY_SENSITIVITY
-from panfm.privacy.patients import chunks_of_equals
+from panfm.privacy.patients import one_patient, patients_with_streams
 from panfm.privacy.randomness import with_noise
 
 
@@ -43,13 +47,16 @@ def saliency_sum(learner: Learner, store: ImageStore, indices: NDArray[np.int64]
     """
     names = learner.model.stream_names
     total = torch.zeros(2, len(names), dtype=torch.float64)
-    for chunk in chunks_of_equals(store, indices, names, 64):
-        maps = store.batch(chunk).to(learner.device)
-        full = learner.teacher.encode(maps, saliency=learner.run.masking.saliency)
-        shares, present = (value.double().cpu() for value in stream_saliency(learner, full))
-        vectors = torch.stack([shares, present / present.sum(dim=1, keepdim=True)], dim=1)
-        norm = vectors.flatten(1).norm(dim=1)
-        kept = norm.isfinite()
-        factor = (SALIENCY_SENSITIVITY / norm[kept]).clamp_max(1.0)
-        total += (vectors[kept] * factor[:, None, None]).sum(dim=0)
+    for index in patients_with_streams(store, indices, names):
+        vector = saliency_vector(learner, one_patient(store, int(index), learner.device))
+        norm = float(vector.norm())
+        if math.isfinite(norm):
+            total += vector * min(1.0, SALIENCY_SENSITIVITY / norm)
     return total
+
+
+def saliency_vector(learner: Learner, maps: Batch) -> Tensor:
+    """Shares and equal split of one patient, float64 [2, S]; from this patient alone, to the bit."""
+    full = learner.teacher.encode(maps, saliency=learner.run.masking.saliency)
+    shares, present = (value[0].double().cpu() for value in stream_saliency(learner, full))
+    return torch.stack([shares, present / present.sum()])

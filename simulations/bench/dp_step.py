@@ -48,7 +48,6 @@ _MODELS = {
     "[model.experts]\nbalance-weight = [0.0, 0.0]\n",
 }
 _BATCH = {"dense": 32, "dex": 16}
-_CHUNK = {"dense": 8, "dex": 4}
 
 
 def main(
@@ -59,7 +58,7 @@ def main(
     torch.set_num_threads(1)
     check_writable(json)
     console = Console(soft_wrap=True, highlight=False)
-    result = StudyResult("dp-step", {"turns": turns, "batch": _BATCH, "chunk": _CHUNK, "models": _MODELS}, unit="s")
+    result = StudyResult("dp-step", {"turns": turns, "batch": _BATCH, "models": _MODELS}, unit="s")
     for kind in _MODELS:
         seconds = measure(kind, turns)
         for arm, values in seconds.items():
@@ -139,8 +138,7 @@ def _status_bytes(key: str) -> float:
 
 def _run(kind: str, *, private: bool) -> RunConfig:
     train = f"train.batch-size = {_BATCH[kind]}\n"
-    privacy = f"{_PRIVACY}chunk = {_CHUNK[kind]}\n" if private else ""
-    return parse_run(_RUN + train + _MODELS[kind] + privacy)
+    return parse_run(_RUN + train + _MODELS[kind] + (_PRIVACY if private else ""))
 
 
 def _random_store(run: RunConfig, num_subjects: int) -> ImageStore:

@@ -17,7 +17,6 @@ public-subjects = 50
 noise-multiplier = 1.0
 sample-rate = 0.25
 clip-norm = {clip}
-chunk = {chunk}
 {more}
 [masking]
 policy = "random"
@@ -37,9 +36,9 @@ BACKBONES = {
 def make_private(make_run):
     """A private run: objective and backbone by name, more keys of `[privacy]`."""
 
-    def make(objective="latent", backbone="dense", *, clip=0.5, chunk=3, more="", extra=""):
+    def make(objective="latent", backbone="dense", *, clip=0.5, more="", extra=""):
         tables = OBJECTIVES.get(objective, objective) + BACKBONES[backbone] + extra
-        return make_run(tables + PRIVATE.format(clip=clip, chunk=chunk, more=more))
+        return make_run(tables + PRIVATE.format(clip=clip, more=more))
 
     return make
 

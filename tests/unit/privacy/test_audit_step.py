@@ -13,7 +13,7 @@ CANARIES, STEPS = 300, 20
 
 @pytest.fixture
 def run(make_private):
-    run = make_private(chunk=64)
+    run = make_private()
     return run.model_copy(update={"privacy": run.privacy.model_copy(update={"noise_multiplier": 4.0})})
 
 
@@ -63,13 +63,13 @@ def test_a_correct_step_stays_under_its_claim(run, trained):
 @pytest.mark.slow
 @pytest.mark.parametrize("bug", ["none", "no noise", "a tenth of the noise", "no clipping"])
 def test_a_step_that_breaks_its_promise_is_caught(run, monkeypatch, bug):
-    noised, clipped = loop.with_noise, loop.clipped_sum
+    noised, add_clipped = loop.with_noise, loop.add_clipped
     if bug == "no noise":
         monkeypatch.setattr(loop, "with_noise", lambda value, deviation: value)
     elif bug == "a tenth of the noise":
         monkeypatch.setattr(loop, "with_noise", lambda value, deviation: noised(value, deviation / 10))
     elif bug == "no clipping":
-        monkeypatch.setattr(loop, "clipped_sum", lambda gradients, clip_norm: clipped(gradients, 1e9))
+        monkeypatch.setattr(loop, "add_clipped", lambda total, gradient, clip_norm: add_clipped(total, gradient, 1e9))
     found = audited(run)
     assert 0.5 < found.claim < 2.0
     assert (found.lower_bound > found.claim) == (bug != "none")
