@@ -201,7 +201,7 @@ def test_server_interleaves_two_runs_and_the_second_is_refused_until_the_first_i
     assert site.train_round(task(2)).state_round == 1
     assert site.train_round(task(7)).state_round == 2  # the last one
     assert site.train_round(task(run_id="run-2")).updates
-    with pytest.raises(LimitError, match="^run run-2 is not finished"):
+    with pytest.raises(LimitError, match=r"^run run-2 is not finished"):
         Site(folder).train_round(task(run_id="run-3"))
 
 
@@ -218,7 +218,7 @@ def test_an_operator_ends_a_run_for_good(folder):
         in CliRunner().invoke(main, ["site", "status", str(folder)]).output.splitlines()
     )
     assert end("run-1").output == "run run-1: ended at this site\n"
-    with pytest.raises(LimitError, match="^run run-1: the operator of this site has ended it"):
+    with pytest.raises(LimitError, match=r"^run run-1: the operator of this site has ended it"):
         site.train_round(task(2))
     assert site.train_round(task(run_id="run-2")).updates
 
@@ -235,7 +235,7 @@ def test_a_run_that_asks_for_nothing_for_a_day_gives_way(folder):
         write_checked(path, json.dumps(note | {"newest": time.time() - 3600.0 * hours}).encode())
         assert list(active_runs(site.state_dir, site.config.limits)) == active
     assert site.train_round(task(run_id="run-2")).updates
-    with pytest.raises(LimitError, match="^run run-2 is not finished"):
+    with pytest.raises(LimitError, match=r"^run run-2 is not finished"):
         site.train_round(task(2))
 
 
@@ -243,5 +243,5 @@ def test_a_site_that_allows_two_runs_refuses_the_third(tmp_path, write_site):
     site = Site(write_site(tmp_path / "beta", "beta", ("brain", "heart"), extra="[limits]\nruns-at-once = 2\n"))
     for run_id in ("run-1", "run-2"):
         assert site.train_round(task(run_id=run_id)).updates
-    with pytest.raises(LimitError, match="^run run-2 is not finished"):
+    with pytest.raises(LimitError, match=r"^run run-2 is not finished"):
         site.train_round(task(run_id="run-3"))
