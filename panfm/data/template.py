@@ -38,6 +38,13 @@ may-leave = ["updates", "counts", "loss", "saliency"]
 # public-subjects = 1000
 # Experiments that may run here, by the hash that `panfm site dry-run` prints; empty: any.
 experiments = []
+# Fewest training subjects in a batch, behind a stream's update of a round, a loss or a saliency, and fewest local steps
+# in a round, of a run whose noise the epsilon above does not bound. docs/site-operator.md says what they do not stop.
+smallest-batch = 8
+smallest-steps = 5
+# Unfinished runs that may ask for rounds; one that has asked for nothing for so many hours gives way.
+runs-at-once = 1
+idle-hours = 24.0
 # A round that takes longer is given up; one that fills more memory fails.
 # seconds-per-round = 3600.0
 # memory-gib = 32.0

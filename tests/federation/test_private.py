@@ -6,6 +6,7 @@ from functools import cache
 
 import pytest
 import safetensors.numpy
+import tomli_w
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -15,6 +16,7 @@ from panfm.files import read_checked
 from panfm.privacy import ledger
 from panfm.privacy.ledger import FILE
 from panfm.report import print_tables, read_run, write_report
+from tests.conftest import NO_FLOORS
 
 PRIVATE = (
     "objective.standardise=false",
@@ -38,8 +40,8 @@ def four_sites(federation, write_site, monkeypatch):
     monkeypatch.setattr(ledger, "epsilon", lambda mechanisms, delta: told(tuple(mechanisms), delta))
     write_site(federation.sites / "delta", "delta", ("brain", "heart"))
     for name, epsilon in BUDGETS.items():
-        with (federation.sites / name / "site.toml").open("a") as file:
-            file.write(f"[limits]\nepsilon = {epsilon}\ndelta = 1e-3\npublic-subjects = 50\n")
+        limits = NO_FLOORS | {"epsilon": epsilon, "delta": 1e-3, "public-subjects": 50}
+        (federation.sites / name / "site.toml").write_text(tomli_w.dumps({"name": name, "limits": limits}))
     return federation
 
 

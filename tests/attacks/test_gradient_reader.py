@@ -1,0 +1,182 @@
+"""A server that wants one patient's gradient out of a site that keeps the limits that `panfm site init` writes."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import tomli_w
+import torch
+
+from panfm.config import RunConfig, dump_toml, parse_run
+from panfm.data.cache import open_store
+from panfm.errors import LimitError, PanfmError
+from panfm.models import build_model
+from panfm.objectives import Learner
+from panfm.sharing.groups import GroupManifest
+from panfm.sharing.messages import Invitation, RoundTask
+from panfm.site import Site
+
+RUN = """
+name = "reader"
+seed = 3
+[streams]
+brain-mr = { spacing-mm = [8.0, 8.0, 8.0], shape = [8, 8, 8], patch = [4, 4, 8] }
+heart-mr = { spacing-mm = [8.0, 8.0, 8.0], shape = [8, 8, 8], patch = [4, 4, 8] }
+"""
+ONE_PATIENT = "[train]\nrounds = 6\nvalidate-every = 1\nlocal-steps = 1\nbatch-size = 1\n"
+FEWEST = "[train]\nrounds = 6\nvalidate-every = 1\nlocal-steps = 5\nbatch-size = 8\n"
+
+
+@pytest.fixture
+def hospital(tmp_path, write_site):
+    """A site with the default limits; some of its patients hold a heart as well, and the others only a brain."""
+
+    def make(subjects=20, hearts=20, **limits) -> Site:
+        folder = write_site(
+            tmp_path / f"alpha-{subjects}-{hearts}-{len(limits)}", "alpha", ("brain", "heart"), subjects
+        )
+        rows = (folder / "manifest.csv").read_text().splitlines()
+        kept = [row for row in rows if "heart-mr" not in row or int(row.split("-")[1].split(",")[0]) < hearts]
+        (folder / "manifest.csv").write_text("\n".join(kept) + "\n")
+        (folder / "site.toml").write_text(tomli_w.dumps({"name": "alpha", "limits": limits}))
+        return Site(folder)
+
+    return make
+
+
+def task(train: str, number=1, *, streams=("brain-mr", "heart-mr"), run_id="run-1") -> RoundTask:
+    run = parse_run(RUN + train)
+    tensors = {name: tensor.numpy() for name, tensor in build_model(run).state_dict().items()}
+    groups = GroupManifest.of({name: tensor.shape for name, tensor in tensors.items()}).pack_all(tensors)
+    kept = {group for group in groups if not group.startswith("stream:")} | {f"stream:{name}" for name in streams}
+    return RoundTask(run_id, number, dump_toml(run), {group: groups[group] for group in groups if group in kept})
+
+
+def as_one_adam_step(site: Site, run: RunConfig) -> np.ndarray:
+    """The backbone's first AdamW step, by the gradient of the patient whom a site draws first."""
+    learner = Learner(run)
+    store = open_store(site.folder, run.streams)
+    words = {"first_step": 0, "num_steps": 1, "site": "alpha", "round_number": 1}
+    learner.train(store, store.indices("train"), **words)
+    parameters = sorted((name, each) for name, each in learner.model.named_parameters() if name.startswith("backbone."))
+    gradients = [torch.zeros_like(each) if each.grad is None else each.grad for _, each in parameters]
+    gradient = torch.cat([each.reshape(-1) for each in gradients])
+    return (-gradient / (gradient.abs() + 1e-8)).numpy()
+
+
+def test_a_batch_of_one_patient_and_one_step_reads_a_gradient_where_a_site_sets_no_floor(hospital):
+    """The control: what the floors are for."""
+    site, asked = hospital(**{"smallest-batch": 1, "smallest-steps": 1}), task(ONE_PATIENT)
+    update = site.train_round(asked).updates["backbone"]
+    expected = as_one_adam_step(site, parse_run(asked.run_toml))
+    assert np.corrcoef(update, expected)[0, 1] > 0.999
+
+
+@pytest.mark.parametrize(
+    ("train", "why"),
+    [
+        (ONE_PATIENT, r"train\.batch-size is 1, expected at least limits\.smallest-batch \(8\)"),
+        (FEWEST.replace("= 8", "= 7"), r"train\.batch-size is 7, expected at least limits\.smallest-batch \(8\)"),
+        (FEWEST.replace("= 5", "= 4"), r"train\.local-steps is 4, expected at least limits\.smallest-steps \(5\)"),
+    ],
+)
+def test_server_asks_for_too_small_a_batch_or_too_few_steps_and_is_refused(hospital, train, why):
+    site = hospital()
+    with pytest.raises(LimitError, match=why):
+        site.handshake(Invitation(task(train).run_toml))
+    with pytest.raises(LimitError, match=why):
+        site.train_round(task(train))
+    assert site.train_round(task(FEWEST)).updates
+
+
+def test_server_hides_one_patient_behind_a_privacy_table_of_its_own_epsilon_and_is_refused(hospital):
+    private = """
+    [objective]
+    standardise = false
+    [masking]
+    policy = "random"
+    [privacy]
+    epsilon = 1e9
+    delta = 1e-3
+    public-subjects = 40
+    noise-multiplier = 0.5
+    sample-rate = 0.05
+    """
+    with pytest.raises(LimitError, match=r"sample-rate x public-subjects is 2, expected at least"):
+        hospital().handshake(Invitation(task(FEWEST + private).run_toml))
+
+
+def test_server_names_a_batch_that_the_site_cannot_fill_and_is_refused(hospital):
+    site = hospital(subjects=8)  # one is for validation
+    for ask in (lambda: site.handshake(Invitation(task(FEWEST).run_toml)), lambda: site.train_round(task(FEWEST))):
+        with pytest.raises(LimitError, match=r"^7 training subjects, expected at least limits\.smallest-batch \(8\)$"):
+            ask()
+
+
+def test_server_asks_for_a_stream_that_one_patient_holds_and_never_hears_of_it(hospital):
+    site, asked = hospital(hearts=1), task(FEWEST, streams=("brain-mr",))
+    assert site.handshake(Invitation(asked.run_toml)).streams == {"brain-mr": 19}
+    assert set(site.train_round(asked).weights) == {"backbone", "head", "stream:brain-mr"}
+
+
+def test_server_asks_for_nothing_but_a_stream_that_few_patients_hold_and_is_refused(hospital):
+    run = parse_run(RUN + FEWEST)
+    alone = run.model_copy(update={"streams": {"heart-mr": run.streams["heart-mr"]}})
+    with pytest.raises(LimitError, match=r"3 training subjects"):
+        hospital(hearts=3).handshake(Invitation(dump_toml(alone)))
+
+
+def test_server_waits_for_a_round_whose_batches_hold_a_stream_of_few_patients_and_gets_no_update_of_it(hospital):
+    """Eight of 119 patients hold a heart, and a round draws forty: far fewer than eight hearts."""
+    reply = hospital(subjects=120, hearts=8).train_round(task(FEWEST))
+    assert not reply.updates["stream:heart-mr"].any()
+    assert reply.weights["stream:heart-mr"] == (0.0,)
+    assert "heart-mr" not in reply.saliency
+    assert reply.updates["stream:brain-mr"].any()
+    assert reply.updates["backbone"].any()
+
+
+@pytest.mark.parametrize("coding", ["bf16", "int8"])
+def test_a_stream_that_was_withheld_keeps_what_its_coding_owes(hospital, coding):
+    site = hospital(subjects=120, hearts=8)
+    asked = task(f'{FEWEST}[sharing]\ncoding = "{coding}"\n')
+    assert not site.train_round(asked).updates["stream:heart-mr"].any()
+    assert site.train_round(replace(asked, round_number=2)).state_round == 1
+
+
+@pytest.mark.parametrize("counting", [1, 4])
+def test_server_lets_all_steps_but_a_few_be_left_out_and_gets_no_answer(hospital, monkeypatch, counting):
+    """As with parameters under which the loss of the other batches is not finite."""
+    from panfm.objectives.latent import LatentObjective
+
+    real, calls = LatentObjective.loss, []
+
+    def often_nan(self, *views):
+        calls.append(0)
+        return real(self, *views) * (1.0 if len(calls) <= counting else float("nan"))
+
+    monkeypatch.setattr(LatentObjective, "loss", often_nan)
+    with pytest.raises(LimitError, match=rf"{counting} steps counted, expected at least limits\.smallest-steps \(5\)"):
+        hospital().train_round(task(FEWEST))
+
+
+def rate_at(run: RunConfig, step: int) -> float:
+    from panfm.objectives.schedules import warmup_cosine
+
+    position = (step + 0.5) / run.train.total_steps
+    return run.train.learning_rate * warmup_cosine(position, warmup=run.train.warmup)
+
+
+@pytest.mark.parametrize(("key", "step"), [("weight-decay", 4), ("proximal-mu", 3)])
+def test_server_erases_all_steps_but_the_last_and_gets_no_answer(hospital, key, step):
+    """A decay, or a pull back to the global parameters, of one over the learning rate of a step."""
+    rising = FEWEST + "learning-rate = 0.1\nwarmup = 0.17\n"
+    factor = 1.0 / rate_at(parse_run(RUN + rising), step)
+    with pytest.raises(PanfmError, match=r"one step makes most of the update|proximal-mu|weight-decay"):
+        hospital().train_round(task(f"{rising}{key} = {factor!r}\n"))
+
+
+def test_server_reads_no_loss_of_a_single_validation_patient(hospital):
+    reply = hospital().train_round(task(FEWEST))
+    assert reply.validation_loss is None
+    assert reply.loss is not None
