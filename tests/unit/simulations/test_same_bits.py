@@ -320,13 +320,14 @@ def test_runs_cover_objectives_and_maskings():
 
 
 def test_chosen_runs():
-    assert [run.name for run in chosen(["int8-resumed"], without_deployment=False)] == [
+    assert [run.name for run in chosen(["int8-resumed"], quick=False)] == [
         FIRST.name,
         "int8",
         "int8-resumed",
     ]
-    assert chosen([], without_deployment=False) == list(RUNS)
-    assert {run.engine for run in chosen([], without_deployment=True)} == {"local"}
+    assert chosen([], quick=False) == list(RUNS)
+    assert {run.engine for run in chosen([], quick=True)} == {"local"}
+    assert [run.name for run in chosen(["deployment"], quick=True)] == [FIRST.name, "deployment"]
 
 
 @pytest.mark.parametrize(
@@ -340,7 +341,7 @@ def test_a_name_that_is_none_is_refused_before_work(words, complaint):
 
 @pytest.mark.slow
 def test_a_tree_gives_the_same_bits_as_itself(tmp_path):
-    runs = chosen(["private"], without_deployment=True)
+    runs = chosen(["private"], quick=True)
     verdicts = compare_trees(ROOT, ROOT, tmp_path, runs, Allowances.read(), Console(quiet=True))
     assert list(verdicts) == [FIRST.name, "private"]
     assert not any(differences for parts in verdicts.values() for differences in parts.values())
