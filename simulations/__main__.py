@@ -62,7 +62,7 @@ def same_bits(
     from simulations.same_bits.command import same_bits as prove
     from simulations.same_bits.runs import chosen
 
-    prove(base, chosen(only or [], without_deployment=quick), Console(soft_wrap=True, highlight=False))
+    prove(base, chosen(only or [], quick=quick), Console(soft_wrap=True, highlight=False))
 
 
 def _pass_on(verb: str, package: str, name: str, words: list[str]) -> None:

@@ -83,15 +83,13 @@ def show(verdicts: Verdicts, allowances: Allowances, console: Console) -> None:
 
 def _verdicts(sides: list[Side], runs: list[Run], allowances: Allowances) -> Verdicts:
     base, here = sides
-    verdicts = {run.name: compare(base.files(run), here.files(run), allowances, run.parts) for run in runs}
     by_name = {run.name: run for run in runs}
+    pairs = {run.name: (base.files(run), here.files(run), run.parts) for run in runs}
     for run in runs:
         if run.resumes_like:
             undisturbed = here.files(by_name[run.resumes_like])
-            verdicts[f"{run.name} and {run.resumes_like}"] = compare(
-                undisturbed, here.files(run), allowances, run.parts
-            )
-    return verdicts
+            pairs[f"{run.name} and {run.resumes_like}"] = (undisturbed, here.files(run), run.parts)
+    return {row: compare(before, now, allowances.of(row), parts) for row, (before, now, parts) in pairs.items()}
 
 
 def _table(verdicts: Verdicts) -> Table:

@@ -29,6 +29,7 @@ PARTS = ("model", "state", "rounds", "replies", "probe")
 ALLOWED = Path(__file__).with_name("allowed.toml")
 _DIGEST_BYTES = 64
 _MISSING = object()
+_KEYS = {"allowed": {"run", "part", "key", "reason"}, "renamed": {"run", "part", "was", "now", "reason"}}
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1"}
 Table = dict[str, Any]
 """`<file>: <key>` -> Tensor, or a JSON scalar."""
@@ -71,23 +72,31 @@ class Allowances:
     """Declared differences between two versions, and how often each was met."""
 
     differences: tuple[Mapping[str, str], ...] = ()
-    """Tables with `part`, `key` (a pattern of `<file>: <key>`) and `reason`."""
+    """Tables with `run` (a pattern of its name), `part`, `key` (a pattern of `<file>: <key>`) and `reason`."""
     renamed: tuple[Mapping[str, str], ...] = ()
-    """Tables with `part`, `was` (a regular expression), `now` and `reason`: the base's `<file>: <key>` is renamed."""
+    """Tables with `run`, `part`, `was` (a regular expression), `now` and `reason`: the base's `<file>: <key>` is
+    renamed."""
     met: Counter[str] = field(default_factory=Counter)
     """Reason -> keys."""
 
     @classmethod
     def read(cls, path: Path = ALLOWED) -> "Allowances":
-        """Read `allowed.toml`. Raises ConfigError for an entry without a part that is known, or without a reason."""
+        """Read `allowed.toml`. Raises ConfigError for an entry of other keys, of no known part, or without a reason."""
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
-        for kind, keys in (("allowed", {"part", "key", "reason"}), ("renamed", {"part", "was", "now", "reason"})):
-            for entry in tables.get(kind, ()):
-                if set(entry) != keys or entry["part"] not in PARTS or not entry["reason"].strip():
-                    raise ConfigError(f"{path}: {kind} {entry}: expected {sorted(keys)}, part one of {PARTS}")
-        if unknown := set(tables) - {"allowed", "renamed"}:
-            raise ConfigError(f"{path}: {sorted(unknown)[0]}: unknown, expected allowed or renamed")
+        for kind, entries in tables.items():
+            if kind not in _KEYS:
+                raise ConfigError(f"{path}: {kind}: unknown, expected one of {', '.join(_KEYS)}")
+            for entry in entries:
+                if set(entry) != _KEYS[kind] or entry["part"] not in PARTS or not entry["reason"].strip():
+                    raise ConfigError(f"{path}: {kind} {entry}: expected {sorted(_KEYS[kind])}, part one of {PARTS}")
         return cls(tuple(tables.get("allowed", ())), tuple(tables.get("renamed", ())))
+
+    def of(self, run: str) -> "Allowances":
+        """Those of one run; what they meet counts for all."""
+        differences = tuple(entry for entry in self.differences if fnmatchcase(run, entry["run"]))
+        return Allowances(
+            differences, tuple(entry for entry in self.renamed if fnmatchcase(run, entry["run"])), self.met
+        )
 
     def allows(self, part: str, key: str) -> bool:
         """Whether a key may differ, or be on one side only."""

@@ -119,17 +119,17 @@ RUNS = (
             "privacy.delta=1e-3",
             "privacy.public-subjects=24",
             "privacy.noise-multiplier=1.6",
-            "privacy.sample-rate=0.3",
+            "privacy.sample-rate=0.5",
         ),
         is_seeded=True,
     ),
     Run(
         "private-sites",
         (
-            "server-privacy.epsilon=50.0",
+            "server-privacy.epsilon=8.0",
             "server-privacy.delta=1e-3",
             "server-privacy.num-sites=3",
-            "server-privacy.noise-multiplier=1.0",
+            "server-privacy.noise-multiplier=4.0",
         ),
         is_seeded=True,
     ),
@@ -137,8 +137,11 @@ RUNS = (
 )
 
 
-def chosen(names: list[str], *, without_deployment: bool) -> list[Run]:
-    """The first run, which makes the cohort, and those of the others that are asked for: all of them by default.
+def chosen(names: list[str], *, quick: bool) -> list[Run]:
+    """The first run, which makes the cohort, and the others that are named; all of them if none is.
+
+    Args:
+        quick: Leave the deployment out, unless it is named.
 
     Raises:
         ConfigError: there is no run of such a name.
@@ -146,7 +149,6 @@ def chosen(names: list[str], *, without_deployment: bool) -> list[Run]:
     known = {run.name for run in RUNS}
     if unknown := sorted(set(names) - known):
         raise ConfigError(f"--only {unknown[0]}: expected one of {', '.join(run.name for run in RUNS)}")
-    wanted = set(names) or known
+    wanted = set(names) or {run.name for run in RUNS if not (quick and run.engine == "deployment")}
     wanted |= {run.resumes_like for run in RUNS if run.name in wanted}
-    runs = [run for run in RUNS if run is FIRST or run.name in wanted]
-    return [run for run in runs if not (without_deployment and run.engine == "deployment")]
+    return [run for run in RUNS if run is FIRST or run.name in wanted]

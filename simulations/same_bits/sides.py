@@ -130,11 +130,12 @@ class Side:
             ) as process,
         ):
             assert process.stdout
+            ended = []
             for line in process.stdout:
-                told = json.loads(line)
-                if told["status"]:
-                    raise RunError(f"{self.name}: {told['run']}: {_last_line(self._log(told['run']))}")
-                tell(f"{self.name}: {told['run']} ({told['seconds']:.0f} s)")
+                ended.append(json.loads(line))
+                tell(f"{self.name}: {ended[-1]['run']} ({ended[-1]['seconds']:.0f} s)")
+        if failed := [job["run"] for job in ended if job["status"]]:
+            raise RunError("\n".join(f"{self.name}: {run}: {_last_line(self._log(run))}" for run in failed))
         if process.returncode != status:
             why = f"status {process.returncode}, expected {status}: {_last_line(log)}"
             raise RunError(f"{self.name}: {jobs[0]['run']}: {why}")

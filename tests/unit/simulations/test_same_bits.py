@@ -217,19 +217,28 @@ def test_a_key_of_a_description_in_a_reply_is_named(base, here):
 
 
 def test_only_what_is_declared_may_differ(base, here):
-    entry = {"part": "rounds", "key": "rounds.jsonl: *.seconds", "reason": "time"}
+    entry = {"run": "*", "part": "rounds", "key": "rounds.jsonl: *.seconds", "reason": "time"}
     rewrite(here.run_dir / "rounds.jsonl", b'"seconds": 1.25', b'"seconds": 2.5')
     assert list(told(base, here)) == ["rounds"]
     assert list(told(base, here, Allowances((entry | {"part": "probe"},)))) == ["rounds"]
-    allowances = Allowances((entry, {"part": "model", "key": "none", "reason": "stale"}))
+    allowances = Allowances((entry, {"run": "*", "part": "model", "key": "none", "reason": "stale"}))
     assert told(base, here, allowances) == {}
     assert (dict(allowances.met), allowances.unused()) == ({"time": 1}, ["stale"])
     rewrite(here.run_dir / "rounds.jsonl", b'"loss": 0.25', b'"loss": 0.125')
     assert list(told(base, here, allowances)) == ["rounds"]
 
 
+def test_a_declaration_holds_for_the_runs_that_it_names():
+    entry = {"run": "private*", "part": "model", "key": "*", "reason": "one more draw"}
+    allowances = Allowances((entry,), (entry,))
+    for run, number in (("private", 1), ("private-sites", 1), ("dex-private", 0)):
+        assert len(allowances.of(run).differences) == len(allowances.of(run).renamed) == number
+    assert allowances.of("private").allows("model", "model.safetensors: a")
+    assert allowances.unused() == []
+
+
 def test_a_renamed_key_keeps_its_value(base, here):
-    entry = {"part": "rounds", "was": r"\.loss$", "now": ".training-loss", "reason": "plain words"}
+    entry = {"run": "*", "part": "rounds", "was": r"\.loss$", "now": ".training-loss", "reason": "plain words"}
     for number in (b"0.5", b"0.25"):
         rewrite(here.run_dir / "rounds.jsonl", b'"loss": ' + number, b'"training-loss": ' + number)
     assert list(told(base, here)) == ["rounds"]
@@ -241,11 +250,12 @@ def test_a_renamed_key_keeps_its_value(base, here):
 @pytest.mark.parametrize(
     "text",
     [
-        '[[allowed]]\npart = "rounds"\nkey = "*"\n',
-        '[[allowed]]\npart = "rounds"\nkey = "*"\nreason = " "\n',
-        '[[allowed]]\npart = "round"\nkey = "*"\nreason = "time"\n',
-        '[[renamed]]\npart = "rounds"\nwas = "a"\nreason = "words"\n',
-        '[[alowed]]\npart = "rounds"\nkey = "*"\nreason = "time"\n',
+        '[[allowed]]\nrun = "*"\npart = "rounds"\nkey = "*"\n',
+        '[[allowed]]\nrun = "*"\npart = "rounds"\nkey = "*"\nreason = " "\n',
+        '[[allowed]]\nrun = "*"\npart = "round"\nkey = "*"\nreason = "time"\n',
+        '[[allowed]]\npart = "rounds"\nkey = "*"\nreason = "time"\n',
+        '[[renamed]]\nrun = "*"\npart = "rounds"\nwas = "a"\nreason = "words"\n',
+        '[[alowed]]\nrun = "*"\npart = "rounds"\nkey = "*"\nreason = "time"\n',
     ],
 )
 def test_a_declaration_without_a_reason_or_a_known_part_is_refused(tmp_path, text):
@@ -320,13 +330,14 @@ def test_runs_cover_objectives_and_maskings():
 
 
 def test_chosen_runs():
-    assert [run.name for run in chosen(["int8-resumed"], without_deployment=False)] == [
+    assert [run.name for run in chosen(["int8-resumed"], quick=False)] == [
         FIRST.name,
         "int8",
         "int8-resumed",
     ]
-    assert chosen([], without_deployment=False) == list(RUNS)
-    assert {run.engine for run in chosen([], without_deployment=True)} == {"local"}
+    assert chosen([], quick=False) == list(RUNS)
+    assert {run.engine for run in chosen([], quick=True)} == {"local"}
+    assert [run.name for run in chosen(["deployment"], quick=True)] == [FIRST.name, "deployment"]
 
 
 @pytest.mark.parametrize(
@@ -340,7 +351,7 @@ def test_a_name_that_is_none_is_refused_before_work(words, complaint):
 
 @pytest.mark.slow
 def test_a_tree_gives_the_same_bits_as_itself(tmp_path):
-    runs = chosen(["private"], without_deployment=True)
+    runs = chosen(["private"], quick=True)
     verdicts = compare_trees(ROOT, ROOT, tmp_path, runs, Allowances.read(), Console(quiet=True))
     assert list(verdicts) == [FIRST.name, "private"]
     assert not any(differences for parts in verdicts.values() for differences in parts.values())
