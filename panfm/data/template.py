@@ -31,8 +31,9 @@ ledger-dir = ".panfm/ledger"
 [limits]
 # Kinds of content that may leave the site; updates and counts are needed to take part.
 may-leave = ["updates", "counts", "loss", "saliency"]
-# Set epsilon to take part in differentially private runs only, and to spend at most this over all of them.
+# Set these three to take part in differentially private runs only, and to spend at most this over all of them.
 # epsilon = 8.0
+# At most 1 / (10 public-subjects).
 # delta = 1e-4
 # Patients that the site is publicly known to have; stands for the true number in private runs.
 # public-subjects = 1000

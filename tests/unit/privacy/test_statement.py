@@ -32,6 +32,10 @@ def test_what_a_ledger_says(site):
         in (shown.replace("\n", " "))
     )
     assert "Not covered:" in shown
+    assert "Protected against: the coordinator and its server, even one that chooses" in shown
+    assert "Void if the same patients also took part in a run without privacy" in shown
+    end = Ledger(site / ".panfm" / "ledger", "alpha").entries()[-1]["hash"]
+    assert shown.splitlines()[-1] == f"The chain ends with: {end}"
 
 
 def test_a_patient_at_several_sites_pays_at_each(site, make_private):

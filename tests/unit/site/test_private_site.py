@@ -23,6 +23,7 @@ from panfm.sharing.messages import Invitation, RoundReply, RoundTask
 from panfm.sharing.weights import weight_limits
 from panfm.site import Site, answer
 from panfm.site.spending import Account
+from panfm.site.state import StateStore
 from tests.conftest import NO_FLOORS
 
 RUN = """
@@ -307,7 +308,48 @@ def _without_experts(asked: RoundTask) -> RoundTask:
 def test_a_dry_run_spends_nothing(site):
     from panfm.site.dry_run import dry_run
 
-    found = dry_run(site.folder, parse_run(RUN + RANDOM + PRIVACY))
-    assert found.handshake.subjects == 40
-    assert found.reply.loss is None
-    assert not spent(site)
+    for paid in (0, 1):
+        found = dry_run(site.folder, parse_run(RUN + RANDOM + PRIVACY))
+        assert found.handshake.subjects == 40
+        assert found.reply.loss is None
+        assert len(spent(site)[1:]) == paid
+        site.train_round(task())
+
+
+def test_the_noise_that_is_drawn_is_the_noise_that_is_booked(site, monkeypatch):
+    """As many times, and of that size, for gradients and saliency."""
+    drawn = {}
+
+    def note(name, real):
+        def with_noise(value, deviation):
+            drawn.setdefault(name, []).append(deviation)
+            return real(value, deviation)
+
+        return with_noise
+
+    for name, module in (("gradients", loop), ("saliency", saliency)):
+        monkeypatch.setattr(module, "with_noise", note(name, module.with_noise))
+    site.train_round(task(extra=GUIDED, privacy=PRIVACY + "clip-norm = 0.25\n"))
+    booked = {each.name: each for each in mechanisms_of(spent(site)[-1])}
+    assert booked.keys() == drawn.keys()
+    num_parameters = len(list(site._warm[1].learner.model.parameters()))
+    for name, per_release in (("gradients", num_parameters), ("saliency", 1)):
+        assert len(drawn[name]) == booked[name].count * per_release
+        assert set(drawn[name]) == {booked[name].noise * booked[name].sensitivity}
+
+
+@pytest.mark.parametrize("extra", [RANDOM + '[sharing]\ncoding = "int8"\n', GUIDED + DEX])
+def test_a_run_without_privacy_in_the_same_process_leaves_nothing_to_a_private_one(site, tmp_path, monkeypatch, extra):
+    """Model, teacher, optimiser, what coding lost: with the mechanisms' releases fixed, a process that has trained
+    without privacy sends and keeps the same numbers as a new one."""
+    for number in (1, 2):
+        site.train_round(_without_experts(task(number, run_id="plain", extra=extra, privacy="")))
+    found = []
+    for each in (site, Site(site.folder, tmp_path / "new")):
+        with monkeypatch.context() as patched:
+            Fixed(patched)
+            sent = [each.train_round(_without_experts(task(number, extra=extra))).updates for number in (1, 2)]
+        kept = StateStore(each.state_dir, "run-1").load(2)
+        found.append([{name: array.tobytes() for name, array in arrays.items()} for arrays in sent])
+        found[-1].append({name: tensor.numpy().tobytes() for name, tensor in kept.items()})
+    assert found[0] == found[1]

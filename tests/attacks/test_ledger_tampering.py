@@ -1,0 +1,222 @@
+"""Somebody at the site's disk makes its ledger say less than was spent; or a server makes ledger and log long."""
+
+import hashlib
+import json
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from panfm.cli import main
+from panfm.config import parse_run
+from panfm.errors import DataError, LedgerError
+from panfm.privacy import ledger as ledger_module
+from panfm.privacy.ledger import ANCHOR, FILE, Ledger, Limits
+from panfm.sharing.frames import Frame, Kind, encode
+from panfm.sharing.messages import Records
+from panfm.site.departures import Departures
+from tests.unit.site.test_private_site import PRIVACY, RANDOM, RUN
+
+LINES = 20_000
+LIMITS = Limits(1e9, 1e-3)
+PRIVATE = parse_run(RUN + RANDOM + PRIVACY)
+FIRST = "0" * 64
+
+
+@pytest.fixture
+def composed(monkeypatch) -> list[int]:
+    """How many mechanisms the accountant was asked to compose, each time. Every step costs 0.1."""
+    asked = []
+
+    def epsilon(mechanisms, delta):
+        mechanisms = tuple(mechanisms)
+        asked.append(len(mechanisms))
+        return 0.1 * sum(each.count for each in mechanisms)
+
+    monkeypatch.setattr(ledger_module, "epsilon", epsilon)
+    return asked
+
+
+@pytest.fixture
+def folder(tmp_path, write_site) -> Path:
+    return write_site(tmp_path / "alpha", "alpha", ("brain",))
+
+
+def open_ledger(folder: Path) -> Ledger:
+    return Ledger(folder / ".panfm" / "ledger", "alpha", anchor_dir=folder / ".panfm" / "state")
+
+
+def spend(ledger: Ledger, times: int = 1) -> None:
+    for number in range(times):
+        ledger.spend(PRIVATE, "run-1", number + 1, limits=LIMITS, dataset="d")
+
+
+def files(folder: Path) -> tuple[Path, Path]:
+    return folder / ".panfm" / "ledger" / FILE, folder / ".panfm" / "state" / ANCHOR
+
+
+def command(*words):
+    done = CliRunner().invoke(main, ["ledger", *map(str, words)])
+    return done.exit_code, done.output
+
+
+def cut(path: Path, lines: int) -> None:
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-lines]))
+
+
+@pytest.mark.parametrize("is_running", [True, False])
+@pytest.mark.parametrize("lines", [0, 1, 2])
+def test_deleting_the_anchor_and_cutting_the_end_off_stops_the_site(folder, composed, is_running, lines):
+    ledger = open_ledger(folder)
+    spend(ledger, 3)
+    path, anchor = files(folder)
+    anchor.unlink()
+    if lines:
+        cut(path, lines)
+    before = path.read_bytes()
+    for ask in (spend, Ledger.entries, Ledger.spent):
+        with pytest.raises(LedgerError, match=r"its anchor .*ledger\.anchor is missing"):
+            ask(ledger if is_running else open_ledger(folder))
+    assert path.read_bytes() == before
+    assert command("verify", folder)[0] == command("show", folder)[0] == 1
+
+
+def test_an_anchor_without_its_ledger_stops_the_site(folder, composed):
+    spend(open_ledger(folder), 1)
+    path, _ = files(folder)
+    path.unlink()
+    with pytest.raises(LedgerError, match="missing, foreign or cut off"):
+        spend(open_ledger(folder))
+
+
+def test_a_first_use_needs_neither_and_a_crash_during_it_stops_nothing(folder, composed, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(ledger_module, "write_atomic", lambda path, content: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            spend(open_ledger(folder))
+    path, anchor = files(folder)
+    assert (len(path.read_bytes().splitlines()), anchor.exists()) == (1, False)
+    spend(open_ledger(folder), 2)
+    assert [entry["epsilon"] for entry in open_ledger(folder).entries()[1:]] == pytest.approx([0.2, 0.4])
+
+
+def test_a_crash_between_ledger_and_anchor_stops_nothing(folder, composed):
+    ledger = open_ledger(folder)
+    spend(ledger, 1)
+    _, anchor = files(folder)
+    older = anchor.read_bytes()
+    spend(ledger, 1)
+    anchor.write_bytes(older)
+    spend(ledger, 1)
+    anchor.write_bytes(older)
+    spend(open_ledger(folder), 1)
+    assert len(open_ledger(folder).entries()) == 5
+
+
+def test_who_cuts_both_files_is_found_by_an_end_that_was_noted(folder, composed):
+    """A backup of both, put back: nothing on the disk tells, the operator's note does."""
+    spend(open_ledger(folder), 2)
+    shutil.copytree(folder / ".panfm", folder / "backup")
+    spend(open_ledger(folder), 2)
+    noted = command("verify", folder)[1].splitlines()[-1].removeprefix("The chain ends with: ")
+    assert noted == open_ledger(folder).entries()[-1]["hash"]
+    assert command("verify", folder, "--noted", noted)[0] == 0
+    shutil.rmtree(folder / ".panfm")
+    (folder / "backup").rename(folder / ".panfm")
+    assert command("verify", folder)[0] == 0
+    code, output = command("verify", folder, "--noted", noted)
+    assert (code, "the end noted is not in it" in output) == (1, True)
+
+
+def test_the_operator_vouches_for_a_ledger_whose_anchor_is_lost(folder, composed):
+    spend(open_ledger(folder), 2)
+    path, anchor = files(folder)
+    middle, end = (entry["hash"] for entry in open_ledger(folder).entries()[1:])
+    anchor.unlink()
+    code, output = command("verify", folder, "--noted", "f" * 64)
+    assert (code, "the end noted is not in it" in output, anchor.exists()) == (1, True, False)
+    code, output = command("verify", folder, "--noted", middle)
+    assert (code, "written anew" in output, anchor.read_text()) == (0, True, end)
+    spend(open_ledger(folder), 1)
+    assert len(open_ledger(folder).entries()) == 4
+    cut(path, 1)
+    assert command("verify", folder, "--noted", middle)[0] == 1  # an anchor that is there is not overruled
+
+
+def bytes_read() -> int:
+    """By this process so far, whatever function read them."""
+    words = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(words["rchar"])
+
+
+def long_ledger(folder: Path) -> Ledger:
+    """A ledger of some 20,000 rounds, and its anchor."""
+    spend(open_ledger(folder), 1)
+    path, anchor = files(folder)
+    opening, pattern = map(json.loads, path.read_text().splitlines())
+    lines, before = [opening], opening["hash"]
+    for number in range(LINES):
+        entry = {**pattern, "round": number + 1, "epsilon": 0.2 * (number + 1), "before": before}
+        del entry["hash"]
+        before = hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()
+        lines.append({**entry, "hash": before})
+    path.write_text("".join(json.dumps(line, sort_keys=True) + "\n" for line in lines))
+    anchor.write_text(before)
+    return open_ledger(folder)
+
+
+def test_a_long_ledger_costs_a_round_no_more_than_a_short_one(folder, composed):
+    """The server asks for many rounds: each next one would have read and composed all before it."""
+    ledger = long_ledger(folder)
+    path, _ = files(folder)
+    start = bytes_read()
+    spend(ledger, 1)
+    assert bytes_read() - start > path.stat().st_size * 0.9  # the first round verifies all of it
+    start = bytes_read()
+    for _ in range(20):
+        spend(ledger, 1)
+        ledger.spent()
+    assert bytes_read() - start < 20 * 4096 < path.stat().st_size / 50
+    assert max(composed) <= 2
+    assert len(ledger.entries()) == LINES + 22
+    tampered = path.read_bytes().replace(b'"round": 7,', b'"round": 8,')
+    time.sleep(0.02)  # a clock tick
+    path.write_bytes(tampered)
+    for ask in (spend, Ledger.entries, Ledger.spent):
+        for each in (ledger, open_ledger(folder)):
+            with pytest.raises(LedgerError, match="line 8 was changed"):
+                ask(each)
+    assert command("verify", folder)[0] == 1
+
+
+def answer(number: int) -> Frame:
+    return Frame(Kind.ANSWER, Records({"backbone": np.ones(3, np.float32)}, {}, {"run-id": "run-1", "round": number}))
+
+
+def test_a_long_record_of_departures_costs_a_message_no_more_than_a_short_one(tmp_path, caplog):
+    record = Departures(tmp_path)
+    record.append(answer(1), encode(answer(1)))
+    pattern, lines, before = json.loads(record.path.read_text()), [], FIRST
+    for number in range(LINES):
+        line = {key: value for key, value in pattern.items() if key != "chain"} | {"round": number + 1}
+        before = hashlib.sha256((before + json.dumps(line, sort_keys=True)).encode()).hexdigest()
+        lines.append(json.dumps(line | {"chain": before}) + "\n")
+    record.path.write_text("".join(lines))
+    record = Departures(tmp_path)
+    record.append(answer(1), encode(answer(1)))
+    start = bytes_read()
+    for number in range(20):
+        record.append(answer(number), encode(answer(number)))
+    assert bytes_read() - start < 20 * 4096 < record.path.stat().st_size / 50
+    assert len(list(record.lines())) == LINES + 21
+    assert not caplog.records
+    time.sleep(0.02)  # a clock tick
+    record.path.write_bytes(record.path.read_bytes().replace(b'"round": 7,', b'"round": 8,'))
+    for each in (record, Departures(tmp_path)):
+        each.append(answer(1), encode(answer(1)))
+        assert "line 7 was changed" in caplog.records[-1].getMessage()
+        with pytest.raises(DataError, match="line 7 was changed"):
+            list(each.lines())
