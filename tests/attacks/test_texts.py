@@ -7,10 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from flwr.app import Error
-from hypothesis import given
-from hypothesis import strategies as st
 
-from panfm import texts
 from panfm.config import dump_toml, parse_run
 from panfm.errors import ConfigError, ProtocolError, one_line
 from panfm.evaluate.labels import read_label_info
@@ -142,59 +139,6 @@ def test_a_cohort_of_others_is_checked_before_it_is_parsed(tmp_path):
     with pytest.raises(Exception, match=r"cohort\.toml: expected a readable TOML file"):
         read_label_info(tmp_path)
     assert time.process_time() - start < SECONDS
-
-
-@pytest.mark.parametrize(
-    ("text", "depth"),
-    [
-        ("a = 1", 0),
-        ("a.b = 15", 1),
-        ("a = 1.5", 1),
-        ("[a.b]\nc = 1", 2),
-        ("[a]\nb = [[1, 2], [3]]", 2),
-        ("a = {b = {c.d = 1}, e = 2}", 3),
-        ('a = "[[[[{{{{a.a.a"', 0),
-        ("a = '[[[['", 0),
-        (f'a = {QUOTES}\n[["{QUOTES}\nb = [1]', 1),
-        (f'a = {QUOTES}[["{QUOTES}""\nb = 1', 0),
-        ("a = '''[[''[['''\nb = 1", 0),
-        ('a = "\\"[[[["', 0),
-        ("# [[[[\na = 1", 0),
-        ('"a.b.c".d = 1', 1),
-        ('{"a": {"b": [1.5, 2.5]}}', 4),
-    ],
-)
-def test_depth_by_hand(monkeypatch, text, depth):
-    monkeypatch.setattr(texts, "MAX_DEPTH", depth)
-    texts.check_text(text, "here")
-    monkeypatch.setattr(texts, "MAX_DEPTH", depth - 1)
-    if depth:
-        with pytest.raises(ConfigError, match="here: nested deeper"):
-            texts.check_text(text, "here")
-
-
-def _nested(value: object) -> int:
-    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return max((1 + _nested(child) for child in children), default=0)
-
-
-@given(st.text(alphabet="[]{}.,=\n\"'#\\ab1 ", max_size=60))
-def test_nothing_that_parses_is_deeper_than_the_check_says(text):
-    """By brute force: the parsed tables of texts that pass are no deeper than the bound, the outermost one apart."""
-    try:
-        table = texts.parse_toml(text, "here")
-    except ConfigError:
-        return
-    texts_depth = min(depth for depth in range(80) if not _too_deep(text, depth))
-    assert _nested(table) <= texts_depth + 1
-
-
-def _too_deep(text: str, depth: int) -> bool:
-    before, texts.MAX_DEPTH = texts.MAX_DEPTH, depth
-    try:
-        return texts._is_too_deep(text)
-    finally:
-        texts.MAX_DEPTH = before
 
 
 def test_profile_of_a_task_must_be_finite():

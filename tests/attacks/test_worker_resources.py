@@ -25,8 +25,8 @@ from panfm.errors import DataError, LimitError
 from panfm.sharing import frames
 from panfm.sharing.frames import Frame, Kind, receive
 from panfm.sharing.messages import Invitation, Records
-from panfm.site import Site, answer, kept_runs, session
-from panfm.site.limits import limit_memory, memory_told
+from panfm.site import Site, answer, session
+from panfm.site import limits as limits_of_site
 from tests.unit.site.test_site import RUN, task
 
 SECONDS, MIB = 2.0, 200
@@ -110,12 +110,10 @@ def test_models_of_this_house_are_within_the_limits():
     for organ in organs:
         for modality in ("mr", "ct"):
             text += f"{organ}-{modality} = {{ spacing-mm = [2, 2, 2], shape = [96, 96, 96], patch = [16, 16, 16] }}\n"
-    from panfm.site.limits import check_sizes, check_step
-
     run = parse_run(text.replace("[2, 2, 2]", "[2.0, 2.0, 2.0]"))
     limits = parse_site('name = "alpha"').limits
-    check_sizes(run, limits)
-    check_step(run, limits, 10_000)
+    limits_of_site.check_sizes(run, limits)
+    limits_of_site.check_step(run, limits, 10_000)
 
 
 def test_the_time_limit_holds_for_a_handshake(folder, monkeypatch):
@@ -214,10 +212,10 @@ def test_server_invents_run_ids_and_the_site_keeps_twenty(folder, monkeypatch):
     assert reason == (
         "site alpha: LimitError: this site's limits.kept-runs (20) runs were at work within a day, expected fewer"
     )
-    os.utime(runs / "made-up-3", (time.time() - 2 * kept_runs._IDLE_S,) * 2)
-    kept_runs.make_room(runs / "made-up-20", 20)
-    assert sorted(path.name for path in runs.iterdir()) == sorted(f"made-up-{n}" for n in range(20) if n != 3)
-    kept_runs.make_room(runs / "made-up-7", 20)  # one that is there needs no room
+    os.utime(runs / "made-up-3", (time.time() - 90_000.0,) * 2)
+    assert answer(site, Frame(Kind.ROUND, task(run_id="made-up-20").to_records())).kind is Kind.ANSWER
+    assert sorted(path.name for path in runs.iterdir()) == sorted(f"made-up-{n}" for n in range(21) if n != 3)
+    assert answer(site, Frame(Kind.ROUND, task(2, run_id="made-up-20").to_records())).kind is Kind.ANSWER
 
 
 def test_models_of_earlier_descriptions_are_let_go():
@@ -335,14 +333,6 @@ def test_memory_that_runs_out_is_told_as_memory(folder, monkeypatch, error):
     (folder / "site.toml").write_text('name = "alpha"\n[limits]\nmemory-gib = 3\n'.replace("3", "3.0"))
     reason = asked(Site(folder), task().run_toml)
     assert reason == ("site alpha: LimitError: this run asks for more memory than there is: limits.memory-gib is 3")
-
-
-def test_other_errors_stay_what_they_are():
-    limits = parse_site('name = "alpha"').limits
-    for error in (RuntimeError("of its own"), OSError(2, "No such file")):
-        with pytest.raises(type(error)), memory_told(limits):
-            raise error
-    limit_memory(None)
 
 
 def test_the_log_of_errors_does_not_grow_for_ever(folder, monkeypatch):
