@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flwr.app import Error
 
-from panfm.config import dump_toml, parse_run
+from panfm.config import dump_toml, load_run, parse_run
 from panfm.errors import ConfigError, ProtocolError, one_line
 from panfm.evaluate.labels import read_label_info
 from panfm.models import build_model
@@ -139,6 +139,14 @@ def test_a_cohort_of_others_is_checked_before_it_is_parsed(tmp_path):
     with pytest.raises(Exception, match=r"cohort\.toml: expected a readable TOML file"):
         read_label_info(tmp_path)
     assert time.process_time() - start < SECONDS
+
+
+def test_a_description_that_grows_beyond_what_sites_read_is_refused_where_it_is_written(tmp_path):
+    names = [f"o{number}" for number in range(800)]
+    streams = "".join(f"{name}-fundus = {{ shape = [8, 8], patch = [4, 4] }}\n" for name in names)
+    (tmp_path / "run.toml").write_text(f'name = "wide"\norgans = {names}\n[streams]\n{streams}')
+    with pytest.raises(ConfigError, match=r"run\.toml: with all defaults: more than 65536 bytes"):
+        load_run(tmp_path / "run.toml")
 
 
 def test_profile_of_a_task_must_be_finite():

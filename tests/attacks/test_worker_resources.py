@@ -96,6 +96,17 @@ def test_server_asks_for_what_no_site_has_and_nothing_is_allocated(folder, monke
     assert f", this site's limits.{limit} is " in reason
 
 
+@pytest.mark.parametrize("spacing", ["600.0", "1e6", "1e30", "1e300"])
+def test_a_spacing_whose_blur_fills_the_memory_is_refused(folder, spacing):
+    """At 10,000 mm, the blur of a scan of 64^3 asked for 86 GB."""
+    run_toml = hostile(brain_mr=stream("[8, 8, 8]", "[4, 4, 8]").replace("[8.0,", f"[{spacing},"))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    reason = asked(Site(folder), dump_toml(parse_run(run_toml)))
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 < MIB
+    assert reason.startswith("site alpha: LimitError: this run's voxels are ")
+    assert reason.endswith(" times as coarse as a scan's, at most 64")
+
+
 def test_one_step_that_fills_too_much_memory_is_refused_before_the_model_is_built(folder, monkeypatch):
     monkeypatch.setattr(session, "_learners", lambda *_: pytest.fail("a model was built"))
     fine = hostile('[model]\nsize = "base"\n', brain_mr=stream("[128, 128, 64]", "[4, 4, 4]"))
