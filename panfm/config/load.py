@@ -20,7 +20,7 @@ from panfm.config._base import Config
 from panfm.config.run import RunConfig
 from panfm.config.site import SiteConfig
 from panfm.errors import ConfigError, one_line
-from panfm.texts import parse_toml, read_text
+from panfm.texts import check_text, parse_toml, read_text
 
 C = TypeVar("C", bound=Config)
 _MAX_COMPLAINTS = 20
@@ -35,7 +35,9 @@ def load_run(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
         ConfigError: the file is absent or not TOML, a key is unknown, a value is out of range, or a model to start from
             cannot be read.
     """
-    return _with_start_hash(_validate(RunConfig, _override(_read(path), overrides), str(path)))
+    run = _with_start_hash(_validate(RunConfig, _override(_read(path), overrides), str(path)))
+    check_text(dump_toml(run), f"{path}: with all defaults")
+    return run
 
 
 def load_site(folder: Path) -> SiteConfig:

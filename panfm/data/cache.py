@@ -19,7 +19,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -128,20 +128,26 @@ def _make_room(cached: Sequence[_Cached], limit_gib: float) -> None:
         )
     folder, new = cached[0].folder, sum(each.size_bytes for each in missing)
     others = _removable(folder, keep={each.file for each in cached})
-    filled = sum(path.stat().st_size for path in others)
+    filled = sum(status.st_size for _, status in others)
     while others and (needed + filled > limit or len(others) + len(cached) > _MAX_FILES or new > _free_bytes(folder)):
-        oldest = others.pop(0)
+        oldest, status = others.pop(0)
         logger.warning("%s: prepared images of another run, removed to make room", oldest.name)
-        filled -= oldest.stat().st_size
-        oldest.unlink(missing_ok=True)
+        filled -= status.st_size
+        with suppress(OSError):
+            oldest.unlink()
     if new > (free := _free_bytes(folder)):
         raise DataError(f"{folder}: found {free / 2**30:.3g} GiB free, expected {new / 2**30:.3g} for the run's images")
 
 
-def _removable(folder: Path, keep: set[Path]) -> list[Path]:
+def _removable(folder: Path, keep: set[Path]) -> list[tuple[Path, os.stat_result]]:
     """Files of other runs, and those that a killed process left unfinished; the longest unused first."""
-    stale = [path for path in folder.glob("*.part") if time.time() - path.stat().st_mtime > _STALE_S]
-    return sorted({*stale, *folder.glob("*.npy")} - keep, key=lambda path: path.stat().st_atime)
+    others = []
+    for path in {*folder.glob("*.npy"), *folder.glob("*.part")} - keep:
+        with suppress(FileNotFoundError):  # another process is at work
+            status = path.stat()
+            if path.suffix == ".npy" or time.time() - status.st_mtime > _STALE_S:
+                others.append((path, status))
+    return sorted(others, key=lambda other: other[1].st_atime)
 
 
 def _free_bytes(folder: Path) -> int:
@@ -156,7 +162,8 @@ def _open(cached: _Cached, progress: Progress | None) -> NDArray[np.float32]:
             _write(part, cached, progress)
         for stale in set(cached.folder.glob(f"{cached.family}.*.npy")) - {cached.file}:
             stale.unlink(missing_ok=True)
-    os.utime(cached.file, ns=(time.time_ns(), cached.file.stat().st_mtime_ns))
+    with suppress(PermissionError):  # another account's file
+        os.utime(cached.file, ns=(time.time_ns(), cached.file.stat().st_mtime_ns))
     images: NDArray[np.float32] = np.load(cached.file, mmap_mode="r")
     return images
 

@@ -21,7 +21,7 @@ def make_room(run_folder: Path, kept: int) -> None:
     """
     if run_folder.exists() or not run_folder.parent.exists():
         return
-    by_age = sorted(run_folder.parent.iterdir(), key=_last_change)
+    by_age = sorted((path for path in run_folder.parent.iterdir() if path.is_dir()), key=_last_change)
     for folder in by_age[: max(len(by_age) - kept + 1, 0)]:
         if time.time() - _last_change(folder) < _IDLE_S:
             raise LimitError(f"this site's limits.kept-runs ({kept}) runs were at work within a day, expected fewer")

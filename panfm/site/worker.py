@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import torch
+
 from panfm.config import SiteConfig, site_path
 from panfm.errors import ConfigError, ProtocolError
 from panfm.sharing.frames import Frame, address, encode, receive, send
@@ -43,6 +45,7 @@ class Worker:
 
     def serve_forever(self) -> None:
         """One question after the other."""
+        _load_libraries()
         while True:
             self.serve_one()
 
@@ -74,6 +77,13 @@ class Worker:
         site = self.site
         self._departures.append(found, content, privacy=site.privacy, epsilon=site.epsilon_spent)
         return content
+
+
+def _load_libraries() -> None:
+    """Import what the first question would import: a limit on time that ends an import leaves half a module behind."""
+    import panfm.data.read  # noqa: F401
+
+    torch.optim.AdamW([torch.zeros(1)])
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import pytest
 
 from panfm.config import experiment_hash, parse_run, parse_site
 from panfm.errors import LimitError
-from panfm.site.limits import check_experiment, time_limit
+from panfm.site.limits import check_experiment, check_sizes, memory_told, time_limit
 
 RUN = 'name = "small"\n[streams]\nbrain-mr = { shape = [8, 8, 8], patch = [4, 4, 8], spacing-mm = [8.0, 8.0, 8.0] }\n'
 LONG_S = 60.0
@@ -82,3 +82,24 @@ def test_memory_is_limited_and_the_process_stays():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["refused", str(2**24)]
+
+
+def test_only_memory_is_told_as_memory():
+    limits = parse_site('name = "alpha"').limits
+    for error in (RuntimeError("its own"), OSError(2, "No such file"), ValueError("its own")):
+        with pytest.raises(type(error)), memory_told(limits):
+            raise error
+    with pytest.raises(LimitError, match="the machine has no more"), memory_told(limits):
+        raise MemoryError
+
+
+def test_sizes_at_the_limit_and_beyond():
+    limits = parse_site(
+        'name = "alpha"\n[limits]\nvoxels-per-image = 512\ntokens-per-patient = 4\nrounds = 10\n'
+    ).limits
+    run = parse_run(RUN)
+    check_sizes(run, limits)
+    for name, found in (("voxels-per-image", 512), ("tokens-per-patient", 4), ("rounds", 10), ("local-steps", 20)):
+        less = limits.model_copy(update={name.replace("-", "_"): found - 1})
+        with pytest.raises(LimitError, match=rf"asks for {found}, this site's limits\.{name} is {found - 1}$"):
+            check_sizes(run, less)

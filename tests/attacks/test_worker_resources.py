@@ -1,0 +1,356 @@
+"""Attacks on what a site has: memory, time, disk. Each is refused with one line before anything is allocated for it."""
+
+import gzip
+import os
+import resource
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from panfm.config import dump_toml, parse_run, parse_site
+from panfm.data import cache, decode, read
+from panfm.data.cache import open_store
+from panfm.data.decode import ImageError, decode_picture, decode_volume
+from panfm.errors import DataError, LimitError
+from panfm.sharing import frames
+from panfm.sharing.frames import Frame, Kind, receive
+from panfm.sharing.messages import Invitation, Records
+from panfm.site import Site, answer, session
+from panfm.site import limits as limits_of_site
+from tests.unit.site.test_site import RUN, task
+
+SECONDS, MIB = 2.0, 200
+
+
+@pytest.fixture
+def folder(tmp_path, write_site):
+    return write_site(tmp_path / "alpha", "alpha", ("brain", "heart"))
+
+
+def hostile(extra: str = "", **changes: str) -> str:
+    """The run of the tests with other lines, or other tables behind it."""
+    text = RUN
+    for key, value in changes.items():
+        key = key.replace("_", "-")
+        lines = [line for line in text.splitlines() if line.startswith(f"{key} = ")]
+        text = text.replace(lines[0], f"{key} = {value}")
+    return text + extra
+
+
+def stream(shape: str, patch: str) -> str:
+    return f"{{ spacing-mm = [8.0, 8.0, 8.0], shape = {shape}, patch = {patch} }}"
+
+
+POOL = '[model]\nbackbone = "director-experts"\n'
+TOO_LARGE = {
+    "shape": (hostile(brain_mr=stream("[4096, 4096, 4096]", "[512, 512, 512]")), "voxels-per-image"),
+    "image": (hostile(brain_mr=stream("[1024, 1024, 1024]", "[64, 64, 32]")), "voxels-per-image"),
+    "picture": (hostile(brain_mr="{ shape = [65536, 65536], patch = [256, 256], channels = 3 }"), "voxels-per-image"),
+    "patches": (hostile(brain_mr=stream("[128, 128, 128]", "[1, 1, 1]")), "tokens-per-patient"),
+    "hidden width": (hostile("[model]\nhidden-multiple = 1000000\n"), "parameters"),
+    "hidden width of 63 bits": (hostile(f"[model]\nhidden-multiple = {2**62}\n"), "parameters"),
+    "experts": (hostile(POOL + "experts = { count = 100000 }\n"), "parameters"),
+    "experts of one block": (hostile(POOL + "experts = { count = [1000000, 2] }\n"), "parameters"),
+    "prototypes": (hostile('[objective]\nname = "dino"\nprototypes = 1000000000\n'), "parameters"),
+    "decoder": (
+        hostile(
+            '[model]\ntokenizer = "patch"\n[objective]\nname = "mae"\n',
+            brain_mr=stream("[1024, 1024, 128]", "[1024, 1024, 64]"),
+        ),
+        "parameters",
+    ),
+    "local steps": (hostile(local_steps="1000000000"), "local-steps"),
+    "rounds": (hostile(rounds="1000000000"), "rounds"),
+}
+
+
+def asked(site: Site, run_toml: str, kind: Kind = Kind.HANDSHAKE) -> str:
+    """The reason that a site gives."""
+    records = Invitation(run_toml).to_records()
+    config = {**records.config, "run-id": "run-1", "round": 1}
+    found = answer(site, Frame(kind, Records(config=config)))
+    assert found.kind is Kind.ERROR, found
+    return str(found.records.config["reason"])
+
+
+@pytest.mark.parametrize("kind", [Kind.HANDSHAKE, Kind.ROUND])
+@pytest.mark.parametrize(("run_toml", "limit"), TOO_LARGE.values(), ids=TOO_LARGE)
+def test_server_asks_for_what_no_site_has_and_nothing_is_allocated(folder, monkeypatch, run_toml, limit, kind):
+    monkeypatch.setattr("panfm.site.site.open_store", lambda *_: pytest.fail("images were read"))
+    site, before = Site(folder), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.process_time()
+    reason = asked(site, dump_toml(parse_run(run_toml)), kind)
+    assert time.process_time() - start < SECONDS
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 < MIB
+    assert reason.startswith("site alpha: LimitError: this run asks for ")
+    assert f", this site's limits.{limit} is " in reason
+
+
+@pytest.mark.parametrize("spacing", ["600.0", "1e6", "1e30", "1e300"])
+def test_a_spacing_whose_blur_fills_the_memory_is_refused(folder, spacing):
+    """At 10,000 mm, the blur of a scan of 64^3 asked for 86 GB."""
+    run_toml = hostile(brain_mr=stream("[8, 8, 8]", "[4, 4, 8]").replace("[8.0,", f"[{spacing},"))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    reason = asked(Site(folder), dump_toml(parse_run(run_toml)))
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 < MIB
+    assert reason.startswith("site alpha: LimitError: this run's voxels are ")
+    assert reason.endswith(" times as coarse as a scan's, at most 64")
+
+
+def test_one_step_that_fills_too_much_memory_is_refused_before_the_model_is_built(folder, monkeypatch):
+    monkeypatch.setattr(session, "_learners", lambda *_: pytest.fail("a model was built"))
+    fine = hostile('[model]\nsize = "base"\n', brain_mr=stream("[128, 128, 64]", "[4, 4, 4]"))
+    (folder / "site.toml").write_text('name = "alpha"\n[limits]\nstep-gib = 0.5\n')
+    assert ", this site's limits.step-gib is 0.5" in asked(Site(folder), dump_toml(parse_run(fine)))
+
+
+def test_models_of_this_house_are_within_the_limits():
+    """ViT-B over ten volumes of 96^3, also with eight experts of half width."""
+    text = 'name = "large"\n[model]\nsize = "base"\nbackbone = "director-experts"\nhidden-multiple = 2\n[streams]\n'
+    organs = ("brain", "heart", "liver", "kidney", "pancreas")
+    for organ in organs:
+        for modality in ("mr", "ct"):
+            text += f"{organ}-{modality} = {{ spacing-mm = [2, 2, 2], shape = [96, 96, 96], patch = [16, 16, 16] }}\n"
+    run = parse_run(text.replace("[2, 2, 2]", "[2.0, 2.0, 2.0]"))
+    limits = parse_site('name = "alpha"').limits
+    limits_of_site.check_sizes(run, limits)
+    limits_of_site.check_step(run, limits, 10_000)
+
+
+def test_the_time_limit_holds_for_a_handshake(folder, monkeypatch):
+    """53 s went by under a limit of 8 s."""
+    (folder / "site.toml").write_text('name = "alpha"\n[limits]\nseconds-per-round = 0.2\n')
+    monkeypatch.setattr("panfm.site.site.open_store", lambda *_: time.sleep(20.0))
+    start = time.monotonic()
+    reason = asked(Site(folder), task().run_toml)
+    assert time.monotonic() - start < 10.0
+    assert reason == "site alpha: LimitError: took longer than this site's limits.seconds-per-round (0.2)"
+
+
+def test_threads_that_read_images_stop_with_the_question(folder, monkeypatch):
+    begun: list[Path] = []
+
+    def slow(path: Path, *_: object) -> np.ndarray:
+        begun.append(path)
+        time.sleep(0.3)
+        return np.zeros((1, 8, 8, 8), np.float32)
+
+    monkeypatch.setattr(read, "read_image", slow)
+    (folder / "site.toml").write_text('name = "alpha"\n[limits]\nseconds-per-round = 0.1\n')
+    assert "seconds-per-round" in asked(Site(folder), task().run_toml)
+    alive = [thread for thread in threading.enumerate() if thread.name.startswith("ThreadPoolExecutor")]
+    for thread in alive:
+        thread.join(5.0)
+    number = len(begun)
+    time.sleep(0.5)
+    assert len(begun) == number <= 4
+    assert not list((folder / ".panfm").rglob("*.part"))
+
+
+def test_images_are_not_read_far_ahead_of_what_is_written(folder, monkeypatch):
+    done = []
+    monkeypatch.setattr(read, "read_image", lambda *_: done.append(1) or np.zeros((1, 8, 8, 8), np.float32))
+    written = cache._read_all(_cached(folder))
+    for number, _ in enumerate(written, start=1):
+        time.sleep(0.01)
+        assert len(done) <= number + cache._AHEAD + 1
+
+
+def _cached(folder: Path) -> "cache._Cached":
+    config = parse_run(RUN).streams["brain-mr"]
+    return cache._Cached(folder, "brain-mr", config, [folder / f"{number}.nii.gz" for number in range(40)])
+
+
+def test_a_cache_beyond_the_limit_is_refused_before_it_is_built(folder):
+    (folder / "site.toml").write_text('name = "alpha"\n[limits]\ncache-gib = 1e-5\n')
+    reason = asked(Site(folder), task().run_toml)
+    assert reason == (
+        "site alpha: LimitError: this run's images fill 2.28882e-05 GiB, this site's limits.cache-gib is 1e-05"
+    )
+    assert not list((folder / ".panfm").rglob("*.npy"))
+
+
+def test_a_cache_beyond_the_disk_is_refused_before_it_is_built(folder, monkeypatch):
+    monkeypatch.setattr(cache, "_free_bytes", lambda _: 1000)
+    with pytest.raises(DataError, match=r"found 9\.31e-07 GiB free, expected 2\.29e-05 for the run's images"):
+        open_store(folder, parse_run(RUN).streams)
+    assert not list((folder / ".panfm").rglob("*.npy"))
+
+
+def test_a_hundred_descriptions_do_not_fill_the_disk(folder):
+    """Each with another spacing; the files of those before make room, and those in use stay."""
+    limit = 40_000
+    (folder / "site.toml").write_text(f'name = "alpha"\n[limits]\ncache-gib = {limit / 2**30}\n')
+    for number in range(20):
+        spacing = f"[{8.0 + number / 100}, 8.0, 8.0]"
+        run = parse_run(hostile(brain_mr=stream("[8, 8, 8]", "[4, 4, 8]").replace("[8.0, 8.0, 8.0]", spacing)))
+        store = open_store(folder, run.streams)
+        files = list((folder / ".panfm" / "cache").iterdir())
+        assert sum(4 * 512 * 6 for _ in files) <= limit
+        assert all(np.isfinite(images).all() for images in store.images.values())
+    assert len(files) == 3
+
+
+def test_what_a_killed_build_left_is_removed(folder, monkeypatch):
+    folder_of_cache = folder / ".panfm" / "cache"
+    folder_of_cache.mkdir(parents=True)
+    for name, age in (("old", 7200.0), ("new", 60.0)):
+        path = folder_of_cache / f"{name}.part"
+        path.write_bytes(bytes(1000))
+        os.utime(path, (time.time() - age,) * 2)
+    monkeypatch.setattr(cache, "_MAX_FILES", 2)
+    open_store(folder, parse_run(RUN).streams)
+    assert sorted(path.name for path in folder_of_cache.glob("*.part")) == ["new.part"]
+
+
+def test_server_invents_run_ids_and_the_site_keeps_twenty(folder, monkeypatch):
+    site, run_toml = Site(folder), task().run_toml
+    runs = folder / ".panfm" / "state" / "runs"
+    for number in range(20):
+        (runs / f"made-up-{number}").mkdir(parents=True)
+    records = Records(config={"run-id": "made-up-20", "round": 1, "run": run_toml})
+    reason = str(answer(site, Frame(Kind.ROUND, records)).records.config["reason"])
+    assert reason == (
+        "site alpha: LimitError: this site's limits.kept-runs (20) runs were at work within a day, expected fewer"
+    )
+    os.utime(runs / "made-up-3", (time.time() - 90_000.0,) * 2)
+    assert answer(site, Frame(Kind.ROUND, task(run_id="made-up-20").to_records())).kind is Kind.ANSWER
+    assert sorted(path.name for path in runs.iterdir()) == sorted(f"made-up-{n}" for n in range(21) if n != 3)
+    assert answer(site, Frame(Kind.ROUND, task(2, run_id="made-up-20").to_records())).kind is Kind.ANSWER
+
+
+def test_models_of_earlier_descriptions_are_let_go():
+    """Thirty-two of them were kept."""
+    first = session._learners(dump_toml(parse_run(RUN)))(("brain-mr",))
+    assert session._learners(dump_toml(parse_run(RUN)))(("brain-mr",)) is first
+    session._learners(dump_toml(parse_run(hostile(batch_size="4"))))
+    assert session._learners.cache_info().maxsize == 1
+
+
+@pytest.mark.parametrize("announced", [frames.MAX_ARRAYS, 10**9])
+def test_a_frame_that_announces_gigabytes_takes_what_it_sends(announced):
+    here, there = socket.socketpair()
+    tracemalloc.start()
+    with here, there:
+        here.sendall(frames._HEADER.pack(frames._MAGIC, 0, announced) + bytes(1000))
+        here.close()
+        with pytest.raises(ConnectionResetError):
+            receive(there, timeout_s=5.0)
+    assert tracemalloc.get_traced_memory()[1] < 4 * 2**20
+    tracemalloc.stop()
+
+
+def test_a_frame_holds_no_more_than_the_largest_model_of_the_site():
+    here, there = socket.socketpair()
+    with here, there:
+        here.sendall(frames._HEADER.pack(frames._MAGIC, 0, 8001))
+        with pytest.raises(Exception, match=r"frame: 0 \+ 8001 bytes, at most 1048576 \+ 8000 are taken"):
+            receive(there, timeout_s=5.0, max_arrays=8000)
+
+
+def _nifti(shape: tuple[int, ...]) -> bytes:
+    image = nib.Nifti1Image(np.zeros(shape, np.uint8), None)
+    image.header.set_sform(np.eye(4), code=1)
+    return bytes(image.to_bytes())
+
+
+def _peak(block: Callable[[], object]) -> float:
+    """MiB that a call fills on the way."""
+    tracemalloc.start()
+    try:
+        block()
+    finally:
+        peak = tracemalloc.get_traced_memory()[1] / 2**20
+        tracemalloc.stop()
+    return peak
+
+
+def test_a_gzip_bomb_is_unpacked_only_as_far_as_its_header_goes():
+    bomb = gzip.compress(_nifti((4, 4, 4)) + bytes(300 * 2**20), compresslevel=1)
+
+    def unpack() -> None:
+        with pytest.raises(ImageError, match="more bytes than its header announces, expected 416"):
+            decode_volume(bomb)
+
+    assert _peak(unpack) < 10
+
+
+def test_a_header_that_announces_more_than_there_is_fills_nothing():
+    content = bytearray(_nifti((4, 4, 4)))
+    struct.pack_into("<4h", content, 40, 3, 3000, 3000, 300)
+    for file in (bytes(content), gzip.compress(content)):
+
+        def unpack(file: bytes = file) -> None:
+            with pytest.raises(ImageError, match=r"voxels that cannot be read \(416 of 2700000352 bytes\)"):
+                decode_volume(file)
+
+        assert _peak(unpack) < 10
+
+
+def test_a_sound_volume_under_a_memory_limit_is_read_or_told_as_memory(tmp_path):
+    """Under a limit, every `.nii.gz` was said to be a broken gzip stream."""
+    content = gzip.compress(_nifti((64, 64, 64)))
+    (tmp_path / "scan.nii.gz").write_bytes(content)
+    code = f"""
+import resource, sys
+from panfm.data.decode import decode_volume
+from panfm.site.limits import limit_memory
+content = open({str(tmp_path / "scan.nii.gz")!r}, "rb").read()
+used = int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmData"))) / 2**20
+limit_memory(used + 0.25)
+print(decode_volume(content).voxels.shape)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "(64, 64, 64)\n", done.stderr
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(12, "Cannot allocate memory"), LimitError("time is up")])
+def test_what_is_not_the_files_fault_is_not_said_to_be(monkeypatch, error):
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    volume = gzip.compress(_nifti((4, 4, 4)))
+    for place in ("gzip.open", "nibabel.Nifti1Image.from_bytes", "numpy.asanyarray"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"panfm.data.decode.{place.split('.')[0].replace('numpy', 'np').replace('nibabel', 'nib')}"
+                          f".{place.split('.', 1)[1]}", fail)  # fmt: skip
+            with pytest.raises(type(error)):
+                decode_volume(volume)
+    with monkeypatch.context() as patch:
+        patch.setattr(decode.Image, "open", fail)
+        with pytest.raises(type(error)):
+            decode_picture(b"x")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), OSError(12, "Cannot allocate memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
+)
+def test_memory_that_runs_out_is_told_as_memory(folder, monkeypatch, error):
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("panfm.site.site.open_store", fail)
+    (folder / "site.toml").write_text('name = "alpha"\n[limits]\nmemory-gib = 3\n'.replace("3", "3.0"))
+    reason = asked(Site(folder), task().run_toml)
+    assert reason == ("site alpha: LimitError: this run asks for more memory than there is: limits.memory-gib is 3")
+
+
+def test_the_log_of_errors_does_not_grow_for_ever(folder, monkeypatch):
+    monkeypatch.setattr("panfm.site.site._MAX_LOG_BYTES", 10_000)
+    site = Site(folder)
+    for _ in range(30):
+        site.log_error(ValueError("\ud800" + "x" * 5000))
+    sizes = [path.stat().st_size for path in site.state_dir.glob("site.log*")]
+    assert len(sizes) == 2
+    assert sum(sizes) < 40_000
