@@ -22,6 +22,7 @@ from panfm.sharing.groups import Flat, GroupManifest
 from panfm.sharing.messages import RoundTask
 from panfm.sharing.release import RoundResult
 from panfm.sharing.weights import Trained, Weights, group_weights
+from panfm.site.finite import check_finite
 from panfm.site.spending import Account
 from panfm.site.state import StateStore
 
@@ -62,7 +63,8 @@ class Session:
         """Start from the round before, train, keep the private state, and say what came of it.
 
         Raises:
-            ProtocolError: the task's groups do not fit this site's model, or are a step from parameters that it lacks.
+            ProtocolError: the task's groups do not fit this site's model, are not finite, or are a step from parameters
+                that it lacks.
             DataError: the private state on disk is corrupted.
             BudgetError, LedgerError: the run is private, and the site cannot pay for the round.
         """
@@ -111,6 +113,7 @@ class Session:
     def _load_global(self, task: RoundTask, state_round: int) -> None:
         """Start from the server's parameters; without private state, afresh."""
         groups = self._arrived(task, state_round) if task.digests else task.groups
+        check_finite(task.round_number, groups, task.teacher, task.profile)
         self.learner.load_shared(self._tensors(groups))
         self._global = groups
         if state_round == 0:
