@@ -2,7 +2,6 @@
 
 import typing
 
-import annotated_types
 import pytest
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -41,8 +40,8 @@ def bounds(metadata):
     for constraint in metadata:
         parts = constraint.metadata if isinstance(constraint, FieldInfo) else [constraint]
         for part in parts:
-            found |= {"least"} if isinstance(part, annotated_types.Ge | annotated_types.Gt) else set()
-            found |= {"greatest"} if isinstance(part, annotated_types.Le | annotated_types.Lt) else set()
+            found |= {"least"} if hasattr(part, "ge") or hasattr(part, "gt") else set()
+            found |= {"greatest"} if hasattr(part, "le") or hasattr(part, "lt") else set()
     return found
 
 
