@@ -42,8 +42,10 @@ def add_clipped(total: Mapping[str, Tensor], gradient: Mapping[str, Tensor], cli
         bounded: the sum moves by at most clip_norm (1 + 1e-5), in L2 over all parameters.
         poison: a gradient that is not finite adds nothing.
     """
+    if not gradient:
+        return
     norms = [torch.linalg.vector_norm(value, dtype=torch.float64) for value in gradient.values()]
-    norm = math.hypot(*(float(value) for value in norms))
+    norm = float(torch.stack(norms).norm())
     if not math.isfinite(norm):
         return
     factor = clip_norm / norm if norm > clip_norm else 1.0

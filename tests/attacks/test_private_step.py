@@ -23,6 +23,7 @@ from panfm.sharing.downlink import code_step, digests, take_step
 from panfm.sharing.groups import GroupManifest
 from panfm.sharing.messages import RoundTask
 from panfm.site import Site
+from simulations.run import cohort_folder
 from strategies.means import empty_mean
 from tests.attacks.private_steps import (
     LEVEL,
@@ -261,3 +262,9 @@ def test_names_that_nobody_knows_are_not_taken_for_others(make_run):
             weight_limit=1.0,
             space=np.zeros(1, np.float32),
         )
+
+
+def test_a_cohort_that_nobody_knows_is_not_taken_for_another():
+    run = private_run().model_copy(update={"cohort": UndeclaredConfig()})
+    with pytest.raises(AssertionError, match="undeclared"):
+        cohort_folder(run)
