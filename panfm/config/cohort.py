@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from panfm.config._base import Config, Name, Positive
+from panfm.config._base import Config, Name, Positive, Seed, Uncoupled
 
 
 class PhantomSiteConfig(Config):
@@ -15,17 +15,17 @@ class PhantomSiteConfig(Config):
     """Organs it scans."""
     subjects: Positive
     """Patients it has."""
-    age_shift: float = 0.0
+    age_shift: Annotated[float, Field(ge=-10.0, le=10.0)] = 0.0
     """Its patients' mean age against the cohort's, in standard deviations."""
 
 
-class PhantomCohortConfig(Config):
+class PhantomCohortConfig(Uncoupled):
     """A cohort of whole-body phantoms, written as NIfTI files."""
 
     kind: Literal["phantom"]
     preset: Literal["transient", "lasting"] = "transient"
     """Which dominance: `transient` (training outgrows it) or `lasting` (it does not)."""
-    seed: int = 0
+    seed: Seed = 0
     """The draw of the cohort, apart from the run's seed."""
     holdout_subjects: Positive = 300
     """Patients with all organs, at no site: the probe's test set."""
@@ -38,11 +38,11 @@ class PhantomCohortConfig(Config):
         return self
 
 
-class RealImagesCohortConfig(Config):
+class RealImagesCohortConfig(Uncoupled):
     """Three sites made from the real scans under $PANFM_REAL_DATA."""
 
     kind: Literal["real-images"]
-    seed: int = 0
+    seed: Seed = 0
     """The split of the hippocampus volumes over sites and held-out subjects."""
     holdout_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.25
     """Share of hippocampus subjects held out for the probe."""
@@ -64,7 +64,7 @@ class PhantomModalitySiteConfig(ModalitySiteConfig):
     """Patients it has, shared out evenly over its streams: each patient has one image."""
 
 
-class StreamCohortConfig(Config):
+class StreamCohortConfig(Uncoupled):
     """A cohort whose sites are described by their streams; every patient has one image."""
 
     held_out: Annotated[tuple[str, ...], Field(strict=False)] = ()
@@ -91,7 +91,7 @@ class ModalitiesCohortConfig(StreamCohortConfig):
     """Phantom pictures of ten modalities that show the same shapes, written as PNG files."""
 
     kind: Literal["modalities"]
-    seed: int = 0
+    seed: Seed = 0
     """The draw of the cohort, apart from the run's seed."""
     holdout_subjects: Positive = 60
     """Patients per stream at no site: the probe's test set. As many again to fit on for a held-out stream."""
@@ -113,7 +113,7 @@ class RealModalitiesCohortConfig(StreamCohortConfig):
         return self
 
 
-class FolderCohortConfig(Config):
+class FolderCohortConfig(Uncoupled):
     """Sites that exist already: `sites/<name>/` and optionally `holdout/` under one folder."""
 
     kind: Literal["folder"]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from panfm.config._base import Config, Positive, PositiveFloat
+from panfm.config._base import LEAST_NOISE, ClipNorm, Config, Positive, Uncoupled
 from panfm.config.server_privacy import server_claim
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 NO_CLAIM = "noise only, no DP claim"
 """What every artefact of a run says that trains on although its guarantee is broken."""
+_LARGEST_DELTA = 0.01
 _HABITS = {
     "seed": "noise and sampling come from the operating system, a known seed lets anybody subtract them; leave it out",
     "sampling": "batches are Poisson samples, the only kind that is accounted here; leave it out",
@@ -31,26 +32,27 @@ _HABITS = {
 """Keys that other frameworks have -> why there is none here, and what to do."""
 
 
-class PrivacyConfig(Config):
+class PrivacyConfig(Uncoupled):
     """Patient-level differential privacy of all that leaves a site. Leave the table out to train without."""
 
-    epsilon: PositiveFloat
+    epsilon: Annotated[float, Field(ge=0.01, le=1e3)]
     """Budget of every site, over all runs on its patients; a site's own smaller limit wins."""
-    delta: Annotated[float, Field(gt=0.0, lt=1.0)]
-    """Chance that epsilon does not hold; at most 1 / (10 public-subjects)."""
+    delta: Annotated[float, Field(ge=1e-12, le=0.5)]
+    """Chance that epsilon does not hold; at most 0.01, and at most 1 / (10 public-subjects)."""
     public_subjects: Positive
     """Patients that a site is publicly known to have; stands for the true number wherever that would be seen."""
-    noise_multiplier: PositiveFloat
-    """Standard deviation of the gradient noise, in clip norms; `panfm ledger plan` computes it."""
-    sample_rate: Annotated[float, Field(gt=0.0, le=1.0)]
+    noise_multiplier: Annotated[float, Field(ge=1e-12, le=1e4)]
+    """Standard deviation of the gradient noise, in clip norms, at least 0.3; `panfm ledger plan` computes it."""
+    sample_rate: Annotated[float, Field(ge=1e-4, le=1.0)]
     """Chance of each patient to be in a step, independently of all others."""
-    clip_norm: PositiveFloat = 1.0
+    clip_norm: ClipNorm = 1.0
     """Largest L2 norm of one patient's gradient, over all trained parameters together."""
     trained: Literal["all", "vectors", "last-block"] = "all"
     """all parameters; vectors: norms, biases, embeddings and queries; last-block: the last block, last norm and heads.
     The noise grows with the square root of their number. The others stay as the run started them."""
-    statistics_noise: PositiveFloat = 20.0
-    """Standard deviation of the noise on a site's saliency, in its sensitivities; entered only if masking needs it."""
+    statistics_noise: Annotated[float, Field(ge=1e-12, le=1e4)] = 20.0
+    """Standard deviation of the noise on a site's saliency, in its sensitivities, at least 0.3; entered only if masking
+    needs it."""
     acknowledge_broken_guarantee: bool = False
     """Train on although something breaks the guarantee; every artefact then says `noise only, no DP claim`."""
 
@@ -64,19 +66,36 @@ class PrivacyConfig(Config):
 
 
 def broken_guarantees(run: "RunConfig") -> Iterator[str]:
-    """What in a private run lets one patient's gradient, or an output, depend on other patients; one line each."""
+    """What in a private run lets one patient's gradient, or an output, depend on other patients, and numbers that leave
+    too little to promise; one line each. A table that does not declare what couples patients in it is such a thing."""
     assert run.privacy is not None
-    largest = 0.1 / run.privacy.public_subjects
-    if run.privacy.delta > largest:
-        yield f"privacy.delta: {run.privacy.delta:g} is above 1 / (10 public-subjects), set at most {largest:.3g}"
-    if run.objective.name == "dino":
-        yield 'objective.name: "dino" centres its targets over the batch, set "latent" or "mae"'
-    if run.objective.name == "latent" and run.objective.standardise:
-        yield "objective.standardise: running statistics couple patients, set false"
-    if run.model.backbone == "director-experts" and any(run.model.experts.balance_weight):
-        yield "model.experts.balance-weight: it pulls on the batch's mean, set [0.0, 0.0]"
-    if run.masking.policy in ("sgm", "inverse") and run.masking.saliency == "value":
-        yield 'masking.saliency: "value" is centred over the batch, set "attention", or masking.policy = "random"'
+    private = run.privacy
+    largest = min(0.1 / private.public_subjects, _LARGEST_DELTA)
+    if private.delta > largest:
+        yield f"privacy.delta: {private.delta:g} is above {_delta_rule(private)}, set at most {largest:.3g}"
+    noises = {"noise-multiplier": private.noise_multiplier, "statistics-noise": private.statistics_noise}
+    for key, noise in noises.items():
+        if noise < LEAST_NOISE:
+            yield f"privacy.{key}: {noise:g} protects nobody, set at least {LEAST_NOISE}"
+    for key in type(run).model_fields:
+        table = getattr(run, key)
+        if isinstance(table, Config):
+            yield from _couplings(table, key.replace("_", "-"))
+
+
+def _delta_rule(private: PrivacyConfig) -> str:
+    return "1 / (10 public-subjects)" if 0.1 / private.public_subjects < _LARGEST_DELTA else f"{_LARGEST_DELTA:g}"
+
+
+def _couplings(table: Config, key: str) -> Iterator[str]:
+    """What a table of the run declares to couple patients."""
+    declared = getattr(table, "couplings", None)
+    if declared is None:
+        name = getattr(table, "name", type(table).__name__)
+        yield f'{key}: "{name}" does not declare whether it couples patients, set one that does'
+        return
+    for line in declared():
+        yield f"{key}.{line}"
 
 
 def claim(run: "RunConfig") -> str | None:

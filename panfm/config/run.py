@@ -4,27 +4,31 @@ One TOML file of this shape describes a run (`configs/experiments/*.toml`). The 
 resolved text to the sites, so every part of a federation reads the same words.
 """
 
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Self, assert_never
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from panfm.anatomy import DEFAULT_ORGANS, parse_stream
-from panfm.config._base import BelowOne, Config, Fraction, Name, NonNegativeFloat, Positive, PositiveFloat
+from panfm.config._base import BelowOne, ClipNorm, Config, Fraction, Name, Positive, Seed, Timeout, Uncoupled, Weight
 from panfm.config.cohort import CohortConfig, StreamCohortConfig
 from panfm.config.privacy import PrivacyConfig, broken_guarantees
 from panfm.config.server_privacy import ServerPrivacyConfig, server_faults
 from panfm.config.sharing import SharingConfig
 from panfm.config.start import StartConfig
 
+Voxels = Annotated[int, Field(gt=0, le=65_536)]
+Millimetres = Annotated[float, Field(ge=1e-3, le=1e3)]
 
-class StreamConfig(Config):
+
+class StreamConfig(Uncoupled):
     """How the images of one stream are brought to one size and cut into tokens."""
 
-    shape: Annotated[tuple[Positive, ...], Field(strict=False, min_length=2, max_length=3)]
+    shape: Annotated[tuple[Voxels, ...], Field(strict=False, min_length=2, max_length=3)]
     """Voxels after resampling and crop/pad: [R, A, S] for a volume, [height, width] for an image."""
-    patch: Annotated[tuple[Positive, ...], Field(strict=False, min_length=2, max_length=3)]
+    patch: Annotated[tuple[Voxels, ...], Field(strict=False, min_length=2, max_length=3)]
     """Voxels of one token, one number per axis; divides `shape`."""
-    spacing_mm: Annotated[tuple[PositiveFloat, ...], Field(strict=False, max_length=3)] = ()
+    spacing_mm: Annotated[tuple[Millimetres, ...], Field(strict=False, max_length=3)] = ()
     """Voxel size in mm on each axis of a volume; left out for 2D images, which are resized to `shape`."""
     channels: Literal[1, 3] = 1
     """1 for grey, 3 for colour (2D only)."""
@@ -55,11 +59,18 @@ class StreamConfig(Config):
         return tuple(size // step for size, step in zip(self.shape, self.patch, strict=True))
 
 
+Temperature = Annotated[float, Field(ge=1e-3, le=100.0)]
+
+
 def _one_for_all_blocks(number: Any) -> Any:
     return (number,) if isinstance(number, int) else number
 
 
-PerBlock = Annotated[tuple[Positive, ...], Field(strict=False, min_length=1), BeforeValidator(_one_for_all_blocks)]
+PerBlock = Annotated[
+    tuple[Annotated[int, Field(gt=0, le=1024)], ...],
+    Field(strict=False, min_length=1),
+    BeforeValidator(_one_for_all_blocks),
+]
 """One number for all blocks, or a list with one for each."""
 
 
@@ -70,17 +81,17 @@ class ExpertsConfig(Config):
     """Experts in a block."""
     active: PerBlock = (2,)
     """Experts that a patient uses; all tokens of a patient use the same."""
-    temperature: PositiveFloat = 0.5
+    temperature: Temperature = 0.5
     """Of the router's softmax."""
-    noise: Annotated[tuple[NonNegativeFloat, NonNegativeFloat], Field(strict=False)] = (1.0, 0.0)
+    noise: Annotated[tuple[Weight, Weight], Field(strict=False)] = (1.0, 0.0)
     """Scale of the exploration noise on the router's logits."""
     director_momentum: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.99, 0.999)
     """EMA momentum of the director, which follows the experts by their gate mass."""
     alignment: Literal["cosine", "softmax"] = "cosine"
     """How the experts are pulled to the director: `cosine` as in the paper, `softmax` (cross-entropy over features) as
     in the released code."""
-    alignment_weight: NonNegativeFloat = 0.01
-    balance_weight: Annotated[tuple[NonNegativeFloat, NonNegativeFloat], Field(strict=False)] = (0.001, 0.0)
+    alignment_weight: Weight = 0.01
+    balance_weight: Annotated[tuple[Weight, Weight], Field(strict=False)] = (0.001, 0.0)
     """Weight of the pull to equal use of the experts; the released code has 0.01 throughout."""
 
 
@@ -94,22 +105,33 @@ class ModelConfig(Config):
     patch: linear on raw voxels, as in ViT."""
     backbone: Literal["dense", "director-experts"] = "dense"
     """dense: a ViT; director-experts: every block's MLP is a pool of experts and one director."""
-    hidden_multiple: Positive = 4
+    hidden_multiple: Annotated[int, Field(gt=0, le=64)] = 4
     """Hidden width of an MLP (dense, expert or director) over the model's width. A pool of which K experts are active
     costs as much as a dense MLP at 1/K of its multiple."""
     experts: ExpertsConfig = ExpertsConfig()
     """Only for `director-experts`."""
+
+    def couplings(self) -> Iterator[str]:
+        """What couples patients, as `key: why, remedy`, one line each."""
+        match self.backbone:
+            case "dense":
+                return
+            case "director-experts":
+                if any(self.experts.balance_weight):
+                    yield "experts.balance-weight: it pulls on the batch's mean, set [0.0, 0.0]"
+            case _:
+                assert_never(self.backbone)
 
 
 class LatentConfig(Config):
     """Regress the teacher's features of what was hidden (data2vec-style, per patient)."""
 
     name: Literal["latent"] = "latent"
-    top_blocks: Positive = 2
+    top_blocks: Annotated[int, Field(gt=0, le=64)] = 2
     """Targets are the mean of the normalised outputs of this many last teacher blocks."""
-    beta: PositiveFloat = 0.5
+    beta: Annotated[float, Field(ge=1e-3, le=1e3)] = 0.5
     """Smooth-L1 corner."""
-    summary_weight: NonNegativeFloat = 1.0
+    summary_weight: Weight = 1.0
     """Weight of the CLS loss: from CLS and an organ query, guess the teacher's summary of each organ present."""
     content_share: Fraction = 0.5
     """Share of the target's variance that is a fixed random projection of the token's own content; the rest is the
@@ -117,18 +139,27 @@ class LatentConfig(Config):
     standardise: bool = True
     """Standardise targets per (stream, token, feature) by running statistics; turn off under privacy."""
 
+    def couplings(self) -> Iterator[str]:
+        """What couples patients, as `key: why, remedy`, one line each."""
+        if self.standardise:
+            yield "standardise: running statistics couple patients, set false"
+
 
 class DinoConfig(Config):
     """Self-distillation of prototype assignments of CLS and hidden tokens (DINO/iBOT-style)."""
 
     name: Literal["dino"]
-    prototypes: Positive = 256
-    student_temperature: PositiveFloat = 0.1
-    teacher_temperature: PositiveFloat = 0.04
+    prototypes: Annotated[int, Field(gt=0, le=65_536)] = 256
+    student_temperature: Temperature = 0.1
+    teacher_temperature: Temperature = 0.04
     centre_momentum: Fraction = 0.9
 
+    def couplings(self) -> Iterator[str]:
+        """What couples patients, as `key: why, remedy`, one line each."""
+        yield 'name: "dino" centres its targets over the batch, set "latent" or "mae"'
 
-class MaeConfig(Config):
+
+class MaeConfig(Uncoupled):
     """Reconstruct the normalised voxels of hidden patches."""
 
     name: Literal["mae"]
@@ -156,9 +187,9 @@ class MaskingConfig(Config):
     over all blocks."""
     scope: Literal["subject", "site", "federation"] = "site"
     """Whose saliency steers: this patient's, the site's running mean, or the mean the server sends."""
-    strength: NonNegativeFloat = 3.0
+    strength: Annotated[float, Field(ge=0.0, le=100.0)] = 3.0
     """Slope of log-odds of hiding against log saliency."""
-    limit: PositiveFloat = 3.0
+    limit: Annotated[float, Field(ge=1e-3, le=100.0)] = 3.0
     """Largest log-odds, either way: the most dominant stream is hidden more, but never always."""
     warmup_steps: Positive = 20
     """Local steps over which strength grows from 0."""
@@ -170,23 +201,41 @@ class MaskingConfig(Config):
     static_organs: Annotated[tuple[str, ...], Field(strict=False)] = ("heart", "adipose")
     """Organs that `static` hides more."""
 
+    def couplings(self) -> Iterator[str]:
+        """What couples patients, as `key: why, remedy`, one line each. Whatever its scope, saliency of more than one
+        patient steers masks only after noise, as a mechanism of its own."""
+        match self.policy:
+            case "random" | "organ" | "static":
+                return
+            case "sgm" | "inverse":
+                pass
+            case _:
+                assert_never(self.policy)
+        match self.saliency:
+            case "attention":
+                return
+            case "value":
+                yield 'saliency: "value" is centred over the batch, set "attention", or masking.policy = "random"'
+            case _:
+                assert_never(self.saliency)
 
-class TrainConfig(Config):
+
+class TrainConfig(Uncoupled):
     """The local loop, and how much of it."""
 
-    rounds: Positive = 10
-    local_steps: Positive = 20
+    rounds: Annotated[int, Field(gt=0, le=1_000_000)] = 10
+    local_steps: Annotated[int, Field(gt=0, le=1_000_000)] = 20
     """Optimiser steps per site and round."""
     validate_every: Positive = 5
     """Rounds between a site's validations of its own model, on its val split; the last round always ends with one."""
-    batch_size: Positive = 32
+    batch_size: Annotated[int, Field(gt=0, le=65_536)] = 32
     """Patients per step."""
-    learning_rate: PositiveFloat = 3e-3
-    weight_decay: NonNegativeFloat = 0.05
+    learning_rate: Annotated[float, Field(ge=1e-9, le=10.0)] = 3e-3
+    weight_decay: Annotated[float, Field(ge=0.0, le=10.0)] = 0.05
     betas: Annotated[tuple[BelowOne, BelowOne], Field(strict=False)] = (0.9, 0.95)
     warmup: Fraction = 0.1
     """Share of the whole run over which the learning rate grows; then cosine to 0."""
-    clip_norm: PositiveFloat = 3.0
+    clip_norm: ClipNorm = 3.0
     teacher_momentum: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.99, 0.999)
     """EMA momentum of the teacher at the start and the end, by cosine."""
     teacher_start: Literal["own", "global", "server-ema"] = "own"
@@ -194,12 +243,12 @@ class TrainConfig(Config):
     the server sends, as the student does; server-ema: at the server's EMA of these, which is sent as well."""
     server_ema: BelowOne = 0.9
     """Momentum per round of that EMA."""
-    proximal_mu: NonNegativeFloat = 0.0
+    proximal_mu: Annotated[float, Field(ge=0.0, le=1e3)] = 0.0
     """FedProx (arXiv 1812.06127): after each step, parameters go back by this x learning rate of their way from the
     round's global ones; apart from Adam's scaling, as weight decay is in AdamW."""
     precision: Literal["auto", "float32"] = "auto"
     """auto: bf16 autocast on CUDA, float32 on CPU."""
-    threads: Positive = 1
+    threads: Annotated[int, Field(gt=0, le=256)] = 1
     """CPU threads per site; part of the run because it decides the last bits."""
 
     @property
@@ -208,30 +257,30 @@ class TrainConfig(Config):
         return self.rounds * self.local_steps
 
 
-class FederationConfig(Config):
+class FederationConfig(Uncoupled):
     """How the round loop treats sites."""
 
-    min_sites: Positive = 2
+    min_sites: Annotated[int, Field(gt=0, le=100_000)] = 2
     """A round needs this many good replies, and a run this many sites that shake hands."""
-    round_timeout_s: PositiveFloat = 3600.0
+    round_timeout_s: Timeout = 3600.0
     """A site that has not answered by then is left out of the round."""
-    join_timeout_s: PositiveFloat = 120.0
+    join_timeout_s: Timeout = 120.0
     """How long to wait for sites before round 1. It ends when `min-sites` are there and no other comes for 10 s."""
     max_subjects: Positive = 1_000_000
     """A site that says it has more is refused: its word decides how much it may weigh."""
     participation: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Share of the sites that is asked in a round, drawn anew each time; never fewer than `min-sites`."""
-    sites_per_stream: Positive = 1
+    sites_per_stream: Annotated[int, Field(gt=0, le=100_000)] = 1
     """A stream's parameters move only in rounds in which this many sites trained them; otherwise they stay as they
     are, and the round goes on. A stream that fewer sites hold is never trained by the federation."""
 
 
-class ProbeConfig(Config):
+class ProbeConfig(Uncoupled):
     """Frozen-feature probes after training."""
 
-    bootstrap: Annotated[int, Field(ge=0)] = 200
+    bootstrap: Annotated[int, Field(ge=0, le=1_000_000)] = 200
     """Resamples of the test subjects for the interval."""
-    missing_draws: Positive = 3
+    missing_draws: Annotated[int, Field(gt=0, le=1_000)] = 3
     """Random organ subsets per number of missing organs."""
 
 
@@ -239,7 +288,7 @@ class RunConfig(Config):
     """One run."""
 
     name: Name
-    seed: int = 0
+    seed: Seed = 0
     organs: Annotated[tuple[str, ...], Field(strict=False)] = DEFAULT_ORGANS
     streams: Annotated[dict[str, StreamConfig], Field(min_length=1)]
     cohort: CohortConfig | None = None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, model_validator
 
-from panfm.config._base import Config, PositiveFloat
+from panfm.config._base import LEAST_NOISE, Uncoupled
 
 if TYPE_CHECKING:
     from panfm.config.run import RunConfig
@@ -23,21 +23,21 @@ _HABITS = {
 """Keys that other frameworks have -> why there is none here, and what to do."""
 
 
-class ServerPrivacyConfig(Config):
+class ServerPrivacyConfig(Uncoupled):
     """Site-level differential privacy of what the server publishes: global models and run folder. Every site's update
     is clipped as a whole, all sites weigh alike, the server adds noise; losses, counts and saliency stay at the sites.
     With ten sites this is arithmetic rather than protection: noise for a small epsilon drowns the mean. Leave the table
     out to train without."""
 
-    epsilon: PositiveFloat
+    epsilon: Annotated[float, Field(ge=0.01, le=1e3)]
     """Budget of the run."""
-    delta: Annotated[float, Field(gt=0.0, lt=1.0)]
+    delta: Annotated[float, Field(ge=1e-12, le=0.05)]
     """Chance that epsilon does not hold; at most 1 / (10 num-sites)."""
-    num_sites: Annotated[int, Field(ge=2)]
+    num_sites: Annotated[int, Field(ge=2, le=100_000)]
     """Sites of the run: all of them, in every round. A round in which one does not answer releases nothing."""
-    noise_multiplier: PositiveFloat
+    noise_multiplier: Annotated[float, Field(ge=LEAST_NOISE, le=1e4)]
     """Standard deviation of the noise on the sum of the updates, in clip norms; `panfm ledger plan` computes it."""
-    clip_norm: Annotated[float, Field(gt=0.0, le=64.0)] = 1.0
+    clip_norm: Annotated[float, Field(ge=1e-3, le=64.0)] = 1.0
     """Largest L2 norm of a site's update, over all groups that it sends together."""
 
     @model_validator(mode="before")

@@ -4,21 +4,25 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from panfm.config._base import BelowOne, Config, PositiveFloat
+from panfm.config._base import BelowOne, Config, Uncoupled
 
 Mean = Literal["weighted", "median", "trimmed", "geometric-median", "l-dawa"]
 GroupName = Annotated[str, Field(pattern=r"^(backbone|head|director|experts|router|stream(:[a-z0-9._-]+)?)$")]
 
 
+NormLimit = Annotated[float, Field(ge=1e-3, le=1e6)]
+ServerRate = Annotated[float, Field(ge=1e-9, le=10.0)]
+
+
 class GuardsConfig(Config):
     """What a site's update must keep to. One that does not is refused and logged; the round goes on without it."""
 
-    norm_limit: PositiveFloat = 10.0
+    norm_limit: NormLimit = 10.0
     """Greatest root mean square of a group's update, in units of `train.learning-rate` x `train.local-steps`: AdamW
     moves a number by about 1 of these in a round, or less."""
-    norm_ratio: Annotated[float, Field(gt=1.0)] = 30.0
+    norm_ratio: Annotated[float, Field(gt=1.0, le=1e6)] = 30.0
     """Greatest norm of a group's update, as a multiple of what was usual in the last ten rounds."""
-    direction: PositiveFloat | None = None
+    direction: Annotated[float, Field(gt=0.0, le=2.0)] | None = None
     """Refuse an update whose cosine with the other sites' lies this far from the usual one, as a sign-flipped one may;
     0.4 is a start (strategies/direction.py tells when it helps). Keeps all replies of a round in memory, and needs four
     sites. Off when left out."""
@@ -36,7 +40,7 @@ class MomentumConfig(Config):
     the group `director`, GEMA over the federation."""
 
     kind: Literal["momentum"]
-    learning_rate: PositiveFloat = 1.0
+    learning_rate: ServerRate = 1.0
     momentum: BelowOne = 0.9
     nesterov: bool = True
 
@@ -45,10 +49,10 @@ class AdaptiveConfig(Config):
     """FedAdam and FedYogi (arXiv 2003.00295, Algorithm 2)."""
 
     kind: Literal["adam", "yogi"]
-    learning_rate: PositiveFloat = 0.01
+    learning_rate: ServerRate = 0.01
     """About what a number moves in a round."""
     betas: Annotated[tuple[BelowOne, BelowOne], Field(strict=False)] = (0.9, 0.99)
-    epsilon: PositiveFloat = 1e-3
+    epsilon: Annotated[float, Field(ge=1e-12, le=1e3)] = 1e-3
     """The paper's tau: an update that is small against it moves little."""
 
 
@@ -60,10 +64,10 @@ class GroupConfig(Config):
 
     mean: Mean | None = None
     optimiser: OptimiserConfig | None = None
-    norm_limit: PositiveFloat | None = None
+    norm_limit: NormLimit | None = None
 
 
-class SharingConfig(Config):
+class SharingConfig(Uncoupled):
     """How the server averages."""
 
     rule: Literal["grouped", "plain"] = "grouped"

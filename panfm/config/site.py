@@ -77,8 +77,8 @@ class LimitsConfig(Config):
     cache_gib: Limit = 1000.0
     """Space of all prepared images on disk, in GiB. The oldest of other runs are removed for those of a new one."""
     kept_runs: Positive = 20
-    """Runs whose private state is kept. For one more, that of the run longest idle is removed, if for a day at least;
-    else the new run is refused."""
+    """Runs whose private state is kept. For one more, that of the run longest idle is removed, if for `idle-hours` at
+    least; else the new run is refused."""
 
     @model_validator(mode="after")
     def _epsilon_has_its_delta(self) -> Self:

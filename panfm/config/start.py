@@ -4,10 +4,10 @@ from typing import Annotated
 
 from pydantic import Field
 
-from panfm.config._base import Config
+from panfm.config._base import Uncoupled
 
 
-class StartConfig(Config):
+class StartConfig(Uncoupled):
     """Start from a trained model (warm start) instead of parameters drawn by `seed`; e.g. one pre-trained on public
     data, of which a private run then trains a part (`privacy.trained`). It holds what the run shares, no more and no
     less; what is private to a site starts as ever, private experts as copies of the director. A

@@ -97,8 +97,7 @@ class Experts(nn.Module):
         return mix_experts(x.to(dtype), chosen, gates.to(dtype), (weight_in, bias_in, weight_out, bias_out))
 
     def _gathered(self, x: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
-        """One subject's tokens [L, D] through its experts [K]. Nothing here depends on values, so it can be batched by
-        `torch.func.vmap`."""
+        """One subject's tokens [L, D] through its experts [K], without sorting: faster for one."""
         hidden = torch.einsum("ld,khd->klh", x, self.weight_in[chosen]) + self.bias_in[chosen][:, None]
         outputs = torch.einsum("klh,kdh->kld", functional.gelu(hidden), self.weight_out[chosen])
         outputs = outputs + self.bias_out[chosen][:, None]

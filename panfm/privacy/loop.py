@@ -5,9 +5,10 @@
 over a Poisson sample of the patients; q and N are public. Then AdamW and the teacher move as ever: what is computed
 from g alone costs no more privacy. A sample may be empty; its step is noise, and counts. Losses stay unseen.
 
-Patients are taken one at a time (`gradients.py` says why), each with a secret generator of its own for mask and routers'
-noise, and as many hidden tokens as all have who hold the same streams. Masks are steered by the patient's own saliency
-or by the site's noised one, never by the batch. Who used which expert is not counted: directors follow all experts alike.
+Patients are taken one at a time (`gradients.py` says why), each with a secret generator of its own for mask and
+routers' noise, and as many hidden tokens as all have who hold the same streams. Masks are steered by the patient's own
+saliency or by the site's noised one, never by the batch. Who used which expert is not counted: directors follow all
+experts alike.
 """
 
 from collections.abc import Callable, Mapping

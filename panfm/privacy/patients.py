@@ -32,9 +32,7 @@ class Patient:
     """Of the step in the run."""
 
 
-def patients_with_streams(
-    store: ImageStore, indices: NDArray[np.int64], streams: Sequence[str]
-) -> NDArray[np.int64]:
+def patients_with_streams(store: ImageStore, indices: NDArray[np.int64], streams: Sequence[str]) -> NDArray[np.int64]:
     """The indices of subjects that hold any of the streams, in their order."""
     rows = [store.rows[stream] for stream in streams if stream in store.rows]
     return indices[np.isin(indices, np.concatenate(rows))] if rows else indices[:0]

@@ -6,16 +6,23 @@
 A round may be asked again with the same bytes, as a resumed server does, and is then trained from the same private
 state: the answer tells nothing new. Anything else for a round that was asked, and a round before the newest that was
 not asked then, is refused: five answers about one patient's gradient cost five rounds of the run.
+
+Parameters that are not finite are refused as well: training from them gives nothing of use, and under privacy a patient's
+gradient would be there or not, depending on which parts of the model the patient's images go through.
 """
 
 import hashlib
 import json
+import logging
+import math
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from panfm.config import RunConfig, dump_toml, parse_run
@@ -29,6 +36,7 @@ from panfm.site.state import RUNS, StateStore
 
 _ASKED = "asked.json"
 _ENDED = "ended"
+logger = logging.getLogger(__name__)
 _SEEDED = f"the run's seed gives with torch {torch.__version__}; another torch at the server may draw others"
 
 
@@ -119,6 +127,46 @@ def end_run(state_dir: Path, run_id: str) -> None:
     write_atomic(folder / _ENDED, b"")
 
 
+def make_room(run_folder: Path, limits: LimitsConfig) -> None:
+    """Remove the private states of the runs longest idle, so that a new run's is one of `limits.kept-runs`.
+
+    Raises:
+        LimitError: one of them has been at work within `limits.idle-hours`, and may still go on.
+    """
+    if run_folder.exists() or not run_folder.parent.exists():
+        return
+    by_age = sorted((path for path in run_folder.parent.iterdir() if path.is_dir()), key=_last_change)
+    for folder in by_age[: max(len(by_age) - limits.kept_runs + 1, 0)]:
+        if time.time() - _last_change(folder) < 3600.0 * limits.idle_hours:
+            raise LimitError(
+                f"limits.kept-runs is {limits.kept_runs}, and as many were at work within limits.idle-hours "
+                f"({limits.idle_hours:g})"
+            )
+        logger.warning("private state of run %s, the longest idle, is removed for a new run", folder.name)
+        shutil.rmtree(folder)
+
+
+def check_finite(
+    round_number: int, groups: Mapping[str, Flat], teacher: Mapping[str, Flat], profile: Mapping[str, float] | None
+) -> None:
+    """Raise ProtocolError if what the server sent for a round is not finite.
+
+    Args:
+        groups: Global parameters, coded steps taken.
+        teacher: The server's average of them; empty if it sends none.
+        profile: Saliency by stream.
+    """
+    for kind, arrays in (("global parameters", groups), ("teacher", teacher)):
+        for group, array in arrays.items():
+            if not bool(np.isfinite(array).all()):
+                raise ProtocolError(f"round {round_number}: {kind} of group {group} hold NaN or infinity")
+    for stream, value in (profile or {}).items():
+        if not math.isfinite(value):
+            raise ProtocolError(
+                f"round {round_number}: saliency of stream {stream} is {value}, expected a finite number"
+            )
+
+
 def check_start(run: RunConfig, streams: Sequence[str], groups: Mapping[str, Flat]) -> None:
     """Check the global parameters of round 1 against the run's description.
 
@@ -157,3 +205,8 @@ def _read(folder: Path) -> Asked | None:
         return None
     note = json.loads(read_checked(folder / _ASKED))
     return Asked(note["rounds"], note["newest"], {int(number): digest for number, digest in note["digests"].items()})
+
+
+def _last_change(folder: Path) -> float:
+    """Time of the last change of a run's folder or a file in it, in seconds since 1970."""
+    return max(path.stat().st_mtime for path in (folder, *folder.glob("*")))

@@ -24,7 +24,7 @@ from panfm.sharing.groups import Flat, GroupManifest, stream_group
 from panfm.sharing.messages import RoundTask
 from panfm.sharing.release import RoundResult
 from panfm.sharing.weights import Trained, Weights, group_weights
-from panfm.site.admission import admit, check_start, question_digest
+from panfm.site.admission import admit, check_finite, check_start, question_digest
 from panfm.site.floors import Floors
 from panfm.site.spending import Account, fingerprint
 from panfm.site.state import Origin, StateStore
@@ -71,8 +71,8 @@ class Session:
         """Start from the round before, train, keep the private state, and say what came of it.
 
         Raises:
-            ProtocolError: the task's groups do not fit this site's model, are a step from parameters that it lacks or
-                 not where the run starts, or the round was asked otherwise before.
+            ProtocolError: the task's groups do not fit this site's model, are not finite, are a step from parameters that
+                it lacks or not where the run starts, or the round was asked otherwise before.
             LimitError: too few steps counted.
             DataError: the private state on disk is corrupted, or comes from another experiment or other patients.
             BudgetError, LedgerError: the run is private, and the site cannot pay for the round.
@@ -128,6 +128,7 @@ class Session:
     def _load_global(self, task: RoundTask, state_round: int) -> None:
         """Start from the server's parameters; without private state, afresh."""
         groups = self._arrived(task, state_round) if task.digests else task.groups
+        check_finite(task.round_number, groups, task.teacher, task.profile)
         tensors = self._tensors(groups)
         if task.round_number == 1:
             for parameters in (groups, task.teacher):

@@ -21,9 +21,8 @@ from panfm.data.store import ImageStore
 from panfm.errors import ConfigError, DataError, LedgerError, ProtocolError
 from panfm.sharing.messages import Handshake, Invitation, RoundReply, RoundTask
 from panfm.sharing.release import build_handshake, build_reply, check_may_take_part
-from panfm.site.admission import check_other_runs
+from panfm.site.admission import check_other_runs, make_room
 from panfm.site.floors import Floors, check_run
-from panfm.site.kept_runs import make_room
 from panfm.site.limits import check_experiment, check_sizes, check_step
 from panfm.site.session import Session
 from panfm.site.spending import Account, as_known, check_privacy
@@ -99,7 +98,7 @@ class Site:
             raise ProtocolError(f"round {task.round_number}: expected 1 to {session.run.train.rounds}")
         states = StateStore(self.state_dir, task.run_id, session.origin)
         check_other_runs(self.state_dir, task.run_id, self.config.limits)
-        make_room(states.folder, self.config.limits.kept_runs)
+        make_room(states.folder, self.config.limits)
         result = session.train_round(task, states)
         return build_reply(task, result, may_leave=self.config.limits.may_leave)
 

@@ -182,7 +182,6 @@ def _privacy(start: str, epsilon: str) -> list[str]:
     changes: dict[str, object] = {
         "public-subjects": _MEMBERS,
         "sample-rate": _RATE,
-        "chunk": 64,
         "trained": f"'{trained}'",
     }
     if target := EPSILONS.get(epsilon):

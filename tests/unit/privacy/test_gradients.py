@@ -9,6 +9,7 @@ from opacus import GradSampleModule
 from torch import nn
 from torch.testing import assert_close
 
+from panfm.data.store import ImageStore
 from panfm.objectives import Learner
 from panfm.objectives.experts import ExpertTraining
 from panfm.objectives.objective import masked_view
@@ -202,6 +203,34 @@ def test_the_clip_norm_is_joint_over_all_parameters():
     add_clipped(found, {"a": torch.tensor([0.3, 0.0]), "b": torch.tensor([[0.4]])}, 1.0)
     assert_close(found["a"], torch.tensor([0.9, 0.0], dtype=torch.float64))
     assert_close(found["b"], torch.tensor([[1.2]], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("size", [1e-45, 1e-38, 1e-23, 1.0, 1e23, 3e38])
+@pytest.mark.parametrize("clip", [1e-30, 1e-3, 1.0, 1e30])
+def test_no_gradient_is_too_small_or_too_large_to_be_clipped(size, clip):
+    gradient = {"a": torch.full((1000,), size), "b": torch.full((10, 3), -size)}
+    found = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in gradient.items()}
+    add_clipped(found, gradient, clip)
+    expected = min(1030**0.5 * gradient["a"][0].double().item(), clip)
+    assert norm(found.values()) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_gradient_that_is_not_finite_and_an_empty_one_add_nothing(value):
+    found = {"a": torch.ones(3, dtype=torch.float64), "b": torch.ones(1, dtype=torch.float64)}
+    add_clipped(found, {"a": torch.tensor([1.0, value, 0.0]), "b": torch.ones(1)}, 1.0)
+    add_clipped(found, {}, 1.0)
+    assert all(torch.equal(each, torch.ones_like(each)) for each in found.values())
+
+
+def test_a_stem_map_is_of_one_patient_to_the_bit(make_private, every_subset):
+    run = make_private()
+    store, learner = every_subset(run, 4), Learner(run)
+    together = learner.stem(store)
+    for name, images in store.images.items():
+        for row in (0, len(images) - 1):
+            one = ImageStore(("s",), ("train",), {name: images[row : row + 1]}, {name: np.arange(1)})
+            assert np.array_equal(learner.stem(one).images[name][0], together.images[name][row])
 
 
 def test_nobody_and_a_patient_without_streams_give_zero(make_private, every_subset):

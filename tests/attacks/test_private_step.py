@@ -1,0 +1,270 @@
+"""A server that chooses description and parameters against a patient: the sum of a private step moves by C, no more."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Literal
+
+import numpy as np
+import pytest
+import torch
+
+from panfm.config import dump_toml, parse_run
+from panfm.config._base import Config
+from panfm.config.privacy import NO_CLAIM, broken_guarantees, claim
+from panfm.errors import ConfigError, ProtocolError
+from panfm.models import build_model
+from panfm.objectives import Learner
+from panfm.objectives.masking import draw_hidden, stream_scores
+from panfm.objectives.objective import Split
+from panfm.privacy import loop
+from panfm.privacy.loop import sum_over
+from panfm.privacy.saliency import saliency_sum
+from panfm.sharing.downlink import code_step, digests, take_step
+from panfm.sharing.groups import GroupManifest
+from panfm.sharing.messages import RoundTask
+from panfm.site import Site
+from simulations.run import cohort_folder
+from strategies.means import empty_mean
+from tests.attacks.private_steps import (
+    LEVEL,
+    PRIVACY,
+    RUN,
+    decided_by_rounding,
+    ill_conditioned,
+    largest_change,
+    learner_and_maps,
+    norm,
+    private_run,
+    random_store,
+)
+
+EVERYTHING = [[True, True]] * 5
+KINDS = [(objective, backbone) for objective in ("latent", "mae") for backbone in ("dense", "dex")]
+_FIRST, _REST = slice(1), slice(1, None)
+
+
+def every_second_hidden(learner, maps, full, relative, steps_taken, generator):
+    layout = learner.model.layout(maps)
+    return Split.of(layout, (layout.place % 2 == 1) & layout.valid)
+
+
+def test_a_loss_that_is_scaled_to_nothing_does_not_switch_clipping_off(monkeypatch):
+    """The server sends `beta = 1e26` and `clip-norm = 1e-30`, past the check of the ranges."""
+    monkeypatch.setattr(loop, "hide", every_second_hidden)
+    run = private_run()
+    changes = {
+        "objective": run.objective.model_copy(update={"beta": 1e26}),
+        "privacy": run.privacy.model_copy(update={"clip_norm": 1e-30}),
+    }
+    learner, maps = learner_and_maps(run.model_copy(update=changes), EVERYTHING)
+    found = largest_change(lambda indices: sum_over(learner, maps, indices, 0), np.arange(3))
+    assert 0.9 < found / 1e-30 <= LEVEL
+
+
+@pytest.mark.parametrize(
+    ("table", "line"),
+    [
+        ("privacy", "clip-norm = 1e-30"),
+        ("privacy", "clip-norm = 1e30"),
+        ("privacy", "noise-multiplier = 0.01"),
+        ("privacy", "statistics-noise = 0.01"),
+        ("privacy", "sample-rate = 1e-9"),
+        ("privacy", "delta = 0.1\npublic-subjects = 1"),
+        ("privacy", "epsilon = 1e9"),
+        ("objective", "beta = 1e26"),
+        ("objective", "summary-weight = 1e30"),
+        ("model", "hidden-multiple = 1000000"),
+        ("model.experts", "temperature = 1e-30"),
+        ("model.experts", "alignment-weight = 1e30"),
+        ("model.experts", "noise = [1e30, 0.0]"),
+        ("train", "learning-rate = 1e30"),
+        ("train", "weight-decay = 1e30"),
+        ("train", "proximal-mu = 1e30"),
+        ("masking", "strength = 1e30"),
+        ("masking", "limit = 1e30"),
+        ("sharing.guards", "norm-limit = 1e30"),
+        ("server-privacy", "noise-multiplier = 0.01"),
+    ],
+)
+def test_a_number_far_out_of_range_is_refused_by_its_key(table, line):
+    """The server sends a description whose numbers were chosen to break the arithmetic."""
+    keys = [each.split(" ")[0] for each in line.splitlines()]
+    tables = {
+        "objective": ["standardise = false"],
+        "masking": ['policy = "random"'],
+        "privacy": [each for each in PRIVACY.splitlines()[2:] if each.split(" ")[0] not in keys],
+    }
+    tables.setdefault(table, []).append(line)
+    text = RUN + "".join(f"[{name}]\n" + "\n".join(lines) + "\n" for name, lines in tables.items())
+    with pytest.raises(ConfigError, match=rf"{table}\.{keys[0]}"):
+        parse_run(text)
+
+
+@pytest.mark.parametrize("objective", ["latent", "mae"])
+def test_routers_that_read_rounding_errors_do_not_couple_patients(monkeypatch, objective):
+    """The server sends routers for which the last bit of a patient's features decides between unlike experts. Who else
+    is in the sample must not decide that bit: the sum moved by 1.9 C when the size of a batch did."""
+    monkeypatch.setattr(loop, "hide", every_second_hidden)
+    run = private_run(objective, "dex")
+    for held in ([[True, True]] * 3, [[False, True]] * 3):
+        learner, maps = learner_and_maps(run, held)
+        for seed in range(2):
+            decided_by_rounding(learner, seed)
+            found = largest_change(lambda indices, o=(learner, maps): sum_over(*o, indices, 0), np.arange(2))
+            assert found <= LEVEL * run.privacy.clip_norm
+
+
+@pytest.mark.parametrize(("objective", "backbone"), KINDS)
+def test_a_patient_adds_the_same_bits_whoever_else_is_there(monkeypatch, objective, backbone):
+    """The server sends ill-conditioned parameters. What is left of the others is the rounding of a float64 sum."""
+    monkeypatch.setattr(loop, "hide", every_second_hidden)
+    run = private_run(objective, backbone)
+    learner, maps = learner_and_maps(run, [[False, True]] * 5)
+    ill_conditioned(learner)
+    for size in (2, 3, 5):
+        whole, rest, own = (sum_over(learner, maps, np.arange(size)[part], 0) for part in (slice(9), _REST, _FIRST))
+        assert norm([whole[name] - rest[name] - own[name] for name in whole]) <= 1e-14 * run.privacy.clip_norm
+
+
+def test_a_decoder_of_nan_does_not_tell_what_others_hide(monkeypatch):
+    """The server sends NaN as the decoder of one stream; whether a patient counts is decided by its own mask alone."""
+
+    def hide(learner, maps, full, relative, steps_taken, generator):
+        """Dark patients hide of the first stream, others of the second."""
+        layout = learner.model.layout(maps)
+        stream = learner.model.stream_of_place[layout.place]
+        dark = maps.images["eye-fundus"].mean(dim=(1, 2, 3)) < maps.images["eye-fundus"].new_tensor(darkest)
+        return Split.of(layout, (stream == (~dark[:, None]).long()) & (layout.place % 2 == 1))
+
+    run = private_run("mae")
+    learner, maps = learner_and_maps(run, EVERYTHING)
+    means = np.sort(maps.images["eye-fundus"].mean(axis=(1, 2, 3)))
+    darkest = float(means[0] + means[1]) / 2
+    monkeypatch.setattr(loop, "hide", hide)
+    with torch.no_grad():
+        learner.model.heads.streams["brain-mr"].decode.weight.fill_(float("nan"))
+    found = largest_change(lambda indices: sum_over(learner, maps, indices, 0), np.arange(5))
+    assert found <= LEVEL * run.privacy.clip_norm
+
+
+def test_a_saliency_vector_is_of_one_patient_to_the_bit():
+    """The server sends a teacher in which the last bit decides what a patient leans on."""
+    guided = '[masking]\nsaliency = "attention"\n'
+    learner, maps = learner_and_maps(private_run("latent", "dex", guided), EVERYTHING)
+    for size in (2, 3, 5):
+        decided_by_rounding(learner, size)
+        whole, rest, own = (saliency_sum(learner, maps, np.arange(size)[part]) for part in (slice(9), _REST, _FIRST))
+        assert (whole - rest).norm() <= 2**0.5 * LEVEL
+        assert (whole - rest - own).norm() <= 1e-14
+
+
+SITE_RUN = """
+name = "small"
+seed = 3
+[streams]
+brain-mr = { spacing-mm = [8.0, 8.0, 8.0], shape = [8, 8, 8], patch = [4, 4, 8] }
+[train]
+rounds = 6
+local-steps = 5
+"""
+
+
+def round_task(extra=""):
+    run = parse_run(SITE_RUN + extra)
+    tensors = {name: tensor.numpy() for name, tensor in build_model(run).state_dict().items()}
+    manifest = GroupManifest.of({name: tensor.shape for name, tensor in tensors.items()})
+    return manifest, RoundTask("run-1", 1, dump_toml(run), manifest.pack_all(tensors))
+
+
+@pytest.fixture
+def site(tmp_path, write_site):
+    return Site(write_site(tmp_path / "alpha", "alpha", ("brain",), 12))
+
+
+def in_round_2(site, asked, **changes):
+    """Take an honest first round, then ask for one with changes."""
+    site.train_round(asked)
+    groups = {group: flat.copy() for group, flat in asked.groups.items()}
+    return replace(asked, round_number=2, groups=groups, **changes)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("group", ["backbone", "head", "stream:brain-mr"])
+def test_a_site_refuses_global_parameters_that_are_not_finite(site, group, value):
+    _, asked = round_task()
+    asked = in_round_2(site, asked)
+    asked.groups[group][-1] = value
+    with pytest.raises(ProtocolError, match=f"^round 2: global parameters of group {group} hold NaN or infinity$"):
+        site.train_round(asked)
+
+
+def test_a_site_refuses_a_teacher_and_a_profile_that_are_not_finite(site):
+    _, asked = round_task('teacher-start = "server-ema"\n')
+    asked = in_round_2(site, replace(asked, teacher=asked.groups))
+    teacher = {group: flat.copy() for group, flat in asked.groups.items()}
+    teacher["head"][0] = np.nan
+    with pytest.raises(ProtocolError, match=r"^round 2: teacher of group head hold NaN or infinity$"):
+        site.train_round(replace(asked, teacher=teacher))
+    with pytest.raises(ProtocolError, match=r"^round 2: saliency of stream brain-mr is inf, expected a finite number$"):
+        site.train_round(replace(asked, profile={"brain-mr": np.inf}))
+
+
+def test_a_site_refuses_a_coded_step_to_parameters_that_are_not_finite(site):
+    """Two steps of 3e38: each is finite, and so is where the first leads; where the second leads is not."""
+    manifest, asked = round_task('[sharing]\ncoding = "bf16"\n')
+    site.train_round(asked)
+    reached, step = asked.groups, np.zeros_like(asked.groups["head"])
+    step[0] = 3e38
+    coded, _ = code_step("bf16", manifest, "head", step, {})
+    with np.errstate(over="ignore"):
+        reached = take_step("bf16", manifest, reached, coded)
+        site.train_round(replace(asked, round_number=2, groups=coded, digests=digests(reached)))
+        reached = take_step("bf16", manifest, reached, coded)
+        with pytest.raises(ProtocolError, match=r"^round 3: global parameters of group head hold NaN or infinity$"):
+            site.train_round(replace(asked, round_number=3, groups=coded, digests=digests(reached)))
+
+
+class UndeclaredConfig(Config):
+    """An objective that somebody added and that does not say whether it couples patients."""
+
+    name: Literal["undeclared"] = "undeclared"
+
+
+@pytest.mark.parametrize("table", ["objective", "masking", "model", "train", "sharing", "federation"])
+def test_a_part_that_does_not_declare_what_couples_patients_is_not_claimed_private(table):
+    run = private_run().model_copy(update={table: UndeclaredConfig()})
+    assert claim(private_run()) != NO_CLAIM
+    assert claim(run) == NO_CLAIM
+    [line] = broken_guarantees(run)
+    assert line == f'{table}: "undeclared" does not declare whether it couples patients, set one that does'
+
+
+def test_names_that_nobody_knows_are_not_taken_for_others(make_run):
+    run = make_run()
+    masking = run.masking.model_copy(update={"policy": "unknown"})
+    learner = Learner(run)
+    with pytest.raises(AssertionError, match="unknown"):
+        stream_scores(masking, torch.ones(1, 3), ("brain", "heart", "eye"), 0)
+    layout = learner.model.layout(learner.stem(random_store(run, [[True] * 3])).batch([0]))
+    with pytest.raises(AssertionError, match="unknown"):
+        draw_hidden(masking, torch.ones(1, 3), layout, learner.model.stream_of_place, torch.Generator())
+    learner.run = run.model_copy(update={"objective": UndeclaredConfig()})
+    with pytest.raises(AssertionError, match="undeclared"):
+        learner.reset_private()
+    sharing = SimpleNamespace(**dict(run.sharing), mean_of=lambda group: "unknown", optimiser_of=None)
+    shapes = {name: tuple(tensor.shape) for name, tensor in learner.shared_state().items()}
+    with pytest.raises(AssertionError, match="unknown"):
+        empty_mean(
+            SimpleNamespace(sharing=sharing, model=run.model, train=run.train, server_privacy=None),
+            GroupManifest.of(shapes),
+            "backbone",
+            np.zeros(1, np.float32),
+            weight_limit=1.0,
+            space=np.zeros(1, np.float32),
+        )
+
+
+def test_a_cohort_that_nobody_knows_is_not_taken_for_another():
+    run = private_run().model_copy(update={"cohort": UndeclaredConfig()})
+    with pytest.raises(AssertionError, match="undeclared"):
+        cohort_folder(run)
