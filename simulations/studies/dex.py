@@ -79,6 +79,7 @@ RELEASED: dict[str, type[DirectorExperts]] = {
     "dex-released": Released,
 }
 ARMS = ("dense", "token-moe", "random-routing", "dex", "untrained")
+ROWS = ("dense", "token-moe", "random-routing", "dex", "dex-director", *RELEASED, "untrained")
 DEVIATIONS_SHOWN = ("nmi", "conflict", "probe_own", "probe_pooled", "probe_heldout", "val_loss")
 SHOWN = (
     "nmi",
@@ -116,13 +117,13 @@ def main(
     draws: Draws = 1,
     first_seed: FirstSeed = 0,
     budget: Annotated[str, typer.Option(help="short, medium or long: 500, 3,000 or 8,000 steps.")] = "short",
-    arms: Annotated[str, typer.Option(help="Only these arms, with commas between.")] = ",".join(ARMS),
+    arms: Annotated[
+        str, typer.Option(help=f"Only these arms, with commas between; of these too: {', '.join(RELEASED)}.")
+    ] = ",".join(ARMS),
     json: JsonFile = None,
 ) -> None:
     """Director-Experts against dense, token-routed and randomly routed layers."""
-    size, chosen = steps_of(budget, STEPS), tuple(arms.split(","))
-    if unknown := sorted({*chosen} - {*ARMS, *RELEASED}):
-        raise typer.BadParameter(f"{unknown[0]}: expected some of {', '.join((*ARMS, *RELEASED))}", param_hint="--arms")
+    size, chosen = steps_of(budget, STEPS), arms_of(arms)
     check_writable(json)
     result = run(StudyOptions(seeds, draws, first_seed, json=json), size, chosen)
     print_result(result, rows_of(chosen), SHOWN, None)
@@ -130,9 +131,17 @@ def main(
         result.write(json)
 
 
+def arms_of(names: str) -> list[str]:
+    """Arms by their names, in the study's order. Raises BadParameter: there is none of a name."""
+    known, wanted = (*ARMS, *RELEASED), names.split(",")
+    if unknown := sorted({*wanted} - {*known}):
+        raise typer.BadParameter(f"{unknown[0]}: expected some of {', '.join(known)}", param_hint="--arms")
+    return [arm for arm in known if arm in wanted]
+
+
 def rows_of(arms: Sequence[str]) -> list[str]:
-    """What is measured of some arms: every arm, and those with a director once more through it."""
-    return [row for arm in arms for row in ((arm, f"{arm}-director") if _has_director(arm) else (arm,))]
+    """Columns of the printed table; `dex` has a second one, for its directors."""
+    return [row for row in ROWS if row.removesuffix("-director") in arms]
 
 
 def _has_director(arm: str) -> bool:

@@ -108,16 +108,17 @@ def test_the_whole_study(tmp_path, monkeypatch, picture_cohort):
     result.write(tmp_path / "dex.json")
 
 
-def test_the_table_fits_80_columns():
-    result = StudyResult("dex", {})
-    for arm in dex.rows_of(dex.ARMS):
+@pytest.mark.parametrize("arms", [dex.ARMS, ("dex", *dex.RELEASED)])
+def test_the_table_fits_80_columns(arms):
+    result, rows = StudyResult("dex", {}), dex.rows_of(arms)
+    for arm in rows:
         for metric in dex.SHOWN:
             result.values[metric, arm] = [0.561, 0.585]
     console = Console(width=80, soft_wrap=True, file=io.StringIO())
-    print_result(result, dex.rows_of(dex.ARMS), dex.SHOWN, console)
+    print_result(result, rows, dex.SHOWN, console)
     lines = console.file.getvalue().splitlines()
     assert max(map(len, lines)) <= 80
-    assert sum(line.count("±.017") for line in lines) == len(dex.rows_of(dex.ARMS)) * len(dex.SHOWN)
+    assert sum(line.count("±.017") for line in lines) == len(rows) * len(dex.SHOWN)
 
 
 def test_some_arms_alone_are_compared_to_dex(monkeypatch, picture_cohort):
@@ -134,7 +135,12 @@ def test_some_arms_alone_are_compared_to_dex(monkeypatch, picture_cohort):
     assert result.ratios["nmi/dex-released-minus-dex"] == pytest.approx(0.02)
     assert result.ratios["nmi/dex-released-minus-dex/half-interval"] == pytest.approx(12.706 * 0.01, rel=1e-3)
     assert result.ratios["probe_own/dex-released-director-minus-dex-director"] == pytest.approx(0.02)
-    assert dex.rows_of(["dense", "dex-released"]) == ["dense", "dex-released", "dex-released-director"]
+
+
+def test_arms_come_in_the_studys_order_once_each():
+    assert dex.arms_of("dex-released,dex,dex") == ["dex", "dex-released"]
+    assert dex.arms_of(",".join(dex.ARMS)) == [*dex.ARMS]
+    assert dex.rows_of(["dex", "dex-released"]) == ["dex", "dex-director", "dex-released"]
 
 
 def test_an_unknown_arm_is_refused():
