@@ -7,8 +7,8 @@ A round may be asked again with the same bytes, as a resumed server does, and is
 state: the answer tells nothing new. Anything else for a round that was asked, and a round before the newest that was
 not asked then, is refused: five answers about one patient's gradient cost five rounds of the run.
 
-Parameters that are not finite are refused as well: training from them gives nothing of use, and under privacy a patient's
-gradient would be there or not, depending on which parts of the model the patient's images go through.
+Parameters that are not finite are refused as well: training from them gives nothing of use, and under privacy a
+patient's gradient would be there or not, depending on which parts of the model the patient's images go through.
 """
 
 import hashlib

@@ -71,8 +71,8 @@ class Session:
         """Start from the round before, train, keep the private state, and say what came of it.
 
         Raises:
-            ProtocolError: the task's groups do not fit this site's model, are not finite, are a step from parameters that
-                it lacks or not where the run starts, or the round was asked otherwise before.
+            ProtocolError: the task's groups do not fit this site's model, are not finite, are a step from parameters
+                that it lacks or not where the run starts, or the round was asked otherwise before.
             LimitError: too few steps counted.
             DataError: the private state on disk is corrupted, or comes from another experiment or other patients.
             BudgetError, LedgerError: the run is private, and the site cannot pay for the round.

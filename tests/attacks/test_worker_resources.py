@@ -221,7 +221,7 @@ def test_server_invents_run_ids_and_the_site_keeps_twenty(folder, monkeypatch):
     records = Records(config={"run-id": "made-up-20", "round": 1, "run": run_toml})
     reason = str(answer(site, Frame(Kind.ROUND, records)).records.config["reason"])
     assert reason == (
-        "site alpha: LimitError: this site's limits.kept-runs (20) runs were at work within a day, expected fewer"
+        "site alpha: LimitError: limits.kept-runs is 20, and as many were at work within limits.idle-hours (24)"
     )
     os.utime(runs / "made-up-3", (time.time() - 90_000.0,) * 2)
     assert answer(site, Frame(Kind.ROUND, task(run_id="made-up-20").to_records())).kind is Kind.ANSWER
