@@ -16,6 +16,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import tomli_w
 
 from panfm.config import dump_toml, parse_run, parse_site
 from panfm.data import cache, decode, read
@@ -27,6 +28,7 @@ from panfm.sharing.frames import Frame, Kind, receive
 from panfm.sharing.messages import Invitation, Records
 from panfm.site import Site, answer, session
 from panfm.site import limits as limits_of_site
+from tests.conftest import NO_FLOORS
 from tests.unit.site.test_site import RUN, task
 
 SECONDS, MIB = 2.0, 200
@@ -47,6 +49,11 @@ def hostile(extra: str = "", **changes: str) -> str:
     return text + extra
 
 
+def set_limit(folder: Path, key: str, value: float) -> None:
+    limits = NO_FLOORS | {key: value}
+    (folder / "site.toml").write_text(tomli_w.dumps({"name": "alpha", "limits": limits}))
+
+
 def stream(shape: str, patch: str) -> str:
     return f"{{ spacing-mm = [8.0, 8.0, 8.0], shape = {shape}, patch = {patch} }}"
 
@@ -57,11 +64,10 @@ TOO_LARGE = {
     "image": (hostile(brain_mr=stream("[1024, 1024, 1024]", "[64, 64, 32]")), "voxels-per-image"),
     "picture": (hostile(brain_mr="{ shape = [65536, 65536], patch = [256, 256], channels = 3 }"), "voxels-per-image"),
     "patches": (hostile(brain_mr=stream("[128, 128, 128]", "[1, 1, 1]")), "tokens-per-patient"),
-    "hidden width": (hostile("[model]\nhidden-multiple = 1000000\n"), "parameters"),
-    "hidden width of 63 bits": (hostile(f"[model]\nhidden-multiple = {2**62}\n"), "parameters"),
-    "experts": (hostile(POOL + "experts = { count = 100000 }\n"), "parameters"),
-    "experts of one block": (hostile(POOL + "experts = { count = [1000000, 2] }\n"), "parameters"),
-    "prototypes": (hostile('[objective]\nname = "dino"\nprototypes = 1000000000\n'), "parameters"),
+    "experts": (
+        hostile('[model]\nsize = "base"\n' + POOL.replace("[model]\n", "") + "experts = { count = 1024 }\n"),
+        "parameters",
+    ),
     "decoder": (
         hostile(
             '[model]\ntokenizer = "patch"\n[objective]\nname = "mae"\n',
@@ -69,8 +75,17 @@ TOO_LARGE = {
         ),
         "parameters",
     ),
-    "local steps": (hostile(local_steps="1000000000"), "local-steps"),
-    "rounds": (hostile(rounds="1000000000"), "rounds"),
+    "local steps": (hostile(local_steps="1000000"), "local-steps"),
+    "rounds": (hostile(rounds="1000000"), "rounds"),
+}
+
+OUT_OF_RANGE = {
+    "model.hidden-multiple": hostile("[model]\nhidden-multiple = 1000000\n"),
+    "model.hidden-multiple of 63 bits": hostile(f"[model]\nhidden-multiple = {2**62}\n"),
+    "model.experts.count.0": hostile(POOL + "experts = { count = [1000000, 2] }\n"),
+    "objective.prototypes": hostile('[objective]\nname = "dino"\nprototypes = 1000000000\n'),
+    "train.local-steps": hostile(local_steps="1000000000"),
+    "train.rounds": hostile(rounds="1000000000"),
 }
 
 
@@ -96,7 +111,18 @@ def test_server_asks_for_what_no_site_has_and_nothing_is_allocated(folder, monke
     assert f", this site's limits.{limit} is " in reason
 
 
-@pytest.mark.parametrize("spacing", ["600.0", "1e6", "1e30", "1e300"])
+@pytest.mark.parametrize("kind", [Kind.HANDSHAKE, Kind.ROUND])
+@pytest.mark.parametrize(("key", "run_toml"), OUT_OF_RANGE.items(), ids=OUT_OF_RANGE)
+def test_server_asks_for_a_size_that_no_description_may_name(folder, monkeypatch, key, run_toml, kind):
+    monkeypatch.setattr("panfm.site.site.open_store", lambda *_: pytest.fail("images were read"))
+    start = time.process_time()
+    assert asked(Site(folder), run_toml, kind).startswith(
+        f"site alpha: ProtocolError: run description: {key.split()[0]}: "
+    )
+    assert time.process_time() - start < SECONDS
+
+
+@pytest.mark.parametrize("spacing", ["600.0", "1000.0"])
 def test_a_spacing_whose_blur_fills_the_memory_is_refused(folder, spacing):
     """At 10,000 mm, the blur of a scan of 64^3 asked for 86 GB."""
     run_toml = hostile(brain_mr=stream("[8, 8, 8]", "[4, 4, 8]").replace("[8.0,", f"[{spacing},"))
@@ -110,7 +136,7 @@ def test_a_spacing_whose_blur_fills_the_memory_is_refused(folder, spacing):
 def test_one_step_that_fills_too_much_memory_is_refused_before_the_model_is_built(folder, monkeypatch):
     monkeypatch.setattr(session, "_learners", lambda *_: pytest.fail("a model was built"))
     fine = hostile('[model]\nsize = "base"\n', brain_mr=stream("[128, 128, 64]", "[4, 4, 4]"))
-    (folder / "site.toml").write_text('name = "alpha"\n[limits]\nstep-gib = 0.5\n')
+    set_limit(folder, "step-gib", 0.5)
     assert ", this site's limits.step-gib is 0.5" in asked(Site(folder), dump_toml(parse_run(fine)))
 
 
@@ -129,7 +155,7 @@ def test_models_of_this_house_are_within_the_limits():
 
 def test_the_time_limit_holds_for_a_handshake(folder, monkeypatch):
     """53 s went by under a limit of 8 s."""
-    (folder / "site.toml").write_text('name = "alpha"\n[limits]\nseconds-per-round = 0.2\n')
+    set_limit(folder, "seconds-per-round", 0.2)
     monkeypatch.setattr("panfm.site.site.open_store", lambda *_: time.sleep(20.0))
     start = time.monotonic()
     reason = asked(Site(folder), task().run_toml)
@@ -146,7 +172,7 @@ def test_threads_that_read_images_stop_with_the_question(folder, monkeypatch):
         return np.zeros((1, 8, 8, 8), np.float32)
 
     monkeypatch.setattr(read, "read_image", slow)
-    (folder / "site.toml").write_text('name = "alpha"\n[limits]\nseconds-per-round = 0.1\n')
+    set_limit(folder, "seconds-per-round", 0.1)
     assert "seconds-per-round" in asked(Site(folder), task().run_toml)
     alive = [thread for thread in threading.enumerate() if thread.name.startswith("ThreadPoolExecutor")]
     for thread in alive:
@@ -172,7 +198,7 @@ def _cached(folder: Path) -> "cache._Cached":
 
 
 def test_a_cache_beyond_the_limit_is_refused_before_it_is_built(folder):
-    (folder / "site.toml").write_text('name = "alpha"\n[limits]\ncache-gib = 1e-5\n')
+    set_limit(folder, "cache-gib", 1e-5)
     reason = asked(Site(folder), task().run_toml)
     assert reason == (
         "site alpha: LimitError: this run's images fill 2.28882e-05 GiB, this site's limits.cache-gib is 1e-05"
@@ -190,7 +216,7 @@ def test_a_cache_beyond_the_disk_is_refused_before_it_is_built(folder, monkeypat
 def test_a_hundred_descriptions_do_not_fill_the_disk(folder):
     """Each with another spacing; the files of those before make room, and those in use stay."""
     limit = 40_000
-    (folder / "site.toml").write_text(f'name = "alpha"\n[limits]\ncache-gib = {limit / 2**30}\n')
+    set_limit(folder, "cache-gib", limit / 2**30)
     for number in range(20):
         spacing = f"[{8.0 + number / 100}, 8.0, 8.0]"
         run = parse_run(hostile(brain_mr=stream("[8, 8, 8]", "[4, 4, 8]").replace("[8.0, 8.0, 8.0]", spacing)))
@@ -341,7 +367,7 @@ def test_memory_that_runs_out_is_told_as_memory(folder, monkeypatch, error):
         raise error
 
     monkeypatch.setattr("panfm.site.site.open_store", fail)
-    (folder / "site.toml").write_text('name = "alpha"\n[limits]\nmemory-gib = 3\n'.replace("3", "3.0"))
+    set_limit(folder, "memory-gib", 3.0)
     reason = asked(Site(folder), task().run_toml)
     assert reason == ("site alpha: LimitError: this run asks for more memory than there is: limits.memory-gib is 3")
 

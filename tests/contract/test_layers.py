@@ -23,7 +23,7 @@ LEVELS = (
     ("objectives", "privacy", "evaluate"),
     ("site", "report", "export"),
     ("cli",),
-    ("superlink_database",),
+    ("__main__", "superlink_database"),
 )
 """Parts of panfm, from the bottom; a part imports its own level and those below."""
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}

@@ -339,9 +339,12 @@ def test_the_noise_that_is_drawn_is_the_noise_that_is_booked(site, monkeypatch):
 
 
 @pytest.mark.parametrize("extra", [RANDOM + '[sharing]\ncoding = "int8"\n', GUIDED + DEX])
-def test_a_run_without_privacy_in_the_same_process_leaves_nothing_to_a_private_one(site, tmp_path, monkeypatch, extra):
+def test_a_run_without_privacy_in_the_same_process_leaves_nothing_to_a_private_one(
+    tmp_path, write_site, monkeypatch, extra
+):
     """Model, teacher, optimiser, what coding lost: with the mechanisms' releases fixed, a process that has trained
     without privacy sends and keeps the same numbers as a new one."""
+    site = Site(write_site(tmp_path / "beta", "beta", ("brain", "heart"), extra="[limits]\nruns-at-once = 2\n"))
     for number in (1, 2):
         site.train_round(_without_experts(task(number, run_id="plain", extra=extra, privacy="")))
     found = []
