@@ -3,7 +3,7 @@
 Privacy unit: a patient. Relation: add or remove one. N and q are public numbers, never computed from the data.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -77,14 +77,22 @@ def broken_guarantees(run: "RunConfig") -> Iterator[str]:
     for key, noise in noises.items():
         if noise < LEAST_NOISE:
             yield f"privacy.{key}: {noise:g} protects nobody, set at least {LEAST_NOISE}"
-    for key in type(run).model_fields:
-        table = getattr(run, key)
-        if isinstance(table, Config):
-            yield from _couplings(table, key.replace("_", "-"))
+    for key, table in _tables(run):
+        yield from _couplings(table, key)
 
 
 def _delta_rule(private: PrivacyConfig) -> str:
     return "1 / (10 public-subjects)" if 0.1 / private.public_subjects < _LARGEST_DELTA else f"{_LARGEST_DELTA:g}"
+
+
+def _tables(run: "RunConfig") -> Iterator[tuple[str, Config]]:
+    """Every table of a run, by its dotted key; those within a table are for that one to declare."""
+    for name in type(run).model_fields:
+        key, value = name.replace("_", "-"), getattr(run, name)
+        if isinstance(value, Config):
+            yield key, value
+        elif isinstance(value, Mapping):
+            yield from ((f"{key}.{inner}", table) for inner, table in value.items() if isinstance(table, Config))
 
 
 def _couplings(table: Config, key: str) -> Iterator[str]:

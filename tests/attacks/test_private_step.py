@@ -239,6 +239,12 @@ def test_a_part_that_does_not_declare_what_couples_patients_is_not_claimed_priva
     assert line == f'{table}: "undeclared" does not declare whether it couples patients, set one that does'
 
 
+def test_a_stream_that_does_not_declare_what_couples_patients_is_not_claimed_private():
+    run = private_run().model_copy(update={"streams": {"brain-mr": UndeclaredConfig()}})
+    [line] = broken_guarantees(run)
+    assert line.startswith('streams.brain-mr: "undeclared" does not declare')
+
+
 def test_names_that_nobody_knows_are_not_taken_for_others(make_run):
     run = make_run()
     masking = run.masking.model_copy(update={"policy": "unknown"})
