@@ -219,6 +219,10 @@ class FederationConfig(Config):
     """How long to wait for sites before round 1. It ends when `min-sites` are there and no other comes for 10 s."""
     max_subjects: Positive = 1_000_000
     """A site that says it has more is refused: its word decides how much it may weigh."""
+    max_share: Annotated[float, Field(ge=0.02, le=1.0)] = 0.5
+    """Largest share of the weight of a group, or of a pooled expert, that one of three contributing sites or more has,
+    whatever it says of itself (panfm/sharing/shares.py); never less than an equal share. Two sites count as they say:
+    give a table of expected subjects (`python -m server start --roster`) where that is too much trust."""
     participation: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Share of the sites that is asked in a round, drawn anew each time; never fewer than `min-sites`."""
     sites_per_stream: Positive = 1
