@@ -55,7 +55,8 @@ def run_federation(grid: Grid, folder: RunFolder, progress: Progress, *, num_sit
     run = folder.shared_run
     num_sites = needed_sites(run, num_sites)
     first, manifest = initial_state(run, folder.start())
-    attendance = shake_hands(grid, run, manifest, num_sites=num_sites, on_site=progress.site)
+    expected = folder.expected_sites()
+    attendance = shake_hands(grid, run, manifest, num_sites=num_sites, expected=expected, on_site=progress.site)
     folder.save_sites(attendance)
     attendance.require(num_sites or run.federation.min_sites)
     progress.absent(attendance.failed)

@@ -10,6 +10,7 @@ What it needs from earlier rounds (usual norms and directions, state of the serv
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from statistics import median
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
@@ -24,8 +25,8 @@ from panfm.sharing.groups import Flat, GroupManifest, stream_of
 from panfm.sharing.mean import Votes
 from panfm.sharing.messages import Handshake, RoundReply
 from panfm.sharing.npy import NpySpace
-from panfm.sharing.shares import capped_shares
-from panfm.sharing.weights import Weights, is_pooled, weight_limits
+from panfm.sharing.shares import FEWEST, capped_shares
+from panfm.sharing.weights import Weights, check_gate_mass, is_pooled, weight_limits
 from strategies.direction import LIMIT, Directions
 from strategies.downlink import Downlink
 from strategies.guards import check_reply
@@ -51,8 +52,8 @@ class RoundOutcome:
     norms: dict[str, dict[str, float]] = field(default_factory=dict)
     """Site -> group -> norm of its update, for replies that passed the first guards."""
     shares: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Site -> group -> its share of the weight as it counted, for accepted replies; of the experts of a pooled group,
-    the largest."""
+    """Site -> group -> its share of the weight as it counted, for accepted replies; of the experts of a pooled group that
+    three sites or more used, the largest."""
 
 
 class GroupedMean(Strategy):
@@ -82,6 +83,7 @@ class GroupedMean(Strategy):
         self._run_id = ""
         self._bounds = NormBounds(run, 1, {})
         self._directions = Directions(LIMIT, Memory())
+        self._most: Mapping[str, float] = {}
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -107,6 +109,7 @@ class GroupedMean(Strategy):
         spaces = {group: NpySpace(self.manifest.size(group)) for group in self.manifest.groups}
         self._bounds = NormBounds(self.run, server_round, self.memory.norms)
         self._directions = Directions(self.run.sharing.guards.direction or LIMIT, self.memory)
+        self._most = self._most_weight()
         means = {group: self._empty_mean(group, spaces[group]) for group in self.manifest.groups}
         self._add_replies(replies, means, server_round)
         accepted = sorted(self.outcome.accepted)
@@ -153,8 +156,27 @@ class GroupedMean(Strategy):
         handshake = self.asked[message.metadata.src_node_id]
         reply = self._read(message, handshake)
         check_reply(reply, handshake, self._limits(handshake), of=(self._run_id, server_round))
+        check_gate_mass(self.run, self.manifest, reply.weights, subjects=handshake.subjects)
+        reply = self._lowered(reply)
         self.outcome.norms[handshake.site] = self._add(handshake.site, reply, means)
         return reply
+
+    def _lowered(self, reply: RoundReply) -> RoundReply:
+        """A reply with weights that are no larger than those of the median site allow."""
+        weights = {
+            group: tuple(min(weight, self._most.get(group, weight)) for weight in weights)
+            for group, weights in reply.weights.items()
+        }
+        return replace(reply, weights=weights)
+
+    def _most_weight(self) -> dict[str, float]:
+        """Group -> the most that one site may weigh, where enough are asked for a median to tell."""
+        limits: dict[str, list[float]] = {}
+        for handshake in self.asked.values():
+            for group, weights in self._limits(handshake).items():
+                limits.setdefault(group, []).append(max(weights, default=0.0))
+        most = self.run.federation.max_weight
+        return {group: most * median(weights) for group, weights in limits.items() if len(weights) >= FEWEST}
 
     def _add(self, site: str, reply: RoundReply, means: Mapping[str, GroupMean]) -> dict[str, float]:
         """Add a reply's updates; what is kept of their norms. Raises ProtocolError, and all means are as they were."""
@@ -170,12 +192,12 @@ class GroupedMean(Strategy):
         return trained
 
     def _shorten(self, site: str, reply: RoundReply, means: Mapping[str, GroupMean], norms: dict[str, float]) -> None:
-        """Replace updates that are longer than usual by shorter ones of the same direction; `norms` is kept true."""
+        """Replace updates that are longer than usual by shorter ones of the same direction."""
         for group, norm in norms.items():
             if norm > (clip := self._bounds.clip(site, group)):
                 update, weights = reply.updates[group], reply.weights[group]
                 means[group].take_off(update, weights)
-                norms[group] = means[group].add(update * np.float32(clip / norm), weights)
+                means[group].add(update * np.float32(clip / norm), weights)
 
     def _read(self, message: Message, handshake: Handshake) -> RoundReply:
         if handshake.site in self.outcome.accepted:
@@ -202,6 +224,8 @@ class GroupedMean(Strategy):
                 weights = {site: reply.weights[group][which] for site, reply in sorted(replies.items())}
                 if self.run.sharing.mean_of(group) == "median":
                     weights = {site: float(weight > 0.0) for site, weight in weights.items()}
+                if is_pooled(self.run, group) and sum(map(bool, weights.values())) < FEWEST:
+                    continue
                 for site, share in capped_shares(weights, largest_share(self.run)).items():
                     shares[site][group] = max(shares[site].get(group, 0.0), share)
         return shares

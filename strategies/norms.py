@@ -2,12 +2,16 @@
 
     absolute    |update| <= norm-limit x (sum of the round's learning rates) x sqrt(numbers)
     relative    |update| <= norm-ratio x median over the last ten rounds of the round's median norm of the *other* sites
+    shortened   to norm-ratio / 2 x the same median over the last three rounds, if it is longer
 
 AdamW moves a number by about its learning rate in a step, or less, whatever the gradient: the absolute bound is what
 local training can reach. A site's own norms never move its bound, so that it cannot climb round by round. The relative
 bound holds from two rounds on in which two other sites or more trained the group; with less history it is ten times as
-wide, and with none only the absolute bound is left. Norms of earlier rounds are scaled up to the round's learning rate
-while that grows, and never down.
+wide, and with none only the absolute bound is left. Norms of earlier rounds are scaled to the round's learning rate, for
+the relative bound only up: an end at small rates refuses nobody.
+
+Together with the caps on weights (panfm/sharing/shares.py) shortening bounds how far a site can move a group: by its
+share times 1.5 usual norms.
 
 A norm says nothing of direction: a sign-flipped update passes (see direction.py).
 """
@@ -20,6 +24,7 @@ from panfm.config import RunConfig
 from panfm.config.run import TrainConfig
 from panfm.errors import ProtocolError
 from panfm.objectives.schedules import warmup_cosine
+from panfm.sharing.groups import DIRECTOR
 from panfm.sharing.messages import RoundReply
 from strategies.memory import Norms
 
@@ -62,7 +67,7 @@ class NormBounds:
         """The longest that a site's update of `size` numbers may be, and the key that says so."""
         absolute = self._run.sharing.norm_limit_of(group) * self._rates * math.sqrt(size)
         rounds = [
-            [norm * max(self._rates / rate, 1.0) for norm in others]
+            [norm * max(self._growth(group, rate), 1.0) for norm in others]
             for rate, norms in self._rounds.get(group, ())
             if (others := _of_others(norms, site))
         ]
@@ -76,13 +81,17 @@ class NormBounds:
     def clip(self, site: str, group: str) -> float:
         """The norm to which a site's longer update is shortened; infinite without a round of two other sites."""
         rounds = [
-            [norm * self._rates / rate for norm in others]
+            [norm * self._growth(group, rate) for norm in others]
             for rate, norms in self._rounds.get(group, ())
             if len(others := _of_others(norms, site)) >= _SETTLED_SITES
         ]
         if not rounds:
             return math.inf
         return CLIP * self._run.sharing.guards.norm_ratio * median(map(median, rounds[-_CLIP_ROUNDS:]))
+
+    def _growth(self, group: str, rate: float) -> float:
+        """This round's learning rates over earlier ones; directors follow the experts and know no rate."""
+        return 1.0 if group == DIRECTOR else self._rates / rate
 
     def _past_rounds(self, sites: Mapping[str, tuple[tuple[int, float], ...]]) -> list[tuple[float, dict[str, float]]]:
         """Of each of the last rounds: sum of its learning rates, and site -> norm."""

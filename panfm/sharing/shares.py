@@ -1,17 +1,18 @@
-"""No site owns a mean: caps a site's share of the weight, whatever it says of itself.
+"""No site owns a mean: caps on the weight of a site, whatever it says of itself.
 
-    capped weight of site k = min(w_k, L)    L: the largest level at which no site has more than `max-share` of the
-                                                sum of the capped weights (water-filling)
+    before the round    w_k <= max-weight x median over the sites asked of the most they may weigh, by their handshakes
+    as replies count    w_k <= L    L: the largest level at which no site has more than `max-share` of the sum of the
+                                    weights so lowered (water-filling)
 
-The cap is in force where three sites or more contribute, and is never below an equal share. Of two sites neither can be
-told to be the inflated one: they count as they say.
+Both are in force for a group where three sites or more are asked, or contribute, and never give less than an equal
+share. Of two sites neither can be told to be the inflated one: they count as they say.
 """
 
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
 FEWEST = 3
-"""Contributing sites with which the cap is in force."""
+"""Contributing sites with which the caps are in force."""
 
 
 def water_level(weights: Sequence[float], max_share: float) -> Fraction | None:
@@ -21,10 +22,10 @@ def water_level(weights: Sequence[float], max_share: float) -> Fraction | None:
         weights: One per site, >= 0; those that are 0 do not contribute.
         max_share: Largest share of the sum of the lowered weights.
     """
-    largest_first = sorted((Fraction(weight) for weight in weights if weight), reverse=True)
+    largest_first: list[Fraction] = sorted((Fraction(weight) for weight in weights if weight), reverse=True)
     if len(largest_first) < FEWEST:
         return None
-    share = share_of(len(largest_first), max_share)
+    share = max(Fraction(max_share), Fraction(1, len(largest_first)))
     rest = sum(largest_first)
     for num_lowered, weight in enumerate(largest_first):
         level = share * rest / (1 - num_lowered * share)
@@ -32,11 +33,6 @@ def water_level(weights: Sequence[float], max_share: float) -> Fraction | None:
             return level if num_lowered else None
         rest -= weight
     raise AssertionError("the smallest weight never exceeds an equal share")
-
-
-def share_of(num_sites: int, max_share: float) -> Fraction:
-    """The largest share that one of so many contributing sites has: `max_share` of three, of more in proportion."""
-    return Fraction(1) if num_sites < FEWEST or max_share >= 1.0 else max(FEWEST * Fraction(max_share), 1) / num_sites
 
 
 def capped_weights(weights: Sequence[float], max_share: float) -> list[float]:

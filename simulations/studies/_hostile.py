@@ -48,6 +48,7 @@ from strategies.records import unpack
 ATTACKS = ("scaling", "sign-flip", "inflated", "little-is-enough", "gate-mass")
 GUARDS_OFF = (
     "federation.max-share=1.0",
+    "federation.max-weight=1e6",
     "sharing.guards.norm-limit=1e6",
     "sharing.guards.norm-ratio=1e6",
     "sharing.guards.direction=2.0",

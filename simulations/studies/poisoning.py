@@ -12,17 +12,20 @@ is hostile. The attacks (_hostile.py) act on its real messages to the real serve
 
     val_loss     masked autoencoding of held-out patients by the federated model: a loss whose targets do not move
     auc          of its frozen features, over all labels and all held-out patients
-    site_share   largest share of the weight of a group or pooled expert that a hostile site had in any round
+    site_share   largest share of the weight of a group, or of a pooled expert, that a hostile site had in any round,
+                 where three sites or more contributed
 
-`damage/<arm>` is (val_loss - val_loss of honest) / (val_loss of untrained - val_loss of honest), pairs summed: the share
-of what the federation gained that the attack costs. With the default mean and guards, one of five is to cost a tenth at
-most, and no site is to have more than `federation.max-share`.
+`damage/<arm>` is (val_loss - val_loss of honest) / (val_loss of untrained - val_loss of honest), each a mean over all
+pairs: the share of what the federation gained that the attack costs. With the default mean and guards, one of five is
+to cost a tenth at most, and no site is to have more than `federation.max-share`.
 """
 
 import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import typer
@@ -36,6 +39,7 @@ from panfm.evaluate import LabelledStore, Task, evaluate_cohort, read_label_info
 from panfm.models import build_model
 from panfm.objectives import Learner
 from panfm.sharing.groups import split_state
+from panfm.sharing.shares import FEWEST
 from simulations.harness import (
     QUICKSTART,
     Draws,
@@ -156,7 +160,12 @@ def study_run(arm: str, draw: int, seed: int, rounds: int) -> RunConfig:
     """The run of one arm."""
     num_sites = num_sites_of(arm)
     changes = [f"seed={seed}", f"train.rounds={rounds}", "train.local-steps=8", "train.batch-size=16"]
-    changes += ["objective={name='mae'}", "masking.policy=random", "masking.static-organs=['heart']"]
+    changes += [
+        "probe.bootstrap=0",
+        "objective={name='mae'}",
+        "masking.policy=random",
+        "masking.static-organs=['heart']",
+    ]
     if arm.startswith((_DEX, _GATES)):
         changes += _EXPERTS
     if "/" in arm:
@@ -221,13 +230,15 @@ def hostile_names(arm: str) -> list[str]:
 
 def largest_share(trained: Federated, sites: list[str]) -> float:
     """The largest share that one of the sites had of any group in any round; 0 if they were always refused."""
-    shares = [
-        share
-        for line in trained.rounds
-        for site in sites
-        for share in line["sites"].get(site, {"shares": {}})["shares"].values()
-    ]
-    return max(shares, default=0.0)
+    return max((share for line in trained.rounds for share in _shares(line, sites)), default=0.0)
+
+
+def _shares(line: Mapping[str, Any], sites: list[str]) -> Iterator[float]:
+    """Shares of sites in one round, of groups that three sites or more trained."""
+    shares = {site: told["shares"] for site, told in line["sites"].items()}
+    num_trained = Counter(group for groups in shares.values() for group, share in groups.items() if share)
+    for site in set(sites) & set(shares):
+        yield from (share for group, share in shares[site].items() if num_trained[group] >= FEWEST)
 
 
 def damage(result: StudyResult, arm: str) -> float:

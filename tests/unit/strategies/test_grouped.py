@@ -71,8 +71,10 @@ def strategy(make_run) -> GroupedMean:
 def build(run: RunConfig, memory: Memory | None = None, roster: dict | None = None) -> GroupedMean:
     """A strategy that has asked for round 5."""
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
-    train = run.train.model_copy(update={"local_steps": 2, "learning_rate": 0.1})
-    run = run.model_copy(update={"train": train})
+    train = run.train.model_copy(update={"rounds": 10, "local_steps": 2, "learning_rate": 0.1})
+    guards = run.sharing.guards.model_copy(update={"norm_limit": 10.0})
+    sharing = run.sharing.model_copy(update={"guards": guards})
+    run = run.model_copy(update={"train": train, "sharing": sharing})
     built = GroupedMean(run, MANIFEST, roster or ROSTER, memory)
     arrays = ArrayRecord({group: Array(np.array(values, np.float32)) for group, values in GLOBAL.items()})
     built.messages = list(built.configure_train(5, arrays, ConfigRecord({"run-id": "run-1"}), None))
