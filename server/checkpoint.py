@@ -105,7 +105,7 @@ def _restored(words: dict[str, Any], tensors: dict[str, Flat]) -> ServerState:
         average,
         dict(votes),
         words["cosines"],
-        words["voters"],
+        {group: tuple(sites) for group, sites in words["voters"].items()},
     )
     return ServerState(words["run-id"], words["round"], groups, words["profile"], memory)
 

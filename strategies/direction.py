@@ -4,8 +4,8 @@
     c_k  = cos(u_k, v)                 of this round's update of site k with them
     refused: |c_k - usual c| > limit   usual: median c of the other sites, in that last round
 
-Group by group, where four sites or more have voted. Every site has one vote of each number, whatever it weighs and how
-long its update is. Nothing has to be kept of an update, and a reply is judged as it comes.
+Group by group, where three other sites or more have voted. Every site has one vote of each number, whatever it weighs
+and how long its update is. Nothing has to be kept of an update, and a reply is judged as it comes.
 
 Not c_k < 0: unlike sites agree at first, later each pulls back to its own data. On the quickstart's five sites c of the
 backbone is 0.2 in round 2, near 0 in round 7 and -0.35 in round 20; a site with its sign flipped has about -c. So it
@@ -26,7 +26,8 @@ from strategies.memory import Memory
 
 LIMIT = 0.4
 """Where `guards.direction` is left out."""
-FEWEST = 4
+OTHERS = 3
+"""Other sites whose votes are needed to judge one."""
 _INT8_SITES = 127
 _CHUNK = 1 << 16
 
@@ -58,12 +59,13 @@ class Directions:
     def cosine(self, group: str, norm: float) -> float:
         """Of the update that was last added to the group's mean, of this norm; 0 without votes."""
         length = self._lengths.get(group, 0.0) * norm
-        return self._votes[group].product / length if 0.0 < length < math.inf else 0.0
+        cosine = self._votes[group].product / length if 0.0 < length < math.inf else 0.0
+        return min(max(cosine, -1.0), 1.0)
 
     def check(self, site: str, cosines: Mapping[str, float]) -> None:
         """Raises ProtocolError for an update that is to be refused."""
         for group, cosine in cosines.items():
-            if self._memory.voters.get(group, 0) < FEWEST:
+            if len(set(self._memory.voters.get(group, ())) - {site}) < OTHERS:
                 continue
             others = [usual for other, usual in self._memory.cosines.get(group, {}).items() if other != site]
             usual = median(others) if others else 0.0
@@ -82,7 +84,7 @@ class Directions:
         """Put what the next round needs into its memory; groups that nobody trained keep theirs."""
         trained = {group: sites for group, sites in self.cosines.items() if sites}
         after.votes = self._memory.votes | {group: self._votes[group].counted for group in trained}
-        after.voters = self._memory.voters | {group: len(sites) for group, sites in trained.items()}
+        after.voters = self._memory.voters | {group: tuple(sorted(sites)) for group, sites in trained.items()}
         told = {group: dict(sorted(sites.items())) for group, sites in trained.items() if group in self._memory.votes}
         after.cosines = self._memory.cosines | told
 

@@ -8,6 +8,7 @@ What it needs from earlier rounds (usual norms and directions, state of the serv
 `memory`.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from statistics import median
@@ -52,8 +53,8 @@ class RoundOutcome:
     norms: dict[str, dict[str, float]] = field(default_factory=dict)
     """Site -> group -> norm of its update, for replies that passed the first guards."""
     shares: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Site -> group -> its share of the weight as it counted, for accepted replies; of the experts of a pooled group that
-    three sites or more used, the largest."""
+    """Site -> group -> its share of the weight as it counted, for accepted replies; of the experts of a pooled group
+    that three sites or more used, the largest."""
 
 
 class GroupedMean(Strategy):
@@ -248,7 +249,7 @@ class GroupedMean(Strategy):
 
     def _empty_mean(self, group: str, space: NpySpace) -> GroupMean:
         limits = [
-            max(self._limits(handshake)[group], default=0.0)
+            min(max(self._limits(handshake)[group], default=0.0), self._most.get(group, math.inf))
             for handshake in self.asked.values()
             if group in handshake.group_hashes
         ]

@@ -31,5 +31,5 @@ class Memory:
     """Group -> what the accepted updates of the round in which it was last trained agreed on (direction.py)."""
     cosines: dict[str, dict[str, float]] = field(default_factory=dict)
     """Group -> site -> cosine of its accepted update, in that round, with the votes before."""
-    voters: dict[str, int] = field(default_factory=dict)
-    """Group -> how many updates these votes are of."""
+    voters: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Group -> the sites whose updates these votes are of."""

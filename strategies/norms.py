@@ -7,7 +7,7 @@
 AdamW moves a number by about its learning rate in a step, or less, whatever the gradient: the absolute bound is what
 local training can reach. A site's own norms never move its bound, so that it cannot climb round by round. The relative
 bound holds from two rounds on in which two other sites or more trained the group; with less history it is ten times as
-wide, and with none only the absolute bound is left. Norms of earlier rounds are scaled to the round's learning rate, for
+wide, and with none only the absolute bound is left. Norms of earlier rounds are scaled to this round's rates, for
 the relative bound only up: an end at small rates refuses nobody.
 
 Together with the caps on weights (panfm/sharing/shares.py) shortening bounds how far a site can move a group: by its

@@ -41,7 +41,7 @@ from simulations.engines.local import LocalGrid
 from simulations.engines.logs import logged_to
 from simulations.studies._federations import Federated
 from strategies import Memory
-from strategies.direction import FEWEST, LIMIT
+from strategies.direction import LIMIT, OTHERS
 from strategies.norms import NormBounds, remember
 from strategies.records import unpack
 
@@ -127,7 +127,7 @@ class HostileGrid(LocalGrid):
             if (votes := memory.votes.get(group)) is not None:
                 memory.cosines[group] = {site: _cosine(update, votes) for site, update in updates.items()}
             memory.votes[group] = np.sum([np.sign(update) for update in updates.values()], axis=0)
-            memory.voters[group] = len(updates)
+            memory.voters[group] = tuple(updates)
         self._seen = _Seen(number)
 
     def _poisoned(self, node_id: int, answer: RoundReply) -> RoundReply:
@@ -155,7 +155,7 @@ class HostileGrid(LocalGrid):
     def _turned(self, group: str, wanted: Flat) -> Flat:
         """A direction that passes for the guard, as near to the wanted one as can be."""
         votes, cosines = self._memory.votes.get(group), self._memory.cosines.get(group, {})
-        if not self._is_guarded or votes is None or self._memory.voters[group] + len(self._hostile) < FEWEST:
+        if not self._is_guarded or votes is None or len(self._memory.voters[group]) < OTHERS:
             return wanted
         lowest = median(cosines.values() or [0.0]) - _OF_LIMIT * LIMIT
         if _cosine(wanted, votes) >= lowest:
