@@ -19,7 +19,7 @@ from strategies import Memory
 
 KEPT = 3
 """Rounds kept."""
-_GLOBAL, _STEP, _LOST, _AVERAGE = "global", "step", "lost", "average"
+_GLOBAL, _STEP, _LOST, _AVERAGE, _VOTES = "global", "step", "lost", "average", "votes"
 """Parts of a checkpoint; the others are slots of server optimisers."""
 
 
@@ -35,7 +35,7 @@ class ServerState:
     profile: Mapping[str, float] | None = None
     """Federation's saliency per stream, relative to an equal split."""
     memory: Memory = field(default_factory=Memory)
-    """What the strategy carries: usual norms, server optimisers."""
+    """What the strategy carries: usual norms and directions, server optimisers."""
 
 
 def save_state(folder: Path, state: ServerState) -> None:
@@ -44,11 +44,19 @@ def save_state(folder: Path, state: ServerState) -> None:
         "run-id": state.run_id,
         "round": state.round_number,
         "profile": state.profile and dict(state.profile),
-        "norms": dict(state.memory.norms),
+        "norms": state.memory.norms,
+        "cosines": state.memory.cosines,
+        "voters": state.memory.voters,
         "holders": state.memory.holders,
     }
     memory = state.memory
-    parts = {_GLOBAL: state.groups, _STEP: memory.step, _LOST: memory.lost, _AVERAGE: memory.average}
+    parts = {
+        _GLOBAL: state.groups,
+        _STEP: memory.step,
+        _LOST: memory.lost,
+        _AVERAGE: memory.average,
+        _VOTES: memory.votes,
+    }
     tensors = {f"{part}/{name}": array for part, arrays in parts.items() for name, array in arrays.items()}
     tensors |= {f"{slot}/{group}": flat for group, slots in memory.slots.items() for slot, flat in slots.items()}
     content = json.dumps(words).encode() + b"\n" + safetensors.numpy.save(tensors)
@@ -78,13 +86,27 @@ def _restored(words: dict[str, Any], tensors: dict[str, Flat]) -> ServerState:
     for name, flat in tensors.items():
         part, _, rest = name.partition("/")
         parts.setdefault(part, {})[rest] = flat
-    groups, step, lost, average = (parts.pop(part, {}) for part in (_GLOBAL, _STEP, _LOST, _AVERAGE))
+    names = (_GLOBAL, _STEP, _LOST, _AVERAGE, _VOTES)
+    groups, step, lost, average, votes = (parts.pop(name, {}) for name in names)
     slots: dict[str, dict[str, Flat]] = {}
     for slot, arrays in parts.items():
         for group, flat in arrays.items():
             slots.setdefault(group, {})[slot] = flat
-    norms = {group: tuple(medians) for group, medians in words["norms"].items()}
-    memory = Memory(norms, dict(slots), dict(step), lost, tuple(words["holders"]), average)
+    norms = {
+        group: {site: tuple((number, norm) for number, norm in entries) for site, entries in sites.items()}
+        for group, sites in words["norms"].items()
+    }
+    memory = Memory(
+        norms,
+        dict(slots),
+        dict(step),
+        lost,
+        tuple(words["holders"]),
+        average,
+        dict(votes),
+        words["cosines"],
+        {group: tuple(sites) for group, sites in words["voters"].items()},
+    )
     return ServerState(words["run-id"], words["round"], groups, words["profile"], memory)
 
 

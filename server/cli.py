@@ -20,6 +20,9 @@ from server.flower import FlowerRun, flower_environment, submit
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 _RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]
 _Detach = Annotated[bool, typer.Option("--detach", help="Do not watch it; status 0 once Flower has taken it.")]
+_RosterFile = Annotated[
+    Path | None, typer.Option("--roster", help="Table of expected sites; others, and larger ones, take no part.")
+]
 _STOP_S = 120.0
 """Flower ends the ServerApp of a stopped run within about a minute."""
 _POLL_S = 1.0
@@ -31,6 +34,8 @@ def main() -> None:
 
 
 app.command("export")(export)
+roster = typer.Typer(no_args_is_help=True, help="The table of expected sites and their subjects, kept by you alone.")
+app.add_typer(roster, name="roster")
 
 
 @app.command()
@@ -39,17 +44,22 @@ def start(
     connection: Annotated[str, typer.Option(help="SuperLink connection in $FLWR_HOME/config.toml.")],
     overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value, e.g. train.rounds=3.")] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; default runs/<name>-<time>.")] = None,
+    roster_file: _RosterFile = None,
     detach: _Detach = False,
 ) -> None:
     """Start a run, and watch it to its end."""
     from panfm.config import load_run
 
     run = load_run(experiment, overrides or ())
+    from server.expected_sites import ExpectedSites
     from server.run_folder import RunFolder
 
+    expected = ExpectedSites.read(roster_file) if roster_file else None
     folder = out or Path(f"runs/{run.name}-{time.strftime('%Y%m%d-%H%M%S')}")
     is_new = not folder.exists()
-    RunFolder.create(folder, run)
+    created = RunFolder.create(folder, run)
+    if expected:
+        created.expect(expected)
     try:
         _submit(folder, connection)
     except RunError:
@@ -63,11 +73,16 @@ def start(
 def resume(
     run_dir: _RunDir,
     connection: Annotated[str | None, typer.Option(help="Another connection than it was started on.")] = None,
+    roster_file: _RosterFile = None,
     detach: _Detach = False,
 ) -> None:
-    """Go on with a run from its last checkpoint, as it was described, and watch it to its end."""
+    """Go on with a run from its last checkpoint, as it was described, and watch it to its end. A table given here takes
+    the place of the one that it was started with."""
     from panfm.report import read_run
+    from server.expected_sites import ExpectedSites
+    from server.run_folder import RunFolder
 
+    expected = ExpectedSites.read(roster_file) if roster_file else None
     run = read_run(run_dir)
     if run.is_at_work:
         raise RunError(f"{run_dir}: is running, expected a run that has ended; stop it first")
@@ -80,6 +95,8 @@ def resume(
         status, _ = known.entry(flower_environment())
         if not status.startswith("finished"):
             raise RunError(f"{run_dir}: Flower's run {known.run_id} is {status}; stop it first")
+    if expected:
+        RunFolder(run_dir, run.config).expect(expected)
     _submit(run_dir, connection or (known.connection if known else ""))
     _watch_unless(detach, run_dir)
 
@@ -145,6 +162,41 @@ def stop(run_dir: _RunDir) -> None:
     refresh_page(run_dir)
     done = len(read_run(run_dir).rounds)
     typer.echo(f"{run_dir}: stopped after {done} of {run.config.train.rounds} rounds")
+
+
+@roster.command("make")
+def make_roster(
+    run_dir: _RunDir, out: Annotated[Path, typer.Option(help="File to write; CSV, one line per site.")]
+) -> None:
+    """Write a table of what the sites of a run said of themselves, to be read and corrected by you."""
+    from server.expected_sites import ExpectedSites
+
+    if out.exists():
+        raise RunError(f"{out}: exists, expected a new file")
+    sites = ExpectedSites.of_run(run_dir)
+    write_atomic(out, sites.to_csv().encode())
+    typer.echo(f"{out}: {len(sites.sites)} sites; correct what you know better")
+
+
+@roster.command("show")
+def show_roster(file: Annotated[Path, typer.Argument(metavar="FILE", help="Table of expected sites.")]) -> None:
+    """Print a table, once it is read without a fault."""
+    from server.expected_sites import ExpectedSites
+
+    typer.echo(ExpectedSites.read(file).to_csv(), nl=False)
+
+
+@roster.command("check")
+def check_roster(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Table of expected sites.")], run_dir: _RunDir
+) -> None:
+    """Compare what the sites of a run said of themselves with a table; status 0 only if all of them fit."""
+    from server.expected_sites import ExpectedSites
+
+    expected, told = ExpectedSites.read(file), ExpectedSites.of_run(run_dir)
+    if faults := expected.faults(told):
+        raise RunError("; ".join(faults))
+    typer.echo(f"{run_dir}: all {len(told.sites)} sites are as expected")
 
 
 def _submit(run_dir: Path, connection: str) -> None:

@@ -15,6 +15,7 @@ from panfm.errors import ProtocolError, RunError, one_line
 from panfm.sharing.groups import GroupManifest, stream_group
 from panfm.sharing.messages import Handshake, Invitation
 from server.exchange import Exchange
+from server.expected_sites import ExpectedSites
 from strategies.records import unpack
 
 _SITE_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
@@ -35,6 +36,8 @@ class Attendance:
     """One line for each whose software, model or numbers contradict the server's: the run must not start."""
     asked: list[int] = field(default_factory=list)
     """Node ids of all that were invited."""
+    expected: ExpectedSites | None = None
+    """The coordinator's table; anybody may come without one."""
 
     def require(self, at_least: int) -> None:
         """Raises RunError, naming sites and reasons, if a site does not fit or fewer than `at_least` take part."""
@@ -51,12 +54,14 @@ def shake_hands(
     manifest: GroupManifest,
     *,
     num_sites: int | None = None,
+    expected: ExpectedSites | None = None,
     on_site: Callable[[Handshake], None] = lambda _: None,
 ) -> Attendance:
     """Invite every node that is online. A site reads its images before it answers, so this may take a while.
 
     Args:
         num_sites: Wait for this many; when left out, for `federation.min-sites` and those that come soon after.
+        expected: The coordinator's table of sites.
         on_site: Told of each site as it comes.
     Raises:
         RunError: too few nodes came online.
@@ -68,7 +73,7 @@ def shake_hands(
         settle_s=0.0 if num_sites else _SETTLE_S,
     )
     exchange = invite(grid, run, nodes)
-    attendance = Attendance(asked=nodes)
+    attendance = Attendance(asked=nodes, expected=expected)
     for reply in exchange:
         if handshake := read_handshake(reply, run, manifest, attendance):
             attendance.roster[reply.metadata.src_node_id] = handshake
@@ -95,6 +100,12 @@ def read_handshake(reply: Message, run: RunConfig, manifest: GroupManifest, atte
         _check_name(handshake.site)
     except ProtocolError as error:
         attendance.failed.append(f"node {reply.metadata.src_node_id}: {one_line(str(error))}")
+        return None
+    try:
+        if attendance.expected:
+            attendance.expected.check(handshake)
+    except ProtocolError as error:
+        attendance.failed.append(f"site {handshake.site}: {error}")
         return None
     try:
         check_handshake(handshake, run, manifest)

@@ -125,7 +125,7 @@ class Roster:
         """Take in whoever has answered an invitation by now."""
         for exchange in self._invitations:
             for reply in exchange.ready():
-                heard, node_id = Attendance(), reply.metadata.src_node_id
+                heard, node_id = Attendance(expected=self.attendance.expected), reply.metadata.src_node_id
                 if handshake := read_handshake(reply, self._run, self._manifest, heard):
                     self._welcome(node_id, handshake, online)
                 for reason in [*heard.failed, *heard.misfits]:

@@ -26,6 +26,7 @@ from panfm.models import build_model
 from panfm.sharing.groups import BACKBONE, GroupManifest, split_state, stream_of
 from panfm.sharing.messages import Handshake, RoundReply, RoundTask
 from panfm.sharing.profile import federated_profile
+from panfm.sharing.shares import capped_shares
 from server.checkpoint import ServerState
 from server.costs import PlannedCosts
 from server.exchange import Exchange
@@ -35,7 +36,7 @@ from server.roster import Roster
 from server.run_folder import RunFolder
 from server.site_privacy import Account
 from server.tracking import Tracking
-from strategies import GroupedMean, SitePrivateMean
+from strategies import GroupedMean, RoundOutcome, SitePrivateMean
 from strategies.records import make_array, view_array
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,8 @@ def run_federation(grid: Grid, folder: RunFolder, progress: Progress, *, num_sit
     run = folder.shared_run
     num_sites = needed_sites(run, num_sites)
     first, manifest = initial_state(run, folder.start())
-    attendance = shake_hands(grid, run, manifest, num_sites=num_sites, on_site=progress.site)
+    expected = folder.expected_sites()
+    attendance = shake_hands(grid, run, manifest, num_sites=num_sites, expected=expected, on_site=progress.site)
     folder.save_sites(attendance)
     attendance.require(num_sites or run.federation.min_sites)
     progress.absent(attendance.failed)
@@ -166,14 +168,14 @@ def _round_line(
         "asked": sorted(names.values()),
         "phase": "train",
         "seconds": round(time.monotonic() - start, 4),
-        "loss": _mean_loss(accepted),
-        "sites": {site: _site_line(reply, outcome.norms[site], seconds[site]) for site, reply in accepted.items()},
+        "loss": _mean_loss(accepted, strategy.run.federation.max_share),
+        "sites": {site: _site_line(site, reply, outcome, seconds[site]) for site, reply in accepted.items()},
         "late": sorted(names[node_id] for node_id in exchange.late),
         "rejected": dict(sorted((failed | outcome.rejected).items())),
         "coverage": _coverage(accepted),
         "bytes_down": dict(strategy.bytes_down),
         "bytes_up": dict(sorted(outcome.bytes_up.items())),
-        "profile": federated_profile(accepted.values()),
+        "profile": federated_profile(accepted.values(), strategy.run.federation.max_share),
     }
 
 
@@ -187,7 +189,7 @@ def _coverage(replies: Mapping[str, RoundReply]) -> dict[str, list[str]]:
     return dict(sorted(found.items()))
 
 
-def _site_line(reply: RoundReply, norms: Mapping[str, float], seconds: float) -> dict[str, Any]:
+def _site_line(site: str, reply: RoundReply, outcome: RoundOutcome, seconds: float) -> dict[str, Any]:
     return {
         "seconds": round(seconds, 4),
         "state_round": reply.state_round,
@@ -196,12 +198,13 @@ def _site_line(reply: RoundReply, norms: Mapping[str, float], seconds: float) ->
         "num_skipped": reply.num_skipped,
         "saliency": dict(reply.saliency),
         "weights": dict(reply.weights),
-        "norms": {group: float(f"{norm:.4g}") for group, norm in norms.items()},
+        "shares": {group: round(share, 6) for group, share in outcome.shares[site].items()},
+        "norms": {group: float(f"{norm:.4g}") for group, norm in outcome.norms[site].items()},
     }
 
 
-def _mean_loss(replies: Mapping[str, RoundReply]) -> float | None:
-    """Mean of the losses that were released, weighted as the backbone is."""
-    known = [(reply.loss, sum(reply.weights[BACKBONE])) for reply in replies.values() if reply.loss is not None]
-    total = sum(weight for _, weight in known)
-    return sum(loss * weight for loss, weight in known) / total if total else None
+def _mean_loss(replies: Mapping[str, RoundReply], max_share: float) -> float | None:
+    """Mean of the losses that were released, weighted as the backbone is, and capped as it is."""
+    known = {site: reply.loss for site, reply in replies.items() if reply.loss is not None}
+    shares = capped_shares({site: sum(replies[site].weights[BACKBONE]) for site in known}, max_share)
+    return sum(loss * shares[site] for site, loss in known.items()) if any(shares.values()) else None

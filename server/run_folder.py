@@ -2,6 +2,7 @@
 
 run.toml           the resolved description
 start.safetensors  the weights that it starts from, where it is a warm start
+expected-sites.csv    the coordinator's table of expected sites, if there is one
 sites.json         handshakes, coverage, and who cannot take part
 rounds.jsonl       one line per round
 ended.json         how and why the run ended without a model
@@ -28,6 +29,8 @@ from panfm.files import json_text, locked, write_atomic
 from panfm.models.warm import read_start, start_state, with_start_parameters
 from panfm.sharing.groups import GroupManifest
 from server.checkpoint import ServerState, load_latest, save_state
+from server.expected_sites import FILE as EXPECTED_SITES
+from server.expected_sites import ExpectedSites
 from server.handshake import Attendance
 
 _START = "start.safetensors"
@@ -101,6 +104,15 @@ class RunFolder:
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror}), expected the weights of the start") from error
         return start_state(self.run, content)
+
+    def expect(self, sites: ExpectedSites) -> None:
+        """Keep the coordinator's table of sites."""
+        write_atomic(self.path / EXPECTED_SITES, sites.to_csv().encode())
+
+    def expected_sites(self) -> ExpectedSites | None:
+        """The coordinator's table; None if there is none. Raises DataError if it is damaged."""
+        path = self.path / EXPECTED_SITES
+        return ExpectedSites.read(path) if path.exists() else None
 
     @contextmanager
     def at_work(self) -> Iterator[None]:

@@ -16,7 +16,7 @@ import numpy as np
 
 from panfm.errors import ProtocolError
 from panfm.sharing.groups import Flat, Segments
-from panfm.sharing.mean import ExactMean, check_size
+from panfm.sharing.mean import ExactMean, Votes, check_size
 from panfm.sharing.weights import Weights
 
 
@@ -24,7 +24,15 @@ class DivergenceMean:
     """`ExactMean` with a weight per layer; streaming and order-independent as it is."""
 
     def __init__(
-        self, layers: Segments, start: Flat, *, weight_limit: float, usual: float, space: Flat | None = None
+        self,
+        layers: Segments,
+        start: Flat,
+        *,
+        weight_limit: float,
+        max_share: float = 1.0,
+        usual: float,
+        space: Flat | None = None,
+        votes: Votes | None = None,
     ) -> None:
         """An empty mean.
 
@@ -32,14 +40,18 @@ class DivergenceMean:
             layers: Length of each layer, and which of a contribution's weights counts for it.
             start: Global parameters at the start of the round.
             weight_limit: No weight sums to more than this over all contributions.
+            max_share: As for `ExactMean`, of each layer's weights.
             usual: Few numbers of an update lie further from 0 than this.
             space: As for `ExactMean`.
+            votes: As for `ExactMean`.
         """
         self._start = start
         self._whose = [which for _, which in layers]
         self._edges = np.cumsum([length for length, _ in layers])[:-1]
         segments = tuple((length, index) for index, (length, _) in enumerate(layers))
-        self._mean = ExactMean(segments, weight_limit=weight_limit, usual=usual, space=space)
+        self._mean = ExactMean(
+            segments, weight_limit=weight_limit, max_share=max_share, usual=usual, space=space, votes=votes
+        )
 
     def add(self, update: Flat, weights: Weights) -> float:
         """As `ExactMean.add`."""

@@ -4,11 +4,14 @@ Flower's FedAvg wants the same keys and one weight from everyone. Here each site
 groups, with a weight per group; replies are taken one by one and let go, and their order does not matter to the bit.
 A group that nobody trained keeps its bytes.
 
-What it needs from earlier rounds (usual norms, state of the server optimisers, last coded step) is in `memory`.
+What it needs from earlier rounds (usual norms and directions, state of the server optimisers, last coded step) is in
+`memory`.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from statistics import median
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
@@ -20,15 +23,17 @@ from panfm.errors import ProtocolError, one_line
 from panfm.sharing.coding import bytes_per_group, decode
 from panfm.sharing.downlink import code_step, take_step
 from panfm.sharing.groups import Flat, GroupManifest, stream_of
+from panfm.sharing.mean import Votes
 from panfm.sharing.messages import Handshake, RoundReply
 from panfm.sharing.npy import NpySpace
-from panfm.sharing.weights import Weights, weight_limits
-from strategies.direction import pointing_elsewhere
+from panfm.sharing.shares import FEWEST, capped_shares
+from panfm.sharing.weights import Weights, check_gate_mass, is_pooled, weight_limits
+from strategies.direction import LIMIT, Directions
 from strategies.downlink import Downlink
 from strategies.guards import check_reply
-from strategies.means import GroupMean, empty_mean
+from strategies.means import GroupMean, empty_mean, largest_share
 from strategies.memory import Memory
-from strategies.norms import check_norms, remember
+from strategies.norms import NormBounds, remember
 from strategies.optimisers import server_step
 from strategies.participation import draw_sites
 from strategies.records import hand_over, unpack, view_array
@@ -47,6 +52,9 @@ class RoundOutcome:
     """Group -> bytes of updates as they came, refused ones included."""
     norms: dict[str, dict[str, float]] = field(default_factory=dict)
     """Site -> group -> norm of its update, for replies that passed the first guards."""
+    shares: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Site -> group -> its share of the weight as it counted, for accepted replies; of the experts of a pooled group
+    that three sites or more used, the largest."""
 
 
 class GroupedMean(Strategy):
@@ -74,6 +82,9 @@ class GroupedMean(Strategy):
         """Group -> bytes sent to the sites of this round."""
         self._global = ArrayRecord()
         self._run_id = ""
+        self._bounds = NormBounds(run, 1, {})
+        self._directions = Directions(LIMIT, Memory())
+        self._most: Mapping[str, float] = {}
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -97,12 +108,17 @@ class GroupedMean(Strategy):
         """New global arrays from the good replies; what happened stands in `outcome`."""
         self.outcome = RoundOutcome()
         spaces = {group: NpySpace(self.manifest.size(group)) for group in self.manifest.groups}
+        self._bounds = NormBounds(self.run, server_round, self.memory.norms)
+        self._directions = Directions(self.run.sharing.guards.direction or LIMIT, self.memory)
+        self._most = self._most_weight()
         means = {group: self._empty_mean(group, spaces[group]) for group in self.manifest.groups}
         self._add_replies(replies, means, server_round)
-        accepted = self.outcome.accepted
-        norms = remember(self.memory.norms, [self.outcome.norms[site] for site in sorted(accepted)])
-        holders = tuple(sorted(accepted)) if self._is_coded else ()
+        accepted = sorted(self.outcome.accepted)
+        self.outcome.shares = self._shares()
+        norms = remember(self.memory.norms, server_round, {site: self.outcome.norms[site] for site in accepted})
+        holders = tuple(accepted) if self._is_coded else ()
         after = Memory(norms, lost=dict(self.memory.lost), holders=holders)
+        self._directions.remember(after)
         released = self._released(server_round, means)
         moved = [group for group, mean in released if self._move(group, mean, spaces[group].numbers, after)]
         arrays = dict(self._global) | {group: hand_over(spaces[group]) for group in moved}
@@ -124,12 +140,7 @@ class GroupedMean(Strategy):
         """Nothing: the run folder tells."""
 
     def _add_replies(self, replies: Iterable[Message], means: Mapping[str, GroupMean], server_round: int) -> None:
-        """Add the updates that pass the guards, one by one; `outcome` keeps the rest of their replies.
-
-        Updates are let go at once, unless their directions are to be compared when all have come.
-        """
-        limit = self.run.sharing.guards.direction
-        held: dict[str, RoundReply] = {}
+        """Add the updates that pass the guards, one by one; `outcome` keeps the rest of their replies."""
         for message in replies:
             site = self.asked[message.metadata.src_node_id].site
             try:
@@ -138,34 +149,56 @@ class GroupedMean(Strategy):
                 self.outcome.rejected[site] = one_line(str(error))
             else:
                 self.outcome.accepted[site] = replace(reply, updates={})
-                if limit:
-                    held[site] = reply
                 del reply
             del message
-        refused = pointing_elsewhere(held, limit) if limit else {}
-        for site in refused:
-            _take_off(held[site], means, held[site].updates)
-            del self.outcome.accepted[site]
-        self.outcome.rejected |= refused
 
     def _take(self, message: Message, means: Mapping[str, GroupMean], server_round: int) -> RoundReply:
         """Add a reply that passes the guards. Raises ProtocolError for one that does not, and all is as it was."""
         handshake = self.asked[message.metadata.src_node_id]
         reply = self._read(message, handshake)
         check_reply(reply, handshake, self._limits(handshake), of=(self._run_id, server_round))
-        self.outcome.norms[handshake.site] = self._add(reply, means)
+        check_gate_mass(self.run, self.manifest, reply.weights, subjects=handshake.subjects)
+        reply = self._lowered(reply)
+        self.outcome.norms[handshake.site] = self._add(handshake.site, reply, means)
         return reply
 
-    def _add(self, reply: RoundReply, means: Mapping[str, GroupMean]) -> dict[str, float]:
+    def _lowered(self, reply: RoundReply) -> RoundReply:
+        """A reply with weights that are no larger than those of the median site allow."""
+        weights = {
+            group: tuple(min(weight, self._most.get(group, weight)) for weight in weights)
+            for group, weights in reply.weights.items()
+        }
+        return replace(reply, weights=weights)
+
+    def _most_weight(self) -> dict[str, float]:
+        """Group -> the most that one site may weigh, where enough are asked for a median to tell."""
+        limits: dict[str, list[float]] = {}
+        for handshake in self.asked.values():
+            for group, weights in self._limits(handshake).items():
+                limits.setdefault(group, []).append(max(weights, default=0.0))
+        most = self.run.federation.max_weight
+        return {group: most * median(weights) for group, weights in limits.items() if len(weights) >= FEWEST}
+
+    def _add(self, site: str, reply: RoundReply, means: Mapping[str, GroupMean]) -> dict[str, float]:
         """Add a reply's updates; what is kept of their norms. Raises ProtocolError, and all means are as they were."""
         norms: dict[str, float] = {}
         try:
             for group, update in reply.updates.items():
                 norms[group] = _named(group, means[group].add, update, reply.weights[group])
-            return self._norms(reply, norms)
+            trained = self._judge(site, reply, norms)
         except ProtocolError:
             _take_off(reply, means, norms)
             raise
+        self._shorten(site, reply, means, trained)
+        return trained
+
+    def _shorten(self, site: str, reply: RoundReply, means: Mapping[str, GroupMean], norms: dict[str, float]) -> None:
+        """Replace updates that are longer than usual by shorter ones of the same direction."""
+        for group, norm in norms.items():
+            if norm > (clip := self._bounds.clip(site, group)):
+                update, weights = reply.updates[group], reply.weights[group]
+                means[group].take_off(update, weights)
+                means[group].add(update * np.float32(clip / norm), weights)
 
     def _read(self, message: Message, handshake: Handshake) -> RoundReply:
         if handshake.site in self.outcome.accepted:
@@ -175,9 +208,31 @@ class GroupedMean(Strategy):
             self.outcome.bytes_up[group] = self.outcome.bytes_up.get(group, 0) + size
         return replace(reply, updates=decode(self.run.sharing.coding, self.manifest, reply.updates))
 
-    def _norms(self, reply: RoundReply, norms: dict[str, float]) -> dict[str, float]:
-        """What is kept of the norms of a reply's groups. Raises ProtocolError if one is too long."""
-        return check_norms(self.run, reply, norms, self.memory.norms)
+    def _judge(self, site: str, reply: RoundReply, norms: dict[str, float]) -> dict[str, float]:
+        """What is kept of the norms of a reply's groups. Raises ProtocolError if one is too long, or an update points
+        elsewhere."""
+        trained = self._bounds.check(site, reply, norms)
+        cosines = {group: self._directions.cosine(group, norm) for group, norm in trained.items()}
+        self._directions.check(site, cosines)
+        self._directions.accept(site, cosines)
+        return trained
+
+    def _shares(self) -> dict[str, dict[str, float]]:
+        shares: dict[str, dict[str, float]] = {site: {} for site in sorted(self.outcome.accepted)}
+        for group in self.manifest.groups:
+            replies = {site: reply for site, reply in self.outcome.accepted.items() if group in reply.weights}
+            for which in range(self._num_weights(group)):
+                weights = {site: reply.weights[group][which] for site, reply in sorted(replies.items())}
+                if self.run.sharing.mean_of(group) == "median":
+                    weights = {site: float(weight > 0.0) for site, weight in weights.items()}
+                if is_pooled(self.run, group) and sum(map(bool, weights.values())) < FEWEST:
+                    continue
+                for site, share in capped_shares(weights, largest_share(self.run)).items():
+                    shares[site][group] = max(shares[site].get(group, 0.0), share)
+        return shares
+
+    def _num_weights(self, group: str) -> int:
+        return len(self.manifest.experts(group)) if is_pooled(self.run, group) else 1
 
     def _released(self, server_round: int, means: dict[str, GroupMean]) -> Iterator[tuple[str, Flat | None]]:
         """Mean of each group; None, and the group stays as it is, where nobody trained it."""
@@ -194,13 +249,17 @@ class GroupedMean(Strategy):
 
     def _empty_mean(self, group: str, space: NpySpace) -> GroupMean:
         limits = [
-            max(self._limits(handshake)[group], default=0.0)
+            min(max(self._limits(handshake)[group], default=0.0), self._most.get(group, math.inf))
             for handshake in self.asked.values()
             if group in handshake.group_hashes
         ]
         start = view_array(self._global[group])
         limit = sum(limits) or 1.0
-        return empty_mean(self.run, self.manifest, group, start, weight_limit=limit, space=space.numbers)
+        votes = self._count_votes(group, len(start))
+        return empty_mean(self.run, self.manifest, group, start, weight_limit=limit, space=space.numbers, votes=votes)
+
+    def _count_votes(self, group: str, size: int) -> Votes | None:
+        return self._directions.start(group, size, len(self.asked))
 
     def _move(self, group: str, update: Flat | None, space: Flat, after: Memory) -> bool:
         """Put a group where the server optimiser takes it; what is to be remembered of it goes into `after`.

@@ -5,7 +5,7 @@ from typing import Protocol, assert_never
 
 from panfm.config import RunConfig
 from panfm.sharing.groups import Flat, GroupManifest
-from panfm.sharing.mean import ExactMean
+from panfm.sharing.mean import ExactMean, Votes
 from panfm.sharing.weights import Weights, weight_segments
 from strategies.divergence import DivergenceMean
 from strategies.robust import HeldMean
@@ -22,14 +22,21 @@ class GroupMean(Protocol):
         """Add one site's contribution, and give its L2 norm. Raises ProtocolError, and is as it was."""
 
     def take_off(self, update: Flat, weights: Weights) -> None:
-        """Undo `add` of the same contribution: to the bit, as if it had never come."""
+        """Undo `add` of the same contribution: to the bit, as if it had never come. Only of the last one."""
 
     def mean(self) -> Flat | None:
         """float32, once; None if nobody contributed any weight. Experts to which nobody did are -0.0."""
 
 
 def empty_mean(
-    run: RunConfig, manifest: GroupManifest, group: str, start: Flat, *, weight_limit: float, space: Flat
+    run: RunConfig,
+    manifest: GroupManifest,
+    group: str,
+    start: Flat,
+    *,
+    weight_limit: float,
+    space: Flat,
+    votes: Votes | None = None,
 ) -> GroupMean:
     """A mean without contributions.
 
@@ -37,20 +44,34 @@ def empty_mean(
         start: Global parameters of the group at the start of the round.
         weight_limit: No weight sums to more than this over all contributions.
         space: float32 of the group's size, in which it may work, and in which the mean may be.
+        votes: Where the signs of the updates are counted.
     """
     segments = weight_segments(run, manifest, group)
+    max_share, usual = largest_share(run), usual_size(run)
     kind = run.sharing.mean_of(group)
     match kind:
         case "weighted":
-            return ExactMean(segments, weight_limit=weight_limit, usual=usual_size(run), space=space)
+            return ExactMean(
+                segments, weight_limit=weight_limit, max_share=max_share, usual=usual, space=space, votes=votes
+            )
         case "l-dawa":
             layers = tuple((math.prod(shape), 0) for _, shape in manifest.groups[group])
             layers = segments if len(segments) > 1 else layers
-            return DivergenceMean(layers, start, weight_limit=weight_limit, usual=usual_size(run), space=space)
+            return DivergenceMean(
+                layers, start, weight_limit=weight_limit, max_share=max_share, usual=usual, space=space, votes=votes
+            )
         case "median" | "trimmed" | "geometric-median":
-            return HeldMean(segments, kind, trim=run.sharing.trim, weight_limit=weight_limit, space=space)
+            trim = run.sharing.trim
+            return HeldMean(
+                segments, kind, trim=trim, weight_limit=weight_limit, max_share=max_share, space=space, votes=votes
+            )
         case _:
             assert_never(kind)
+
+
+def largest_share(run: RunConfig) -> float:
+    """What a site may have of a group's weight. Under site-level privacy all weigh alike; nothing is to be capped."""
+    return 1.0 if run.server_privacy else run.federation.max_share
 
 
 def usual_size(run: RunConfig) -> float:

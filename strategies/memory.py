@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 
 from panfm.sharing.groups import Flat
 
-Norms = Mapping[str, tuple[float, ...]]
-"""Group -> median norm of the accepted updates of each of the last rounds, oldest first."""
+Norms = Mapping[str, Mapping[str, tuple[tuple[int, float], ...]]]
+"""Group -> site -> (round, norm of its accepted update) of the last rounds, oldest first."""
 
 
 @dataclass
@@ -27,3 +27,9 @@ class Memory:
     """Sites that hold the parameters that the last step starts from."""
     average: dict[str, Flat] = field(default_factory=dict)
     """Group -> EMA of its global parameters; nothing unless teachers start there."""
+    votes: dict[str, NDArray[Any]] = field(default_factory=dict)
+    """Group -> what the accepted updates of the round in which it was last trained agreed on (direction.py)."""
+    cosines: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Group -> site -> cosine of its accepted update, in that round, with the votes before."""
+    voters: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Group -> the sites whose updates these votes are of."""

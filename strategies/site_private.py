@@ -18,6 +18,7 @@ from panfm.config import RunConfig
 from panfm.errors import ProtocolError
 from panfm.privacy.sites import clip_update, noised_mean
 from panfm.sharing.groups import Flat, GroupManifest
+from panfm.sharing.mean import Votes
 from panfm.sharing.messages import Handshake, RoundReply
 from strategies.grouped import GroupedMean
 from strategies.means import GroupMean
@@ -68,9 +69,13 @@ class SitePrivateMean(GroupedMean):
             dict.fromkeys(handshake.group_hashes, (1.0,)),
         )
 
-    def _norms(self, reply: RoundReply, norms: dict[str, float]) -> dict[str, float]:
-        """None: the clip bounds them, and they tell of the site."""
+    def _judge(self, site: str, reply: RoundReply, norms: dict[str, float]) -> dict[str, float]:
+        """Nothing is judged or kept: the clip bounds the norms, and they tell of the site."""
         return {}
+
+    def _count_votes(self, group: str, size: int) -> Votes | None:
+        """No votes: they tell of the sites."""
+        return None
 
     def _released(self, server_round: int, means: dict[str, GroupMean]) -> Iterator[tuple[str, Flat | None]]:
         if len(self.outcome.accepted) != self._private.num_sites:

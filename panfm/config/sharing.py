@@ -17,15 +17,17 @@ ServerRate = Annotated[float, Field(ge=1e-9, le=10.0)]
 class GuardsConfig(Config):
     """What a site's update must keep to. One that does not is refused and logged; the round goes on without it."""
 
-    norm_limit: NormLimit = 10.0
-    """Greatest root mean square of a group's update, in units of `train.learning-rate` x `train.local-steps`: AdamW
-    moves a number by about 1 of these in a round, or less."""
-    norm_ratio: Annotated[float, Field(gt=1.0, le=1e6)] = 30.0
-    """Greatest norm of a group's update, as a multiple of what was usual in the last ten rounds."""
+    norm_limit: NormLimit = 1.5
+    """Greatest root mean square of a group's update, in units of the sum of the round's learning rates: AdamW moves a
+    number by about 1 of these in a round, or less."""
+    norm_ratio: Annotated[float, Field(gt=1.0, le=1e6)] = 3.0
+    """Greatest norm of a group's update, as a multiple of what was usual for the other sites in the last ten rounds;
+    ten times as much until two other sites have trained the group in two rounds. One longer than half of this multiple
+    of what was usual in the last three, at the same learning rate, is shortened to it."""
     direction: Annotated[float, Field(gt=0.0, le=2.0)] | None = None
-    """Refuse an update whose cosine with the other sites' lies this far from the usual one, as a sign-flipped one may;
-    0.4 is a start (strategies/direction.py tells when it helps). Keeps all replies of a round in memory, and needs four
-    sites. Off when left out."""
+    """Refuse an update whose cosine with the last round's updates lies further than this from the usual one, as a
+    sign-flipped one may (strategies/direction.py tells when). Needs four sites. 0.4 when left out; 2 refuses none. Not
+    under `[server-privacy]`."""
 
 
 class PlainStepConfig(Config):

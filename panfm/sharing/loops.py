@@ -34,22 +34,33 @@ def add_rows(
     factors: Flat,
     limit: np.float32,
     beyond: NDArray[np.bool_],
+    votes: NDArray[Any],
+    vote: int,
+    before: NDArray[Any],
     first: int,
     last: int,
-) -> float:
+) -> tuple[float, float]:
     """Add round(factor * update) to the total; a row with a number beyond the limit, or NaN, is only marked.
 
+    Args:
+        votes: Signs are added to it, `vote` times each, where the factor is not 0; empty: they are not.
+        before: What the update is multiplied with; empty: with nothing.
     Returns:
-        Sum of the squares of all rows: each row's in float32, theirs in float64.
+        Sum of the squares of all rows, and the product of the update with `before`: each row's in float32, theirs in
+        float64.
     """
-    squares = np.float64(0.0)
+    squares, product = np.float64(0.0), np.float64(0.0)
     for row in range(first, last):
-        numbers = update[edges[row] : edges[row + 1]]
+        numbers, factor = update[edges[row] : edges[row + 1]], factors[whose[row]]
         squares += _squares(numbers)
+        if len(before):
+            product += _product(numbers, before[edges[row] : edges[row + 1]])
+        if len(votes) and factor != 0:
+            _vote(votes[edges[row] : edges[row + 1]], numbers, vote)
         beyond[row] = _is_beyond(numbers, limit)
         if not beyond[row]:
-            _add(total[edges[row] : edges[row + 1]], numbers, factors[whose[row]])
-    return squares
+            _add(total[edges[row] : edges[row + 1]], numbers, factor)
+    return squares, product
 
 
 @_compiled
@@ -74,6 +85,20 @@ def _squares(numbers: Flat) -> np.float32:
     for index in range(len(numbers)):
         total += numbers[index] * numbers[index]
     return total
+
+
+@_compiled
+def _product(numbers: Flat, before: NDArray[Any]) -> np.float32:
+    total = np.float32(0.0)
+    for index in range(len(numbers)):
+        total += numbers[index] * np.float32(before[index])
+    return total
+
+
+@_compiled
+def _vote(votes: NDArray[Any], numbers: Flat, vote: int) -> None:
+    for index in range(len(votes)):
+        votes[index] += vote * (np.int8(numbers[index] > 0) - np.int8(numbers[index] < 0))
 
 
 @_compiled

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from panfm.config import RunConfig
+from panfm.errors import ProtocolError
 from panfm.sharing.groups import DIRECTOR, EXPERTS, ROUTER, GroupManifest, Segments, layer_of, stream_of
 
 Weights = tuple[float, ...]
@@ -58,6 +59,48 @@ def weight_limits(
     if _is_by_gates(run, group):
         return (images * len(_layers(manifest, group)),)
     return _plain_weights(run, group, Trained(subjects, subjects_per_stream, run.train.local_steps))
+
+
+def check_gate_mass(run: RunConfig, manifest: GroupManifest, weights: Mapping[str, Weights], *, subjects: int) -> None:
+    """Refuse gate mass that no images have.
+
+    A layer's experts share the images of the steps among them: their weights sum to as many in every layer and in each
+    pooled group, to no more than a round's batches hold, and over the layers to the director's weight.
+
+    Args:
+        weights: Group -> weights of one site.
+        subjects: Of that site, as it said before round 1.
+    Raises:
+        ProtocolError: the sum, and what it is expected to be.
+    """
+    most = _ROUNDING * min(subjects, run.train.batch_size) * run.train.local_steps
+    images: float | None = None
+    for group in (group for group in (EXPERTS, ROUTER) if group in weights and is_pooled(run, group)):
+        for layer, mass in _layer_masses(manifest, group, weights[group]).items():
+            if not mass <= most:
+                raise ProtocolError(f"{group}: gate mass {mass:g} in {layer}, expected at most {most:g} images")
+            images = mass if images is None else images
+            if not _agree(mass, images):
+                raise ProtocolError(f"{group}: gate mass {mass:g} in {layer}, expected {images:g} as in other layers")
+    if images is not None and DIRECTOR in weights:
+        total, expected = sum(weights[DIRECTOR]), images * len(_layers(manifest, DIRECTOR))
+        if not _agree(total, expected):
+            raise ProtocolError(f"director: weight {total:g}, expected {expected:g}, its layers' gate mass")
+
+
+def _layer_masses(manifest: GroupManifest, group: str, weights: Weights) -> dict[str, float]:
+    """Layer -> sum of its experts' weights. Raises ProtocolError if there is not one for each expert."""
+    experts = manifest.experts(group)
+    if len(weights) != len(experts):
+        raise ProtocolError(f"{group}: {len(weights)} weights, expected {len(experts)}")
+    masses: dict[str, float] = {}
+    for (layer, _), weight in zip(experts, weights, strict=True):
+        masses[layer] = masses.get(layer, 0.0) + weight
+    return masses
+
+
+def _agree(one: float, other: float) -> bool:
+    return max(one, other) <= _ROUNDING * min(one, other)
 
 
 def weight_segments(run: RunConfig, manifest: GroupManifest, group: str) -> Segments:

@@ -56,14 +56,19 @@ def test_the_memory_of_the_strategy_comes_back(tmp_path):
     slots = {"backbone": {"first": np.array([0.1, 1 / 3], np.float32), "second": np.array([1e-9, 2.0], np.float32)}}
     step = {"backbone": np.array([1, -128], np.int8), "backbone/scale": np.array([0.5], np.float32)}
     kept = {"backbone": np.array([-0.0, 1e-9], np.float32)}
-    memory = Memory({"backbone": (0.1, 1 / 3), "stream:a-mr": ()}, slots, step, kept, ("a", "b"), kept)
+    norms = {"backbone": {"a": ((1, 0.1), (2, 1 / 3))}, "stream:a-mr": {}}
+    votes = {"backbone": np.array([3, -128], np.int8), "stream:a-mr": np.array([300], np.int16)}
+    memory = Memory(norms, slots, step, kept, ("a", "b"), kept, votes)
+    memory.cosines, memory.voters = {"backbone": {"a": 0.1, "b": -1 / 3}}, {"backbone": ("a", "b")}
     save_state(tmp_path, replace(state(1), memory=memory))
     back = load_latest(tmp_path)
     assert set(back.groups) == {"backbone", "stream:a-mr"}
     assert back.memory.norms == memory.norms
+    assert back.memory.cosines == memory.cosines
+    assert back.memory.voters == memory.voters
     assert list(back.memory.slots) == ["backbone"]
     assert back.memory.holders == ("a", "b")
-    for part in ("step", "lost", "average"):
+    for part in ("step", "lost", "average", "votes"):
         ours, theirs = getattr(back.memory, part), getattr(memory, part)
         assert {name: (array.dtype, array.tobytes()) for name, array in ours.items()} == {
             name: (array.dtype, array.tobytes()) for name, array in theirs.items()

@@ -1,0 +1,274 @@
+"""What can one hostile site do to the others' model, by mean and by guards?
+
+Five phantom hospitals with three or four of four organs, so that each organ is at three honest ones or more; the last
+is hostile. The attacks (_hostile.py) act on its real messages to the real server.
+
+    untrained                      what all start from
+    honest                         nobody is hostile; the weighted mean, guards as they are by default
+    <attack>/<mean>/<guards>       means: weighted, median, trimmed, geometric-median; guards: default, off
+    10:honest, 10:<attack>/...     ten such hospitals, of which two are hostile
+    dex:untrained, dex:honest      the five with a Director-Experts model and pooled experts, for
+    gate-mass/<mean>/<guards>      which they stand
+
+    val_loss     masked autoencoding of held-out patients by the federated model: a loss whose targets do not move
+    auc          of its frozen features, over all labels and all held-out patients
+    site_share   largest share of the weight of a group, or of a pooled expert, that a hostile site had in any round,
+                 where three sites or more contributed
+
+`damage/<arm>` is (val_loss - val_loss of honest) / (val_loss of untrained - val_loss of honest), each a mean over all
+pairs: the share of what the federation gained that the attack costs. With the default mean and guards, one of five is
+to cost a tenth at most, and no site is to have more than `federation.max-share`.
+"""
+
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from panfm.config import RunConfig, load_run, site_folders
+from panfm.config.cohort import PhantomCohortConfig, PhantomSiteConfig
+from panfm.data.phantom.cohort import write_cohort
+from panfm.evaluate import LabelledStore, Task, evaluate_cohort, read_label_info
+from panfm.models import build_model
+from panfm.objectives import Learner
+from panfm.sharing.groups import split_state
+from panfm.sharing.shares import FEWEST
+from simulations.harness import (
+    QUICKSTART,
+    Draws,
+    FirstSeed,
+    JsonFile,
+    Seeds,
+    StudyOptions,
+    StudyResult,
+    Target,
+    check_writable,
+    run_jobs,
+    steps_of,
+)
+from simulations.studies._federations import Federated, federate, mean_sd
+from simulations.studies._hostile import GUARDS_OFF, federate_with
+
+MEANS = ("weighted", "median", "trimmed", "geometric-median")
+GUARDS = ("default", "off")
+ATTACKS = ("scaling", "sign-flip", "inflated", "little-is-enough")
+DEFAULT = "weighted/default"
+"""Mean and guards of a run that names none."""
+_TEN, _DEX = "10:", "dex:"
+_GATES = "gate-mass"
+_ORGANS = ("brain", "heart", "adipose", "liver")
+_SUBJECTS = (80, 100, 120, 100, 100)
+_HOLDOUT = 200
+_ROUNDS = {"short": 10, "medium": 25, "long": 60}
+_EXPERTS = ("model.backbone=director-experts", "model.experts.count=4", "sharing.experts=pooled")
+
+
+def arms() -> list[str]:
+    """Every arm, in the order in which they are measured."""
+    variants = [f"{mean}/{guards}" for mean in MEANS for guards in GUARDS]
+    attacked = [f"{attack}/{variant}" for attack in ATTACKS for variant in variants]
+    of_five = ["untrained", "honest", *attacked]
+    of_ten = [f"{_TEN}honest", *(f"{_TEN}{arm}" for arm in attacked)]
+    return [*of_five, f"{_DEX}untrained", f"{_DEX}honest", *(f"{_GATES}/{variant}" for variant in variants), *of_ten]
+
+
+@dataclass(frozen=True)
+class CohortJob:
+    """One draw of one cohort, written as files."""
+
+    draw: int
+    num_sites: int
+    folder: Path
+
+    def __str__(self) -> str:
+        return f"phantom {self.draw}: writing files of {self.num_sites} sites"
+
+
+@dataclass(frozen=True)
+class ArmJob:
+    """One arm, trained once and measured."""
+
+    draw: int
+    seed: int
+    arm: str
+    rounds: int
+    cohort: Path
+
+    def __str__(self) -> str:
+        return f"phantom {self.draw}, seed {self.seed}, {self.arm}, {self.rounds} rounds"
+
+    @property
+    def attack(self) -> str | None:
+        """What hostile sites do; None if there are none."""
+        return self.arm.removeprefix(_TEN).split("/")[0] if "/" in self.arm else None
+
+
+def main(
+    seeds: Seeds = 3,
+    draws: Draws = 1,
+    first_seed: FirstSeed = 0,
+    budget: Annotated[str, typer.Option(help="short, medium or long: 10, 25 or 60 rounds.")] = "short",
+    json: JsonFile = None,
+) -> None:
+    """Damage of one hostile site of five and of two of ten, by attack, mean and guards."""
+    rounds = steps_of(budget, _ROUNDS)
+    check_writable(json)
+    result = run(StudyOptions(seeds, draws, first_seed, json=json), rounds)
+    show(result)
+    if json:
+        result.write(json)
+
+
+def run(options: StudyOptions, rounds: int) -> StudyResult:
+    """Run the study."""
+    base = study_run("honest", 0, 0, rounds)
+    result = StudyResult("poisoning", {"pairs": options.pairs(), "run": base.model_dump(mode="json", by_alias=True)})
+    with tempfile.TemporaryDirectory() as scratch:
+        cohorts = [
+            CohortJob(draw, num_sites, Path(scratch) / f"{draw}-{num_sites}")
+            for draw in options.draw_numbers()
+            for num_sites in (5, 10)
+        ]
+        written = run_jobs(write_draw, cohorts, workers=options.workers)
+        folders = {(job.draw, job.num_sites): folder for job, folder in zip(cohorts, written, strict=True)}
+        jobs = [
+            ArmJob(draw, seed, arm, rounds, folders[draw, num_sites_of(arm)])
+            for draw, seed in options.pairs()
+            for arm in arms()
+        ]
+        done = run_jobs(measure, jobs, workers=options.workers, keep_for=options.json)
+    for job, measured in zip(jobs, done, strict=True):
+        result.add(job.arm, measured)
+    result.ratios |= {f"damage/{arm}": damage(result, arm) for arm in arms() if "/" in arm}
+    result.targets += targets(result)
+    return result
+
+
+def num_sites_of(arm: str) -> int:
+    """How many sites an arm has; one of five and two of ten are hostile."""
+    return 10 if arm.startswith(_TEN) else 5
+
+
+def study_run(arm: str, draw: int, seed: int, rounds: int) -> RunConfig:
+    """The run of one arm."""
+    num_sites = num_sites_of(arm)
+    changes = [f"seed={seed}", f"train.rounds={rounds}", "train.local-steps=8", "train.batch-size=16"]
+    changes += [
+        "probe.bootstrap=0",
+        "objective={name='mae'}",
+        "masking.policy=random",
+        "masking.static-organs=['heart']",
+    ]
+    if arm.startswith((_DEX, _GATES)):
+        changes += _EXPERTS
+    if "/" in arm:
+        _, mean, guards = arm.split("/")
+        changes += [f"sharing.mean={mean}", *(GUARDS_OFF if guards == "off" else ())]
+    base = load_run(QUICKSTART, changes)
+    assert isinstance(base.cohort, PhantomCohortConfig)
+    sites = {
+        f"site-{index + 1:02}": PhantomSiteConfig(
+            organs=tuple(organ for place, organ in enumerate(_ORGANS) if place != index % 5),
+            subjects=_SUBJECTS[index % 5],
+        )
+        for index in range(num_sites)
+    }
+    cohort = base.cohort.model_copy(update={"seed": draw, "sites": sites, "holdout_subjects": _HOLDOUT})
+    streams = {name: stream for name, stream in base.streams.items() if name.split("-")[0] in _ORGANS}
+    return base.model_copy(update={"name": "poisoning", "cohort": cohort, "streams": streams})
+
+
+def write_draw(job: CohortJob) -> Path:
+    """Write one draw and build its caches; returns its folder."""
+    run = study_run("honest" if job.num_sites == 5 else f"{_TEN}honest", job.draw, 0, 1)
+    assert isinstance(run.cohort, PhantomCohortConfig)
+    write_cohort(job.folder, run.cohort, run.streams)
+    for folder in (*site_folders(job.folder / "sites"), job.folder / "holdout"):
+        LabelledStore.open(folder, run.streams)
+    return job.folder
+
+
+def measure(job: ArmJob) -> dict[str, float]:
+    """Train one arm and measure its model."""
+    run = study_run(job.arm, job.draw, job.seed, job.rounds)
+    trained = _trained(job, run)
+    places = [LabelledStore.open(folder, run.streams) for folder in site_folders(job.cohort / "sites")]
+    holdout = LabelledStore.open(job.cohort / "holdout", run.streams)
+    probed = evaluate_cohort(
+        Task(run, places, holdout, read_label_info(job.cohort)), {"arm": trained.model}, grid_arms=()
+    )
+    learner = Learner(run)
+    learner.load_shared(split_state(run.sharing, trained.model.state_dict())[0])
+    store = holdout.store
+    return {
+        "val_loss": learner.validation_loss(store, store.indices("test"), site="holdout"),
+        "auc": probed.value("arm"),
+        "site_share": largest_share(trained, hostile_names(job.arm)),
+    }
+
+
+def _trained(job: ArmJob, run: RunConfig) -> Federated:
+    if job.arm.endswith("untrained"):
+        return Federated(build_model(run), [])
+    if job.attack is None:
+        return federate(run, job.cohort)
+    return federate_with(run, job.cohort, job.attack, len(hostile_names(job.arm)))
+
+
+def hostile_names(arm: str) -> list[str]:
+    """The hostile sites of an arm; those that would be, where nobody is."""
+    num_sites = num_sites_of(arm)
+    return [f"site-{number:02}" for number in range(num_sites - num_sites // 5 + 1, num_sites + 1)]
+
+
+def largest_share(trained: Federated, sites: list[str]) -> float:
+    """The largest share that one of the sites had of any group in any round; 0 if they were always refused."""
+    return max((share for line in trained.rounds for share in _shares(line, sites)), default=0.0)
+
+
+def _shares(line: Mapping[str, Any], sites: list[str]) -> Iterator[float]:
+    """Shares of sites in one round, of groups that three sites or more trained."""
+    shares = {site: told["shares"] for site, told in line["sites"].items()}
+    num_trained = Counter(group for groups in shares.values() for group, share in groups.items() if share)
+    for site in set(sites) & set(shares):
+        yield from (share for group, share in shares[site].items() if num_trained[group] >= FEWEST)
+
+
+def damage(result: StudyResult, arm: str) -> float:
+    """Share of what the federation gained in validation loss that an attack costs."""
+    prefix = _TEN if arm.startswith(_TEN) else _DEX if arm.startswith(_GATES) else ""
+    start = "untrained" if prefix == _TEN else f"{prefix}untrained"
+    honest = result.mean("val_loss", f"{prefix}honest")
+    return (result.mean("val_loss", arm) - honest) / (result.mean("val_loss", start) - honest)
+
+
+def targets(result: StudyResult) -> list[Target]:
+    """What the defaults were asked to hold against one hostile site of five."""
+    arms_by_default = [f"{attack}/{DEFAULT}" for attack in (*ATTACKS, _GATES)]
+    found = [Target(f"minus the damage of {arm}", -result.ratios[f"damage/{arm}"], -0.1) for arm in arms_by_default]
+    cap = study_run("honest", 0, 0, 1).federation.max_share
+    shares = [max(result.values["site_share", arm]) for arm in arms() if arm.endswith("/default")]
+    return [
+        *found,
+        Target("cap minus the largest share of a hostile site under default guards", cap - max(shares), 0.0),
+    ]
+
+
+def show(result: StudyResult, console: Console | None = None) -> None:
+    """Every arm, and the targets."""
+    console = console or Console(soft_wrap=True, highlight=False)
+    table = Table("arm", "val loss", "AUC", "site share", "damage", title="poisoning: mean and sd over pairs")
+    for arm in arms():
+        lost = f"{result.ratios[f'damage/{arm}']:+.1%}" if "/" in arm else ""
+        cells = (mean_sd(result.values[metric, arm]) for metric in ("val_loss", "auc"))
+        table.add_row(arm, *cells, f"{np.max(result.values['site_share', arm]):.3f}", lost)
+    console.print(table)
+    for target in result.targets:
+        console.print(str(target))
