@@ -160,8 +160,9 @@ class Ledger:
         mechanisms = planned(run, self.unit)
         promise = claim(run) if self.unit == "patient" else server_claim(run)
         assert promise is not None
+        acknowledged = self.unit == "patient" and run.privacy and run.privacy.acknowledge_broken_guarantee
         for mechanism in mechanisms:
-            check_mechanism(mechanism, least_noise=0.0 if promise == NO_CLAIM else LEAST_NOISE)
+            check_mechanism(mechanism, least_noise=0.0 if acknowledged else LEAST_NOISE)
         with self._locked() as file:
             balance = self._verified(file)
             spent = self._cost(balance, mechanisms, limits)

@@ -68,7 +68,7 @@ def test_no_mechanism_costs_less_than_nothing(noise, delta):
 def test_server_sets_one_patient_and_a_large_delta_and_nothing_below_zero_is_booked(tmp_path, write_site):
     """A site without limits is at the server's mercy, but its ledger holds no nonsense."""
     site = Site(write_site(tmp_path / "alpha", "alpha", ("brain", "heart")))
-    weak = PRIVACY.replace("1e-3", "0.1").replace("= 40", "= 1").replace("sample-rate = 0.5", "sample-rate = 0.01")
+    weak = PRIVACY.replace("1e-3", "0.01").replace("= 40", "= 1").replace("sample-rate = 0.5", "sample-rate = 0.001")
     site.train_round(asked(weak))
     assert spent(site)[-1]["epsilon"] >= 0.0
 

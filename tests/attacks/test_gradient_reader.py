@@ -96,7 +96,7 @@ def test_server_hides_one_patient_behind_a_privacy_table_of_its_own_epsilon_and_
     [masking]
     policy = "random"
     [privacy]
-    epsilon = 1e9
+    epsilon = 1000.0
     delta = 1e-3
     public-subjects = 40
     noise-multiplier = 0.5

@@ -13,6 +13,7 @@ from panfm.files import read_checked, write_checked
 from panfm.sharing.frames import Frame, Kind
 from panfm.sharing.messages import RoundTask
 from panfm.site import Site, answer
+from panfm.site.admission import end_run
 from tests.unit.site.test_private_site import PRIVACY, spent, task
 
 BROKEN = PRIVACY + "acknowledge-broken-guarantee = true\n"
@@ -101,6 +102,7 @@ def test_state_of_other_patients_is_not_gone_on_from(folder, change, privacy):
     change(folder)
     with pytest.raises(DataError, match="comes from patients"):
         Site(folder).train_round(task(2, privacy=privacy))
+    end_run(folder / ".panfm" / "state", "run-1")
     Site(folder).train_round(task(2, run_id="other", privacy=privacy))
     datasets = [entry["dataset"] for entry in spent(Site(folder))[1:]]
     assert len(set(datasets)) == len(datasets)
