@@ -15,10 +15,12 @@ from panfm.privacy.loop import step
 from panfm.privacy.mechanisms import LEAST_NOISE
 from panfm.privacy.saliency import noisy_profile
 from panfm.sharing.groups import GroupManifest
+from panfm.sharing.mean import ExactMean
 from panfm.sharing.messages import Handshake, RoundReply
 from panfm.sharing.weights import Trained, group_weights, weight_limits
-from strategies.direction import pointing_elsewhere
+from strategies.direction import LIMIT, Directions
 from strategies.guards import check_reply
+from strategies.memory import Memory
 from tests.unit.site.test_private_site import DEX, GUIDED, PRIVACY, RUN
 
 NOISES = (LEAST_NOISE, 20.0, 1e4)
@@ -135,13 +137,19 @@ def test_updates_of_noise_are_no_longer_than_the_norm_guards_allow(noise, clip, 
 
 
 def test_updates_of_noise_do_not_point_elsewhere():
-    """Cosines between updates of noise lie within a few 1 / sqrt(numbers) of 0; the guard's limit begins at 0.4."""
-    random = np.random.default_rng(0)
+    """Cosines of updates of noise with the votes of a round before lie within a few 1 / sqrt(numbers) of 0."""
+    random, size = np.random.default_rng(0), 1000
     for num_sites in (4, 5, 9):
-        for _ in range(100):
-            updates = random.standard_normal((num_sites, 1000)).astype(np.float32)
-            replies = {
-                f"site{index}": RoundReply("run-1", 1, 0, {"backbone": update}, {"backbone": (1.0,)})
-                for index, update in enumerate(updates)
-            }
-            assert pointing_elsewhere(replies, 0.4) == {}
+        memory = Memory()
+        for _ in range(30):
+            directions = Directions(LIMIT, memory)
+            votes = directions.start("backbone", size, num_sites)
+            mean = ExactMean(((size, 0),), weight_limit=num_sites, votes=votes)
+            for index in range(num_sites):
+                norm = mean.add(0.01 * random.standard_normal(size).astype(np.float32), (1.0,))
+                cosines = {"backbone": directions.cosine("backbone", norm)}
+                directions.check(f"site{index}", cosines)
+                directions.accept(f"site{index}", cosines)
+            memory = Memory()
+            directions.remember(memory)
+        assert all(abs(cosine) < 0.2 for cosine in memory.cosines["backbone"].values())
