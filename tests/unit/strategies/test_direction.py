@@ -112,3 +112,9 @@ def test_many_sites_have_room_for_their_votes():
         mean.add(np.ones(1, np.float32), (1.0,))
     assert votes.counted.tolist() == [300]
     assert votes.product == 3
+
+
+def test_to_agree_more_than_usual_is_no_fault():
+    memory, _ = one_round(Memory(), sites(5, 100))
+    memory.cosines = {"head": dict.fromkeys(sites(5, 100), 0.1)}
+    assert one_round(memory, sites(5, 200))[1] == {}
