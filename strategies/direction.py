@@ -12,6 +12,9 @@ Not c_k < 0: unlike sites agree at first, later each pulls back to its own data.
 backbone is 0.2 in round 2, near 0 in round 7 and -0.35 in round 20; a site with its sign flipped has about -c. So it
 stands out early and late; in between directions say nothing. To agree more than usual is no fault where sites agree. Of
 three sites, one wrong, nobody can tell which it is.
+
+The guard is against a minority. Replies that it alone refuses are kept until all have come; if they are not fewer than
+the accepted ones, honest sites have turned together, and all of them count.
 """
 
 import math
@@ -24,6 +27,11 @@ from numpy.typing import NDArray
 from panfm.errors import ProtocolError
 from panfm.sharing.mean import Votes
 from strategies.memory import Memory
+
+
+class PointsElsewhereError(ProtocolError):
+    """An update of a reply points another way than updates usually do."""
+
 
 LIMIT = 0.4
 """Where `guards.direction` is left out."""
@@ -64,7 +72,7 @@ class Directions:
         return min(max(cosine, -1.0), 1.0)
 
     def check(self, site: str, cosines: Mapping[str, float]) -> None:
-        """Raises ProtocolError for an update that is to be refused."""
+        """Raises PointsElsewhereError for an update that is to be refused."""
         for group, cosine in cosines.items():
             if len(set(self._memory.voters.get(group, ())) - {site}) < OTHERS:
                 continue
@@ -72,7 +80,7 @@ class Directions:
             usual = median(others) if others else 0.0
             too_far = abs(cosine - usual) if usual < 0.0 else usual - cosine
             if too_far > self._limit:
-                raise ProtocolError(
+                raise PointsElsewhereError(
                     f"{group}: points elsewhere: cosine {cosine:.2f} with the others, usual {usual:.2f} "
                     "(sharing.guards.direction)"
                 )

@@ -8,6 +8,7 @@ What it needs from earlier rounds (usual norms and directions, state of the serv
 `memory`.
 """
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -28,7 +29,7 @@ from panfm.sharing.messages import Handshake, RoundReply
 from panfm.sharing.npy import NpySpace
 from panfm.sharing.shares import FEWEST, capped_shares
 from panfm.sharing.weights import Weights, check_gate_mass, is_pooled, weight_limits
-from strategies.direction import LIMIT, Directions
+from strategies.direction import LIMIT, Directions, PointsElsewhereError
 from strategies.downlink import Downlink
 from strategies.guards import check_reply
 from strategies.means import GroupMean, empty_mean, largest_share
@@ -38,6 +39,8 @@ from strategies.optimisers import server_step
 from strategies.participation import draw_sites
 from strategies.records import hand_over, unpack, view_array
 from strategies.teacher import follow
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -141,26 +144,43 @@ class GroupedMean(Strategy):
 
     def _add_replies(self, replies: Iterable[Message], means: Mapping[str, GroupMean], server_round: int) -> None:
         """Add the updates that pass the guards, one by one; `outcome` keeps the rest of their replies."""
+        doubted: dict[str, tuple[RoundReply, str]] = {}
         for message in replies:
             site = self.asked[message.metadata.src_node_id].site
-            try:
-                reply = self._take(message, means, server_round)
-            except ProtocolError as error:
-                self.outcome.rejected[site] = one_line(str(error))
-            else:
-                self.outcome.accepted[site] = replace(reply, updates={})
-                del reply
+            if doubt := self._take(site, message, means, server_round):
+                doubted[site] = doubt
             del message
+        self._settle(doubted, means)
 
-    def _take(self, message: Message, means: Mapping[str, GroupMean], server_round: int) -> RoundReply:
-        """Add a reply that passes the guards. Raises ProtocolError for one that does not, and all is as it was."""
+    def _take(
+        self, site: str, message: Message, means: Mapping[str, GroupMean], server_round: int
+    ) -> tuple[RoundReply, str] | None:
+        """Add a reply, or refuse it; one that only its direction speaks against is returned, with the reason."""
+        try:
+            reply = self._checked(message, server_round)
+            self._add(site, reply, means)
+        except PointsElsewhereError as error:
+            return reply, one_line(str(error))
+        except ProtocolError as error:
+            self.outcome.rejected[site] = one_line(str(error))
+        return None
+
+    def _settle(self, doubted: Mapping[str, tuple[RoundReply, str]], means: Mapping[str, GroupMean]) -> None:
+        """Refuse the replies that only their direction speaks against, if they are a minority; else add them."""
+        if len(doubted) < len(self.outcome.accepted):
+            self.outcome.rejected |= {site: reason for site, (_, reason) in doubted.items()}
+            return
+        for site, (reply, reason) in sorted(doubted.items()):
+            logger.warning("%s: %s; counts, for as many others do", site, reason)
+            self._add(site, reply, means, is_doubted=True)
+
+    def _checked(self, message: Message, server_round: int) -> RoundReply:
+        """A reply whose words and weights may be so. Raises ProtocolError for another."""
         handshake = self.asked[message.metadata.src_node_id]
         reply = self._read(message, handshake)
         check_reply(reply, handshake, self._limits(handshake), of=(self._run_id, server_round))
         check_gate_mass(self.run, self.manifest, reply.weights, subjects=handshake.subjects)
-        reply = self._lowered(reply)
-        self.outcome.norms[handshake.site] = self._add(handshake.site, reply, means)
-        return reply
+        return self._lowered(reply)
 
     def _lowered(self, reply: RoundReply) -> RoundReply:
         """A reply with weights that are no larger than those of the median site allow."""
@@ -179,18 +199,23 @@ class GroupedMean(Strategy):
         most = self.run.federation.max_weight
         return {group: most * median(weights) for group, weights in limits.items() if len(weights) >= FEWEST}
 
-    def _add(self, site: str, reply: RoundReply, means: Mapping[str, GroupMean]) -> dict[str, float]:
-        """Add a reply's updates; what is kept of their norms. Raises ProtocolError, and all means are as they were."""
+    def _add(self, site: str, reply: RoundReply, means: Mapping[str, GroupMean], *, is_doubted: bool = False) -> None:
+        """Add a reply's updates, and the reply to `outcome`. Raises ProtocolError, and all is as it was.
+
+        Args:
+            is_doubted: Its direction is not judged again.
+        """
         norms: dict[str, float] = {}
         try:
             for group, update in reply.updates.items():
                 norms[group] = _named(group, means[group].add, update, reply.weights[group])
-            trained = self._judge(site, reply, norms)
+            trained = self._judge(site, reply, norms, is_doubted=is_doubted)
         except ProtocolError:
             _take_off(reply, means, norms)
             raise
         self._shorten(site, reply, means, trained)
-        return trained
+        self.outcome.norms[site] = trained
+        self.outcome.accepted[site] = replace(reply, updates={})
 
     def _shorten(self, site: str, reply: RoundReply, means: Mapping[str, GroupMean], norms: dict[str, float]) -> None:
         """Replace updates that are longer than usual by shorter ones of the same direction."""
@@ -208,12 +233,13 @@ class GroupedMean(Strategy):
             self.outcome.bytes_up[group] = self.outcome.bytes_up.get(group, 0) + size
         return replace(reply, updates=decode(self.run.sharing.coding, self.manifest, reply.updates))
 
-    def _judge(self, site: str, reply: RoundReply, norms: dict[str, float]) -> dict[str, float]:
-        """What is kept of the norms of a reply's groups. Raises ProtocolError if one is too long, or an update points
+    def _judge(self, site: str, reply: RoundReply, norms: dict[str, float], *, is_doubted: bool) -> dict[str, float]:
+        """Norms of the groups that a reply trained. Raises ProtocolError if one is too long, or an update points
         elsewhere."""
         trained = self._bounds.check(site, reply, norms)
         cosines = {group: self._directions.cosine(group, norm) for group, norm in trained.items()}
-        self._directions.check(site, cosines)
+        if not is_doubted:
+            self._directions.check(site, cosines)
         self._directions.accept(site, cosines)
         return trained
 

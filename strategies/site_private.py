@@ -69,7 +69,7 @@ class SitePrivateMean(GroupedMean):
             dict.fromkeys(handshake.group_hashes, (1.0,)),
         )
 
-    def _judge(self, site: str, reply: RoundReply, norms: dict[str, float]) -> dict[str, float]:
+    def _judge(self, site: str, reply: RoundReply, norms: dict[str, float], *, is_doubted: bool) -> dict[str, float]:
         """Nothing is judged or kept: the clip bounds the norms, and they tell of the site."""
         return {}
 

@@ -377,6 +377,27 @@ def test_a_sign_flipped_reply_is_rejected(make_run):
     assert strategy.outcome.rejected == {}
 
 
+@pytest.mark.parametrize("num_turned", [2, 3, 4])
+def test_sites_that_turn_together_and_are_no_minority_all_count(make_run, num_turned):
+    """Else one round in which honest sites turn would end the run."""
+    strategy = build(make_run(), roster=ROSTER | {14: shaken("d", 20)})
+    values, nodes = {11: 0.3, 12: 0.2, 13: 0.4, 14: 0.3}, {14: 13}
+
+    def answer(node_id, value):
+        told = only_common(13) if node_id == 14 else {}
+        return message(node_id, reply(nodes.get(node_id, node_id), value, **told))
+
+    aggregate(strategy, *(answer(node_id, value) for node_id, value in values.items()))
+    before = strategy.memory
+    turned = {node: -value if index < num_turned else value for index, (node, value) in enumerate(values.items())}
+    answers = [answer(node_id, value) for node_id, value in turned.items()]
+    new = aggregate(strategy, *answers, memory=before)
+    assert strategy.outcome.rejected == {}
+    assert set(strategy.outcome.accepted) == {"a", "b", "c", "d"}
+    again = aggregate(strategy, *reversed(answers), memory=before)
+    assert all(new[group].tobytes() == again[group].tobytes() for group in GLOBAL)
+
+
 def test_a_stream_without_its_quorum_stays_as_it_was(make_run):
     strategy = build(make_run("[federation]\nsites-per-stream = 2\n"))
     new = aggregate(strategy, message(11, reply(11, 0.1)), message(12, reply(12, 0.2)))
