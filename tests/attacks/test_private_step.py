@@ -261,7 +261,9 @@ def test_names_that_nobody_knows_are_not_taken_for_others(make_run):
     shapes = {name: tuple(tensor.shape) for name, tensor in learner.shared_state().items()}
     with pytest.raises(AssertionError, match="unknown"):
         empty_mean(
-            SimpleNamespace(sharing=sharing, model=run.model, train=run.train, server_privacy=None),
+            SimpleNamespace(
+                sharing=sharing, model=run.model, train=run.train, federation=run.federation, server_privacy=None
+            ),
             GroupManifest.of(shapes),
             "backbone",
             np.zeros(1, np.float32),

@@ -24,8 +24,10 @@ def test_the_count_is_that_of_the_model(make_run, objective, model):
 
 
 def test_a_model_that_no_machine_holds_is_counted(make_run):
-    experts = f'backbone = "director-experts"\nhidden-multiple = {2**60}\nexperts = {{ count = {2**60} }}\n'
-    assert num_parameters(make_run(f"[model]\n{experts}")) > 2**120
+    run = make_run('[model]\nbackbone = "director-experts"\n')
+    experts = run.model.experts.model_copy(update={"count": (2**60,)})
+    model = run.model.model_copy(update={"hidden_multiple": 2**60, "experts": experts})
+    assert num_parameters(run.model_copy(update={"model": model})) > 2**120
 
 
 def test_tokens_and_activations(make_run):
