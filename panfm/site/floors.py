@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from panfm.config import RunConfig
+from panfm.config.privacy import NO_CLAIM, claim
 from panfm.config.run import TrainConfig
 from panfm.config.site import LimitsConfig
 from panfm.data.store import ImageStore
@@ -79,12 +80,18 @@ def check_run(run: RunConfig, limits: LimitsConfig) -> None:
     """Raises LimitError if a run asks for smaller batches or fewer steps than the site allows.
 
     A run whose epsilon the site itself bounds is free of both. One whose epsilon is the server's choice is not; its
-    batches are Poisson samples, of the sample rate times the public number of patients.
+    batches are Poisson samples, of the sample rate times the public number of patients. A run with noise and without a
+    claim is refused where there is a floor: noise next to nothing on a sample of one patient would be a way round it.
     """
     batch, key = run.train.batch_size, "train.batch-size"
     if run.privacy is not None:
         if limits.epsilon is not None:
             return
+        if claim(run) == NO_CLAIM and limits.smallest_batch > 1:
+            raise LimitError(
+                "privacy: this run has noise but makes no claim, and a step of it may be one patient's; expected a "
+                f"claim, or no [privacy] and batches of at least limits.smallest-batch ({limits.smallest_batch})"
+            )
         batch, key = math.ceil(run.privacy.sample_rate * run.privacy.public_subjects), "sample-rate x public-subjects"
     if batch < limits.smallest_batch:
         raise LimitError(f"{key} is {batch}, expected at least limits.smallest-batch ({limits.smallest_batch})")

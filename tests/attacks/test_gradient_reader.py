@@ -106,6 +106,26 @@ def test_server_hides_one_patient_behind_a_privacy_table_of_its_own_epsilon_and_
         hospital().handshake(Invitation(task(FEWEST + private).run_toml))
 
 
+def test_server_adds_next_to_no_noise_to_a_sample_of_one_patient_and_is_refused(hospital):
+    """Sample rate and public number are the server's: 1,000 patients a step as it says, one or none in fact."""
+    private = """
+    [objective]
+    standardise = false
+    [masking]
+    policy = "random"
+    [privacy]
+    epsilon = 1000.0
+    delta = 1e-8
+    public-subjects = 1000000
+    noise-multiplier = 1e-12
+    sample-rate = 0.001
+    acknowledge-broken-guarantee = true
+    """
+    run_toml = task(FEWEST + private).run_toml
+    with pytest.raises(LimitError, match="noise but makes no claim"):
+        hospital().handshake(Invitation(run_toml))
+
+
 def test_server_names_a_batch_that_the_site_cannot_fill_and_is_refused(hospital):
     site = hospital(subjects=8)  # one is for validation
     for ask in (lambda: site.handshake(Invitation(task(FEWEST).run_toml)), lambda: site.train_round(task(FEWEST))):
