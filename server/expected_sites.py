@@ -12,11 +12,13 @@ over what is expected (and two, for small ones), takes no part.
 import csv
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from panfm.anatomy import parse_stream
 from panfm.data.table import Line, read_table
 from panfm.errors import DataError, ProtocolError
 from panfm.sharing.messages import Handshake
@@ -24,6 +26,7 @@ from panfm.sharing.messages import Handshake
 FILE = "expected-sites.csv"
 """In a run folder."""
 _SITE, _SUBJECTS = "site", "subjects"
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _SHARE_OVER, _OVER = 0.1, 2
 
 
@@ -57,13 +60,23 @@ class ExpectedSites:
     @classmethod
     def _parsed(cls, columns: Sequence[str], lines: Sequence[Line]) -> Self:
         streams = tuple(name for name in columns if name not in (_SITE, _SUBJECTS))
+        for name in streams:
+            _check_stream(name)
         sites: dict[str, ExpectedSite] = {}
         for number, cells in lines:
             site = cells[_SITE]
-            if not site or site in sites:
-                raise DataError(f"line {number}: site {site!r:.40}, expected a name that stands once")
+            if not _NAME.fullmatch(site):
+                raise DataError(
+                    f"line {number}: site {site!r:.40}, expected lower-case letters, digits, dot, dash, underscore"
+                )
+            if site in sites:
+                raise DataError(f"line {number}: site {site!r}, expected a name that stands once")
+            subjects = _count(cells[_SUBJECTS], number, _SUBJECTS)
             counts = {name: _count(cells[name], number, name) for name in streams if cells[name]}
-            sites[site] = ExpectedSite(_count(cells[_SUBJECTS], number, _SUBJECTS), counts)
+            for name, count in counts.items():
+                if count > subjects:
+                    raise DataError(f"line {number}: {name} is {count}, expected at most the {subjects} subjects")
+            sites[site] = ExpectedSite(subjects, counts)
         if not sites:
             raise DataError("no sites, expected a line for each")
         return cls(sites, streams)
@@ -118,6 +131,13 @@ def _check_count(name: str, count: int, expected: int) -> None:
     most = expected + max(_OVER, int(_SHARE_OVER * expected))
     if count > most:
         raise ProtocolError(f"{count} {name}, expected about {expected}, at most {most} (table of expected sites)")
+
+
+def _check_stream(name: str) -> None:
+    try:
+        parse_stream(name)
+    except ValueError as error:
+        raise DataError(f"line 1: column {error}") from error
 
 
 def _count(cell: str, line: int, name: str) -> int:

@@ -1,5 +1,6 @@
 """`python -m simulations run|study|bench|same-bits`: federations, claims and speed on one machine."""
 
+import ast
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -68,12 +69,20 @@ def same_bits(
 def _pass_on(verb: str, package: str, name: str, words: list[str]) -> None:
     """Hand the rest of the command line to `main` of `simulations/<package>/<name>.py`."""
     folder = Path(__file__).parent / package
-    known = sorted(path.stem.replace("_", "-") for path in folder.glob("[a-z]*.py"))
+    known = {path.stem.replace("_", "-"): _first_line(path) for path in sorted(folder.glob("[a-z]*.py"))}
+    if name in ("--help", "-h"):
+        typer.echo(f"python -m simulations {verb} NAME [--help]\n")
+        typer.echo("\n".join(f"  {other:20} {line}" for other, line in known.items()))
+        return
     if name not in known:
         raise ConfigError(f"{name}: unknown, expected one of {', '.join(known)}")
     command = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     command.command()(import_module(f"simulations.{package}.{name.replace('-', '_')}").main)
     command(args=_with_json_path(words, f"{name}.json"), prog_name=f"python -m simulations {verb} {name}")
+
+
+def _first_line(path: Path) -> str:
+    return (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").partition("\n")[0]
 
 
 def _with_json_path(words: list[str], path: str) -> list[str]:

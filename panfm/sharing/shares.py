@@ -1,4 +1,4 @@
-"""No site owns a mean: caps on the weight of a site, whatever it says of itself.
+"""Caps on the weight of a site in the mean, whatever it says of itself.
 
     before the round    w_k <= max-weight x median over the sites asked of the most they may weigh, by their handshakes
     as replies count    w_k <= L    L: the largest level at which no site has more than `max-share` of the sum of the

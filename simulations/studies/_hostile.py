@@ -1,4 +1,4 @@
-"""Hostile sites: they change their real handshakes and replies on the way to the server, by what they see.
+"""Hostile sites for the poisoning study: they alter real handshakes and replies on the way to the server.
 
 They are as strong as can be: they know the run, the guards, each other, and every honest reply of the round before they
 answer. An update is never longer than the guards let pass, and its direction is as wrong as passes.

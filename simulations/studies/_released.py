@@ -1,4 +1,4 @@
-"""Director-Experts as the authors' released code computes them, where ours differs in the order or the start.
+"""Two details of the authors' Director-Experts code in which ours differs: the start, and the order of a step.
 
     ActivationFromZero   running activation c starts at 0, so that c / sum c is the first batch's share after one step
     DirectorFirst        director moves by the experts as they were before the optimiser's step

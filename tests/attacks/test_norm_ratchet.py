@@ -1,4 +1,4 @@
-"""An attacker that grows as fast as it may does not climb: its own norms never move its bound."""
+"""A hostile site cannot raise its own norm limit by growing slowly."""
 
 import numpy as np
 import pytest

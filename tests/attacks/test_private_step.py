@@ -1,4 +1,4 @@
-"""A server that chooses description and parameters against a patient: the sum of a private step moves by C, no more."""
+"""A server that chooses description and parameters against a patient: the sum moves by the clip norm, no more."""
 
 from dataclasses import replace
 from types import SimpleNamespace

@@ -131,3 +131,20 @@ def test_the_coordinator_makes_shows_and_checks_a_table(tmp_path, monkeypatch, m
     failed = command.invoke(app, ["start", *words, str(tmp_path / "other"), "--roster", str(file)])
     assert "no column site, subjects" in str(failed.exception)
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("table", "complaint"),
+    [
+        ("site,subjects,brainmr\nalpha,100,60\n", "line 1: column stream 'brainmr': expected <organ>-<modality>"),
+        ("site,subjects\nHeart Centre,100\n", "line 2: site 'Heart Centre', expected lower-case letters"),
+        ("site,subjects\nalpha,100\nalpha,100\n", "line 3: site 'alpha', expected a name"),
+        ("site,subjects,brain-mr\nalpha,15,33\n", "line 2: brain-mr is 33, expected at most the 15 subjects"),
+    ],
+)
+def test_a_table_that_could_never_work_is_refused(tmp_path, table, complaint):
+    path = tmp_path / "sites.csv"
+    path.write_text(table)
+    with pytest.raises(DataError) as caught:
+        ExpectedSites.read(path)
+    assert str(caught.value).startswith(f"{path}: {complaint}")

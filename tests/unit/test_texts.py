@@ -1,4 +1,4 @@
-"""Texts of others: how deep they are, by hand and beside the parser."""
+"""Nesting depth of untrusted texts, checked by hand and against the parser."""
 
 import pytest
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""Runs that one process does one after the other: `python batch.py JOBS`, a JSON file.
+"""Do several runs in one process, one after the other: `python batch.py JOBS`, a JSON file.
 
 Every job is `python -m simulations` with other words. What it prints goes to a file; a line with its name and status is
 printed when it ends.

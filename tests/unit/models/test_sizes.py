@@ -1,4 +1,4 @@
-"""The counts beside the models that are built."""
+"""Counted sizes equal those of models that are built."""
 
 import itertools
 
