@@ -273,7 +273,7 @@ class FederationConfig(Uncoupled):
     whatever it says of itself; never less than an equal share (panfm/sharing/shares.py). Below 0.5 a server keeps up to
     1 / max-share updates of unequal sites in memory. Two sites count as they say: give a table of expected subjects
     (`python -m server start --roster`) where that is too much trust."""
-    max_weight: Annotated[float, Field(ge=1.0, le=1e6)] = 1.25
+    max_weight: Annotated[float, Field(ge=1.0, le=1e6)] = 1.0
     """A site weighs in a group at most this many times as much as the median site may, of three sites or more."""
     participation: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Share of the sites that is asked in a round, drawn anew each time; never fewer than `min-sites`."""

@@ -22,7 +22,7 @@ to cost a tenth at most, and no site is to have more than `federation.max-share`
 
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -116,18 +116,27 @@ def main(
     first_seed: FirstSeed = 0,
     budget: Annotated[str, typer.Option(help="short, medium or long: 10, 25 or 60 rounds.")] = "short",
     json: JsonFile = None,
+    only: Annotated[str, typer.Option("--arms", help="Only attacked arms that end so, e.g. weighted/default.")] = "",
 ) -> None:
     """Damage of one hostile site of five and of two of ten, by attack, mean and guards."""
     rounds = steps_of(budget, _ROUNDS)
     check_writable(json)
-    result = run(StudyOptions(seeds, draws, first_seed, json=json), rounds)
-    show(result)
+    chosen = arms_of(only)
+    result = run(StudyOptions(seeds, draws, first_seed, json=json), rounds, chosen)
+    show(result, chosen)
     if json:
         result.write(json)
 
 
-def run(options: StudyOptions, rounds: int) -> StudyResult:
-    """Run the study."""
+def arms_of(only: str) -> list[str]:
+    """The arms without an attack, and those with one whose names end as asked. Raises typer.BadParameter for none."""
+    if not any("/" in arm and arm.endswith(only) for arm in arms()):
+        raise typer.BadParameter(f"{only}: ends no arm, expected e.g. {DEFAULT}", param_hint="--arms")
+    return [arm for arm in arms() if "/" not in arm or arm.endswith(only)]
+
+
+def run(options: StudyOptions, rounds: int, chosen: Sequence[str]) -> StudyResult:
+    """Run the study with some of its arms."""
     base = study_run("honest", 0, 0, rounds)
     result = StudyResult("poisoning", {"pairs": options.pairs(), "run": base.model_dump(mode="json", by_alias=True)})
     with tempfile.TemporaryDirectory() as scratch:
@@ -141,13 +150,13 @@ def run(options: StudyOptions, rounds: int) -> StudyResult:
         jobs = [
             ArmJob(draw, seed, arm, rounds, folders[draw, num_sites_of(arm)])
             for draw, seed in options.pairs()
-            for arm in arms()
+            for arm in chosen
         ]
         done = run_jobs(measure, jobs, workers=options.workers, keep_for=options.json)
     for job, measured in zip(jobs, done, strict=True):
         result.add(job.arm, measured)
-    result.ratios |= {f"damage/{arm}": damage(result, arm) for arm in arms() if "/" in arm}
-    result.targets += targets(result)
+    result.ratios |= {f"damage/{arm}": damage(result, arm) for arm in chosen if "/" in arm}
+    result.targets += targets(result, chosen)
     return result
 
 
@@ -214,6 +223,12 @@ def measure(job: ArmJob) -> dict[str, float]:
     }
 
 
+def _percent(damage: float | None) -> str:
+    if damage is None:
+        return ""
+    return f"{damage:+.1%}" if damage <= 1.0 else "> 100%"
+
+
 def _trained(job: ArmJob, run: RunConfig) -> Federated:
     if job.arm.endswith("untrained"):
         return Federated(build_model(run), [])
@@ -249,26 +264,27 @@ def damage(result: StudyResult, arm: str) -> float:
     return (result.mean("val_loss", arm) - honest) / (result.mean("val_loss", start) - honest)
 
 
-def targets(result: StudyResult) -> list[Target]:
-    """What the defaults were asked to hold against one hostile site of five."""
-    arms_by_default = [f"{attack}/{DEFAULT}" for attack in (*ATTACKS, _GATES)]
-    found = [Target(f"minus the damage of {arm}", -result.ratios[f"damage/{arm}"], -0.1) for arm in arms_by_default]
+def targets(result: StudyResult, chosen: Sequence[str]) -> list[Target]:
+    """What the defaults were asked to hold against one hostile site of five; of the arms that were measured."""
+    by_default = [arm for attack in (*ATTACKS, _GATES) if (arm := f"{attack}/{DEFAULT}") in chosen]
+    found = [Target(f"minus the damage of {arm}", -result.ratios[f"damage/{arm}"], -0.1) for arm in by_default]
     cap = study_run("honest", 0, 0, 1).federation.max_share
-    shares = [max(result.values["site_share", arm]) for arm in arms() if arm.endswith("/default")]
-    return [
-        *found,
-        Target("cap minus the largest share of a hostile site under default guards", cap - max(shares), 0.0),
-    ]
+    shares = [max(result.values["site_share", arm]) for arm in chosen if arm.endswith("/default")]
+    name = "cap minus the largest share of a hostile site under default guards"
+    return [*found, *([Target(name, cap - max(shares), 0.0)] if shares else [])]
 
 
-def show(result: StudyResult, console: Console | None = None) -> None:
+def show(result: StudyResult, chosen: Sequence[str], console: Console | None = None) -> None:
     """Every arm, and the targets."""
     console = console or Console(soft_wrap=True, highlight=False)
-    table = Table("arm", "val loss", "AUC", "site share", "damage", title="poisoning: mean and sd over pairs")
-    for arm in arms():
-        lost = f"{result.ratios[f'damage/{arm}']:+.1%}" if "/" in arm else ""
-        cells = (mean_sd(result.values[metric, arm]) for metric in ("val_loss", "auc"))
-        table.add_row(arm, *cells, f"{np.max(result.values['site_share', arm]):.3f}", lost)
+    table = Table("arm", "val loss", "AUC", "share", "damage", title="poisoning: mean and sd over pairs")
+    table.columns[0].no_wrap = True
+    table.columns[0].min_width = max(map(len, arms()))
+    for arm in chosen:
+        lost = result.ratios[f"damage/{arm}"] if "/" in arm else None
+        loss = mean_sd(result.values["val_loss", arm]) if lost is None or lost <= 1.0 else "diverged"
+        share = f"{np.max(result.values['site_share', arm]):.3f}"
+        table.add_row(arm, loss, f"{result.mean('auc', arm):.3f}", share, _percent(lost))
     console.print(table)
     for target in result.targets:
         console.print(str(target))

@@ -2,6 +2,7 @@ import io
 from pathlib import Path
 
 import pytest
+import typer
 from rich.console import Console
 
 from panfm.config.sharing import GuardsConfig
@@ -25,10 +26,10 @@ def test_damage_is_relative_to_what_the_federation_gained():
     result = toy()
     assert result.ratios["damage/sign-flip/weighted/default"] == pytest.approx(0.09)
     assert result.ratios["damage/gate-mass/median/off"] == pytest.approx(2.0)
-    assert all(target.is_met for target in targets(result))
+    assert all(target.is_met for target in targets(result, arms()))
     result.values["site_share", "inflated/trimmed/default"] = [0.51]
     result.ratios["damage/gate-mass/weighted/default"] = 0.11
-    assert [target.is_met for target in targets(result)] == [True] * 4 + [False] * 2
+    assert [target.is_met for target in targets(result, arms())] == [True] * 4 + [False] * 2
 
 
 def test_every_arm_is_a_run_of_its_own():
@@ -80,7 +81,16 @@ def test_jobs_of_different_budgets_are_told_apart():
 
 def test_the_table_fits_80_columns():
     console = Console(width=80, soft_wrap=True, file=io.StringIO())
-    show(toy(), console)
+    show(toy(), arms(), console)
     lines = [line for line in console.file.getvalue().splitlines() if not line.startswith("target")]
     assert max(map(len, lines)) <= 80
     assert sum("+9.0%" in line for line in lines) == sum(arm.endswith("default") for arm in arms())
+
+
+def test_some_arms_only():
+    chosen = poisoning.arms_of("weighted/default")
+    assert {arm for arm in chosen if "/" not in arm} == {arm for arm in arms() if "/" not in arm}
+    assert {arm for arm in chosen if "/" in arm} == {arm for arm in arms() if arm.endswith("/weighted/default")}
+    assert poisoning.arms_of("") == arms()
+    with pytest.raises(typer.BadParameter, match="ends no arm"):
+        poisoning.arms_of("wieghted")
