@@ -28,14 +28,14 @@ def run(
 ) -> None:
     """Run a federation, probe its model, write a report."""
     from panfm.config import load_run
-
-    if resume is None:
-        load_run(experiment, overrides or ())  # a mistake is told before torch is imported, which takes seconds
     from simulations.engines import ENGINES
-    from simulations.run import simulate
 
     if engine not in ENGINES:
         raise ConfigError(f"--engine {engine}: expected one of {', '.join(ENGINES)}")
+    if resume is None:
+        load_run(experiment, overrides or ())  # a mistake is told before torch is imported, which takes seconds
+    from simulations.run import simulate
+
     simulate(experiment, overrides or (), out=out, resume=resume, engine=engine)
 
 

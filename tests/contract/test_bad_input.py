@@ -47,7 +47,7 @@ PRIVATE = "[privacy]\nepsilon = 8.0\ndelta = 1e-3\npublic-subjects = 40\nnoise-m
 PRIVATE_RUN = dump_toml(parse_run(f'{RUN}\n[objective]\nstandardise = false\n[masking]\npolicy = "random"\n{PRIVATE}'))
 
 FAULT = re.compile(r".: found .+, expected .")
-PLACES = ("worker.", "limits.", "ledger", "this site")
+PLACES = ("worker.", "limits.", "ledger", "this site", "train.")
 """Keys that a complaint may name instead of the file."""
 
 
@@ -145,7 +145,11 @@ def each_case(
 @pytest.mark.parametrize("command", ["status", "log", "ledger", "dry-run"])
 def test_site_toml(site, command):
     path = site / "site.toml"
-    text = dump_toml(parse_site('name = "alpha"\nlabels = "labels.csv"\n[limits]\ndelta = 1e-4\nmemory-gib = 1.0\n'))
+    text = dump_toml(
+        parse_site(
+            'name = "alpha"\nlabels = "labels.csv"\n[limits]\ndelta = 1e-4\nmemory-gib = 1.0\nsmallest-batch = 1\nsmallest-steps = 1\n'
+        )
+    )
     words = ["ledger", "show", site] if command == "ledger" else ["site", command, site]
     words += ["--run", site / "run.toml"] if command == "dry-run" else []
     cases = CASES // 6 if command == "dry-run" else CASES  # it trains
