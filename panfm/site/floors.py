@@ -2,8 +2,8 @@
 
 An update of one step on one patient is that patient's gradient, and images come back from it (`panfm audit inversion`).
 `limits.smallest-batch` and `limits.smallest-steps` rule that out for what a run says and for what its rounds really
-do: patients without a loss, streams that few patients have, shared experts that few go through, steps that were left out,
-steps that the schedule or a pull makes count for nothing.
+do: patients without a loss, streams that few patients have, shared experts that few go through, steps that were left
+out, steps that the schedule or a pull makes count for nothing.
 They do not stop a server that chooses parameters under which a part of the model answers to one patient only.
 
     w_k = lr_k  prod_(j >= k) |1 - lr_j mu|  prod_(j > k) |1 - lr_j decay|
