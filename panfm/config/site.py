@@ -49,8 +49,9 @@ class LimitsConfig(Config):
     experiments: Annotated[tuple[Hash, ...], Field(strict=False)] = ()
     """Experiments that may run here, by hash, as `panfm site dry-run` prints it; empty: any."""
     smallest_batch: Positive = 8
-    """Fewest training subjects in a batch, behind a stream's update of a round, and behind a loss or saliency, of a run
-    whose noise this site's `epsilon` does not bound."""
+    """Fewest subjects with a loss in a batch, behind a stream's or expert's update of a round, and behind a loss or
+    saliency, of a run that is not private. A private one takes part under this site's `epsilon`, or where both floors
+    are 1."""
     smallest_steps: Positive = 5
     """Fewest local steps that make up a round's update of such a run."""
     runs_at_once: Positive = 1

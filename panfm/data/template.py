@@ -39,8 +39,9 @@ may-leave = ["updates", "counts", "loss", "saliency"]
 # public-subjects = 1000
 # Experiments that may run here, by the hash that `panfm site dry-run` prints; empty: any.
 experiments = []
-# Fewest training subjects in a batch, behind a stream's update of a round, a loss or a saliency, and fewest local steps
-# in a round, of a run whose noise the epsilon above does not bound. docs/site-operator.md says what they do not stop.
+# Fewest training subjects in a batch, behind a stream's or expert's update of a round, a loss or a saliency, and fewest
+# local steps in a round, of a run that is not private; a private one then needs the epsilon above.
+# docs/site-operator.md says what they do not stop.
 smallest-batch = 8
 smallest-steps = 5
 # Unfinished runs that may ask for rounds; one that has asked for nothing for so many hours gives way.

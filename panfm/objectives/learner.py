@@ -22,7 +22,7 @@ from panfm.models import PanModel, build_model
 from panfm.models.start import load_with_fresh_private
 from panfm.objectives.dino import DinoObjective
 from panfm.objectives.latent import LatentObjective
-from panfm.objectives.loop import TrainResult, train, validation_loss
+from panfm.objectives.loop import TrainResult, Validation, train, validate
 from panfm.objectives.mae import MaeObjective
 from panfm.objectives.objective import Objective
 from panfm.sharing.groups import split_state
@@ -91,8 +91,12 @@ class Learner:
         )
 
     def validation_loss(self, store: ImageStore, indices: NDArray[np.int64], *, site: str) -> float:
-        """Loss of subjects that were not trained on, under one fixed mask; see `loop.validation_loss`."""
-        return validation_loss(self, self.stem(store), indices, site=site)
+        """Loss of subjects that were not trained on, under one fixed mask; see `validate`."""
+        return self.validate(store, indices, site=site).loss
+
+    def validate(self, store: ImageStore, indices: NDArray[np.int64], *, site: str) -> Validation:
+        """That loss, and how many subjects it is of; see `loop.validate`."""
+        return validate(self, self.stem(store), indices, site=site)
 
     def stem(self, store: ImageStore) -> ImageStore:
         """The store's stem maps, computed once per store and kept in memory as long as the store lives."""

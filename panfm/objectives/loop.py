@@ -5,9 +5,9 @@ the teacher. Every draw comes from a generator derived from (run seed, site, rou
 whole federation, not over the round.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,6 +18,7 @@ from panfm.data.store import Batch, ImageStore
 from panfm.errors import ConfigError
 from panfm.models.backbone import Encoded
 from panfm.models.director_experts import Exploration
+from panfm.objectives.contributors import Contributors, has_loss
 from panfm.objectives.experts import ExpertTraining
 from panfm.objectives.masking import draw_hidden, is_guided, stream_scores
 from panfm.objectives.objective import Split, View, masked_view
@@ -50,9 +51,24 @@ class TrainResult:
     gate_mass: dict[str, list[float]]
     """Per layer with experts (`backbone.blocks.0.mlp`) and expert, over the steps that counted; empty if dense."""
     batches: Sequence[Sequence[int]] = ()
-    """Subjects of each step, as indices into the store; not told of a private round, whose batches are secret."""
+    """Subjects of each step that have something to guess, as indices into the store; not told of a private round, whose
+    batches are secret, and neither is what follows."""
     counted: Sequence[int] = ()
     """Steps that were not left out, as indices into `batches`."""
+    contributors_per_stream: Mapping[str, int] = field(default_factory=dict)
+    """Distinct subjects behind a stream's part of the model in the steps that counted; see `contributors.py`."""
+    contributors_per_expert: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    """Layer -> distinct subjects behind each of its experts in those steps."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Loss of subjects that were not trained on."""
+
+    loss: float
+    """Mean over the subjects; NaN without any."""
+    subjects: int
+    """Those of them that have something to guess."""
 
 
 def train(
@@ -89,21 +105,25 @@ def train(
     masks = torch_generator(run.seed, site, round_number, "masking")
     experts = ExpertTraining(run.model.experts, learner.model, torch_generator(run.seed, site, round_number, "routing"))
     order = batches(indices, run.train.batch_size, numpy_generator(run.seed, site, round_number, "order"))
-    losses, drawn, counted = [], [], []
+    losses, batches_with_loss, counted = [], [], []
+    num_experts = {name: len(layer.activation) for name, layer in learner.model.director_experts().items()}
+    contributors = Contributors(len(store.subjects), len(learner.model.stream_names), num_experts)
     for taken in range(num_steps):
         position = (first_step + taken + 0.5) / run.train.total_steps
-        drawn.append((chosen := next(order)).tolist())
+        chosen = next(order)
         maps = store.batch(chosen).to(learner.device)
         before = (learner.objective.state(), learner.profile)
         with _autocast(learner):
             full = _teach(learner, maps)
             relative = _guidance(learner, full, profile)
             split = hide(learner, maps, full, relative, first_step + taken, masks)
+            batches_with_loss.append(chosen[has_loss(split)].tolist())
             view, each = _compare(learner, maps, full, split, experts.exploration(position))
             loss = each.mean()
             total = experts.regularise(loss, view.seen, position)
         if step(learner, total, position):
             experts.absorb(view.seen, position)
+            contributors.add(chosen, split, view.seen, learner.model.stream_of_place)
             start, end = run.train.teacher_momentum
             learner.update_teacher(cosine(position, start=start, end=end))
             losses.append(loss.item())
@@ -121,8 +141,10 @@ def train(
         subjects=len(indices),
         subjects_per_stream={name: int(np.isin(store.rows[name], indices).sum()) for name in store.images},
         gate_mass=experts.gate_mass(),
-        batches=drawn,
+        batches=batches_with_loss,
         counted=counted,
+        contributors_per_stream=dict(zip(learner.model.stream_names, contributors.per_stream(), strict=True)),
+        contributors_per_expert=contributors.per_expert(),
     )
 
 
@@ -163,26 +185,27 @@ def step(learner: "Learner", loss: torch.Tensor, position: float) -> bool:
 
 
 @torch.no_grad()
-def validation_loss(learner: "Learner", store: ImageStore, indices: NDArray[np.int64], *, site: str) -> float:
-    """Mean loss of subjects under one fixed, unguided mask, the same in every round; NaN without subjects.
+def validate(learner: "Learner", store: ImageStore, indices: NDArray[np.int64], *, site: str) -> Validation:
+    """Mean loss of subjects under one fixed, unguided mask, the same in every round.
 
     Subjects that hold none of the trained streams are left out.
     """
     held = [store.rows[name] for name in learner.model.stream_names if name in store.rows]
     indices = indices[np.isin(indices, np.concatenate(held))] if held else indices[:0]
     if not len(indices):
-        return float("nan")
+        return Validation(float("nan"), 0)
     masks = torch_generator(learner.run.seed, site, "validation")
     state, unguided = learner.objective.state(), torch.ones_like(learner.profile)[None]
-    losses = []
+    losses, num_with_loss = [], 0
     for start in range(0, len(indices), learner.run.train.batch_size):
         maps = store.batch(indices[start : start + learner.run.train.batch_size]).to(learner.device)
         with _autocast(learner):
             full = _teach(learner, maps)
             split = hide(learner, maps, full, unguided, 0, masks)
             losses.append(_compare(learner, maps, full, split)[1])
+        num_with_loss += int(has_loss(split).sum())
     learner.objective.load_state(state)
-    return float(torch.cat(losses).mean())
+    return Validation(float(torch.cat(losses).mean()), num_with_loss)
 
 
 def batches(indices: NDArray[np.int64], size: int, generator: np.random.Generator) -> Iterator[NDArray[np.int64]]:

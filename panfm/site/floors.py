@@ -2,7 +2,8 @@
 
 An update of one step on one patient is that patient's gradient, and images come back from it (`panfm audit inversion`).
 `limits.smallest-batch` and `limits.smallest-steps` rule that out for what a run says and for what its rounds really
-do: streams that few patients have, steps that were left out, steps that the schedule or a pull makes count for nothing.
+do: patients without a loss, streams that few patients have, shared experts that few go through, steps that were left
+out, steps that the schedule or a pull makes count for nothing.
 They do not stop a server that chooses parameters under which a part of the model answers to one patient only.
 
     w_k = lr_k  prod_(j >= k) |1 - lr_j mu|  prod_(j > k) |1 - lr_j decay|
@@ -19,13 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from panfm.config import RunConfig
-from panfm.config.privacy import NO_CLAIM, claim
 from panfm.config.run import TrainConfig
 from panfm.config.site import LimitsConfig
 from panfm.data.store import ImageStore
 from panfm.errors import LimitError
 from panfm.objectives import TrainResult
 from panfm.objectives.schedules import warmup_cosine
+from panfm.sharing.groups import DIRECTOR, EXPERTS, ROUTER, GroupManifest, layer_of, stream_of
 
 _UNEVEN = 3.0
 """How much more than an even share a step may be of an update; half a cosine's end is three times as steep."""
@@ -41,7 +42,7 @@ class Floors:
     @classmethod
     def of(cls, run: RunConfig, limits: LimitsConfig) -> "Floors":
         """Those of a run's rounds; ones where patients' own noise and clipping stand in their place, since what is
-        refused or left out by the data would tell of it."""
+        refused or left out by the data would tell of it. `check_run` lets in no other private run past a floor."""
         return cls(limits.smallest_batch, limits.smallest_steps) if run.privacy is None else cls(1, 1)
 
     def check_subjects(self, store: ImageStore, streams: Sequence[str]) -> None:
@@ -56,10 +57,16 @@ class Floors:
             raise LimitError(f"no stream of this run has limits.smallest-batch ({self.batch}) training subjects")
 
     def check_round(self, train: TrainConfig, first_step: int, result: TrainResult) -> None:
-        """Raises LimitError if too few steps counted, or one of them makes too much of the update. A round in which
-        none counted has changed nothing."""
+        """Raises LimitError if too few steps counted, too few subjects had a loss in one of them, or one of them makes
+        too much of the update. A round in which none counted has changed nothing."""
         if 0 < (found := len(result.counted)) < self.steps:
             raise LimitError(f"{found} steps counted, expected at least limits.smallest-steps ({self.steps})")
+        fewest = min((len(result.batches[step]) for step in result.counted), default=self.batch)
+        if not self.is_enough(fewest):
+            raise LimitError(
+                f"{fewest} subjects of a step have anything to guess, expected at least "
+                f"limits.smallest-batch ({self.batch})"
+            )
         for decay in (0.0, train.weight_decay):  # vectors do not decay
             weights = step_weights(train, [first_step + step for step in result.counted], decay)
             if weights and not _UNEVEN * sum(weights) >= self.steps * max(weights):
@@ -67,6 +74,58 @@ class Floors:
                     f"train: one step makes most of the update, expected at most {_UNEVEN:g} of "
                     f"limits.smallest-steps ({self.steps})"
                 )
+
+    def is_enough(self, subjects: int) -> bool:
+        """Whether so many subjects may stand behind what leaves; without a floor, none is enough."""
+        return self.batch == 1 or subjects >= self.batch
+
+    def thin_streams(self, result: TrainResult) -> set[str]:
+        """Streams whose update comes from too few subjects."""
+        return {name for name, count in result.contributors_per_stream.items() if not self.is_enough(count)}
+
+    def withheld(self, manifest: GroupManifest, result: TrainResult) -> dict[str, NDArray[np.bool_]]:
+        """Which numbers of the packed groups come from too few subjects: group -> bool [size], True for those.
+
+        An expert's and its router row's numbers, where experts are shared. A director is a mean of experts: one that
+        is withheld would follow from it and the others, so it is withheld with any that had gate mass.
+        """
+        if self.batch == 1:
+            return {}
+        experts, streams = self._thin_experts(result), self.thin_streams(result)
+        masks: dict[str, NDArray[np.bool_]] = {}
+        for group in manifest.groups:
+            if (stream := stream_of(group)) is not None:
+                masks[group] = np.full(manifest.size(group), stream in streams)
+            elif group in (EXPERTS, ROUTER):
+                thin = [experts[layer][index] for layer, index in manifest.experts(group)]
+                lengths, places = zip(*manifest.segments(group), strict=True)
+                masks[group] = np.repeat(np.array(thin)[list(places)], lengths)
+            elif group == DIRECTOR and EXPERTS in manifest.groups:
+                used = {layer: thin & (np.array(result.gate_mass[layer]) > 0) for layer, thin in experts.items()}
+                shapes = manifest.groups[group]
+                masks[group] = np.repeat(
+                    [used[layer_of(name)].any() for name, _ in shapes], [math.prod(shape) for _, shape in shapes]
+                )
+        return {group: mask for group, mask in masks.items() if mask.any()}
+
+    def gate_mass(self, result: TrainResult) -> dict[str, list[float]]:
+        """Gate mass per layer and expert, 0 for experts with too few subjects; the others of the layer take theirs
+        over in proportion, so that the sum is still the number of images. Without others, all experts alike."""
+        masses = dict(result.gate_mass)
+        for layer, thin in self._thin_experts(result).items():
+            if thin.any():
+                mass = np.array(masses[layer])
+                kept = np.where(thin, 0.0, mass)
+                share = kept / kept.sum() if kept.any() else np.full(len(mass), 1.0 / len(mass))
+                masses[layer] = (share * mass.sum()).tolist()
+        return masses
+
+    def _thin_experts(self, result: TrainResult) -> dict[str, NDArray[np.bool_]]:
+        """Layer -> which of its experts too few subjects went through, bool [R]."""
+        return {
+            layer: np.array([not self.is_enough(count) for count in counts])
+            for layer, counts in result.contributors_per_expert.items()
+        }
 
     def streams_below(self, store: ImageStore, batches: Iterable[Sequence[int] | NDArray[np.int64]]) -> set[str]:
         """Streams that too few subjects of these batches hold."""
@@ -79,22 +138,21 @@ class Floors:
 def check_run(run: RunConfig, limits: LimitsConfig) -> None:
     """Raises LimitError if a run asks for smaller batches or fewer steps than the site allows.
 
-    A run whose epsilon the site itself bounds is free of both. One whose epsilon is the server's choice is not; its
-    batches are Poisson samples, of the sample rate times the public number of patients. A run with noise and without a
-    claim is refused where there is a floor: noise next to nothing on a sample of one patient would be a way round it.
+    A private run takes part where the site bounds epsilon itself: its own noise and clipping then stand in the floors'
+    place. Any other is refused where there is a floor, since an epsilon, a delta or a number of patients that the
+    server chose promises nothing, and a step of it may be one patient's.
     """
-    batch, key = run.train.batch_size, "train.batch-size"
     if run.privacy is not None:
-        if limits.epsilon is not None:
-            return
-        if claim(run) == NO_CLAIM and limits.smallest_batch > 1:
+        if limits.epsilon is None and max(limits.smallest_batch, limits.smallest_steps) > 1:
             raise LimitError(
-                "privacy: this run has noise but makes no claim, and a step of it may be one patient's; expected a "
-                f"claim, or no [privacy] and batches of at least limits.smallest-batch ({limits.smallest_batch})"
+                "privacy: a private run takes part under the site's own bound only, expected limits.epsilon, delta and "
+                "public-subjects in site.toml"
             )
-        batch, key = math.ceil(run.privacy.sample_rate * run.privacy.public_subjects), "sample-rate x public-subjects"
-    if batch < limits.smallest_batch:
-        raise LimitError(f"{key} is {batch}, expected at least limits.smallest-batch ({limits.smallest_batch})")
+        return
+    if (batch := run.train.batch_size) < limits.smallest_batch:
+        raise LimitError(
+            f"train.batch-size is {batch}, expected at least limits.smallest-batch ({limits.smallest_batch})"
+        )
     if run.train.local_steps < limits.smallest_steps:
         raise LimitError(
             f"train.local-steps is {run.train.local_steps}, expected at least "

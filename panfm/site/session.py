@@ -5,11 +5,12 @@ is loaded. So a site that was killed, or that another process served in between,
 """
 
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from panfm.config import RunConfig, dump_toml, experiment_hash, parse_run
@@ -20,7 +21,7 @@ from panfm.objectives import Learner, TrainResult
 from panfm.privacy import train_privately
 from panfm.sharing.coding import Arrays, encode_with_feedback
 from panfm.sharing.downlink import digests, take_step
-from panfm.sharing.groups import Flat, GroupManifest, stream_group
+from panfm.sharing.groups import Flat, GroupManifest
 from panfm.sharing.messages import RoundTask
 from panfm.sharing.release import RoundResult
 from panfm.sharing.weights import Trained, Weights, group_weights
@@ -83,14 +84,13 @@ class Session:
         digest = question_digest(self.run, task, self._global, states.digest(state_round))
         admit(states, self.run, task.round_number, digest)
         result = self._train_privately(task) if self.run.privacy else self._train(task)
-        thin = self.floors.streams_below(self.store, [result.batches[step] for step in result.counted])
-        updates = self._updates({stream_group(stream) for stream in thin})
+        updates = self._updates(self.floors.withheld(self.manifest, result))
         self.learner.holds = (self._mine, states.save(task.round_number, self._private_state()))
         quiet = self.run.privacy or self.run.server_privacy
         return RoundResult(
             state_round=state_round,
             updates=updates,
-            weights=self._weights(result, thin),
+            weights=self._weights(result),
             loss=None if quiet else result.loss,
             validation_loss=None if quiet else self._validation_loss(task.round_number),
             num_skipped=None if quiet else result.num_skipped,
@@ -168,11 +168,12 @@ class Session:
             self._lost, self._global = _under(state, _LOST), _under(state, _GLOBAL)
         return before
 
-    def _weights(self, result: TrainResult, thin: Collection[str]) -> dict[str, Weights]:
-        """Weights of the groups; none of streams that too few subjects of the round hold."""
+    def _weights(self, result: TrainResult) -> dict[str, Weights]:
+        """Weights of the groups; none of streams and pooled experts that too few subjects stand behind."""
         num_steps = result.num_steps - result.num_skipped
+        thin = self.floors.thin_streams(result)
         subjects_per_stream = {name: count for name, count in result.subjects_per_stream.items() if name not in thin}
-        trained = Trained(result.subjects, subjects_per_stream, num_steps, result.gate_mass)
+        trained = Trained(result.subjects, subjects_per_stream, num_steps, self.floors.gate_mass(result))
         return {group: group_weights(self.run, self.manifest, group, trained) for group in self.manifest.groups}
 
     def _saliency(self, result: TrainResult) -> dict[str, float]:
@@ -180,14 +181,21 @@ class Session:
         thin = self.floors.streams_below(self.store, result.batches[-1:])
         return {stream: value for stream, value in result.saliency.items() if stream not in thin}
 
-    def _updates(self, withheld: Collection[str]) -> Arrays:
-        """Updates as they travel, those of some groups withheld; what their coding loses is kept for the next round."""
+    def _updates(self, withheld: Mapping[str, NDArray[np.bool_]]) -> Arrays:
+        """Updates as they travel; what their coding loses is kept for the next round.
+
+        Args:
+            withheld: Group -> which of its numbers travel as 0; what their coding lost before is kept as it is.
+        """
         local = self.manifest.pack_all({name: value.numpy() for name, value in self.learner.shared_state().items()})
         updates = {group: parameters - self._global[group] for group, parameters in local.items()}
-        updates |= {group: np.zeros_like(updates[group]) for group in withheld}
-        kept = {group: lost for group, lost in self._lost.items() if group in withheld}
-        owed = {group: lost for group, lost in self._lost.items() if group not in withheld}
+        updates, owed = _without(updates, withheld), _without(self._lost, withheld)
         coded, lost = encode_with_feedback(self.run.sharing.coding, self.manifest, updates, owed)
+        kept = {
+            group: np.where(withheld[group], before, lost[group])
+            for group, before in self._lost.items()
+            if group in withheld
+        }
         self._lost = lost | kept
         return coded
 
@@ -198,14 +206,21 @@ class Session:
         return self.learner.private_state() | {name: torch.from_numpy(array) for name, array in kept.items()}
 
     def _validation_loss(self, round_number: int) -> float | None:
-        """Loss on the val split; None in rounds between validations, and with too few such subjects."""
+        """Loss on the val split; None in rounds between validations, and if it is of too few subjects."""
         due = round_number % self.run.train.validate_every == 0 or round_number == self.run.train.rounds
         indices = self.store.indices("val")
-        return (
-            self.learner.validation_loss(self.store, indices, site=self.site)
-            if due and len(indices) >= self.floors.batch
-            else None
-        )
+        if not due or len(indices) < self.floors.batch:
+            return None
+        validation = self.learner.validate(self.store, indices, site=self.site)
+        return validation.loss if self.floors.is_enough(validation.subjects) else None
+
+
+def _without(groups: Mapping[str, Flat], withheld: Mapping[str, NDArray[np.bool_]]) -> dict[str, Flat]:
+    """Packed groups with 0 for the withheld numbers."""
+    return {
+        group: np.where(withheld[group], np.float32(0.0), numbers) if group in withheld else numbers
+        for group, numbers in groups.items()
+    }
 
 
 def _under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Flat]:

@@ -12,7 +12,8 @@ from panfm.data.cache import open_store
 from panfm.errors import LimitError, PanfmError
 from panfm.models import build_model
 from panfm.objectives import Learner
-from panfm.sharing.groups import GroupManifest
+from panfm.sharing.coding import decode
+from panfm.sharing.groups import GroupManifest, is_shared
 from panfm.sharing.messages import Invitation, RoundTask
 from panfm.site import Site
 
@@ -44,11 +45,12 @@ def hospital(tmp_path, write_site):
     return make
 
 
-def task(train: str, number=1, *, streams=("brain-mr", "heart-mr"), run_id="run-1") -> RoundTask:
-    run = parse_run(RUN + train)
+def task(train: str, number=1, *, text=RUN, streams=("brain-mr", "heart-mr"), run_id="run-1") -> RoundTask:
+    run = parse_run(text + train)
     tensors = {name: tensor.numpy() for name, tensor in build_model(run).state_dict().items()}
     groups = GroupManifest.of({name: tensor.shape for name, tensor in tensors.items()}).pack_all(tensors)
     kept = {group for group in groups if not group.startswith("stream:")} | {f"stream:{name}" for name in streams}
+    kept -= {group for group in groups if not is_shared(run.sharing, group)}
     return RoundTask(run_id, number, dump_toml(run), {group: groups[group] for group in groups if group in kept})
 
 
@@ -102,7 +104,7 @@ def test_server_hides_one_patient_behind_a_privacy_table_of_its_own_epsilon_and_
     noise-multiplier = 0.5
     sample-rate = 0.05
     """
-    with pytest.raises(LimitError, match=r"sample-rate x public-subjects is 2, expected at least"):
+    with pytest.raises(LimitError, match=r"under the site's own bound only"):
         hospital().handshake(Invitation(task(FEWEST + private).run_toml))
 
 
@@ -122,8 +124,27 @@ def test_server_adds_next_to_no_noise_to_a_sample_of_one_patient_and_is_refused(
     acknowledge-broken-guarantee = true
     """
     run_toml = task(FEWEST + private).run_toml
-    with pytest.raises(LimitError, match="noise but makes no claim"):
+    with pytest.raises(LimitError, match="under the site's own bound only"):
         hospital().handshake(Invitation(run_toml))
+
+
+def test_server_says_that_a_site_has_a_billion_patients_and_is_refused(hospital):
+    """Its claim is whole, and its samples hold one of the twenty patients or none."""
+    private = """
+    [objective]
+    standardise = false
+    [masking]
+    policy = "random"
+    [privacy]
+    epsilon = 1000.0
+    delta = 1e-11
+    public-subjects = 1000000000
+    noise-multiplier = 0.3
+    sample-rate = 0.01
+    """
+    for limits in ({}, {"public-subjects": 20, "delta": 1e-4}):
+        with pytest.raises(PanfmError, match=r"under the site's own bound only|limits\.public-subjects"):
+            hospital(**limits).handshake(Invitation(task(FEWEST + private).run_toml))
 
 
 def test_server_names_a_batch_that_the_site_cannot_fill_and_is_refused(hospital):
@@ -200,3 +221,130 @@ def test_server_reads_no_loss_of_a_single_validation_patient(hospital):
     reply = hospital().train_round(task(FEWEST))
     assert reply.validation_loss is None
     assert reply.loss is not None
+
+
+ONE_TOKEN = """
+name = "reader"
+seed = 3
+[streams]
+brain-mr = { spacing-mm = [8.0, 8.0, 8.0], shape = [8, 8, 8], patch = [8, 8, 8] }
+heart-mr = { spacing-mm = [8.0, 8.0, 8.0], shape = [8, 8, 8], patch = [8, 8, 8] }
+[model]
+tokenizer = "patch"
+[objective]
+name = "mae"
+[masking]
+policy = "random"
+"""
+"""Of a patient who holds one stream nothing can be hidden, so that patient has no loss."""
+
+
+def test_server_makes_a_token_of_every_image_so_that_one_patient_has_a_loss_and_gets_no_answer(hospital):
+    site = hospital(hearts=1, **{"smallest-batch": 1})
+    asked = task(FEWEST.replace("= 8", "= 64"), text=ONE_TOKEN)
+    update = site.train_round(asked).updates["backbone"]
+    assert update.any()  # the control: one patient's gradient
+    rows = (site.folder / "manifest.csv").read_text().splitlines()
+    hearts = [row.replace("brain", "heart") for row in rows[10:] if "brain-mr" in row]
+    kept = [row for index, row in enumerate(rows) if index < 10 or "brain-mr" not in row]
+    (site.folder / "manifest.csv").write_text("\n".join(kept + hearts) + "\n")
+    with pytest.raises(LimitError, match=r"^1 subjects of a step have anything to guess, expected at least"):
+        with_floors(site).train_round(asked)
+
+
+def with_floors(site: Site) -> Site:
+    """The same folder under the limits that `panfm site init` writes, and another state."""
+    (site.folder / "site.toml").write_text(tomli_w.dumps({"name": "alpha", "state-dir": "other"}))
+    return Site(site.folder)
+
+
+def test_server_reads_no_loss_of_many_validation_patients_of_whom_one_has_a_loss(hospital):
+    """Eleven patients train, with two tokens each; of nine that validate only one has two."""
+    site = hospital(hearts=12)
+    header, *rows = (site.folder / "manifest.csv").read_text().splitlines()
+    patients = [int(row.split("-")[1].split(",")[0]) for row in rows]
+    split = [f"{row.rsplit(',', 1)[0]},{'val' if n >= 11 else 'train'}" for n, row in zip(patients, rows, strict=True)]
+    (site.folder / "manifest.csv").write_text("\n".join([header, *split]) + "\n")
+    reply = Site(site.folder).train_round(task(FEWEST, text=ONE_TOKEN))
+    assert reply.loss is not None
+    assert reply.validation_loss is None
+
+
+EXPERTS = (
+    RUN
+    + """
+[model]
+backbone = "director-experts"
+hidden-multiple = 1
+experts = { count = 32, active = 1, noise = [100.0, 100.0] }
+[sharing]
+experts = "%s"
+coding = "%s"
+[masking]
+policy = "random"
+"""
+)
+
+
+@pytest.mark.parametrize("coding", ["float32", "int8"])
+@pytest.mark.parametrize("sharing", ["pooled", "naive"])
+def test_server_has_so_many_experts_that_one_serves_a_patient_and_gets_none_of_it(
+    hospital, monkeypatch, sharing, coding
+):
+    """Their numbers, their routers' rows, the director that is made of them, and their weights."""
+    from panfm.objectives.experts import ExpertTraining
+
+    used, real = {}, ExpertTraining.absorb
+
+    def spy(self, seen, position):
+        for layer, routed in zip(self.layers, seen.routed, strict=True):
+            used.setdefault(layer, []).extend(routed.chosen[:, 0].tolist())
+        real(self, seen, position)
+
+    monkeypatch.setattr(ExpertTraining, "absorb", spy)
+    asked = task(FEWEST, text=EXPERTS % (sharing, coding))
+    site = hospital()
+    reply = site.train_round(asked)
+    manifest = GroupManifest.of(
+        {name: tuple(tensor.shape) for name, tensor in build_model(parse_run(asked.run_toml)).state_dict().items()}
+    )
+    few = [(layer, expert) for layer, chosen in used.items() for expert in range(32) if chosen.count(expert) < 8]
+    assert any(used[layer].count(expert) == 1 for layer, expert in few)
+    for group in ("experts", "router"):
+        arrived = decode(coding, manifest, reply.updates)[group]
+        for name, rows in manifest.unpack(group, arrived).items():
+            assert not any(rows[expert].any() for layer, expert in few if name.startswith(layer + "."))
+        if sharing == "pooled":
+            weights = dict(zip(manifest.experts(group), reply.weights[group], strict=True))
+            for layer in used:
+                kept = [expert for expert in range(32) if (layer, expert) not in few]
+                assert not kept or not any(weights[layer, expert] for owner, expert in few if owner == layer)
+                assert sum(weights[layer, expert] for expert in range(32)) == pytest.approx(40.0)
+    assert not reply.updates["director"].any()
+    assert reply.updates["backbone"].any()
+
+
+def test_experts_that_enough_patients_share_leave_with_their_weight(hospital):
+    text = EXPERTS.replace("count = 32", "count = 2") % ("pooled", "float32")
+    reply = hospital().train_round(task(FEWEST, text=text))
+    assert reply.updates["experts"].any()
+    assert reply.updates["director"].any()
+    assert all(weight > 0.0 for weight in reply.weights["experts"])
+
+
+def test_what_is_withheld_of_an_expert_never_follows_as_a_debt_of_its_coding(hospital, monkeypatch):
+    from panfm.site.floors import Floors
+
+    real, masks = Floors.withheld, []
+    monkeypatch.setattr(Floors, "withheld", lambda *words: masks.append(real(*words)) or masks[-1])
+    site, asked = hospital(), task(FEWEST, text=EXPERTS % ("pooled", "int8"))
+    site.train_round(asked)
+    session, withheld = site._session(asked.run_toml), masks[0]["experts"]
+    owed = session._lost["experts"]
+    assert owed[~withheld].any() or withheld.all()
+    assert not owed[withheld].any()
+    before = session._lost["backbone"].copy()
+    arrived = session._updates({"backbone": np.ones(len(before), dtype=bool)})
+    assert not arrived["backbone"].any()
+    assert before.any()
+    assert np.array_equal(session._lost["backbone"], before)

@@ -1,5 +1,7 @@
 """How much a local step is of a round's update, and which runs a site's floors let in."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -10,13 +12,14 @@ from panfm.config.site import LimitsConfig
 from panfm.errors import LimitError
 from panfm.objectives import TrainResult
 from panfm.objectives.schedules import warmup_cosine
+from panfm.sharing.groups import GroupManifest
 from panfm.site.floors import Floors, check_run, step_weights
 
 FLOORS = Floors(8, 5)
 
 
 def result(num_steps, counted) -> TrainResult:
-    return TrainResult(num_steps, num_steps - len(counted), 0.0, {}, 9, {}, {}, [[0]] * num_steps, counted)
+    return TrainResult(num_steps, num_steps - len(counted), 0.0, {}, 9, {}, {}, [list(range(8))] * num_steps, counted)
 
 
 def moved(train: TrainConfig, steps: list[int], impulse: int, decay: float) -> float:
@@ -84,7 +87,43 @@ def test_streams_of_few_subjects(make_run, make_store):
     assert Floors(1, 1).streams_below(store, []) == set()
 
 
-def test_private_runs_are_free_where_the_site_bounds_epsilon_itself(make_run):
+def test_a_step_of_too_few_subjects_with_a_loss_is_refused_if_it_counted():
+    train = TrainConfig(rounds=9, local_steps=6)
+    few = replace(result(6, range(6)), batches=[list(range(8))] * 5 + [list(range(7))])
+    with pytest.raises(LimitError, match="7 subjects of a step have anything to guess"):
+        FLOORS.check_round(train, 0, few)
+    FLOORS.check_round(train, 0, replace(few, counted=range(5)))
+    Floors(1, 1).check_round(train, 0, replace(few, batches=[[]] * 6))
+
+
+@pytest.mark.parametrize(
+    ("subjects", "expected"),
+    [([8, 9, 8, 8], [4, 3, 2, 1]), ([8, 7, 8, 0], [20 / 3, 0, 10 / 3, 0]), ([1, 2, 0, 3], [2.5, 2.5, 2.5, 2.5])],
+)
+def test_gate_mass_of_experts_with_few_subjects_goes_to_the_others(subjects, expected):
+    of_round = replace(result(5, range(5)), gate_mass={"a": [4, 3, 2, 1]}, contributors_per_expert={"a": subjects})
+    assert FLOORS.gate_mass(of_round)["a"] == pytest.approx(expected)
+    assert Floors(1, 1).gate_mass(of_round) == of_round.gate_mass
+
+
+def test_numbers_of_experts_with_few_subjects_are_withheld_with_the_director_that_they_moved():
+    manifest = GroupManifest.of(
+        {f"backbone.blocks.{i}.mlp.{name}": shape for i in (0, 1) for name, shape in EXPERT_SHAPES.items()}
+    )
+    first, second = "backbone.blocks.0.mlp", "backbone.blocks.1.mlp"
+    mass, counts = {first: [5.0, 5.0], second: [10.0, 0.0]}, {first: [8, 7], second: [8, 0]}
+    of_round = replace(result(5, range(5)), gate_mass=mass, contributors_per_expert=counts)
+    masks = FLOORS.withheld(manifest, of_round)
+    assert masks["experts"].tolist() == [False] * 3 + [True] * 3 + [False] * 3 + [True] * 3
+    assert masks["router"].tolist() == [False, False, True, True] * 2
+    assert masks["director"].tolist() == [True] * 3 + [False] * 3
+    assert Floors(1, 1).withheld(manifest, of_round) == {}
+
+
+EXPERT_SHAPES = {"director.0.bias": (3,), "experts.bias_in": (2, 3), "router.weight": (2, 2)}
+
+
+def test_a_private_run_takes_part_where_the_site_bounds_epsilon_itself_or_has_no_floors(make_run):
     private = """
 [objective]
 standardise = false
@@ -95,12 +134,11 @@ epsilon = 8.0
 delta = 1e-3
 public-subjects = 100
 noise-multiplier = 1.0
-sample-rate = %s
+sample-rate = 0.5
 """
-    steps = {"smallest_steps": 1}
-    check_run(make_run(private % 0.08), LimitsConfig(**steps))
-    with pytest.raises(LimitError, match="sample-rate x public-subjects is 7"):
-        check_run(make_run(private % 0.065), LimitsConfig(**steps))
-    with pytest.raises(LimitError, match="local-steps is 4"):
-        check_run(make_run(private % 0.5), LimitsConfig())
-    check_run(make_run(private % 0.01), LimitsConfig(epsilon=1.0, delta=1e-3, public_subjects=100))
+    run = make_run(private)
+    check_run(run, LimitsConfig(epsilon=1.0, delta=1e-3, public_subjects=100))
+    check_run(run, LimitsConfig(smallest_batch=1, smallest_steps=1))
+    for one_floor in ({"smallest_batch": 1}, {"smallest_steps": 1}, {"delta": 1e-3, "public_subjects": 100}):
+        with pytest.raises(LimitError, match=r"expected limits\.epsilon, delta and public-subjects"):
+            check_run(run, LimitsConfig(**one_floor))

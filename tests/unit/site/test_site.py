@@ -10,6 +10,7 @@ from panfm.config import dump_toml, experiment_hash, parse_run
 from panfm.errors import DataError, ProtocolError
 from panfm.models import build_model
 from panfm.objectives import Learner
+from panfm.objectives.loop import Validation
 from panfm.sharing.coding import decode
 from panfm.sharing.downlink import code_step, digests, take_step
 from panfm.sharing.frames import Frame
@@ -188,7 +189,8 @@ def test_a_round_trains_and_validates_on_the_right_subjects_at_its_place_in_the_
         return real(learner, store, indices, **words)
 
     monkeypatch.setattr(Learner, "train", note)
-    monkeypatch.setattr(Learner, "validation_loss", lambda learner, store, indices, site: float(indices.sum()))
+    sums = lambda learner, store, indices, site: Validation(float(indices.sum()), len(indices))  # noqa: E731
+    monkeypatch.setattr(Learner, "validate", sums)
     profile = {"brain-mr": 1.5, "heart-mr": 0.5}
     assert Site(folder).train_round(replace(task(4), profile=profile)).validation_loss == 5.0
     assert seen == [([0, 1, 2, 3, 4], 6, 2, 4, profile)]
