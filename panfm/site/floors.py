@@ -51,19 +51,23 @@ class Floors:
             streams: Those that enough subjects hold.
         """
         if (found := len(store.indices("train"))) < self.batch:
-            raise LimitError(f"{found} training subjects, expected at least limits.smallest-batch ({self.batch})")
+            rule = f"training subjects, expected at least limits.smallest-batch ({self.batch})"
+            raise LimitError(f"{found} {rule}", public=f"too few {rule}")
         if not streams:
-            raise LimitError(f"no stream of this run has limits.smallest-batch ({self.batch}) training subjects")
+            raise LimitError.of_question(
+                f"no stream of this run has limits.smallest-batch ({self.batch}) training subjects"
+            )
 
     def check_round(self, train: TrainConfig, first_step: int, result: TrainResult) -> None:
         """Raises LimitError if too few steps counted, or one of them makes too much of the update. A round in which
         none counted has changed nothing."""
         if 0 < (found := len(result.counted)) < self.steps:
-            raise LimitError(f"{found} steps counted, expected at least limits.smallest-steps ({self.steps})")
+            rule = f"steps counted, expected at least limits.smallest-steps ({self.steps})"
+            raise LimitError(f"{found} {rule}", public=f"too few {rule}")
         for decay in (0.0, train.weight_decay):  # vectors do not decay
             weights = step_weights(train, [first_step + step for step in result.counted], decay)
             if weights and not _UNEVEN * sum(weights) >= self.steps * max(weights):
-                raise LimitError(
+                raise LimitError.of_question(
                     f"train: one step makes most of the update, expected at most {_UNEVEN:g} of "
                     f"limits.smallest-steps ({self.steps})"
                 )
@@ -88,15 +92,17 @@ def check_run(run: RunConfig, limits: LimitsConfig) -> None:
         if limits.epsilon is not None:
             return
         if claim(run) == NO_CLAIM and limits.smallest_batch > 1:
-            raise LimitError(
+            raise LimitError.of_question(
                 "privacy: this run has noise but makes no claim, and a step of it may be one patient's; expected a "
                 f"claim, or no [privacy] and batches of at least limits.smallest-batch ({limits.smallest_batch})"
             )
         batch, key = math.ceil(run.privacy.sample_rate * run.privacy.public_subjects), "sample-rate x public-subjects"
     if batch < limits.smallest_batch:
-        raise LimitError(f"{key} is {batch}, expected at least limits.smallest-batch ({limits.smallest_batch})")
+        raise LimitError.of_question(
+            f"{key} is {batch}, expected at least limits.smallest-batch ({limits.smallest_batch})"
+        )
     if run.train.local_steps < limits.smallest_steps:
-        raise LimitError(
+        raise LimitError.of_question(
             f"train.local-steps is {run.train.local_steps}, expected at least "
             f"limits.smallest-steps ({limits.smallest_steps})"
         )
