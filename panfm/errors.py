@@ -30,7 +30,25 @@ class ProtocolError(PanfmError):
 
 
 class LimitError(PanfmError):
-    """What was asked of a site goes beyond its own limits."""
+    """What was asked of a site goes beyond its own limits.
+
+    The server is told nothing of the text unless the error says what it may be told.
+    """
+
+    def __init__(self, text: str, *, public: str = "") -> None:
+        """The text is for the site's own log.
+
+        Args:
+            public: What the server may be told: made of its own words and the site's limits, of no patient's data and
+                of no number counted at the site.
+        """
+        super().__init__(text)
+        self.public = public
+
+    @classmethod
+    def of_question(cls, text: str) -> "LimitError":
+        """An error whose whole text is made of the server's own words and the site's limits."""
+        return cls(text, public=text)
 
 
 class LedgerError(PanfmError):

@@ -123,9 +123,8 @@ def _make_room(cached: Sequence[_Cached], limit_gib: float) -> None:
         return
     needed, limit = sum(each.size_bytes for each in cached), limit_gib * 2**30
     if needed > limit:
-        raise LimitError(
-            f"this run's images fill {needed / 2**30:.6g} GiB, this site's limits.cache-gib is {limit_gib:g}"
-        )
+        public = f"this run's images are too large, this site's limits.cache-gib is {limit_gib:g}"
+        raise LimitError(f"{public}; they fill {needed / 2**30:.6g} GiB", public=public)
     folder, new = cached[0].folder, sum(each.size_bytes for each in missing)
     others = _removable(folder, keep={each.file for each in cached})
     filled = sum(status.st_size for _, status in others)

@@ -22,11 +22,12 @@ from panfm.anatomy import Modality, parse_stream
 from panfm.config import StreamConfig
 from panfm.data.decode import ImageError, decode_picture, decode_volume, read_bytes, voxel_sizes
 from panfm.data.intensity import apply_intensity
-from panfm.errors import DataError, LimitError
+from panfm.errors import DataError
 
 _SAME_SPACING = 1e-3
 _COARSEST = 64.0
-"""Voxels of a run over those of a scan, per axis: the memory of the blur grows with it."""
+"""Voxels of a run over those of a scan, per axis, up to which the blur grows, since its memory grows with it. A scan is
+not refused for it: a server that chooses the spacing could find the scan's by asking."""
 
 
 def read_image(path: Path, stream: str, config: StreamConfig) -> NDArray[np.float32]:
@@ -61,8 +62,6 @@ def prepare_volume(
         config: Spacing in mm and shape wanted.
     Returns:
         float32 [1, *config.shape] in [0, 1].
-    Raises:
-        LimitError: the run's voxels are more than 64 times as coarse as the scan's.
     """
     scaled = apply_intensity(voxels, parse_stream(stream)[1])
     affine = affine.astype(np.float32)  # as NIfTI stores it
@@ -84,8 +83,6 @@ def prepare_picture(image: Image.Image, config: StreamConfig) -> NDArray[np.floa
 def _resample(volume: NDArray[np.float32], spacing: NDArray[np.float64], config: StreamConfig) -> NDArray[np.float32]:
     """Trilinear resampling that maps the centre of the scan to the centre of the result."""
     factor = np.asarray(config.spacing_mm) / spacing
-    if factor.max() > _COARSEST:
-        raise LimitError(f"this run's voxels are {factor.max():.4g} times as coarse as a scan's, at most {_COARSEST:g}")
     same = np.abs(factor - 1) < _SAME_SPACING
     factor[same] = 1.0
     offset = (np.asarray(volume.shape) - 1) / 2 - factor * (np.asarray(config.shape) - 1) / 2
@@ -99,8 +96,8 @@ def _resample(volume: NDArray[np.float32], spacing: NDArray[np.float64], config:
 
 
 def _smooth(image: torch.Tensor, factor: NDArray[np.float64]) -> torch.Tensor:
-    """Gaussian blur of sigma (factor - 1) / 2 voxels along each axis that gets coarser."""
-    sigmas = np.maximum((factor - 1) / 2, 0.0)
+    """Gaussian blur of sigma (factor - 1) / 2 voxels along each axis that gets coarser, at most 64 times as coarse."""
+    sigmas = np.maximum((np.minimum(factor, _COARSEST) - 1) / 2, 0.0)
     if not sigmas.any():
         return image
     kernels = [gaussian_1d(torch.tensor(sigma)).float() if sigma else torch.ones(1) for sigma in sigmas]

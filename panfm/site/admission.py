@@ -100,14 +100,14 @@ def admit(states: StateStore, run: RunConfig, round_number: int, digest: str) ->
 def check_other_runs(state_dir: Path, run_id: str, limits: LimitsConfig) -> None:
     """Raises LimitError if this run was ended here, or other runs that go on are as many as the site allows."""
     if _is_ended(state_dir / RUNS / run_id):
-        raise LimitError(f"run {run_id}: the operator of this site has ended it")
+        raise LimitError.of_question(f"run {run_id}: the operator of this site has ended it")
     active = {name: asked for name, asked in active_runs(state_dir, limits).items() if name != run_id}
     if len(active) >= limits.runs_at_once:
         name, asked = max(active.items(), key=lambda entry: entry[1].newest)
         since = time.strftime("%Y-%m-%d %H:%M", time.localtime(asked.newest))
+        rule = f"limits.runs-at-once is {limits.runs_at_once}; this site's operator can end it: panfm site end"
         raise LimitError(
-            f"run {name} is not finished, last asked {since}, limits.runs-at-once is {limits.runs_at_once}; "
-            "this site's operator can end it: panfm site end"
+            f"run {name} is not finished, last asked {since}, {rule}", public=f"another run is not finished, {rule}"
         )
 
 
@@ -138,7 +138,7 @@ def make_room(run_folder: Path, limits: LimitsConfig) -> None:
     by_age = sorted((path for path in run_folder.parent.iterdir() if path.is_dir()), key=_last_change)
     for folder in by_age[: max(len(by_age) - limits.kept_runs + 1, 0)]:
         if time.time() - _last_change(folder) < 3600.0 * limits.idle_hours:
-            raise LimitError(
+            raise LimitError.of_question(
                 f"limits.kept-runs is {limits.kept_runs}, and as many were at work within limits.idle-hours "
                 f"({limits.idle_hours:g})"
             )

@@ -52,25 +52,27 @@ class Floors:
             streams: Those that enough subjects hold.
         """
         if (found := len(store.indices("train"))) < self.batch:
-            raise LimitError(f"{found} training subjects, expected at least limits.smallest-batch ({self.batch})")
+            rule = f"training subjects, expected at least limits.smallest-batch ({self.batch})"
+            raise LimitError(f"{found} {rule}", public=f"too few {rule}")
         if not streams:
-            raise LimitError(f"no stream of this run has limits.smallest-batch ({self.batch}) training subjects")
+            raise LimitError.of_question(
+                f"no stream of this run has limits.smallest-batch ({self.batch}) training subjects"
+            )
 
     def check_round(self, train: TrainConfig, first_step: int, result: TrainResult) -> None:
         """Raises LimitError if too few steps counted, too few subjects had a loss in one of them, or one of them makes
         too much of the update. A round in which none counted has changed nothing."""
         if 0 < (found := len(result.counted)) < self.steps:
-            raise LimitError(f"{found} steps counted, expected at least limits.smallest-steps ({self.steps})")
+            rule = f"steps counted, expected at least limits.smallest-steps ({self.steps})"
+            raise LimitError(f"{found} {rule}", public=f"too few {rule}")
         fewest = min((len(result.batches[step]) for step in result.counted), default=self.batch)
         if not self.is_enough(fewest):
-            raise LimitError(
-                f"{fewest} subjects of a step have anything to guess, expected at least "
-                f"limits.smallest-batch ({self.batch})"
-            )
+            rule = f"subjects of a step have anything to guess, expected at least limits.smallest-batch ({self.batch})"
+            raise LimitError(f"{fewest} {rule}", public=f"too few {rule}")
         for decay in (0.0, train.weight_decay):  # vectors do not decay
             weights = step_weights(train, [first_step + step for step in result.counted], decay)
             if weights and not _UNEVEN * sum(weights) >= self.steps * max(weights):
-                raise LimitError(
+                raise LimitError.of_question(
                     f"train: one step makes most of the update, expected at most {_UNEVEN:g} of "
                     f"limits.smallest-steps ({self.steps})"
                 )
@@ -144,17 +146,17 @@ def check_run(run: RunConfig, limits: LimitsConfig) -> None:
     """
     if run.privacy is not None:
         if limits.epsilon is None and max(limits.smallest_batch, limits.smallest_steps) > 1:
-            raise LimitError(
+            raise LimitError.of_question(
                 "privacy: a private run takes part under the site's own bound only, expected limits.epsilon, delta and "
                 "public-subjects in site.toml"
             )
         return
     if (batch := run.train.batch_size) < limits.smallest_batch:
-        raise LimitError(
+        raise LimitError.of_question(
             f"train.batch-size is {batch}, expected at least limits.smallest-batch ({limits.smallest_batch})"
         )
     if run.train.local_steps < limits.smallest_steps:
-        raise LimitError(
+        raise LimitError.of_question(
             f"train.local-steps is {run.train.local_steps}, expected at least "
             f"limits.smallest-steps ({limits.smallest_steps})"
         )

@@ -22,7 +22,7 @@ def check_experiment(run: RunConfig, limits: LimitsConfig) -> None:
     """Raises LimitError if the site has named the experiments that it runs and this is none of them."""
     found = experiment_hash(run)
     if limits.experiments and found not in limits.experiments:
-        raise LimitError(f"experiment {found} is not in this site's limits.experiments")
+        raise LimitError.of_question(f"experiment {found} is not in this site's limits.experiments")
 
 
 def check_sizes(run: RunConfig, limits: LimitsConfig) -> None:
@@ -40,14 +40,37 @@ def check_sizes(run: RunConfig, limits: LimitsConfig) -> None:
 
 
 def check_step(run: RunConfig, limits: LimitsConfig, num_patients: int) -> None:
-    """Raises LimitError if one local step on patients of the site would fill too much memory."""
-    size = step_bytes(run, min(num_patients, run.train.batch_size))
-    _check("step-gib", size / 2**30, limits.step_gib)
+    """Raises LimitError if one local step on patients of the site would fill too much memory.
+
+    A private run takes one patient at a time, so that how many there are decides nothing.
+    """
+    at_once = 1 if run.privacy else min(num_patients, run.train.batch_size)
+    size = step_bytes(run, at_once) / 2**30
+    if size > limits.step_gib:
+        public = f"a step of this run is too large, this site's limits.step-gib is {limits.step_gib:.12g}"
+        raise LimitError(f"{public}; a step on {at_once} patients fills {size:.6g} GiB", public=public)
 
 
-def _check(name: str, found: float, limit: float) -> None:
+def check_public_cache(run: RunConfig, limits: LimitsConfig) -> None:
+    """Raises LimitError if the prepared images of the site's public number of patients would have no room.
+
+    Of a private run at a site with such a number, this refuses before anything of the true number is looked at.
+    """
+    if run.privacy is None or limits.public_subjects is None:
+        return
+    numbers = sum(stream.channels * math.prod(stream.shape) for stream in run.streams.values())
+    size = 4 * numbers * limits.public_subjects / 2**30
+    if size > limits.cache_gib:
+        raise LimitError.of_question(
+            f"images of public-subjects with every stream would fill {size:.6g} GiB, this site's limits.cache-gib is "
+            f"{limits.cache_gib:g}"
+        )
+
+
+def _check(name: str, found: int, limit: int) -> None:
+    """Of a number that the run's description alone decides."""
     if found > limit:
-        raise LimitError(f"this run asks for {found:.12g}, this site's limits.{name} is {limit:.12g}")
+        raise LimitError.of_question(f"this run asks for {found:.12g}, this site's limits.{name} is {limit:.12g}")
 
 
 @contextmanager
@@ -59,7 +82,7 @@ def memory_told(limits: LimitsConfig) -> Iterator[None]:
         if not _is_of_memory(error):
             raise
         limit = f"limits.memory-gib is {limits.memory_gib:g}" if limits.memory_gib else "the machine has no more"
-        raise LimitError(f"this run asks for more memory than there is: {limit}") from error
+        raise LimitError.of_question(f"this run asks for more memory than there is: {limit}") from error
 
 
 def _is_of_memory(error: Exception) -> bool:
@@ -80,7 +103,7 @@ def time_limit(seconds: float | None) -> Iterator[None]:
     if seconds is None:
         yield
         return
-    limit = LimitError(f"took longer than this site's limits.seconds-per-round ({seconds:g})")
+    limit = LimitError.of_question(f"took longer than this site's limits.seconds-per-round ({seconds:g})")
     is_up = False
 
     def stop(*_: object) -> None:

@@ -23,7 +23,7 @@ from panfm.sharing.messages import Handshake, Invitation, RoundReply, RoundTask
 from panfm.sharing.release import build_handshake, build_reply, check_may_take_part
 from panfm.site.admission import check_other_runs, make_room
 from panfm.site.floors import Floors, check_run
-from panfm.site.limits import check_experiment, check_sizes, check_step
+from panfm.site.limits import check_experiment, check_public_cache, check_sizes, check_step
 from panfm.site.session import Session
 from panfm.site.spending import Account, as_known, check_privacy
 from panfm.site.state import StateStore
@@ -140,6 +140,7 @@ class Site:
             check_experiment(run := _read_run(run_toml), limits)
             check_sizes(run, limits)
             check_privacy(run := as_known(run, self.config), self.config)
+            check_public_cache(run, limits)
             check_run(run, limits)
             floors = Floors.of(run, limits)
             self._warm = None  # lets go of the memory of the run before

@@ -1,12 +1,15 @@
 """The server chooses numbers that make what a site books smaller than what it spends."""
 
 import math
+import resource
+import time
 
 import pytest
 
 from panfm.config import load_site, parse_run, parse_site
-from panfm.errors import ConfigError, LedgerError, PanfmError, ProtocolError
+from panfm.errors import BudgetError, ConfigError, LedgerError, PanfmError, ProtocolError
 from panfm.privacy import ledger as ledger_module
+from panfm.privacy import mechanisms as mechanisms_module
 from panfm.privacy.ledger import Ledger, Limits, mechanisms_of
 from panfm.privacy.mechanisms import Mechanism, epsilon
 from panfm.site import Site
@@ -128,6 +131,51 @@ def test_server_asks_for_mechanisms_that_nobody_can_account_for(tmp_path, change
     with pytest.raises(ProtocolError, match=complaint):
         ledger.spend(run, "run-1", 1, limits=Limits(1e9, 1e-3), dataset="d")
     assert ledger.entries() == []
+
+
+HOSTILE = {
+    "many steps of little noise": [(0.3, 0.01, 10_000)],
+    "a million steps": [(0.3, 1.0, 1_000_000)],
+    "hardly any sampling": [(1e4, 1e-4, 1_000_000)],
+    "the largest grid": [(2.0, 0.01, 48_000)],
+    "two large grids": [(1.5, 0.05, 4000), (20.0, 1.0, 4000)],
+    "eight kinds of rounds": [(60.0 + kind, 0.1, 100) for kind in range(8)],
+    "a hundred kinds of rounds": [(60.0 + kind, 0.1, 100) for kind in range(100)],
+}
+
+
+@pytest.mark.parametrize("history", HOSTILE.values(), ids=HOSTILE)
+def test_server_chooses_numbers_that_take_an_accountant_a_minute_and_gets_seconds(history):
+    """0.3, 0.01, 10,000 steps and a delta of 1e-12 took 48 s and 2.6 GiB, before the budget was looked at."""
+    mechanisms = [Mechanism("gradients", (), 1.0, *numbers) for numbers in history]
+    epsilon(mechanisms[:1], 1e-3 / 7)  # loads the library
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    spent = epsilon(mechanisms, 1e-12)
+    assert time.process_time() - start < 2.0
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 < 200
+    assert spent > 0.0
+
+
+def test_a_round_that_no_budget_covers_is_refused_at_once_and_nothing_is_written(tmp_path):
+    run = private_run(noise_multiplier=0.3, sample_rate=0.01)
+    run = run.model_copy(update={"train": run.train.model_copy(update={"local_steps": 10_000})})
+    ledger, start = Ledger(tmp_path, "alpha"), time.process_time()
+    with pytest.raises(BudgetError, match="privacy budget exhausted"):
+        ledger.spend(run, "run-1", 1, limits=Limits(1.0, 1e-12), dataset="d")
+    assert time.process_time() - start < 5.0
+    assert ledger.entries() == []
+
+
+def test_the_cheap_bound_is_never_below_the_tight_one(monkeypatch):
+    """Where the accountant turns from one to the other, no round may seem to give something back."""
+    for noise, rate, steps, delta in [(1.5, 0.05, 100, 1e-5), (0.3, 1e-4, 10, 1e-12), (100.0, 1.0, 5, 1e-3)]:
+        history = ((noise, rate, steps),)
+        bounds = []
+        for most in (8, 0):
+            monkeypatch.setattr(mechanisms_module, "_MOST_MECHANISMS", most)
+            bounds.append(mechanisms_module._composed.__wrapped__(history, delta))
+        tight, cheap = bounds
+        assert math.inf > cheap >= tight - 0.02
 
 
 @pytest.mark.parametrize("told", [-0.0952, math.nan, 0.5])

@@ -15,7 +15,9 @@ DATA = "DataError: this site's data or private state is faulty; its log tells mo
         (ProtocolError("round 9: expected 1 to 3"), "ProtocolError: round 9: expected 1 to 3"),
         (ProtocolError("first line\nsecond line"), "ProtocolError: first line second line"),
         (ProtocolError(""), "ProtocolError: "),
-        (LimitError("took longer than"), "LimitError: took longer than"),
+        (LimitError.of_question("took longer than"), "LimitError: took longer than"),
+        (LimitError("7 subjects", public="too few\nsubjects"), "LimitError: too few subjects"),
+        (LimitError("7 subjects"), "LimitError: this goes beyond what this site allows; its log tells more"),
         (ConfigError("/srv/St Mary's Oncology/site.toml: patient-john-doe-1961: unknown key"), OWN),
         (DataError("subject NHS-1234567: NaN voxels"), DATA),
         (RunError("at /srv/data"), "RunError: this site cannot go on; its log tells more"),
@@ -27,7 +29,7 @@ def test_by_hand(error, line):
     assert scrub(error) == line
 
 
-@given(st.text(), st.sampled_from([ConfigError, DataError, RunError, RuntimeError, OSError]))
+@given(st.text(), st.sampled_from([ConfigError, DataError, LimitError, RunError, RuntimeError, OSError]))
 def test_nothing_of_the_text_passes(text, kind):
     assert scrub(kind(text)) == scrub(kind("x"))
 
