@@ -147,9 +147,12 @@ def site_start(site: Annotated[Path, typer.Argument(help="Site folder.")]) -> No
     check_closed(site, opened.config)
     limit_memory(opened.config.limits.memory_gib)
     with listen(site, opened.config) as listener:
+        worker = Worker(opened, listener)
         typer.echo(f"{opened.config.name}: at work; its SuperNode, under Flower's account:")
         typer.echo(supernode_command(site, opened.config))
-        Worker(opened, listener).serve_forever()
+        if opened.config.limits.memory_gib is None:
+            typer.echo("limits.memory-gib is not set: a run may fill all memory of this machine", err=True)
+        worker.serve_forever()
 
 
 @site_app.command("dry-run")

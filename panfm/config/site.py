@@ -48,6 +48,9 @@ class LimitsConfig(Config):
     """Patients that the site is publicly known to have, instead of the private run's number."""
     experiments: Annotated[tuple[Hash, ...], Field(strict=False)] = ()
     """Experiments that may run here, by hash, as `panfm site dry-run` prints it; empty: any."""
+    starts: Annotated[tuple[Hash, ...], Field(strict=False)] = ()
+    """Trained models that a run may start from, by the hash that the refusal of another names; without `epsilon` and
+    with a `smallest-batch` above 1, a run that starts from any other is refused unless its experiment is named."""
     smallest_batch: Positive = 8
     """Fewest subjects with a loss in a batch, behind a stream's or expert's update of a round, and behind a loss or
     saliency, of a run that is not private. A private one takes part under this site's `epsilon`, or where both floors
@@ -58,7 +61,7 @@ class LimitsConfig(Config):
     """Unfinished runs that may ask for rounds; `panfm site end` ends one."""
     idle_hours: Limit = 24.0
     """An unfinished run that has asked for no round for so long gives way to another."""
-    seconds_per_round: Limit | None = None
+    seconds_per_round: Limit = 86_400.0
     """A round, or a handshake with what it reads and prepares, that takes longer is given up."""
     memory_gib: Limit | None = None
     """Memory that the resident worker may fill, in GiB; a question that asks for more fails. Neither a GPU's memory nor
@@ -74,7 +77,11 @@ class LimitsConfig(Config):
     rounds: Positive = 100_000
     """Rounds of a run."""
     step_gib: Limit = 64.0
-    """Memory of one local step without the model, in GiB, by a rough count (panfm/models/sizes.py)."""
+    """Memory of one local step of a whole batch, model and optimiser included, in GiB, counted generously before
+    anything is built (panfm/models/sizes.py)."""
+    state_gib: Limit = 200.0
+    """Space of the private states of all runs on disk, in GiB. A run whose own need more, counted generously, is
+    refused; those of runs longest idle, for `idle-hours` at least, are removed for it."""
     cache_gib: Limit = 1000.0
     """Space of all prepared images on disk, in GiB. The oldest of other runs are removed for those of a new one."""
     kept_runs: Positive = 20

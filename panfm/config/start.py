@@ -1,5 +1,7 @@
 """The model that a run starts from."""
 
+import hashlib
+import json
 from typing import Annotated
 
 from pydantic import Field
@@ -22,3 +24,8 @@ class StartConfig(Uncoupled):
     )
     """Shared group -> SHA-256 of its float32 parameters in the order of their names, by which sites know the globals of
     round 1. Filled in when the run folder is made; other parameters are then refused."""
+
+
+def start_hash(start: StartConfig) -> str:
+    """SHA-256 of the hashes of all groups that a run starts from: what round 1 is held to."""
+    return hashlib.sha256(json.dumps(sorted((start.parameters or {}).items())).encode()).hexdigest()

@@ -40,6 +40,8 @@ _AHEAD = 2 * _THREADS
 """Images read before the one that is written next."""
 _MAX_FILES = 1000
 """Files of one cache folder."""
+_SPARE_BYTES = 2 << 30
+"""Of the disk that images leave free, for ledger and private state; of a small disk, a twentieth."""
 _STALE_S = 3600.0
 """An unfinished file that nobody has written to for so long was left behind by a process that was killed."""
 
@@ -127,15 +129,20 @@ def _make_room(cached: Sequence[_Cached], limit_gib: float) -> None:
         raise LimitError(f"{public}; they fill {needed / 2**30:.6g} GiB", public=public)
     folder, new = cached[0].folder, sum(each.size_bytes for each in missing)
     others = _removable(folder, keep={each.file for each in cached})
-    filled = sum(status.st_size for _, status in others)
-    while others and (needed + filled > limit or len(others) + len(cached) > _MAX_FILES or new > _free_bytes(folder)):
+    filled, spare = sum(status.st_size for _, status in others), _spare_bytes(folder)
+    while others and (
+        needed + filled > limit or len(others) + len(cached) > _MAX_FILES or new + spare > _free_bytes(folder)
+    ):
         oldest, status = others.pop(0)
         logger.warning("%s: prepared images of another run, removed to make room", oldest.name)
         filled -= status.st_size
         with suppress(OSError):
             oldest.unlink()
-    if new > (free := _free_bytes(folder)):
-        raise DataError(f"{folder}: found {free / 2**30:.3g} GiB free, expected {new / 2**30:.3g} for the run's images")
+    if new + spare > (free := _free_bytes(folder)):
+        raise DataError(
+            f"{folder}: found {free / 2**30:.3g} GiB free, expected {new / 2**30:.3g} for the run's images "
+            f"and {spare / 2**30:.3g} to spare"
+        )
 
 
 def _removable(folder: Path, keep: set[Path]) -> list[tuple[Path, os.stat_result]]:
@@ -151,7 +158,16 @@ def _removable(folder: Path, keep: set[Path]) -> list[tuple[Path, os.stat_result
 
 def _free_bytes(folder: Path) -> int:
     """Of the disk that holds a folder, or will hold it."""
-    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.is_dir())).free
+    return shutil.disk_usage(_nearest(folder)).free
+
+
+def _spare_bytes(folder: Path) -> int:
+    """Of that disk, what stays free."""
+    return min(_SPARE_BYTES, shutil.disk_usage(_nearest(folder)).total // 20)
+
+
+def _nearest(folder: Path) -> Path:
+    return next(path for path in (folder, *folder.parents) if path.is_dir())
 
 
 def _open(cached: _Cached, progress: Progress | None) -> NDArray[np.float32]:

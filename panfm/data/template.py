@@ -39,6 +39,9 @@ may-leave = ["updates", "counts", "loss", "saliency"]
 # public-subjects = 1000
 # Experiments that may run here, by the hash that `panfm site dry-run` prints; empty: any.
 experiments = []
+# Trained models that a run may start from ([start]), by the hash that a refusal names. A run that starts from another
+# is refused, unless its experiment is named, smallest-batch is 1, or the run is private and epsilon is set.
+starts = []
 # Fewest training subjects in a batch, behind a stream's or expert's update of a round, a loss or a saliency, and fewest
 # local steps in a round, of a run that is not private; a private one then needs the epsilon above.
 # docs/site-operator.md says what they do not stop.
@@ -47,8 +50,9 @@ smallest-steps = 5
 # Unfinished runs that may ask for rounds; one that has asked for nothing for so many hours gives way.
 runs-at-once = 1
 idle-hours = 24.0
-# A round that takes longer is given up; one that fills more memory fails.
-# seconds-per-round = 3600.0
+# A round, or a handshake, that takes longer is given up; one that fills more memory fails (if left out, a run may fill
+# all of the machine's, and `panfm site start` says so).
+seconds-per-round = 86_400.0
 # memory-gib = 32.0
 
 [worker]

@@ -11,6 +11,15 @@ from panfm.config.run import DinoConfig, MaeConfig
 from panfm.models.pan import SIZES
 from panfm.models.stems import stem_features
 
+_TRAINED_COPIES = 8
+"""Numbers per parameter that training holds: student, teacher, gradient, two moments of AdamW, the globals that the
+round started from, the parameters that the model was built with, and a copy that a step or a save makes."""
+_KEPT_COPIES = 5
+"""Numbers per parameter of a private state: teacher, two moments, what the coding lost, and either the student's
+parameter or the global one."""
+_STATE_HEADER_BYTES = 1 << 20
+"""Names and shapes in a private state."""
+
 
 def num_parameters(run: RunConfig) -> int:
     """Parameters of the model that `build_model` makes of a run, with all its streams."""
@@ -24,29 +33,57 @@ def num_parameters(run: RunConfig) -> int:
     return width + blocks + norm + heads + sum(_stream_parameters(run, width))
 
 
+def state_bytes(run: RunConfig) -> int:
+    """Bytes of the private state that a site keeps after a round, at most."""
+    return 4 * (_KEPT_COPIES * num_parameters(run) + _running_moments(run)) + _STATE_HEADER_BYTES
+
+
 def tokens_per_patient(run: RunConfig) -> int:
     """Tokens of a patient who has every stream of a run."""
     return sum(math.prod(stream.grid) for stream in run.streams.values())
 
 
-def step_bytes(run: RunConfig, num_patients: int) -> int:
-    """About how many bytes the activations of one local step fill, in float32, for patients who have every stream.
+def step_bytes(run: RunConfig) -> int:
+    """Bytes that one local step fills, in float32, at most, for a whole batch of patients who have every stream.
 
-    Counted: what the student's blocks keep of the visible tokens for the backward pass, the teacher's outputs of all
-    tokens, and what the objective guesses of the hidden ones. Not counted: parameters, optimiser, images.
+    Counted: all copies of the parameters, what the student's blocks keep of the visible tokens for the backward pass,
+    one block of the teacher at work on all tokens and the outputs of the others, targets, guesses, and running moments.
+    Not counted: images and their stem maps.
     """
     width, depth, _ = SIZES[run.model.size]
-    experts, objective = run.model.experts, run.objective
-    active = _per_block(experts.active, depth) if run.model.backbone == "director-experts" else [1] * depth
-    visible = sum(8 * width + 2 * run.model.hidden_multiple * width * used for used in active)
-    guessed = 8 * width
+    objective = run.objective
+    per_block = [_block_numbers(run, used) for used in _active(run, depth)]
+    target = 8 * width
     if isinstance(objective, DinoConfig):
-        guessed += 3 * objective.prototypes
+        target += 3 * objective.prototypes
     if isinstance(objective, MaeConfig):
-        guessed += 2 * max(stem_features(stream, run.model.tokenizer) for stream in run.streams.values())
-    tokens = num_patients * tokens_per_patient(run)
-    numbers = (1.0 - run.masking.ratio) * visible + run.masking.ratio * guessed + depth * width
-    return int(4 * tokens * numbers)
+        target += 2 * max(stem_features(stream, run.model.tokenizer) for stream in run.streams.values())
+    tokens = tokens_per_patient(run) + 1
+    visible = min((1.0 - run.masking.ratio) * tokens + 1 + len(run.streams), tokens)
+    patient = visible * sum(per_block) + tokens * (max(per_block) + depth * width + target)
+    batch = math.ceil(run.train.batch_size * patient)
+    return 4 * (batch + _TRAINED_COPIES * num_parameters(run) + _running_moments(run))
+
+
+def _block_numbers(run: RunConfig, used: int) -> int:
+    """What one block fills per token: attention, the MLPs used before and after their activation, their inputs and
+    outputs, and the director beside them."""
+    width, _, _ = SIZES[run.model.size]
+    hidden = run.model.hidden_multiple * width
+    return 10 * width + (used + (run.model.backbone == "director-experts")) * (2 * hidden + 2 * width)
+
+
+def _active(run: RunConfig, depth: int) -> list[int]:
+    """MLPs that a token goes through, block by block."""
+    return [1] * depth if run.model.backbone == "dense" else _per_block(run.model.experts.active, depth)
+
+
+def _running_moments(run: RunConfig) -> int:
+    """Numbers in the statistics of an objective: of places, contents and summaries, or of prototypes."""
+    width, _, _ = SIZES[run.model.size]
+    places = 2 * tokens_per_patient(run) + len(run.streams)
+    prototypes = run.objective.prototypes if isinstance(run.objective, DinoConfig) else 0
+    return places * (2 * width + 1) + 2 * prototypes
 
 
 def _stream_parameters(run: RunConfig, width: int) -> Iterable[int]:

@@ -28,6 +28,8 @@ from panfm.objectives.objective import Objective
 from panfm.sharing.groups import split_state
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_CHUNK_BYTES = 1 << 28
+"""Of images that a stem reads at a time: 64 of 96^3 voxels, or one larger image."""
 
 
 class Learner:
@@ -223,16 +225,17 @@ def _stem_store(store: ImageStore, model: PanModel, *, chunk: int) -> ImageStore
     """The stem's maps of a whole store, in memory.
 
     Args:
-        chunk: Images at a time; with 1, no bit of a map depends on other patients.
+        chunk: Images at a time, fewer if they are large; with 1, no bit of a map depends on other patients.
     """
     maps = {}
     for stream in model.stream_names:
         if stream not in store.images:
             continue
         images = store.images[stream]
+        num = min(chunk, max(1, _CHUNK_BYTES // images[0].nbytes))
         parts = [
-            model.stem(Batch(0, {stream: torch.from_numpy(images[start : start + chunk].copy())}, {})).images[stream]
-            for start in range(0, len(images), chunk)
+            model.stem(Batch(0, {stream: torch.from_numpy(images[start : start + num].copy())}, {})).images[stream]
+            for start in range(0, len(images), num)
         ]
         maps[stream] = torch.cat(parts).numpy()
     return ImageStore(store.subjects, store.splits, maps, {stream: store.rows[stream] for stream in maps})

@@ -4,8 +4,8 @@
     words    JSON: {"kind", "arrays": [[name, dtype, length], ...], "metrics": {...}, "config": {...}}
     arrays   one after the other, little-endian
 
-The other end may be hostile. Sizes are checked before anything is read, memory follows what arrives and not what was
-announced, what is read is checked before it is used, and nothing is unpickled.
+The other end may be hostile. Sizes are checked before anything is read, the words before the arrays, memory follows
+what arrives and not what was announced, what is read is checked before it is used, and nothing is unpickled.
 """
 
 import json
@@ -13,7 +13,7 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -37,6 +37,10 @@ _MAGIC = b"PANFM/1\n"
 _HEADER = struct.Struct("<8sQQ")
 _DTYPES = {"float32": "<f4", "uint16": "<u2", "int8": "|i1"}
 _FIELDS = {"kind", "arrays", "metrics", "config"}
+
+
+Largest = Callable[["Kind", Mapping[str, Any]], int]
+"""Kind and config of a frame -> bytes of arrays that such a frame may hold."""
 
 
 class Kind(StrEnum):
@@ -83,6 +87,11 @@ def encode(frame: Frame) -> bytes:
 
 def decode(words: bytes | bytearray, body: bytes | bytearray) -> Frame:
     """The frame that two parts hold. Raises ProtocolError if they hold none."""
+    return _join(_parse(words), body)
+
+
+def _parse(words: bytes | bytearray) -> dict[str, Any]:
+    """Words of a frame, checked; its list of arrays is not. Raises ProtocolError if they are none."""
     try:
         found = parse_json(words.decode(), "words", max_bytes=MAX_WORDS)
     except (ConfigError, UnicodeDecodeError) as error:
@@ -92,9 +101,14 @@ def decode(words: bytes | bytearray, body: bytes | bytearray) -> Frame:
     for table in (found["metrics"], found["config"]):
         if not isinstance(table, dict) or not all(map(_is_value, table.values())):
             raise ProtocolError("frame: expected scalars, and lists of one kind of scalar")
-    records = Records(_cut(found["arrays"], body), found["metrics"], found["config"])
+    check_words(Records({}, found["metrics"], found["config"]))
+    return found
+
+
+def _join(words: Mapping[str, Any], body: bytes | bytearray) -> Frame:
+    records = Records(_cut(words["arrays"], body), words["metrics"], words["config"])
     check_words(records)
-    return Frame(Kind(found["kind"]), records)
+    return Frame(Kind(words["kind"]), records)
 
 
 @contextmanager
@@ -116,12 +130,15 @@ def send(connection: socket.socket, content: bytes, *, timeout_s: float | None) 
     connection.sendall(content)
 
 
-def receive(connection: socket.socket, *, timeout_s: float | None, max_arrays: int = MAX_ARRAYS) -> Frame:
+def receive(
+    connection: socket.socket, *, timeout_s: float | None, max_arrays: int = MAX_ARRAYS, largest: Largest | None = None
+) -> Frame:
     """The next frame.
 
     Args:
         timeout_s: Seconds within which the whole frame must have come; None: whenever it comes.
         max_arrays: Bytes of arrays that are taken, at most MAX_ARRAYS.
+        largest: Bytes of arrays that are taken by what the words say, asked before the arrays are read.
     Raises:
         ProtocolError: it is not one, or too large.
         OSError: the connection ended, or was too slow.
@@ -133,7 +150,12 @@ def receive(connection: socket.socket, *, timeout_s: float | None, max_arrays: i
     most = min(max_arrays, MAX_ARRAYS)
     if num_words > MAX_WORDS or num_arrays > most:
         raise ProtocolError(f"frame: {num_words} + {num_arrays} bytes, at most {MAX_WORDS} + {most} are taken")
-    return decode(_read(connection, num_words, deadline), _read(connection, num_arrays, deadline))
+    words = _parse(_read(connection, num_words, deadline))
+    if _announced(words["arrays"]) != num_arrays:
+        raise ProtocolError("frame: its arrays do not fit its list of arrays")
+    if largest is not None and num_arrays > (most := largest(Kind(words["kind"]), words["config"])):
+        raise ProtocolError(f"frame: {num_arrays} bytes of arrays, a {words['kind']} of this run has at most {most}")
+    return _join(words, _read(connection, num_arrays, deadline))
 
 
 def _read(connection: socket.socket, size: int, deadline: float | None) -> bytearray:
@@ -159,16 +181,21 @@ def _cut(layout: Any, body: bytes | bytearray) -> dict[str, NDArray[Any]]:
     """Flat arrays by name; they must fill the body exactly."""
     arrays: dict[str, NDArray[Any]] = {}
     start = 0
-    for entry in layout if isinstance(layout, list) else [None]:
-        name, dtype, length = _entry(entry)
+    if _announced(layout) != len(body):
+        raise ProtocolError("frame: its arrays do not fit its list of arrays")
+    for name, dtype, length in map(_entry, layout):
         end = start + length * np.dtype(_DTYPES[dtype]).itemsize
-        if end > len(body) or name in arrays:
+        if name in arrays:
             raise ProtocolError("frame: its arrays do not fit its list of arrays")
         arrays[name] = np.frombuffer(body[start:end], _DTYPES[dtype])
         start = end
-    if start != len(body):
-        raise ProtocolError("frame: its arrays do not fit its list of arrays")
     return arrays
+
+
+def _announced(layout: Any) -> int:
+    """Bytes of the arrays in a list of them. Raises ProtocolError if it is none."""
+    entries = map(_entry, layout if isinstance(layout, list) else [None])
+    return sum(length * np.dtype(_DTYPES[dtype]).itemsize for _, dtype, length in entries)
 
 
 def _entry(entry: Any) -> tuple[str, str, int]:

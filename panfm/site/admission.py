@@ -32,6 +32,7 @@ from panfm.files import read_checked, write_atomic, write_checked
 from panfm.models import build_model
 from panfm.sharing.groups import Flat, GroupManifest, parameter_hashes, split_state
 from panfm.sharing.messages import RoundTask
+from panfm.site.limits import kept_bytes
 from panfm.site.state import RUNS, StateStore
 
 _ASKED = "asked.json"
@@ -127,23 +128,31 @@ def end_run(state_dir: Path, run_id: str) -> None:
     write_atomic(folder / _ENDED, b"")
 
 
-def make_room(run_folder: Path, limits: LimitsConfig) -> None:
-    """Remove the private states of the runs longest idle, so that a new run's is one of `limits.kept-runs`.
+def make_room(run_folder: Path, run: RunConfig, limits: LimitsConfig) -> None:
+    """Remove the private states of the runs longest idle, until those of a run have room beside the others.
+
+    A new run's are one of `limits.kept-runs`, and all of them stay within `limits.state-gib`.
 
     Raises:
-        LimitError: one of them has been at work within `limits.idle-hours`, and may still go on.
+        LimitError: one of the others has been at work within `limits.idle-hours`, and may still go on.
     """
-    if run_folder.exists() or not run_folder.parent.exists():
+    if not run_folder.parent.exists():
         return
-    by_age = sorted((path for path in run_folder.parent.iterdir() if path.is_dir()), key=_last_change)
-    for folder in by_age[: max(len(by_age) - limits.kept_runs + 1, 0)]:
-        if time.time() - _last_change(folder) < 3600.0 * limits.idle_hours:
-            raise LimitError.of_question(
-                f"limits.kept-runs is {limits.kept_runs}, and as many were at work within limits.idle-hours "
-                f"({limits.idle_hours:g})"
+    others = sorted(
+        (path for path in run_folder.parent.iterdir() if path.is_dir() and path != run_folder), key=_last_change
+    )
+    most = math.inf if run_folder.exists() else limits.kept_runs - 1
+    room = limits.state_gib * 2**30 - kept_bytes(run)
+    while others and (len(others) > most or sum(map(_folder_bytes, others)) > room):
+        if time.time() - _last_change(others[0]) < 3600.0 * limits.idle_hours:
+            full = (
+                f"limits.kept-runs is {limits.kept_runs}, and as many"
+                if len(others) > most
+                else f"limits.state-gib is {limits.state_gib:g}, and runs that fill it"
             )
-        logger.warning("private state of run %s, the longest idle, is removed for a new run", folder.name)
-        shutil.rmtree(folder)
+            raise LimitError.of_question(f"{full} were at work within limits.idle-hours ({limits.idle_hours:g})")
+        logger.warning("private state of run %s, the longest idle, is removed for another run", others[0].name)
+        shutil.rmtree(others.pop(0))
 
 
 def check_finite(
@@ -210,3 +219,7 @@ def _read(folder: Path) -> Asked | None:
 def _last_change(folder: Path) -> float:
     """Time of the last change of a run's folder or a file in it, in seconds since 1970."""
     return max(path.stat().st_mtime for path in (folder, *folder.glob("*")))
+
+
+def _folder_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*"))

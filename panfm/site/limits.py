@@ -4,6 +4,7 @@ import errno
 import math
 import resource
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,8 +12,10 @@ import torch
 
 from panfm.config import RunConfig, experiment_hash
 from panfm.config.site import LimitsConfig
+from panfm.config.start import start_hash
 from panfm.errors import LimitError
-from panfm.models.sizes import num_parameters, step_bytes, tokens_per_patient
+from panfm.models.sizes import num_parameters, state_bytes, step_bytes, tokens_per_patient
+from panfm.site.state import KEPT
 
 _AGAIN_S = 1.0
 """An alarm that some library swallowed is raised again after this long."""
@@ -23,6 +26,21 @@ def check_experiment(run: RunConfig, limits: LimitsConfig) -> None:
     found = experiment_hash(run)
     if limits.experiments and found not in limits.experiments:
         raise LimitError.of_question(f"experiment {found} is not in this site's limits.experiments")
+
+
+def check_start_known(run: RunConfig, limits: LimitsConfig) -> None:
+    """Raises LimitError if a run starts from parameters that the site has not named.
+
+    The server chooses such parameters, so that round 1 may be made to answer to one patient. A site without floors does
+    not mind, and one whose own epsilon bounds the noise need not.
+    """
+    if run.start is None or limits.smallest_batch == 1 or (run.privacy is not None and limits.epsilon is not None):
+        return
+    start = start_hash(run.start)
+    if experiment_hash(run) not in limits.experiments and start not in limits.starts:
+        raise LimitError.of_question(
+            f"[start]: parameters that this site has not named; its operator may add {start} to limits.starts"
+        )
 
 
 def check_sizes(run: RunConfig, limits: LimitsConfig) -> None:
@@ -37,18 +55,13 @@ def check_sizes(run: RunConfig, limits: LimitsConfig) -> None:
     _check("tokens-per-patient", tokens_per_patient(run), limits.tokens_per_patient)
     _check("local-steps", run.train.local_steps, limits.local_steps)
     _check("rounds", run.train.rounds, limits.rounds)
+    _check("step-gib", step_bytes(run) / 2**30, limits.step_gib)
+    _check("state-gib", kept_bytes(run) / 2**30, limits.state_gib)
 
 
-def check_step(run: RunConfig, limits: LimitsConfig, num_patients: int) -> None:
-    """Raises LimitError if one local step on patients of the site would fill too much memory.
-
-    A private run takes one patient at a time, so that how many there are decides nothing.
-    """
-    at_once = 1 if run.privacy else min(num_patients, run.train.batch_size)
-    size = step_bytes(run, at_once) / 2**30
-    if size > limits.step_gib:
-        public = f"a step of this run is too large, this site's limits.step-gib is {limits.step_gib:.12g}"
-        raise LimitError(f"{public}; a step on {at_once} patients fills {size:.6g} GiB", public=public)
+def kept_bytes(run: RunConfig) -> int:
+    """Bytes of a run's private states on disk, at most: those kept, and the one that is written."""
+    return (KEPT + 1) * state_bytes(run)
 
 
 def check_public_cache(run: RunConfig, limits: LimitsConfig) -> None:
@@ -67,7 +80,7 @@ def check_public_cache(run: RunConfig, limits: LimitsConfig) -> None:
         )
 
 
-def _check(name: str, found: int, limit: int) -> None:
+def _check(name: str, found: float, limit: float) -> None:
     """Of a number that the run's description alone decides."""
     if found > limit:
         raise LimitError.of_question(f"this run asks for {found:.12g}, this site's limits.{name} is {limit:.12g}")
@@ -95,12 +108,14 @@ def _is_of_memory(error: Exception) -> bool:
 
 @contextmanager
 def time_limit(seconds: float | None) -> Iterator[None]:
-    """Raises LimitError out of its block when the time is up. In the main thread of a process only.
+    """Raises LimitError out of its block when the time is up; without effect outside a process's main thread.
+
+    Alarms reach the main thread only. The worker of a hospital answers there; simulations may call from another.
 
     Guarantees:
         LimitError: also if what the alarm stopped made another error of it, or went on and came to an end.
     """
-    if seconds is None:
+    if seconds is None or threading.current_thread() is not threading.main_thread():
         yield
         return
     limit = LimitError.of_question(f"took longer than this site's limits.seconds-per-round ({seconds:g})")

@@ -23,7 +23,7 @@ from panfm.sharing.messages import Handshake, Invitation, RoundReply, RoundTask
 from panfm.sharing.release import build_handshake, build_reply, check_may_take_part
 from panfm.site.admission import check_other_runs, make_room
 from panfm.site.floors import Floors, check_run
-from panfm.site.limits import check_experiment, check_public_cache, check_sizes, check_step
+from panfm.site.limits import check_experiment, check_public_cache, check_sizes, check_start_known
 from panfm.site.session import Session
 from panfm.site.spending import Account, as_known, check_privacy
 from panfm.site.state import StateStore
@@ -69,7 +69,7 @@ class Site:
         known, held = self._counts(session)
         return build_handshake(
             self.config.name,
-            _read_run(invitation.run_toml),
+            read_run(invitation.run_toml),
             session.manifest,
             {"panfm": __version__, "torch": torch.__version__, "python": platform.python_version()},
             subjects=known,
@@ -98,7 +98,7 @@ class Site:
             raise ProtocolError(f"round {task.round_number}: expected 1 to {session.run.train.rounds}")
         states = StateStore(self.state_dir, task.run_id, session.origin)
         check_other_runs(self.state_dir, task.run_id, self.config.limits)
-        make_room(states.folder, self.config.limits)
+        make_room(states.folder, session.run, self.config.limits)
         result = session.train_round(task, states)
         return build_reply(task, result, may_leave=self.config.limits.may_leave)
 
@@ -137,7 +137,8 @@ class Site:
         """The warm session of a run description, or a new one in its place."""
         if self._warm is None or self._warm[0] != run_toml:
             limits = self.config.limits
-            check_experiment(run := _read_run(run_toml), limits)
+            check_experiment(run := read_run(run_toml), limits)
+            check_start_known(run, limits)
             check_sizes(run, limits)
             check_privacy(run := as_known(run, self.config), self.config)
             check_public_cache(run, limits)
@@ -145,7 +146,6 @@ class Site:
             floors = Floors.of(run, limits)
             self._warm = None  # lets go of the memory of the run before
             store = self._open_store(run, floors)
-            check_step(run, limits, len(store.indices("train")))
             self._warm = (run_toml, Session(self.config.name, run, store, floors, self._account))
         return self._warm[1]
 
@@ -161,7 +161,7 @@ class Site:
 
 
 @lru_cache(maxsize=1)
-def _read_run(run_toml: str) -> RunConfig:
+def read_run(run_toml: str) -> RunConfig:
     """The server's run description. What is wrong with it, the server may hear: they are its own words."""
     try:
         return parse_run(run_toml)

@@ -12,18 +12,21 @@ import os
 import pwd
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from panfm.config import SiteConfig, site_path
 from panfm.errors import ConfigError, ProtocolError
-from panfm.sharing.frames import Frame, address, encode, receive, send
+from panfm.models.sizes import num_parameters
+from panfm.sharing.frames import Frame, Kind, address, encode, receive, send
+from panfm.sharing.messages import Invitation, Records
 from panfm.site.answer import answer
 from panfm.site.departures import Departures
-from panfm.site.site import Site
+from panfm.site.site import Site, read_run
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +71,7 @@ class Worker:
     def _answer(self, connection: socket.socket) -> bytes:
         try:
             most = _BYTES_PER_PARAMETER * self.site.config.limits.parameters
-            asked = receive(connection, timeout_s=TRANSFER_TIMEOUT_S, max_arrays=most)
+            asked = receive(connection, timeout_s=TRANSFER_TIMEOUT_S, max_arrays=most, largest=_largest)
         except (ProtocolError, MemoryError) as error:
             logger.warning("a question that is none: %s", error)
             return encode(Frame.error(f"ProtocolError: {error}"))
@@ -77,6 +80,14 @@ class Worker:
         site = self.site
         self._departures.append(found, content, privacy=site.privacy, epsilon=site.epsilon_spent)
         return content
+
+
+def _largest(kind: Kind, config: Mapping[str, Any]) -> int:
+    """Bytes of arrays that a question may hold: in a round, what the model of its description needs."""
+    if kind is not Kind.ROUND:
+        return 0
+    run = read_run(Invitation.from_records(Records(config=config)).run_toml)
+    return _BYTES_PER_PARAMETER * num_parameters(run)
 
 
 def _load_libraries() -> None:

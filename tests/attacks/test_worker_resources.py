@@ -1,7 +1,9 @@
 """Attacks on what a site has: memory, time, disk. Each is refused with one line before anything is allocated for it."""
 
 import gzip
+import json
 import os
+import re
 import resource
 import socket
 import struct
@@ -11,7 +13,10 @@ import threading
 import time
 import tracemalloc
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -22,12 +27,17 @@ from panfm.config import dump_toml, parse_run, parse_site
 from panfm.data import cache, decode, read
 from panfm.data.cache import open_store
 from panfm.data.decode import ImageError, decode_picture, decode_volume
-from panfm.errors import DataError, LimitError
+from panfm.data.store import Batch, ImageStore
+from panfm.errors import DataError, LimitError, ProtocolError
+from panfm.models.sizes import state_bytes
+from panfm.objectives import learner
 from panfm.sharing import frames
 from panfm.sharing.frames import Frame, Kind, receive
 from panfm.sharing.messages import Invitation, Records
 from panfm.site import Site, answer, session
 from panfm.site import limits as limits_of_site
+from panfm.site.limits import kept_bytes
+from panfm.site.worker import Worker
 from tests.conftest import NO_FLOORS
 from tests.unit.site.test_site import RUN, task
 
@@ -132,11 +142,41 @@ def test_a_spacing_whose_blur_filled_the_memory_is_answered_within_little(folder
     assert np.isfinite(store.images["brain-mr"]).all()
 
 
-def test_one_step_that_fills_too_much_memory_is_refused_before_the_model_is_built(folder, monkeypatch):
+def test_one_step_that_fills_too_much_memory_is_refused_before_images_are_prepared(folder, monkeypatch):
+    """21 MiB of images had been written by then."""
     monkeypatch.setattr(session, "_learners", lambda *_: pytest.fail("a model was built"))
+    monkeypatch.setattr("panfm.site.site.open_store", lambda *_: pytest.fail("images were read"))
     fine = hostile('[model]\nsize = "base"\n', brain_mr=stream("[128, 128, 64]", "[4, 4, 4]"))
     set_limit(folder, "step-gib", 0.5)
     assert ", this site's limits.step-gib is 0.5" in asked(Site(folder), dump_toml(parse_run(fine)))
+    assert not (folder / ".panfm" / "cache").exists()
+
+
+def test_a_teacher_that_goes_through_a_thousand_experts_is_counted(folder, monkeypatch):
+    """It filled 0.78 GiB by itself, where 0.0026 GiB were counted: next to nothing was left to the student."""
+    monkeypatch.setattr(session, "_learners", lambda *_: pytest.fail("a model was built"))
+    pool = '[masking]\npolicy = "random"\nratio = 0.999\n' + POOL + "hidden-multiple = 1\n"
+    text = hostile(
+        pool + "experts = { count = 1024, active = 1024 }\n", batch_size="16", brain_mr=stream("[8, 8, 8]", "[2, 2, 2]")
+    )
+    set_limit(folder, "step-gib", 0.75)
+    assert ", this site's limits.step-gib is 0.75" in asked(Site(folder), dump_toml(parse_run(text)))
+
+
+def test_images_of_any_size_go_through_the_stem_within_a_fixed_memory():
+    """Sixty-four were taken at a time: 176 GiB of the largest that a site lets pass."""
+    image = np.broadcast_to(np.float32(0.5), (64, 1, 192, 192, 192))
+    store = ImageStore(("a",) * 64, ("train",) * 64, {"brain-mr": image}, {"brain-mr": np.arange(64)})
+    taken: list[int] = []
+
+    def stem(batch: Batch) -> Batch:
+        taken.append(batch.images["brain-mr"].numel() * 4)
+        return Batch(0, {"brain-mr": batch.images["brain-mr"][:, :, :1, :1, :1].clone()}, {})
+
+    model = SimpleNamespace(stream_names=("brain-mr", "heart-mr"), stem=stem)
+    maps = learner._stem_store(store, model, chunk=64)
+    assert maps.images["brain-mr"].shape == (64, 1, 1, 1, 1)
+    assert max(taken) <= 256 * 2**20
 
 
 def test_models_of_this_house_are_within_the_limits():
@@ -149,7 +189,6 @@ def test_models_of_this_house_are_within_the_limits():
     run = parse_run(text.replace("[2, 2, 2]", "[2.0, 2.0, 2.0]"))
     limits = parse_site('name = "alpha"').limits
     limits_of_site.check_sizes(run, limits)
-    limits_of_site.check_step(run, limits, 10_000)
 
 
 def test_the_time_limit_holds_for_a_handshake(folder, monkeypatch):
@@ -224,6 +263,14 @@ def test_a_hundred_descriptions_do_not_fill_the_disk(folder):
     assert len(files) == 3
 
 
+def test_images_leave_room_for_ledger_and_private_state(folder, monkeypatch):
+    """They were let fill the disk to its last byte."""
+    monkeypatch.setattr(cache, "_free_bytes", lambda _: 30_000)
+    with pytest.raises(DataError, match=r"expected 2\.29e-05 for the run's images and .* to spare"):
+        open_store(folder, parse_run(RUN).streams)
+    assert not list((folder / ".panfm").rglob("*.npy"))
+
+
 def test_what_a_killed_build_left_is_removed(folder, monkeypatch):
     folder_of_cache = folder / ".panfm" / "cache"
     folder_of_cache.mkdir(parents=True)
@@ -252,6 +299,45 @@ def test_server_invents_run_ids_and_the_site_keeps_twenty(folder, monkeypatch):
     assert answer(site, Frame(Kind.ROUND, task(2, run_id="made-up-20").to_records())).kind is Kind.ANSWER
 
 
+def test_a_run_whose_private_states_would_fill_the_disk_is_refused_before_images_are_read(folder, monkeypatch):
+    monkeypatch.setattr("panfm.site.site.open_store", lambda *_: pytest.fail("images were read"))
+    set_limit(folder, "state-gib", 0.004)
+    assert ", this site's limits.state-gib is 0.004" in asked(Site(folder), task().run_toml)
+
+
+def test_server_invents_run_ids_and_the_site_keeps_as_many_bytes_as_it_allows(folder):
+    """Twenty runs of the largest model were 240 GiB and more."""
+    limit = kept_bytes(parse_run(RUN)) + 10_000_000
+    set_limit(folder, "state-gib", limit / 2**30)
+    site, runs = Site(folder), folder / ".panfm" / "state" / "runs"
+    for name, size in (("old", 3_000_000), ("new", 9_000_000)):
+        (runs / name).mkdir(parents=True)
+        (runs / name / "round-000001.state").write_bytes(bytes(size))
+    for path in (runs / "old" / "round-000001.state", runs / "old"):
+        os.utime(path, (time.time() - 90_000.0,) * 2)
+    assert answer(site, Frame(Kind.ROUND, task().to_records())).kind is Kind.ANSWER
+    assert sorted(path.name for path in runs.iterdir()) == ["new", "run-1"]
+    (runs / "new" / "round-000002.state").write_bytes(bytes(9_000_000))
+    reason = str(answer(site, Frame(Kind.ROUND, task(2).to_records())).records.config["reason"])
+    assert re.fullmatch(
+        r"site alpha: LimitError: limits\.state-gib is [0-9.]+, "
+        r"and runs that fill it were at work within limits\.idle-hours \(24\)",
+        reason,
+    )
+
+
+@pytest.mark.parametrize(
+    "extra", ["", '[sharing]\ncoding = "int8"\n', '[objective]\nname = "dino"\n', POOL + "experts = { count = 3 }\n"]
+)
+def test_a_private_state_is_no_larger_than_was_counted(folder, extra):
+    asked = task(extra=extra)
+    shared = {group: flat for group, flat in asked.groups.items() if group not in ("experts", "router")}
+    Site(folder).train_round(replace(asked, groups=shared))
+    (path,) = (folder / ".panfm" / "state" / "runs" / "run-1").glob("*.state")
+    names_and_shapes = 2**20 - 2**16
+    assert path.stat().st_size <= state_bytes(parse_run(asked.run_toml)) - names_and_shapes
+
+
 def test_models_of_earlier_descriptions_are_let_go():
     """Thirty-two of them were kept."""
     first = session._learners(dump_toml(parse_run(RUN)))(("brain-mr",))
@@ -265,7 +351,10 @@ def test_a_frame_that_announces_gigabytes_takes_what_it_sends(announced):
     here, there = socket.socketpair()
     tracemalloc.start()
     with here, there:
-        here.sendall(frames._HEADER.pack(frames._MAGIC, 0, announced) + bytes(1000))
+        words = json.dumps(
+            {"kind": "round", "arrays": [["a", "int8", announced]], "metrics": {}, "config": {}}
+        ).encode()
+        here.sendall(frames._HEADER.pack(frames._MAGIC, len(words), announced) + words + bytes(1000))
         here.close()
         with pytest.raises(ConnectionResetError):
             receive(there, timeout_s=5.0)
@@ -279,6 +368,41 @@ def test_a_frame_holds_no_more_than_the_largest_model_of_the_site():
         here.sendall(frames._HEADER.pack(frames._MAGIC, 0, 8001))
         with pytest.raises(Exception, match=r"frame: 0 \+ 8001 bytes, at most 1048576 \+ 8000 are taken"):
             receive(there, timeout_s=5.0, max_arrays=8000)
+
+
+@pytest.mark.parametrize("kind", ["round", "handshake"])
+def test_a_question_holds_no_more_than_the_model_of_its_own_description(folder, kind):
+    """A site of any model took 400 MiB of arrays that no description asked for, and held them twice."""
+    here, there = socket.socketpair()
+    config = {"run-id": "run-1", "round": 1, "run": task().run_toml}
+    words = json.dumps({"kind": kind, "arrays": [["x", "int8", 400 * 2**20]], "metrics": {}, "config": config}).encode()
+    with here, there:
+        here.sendall(frames._HEADER.pack(frames._MAGIC, len(words), 400 * 2**20) + words)
+        here.shutdown(socket.SHUT_WR)
+        told = Worker(Site(folder), here)._answer(there)
+    assert b"ProtocolError: frame: 419430400 bytes of arrays, a " + kind.encode() in told
+
+
+def test_arrays_that_do_not_fit_their_list_are_refused_before_they_are_read():
+    here, there = socket.socketpair()
+    words = json.dumps({"kind": "round", "arrays": [["x", "int8", 3]], "metrics": {}, "config": {}}).encode()
+    with here, there:
+        here.sendall(frames._HEADER.pack(frames._MAGIC, len(words), 10**9) + words)
+        with pytest.raises(ProtocolError, match="do not fit its list of arrays"):
+            receive(there, timeout_s=5.0)
+
+
+def test_a_site_that_set_no_limit_on_time_has_one():
+    assert parse_site('name = "alpha"').limits.seconds_per_round == 86_400.0
+
+
+def test_a_simulation_that_calls_sites_from_another_thread_goes_on_without_alarm():
+    def wait() -> str:
+        with limits_of_site.time_limit(60.0):
+            return "done"
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(wait).result() == "done"
 
 
 def _nifti(shape: tuple[int, ...]) -> bytes:

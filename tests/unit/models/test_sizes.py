@@ -33,5 +33,17 @@ def test_a_model_that_no_machine_holds_is_counted(make_run):
 def test_tokens_and_activations(make_run):
     run = make_run("[masking]\nratio = 0.5\n")
     assert tokens_per_patient(run) == 2 * 2 * 1 + 2 * 1 * 1 + 2 * 2
-    visible, guessed, teacher = 2 * (8 * 48 + 2 * 4 * 48), 8 * 48, 2 * 48
-    assert step_bytes(run, 3) == 4 * 3 * 10 * (0.5 * visible + 0.5 * guessed + teacher)
+    run = run.model_copy(update={"train": run.train.model_copy(update={"batch_size": 3})})
+    block = 10 * 48 + 2 * 4 * 48 + 2 * 48
+    patient = (0.5 * 11 + 1 + 3) * 2 * block + 11 * (block + 2 * 48 + 8 * 48)
+    moments = (2 * 10 + 3) * (2 * 48 + 1)
+    assert step_bytes(run) == 4 * (3 * patient + 8 * num_parameters(run) + moments)
+
+
+@pytest.mark.parametrize("active", [1, 8])
+def test_experts_that_are_active_count_in_the_teacher_too(make_run, active):
+    """Nearly all is hidden, so that little is left to the student."""
+    pool = f"experts = {{ count = 8, active = {active} }}"
+    run = make_run(f'[masking]\nratio = 0.99\n[model]\nbackbone = "director-experts"\n{pool}\n')
+    teacher = 4 * run.train.batch_size * tokens_per_patient(run) * active * 2 * 4 * 48
+    assert step_bytes(run) > teacher + 4 * 5 * num_parameters(run)

@@ -181,6 +181,10 @@ def test_start_is_careful_before_it_answers(folder, monkeypatch):
     told = CliRunner().invoke(main, words)
     assert done == [0o077, 1.5, "at work"]
     assert told.stdout.splitlines()[1] == supernode_command(folder, Site(folder).config)
+    assert not told.stderr
+    (folder / "site.toml").write_text('name = "alpha"\n')
+    unset = CliRunner().invoke(main, words)
+    assert unset.stderr == "limits.memory-gib is not set: a run may fill all memory of this machine\n"
 
 
 @pytest.mark.parametrize(
