@@ -45,9 +45,9 @@ def test_server_counts_patients_by_what_a_refusal_says_and_reads_the_same_for_on
 
 
 def test_server_finds_no_limit_of_a_step_between_one_patient_and_two(tmp_path, write_site):
-    """Whether a private step is too large is decided for one patient."""
+    """Whether a private step is too large is decided by the description, whoever is there."""
     text = (RUN + RANDOM + PRIVACY).replace("[train]", "[train]\nbatch-size = 64")
-    limit = 1.5 * step_bytes(parse_run(text), 1) / 2**30
+    limit = 0.5 * step_bytes(parse_run(text)) / 2**30
     one, many = (
         write_site(
             tmp_path / name, "alpha", ("brain", "heart"), subjects, extra=f"[limits]\n{PRIVATE}step-gib = {limit}\n"

@@ -145,11 +145,8 @@ def each_case(
 @pytest.mark.parametrize("command", ["status", "log", "ledger", "dry-run"])
 def test_site_toml(site, command):
     path = site / "site.toml"
-    text = dump_toml(
-        parse_site(
-            'name = "alpha"\nlabels = "labels.csv"\n[limits]\ndelta = 1e-4\nmemory-gib = 1.0\nsmallest-batch = 1\nsmallest-steps = 1\n'
-        )
-    )
+    limits = "[limits]\ndelta = 1e-4\nmemory-gib = 1.0\nsmallest-batch = 1\nsmallest-steps = 1\n"
+    text = dump_toml(parse_site(f'name = "alpha"\nlabels = "labels.csv"\n{limits}'))
     words = ["ledger", "show", site] if command == "ledger" else ["site", command, site]
     words += ["--run", site / "run.toml"] if command == "dry-run" else []
     cases = CASES // 6 if command == "dry-run" else CASES  # it trains
