@@ -17,6 +17,7 @@ RelativePath = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
 Account = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Limit = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+Count = Annotated[int, Field(gt=0, le=2**53)]
 
 
 class Releasable(StrEnum):
@@ -63,18 +64,18 @@ class LimitsConfig(Config):
     """An unfinished run that has asked for no round for so long gives way to another."""
     seconds_per_round: Limit = 86_400.0
     """A round, or a handshake with what it reads and prepares, that takes longer is given up."""
-    memory_gib: Limit | None = None
-    """Memory that the resident worker may fill, in GiB; a question that asks for more fails. Neither a GPU's memory nor
-    what the system keeps of files that are read counts."""
-    parameters: Positive = 1_000_000_000
+    memory_gib: Annotated[float, Field(ge=0.5)] | None = None
+    """Memory that the resident worker may fill, in GiB, of which it needs about a half itself; a question that asks for
+    more fails. Neither a GPU's memory nor what the system keeps of files that are read counts."""
+    parameters: Count = 1_000_000_000
     """Numbers in the model of a run, experts included. A message to the worker holds at most twice as many."""
-    voxels_per_image: Positive = 512**3
+    voxels_per_image: Count = 512**3
     """Voxels, colours included, of one image as a run prepares it."""
-    tokens_per_patient: Positive = 65_536
+    tokens_per_patient: Count = 65_536
     """Tokens of a patient with every stream of a run."""
-    local_steps: Positive = 10_000
+    local_steps: Count = 10_000
     """Optimiser steps in a round."""
-    rounds: Positive = 100_000
+    rounds: Count = 100_000
     """Rounds of a run."""
     step_gib: Limit = 64.0
     """Memory of one local step of a whole batch, model and optimiser included, in GiB, counted generously before
@@ -84,7 +85,7 @@ class LimitsConfig(Config):
     refused; those of runs longest idle, for `idle-hours` at least, are removed for it."""
     cache_gib: Limit = 1000.0
     """Space of all prepared images on disk, in GiB. The oldest of other runs are removed for those of a new one."""
-    kept_runs: Positive = 20
+    kept_runs: Count = 20
     """Runs whose private state is kept. For one more, that of the run longest idle is removed, if for `idle-hours` at
     least; else the new run is refused."""
 

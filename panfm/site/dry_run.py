@@ -9,21 +9,27 @@ from pathlib import Path
 import torch
 
 from panfm.config import RunConfig, dump_toml, experiment_hash
+from panfm.config.start import start_hash
 from panfm.models import build_model
 from panfm.sharing.frames import Frame, Kind, encode
 from panfm.sharing.groups import GroupManifest
 from panfm.sharing.messages import Handshake, Invitation, RoundReply, RoundTask
 from panfm.site.floors import check_run
+from panfm.site.limits import check_sizes
 from panfm.site.site import Site
 from panfm.site.spending import as_known
 
 
 @dataclass(frozen=True)
 class DryRun:
-    """What was found. Whether the site's `limits.experiments` names the experiment is not asked."""
+    """Cost of a run at a site, and what would leave."""
 
     experiment: str
     """Hash for `limits.experiments`."""
+    is_named: bool
+    """Whether `limits.experiments` names it, or names none."""
+    start: str | None
+    """Hash for `limits.starts` of a run that starts from a trained model, if its description has the hashes."""
     handshake: Handshake
     reply: RoundReply
     bytes_up: int
@@ -46,7 +52,9 @@ def dry_run(folder: Path, run: RunConfig) -> DryRun:
     short = run.model_copy(update={"cohort": None, "start": None, "train": one_step})
     with tempfile.TemporaryDirectory(prefix="panfm-dry-run-") as state:
         site = Site(folder, Path(state))
+        named = site.config.limits.experiments
         check_run(as_known(run, site.config), site.config.limits)
+        check_sizes(run, site.config.limits)
         limits = site.config.limits.model_copy(update={"experiments": (), "smallest_steps": 1})
         elsewhere = {"ledger_dir": f"{state}/ledger", "state_dir": state}
         site.config = site.config.model_copy(update={"limits": limits, **elsewhere})
@@ -58,6 +66,8 @@ def dry_run(folder: Path, run: RunConfig) -> DryRun:
         seconds = time.monotonic() - start
     return DryRun(
         experiment=experiment_hash(run),
+        is_named=not named or experiment_hash(run) in named,
+        start=start_hash(run.start) if run.start and run.start.parameters else None,
         handshake=handshake,
         reply=reply,
         bytes_up=len(encode(Frame(Kind.ANSWER, reply.to_records()))),

@@ -17,6 +17,10 @@ def dry_run_lines(found: DryRun) -> Iterator[str]:
     """The cost of a run, and everything that would leave."""
     handshake, reply = found.handshake, found.reply
     yield f"experiment {found.experiment} (for limits.experiments in site.toml)"
+    if not found.is_named:
+        yield "limits.experiments does not name it: the worker would refuse this run"
+    if found.start:
+        yield f"starts from the model {found.start} (for limits.starts in site.toml)"
     gpu = "" if found.gpu_gib is None else f", {found.gpu_gib:.2f} GiB of the GPU"
     yield f"one local step: {found.seconds:.3f} s; at most {found.memory_gib:.2f} GiB of memory{gpu}"
     yield "before round 1 leave:"
