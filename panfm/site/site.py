@@ -171,9 +171,9 @@ def _read_run(run_toml: str) -> RunConfig:
     try:
         run = parse_run(run_toml)
         check_text(dump_toml(run), "run description: with all defaults")
-        return run
     except ConfigError as error:
         raise ProtocolError(str(error)) from error
+    return run
 
 
 @lru_cache(maxsize=64)

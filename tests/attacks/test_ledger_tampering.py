@@ -18,8 +18,8 @@ from panfm.config import load_site, parse_run
 from panfm.errors import DataError, LedgerError, LimitError
 from panfm.privacy import ledger as ledger_module
 from panfm.privacy.ledger import ANCHOR, FILE, Ledger, Limits
-from panfm.sharing.frames import Frame, Kind, encode
 from panfm.privacy.statement import statement
+from panfm.sharing.frames import Frame, Kind, encode
 from panfm.sharing.messages import Invitation, Records
 from panfm.site import Site
 from panfm.site.departures import Departures
@@ -49,7 +49,7 @@ def composed(monkeypatch) -> list[int]:
 
 @pytest.fixture
 def folder(tmp_path, write_site) -> Path:
-    return write_site(tmp_path / "alpha", "alpha", ("brain",))
+    return write_site(tmp_path / "alpha", "alpha", ("brain", "heart"))
 
 
 def open_ledger(folder: Path) -> Ledger:
