@@ -142,9 +142,9 @@ class Roster:
     def _hear(self, online: Collection[int]) -> None:
         """Take in whoever has answered an invitation by now."""
         claimants, self._claimants = self._claimants, {}
-        for node_id, handshake in claimants.items():
+        for node_id, claimed in claimants.items():
             if node_id in online:
-                self._welcome(node_id, handshake, online)
+                self._welcome(node_id, claimed, online)
         for exchange in self._invitations:
             for reply in exchange.ready():
                 heard, node_id = Attendance(expected=self.attendance.expected), reply.metadata.src_node_id
