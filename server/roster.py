@@ -7,9 +7,10 @@ for a reply that its ClientApp never gave (it looks online all the same). It is 
 it has answered, and has rested for one round, then three, then seven: a site that answers but is always late does not
 cost every round its deadline, one that never answers costs two of them.
 
-A site's name stays with the node that first gave it. Flower keeps the id of a SuperNode that signs in with its key, so
-a site that starts again has its node id still. Without keys it gets a new one: then the name moves, once the old node
-has been offline for a minute, and log, history and status page say so. With the coordinator's table of sites no name moves.
+A site's name stays with the node that first gave it. Flower keeps the id of a SuperNode that signs in with its key,
+so a site that starts again has its node id still. Without keys it gets a new one: then the name moves, once the old
+node has been offline for a minute, and log, history and status page say so. With the coordinator's table of sites no
+name moves.
 """
 
 import logging
