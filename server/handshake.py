@@ -31,7 +31,7 @@ class Attendance:
     roster: dict[int, Handshake] = field(default_factory=dict)
     """Node id -> handshake of each site that takes part, in the order of the sites' names."""
     failed: list[str] = field(default_factory=list)
-    """One line for each that cannot: the site, or the node where no site gave its name, and the reason."""
+    """One line for each that cannot: the node, and the reason. Which site it is, a node may only claim in its own."""
     misfits: list[str] = field(default_factory=list)
     """One line for each whose software, model or numbers contradict the server's: the run must not start."""
     asked: list[int] = field(default_factory=list)
@@ -78,7 +78,7 @@ def shake_hands(
         if handshake := read_handshake(reply, run, manifest, attendance):
             attendance.roster[reply.metadata.src_node_id] = handshake
             on_site(handshake)
-    attendance.failed += [_name(node_id, reason) for node_id, reason in exchange.failed.items()]
+    attendance.failed += [f"node {node_id}: {reason}" for node_id, reason in exchange.failed.items()]
     attendance.failed.sort()
     attendance.misfits += _twice(attendance.roster.values())
     attendance.roster = dict(sorted(attendance.roster.items(), key=lambda entry: entry[1].site))
@@ -95,22 +95,23 @@ def invite(grid: Grid, run: RunConfig, nodes: Iterable[int]) -> Exchange:
 
 def read_handshake(reply: Message, run: RunConfig, manifest: GroupManifest, attendance: Attendance) -> Handshake | None:
     """The handshake in a reply; None if there is none that holds, which is then written down in `attendance`."""
+    node = f"node {reply.metadata.src_node_id}"
     try:
         handshake = Handshake.from_records(unpack(reply.content))
         _check_name(handshake.site)
     except ProtocolError as error:
-        attendance.failed.append(f"node {reply.metadata.src_node_id}: {one_line(str(error))}")
+        attendance.failed.append(f"{node}: {one_line(str(error))}")
         return None
     try:
         if attendance.expected:
             attendance.expected.check(handshake)
     except ProtocolError as error:
-        attendance.failed.append(f"site {handshake.site}: {error}")
+        attendance.failed.append(f"{node}: site {handshake.site}: {error}")
         return None
     try:
         check_handshake(handshake, run, manifest)
     except ProtocolError as error:
-        attendance.misfits.append(f"site {handshake.site}: {one_line(str(error))}")
+        attendance.misfits.append(f"{node}: site {handshake.site}: {one_line(str(error))}")
         return None
     return handshake
 
@@ -150,11 +151,6 @@ def _check_counts(handshake: Handshake, run: RunConfig) -> None:
 def _check_name(site: str) -> None:
     if not _SITE_NAME.fullmatch(site):
         raise ProtocolError(f"site name {site!r:.40}, expected small letters, digits, dot, dash")
-
-
-def _name(node_id: int, reason: str) -> str:
-    """An error reply begins with the site's name, where the site got as far as knowing it."""
-    return reason if reason.startswith("site ") else f"node {node_id}: {reason}"
 
 
 def _twice(handshakes: Iterable[Handshake]) -> list[str]:

@@ -40,7 +40,7 @@ class Progress:
         )
         for site, reason in line["rejected"].items():
             self._note(f"round {line['round']}: {site} left out: {reason}")
-        for site, reason in line.get("away", {}).items():
+        for site, reason in [*line.get("away", {}).items(), *line.get("moved", {}).items()]:
             self._note(f"round {line['round']}: {site} {reason}")
 
     def _note(self, words: str) -> None:

@@ -6,6 +6,11 @@ is online but lets the deadline pass twice in a row is silent: a worker that han
 for a reply that its ClientApp never gave (it looks online all the same). It is invited anew, and asked again only once
 it has answered, and has rested for one round, then three, then seven: a site that answers but is always late does not
 cost every round its deadline, one that never answers costs two of them.
+
+A site's name stays with the node that first gave it. Flower keeps the id of a SuperNode that signs in with its key,
+so a site that starts again has its node id still. Without keys it gets a new one: then the name moves, once the old
+node has been offline for a minute, and log, history and status page say so. With the coordinator's table of sites no
+name moves.
 """
 
 import logging
@@ -26,6 +31,9 @@ logger = logging.getLogger(__name__)
 _SILENT_AFTER = 2
 """Deadlines in a row."""
 _LONGEST_REST = 7
+_MOVES_AFTER_S = 60.0
+"""Seconds for which a node must be offline before another may answer in its site's name; Flower takes as long to notice
+that a node is gone."""
 _POLL_S = 0.2
 
 
@@ -35,6 +43,8 @@ class Roster:
     def __init__(self, grid: Grid, run: RunConfig, manifest: GroupManifest, attendance: Attendance) -> None:
         """Start with those that came before round 1; `attendance` is kept up to date."""
         self.attendance = attendance
+        self.moved: dict[str, str] = {}
+        """Sites whose name moved to another node before this round -> from which to which."""
         self._grid = grid
         self._run = run
         self._manifest = manifest
@@ -42,7 +52,10 @@ class Roster:
         self._invitations: list[Exchange] = []
         self._unheard: set[int] = set()
         """Invited, but with no answer, or an error: invited again before the next round."""
-        self._absent: set[int] = set()
+        self._absent: dict[int, float] = {}
+        """Node id of a site that is offline -> when that was noticed."""
+        self._claimants: dict[int, Handshake] = {}
+        """Nodes that answered in the name of a site whose own node went offline only now."""
         self._refused: dict[int, str] = {}
         """Node id -> why it cannot join."""
         self._missed: dict[str, list[int]] = {}
@@ -60,6 +73,7 @@ class Roster:
         start = time.monotonic()
         self._invited -= self._unheard
         self._unheard = set()
+        self.moved = {}
         while True:
             present = self._present(round_number)
             if len(present) >= self._run.federation.min_sites:
@@ -112,24 +126,33 @@ class Roster:
         if strangers := sorted(online - self._invited - (set(self.attendance.roster) - self._silent)):
             self._invited |= set(strangers)
             self._invitations.append(invite(self._grid, self._run, strangers))
+        self._note_absent(round_number, online)
         self._hear(online)
-        absent = set(self.attendance.roster) - online
-        for node_id in sorted(absent ^ self._absent):
-            what = "is offline and is not asked" if node_id in absent else "is back"
-            if node_id in self.attendance.roster:
-                logger.warning("round %s: %s %s", round_number, self.attendance.roster[node_id].site, what)
-        self._absent = absent
         return {node_id: known for node_id, known in self.attendance.roster.items() if node_id in online}
+
+    def _note_absent(self, round_number: int, online: Collection[int]) -> None:
+        """Remember which sites' nodes are offline, and since when."""
+        now, roster = time.monotonic(), self.attendance.roster
+        absent = {node_id: self._absent.get(node_id, now) for node_id in roster if node_id not in online}
+        for node_id in sorted(absent.keys() ^ self._absent.keys()):
+            what = "is offline and is not asked" if node_id in absent else "is back"
+            if node_id in roster:
+                logger.warning("round %s: %s %s", round_number, roster[node_id].site, what)
+        self._absent = absent
 
     def _hear(self, online: Collection[int]) -> None:
         """Take in whoever has answered an invitation by now."""
+        claimants, self._claimants = self._claimants, {}
+        for node_id, claimed in claimants.items():
+            if node_id in online:
+                self._welcome(node_id, claimed, online)
         for exchange in self._invitations:
             for reply in exchange.ready():
                 heard, node_id = Attendance(expected=self.attendance.expected), reply.metadata.src_node_id
                 if handshake := read_handshake(reply, self._run, self._manifest, heard):
                     self._welcome(node_id, handshake, online)
                 for reason in [*heard.failed, *heard.misfits]:
-                    self._refuse(node_id, reason)
+                    self._refuse(node_id, reason.removeprefix(f"node {node_id}: "))
             for node_id, reason in exchange.failed.items():
                 self._refuse(node_id, reason)
             self._unheard |= set(exchange.failed) | (set() if exchange.is_waiting else exchange.waiting_for)
@@ -137,19 +160,45 @@ class Roster:
         self._invitations = [exchange for exchange in self._invitations if exchange.is_waiting]
 
     def _refuse(self, node_id: int, reason: str) -> None:
-        logger.warning("cannot join: %s", reason)
+        reason = one_line(reason)
+        if self._refused.get(node_id) != reason:
+            logger.warning("node %s cannot join: %s", node_id, reason)
         if node_id not in self.attendance.roster:
-            self._refused[node_id] = one_line(reason)
+            self._refused[node_id] = reason
 
     def _welcome(self, node_id: int, handshake: Handshake, online: Collection[int]) -> None:
         roster = self.attendance.roster
         namesakes = {other for other, known in roster.items() if known.site == handshake.site and other != node_id}
-        if namesakes & set(online):
-            self._refuse(node_id, f"another node is online as site {handshake.site}")
+        if reason := self._why_not_named(node_id, handshake.site, namesakes, online):
+            self._refuse(node_id, reason)
             return
+        if gone := [other for other in namesakes if time.monotonic() - self._absent[other] < _MOVES_AFTER_S]:
+            self._claimants[node_id] = handshake
+            self._refuse(
+                node_id, f"site {handshake.site} is node {gone[0]}, offline for less than {_MOVES_AFTER_S:g} s"
+            )
+            return
+        for other in namesakes:
+            self.moved[handshake.site] = f"moved from node {other} to node {node_id}, which says it is this site"
+            logger.warning("%s %s", handshake.site, self.moved[handshake.site])
         self._silent -= {node_id, *namesakes}
         self._refused.pop(node_id, None)
         everyone = {other: known for other, known in roster.items() if other not in namesakes} | {node_id: handshake}
         if everyone != roster:
             self.attendance.roster = dict(sorted(everyone.items(), key=lambda entry: entry[1].site))
         logger.warning("%s %s", handshake.site, "answers again" if node_id in roster else "joins")
+
+    def _why_not_named(self, node_id: int, site: str, namesakes: Collection[int], online: Collection[int]) -> str:
+        """Why a node may not answer in a site's name; empty if it may.
+
+        Args:
+            namesakes: Other nodes that have answered in this name.
+        """
+        known = self.attendance.roster.get(node_id)
+        if known and known.site != site:
+            return f"answered as site {known.site} before, now as site {site}"
+        if set(namesakes) & set(online):
+            return f"another node is online as site {site}"
+        if namesakes and self.attendance.expected:
+            return f"site {site} is another node's, and no name moves in a run with a table of expected sites"
+        return ""

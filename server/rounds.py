@@ -72,7 +72,8 @@ def run_federation(grid: Grid, folder: RunFolder, progress: Progress, *, num_sit
             if attendance.roster is not known:
                 folder.save_sites(attendance)
             state, line = train_round(grid, strategy, run, state)
-            line |= {"away": roster.away(line["round"], line["asked"]), "epsilon": costs.after(line["asked"])}
+            line |= {"away": roster.away(line["round"], line["asked"]), "moved": roster.moved}
+            line["epsilon"] = costs.after(line["asked"])
             folder.append_round(line)
             tracking.round(line)
             roster.note(line)

@@ -352,6 +352,8 @@ class RunConfig(Config):
 
     @model_validator(mode="after")
     def _private_runs_keep_their_promise(self) -> Self:
+        if self.privacy and self.train.proximal_mu:
+            raise ValueError("train.proximal-mu: not done in private runs, set 0")
         if self.privacy and not self.privacy.acknowledge_broken_guarantee:
             for fault in broken_guarantees(self):
                 raise ValueError(fault)

@@ -5,9 +5,10 @@ sites keeps one per run.)
 
 Every line holds the SHA-256 of the line before, so that no entry can be changed, moved or removed without a trace; the
 anchor, kept with the private state, remembers the newest line, so that cutting the end off leaves one too. A ledger
-without its anchor is refused, and so is an anchor without its ledger. Who can write both files can cut both: an end of
-the chain that was noted elsewhere finds that (`panfm ledger verify --noted`). A round is written and synced to disk
-*before* it runs: a crash counts too much, never too little.
+without its anchor is refused, and so is an anchor without its ledger. Who can write both files can cut both: the record
+of what left the site still tells what was spent, and a ledger that holds less is refused. An end of the chain that was
+noted elsewhere finds who cut all three (`panfm ledger verify --noted`). A round is written and synced to disk *before*
+it runs: a crash counts too much, never too little.
 
 A process verifies the whole file when it first reads it, and again whenever somebody else has touched it; its own
 entries it adds to what it has verified, so that a round costs the same however long the ledger is.
@@ -20,7 +21,7 @@ import math
 import os
 import secrets
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -31,7 +32,7 @@ from typing import IO, Any
 from panfm.config import RunConfig
 from panfm.config.privacy import NO_CLAIM, claim
 from panfm.config.server_privacy import server_claim
-from panfm.errors import BudgetError, LedgerError
+from panfm.errors import BudgetError, DataError, LedgerError
 from panfm.files import FileStamp, write_atomic
 from panfm.privacy.mechanisms import LEAST_NOISE, Mechanism, Unit, check_mechanism, epsilon, merged, planned
 
@@ -63,6 +64,16 @@ class Permit:
         if self._is_used:
             raise LedgerError(f"permit: round {self.round_number} of {self.run_id} ran already, expected a new permit")
         self._is_used = True
+
+
+@dataclass(frozen=True)
+class Departed:
+    """What the record of messages that left a site tells of its private rounds."""
+
+    rounds: int = 0
+    """Answered ones; a round that was paid for and not answered is none."""
+    epsilon: float | None = None
+    """What the ledger said when a message of a private run left last."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +139,15 @@ class Ledger:
         bounded: no entry is written with which the limits would be exceeded.
     """
 
-    def __init__(self, folder: Path, site: str, *, anchor_dir: Path | None = None, unit: Unit = "patient") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        site: str,
+        *,
+        anchor_dir: Path | None = None,
+        unit: Unit = "patient",
+        departed: Callable[[], Departed] = Departed,
+    ) -> None:
         """A ledger that is there, or that the first `spend` opens.
 
         Args:
@@ -136,11 +155,13 @@ class Ledger:
             site: Public name of the site, or "server".
             anchor_dir: Where the newest line is remembered; not at all when left out.
             unit: Whom it is kept for: a site's patients, or a server's sites.
+            departed: Tells what the record of messages that left holds; asked whenever the whole file is read.
         """
         self.path = folder / FILE
         self.site = site
         self.unit: Unit = unit
         self._anchor = anchor_dir / ANCHOR if anchor_dir else None
+        self._departed = departed
         self._balance = _Balance()
         self._stamp: FileStamp | None = None
         """Of the file that the balance was verified on."""
@@ -199,13 +220,14 @@ class Ledger:
             return self._verified(file).newest
 
     def check_noted(self, noted: str) -> bool:
-        """Check that an end of the chain, which somebody noted earlier, is still in the ledger. If there is no anchor
-        it is written anew, as that somebody vouches for the file.
+        """Check that an end of the chain, which somebody noted earlier, is still in the ledger, and that the ledger
+        holds what the record of messages that left says was spent. If there is no anchor it is then written anew: that
+        somebody vouches for the entries up to the noted one, and the record for those behind it.
 
         Returns:
             Whether the anchor was written.
         Raises:
-            LedgerError: the end is not in the ledger, or the file does not hold.
+            LedgerError: the end is not in the ledger, the record says that more was spent, or the file does not hold.
         """
         with self._opened() as file:
             is_anchored = self._anchor is None or self._anchor.exists()
@@ -304,7 +326,21 @@ class Ledger:
             )
         if entries and entries[0]["unit"] != self.unit:
             raise LedgerError(f"{self.path}: is kept per {entries[0]['unit']}, expected per {self.unit}")
+        self._check_departed(entries)
         return entries
+
+    def _check_departed(self, entries: Sequence[Entry]) -> None:
+        try:
+            departed = self._departed()
+        except DataError as error:
+            raise LedgerError(f"{self.path}: cannot be held against the record of what left: {error}") from error
+        rounds, booked = max(len(entries) - 1, 0), {entry["epsilon"] for entry in entries[1:]}
+        if rounds < departed.rounds or not (departed.epsilon is None or departed.epsilon in booked):
+            spent = "" if departed.epsilon is None else f" and epsilon {departed.epsilon:.3f}"
+            raise LedgerError(
+                f"{self.path}: holds {rounds} rounds and less than was spent, the record of what left tells of "
+                f"{departed.rounds} answered ones{spent}; restore the file from a backup"
+            )
 
     def _check_anchor(self, entries: Sequence[Entry]) -> None:
         if self._anchor is None:

@@ -41,8 +41,9 @@ def statement(entries: Sequence[Entry]) -> list[str]:
     if opened["unit"] == "site":
         return _of_sites(rounds)
     lines = [f"Site {opened['site']}: {len(rounds)} private rounds in {len({each['run'] for each in rounds})} runs."]
-    lines += _promise(str(opened["site"]), rounds)
-    lines += [_ADVERSARY, _VOID_IF]
+    if any(each["claim"] == NO_CLAIM for each in rounds):
+        return [*lines, f"{NO_CLAIM}: rounds ran although something broke the guarantee. Nothing is promised."]
+    lines += [*_promise(str(opened["site"]), rounds), _ADVERSARY, _VOID_IF]
     if len({each["dataset"] for each in rounds}) > 1:
         lines.append(
             "The patients, or which of their images were used, changed between rounds; who joined later or left "
@@ -71,8 +72,6 @@ def _of_sites(rounds: Sequence[Entry]) -> list[str]:
 
 
 def _promise(site: str, rounds: Sequence[Entry]) -> list[str]:
-    if any(each["claim"] == NO_CLAIM for each in rounds):
-        return [f"{NO_CLAIM}: rounds ran although something broke the guarantee. Nothing is promised."]
     last = rounds[-1]
     spent = _spent(rounds, last["delta"])
     return [

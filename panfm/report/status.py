@@ -71,10 +71,10 @@ def stream_statuses(run: Run) -> list[StreamStatus]:
 
 
 def left_out(run: Run, most: int = 30) -> list[tuple[str, str, str]]:
-    """Who was left out, in which rounds, and why; the latest first."""
+    """Who was left out or moved to another node, in which rounds, and why; the latest first."""
     rounds: dict[tuple[str, str], list[int]] = {}
     for line in run.rounds:
-        for site, reason in [*line.get("rejected", {}).items(), *line.get("away", {}).items()]:
+        for site, reason in (item for key in ("rejected", "away", "moved") for item in line.get(key, {}).items()):
             rounds.setdefault((site, reason), []).append(line["round"])
     latest = sorted(rounds.items(), key=lambda entry: entry[1][-1], reverse=True)[:most]
     found = [(site, ranges(numbers), reason) for (site, reason), numbers in latest]

@@ -22,6 +22,7 @@ def answer(site: Site, asked: Frame) -> Frame:
     Guarantees:
         always: there is an answer, and it says nothing of an error but what `scrub` lets pass.
     """
+    site.asked_run = None
     try:
         return Frame(Kind.ANSWER, _handle(site, asked))
     except (Exception, SystemExit) as error:

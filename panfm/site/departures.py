@@ -3,7 +3,7 @@
     time, kind, run, round     which message
     arrays                     name, type and length of each group of parameters
     numbers, words             names of what else is in it
-    privacy                    what the run it belongs to may say of its patients' privacy
+    privacy                    what the run that the question names may say of its patients' privacy; none without one
     epsilon                    what this and all private rounds before have spent on these patients; null if not private
     bytes, sha256              of the message as it left
     chain                      SHA-256 of the line before's chain and of this line
@@ -24,7 +24,8 @@ from typing import Any
 
 from panfm.errors import DataError
 from panfm.files import FileStamp
-from panfm.sharing.frames import Frame
+from panfm.privacy.ledger import Departed
+from panfm.sharing.frames import Frame, Kind
 
 Line = dict[str, Any]
 logger = logging.getLogger(__name__)
@@ -62,6 +63,16 @@ class Departures:
             file.flush()
             os.fsync(file.fileno())
             self._end, self._size, self._stamp = line["chain"], self._size + len(text), FileStamp.of(file)
+
+    def private_rounds(self) -> Departed:
+        """What private rounds left, as far as this record tells. Raises DataError as `lines` does."""
+        departed = Departed()
+        for line in self.lines():
+            is_private_round = line.get("kind") == Kind.ANSWER and line.get("round") is not None
+            is_private_round = is_private_round and line.get("privacy", "none") != "none"
+            epsilon = departed.epsilon if line.get("epsilon") is None else line["epsilon"]
+            departed = Departed(departed.rounds + is_private_round, epsilon)
+        return departed
 
     def _find_end(self) -> None:
         """Read the whole record; one that was tampered with is told, and goes on from its last line."""

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from panfm import __version__
-from panfm.config import RunConfig, load_site, parse_run, site_path
+from panfm.config import RunConfig, dump_toml, load_site, parse_run, site_path
 from panfm.config.privacy import claim
 from panfm.data.cache import open_store
 from panfm.data.store import ImageStore
@@ -27,6 +27,7 @@ from panfm.site.limits import check_experiment, check_public_cache, check_sizes,
 from panfm.site.session import Session
 from panfm.site.spending import Account, as_known, check_privacy
 from panfm.site.state import StateStore
+from panfm.texts import check_text
 
 _MAX_LOG_BYTES = 1 << 24
 """A `site.log` larger than this becomes `site.log.1`."""
@@ -53,6 +54,8 @@ class Site:
         self.folder = folder
         self.config = load_site(folder)
         self.state_dir = state_dir or site_path(folder, self.config.state_dir)
+        self.asked_run: RunConfig | None = None
+        """The run that the question at work names; None if it names no valid one."""
         self._warm: tuple[str, Session] | None = None
 
     def handshake(self, invitation: Invitation) -> Handshake:
@@ -104,13 +107,14 @@ class Site:
 
     @property
     def privacy(self) -> str:
-        """What the run that was last worked on may say of its patients' privacy."""
-        return claim(self._warm[1].run) or "none" if self._warm else "none"
+        """What the run of the question at work may say of its patients' privacy."""
+        return claim(self.asked_run) or "none" if self.asked_run else "none"
 
     @property
     def epsilon_spent(self) -> float | None:
-        """What the ledger says after its newest round; None if the run at work is not private, or the ledger faulty."""
-        if self._warm is None or self._warm[1].run.privacy is None:
+        """What the ledger says after its newest round; None if the question at work is of no private run, or the ledger
+        faulty."""
+        if self.asked_run is None or self.asked_run.privacy is None:
             return None
         try:
             return self._account.ledger.spent()
@@ -135,9 +139,11 @@ class Site:
 
     def _session(self, run_toml: str) -> Session:
         """The warm session of a run description, or a new one in its place."""
+        self.asked_run = None
+        run = self.asked_run = read_run(run_toml)
         if self._warm is None or self._warm[0] != run_toml:
             limits = self.config.limits
-            check_experiment(run := read_run(run_toml), limits)
+            check_experiment(run, limits)
             check_start_known(run, limits)
             check_sizes(run, limits)
             check_privacy(run := as_known(run, self.config), self.config)
@@ -164,9 +170,11 @@ class Site:
 def read_run(run_toml: str) -> RunConfig:
     """The server's run description. What is wrong with it, the server may hear: they are its own words."""
     try:
-        return parse_run(run_toml)
+        run = parse_run(run_toml)
+        check_text(dump_toml(run), "run description: with all defaults")
     except ConfigError as error:
         raise ProtocolError(str(error)) from error
+    return run
 
 
 @lru_cache(maxsize=64)

@@ -8,17 +8,29 @@ import numpy as np
 from panfm.config import RunConfig, SiteConfig, site_path
 from panfm.config.privacy import NO_CLAIM, broken_guarantees, claim
 from panfm.data.store import ImageStore
-from panfm.errors import ConfigError, ProtocolError
+from panfm.errors import ConfigError, LimitError, ProtocolError
 from panfm.privacy.ledger import Ledger, Limits, Permit
 from panfm.sharing.messages import RoundTask
+from panfm.site.departures import Departures
 
 _SAMPLE = 1024
 """Numbers from the middle of an image that tell it from others."""
 
 
 def check_privacy(run: RunConfig, site: SiteConfig) -> None:
-    """Raises ProtocolError if the run is less private than the site asks."""
+    """Check that a run is as private as the site asks.
+
+    A private run without a claim voids the ledger of all later ones, so only a site without a floor takes part in it.
+
+    Raises:
+        ProtocolError: it is less private.
+        LimitError: it has noise and no claim, and the site sets a floor.
+    """
     if site.limits.epsilon is None:
+        if claim(run) == NO_CLAIM and site.limits.smallest_batch > 1:
+            raise LimitError(
+                "privacy: this run has noise but makes no claim, which would void this site's ledger; expected a claim"
+            )
         return
     if run.privacy is None or run.privacy.acknowledge_broken_guarantee or claim(run) == NO_CLAIM:
         raise ProtocolError("this site's limits.epsilon allows private runs only, with their guarantee whole")
@@ -44,7 +56,10 @@ class Account:
     """A site's ledger, and the most it may spend."""
 
     def __init__(self, folder: Path, site: SiteConfig, state_dir: Path) -> None:
-        self.ledger = Ledger(site_path(folder, site.ledger_dir), site.name, anchor_dir=state_dir)
+        departures = Departures(state_dir)
+        self.ledger = Ledger(
+            site_path(folder, site.ledger_dir), site.name, anchor_dir=state_dir, departed=departures.private_rounds
+        )
         self._site = site
 
     def pay(self, run: RunConfig, task: RoundTask, dataset: str) -> Permit:
@@ -54,6 +69,7 @@ class Account:
             dataset: Fingerprint of the patients.
         Raises:
             ProtocolError: the run is less private than the site asks, or has mechanisms that cannot be accounted for.
+            LimitError: the run makes no claim, and the site sets a floor.
             BudgetError, LedgerError: the site cannot pay.
         """
         assert run.privacy is not None

@@ -1,9 +1,12 @@
-"""Somebody at the site's disk makes its ledger say less than was spent; or a server makes ledger and log long."""
+"""Somebody at the site's disk makes its ledger say less than was spent; or a server voids it, or makes ledger and log
+long or untrue."""
 
 import hashlib
 import json
 import shutil
+import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +14,18 @@ import pytest
 from typer.testing import CliRunner
 
 from panfm.cli import main
-from panfm.config import parse_run
-from panfm.errors import DataError, LedgerError
+from panfm.config import load_site, parse_run
+from panfm.errors import DataError, LedgerError, LimitError
 from panfm.privacy import ledger as ledger_module
 from panfm.privacy.ledger import ANCHOR, FILE, Ledger, Limits
+from panfm.privacy.statement import statement
 from panfm.sharing.frames import Frame, Kind, encode
-from panfm.sharing.messages import Records
+from panfm.sharing.messages import Invitation, Records
+from panfm.site import Site
 from panfm.site.departures import Departures
-from tests.unit.site.test_private_site import PRIVACY, RANDOM, RUN
+from panfm.site.spending import Account
+from panfm.site.worker import Worker
+from tests.unit.site.test_private_site import PRIVACY, RANDOM, RUN, task
 
 LINES = 20_000
 LIMITS = Limits(1e9, 1e-3)
@@ -42,7 +49,7 @@ def composed(monkeypatch) -> list[int]:
 
 @pytest.fixture
 def folder(tmp_path, write_site) -> Path:
-    return write_site(tmp_path / "alpha", "alpha", ("brain",))
+    return write_site(tmp_path / "alpha", "alpha", ("brain", "heart"))
 
 
 def open_ledger(folder: Path) -> Ledger:
@@ -222,3 +229,97 @@ def test_a_long_record_of_departures_costs_a_message_no_more_than_a_short_one(tm
         assert "line 7 was changed" in caplog.records[-1].getMessage()
         with pytest.raises(DataError, match="line 7 was changed"):
             list(each.lines())
+
+
+def ask(site: Site, frame: Frame) -> dict:
+    """Ask a site's worker; what its record says of the answer."""
+    asking, listening = socket.socketpair()
+    with asking, listening, ThreadPoolExecutor(1) as pool:
+        sent = pool.submit(asking.sendall, encode(frame))
+        Worker(site, listening)._answer(listening)
+        sent.result()
+    return list(Departures(site.state_dir).lines())[-1]
+
+
+def ask_rounds(folder: Path, numbers: range) -> list[dict]:
+    site = Site(folder)
+    return [ask(site, Frame(Kind.ROUND, task(number).to_records())) for number in numbers]
+
+
+@pytest.fixture
+def spent(folder, composed) -> list[str]:
+    """The ends of the ledger after the opening and each of three rounds, all of which left the site."""
+    assert [line["kind"] for line in ask_rounds(folder, range(1, 4))] == ["answer"] * 3
+    return [entry["hash"] for entry in open_ledger(folder).entries()]
+
+
+def test_an_old_end_that_was_noted_does_not_vouch_for_a_ledger_that_was_cut(folder, spent):
+    path, anchor = files(folder)
+    cut(path, 1)
+    anchor.unlink()
+    code, output = command("verify", folder, "--noted", spent[1])
+    assert (code, "tells of 3 answered ones" in output, anchor.exists()) == (1, True, False)
+    assert ask_rounds(folder, range(4, 5))[0]["kind"] == "error"
+
+
+def test_deleting_ledger_and_anchor_does_not_give_the_budget_back(folder, spent):
+    path, anchor = files(folder)
+    path.unlink()
+    anchor.unlink()
+    assert ask_rounds(folder, range(4, 5))[0]["kind"] == "error"
+    assert (path.read_bytes(), anchor.exists()) == (b"", False)
+    assert command("verify", folder)[0] == command("show", folder)[0] == 1
+
+
+def test_a_ledger_written_anew_with_cheaper_rounds_is_found_by_the_record(folder, spent, monkeypatch):
+    path, anchor = files(folder)
+    path.unlink()
+    anchor.unlink()
+    monkeypatch.setattr(ledger_module, "epsilon", lambda mechanisms, delta: 0.01)
+    spend(open_ledger(folder), 3)
+    assert command("verify", folder)[0] == 1
+
+
+def test_a_record_that_was_tampered_with_does_not_hide_what_was_spent(folder, spent):
+    record = Departures(folder / ".panfm" / "state").path
+    record.write_bytes(record.read_bytes().replace(b'"round": 2', b'"round": 9'))
+    code, output = command("verify", folder, "--noted", spent[-1])
+    assert (code, "line 2 was changed" in output.replace("\n", " ")) == (1, True)
+
+
+def test_a_round_that_was_paid_for_and_never_left_stops_nothing(folder, spent):
+    account = Account(folder, load_site(folder), folder / ".panfm" / "state")
+    account.pay(PRIVATE, task(4), "d")
+    assert ask_rounds(folder, range(4, 6))[-1]["kind"] == "answer"
+    assert len(open_ledger(folder).entries()) == 7
+
+
+def test_server_cannot_void_the_ledger_of_a_site_with_floors(folder, composed):
+    acknowledged = PRIVACY.replace("1.5", "1e-12") + "acknowledge-broken-guarantee = true\n"
+    broken = parse_run(RUN + RANDOM + acknowledged)
+    (folder / "site.toml").write_text('name = "alpha"\n[limits]\nsmallest-batch = 2\n')
+    account = Account(folder, load_site(folder), folder / ".panfm" / "state")
+    with pytest.raises(LimitError, match="noise but makes no claim"):
+        account.pay(broken, task(), "d")
+    assert account.ledger.entries() == []
+
+
+def test_a_voided_ledger_names_nobody_as_protected(folder, composed):
+    acknowledged = PRIVACY.replace("1.5", "1e-12") + "acknowledge-broken-guarantee = true\n"
+    ledger = open_ledger(folder)
+    ledger.spend(parse_run(RUN + RANDOM + acknowledged), "run-1", 1, limits=LIMITS, dataset="d")
+    lines = statement(ledger.entries())
+    assert "Nothing is promised" in lines[-1]
+    assert not any("Protected against" in line for line in lines)
+
+
+def test_the_record_labels_a_message_by_its_own_question_not_by_the_run_before(folder):
+    site = Site(folder)
+    private = ask(site, Frame(Kind.HANDSHAKE, Invitation(task().run_toml).to_records()))
+    assert private["privacy"].startswith("(9, 0.001)-DP")
+    unheld = RUN.replace("brain-mr =", "eye-mr =").replace("heart-mr =", "lung-mr =")
+    for run_toml in (unheld, "x"):
+        line = ask(site, Frame(Kind.HANDSHAKE, Records(config={"run": run_toml})))
+        assert (line["kind"], line["privacy"], line["epsilon"]) == ("error", "none", None)
+    line = ask(site, Frame(Kind.ANSWER, Records()))
+    assert (line["kind"], line["privacy"], line["epsilon"]) == ("error", "none", None)

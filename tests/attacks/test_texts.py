@@ -12,11 +12,14 @@ from panfm.config import dump_toml, load_run, parse_run
 from panfm.errors import ConfigError, ProtocolError, one_line
 from panfm.evaluate.labels import read_label_info
 from panfm.models import build_model
+from panfm.sharing.frames import Frame, Kind
 from panfm.sharing.groups import GroupManifest
-from panfm.sharing.messages import Handshake, RoundTask
+from panfm.sharing.messages import Handshake, Records, RoundTask
+from panfm.site import Site, answer
 from server.handshake import Attendance, read_handshake
 from tests.attacks.wire import answer_of
 from tests.unit.server.test_handshake import good
+from tests.unit.site.test_private_site import PRIVACY, RANDOM, RUN
 
 SECONDS, MIB = 2.0, 200
 QUOTES = '"' * 3
@@ -147,6 +150,21 @@ def test_a_description_that_grows_beyond_what_sites_read_is_refused_where_it_is_
     (tmp_path / "run.toml").write_text(f'name = "wide"\norgans = {names}\n[streams]\n{streams}')
     with pytest.raises(ConfigError, match=r"run\.toml: with all defaults: more than 65536 bytes"):
         load_run(tmp_path / "run.toml")
+
+
+def test_a_description_that_grows_beyond_what_a_site_reads_is_put_down_to_the_server(tmp_path, write_site):
+    names = [f"o{number}" for number in range(800)]
+    streams = "".join(f"{name}-fundus = {{ shape = [8, 8], patch = [4, 4] }}\n" for name in names)
+    site = Site(write_site(tmp_path / "alpha", "alpha", ("brain",)))
+    reply = answer(
+        site, Frame(Kind.HANDSHAKE, Records(config={"run": f'name = "w"\norgans = {names}\n[streams]\n{streams}'}))
+    )
+    assert "ProtocolError: run description: with all defaults: more than 65536 bytes" in reply.records.config["reason"]
+
+
+def test_a_pull_that_no_private_round_does_is_refused():
+    with pytest.raises(ConfigError, match=r"train\.proximal-mu: not done in private runs, set 0"):
+        parse_run(RUN.replace("local-steps = 2", "local-steps = 2\nproximal-mu = 0.1") + RANDOM + PRIVACY)
 
 
 def test_profile_of_a_task_must_be_finite():

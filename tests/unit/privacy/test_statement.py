@@ -71,6 +71,7 @@ def test_nothing_spent_and_nothing_promised(make_private, tmp_path):
     shown = " ".join(statement(ledger.entries()))
     assert "noise only, no DP claim" in shown
     assert "differentially private" not in shown
+    assert "Protected against" not in shown
 
 
 def test_verify_finds_a_change(site):

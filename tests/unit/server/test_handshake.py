@@ -130,14 +130,14 @@ def test_every_site_that_fails_is_named(run, manifest, nodes):
     attendance = shake_hands(grid, run, manifest, num_sites=6)
     assert [shaken.site for shaken in attendance.roster.values()] == ["alpha", "zeta"]
     assert attendance.failed == [
+        "node 4: site beta: DataError: faulty",
         "node 5: Node Unavailable",
         "node 6: message: subjects is str, expected int",
         "node 7: site name '\\x1b[31m\\n', expected small letters, digits, dot, dash",
-        "site beta: DataError: faulty",
     ]
     attendance.require(2)
     with pytest.raises(
-        RunError, match=r"2 of at least 6 sites can take part: node 5: .*; site beta: DataError: faulty"
+        RunError, match=r"2 of at least 6 sites can take part: node 4: site beta: DataError: faulty; node 5: "
     ):
         attendance.require(6)
 

@@ -149,7 +149,9 @@ def test_a_site_may_come_back_as_another_node_but_not_twice(nodes, caplog):
     del nodes.online[12], nodes.online[30]
     roster.gather(2)
     nodes.online[30] = "b"
-    assert roster.gather(3).keys() == {11, 30, 13}
+    assert roster.gather(3).keys() == {11, 13}
+    nodes.now += 60
+    assert roster.gather(4).keys() == {11, 30, 13}
 
 
 def test_a_site_that_hangs_rests_longer_and_longer(nodes):
@@ -237,6 +239,8 @@ def test_a_silent_site_may_come_back_as_another_node(nodes):
         roster.note(line(number, "a", "b", "c", late=("b",)))
     del nodes.online[12]
     nodes.online[30] = "b"
+    roster.gather(3)
+    nodes.now += 60
     assert roster.gather(3).keys() == {11, 13}  # it rests
     assert roster.gather(4).keys() == {11, 13, 30}
 
