@@ -2,7 +2,7 @@
 
     absolute    |update| <= norm-limit x (sum of the round's learning rates) x sqrt(numbers)
     relative    |update| <= norm-ratio x median over the last ten rounds of the round's median norm of the *other* sites
-    shortened   to norm-ratio / 2 x the same median over the last three rounds, if it is longer
+    shortened   to norm-ratio / 3 x the same median over the last three rounds, if it is longer
 
 AdamW moves a number by about its learning rate in a step, or less, whatever the gradient: the absolute bound is what
 local training can reach. A site's own norms never move its bound, so that it cannot climb round by round. The relative
@@ -11,7 +11,7 @@ wide, and with none only the absolute bound is left. Norms of earlier rounds are
 the relative bound only up: an end at small rates refuses nobody.
 
 Together with the caps on weights (panfm/sharing/shares.py) shortening bounds how far a site can move a group: by its
-share times 1.5 usual norms.
+share times one usual norm.
 
 A norm says nothing of direction: a sign-flipped update passes (see direction.py).
 """
@@ -28,7 +28,7 @@ from panfm.sharing.groups import DIRECTOR
 from panfm.sharing.messages import RoundReply
 from strategies.memory import Norms
 
-CLIP = 0.5
+CLIP = 1 / 3
 """An update longer than this times `norm-ratio` is shortened to it."""
 _CLIP_ROUNDS = 3
 _ROUNDS = 10

@@ -354,11 +354,11 @@ def test_the_usual_norms_are_remembered_and_bound_the_next_round(strategy):
 
 
 def test_a_long_update_is_shortened_to_what_is_usual(strategy):
-    """Usual for b is the median of a and c; 1.5 times as much is left of it, and its norm is told as it came."""
+    """Usual for b is the median of a and c; as much is left of it, and its norm is told as it came."""
     aggregate(strategy, message(11, reply(11, 1e-3)), message(12, reply(12, 1e-3)), message(13, reply(13, 3e-3)))
     answers = message(11, reply(11, 0.0)), message(12, reply(12, 8e-3)), message(13, reply(13, 0.0))
     new = aggregate(strategy, *answers, memory=strategy.memory)
-    np.testing.assert_allclose(new["backbone"], np.array([1, 2]) + 40 / 100 * 1.5 * 2e-3, rtol=1e-6)
+    np.testing.assert_allclose(new["backbone"], np.array([1, 2]) + 40 / 100 * 2e-3, rtol=1e-6)
     assert strategy.outcome.norms["b"]["backbone"] == pytest.approx(8e-3 * 2**0.5)
 
 
