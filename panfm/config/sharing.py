@@ -22,8 +22,8 @@ class GuardsConfig(Config):
     number by about 1 of these in a round, or less."""
     norm_ratio: Annotated[float, Field(gt=1.0, le=1e6)] = 3.0
     """Greatest norm of a group's update, as a multiple of what was usual for the other sites in the last ten rounds;
-    ten times as much until two other sites have trained the group in two rounds. One longer than a third of this multiple
-    of what was usual in the last three, at the same learning rate, is shortened to it."""
+    ten times as much until two other sites have trained the group in two rounds. One longer than a third of this
+    multiple of what was usual in the last three, at the same learning rate, is shortened to it."""
     direction: Annotated[float, Field(gt=0.0, le=2.0)] | None = None
     """Refuse an update whose cosine with the last round's updates lies further than this from the usual one, as a
     sign-flipped one may (strategies/direction.py tells when). Needs four sites. 0.4 when left out; 2 refuses none. Not
