@@ -220,7 +220,7 @@ def site_log(
         ends.append(line["chain"])
         if not verify:
             typer.echo(departure_line(line))
-    if noted is not None and noted not in ends:
+    if noted is not None and _chain_end(noted) not in ends:
         raise DataError(f"{departures.path}: the end noted is not in it, lines were cut off or written anew")
     count, end = len(ends), ends[-1] if ends else "nothing yet"
     typer.echo(f"{count} messages, unbroken; the chain ends with: {end}")
@@ -289,7 +289,7 @@ def ledger_verify(
     holds: the anchor is then written anew.
     """
     ledger = _ledger(folder)
-    if noted is not None and ledger.check_noted(noted):
+    if noted is not None and ledger.check_noted(_chain_end(noted)):
         typer.echo(f"{ledger.path}: its anchor was missing and is written anew, as the end noted is in the ledger")
     entries = ledger.entries()
     typer.echo(f"{ledger.path}: {len(entries)} entries, each follows from the one before")
@@ -327,6 +327,14 @@ def _ledger(folder: Path) -> "Ledger":
         return run_ledger(folder)
     site = load_site(folder)
     return Account(folder, site, site_path(folder, site.state_dir)).ledger
+
+
+def _chain_end(text: str) -> str:
+    """An end of a chain as somebody typed it. Raises DataError if it cannot be one: a slip is no tampering."""
+    end = text.strip().lower()
+    if len(end) != 64 or set(end) - set("0123456789abcdef"):
+        raise DataError(f"--noted {text!r:.80}: expected the 64 characters 0-9 and a-f of an end of the chain")
+    return end
 
 
 _JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the findings here.")]

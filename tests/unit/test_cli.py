@@ -167,3 +167,13 @@ assert not {{"torch", "monai", "flwr.serverapp"}} & set(sys.modules)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
     assert "did you mean streams" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["ledger verify", "site log"])
+@pytest.mark.parametrize("noted", ["abc", "g" * 64, "0" * 63])
+def test_a_slip_in_a_noted_end_is_not_called_tampering(tmp_path, command, noted):
+    folder = tmp_path / "clinic"
+    panfm("site", "init", folder, "--name", "clinic")
+    result = panfm(*command.split(), folder, "--noted", noted)
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"--noted '{noted}': expected the 64 characters 0-9 and a-f")
