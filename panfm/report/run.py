@@ -34,6 +34,7 @@ class _RoundLine(BaseModel):
     late: list[str] = []
     rejected: dict[str, str] = {}
     away: dict[str, str] = {}
+    moved: dict[str, str] = {}
     epsilon: dict[str, float | None] = {}
     coverage: dict[str, list[str]] = {}
     profile: dict[str, float | None] | None = None
