@@ -2,16 +2,17 @@
 
     v    = sum_k sign(u_k)             votes: of the accepted updates of the last round that trained a group
     c_k  = cos(u_k, v)                 of this round's update of site k with them
-    refused: usual c - c_k > limit     usual: median c of the other sites, in that last round; 0 if there is none yet
-             |c_k - usual c| > limit   where the usual is below 0
+    refused: c_k < 0 and usual c - c_k > limit   usual: median c of the other sites, in that last round; 0 without one
+             |c_k - usual c| > limit             where the usual is below 0
 
 Group by group, where three other sites or more have voted. Every site has one vote of each number, whatever it weighs
 and how long its update is. Nothing has to be kept of an update, and a reply is judged as it comes.
 
 Not c_k < 0: unlike sites agree at first, later each pulls back to its own data. On the quickstart's five sites c of the
 backbone is 0.2 in round 2, near 0 in round 7 and -0.35 in round 20; a site with its sign flipped has about -c. So it
-stands out early and late; in between directions say nothing. To agree more than usual is no fault where sites agree. Of
-three sites, one wrong, nobody can tell which it is.
+stands out early and late; in between directions say nothing. To agree more than usual is no fault where sites agree, nor
+is to agree little: a site that comes back after some rounds does (c 0.07 where 0.48 was usual). Of three sites, one
+wrong, nobody can tell which it is.
 
 The guard is against a minority. Replies that it alone refuses are kept until all have come; if they are not fewer than
 the accepted ones, honest sites have turned together, and all of them count.
@@ -79,7 +80,7 @@ class Directions:
             others = [usual for other, usual in self._memory.cosines.get(group, {}).items() if other != site]
             usual = median(others) if others else 0.0
             too_far = abs(cosine - usual) if usual < 0.0 else usual - cosine
-            if too_far > self._limit:
+            if too_far > self._limit and (usual < 0.0 or cosine < 0.0):
                 raise PointsElsewhereError(
                     f"{group}: points elsewhere: cosine {cosine:.2f} with the others, usual {usual:.2f} "
                     "(sharing.guards.direction)"

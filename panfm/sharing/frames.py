@@ -8,6 +8,7 @@ The other end may be hostile. Sizes are checked before anything is read, the wor
 what arrives and not what was announced, what is read is checked before it is used, and nothing is unpickled.
 """
 
+import contextlib
 import json
 import os
 import socket
@@ -150,12 +151,30 @@ def receive(
     most = min(max_arrays, MAX_ARRAYS)
     if num_words > MAX_WORDS or num_arrays > most:
         raise ProtocolError(f"frame: {num_words} + {num_arrays} bytes, at most {MAX_WORDS} + {most} are taken")
-    words = _parse(_read(connection, num_words, deadline))
+    text = _read(connection, num_words, deadline)
+    try:
+        words = _checked(text, num_arrays, largest)
+    except ProtocolError:
+        _skip(connection, num_arrays, deadline)
+        raise
+    return _join(words, _read(connection, num_arrays, deadline))
+
+
+def _checked(text: bytearray, num_arrays: int, largest: Largest | None) -> dict[str, Any]:
+    """The words of a frame whose arrays, of so many bytes, may be read. Raises ProtocolError if they may not."""
+    words = _parse(text)
     if _announced(words["arrays"]) != num_arrays:
         raise ProtocolError("frame: its arrays do not fit its list of arrays")
     if largest is not None and num_arrays > (most := largest(Kind(words["kind"]), words["config"])):
         raise ProtocolError(f"frame: {num_arrays} bytes of arrays, a {words['kind']} of this run has at most {most}")
-    return _join(words, _read(connection, num_arrays, deadline))
+    return words
+
+
+def _skip(connection: socket.socket, size: int, deadline: float | None) -> None:
+    """Take bytes and keep none, so that who sends them is there to be told why they are refused."""
+    with contextlib.suppress(OSError):
+        while size:
+            size -= len(_read(connection, min(size, _BLOCK_BYTES), deadline))
 
 
 def _read(connection: socket.socket, size: int, deadline: float | None) -> bytearray:

@@ -157,7 +157,9 @@ class HostileGrid(LocalGrid):
         votes, cosines = self._memory.votes.get(group), self._memory.cosines.get(group, {})
         if not self._is_guarded or votes is None or len(self._memory.voters[group]) < OTHERS:
             return wanted
-        lowest = median(cosines.values() or [0.0]) - _OF_LIMIT * LIMIT
+        usual = median(cosines.values() or [0.0])
+        lowest = usual - _OF_LIMIT * LIMIT
+        lowest = min(lowest, 0.0) if usual >= 0.0 else lowest
         if _cosine(wanted, votes) >= lowest:
             return wanted
         agreed = _of_length(votes, 1.0)
