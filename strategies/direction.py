@@ -10,8 +10,8 @@ and how long its update is. Nothing has to be kept of an update, and a reply is 
 
 Not c_k < 0: unlike sites agree at first, later each pulls back to its own data. On the quickstart's five sites c of the
 backbone is 0.2 in round 2, near 0 in round 7 and -0.35 in round 20; a site with its sign flipped has about -c. So it
-stands out early and late; in between directions say nothing. To agree more than usual is no fault where sites agree, nor
-is to agree little: a site that comes back after some rounds does (c 0.07 where 0.48 was usual). Of three sites, one
+stands out early and late; in between directions say nothing. To agree more than usual is no fault where sites agree,
+nor is to agree little: a site that comes back after some rounds does (c 0.07 where 0.48 was usual). Of three sites, one
 wrong, nobody can tell which it is.
 
 The guard is against a minority. Replies that it alone refuses are kept until all have come; if they are not fewer than
