@@ -26,6 +26,7 @@ from panfm.sharing.frames import Frame, Kind, address, encode, receive, send
 from panfm.sharing.messages import Invitation, Records
 from panfm.site.answer import answer
 from panfm.site.departures import Departures
+from panfm.site.scrub import scrub
 from panfm.site.site import Site, read_run
 
 logger = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ class Worker:
             asked = receive(connection, timeout_s=TRANSFER_TIMEOUT_S, max_arrays=most, largest=_largest)
         except (ProtocolError, MemoryError) as error:
             logger.warning("a question that is none: %s", error)
-            return encode(Frame.error(f"ProtocolError: {error}"))
+            return encode(Frame.error(scrub(error)))
         found = answer(self.site, asked)
         content = encode(found)
         site = self.site
