@@ -42,7 +42,8 @@ class Contributors:
             present = streams_present(layout, stream_of_place, len(marks)).cpu().numpy()
             marks[:, subjects[counting]] |= present[counting].T
         for marks, routed in zip(self._experts.values(), seen.routed, strict=True):
-            marks[routed.chosen.cpu().numpy()[counting], subjects[counting, None]] = True
+            chosen = routed.chosen.cpu().numpy().reshape(len(subjects), -1)  # by subject, or by each of its tokens
+            marks[chosen[counting], subjects[counting, None]] = True
 
     def per_stream(self) -> list[int]:
         """Subjects behind each stream: those who guess its tokens or those who show them, whichever are fewer."""

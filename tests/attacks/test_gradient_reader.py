@@ -124,7 +124,7 @@ def test_server_adds_next_to_no_noise_to_a_sample_of_one_patient_and_is_refused(
     acknowledge-broken-guarantee = true
     """
     run_toml = task(FEWEST + private).run_toml
-    with pytest.raises(LimitError, match="under the site's own bound only"):
+    with pytest.raises(LimitError, match="noise but makes no claim"):
         hospital().handshake(Invitation(run_toml))
 
 
