@@ -10,7 +10,7 @@ from torch import Tensor
 from panfm.config import RunConfig
 from panfm.data.store import ImageStore
 from panfm.models import PanModel
-from panfm.objectives import Learner
+from panfm.training import Learner
 
 
 def train_alone(

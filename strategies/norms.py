@@ -21,11 +21,11 @@ from collections.abc import Mapping
 from statistics import median
 
 from panfm.config import RunConfig
-from panfm.config.run import TrainConfig
+from panfm.config.training import TrainConfig
 from panfm.errors import ProtocolError
-from panfm.objectives.schedules import warmup_cosine
 from panfm.sharing.groups import DIRECTOR
 from panfm.sharing.messages import RoundReply
+from panfm.training.schedules import warmup_cosine
 from strategies.memory import Norms
 
 CLIP = 1 / 3

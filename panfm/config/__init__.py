@@ -10,8 +10,9 @@ from panfm.config.load import (
     parse_run,
     parse_site,
 )
-from panfm.config.run import RunConfig, StreamConfig
+from panfm.config.run import RunConfig
 from panfm.config.site import Releasable, SiteConfig, site_folders, site_path
+from panfm.config.streams import StreamConfig
 
 __all__ = [
     "Releasable",

@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from panfm.config._base import Config, Name, Positive, Seed, Uncoupled
+from panfm.config.base import Config, Name, Positive, Seed, Uncoupled
 
 
 class PhantomSiteConfig(Config):

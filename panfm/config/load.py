@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
-from panfm.config._base import Config
+from panfm.config.base import Config
 from panfm.config.run import RunConfig
 from panfm.config.site import SiteConfig
 from panfm.errors import ConfigError, one_line

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from panfm.config._base import LEAST_NOISE, ClipNorm, Config, Positive, Uncoupled
+from panfm.config.base import LEAST_NOISE, ClipNorm, Config, Positive, Uncoupled
 from panfm.config.server_privacy import server_claim
 
 if TYPE_CHECKING:

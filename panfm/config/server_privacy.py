@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, model_validator
 
-from panfm.config._base import LEAST_NOISE, Uncoupled
+from panfm.config.base import LEAST_NOISE, Uncoupled
 
 if TYPE_CHECKING:
     from panfm.config.run import RunConfig

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from panfm.config._base import BelowOne, Config, Uncoupled
+from panfm.config.base import BelowOne, Config, Uncoupled
 
 Mean = Literal["weighted", "median", "trimmed", "geometric-median", "l-dawa"]
 GroupName = Annotated[str, Field(pattern=r"^(backbone|head|director|experts|router|stream(:[a-z0-9._-]+)?)$")]

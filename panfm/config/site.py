@@ -10,7 +10,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from panfm.config._base import Config, Name, Positive
+from panfm.config.base import Config, Name, Positive
 from panfm.errors import ConfigError
 
 RelativePath = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]

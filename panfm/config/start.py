@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from panfm.config._base import Uncoupled
+from panfm.config.base import Uncoupled
 
 
 class StartConfig(Uncoupled):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from panfm.config.run import ModelConfig
+from panfm.config.model import ModelConfig
 from panfm.errors import ConfigError
 from panfm.models.director_experts import DirectorExperts, Exploration, Path, Routed, mlp
 from panfm.models.saliency import ClsSaliency, Saliency

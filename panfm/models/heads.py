@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from panfm.config.run import DinoConfig, MaeConfig, ObjectiveConfig
+from panfm.config.objectives import DinoConfig, MaeConfig, ObjectiveConfig
 from panfm.models.backbone import Encoded
 from panfm.models.tokens import Layout
 

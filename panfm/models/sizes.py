@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable
 
 from panfm.config import RunConfig
-from panfm.config.run import DinoConfig, MaeConfig
+from panfm.config.objectives import DinoConfig, MaeConfig
 from panfm.models.pan import SIZES
 from panfm.models.stems import stem_features
 

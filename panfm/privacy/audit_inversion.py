@@ -34,9 +34,9 @@ from panfm.models import PanModel
 from panfm.models.backbone import Block
 from panfm.models.pan import StreamTokenizer
 from panfm.models.stems import intensities, patchify
-from panfm.objectives import Learner
 from panfm.privacy.loop import step, sum_over
 from panfm.privacy.randomness import with_noise
+from panfm.training import Learner
 
 _ATTENTION = "backbone.blocks.0.attention.qkv.weight"
 _FLOOR = 3e-6

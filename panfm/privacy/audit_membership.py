@@ -23,10 +23,10 @@ from panfm.config import RunConfig
 from panfm.data.store import ImageStore
 from panfm.errors import DataError
 from panfm.evaluate.scores import Interval, auc, draw_counts, interval
-from panfm.objectives import Learner
-from panfm.objectives.loop import hide
-from panfm.objectives.objective import masked_view
 from panfm.seeds import torch_generator
+from panfm.training import Learner
+from panfm.training.loop import hide
+from panfm.training.objective import masked_view
 
 _CHUNK = 64
 

@@ -29,11 +29,11 @@ from panfm.data.store import Batch, ImageStore
 from panfm.errors import ConfigError
 from panfm.models import PanModel
 from panfm.models.backbone import Encoded
-from panfm.objectives import Learner
-from panfm.objectives.objective import Objective, Split, Targets, View
 from panfm.privacy.loop import noisy_gradient, step
 from panfm.privacy.mechanisms import Mechanism, epsilon
 from panfm.seeds import numpy_generator
+from panfm.training import Learner
+from panfm.training.objective import Objective, Split, Targets, View
 
 DELTA = 1e-5
 """Of the claim that is audited; the run's own delta is too large for as many canaries as this takes."""

@@ -1,4 +1,4 @@
-"""The private local loop: `panfm.objectives.loop` with a step that keeps the guarantee.
+"""The private local loop: `panfm.training.loop` with a step that keeps the guarantee.
 
     g = (sum_j clip(g_j, C) + N(0, (z C)^2)) / (q N)
 
@@ -21,11 +21,6 @@ from torch import Tensor
 from panfm.data.store import Batch, ImageStore
 from panfm.errors import LedgerError
 from panfm.models.backbone import Encoded
-from panfm.objectives import Learner, TrainResult
-from panfm.objectives.experts import ExpertTraining
-from panfm.objectives.loop import hide, stream_saliency
-from panfm.objectives.masking import is_guided
-from panfm.objectives.schedules import cosine, warmup_cosine
 from panfm.privacy.gradients import add_clipped, patient_gradient
 from panfm.privacy.ledger import Permit
 from panfm.privacy.mechanisms import needs_saliency, planned
@@ -33,6 +28,11 @@ from panfm.privacy.patients import Patient, one_patient, patient_loss, patients_
 from panfm.privacy.randomness import poisson_sample, secret_generator, with_noise
 from panfm.privacy.saliency import noisy_profile
 from panfm.privacy.trained import trained_parameters
+from panfm.training import Learner, TrainResult
+from panfm.training.experts import ExpertTraining
+from panfm.training.loop import hide, stream_saliency
+from panfm.training.masking import is_guided
+from panfm.training.schedules import cosine, warmup_cosine
 
 
 def train_privately(

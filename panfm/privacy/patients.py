@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from panfm.data.store import Batch, ImageStore
-from panfm.objectives import Learner
-from panfm.objectives.experts import ExpertTraining
-from panfm.objectives.objective import Split, Targets, masked_view
+from panfm.training import Learner
+from panfm.training.experts import ExpertTraining
+from panfm.training.objective import Split, Targets, masked_view
 
 
 @dataclass(frozen=True)

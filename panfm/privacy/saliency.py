@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from panfm.data.store import Batch, ImageStore
-from panfm.objectives import Learner
-from panfm.objectives.loop import stream_saliency
 from panfm.privacy.mechanisms import SALIENCY_SENSITIVITY
 from panfm.privacy.patients import one_patient, patients_with_streams
 from panfm.privacy.randomness import with_noise
+from panfm.training import Learner
+from panfm.training.loop import stream_saliency
 
 
 def noisy_profile(learner: Learner, store: ImageStore, indices: NDArray[np.int64]) -> Tensor:

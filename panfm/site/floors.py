@@ -20,13 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from panfm.config import RunConfig
-from panfm.config.run import TrainConfig
 from panfm.config.site import LimitsConfig
+from panfm.config.training import TrainConfig
 from panfm.data.store import ImageStore
 from panfm.errors import LimitError
-from panfm.objectives import TrainResult
-from panfm.objectives.schedules import warmup_cosine
 from panfm.sharing.groups import DIRECTOR, EXPERTS, ROUTER, GroupManifest, layer_of, stream_of
+from panfm.training import TrainResult
+from panfm.training.schedules import warmup_cosine
 
 _UNEVEN = 3.0
 """How much more than an even share a step may be of an update; half a cosine's end is three times as steep."""

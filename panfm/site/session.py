@@ -17,7 +17,6 @@ from panfm.config import RunConfig, dump_toml, experiment_hash, parse_run
 from panfm.config.privacy import privacy_label
 from panfm.data.store import ImageStore
 from panfm.errors import ProtocolError
-from panfm.objectives import Learner, TrainResult
 from panfm.privacy import train_privately
 from panfm.sharing.coding import Arrays, encode_with_feedback
 from panfm.sharing.downlink import digests, take_step
@@ -29,6 +28,7 @@ from panfm.site.admission import admit, check_finite, check_start, question_dige
 from panfm.site.floors import Floors
 from panfm.site.spending import Account, fingerprint
 from panfm.site.state import Origin, StateStore
+from panfm.training import Learner, TrainResult
 
 _LOST = "coding.lost."
 _GLOBAL = "global."

@@ -24,8 +24,8 @@ from torch.nn import functional
 from panfm.config import RunConfig, parse_run
 from panfm.data.store import ImageStore
 from panfm.models.director_experts import Alignment, DirectorExperts, Routed, mlp
-from panfm.objectives import Learner
 from panfm.seeds import numpy_generator
+from panfm.training import Learner
 from simulations.harness import StudyResult, check_writable
 
 _RUN = """

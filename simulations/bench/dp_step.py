@@ -21,9 +21,9 @@ from rich.console import Console
 
 from panfm.config import RunConfig, parse_run
 from panfm.data.store import ImageStore
-from panfm.objectives import Learner
 from panfm.privacy.loop import noisy_gradient, step
 from panfm.seeds import numpy_generator
+from panfm.training import Learner
 from simulations.harness import StudyResult, check_writable
 
 _RUN = """

@@ -28,10 +28,10 @@ from client.app import app as client_app
 from panfm.config import RunConfig, load_run
 from panfm.data.cache import open_store
 from panfm.data.store import ImageStore
-from panfm.objectives import Learner
 from panfm.sharing.groups import GroupManifest, group_of
 from panfm.sharing.weights import Trained, group_weights
 from panfm.site.session import held_streams
+from panfm.training import Learner
 from server.handshake import shake_hands
 from server.rounds import initial_state, train_round
 from server.run_folder import RunFolder

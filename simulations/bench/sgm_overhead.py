@@ -15,8 +15,8 @@ from rich.console import Console
 
 from panfm.config import RunConfig, load_run
 from panfm.data.store import ImageStore
-from panfm.objectives import Learner
 from panfm.seeds import numpy_generator
+from panfm.training import Learner
 from simulations.harness import QUICKSTART, Experiment, JsonFile, StudyResult, check_writable
 
 ARMS: dict[str, dict[str, object]] = {

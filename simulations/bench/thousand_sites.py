@@ -32,9 +32,9 @@ from panfm.anatomy import parse_stream
 from panfm.config import RunConfig, load_run, site_folders
 from panfm.config.cohort import PhantomCohortConfig, PhantomSiteConfig
 from panfm.data.cache import open_store
-from panfm.objectives import Learner
 from panfm.sharing.messages import Handshake
 from panfm.site.session import held_streams
+from panfm.training import Learner
 from server.progress import Progress
 from server.rounds import run_federation
 from server.run_folder import RunFolder

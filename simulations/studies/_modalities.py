@@ -24,9 +24,9 @@ from panfm.evaluate.classes import Classed, leave_one_modality_out, probe_classe
 from panfm.evaluate.similarity import modality_cka
 from panfm.models import PanModel
 from panfm.models.director_experts import Path as Through
-from panfm.objectives import Learner
 from panfm.report.table import number_text
 from panfm.sharing.groups import group_of, stream_of
+from panfm.training import Learner
 from simulations.harness import QUICKSTART, StudyResult
 
 EXPERIMENT = QUICKSTART.with_name("dex-ten-modalities.toml")

@@ -41,10 +41,10 @@ from panfm.models import PanModel
 from panfm.models.backbone import Block
 from panfm.models.director_experts import DirectorExperts, Routed
 from panfm.models.export import director_run, director_state
-from panfm.objectives import Learner
-from panfm.objectives.loop import hide
-from panfm.objectives.objective import masked_view
 from panfm.seeds import numpy_generator, torch_generator
+from panfm.training import Learner
+from panfm.training.loop import hide
+from panfm.training.objective import masked_view
 from simulations.harness import (
     Draws,
     FirstSeed,

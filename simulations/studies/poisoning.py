@@ -37,9 +37,9 @@ from panfm.config.cohort import PhantomCohortConfig, PhantomSiteConfig
 from panfm.data.phantom.cohort import write_cohort
 from panfm.evaluate import LabelledStore, Task, evaluate_cohort, read_label_info
 from panfm.models import build_model
-from panfm.objectives import Learner
 from panfm.sharing.groups import split_state
 from panfm.sharing.shares import FEWEST
+from panfm.training import Learner
 from simulations.harness import (
     QUICKSTART,
     Draws,

@@ -29,8 +29,8 @@ from panfm.evaluate.missing import FeaturesOf, missing_grid
 from panfm.evaluate.probe import auc_per_label, fit_classifiers
 from panfm.evaluate.statistics import StatisticsReference, measure_store
 from panfm.models import PanModel
-from panfm.objectives import Learner
-from panfm.objectives.saliency import stream_shares
+from panfm.training import Learner
+from panfm.training.saliency import stream_shares
 from simulations.harness import (
     QUICKSTART,
     Draws,

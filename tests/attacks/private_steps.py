@@ -5,8 +5,8 @@ import torch
 
 from panfm.config import parse_run
 from panfm.data.store import ImageStore
-from panfm.objectives import Learner
 from panfm.privacy.loop import sum_over
+from panfm.training import Learner
 
 LEVEL = 1 + 1e-5
 RUN = """

@@ -11,11 +11,11 @@ from panfm.config import RunConfig, dump_toml, parse_run
 from panfm.data.cache import open_store
 from panfm.errors import LimitError, PanfmError
 from panfm.models import build_model
-from panfm.objectives import Learner
 from panfm.sharing.coding import decode
 from panfm.sharing.groups import GroupManifest, is_shared
 from panfm.sharing.messages import Invitation, RoundTask
 from panfm.site import Site
+from panfm.training import Learner
 
 RUN = """
 name = "reader"
@@ -188,7 +188,7 @@ def test_a_stream_that_was_withheld_keeps_what_its_coding_owes(hospital, coding)
 @pytest.mark.parametrize("counting", [1, 4])
 def test_server_lets_all_steps_but_a_few_be_left_out_and_gets_no_answer(hospital, monkeypatch, counting):
     """As with parameters under which the loss of the other batches is not finite."""
-    from panfm.objectives.latent import LatentObjective
+    from panfm.training.latent import LatentObjective
 
     real, calls = LatentObjective.loss, []
 
@@ -202,7 +202,7 @@ def test_server_lets_all_steps_but_a_few_be_left_out_and_gets_no_answer(hospital
 
 
 def rate_at(run: RunConfig, step: int) -> float:
-    from panfm.objectives.schedules import warmup_cosine
+    from panfm.training.schedules import warmup_cosine
 
     position = (step + 0.5) / run.train.total_steps
     return run.train.learning_rate * warmup_cosine(position, warmup=run.train.warmup)
@@ -292,7 +292,7 @@ def test_server_has_so_many_experts_that_one_serves_a_patient_and_gets_none_of_i
     hospital, monkeypatch, sharing, coding
 ):
     """Their numbers, their routers' rows, the director that is made of them, and their weights."""
-    from panfm.objectives.experts import ExpertTraining
+    from panfm.training.experts import ExpertTraining
 
     used, real = {}, ExpertTraining.absorb
 

@@ -9,7 +9,6 @@ import torch
 
 from panfm.config import parse_run
 from panfm.models import build_model
-from panfm.objectives import Learner
 from panfm.privacy import saliency
 from panfm.privacy.loop import step
 from panfm.privacy.mechanisms import LEAST_NOISE
@@ -18,6 +17,7 @@ from panfm.sharing.groups import GroupManifest
 from panfm.sharing.mean import ExactMean
 from panfm.sharing.messages import Handshake, RoundReply
 from panfm.sharing.weights import Trained, group_weights, weight_limits
+from panfm.training import Learner
 from strategies.direction import LIMIT, Directions
 from strategies.guards import check_reply
 from strategies.memory import Memory

@@ -9,13 +9,10 @@ import pytest
 import torch
 
 from panfm.config import dump_toml, parse_run
-from panfm.config._base import Config
+from panfm.config.base import Config
 from panfm.config.privacy import NO_CLAIM, broken_guarantees, claim
 from panfm.errors import ConfigError, ProtocolError
 from panfm.models import build_model
-from panfm.objectives import Learner
-from panfm.objectives.masking import draw_hidden, stream_scores
-from panfm.objectives.objective import Split
 from panfm.privacy import loop
 from panfm.privacy.loop import sum_over
 from panfm.privacy.saliency import saliency_sum
@@ -23,6 +20,9 @@ from panfm.sharing.downlink import code_step, digests, take_step
 from panfm.sharing.groups import GroupManifest
 from panfm.sharing.messages import RoundTask
 from panfm.site import Site
+from panfm.training import Learner
+from panfm.training.masking import draw_hidden, stream_scores
+from panfm.training.objective import Split
 from simulations.run import cohort_folder
 from strategies.means import empty_mean
 from tests.attacks.private_steps import (

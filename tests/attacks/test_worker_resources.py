@@ -30,7 +30,6 @@ from panfm.data.decode import ImageError, decode_picture, decode_volume
 from panfm.data.store import Batch, ImageStore
 from panfm.errors import DataError, LimitError, ProtocolError
 from panfm.models.sizes import state_bytes
-from panfm.objectives import learner
 from panfm.sharing import frames
 from panfm.sharing.frames import Frame, Kind, receive
 from panfm.sharing.messages import Invitation, Records
@@ -38,6 +37,7 @@ from panfm.site import Site, answer, session
 from panfm.site import limits as limits_of_site
 from panfm.site.limits import kept_bytes
 from panfm.site.worker import Worker
+from panfm.training import learner
 from tests.conftest import NO_FLOORS
 from tests.unit.site.test_site import RUN, task
 

@@ -18,9 +18,9 @@ ALLOWED = {
     "simulations": set(HOUSE),
 }
 LEVELS = (
-    ("errors", "seeds", "anatomy", "config", "files", "texts"),
+    ("errors", "seeds", "anatomy", "registry", "config", "files", "texts"),
     ("data", "models", "sharing"),
-    ("objectives", "privacy", "evaluate"),
+    ("training", "privacy", "evaluate"),
     ("site", "report", "export"),
     ("cli",),
     ("__main__", "superlink_database"),

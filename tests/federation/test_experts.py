@@ -13,9 +13,9 @@ from client.app import app as client_app
 from panfm.data.cache import open_store
 from panfm.evaluate.embed import embed_store, load_model
 from panfm.models import build_model
-from panfm.objectives import Learner
 from panfm.sharing.groups import DIRECTOR, EXPERTS, ROUTER, GroupManifest, group_of
 from panfm.site.state import StateStore
+from panfm.training import Learner
 from server.app import app as server_app
 from server.run_folder import RunFolder
 from simulations.engines.local import run as run_local

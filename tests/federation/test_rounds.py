@@ -19,10 +19,10 @@ from panfm.config import dump_toml, parse_run
 from panfm.errors import RunError
 from panfm.evaluate.embed import load_model
 from panfm.models import build_model
-from panfm.objectives import Learner
-from panfm.objectives.latent import LatentObjective
 from panfm.site.session import Session
 from panfm.site.state import StateStore
+from panfm.training import Learner
+from panfm.training.latent import LatentObjective
 from server.app import app as server_app
 from server.progress import Progress
 from server.rounds import run_federation

@@ -16,13 +16,14 @@ from typer.testing import CliRunner
 from panfm.anatomy import DEFAULT_ORGANS, parse_stream
 from panfm.cli import main
 from panfm.config import RunConfig, StreamConfig, dump_toml
-from panfm.config.run import ModelConfig, TrainConfig
+from panfm.config.model import ModelConfig
+from panfm.config.training import TrainConfig
 from panfm.data.cache import open_store
 from panfm.data.check import check_site
 from panfm.evaluate import embed_store
 from panfm.evaluate.embed import read_features
 from panfm.models import PanModel
-from panfm.objectives import Learner
+from panfm.training import Learner
 
 REAL = os.environ.get("PANFM_REAL_DATA")
 pytestmark = pytest.mark.skipif(not REAL, reason="PANFM_REAL_DATA is not set: no real images")

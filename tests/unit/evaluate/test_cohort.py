@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from panfm.config import RunConfig, StreamConfig
-from panfm.config.run import ProbeConfig
+from panfm.config.probe import ProbeConfig
 from panfm.data.store import ImageStore
 from panfm.errors import DataError
 from panfm.evaluate import LabelInfo, LabelledStore, Task, evaluate_cohort

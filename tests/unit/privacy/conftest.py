@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from panfm.data.store import ImageStore
-from panfm.objectives.objective import Split
 from panfm.privacy import loop
+from panfm.training.objective import Split
 
 PRIVATE = """
 [privacy]

@@ -6,8 +6,8 @@ import torch
 
 from panfm.errors import DataError
 from panfm.models import build_model
-from panfm.objectives import Learner
 from panfm.privacy.audit_membership import Place, audit_membership, patient_losses
+from panfm.training import Learner
 
 STEPS = 400
 

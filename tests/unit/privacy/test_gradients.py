@@ -10,12 +10,12 @@ from torch import nn
 from torch.testing import assert_close
 
 from panfm.data.store import ImageStore
-from panfm.objectives import Learner
-from panfm.objectives.experts import ExpertTraining
-from panfm.objectives.objective import masked_view
 from panfm.privacy.gradients import add_clipped, patient_gradient
 from panfm.privacy.loop import sum_over
 from panfm.privacy.trained import trained_parameters
+from panfm.training import Learner
+from panfm.training.experts import ExpertTraining
+from panfm.training.objective import masked_view
 
 KINDS = [(objective, backbone) for objective in ("latent", "mae") for backbone in ("dense", "dex")]
 ACKNOWLEDGED = "acknowledge-broken-guarantee = true"

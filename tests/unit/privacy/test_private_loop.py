@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from panfm.errors import LedgerError
-from panfm.objectives import Learner
 from panfm.privacy import loop, saliency
 from panfm.privacy.ledger import Ledger, Limits
 from panfm.privacy.loop import noisy_gradient, sum_over, train_privately
 from panfm.privacy.randomness import with_noise
 from panfm.privacy.saliency import noisy_profile, saliency_sum
+from panfm.training import Learner
 
 
 def permit(run, folder, round_number=1):

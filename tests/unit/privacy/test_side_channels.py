@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from panfm.data.store import ImageStore
-from panfm.objectives import Learner
 from panfm.privacy.gradients import add_clipped, patient_gradient
 from panfm.privacy.loop import prepare, sum_over
 from panfm.privacy.patients import one_patient, patient_loss, patients_with_streams
 from panfm.privacy.trained import trained_parameters
+from panfm.training import Learner
 
 NUM = 24
 LEVEL = 1 + 1e-5

@@ -3,7 +3,7 @@
 import numpy as np
 
 from panfm.data.store import ImageStore
-from panfm.objectives import Learner
+from panfm.training import Learner
 from simulations.alone import train_alone
 
 

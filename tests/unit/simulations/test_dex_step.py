@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch.testing import assert_close
 
-from panfm.objectives import Learner
+from panfm.training import Learner
 from simulations.bench.dex_step import naive_learner
 
 

@@ -6,7 +6,7 @@ from torch.testing import assert_close
 
 from panfm.models import build_model
 from panfm.models.director_experts import DirectorExperts, Exploration
-from panfm.objectives import Learner, loop
+from panfm.training import Learner, loop
 from simulations.studies._modalities import Pictures
 from simulations.studies._released import ActivationFromZero, DirectorFirst, Released, use_layers
 from simulations.studies.dex import RELEASED, arm_run, exchange_layers

@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from panfm.config.run import TrainConfig
 from panfm.config.site import LimitsConfig
+from panfm.config.training import TrainConfig
 from panfm.errors import LimitError
-from panfm.objectives import TrainResult
-from panfm.objectives.schedules import warmup_cosine
 from panfm.sharing.groups import GroupManifest
 from panfm.site.floors import Floors, check_run, step_weights
+from panfm.training import TrainResult
+from panfm.training.schedules import warmup_cosine
 
 FLOORS = Floors(8, 5)
 

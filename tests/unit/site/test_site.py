@@ -9,8 +9,6 @@ import torch
 from panfm.config import dump_toml, experiment_hash, parse_run
 from panfm.errors import DataError, ProtocolError
 from panfm.models import build_model
-from panfm.objectives import Learner
-from panfm.objectives.loop import Validation
 from panfm.sharing.coding import decode
 from panfm.sharing.downlink import code_step, digests, take_step
 from panfm.sharing.frames import Frame
@@ -19,6 +17,8 @@ from panfm.sharing.messages import Invitation, RoundTask
 from panfm.site import Site, session
 from panfm.site.departures import Departures
 from panfm.site.state import StateStore
+from panfm.training import Learner
+from panfm.training.loop import Validation
 
 RUN = """
 name = "small"
@@ -198,7 +198,7 @@ def test_a_round_trains_and_validates_on_the_right_subjects_at_its_place_in_the_
 
 def test_skipped_steps_do_not_weigh(folder, monkeypatch):
     """One finite step of two; then none, which leaves the model where it was."""
-    from panfm.objectives.latent import LatentObjective
+    from panfm.training.latent import LatentObjective
 
     real, calls = LatentObjective.loss, []
 

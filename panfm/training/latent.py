@@ -22,14 +22,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from panfm.config.run import LatentConfig
+from panfm.config.objectives import LatentConfig
 from panfm.data.store import Batch
 from panfm.models import PanModel
 from panfm.models.backbone import Encoded
 from panfm.models.stems import patchify, stem_features, stem_step
 from panfm.models.tokens import Layout, gather_tokens
-from panfm.objectives.objective import Split, Targets, View, mean_over
 from panfm.seeds import torch_generator
+from panfm.training.objective import Split, Targets, View, mean_over
 
 
 class RunningMoments:

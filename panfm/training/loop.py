@@ -18,16 +18,16 @@ from panfm.data.store import Batch, ImageStore
 from panfm.errors import ConfigError
 from panfm.models.backbone import Encoded
 from panfm.models.director_experts import Exploration
-from panfm.objectives.contributors import Contributors, has_loss
-from panfm.objectives.experts import ExpertTraining
-from panfm.objectives.masking import draw_hidden, is_guided, stream_scores
-from panfm.objectives.objective import Split, View, masked_view
-from panfm.objectives.saliency import relative_profile, stream_shares, streams_present
-from panfm.objectives.schedules import cosine, warmup_cosine
 from panfm.seeds import numpy_generator, torch_generator
+from panfm.training.contributors import Contributors, has_loss
+from panfm.training.experts import ExpertTraining
+from panfm.training.masking import draw_hidden, is_guided, stream_scores
+from panfm.training.objective import Split, View, masked_view
+from panfm.training.saliency import relative_profile, stream_shares, streams_present
+from panfm.training.schedules import cosine, warmup_cosine
 
 if TYPE_CHECKING:
-    from panfm.objectives.learner import Learner
+    from panfm.training.learner import Learner
 
 _PROFILE_MOMENTUM = 0.9
 """Momentum per step of a site's running saliency profile."""

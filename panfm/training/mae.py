@@ -19,7 +19,7 @@ from panfm.models.backbone import Encoded
 from panfm.models.pan import StreamTokenizer
 from panfm.models.stems import patchify
 from panfm.models.tokens import gather_tokens
-from panfm.objectives.objective import Split, Targets, View
+from panfm.training.objective import Split, Targets, View
 
 
 class MaeObjective:

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from panfm.objectives import Learner
-from panfm.objectives.schedules import warmup_cosine
+from panfm.training import Learner
+from panfm.training.schedules import warmup_cosine
 
 
 def trained(run, store, num_steps: int) -> tuple[dict, dict]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from panfm.objectives.schedules import cosine, warmup_cosine
+from panfm.training.schedules import cosine, warmup_cosine
 
 
 @pytest.mark.parametrize(("position", "factor"), [(0.0, 0.0), (0.05, 0.5), (0.1, 1.0), (0.55, 0.5), (1.0, 0.0)])

@@ -18,6 +18,7 @@ Weight = Annotated[float, Field(ge=0.0, le=100.0)]
 ClipNorm = Annotated[float, Field(ge=1e-3, le=1e3)]
 Timeout = Annotated[float, Field(gt=0.0, le=2_592_000.0)]
 """Seconds, up to thirty days."""
+Temperature = Annotated[float, Field(ge=1e-3, le=100.0)]
 LEAST_NOISE = 0.3
 """Less noise, in sensitivities, costs an epsilon that protects nobody, and that the accountant cannot tell well."""
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]

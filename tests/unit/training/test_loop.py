@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from panfm.objectives import Learner, loop
-from panfm.objectives.loop import batches
+from panfm.training import Learner, loop
+from panfm.training.loop import batches
 
 OBJECTIVES = ["latent", "dino", "mae"]
 

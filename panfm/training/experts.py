@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from panfm.config.run import ExpertsConfig
+from panfm.config.model import ExpertsConfig
 from panfm.models import PanModel
 from panfm.models.backbone import Encoded
 from panfm.models.director_experts import Exploration, balance_loss, layer_weight
-from panfm.objectives.schedules import cosine
+from panfm.training.schedules import cosine
 
 
 class ExpertTraining:

@@ -16,16 +16,16 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from panfm.config import RunConfig
-from panfm.config.run import DinoConfig, LatentConfig, MaeConfig
+from panfm.config.objectives import DinoConfig, LatentConfig, MaeConfig
 from panfm.data.store import Batch, ImageStore
 from panfm.models import PanModel, build_model
 from panfm.models.start import load_with_fresh_private
-from panfm.objectives.dino import DinoObjective
-from panfm.objectives.latent import LatentObjective
-from panfm.objectives.loop import TrainResult, Validation, train, validate
-from panfm.objectives.mae import MaeObjective
-from panfm.objectives.objective import Objective
 from panfm.sharing.groups import split_state
+from panfm.training.dino import DinoObjective
+from panfm.training.latent import LatentObjective
+from panfm.training.loop import TrainResult, Validation, train, validate
+from panfm.training.mae import MaeObjective
+from panfm.training.objective import Objective
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _CHUNK_BYTES = 1 << 28

@@ -14,12 +14,12 @@ Shape legend: B subjects, K hidden places, Q prototypes, D width.
 import torch
 from torch import Tensor
 
-from panfm.config.run import DinoConfig
+from panfm.config.objectives import DinoConfig
 from panfm.data.store import Batch
 from panfm.models import PanModel
 from panfm.models.backbone import Encoded
 from panfm.models.tokens import gather_tokens
-from panfm.objectives.objective import Split, Targets, View, mean_over
+from panfm.training.objective import Split, Targets, View, mean_over
 
 
 class DinoObjective:

@@ -29,9 +29,9 @@ from typing import assert_never
 import torch
 from torch import Tensor
 
-from panfm.config.run import MaskingConfig
+from panfm.config.masking import MaskingConfig
 from panfm.models.tokens import Layout
-from panfm.objectives.saliency import normalised_entropy
+from panfm.training.saliency import normalised_entropy
 
 _LEAST_RELATIVE_SALIENCY = 0.05
 """Saliency below this share of an equal split counts as this share, so that no stream is left out for good."""

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from panfm.models.tokens import Layout
-from panfm.objectives.contributors import Contributors, has_loss
-from panfm.objectives.objective import Split
+from panfm.training.contributors import Contributors, has_loss
+from panfm.training.objective import Split
 
 PLACES = torch.tensor([0, 0, 1, 1])
 """Two streams of two places."""

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from panfm.models import build_model
-from panfm.objectives import Learner
+from panfm.training import Learner
 
 PRIVATE_HEAD = '[sharing]\nhead = "private"\n'
 

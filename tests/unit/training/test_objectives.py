@@ -8,10 +8,10 @@ from torch.testing import assert_close
 
 from panfm.data.store import Batch
 from panfm.models.stems import patchify
-from panfm.objectives import Learner
-from panfm.objectives.latent import RunningMoments
-from panfm.objectives.masking import draw_hidden
-from panfm.objectives.objective import Split, masked_view
+from panfm.training import Learner
+from panfm.training.latent import RunningMoments
+from panfm.training.masking import draw_hidden
+from panfm.training.objective import Split, masked_view
 
 LATENT_PLAIN = '[objective]\nname = "latent"\nstandardise = false\ncontent-share = 0.0\n'
 DINO = '[objective]\nname = "dino"\nprototypes = 16\n'

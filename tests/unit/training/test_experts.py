@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from panfm.config.run import ExpertsConfig
+from panfm.config.model import ExpertsConfig
 from panfm.models.director_experts import balance_loss, layer_weight
-from panfm.objectives import Learner, loop
-from panfm.objectives.experts import ExpertTraining
-from panfm.objectives.objective import Split, masked_view
+from panfm.training import Learner, loop
+from panfm.training.experts import ExpertTraining
+from panfm.training.objective import Split, masked_view
 
 OBJECTIVES = ["latent", "dino", "mae"]
 POLICIES = ["random", "organ", "sgm", "inverse", "static"]

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from panfm.config.run import MaskingConfig
+from panfm.config.masking import MaskingConfig
 from panfm.models.tokens import pack
-from panfm.objectives.masking import draw_hidden, guidance, stream_scores
-from panfm.objectives.saliency import normalised_entropy
+from panfm.training.masking import draw_hidden, guidance, stream_scores
+from panfm.training.saliency import normalised_entropy
 
 STREAM_OF_PLACE = torch.arange(3).repeat_interleave(torch.tensor([4, 2, 6]))
 ORGANS = ("heart", "brain", "adipose")

@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from panfm.models.backbone import Encoded
-from panfm.objectives.objective import Split
-from panfm.objectives.saliency import streams_present
+from panfm.training.objective import Split
+from panfm.training.saliency import streams_present
 
 
 def has_loss(split: Split) -> NDArray[np.bool_]:

@@ -4,7 +4,7 @@ import torch
 from torch.testing import assert_close
 
 from panfm.models.tokens import pack
-from panfm.objectives.saliency import relative_profile, stream_shares, streams_present
+from panfm.training.saliency import relative_profile, stream_shares, streams_present
 
 STREAM_OF_PLACE = torch.tensor([0, 0, 1])
 

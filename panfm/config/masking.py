@@ -1,0 +1,54 @@
+"""`[masking]`: which tokens are hidden from the student."""
+
+from collections.abc import Iterator
+from typing import Annotated, Literal, assert_never
+
+from pydantic import Field
+
+from panfm.config.base import Config, Fraction, Positive
+
+
+class MaskingConfig(Config):
+    """Which tokens are hidden from the student. Every policy hides the same number of tokens per patient."""
+
+    policy: Literal["random", "organ", "sgm", "inverse", "static"] = "sgm"
+    """random: uniform; organ: whole streams; sgm: more of the streams that the model leans on; inverse: less of them;
+    static: more of `static-organs`, always."""
+    ratio: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.6
+    """Share of a patient's tokens that is hidden."""
+    saliency: Literal["attention", "value"] = "value"
+    """attention: CLS row of the teacher's last block; value: CLS attention times the norm of the centred values, summed
+    over all blocks."""
+    scope: Literal["subject", "site", "federation"] = "site"
+    """Whose saliency steers: this patient's, the site's running mean, or the mean the server sends."""
+    strength: Annotated[float, Field(ge=0.0, le=100.0)] = 3.0
+    """Slope of log-odds of hiding against log saliency."""
+    limit: Annotated[float, Field(ge=1e-3, le=100.0)] = 3.0
+    """Largest log-odds, either way: the most dominant stream is hidden more, but never always."""
+    warmup_steps: Positive = 20
+    """Local steps over which strength grows from 0."""
+    settle_steps: Positive = 500
+    """Local steps at full strength; over as many more it fades to what `balance` says."""
+    balance: Fraction = 0.85
+    """Once settled, guidance goes on only while the normalised entropy of the saliency over streams lies below this;
+    0.1 below, at full strength."""
+    static_organs: Annotated[tuple[str, ...], Field(strict=False)] = ("heart", "adipose")
+    """Organs that `static` hides more."""
+
+    def couplings(self) -> Iterator[str]:
+        """What couples patients, as `key: why, remedy`, one line each. Whatever its scope, saliency of more than one
+        patient steers masks only after noise, as a mechanism of its own."""
+        match self.policy:
+            case "random" | "organ" | "static":
+                return
+            case "sgm" | "inverse":
+                pass
+            case _:
+                assert_never(self.policy)
+        match self.saliency:
+            case "attention":
+                return
+            case "value":
+                yield 'saliency: "value" is centred over the batch, set "attention", or masking.policy = "random"'
+            case _:
+                assert_never(self.saliency)

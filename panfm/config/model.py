@@ -1,0 +1,69 @@
+"""`[model]`: size, tokenizer and backbone."""
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, assert_never
+
+from pydantic import BeforeValidator, Field
+
+from panfm.config.base import Config, Fraction, Temperature, Weight
+
+
+def _one_for_all_blocks(number: Any) -> Any:
+    return (number,) if isinstance(number, int) else number
+
+
+PerBlock = Annotated[
+    tuple[Annotated[int, Field(gt=0, le=1024)], ...],
+    Field(strict=False, min_length=1),
+    BeforeValidator(_one_for_all_blocks),
+]
+"""One number for all blocks, or a list with one for each."""
+
+
+class ExpertsConfig(Config):
+    """Director-Experts (DEX, arXiv 2605.21861). Pairs are values at the start and the end of the run, by cosine."""
+
+    count: PerBlock = (8,)
+    """Experts in a block."""
+    active: PerBlock = (2,)
+    """Experts that a patient uses; all tokens of a patient use the same."""
+    temperature: Temperature = 0.5
+    """Of the router's softmax."""
+    noise: Annotated[tuple[Weight, Weight], Field(strict=False)] = (1.0, 0.0)
+    """Scale of the exploration noise on the router's logits."""
+    director_momentum: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.99, 0.999)
+    """EMA momentum of the director, which follows the experts by their gate mass."""
+    alignment: Literal["cosine", "softmax"] = "cosine"
+    """How the experts are pulled to the director: `cosine` as in the paper, `softmax` (cross-entropy over features) as
+    in the released code."""
+    alignment_weight: Weight = 0.01
+    balance_weight: Annotated[tuple[Weight, Weight], Field(strict=False)] = (0.001, 0.0)
+    """Weight of the pull to equal use of the experts; the released code has 0.01 throughout."""
+
+
+class ModelConfig(Config):
+    """The pan-organ transformer."""
+
+    size: Literal["nano", "tiny", "small", "base"] = "nano"
+    """nano: 48 wide, 2 blocks, for laptops; tiny, small, base: the widths, depths and heads of ViT-T/S/B."""
+    tokenizer: Literal["statistics", "patch"] = "statistics"
+    """statistics: mean, log-sd and mean gradient of sub-blocks, then linear (learns fastest on small cohorts);
+    patch: linear on raw voxels, as in ViT."""
+    backbone: Literal["dense", "director-experts"] = "dense"
+    """dense: a ViT; director-experts: every block's MLP is a pool of experts and one director."""
+    hidden_multiple: Annotated[int, Field(gt=0, le=64)] = 4
+    """Hidden width of an MLP (dense, expert or director) over the model's width. A pool of which K experts are active
+    costs as much as a dense MLP at 1/K of its multiple."""
+    experts: ExpertsConfig = ExpertsConfig()
+    """Only for `director-experts`."""
+
+    def couplings(self) -> Iterator[str]:
+        """What couples patients, as `key: why, remedy`, one line each."""
+        match self.backbone:
+            case "dense":
+                return
+            case "director-experts":
+                if any(self.experts.balance_weight):
+                    yield "experts.balance-weight: it pulls on the batch's mean, set [0.0, 0.0]"
+            case _:
+                assert_never(self.backbone)

@@ -1,0 +1,16 @@
+"""`[probe]`: frozen-feature probes after training."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from panfm.config.base import Uncoupled
+
+
+class ProbeConfig(Uncoupled):
+    """Frozen-feature probes after training."""
+
+    bootstrap: Annotated[int, Field(ge=0, le=1_000_000)] = 200
+    """Resamples of the test subjects for the interval."""
+    missing_draws: Annotated[int, Field(gt=0, le=1_000)] = 3
+    """Random organ subsets per number of missing organs."""

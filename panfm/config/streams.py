@@ -1,0 +1,48 @@
+"""`[streams.<name>]`: how the images of a stream are brought to one size and cut into tokens."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from panfm.config.base import Uncoupled
+
+Voxels = Annotated[int, Field(gt=0, le=65_536)]
+Millimetres = Annotated[float, Field(ge=1e-3, le=1e3)]
+
+
+class StreamConfig(Uncoupled):
+    """How the images of one stream are brought to one size and cut into tokens."""
+
+    shape: Annotated[tuple[Voxels, ...], Field(strict=False, min_length=2, max_length=3)]
+    """Voxels after resampling and crop/pad: [R, A, S] for a volume, [height, width] for an image."""
+    patch: Annotated[tuple[Voxels, ...], Field(strict=False, min_length=2, max_length=3)]
+    """Voxels of one token, one number per axis; divides `shape`."""
+    spacing_mm: Annotated[tuple[Millimetres, ...], Field(strict=False, max_length=3)] = ()
+    """Voxel size in mm on each axis of a volume; left out for 2D images, which are resized to `shape`."""
+    channels: Literal[1, 3] = 1
+    """1 for grey, 3 for colour (2D only)."""
+
+    @model_validator(mode="after")
+    def _axes_agree(self) -> Self:
+        if len(self.patch) != len(self.shape):
+            raise ValueError(f"patch has {len(self.patch)} axes, shape has {len(self.shape)}")
+        for size, step in zip(self.shape, self.patch, strict=True):
+            if size % step:
+                raise ValueError(f"patch {list(self.patch)} does not divide shape {list(self.shape)}")
+        if self.is_volume and len(self.spacing_mm) != 3:
+            raise ValueError("spacing-mm: a volume needs three numbers, in mm")
+        if self.is_volume and self.channels != 1:
+            raise ValueError("channels: a volume has one channel")
+        if not self.is_volume and self.spacing_mm:
+            raise ValueError("spacing-mm: only for volumes")
+        return self
+
+    @property
+    def is_volume(self) -> bool:
+        """Three axes, in mm."""
+        return len(self.shape) == 3
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Tokens per axis."""
+        return tuple(size // step for size, step in zip(self.shape, self.patch, strict=True))

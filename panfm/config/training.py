@@ -1,0 +1,44 @@
+"""`[train]`: the local loop, and how much of it."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from panfm.config.base import BelowOne, ClipNorm, Fraction, Positive, Uncoupled
+
+
+class TrainConfig(Uncoupled):
+    """The local loop, and how much of it."""
+
+    rounds: Annotated[int, Field(gt=0, le=1_000_000)] = 10
+    local_steps: Annotated[int, Field(gt=0, le=1_000_000)] = 20
+    """Optimiser steps per site and round."""
+    validate_every: Positive = 5
+    """Rounds between a site's validations of its own model, on its val split; the last round always ends with one."""
+    batch_size: Annotated[int, Field(gt=0, le=65_536)] = 32
+    """Patients per step."""
+    learning_rate: Annotated[float, Field(ge=1e-9, le=10.0)] = 3e-3
+    weight_decay: Annotated[float, Field(ge=0.0, le=10.0)] = 0.05
+    betas: Annotated[tuple[BelowOne, BelowOne], Field(strict=False)] = (0.9, 0.95)
+    warmup: Fraction = 0.1
+    """Share of the whole run over which the learning rate grows; then cosine to 0."""
+    clip_norm: ClipNorm = 3.0
+    teacher_momentum: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.99, 0.999)
+    """EMA momentum of the teacher at the start and the end, by cosine."""
+    teacher_start: Literal["own", "global", "server-ema"] = "own"
+    """Where a site's teacher starts a round. own: where it ended the site's last one; global: at the parameters that
+    the server sends, as the student does; server-ema: at the server's EMA of these, which is sent as well."""
+    server_ema: BelowOne = 0.9
+    """Momentum per round of that EMA."""
+    proximal_mu: Annotated[float, Field(ge=0.0, le=1e3)] = 0.0
+    """FedProx (arXiv 1812.06127): after each step, parameters go back by this x learning rate of their way from the
+    round's global ones; apart from Adam's scaling, as weight decay is in AdamW."""
+    precision: Literal["auto", "float32"] = "auto"
+    """auto: bf16 autocast on CUDA, float32 on CPU."""
+    threads: Annotated[int, Field(gt=0, le=256)] = 1
+    """CPU threads per site; part of the run because it decides the last bits."""
+
+    @property
+    def total_steps(self) -> int:
+        """Local steps of one site over the whole run."""
+        return self.rounds * self.local_steps
