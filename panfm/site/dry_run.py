@@ -1,4 +1,4 @@
-"""What a run would cost this site and what would leave it, tried with one local step; nothing leaves."""
+"""Try one local step of a run at a site: its cost, and everything that would leave. Nothing leaves."""
 
 import resource
 import tempfile
@@ -14,10 +14,9 @@ from panfm.models import build_model
 from panfm.sharing.frames import Frame, Kind, encode
 from panfm.sharing.groups import GroupManifest
 from panfm.sharing.messages import Handshake, Invitation, RoundReply, RoundTask
-from panfm.site.floors import check_run
-from panfm.site.limits import check_sizes
+from panfm.site.admission import check_floors, check_sizes
+from panfm.site.budget import with_public_subjects
 from panfm.site.site import Site
-from panfm.site.spending import as_known
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ def dry_run(folder: Path, run: RunConfig) -> DryRun:
     with tempfile.TemporaryDirectory(prefix="panfm-dry-run-") as state:
         site = Site(folder, Path(state))
         named = site.config.limits.experiments
-        check_run(as_known(run, site.config), site.config.limits)
+        check_floors(with_public_subjects(run, site.config), site.config.limits)
         check_sizes(run, site.config.limits)
         limits = site.config.limits.model_copy(update={"experiments": (), "smallest_steps": 1})
         elsewhere = {"ledger_dir": f"{state}/ledger", "state_dir": state}

@@ -8,7 +8,8 @@ import pytest
 
 from panfm.config import experiment_hash, parse_run, parse_site
 from panfm.errors import LimitError
-from panfm.site.limits import check_experiment, check_sizes, memory_told, time_limit
+from panfm.site.admission import check_experiment, check_sizes
+from panfm.site.handler import memory_errors_explained, time_limit
 
 RUN = 'name = "small"\n[streams]\nbrain-mr = { shape = [8, 8, 8], patch = [4, 4, 8], spacing-mm = [8.0, 8.0, 8.0] }\n'
 LONG_S = 60.0
@@ -76,7 +77,7 @@ def test_experiments_are_known_by_what_sites_are_told_of_them():
 
 def test_memory_is_limited_and_the_process_stays():
     code = (
-        "from panfm.site.limits import limit_memory; limit_memory(0.25)\n"
+        "from panfm.site.handler import limit_memory; limit_memory(0.25)\n"
         "try: bytearray(2**29)\n"
         "except MemoryError: print('refused', len(bytearray(2**24)))\n"
     )
@@ -87,9 +88,9 @@ def test_memory_is_limited_and_the_process_stays():
 def test_only_memory_is_told_as_memory():
     limits = parse_site('name = "alpha"').limits
     for error in (RuntimeError("its own"), OSError(2, "No such file"), ValueError("its own")):
-        with pytest.raises(type(error)), memory_told(limits):
+        with pytest.raises(type(error)), memory_errors_explained(limits):
             raise error
-    with pytest.raises(LimitError, match="the machine has no more"), memory_told(limits):
+    with pytest.raises(LimitError, match="the machine has no more"), memory_errors_explained(limits):
         raise MemoryError
 
 

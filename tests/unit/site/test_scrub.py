@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from panfm.errors import ConfigError, DataError, LimitError, ProtocolError, RunError
-from panfm.site.scrub import scrub
+from panfm.site.handler import scrub
 
 OWN = "ConfigError: this site's own description does not hold; its log tells more"
 DATA = "DataError: this site's data or private state is faulty; its log tells more"
