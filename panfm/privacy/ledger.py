@@ -47,7 +47,7 @@ class Permit:
     round_number: int
     mechanisms: tuple[Mechanism, ...]
     claim: str
-    """What the round may say of itself."""
+    """Privacy claim of the round."""
     _is_used: bool = field(default=False, repr=False)
 
     def use(self) -> None:
@@ -64,12 +64,12 @@ class AnsweredRounds:
     count: int = 0
     """Rounds that were answered; a round that was paid for and not answered is none."""
     epsilon: float | None = None
-    """What the ledger said when a message of a private run left last."""
+    """Epsilon of the ledger when a message of a private run left last."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The most that may be spent: the smaller of what the run asks and what the site allows."""
+    """Largest epsilon and delta of a round: the smaller of the run's and the site's."""
 
     epsilon: float
     delta: float
@@ -154,7 +154,7 @@ class Ledger:
         """Of the file that the balance was verified on."""
 
     def spend(self, run: RunConfig, run_id: str, round_number: int, *, limits: Limits, dataset: str) -> Permit:
-        """Write a round down, if the budget covers it.
+        """Add a round, if the budget covers it.
 
         Args:
             run: The run's description.

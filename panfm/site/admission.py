@@ -201,7 +201,7 @@ def make_room(run_folder: Path, run: RunConfig, limits: LimitsConfig) -> None:
 def check_finite(
     round_number: int, groups: Mapping[str, Flat], teacher: Mapping[str, Flat], profile: Mapping[str, float] | None
 ) -> None:
-    """Raise ProtocolError if what the server sent for a round is not finite.
+    """Raise ProtocolError if a number that the server sent for a round is not finite.
 
     Args:
         groups: Global parameters, coded steps taken.

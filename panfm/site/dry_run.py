@@ -21,7 +21,7 @@ from panfm.site.site import Site
 
 @dataclass(frozen=True)
 class DryRun:
-    """Cost of a run at a site, and what would leave."""
+    """Cost of a run at a site, and the messages that would leave."""
 
     experiment: str
     """Hash for `limits.experiments`."""
@@ -45,7 +45,7 @@ def dry_run(folder: Path, run: RunConfig) -> DryRun:
     """Shake hands, and train one step of round 1, with private state and ledger in a folder that goes.
 
     Raises:
-        PanfmError: what would go wrong in the run.
+        PanfmError: the run would fail at this site.
     """
     one_step = run.train.model_copy(update={"local_steps": 1})
     short = run.model_copy(update={"cohort": None, "start": None, "train": one_step})
@@ -59,7 +59,7 @@ def dry_run(folder: Path, run: RunConfig) -> DryRun:
         site.config = site.config.model_copy(update={"limits": limits, **elsewhere})
         handshake = site.handshake(Invitation(dump_toml(short)))
         task = _first_task(short, handshake)
-        site.train_round(task)  # the first step pays for what later ones find warm
+        site.train_round(task)  # builds the model and fills the caches
         start = time.monotonic()
         reply = site.train_round(task)
         seconds = time.monotonic() - start

@@ -1,4 +1,4 @@
-"""How few patients and steps a site lets stand behind what leaves it, where no noise of its own measure hides them.
+"""Floors: the fewest patients and local steps that must stand behind an update, where no noise of the site hides them.
 
 An update of one step on one patient is that patient's gradient, and images come back from it (`panfm audit inversion`).
 `limits.smallest-batch` and `limits.smallest-steps` rule that out for what a run says and for what its rounds really
@@ -34,14 +34,14 @@ _UNEVEN = 3.0
 
 @dataclass(frozen=True)
 class Floors:
-    """Fewest patients and local steps behind what leaves; 1 is no floor."""
+    """Fewest patients and local steps behind a reply; 1 is no floor."""
 
     batch: int
     steps: int
 
     @classmethod
     def of(cls, run: RunConfig, limits: LimitsConfig) -> "Floors":
-        """Those of a run's rounds; ones where patients' own noise and clipping stand in their place, since what is
+        """Floors of a run's rounds; ones where patients' own noise and clipping stand in their place, since what is
         refused or left out by the data would tell of it. `admission.check_floors` lets in no other private run past
         a floor."""
         return cls(limits.smallest_batch, limits.smallest_steps) if run.privacy is None else cls(1, 1)
@@ -139,7 +139,7 @@ class Floors:
 
 
 def step_weights(train: TrainConfig, steps: Sequence[int], decay: float) -> list[float]:
-    """How much of each local step is left in the update, last step first.
+    """Weight that every local step has in the update, last step first.
 
     Args:
         steps: Steps of the run that one round took.

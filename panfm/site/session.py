@@ -1,7 +1,7 @@
 """Rounds of one run at one site; images, model and private state stay in memory between them.
 
-Disk is the truth. What is in memory is used only if it is what the file of the round before holds; otherwise the file
-is loaded. So a site that was killed, or that another process served in between, goes on with the same bits.
+Disk is the truth. The state in memory is used only if it is that of the file of the round before; otherwise the file is
+loaded. So a site that was killed, or that another process served in between, goes on with the same bits.
 """
 
 import logging
