@@ -7,8 +7,10 @@ It always answers: a handler that returned nothing would leave a SuperNode waiti
 """
 
 import logging
+from collections.abc import Callable
+from functools import partial
 
-from flwr.app import Context, Error, Message
+from flwr.app import Context, Error, Message, MessageType
 from flwr.clientapp import ClientApp
 
 from client.records import pack, unpack
@@ -18,40 +20,34 @@ from panfm.sharing.frames import Frame, Kind
 
 SITE_ERROR = 1000
 """Code of our own error replies; Flower's are below 100."""
+_KINDS = {MessageType.QUERY: Kind.HANDSHAKE, MessageType.TRAIN: Kind.ROUND}
 
 logger = logging.getLogger(__name__)
 app = ClientApp()
 
 
 @app.query()
-def shake_hands(message: Message, context: Context) -> Message:
-    """Before round 1: what this site holds."""
-    return _answer(Kind.HANDSHAKE, message, context)
-
-
 @app.train()
-def train_round(message: Message, context: Context) -> Message:
-    """One round."""
-    return _answer(Kind.ROUND, message, context)
-
-
-def _answer(kind: Kind, message: Message, context: Context) -> Message:
+def relay_message(message: Message, context: Context) -> Message:
+    """Answer the handshake before round 1 (a query), or a round (train)."""
+    kind = message.metadata.message_type
     try:
-        answer = _ask(context, Frame(kind, unpack(message.content)))
+        answer = _site(context)(Frame(_KINDS[kind], unpack(message.content)))
         if answer.kind is Kind.ANSWER:
             return Message(pack(answer.records), reply_to=message)
         reason = str(answer.records.config.get("reason"))
     except (Exception, SystemExit) as error:
-        logger.exception("%s: answered with an error", message.metadata.message_type)
+        logger.exception("%s: answered with an error", kind)
         reason = f"{type(error).__name__}: the site's worker cannot be asked; the SuperNode's log tells more"
     return Message(Error(SITE_ERROR, reason), reply_to=message)
 
 
-def _ask(context: Context, question: Frame) -> Frame:
+def _site(context: Context) -> Callable[[Frame], Frame]:
+    """The site's worker at its socket; in a simulation, the site in this process."""
     if path := context.node_config.get("site-socket"):
-        return ask(str(path), question)
+        return partial(ask, str(path))
     if not context.run_config.get("sites"):
         raise ConfigError("node-config: site-socket is missing, expected the path of the worker's socket")
     from client import simulated  # brings torch, which only a simulation needs here
 
-    return simulated.ask(context, question)
+    return partial(simulated.ask, context)

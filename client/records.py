@@ -1,4 +1,4 @@
-"""Flower's records to plain values and back."""
+"""Converts Flower's records to plain values and back."""
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
@@ -7,7 +7,7 @@ from panfm.sharing.npy import to_npy
 
 
 def unpack(content: RecordDict) -> Records:
-    """What a message from the server holds."""
+    """Plain values of a message from the server."""
     arrays = {name: array.numpy() for record in content.array_records.values() for name, array in record.items()}
     config = {key: value for record in content.config_records.values() for key, value in record.items()}
     return Records(arrays=arrays, config=config)

@@ -1,4 +1,4 @@
-"""The way to a site's resident worker: one connection per question, over the site's local socket. Light: no torch."""
+"""Asks a site's resident worker: one connection per question, over the site's local socket. Light: no torch."""
 
 import socket
 import time
@@ -14,28 +14,26 @@ _POLL_S = 0.5
 
 
 def ask(path: str, question: Frame) -> Frame:
-    """What the worker answers; a round takes as long as it takes.
+    """Send a question to the worker and wait for its answer; a round takes as long as it takes.
 
     Raises:
         ProtocolError: the question cannot travel, or the answer is none.
         OSError: there is no worker, or it went away again and again.
     """
-    return _ask(path, encode(question), ATTEMPTS)
-
-
-def _ask(path: str, content: bytes, attempts: int) -> Frame:
-    try:
-        with _connect(path) as connection:
-            send(connection, content, timeout_s=None)
-            return receive(connection, timeout_s=None)
-    except ConnectionError:
-        if attempts == 1:
-            raise
-        return _ask(path, content, attempts - 1)
+    content, attempts = encode(question), 0
+    while True:
+        attempts += 1
+        try:
+            with _connect(path) as connection:
+                send(connection, content, timeout_s=None)
+                return receive(connection, timeout_s=None)
+        except ConnectionError:
+            if attempts == ATTEMPTS:
+                raise
 
 
 def _connect(path: str) -> socket.socket:
-    """Raises TimeoutError if no worker comes in time."""
+    """Connect to the worker's socket. Raises TimeoutError if no worker comes in time."""
     deadline = time.monotonic() + START_S
     while time.monotonic() < deadline:
         connection = socket.socket(socket.AF_UNIX)

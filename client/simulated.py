@@ -1,4 +1,4 @@
-"""A simulated site, in this process: the same answers as the worker's, from the partition's folder (run config)."""
+"""Answers for a simulated site in this process, as its worker would, from the partition's folder (run config)."""
 
 from functools import lru_cache
 from pathlib import Path
@@ -9,26 +9,26 @@ from panfm.config import site_folders
 from panfm.errors import PanfmError
 from panfm.sharing.frames import Frame
 from panfm.site import answer, resident_site
-from panfm.site.scrub import scrub
+from panfm.site.handler import scrub
 
 
 def ask(context: Context, question: Frame) -> Frame:
-    """What the site answers."""
+    """Answer a question as the worker of the partition's site would."""
     sites, run_dir = str(context.run_config["sites"]), str(context.run_config.get("run-dir", ""))
     try:
-        home = _homes(sites, _changed(sites))[int(context.node_config["partition-id"])]
-        site = resident_site(home, Path(run_dir, "sites", home.name) if run_dir else None)
+        folder = _site_folders(sites, _changed(sites))[int(context.node_config["partition-id"])]
+        site = resident_site(folder, Path(run_dir, "sites", folder.name) if run_dir else None)
     except PanfmError as error:
         return Frame.error(scrub(error))
     return answer(site, question)
 
 
 @lru_cache(maxsize=1)
-def _homes(sites: str, _: int) -> list[Path]:
+def _site_folders(sites: str, _: int) -> list[Path]:
     """The site folders, looked up once: at 1,000 sites, a look takes longer than a small site's step."""
     return site_folders(Path(sites))
 
 
 def _changed(sites: str) -> int:
-    """When a folder came or went, in ns."""
+    """Time of the last change of the list of folders, in ns."""
     return Path(sites).stat().st_mtime_ns if Path(sites).is_dir() else 0

@@ -137,7 +137,7 @@ def site_start(site: Annotated[Path, typer.Argument(help="Site folder.")]) -> No
     import os
 
     from panfm.site import Site
-    from panfm.site.limits import limit_memory
+    from panfm.site.handler import limit_memory
     from panfm.site.tell import supernode_command
     from panfm.site.worker import Worker, check_closed, listen
 
@@ -212,17 +212,16 @@ def site_log(
     line on, do not: they are found with --noted.
     """
     from panfm.config import load_site, site_path
-    from panfm.site.departures import Departures
-    from panfm.site.tell import departure_line
+    from panfm.site.audit_log import AuditLog
+    from panfm.site.tell import message_line
 
-    departures, ends = Departures(site_path(site, load_site(site).state_dir)), []
-    for line in departures.lines():
-        ends.append(line["chain"])
+    audit_log, count, end = AuditLog(site_path(site, load_site(site).state_dir)), 0, "nothing yet"
+    for count, line in enumerate(audit_log.lines(), start=1):  # noqa: B007
+        end = line["chain"]
         if not verify:
-            typer.echo(departure_line(line))
-    if noted is not None and _chain_end(noted) not in ends:
-        raise DataError(f"{departures.path}: the end noted is not in it, lines were cut off or written anew")
-    count, end = len(ends), ends[-1] if ends else "nothing yet"
+            typer.echo(message_line(line))
+    if noted is not None:
+        audit_log.check_noted(_chain_end(noted))
     typer.echo(f"{count} messages, unbroken; the chain ends with: {end}")
 
 
@@ -310,7 +309,7 @@ def ledger_plan(
     from panfm.config import load_run
 
     description = load_run(run, overrides or ())
-    from panfm.privacy.plan import plan
+    from panfm.privacy.statement import plan
 
     for line in plan(description, _ledger(site).entries() if site else ()):
         typer.echo(line)
@@ -319,14 +318,14 @@ def ledger_plan(
 def _ledger(folder: Path) -> "Ledger":
     from panfm.config import load_run, load_site, site_path
     from panfm.privacy.ledger import run_ledger
-    from panfm.site.spending import Account
+    from panfm.site.budget import PatientBudget
 
     if (folder / "run.toml").is_file() and not (folder / "site.toml").is_file():
         if load_run(folder / "run.toml").server_privacy is None:
             raise LedgerError(f"{folder}: a run without server-privacy has no ledger, its sites do; name a site folder")
         return run_ledger(folder)
     site = load_site(folder)
-    return Account(folder, site, site_path(folder, site.state_dir)).ledger
+    return PatientBudget(folder, site, site_path(folder, site.state_dir)).ledger
 
 
 def _chain_end(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: atomic writes, checksums where a silent change would do harm; JSON; locks."""
+"""Files on disk: atomic writes, checksums, locks, JSON lines, new folders, and one file per round."""
 
 import fcntl
 import hashlib
@@ -8,34 +8,54 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+import uuid
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, Self
 
 from panfm.errors import DataError
 
+KEPT_ROUNDS = 3
+"""Files of `RoundFiles` that are kept."""
 _DIGEST_BYTES = 64
 _LOCK_POLL_S = 0.1
 
 
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file so that a reader, or a crash, meets the old content or the new one, never a part.
+@contextmanager
+def open_atomic(path: Path, *, mode: int = 0o666) -> Iterator[IO[bytes]]:
+    """Open a file for writing that takes its name when the block has ended and its content is on the disk.
 
-    Temporary file in the same folder, fsync, rename, fsync of the folder.
+    A reader, or a crash, meets the old content or the new one, never a part: the content goes to a temporary file
+    of the same folder (`*.part`), then fsync, rename, fsync of the folder.
+
+    Args:
+        mode: Rights of the file, before the process's umask.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.part")
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        with open(part, "xb", opener=partial(os.open, mode=mode)) as file:
+            yield file
+            sync(file)
+        part.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
     _sync_folder(path.parent)
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write a whole file; see `open_atomic`."""
+    with open_atomic(path) as file:
+        file.write(content)
+
+
+def sync(file: IO[Any]) -> None:
+    """Wait until all that was written to an open file is on the disk."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def json_text(content: object, *, indent: int | None = None) -> str:
@@ -65,6 +85,42 @@ def new_folder(folder: Path) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         raise DataError(f"{folder}: cannot be made ({error})") from error
+
+
+def append_json_line(path: Path, content: object) -> None:
+    """Add a line to a file of JSON lines and wait until it is on the disk; numbers that are not finite become null."""
+    with path.open("ab") as file:
+        file.write(f"{json_text(content)}\n".encode())
+        sync(file)
+
+
+def read_json_lines(path: Path, parse: Callable[[bytes], Any] = json.loads) -> list[Any]:
+    """Read the values of a file of JSON lines; none if there is no such file.
+
+    A last line without its end was cut short by a crash, or is still being written: it is left out.
+
+    Args:
+        parse: Makes the value of a line, and raises ValueError for one that does not hold.
+    Raises:
+        DataError: the file cannot be read, or one of its lines does not hold.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({type(error).__name__})") from error
+    values = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            values.append(parse(line))
+        except (ValueError, RecursionError) as error:
+            start = line.decode(errors="replace")[:40]
+            raise DataError(f"{path}:{number}: found {start!r}, expected one JSON object per line") from error
+    return values
+
+
+def lock(file: IO[Any], *, shared: bool = False) -> None:
+    """Wait for a lock on an open file, and keep it until the file is closed. Any number may share one."""
+    fcntl.flock(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
 
 
 @contextmanager
@@ -162,11 +218,39 @@ def read_digest(path: Path) -> str:
         return ""
 
 
+class RoundFiles:
+    """Checked files of a folder, one per round, of which the last three are kept: `round-000007.state`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, round_number: int) -> Path:
+        """Path of a round's file, whether it is there or not."""
+        return self.folder / f"round-{round_number:06d}.state"
+
+    def rounds(self) -> list[int]:
+        """Rounds that have a file, in order."""
+        return sorted(int(path.stem.removeprefix("round-")) for path in self.folder.glob("round-*.state"))
+
+    def write(self, round_number: int, content: bytes) -> str:
+        """Write a round's file; returns its digest.
+
+        Older files than the last three are removed, and those of later rounds: a server that went back has made them
+        another past.
+        """
+        digest = write_checked(self.path(round_number), content)
+        rounds = self.rounds()
+        kept = [number for number in rounds if number <= round_number][-KEPT_ROUNDS:]
+        for number in set(rounds) - set(kept):
+            self.path(number).unlink()
+        return digest
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _finite(each) for key, each in value.items()}
+        return {key: _finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
+        return [_finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -13,12 +13,10 @@ import safetensors
 import safetensors.numpy
 
 from panfm.errors import DataError
-from panfm.files import read_checked, write_checked
+from panfm.files import RoundFiles, read_checked
 from panfm.sharing.groups import Flat
 from strategies import Memory
 
-KEPT = 3
-"""Rounds kept."""
 _GLOBAL, _STEP, _LOST, _AVERAGE, _VOTES = "global", "step", "lost", "average", "votes"
 """Parts of a checkpoint; the others are slots of server optimisers."""
 
@@ -60,9 +58,7 @@ def save_state(folder: Path, state: ServerState) -> None:
     tensors = {f"{part}/{name}": array for part, arrays in parts.items() for name, array in arrays.items()}
     tensors |= {f"{slot}/{group}": flat for group, slots in memory.slots.items() for slot, flat in slots.items()}
     content = json.dumps(words).encode() + b"\n" + safetensors.numpy.save(tensors)
-    write_checked(_path(folder, state.round_number), content)
-    for old in sorted(folder.glob("round-*.state"))[:-KEPT]:
-        old.unlink()
+    RoundFiles(folder).write(state.round_number, content)
 
 
 def load_latest(folder: Path) -> ServerState | None:
@@ -71,14 +67,15 @@ def load_latest(folder: Path) -> ServerState | None:
     Raises:
         DataError: its file is corrupted; the line names it.
     """
-    files = sorted(folder.glob("round-*.state"))
-    if not files:
+    files = RoundFiles(folder)
+    if not (rounds := files.rounds()):
         return None
-    text, _, tensors = read_checked(files[-1]).partition(b"\n")
+    path = files.path(rounds[-1])
+    text, _, tensors = read_checked(path).partition(b"\n")
     try:
         return _restored(json.loads(text), safetensors.numpy.load(tensors))
     except (KeyError, ValueError, safetensors.SafetensorError) as error:
-        raise DataError(f"{files[-1]}: not a checkpoint of this version") from error
+        raise DataError(f"{path}: not a checkpoint of this version") from error
 
 
 def _restored(words: dict[str, Any], tensors: dict[str, Flat]) -> ServerState:
@@ -108,7 +105,3 @@ def _restored(words: dict[str, Any], tensors: dict[str, Flat]) -> ServerState:
         {group: tuple(sites) for group, sites in words["voters"].items()},
     )
     return ServerState(words["run-id"], words["round"], groups, words["profile"], memory)
-
-
-def _path(folder: Path, round_number: int) -> Path:
-    return folder / f"round-{round_number:06d}.state"

@@ -27,7 +27,7 @@ class PlannedCosts:
 
     def _cost(self, rounds: int) -> float | None:
         if rounds not in self._known:
-            from panfm.privacy.plan import cost_of_rounds  # brings the accountant, which takes seconds
+            from panfm.privacy.statement import cost_of_rounds  # brings the accountant, which takes seconds
 
             self._known[rounds] = cost_of_rounds(self._run, rounds)
         return self._known[rounds]

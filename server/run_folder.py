@@ -12,7 +12,6 @@ status.html, tensorboard/   for people (tracking.py)
 flower.json        where Flower runs it (server/cli.py)
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -25,7 +24,7 @@ from panfm import __version__
 from panfm.config import RunConfig, as_told, dump_toml, load_run
 from panfm.config.privacy import privacy_label
 from panfm.errors import DataError, PanfmError, RunError
-from panfm.files import json_text, locked, write_atomic
+from panfm.files import append_json_line, json_text, locked, read_json_lines, write_atomic
 from panfm.models.warm import read_start, start_state, with_start_parameters
 from panfm.sharing.groups import GroupManifest
 from server.checkpoint import ServerState, load_latest, save_state
@@ -88,9 +87,8 @@ class RunFolder:
         with _alone_in(path):
             done = state.round_number if (state := folder.latest_state()) else 0
             rounds = path / "rounds.jsonl"
-            lines = rounds.read_text(encoding="utf-8").splitlines() if rounds.exists() else []
-            kept = [line + "\n" for line in lines if _is_whole(line) and json.loads(line)["round"] <= done]
-            write_atomic(rounds, "".join(kept).encode())
+            kept = [line for line in read_json_lines(rounds) if line["round"] <= done]
+            write_atomic(rounds, "".join(f"{json_text(line)}\n" for line in kept).encode())
         return folder
 
     def start(self) -> dict[str, Tensor] | None:
@@ -148,12 +146,12 @@ class RunFolder:
 
     def append_round(self, line: Mapping[str, Any]) -> None:
         """Add a line to rounds.jsonl; numbers that are not finite become null. Raises RunError as `save_state` does."""
-        with _written(self.path / "rounds.jsonl"), (self.path / "rounds.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json_text(line) + "\n")
+        with _written(self.path / "rounds.jsonl"):
+            append_json_line(self.path / "rounds.jsonl", line)
 
     def rounds(self) -> list[dict[str, Any]]:
         """The rounds done so far, as `append_round` was given them."""
-        return whole_rounds(self.path / "rounds.jsonl")
+        return read_json_lines(self.path / "rounds.jsonl")
 
     def save_sites(self, attendance: Attendance) -> None:
         """Write sites.json, with those that cannot take part."""
@@ -223,12 +221,6 @@ def _alone_in(path: Path) -> Iterator[None]:
         yield
 
 
-def whole_rounds(path: Path) -> list[dict[str, Any]]:
-    """The rounds written so far; what follows the last line's end is still being written."""
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-
-
 def coverage(run: RunConfig, handshakes: Any) -> dict[str, dict[str, int | None]]:
     """Stream -> site that holds it -> subjects; null where withheld."""
     found = list(handshakes)
@@ -238,11 +230,3 @@ def coverage(run: RunConfig, handshakes: Any) -> dict[str, dict[str, int | None]
         }
         for stream in run.streams
     }
-
-
-def _is_whole(line: str) -> bool:
-    try:
-        json.loads(line)
-    except ValueError:
-        return False
-    return True

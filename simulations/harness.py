@@ -5,7 +5,6 @@ A study is a list of independent jobs (arm x draw x seed), each of which yields 
 """
 
 import itertools
-import json
 import math
 import multiprocessing
 import subprocess
@@ -23,7 +22,7 @@ import typer
 from rich.console import Console
 
 from panfm.errors import ConfigError
-from panfm.files import json_text, write_atomic
+from panfm.files import append_json_line, json_text, read_json_lines, write_atomic
 
 Seeds = Annotated[int, typer.Option(min=1, help="Training seeds per draw.")]
 Draws = Annotated[int, typer.Option(min=1, help="Phantom draws.")]
@@ -194,8 +193,7 @@ def run_jobs(
     for index, result in _as_they_finish(work, todo, workers):
         results[index] = result
         if keep_for:
-            with _kept_jobs(keep_for).open("a", encoding="utf-8") as file:
-                file.write(json_text({"commit": commit(), "job": str(jobs[index]), "result": result}) + "\n")
+            append_json_line(_kept_jobs(keep_for), {"commit": commit(), "job": str(jobs[index]), "result": result})
         elapsed = time.monotonic() - begin
         left = elapsed / (len(results) - num_before) * (len(jobs) - len(results))
         console.print(f"[{len(results)}/{len(jobs)}] {jobs[index]}: {_clock(elapsed)} gone, {_clock(left)} left")
@@ -223,11 +221,11 @@ def commit() -> str:
 def _done_before(jobs: Sequence[J], keep_for: Path) -> dict[int, Any]:
     """Results that an interrupted study of this very commit has kept."""
     path, now = _kept_jobs(keep_for), commit()
-    if not path.exists() or now.endswith("-dirty") or now == "unknown":
+    if now.endswith("-dirty") or now == "unknown":
         return {}
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-    found = {line["job"]: _with_nan(line["result"]) for line in lines if line.get("commit") == now}
-    return {index: found[str(job)] for index, job in enumerate(jobs) if str(job) in found}
+    lines = [line for line in read_json_lines(path) if line.get("commit") == now]
+    results = {line["job"]: _with_nan(line["result"]) for line in lines}
+    return {index: results[str(job)] for index, job in enumerate(jobs) if str(job) in results}
 
 
 def _with_nan(measured: Mapping[str, float | None]) -> dict[str, float]:

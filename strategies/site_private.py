@@ -16,7 +16,7 @@ from flwr.serverapp import Grid
 
 from panfm.config import RunConfig
 from panfm.errors import ProtocolError
-from panfm.privacy.sites import clip_update, noised_mean
+from panfm.privacy.site_dp import clip_update, noised_mean
 from panfm.sharing.groups import Flat, GroupManifest
 from panfm.sharing.mean import Votes
 from panfm.sharing.messages import Handshake, RoundReply

@@ -14,7 +14,6 @@ import logging
 import math
 import os
 import shutil
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -32,6 +31,7 @@ from panfm.config import StreamConfig, dump_toml, load_site, site_path
 from panfm.data.manifest import image_path, read_manifest
 from panfm.data.store import ImageStore
 from panfm.errors import DataError, LimitError
+from panfm.files import open_atomic
 
 PREPROCESSING_VERSION = 1
 """To be raised whenever `panfm.data.read` would give other values for the same file."""
@@ -214,22 +214,13 @@ def _read_all(cached: _Cached) -> Generator[NDArray[np.float32]]:
 @contextmanager
 def _atomic(file: Path) -> Iterator[IO[bytes]]:
     """A file to write that takes its name only when all of it is on the disk."""
-    part: Path | None = None
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".part", delete=False) as opened:
-            part = Path(opened.name)
-            yield opened
-            opened.flush()
-            os.fsync(opened.fileno())
-        part.replace(file)
+        with open_atomic(file, mode=0o600) as part:
+            yield part
     except OSError as error:
         raise DataError(
             f"{file.parent}: cannot hold the cache ({error.strerror}), expected a writable folder"
         ) from error
-    finally:
-        if part:
-            part.unlink(missing_ok=True)
 
 
 def _fingerprint(path: Path) -> str:

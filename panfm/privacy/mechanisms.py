@@ -1,4 +1,4 @@
-"""What a private round releases, and what that costs.
+"""The Gaussian mechanisms of a private round, and their epsilon.
 
     gradients   per step: S + N(0, (z C)^2), S the sum of clipped gradients over a Poisson sample of rate q
     saliency    per round: V + N(0, (z_s sqrt 2)^2), V the sum over all patients of (shares, equal split)
@@ -52,7 +52,7 @@ class Mechanism:
 
     name: str
     releases: tuple[str, ...]
-    """What leaves the site because of it."""
+    """Parts of a reply that it protects."""
     sensitivity: float
     """L2 change that one patient can make."""
     noise: float
@@ -126,8 +126,8 @@ def epsilon(mechanisms: Iterable[Mechanism], delta: float) -> float:
         cheap: seconds and memory are bounded, whatever the mechanisms.
     """
     history = Counter[tuple[float, float]]()
-    for each in mechanisms:
-        history[each.noise, each.rate] += each.count
+    for mechanism in mechanisms:
+        history[mechanism.noise, mechanism.rate] += mechanism.count
     return _composed(tuple((noise, rate, count) for (noise, rate), count in sorted(history.items())), delta)
 
 
@@ -140,11 +140,11 @@ def _composed(history: tuple[tuple[float, float, int], ...], delta: float) -> fl
     with warnings.catch_warnings(), np.errstate(divide="ignore", over="raise"):
         warnings.filterwarnings("ignore", message="Optimal order is the")
         try:
-            told = _prv(history, delta) if len(history) <= _MOST_MECHANISMS else None
-            told = _rdp(history, delta) if told is None else told
+            spent = _prv(history, delta) if len(history) <= _MOST_MECHANISMS else None
+            spent = _rdp(history, delta) if spent is None else spent
         except (ArithmeticError, MemoryError, RuntimeError, ValueError):  # too little noise for any finite grid
             return math.inf
-    return math.inf if math.isnan(told) else max(told, 0.0)  # at a large delta the accountant's goes below 0
+    return math.inf if math.isnan(spent) else max(spent, 0.0)  # at a large delta the accountant's goes below 0
 
 
 def _prv(history: tuple[tuple[float, float, int], ...], delta: float) -> float | None:

@@ -1,10 +1,14 @@
-"""What a ledger says, in words that a data-protection officer can read."""
+"""The cost of privacy in words: a ledger's statement for a data-protection officer, and the plan of a private run."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-from panfm.config.privacy import NO_CLAIM
-from panfm.privacy.ledger import Entry, mechanisms_of
-from panfm.privacy.mechanisms import Unit, epsilon
+from panfm.config import RunConfig
+from panfm.config.privacy import NO_CLAIM, claim
+from panfm.errors import ConfigError
+from panfm.hash_chain import Entry
+from panfm.privacy.ledger import mechanisms_of
+from panfm.privacy.mechanisms import Unit, epsilon, noise_for, planned
 
 _ADVERSARY = (
     "Protected against: the coordinator and its server, even one that chooses the description of every run, the "
@@ -34,28 +38,28 @@ _NOT_COVERED_SITES = (
 
 
 def statement(entries: Sequence[Entry]) -> list[str]:
-    """The lines of `panfm ledger show`."""
+    """Lines of `panfm ledger show`: what was promised and spent, on which mechanisms, and what is not covered."""
     if len(entries) < 2:
         return ["No private round has run: nothing is spent."]
     opened, rounds = entries[0], entries[1:]
     if opened["unit"] == "site":
         return _of_sites(rounds)
-    lines = [f"Site {opened['site']}: {len(rounds)} private rounds in {len({each['run'] for each in rounds})} runs."]
-    if any(each["claim"] == NO_CLAIM for each in rounds):
+    lines = [f"Site {opened['site']}: {len(rounds)} private rounds in {len({entry['run'] for entry in rounds})} runs."]
+    if any(entry["claim"] == NO_CLAIM for entry in rounds):
         return [*lines, f"{NO_CLAIM}: rounds ran although something broke the guarantee. Nothing is promised."]
     lines += [*_promise(str(opened["site"]), rounds), _ADVERSARY, _VOID_IF]
-    if len({each["dataset"] for each in rounds}) > 1:
+    if len({entry["dataset"] for entry in rounds}) > 1:
         lines.append(
             "The patients, or which of their images were used, changed between rounds; who joined later or left "
             "earlier spent at most this."
         )
     lines.append("Mechanisms, each a sum over patients with Gaussian noise:")
     lines += _mechanisms(rounds, "patient")
-    return [*lines, "Not covered:", *(f"  - {each}" for each in _NOT_COVERED)]
+    return [*lines, "Not covered:", *(f"  - {line}" for line in _NOT_COVERED)]
 
 
 def _of_sites(rounds: Sequence[Entry]) -> list[str]:
-    """A server's ledger."""
+    """Statement of a server's ledger."""
     last = rounds[-1]
     sites = str(last["dataset"]).split(",")
     return [
@@ -67,7 +71,7 @@ def _of_sites(rounds: Sequence[Entry]) -> list[str]:
         "Mechanisms, each a sum over sites with Gaussian noise:",
         *_mechanisms(rounds, "site"),
         "Not covered:",
-        *(f"  - {each}" for each in _NOT_COVERED_SITES),
+        *(f"  - {line}" for line in _NOT_COVERED_SITES),
     ]
 
 
@@ -85,16 +89,65 @@ def _promise(site: str, rounds: Sequence[Entry]) -> list[str]:
 
 
 def _spent(rounds: Sequence[Entry], delta: float) -> float:
-    return epsilon([each for entry in rounds for each in mechanisms_of(entry)], delta)
+    return epsilon([mechanism for entry in rounds for mechanism in mechanisms_of(entry)], delta)
 
 
 def _mechanisms(rounds: Sequence[Entry], unit: Unit) -> list[str]:
     counts: dict[tuple[str, str, float, float, float], int] = {}
-    for each in (mechanism for entry in rounds for mechanism in mechanisms_of(entry)):
-        key = (each.name, ", ".join(each.releases), each.sensitivity, each.noise, each.rate)
-        counts[key] = counts.get(key, 0) + each.count
+    for mechanism in (mechanism for entry in rounds for mechanism in mechanisms_of(entry)):
+        releases = ", ".join(mechanism.releases)
+        key = (mechanism.name, releases, mechanism.sensitivity, mechanism.noise, mechanism.rate)
+        counts[key] = counts.get(key, 0) + mechanism.count
     return [
         f"  - {name} (releases {released}): {count} times, sensitivity {sensitivity:.4g}, noise {noise:g} x that, "
         f"each {unit} in it with chance {rate:g}"
         for (name, released, sensitivity, noise, rate), count in counts.items()
     ]
+
+
+def plan(run: RunConfig, entries: Sequence[Entry] = ()) -> list[str]:
+    """Lines of `panfm ledger plan`: the cost of a run, and the noise that its epsilon allows.
+
+    Args:
+        entries: Of a ledger, whose mechanisms are spent before; of one site's patients, or of a run's sites.
+    Raises:
+        ConfigError: the run is not private, or no noise keeps it within its epsilon.
+    """
+    asked: tuple[tuple[Unit, object], ...] = (("patient", run.privacy), ("site", run.server_privacy))
+    units = [unit for unit, table in asked if table]
+    if not units:
+        raise ConfigError(f"{run.name}: privacy is missing, expected a private run")
+    kept_for = entries[0]["unit"] if entries else None
+    return [line for unit in units for line in _plan(run, unit, entries if unit == kept_for else ())]
+
+
+def _plan(run: RunConfig, unit: Unit, entries: Sequence[Entry]) -> list[str]:
+    private, table = (run.privacy, "privacy") if unit == "patient" else (run.server_privacy, "server-privacy")
+    assert private is not None
+    first, *others = (replace(mechanism, count=mechanism.count * run.train.rounds) for mechanism in planned(run, unit))
+    before = [*others, *(mechanism for entry in entries for mechanism in mechanisms_of(entry))]
+    cost = epsilon([first, *before], private.delta)
+    try:
+        noise = noise_for(private.epsilon, private.delta, rate=first.rate, count=first.count, others=tuple(before))
+    except ValueError as error:
+        raise ConfigError(f"{table}.epsilon: {error}") from error
+    steps = f" x {run.train.local_steps} steps, sample-rate {first.rate:g}" if unit == "patient" else ", all sites"
+    return [
+        f"per {unit}: {run.train.rounds} rounds{steps}, delta {private.delta:g}",
+        f"noise-multiplier {private.noise_multiplier:g}: epsilon {cost:.3f}",
+        f"epsilon {private.epsilon:g}: noise-multiplier {noise:.4g}",
+    ]
+
+
+def cost_of_rounds(run: RunConfig, rounds: int) -> float | None:
+    """Epsilon of so many rounds at one site by the run's public description; None where nothing is promised.
+
+    A plan, not a site's account: never more than the run's epsilon, at which every site stops; a round that is repeated
+    after a failure costs a site twice, other runs on the same patients count too, and only its own ledger knows.
+    """
+    if run.privacy is None or claim(run) == NO_CLAIM:
+        return None
+    cost = epsilon(
+        [replace(mechanism, count=mechanism.count * rounds) for mechanism in planned(run)], run.privacy.delta
+    )
+    return min(run.privacy.epsilon, cost)

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from panfm.config import RunConfig, load_run
 from panfm.errors import DataError, one_line
 from panfm.evaluate.result import ProbeResult, read_result
-from panfm.files import is_locked
+from panfm.files import is_locked, read_json_lines
 
 
 class _SiteLine(BaseModel):
@@ -154,24 +154,14 @@ def _metadata(folder: Path) -> Path:
 
 
 def _read_rounds(path: Path) -> tuple[Mapping[str, Any], ...]:
-    if not path.exists():
-        return ()
-    try:
-        lines = path.read_bytes().splitlines(keepends=True)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({type(error).__name__})") from error
-    rounds = {}
-    for number, line in enumerate(lines, start=1):
-        try:
-            content = json.loads(line)
-            rounds[_RoundLine.model_validate(content, strict=True).round] = content
-        except (ValueError, RecursionError) as error:
-            if not line.endswith(b"\n"):
-                break
-            raise DataError(
-                f"{path}:{number}: found {line.decode(errors='replace')[:40]!r}, expected one JSON object per round"
-            ) from error
+    rounds = {line["round"]: line for line in read_json_lines(path, _round_line)}
     return tuple(rounds[number] for number in sorted(rounds))
+
+
+def _round_line(text: bytes) -> dict[str, Any]:
+    line: dict[str, Any] = json.loads(text)
+    _RoundLine.model_validate(line, strict=True)
+    return line
 
 
 def _read_json(path: Path) -> dict[str, Any]:

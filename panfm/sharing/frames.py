@@ -1,4 +1,4 @@
-"""Records over a local socket, between a site's worker and whoever relays for it. Light: no torch.
+"""Records as bytes over the local socket between a site's worker and Flower's client process. Light: no torch.
 
     frame    "PANFM/1\\n" | size of words, uint64 | size of arrays, uint64 | words | arrays
     words    JSON: {"kind", "arrays": [[name, dtype, length], ...], "metrics": {...}, "config": {...}}
@@ -45,7 +45,7 @@ Largest = Callable[["Kind", Mapping[str, Any]], int]
 
 
 class Kind(StrEnum):
-    """What a frame is."""
+    """Kind of a frame."""
 
     HANDSHAKE = "handshake"
     ROUND = "round"
@@ -87,23 +87,23 @@ def encode(frame: Frame) -> bytes:
 
 
 def decode(words: bytes | bytearray, body: bytes | bytearray) -> Frame:
-    """The frame that two parts hold. Raises ProtocolError if they hold none."""
+    """The frame of its two parts. Raises ProtocolError if they are none."""
     return _join(_parse(words), body)
 
 
-def _parse(words: bytes | bytearray) -> dict[str, Any]:
+def _parse(text: bytes | bytearray) -> dict[str, Any]:
     """Words of a frame, checked; its list of arrays is not. Raises ProtocolError if they are none."""
     try:
-        found = parse_json(words.decode(), "words", max_bytes=MAX_WORDS)
+        words = parse_json(text.decode(), "words", max_bytes=MAX_WORDS)
     except (ConfigError, UnicodeDecodeError) as error:
         raise ProtocolError("frame: its words are not JSON") from error
-    if not isinstance(found, dict) or set(found) != _FIELDS or found["kind"] not in list(Kind):
+    if not isinstance(words, dict) or set(words) != _FIELDS or words["kind"] not in list(Kind):
         raise ProtocolError(f"frame: expected {', '.join(sorted(_FIELDS))}, and a known kind")
-    for table in (found["metrics"], found["config"]):
+    for table in (words["metrics"], words["config"]):
         if not isinstance(table, dict) or not all(map(_is_value, table.values())):
             raise ProtocolError("frame: expected scalars, and lists of one kind of scalar")
-    check_words(Records({}, found["metrics"], found["config"]))
-    return found
+    check_words(Records({}, words["metrics"], words["config"]))
+    return words
 
 
 def _join(words: Mapping[str, Any], body: bytes | bytearray) -> Frame:
@@ -171,7 +171,7 @@ def _checked(text: bytearray, num_arrays: int, largest: Largest | None) -> dict[
 
 
 def _skip(connection: socket.socket, size: int, deadline: float | None) -> None:
-    """Take bytes and keep none, so that who sends them is there to be told why they are refused."""
+    """Receive bytes and drop them, so that their sender is still there to be told why they are refused."""
     with contextlib.suppress(OSError):
         while size:
             size -= len(_read(connection, min(size, _BLOCK_BYTES), deadline))
@@ -190,9 +190,8 @@ def _read(connection: socket.socket, size: int, deadline: float | None) -> bytea
 
 def _is_value(value: Any) -> bool:
     if isinstance(value, list):
-        return len({type(each) for each in value}) <= 1 and not any(isinstance(each, list) for each in value) and all(
-            map(_is_value, value)
-        )  # fmt: skip
+        has_one_type = len({type(item) for item in value}) <= 1
+        return has_one_type and not any(isinstance(item, list) for item in value) and all(map(_is_value, value))
     return isinstance(value, str | int | float)
 
 

@@ -1,7 +1,7 @@
-"""What server and site say to each other, as plain values: no Flower, no torch, no descriptions. Light.
+"""Messages between server and site, as plain values: no Flower, no torch, no run descriptions. Light.
 
-`Records` is the form in which all of it travels: named arrays, numbers, and words. Flower's records, or a local
-socket, carry it without knowing what it means.
+Every message travels as `Records`: named arrays, numbers, and words. Flower's records, or a local socket, carry them
+without knowing what they mean.
 
     down   arrays   <group>                float32 [size], parameters; or, to a site that holds those of the round
                                            before, the step since, coded as updates are (downlink.py)
@@ -54,7 +54,7 @@ class Records:
 
 @dataclass(frozen=True)
 class Invitation:
-    """What the server asks a site before round 1."""
+    """The server's question to a site before round 1."""
 
     run_toml: str
     """The resolved run description."""
@@ -71,13 +71,13 @@ class Invitation:
 
 @dataclass(frozen=True)
 class Handshake:
-    """What a site answers to an invitation. Only `panfm.sharing.release.build_handshake` makes one."""
+    """A site's answer to an invitation. Only `panfm.sharing.release.build_handshake` makes one."""
 
     site: str
     subjects: int
     """Subjects in the train split; 0: withheld."""
     streams: Mapping[str, int]
-    """Stream held -> subjects of the train split with it."""
+    """Stream of the site -> subjects of the train split with it."""
     versions: Mapping[str, str]
     experiment: str
     """Hash of the server's run description as this site reads it, defaults included."""
@@ -113,7 +113,7 @@ class Handshake:
 
 @dataclass(frozen=True)
 class RoundTask:
-    """What the server asks of a site in one round."""
+    """The server's question to a site in one round."""
 
     run_id: str
     round_number: int
@@ -156,7 +156,7 @@ class RoundTask:
 
 @dataclass(frozen=True)
 class RoundReply:
-    """What a site answers. Only `panfm.sharing.release.build_reply` makes one."""
+    """A site's answer to a round's task. Only `panfm.sharing.release.build_reply` makes one."""
 
     run_id: str
     round_number: int
@@ -200,13 +200,13 @@ class RoundReply:
 
 
 def check_count(entries: int) -> None:
-    """Raises ProtocolError for a message of more entries than any of ours has: a look at each takes time."""
+    """Raises ProtocolError for a message of more entries than any of ours has: checking an entry takes time."""
     if entries > _MAX_ENTRIES:
         raise ProtocolError(f"message: {entries} arrays, metrics and words, expected at most {_MAX_ENTRIES}")
 
 
 def check_words(records: Records) -> None:
-    """Raises ProtocolError if what another party sent holds more or longer words than any message of ours."""
+    """Raises ProtocolError if another party's message has more or longer words than any of ours."""
     check_count(len(records.arrays) + len(records.metrics) + len(records.config))
     for name in (*records.arrays, *records.metrics, *records.config):
         _check_value("a name", name, _MAX_NAME)
@@ -214,8 +214,8 @@ def check_words(records: Records) -> None:
         for name, value in table.items():
             if isinstance(value, list) and len(value) > _MAX_LIST:
                 raise ProtocolError(f"message: {name} is a list of {len(value)}, expected at most {_MAX_LIST}")
-            for each in value if isinstance(value, list) else ():
-                _check_value(name, each, _MAX_NAME)
+            for item in value if isinstance(value, list) else ():
+                _check_value(name, item, _MAX_NAME)
             _check_value(name, value, MAX_BYTES)
 
 
@@ -253,7 +253,7 @@ def _parallel(key: str, table: Mapping[str, Any]) -> dict[str, list[Any]]:
 
 def _versions(config: Mapping[str, Any]) -> dict[str, str]:
     versions = _table(config, "versions", str)
-    if len(versions) > _MAX_VERSIONS or not all(each.isprintable() for pair in versions.items() for each in pair):
+    if len(versions) > _MAX_VERSIONS or not all(word.isprintable() for pair in versions.items() for word in pair):
         raise ProtocolError(f"message: versions are more than {_MAX_VERSIONS}, or not printable")
     return versions
 
@@ -265,8 +265,8 @@ def _profile(config: Mapping[str, Any]) -> dict[str, float]:
 
 def _table(config: Mapping[str, Any], key: str, kind: type[Any]) -> dict[str, Any]:
     names, values = _get(config, f"{key}-names", list), _get(config, f"{key}-values", list)
-    of_names, of_values = (all(isinstance(e, k) for e in each) for each, k in ((names, str), (values, kind)))
-    if len(names) != len(values) or not (of_names and of_values):
+    are_sound = all(isinstance(name, str) for name in names) and all(isinstance(value, kind) for value in values)
+    if len(names) != len(values) or not are_sound:
         raise ProtocolError(f"message: {key} is not a table of {kind.__name__}")
     return dict(zip(names, values, strict=True))
 

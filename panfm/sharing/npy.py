@@ -1,4 +1,4 @@
-"""Arrays as the bytes of a .npy file, which is how Flower carries them, without the copies that its own way makes."""
+"""Arrays as the bytes of a .npy file, in which Flower carries them, with fewer copies than its own conversion makes."""
 
 import io
 from functools import lru_cache
@@ -19,7 +19,7 @@ _PREFIX = npy.MAGIC_LEN + 2
 
 
 def to_npy(array: NDArray[np.generic]) -> bytes:
-    """What `np.save` writes of a contiguous array, in one copy."""
+    """The bytes that `np.save` writes for a contiguous array, in one copy."""
     header = io.BytesIO()
     npy.write_array_header_1_0(header, npy.header_data_from_array_1_0(array))
     return b"".join((header.getvalue(), array.reshape(-1).view(np.uint8).data))
@@ -28,7 +28,7 @@ def to_npy(array: NDArray[np.generic]) -> bytes:
 class NpySpace:
     """A float32 array [size] in the bytes of a .npy file, to be filled, and then handed over.
 
-    They are copied only if someone still holds the array. A copy of a large model costs more than the arithmetic of a
+    The bytes are copied only if the array is still in use. A copy of a large model costs more than the arithmetic of a
     round: its memory is mapped page by page.
     """
 

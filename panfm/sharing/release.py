@@ -1,8 +1,8 @@
-"""What leaves a site. There are three ways out:
+"""Builds the messages that leave a site. There are three ways out:
 
-    build_handshake        the answer to an invitation
-    build_reply            the answer to a round's task
-    panfm.site.scrub       an error: its kind, and nothing that was written at the site
+    build_handshake             the answer to an invitation
+    build_reply                 the answer to a round's task
+    panfm.site.handler.scrub    an error: its kind, and nothing that was written at the site
 
 Every field of the first two is either the server's own words sent back (which run, which round, whether private state
 was at hand), what the site is (its public name, its software), or is released under one name of `Releasable`. What the
@@ -41,7 +41,7 @@ NEEDED = (Releasable.UPDATES, Releasable.COUNTS)
 
 @dataclass(frozen=True)
 class RoundResult:
-    """What a site holds at the end of a round, before anything is decided."""
+    """Result of a round at a site, before `limits.may-leave` decides which fields leave."""
 
     state_round: int
     updates: Arrays
@@ -54,7 +54,7 @@ class RoundResult:
 
 
 def check_may_take_part(may_leave: Collection[Releasable]) -> None:
-    """Raises ProtocolError if the site forbids what every round needs."""
+    """Raises ProtocolError if the site forbids a field that every round needs."""
     for needed in NEEDED:
         if needed not in may_leave:
             raise ProtocolError(f"this site's limits.may-leave lacks {needed.value}, which every round needs")
@@ -70,7 +70,7 @@ def build_handshake(
     streams: Mapping[str, int],
     may_leave: Collection[Releasable],
 ) -> Handshake:
-    """The answer to an invitation.
+    """Build the answer to an invitation.
 
     Guarantees:
         closed: it holds nothing but `HANDSHAKE_RELEASED_UNDER`, the site's public name, versions of its software, and
@@ -80,7 +80,7 @@ def build_handshake(
         site: Public name.
         run: The server's description, parsed.
         manifest: Layout of the groups that the site trains.
-        streams: Stream held -> subjects with it.
+        streams: Stream of the site -> subjects with it.
     Raises:
         ProtocolError: the site forbids updates or counts.
     """
@@ -89,7 +89,7 @@ def build_handshake(
 
 
 def build_reply(task: RoundTask, result: RoundResult, *, may_leave: Collection[Releasable]) -> RoundReply:
-    """The reply to a task.
+    """Build the reply to a task.
 
     Guarantees:
         closed: the reply holds nothing but `RELEASED_UNDER`, restricted to `may_leave`, and the three words of the

@@ -1,101 +1,144 @@
-"""Which questions of a run a site answers: one per round, from the start that the description names, one run at a time.
+"""Which runs a site takes part in: those within the limits of its `site.toml`, one at a time, from the start that the
+description names.
 
-    <state folder>/runs/<run id>/asked.json    what was asked, round by round; on disk before a round is trained
     <state folder>/runs/<run id>/ended         the operator has ended the run
-
-A round may be asked again with the same bytes, as a resumed server does, and is then trained from the same private
-state: the answer tells nothing new. Anything else for a round that was asked, and a round before the newest that was
-not asked then, is refused: five answers about one patient's gradient cost five rounds of the run.
 
 Parameters that are not finite are refused as well: training from them gives nothing of use, and under privacy a
 patient's gradient would be there or not, depending on which parts of the model the patient's images go through.
 """
 
-import hashlib
-import json
 import logging
 import math
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from panfm.config import RunConfig, dump_toml, parse_run
+from panfm.config import RunConfig, SiteConfig, dump_toml, experiment_hash, parse_run
 from panfm.config.site import LimitsConfig
+from panfm.config.start import start_hash
 from panfm.errors import DataError, LimitError, ProtocolError
-from panfm.files import read_checked, write_atomic, write_checked
+from panfm.files import KEPT_ROUNDS, write_atomic
 from panfm.models import build_model
+from panfm.models.sizes import num_parameters, state_bytes, step_bytes, tokens_per_patient
 from panfm.sharing.groups import Flat, GroupManifest, parameter_hashes, split_state
-from panfm.sharing.messages import RoundTask
-from panfm.site.limits import kept_bytes
-from panfm.site.state import RUNS, StateStore
+from panfm.site.budget import check_privacy, with_public_subjects
+from panfm.site.state import ASKED, RUNS, AskedRounds, StateStore, read_asked
 
-_ASKED = "asked.json"
 _ENDED = "ended"
 logger = logging.getLogger(__name__)
 _SEEDED = f"the run's seed gives with torch {torch.__version__}; another torch at the server may draw others"
 
 
-@dataclass(frozen=True)
-class Asked:
-    """What a run has asked of this site so far."""
-
-    rounds: int
-    """Of the whole run."""
-    newest: float
-    """Time of the newest question, in seconds since 1970."""
-    digests: Mapping[int, str] = field(default_factory=dict)
-    """Round -> digest of its question."""
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether the last round was asked."""
-        return self.rounds in self.digests
-
-
-def question_digest(run: RunConfig, task: RoundTask, groups: Mapping[str, Flat], state: str) -> str:
-    """SHA-256 of everything that decides a round's answer.
-
-    Args:
-        groups: The global parameters, whether they came whole or as a step.
-        state: Digest of the private state that the round starts from.
-    """
-    content = [
-        dump_toml(run),
-        sorted(parameter_hashes(groups).items()),
-        sorted(parameter_hashes(task.teacher).items()),
-        sorted((task.profile or {}).items()),
-        state,
-    ]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-def admit(states: StateStore, run: RunConfig, round_number: int, digest: str) -> None:
-    """Note a question on disk, before it is worked on.
+def admit(run: RunConfig, site: SiteConfig) -> RunConfig:
+    """Check a run's description against the site's limits; returns it with the site's public number of patients.
 
     Raises:
-        ProtocolError: the round was asked otherwise before, or a later round was.
-        DataError: the note is corrupted.
+        LimitError, ProtocolError: the site takes no part in such a run.
+        ConfigError: the site's public number of patients breaks the run's guarantee.
     """
-    known = _read(states.folder)
-    digests = dict(known.digests) if known else {}
-    if digests.setdefault(round_number, digest) != digest:
-        raise ProtocolError(
-            f"round {round_number}: asked before with other parameters or from another private state; "
-            "to go on from there, start a new run from that model"
+    limits = site.limits
+    check_experiment(run, limits)
+    check_start_known(run, limits)
+    check_sizes(run, limits)
+    check_privacy(run := with_public_subjects(run, site), site)
+    check_public_cache(run, limits)
+    check_floors(run, limits)
+    return run
+
+
+def check_experiment(run: RunConfig, limits: LimitsConfig) -> None:
+    """Raises LimitError if the site has named the experiments that it runs and this is none of them."""
+    experiment = experiment_hash(run)
+    if limits.experiments and experiment not in limits.experiments:
+        raise LimitError.of_question(f"experiment {experiment} is not in this site's limits.experiments")
+
+
+def check_start_known(run: RunConfig, limits: LimitsConfig) -> None:
+    """Raises LimitError if a run starts from parameters that the site has not named.
+
+    The server chooses such parameters, so that round 1 may be made to answer to one patient. A site without floors does
+    not mind, and one whose own epsilon bounds the noise need not.
+    """
+    if run.start is None or limits.smallest_batch == 1 or (run.privacy is not None and limits.epsilon is not None):
+        return
+    start = start_hash(run.start)
+    if experiment_hash(run) not in limits.experiments and start not in limits.starts:
+        raise LimitError.of_question(
+            f"[start]: parameters that this site has not named; its operator may add {start} to limits.starts"
         )
-    newest = max(digests)
-    if known and round_number < newest and round_number not in known.digests:
-        raise ProtocolError(
-            f"round {round_number}: asked after round {newest}; to go on from an earlier model, start a new run from it"
+
+
+def check_sizes(run: RunConfig, limits: LimitsConfig) -> None:
+    """Refuse a run that is too large, before anything is built or allocated for it.
+
+    Raises:
+        LimitError: names the limit, its value, and the run's value.
+    """
+    image = max(stream.channels * math.prod(stream.shape) for stream in run.streams.values())
+    _check("parameters", num_parameters(run), limits.parameters)
+    _check("voxels-per-image", image, limits.voxels_per_image)
+    _check("tokens-per-patient", tokens_per_patient(run), limits.tokens_per_patient)
+    _check("local-steps", run.train.local_steps, limits.local_steps)
+    _check("rounds", run.train.rounds, limits.rounds)
+    _check("step-gib", step_bytes(run) / 2**30, limits.step_gib)
+    _check("state-gib", kept_bytes(run) / 2**30, limits.state_gib)
+
+
+def kept_bytes(run: RunConfig) -> int:
+    """Bytes of a run's private states on disk, at most: those kept, and the one that is written."""
+    return (KEPT_ROUNDS + 1) * state_bytes(run)
+
+
+def check_public_cache(run: RunConfig, limits: LimitsConfig) -> None:
+    """Raises LimitError if the prepared images of the site's public number of patients would have no room.
+
+    Of a private run at a site with such a number, this refuses before anything of the true number is looked at.
+    """
+    if run.privacy is None or limits.public_subjects is None:
+        return
+    numbers = sum(stream.channels * math.prod(stream.shape) for stream in run.streams.values())
+    size = 4 * numbers * limits.public_subjects / 2**30
+    if size > limits.cache_gib:
+        raise LimitError.of_question(
+            f"images of public-subjects with every stream would fill {size:.6g} GiB, this site's limits.cache-gib is "
+            f"{limits.cache_gib:g}"
         )
-    note = {"rounds": run.train.rounds, "newest": time.time(), "digests": digests}
-    write_checked(states.folder / _ASKED, json.dumps(note).encode())
+
+
+def _check(name: str, value: float, limit: float) -> None:
+    """Raises LimitError if a number that the run's description alone decides is above a limit."""
+    if value > limit:
+        raise LimitError.of_question(f"this run asks for {value:.12g}, this site's limits.{name} is {limit:.12g}")
+
+
+def check_floors(run: RunConfig, limits: LimitsConfig) -> None:
+    """Raises LimitError if a run asks for smaller batches or fewer steps than the site allows.
+
+    A private run takes part where the site bounds epsilon itself: its own noise and clipping then stand in the floors'
+    place. Any other is refused where there is a floor, since an epsilon, a delta or a number of patients that the
+    server chose promises nothing, and a step of it may be one patient's.
+    """
+    if run.privacy is not None:
+        if limits.epsilon is None and max(limits.smallest_batch, limits.smallest_steps) > 1:
+            raise LimitError.of_question(
+                "privacy: a private run takes part under the site's own bound only, expected limits.epsilon, delta and "
+                "public-subjects in site.toml"
+            )
+        return
+    if (batch := run.train.batch_size) < limits.smallest_batch:
+        raise LimitError.of_question(
+            f"train.batch-size is {batch}, expected at least limits.smallest-batch ({limits.smallest_batch})"
+        )
+    if run.train.local_steps < limits.smallest_steps:
+        raise LimitError.of_question(
+            f"train.local-steps is {run.train.local_steps}, expected at least "
+            f"limits.smallest-steps ({limits.smallest_steps})"
+        )
 
 
 def check_other_runs(state_dir: Path, run_id: str, limits: LimitsConfig) -> None:
@@ -112,10 +155,10 @@ def check_other_runs(state_dir: Path, run_id: str, limits: LimitsConfig) -> None
         )
 
 
-def active_runs(state_dir: Path, limits: LimitsConfig) -> dict[str, Asked]:
+def active_runs(state_dir: Path, limits: LimitsConfig) -> dict[str, AskedRounds]:
     """Runs that have asked for rounds and may go on asking, by id."""
-    folders = [path.parent for path in sorted(state_dir.glob(f"{RUNS}/*/{_ASKED}"))]
-    notes = {folder.name: asked for folder in folders if not _is_ended(folder) and (asked := _read(folder))}
+    folders = [path.parent for path in sorted(state_dir.glob(f"{RUNS}/*/{ASKED}"))]
+    notes = {folder.name: asked for folder in folders if not _is_ended(folder) and (asked := read_asked(folder))}
     oldest = time.time() - 3600.0 * limits.idle_hours
     return {name: asked for name, asked in notes.items() if not asked.is_finished and asked.newest >= oldest}
 
@@ -123,7 +166,7 @@ def active_runs(state_dir: Path, limits: LimitsConfig) -> dict[str, Asked]:
 def end_run(state_dir: Path, run_id: str) -> None:
     """Refuse a run's questions from now on. Raises DataError if the site knows no such run."""
     folder = StateStore(state_dir, run_id).folder
-    if not (folder / _ASKED).exists():
+    if not (folder / ASKED).exists():
         raise DataError(f"{folder.parent}: run {run_id} has asked for no round here, see: panfm site status")
     write_atomic(folder / _ENDED, b"")
 
@@ -158,7 +201,7 @@ def make_room(run_folder: Path, run: RunConfig, limits: LimitsConfig) -> None:
 def check_finite(
     round_number: int, groups: Mapping[str, Flat], teacher: Mapping[str, Flat], profile: Mapping[str, float] | None
 ) -> None:
-    """Raise ProtocolError if what the server sent for a round is not finite.
+    """Raise ProtocolError if a number that the server sent for a round is not finite.
 
     Args:
         groups: Global parameters, coded steps taken.
@@ -190,8 +233,8 @@ def check_start(run: RunConfig, streams: Sequence[str], groups: Mapping[str, Fla
         expected, source = run.start.parameters, "start.parameters names"
     else:
         expected, source = _seeded_hashes(dump_toml(run), tuple(streams)), _SEEDED
-    for group, found in sorted(parameter_hashes(groups).items()):
-        if found != expected.get(group):
+    for group, digest in sorted(parameter_hashes(groups).items()):
+        if digest != expected.get(group):
             raise ProtocolError(f"round 1: {group} is not what {source}")
 
 
@@ -207,13 +250,6 @@ def _seeded_hashes(run_toml: str, streams: tuple[str, ...]) -> dict[str, str]:
 
 def _is_ended(folder: Path) -> bool:
     return (folder / _ENDED).exists()
-
-
-def _read(folder: Path) -> Asked | None:
-    if not (folder / _ASKED).exists():
-        return None
-    note = json.loads(read_checked(folder / _ASKED))
-    return Asked(note["rounds"], note["newest"], {int(number): digest for number, digest in note["digests"].items()})
 
 
 def _last_change(folder: Path) -> float:

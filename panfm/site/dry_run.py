@@ -1,4 +1,4 @@
-"""What a run would cost this site and what would leave it, tried with one local step; nothing leaves."""
+"""Try one local step of a run at a site: its cost, and everything that would leave. Nothing leaves."""
 
 import resource
 import tempfile
@@ -14,15 +14,14 @@ from panfm.models import build_model
 from panfm.sharing.frames import Frame, Kind, encode
 from panfm.sharing.groups import GroupManifest
 from panfm.sharing.messages import Handshake, Invitation, RoundReply, RoundTask
-from panfm.site.floors import check_run
-from panfm.site.limits import check_sizes
+from panfm.site.admission import check_floors, check_sizes
+from panfm.site.budget import with_public_subjects
 from panfm.site.site import Site
-from panfm.site.spending import as_known
 
 
 @dataclass(frozen=True)
 class DryRun:
-    """Cost of a run at a site, and what would leave."""
+    """Cost of a run at a site, and the messages that would leave."""
 
     experiment: str
     """Hash for `limits.experiments`."""
@@ -46,21 +45,21 @@ def dry_run(folder: Path, run: RunConfig) -> DryRun:
     """Shake hands, and train one step of round 1, with private state and ledger in a folder that goes.
 
     Raises:
-        PanfmError: what would go wrong in the run.
+        PanfmError: the run would fail at this site.
     """
     one_step = run.train.model_copy(update={"local_steps": 1})
     short = run.model_copy(update={"cohort": None, "start": None, "train": one_step})
     with tempfile.TemporaryDirectory(prefix="panfm-dry-run-") as state:
         site = Site(folder, Path(state))
         named = site.config.limits.experiments
-        check_run(as_known(run, site.config), site.config.limits)
+        check_floors(with_public_subjects(run, site.config), site.config.limits)
         check_sizes(run, site.config.limits)
         limits = site.config.limits.model_copy(update={"experiments": (), "smallest_steps": 1})
         elsewhere = {"ledger_dir": f"{state}/ledger", "state_dir": state}
         site.config = site.config.model_copy(update={"limits": limits, **elsewhere})
         handshake = site.handshake(Invitation(dump_toml(short)))
         task = _first_task(short, handshake)
-        site.train_round(task)  # the first step pays for what later ones find warm
+        site.train_round(task)  # builds the model and fills the caches
         start = time.monotonic()
         reply = site.train_round(task)
         seconds = time.monotonic() - start

@@ -1,4 +1,4 @@
-"""How few patients and steps a site lets stand behind what leaves it, where no noise of its own measure hides them.
+"""Floors: the fewest patients and local steps that must stand behind an update, where no noise of the site hides them.
 
 An update of one step on one patient is that patient's gradient, and images come back from it (`panfm audit inversion`).
 `limits.smallest-batch` and `limits.smallest-steps` rule that out for what a run says and for what its rounds really
@@ -34,15 +34,16 @@ _UNEVEN = 3.0
 
 @dataclass(frozen=True)
 class Floors:
-    """Fewest patients and local steps behind what leaves; 1 is no floor."""
+    """Fewest patients and local steps behind a reply; 1 is no floor."""
 
     batch: int
     steps: int
 
     @classmethod
     def of(cls, run: RunConfig, limits: LimitsConfig) -> "Floors":
-        """Those of a run's rounds; ones where patients' own noise and clipping stand in their place, since what is
-        refused or left out by the data would tell of it. `check_run` lets in no other private run past a floor."""
+        """Floors of a run's rounds; ones where patients' own noise and clipping stand in their place, since what is
+        refused or left out by the data would tell of it. `admission.check_floors` lets in no other private run past
+        a floor."""
         return cls(limits.smallest_batch, limits.smallest_steps) if run.privacy is None else cls(1, 1)
 
     def check_subjects(self, store: ImageStore, streams: Sequence[str]) -> None:
@@ -51,9 +52,9 @@ class Floors:
         Args:
             streams: Those that enough subjects hold.
         """
-        if (found := len(store.indices("train"))) < self.batch:
+        if (subjects := len(store.indices("train"))) < self.batch:
             rule = f"training subjects, expected at least limits.smallest-batch ({self.batch})"
-            raise LimitError(f"{found} {rule}", public=f"too few {rule}")
+            raise LimitError(f"{subjects} {rule}", public=f"too few {rule}")
         if not streams:
             raise LimitError.of_question(
                 f"no stream of this run has limits.smallest-batch ({self.batch}) training subjects"
@@ -62,9 +63,9 @@ class Floors:
     def check_round(self, train: TrainConfig, first_step: int, result: TrainResult) -> None:
         """Raises LimitError if too few steps counted, too few subjects had a loss in one of them, or one of them makes
         too much of the update. A round in which none counted has changed nothing."""
-        if 0 < (found := len(result.counted)) < self.steps:
+        if 0 < (counted := len(result.counted)) < self.steps:
             rule = f"steps counted, expected at least limits.smallest-steps ({self.steps})"
-            raise LimitError(f"{found} {rule}", public=f"too few {rule}")
+            raise LimitError(f"{counted} {rule}", public=f"too few {rule}")
         fewest = min((len(result.batches[step]) for step in result.counted), default=self.batch)
         if not self.is_enough(fewest):
             rule = f"subjects of a step have anything to guess, expected at least limits.smallest-batch ({self.batch})"
@@ -137,33 +138,8 @@ class Floors:
         return {name for name, rows in store.rows.items() if np.isin(rows, subjects).sum() < self.batch}
 
 
-def check_run(run: RunConfig, limits: LimitsConfig) -> None:
-    """Raises LimitError if a run asks for smaller batches or fewer steps than the site allows.
-
-    A private run takes part where the site bounds epsilon itself: its own noise and clipping then stand in the floors'
-    place. Any other is refused where there is a floor, since an epsilon, a delta or a number of patients that the
-    server chose promises nothing, and a step of it may be one patient's.
-    """
-    if run.privacy is not None:
-        if limits.epsilon is None and max(limits.smallest_batch, limits.smallest_steps) > 1:
-            raise LimitError.of_question(
-                "privacy: a private run takes part under the site's own bound only, expected limits.epsilon, delta and "
-                "public-subjects in site.toml"
-            )
-        return
-    if (batch := run.train.batch_size) < limits.smallest_batch:
-        raise LimitError.of_question(
-            f"train.batch-size is {batch}, expected at least limits.smallest-batch ({limits.smallest_batch})"
-        )
-    if run.train.local_steps < limits.smallest_steps:
-        raise LimitError.of_question(
-            f"train.local-steps is {run.train.local_steps}, expected at least "
-            f"limits.smallest-steps ({limits.smallest_steps})"
-        )
-
-
 def step_weights(train: TrainConfig, steps: Sequence[int], decay: float) -> list[float]:
-    """How much of each local step is left in the update, last step first.
+    """Weight that every local step has in the update, last step first.
 
     Args:
         steps: Steps of the run that one round took.

@@ -1,7 +1,7 @@
-"""One run at one site, kept warm between rounds: images, model, and where its private state stands.
+"""Rounds of one run at one site; images, model and private state stay in memory between them.
 
-Disk is the truth. What is in memory is used only if it is what the file of the round before holds; otherwise the file
-is loaded. So a site that was killed, or that another process served in between, goes on with the same bits.
+Disk is the truth. The state in memory is used only if it is that of the file of the round before; otherwise the file is
+loaded. So a site that was killed, or that another process served in between, goes on with the same bits.
 """
 
 import logging
@@ -24,10 +24,10 @@ from panfm.sharing.groups import Flat, GroupManifest
 from panfm.sharing.messages import RoundTask
 from panfm.sharing.release import RoundResult
 from panfm.sharing.weights import Trained, Weights, group_weights
-from panfm.site.admission import admit, check_finite, check_start, question_digest
+from panfm.site.admission import check_finite, check_start
+from panfm.site.budget import PatientBudget
 from panfm.site.floors import Floors
-from panfm.site.spending import Account, fingerprint
-from panfm.site.state import Origin, StateStore
+from panfm.site.state import Origin, StateStore, fingerprint, note_question, question_digest
 from panfm.training import Learner, TrainResult
 
 _LOST = "coding.lost."
@@ -42,21 +42,21 @@ class Session:
     """Trains rounds of one run on one store."""
 
     def __init__(
-        self, site: str, run: RunConfig, store: ImageStore, floors: Floors, account: Account | None = None
+        self, site: str, run: RunConfig, store: ImageStore, floors: Floors, budget: PatientBudget | None = None
     ) -> None:
         """Build the model.
 
         Args:
             floors: What the site asks of a round before its result leaves.
-            account: Pays for the rounds of a private run.
+            budget: Pays for the rounds of a private run.
         """
         self.site = site
         self.run = run
-        self.account = account
+        self.budget = budget
         self.store = store
         self.floors = floors
         self.origin = Origin(experiment_hash(run), privacy_label(run), fingerprint(store))
-        self.streams = held_streams(run, store)
+        self.streams = trained_streams(run, store)
         self.trained = tuple(run.streams) if run.sharing.rule == "plain" else tuple(self.streams)
         self.learner = _learners(dump_toml(run))(self.trained)
         self.manifest = GroupManifest.of(
@@ -69,7 +69,7 @@ class Session:
         """Global parameters that the last round started from."""
 
     def train_round(self, task: RoundTask, states: StateStore) -> RoundResult:
-        """Start from the round before, train, keep the private state, and say what came of it.
+        """Train from the private state of the round before, keep the new one, and return updates and statistics.
 
         Raises:
             ProtocolError: the task's groups do not fit this site's model, are not finite, are a step from parameters
@@ -82,7 +82,7 @@ class Session:
         state_round = self._load_private(task.round_number, states)
         self._load_global(task, state_round)
         digest = question_digest(self.run, task, self._global, states.digest(state_round))
-        admit(states, self.run, task.round_number, digest)
+        note_question(states, self.run, task.round_number, digest)
         result = self._train_privately(task) if self.run.privacy else self._train(task)
         updates = self._updates(self.floors.withheld(self.manifest, result))
         self.learner.holds = (self._mine, states.save(task.round_number, self._private_state()))
@@ -113,13 +113,13 @@ class Session:
         return result
 
     def _train_privately(self, task: RoundTask) -> TrainResult:
-        assert self.account is not None
+        assert self.budget is not None
         num_steps = self.run.train.local_steps
         return train_privately(
             self.learner,
             self.store,
             self.store.indices("train"),
-            permit=self.account.pay(self.run, task, self.origin.patients),
+            permit=self.budget.pay(self.run, task, self.origin.patients),
             first_step=(task.round_number - 1) * num_steps,
             num_steps=num_steps,
             profile=dict(task.profile) if task.profile else None,
@@ -160,8 +160,8 @@ class Session:
         states.check_origin()
         before = states.round_before(round_number)
         if before < round_number - 1:
-            found = f"that of round {before}" if before else "a fresh one"
-            logger.warning("round %s: private state of the round before is missing, using %s", round_number, found)
+            source = f"that of round {before}" if before else "a fresh one"
+            logger.warning("round %s: private state of the round before is missing, using %s", round_number, source)
         if before and in_memory != (self._mine, states.digest(before)):
             state = states.load(before)
             self.learner.load_private(state)
@@ -237,7 +237,7 @@ def _learners(run_toml: str) -> Callable[[tuple[str, ...]], Learner]:
     return lru_cache(maxsize=32)(partial(Learner, parse_run(run_toml)))
 
 
-def held_streams(run: RunConfig, store: ImageStore) -> dict[str, int]:
+def trained_streams(run: RunConfig, store: ImageStore) -> dict[str, int]:
     """The run's streams that the store's train split holds, in the run's order -> subjects with it."""
     counts = {stream: store.num_holding(stream, "train") for stream in run.streams if stream in store.images}
     return {stream: count for stream, count in counts.items() if count}

@@ -1,7 +1,7 @@
-"""One site, without Flower: it shakes hands, trains a round, and decides what leaves.
+"""One site's answers to an invitation and to a round, without Flower.
 
-The ClientApp calls it in a simulation, the resident worker in a hospital. It reads the site's own folder,
-and what comes in from outside is one `RoundTask`.
+The ClientApp calls it in a simulation, the resident worker in a hospital. It reads the site's own folder; from outside
+come one `Invitation` and one `RoundTask` per round.
 """
 
 import contextlib
@@ -21,11 +21,10 @@ from panfm.data.store import ImageStore
 from panfm.errors import ConfigError, DataError, LedgerError, ProtocolError
 from panfm.sharing.messages import Handshake, Invitation, RoundReply, RoundTask
 from panfm.sharing.release import build_handshake, build_reply, check_may_take_part
-from panfm.site.admission import check_other_runs, make_room
-from panfm.site.floors import Floors, check_run
-from panfm.site.limits import check_experiment, check_public_cache, check_sizes, check_start_known
+from panfm.site.admission import admit, check_other_runs, make_room
+from panfm.site.budget import PatientBudget
+from panfm.site.floors import Floors
 from panfm.site.session import Session
-from panfm.site.spending import Account, as_known, check_privacy
 from panfm.site.state import StateStore
 from panfm.texts import check_text
 
@@ -55,11 +54,11 @@ class Site:
         self.config = load_site(folder)
         self.state_dir = state_dir or site_path(folder, self.config.state_dir)
         self.asked_run: RunConfig | None = None
-        """The run that the question at work names; None if it names no valid one."""
+        """The run of the current question; None if it names no valid one."""
         self._warm: tuple[str, Session] | None = None
 
     def handshake(self, invitation: Invitation) -> Handshake:
-        """Open the data, build the model, and tell what the server needs to know before round 1.
+        """Open the data, build the model, and answer the server's invitation before round 1.
 
         Raises:
             DataError: the data is faulty, or holds none of the run's streams.
@@ -69,26 +68,26 @@ class Site:
         session = self._session(invitation.run_toml)
         if not session.streams:
             raise DataError(f"{self.folder}: no subject in the train split holds a stream of this run")
-        known, held = self._counts(session)
+        subjects, streams = self._counts(session)
         return build_handshake(
             self.config.name,
             read_run(invitation.run_toml),
             session.manifest,
             {"panfm": __version__, "torch": torch.__version__, "python": platform.python_version()},
-            subjects=known,
-            streams=held,
+            subjects=subjects,
+            streams=streams,
             may_leave=self.config.limits.may_leave,
         )
 
     def _counts(self, session: Session) -> tuple[int, dict[str, int]]:
-        """Subjects, whole and by stream: public numbers in a private run, 0 where the server is to publish none."""
+        """Subjects in all and by stream: public numbers in a private run, 0 where the server is to publish none."""
         if session.run.privacy or session.run.server_privacy:
-            known = session.run.privacy.public_subjects if session.run.privacy else 0
-            return known, dict.fromkeys(session.streams, known)
+            public = session.run.privacy.public_subjects if session.run.privacy else 0
+            return public, dict.fromkeys(session.streams, public)
         return len(session.store.indices("train")), session.streams
 
     def train_round(self, task: RoundTask) -> RoundReply:
-        """One round.
+        """Train one round and reply.
 
         Raises:
             ProtocolError: the task does not fit.
@@ -107,17 +106,17 @@ class Site:
 
     @property
     def privacy(self) -> str:
-        """What the run of the question at work may say of its patients' privacy."""
+        """Privacy claim of the current question's run for its patients; "none" without one."""
         return claim(self.asked_run) or "none" if self.asked_run else "none"
 
     @property
     def epsilon_spent(self) -> float | None:
-        """What the ledger says after its newest round; None if the question at work is of no private run, or the ledger
+        """Epsilon after the ledger's newest round; None if the current question is of no private run, or the ledger is
         faulty."""
         if self.asked_run is None or self.asked_run.privacy is None:
             return None
         try:
-            return self._account.ledger.spent()
+            return self._budget.ledger.spent()
         except LedgerError:
             return None
 
@@ -133,26 +132,20 @@ class Site:
                 log.write(story[-_MAX_STORY:])
 
     @cached_property
-    def _account(self) -> Account:
+    def _budget(self) -> PatientBudget:
         """One for all runs: the anchor lies where `site.toml` keeps private state, wherever this run's is kept."""
-        return Account(self.folder, self.config, site_path(self.folder, self.config.state_dir))
+        return PatientBudget(self.folder, self.config, site_path(self.folder, self.config.state_dir))
 
     def _session(self, run_toml: str) -> Session:
         """The warm session of a run description, or a new one in its place."""
         self.asked_run = None
         run = self.asked_run = read_run(run_toml)
         if self._warm is None or self._warm[0] != run_toml:
-            limits = self.config.limits
-            check_experiment(run, limits)
-            check_start_known(run, limits)
-            check_sizes(run, limits)
-            check_privacy(run := as_known(run, self.config), self.config)
-            check_public_cache(run, limits)
-            check_run(run, limits)
-            floors = Floors.of(run, limits)
+            run = admit(run, self.config)
+            floors = Floors.of(run, self.config.limits)
             self._warm = None  # lets go of the memory of the run before
             store = self._open_store(run, floors)
-            self._warm = (run_toml, Session(self.config.name, run, store, floors, self._account))
+            self._warm = (run_toml, Session(self.config.name, run, store, floors, self._budget))
         return self._warm[1]
 
     def _open_store(self, run: RunConfig, floors: Floors) -> ImageStore:
@@ -168,7 +161,7 @@ class Site:
 
 @lru_cache(maxsize=1)
 def read_run(run_toml: str) -> RunConfig:
-    """The server's run description. What is wrong with it, the server may hear: they are its own words."""
+    """Parse the server's run description. Its faults the server may hear: they are its own words."""
     try:
         run = parse_run(run_toml)
         check_text(dump_toml(run), "run description: with all defaults")

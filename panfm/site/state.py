@@ -1,38 +1,52 @@
-"""A site's private training state on its own disk: one file per round, whole or absent, checksummed.
+"""What a site keeps of a run on its own disk: its private training states, and the questions it was asked.
 
-    <folder>/runs/<run id>/round-000007.state     what the site keeps to itself after round 7
+    <folder>/runs/<run id>/round-000007.state     private state after round 7, checksummed
+    <folder>/runs/<run id>/asked.json             digests of the questions, by round; on disk before a round is trained
 
-A round starts from the newest file of an earlier round, so a repeated round starts where it started the first time.
+A round starts from the newest state of an earlier round, so a repeated round starts where it started the first time. It
+may be asked again with the same bytes, as a resumed server does, and is then trained from the same private state: the
+answer tells nothing new. Anything else for a round that was asked, and a round before the newest that was not asked
+then, is refused: five answers about one patient's gradient cost five rounds of the run.
 
-Every file says which experiment made it, what that experiment may say of its patients' privacy, and which patients it
+Every state says which experiment made it, what that experiment may say of its patients' privacy, and which patients it
 was trained on. The server chooses run ids: under an id whose files were made otherwise no round runs, or what a run
 without privacy has learned would come out in one that claims it.
 """
 
+import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
 import safetensors.numpy
 import torch
 from torch import Tensor
 
+from panfm.config import RunConfig, dump_toml
+from panfm.data.store import ImageStore
 from panfm.errors import DataError, ProtocolError
-from panfm.files import read_checked, read_checked_start, read_digest, write_checked
+from panfm.files import RoundFiles, read_checked, read_checked_start, read_digest, write_checked
+from panfm.sharing.groups import Flat, parameter_hashes
+from panfm.sharing.messages import RoundTask
 
-KEPT = 3
 RUNS = "runs"
 """A folder of their own: a run id comes over the wire, and may be named like a file of the site's."""
+ASKED = "asked.json"
 _RUN_ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _ORIGIN = "origin"
 _SIZE_BYTES = 8
 """A safetensors file starts with the length of its header."""
+_SAMPLE = 1024
+"""Numbers from the middle of an image that tell it from others."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What a private state comes from."""
+    """Experiment and patients that a private state comes from."""
 
     experiment: str
     """Hash of the run's description, with the site's own public number of patients."""
@@ -54,56 +68,129 @@ class StateStore:
         if not _RUN_ID.fullmatch(run_id):
             raise ProtocolError("run id: expected lower-case letters, digits, dot, dash, underscore")
         self.folder = folder / RUNS / run_id
+        self._files = RoundFiles(self.folder)
         self._origin = origin
 
     def check_origin(self) -> None:
         """Raises DataError if a state under this run id has another origin, or none."""
         assert self._origin is not None
-        for number in sorted(self._rounds()):
-            self._check_origin(self._path(number), self._origin)
+        for number in self._files.rounds():
+            self._check_origin(self._files.path(number), self._origin)
 
     def round_before(self, round_number: int) -> int:
         """The newest round before this one whose state is on disk; 0 if there is none."""
-        return max((number for number in self._rounds() if number < round_number), default=0)
+        return max((number for number in self._files.rounds() if number < round_number), default=0)
 
     def load(self, round_number: int) -> dict[str, Tensor]:
         """State after a round. Raises DataError, naming the file, if it is corrupted."""
-        arrays = safetensors.numpy.load(read_checked(self._path(round_number)))
+        arrays = safetensors.numpy.load(read_checked(self._files.path(round_number)))
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     def save(self, round_number: int, state: dict[str, Tensor]) -> str:
-        """Write the state after a round; returns its digest.
-
-        The last three rounds are kept. Later ones go: a server that went back has made them another past.
-        """
+        """Write the state after a round; returns its digest. The last three rounds are kept."""
         assert self._origin is not None
         metadata = {_ORIGIN: json.dumps(asdict(self._origin))}
         content = safetensors.numpy.save({name: tensor.numpy() for name, tensor in state.items()}, metadata)
-        digest = write_checked(self._path(round_number), content)
-        past = sorted(number for number in self._rounds() if number <= round_number)
-        for number in set(self._rounds()) - set(past[-KEPT:]):
-            self._path(number).unlink()
-        return digest
+        return self._files.write(round_number, content)
 
     def digest(self, round_number: int) -> str:
         """Digest of the state after a round, as written at the head of its file; empty if absent."""
-        return read_digest(self._path(round_number))
+        return read_digest(self._files.path(round_number))
 
     def _check_origin(self, path: Path, expected: Origin) -> None:
         remedy = f"move {self.folder} away to start run {self.folder.name} afresh"
-        found = _read_origin(path)
-        if found is None:
+        origin = _read_origin(path)
+        if origin is None:
             read_checked(path)
             raise DataError(f"{path}: does not say which experiment it comes from; {remedy}")
         for name, value in asdict(expected).items():
-            if found.get(name) != value:
-                raise DataError(f"{path}: comes from {name} {found.get(name)!s:.24}, expected {value:.24}; {remedy}")
+            if origin.get(name) != value:
+                raise DataError(f"{path}: comes from {name} {origin.get(name)!s:.24}, expected {value:.24}; {remedy}")
 
-    def _path(self, round_number: int) -> Path:
-        return self.folder / f"round-{round_number:06d}.state"
 
-    def _rounds(self) -> list[int]:
-        return [int(path.stem.removeprefix("round-")) for path in self.folder.glob("round-*.state")]
+@dataclass(frozen=True)
+class AskedRounds:
+    """Questions that a run has asked of this site so far."""
+
+    rounds: int
+    """Of the whole run."""
+    newest: float
+    """Time of the newest question, in seconds since 1970."""
+    digests: Mapping[int, str] = field(default_factory=dict)
+    """Round -> digest of its question."""
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the last round was asked."""
+        return self.rounds in self.digests
+
+
+def question_digest(run: RunConfig, task: RoundTask, groups: Mapping[str, Flat], state: str) -> str:
+    """SHA-256 of everything that decides a round's answer.
+
+    Args:
+        groups: The global parameters, whether they came whole or as a step.
+        state: Digest of the private state that the round starts from.
+    """
+    content = [
+        dump_toml(run),
+        sorted(parameter_hashes(groups).items()),
+        sorted(parameter_hashes(task.teacher).items()),
+        sorted((task.profile or {}).items()),
+        state,
+    ]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def note_question(states: StateStore, run: RunConfig, round_number: int, digest: str) -> None:
+    """Note a question on disk, before it is worked on.
+
+    Raises:
+        ProtocolError: the round was asked otherwise before, or a later round was.
+        DataError: the note is corrupted.
+    """
+    known = read_asked(states.folder)
+    digests = dict(known.digests) if known else {}
+    if digests.setdefault(round_number, digest) != digest:
+        raise ProtocolError(
+            f"round {round_number}: asked before with other parameters or from another private state; "
+            "to go on from there, start a new run from that model"
+        )
+    newest = max(digests)
+    if known and round_number < newest and round_number not in known.digests:
+        raise ProtocolError(
+            f"round {round_number}: asked after round {newest}; to go on from an earlier model, start a new run from it"
+        )
+    note = {"rounds": run.train.rounds, "newest": time.time(), "digests": digests}
+    write_checked(states.folder / ASKED, json.dumps(note).encode())
+
+
+def read_asked(folder: Path) -> AskedRounds | None:
+    """Questions of a run by its folder; None before the first."""
+    if not (folder / ASKED).exists():
+        return None
+    note = json.loads(read_checked(folder / ASKED))
+    digests = {int(number): digest for number, digest in note["digests"].items()}
+    return AskedRounds(note["rounds"], note["newest"], digests)
+
+
+def fingerprint(store: ImageStore) -> str:
+    """Digest of who is in the train split, with which images: it tells when patients or images changed.
+
+    An image counts by its shape and the numbers in its middle, which is quick whatever its size: another image shows, a
+    change elsewhere in the same image may not.
+    """
+    digest = hashlib.sha256()
+    train = store.indices("train")
+    for stream in sorted(store.images):
+        images, rows = store.images[stream], store.rows[stream]
+        digest.update(f"{stream} {images.shape[1:]}\0".encode())
+        positions = {store.subjects[rows[position]]: position for position in np.flatnonzero(np.isin(rows, train))}
+        for subject, position in sorted(positions.items()):
+            image = images[position].reshape(-1)
+            start = max(len(image) - _SAMPLE, 0) // 2
+            digest.update(subject.encode() + b"\0" + image[start : start + _SAMPLE].tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _read_origin(path: Path) -> dict[str, str] | None:

@@ -1,4 +1,4 @@
-"""What the site's commands tell its operator, line by line."""
+"""Lines that the commands of `panfm site` print."""
 
 import json
 import shlex
@@ -6,28 +6,30 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from panfm.config import SiteConfig, site_path
+from panfm.files import RoundFiles
+from panfm.hash_chain import Entry
 from panfm.site.admission import active_runs
-from panfm.site.departures import Departures, Line
+from panfm.site.audit_log import AuditLog
 from panfm.site.dry_run import DryRun
 from panfm.site.state import RUNS
 from panfm.site.worker import is_running
 
 
-def dry_run_lines(found: DryRun) -> Iterator[str]:
+def dry_run_lines(result: DryRun) -> Iterator[str]:
     """The cost of a run, and everything that would leave."""
-    handshake, reply = found.handshake, found.reply
-    yield f"experiment {found.experiment} (for limits.experiments in site.toml)"
-    if not found.is_named:
+    handshake, reply = result.handshake, result.reply
+    yield f"experiment {result.experiment} (for limits.experiments in site.toml)"
+    if not result.is_named:
         yield "limits.experiments does not name it: the worker would refuse this run"
-    if found.start:
-        yield f"starts from the model {found.start} (for limits.starts in site.toml)"
-    gpu = "" if found.gpu_gib is None else f", {found.gpu_gib:.2f} GiB of the GPU"
-    yield f"one local step: {found.seconds:.3f} s; at most {found.memory_gib:.2f} GiB of memory{gpu}"
+    if result.start:
+        yield f"starts from the model {result.start} (for limits.starts in site.toml)"
+    gpu = "" if result.gpu_gib is None else f", {result.gpu_gib:.2f} GiB of the GPU"
+    yield f"one local step: {result.seconds:.3f} s; at most {result.memory_gib:.2f} GiB of memory{gpu}"
     yield "before round 1 leave:"
-    held = ", ".join(f"{stream} {count}" for stream, count in handshake.streams.items())
-    yield f"  name {handshake.site}; subjects {handshake.subjects}; with {held}"
+    streams = ", ".join(f"{stream} {count}" for stream, count in handshake.streams.items())
+    yield f"  name {handshake.site}; subjects {handshake.subjects}; with {streams}"
     yield f"  versions {', '.join(f'{name} {version}' for name, version in handshake.versions.items())}"
-    yield f"every round leave {found.bytes_up} bytes:"
+    yield f"every round leave {result.bytes_up} bytes:"
     for name, array in reply.updates.items():
         yield f"  {name}: {array.dtype} {list(array.shape)}, {array.nbytes} bytes"
     for name, value in reply.to_records().metrics.items():
@@ -37,31 +39,32 @@ def dry_run_lines(found: DryRun) -> Iterator[str]:
 
 
 def status_lines(folder: Path, site: SiteConfig, state_dir: Path) -> Iterator[str]:
-    """Whether the worker is at work, and what it has done."""
+    """Whether the worker is at work, the runs that it knows, and the messages that left."""
     yield f"{site.name}: the worker is {'at work' if is_running(folder, site) else 'not running'}"
-    for path in sorted(state_dir.glob(f"{RUNS}/*/round-*.state")):
-        yield f"run {path.parent.name}: private state after round {int(path.stem.removeprefix('round-'))}"
+    for run_folder in sorted(state_dir.glob(f"{RUNS}/*")):
+        for number in RoundFiles(run_folder).rounds():
+            yield f"run {run_folder.name}: private state after round {number}"
     for name, asked in active_runs(state_dir, site.limits).items():
         yield f"run {name}: not finished, asked for round {max(asked.digests)} of {asked.rounds}"
-    lines = list(Departures(state_dir).lines())
+    lines = list(AuditLog(state_dir).lines())
     yield f"messages that left: {len(lines)}, {sum(line['bytes'] for line in lines)} bytes"
     if lines:
-        yield f"last: {departure_line(lines[-1])}"
+        yield f"last: {message_line(lines[-1])}"
 
 
-def departure_line(line: Line) -> str:
-    """One message that left."""
+def message_line(line: Entry) -> str:
+    """One message of the audit log."""
     groups = ", ".join(f"{name} {dtype}[{length}]" for name, dtype, length in line["arrays"]) or "no arrays"
-    which = "" if line["round"] is None else f" of round {line['round']} of {line['run']}"
+    asked = "" if line["round"] is None else f" of round {line['round']} of {line['run']}"
     numbers = f"; numbers: {', '.join(line['numbers'])}" if line["numbers"] else ""
     privacy = "" if line.get("privacy", "none") == "none" else f"; privacy: {line['privacy']}"
     spent = "" if line.get("epsilon") is None else f"; epsilon {line['epsilon']:.3f} spent so far"
-    what = f"{line['kind']}{which}: {line['bytes']} bytes, sha256 {line['sha256'][:16]}"
-    return f"{line['time']} {what}; {groups}{numbers}{privacy}{spent}"
+    message = f"{line['kind']}{asked}: {line['bytes']} bytes, sha256 {line['sha256'][:16]}"
+    return f"{line['time']} {message}; {groups}{numbers}{privacy}{spent}"
 
 
 def supernode_command(folder: Path, site: SiteConfig) -> str:
-    """What starts the site's SuperNode, ready for a shell."""
+    """The command that starts the site's SuperNode, ready for a shell."""
     coordinator = site.coordinator
     words = ["flower-supernode", "--superlink", coordinator.address]
     words += ["--root-certificates", str(site_path(folder, coordinator.root_certificates))]

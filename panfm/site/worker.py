@@ -1,11 +1,10 @@
-"""The resident worker: the site's own code, at the end of a local socket, with model, images and state kept warm.
+"""The resident worker: a process of the site that answers at a local socket, with model, images and state in memory.
 
 Flower's client process, and the code in it that came from the server, can ask it for a handshake or a round and gets
-nothing else. One question at a time. What leaves is on disk first (departures.py), and nothing is kept that is not:
-killed at any point and started again, it gives the same bits.
+nothing else. One question at a time. Every answer is in the audit log before it leaves, and all that the worker needs
+is on disk: killed at any point and started again, it gives the same bits.
 """
 
-import fcntl
 import grp
 import logging
 import os
@@ -21,12 +20,12 @@ import torch
 
 from panfm.config import SiteConfig, site_path
 from panfm.errors import ConfigError, ProtocolError
+from panfm.files import is_locked, locked
 from panfm.models.sizes import num_parameters
 from panfm.sharing.frames import Frame, Kind, address, encode, receive, send
 from panfm.sharing.messages import Invitation, Records
-from panfm.site.answer import answer
-from panfm.site.departures import Departures
-from panfm.site.scrub import scrub
+from panfm.site.audit_log import AuditLog
+from panfm.site.handler import answer, scrub
 from panfm.site.site import Site, read_run
 
 logger = logging.getLogger(__name__)
@@ -39,27 +38,28 @@ _PEER = struct.Struct("3i")
 
 
 class Worker:
-    """Answers whoever may ask."""
+    """Answers the accounts that may ask, one question after the other."""
 
     def __init__(self, site: Site, listener: socket.socket) -> None:
         self.site = site
         self._listener = listener
         self._users = allowed_users(site.config)
-        self._departures = Departures(site.state_dir)
+        self._audit_log = AuditLog(site.state_dir)
 
     def serve_forever(self) -> None:
-        """One question after the other."""
+        """Answer one question after the other."""
         _load_libraries()
         while True:
             self.serve_one()
 
     def serve_one(self) -> None:
-        """Wait for one connection and answer it; whatever goes wrong with it is its own end only."""
+        """Wait for one connection and answer it. An error ends this connection, and never the worker."""
         connection, _ = self._listener.accept()
         with connection:
             try:
-                if self._may_ask(connection):
-                    send(connection, self._answer(connection), timeout_s=TRANSFER_TIMEOUT_S)
+                if self._may_ask(connection) and (question := self._receive(connection)) is not None:
+                    reply = answer(self.site, question)
+                    send(connection, self._recorded(reply), timeout_s=TRANSFER_TIMEOUT_S)
             except Exception as error:
                 logger.warning("a connection ended without an answer (%s: %s)", type(error).__name__, error)
 
@@ -69,22 +69,25 @@ class Worker:
             logger.warning("user %s is not in worker.users: hung up", user)
         return user in self._users
 
-    def _answer(self, connection: socket.socket) -> bytes:
+    def _receive(self, connection: socket.socket) -> Frame | None:
+        """The question of a connection; None if its bytes are none, which the other end is told."""
         try:
             most = _BYTES_PER_PARAMETER * self.site.config.limits.parameters
-            asked = receive(connection, timeout_s=TRANSFER_TIMEOUT_S, max_arrays=most, largest=_largest)
+            return receive(connection, timeout_s=TRANSFER_TIMEOUT_S, max_arrays=most, largest=_largest)
         except (ProtocolError, MemoryError) as error:
             logger.warning("a question that is none: %s", error)
-            return encode(Frame.error(scrub(error)))
-        found = answer(self.site, asked)
-        content = encode(found)
-        site = self.site
-        self._departures.append(found, content, privacy=site.privacy, epsilon=site.epsilon_spent)
+            send(connection, encode(Frame.error(scrub(error))), timeout_s=TRANSFER_TIMEOUT_S)
+            return None
+
+    def _recorded(self, reply: Frame) -> bytes:
+        """The bytes of a reply, once it is in the audit log."""
+        content = encode(reply)
+        self._audit_log.append(reply, content, privacy=self.site.privacy, epsilon=self.site.epsilon_spent)
         return content
 
 
 def _largest(kind: Kind, config: Mapping[str, Any]) -> int:
-    """Bytes of arrays that a question may hold: in a round, what the model of its description needs."""
+    """Bytes of arrays that a question may hold: in a round, those of its model's parameters and its teacher's."""
     if kind is not Kind.ROUND:
         return 0
     run = read_run(Invitation.from_records(Records(config=config)).run_toml)
@@ -100,7 +103,7 @@ def _load_libraries() -> None:
 
 @contextmanager
 def listen(folder: Path, site: SiteConfig) -> Iterator[socket.socket]:
-    """The site's socket, in a folder that nobody else may enter (or, with `worker.group`, that group only).
+    """Open the site's socket, in a folder that nobody else may enter (or, with `worker.group`, that group only).
 
     Raises:
         ConfigError: another worker serves this site, or the socket cannot be made.
@@ -110,7 +113,7 @@ def listen(folder: Path, site: SiteConfig) -> Iterator[socket.socket]:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             _share(path.parent, site, 0o700, 0o710)
-            fcntl.flock(stack.enter_context(path.with_suffix(".lock").open("wb")), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.enter_context(locked(path.with_suffix(".lock"), wait_s=0.0))
             path.unlink(missing_ok=True)
             listener = stack.enter_context(socket.socket(socket.AF_UNIX))
             with address(path) as short:
@@ -132,14 +135,7 @@ def check_closed(folder: Path, site: SiteConfig) -> None:
 
 def is_running(folder: Path, site: SiteConfig) -> bool:
     """Whether a worker serves this site now."""
-    try:
-        with site_path(folder, site.worker.socket).with_suffix(".lock").open("rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
+    return is_locked(site_path(folder, site.worker.socket).with_suffix(".lock"))
 
 
 def allowed_users(site: SiteConfig) -> set[int]:
@@ -153,7 +149,7 @@ def allowed_users(site: SiteConfig) -> set[int]:
 
 
 def _share(path: Path, site: SiteConfig, alone: int, with_group: int) -> None:
-    """Rights of the owner alone, or of a group as well."""
+    """Give a path the rights of its owner alone, or of a group as well."""
     if not (name := site.worker.group):
         path.chmod(alone)
         return

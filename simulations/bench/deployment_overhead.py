@@ -25,8 +25,9 @@ from rich.console import Console
 
 from panfm.config import RunConfig, dump_toml, load_run
 from panfm.errors import RunError
+from panfm.files import read_json_lines
 from simulations.engines.deployment import CONNECTION, Deployment, deployed
-from simulations.engines.flwr import ROOT, submit, whole_rounds
+from simulations.engines.flwr import ROOT, submit
 from simulations.engines.processes import wait_until
 from simulations.harness import JsonFile, StudyResult, check_writable
 from simulations.run import prepare_cohort
@@ -93,8 +94,8 @@ def _measure(arm: str, run: RunConfig, folder: Path, deployment: Deployment) -> 
     submit(CONNECTION, {"run-dir": str(folder)}, deployment.environment, app=folder / "app")
     servers = [process for name, process in deployment.processes.items() if "." not in name]
     cpu = folder / "cpu.jsonl"
-    wait_until(lambda: len(whole_rounds(cpu)) == run.train.rounds, f"arm {arm}", _RUN_TIMEOUT_S, *servers)
-    readings = whole_rounds(cpu)
+    wait_until(lambda: len(read_json_lines(cpu)) == run.train.rounds, f"arm {arm}", _RUN_TIMEOUT_S, *servers)
+    readings = read_json_lines(cpu)
     if failed := [reason for each in readings for reason in each["failed"]]:
         raise RunError(f"arm {arm}: {len(failed)} messages failed: {failed[0]}")
     ticks = np.diff([each["ticks"] for each in readings])

@@ -30,7 +30,7 @@ from panfm.data.cache import open_store
 from panfm.data.store import ImageStore
 from panfm.sharing.groups import GroupManifest, group_of
 from panfm.sharing.weights import Trained, group_weights
-from panfm.site.session import held_streams
+from panfm.site.session import trained_streams
 from panfm.training import Learner
 from server.handshake import shake_hands
 from server.rounds import initial_state, train_round
@@ -118,7 +118,7 @@ def plain_rounds(run: RunConfig, sites: Path) -> Iterator[None]:
     """The rounds of the least one can do: train every site, average, group by group."""
     torch.set_num_threads(run.train.threads)
     stores = {path.name: open_store(path, run.streams) for path in sorted(sites.iterdir())}
-    learners = {site: Learner(run, tuple(held_streams(run, store))) for site, store in stores.items()}
+    learners = {site: Learner(run, tuple(trained_streams(run, store))) for site, store in stores.items()}
     state: Mapping[str, Tensor] = Learner(run).shared_state()
     for round_number in range(1, run.train.rounds + 1):
         state = _plain_round(run, stores, learners, state, round_number)

@@ -33,7 +33,7 @@ from panfm.config import RunConfig, load_run, site_folders
 from panfm.config.cohort import PhantomCohortConfig, PhantomSiteConfig
 from panfm.data.cache import open_store
 from panfm.sharing.messages import Handshake
-from panfm.site.session import held_streams
+from panfm.site.session import trained_streams
 from panfm.training import Learner
 from server.progress import Progress
 from server.rounds import run_federation
@@ -151,7 +151,7 @@ class PureTraining:
         ready = []
         for site in sites:
             store = open_store(self._sites / site, self._run.streams)
-            learner = self._learner(tuple(held_streams(self._run, store)))
+            learner = self._learner(tuple(trained_streams(self._run, store)))
             learner.stem(store)
             ready.append((site, learner, store))
         num_steps = self._run.train.local_steps

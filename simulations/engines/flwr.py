@@ -4,12 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from server.flower import ROOT, FlowerRun, flower_environment, flwr, submit
-from server.run_folder import whole_rounds
 from server.watch import Lines, follow
 from simulations.engines.job import Job
 from simulations.engines.offline import OFFLINE
 
-__all__ = ["ROOT", "flwr", "private_environment", "submit", "wait_for_end", "whole_rounds"]
+__all__ = ["ROOT", "flwr", "private_environment", "submit", "wait_for_end"]
 
 
 def private_environment(home: Path) -> dict[str, str]:

@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import io
-import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -54,10 +53,9 @@ class ArmJob:
 def federate(run: RunConfig, cohort: Path) -> Federated:
     """A federation over a cohort's sites, by the in-process engine; its progress is not shown."""
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):
-        folder = RunFolder.create(Path(scratch) / "run", run).path
-        run_job(Job(cohort / "sites", folder), "local")
-        lines = (folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines()
-        return Federated(load_model(folder / "model")[0], [json.loads(line) for line in lines])
+        folder = RunFolder.create(Path(scratch) / "run", run)
+        run_job(Job(cohort / "sites", folder.path), "local")
+        return Federated(load_model(folder.path / "model")[0], folder.rounds())
 
 
 def compare(name: str, experiment: Path, arms: Arms, options: StudyOptions) -> StudyResult:

@@ -15,7 +15,6 @@ Source:
 
 import contextlib
 import io
-import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -188,12 +187,12 @@ class HostileGrid(LocalGrid):
 def federate_with(run: RunConfig, cohort: Path, attack: str, num_hostile: int) -> Federated:
     """A federation over a cohort's sites, the last of which are hostile; its progress is not shown."""
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):
-        job = Job(cohort / "sites", RunFolder.create(Path(scratch) / "run", run).path)
+        folder = RunFolder.create(Path(scratch) / "run", run)
+        job = Job(cohort / "sites", folder.path)
         with logged_to(job.log):
             grid = HostileGrid(client_app, job, run, attack, num_hostile)
             server_app(grid, Context(1, 1, {}, RecordDict(), dict(job.run_config())))
-        lines = (job.run_dir / "rounds.jsonl").read_text(encoding="utf-8").splitlines()
-        return Federated(load_model(job.run_dir / "model")[0], [json.loads(line) for line in lines])
+        return Federated(load_model(folder.path / "model")[0], folder.rounds())
 
 
 def _of_length(flat: Flat, length: float) -> Flat:

@@ -16,7 +16,6 @@ Five hospitals without a modality in common, the same pictures and the same tota
 
 import contextlib
 import io
-import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -181,7 +180,7 @@ def _federate(run: RunConfig, cohort: Path, sites: Sequence[str]) -> Trained:
         run_job(EngineJob(cohort / "sites", folder.path), "local")
         shared, _ = load_model(folder.path / "model")
         models = {site: _at_site(folder, shared, site) for site in sites}
-        lines = [json.loads(line) for line in (folder.path / "rounds.jsonl").read_text().splitlines()]
+        lines = folder.rounds()
     sent = [sum(line["bytes_up"].values()) + sum(line["bytes_down"].values()) for line in lines]
     return Trained(models, [shared], float(np.mean(sent)))
 

@@ -22,8 +22,9 @@ from panfm.privacy.statement import statement
 from panfm.sharing.frames import Frame, Kind, encode
 from panfm.sharing.messages import Invitation, Records
 from panfm.site import Site
-from panfm.site.departures import Departures
-from panfm.site.spending import Account
+from panfm.site import answer as answer_of_site
+from panfm.site.audit_log import AuditLog
+from panfm.site.budget import PatientBudget
 from panfm.site.worker import Worker
 from tests.unit.site.test_private_site import PRIVACY, RANDOM, RUN, task
 
@@ -101,7 +102,7 @@ def test_an_anchor_without_its_ledger_stops_the_site(folder, composed):
 
 def test_a_first_use_needs_neither_and_a_crash_during_it_stops_nothing(folder, composed, monkeypatch):
     with monkeypatch.context() as patched:
-        patched.setattr(ledger_module, "write_atomic", lambda path, content: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr("panfm.hash_chain.write_atomic", lambda path, content: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             spend(open_ledger(folder))
     path, anchor = files(folder)
@@ -206,7 +207,7 @@ def answer(number: int) -> Frame:
 
 
 def test_a_long_record_of_departures_costs_a_message_no_more_than_a_short_one(tmp_path, caplog):
-    record = Departures(tmp_path)
+    record = AuditLog(tmp_path)
     record.append(answer(1), encode(answer(1)))
     pattern, lines, before = json.loads(record.path.read_text()), [], FIRST
     for number in range(LINES):
@@ -214,7 +215,7 @@ def test_a_long_record_of_departures_costs_a_message_no_more_than_a_short_one(tm
         before = hashlib.sha256((before + json.dumps(line, sort_keys=True)).encode()).hexdigest()
         lines.append(json.dumps(line | {"chain": before}) + "\n")
     record.path.write_text("".join(lines))
-    record = Departures(tmp_path)
+    record = AuditLog(tmp_path)
     record.append(answer(1), encode(answer(1)))
     start = bytes_read()
     for number in range(20):
@@ -224,7 +225,7 @@ def test_a_long_record_of_departures_costs_a_message_no_more_than_a_short_one(tm
     assert not caplog.records
     time.sleep(0.02)  # a clock tick
     record.path.write_bytes(record.path.read_bytes().replace(b'"round": 7,', b'"round": 8,'))
-    for each in (record, Departures(tmp_path)):
+    for each in (record, AuditLog(tmp_path)):
         each.append(answer(1), encode(answer(1)))
         assert "line 7 was changed" in caplog.records[-1].getMessage()
         with pytest.raises(DataError, match="line 7 was changed"):
@@ -236,9 +237,10 @@ def ask(site: Site, frame: Frame) -> dict:
     asking, listening = socket.socketpair()
     with asking, listening, ThreadPoolExecutor(1) as pool:
         sent = pool.submit(asking.sendall, encode(frame))
-        Worker(site, listening)._answer(listening)
+        worker = Worker(site, listening)
+        worker._recorded(answer_of_site(site, worker._receive(listening)))
         sent.result()
-    return list(Departures(site.state_dir).lines())[-1]
+    return list(AuditLog(site.state_dir).lines())[-1]
 
 
 def ask_rounds(folder: Path, numbers: range) -> list[dict]:
@@ -281,15 +283,15 @@ def test_a_ledger_written_anew_with_cheaper_rounds_is_found_by_the_record(folder
 
 
 def test_a_record_that_was_tampered_with_does_not_hide_what_was_spent(folder, spent):
-    record = Departures(folder / ".panfm" / "state").path
+    record = AuditLog(folder / ".panfm" / "state").path
     record.write_bytes(record.read_bytes().replace(b'"round": 2', b'"round": 9'))
     code, output = command("verify", folder, "--noted", spent[-1])
     assert (code, "line 2 was changed" in output.replace("\n", " ")) == (1, True)
 
 
 def test_a_round_that_was_paid_for_and_never_left_stops_nothing(folder, spent):
-    account = Account(folder, load_site(folder), folder / ".panfm" / "state")
-    account.pay(PRIVATE, task(4), "d")
+    budget = PatientBudget(folder, load_site(folder), folder / ".panfm" / "state")
+    budget.pay(PRIVATE, task(4), "d")
     assert ask_rounds(folder, range(4, 6))[-1]["kind"] == "answer"
     assert len(open_ledger(folder).entries()) == 7
 
@@ -298,10 +300,10 @@ def test_server_cannot_void_the_ledger_of_a_site_with_floors(folder, composed):
     acknowledged = PRIVACY.replace("1.5", "1e-12") + "acknowledge-broken-guarantee = true\n"
     broken = parse_run(RUN + RANDOM + acknowledged)
     (folder / "site.toml").write_text('name = "alpha"\n[limits]\nsmallest-batch = 2\n')
-    account = Account(folder, load_site(folder), folder / ".panfm" / "state")
+    budget = PatientBudget(folder, load_site(folder), folder / ".panfm" / "state")
     with pytest.raises(LimitError, match="noise but makes no claim"):
-        account.pay(broken, task(), "d")
-    assert account.ledger.entries() == []
+        budget.pay(broken, task(), "d")
+    assert budget.ledger.entries() == []
 
 
 def test_a_voided_ledger_names_nobody_as_protected(folder, composed):

@@ -10,7 +10,7 @@ from panfm.models.sizes import step_bytes
 from panfm.sharing.frames import Frame, Kind, encode
 from panfm.sharing.messages import Invitation
 from panfm.site import Site, answer
-from panfm.site.scrub import scrub
+from panfm.site.handler import scrub
 from tests.unit.site.test_private_site import PRIVACY, RANDOM, RUN
 
 PRIVATE = "epsilon = 4.0\ndelta = 1e-3\npublic-subjects = 40\n"

@@ -34,8 +34,8 @@ from panfm.sharing import frames
 from panfm.sharing.frames import Frame, Kind, receive
 from panfm.sharing.messages import Invitation, Records
 from panfm.site import Site, answer, session
-from panfm.site import limits as limits_of_site
-from panfm.site.limits import kept_bytes
+from panfm.site.admission import check_sizes, kept_bytes
+from panfm.site.handler import time_limit
 from panfm.site.worker import Worker
 from panfm.training import learner
 from tests.conftest import NO_FLOORS
@@ -188,7 +188,7 @@ def test_models_of_this_house_are_within_the_limits():
             text += f"{organ}-{modality} = {{ spacing-mm = [2, 2, 2], shape = [96, 96, 96], patch = [16, 16, 16] }}\n"
     run = parse_run(text.replace("[2, 2, 2]", "[2.0, 2.0, 2.0]"))
     limits = parse_site('name = "alpha"').limits
-    limits_of_site.check_sizes(run, limits)
+    check_sizes(run, limits)
 
 
 def test_the_time_limit_holds_for_a_handshake(folder, monkeypatch):
@@ -398,7 +398,7 @@ def test_a_site_that_set_no_limit_on_time_has_one():
 
 def test_a_simulation_that_calls_sites_from_another_thread_goes_on_without_alarm():
     def wait() -> str:
-        with limits_of_site.time_limit(60.0):
+        with time_limit(60.0):
             return "done"
 
     with ThreadPoolExecutor(1) as pool:
@@ -451,7 +451,7 @@ def test_a_sound_volume_under_a_memory_limit_is_read_or_told_as_memory(tmp_path)
     code = f"""
 import resource, sys
 from panfm.data.decode import decode_volume
-from panfm.site.limits import limit_memory
+from panfm.site.handler import limit_memory
 content = open({str(tmp_path / "scan.nii.gz")!r}, "rb").read()
 used = int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmData"))) / 2**20
 limit_memory(used + 0.25)

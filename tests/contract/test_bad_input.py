@@ -26,7 +26,7 @@ from panfm.errors import ConfigError, PanfmError
 from panfm.evaluate.result import ProbeResult, Score, write_result
 from panfm.privacy.ledger import Ledger, Limits
 from panfm.sharing.frames import Frame, encode
-from panfm.site.departures import Departures
+from panfm.site.audit_log import AuditLog
 from server.cli import app as server
 from tests.federation.conftest import RUN, Federation
 
@@ -240,7 +240,7 @@ def test_labels(site, tmp_path):
 
 
 def test_record_of_what_left(site):
-    record = Departures(site / ".panfm" / "state")
+    record = AuditLog(site / ".panfm" / "state")
     for reason in ("first", "second", "third"):
         record.append(Frame.error(reason), encode(Frame.error(reason)))
     sound = record.path.read_bytes()

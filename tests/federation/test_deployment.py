@@ -26,7 +26,7 @@ from panfm.files import read_checked
 from panfm.sharing.frames import Frame, Kind
 from panfm.sharing.messages import RoundTask
 from panfm.site import Site
-from panfm.site.departures import Departures
+from panfm.site.audit_log import AuditLog
 from server.checkpoint import ServerState, load_latest
 from server.run_folder import RunFolder
 from simulations.engines import Job
@@ -148,7 +148,7 @@ def finished(federation, deployment) -> Job:
 def test_a_run_with_a_worker_and_the_superlink_killed_gives_the_bits_of_the_local_engine(federation, finished):
     assert [line["rejected"] for line in whole_rounds(finished.run_dir / "rounds.jsonl")] == [{}, {}, {}]
     for name in HOLDINGS:
-        lines = list(Departures(Site(federation.sites / name).state_dir).lines())
+        lines = list(AuditLog(Site(federation.sites / name).state_dir).lines())
         assert [line["round"] for line in lines] == [None, 1, 2, 3]
     overrides = ("train.rounds=3", "federation.min-sites=3", "model.backbone=director-experts")
     expected, model = federation.run("local", *overrides), "model/model.safetensors"
@@ -178,7 +178,7 @@ def alphas_last(federation, finished, tmp_path_factory) -> RoundTask:
     """What alpha was asked in the last round."""
     run = load_run(finished.run_dir / "run.toml").model_copy(update={"cohort": None})
     before = state_after(finished, 2, tmp_path_factory.mktemp("checkpoint"))
-    left = list(Departures(federation.sites / "alpha" / ".panfm" / "state").lines())[-1]
+    left = list(AuditLog(federation.sites / "alpha" / ".panfm" / "state").lines())[-1]
     groups = {name: before.groups[name] for name, _, _ in left["arrays"]}
     assert set(groups) == {"backbone", "head", "director", "stream:brain-mr", "stream:heart-mr"}
     return RoundTask(before.run_id, 3, dump_toml(run), groups, before.profile)
@@ -214,12 +214,12 @@ def replay(folder: Path, task: RoundTask) -> Mapping[str, np.ndarray]:
 def test_a_replayed_round_tells_nothing_new_and_changes_nothing(federation, deployment, alphas_last):
     alpha = federation.sites / "alpha"
     state = (alpha / ".panfm" / "state" / "runs" / alphas_last.run_id / "round-000003.state").read_bytes()
-    passed, lines = captured(deployment, "up"), len(list(Departures(alpha / ".panfm" / "state").lines()))
+    passed, lines = captured(deployment, "up"), len(list(AuditLog(alpha / ".panfm" / "state").lines()))
     for _ in range(2):
         for name, array in replay(alpha, alphas_last).items():
             assert array.tobytes() in passed, name
     assert (alpha / ".panfm" / "state" / "runs" / alphas_last.run_id / "round-000003.state").read_bytes() == state
-    assert len(list(Departures(alpha / ".panfm" / "state").lines())) == lines + 2  # on record all the same
+    assert len(list(AuditLog(alpha / ".panfm" / "state").lines())) == lines + 2  # on record all the same
 
 
 def test_nobody_else_gets_in(federation, deployment):
@@ -312,7 +312,7 @@ def test_limits_of_the_sites_win(federation, deployment):
     sites = (job.run_dir / "sites.json").read_text(encoding="utf-8")
     assert "site beta: LimitError: took longer than this site's limits.seconds-per-round (0.001)" in sites
     assert re.search(r"site gamma: LimitError: experiment [0-9a-f]{64} is not in this site's limits.experiments", sites)
-    assert list(Departures(gamma / ".panfm" / "state").lines())[-1]["kind"] == "error"
+    assert list(AuditLog(gamma / ".panfm" / "state").lines())[-1]["kind"] == "error"
 
 
 def large() -> RunConfig:

@@ -19,7 +19,7 @@ from panfm.sharing.frames import Frame, Kind, address, encode
 from panfm.sharing.groups import GroupManifest
 from panfm.sharing.messages import Invitation, Records, RoundReply, RoundTask
 from panfm.site import Site
-from panfm.site.departures import Departures
+from panfm.site.audit_log import AuditLog
 from simulations.engines.flwr import private_environment
 from simulations.engines.processes import Process, end, send_signal, start, wait_until
 from tests.federation.conftest import RUN
@@ -193,7 +193,7 @@ def test_another_account_gets_neither_files_nor_the_worker(worker):
 
 
 def test_all_that_left_is_on_record(worker):
-    lines = list(Departures(worker.folder / ".panfm" / "state").lines())
+    lines = list(AuditLog(worker.folder / ".panfm" / "state").lines())
     assert {line["kind"] for line in lines} == {"answer", "error"}
     assert {name for line in lines for name, _, _ in line["arrays"]} <= {
         "backbone", "head", "stream:brain-mr", "stream:heart-mr"

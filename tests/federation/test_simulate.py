@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 from panfm.config import dump_toml
 from panfm.config.cohort import PhantomCohortConfig, RealImagesCohortConfig
 from panfm.errors import ConfigError, RunError
+from panfm.files import read_json_lines
 from simulations import real_images
 from simulations.__main__ import app
-from simulations.engines.flwr import whole_rounds
 from simulations.engines.offline import go_offline
 from simulations.run import cohort_folder, prepare_cohort, simulate
 
@@ -154,13 +154,13 @@ def test_a_cohorts_name_follows_from_what_it_is_made_of(federation, scans, monke
 
 def test_a_line_that_is_being_written_is_left_for_later(tmp_path):
     path = tmp_path / "rounds.jsonl"
-    assert whole_rounds(path) == []
+    assert read_json_lines(path) == []
     path.write_text('{"round": 1}\n{"rou')
-    assert whole_rounds(path) == [{"round": 1}]
+    assert read_json_lines(path) == [{"round": 1}]
     path.write_text('{"round": 1}\n{"round": 2}')
-    assert whole_rounds(path) == [{"round": 1}]
+    assert read_json_lines(path) == [{"round": 1}]
     path.write_text('{"round": 1}\n{"round": 2}\n')
-    assert whole_rounds(path) == [{"round": 1}, {"round": 2}]
+    assert read_json_lines(path) == [{"round": 1}, {"round": 2}]
 
 
 def test_flower_has_a_home_of_its_own(monkeypatch):

@@ -1,10 +1,24 @@
 import json
 import math
+import stat
 
 import pytest
 
 from panfm.errors import DataError
-from panfm.files import json_text, new_folder, read_checked, read_digest, write_atomic, write_checked
+from panfm.files import (
+    RoundFiles,
+    append_json_line,
+    is_locked,
+    json_text,
+    locked,
+    new_folder,
+    open_atomic,
+    read_checked,
+    read_digest,
+    read_json_lines,
+    write_atomic,
+    write_checked,
+)
 
 
 def test_atomic_write_replaces_and_leaves_nothing_behind(tmp_path):
@@ -87,3 +101,63 @@ def test_a_new_folder_inside_a_file_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match=r"c: cannot be made \(.*Not a directory"), new_folder(tmp_path / "file" / "c"):
         pass
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640])
+def test_an_atomic_file_has_its_rights_from_the_start(tmp_path, mode):
+    with open_atomic(tmp_path / "file", mode=mode) as file:
+        [part] = tmp_path.iterdir()
+        assert (part.suffix, stat.S_IMODE(part.stat().st_mode)) == (".part", mode)
+        file.write(b"content")
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == mode
+
+
+def test_two_writers_of_one_file_do_not_meet(tmp_path):
+    with open_atomic(tmp_path / "file") as slow:
+        slow.write(b"slow")
+        write_atomic(tmp_path / "file", b"quick")
+        assert (tmp_path / "file").read_bytes() == b"quick"
+    assert (tmp_path / "file").read_bytes() == b"slow"
+
+
+def test_json_lines(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    assert read_json_lines(path) == []
+    for number in (1, math.nan):
+        append_json_line(path, {"number": number})
+    assert path.read_bytes() == b'{"number": 1}\n{"number": null}\n'
+    path.write_bytes(path.read_bytes() + b'{"number": 3}')  # still being written
+    assert read_json_lines(path) == [{"number": 1}, {"number": None}]
+
+
+@pytest.mark.parametrize("line", [b"", b"{", b"\xff", b"[" * 100_000])
+def test_a_json_line_that_does_not_hold_is_named(tmp_path, line):
+    (tmp_path / "lines.jsonl").write_bytes(b"1\n" + line + b"\n2\n")
+    with pytest.raises(DataError, match=r"lines\.jsonl:2: found .*, expected one JSON object per line"):
+        read_json_lines(tmp_path / "lines.jsonl")
+    (tmp_path / "lines.jsonl").unlink()
+    (tmp_path / "lines.jsonl").mkdir()
+    with pytest.raises(DataError, match=r"lines\.jsonl: cannot be read \(IsADirectoryError\)"):
+        read_json_lines(tmp_path / "lines.jsonl")
+
+
+def test_the_last_three_rounds_are_kept(tmp_path):
+    files = RoundFiles(tmp_path / "new")
+    assert files.rounds() == []
+    for number in range(1, 6):
+        digest = files.write(number, str(number).encode())
+    assert files.rounds() == [3, 4, 5]
+    assert (files.path(5).name, read_checked(files.path(5))) == ("round-000005.state", b"5")
+    assert read_digest(files.path(5)) == digest
+    files.write(4, b"again")  # a server that went back: round 5 has another past
+    assert files.rounds() == [3, 4]
+
+
+def test_one_process_at_a_time(tmp_path):
+    path = tmp_path / "lock"
+    assert not is_locked(path)
+    with locked(path, wait_s=0.0):
+        assert is_locked(path)
+        with pytest.raises(BlockingIOError), locked(path, wait_s=0.0):
+            pass
+    assert not is_locked(path)

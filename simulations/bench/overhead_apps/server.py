@@ -7,6 +7,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, R
 from flwr.serverapp import Grid, ServerApp
 
 from panfm.config import RunConfig, dump_toml, load_run
+from panfm.files import append_json_line
 from panfm.sharing.messages import RoundTask
 from server.checkpoint import ServerState
 from server.exchange import Exchange
@@ -27,19 +28,17 @@ def main(grid: Grid, context: Context) -> None:
     run = load_run(folder / "run.toml")
     sessions = set(json.loads((folder / "sessions.json").read_text()))
     state, _ = initial_state(run)
-    with (folder / "cpu.jsonl").open("w", encoding="utf-8") as file:
-        for number in range(1, run.train.rounds + 1):
-            content = _task(run, state, number)
-            nodes = grid.get_node_ids()
-            messages = [Message(content, node_id, MessageType.TRAIN, ttl=_TIMEOUT_S) for node_id in nodes]
-            exchange = Exchange(grid, messages, _TIMEOUT_S)
-            line = {
-                "messages": len(list(exchange)),
-                "ticks": cpu_ticks(sessions),
-                "failed": list(exchange.failed.values()),
-            }
-            file.write(json.dumps(line) + "\n")
-            file.flush()
+    for number in range(1, run.train.rounds + 1):
+        content = _task(run, state, number)
+        nodes = grid.get_node_ids()
+        messages = [Message(content, node_id, MessageType.TRAIN, ttl=_TIMEOUT_S) for node_id in nodes]
+        exchange = Exchange(grid, messages, _TIMEOUT_S)
+        line = {
+            "messages": len(list(exchange)),
+            "ticks": cpu_ticks(sessions),
+            "failed": list(exchange.failed.values()),
+        }
+        append_json_line(folder / "cpu.jsonl", line)
 
 
 def cpu_ticks(sessions: set[int]) -> int:

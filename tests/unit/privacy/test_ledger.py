@@ -37,7 +37,7 @@ def test_a_round_is_on_disk_before_it_runs(make_private, tmp_path, cheap):
 
 
 def test_the_entry_is_synced_before_leave_is_given(make_private, tmp_path, cheap, monkeypatch):
-    monkeypatch.setattr(module.os, "fsync", lambda handle: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr("os.fsync", lambda handle: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         spend(Ledger(tmp_path, "alpha"), make_private())
 

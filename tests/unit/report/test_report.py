@@ -112,7 +112,7 @@ def test_a_line_being_written_is_left_out_but_a_damaged_one_is_named(finished):
 def test_a_line_that_is_whole_but_no_round_is_named(finished, damage):
     path = finished / "rounds.jsonl"
     path.write_bytes(path.read_bytes() + damage)
-    with pytest.raises(DataError, match=r"rounds.jsonl:3: found .* expected one JSON object per round"):
+    with pytest.raises(DataError, match=r"rounds.jsonl:3: found .* expected one JSON object per line"):
         read_run(finished)
 
 

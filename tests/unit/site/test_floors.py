@@ -11,7 +11,8 @@ from panfm.config.site import LimitsConfig
 from panfm.config.training import TrainConfig
 from panfm.errors import LimitError
 from panfm.sharing.groups import GroupManifest
-from panfm.site.floors import Floors, check_run, step_weights
+from panfm.site.admission import check_floors
+from panfm.site.floors import Floors, step_weights
 from panfm.training import TrainResult
 from panfm.training.schedules import warmup_cosine
 
@@ -137,8 +138,8 @@ noise-multiplier = 1.0
 sample-rate = 0.5
 """
     run = make_run(private)
-    check_run(run, LimitsConfig(epsilon=1.0, delta=1e-3, public_subjects=100))
-    check_run(run, LimitsConfig(smallest_batch=1, smallest_steps=1))
+    check_floors(run, LimitsConfig(epsilon=1.0, delta=1e-3, public_subjects=100))
+    check_floors(run, LimitsConfig(smallest_batch=1, smallest_steps=1))
     for one_floor in ({"smallest_batch": 1}, {"smallest_steps": 1}, {"delta": 1e-3, "public_subjects": 100}):
         with pytest.raises(LimitError, match=r"expected limits\.epsilon, delta and public-subjects"):
-            check_run(run, LimitsConfig(**one_floor))
+            check_floors(run, LimitsConfig(**one_floor))

@@ -22,7 +22,7 @@ from panfm.sharing.groups import GroupManifest
 from panfm.sharing.messages import Invitation, RoundReply, RoundTask
 from panfm.sharing.weights import weight_limits
 from panfm.site import Site, answer
-from panfm.site.spending import Account
+from panfm.site.budget import PatientBudget
 from panfm.site.state import StateStore
 from tests.conftest import NO_FLOORS
 
@@ -66,7 +66,7 @@ def site(tmp_path, write_site):
 
 
 def spent(site):
-    return Account(site.folder, site.config, site.state_dir).ledger.entries()
+    return PatientBudget(site.folder, site.config, site.state_dir).ledger.entries()
 
 
 @pytest.mark.parametrize(("extra", "bought"), [(RANDOM, {"updates"}), (GUIDED, {"updates", "saliency"})])

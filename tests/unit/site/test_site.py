@@ -15,7 +15,7 @@ from panfm.sharing.frames import Frame
 from panfm.sharing.groups import GroupManifest
 from panfm.sharing.messages import Invitation, RoundTask
 from panfm.site import Site, session
-from panfm.site.departures import Departures
+from panfm.site.audit_log import AuditLog
 from panfm.site.state import StateStore
 from panfm.training import Learner
 from panfm.training.loop import Validation
@@ -159,10 +159,10 @@ def test_a_run_may_be_named_like_a_file_of_the_site(folder, name):
     site = Site(folder)
     for number in (1, 2):
         site.log_error(ValueError(f"before {number}"))
-        Departures(site.state_dir).append(Frame.error("x"), b"x")
+        AuditLog(site.state_dir).append(Frame.error("x"), b"x")
         assert site.train_round(task(number, run_id=name)).state_round == number - 1
     assert (site.state_dir / "site.log").read_text().count("ValueError: before") == 2
-    assert len(list(Departures(site.state_dir).lines())) == 2
+    assert len(list(AuditLog(site.state_dir).lines())) == 2
 
 
 def test_a_round_moves_every_group(folder):

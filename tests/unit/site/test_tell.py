@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from panfm.cli import main
 from panfm.config import dump_toml, experiment_hash, load_site, parse_run
 from panfm.sharing.frames import Frame, encode
-from panfm.site.departures import Departures
+from panfm.site.audit_log import AuditLog
 from panfm.site.tell import supernode_command
 from tests.conftest import NO_FLOORS
 from tests.unit.site.test_site import RUN, task
@@ -47,36 +47,36 @@ def test_status(folder):
 
 
 def test_log(folder):
-    departures = Departures(folder / ".panfm" / "state")
+    audit_log = AuditLog(folder / ".panfm" / "state")
     frame = Frame.error("site alpha: no")
-    departures.append(frame, encode(frame), epsilon=1.25)
+    audit_log.append(frame, encode(frame), epsilon=1.25)
     line, end = run("log", folder)
     assert "error" in line
     assert line.endswith("epsilon 1.250 spent so far")
-    assert end.endswith(next(departures.lines())["chain"])
+    assert end.endswith(next(audit_log.lines())["chain"])
     assert run("log", folder, "--verify") == [end]
-    departures.path.write_text(departures.path.read_text().replace('"bytes": ', '"bytes": 1'))
+    audit_log.path.write_text(audit_log.path.read_text().replace('"bytes": ', '"bytes": 1'))
     result = CliRunner().invoke(main, ["site", "log", str(folder), "--verify"])
     assert (result.exit_code, len(result.stderr.splitlines())) == (1, 1)
 
 
 def test_an_end_that_was_noted_tells_what_the_chain_cannot(folder):
     """Cut off, or written anew from some line on: the chain holds, the note does not."""
-    departures = Departures(folder / ".panfm" / "state")
+    audit_log = AuditLog(folder / ".panfm" / "state")
     first, second, forged = (Frame.error(f"site alpha: {reason}") for reason in ("no", "not now", "yes"))
     for frame in (first, second):
-        departures.append(frame, encode(frame))
-    ends = [line["chain"] for line in departures.lines()]
+        audit_log.append(frame, encode(frame))
+    ends = [line["chain"] for line in audit_log.lines()]
     for end in ends:
         assert run("log", folder, "--verify", "--noted", end)[0].startswith("2 messages, unbroken")
-    departures.path.write_text(departures.path.read_text().splitlines(keepends=True)[0])
+    audit_log.path.write_text(audit_log.path.read_text().splitlines(keepends=True)[0])
     cut = run("log", folder, "--verify")
-    departures.append(forged, encode(forged))
+    audit_log.append(forged, encode(forged))
     for words in (cut, run("log", folder, "--verify")):
         assert "unbroken" in words[0]
     result = CliRunner().invoke(main, ["site", "log", str(folder), "--verify", "--noted", ends[1]])
     assert result.exit_code == 1
-    assert result.stderr == f"{departures.path}: the end noted is not in it, lines were cut off or written anew\n"
+    assert result.stderr == f"{audit_log.path}: the end noted is not in it, lines were cut off or written anew\n"
 
 
 def test_the_supernodes_command_survives_a_shell(tmp_path, write_site):

@@ -18,8 +18,8 @@ from panfm.config import parse_site
 from panfm.errors import ConfigError
 from panfm.sharing.frames import Frame, Kind, address, encode
 from panfm.sharing.messages import Handshake, Invitation, Records, RoundReply
-from panfm.site import Site, limits
-from panfm.site.departures import Departures
+from panfm.site import Site, handler
+from panfm.site.audit_log import AuditLog
 from panfm.site.tell import supernode_command
 from panfm.site.worker import Worker, is_running, listen
 from tests.unit.site.test_site import same, task
@@ -53,7 +53,7 @@ def test_it_answers_as_the_site_itself(folder, serving, tmp_path):
         answer = serving.ask(Frame(Kind.ROUND, task(number).to_records()))
         assert answer.kind is Kind.ANSWER
         assert same(RoundReply.from_records(answer.records), elsewhere.train_round(task(number)))
-    kinds = [(line["kind"], line["round"]) for line in Departures(folder / ".panfm" / "state").lines()]
+    kinds = [(line["kind"], line["round"]) for line in AuditLog(folder / ".panfm" / "state").lines()]
     assert kinds == [("answer", None), ("answer", 1), ("answer", 2), ("answer", 2)]
 
 
@@ -87,7 +87,7 @@ def test_other_accounts_are_hung_up_on_unread(serving):
         serving.worker.serve_one()
         with pytest.raises(ConnectionResetError):  # what it said lay there unread
             stranger.recv(1)
-    assert not list(Departures(serving.worker.site.state_dir).lines())
+    assert not list(AuditLog(serving.worker.site.state_dir).lines())
 
 
 def test_a_round_that_takes_too_long_is_given_up_and_the_next_one_counts(folder, serving, monkeypatch):
@@ -169,7 +169,7 @@ def test_start_is_careful_before_it_answers(folder, monkeypatch):
     """Files for its owner alone, memory bounded, and no other account in the site folder if Flower has one."""
     done, words = [], ["site", "start", str(folder)]
     monkeypatch.setattr(os, "umask", done.append)
-    monkeypatch.setattr(limits, "limit_memory", done.append)
+    monkeypatch.setattr(handler, "limit_memory", done.append)
     monkeypatch.setattr(Worker, "serve_forever", lambda self: done.append("at work"))
     (folder / "site.toml").write_text('name = "alpha"\n[limits]\nmemory-gib = 1.5\n[worker]\nusers = ["65534"]\n')
     folder.chmod(0o755)

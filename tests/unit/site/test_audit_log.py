@@ -9,7 +9,7 @@ import pytest
 from panfm.errors import DataError
 from panfm.sharing.frames import Frame, Kind, encode
 from panfm.sharing.messages import Records
-from panfm.site.departures import Departures
+from panfm.site.audit_log import AuditLog
 
 
 def reply(number: int) -> Frame:
@@ -18,29 +18,29 @@ def reply(number: int) -> Frame:
 
 
 @pytest.fixture
-def departures(tmp_path):
-    departures = Departures(tmp_path / "state")
+def audit_log(tmp_path):
+    audit_log = AuditLog(tmp_path / "state")
     for number in (1, 2, 3):
-        departures.append(reply(number), encode(reply(number)))
-    return departures
+        audit_log.append(reply(number), encode(reply(number)))
+    return audit_log
 
 
-def test_what_is_written(departures):
-    first, *_, last = departures.lines()
+def test_what_is_written(audit_log):
+    first, *_, last = audit_log.lines()
     assert first["arrays"] == [["backbone", "float32", 3], ["head", "int8", 2]]
     assert (first["numbers"], first["words"], last["round"]) == (["loss"], ["round", "run-id"], 3)
     assert first["sha256"] == hashlib.sha256(encode(reply(1))).hexdigest()
     assert first["bytes"] == len(encode(reply(1)))
 
 
-def test_errors_are_messages_too(departures):
+def test_errors_are_messages_too(audit_log):
     frame = Frame.error("site alpha: no")
-    departures.append(frame, encode(frame))
-    assert [line["kind"] for line in departures.lines()] == ["answer"] * 3 + ["error"]
+    audit_log.append(frame, encode(frame))
+    assert [line["kind"] for line in audit_log.lines()] == ["answer"] * 3 + ["error"]
 
 
 def test_nothing_yet(tmp_path):
-    assert list(Departures(tmp_path / "state").lines()) == []
+    assert list(AuditLog(tmp_path / "state").lines()) == []
 
 
 def change(lines: list[str]) -> list[str]:
@@ -59,24 +59,24 @@ def change(lines: list[str]) -> list[str]:
         (lambda lines: [*lines, "no json"], 4),
     ],
 )
-def test_tampering_is_seen(departures, tamper, number):
-    lines = tamper(departures.path.read_text().splitlines())
-    departures.path.write_text("\n".join(lines) + "\n")
+def test_tampering_is_seen(audit_log, tamper, number):
+    lines = tamper(audit_log.path.read_text().splitlines())
+    audit_log.path.write_text("\n".join(lines) + "\n")
     for _ in range(2):
         with pytest.raises(DataError, match=f"line {number} "):
-            list(departures.lines())
-        departures.append(reply(4), encode(reply(4)))  # work goes on
+            list(audit_log.lines())
+        audit_log.append(reply(4), encode(reply(4)))  # work goes on
 
 
-def test_the_rest_of_a_crash_goes_with_the_next_message(departures):
-    with departures.path.open("a") as file:
+def test_the_rest_of_a_crash_goes_with_the_next_message(audit_log):
+    with audit_log.path.open("a") as file:
         file.write(json.dumps({"time": "cut o"})[:-3])
-    assert len(list(departures.lines())) == 3
-    departures.append(reply(4), encode(reply(4)))
-    assert [line["round"] for line in departures.lines()] == [1, 2, 3, 4]
+    assert len(list(audit_log.lines())) == 3
+    audit_log.append(reply(4), encode(reply(4)))
+    assert [line["round"] for line in audit_log.lines()] == [1, 2, 3, 4]
 
 
-def test_a_new_process_goes_on_where_the_last_one_stopped(departures):
-    again = Departures(departures.path.parent)
+def test_a_new_process_goes_on_where_the_last_one_stopped(audit_log):
+    again = AuditLog(audit_log.path.parent)
     again.append(reply(4), encode(reply(4)))
     assert len(list(again.lines())) == 4

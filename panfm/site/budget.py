@@ -1,20 +1,13 @@
-"""What a site puts between its patients and a private run: its own limits, and its ledger."""
+"""The budget of a site's patients: which private runs the site pays for, and its ledger."""
 
-import hashlib
 from pathlib import Path
-
-import numpy as np
 
 from panfm.config import RunConfig, SiteConfig, site_path
 from panfm.config.privacy import NO_CLAIM, broken_guarantees, claim
-from panfm.data.store import ImageStore
 from panfm.errors import ConfigError, LimitError, ProtocolError
 from panfm.privacy.ledger import Ledger, Limits, Permit
 from panfm.sharing.messages import RoundTask
-from panfm.site.departures import Departures
-
-_SAMPLE = 1024
-"""Numbers from the middle of an image that tell it from others."""
+from panfm.site.audit_log import AuditLog
 
 
 def check_privacy(run: RunConfig, site: SiteConfig) -> None:
@@ -36,8 +29,8 @@ def check_privacy(run: RunConfig, site: SiteConfig) -> None:
         raise ProtocolError("this site's limits.epsilon allows private runs only, with their guarantee whole")
 
 
-def as_known(run: RunConfig, site: SiteConfig) -> RunConfig:
-    """The run with the site's own public number of patients.
+def with_public_subjects(run: RunConfig, site: SiteConfig) -> RunConfig:
+    """Put the site's own public number of patients into a private run.
 
     Raises:
         ConfigError: with that number the run's guarantee does not hold.
@@ -45,20 +38,22 @@ def as_known(run: RunConfig, site: SiteConfig) -> RunConfig:
     if run.privacy is None or site.limits.public_subjects is None:
         return run
     private = run.privacy.model_copy(update={"public_subjects": site.limits.public_subjects})
-    known = run.model_copy(update={"privacy": private})
+    local = run.model_copy(update={"privacy": private})
     if claim(run) != NO_CLAIM:
-        for fault in broken_guarantees(known):
+        for fault in broken_guarantees(local):
             raise ConfigError(f"limits.public-subjects: {site.limits.public_subjects} patients: {fault}")
-    return known
+    return local
 
 
-class Account:
-    """A site's ledger, and the most it may spend."""
+class PatientBudget:
+    """A site's ledger, and the most that the site lets its patients spend."""
 
     def __init__(self, folder: Path, site: SiteConfig, state_dir: Path) -> None:
-        departures = Departures(state_dir)
         self.ledger = Ledger(
-            site_path(folder, site.ledger_dir), site.name, anchor_dir=state_dir, departed=departures.private_rounds
+            site_path(folder, site.ledger_dir),
+            site.name,
+            anchor_dir=state_dir,
+            answered=AuditLog(state_dir).private_rounds,
         )
         self._site = site
 
@@ -82,22 +77,3 @@ class Account:
             min(delta for delta in deltas if delta is not None),
         )
         return self.ledger.spend(run, task.run_id, task.round_number, limits=limits, dataset=dataset)
-
-
-def fingerprint(store: ImageStore) -> str:
-    """Digest of who is in the train split, with which images: it tells when patients or images changed.
-
-    An image counts by its shape and the numbers in its middle, which is quick whatever its size: another image shows, a
-    change elsewhere in the same image may not.
-    """
-    digest = hashlib.sha256()
-    train = store.indices("train")
-    for stream in sorted(store.images):
-        images, rows = store.images[stream], store.rows[stream]
-        digest.update(f"{stream} {images.shape[1:]}\0".encode())
-        positions = {store.subjects[rows[position]]: position for position in np.flatnonzero(np.isin(rows, train))}
-        for subject, position in sorted(positions.items()):
-            image = images[position].reshape(-1)
-            start = max(len(image) - _SAMPLE, 0) // 2
-            digest.update(subject.encode() + b"\0" + image[start : start + _SAMPLE].tobytes())
-    return digest.hexdigest()[:16]

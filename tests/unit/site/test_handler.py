@@ -1,3 +1,5 @@
+"""Limits on time and memory of an answer, and the one line that the server learns of an error."""
+
 import contextlib
 import signal
 import subprocess
@@ -5,12 +7,15 @@ import sys
 import time
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from panfm.config import experiment_hash, parse_run, parse_site
-from panfm.errors import LimitError
-from panfm.site.limits import check_experiment, check_sizes, memory_told, time_limit
+from panfm.config import parse_site
+from panfm.errors import ConfigError, DataError, LimitError, ProtocolError, RunError
+from panfm.site.handler import memory_errors_explained, scrub, time_limit
 
-RUN = 'name = "small"\n[streams]\nbrain-mr = { shape = [8, 8, 8], patch = [4, 4, 8], spacing-mm = [8.0, 8.0, 8.0] }\n'
+OWN = "ConfigError: this site's own description does not hold; its log tells more"
+DATA = "DataError: this site's data or private state is faulty; its log tells more"
 LONG_S = 60.0
 """Nobody waits for it, unless the alarm fails."""
 
@@ -62,21 +67,9 @@ def test_no_alarm_stays_behind():
         assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
-def test_experiments_are_known_by_what_sites_are_told_of_them():
-    run, other = parse_run(RUN), parse_run(RUN + "[train]\nrounds = 9\n")
-    simulated = parse_run(RUN + '[cohort]\nkind = "folder"\npath = "/tmp"\n')
-    assert experiment_hash(simulated) == experiment_hash(run) != experiment_hash(other)
-    limits = parse_site(f'name = "a"\n[limits]\nexperiments = ["{experiment_hash(run)}"]\n').limits
-    check_experiment(run, limits)
-    check_experiment(simulated, limits)
-    with pytest.raises(LimitError, match=experiment_hash(other)):
-        check_experiment(other, limits)
-    check_experiment(other, parse_site('name = "a"').limits)
-
-
 def test_memory_is_limited_and_the_process_stays():
     code = (
-        "from panfm.site.limits import limit_memory; limit_memory(0.25)\n"
+        "from panfm.site.handler import limit_memory; limit_memory(0.25)\n"
         "try: bytearray(2**29)\n"
         "except MemoryError: print('refused', len(bytearray(2**24)))\n"
     )
@@ -87,19 +80,39 @@ def test_memory_is_limited_and_the_process_stays():
 def test_only_memory_is_told_as_memory():
     limits = parse_site('name = "alpha"').limits
     for error in (RuntimeError("its own"), OSError(2, "No such file"), ValueError("its own")):
-        with pytest.raises(type(error)), memory_told(limits):
+        with pytest.raises(type(error)), memory_errors_explained(limits):
             raise error
-    with pytest.raises(LimitError, match="the machine has no more"), memory_told(limits):
+    with pytest.raises(LimitError, match="the machine has no more"), memory_errors_explained(limits):
         raise MemoryError
 
 
-def test_sizes_at_the_limit_and_beyond():
-    limits = parse_site(
-        'name = "alpha"\n[limits]\nvoxels-per-image = 512\ntokens-per-patient = 4\nrounds = 10\n'
-    ).limits
-    run = parse_run(RUN)
-    check_sizes(run, limits)
-    for name, found in (("voxels-per-image", 512), ("tokens-per-patient", 4), ("rounds", 10), ("local-steps", 20)):
-        less = limits.model_copy(update={name.replace("-", "_"): found - 1})
-        with pytest.raises(LimitError, match=rf"asks for {found}, this site's limits\.{name} is {found - 1}$"):
-            check_sizes(run, less)
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ProtocolError("round 9: expected 1 to 3"), "ProtocolError: round 9: expected 1 to 3"),
+        (ProtocolError("first line\nsecond line"), "ProtocolError: first line second line"),
+        (ProtocolError(""), "ProtocolError: "),
+        (LimitError.of_question("took longer than"), "LimitError: took longer than"),
+        (LimitError("7 subjects", public="too few\nsubjects"), "LimitError: too few subjects"),
+        (LimitError("7 subjects"), "LimitError: this goes beyond what this site allows; its log tells more"),
+        (ConfigError("/srv/St Mary's Oncology/site.toml: patient-john-doe-1961: unknown key"), OWN),
+        (DataError("subject NHS-1234567: NaN voxels"), DATA),
+        (RunError("at /srv/data"), "RunError: this site cannot go on; its log tells more"),
+        (ValueError("/srv/data/NHS-1234567.nii.gz"), "internal error (ValueError)"),
+        (SystemExit("/srv/data"), "internal error (SystemExit)"),
+    ],
+)
+def test_scrubbed_by_hand(error, line):
+    assert scrub(error) == line
+
+
+@given(st.text(), st.sampled_from([ConfigError, DataError, LimitError, RunError, RuntimeError, OSError]))
+def test_no_word_of_an_error_passes(text, kind):
+    assert scrub(kind(text)) == scrub(kind("x"))
+
+
+@given(st.text(max_size=400))
+def test_a_scrubbed_error_is_one_short_line(text):
+    line = scrub(ProtocolError(text))
+    assert "\n" not in line
+    assert len(line) <= 200

@@ -1,0 +1,106 @@
+"""The audit log of a site: one line per message that left it, written before the message goes (hash_chain.py).
+
+    time, kind, run, round     which message
+    arrays                     name, type and length of each group of parameters
+    numbers, words             names of its other entries
+    privacy                    what the run that the question names may say of its patients' privacy; none without one
+    epsilon                    what this and all private rounds before have spent on these patients; null if not private
+    bytes, sha256              of the message as it left
+    chain                      SHA-256 of the line before's chain and of this line
+
+No answer goes out that is not on disk here. (A refusal of bytes that were no question says nothing of the site, and is
+not kept.)
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from panfm.errors import DataError
+from panfm.hash_chain import Entry, HashChain, Position
+from panfm.privacy.ledger import AnsweredRounds
+from panfm.sharing.frames import Frame, Kind
+
+FILE = "departures.jsonl"
+logger = logging.getLogger(__name__)
+
+
+class AuditLog:
+    """The audit log of one site. One process writes it, any may read it."""
+
+    def __init__(self, state_dir: Path) -> None:
+        """Args: state_dir: where the site keeps its state."""
+        self.path = state_dir / FILE
+        self._chain = HashChain(self.path, _sealed, key="chain")
+        self._position = Position()
+
+    def append(self, frame: Frame, content: bytes, *, privacy: str = "none", epsilon: float | None = None) -> None:
+        """Add a message that is about to leave.
+
+        A log that was tampered with is told of, and goes on from its last line.
+
+        Raises:
+            DataError, OSError: the line cannot be written; then the message must stay.
+        """
+        with self._chain.writing() as file:
+            if not self._position.is_current(file):
+                file.seek(0)
+                self._warn_of_tampering(file.read())
+                self._position = self._chain.position(file)
+            line = _describe(frame, content) | {"privacy": privacy, "epsilon": epsilon}
+            _, self._position = self._chain.append(file, self._position, line)
+
+    def lines(self) -> Iterator[Entry]:
+        """Yield every message, oldest first.
+
+        Raises:
+            DataError: a line was changed, moved, or taken out before the last one; or the file cannot be read.
+        """
+        with self._chain.reading() as file:
+            content = file.read()
+        yield from self._chain.verified(content)
+
+    def check_noted(self, noted: str) -> None:
+        """Raise DataError if a hash that somebody noted is not in the log."""
+        self._chain.check_noted(self.lines(), noted)
+
+    def private_rounds(self) -> AnsweredRounds:
+        """Count the answered private rounds. Raises DataError as `lines` does."""
+        count, epsilon = 0, None
+        for line in self.lines():
+            is_round = line.get("kind") == Kind.ANSWER and line.get("round") is not None
+            count += is_round and line.get("privacy", "none") != "none"
+            epsilon = epsilon if line.get("epsilon") is None else line["epsilon"]
+        return AnsweredRounds(count, epsilon)
+
+    def _warn_of_tampering(self, content: bytes) -> None:
+        try:
+            for _ in self._chain.verified(content):
+                pass
+        except DataError as error:
+            logger.warning("the audit log was tampered with: %s", error)
+
+
+def _describe(frame: Frame, content: bytes) -> dict[str, Any]:
+    """The line of a message, without privacy and chain."""
+    records = frame.records
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "kind": frame.kind.value,
+        "run": records.config.get("run-id"),
+        "round": records.config.get("round"),
+        "arrays": [[name, array.dtype.name, array.size] for name, array in records.arrays.items()],
+        "numbers": sorted(records.metrics),
+        "words": sorted(records.config),
+        "bytes": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
+
+
+def _sealed(content: Mapping[str, Any], before: str) -> bytes:
+    chain = hashlib.sha256((before + json.dumps(content, sort_keys=True)).encode()).hexdigest()
+    return json.dumps({**content, "chain": chain}).encode() + b"\n"
