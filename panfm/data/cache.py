@@ -1,8 +1,8 @@
 """Preprocessed images of a site, one memory-mapped `.npy` file per stream, built once and shared by processes.
 
-A file's name carries two hashes: of the stream's settings with the preprocessing version, and of the manifest rows
-with each image's size and time of change. Anything changed, and the name is another: a stale file is never read, and
-is removed when its successor is there. Files appear by rename, so that a reader sees a whole one or none; two
+A file's name carries two hashes: of the stream's settings with the preprocessing version, and of the fingerprints that
+the images' readers take. Anything changed, and the name is another: a stale file is never read, and is removed when its
+successor is there. Files appear by rename, so that a reader sees a whole one or none; two
 processes that build the same one write the same bytes, and the last rename wins.
 
 A run decides how large its images are, so their size is counted before the first is read, and the files of other runs
@@ -28,8 +28,9 @@ from typing import IO
 import numpy as np
 from numpy.typing import NDArray
 
-from panfm.config import StreamConfig, dump_toml, load_site, site_path
-from panfm.data.manifest import image_path, read_manifest
+from panfm.config import SiteConfig, StreamConfig, dump_toml, load_site, site_path
+from panfm.data.manifest import Row, image_path, read_manifest
+from panfm.data.readers import ImageError, find_reader
 from panfm.data.store import ImageStore
 from panfm.errors import DataError, LimitError
 
@@ -76,7 +77,7 @@ def open_store(folder: Path, streams: Mapping[str, StreamConfig], *, progress: P
     for stream, config in streams.items():
         held = sorted((row for row in rows if row.stream == stream), key=lambda row: position[row.subject])
         if held:
-            paths = [image_path(folder, site, row.path) for row in held]
+            paths = [_readable_path(folder, site, row) for row in held]
             cached[stream] = _Cached(site_path(folder, site.cache_dir), stream, config, paths)
             holders[stream] = np.array([position[row.subject] for row in held], dtype=np.int64)
     _make_room(list(cached.values()), site.limits.cache_gib)
@@ -232,12 +233,21 @@ def _atomic(file: Path) -> Iterator[IO[bytes]]:
             part.unlink(missing_ok=True)
 
 
+def _readable_path(folder: Path, site: SiteConfig, row: Row) -> Path:
+    """Path of a row's image. Raises DataError: no reader accepts it."""
+    path = image_path(folder, site, row.path)
+    try:
+        find_reader(path)
+    except ImageError as error:
+        raise DataError(f"{Path(site.manifest).name}:{row.line}: {path}: {error}") from error
+    return path
+
+
 def _fingerprint(path: Path) -> str:
     try:
-        status = path.stat()
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: found no such file, expected an image") from error
-    return f"{path} {status.st_size} {status.st_mtime_ns}"
+        return find_reader(path).fingerprint(path)
+    except ImageError as error:
+        raise DataError(f"{path}: {error}") from error
 
 
 def _hash(*parts: str) -> str:

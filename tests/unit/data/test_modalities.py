@@ -12,11 +12,11 @@ from panfm.config import StreamConfig
 from panfm.config.cohort import ModalitiesCohortConfig
 from panfm.data.cache import open_store
 from panfm.data.check import check_site
-from panfm.data.decode import decode_picture
 from panfm.data.labels import read_label_table
 from panfm.data.modalities import SHAPES, Patient, draw_places, modality_store, patient_labels, write_modalities
 from panfm.data.modalities.render import LOOKS, blur, render
 from panfm.data.modalities.shapes import SIZE, draw_mask
+from panfm.data.readers.pictures import decode_picture
 from panfm.errors import DataError
 
 COLOUR = {Modality.FUNDUS, Modality.PATHOLOGY, Modality.ENDOSCOPY, Modality.PHOTO}
