@@ -1,8 +1,8 @@
 """The manifest of a site: one row per subject and stream.
 
 Columns `subject,stream,path` and optionally `split` (train, val or test; train when empty) and `mask`. Paths are
-relative to the manifest's folder. Rows that `quarantine.csv` lists are left out; that file is written by
-`panfm site check --quarantine`.
+relative to the manifest's folder, and name a file or a folder that one of the readers accepts. Rows that
+`quarantine.csv` lists are left out; that file is written by `panfm site check --quarantine`.
 """
 
 import csv
