@@ -47,7 +47,7 @@ def test_every_arm_is_a_run_of_its_own():
 def test_every_organ_is_at_three_honest_sites_or_more():
     for arm in ("honest", "10:honest"):
         sites = study_run(arm, 0, 0, 10).cohort["sites"]
-        honest = [site.organs for name, site in sites.items() if name not in hostile_names(arm)]
+        honest = [site["organs"] for name, site in sites.items() if name not in hostile_names(arm)]
         assert min(sum(organ in organs for organs in honest) for organ in ("brain", "heart", "adipose", "liver")) >= 3
         assert hostile_names(arm) == sorted(sites)[-len(sites) // 5 :]
 
