@@ -75,13 +75,13 @@ def open_store(folder: Path, streams: Mapping[str, StreamConfig], *, progress: P
     position = {subject: index for index, subject in enumerate(splits)}
     cached, holders = {}, {}
     for stream, config in streams.items():
-        held = sorted((row for row in rows if row.stream == stream), key=lambda row: position[row.subject])
-        if held:
-            paths = [_readable_path(folder, site, row) for row in held]
+        stream_rows = sorted((row for row in rows if row.stream == stream), key=lambda row: position[row.subject])
+        if stream_rows:
+            paths = [_readable_path(folder, site, row) for row in stream_rows]
             cached[stream] = _Cached(site_path(folder, site.cache_dir), stream, config, paths)
-            holders[stream] = np.array([position[row.subject] for row in held], dtype=np.int64)
+            holders[stream] = np.array([position[row.subject] for row in stream_rows], dtype=np.int64)
     _make_room(list(cached.values()), site.limits.cache_gib)
-    images = {stream: _open(each, progress) for stream, each in cached.items()}
+    images = {stream: _open(prepared, progress) for stream, prepared in cached.items()}
     return ImageStore(tuple(splits), tuple(splits.values()), images, holders)
 
 
@@ -121,15 +121,15 @@ def _make_room(cached: Sequence[_Cached], limit_gib: float) -> None:
         LimitError: they have not even if alone.
         DataError: the disk has not the space.
     """
-    missing = [each for each in cached if not each.file.exists()]
+    missing = [prepared for prepared in cached if not prepared.file.exists()]
     if not missing:
         return
-    needed, limit = sum(each.size_bytes for each in cached), limit_gib * 2**30
+    needed, limit = sum(prepared.size_bytes for prepared in cached), limit_gib * 2**30
     if needed > limit:
         public = f"this run's images are too large, this site's limits.cache-gib is {limit_gib:g}"
         raise LimitError(f"{public}; they fill {needed / 2**30:.6g} GiB", public=public)
-    folder, new = cached[0].folder, sum(each.size_bytes for each in missing)
-    others = _removable(folder, keep={each.file for each in cached})
+    folder, new = cached[0].folder, sum(prepared.size_bytes for prepared in missing)
+    others = _removable(folder, keep={prepared.file for prepared in cached})
     filled, spare = sum(status.st_size for _, status in others), _spare_bytes(folder)
     while others and (
         needed + filled > limit or len(others) + len(cached) > _MAX_FILES or new + spare > _free_bytes(folder)

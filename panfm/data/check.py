@@ -25,7 +25,7 @@ _THREADS = 4
 
 @dataclass(frozen=True)
 class SiteReport:
-    """What a site holds and what is wrong with it."""
+    """Sound and faulty images of a site."""
 
     site: str
     faults: tuple[Fault, ...]
@@ -61,20 +61,20 @@ def check_site(
     """
     site = load_site(folder)
     rows, faults = scan_manifest(folder, site)
-    found = [*faults]
+    all_faults = [*faults]
     digests: dict[bytes, Row] = {}
     for done, (row, outcome) in enumerate(_inspect_all(folder, site, rows, streams or {}, organs), start=1):
         twin = row if isinstance(outcome, Fault) else digests.setdefault(outcome, row)
         if isinstance(outcome, Fault):
-            found.append(outcome)
+            all_faults.append(outcome)
         elif twin is not row:
-            found.append(Fault(row.path, f"the same content as {twin.path}", "an image of its own", row))
+            all_faults.append(Fault(row.path, f"the same content as {twin.path}", "an image of its own", row))
         if progress:
             progress(done, len(rows))
-    condemned = {fault.row for fault in found}
+    condemned = {fault.row for fault in all_faults}
     sound = tuple(row for row in rows if row not in condemned)
     unused = sorted({row.stream for row in sound} - set(streams or {})) if streams else []
-    return SiteReport(site.name, tuple(found), sound, tuple(unused))
+    return SiteReport(site.name, tuple(all_faults), sound, tuple(unused))
 
 
 def _inspect_all(

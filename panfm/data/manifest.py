@@ -54,7 +54,7 @@ class Fault:
     def __str__(self) -> str:
         """One line; what would steer a terminal is spelled out."""
         line = " ".join(f"{self.file}: found {self.found}, expected {self.expected}".split())
-        return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in line)
+        return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
 
 
 def read_manifest(folder: Path, site: SiteConfig) -> tuple[Row, ...]:

@@ -32,12 +32,12 @@ def phantom_store(
     for stream, organ in organs_of(streams).items():
         if organ not in subjects.organs:
             continue
-        held = np.flatnonzero(subjects.scanned[:, subjects.organs.index(organ)])
-        volumes = np.empty((len(held), 1, *streams[stream].shape), dtype=np.float32)
-        for position, index in enumerate(held):
+        holders = np.flatnonzero(subjects.scanned[:, subjects.organs.index(organ)])
+        volumes = np.empty((len(holders), 1, *streams[stream].shape), dtype=np.float32)
+        for position, index in enumerate(holders):
             volumes[position] = prepare_volume(*phantom.render(subjects, int(index), organ), stream, streams[stream])
             on_image()
-        images[stream], rows[stream] = volumes, held
+        images[stream], rows[stream] = volumes, holders
     return ImageStore(subjects.names, (split,) * len(subjects.names), images, rows)
 
 
@@ -57,11 +57,11 @@ def picture_store(
     check_streams(streams)
     images, rows = {}, {}
     for stream, config in streams.items():
-        held = [at for at, patient in enumerate(patients) if patient.stream == stream]
-        if held:
-            images[stream] = np.empty((len(held), config.channels, *config.shape), dtype=np.float32)
-            rows[stream] = np.array(held, dtype=np.int64)
-        for position, at in enumerate(held):
+        holders = [at for at, patient in enumerate(patients) if patient.stream == stream]
+        if holders:
+            images[stream] = np.empty((len(holders), config.channels, *config.shape), dtype=np.float32)
+            rows[stream] = np.array(holders, dtype=np.int64)
+        for position, at in enumerate(holders):
             images[stream][position] = prepare_picture(Image.fromarray(patients[at].picture()), config)
             on_image()
     return ImageStore(tuple(p.name for p in patients), tuple(p.split for p in patients), images, rows)

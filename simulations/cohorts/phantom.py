@@ -83,8 +83,8 @@ def _draw_places(phantom: Phantom, cohort: PhantomCohort, organs: Iterable[str])
 
 
 def _num_images(subjects: Subjects, organs: Mapping[str, str]) -> int:
-    held = [subjects.organs.index(organ) for organ in organs.values() if organ in subjects.organs]
-    return int(subjects.scanned[:, held].sum())
+    columns = [subjects.organs.index(organ) for organ in organs.values() if organ in subjects.organs]
+    return int(subjects.scanned[:, columns].sum())
 
 
 def _write_place(folder: Path, phantom: Phantom, subjects: Subjects, organs: Mapping[str, str]) -> Iterable[int]:

@@ -58,8 +58,8 @@ class PictureCohort(StreamCohort):
                 for written in _write_pictures(partial / place, patients):
                     done += written
                     progress(done, total)
-                rows = [(each.name, each.stream, _path(each), each.split) for each in patients]
-                labels = [(each.name, *row) for each, row in zip(patients, patient_labels(patients), strict=True)]
+                rows = [(one.name, one.stream, _path(one), one.split) for one in patients]
+                labels = [(one.name, *row) for one, row in zip(patients, patient_labels(patients), strict=True)]
                 write_site_folder(partial / place, rows, LABELS, labels)
             (partial / "cohort.toml").write_text(_describe(self, places), encoding="utf-8")
 
@@ -104,8 +104,8 @@ def draw_places(cohort: PictureCohort) -> dict[str, list[Patient]]:
     }
     turns = _turns(cohort.held_out, cohort.holdout_subjects * len(cohort.held_out))
     tested = _turns(cohort.named_streams, cohort.holdout_subjects * len(cohort.named_streams))
-    held = [(stream, "train") for stream, _ in turns] + [(stream, "test") for stream, _ in tested]
-    patients = [Patient(f"holdout-{at:05d}", stream, split, cohort.seed) for at, (stream, split) in enumerate(held)]
+    splits = [(stream, "train") for stream, _ in turns] + [(stream, "test") for stream, _ in tested]
+    patients = [Patient(f"holdout-{at:05d}", stream, split, cohort.seed) for at, (stream, split) in enumerate(splits)]
     return places | {"holdout": patients}
 
 

@@ -105,8 +105,8 @@ def share_out(volumes: Sequence[Path], cohort: RealImagesCohort) -> dict[str, li
         sizes = np.cumsum([len(person) for person in shuffled])
         shuffled = [person for person, size in zip(shuffled, sizes, strict=True) if size <= cohort.limit]
     num_held = round(cohort.holdout_fraction * len(shuffled))
-    held, trained = shuffled[:num_held], shuffled[num_held:]
-    places = {"holdout": held} | {f"sites/{clinic}": trained[at::2] for at, clinic in enumerate(CLINICS)}
+    held_out, trained = shuffled[:num_held], shuffled[num_held:]
+    places = {"holdout": held_out} | {f"sites/{clinic}": trained[at::2] for at, clinic in enumerate(CLINICS)}
     if not all(places.values()):
         raise DataError(f"hippocampus: {len(shuffled)} people cannot be shared out over {len(places)} places")
     return {place: sorted(volume for person in group for volume in person) for place, group in places.items()}
@@ -114,10 +114,10 @@ def share_out(volumes: Sequence[Path], cohort: RealImagesCohort) -> dict[str, li
 
 def person_of(name: str) -> int:
     """Number of the person a volume belongs to: `hippocampus_097` and `hippocampus_098` are person 49."""
-    found = re.search(r"_(\d+)", name)
-    if not found:
+    number = re.search(r"_(\d+)", name)
+    if not number:
         raise DataError(f"{name}: expected a name like hippocampus_097.nii.gz")
-    return (int(found[1]) + 1) // 2
+    return (int(number[1]) + 1) // 2
 
 
 def measure_mask(path: Path) -> tuple[float, ...]:
@@ -151,5 +151,5 @@ def _body_rows(folder: Path, streams: Streams) -> Iterable[Row]:
 
 def _describe(cohort: RealImagesCohort, places: Mapping[str, Sequence[Path]], num_body: int) -> str:
     labels = {name: {"kind": "volume", "weak": False, "organs": ["hippocampus"]} for name in LABELS}
-    images = {place: len(held) for place, held in places.items()} | {f"sites/{BODY}": num_body}
+    images = {place: len(volumes) for place, volumes in places.items()} | {f"sites/{BODY}": num_body}
     return tomli_w.dumps({**cohort.table(), "images": images, "labels": labels})

@@ -80,7 +80,7 @@ def read_pictures(source: Path) -> list[Picture]:
 
 def class_labels(pictures: Iterable[Picture]) -> dict[str, tuple[str, str]]:
     """Label -> (modality, class), for every class of a modality that has more than one."""
-    known = sorted({(each["modality"], each["class"]) for each in pictures})
+    known = sorted({(picture["modality"], picture["class"]) for picture in pictures})
     several = [pair for pair in known if sum(modality == pair[0] for modality, _ in known) > 1]
     return {f"{modality}-{kind.lower().replace('_', '-')}": (modality, kind) for modality, kind in several}
 
@@ -88,7 +88,7 @@ def class_labels(pictures: Iterable[Picture]) -> dict[str, tuple[str, str]]:
 def _check(cohort: RealModalitiesCohort, streams: Streams, pictures: Sequence[Picture]) -> None:
     for stream in cohort.named_streams:
         if streams[stream].is_volume or not _of(pictures, stream, "train"):
-            known = ", ".join(sorted({each["modality"] for each in pictures}))
+            known = ", ".join(sorted({picture["modality"] for picture in pictures}))
             raise ConfigError(f"stream {stream}: expected pictures of one of {known}")
 
 
@@ -99,7 +99,7 @@ def _name(picture: Picture) -> str:
 
 def _of(pictures: Iterable[Picture], stream: str, split: str) -> list[Picture]:
     modality = parse_stream(stream)[1]
-    return [each for each in pictures if (each["modality"], each["split"]) == (modality, split)]
+    return [picture for picture in pictures if (picture["modality"], picture["split"]) == (modality, split)]
 
 
 def _answers(picture: Picture, labels: Mapping[str, tuple[str, str]]) -> list[str]:

@@ -1,7 +1,6 @@
-"""What an image reader is, how one is chosen for a path of the manifest, and what readers of files share.
+"""Defines image readers, chooses the one for a path of the manifest, and holds the parts that readers of files share.
 
-A path may be a file or a folder: only its reader knows. Every refusal is an `ImageError` that says what was found and
-what was expected.
+A path may be a file or a folder; its reader alone opens it. Every refusal is an `ImageError`.
 """
 
 import errno
@@ -27,7 +26,7 @@ Picture = Image.Image
 
 
 class ImageError(DataError):
-    """An image does not hold what it should: what was `found` and what was `expected`."""
+    """An image cannot be used: the fault that was `found`, and what was `expected` in its place."""
 
     def __init__(self, found: str, expected: str) -> None:
         super().__init__(f"found {found}, expected {expected}")
@@ -47,7 +46,7 @@ class ImageReader(Protocol):
     """Reads one kind of image, from a file or a folder. Made without arguments; used by several threads at once."""
 
     kind: str
-    """What it reads, as an operator is told: `NIfTI files (.nii, .nii.gz)`."""
+    """The kind of image as operators are told of it: `a NIfTI file (.nii, .nii.gz)`."""
 
     def accepts(self, path: Path) -> bool:
         """Whether the path is of this kind, by its name or first bytes; whether it is sound shows when it is read."""
