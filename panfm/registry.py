@@ -52,3 +52,10 @@ class Registry:
             target = getattr(importlib.import_module(module), attribute)
             self._targets[name] = target
         return target
+
+
+READERS = Registry(
+    "image reader",
+    {"nifti": "panfm.data.readers.nifti:NiftiReader", "pictures": "panfm.data.readers.pictures:PictureReader"},
+)
+"""Kinds of images that a manifest may name; the first that accepts a path reads it."""

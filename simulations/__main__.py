@@ -1,4 +1,4 @@
-"""`python -m simulations run|study|bench|same-bits`: federations, claims and speed on one machine."""
+"""`python -m simulations run|cohort|study|bench|same-bits`: federations, claims and speed on one machine."""
 
 import ast
 import sys
@@ -15,6 +15,8 @@ import typer  # noqa: E402
 from panfm.errors import ConfigError, PanfmError  # noqa: E402
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+cohort_app = typer.Typer(no_args_is_help=True, help="Data sets of simulated federations.")
+app.add_typer(cohort_app, name="cohort")
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 
@@ -27,16 +29,45 @@ def run(
     engine: Annotated[str, typer.Option(help="local, ray, flower or deployment.")] = "local",
 ) -> None:
     """Run a federation, probe its model, write a report."""
-    from panfm.config import load_run
+    from simulations.cohorts.prepare import load_simulation
     from simulations.engines import ENGINES
 
     if engine not in ENGINES:
         raise ConfigError(f"--engine {engine}: expected one of {', '.join(ENGINES)}")
     if resume is None:
-        load_run(experiment, overrides or ())  # a mistake is told before torch is imported, which takes seconds
+        load_simulation(experiment, overrides or ())  # a mistake is told before torch is imported, which takes seconds
     from simulations.run import simulate
 
     simulate(experiment, overrides or (), out=out, resume=resume, engine=engine)
+
+
+@cohort_app.command("make")
+def cohort_make(
+    folder: Annotated[Path, typer.Argument(help="New folder of the cohort.")],
+    run: Annotated[Path, typer.Option("--run", help="Run description (TOML); its cohort table is written.")],
+    preset: Annotated[str | None, typer.Option(help="Instead of the run's: transient or lasting.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Instead of the run's draw.")] = None,
+    subjects: Annotated[int | None, typer.Option(min=1, help="Patients per site, instead of the run's.")] = None,
+) -> None:
+    """Write a run's cohort as site folders: phantoms as NIfTI or PNG files, real images by their paths.
+
+    A run makes its own cohort under cohorts/; this is for looking at one, and for trying `panfm site` on its sites:
+
+    python -m simulations cohort make phantoms --run configs/experiments/quickstart.toml --subjects 10
+    """
+    from rich.console import Console
+
+    from simulations.cohorts.prepare import cohort_of, load_simulation, write_cohort
+
+    flags = {"preset": preset, "seed": seed}
+    words = [f"cohort.{key}={value}" for key, value in flags.items() if value is not None]
+    description = load_simulation(run, words)
+    if subjects and description.cohort:
+        sites = {name: site | {"subjects": subjects} for name, site in description.cohort.get("sites", {}).items()}
+        description = description.model_copy(update={"cohort": description.cohort | {"sites": sites}})
+    console = Console(stderr=True, quiet=not sys.stderr.isatty())
+    write_cohort(cohort_of(description, str(run)), folder, description, console)
+    typer.echo(f"{folder}: {len(list((folder / 'sites').iterdir()))} sites and held-out subjects")
 
 
 @app.command(context_settings=_PASS_ON)

@@ -9,6 +9,7 @@ from panfm.config.load import (
     load_site,
     parse_run,
     parse_site,
+    parse_table,
 )
 from panfm.config.run import RunConfig
 from panfm.config.site import Releasable, SiteConfig, site_folders, site_path
@@ -27,6 +28,7 @@ __all__ = [
     "load_site",
     "parse_run",
     "parse_site",
+    "parse_table",
     "site_folders",
     "site_path",
 ]

@@ -4,10 +4,11 @@ Every number of a run has a least and a greatest value (a test keeps it so): who
 those who run it, and a number far from what was tried leads to arithmetic that nobody looked at.
 """
 
+import math
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 Positive = Annotated[int, Field(gt=0, le=1_000_000_000)]
@@ -23,6 +24,22 @@ LEAST_NOISE = 0.3
 """Less noise, in sensitivities, costs an epsilon that protects nobody, and that the accountant cannot tell well."""
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+def _plain_values(table: dict[str, Any]) -> dict[str, Any]:
+    """Return a table of text, finite numbers, true and false, lists and tables. Raises ValueError for another value."""
+    values: list[tuple[str, Any]] = list(table.items())
+    for key, value in values:
+        if isinstance(value, dict | list):
+            below = value.items() if isinstance(value, dict) else enumerate(value)
+            values += [(f"{key}.{name}", inner) for name, inner in below]
+        elif not isinstance(value, str | int | float) or (isinstance(value, float) and not math.isfinite(value)):
+            raise ValueError(f"{key}: found {value!r:.80}, expected text, a finite number, true, false, list or table")
+    return table
+
+
+TomlTable = Annotated[dict[str, Any], AfterValidator(_plain_values)]
+"""A table that another package checks."""
 
 
 class Config(BaseModel):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import tomli_w
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ValidationError, create_model
 
 from panfm.config.base import Config
 from panfm.config.run import RunConfig
@@ -53,6 +53,14 @@ def parse_site(text: str, where: str = "site description") -> SiteConfig:
 def parse_run(text: str, where: str = "run description") -> RunConfig:
     """Read a run description from TOML text. Raises ConfigError as `load_run` does."""
     return _validate(RunConfig, parse_toml(text, where), where)
+
+
+def parse_table(kind: type[C], table: Mapping[str, Any], where: str, *, key: str) -> C:
+    """Read one table of a description that stands under `key`. Raises ConfigError as `load_run` does."""
+    fields: dict[str, Any] = {key: (kind, ...)}
+    description = create_model("Description", __base__=Config, **fields)
+    parsed: C = getattr(_validate(description, {key: table}, where), key)
+    return parsed
 
 
 def dump_toml(config: Config) -> str:

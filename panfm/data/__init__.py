@@ -1,1 +1,1 @@
-"""Images: manifest, checks, reading, intensity rules, cache, labels, phantom cohorts."""
+"""Images: manifest, checks, readers, intensity rules, cache, labels."""

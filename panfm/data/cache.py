@@ -1,8 +1,8 @@
 """Preprocessed images of a site, one memory-mapped `.npy` file per stream, built once and shared by processes.
 
-A file's name carries two hashes: of the stream's settings with the preprocessing version, and of the manifest rows
-with each image's size and time of change. Anything changed, and the name is another: a stale file is never read, and
-is removed when its successor is there. Files appear by rename, so that a reader sees a whole one or none; two
+A file's name carries two hashes: of the stream's settings with the preprocessing version, and of the fingerprints that
+the images' readers take. Anything changed, and the name is another: a stale file is never read, and is removed when its
+successor is there. Files appear by rename, so that a reader sees a whole one or none; two
 processes that build the same one write the same bytes, and the last rename wins.
 
 A run decides how large its images are, so their size is counted before the first is read, and the files of other runs
@@ -27,8 +27,9 @@ from typing import IO
 import numpy as np
 from numpy.typing import NDArray
 
-from panfm.config import StreamConfig, dump_toml, load_site, site_path
-from panfm.data.manifest import image_path, read_manifest
+from panfm.config import SiteConfig, StreamConfig, dump_toml, load_site, site_path
+from panfm.data.manifest import Row, image_path, read_manifest
+from panfm.data.readers import ImageError, find_reader
 from panfm.data.store import ImageStore
 from panfm.errors import DataError, LimitError
 from panfm.files import open_atomic
@@ -74,13 +75,13 @@ def open_store(folder: Path, streams: Mapping[str, StreamConfig], *, progress: P
     position = {subject: index for index, subject in enumerate(splits)}
     cached, holders = {}, {}
     for stream, config in streams.items():
-        held = sorted((row for row in rows if row.stream == stream), key=lambda row: position[row.subject])
-        if held:
-            paths = [image_path(folder, site, row.path) for row in held]
+        stream_rows = sorted((row for row in rows if row.stream == stream), key=lambda row: position[row.subject])
+        if stream_rows:
+            paths = [_readable_path(folder, site, row) for row in stream_rows]
             cached[stream] = _Cached(site_path(folder, site.cache_dir), stream, config, paths)
-            holders[stream] = np.array([position[row.subject] for row in held], dtype=np.int64)
+            holders[stream] = np.array([position[row.subject] for row in stream_rows], dtype=np.int64)
     _make_room(list(cached.values()), site.limits.cache_gib)
-    images = {stream: _open(each, progress) for stream, each in cached.items()}
+    images = {stream: _open(prepared, progress) for stream, prepared in cached.items()}
     return ImageStore(tuple(splits), tuple(splits.values()), images, holders)
 
 
@@ -120,15 +121,15 @@ def _make_room(cached: Sequence[_Cached], limit_gib: float) -> None:
         LimitError: they have not even if alone.
         DataError: the disk has not the space.
     """
-    missing = [each for each in cached if not each.file.exists()]
+    missing = [prepared for prepared in cached if not prepared.file.exists()]
     if not missing:
         return
-    needed, limit = sum(each.size_bytes for each in cached), limit_gib * 2**30
+    needed, limit = sum(prepared.size_bytes for prepared in cached), limit_gib * 2**30
     if needed > limit:
         public = f"this run's images are too large, this site's limits.cache-gib is {limit_gib:g}"
         raise LimitError(f"{public}; they fill {needed / 2**30:.6g} GiB", public=public)
-    folder, new = cached[0].folder, sum(each.size_bytes for each in missing)
-    others = _removable(folder, keep={each.file for each in cached})
+    folder, new = cached[0].folder, sum(prepared.size_bytes for prepared in missing)
+    others = _removable(folder, keep={prepared.file for prepared in cached})
     filled, spare = sum(status.st_size for _, status in others), _spare_bytes(folder)
     while others and (
         needed + filled > limit or len(others) + len(cached) > _MAX_FILES or new + spare > _free_bytes(folder)
@@ -223,12 +224,21 @@ def _atomic(file: Path) -> Iterator[IO[bytes]]:
         ) from error
 
 
+def _readable_path(folder: Path, site: SiteConfig, row: Row) -> Path:
+    """Path of a row's image. Raises DataError: no reader accepts it."""
+    path = image_path(folder, site, row.path)
+    try:
+        find_reader(path)
+    except ImageError as error:
+        raise DataError(f"{Path(site.manifest).name}:{row.line}: {path}: {error}") from error
+    return path
+
+
 def _fingerprint(path: Path) -> str:
     try:
-        status = path.stat()
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: found no such file, expected an image") from error
-    return f"{path} {status.st_size} {status.st_mtime_ns}"
+        return find_reader(path).fingerprint(path)
+    except ImageError as error:
+        raise DataError(f"{path}: {error}") from error
 
 
 def _hash(*parts: str) -> str:

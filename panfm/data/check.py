@@ -1,7 +1,8 @@
 """The check a site runs before anything is trained: every row of the manifest, every image, every mask.
 
-What is read: the manifest, then each image file whole, once, header and voxels (a truncated file or a NaN hides behind
-a sound header), then each mask. Nothing is resampled and nothing is written.
+It reads the manifest, then all of each image once, header and voxels (a truncated file or a NaN hides behind a sound
+header), then each mask. It resamples and writes nothing. Two images are the same if their decoded content is, however
+they are packed.
 """
 
 import hashlib
@@ -15,8 +16,8 @@ import numpy as np
 
 from panfm.anatomy import parse_stream
 from panfm.config import SiteConfig, StreamConfig, load_site
-from panfm.data.decode import ImageError, decode_picture, decode_volume, read_bytes
 from panfm.data.manifest import Fault, Row, image_path, scan_manifest
+from panfm.data.readers import ImageError, Picture, Volume, find_reader, read_source
 from panfm.errors import LimitError
 
 _THREADS = 4
@@ -24,7 +25,7 @@ _THREADS = 4
 
 @dataclass(frozen=True)
 class SiteReport:
-    """What a site holds and what is wrong with it."""
+    """Sound and faulty images of a site."""
 
     site: str
     faults: tuple[Fault, ...]
@@ -50,8 +51,8 @@ def check_site(
 
     Args:
         folder: The site folder.
-        streams: Streams of the run to check against; decides which images are volumes. Without it, file names ending
-            in `.nii` or `.nii.gz` are.
+        streams: Streams of the run to check against, which decide whether an image must be a volume or a picture.
+            Without it, either passes.
         organs: Organs of the run; a stream of another organ is a fault, while a stream of a known organ that the run
             does not read is only `unused`. Without it, any `<organ>-<modality>` passes.
         progress: Called with (images done, images in all).
@@ -60,20 +61,20 @@ def check_site(
     """
     site = load_site(folder)
     rows, faults = scan_manifest(folder, site)
-    found = [*faults]
+    all_faults = [*faults]
     digests: dict[bytes, Row] = {}
     for done, (row, outcome) in enumerate(_inspect_all(folder, site, rows, streams or {}, organs), start=1):
         twin = row if isinstance(outcome, Fault) else digests.setdefault(outcome, row)
         if isinstance(outcome, Fault):
-            found.append(outcome)
+            all_faults.append(outcome)
         elif twin is not row:
-            found.append(Fault(row.path, f"the same content as {twin.path}", "an image of its own", row))
+            all_faults.append(Fault(row.path, f"the same content as {twin.path}", "an image of its own", row))
         if progress:
             progress(done, len(rows))
-    condemned = {fault.row for fault in found}
+    condemned = {fault.row for fault in all_faults}
     sound = tuple(row for row in rows if row not in condemned)
     unused = sorted({row.stream for row in sound} - set(streams or {})) if streams else []
-    return SiteReport(site.name, tuple(found), sound, tuple(unused))
+    return SiteReport(site.name, tuple(all_faults), sound, tuple(unused))
 
 
 def _inspect_all(
@@ -88,38 +89,48 @@ def _inspect_all(
         if organs is not None and organ not in organs:
             return Fault(row.path, f"unknown stream {row.stream!r}", f"an organ of {', '.join(organs)}", row)
         config = streams.get(row.stream)
-        is_volume = config.is_volume if config else row.path.endswith((".nii", ".nii.gz"))
-        return _inspect(folder, site, row, is_volume=is_volume)
+        return _inspect(folder, site, row, is_volume=config.is_volume if config else None)
 
     with ThreadPoolExecutor(_THREADS) as pool:
         yield from zip(rows, pool.map(inspect, rows), strict=True)
 
 
-def _inspect(folder: Path, site: SiteConfig, row: Row, *, is_volume: bool) -> Fault | bytes:
-    """The first fault of one row's files, or the digest of its image."""
-    file = row.path
+def _inspect(folder: Path, site: SiteConfig, row: Row, *, is_volume: bool | None) -> Fault | bytes:
+    """The first fault of one row's image and mask, or the digest of the image."""
+    path, file = image_path(folder, site, row.path), f"{Path(site.manifest).name}:{row.line}: {row.path}"
     try:
-        content = read_bytes(image_path(folder, site, row.path))
-        shape = _shape(content, is_volume=is_volume)
+        find_reader(path)
+        file = row.path
+        image = read_source(path, is_volume=is_volume)
         if row.mask:
             file = row.mask
-            _check_mask(read_bytes(image_path(folder, site, row.mask)), shape, is_volume=is_volume)
+            _check_mask(image_path(folder, site, row.mask), image)
+        return _digest(image)
     except ImageError as error:
         return Fault(file, error.found, error.expected, row)
     except MemoryError as error:
         raise LimitError(f"{file}: needs more memory than there is") from error
-    return hashlib.blake2b(content, digest_size=16).digest()
 
 
-def _shape(content: bytes, *, is_volume: bool) -> tuple[int, ...]:
-    return decode_volume(content).voxels.shape if is_volume else decode_picture(content).size
-
-
-def _check_mask(content: bytes, shape: tuple[int, ...], *, is_volume: bool) -> None:
-    mask = decode_volume(content).voxels if is_volume else np.asarray(decode_picture(content).convert("L")).T
+def _check_mask(path: Path, image: Volume | Picture) -> None:
+    """Raise ImageError for a mask that is empty or does not lie on its image's grid."""
+    source = read_source(path, is_volume=isinstance(image, Volume))
+    mask = source.voxels if isinstance(source, Volume) else np.asarray(source.convert("L")).T
+    shape = image.voxels.shape if isinstance(image, Volume) else image.size
     if mask.shape != shape:
         raise ImageError(
             f"a mask of shape {'x'.join(map(str, mask.shape))}", f"{'x'.join(map(str, shape))} as its image"
         )
     if not mask.any():
         raise ImageError("an empty mask", "at least one voxel above 0")
+
+
+def _digest(image: Volume | Picture) -> bytes:
+    """Hash of an image's voxels, or pixels, and of how they are to be read."""
+    if isinstance(image, Volume):
+        digest = hashlib.blake2b(np.ascontiguousarray(image.voxels.T).data, digest_size=16)
+        digest.update(image.affine.tobytes() + repr(image.voxels.shape).encode())
+    else:
+        digest = hashlib.blake2b(image.tobytes(), digest_size=16)
+        digest.update(repr((image.mode, image.size, image.getpalette())).encode())
+    return digest.digest()

@@ -1,4 +1,4 @@
-"""A whole site folder written by a program: what a cohort is made of."""
+"""Writes a whole site folder, as a program that makes cohorts needs it."""
 
 from collections.abc import Sequence
 from pathlib import Path

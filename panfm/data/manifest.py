@@ -1,8 +1,8 @@
 """The manifest of a site: one row per subject and stream.
 
 Columns `subject,stream,path` and optionally `split` (train, val or test; train when empty) and `mask`. Paths are
-relative to the manifest's folder. Rows that `quarantine.csv` lists are left out; that file is written by
-`panfm site check --quarantine`.
+relative to the manifest's folder, and name a file or a folder that one of the readers accepts. Rows that
+`quarantine.csv` lists are left out; that file is written by `panfm site check --quarantine`.
 """
 
 import csv
@@ -54,7 +54,7 @@ class Fault:
     def __str__(self) -> str:
         """One line; what would steer a terminal is spelled out."""
         line = " ".join(f"{self.file}: found {self.found}, expected {self.expected}".split())
-        return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in line)
+        return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
 
 
 def read_manifest(folder: Path, site: SiteConfig) -> tuple[Row, ...]:

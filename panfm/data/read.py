@@ -1,4 +1,4 @@
-"""One image file, or one volume in memory, to the array that a stream's tokenizer reads.
+"""Turns one image, from disk or from memory, into the array that a stream's tokenizer reads.
 
 Volumes: intensity rule -> axes to R, A, S -> one resampling to the stream's spacing and shape about the centre of the
 scan. What lies outside the scan is 0, the bottom of the intensity range. Where the target voxels are coarser than the
@@ -20,8 +20,8 @@ from PIL import Image
 
 from panfm.anatomy import Modality, parse_stream
 from panfm.config import StreamConfig
-from panfm.data.decode import ImageError, decode_picture, decode_volume, read_bytes, voxel_sizes
 from panfm.data.intensity import apply_intensity
+from panfm.data.readers import ImageError, Picture, Volume, read_source, voxel_sizes
 from panfm.errors import DataError
 
 _SAME_SPACING = 1e-3
@@ -31,20 +31,18 @@ not refused for it: a server that chooses the spacing could find the scan's by a
 
 
 def read_image(path: Path, stream: str, config: StreamConfig) -> NDArray[np.float32]:
-    """Read one image file as the stream's input.
+    """Read one image as the stream's input.
 
     Returns:
         float32 [C, *config.shape] in [0, 1]; a volume's axes run R, A, S.
     Raises:
-        DataError: the file is absent, unreadable, or does not hold such an image; the text begins with the path.
+        DataError: the image is absent, unreadable, or of another kind than the stream's; the text begins with the path.
     """
     try:
-        content = read_bytes(path)
-        if config.is_volume:
-            return prepare_volume(*decode_volume(content), stream, config)
-        return prepare_picture(decode_picture(content), config)
+        image = read_source(path, is_volume=config.is_volume)
     except ImageError as error:
         raise DataError(f"{path}: {error}") from error
+    return prepare_volume(*image, stream, config) if isinstance(image, Volume) else prepare_picture(image, config)
 
 
 def prepare_volume(
@@ -72,7 +70,7 @@ def prepare_volume(
     return _resample(oriented, spacing, config)
 
 
-def prepare_picture(image: Image.Image, config: StreamConfig) -> NDArray[np.float32]:
+def prepare_picture(image: Picture, config: StreamConfig) -> NDArray[np.float32]:
     """Bring one picture, from a file or from memory, to the stream's shape: float32 [C, height, width] in [0, 1]."""
     height, width = config.shape
     picture = image.convert("L" if config.channels == 1 else "RGB").resize((width, height), Image.Resampling.BILINEAR)

@@ -56,10 +56,10 @@ class ImageStore:
         rows: dict[str, Tensor] = {}
         for stream in self.images if streams is None else streams:
             where = self._position(stream)[wanted]
-            held = np.flatnonzero(where >= 0)
-            if len(held):
-                images[stream] = torch.from_numpy(np.ascontiguousarray(self.images[stream][where[held]]))
-                rows[stream] = torch.from_numpy(held)
+            holders = np.flatnonzero(where >= 0)
+            if len(holders):
+                images[stream] = torch.from_numpy(np.ascontiguousarray(self.images[stream][where[holders]]))
+                rows[stream] = torch.from_numpy(holders)
         return Batch(len(wanted), images, rows)
 
     def indices(self, split: str) -> NDArray[np.int64]:
@@ -83,8 +83,10 @@ def join_stores(stores: Sequence[ImageStore]) -> ImageStore:
     images: dict[str, Any] = {}
     rows: dict[str, Any] = {}
     for stream in streams:
-        held = [(store, offset) for store, offset in zip(stores, offsets, strict=False) if stream in store.images]
-        images[stream] = np.concatenate([store.images[stream] for store, _ in held])
-        rows[stream] = np.concatenate([store.rows[stream] + offset for store, offset in held])
+        with_stream = [
+            (store, offset) for store, offset in zip(stores, offsets, strict=False) if stream in store.images
+        ]
+        images[stream] = np.concatenate([store.images[stream] for store, _ in with_stream])
+        rows[stream] = np.concatenate([store.rows[stream] + offset for store, offset in with_stream])
     subjects = tuple(subject for store in stores for subject in store.subjects)
     return ImageStore(subjects, tuple(split for store in stores for split in store.splits), images, rows)

@@ -22,6 +22,7 @@ from panfm.config import SiteConfig, site_path
 from panfm.errors import ConfigError, ProtocolError
 from panfm.files import is_locked, locked
 from panfm.models.sizes import num_parameters
+from panfm.registry import READERS
 from panfm.sharing.frames import Frame, Kind, address, encode, receive, send
 from panfm.sharing.messages import Invitation, Records
 from panfm.site.audit_log import AuditLog
@@ -98,6 +99,8 @@ def _load_libraries() -> None:
     """Import what the first question would import: a limit on time that ends an import leaves half a module behind."""
     import panfm.data.read  # noqa: F401
 
+    for name in READERS.names:
+        READERS.load(name)
     torch.optim.AdamW([torch.zeros(1)])
 
 

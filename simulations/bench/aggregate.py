@@ -28,11 +28,12 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 from rich.console import Console
 
-from panfm.config import RunConfig, load_run
+from panfm.config import RunConfig
 from panfm.models import build_model
 from panfm.seeds import numpy_generator
 from panfm.sharing.groups import Flat, GroupManifest
 from panfm.sharing.messages import Handshake, RoundReply
+from simulations.cohorts.prepare import load_simulation
 from simulations.engines.local import LocalGrid
 from simulations.harness import QUICKSTART, Experiment, JsonFile, StudyResult, check_writable
 from strategies import GroupedMean
@@ -77,7 +78,7 @@ def main(
     """Seconds and memory of one aggregation, over Flower's and over the floor."""
     check_writable(json)
     console = Console(soft_wrap=True, highlight=False)
-    updates = Updates.draw(load_run(experiment))
+    updates = Updates.draw(load_simulation(experiment))
     result = StudyResult("aggregate", {"turns": turns, "numbers": updates.num_bytes // 4}, unit="s")
     LocalGrid(ClientApp(), 1, {})  # messages want to know which run they are in
     ours(updates, 1)  # compiles

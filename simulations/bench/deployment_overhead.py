@@ -23,14 +23,14 @@ import numpy as np
 import typer
 from rich.console import Console
 
-from panfm.config import RunConfig, dump_toml, load_run
+from panfm.config import RunConfig, dump_toml
 from panfm.errors import RunError
 from panfm.files import read_json_lines
+from simulations.cohorts.prepare import load_simulation, prepare_cohort
 from simulations.engines.deployment import CONNECTION, Deployment, deployed
 from simulations.engines.flwr import ROOT, submit
 from simulations.engines.processes import wait_until
 from simulations.harness import JsonFile, StudyResult, check_writable
-from simulations.run import prepare_cohort
 
 ARMS = {"echo": "overhead_apps.echo:app", "worker": "client.app:app", "plain": "overhead_apps.plain:app"}
 _EXPERIMENT = ROOT / "configs" / "deployment" / "federation.toml"
@@ -63,7 +63,7 @@ def main(
     """CPU seconds per message of a real deployment: ours against torch in the ClientApp, and against Flower's floor."""
     check_writable(json)
     console = Console(soft_wrap=True, highlight=False)
-    run = load_run(_EXPERIMENT, [*_OVERRIDES, f"train.rounds={rounds + 1}"])
+    run = load_simulation(_EXPERIMENT, [*_OVERRIDES, f"train.rounds={rounds + 1}"])
     cohort = prepare_cohort(run, console)
     result = StudyResult("deployment-overhead", {"rounds": rounds, "repeats": repeats}, unit="CPU s per message")
     with tempfile.TemporaryDirectory(prefix="panfm-overhead-") as name:

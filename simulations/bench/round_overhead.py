@@ -25,7 +25,7 @@ from rich.console import Console
 from torch import Tensor
 
 from client.app import app as client_app
-from panfm.config import RunConfig, load_run
+from panfm.config import RunConfig
 from panfm.data.cache import open_store
 from panfm.data.store import ImageStore
 from panfm.sharing.groups import GroupManifest, group_of
@@ -36,10 +36,10 @@ from server.handshake import shake_hands
 from server.rounds import initial_state, train_round
 from server.run_folder import RunFolder
 from server.tracking import Tracking
+from simulations.cohorts.prepare import load_simulation, prepare_cohort
 from simulations.engines import Job
 from simulations.engines.local import LocalGrid
 from simulations.harness import QUICKSTART, Experiment, JsonFile, StudyResult, check_writable
-from simulations.run import prepare_cohort
 from strategies import GroupedMean
 
 
@@ -52,7 +52,7 @@ def main(
     """Seconds per round: federation in one process against a plain loop."""
     check_writable(json)
     console = Console(soft_wrap=True, highlight=False)
-    prepare_cohort(load_run(experiment), console)
+    prepare_cohort(load_simulation(experiment), console)
     config = {"experiment": str(experiment), "cycles": cycles, "processes": processes}
     result = StudyResult("round-overhead", config, unit="s")
     for number in range(1, processes + 1):
@@ -73,8 +73,8 @@ def main(
 
 def measure_cycles(experiment: Path, cycles: int, number: int) -> dict[str, list[dict[str, float]]]:
     """Arm -> what each of its cycles takes in this process; every other process begins with the other arm."""
-    cycle = load_run(experiment).train.validate_every
-    run = load_run(experiment, [f"train.rounds={cycles * cycle + 2}"])
+    cycle = load_simulation(experiment).train.validate_every
+    run = load_simulation(experiment, [f"train.rounds={cycles * cycle + 2}"])
     sites = prepare_cohort(run, Console(quiet=True)) / "sites"
     measured: dict[str, list[dict[str, float]]] = {"local": [], "plain": []}
     with tempfile.TemporaryDirectory() as folder:

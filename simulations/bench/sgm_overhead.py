@@ -13,10 +13,11 @@ import torch
 import typer
 from rich.console import Console
 
-from panfm.config import RunConfig, load_run
+from panfm.config import RunConfig
 from panfm.data.store import ImageStore
 from panfm.seeds import numpy_generator
 from panfm.training import Learner
+from simulations.cohorts.prepare import load_simulation
 from simulations.harness import QUICKSTART, Experiment, JsonFile, StudyResult, check_writable
 
 ARMS: dict[str, dict[str, object]] = {
@@ -37,7 +38,7 @@ def main(
     torch.set_num_threads(1)
     check_writable(json)
     console = Console(soft_wrap=True, highlight=False)
-    run = load_run(experiment)
+    run = load_simulation(experiment)
     result = StudyResult("sgm-overhead", {"experiment": str(experiment), "turns": turns, "batch-size": 8}, unit="s")
     for size in SIZES:
         console.print(f"{size}: {turns} turns")

@@ -29,8 +29,7 @@ from rich.progress import track
 
 from client.app import app as client_app
 from panfm.anatomy import parse_stream
-from panfm.config import RunConfig, load_run, site_folders
-from panfm.config.cohort import PhantomCohortConfig, PhantomSiteConfig
+from panfm.config import RunConfig, site_folders
 from panfm.data.cache import open_store
 from panfm.sharing.messages import Handshake
 from panfm.site.session import trained_streams
@@ -38,11 +37,12 @@ from panfm.training import Learner
 from server.progress import Progress
 from server.rounds import run_federation
 from server.run_folder import RunFolder
+from simulations.cohorts.phantom import PhantomCohort, PhantomSiteConfig
+from simulations.cohorts.prepare import load_simulation, prepare_cohort, with_cohort
 from simulations.engines import Job
 from simulations.engines.local import LocalGrid
 from simulations.engines.logs import logged_to
 from simulations.harness import QUICKSTART, JsonFile, StudyResult, check_writable
-from simulations.run import prepare_cohort
 
 _SUBJECTS = 10
 _ORGANS_PER_SITE = 2
@@ -87,7 +87,7 @@ def main(
 def describe(num_sites: int, rounds: int) -> RunConfig:
     """The quickstart with many small hospitals in place of its five."""
     overrides = [f"train.rounds={rounds}", "federation.participation=0.1", "model.size=nano"]
-    run = load_run(QUICKSTART, overrides)
+    run = load_simulation(QUICKSTART, overrides)
     organs = [parse_stream(stream)[0] for stream in run.streams]
     sites = {
         f"site-{number:04d}": PhantomSiteConfig(
@@ -96,8 +96,7 @@ def describe(num_sites: int, rounds: int) -> RunConfig:
         )
         for number in range(num_sites)
     }
-    cohort = PhantomCohortConfig(kind="phantom", holdout_subjects=1, sites=sites)
-    return run.model_copy(update={"cohort": cohort})
+    return with_cohort(run, PhantomCohort(kind="phantom", holdout_subjects=1, sites=sites))
 
 
 class Turns(Progress):

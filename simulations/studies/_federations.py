@@ -13,14 +13,14 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from panfm.config import RunConfig, dump_toml, load_run, site_folders
+from panfm.config import RunConfig, dump_toml, site_folders
 from panfm.evaluate import LabelledStore, Task, evaluate_cohort, load_model, read_label_info
 from panfm.models import PanModel
 from panfm.report.table import number_text
 from server.run_folder import RunFolder
+from simulations.cohorts.prepare import load_simulation, prepare_cohort
 from simulations.engines import Job, run_job
 from simulations.harness import StudyOptions, StudyResult, run_jobs
-from simulations.run import prepare_cohort
 
 Arms = Mapping[str, Sequence[str]]
 """Arm -> what it changes in the run, as `--set` would; the first is what the others are compared to."""
@@ -67,7 +67,7 @@ def compare(name: str, experiment: Path, arms: Arms, options: StudyOptions) -> S
     Ratios:
         `auc/<arm>-minus-<first>` and `auc/<arm>-at-least-<first>`: mean difference, and share of pairs.
     """
-    runs = {arm: load_run(experiment, changes) for arm, changes in arms.items()}
+    runs = {arm: load_simulation(experiment, changes) for arm, changes in arms.items()}
     described = {arm: run.model_dump(mode="json", by_alias=True) for arm, run in runs.items()}
     result = StudyResult(name, {"pairs": options.pairs(), "arms": described})
     jobs = _jobs(experiment, arms, options.pairs())
@@ -86,9 +86,9 @@ def compare(name: str, experiment: Path, arms: Arms, options: StudyOptions) -> S
 def _jobs(experiment: Path, arms: Arms, pairs: Sequence[tuple[int, int]]) -> list[ArmJob]:
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     of_draw = {draw: f"cohort.seed={draw}" for draw, _ in pairs}
-    cohorts = {draw: prepare_cohort(load_run(experiment, [change]), console) for draw, change in of_draw.items()}
+    cohorts = {draw: prepare_cohort(load_simulation(experiment, [change]), console) for draw, change in of_draw.items()}
     return [
-        ArmJob(draw, seed, arm, load_run(experiment, [*changes, of_draw[draw], f"seed={seed}"]), cohorts[draw])
+        ArmJob(draw, seed, arm, load_simulation(experiment, [*changes, of_draw[draw], f"seed={seed}"]), cohorts[draw])
         for draw, seed in pairs
         for arm, changes in arms.items()
     ]

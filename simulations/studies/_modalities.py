@@ -15,9 +15,7 @@ from rich.table import Table
 from scipy import stats
 from torch import Tensor
 
-from panfm.config import RunConfig, load_run, site_folders
-from panfm.config.cohort import ModalitiesCohortConfig
-from panfm.data.modalities import write_modalities
+from panfm.config import RunConfig, site_folders
 from panfm.data.store import Batch, join_stores
 from panfm.evaluate import LabelledStore, embed_store, read_label_info
 from panfm.evaluate.classes import Classed, leave_one_modality_out, probe_classes, probe_each_modality
@@ -27,6 +25,8 @@ from panfm.models.director_experts import Path as Through
 from panfm.report.table import number_text
 from panfm.sharing.groups import group_of, stream_of
 from panfm.training import Learner
+from simulations.cohorts.pictures import PictureCohort
+from simulations.cohorts.prepare import cohort_of, load_simulation
 from simulations.harness import QUICKSTART, StudyResult
 
 EXPERIMENT = QUICKSTART.with_name("dex-ten-modalities.toml")
@@ -60,7 +60,7 @@ def study_run(seed: int, *, steps: int, rounds: int = 1) -> RunConfig:
 
     Block statistics are guessed from their constants: 3,000 steps on them teach no shape (LOG.md).
     """
-    base = load_run(EXPERIMENT)
+    base = load_simulation(EXPERIMENT)
     train = {"rounds": rounds, "local_steps": steps // rounds, "learning_rate": _LEARNING_RATE}
     changed = {
         "seed": seed,
@@ -85,13 +85,14 @@ def with_backbone(run: RunConfig, backbone: str, **experts: object) -> RunConfig
 def write_draw(job: CohortJob) -> Path:
     """Write one draw and build its caches; returns its folder."""
     run = study_run(0, steps=1)
-    assert isinstance(run.cohort, ModalitiesCohortConfig)
+    cohort = cohort_of(run)
+    assert isinstance(cohort, PictureCohort)
     sites = {
         name: site.model_copy(update={"subjects": job.subjects * len(site.streams)})
-        for name, site in run.cohort.sites.items()
+        for name, site in cohort.sites.items()
     }
     changed = {"seed": job.draw, "sites": sites, "holdout_subjects": job.holdout}
-    write_modalities(job.folder, run.cohort.model_copy(update=changed), run.streams)
+    cohort.model_copy(update=changed).write(job.folder, run.streams)
     Pictures.open(job.folder, run)
     return job.folder
 

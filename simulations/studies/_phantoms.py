@@ -11,8 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from panfm.config import RunConfig
-from panfm.data.phantom import LABELS, Phantom, phantom_store
 from panfm.data.store import ImageStore
+from simulations.cohorts.in_memory import phantom_store
+from simulations.cohorts.phantom_draw import Phantom
+from simulations.cohorts.phantom_labels import LABELS
 
 TRAIN_SUBJECTS, TEST_SUBJECTS = 2500, 1000
 

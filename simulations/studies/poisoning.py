@@ -32,14 +32,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from panfm.config import RunConfig, load_run, site_folders
-from panfm.config.cohort import PhantomCohortConfig, PhantomSiteConfig
-from panfm.data.phantom.cohort import write_cohort
+from panfm.config import RunConfig, site_folders
 from panfm.evaluate import LabelledStore, Task, evaluate_cohort, read_label_info
 from panfm.models import build_model
 from panfm.sharing.groups import split_state
 from panfm.sharing.shares import FEWEST
 from panfm.training import Learner
+from simulations.cohorts.phantom import PhantomSiteConfig
+from simulations.cohorts.prepare import cohort_of, load_simulation, with_cohort
 from simulations.harness import (
     QUICKSTART,
     Draws,
@@ -180,8 +180,8 @@ def study_run(arm: str, draw: int, seed: int, rounds: int) -> RunConfig:
     if "/" in arm:
         _, mean, guards = arm.split("/")
         changes += [f"sharing.mean={mean}", *(GUARDS_OFF if guards == "off" else ())]
-    base = load_run(QUICKSTART, changes)
-    assert isinstance(base.cohort, PhantomCohortConfig)
+    base = load_simulation(QUICKSTART, changes)
+    cohort = cohort_of(base)
     sites = {
         f"site-{index + 1:02}": PhantomSiteConfig(
             organs=tuple(organ for place, organ in enumerate(_ORGANS) if place != index % 5),
@@ -189,16 +189,16 @@ def study_run(arm: str, draw: int, seed: int, rounds: int) -> RunConfig:
         )
         for index in range(num_sites)
     }
-    cohort = base.cohort.model_copy(update={"seed": draw, "sites": sites, "holdout_subjects": _HOLDOUT})
+    changed = {"seed": draw, "sites": sites, "holdout_subjects": _HOLDOUT}
     streams = {name: stream for name, stream in base.streams.items() if name.split("-")[0] in _ORGANS}
-    return base.model_copy(update={"name": "poisoning", "cohort": cohort, "streams": streams})
+    run = with_cohort(base, cohort.model_copy(update=changed))
+    return run.model_copy(update={"name": "poisoning", "streams": streams})
 
 
 def write_draw(job: CohortJob) -> Path:
     """Write one draw and build its caches; returns its folder."""
     run = study_run("honest" if job.num_sites == 5 else f"{_TEN}honest", job.draw, 0, 1)
-    assert isinstance(run.cohort, PhantomCohortConfig)
-    write_cohort(job.folder, run.cohort, run.streams)
+    cohort_of(run).write(job.folder, run.streams)
     for folder in (*site_folders(job.folder / "sites"), job.folder / "holdout"):
         LabelledStore.open(folder, run.streams)
     return job.folder

@@ -35,10 +35,8 @@ import safetensors.torch
 from rich.console import Console
 from rich.table import Table
 
-from panfm.config import RunConfig, dump_toml, load_run, site_folders
-from panfm.config.cohort import PhantomCohortConfig
+from panfm.config import RunConfig, dump_toml, site_folders
 from panfm.data.cache import open_store
-from panfm.data.phantom.cohort import write_cohort
 from panfm.data.store import join_stores
 from panfm.data.table import write_table
 from panfm.evaluate import LabelledStore, Task, evaluate_cohort, read_label_info
@@ -50,6 +48,8 @@ from panfm.privacy.audit_membership import Place, audit_membership
 from panfm.privacy.mechanisms import noise_for, planned
 from panfm.sharing.groups import split_state
 from simulations.alone import train_alone
+from simulations.cohorts.phantom import PhantomCohort
+from simulations.cohorts.prepare import cohort_of, load_simulation
 from simulations.harness import (
     QUICKSTART,
     Draws,
@@ -172,7 +172,7 @@ def arm_run(arm: str, seed: int, public: Path) -> RunConfig:
     start, _, epsilon = arm.partition("-")
     if start in ("warm", "public"):
         changes.append(f"start.model={str(public)!r}")
-    run = load_run(_PRIVATE, [*changes, *_privacy(start, epsilon)])
+    run = load_simulation(_PRIVATE, [*changes, *_privacy(start, epsilon)])
     return run if epsilon in EPSILONS else run.model_copy(update={"privacy": None})
 
 
@@ -196,18 +196,19 @@ def _privacy(start: str, epsilon: str) -> list[str]:
 @cache
 def noise_of(target: float, rounds: int, local_steps: int) -> float:
     """Noise multiplier with which so many rounds, their saliency included, spend an epsilon."""
-    run = load_run(_PRIVATE, [f"train.local-steps={local_steps}"])
+    run = load_simulation(_PRIVATE, [f"train.local-steps={local_steps}"])
     gradients, *others = (replace(each, count=each.count * rounds) for each in planned(run))
     return noise_for(target, _DELTA, rate=_RATE, count=gradients.count, others=tuple(others))
 
 
 def write_draw(job: CohortJob) -> Path:
     """Write one draw, half of each site's patients in the train split, and build its caches; returns its folder."""
-    base = load_run(_PRIVATE)
-    assert isinstance(base.cohort, PhantomCohortConfig)
-    sites = {name: site.model_copy(update={"subjects": 2 * _MEMBERS}) for name, site in base.cohort.sites.items()}
+    base = load_simulation(_PRIVATE)
+    cohort = cohort_of(base)
+    assert isinstance(cohort, PhantomCohort)
+    sites = {name: site.model_copy(update={"subjects": 2 * _MEMBERS}) for name, site in cohort.sites.items()}
     changed = {"seed": job.draw, "sites": sites, "holdout_subjects": job.holdout}
-    write_cohort(job.folder, base.cohort.model_copy(update=changed), base.streams)
+    cohort.model_copy(update=changed).write(job.folder, base.streams)
     for folder in site_folders(job.folder / "sites"):
         halve(folder / "manifest.csv")
     for folder in (*site_folders(job.folder / "sites"), job.folder / "holdout"):
@@ -228,7 +229,7 @@ def halve(manifest: Path) -> None:
 def train_public(job: PublicJob) -> Path:
     """Train the quickstart's model in one place; returns its folder, as `start.model` reads it."""
     changes = [f"train.rounds={_PUBLIC_ROUNDS}", f"train.local-steps={_PUBLIC_STEPS}"]
-    run = load_run(QUICKSTART, [f"seed={job.seed}", f"train.batch-size={_PUBLIC_BATCH}", *changes])
+    run = load_simulation(QUICKSTART, [f"seed={job.seed}", f"train.batch-size={_PUBLIC_BATCH}", *changes])
     stores = [open_store(folder, run.streams) for folder in site_folders(job.cohort / "sites")]
     shared, _ = split_state(run.sharing, train_alone(run, join_stores(stores), "public").state_dict())
     job.folder.mkdir()

@@ -20,8 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from panfm.config import RunConfig, load_run
-from panfm.data.phantom import LABELS, PRESETS
+from panfm.config import RunConfig
 from panfm.data.store import Batch, ImageStore
 from panfm.evaluate.balance import effective_rank, saliency_entropy
 from panfm.evaluate.embed import embed_store
@@ -31,6 +30,9 @@ from panfm.evaluate.statistics import StatisticsReference, measure_store
 from panfm.models import PanModel
 from panfm.training import Learner
 from panfm.training.saliency import stream_shares
+from simulations.cohorts.phantom_draw import PRESETS
+from simulations.cohorts.phantom_labels import LABELS
+from simulations.cohorts.prepare import load_simulation
 from simulations.harness import (
     QUICKSTART,
     Draws,
@@ -152,7 +154,7 @@ def _cell(result: StudyResult, metric: str, arm: str) -> str:
 
 def study_run(seed: int, arm: str, steps: int) -> RunConfig:
     """The run of one arm: the quickstart's model and streams, one place, one round."""
-    base = load_run(QUICKSTART)
+    base = load_simulation(QUICKSTART)
     masking = base.masking.model_copy(update=MASKING.get(arm, {}))
     train = base.train.model_copy(update={"rounds": 1, "local_steps": steps, "batch_size": _BATCH_SIZE})
     return base.model_copy(update={"seed": seed, "masking": masking, "train": train})

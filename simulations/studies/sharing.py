@@ -23,14 +23,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from panfm.config import RunConfig, load_run, site_folders
-from panfm.config.cohort import PhantomCohortConfig
-from panfm.data.phantom.cohort import write_cohort
+from panfm.config import RunConfig, site_folders
 from panfm.data.store import ImageStore, join_stores
 from panfm.evaluate import LabelledStore, embed_store, read_label_info
 from panfm.evaluate.probe import auc_per_label, fit_classifiers
 from panfm.models import PanModel
 from simulations.alone import train_alone
+from simulations.cohorts.phantom import PhantomCohort
+from simulations.cohorts.prepare import cohort_of, load_simulation, with_cohort
 from simulations.harness import (
     QUICKSTART,
     Draws,
@@ -126,24 +126,19 @@ def targets(result: StudyResult) -> list[Target]:
 
 def study_run(draw: int, seed: int, rounds: int) -> RunConfig:
     """The quickstart with larger sites."""
-    base = load_run(QUICKSTART)
-    assert isinstance(base.cohort, PhantomCohortConfig)
-    sites = {name: site.model_copy(update={"subjects": _SUBJECTS_PER_SITE}) for name, site in base.cohort.sites.items()}
+    base = load_simulation(QUICKSTART)
+    cohort = cohort_of(base)
+    assert isinstance(cohort, PhantomCohort)
+    sites = {name: site.model_copy(update={"subjects": _SUBJECTS_PER_SITE}) for name, site in cohort.sites.items()}
     changed = {"seed": draw, "sites": sites, "holdout_subjects": _HOLDOUT}
-    return base.model_copy(
-        update={
-            "seed": seed,
-            "cohort": base.cohort.model_copy(update=changed),
-            "train": base.train.model_copy(update={"rounds": rounds}),
-        }
-    )
+    train = base.train.model_copy(update={"rounds": rounds})
+    return with_cohort(base, cohort.model_copy(update=changed)).model_copy(update={"seed": seed, "train": train})
 
 
 def write_draw(job: CohortJob) -> Path:
     """Write one draw and build its caches; returns its folder."""
     run = study_run(job.draw, 0, 1)
-    assert isinstance(run.cohort, PhantomCohortConfig)
-    write_cohort(job.folder, run.cohort, run.streams, lambda *_: None)
+    cohort_of(run).write(job.folder, run.streams)
     for folder in (*site_folders(job.folder / "sites"), job.folder / "holdout"):
         LabelledStore.open(folder, run.streams)
     return job.folder

@@ -7,6 +7,7 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
+from simulations.cohorts.prepare import cohort_folder
 
 from panfm.config import dump_toml, parse_run
 from panfm.config.base import Config
@@ -23,7 +24,6 @@ from panfm.site import Site
 from panfm.training import Learner
 from panfm.training.masking import draw_hidden, stream_scores
 from panfm.training.objective import Split
-from simulations.run import cohort_folder
 from strategies.means import empty_mean
 from tests.attacks.private_steps import (
     LEVEL,
@@ -273,6 +273,6 @@ def test_names_that_nobody_knows_are_not_taken_for_others(make_run):
 
 
 def test_a_cohort_that_nobody_knows_is_not_taken_for_another():
-    run = private_run().model_copy(update={"cohort": UndeclaredConfig()})
-    with pytest.raises(AssertionError, match="undeclared"):
+    run = private_run().model_copy(update={"cohort": {"kind": "undeclared"}})
+    with pytest.raises(ConfigError, match=r"cohort\.kind: found 'undeclared', expected one of phantom, "):
         cohort_folder(run)

@@ -24,9 +24,11 @@ import pytest
 import tomli_w
 
 from panfm.config import dump_toml, parse_run, parse_site
-from panfm.data import cache, decode, read
+from panfm.data import cache, read
 from panfm.data.cache import open_store
-from panfm.data.decode import ImageError, decode_picture, decode_volume
+from panfm.data.readers import ImageError, pictures
+from panfm.data.readers.nifti import decode_volume
+from panfm.data.readers.pictures import decode_picture
 from panfm.data.store import Batch, ImageStore
 from panfm.errors import DataError, LimitError, ProtocolError
 from panfm.models.sizes import state_bytes
@@ -450,7 +452,7 @@ def test_a_sound_volume_under_a_memory_limit_is_read_or_told_as_memory(tmp_path)
     (tmp_path / "scan.nii.gz").write_bytes(content)
     code = f"""
 import resource, sys
-from panfm.data.decode import decode_volume
+from panfm.data.readers.nifti import decode_volume
 from panfm.site.handler import limit_memory
 content = open({str(tmp_path / "scan.nii.gz")!r}, "rb").read()
 used = int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmData"))) / 2**20
@@ -467,14 +469,13 @@ def test_what_is_not_the_files_fault_is_not_said_to_be(monkeypatch, error):
         raise error
 
     volume = gzip.compress(_nifti((4, 4, 4)))
-    for place in ("gzip.open", "nibabel.Nifti1Image.from_bytes", "numpy.asanyarray"):
+    for place in ("gzip.open", "nib.Nifti1Image.from_bytes", "np.asanyarray"):
         with monkeypatch.context() as patch:
-            patch.setattr(f"panfm.data.decode.{place.split('.')[0].replace('numpy', 'np').replace('nibabel', 'nib')}"
-                          f".{place.split('.', 1)[1]}", fail)  # fmt: skip
+            patch.setattr(f"panfm.data.readers.nifti.{place}", fail)
             with pytest.raises(type(error)):
                 decode_volume(volume)
     with monkeypatch.context() as patch:
-        patch.setattr(decode.Image, "open", fail)
+        patch.setattr(pictures.Image, "open", fail)
         with pytest.raises(type(error)):
             decode_picture(b"x")
 

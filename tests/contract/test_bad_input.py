@@ -309,11 +309,11 @@ def test_run_folder(run_folder, name):
 
 
 COMMANDS = {
-    "panfm": ("site init", "site check", "site dry-run", "site status", "site log", "site start", "cohort make",
+    "panfm": ("site init", "site check", "site dry-run", "site status", "site log", "site start",
               "ledger show", "ledger verify", "ledger plan", "audit step", "audit membership", "audit inversion",
               "embed", "probe", "report", "export"),
     "python -m server": ("start", "status", "watch", "resume", "stop", "export"),
-    "python -m simulations": ("run", "study dex", "bench aggregate"),
+    "python -m simulations": ("run", "cohort make", "study dex", "bench aggregate"),
 }  # fmt: skip
 
 

@@ -7,16 +7,18 @@ import sys
 from pathlib import Path
 
 import pytest
+from simulations.cohorts.prepare import cohort_folder, load_simulation, prepare_cohort, with_cohort
 from typer.testing import CliRunner
 
 from panfm.config import dump_toml
-from panfm.config.cohort import PhantomCohortConfig, RealImagesCohortConfig
 from panfm.errors import ConfigError, RunError
 from panfm.files import read_json_lines
-from simulations import real_images
 from simulations.__main__ import app
+from simulations.cohorts import phantom, real_images
+from simulations.cohorts.phantom import PhantomCohort
+from simulations.cohorts.real_images import RealImagesCohort
 from simulations.engines.offline import go_offline
-from simulations.run import cohort_folder, prepare_cohort, simulate
+from simulations.run import simulate
 
 
 @pytest.fixture
@@ -100,18 +102,16 @@ def test_an_error_is_one_line_and_status_1():
 def test_a_phantom_cohort_is_made_once(federation, tmp_path, monkeypatch, capsys):
     from rich.console import Console
 
-    from panfm.config import load_run
-
     monkeypatch.chdir(tmp_path)
     cohort = '[cohort]\nkind = "phantom"\nholdout-subjects = 1\nsites = { a = { organs = ["brain"], subjects = 2 } }\n'
     stream = "brain-mr = { spacing-mm = [8.0, 8.0, 8.0], shape = [8, 8, 8], patch = [4, 4, 8] }"
     (tmp_path / "x.toml").write_text(f'name = "x"\n{cohort}[streams]\n{stream}\n')
-    first = prepare_cohort(load_run(tmp_path / "x.toml"), Console())
+    first = prepare_cohort(load_simulation(tmp_path / "x.toml"), Console())
     assert (first / "sites" / "a" / "site.toml").exists()
     assert "made before" not in capsys.readouterr().out
-    assert prepare_cohort(load_run(tmp_path / "x.toml"), Console()) == first
+    assert prepare_cohort(load_simulation(tmp_path / "x.toml"), Console()) == first
     assert "made before" in capsys.readouterr().out
-    assert prepare_cohort(load_run(tmp_path / "x.toml", ["cohort.seed=1"]), Console()) != first
+    assert prepare_cohort(load_simulation(tmp_path / "x.toml", ["cohort.seed=1"]), Console()) != first
 
 
 @pytest.fixture
@@ -127,12 +127,12 @@ def scans(tmp_path, monkeypatch) -> Path:
 def test_a_cohorts_name_follows_from_what_it_is_made_of(federation, scans, monkeypatch):
     run = federation.describe()
     sites = {"a": {"organs": ["brain"], "subjects": 2}}
-    phantom = run.model_copy(update={"cohort": PhantomCohortConfig(kind="phantom", sites=sites)})
-    real = run.model_copy(update={"cohort": RealImagesCohortConfig(kind="real-images")})
-    names = [(cohort_folder(phantom), cohort_folder(real))]
+    drawn = with_cohort(run, PhantomCohort(kind="phantom", sites=sites))
+    real = with_cohort(run, RealImagesCohort(kind="real-images"))
+    names = [(cohort_folder(drawn), cohort_folder(real))]
 
     def changes(phantoms: bool, reals: bool) -> None:
-        names.append((cohort_folder(phantom), cohort_folder(real)))
+        names.append((cohort_folder(drawn), cohort_folder(real)))
         assert [before != after for before, after in zip(*names[-2:], strict=True)] == [phantoms, reals]
 
     changes(phantoms=False, reals=False)
@@ -144,10 +144,10 @@ def test_a_cohorts_name_follows_from_what_it_is_made_of(federation, scans, monke
     changes(phantoms=False, reals=True)
     monkeypatch.setattr(real_images, "__file__", __file__)
     changes(phantoms=False, reals=True)
-    monkeypatch.setattr("panfm.data.phantom.__file__", __file__)
+    monkeypatch.setattr(phantom, "__file__", __file__)
     changes(phantoms=True, reals=False)
     monkeypatch.delenv("PANFM_REAL_DATA")
-    assert cohort_folder(phantom) == names[-1][0]
+    assert cohort_folder(drawn) == names[-1][0]
     with pytest.raises(ConfigError, match="PANFM_REAL_DATA is not set"):
         cohort_folder(real)
 

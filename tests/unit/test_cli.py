@@ -40,7 +40,7 @@ def test_help_needs_neither_torch_nor_monai():
         "import sys, panfm.cli; sys.exit(any(name in sys.modules for name in ('torch', 'monai', 'numpy', 'pydantic')))"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-    assert {"site", "cohort"} <= set(panfm("--help").output.split())
+    assert {"site", "ledger"} <= set(panfm("--help").output.split())
 
 
 def test_error_is_one_line_on_stderr_from_the_shell(tmp_path):
@@ -90,55 +90,6 @@ def test_site_init_into_a_file(run_file):
     assert len(result.stderr.splitlines()) == 1
 
 
-def test_cohort_make_and_check(tmp_path, run_file):
-    result = panfm("cohort", "make", tmp_path / "cohort", "--run", run_file, "--subjects", "5", "--preset", "lasting")
-    assert (result.exit_code, result.stderr) == (0, "")
-    assert 'preset = "lasting"' in (tmp_path / "cohort/cohort.toml").read_text()
-    for site in ("sites/one", "sites/two", "holdout"):
-        checked = panfm("site", "check", tmp_path / "cohort" / site, "--run", run_file)
-        assert (checked.exit_code, checked.stderr) == (0, "")
-        assert "brain-mr" in checked.output
-
-
-def test_cohort_make_of_modalities(tmp_path, run_file):
-    cohort = '[cohort]\nkind = "modalities"\nholdout-subjects = 2\nheld-out = ["brain-photo"]\n'
-    sites = '[cohort.sites]\none = { streams = ["brain-mr"], subjects = 9 }\n'
-    streams = "brain-mr = { shape = [8, 8], patch = [4, 4] }\nbrain-photo = { shape = [8, 8], patch = [4, 4] }\n"
-    run_file.write_text(f'name = "run"\n{cohort}{sites}[streams]\n{streams}')
-    result = panfm("cohort", "make", tmp_path / "cohort", "--run", run_file, "--subjects", "3", "--seed", "4")
-    assert (result.exit_code, result.stderr) == (0, "")
-    assert "seed = 4" in (tmp_path / "cohort/cohort.toml").read_text()
-    for site, images in (("sites/one", 3), ("holdout", 6)):
-        checked = panfm("site", "check", tmp_path / "cohort" / site, "--run", run_file)
-        assert (checked.exit_code, checked.stderr) == (0, "")
-        assert len(list((tmp_path / "cohort" / site / "images").iterdir())) == images
-
-
-@pytest.mark.parametrize(
-    ("text", "complaint"),
-    [("", "found no phantom cohort"), ('[cohort]\nkind = "folder"\npath = "x"\n', "found no phantom cohort")],
-)
-def test_cohort_make_needs_a_phantom(tmp_path, run_file, text, complaint):
-    run_file.write_text(RUN.split("[cohort]")[0] + text)
-    result = panfm("cohort", "make", tmp_path / "cohort", "--run", run_file)
-    assert result.exit_code == 1
-    assert complaint in result.stderr
-
-
-def test_cohort_make_inside_a_file(run_file):
-    result = panfm("cohort", "make", run_file / "c", "--run", run_file)
-    assert result.exit_code == 1
-    assert len(result.stderr.splitlines()) == 1
-    assert result.stderr.startswith(f"{run_file}/c: cannot be made")
-
-
-@pytest.mark.parametrize("flags", [["--preset", "nice"], ["--seed", "x"], ["--subjects", "0"]])
-def test_cohort_make_refuses_bad_flags(tmp_path, run_file, flags):
-    result = panfm("cohort", "make", tmp_path / "cohort", "--run", run_file, *flags)
-    assert result.exit_code != 0
-    assert not (tmp_path / "cohort").exists()
-
-
 @pytest.mark.parametrize(
     "words",
     [
@@ -148,7 +99,7 @@ def test_cohort_make_refuses_bad_flags(tmp_path, run_file, flags):
         "-m panfm site dry-run . --run RUN",
         "-m panfm ledger plan RUN",
         "-m panfm audit step RUN",
-        "-m panfm cohort make new --run RUN",
+        "-m simulations cohort make new --run RUN",
     ],
 )
 def test_a_mistake_in_a_run_description_is_told_before_torch_is_imported(tmp_path, words):

@@ -72,8 +72,6 @@ TYPOS = {
     "objective.bta=1.0": "objective.bta: unknown key, did you mean objective.beta?",
     "objective.nmae='dino'": "objective.nmae: unknown key, did you mean objective.name?",
     "streams.brain-mr.shap=[8]": "streams.brain-mr.shap: unknown key, did you mean streams.brain-mr.shape?",
-    "cohort.sites.folder.organ=3": "cohort.sites.folder.organ: unknown key, did you mean cohort.sites.folder.organs?",
-    "cohort.sede=3": "cohort.sede: unknown key, did you mean cohort.seed?",
     "probe.zzz=3": "probe.zzz: unknown key, known: bootstrap, missing-draws",
 }
 
@@ -91,9 +89,6 @@ BAD_VALUES = {
     "train.learning-rate=inf": "train.learning-rate: Input should be a finite number (got inf)",
     "masking.ratio=1.0": "masking.ratio: Input should be less than 1 (got 1.0)",
     "objective.name='jepa'": "objective.name: found 'jepa', expected one of latent, dino, mae",
-    "cohort={}": "cohort.kind: found nothing, expected one of phantom, modalities, real-images, "
-    "real-modalities, folder",
-    "cohort.sites.folder.subjects=0": "cohort.sites.folder.subjects: Input should be greater than 0 (got 0)",
     "streams.brain-mr.patch=[3, 4, 4]": "streams.brain-mr: patch [3, 4, 4] does not divide shape [8, 8, 8]",
     "streams.brain-mr.patch=[4, 4]": "streams.brain-mr: patch has 2 axes, shape has 3",
     "streams.heart-xray.spacing-mm=[1.0, 1.0]": "streams.heart-xray: spacing-mm: only for volumes",
@@ -103,11 +98,12 @@ BAD_VALUES = {
     "masking.static-organs=['haert']": (
         "masking.static-organs: no stream has organ 'haert', expected ['brain', 'heart']"
     ),
-    "cohort.sites.holdout={organs=['brain'], subjects=3}": (
-        "cohort: sites.holdout: the name of the held-out patients, expected another"
-    ),
     "train.rounds": "override 'train.rounds': expected key=value, e.g. train.rounds=3",
     "=3": "override '=3': expected key=value, e.g. train.rounds=3",
+    "cohort=3": "cohort: Input should be a valid dictionary (got 3)",
+    "cohort.made={ on = [1, 1979-05-27] }": "cohort: made.on.1: found datetime.date(1979, 5, 27), expected text, "
+    "a finite number, true, false, list or table",
+    "cohort.seed=nan": "cohort: seed: found nan, expected text, a finite number, true, false, list or table",
     "name.first=3": "override 'name.first=3': name is a value, not a table",
 }
 
@@ -208,53 +204,6 @@ def test_experts_per_block_are_one_number_or_a_list():
 def test_faulty_experts_are_named(faulty):
     first = complaints(parse_run, f"{RUN}[model.experts]\n{faulty}\n")[0]
     assert first.startswith(f"run description: model.experts.{faulty.split()[0]}")
-
-
-STREAMS_COHORT = """
-name = "pictures"
-organs = ["chest", "skin"]
-[cohort]
-kind = "{kind}"
-held-out = ["skin-photo"]
-[cohort.sites]
-a = {{ streams = ["chest-xray"]{subjects} }}
-[streams]
-chest-xray = {{ shape = [8, 8], patch = [4, 4] }}
-chest-ct = {{ shape = [8, 8], patch = [4, 4] }}
-skin-photo = {{ shape = [8, 8], patch = [4, 4], channels = 3 }}
-"""
-
-
-@pytest.mark.parametrize("kind", ["modalities", "real-modalities"])
-@pytest.mark.parametrize(
-    ("override", "complaint"),
-    [
-        ("cohort.sites.a.streams=['skin-photo']", "sites.a.streams: 'skin-photo' is held out, expected no site"),
-        ("cohort.sites.a.streams=['chest-mr']", "stream 'chest-mr' is not in streams ["),
-        ("cohort.held-out=['skin-mr']", "stream 'skin-mr' is not in streams ["),
-    ],
-)
-def test_streams_of_a_cohort(tmp_path, kind, override, complaint):
-    path = tmp_path / "run.toml"
-    path.write_text(STREAMS_COHORT.format(kind=kind, subjects=", subjects = 4" if kind == "modalities" else ""))
-    assert load_run(path).cohort.named_streams == ("chest-xray", "skin-photo")
-    (line,) = complaints(load_run, path, [override])
-    assert complaint in line
-
-
-def test_a_real_modality_is_at_one_place(tmp_path):
-    path = tmp_path / "run.toml"
-    path.write_text(STREAMS_COHORT.format(kind="real-modalities", subjects=""))
-    for name in ("chest-xray", "skin-xray"):
-        (line,) = complaints(load_run, path, [f"cohort.sites.b={{ streams = ['{name}'] }}"])
-        assert "modality 'xray' stands at two places, expected one" in line
-
-
-def test_the_held_out_patients_name_is_no_sites(tmp_path):
-    path = tmp_path / "run.toml"
-    path.write_text(STREAMS_COHORT.format(kind="real-modalities", subjects=""))
-    (line,) = complaints(load_run, path, ["cohort.sites.holdout={ streams = ['chest-ct'] }"])
-    assert "sites.holdout: the name of the held-out patients" in line
 
 
 @pytest.mark.parametrize("group", ["stream:haert-mr", "experts", "director"])

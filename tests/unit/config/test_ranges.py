@@ -8,6 +8,7 @@ from pydantic.fields import FieldInfo
 
 from panfm.config import RunConfig, parse_run
 from panfm.errors import ConfigError
+from simulations.cohorts import COHORTS
 
 RUN = """
 name = "small"
@@ -47,6 +48,7 @@ def bounds(metadata):
 
 def test_every_number_of_a_run_has_a_range():
     described = list(numbers(RunConfig, [], "run"))
+    described += [number for kind in COHORTS.names for number in numbers(COHORTS.load(kind), [], f"run.cohort.{kind}")]
     assert len(described) > 70
     assert {"run.privacy.clip_norm", "run.objective.beta", "run.model.experts.noise"} <= {path for path, _ in described}
     without = [path for path, metadata in described if bounds(metadata) != {"least", "greatest"}]

@@ -119,7 +119,7 @@ def test_the_run_decides_what_is_a_volume(site, streams, tmp_path):
     site.add("a")
     site.row("a", "heart-xray", "scan.nii.gz")
     site.nifti("scan.nii.gz", np.ones((4, 4, 4), np.int16))
-    site.assert_one_fault("scan.nii.gz: found no readable picture", "--run", str(run))
+    site.assert_one_fault("scan.nii.gz: found a volume, expected a picture", "--run", str(run))
 
 
 def test_repaired_image_stays_out_until_the_quarantine_is_written_anew(site):

@@ -157,9 +157,9 @@ def test_a_file_that_unpacks_without_end(site, monkeypatch):
     """Kilobytes that would fill the memory; one at the limit passes."""
     site.add("sound")
     size = len(gzip.decompress((site.folder / "sound_brain-mr.nii.gz").read_bytes()))
-    monkeypatch.setattr("panfm.data.decode.LARGEST_BYTES", size)
+    monkeypatch.setattr("panfm.data.readers.nifti.LARGEST_BYTES", size)
     assert site.check().exit_code == 0
-    monkeypatch.setattr("panfm.data.decode.LARGEST_BYTES", size - 1)
+    monkeypatch.setattr("panfm.data.readers.nifti.LARGEST_BYTES", size - 1)
     site.assert_one_fault("GiB when unpacked")
 
 

@@ -74,7 +74,9 @@ def test_an_arm_measures_what_a_run_finds(experiment, tmp_path, monkeypatch):
 
 def test_pairs_differ_in_seed_and_draw(experiment, monkeypatch):
     jobs = []
-    monkeypatch.setattr("simulations.studies._federations.prepare_cohort", lambda run, _: f"cohort {run.cohort.seed}")
+    monkeypatch.setattr(
+        "simulations.studies._federations.prepare_cohort", lambda run, _: f"cohort {run.cohort['seed']}"
+    )
     monkeypatch.setattr(
         "simulations.studies._federations.run_jobs", lambda _, found, **__: jobs.extend(found) or [{}] * 8
     )

@@ -40,14 +40,14 @@ def test_every_arm_is_a_run_of_its_own():
     assert described["sign-flip/weighted/default"] == described["honest"]
     off = described["10:sign-flip/median/off"]
     assert (off.federation.max_share, off.sharing.guards.direction, off.sharing.mean) == (1.0, 2.0, "median")
-    assert len(off.cohort.sites) == 10
+    assert len(off.cohort["sites"]) == 10
     assert described["gate-mass/weighted/default"].sharing.experts == "pooled"
 
 
 def test_every_organ_is_at_three_honest_sites_or_more():
     for arm in ("honest", "10:honest"):
-        sites = study_run(arm, 0, 0, 10).cohort.sites
-        honest = [site.organs for name, site in sites.items() if name not in hostile_names(arm)]
+        sites = study_run(arm, 0, 0, 10).cohort["sites"]
+        honest = [site["organs"] for name, site in sites.items() if name not in hostile_names(arm)]
         assert min(sum(organ in organs for organs in honest) for organ in ("brain", "heart", "adipose", "liver")) >= 3
         assert hostile_names(arm) == sorted(sites)[-len(sites) // 5 :]
 

@@ -6,16 +6,23 @@ import numpy as np
 import pytest
 
 from panfm.config import StreamConfig, load_site
-from panfm.config.cohort import RealImagesCohortConfig
 from panfm.data.check import check_site
 from panfm.errors import ConfigError, DataError
 from panfm.evaluate import LabelInfo, LabelledStore, read_label_info
-from simulations.real_images import BODY, CLINICS, LABELS, measure_mask, person_of, share_out, write_real_cohort
+from simulations.cohorts.real_images import (
+    BODY,
+    CLINICS,
+    LABELS,
+    RealImagesCohort,
+    measure_mask,
+    person_of,
+    share_out,
+)
 
 REAL = os.environ.get("PANFM_REAL_DATA")
 STREAM = StreamConfig(shape=(8, 8, 8), patch=(4, 4, 4), spacing_mm=(2.0, 2.0, 2.0))
 STREAMS = {"hippocampus-mr": STREAM, "liver-ct": STREAM, "liver-mr": STREAM, "heart-ct": STREAM}
-CONFIG = RealImagesCohortConfig(kind="real-images", seed=3)
+CONFIG = RealImagesCohort(kind="real-images", seed=3)
 
 
 def save(path, voxels, spacing=(1.0, 1.0, 2.0)):
@@ -48,7 +55,7 @@ def rows_of(folder):
 
 def test_cohort_is_made_of_sound_sites_that_point_to_the_scans(source, tmp_path):
     seen = []
-    write_real_cohort(tmp_path / "cohort", CONFIG, STREAMS, lambda *step: seen.append(step))
+    CONFIG.write(tmp_path / "cohort", STREAMS, lambda *step: seen.append(step))
     places = [tmp_path / "cohort" / "sites" / name for name in (*CLINICS, BODY)] + [tmp_path / "cohort" / "holdout"]
     for place in places:
         assert check_site(place, STREAMS, organs=("hippocampus", "liver", "heart")).faults == ()
@@ -89,7 +96,7 @@ def test_too_few_people_are_refused(source):
 
 def test_labels_are_volumes_in_mm3(source, tmp_path):
     assert measure_mask(source / "hippocampus" / "labels" / "hippocampus_003.nii.gz") == (3 * 2.0, 6 * 2.0)
-    write_real_cohort(tmp_path / "cohort", CONFIG, STREAMS)
+    CONFIG.write(tmp_path / "cohort", STREAMS)
     place = LabelledStore.open(tmp_path / "cohort" / "holdout", STREAMS)
     first = int(place.store.subjects[0][-3:])
     assert place.values(list(LABELS), np.array([0])).tolist() == [[min(first, 8) * 2.0, 12.0]]
@@ -107,13 +114,13 @@ def test_no_real_data_is_one_line(value, tmp_path, monkeypatch):
     if value is not None:
         monkeypatch.setenv("PANFM_REAL_DATA", value)
     with pytest.raises(ConfigError, match=r"\$PANFM_REAL_DATA") as caught:
-        write_real_cohort(tmp_path / "cohort", CONFIG, STREAMS)
+        CONFIG.write(tmp_path / "cohort", STREAMS)
     assert "\n" not in str(caught.value)
 
 
 def test_an_existing_folder_is_left_alone(source, tmp_path):
     with pytest.raises(DataError, match="exists already"):
-        write_real_cohort(tmp_path, CONFIG, STREAMS)
+        CONFIG.write(tmp_path, STREAMS)
 
 
 @pytest.mark.skipif(not REAL, reason="PANFM_REAL_DATA is not set: no real images")

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from simulations.cohorts.prepare import cohort_of, load_simulation
 
-from panfm.config import StreamConfig, load_run
-from panfm.config.cohort import RealModalitiesCohortConfig
+from panfm.config import StreamConfig
 from panfm.data.cache import open_store
 from panfm.data.check import check_site
 from panfm.errors import ConfigError, DataError
 from panfm.evaluate import LabelInfo, LabelledStore, read_label_info
 from panfm.training import Learner
-from simulations.real_modalities import class_labels, write_real_modalities
+from simulations.cohorts.real_modalities import RealModalitiesCohort, class_labels
 
 REAL = os.environ.get("PANFM_REAL_DATA")
 EXPERIMENT = Path(__file__).resolve().parents[3] / "configs/experiments/real-modalities.toml"
@@ -28,7 +28,7 @@ CLASSES = {"ct": ("HeadCT", "Chest_CT"), "xray": ("Hand", "CXR", "Foot"), "pet":
 def _config(**changes):
     sites = {"north": {"streams": ["abdomen-ct"]}, "south": {"streams": ["chest-xray"]}}
     values = {"kind": "real-modalities", "held-out": ["body-pet"], "sites": sites} | changes
-    return RealModalitiesCohortConfig.model_validate(values, by_alias=True)
+    return RealModalitiesCohort.model_validate(values, by_alias=True)
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def source(tmp_path, monkeypatch):
 
 def test_sites_have_their_modality_and_the_holdout_the_rest(source, tmp_path):
     seen = []
-    write_real_modalities(tmp_path / "cohort", _config(), STREAMS, lambda *step: seen.append(step))
+    _config().write(tmp_path / "cohort", STREAMS, lambda *step: seen.append(step))
     assert seen == [(1, 3), (2, 3), (3, 3)]
     held = {}
     for place in ("sites/north", "sites/south", "holdout"):
@@ -72,7 +72,7 @@ def test_sites_have_their_modality_and_the_holdout_the_rest(source, tmp_path):
 
 
 def test_labels_are_classes_within_a_modality(source, tmp_path):
-    write_real_modalities(tmp_path / "cohort", _config(), STREAMS)
+    _config().write(tmp_path / "cohort", STREAMS)
     assert read_label_info(tmp_path / "cohort") == dict.fromkeys(
         ("ct-chest-ct", "ct-headct", "xray-cxr", "xray-foot", "xray-hand"), LabelInfo("class")
     )
@@ -98,28 +98,28 @@ def test_a_modality_of_one_class_has_no_label():
 )
 def test_what_is_not_a_picture_we_have_is_refused(source, tmp_path, streams, held_out):
     with pytest.raises(ConfigError, match=f"stream {held_out}: expected pictures of one of ct, pet, xray"):
-        write_real_modalities(tmp_path / "cohort", _config(**{"held-out": [held_out]}), streams)
+        _config(**{"held-out": [held_out]}).write(tmp_path / "cohort", streams)
     assert not (tmp_path / "cohort").exists()
 
 
 def test_no_real_data_is_one_line(tmp_path, monkeypatch):
     monkeypatch.delenv("PANFM_REAL_DATA", raising=False)
     with pytest.raises(ConfigError, match=r"\$PANFM_REAL_DATA is not set, expected .* modality2d"):
-        write_real_modalities(tmp_path / "cohort", _config(), STREAMS)
+        _config().write(tmp_path / "cohort", STREAMS)
 
 
 def test_an_existing_folder_or_a_broken_manifest_is_refused(source, tmp_path):
     with pytest.raises(DataError, match="exists already"):
-        write_real_modalities(tmp_path, _config(), STREAMS)
+        _config().write(tmp_path, STREAMS)
     (source / "manifest.csv").write_text("file,split\n")
     with pytest.raises(DataError, match=r"modality2d/manifest.csv: no column modality, class"):
-        write_real_modalities(tmp_path / "cohort", _config(), STREAMS)
+        _config().write(tmp_path / "cohort", STREAMS)
 
 
 @pytest.mark.skipif(not REAL, reason="PANFM_REAL_DATA is not set: no real images")
 def test_the_shipped_experiment_checks_caches_tokenises_and_learns(tmp_path):
-    run = load_run(EXPERIMENT, ["train.batch-size=8"])
-    write_real_modalities(tmp_path / "cohort", run.cohort, run.streams)
+    run = load_simulation(EXPERIMENT, ["train.batch-size=8"])
+    cohort_of(run).write(tmp_path / "cohort", run.streams)
     for site, streams in {"ct-centre": {"abdomen-ct"}, "breast-clinic": {"breast-mr", "breast-ultrasound"}}.items():
         folder = tmp_path / "cohort" / "sites" / site
         assert check_site(folder, run.streams, organs=run.organs).faults == ()

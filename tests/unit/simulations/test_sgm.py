@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from panfm.data.phantom import PRESETS
+from simulations.cohorts.phantom_draw import PRESETS
 from simulations.harness import StudyResult, Target
 from simulations.studies import sgm
 from simulations.studies._phantoms import PhantomDraw, render_draw

@@ -16,7 +16,7 @@ from simulations.studies.sharing import ARMS, ArmJob, show, study_run, targets, 
 def test_the_table_fits_80_columns():
     result = StudyResult("sharing", {})
     for arm in ARMS:
-        for metric in (*load_run(QUICKSTART).cohort.sites, "mean", "all-organs"):
+        for metric in (*load_run(QUICKSTART).cohort["sites"], "mean", "all-organs"):
             result.values[f"{metric}/auc", arm] = [0.561, 0.585]
     console = Console(width=80, soft_wrap=True, file=io.StringIO())
     show(result, console)

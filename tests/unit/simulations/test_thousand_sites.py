@@ -45,9 +45,9 @@ def test_bench_of_twenty_sites(tmp_path, monkeypatch):
 
 def test_its_sites_are_small_hospitals_of_ten_and_a_tenth_is_asked():
     run = describe(1000, 20)
-    assert len(run.cohort.sites) == 1000
-    assert {(site.subjects, len(set(site.organs))) for site in run.cohort.sites.values()} == {(10, 2)}
-    assert {organ for site in run.cohort.sites.values() for organ in site.organs} == {
+    assert len(run.cohort["sites"]) == 1000
+    assert {(site["subjects"], len(set(site["organs"]))) for site in run.cohort["sites"].values()} == {(10, 2)}
+    assert {organ for site in run.cohort["sites"].values() for organ in site["organs"]} == {
         stream.removesuffix("-mr") for stream in run.streams
     }
     asked = (run.model.size, run.train.rounds, run.train.local_steps, run.federation.participation)

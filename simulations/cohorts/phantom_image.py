@@ -11,12 +11,12 @@ much it outshines the others.
 """
 
 from functools import cache
+from typing import Any
 
-import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
-from panfm.data.phantom.body import Organ
+from simulations.cohorts.phantom_body import Organ
 
 TOP = 1000
 """Stored value of full intensity."""
@@ -60,7 +60,7 @@ def render(
     bright, dark = _vials(organ)
     image[bright], image[dark] = 1.0, 0.0
     stored = np.rint(TOP * np.clip(image, 0.0, 1.0)).astype(np.int16)
-    return np.ascontiguousarray(nib.orientations.apply_orientation(stored, _from_ras(organ)))  # type: ignore[no-untyped-call]
+    return np.ascontiguousarray(_orientations().apply_orientation(stored, _from_ras(organ)))
 
 
 @cache
@@ -68,15 +68,22 @@ def affine(organ: Organ) -> NDArray[np.float64]:
     """[4, 4], index of a stored voxel to millimetres in R, A, S; the middle of the scan is the origin."""
     scaling = np.diag([*organ.spacing_mm, 1.0])
     scaling[:3, 3] = -np.array(organ.spacing_mm) * (np.array(organ.size) - 1) / 2
-    back = nib.orientations.inv_ornt_aff(_from_ras(organ), organ.size)  # type: ignore[no-untyped-call]
+    back = _orientations().inv_ornt_aff(_from_ras(organ), organ.size)
     return np.asarray(scaling @ back)
 
 
 def _from_ras(organ: Organ) -> NDArray[np.float64]:
     """How to flip and swap axes from R, A, S to the scanner's."""
-    ras = nib.orientations.axcodes2ornt("RAS")  # type: ignore[no-untyped-call]
-    stored = nib.orientations.axcodes2ornt(organ.axcodes)  # type: ignore[no-untyped-call]
-    return np.asarray(nib.orientations.ornt_transform(ras, stored))  # type: ignore[no-untyped-call]
+    ras = _orientations().axcodes2ornt("RAS")
+    stored = _orientations().axcodes2ornt(organ.axcodes)
+    return np.asarray(_orientations().ornt_transform(ras, stored))
+
+
+def _orientations() -> Any:
+    """Nibabel's functions that flip and swap axes; a mistake in a run description is told before it is imported."""
+    from nibabel import orientations
+
+    return orientations
 
 
 def _axes(organ: Organ) -> list[NDArray[np.float64]]:

@@ -12,8 +12,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from panfm.data.phantom.body import FACTORS, mixing
 from panfm.seeds import numpy_generator
+from simulations.cohorts.phantom_body import FACTORS, mixing
 
 LABEL_NOISE = 0.9
 """Sd of what no image shows, against a score of unit variance."""

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from panfm.anatomy import Modality
-from panfm.data.modalities.shapes import SIZE, Field, pixel_axes
+from simulations.cohorts.picture_shapes import SIZE, Field, pixel_axes
 
 _Y, _X = pixel_axes()
 _R = np.hypot(_Y, _X)

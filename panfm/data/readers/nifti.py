@@ -1,72 +1,62 @@
-"""Bytes of an image file to voxels, refusing what cannot be trusted. Knows no stream and needs no torch.
+"""NIfTI-1 and -2 files, gzipped or not, refusing what cannot be trusted. Knows no stream and needs no torch.
 
-Every refusal is an `ImageError` that says what was found and what was expected. A file is read whole, so that a
-truncated or corrupted one cannot pass.
+A file is read whole, so that a truncated or corrupted one cannot pass.
 """
 
-import errno
 import gzip
 import io
 import logging
 import math
-import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from panfm.errors import DataError, PanfmError
+from panfm.data.readers.reader import (
+    LARGEST_BYTES,
+    ImageError,
+    Volume,
+    file_at_fault,
+    file_fingerprint,
+    first_bytes,
+    read_bytes,
+    voxel_sizes,
+)
 
 SPACING_RANGE_MM = (0.01, 100.0)
 """A voxel size outside is a broken header."""
 _LEAST_SINE = 0.5
 """Volume of a voxel over that of a box with its edges; a CT's tilted gantry leaves more than 0.8."""
-LARGEST_BYTES = 4 * 2**30
-"""Of a volume's file, unpacked; a few megabytes can be made to fill any memory."""
 _BLOCK_BYTES = 1 << 20
 _MOST_BEHIND = 1 << 20
 """Bytes that may follow the voxels."""
-_ZLIB_NO_MEMORY = "Error -4 "
-
+_GZIP_START = b"\x1f\x8b"
 
 nib.imageglobals.logger.setLevel(logging.CRITICAL + 1)
 """What nibabel has to say of a header beside raising would be a second line about the same fault."""
 
 
-class ImageError(DataError):
-    """An image file does not hold what it should: what was `found` and what was `expected`."""
+class NiftiReader:
+    """Reads one volume from a NIfTI file."""
 
-    def __init__(self, found: str, expected: str) -> None:
-        super().__init__(f"found {found}, expected {expected}")
-        self.found, self.expected = found, expected
+    kind = "a NIfTI file (.nii, .nii.gz)"
 
+    def accepts(self, path: Path) -> bool:
+        """By name, or else by the first bytes."""
+        if path.name.lower().endswith((".nii", ".nii.gz")):
+            return True
+        start = first_bytes(path, 348)
+        return start.startswith(_GZIP_START) or _header_class(start) is not None
 
-class Volume(NamedTuple):
-    """A decoded NIfTI file."""
+    def fingerprint(self, path: Path) -> str:
+        """Path, size and time of change."""
+        return file_fingerprint(path)
 
-    voxels: NDArray[np.float32]
-    """[X, Y, Z] as stored, scaled by the header's slope and intercept."""
-    affine: NDArray[np.float64]
-    """[4, 4], voxel index to mm in R, A, S."""
-
-
-def read_bytes(path: Path) -> bytes:
-    """Content of a file. Raises ImageError: absent, unreadable, or no file (a pipe would be waited for for ever)."""
-    try:
-        if path.exists() and not path.is_file():
-            raise ImageError("a folder or device", "an image")
-        if path.stat().st_size > LARGEST_BYTES:
-            raise ImageError(f"more than {LARGEST_BYTES / 2**30:g} GiB", "one image")
-        return path.read_bytes()
-    except FileNotFoundError as error:
-        raise ImageError("no such file", "an image") from error
-    except (OSError, ValueError) as error:
-        raise ImageError(f"a path that cannot be read ({type(error).__name__})", "an image") from error
+    def read(self, path: Path) -> Volume:
+        """Read and decode the file. Raises ImageError as `decode_volume`, or the file cannot be read."""
+        return decode_volume(read_bytes(path))
 
 
 def decode_volume(content: bytes) -> Volume:
@@ -86,47 +76,17 @@ def decode_volume(content: bytes) -> Volume:
     _check_affine(image)
     if (announced := _announced_bytes(raw)) > len(raw):
         raise ImageError(f"voxels that cannot be read ({len(raw)} of {announced} bytes)", "a whole NIfTI file")
-    with _file_at_fault("voxels that cannot be read", "a whole NIfTI file"):
+    with file_at_fault("voxels that cannot be read", "a whole NIfTI file"):
         stored = np.asanyarray(image.dataobj).reshape(image.shape[:3])
     return Volume(_real(stored), np.asarray(image.affine, dtype=np.float64))
 
 
-def decode_picture(content: bytes) -> Image.Image:
-    """Decode a PNG, JPEG, ... of 8 bits per channel. Raises ImageError: it is none, or not whole."""
-    with _file_at_fault("no readable picture", "a whole PNG or JPEG file"):
-        image: Image.Image = Image.open(io.BytesIO(content))
-        image.load()
-    if image.mode.startswith(("I", "F")):
-        raise ImageError(f"more than 8 bits per channel (mode {image.mode})", "a picture windowed to 8 bits")
-    return image
-
-
-def voxel_sizes(affine: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Voxel size in mm along each stored axis."""
-    return np.asarray(np.linalg.norm(affine[:3, :3], axis=0))
-
-
-@contextmanager
-def _file_at_fault(found: str, expected: str) -> Iterator[None]:
-    """Whatever a parser makes of broken bytes is the file's fault; memory that ran out, or a limit of ours, is not."""
-    try:
-        yield
-    except (MemoryError, PanfmError):
-        raise
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno == errno.ENOMEM:
-            raise
-        if isinstance(error, zlib.error) and str(error).startswith(_ZLIB_NO_MEMORY):
-            raise MemoryError from error
-        raise ImageError(f"{found} ({_reason(error)})", expected) from error
-
-
 def _unzip(content: bytes) -> bytes:
     """The content unpacked, block by block: no more is filled than the header announces."""
-    if not content.startswith(b"\x1f\x8b"):
+    if not content.startswith(_GZIP_START):
         return content
     raw, announced = io.BytesIO(), -1
-    with _file_at_fault("a broken gzip stream", "a whole .nii.gz file"), gzip.open(io.BytesIO(content)) as file:
+    with file_at_fault("a broken gzip stream", "a whole .nii.gz file"), gzip.open(io.BytesIO(content)) as file:
         while block := file.read(_BLOCK_BYTES):
             announced = _announced_bytes(block) if announced < 0 else announced
             raw.write(block)
@@ -140,7 +100,7 @@ def _unzip(content: bytes) -> bytes:
 def _announced_bytes(start: bytes) -> int:
     """Size of a NIfTI file, by the header at its start."""
     kind = _kind(start)
-    with _file_at_fault("a broken NIfTI header", "a NIfTI-1 or NIfTI-2 file"):
+    with file_at_fault("a broken NIfTI header", "a NIfTI-1 or NIfTI-2 file"):
         header = kind.header_class(start[: kind.header_class.template_dtype.itemsize])
         shape, offset = header.get_data_shape(), int(header["vox_offset"])
         _check_shape(shape)
@@ -148,16 +108,21 @@ def _announced_bytes(start: bytes) -> int:
 
 
 def _kind(start: bytes) -> Any:
-    """The nibabel class of a file, by its first bytes."""
+    """The nibabel class of a file, by its first bytes. Raises ImageError: it is no NIfTI file."""
+    kind = _header_class(start)
+    if kind is None:
+        raise ImageError("no NIfTI header", "a NIfTI-1 or NIfTI-2 file")
+    return kind
+
+
+def _header_class(start: bytes) -> Any:
     if start[344:348] == b"n+1\0":
         return nib.Nifti1Image
-    if start[4:8] == b"n+2\0":
-        return nib.Nifti2Image
-    raise ImageError("no NIfTI header", "a NIfTI-1 or NIfTI-2 file")
+    return nib.Nifti2Image if start[4:8] == b"n+2\0" else None
 
 
 def _parse(raw: bytes) -> Any:
-    with _file_at_fault("a broken NIfTI header", "a NIfTI-1 or NIfTI-2 file"):
+    with file_at_fault("a broken NIfTI header", "a NIfTI-1 or NIfTI-2 file"):
         return _kind(raw).from_bytes(raw)
 
 
@@ -184,7 +149,7 @@ def _check_affine(image: Any) -> None:
 
 def _check_agreement(image: Any) -> None:
     """Two statements of the orientation may differ by a tilt, not by an axis."""
-    with _file_at_fault("a broken qform", "a header that states one orientation"):
+    with file_at_fault("a broken qform", "a header that states one orientation"):
         sform, qform = image.get_sform(), image.get_qform()
         if np.allclose(sform[:3, :3], qform[:3, :3], atol=1e-3):
             return
@@ -202,7 +167,3 @@ def _real(stored: NDArray[Any]) -> NDArray[np.float32]:
     if broken:
         raise ImageError(f"{broken} voxels that are NaN or infinite", "finite voxels")
     return voxels
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:120] or type(error).__name__

@@ -7,11 +7,11 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
 from panfm.anatomy import DEFAULT_ORGANS
-from panfm.data.phantom import FACTORS, LABELS, ORGANS, PRESETS, Phantom
-from panfm.data.phantom.body import TRAITS, loadings, mixing
-from panfm.data.phantom.labels import LABEL_NOISE, draw_labels, score
-from panfm.data.phantom.render import TOP
 from panfm.errors import DataError
+from simulations.cohorts.phantom_body import FACTORS, ORGANS, TRAITS, loadings, mixing
+from simulations.cohorts.phantom_draw import PRESETS, Phantom
+from simulations.cohorts.phantom_image import TOP
+from simulations.cohorts.phantom_labels import LABEL_NOISE, LABELS, draw_labels, score
 
 PHANTOM_SEED = 100
 

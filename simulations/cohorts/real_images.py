@@ -15,19 +15,21 @@ Labels are the volumes in mm3 of the anterior (1) and posterior (2) hippocampus 
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Annotated, Literal
 
 import nibabel as nib
 import numpy as np
 import tomli_w
+from pydantic import Field
 
-from panfm.config import StreamConfig
-from panfm.config.cohort import RealImagesCohortConfig
+from panfm.config.base import Positive, Seed
 from panfm.data.folder import write_site_folder
 from panfm.errors import ConfigError, DataError
 from panfm.files import new_folder
 from panfm.seeds import numpy_generator
+from simulations.cohorts.source import CohortSource, Progress, Streams, listing_of, texts_of
 
 ENVIRONMENT = "PANFM_REAL_DATA"
 HIPPOCAMPUS = "hippocampus-mr"
@@ -41,38 +43,41 @@ Row = tuple[str, str, str, str, str]
 """subject, stream, path, split, mask"""
 
 
-def write_real_cohort(
-    folder: Path,
-    config: RealImagesCohortConfig,
-    streams: Mapping[str, StreamConfig],
-    progress: Callable[[int, int], None] = lambda *_: None,
-) -> None:
-    """Write site folders that point to the real scans; no image is copied.
+class RealImagesCohort(CohortSource):
+    """Three sites made from the real scans under $PANFM_REAL_DATA."""
 
-    Args:
-        folder: Must not exist.
-        streams: The run's; scans of other streams are left out.
-        progress: Told how many masks are measured, of how many.
-    Raises:
-        ConfigError: $PANFM_REAL_DATA is unset or names no folder of ours.
-        DataError: the folder exists, or there are too few volumes to share out.
-    """
-    source = real_data()
-    volumes = sorted((source / "hippocampus" / "images").glob("hippocampus_*.nii.gz"))
-    places = share_out(volumes, config)
-    total, done = sum(map(len, places.values())), 0
-    with new_folder(folder) as partial:
-        for place, held in places.items():
-            labels = []
-            for volume in held:
-                labels.append((volume.name.removesuffix(".nii.gz"), *measure_mask(_mask_of(volume))))
-                done += 1
-                progress(done, total)
-            rows = [_hippocampus_row(volume, "test" if place == "holdout" else "train") for volume in held]
-            write_site_folder(partial / place, rows, tuple(LABELS), labels)
-        if body := list(_body_rows(source / "organs3d", streams)):
-            write_site_folder(partial / "sites" / BODY, body)
-        (partial / "cohort.toml").write_text(_describe(config, places, len(body)), encoding="utf-8")
+    kind: Literal["real-images"]
+    seed: Seed = 0
+    """The split of the hippocampus volumes over sites and held-out subjects."""
+    holdout_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.25
+    """Share of hippocampus subjects held out for the probe."""
+    limit: Positive | None = None
+    """At most this many hippocampus volumes; all when left out."""
+
+    def write(self, folder: Path, streams: Streams, progress: Progress = lambda *_: None) -> None:
+        """Write site folders that point to the real scans; no image is copied. Raises as every cohort.
+
+        Scans of streams that the run has not are left out. `progress` is told how many masks are measured.
+        """
+        source = real_data()
+        places = share_out(sorted((source / "hippocampus" / "images").glob("hippocampus_*.nii.gz")), self)
+        total, done = sum(map(len, places.values())), 0
+        with new_folder(folder) as partial:
+            for place, volumes in places.items():
+                labels = []
+                for volume in volumes:
+                    labels.append((volume.name.removesuffix(".nii.gz"), *measure_mask(_mask_of(volume))))
+                    done += 1
+                    progress(done, total)
+                rows = [_hippocampus_row(volume, "test" if place == "holdout" else "train") for volume in volumes]
+                write_site_folder(partial / place, rows, tuple(LABELS), labels)
+            if body := list(_body_rows(source / "organs3d", streams)):
+                write_site_folder(partial / "sites" / BODY, body)
+            (partial / "cohort.toml").write_text(_describe(self, places, len(body)), encoding="utf-8")
+
+    def fingerprint(self) -> list[object]:
+        """The code that shares the scans out, and the list of the scans."""
+        return texts_of([Path(__file__)]) + listing_of(real_data(), "*.nii.gz")
 
 
 def real_data(part: str = "hippocampus/images") -> Path:
@@ -85,23 +90,23 @@ def real_data(part: str = "hippocampus/images") -> Path:
     return Path(named).resolve()
 
 
-def share_out(volumes: Sequence[Path], config: RealImagesCohortConfig) -> dict[str, list[Path]]:
+def share_out(volumes: Sequence[Path], cohort: RealImagesCohort) -> dict[str, list[Path]]:
     """Volumes of the holdout and of the two clinics, in the order of their names.
 
     Guarantees:
         by person: both sides of a person go to one place.
-        seeded: by `config.seed` alone.
+        seeded: by `cohort.seed` alone.
     """
     people: dict[int, list[Path]] = {}
     for volume in volumes:
         people.setdefault(person_of(volume.name), []).append(volume)
-    shuffled = [people[person] for person in numpy_generator(config.seed, "real-images").permutation(sorted(people))]
-    if config.limit:
+    shuffled = [people[person] for person in numpy_generator(cohort.seed, "real-images").permutation(sorted(people))]
+    if cohort.limit:
         sizes = np.cumsum([len(person) for person in shuffled])
-        shuffled = [person for person, size in zip(shuffled, sizes, strict=True) if size <= config.limit]
-    num_held = round(config.holdout_fraction * len(shuffled))
-    held, trained = shuffled[:num_held], shuffled[num_held:]
-    places = {"holdout": held} | {f"sites/{clinic}": trained[at::2] for at, clinic in enumerate(CLINICS)}
+        shuffled = [person for person, size in zip(shuffled, sizes, strict=True) if size <= cohort.limit]
+    num_held = round(cohort.holdout_fraction * len(shuffled))
+    held_out, trained = shuffled[:num_held], shuffled[num_held:]
+    places = {"holdout": held_out} | {f"sites/{clinic}": trained[at::2] for at, clinic in enumerate(CLINICS)}
     if not all(places.values()):
         raise DataError(f"hippocampus: {len(shuffled)} people cannot be shared out over {len(places)} places")
     return {place: sorted(volume for person in group for volume in person) for place, group in places.items()}
@@ -109,10 +114,10 @@ def share_out(volumes: Sequence[Path], config: RealImagesCohortConfig) -> dict[s
 
 def person_of(name: str) -> int:
     """Number of the person a volume belongs to: `hippocampus_097` and `hippocampus_098` are person 49."""
-    found = re.search(r"_(\d+)", name)
-    if not found:
+    number = re.search(r"_(\d+)", name)
+    if not number:
         raise DataError(f"{name}: expected a name like hippocampus_097.nii.gz")
-    return (int(found[1]) + 1) // 2
+    return (int(number[1]) + 1) // 2
 
 
 def measure_mask(path: Path) -> tuple[float, ...]:
@@ -131,7 +136,7 @@ def _hippocampus_row(volume: Path, split: str) -> Row:
     return volume.name.removesuffix(".nii.gz"), HIPPOCAMPUS, str(volume), split, str(_mask_of(volume))
 
 
-def _body_rows(folder: Path, streams: Mapping[str, StreamConfig]) -> Iterable[Row]:
+def _body_rows(folder: Path, streams: Streams) -> Iterable[Row]:
     """One row per scan of the run's streams; of two scans of one subject and stream the first by name."""
     taken = set()
     for organ in _ORGANS:
@@ -144,8 +149,7 @@ def _body_rows(folder: Path, streams: Mapping[str, StreamConfig]) -> Iterable[Ro
                 yield subject, stream, str(image), "train", str(mask) if mask.exists() else ""
 
 
-def _describe(config: RealImagesCohortConfig, places: Mapping[str, Sequence[Path]], num_body: int) -> str:
+def _describe(cohort: RealImagesCohort, places: Mapping[str, Sequence[Path]], num_body: int) -> str:
     labels = {name: {"kind": "volume", "weak": False, "organs": ["hippocampus"]} for name in LABELS}
-    images = {place: len(held) for place, held in places.items()} | {f"sites/{BODY}": num_body}
-    description = config.model_dump(mode="json", by_alias=True, exclude_none=True)
-    return tomli_w.dumps({**description, "images": images, "labels": labels})
+    images = {place: len(volumes) for place, volumes in places.items()} | {f"sites/{BODY}": num_body}
+    return tomli_w.dumps({**cohort.table(), "images": images, "labels": labels})

@@ -1,25 +1,83 @@
 """Patients of a phantom cohort: their factors, their labels, and which organs were scanned.
 
+Heart and adipose dominate a body in one of two ways. `transient`: they are drawn with far more contrast, and that is
+all; a model that trains longer outgrows it. `lasting`: besides, stature and adiposity are written into every organ, so
+that a hidden piece of a weak organ is cheaply guessed from heart and adipose, and heart and adipose are scanned in
+nearly everyone, so that no batch forces a model to do without them.
+
 Shape legend: N patients, F factors, L labels, O organs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from panfm.data.phantom.body import FACTORS, ORGANS, TRAITS, loadings, mixing
-from panfm.data.phantom.labels import draw_labels
-from panfm.data.phantom.presets import PRESETS
-from panfm.data.phantom.render import affine, render
+from panfm.anatomy import Modality, parse_stream
+from panfm.config import StreamConfig
 from panfm.errors import DataError
 from panfm.seeds import numpy_generator
+from simulations.cohorts.phantom_body import FACTORS, ORGANS, TRAITS, loadings, mixing
+from simulations.cohorts.phantom_image import affine, render
+from simulations.cohorts.phantom_labels import draw_labels
 
 _SEVERITY = 0.7
 _AGE = 0.3
 _SITE_POLICY = 0.3
 """Log-odds of a scan per sd of the organ's severity, per sd of age, and sd between the habits of sites."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How much each organ dominates, and how much is missing."""
+
+    amplitude: dict[str, float]
+    """Organ -> contrast against its surroundings, as a share of the scanner's range: the dominance knob."""
+    nuisance: dict[str, float]
+    """Organ -> sd of what its traits show of nothing else, against a signal of unit variance."""
+    redundancy: float
+    """Sd of stature and adiposity in every trait of every organ, against a signal of unit variance."""
+    noise: float
+    """Sd of the voxel noise, as a share of the scanner's range."""
+    scan_odds: dict[str, float]
+    """Organ -> log-odds that it is scanned in an average patient of a site that has the scanner."""
+
+
+_NUISANCE = {"brain": 0.9, "heart": 1.3, "adipose": 1.5, "liver": 0.9, "kidney": 0.9, "spleen": 0.9, "pancreas": 0.9}
+
+PRESETS = {
+    "transient": Preset(
+        amplitude={
+            "brain": 0.075,
+            "heart": 0.27,
+            "adipose": 0.3,
+            "liver": 0.1,
+            "kidney": 0.075,
+            "spleen": 0.075,
+            "pancreas": 0.09,
+        },
+        nuisance=_NUISANCE,
+        redundancy=0.0,
+        noise=0.025,
+        scan_odds={**dict.fromkeys(_NUISANCE, 0.9), "heart": 2.5, "adipose": 2.5},
+    ),
+    "lasting": Preset(
+        amplitude={
+            "brain": 0.035,
+            "heart": 0.3,
+            "adipose": 0.33,
+            "liver": 0.045,
+            "kidney": 0.035,
+            "spleen": 0.035,
+            "pancreas": 0.04,
+        },
+        nuisance=_NUISANCE,
+        redundancy=1.0,
+        noise=0.025,
+        scan_odds={**dict.fromkeys(_NUISANCE, 0.8), "heart": 5.0, "adipose": 5.0},
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -104,3 +162,14 @@ class Phantom:
 
 
 _LOADINGS = {organ: loadings(organ) for organ in ORGANS}
+
+
+def organs_of(streams: Mapping[str, StreamConfig]) -> dict[str, str]:
+    """Stream -> its organ. Raises DataError for what the phantom cannot draw."""
+    organs = {}
+    for stream, config in streams.items():
+        organ, modality = parse_stream(stream)
+        if modality is not Modality.MR or not config.is_volume:
+            raise DataError(f"stream {stream}: the phantom has MR volumes only, expected <organ>-mr with three axes")
+        organs[stream] = organ
+    return organs

@@ -9,15 +9,15 @@ import pytest
 
 from panfm.anatomy import Modality
 from panfm.config import StreamConfig
-from panfm.config.cohort import ModalitiesCohortConfig
 from panfm.data.cache import open_store
 from panfm.data.check import check_site
-from panfm.data.decode import decode_picture
 from panfm.data.labels import read_label_table
-from panfm.data.modalities import SHAPES, Patient, draw_places, modality_store, patient_labels, write_modalities
-from panfm.data.modalities.render import LOOKS, blur, render
-from panfm.data.modalities.shapes import SIZE, draw_mask
+from panfm.data.readers.pictures import decode_picture
 from panfm.errors import DataError
+from simulations.cohorts.in_memory import picture_store
+from simulations.cohorts.picture_looks import LOOKS, blur, render
+from simulations.cohorts.picture_shapes import SHAPES, SIZE, draw_mask
+from simulations.cohorts.pictures import Patient, PictureCohort, draw_places, patient_labels
 
 COLOUR = {Modality.FUNDUS, Modality.PATHOLOGY, Modality.ENDOSCOPY, Modality.PHOTO}
 STREAMS = {
@@ -32,7 +32,7 @@ def _config(**changes):
         "eyes": {"streams": ["part-fundus"], "subjects": 5},
     }
     values = {"kind": "modalities", "seed": 7, "holdout-subjects": 2, "held-out": ["part-photo"], "sites": sites}
-    return ModalitiesCohortConfig.model_validate(values | changes, by_alias=True)
+    return PictureCohort.model_validate(values | changes, by_alias=True)
 
 
 def _digest(folder):
@@ -49,14 +49,14 @@ def _rows(folder):
 def cohort(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cohorts") / "one"
     calls = []
-    write_modalities(folder, _config(), STREAMS, lambda done, total: calls.append((done, total)))
+    _config().write(folder, STREAMS, lambda done, total: calls.append((done, total)))
     return folder, calls
 
 
 def test_same_description_same_bytes(cohort, tmp_path):
-    write_modalities(tmp_path / "again", _config(), STREAMS)
+    _config().write(tmp_path / "again", STREAMS)
     assert _digest(tmp_path / "again") == _digest(cohort[0])
-    write_modalities(tmp_path / "other", _config(seed=8), STREAMS)
+    _config(seed=8).write(tmp_path / "other", STREAMS)
     image = "holdout/images/holdout-00000_part-photo.png"
     assert (tmp_path / "other" / image).read_bytes() != (cohort[0] / image).read_bytes()
 
@@ -105,7 +105,7 @@ def test_labels_say_one_shape_per_patient(cohort):
 
 @pytest.mark.parametrize("place", ["sites/radiology", "sites/eyes", "holdout"])
 def test_memory_equals_files(cohort, place):
-    store, memory = open_store(cohort[0] / place, STREAMS), modality_store(draw_places(_config())[place], STREAMS)
+    store, memory = open_store(cohort[0] / place, STREAMS), picture_store(draw_places(_config())[place], STREAMS)
     assert (store.subjects, store.splits) == (memory.subjects, memory.splits)
     assert set(store.images) == set(memory.images)
     for stream, images in store.images.items():
@@ -122,13 +122,13 @@ def test_colour_where_it_is_right(cohort):
 def test_a_volume_is_refused(tmp_path):
     volume = STREAMS | {"part-ct": StreamConfig(shape=(8, 8, 8), patch=(4, 4, 4), spacing_mm=(1.0, 1.0, 1.0))}
     with pytest.raises(DataError, match="stream part-ct: the modalities cohort has pictures only"):
-        write_modalities(tmp_path / "new", _config(), volume)
+        _config().write(tmp_path / "new", volume)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_existing_folder_is_left_alone(tmp_path):
     with pytest.raises(DataError, match="exists already"):
-        write_modalities(tmp_path, _config(), STREAMS)
+        _config().write(tmp_path, STREAMS)
 
 
 def _masks(shape):

@@ -10,10 +10,13 @@ import pytest
 
 from panfm.anatomy import DEFAULT_ORGANS
 from panfm.config import StreamConfig, load_site
-from panfm.config.cohort import PhantomCohortConfig
-from panfm.data.phantom import LABELS, ORGANS, Phantom, phantom_store, write_cohort
 from panfm.data.read import read_image
 from panfm.errors import DataError
+from simulations.cohorts.in_memory import phantom_store
+from simulations.cohorts.phantom import PhantomCohort
+from simulations.cohorts.phantom_body import ORGANS
+from simulations.cohorts.phantom_draw import Phantom
+from simulations.cohorts.phantom_labels import LABELS
 
 STREAMS = {
     f"{organ}-mr": StreamConfig(shape=(16, 16, 16), patch=(8, 8, 16), spacing_mm=(spec.view_mm / 16,) * 3)
@@ -27,7 +30,7 @@ def _config(**changes):
         "all": {"organs": list(DEFAULT_ORGANS), "subjects": 11, "age-shift": 0.5},
     }
     values = {"kind": "phantom", "preset": "transient", "seed": 7, "holdout-subjects": 3, "sites": sites} | changes
-    return PhantomCohortConfig.model_validate(values, by_alias=True)
+    return PhantomCohort.model_validate(values, by_alias=True)
 
 
 def _digest(folder):
@@ -44,18 +47,18 @@ def _table(path):
 def cohort(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cohorts") / "one"
     calls = []
-    write_cohort(folder, _config(), STREAMS, lambda done, total: calls.append((done, total)))
+    _config().write(folder, STREAMS, lambda done, total: calls.append((done, total)))
     return folder, calls
 
 
 def test_same_description_same_bytes(cohort, tmp_path):
-    write_cohort(tmp_path / "again", _config(), STREAMS)
+    _config().write(tmp_path / "again", STREAMS)
     assert _digest(tmp_path / "again") == _digest(cohort[0])
 
 
 @pytest.mark.parametrize("changes", [{"seed": 8}, {"preset": "lasting"}])
 def test_another_seed_or_preset_changes_the_images(cohort, tmp_path, changes):
-    write_cohort(tmp_path / "other", _config(**changes), STREAMS)
+    _config(**changes).write(tmp_path / "other", STREAMS)
     image = "holdout/images/holdout-00000_brain-mr.nii.gz"
     assert (tmp_path / "other" / image).read_bytes() != (cohort[0] / image).read_bytes()
 
@@ -121,13 +124,13 @@ def test_no_byte_of_an_image_tells_the_version_of_python(cohort):
 def test_an_existing_folder_is_left_alone(tmp_path):
     (tmp_path / "kept").mkdir()
     with pytest.raises(DataError, match="exists already"):
-        write_cohort(tmp_path / "kept", _config(), STREAMS)
+        _config().write(tmp_path / "kept", STREAMS)
 
 
 def test_a_stream_that_the_phantom_cannot_draw_is_refused(tmp_path):
     picture = {"chest-xray": StreamConfig(shape=(16, 16), patch=(8, 8))}
     with pytest.raises(DataError, match="chest-xray: the phantom has MR volumes only"):
-        write_cohort(tmp_path / "new", _config(), picture)
+        _config().write(tmp_path / "new", picture)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -136,7 +139,7 @@ def test_a_broken_off_cohort_leaves_no_folder(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_cohort(tmp_path / "half", _config(), STREAMS, stop)
+        _config().write(tmp_path / "half", STREAMS, stop)
     assert not (tmp_path / "half").exists()
-    write_cohort(tmp_path / "half", _config(), STREAMS)
+    _config().write(tmp_path / "half", STREAMS)
     assert [path.name for path in tmp_path.iterdir()] == ["half"]
