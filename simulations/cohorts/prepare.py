@@ -1,0 +1,113 @@
+"""From the `[cohort]` table of a run to a folder of sites: checked when the description is read, made on first use.
+
+`panfm` takes the table as it is, since a hospital's part of a run has no cohort.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from panfm.config import RunConfig, dump_toml, load_run, parse_table, site_folders
+from panfm.errors import ConfigError, DataError
+from panfm.texts import check_text
+from simulations.cohorts import COHORTS
+from simulations.cohorts.source import CohortSource, Streams
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+FOLDER = Path("cohorts")
+"""Where cohorts are kept, so that a second run finds them."""
+
+
+def load_simulation(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """Read a run description as `load_run` does; its cohort, if it has one, is checked and its defaults are filled in.
+
+    Raises:
+        ConfigError: as `load_run`, or the cohort does not hold or does not go with the run's streams.
+    """
+    run = load_run(path, overrides)
+    if run.cohort is not None:
+        run = with_cohort(run, cohort_of(run, str(path)))
+        check_text(dump_toml(run), f"{path}: with all defaults")
+    return run
+
+
+def with_cohort(run: RunConfig, cohort: CohortSource) -> RunConfig:
+    """A run with another cohort."""
+    return run.model_copy(update={"cohort": cohort.table()})
+
+
+def cohort_of(run: RunConfig, where: str | None = None) -> CohortSource:
+    """The cohort that a run describes. Raises ConfigError, beginning with `where` or the run's name: it has none, or
+    one that does not hold."""
+    where = where or run.name
+    if run.cohort is None:
+        raise ConfigError(f"{where}: cohort is missing, a simulation takes its sites from it")
+    cohort: CohortSource = parse_table(_class_of(run.cohort, where), run.cohort, where, key="cohort")
+    try:
+        cohort.check(run.streams)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: cohort: {error}") from None
+    return cohort
+
+
+def prepare_cohort(run: RunConfig, console: "Console") -> Path:
+    """The cohort folder that a run asks for; made on first use.
+
+    Raises:
+        ConfigError: the run names no cohort, or one that is not there.
+        DataError: the cohort cannot be made.
+    """
+    cohort, folder = cohort_of(run), cohort_folder(run)
+    if cohort.existing:
+        return folder
+    if folder.exists():
+        console.print(f"cohort: {folder} (made before)")
+        return folder
+    try:
+        write_cohort(cohort, folder, run.streams, console)
+    except DataError:
+        if not folder.exists():  # else another process has made it meanwhile
+            raise
+    return folder
+
+
+def write_cohort(cohort: CohortSource, folder: Path, streams: Streams, console: "Console") -> None:
+    """Write a cohort and show how far it is. Raises as `CohortSource.write`."""
+    from rich.progress import Progress
+
+    with Progress(console=console) as bar:
+        task = bar.add_task(f"cohort: making {folder}")
+
+        def show(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        cohort.write(folder, streams, show)
+
+
+def cohort_folder(run: RunConfig) -> Path:
+    """Where a run's cohort lies, or will be made: under a name that its description, the streams and its fingerprint
+    decide. Raises ConfigError as `prepare_cohort` does."""
+    cohort = cohort_of(run)
+    if cohort.existing:
+        site_folders(cohort.existing / "sites")
+        return cohort.existing
+    streams = [(name, stream.model_dump(mode="json")) for name, stream in run.streams.items()]
+    table = cohort.table()
+    content = json.dumps([table, streams, cohort.fingerprint()])
+    return FOLDER / f"{table['kind']}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
+
+
+def _class_of(table: dict[str, Any], where: str) -> type[CohortSource]:
+    kind = table.get("kind")
+    try:
+        if not isinstance(kind, str):
+            given = "nothing" if kind is None else f"{kind!r:.80}"
+            raise ConfigError(f"{COHORTS.key}: found {given}, expected one of {', '.join(COHORTS.names)}")
+        loaded: type[CohortSource] = COHORTS.load(kind)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    return loaded

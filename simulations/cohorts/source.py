@@ -1,0 +1,127 @@
+"""The base class of all kinds of cohorts, cohorts that exist already, and parts that several kinds share.
+
+A cohort is a folder that appears whole or not at all:
+
+    cohort.toml            the description, numbers of subjects, and the meaning of every label
+    sites/<site>/          site.toml  manifest.csv  labels.csv, and the images unless they are read in place
+    holdout/               the same for patients at no site, on whom models are probed
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from panfm.config import StreamConfig
+from panfm.config.base import Config, Name
+from panfm.errors import ConfigError
+
+Streams = Mapping[str, StreamConfig]
+Progress = Callable[[int, int], None]
+"""Called with (images written, images in all)."""
+
+
+class CohortSource(Config):
+    """The `[cohort]` table of a run: describes a cohort, and writes it. The same description gives the same bytes."""
+
+    @abstractmethod
+    def write(self, folder: Path, streams: Streams, progress: Progress = lambda *_: None) -> None:
+        """Write the cohort.
+
+        Args:
+            folder: Must not exist.
+            streams: The run's.
+            progress: Told how much is written.
+        Raises:
+            ConfigError: the real images that the cohort consists of are not there.
+            DataError: the folder exists or cannot be written, or the cohort has no images of a stream.
+        """
+
+    @abstractmethod
+    def fingerprint(self) -> list[object]:
+        """Values for JSON that change when the same description would give another cohort: code, and real images."""
+
+    def check(self, streams: Streams) -> None:
+        """Raise ConfigError if the description does not go with the run's streams."""
+
+    @property
+    def existing(self) -> Path | None:
+        """The folder of a cohort that exists already and is not to be written."""
+        return None
+
+    def table(self) -> dict[str, Any]:
+        """The description as it stands in TOML, defaults included."""
+        return self.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+
+class FolderCohort(CohortSource):
+    """Sites that exist already: `sites/<name>/` and optionally `holdout/` under one folder."""
+
+    kind: Literal["folder"]
+    path: str
+
+    def write(self, folder: Path, streams: Streams, progress: Progress = lambda *_: None) -> None:
+        """Raise ConfigError: such a cohort is not written."""
+        raise ConfigError(f"cohort.path: {self.path} exists already, expected a cohort to write")
+
+    def fingerprint(self) -> list[object]:
+        """Return no values: the folder is used as it is."""
+        return []
+
+    @property
+    def existing(self) -> Path:
+        """The folder."""
+        return Path(self.path)
+
+
+class StreamSiteConfig(Config):
+    """One hospital that has images of some streams."""
+
+    streams: Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
+    """Streams it has images of."""
+
+
+class StreamCohort(CohortSource):
+    """A cohort whose sites are described by their streams; every patient has one image."""
+
+    held_out: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Streams that no site has. The holdout folder has training images of them too, so that a probe can be fitted."""
+    sites: Mapping[Name, StreamSiteConfig]
+
+    @property
+    def named_streams(self) -> tuple[str, ...]:
+        """Every stream of a site or of the holdout, in the order of the description."""
+        at_sites = [stream for site in self.sites.values() for stream in site.streams]
+        return tuple(dict.fromkeys([*at_sites, *self.held_out]))
+
+    def check(self, streams: Streams) -> None:
+        """Raise ConfigError if a stream of the cohort is not described in the run."""
+        if unknown := [stream for stream in self.named_streams if stream not in streams]:
+            raise ConfigError(f"stream {unknown[0]!r} is not in streams {list(streams)}")
+
+    @model_validator(mode="after")
+    def _no_site_has_a_held_out_stream(self) -> Self:
+        refuse_holdout(self.sites)
+        for name, site in self.sites.items():
+            if both := [stream for stream in site.streams if stream in self.held_out]:
+                raise ValueError(f"sites.{name}.streams: {both[0]!r} is held out, expected no site to have it")
+        return self
+
+
+def refuse_holdout(sites: Iterable[str]) -> None:
+    """Raise ValueError if a site has the name that the held-out patients have."""
+    if "holdout" in sites:
+        raise ValueError("sites.holdout: the name of the held-out patients, expected another")
+
+
+def texts_of(paths: Iterable[Path]) -> list[object]:
+    """Contents of source files, for a fingerprint."""
+    return [path.read_text(encoding="utf-8") for path in sorted(paths)]
+
+
+def listing_of(folder: Path, pattern: str) -> list[object]:
+    """All files under a folder with size and time of their last change, for a fingerprint."""
+    files = sorted(path for path in folder.rglob(pattern) if path.is_file())
+    return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
