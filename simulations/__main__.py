@@ -66,7 +66,7 @@ def cohort_make(
         sites = {name: site | {"subjects": subjects} for name, site in description.cohort.get("sites", {}).items()}
         description = description.model_copy(update={"cohort": description.cohort | {"sites": sites}})
     console = Console(stderr=True, quiet=not sys.stderr.isatty())
-    write_cohort(cohort_of(description, str(run)), folder, description, console)
+    write_cohort(cohort_of(description, str(run)), folder, description.streams, console)
     typer.echo(f"{folder}: {len(list((folder / 'sites').iterdir()))} sites and held-out subjects")
 
 
