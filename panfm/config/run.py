@@ -6,7 +6,7 @@ resolved text to the sites, so every part of a federation reads the same words.
 
 from typing import Annotated, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializeAsAny, model_validator
 
 from panfm.anatomy import DEFAULT_ORGANS, parse_stream
 from panfm.config.base import Config, Name, Seed
@@ -14,7 +14,7 @@ from panfm.config.cohort import CohortConfig, StreamCohortConfig
 from panfm.config.federation import FederationConfig
 from panfm.config.masking import MaskingConfig
 from panfm.config.model import ModelConfig
-from panfm.config.objectives import LatentConfig, ObjectiveConfig
+from panfm.config.objective import ObjectiveConfig
 from panfm.config.privacy import PrivacyConfig, broken_guarantees
 from panfm.config.probe import ProbeConfig
 from panfm.config.server_privacy import ServerPrivacyConfig, server_faults
@@ -34,7 +34,7 @@ class RunConfig(Config):
     cohort: CohortConfig | None = None
     """Where a simulation takes its sites from; left out in a deployment."""
     model: ModelConfig = ModelConfig()
-    objective: ObjectiveConfig = LatentConfig()
+    objective: SerializeAsAny[ObjectiveConfig] = Field(default_factory=lambda: ObjectiveConfig.model_validate({}))
     masking: MaskingConfig = MaskingConfig()
     train: TrainConfig = TrainConfig()
     sharing: SharingConfig = SharingConfig()

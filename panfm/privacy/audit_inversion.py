@@ -34,9 +34,9 @@ from panfm.models import PanModel
 from panfm.models.backbone import Block
 from panfm.models.pan import StreamTokenizer
 from panfm.models.stems import intensities, patchify
-from panfm.privacy.loop import step, sum_over
+from panfm.privacy.private_step import clipped_sum
 from panfm.privacy.randomness import with_noise
-from panfm.training import Learner
+from panfm.training.trainer import Trainer
 
 _ATTENTION = "backbone.blocks.0.attention.qkv.weight"
 _FLOOR = 3e-6
@@ -136,10 +136,10 @@ class Attacked:
         self.privacy = run.privacy or _PLAIN
         one_step = run.train.model_copy(update={"weight_decay": 0.0, "rounds": 1, "local_steps": 1})
         self.run = run.model_copy(update={"privacy": self.privacy, "train": one_step})
-        self.learner = Learner(self.run, model.stream_names)
-        self.learner.model.load_state_dict(model.state_dict())
-        self.learner.reset_private()
-        self.maps = [self.learner.stem(store) for store in stores]
+        self.trainer = Trainer(self.run, model.stream_names)
+        self.trainer.model.load_state_dict(model.state_dict())
+        self.trainer.reset_private()
+        self.maps = [self.trainer.stem(store) for store in stores]
 
     def patients(self, number: int) -> list[Patient]:
         """The first of the train splits, sites in turn. Raises DataError for none."""
@@ -158,19 +158,20 @@ class Attacked:
         """The clipped sum of a private step; noise in clip norms."""
         total: dict[str, Tensor] = {}
         for site, patient in patients:
-            own = sum_over(self.learner, self.maps[site], np.array([patient]), 0)
+            own = clipped_sum(self.trainer, self.maps[site], np.array([patient]))
             total = {name: value + total.get(name, 0.0) for name, value in own.items()}
         deviation = noise * self.privacy.clip_norm
         return {name: with_noise(value, deviation) if noise else value for name, value in total.items()}
 
     def adamw_update(self, patients: Sequence[Patient]) -> Gradient:
         """How far one step of the run's optimiser moves the model, which is put back."""
-        model = self.learner.model
+        model = self.trainer.model
         before = {name: value.detach().clone() for name, value in model.named_parameters()}
-        step(self.learner, {name: value.float() for name, value in self.gradient(patients).items()}, 0.5)
+        self.trainer.set_gradient({name: value.float() for name, value in self.gradient(patients).items()})
+        self.trainer.update(0.5)
         moved = {name: value.detach() - before[name] for name, value in model.named_parameters()}
         model.load_state_dict(before)
-        self.learner.reset_private()
+        self.trainer.reset_private()
         return moved
 
     def scenario(
@@ -185,7 +186,7 @@ class Attacked:
 
         Where several patients are in the sum, each place is compared with the one who is nearest: the attack's luck.
         """
-        found = invert(self.learner.model, gradient)
+        found = invert(self.trainer.model, gradient)
         truths = [self.truth(patient) for patient in patients]
         names = [name for name in truths[0] if name in found] or list(truths[0])
         places = self._seen({name: found[name][1] for name in names}, truths[0]) if found else None
@@ -220,7 +221,7 @@ class Attacked:
     def truth(self, patient: Patient) -> dict[str, Tensor]:
         """Intensities of a patient's patches [T, F], by stream."""
         batch, found = self.maps[patient[0]].batch([patient[1]]), {}
-        for name, tokenizer in self.learner.model.streams.items():
+        for name, tokenizer in self.trainer.model.streams.items():
             if name in batch.images:
                 assert isinstance(tokenizer, StreamTokenizer)
                 found[name] = self.intensities(patchify(batch.images[name], tokenizer.step)[0])

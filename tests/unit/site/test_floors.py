@@ -12,7 +12,7 @@ from panfm.config.training import TrainConfig
 from panfm.errors import LimitError
 from panfm.sharing.groups import GroupManifest
 from panfm.site.floors import Floors, check_run, step_weights
-from panfm.training import TrainResult
+from panfm.training.gradient import TrainResult
 from panfm.training.schedules import warmup_cosine
 
 FLOORS = Floors(8, 5)
