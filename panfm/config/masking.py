@@ -42,12 +42,14 @@ class MaskingConfig(Config):
     @property
     def steered_by(self) -> Scope | None:
         """Whose saliency the policy reads; None if it reads none."""
-        found: Scope | None = MASKING_POLICIES.load(self.policy).steered_by(self.scope)
-        return found
+        scope: Scope | None = MASKING_POLICIES.load(self.policy).steered_by(self.scope)
+        return scope
 
     def couplings(self) -> Iterator[str]:
-        """What couples patients, as `key: why, remedy`, one line each. Whatever its scope, saliency of more than one
-        patient steers masks only after noise, as a mechanism of its own."""
+        """Yield what couples patients, as `key: why, remedy`, one line each.
+
+        Whatever its scope, saliency of more than one patient steers masks only after noise, as a mechanism of its own.
+        """
         if self.steered_by is None:
             return
         match self.saliency:

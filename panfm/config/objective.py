@@ -26,8 +26,8 @@ class ObjectiveConfig(Config):
         name = table.get("name", "latent") if isinstance(table, Mapping) else None
         if cls is not ObjectiveConfig or name is None:
             return cls
-        found: type[ObjectiveConfig] = OBJECTIVES.load(check_plug_in(OBJECTIVES, name))
-        return found
+        config_class: type[ObjectiveConfig] = OBJECTIVES.load(check_plug_in(OBJECTIVES, name))
+        return config_class
 
     @model_validator(mode="wrap")
     @classmethod

@@ -46,7 +46,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Membership:
-    """What the attack finds."""
+    """Result of the attack."""
 
     auc: Interval
     """Chance that a member scores above another patient of its site; 0.5 is none."""
@@ -101,19 +101,19 @@ def patient_losses(
         for number, chunk in enumerate(_chunks_of_equals(maps, indices, trainer.model.stream_names, _CHUNK)):
             generator = torch_generator(run.seed, "membership", mask, number)
             losses[mask, [position[int(index)] for index in chunk]] = _losses(trainer, maps, chunk, generator)
-    found: NDArray[np.float64] = losses.mean(axis=0)
-    return found
+    means: NDArray[np.float64] = losses.mean(axis=0)
+    return means
 
 
 def _chunks_of_equals(
     store: ImageStore, indices: NDArray[np.int64], streams: Sequence[str], size: int
 ) -> Iterator[NDArray[np.int64]]:
     """Chunks of at most `size` subjects that hold the same of the streams; who holds none is left out."""
-    held = np.zeros((len(indices), len(streams)), dtype=bool)
+    has_stream = np.zeros((len(indices), len(streams)), dtype=bool)
     for column, stream in enumerate(streams):
-        held[:, column] = np.isin(indices, store.rows.get(stream, []))
-    for kind in np.unique(held, axis=0):
-        equals = indices[(held == kind).all(axis=1)]
+        has_stream[:, column] = np.isin(indices, store.rows.get(stream, []))
+    for kind in np.unique(has_stream, axis=0):
+        equals = indices[(has_stream == kind).all(axis=1)]
         for start in range(0, len(equals) if kind.any() else 0, size):
             yield equals[start : start + size]
 

@@ -46,7 +46,7 @@ _NAME = "canaries"
 
 @dataclass(frozen=True)
 class StepAudit:
-    """What was found."""
+    """Result of the audit."""
 
     claim: float
     """Epsilon of these steps by the accountant, at `DELTA`."""

@@ -167,7 +167,7 @@ def trained_parameters(model: PanModel, which: Literal["all", "vectors", "last-b
 
 
 def _result(trainer: Trainer, num_steps: int) -> TrainResult:
-    """What may be told of the round: public numbers, and the noised profile where there is one."""
+    """Summary of a private round: public numbers, and the noised profile where there is one."""
     private = trainer.run.privacy
     assert private is not None
     names = trainer.model.stream_names

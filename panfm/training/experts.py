@@ -1,4 +1,4 @@
-"""What a Director-Experts backbone adds to local training; to a dense one it adds nothing.
+"""Terms and moves that a Director-Experts backbone adds to local training; a dense backbone adds none.
 
     loss       + alignment-weight / L  sum over the layers l of alignment_l / (L - (l - 1))
                + balance-weight        mean over the layers of balance_l

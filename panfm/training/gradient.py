@@ -37,7 +37,7 @@ class DrawnBatch:
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What the trainer computes of a drawn batch."""
+    """Student output and losses of a drawn batch."""
 
     batch: DrawnBatch
     student: StudentOutput

@@ -2,8 +2,9 @@
 
 A student sees the visible tokens; the objective compares what it predicts about the hidden ones with a target. Targets
 come from the teacher (`latent`, `dino`) or from the image (`mae`). Any masking policy works under any objective.
-What depends on the data's shape (who hides how much of what) is settled in `TokenMask` and the targets; from there to
-the loss everything is a plain function of parameters and tensors, so that `panfm.privacy` can go patient by patient.
+All that depends on the data's shape (who hides how much of which stream) is settled in `TokenMask` and the targets;
+from there to the loss everything is a plain function of parameters and tensors, so that `panfm.privacy` can go patient
+by patient.
 
 To add an objective, write its config class (`panfm.config.objective`) and this class, in a folder or in one file, and a
 line in `OBJECTIVES` (`panfm/registry.py`).
@@ -30,12 +31,12 @@ from panfm.registry import import_class
 from panfm.training.masking import TokenMask
 
 Targets = Mapping[str, Tensor]
-"""What the student has to predict, by name; rows are subjects, or those of them that hold a stream."""
+"""Tensors that the student has to predict, by name; rows are subjects, or those of them that hold a stream."""
 
 
 @dataclass(frozen=True)
 class StudentOutput:
-    """What the student computes from one masked batch."""
+    """The student's encoding of one masked batch, and its predictions."""
 
     maps: Batch
     """The batch's stem maps."""
@@ -68,14 +69,14 @@ class Objective(ABC):
 
     @abstractmethod
     def targets(self, teacher: PanModel, maps: Batch, mask: TokenMask, full: Encoded | None) -> Targets:
-        """What is to be predicted; `full` is the teacher's encoding of all tokens, block outputs included."""
+        """Compute the targets of a masked batch; `full` is the teacher's encoding of all tokens, with all blocks."""
 
     @abstractmethod
     def loss(self, student: PanModel, output: StudentOutput, targets: Targets) -> Tensor:
         """Loss of each subject [B]."""
 
     def state(self) -> dict[str, Tensor]:
-        """Running statistics, by name; `load_state` restores them."""
+        """Running statistics, by name, in tensors that are replaced and never changed in place."""
         return {}
 
     def load_state(self, state: dict[str, Tensor]) -> None:

@@ -1,7 +1,7 @@
 """One site's model in training: student, teacher, optimiser, running statistics.
 
-What is shared (of the student, what the run's `[sharing]` says) and what is private (everything else) come out as two
-separate states, so that a site can keep the one and send only the other. `trainer.py` moves it.
+The state comes in two parts: shared (parameters of the student, by the run's `[sharing]`) and private (everything
+else), so that a site can send the one and keep the other. `trainer.py` moves it.
 """
 
 from collections.abc import Mapping, Sequence

@@ -20,7 +20,7 @@ class DinoConfig(ObjectiveConfig):
     centre_momentum: Fraction = 0.9
 
     def couplings(self) -> Iterator[str]:
-        """What couples patients, as `key: why, remedy`, one line each."""
+        """Yield what couples patients, as `key: why, remedy`, one line each."""
         yield 'name: "dino" centres its targets over the batch, set "latent" or "mae"'
 
     def num_head_parameters(self, width: int) -> int:

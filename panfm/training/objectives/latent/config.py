@@ -19,15 +19,15 @@ class LatentConfig(ObjectiveConfig):
     beta: Annotated[float, Field(ge=1e-3, le=1e3)] = 0.5
     """Smooth-L1 corner."""
     summary_weight: Weight = 1.0
-    """Weight of the CLS loss: from CLS and an organ query, guess the teacher's summary of each organ present."""
+    """Weight of the CLS loss: from CLS and an organ query, predict the teacher's summary of each organ present."""
     content_share: Fraction = 0.5
     """Share of the target's variance that is a fixed random projection of the token's own content; the rest is the
-    teacher's. Keeps the teacher from drifting to what is easy to guess."""
+    teacher's. Keeps the teacher from drifting to what is easy to predict."""
     standardise: bool = True
     """Standardise targets per (stream, token, feature) by running statistics; turn off under privacy."""
 
     def couplings(self) -> Iterator[str]:
-        """What couples patients, as `key: why, remedy`, one line each."""
+        """Yield what couples patients, as `key: why, remedy`, one line each."""
         if self.standardise:
             yield "standardise: running statistics couple patients, set false"
 
