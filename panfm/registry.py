@@ -38,21 +38,47 @@ class Registry:
 
     def check(self, name: str) -> str:
         """Return a known name. Raises ConfigError, naming the nearest known one, for any other."""
-        if name not in self._targets:
-            near = difflib.get_close_matches(name[:64], self._targets, n=1, cutoff=0.4)
+        if not isinstance(name, str) or name not in self._targets:
+            near = difflib.get_close_matches(str(name)[:64], self._targets, n=1, cutoff=0.4)
             hint = f", did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"{self.key}: found {name!r:.80}, expected one of {', '.join(self.names)}{hint}")
         return name
 
     def load(self, name: str) -> Any:
         """Import and return the class of a name. Raises ConfigError for an unknown name."""
-        target = self._targets[self.check(name)]
-        if isinstance(target, str):
-            module, _, attribute = target.partition(":")
-            target = getattr(importlib.import_module(module), attribute)
-            self._targets[name] = target
+        self._targets[name] = target = import_class(self._targets[self.check(name)])
         return target
 
+
+def import_class(target: str | type) -> Any:
+    """The class that `package.module:Class` names; a class as it is."""
+    if not isinstance(target, str):
+        return target
+    module, _, attribute = target.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+OBJECTIVES = Registry(
+    "objective.name",
+    {
+        "latent": "panfm.training.objectives.latent.config:LatentConfig",
+        "dino": "panfm.training.objectives.dino.config:DinoConfig",
+        "mae": "panfm.training.objectives.mae.config:MaeConfig",
+    },
+)
+"""Config classes of the self-supervised objectives (`panfm.config.objective`)."""
+
+MASKING_POLICIES = Registry(
+    "masking.policy",
+    {
+        "random": "panfm.training.policies:RandomPolicy",
+        "organ": "panfm.training.policies:OrganPolicy",
+        "sgm": "panfm.training.policies:SaliencyPolicy",
+        "inverse": "panfm.training.policies:InversePolicy",
+        "static": "panfm.training.policies:StaticPolicy",
+    },
+)
+"""Masking policies (`panfm.training.policies`)."""
 
 READERS = Registry(
     "image reader",

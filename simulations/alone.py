@@ -1,6 +1,6 @@
 """Training without a federation: one site by itself, or everybody's images in one place.
 
-The same Learner, loop, seeds and schedule as in a federation, without messages in between.
+The same Trainer, loop, seeds and schedule as in a federation, without messages in between.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,7 +10,7 @@ from torch import Tensor
 from panfm.config import RunConfig
 from panfm.data.store import ImageStore
 from panfm.models import PanModel
-from panfm.training import Learner
+from panfm.training.trainer import Trainer
 
 
 def train_alone(
@@ -30,12 +30,12 @@ def train_alone(
     Returns:
         The model, over the store's streams only.
     """
-    learner = Learner(run, [stream for stream in run.streams if stream in store.images])
+    trainer = Trainer(run, [stream for stream in run.streams if stream in store.images])
     if start:
-        learner.load_shared({name: start[name] for name in learner.shared_state()})
-        learner.reset_private()
+        trainer.load_shared({name: start[name] for name in trainer.shared_state()})
+        trainer.reset_private()
     for done in range(run.train.rounds):
-        learner.train(
+        trainer.train(
             store,
             store.indices("train"),
             first_step=done * run.train.local_steps,
@@ -44,4 +44,4 @@ def train_alone(
             round_number=done + 1,
         )
         on_round(done + 1)
-    return learner.model.cpu()
+    return trainer.model.cpu()

@@ -134,17 +134,20 @@ def _validate(kind: type[C], table: Mapping[str, Any], where: str) -> C:
         return kind.model_validate(table, by_alias=True, by_name=False)
     except ValidationError as error:
         faults = error.errors(include_url=False)
-        lines = [f"{where}: {one_line(_complaint(kind, fault), limit=1000)}" for fault in faults[:_MAX_COMPLAINTS]]
+        told = [one_line(_complaint(kind, fault, table), limit=1000) for fault in faults[:_MAX_COMPLAINTS]]
+        lines = [f"{where}: {line}" for line in told]
         if more := len(faults) - len(lines):
             lines.append(f"{where}: {more} more faults")
         raise ConfigError("\n".join(lines)) from None  # pydantic's own text has lines without end
 
 
-def _complaint(kind: type[BaseModel], fault: Any) -> str:
-    keys, around, here = _locate(kind, fault["loc"])
+def _complaint(kind: type[BaseModel], fault: Any, table: Any) -> str:
+    if fault["type"] == "unknown_plug_in":
+        return str(fault["msg"])
+    keys, around, here = _locate(kind, fault["loc"], table)
     key = ".".join(keys)
     if fault["type"] == "extra_forbidden":
-        known = sorted({known for each in around for member in _members(each) for known in _fields(member)})
+        known = sorted({known for member in around for known in _fields(member)})
         near = difflib.get_close_matches(keys[-1][:_MAX_KEY], known, n=1, cutoff=0.4)
         hint = f"did you mean {'.'.join([*keys[:-1], near[0]])}?" if near else f"known: {', '.join(known)}"
         return f"{key}: unknown key, {hint}"
@@ -158,8 +161,8 @@ def _complaint(kind: type[BaseModel], fault: Any) -> str:
     return f"{key}: {message}{found}" if key else message
 
 
-def _locate(kind: type[BaseModel], location: Iterable[object]) -> tuple[list[str], list[Any], list[Any]]:
-    """The keys as TOML has them, and the types around and at the last one.
+def _locate(kind: type[BaseModel], location: Iterable[object], table: Any) -> tuple[list[str], list[Any], list[Any]]:
+    """The keys as TOML has them, and the models and dicts around and at the last one.
 
     Pydantic's location also names the chosen member of a union, and `[key]` where a key itself is at fault.
     """
@@ -167,20 +170,24 @@ def _locate(kind: type[BaseModel], location: Iterable[object]) -> tuple[list[str
     around: list[Any] = []
     here: list[Any] = [kind]
     for part in map(str, location):
-        below = [found for each in here for found in _descend(each, part)]
-        members = [member for each in here for member in _members(each)]
-        if not below and len(members) > 1:
-            here = [member for member in members if part in _literals(member)]
+        below = [found for member in here for found in _descend(member, part)]
+        if not below and len(here) > 1:
+            here = [member for member in here if part in _literals(member)]
         elif part != "[key]":
             keys.append(part)
-            around, here = here, below
+            table = table.get(part) if isinstance(table, Mapping) else None
+            around, here = here, [_chosen(member, table) for each in below for member in _members(each)]
     return keys, around, here
+
+
+def _chosen(member: Any, table: Any) -> Any:
+    """The class that reads a table: the one that its name chooses, where a model is the base of plug-ins."""
+    return member.chosen(table) if hasattr(member, "chosen") else member
 
 
 def _tags(union: list[Any], tag: str) -> list[str]:
     """Values that choose a member of a union."""
-    members = [member for each in union for member in _members(each)]
-    return [value for member in members for value in typing.get_args(_fields(member).get(tag))]
+    return [value for member in union for value in typing.get_args(_fields(member).get(tag))]
 
 
 def _literals(model: Any) -> list[str]:
@@ -188,15 +195,12 @@ def _literals(model: Any) -> list[str]:
     return [value for group in values for value in group if isinstance(value, str)]
 
 
-def _descend(annotation: Any, step: str) -> list[Any]:
+def _descend(member: Any, step: str) -> list[Any]:
     """What may stand under one key: the field of that name, or the value type of a table with free keys."""
-    found = []
-    for member in _members(annotation):
-        if typing.get_origin(member) is dict:
-            found.append(typing.get_args(member)[1])
-        elif step in _fields(member):
-            found.append(_fields(member)[step])
-    return found
+    if typing.get_origin(member) is dict:
+        return [typing.get_args(member)[1]]
+    fields = _fields(member)
+    return [fields[step]] if step in fields else []
 
 
 def _members(annotation: Any) -> list[Any]:

@@ -5,13 +5,17 @@ from typing import Annotated, Literal, assert_never
 
 from pydantic import Field
 
-from panfm.config.base import Config, Fraction, Positive
+from panfm.config.base import Config, Fraction, Positive, plug_in
+from panfm.registry import MASKING_POLICIES
+
+Scope = Literal["subject", "site", "federation"]
+"""Whose saliency steers the masks."""
 
 
 class MaskingConfig(Config):
     """Which tokens are hidden from the student. Every policy hides the same number of tokens per patient."""
 
-    policy: Literal["random", "organ", "sgm", "inverse", "static"] = "sgm"
+    policy: Annotated[str, plug_in(MASKING_POLICIES)] = "sgm"
     """random: uniform; organ: whole streams; sgm: more of the streams that the model leans on; inverse: less of them;
     static: more of `static-organs`, always."""
     ratio: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.6
@@ -19,7 +23,7 @@ class MaskingConfig(Config):
     saliency: Literal["attention", "value"] = "value"
     """attention: CLS row of the teacher's last block; value: CLS attention times the norm of the centred values, summed
     over all blocks."""
-    scope: Literal["subject", "site", "federation"] = "site"
+    scope: Scope = "site"
     """Whose saliency steers: this patient's, the site's running mean, or the mean the server sends."""
     strength: Annotated[float, Field(ge=0.0, le=100.0)] = 3.0
     """Slope of log-odds of hiding against log saliency."""
@@ -35,16 +39,19 @@ class MaskingConfig(Config):
     static_organs: Annotated[tuple[str, ...], Field(strict=False)] = ("heart", "adipose")
     """Organs that `static` hides more."""
 
+    @property
+    def steered_by(self) -> Scope | None:
+        """Whose saliency the policy reads; None if it reads none."""
+        scope: Scope | None = MASKING_POLICIES.load(self.policy).steered_by(self.scope)
+        return scope
+
     def couplings(self) -> Iterator[str]:
-        """What couples patients, as `key: why, remedy`, one line each. Whatever its scope, saliency of more than one
-        patient steers masks only after noise, as a mechanism of its own."""
-        match self.policy:
-            case "random" | "organ" | "static":
-                return
-            case "sgm" | "inverse":
-                pass
-            case _:
-                assert_never(self.policy)
+        """Yield what couples patients, as `key: why, remedy`, one line each.
+
+        Whatever its scope, saliency of more than one patient steers masks only after noise, as a mechanism of its own.
+        """
+        if self.steered_by is None:
+            return
         match self.saliency:
             case "attention":
                 return

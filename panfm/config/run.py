@@ -6,14 +6,14 @@ resolved text to the sites, so every part of a federation reads the same words.
 
 from typing import Annotated, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializeAsAny, model_validator
 
 from panfm.anatomy import DEFAULT_ORGANS, parse_stream
 from panfm.config.base import Config, Name, Seed, TomlTable
 from panfm.config.federation import FederationConfig
 from panfm.config.masking import MaskingConfig
 from panfm.config.model import ModelConfig
-from panfm.config.objectives import LatentConfig, ObjectiveConfig
+from panfm.config.objective import ObjectiveConfig
 from panfm.config.privacy import PrivacyConfig, broken_guarantees
 from panfm.config.probe import ProbeConfig
 from panfm.config.server_privacy import ServerPrivacyConfig, server_faults
@@ -33,7 +33,7 @@ class RunConfig(Config):
     cohort: TomlTable | None = None
     """Where a simulation takes its sites from: a table that it checks itself. No site is told of it."""
     model: ModelConfig = ModelConfig()
-    objective: ObjectiveConfig = LatentConfig()
+    objective: SerializeAsAny[ObjectiveConfig] = Field(default_factory=lambda: ObjectiveConfig.model_validate({}))
     masking: MaskingConfig = MaskingConfig()
     train: TrainConfig = TrainConfig()
     sharing: SharingConfig = SharingConfig()

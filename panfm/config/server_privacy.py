@@ -69,7 +69,7 @@ def server_faults(run: "RunConfig") -> Iterator[str]:
         yield "sharing.guards.direction: refuses sites by what their updates say, leave it out"
     if run.federation.participation < 1.0:
         yield "federation.participation: the mean is over all sites in every round, set 1.0"
-    if run.masking.policy in ("sgm", "inverse") and run.masking.scope == "federation":
+    if run.masking.steered_by == "federation":
         yield 'masking.scope: "federation" tells the mean of the sites\' saliency, set "site" or "subject"'
 
 

@@ -1,21 +1,33 @@
-"""What training needs and an embedding does not: predictor, summary head, prototypes, patch decoder.
+"""Heads, which training needs and an embedding does not: predictor and summary of every model, and its objective's own.
 
 Hidden tokens are queries only, never keys, so that a hidden organ looks the same to the model as a missing
 one. Parameters under `streams` belong to a stream and are shared with that stream's group.
 
-Shape legend: B subjects, K hidden places, L encoded tokens, S streams, D width, F features of a patch.
+Shape legend: B subjects, K hidden places, L encoded tokens, S streams, D width.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from panfm.config.objectives import DinoConfig, MaeConfig, ObjectiveConfig
+from panfm.config.objective import ObjectiveConfig
+from panfm.errors import ConfigError
 from panfm.models.backbone import Encoded
 from panfm.models.tokens import Layout
+from panfm.registry import import_class
+
+
+@dataclass(frozen=True)
+class ObjectiveHeads:
+    """Heads that an objective adds to a model, by name."""
+
+    shared: Mapping[str, nn.Module] = field(default_factory=dict)
+    per_stream: Mapping[str, Mapping[str, nn.Module]] = field(default_factory=dict)
+    """Stream -> name -> head."""
 
 
 class CrossBlock(nn.Module):
@@ -45,50 +57,50 @@ class CrossBlock(nn.Module):
 
 
 class StreamHead(nn.Module):
-    """What the heads know of one stream: its queries and, for MAE, its patch decoder."""
+    """Heads of one stream: its queries, and those that the objective adds."""
 
-    def __init__(self, width: int, features: int, objective: ObjectiveConfig) -> None:
+    def __init__(self, width: int, added: Mapping[str, nn.Module]) -> None:
         super().__init__()
         self.hidden_query = nn.Parameter(torch.zeros(width))
         self.summary_query = nn.Parameter(torch.zeros(width))
-        self.decode = nn.Linear(width, features) if isinstance(objective, MaeConfig) else None
+        _add(self, added)
 
 
 class Heads(nn.Module):
-    """Predictor and the objective's own heads."""
+    """Predictor, summary head, and the heads that the objective adds."""
 
     def __init__(self, width: int, heads: int, features: Mapping[str, int], objective: ObjectiveConfig) -> None:
         super().__init__()
-        self.streams = nn.ModuleDict({name: StreamHead(width, size, objective) for name, size in features.items()})
+        added: ObjectiveHeads = import_class(objective.implementation).build_heads(objective, width, features)
+        self.streams = nn.ModuleDict({name: StreamHead(width, added.per_stream.get(name, {})) for name in features})
         self.predictor = CrossBlock(width, heads)
         self.project = nn.Sequential(nn.LayerNorm(width, eps=1e-6), nn.Linear(width, width))
         self.summary = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
-        self.prototypes = (
-            nn.Linear(width, objective.prototypes, bias=False) if isinstance(objective, DinoConfig) else None
-        )
+        _add(self, added.shared)
 
     def stream_heads(self) -> list[StreamHead]:
         """Heads per stream, in the order of their places."""
         return [cast(StreamHead, head) for head in self.streams.values()]
 
-    def predict(self, seen: Encoded, hidden: Layout, queries: Tensor) -> Tensor:
-        """Guess features [B, K, D] of hidden places from what the student saw.
+    def predict(self, encoded: Encoded, hidden: Layout, queries: Tensor) -> Tensor:
+        """Predict features [B, K, D] of hidden places from the encoded visible tokens.
 
         Args:
             queries: [M, D], one per place of the vocabulary.
         """
-        memory = torch.cat([seen.cls[:, None], seen.tokens], dim=1)
-        valid = functional.pad(seen.layout.valid, (1, 0), value=True)
+        memory = torch.cat([encoded.cls[:, None], encoded.tokens], dim=1)
+        valid = functional.pad(encoded.layout.valid, (1, 0), value=True)
         mask = None if bool(valid.all()) else valid[:, None, None, :]
         return self.project(self.predictor(queries[hidden.place], memory, mask))
 
     def summarise(self, cls: Tensor) -> Tensor:
-        """Guess the summary of every stream from CLS [B, D] alone -> [B, S, D]."""
+        """Predict the summary of every stream from CLS [B, D] alone -> [B, S, D]."""
         queries = torch.stack([head.summary_query for head in self.stream_heads()])
         return self.summary(cls[:, None] + queries)
 
-    def assign(self, features: Tensor) -> Tensor:
-        """Cosine similarity of features [..., D] to the prototypes -> [..., prototypes]."""
-        assert self.prototypes is not None
-        weight = functional.normalize(self.prototypes.weight, dim=-1)
-        return functional.linear(functional.normalize(features, dim=-1), weight)
+
+def _add(heads: nn.Module, added: Mapping[str, nn.Module]) -> None:
+    for name, head in added.items():
+        if hasattr(heads, name):
+            raise ConfigError(f"objective: its head {name!r} is in every model already, expected another name")
+        heads.add_module(name, head)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from panfm.anatomy import parse_stream
 from panfm.config import RunConfig, StreamConfig
 from panfm.config.model import ModelConfig
-from panfm.config.objectives import ObjectiveConfig
+from panfm.config.objective import ObjectiveConfig
 from panfm.data.store import Batch
 from panfm.models.backbone import Backbone, Encoded
 from panfm.models.director_experts import DirectorExperts, Path, dense_name

@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterable
 
 from panfm.config import RunConfig
-from panfm.config.objectives import DinoConfig, MaeConfig
 from panfm.models.pan import SIZES
 from panfm.models.stems import stem_features
 
@@ -27,9 +26,7 @@ def num_parameters(run: RunConfig) -> int:
     norm, square = 2 * width, _linear(width, width)
     blocks = depth * (2 * norm + 4 * square) + sum(_mlps(run, depth))
     predictor = 2 * norm + 4 * square + _mlp(width, 2 * width)
-    heads = predictor + norm + square + _mlp(width, 2 * width)
-    if isinstance(run.objective, DinoConfig):
-        heads += width * run.objective.prototypes
+    heads = predictor + norm + square + _mlp(width, 2 * width) + run.objective.num_head_parameters(width)
     return width + blocks + norm + heads + sum(_stream_parameters(run, width))
 
 
@@ -51,13 +48,9 @@ def step_bytes(run: RunConfig) -> int:
     Not counted: images and their stem maps.
     """
     width, depth, _ = SIZES[run.model.size]
-    objective = run.objective
     per_block = [_block_numbers(run, used) for used in _active(run, depth)]
-    target = 8 * width
-    if isinstance(objective, DinoConfig):
-        target += 3 * objective.prototypes
-    if isinstance(objective, MaeConfig):
-        target += 2 * max(stem_features(stream, run.model.tokenizer) for stream in run.streams.values())
+    features = [stem_features(stream, run.model.tokenizer) for stream in run.streams.values()]
+    target = 8 * width + run.objective.num_target_values(features)
     tokens = tokens_per_patient(run) + 1
     visible = min((1.0 - run.masking.ratio) * tokens + 1 + len(run.streams), tokens)
     patient = visible * sum(per_block) + tokens * (max(per_block) + depth * width + target)
@@ -79,18 +72,15 @@ def _active(run: RunConfig, depth: int) -> list[int]:
 
 
 def _running_moments(run: RunConfig) -> int:
-    """Numbers in the statistics of an objective: of places, contents and summaries, or of prototypes."""
+    """Numbers in the statistics of the objective."""
     width, _, _ = SIZES[run.model.size]
-    places = 2 * tokens_per_patient(run) + len(run.streams)
-    prototypes = run.objective.prototypes if isinstance(run.objective, DinoConfig) else 0
-    return places * (2 * width + 1) + 2 * prototypes
+    return run.objective.num_running_values(width, tokens_per_patient(run), len(run.streams))
 
 
 def _stream_parameters(run: RunConfig, width: int) -> Iterable[int]:
     for stream in run.streams.values():
         features = stem_features(stream, run.model.tokenizer)
-        decoder = _linear(width, features) if isinstance(run.objective, MaeConfig) else 0
-        yield _linear(features, width) + 3 * width + decoder
+        yield _linear(features, width) + 3 * width + run.objective.num_stream_head_parameters(width, features)
 
 
 def _mlps(run: RunConfig, depth: int) -> list[int]:

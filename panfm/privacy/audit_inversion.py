@@ -34,9 +34,9 @@ from panfm.models import PanModel
 from panfm.models.backbone import Block
 from panfm.models.pan import StreamTokenizer
 from panfm.models.stems import intensities, patchify
-from panfm.privacy.loop import step, sum_over
+from panfm.privacy.private_step import clipped_sum
 from panfm.privacy.randomness import with_noise
-from panfm.training import Learner
+from panfm.training.trainer import Trainer
 
 _ATTENTION = "backbone.blocks.0.attention.qkv.weight"
 _FLOOR = 3e-6
@@ -73,13 +73,13 @@ def invert(model: PanModel, gradient: Gradient) -> dict[str, tuple[Tensor, Tenso
     assert isinstance(block, Block)
     gamma, beta = (value.detach().cpu().double() for value in (block.norm1.weight, block.norm1.bias))
     centred = (outside * gamma) @ (torch.eye(model.width, dtype=torch.float64) - 1.0 / model.width)
-    found = {}
+    solved = {}
     for name, tokenizer in model.streams.items():
         part = gradient.get(f"streams.{name}.project.weight")
         if part is not None and bool(part.any()):
             assert isinstance(tokenizer, StreamTokenizer)
-            found[name] = _solve(tokenizer, _row_space(part), centred, outside @ beta)
-    return found
+            solved[name] = _solve(tokenizer, _row_space(part), centred, outside @ beta)
+    return solved
 
 
 def _solve(tokenizer: StreamTokenizer, patches: Tensor, centred: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,8 +112,8 @@ def audit_inversion(
     attacked = Attacked(model, run, stores)
     chosen = attacked.patients(patients)
     noise = attacked.privacy.noise_multiplier
-    alone = [[each] for each in chosen]
-    found = [
+    alone = [[patient] for patient in chosen]
+    scenarios = [
         attacked.scenario("one patient", alone, attacked.gradient),
         attacked.scenario("one patient, as AdamW moves the model", alone, attacked.adamw_update),
         attacked.scenario(f"sum over {len(chosen)} patients", [chosen], attacked.gradient),
@@ -121,8 +121,9 @@ def audit_inversion(
         attacked.scenario(f"one patient, noise {noise:g}", alone, partial(attacked.gradient, noise=noise)),
     ]
     if len(stores) > 1:
-        found.insert(3, attacked.scenario("sum over sites, one patient each", attacked.one_each(), attacked.gradient))
-    return found
+        summed = attacked.scenario("sum over sites, one patient each", attacked.one_each(), attacked.gradient)
+        scenarios.insert(3, summed)
+    return scenarios
 
 
 Patient = tuple[int, int]
@@ -136,18 +137,18 @@ class Attacked:
         self.privacy = run.privacy or _PLAIN
         one_step = run.train.model_copy(update={"weight_decay": 0.0, "rounds": 1, "local_steps": 1})
         self.run = run.model_copy(update={"privacy": self.privacy, "train": one_step})
-        self.learner = Learner(self.run, model.stream_names)
-        self.learner.model.load_state_dict(model.state_dict())
-        self.learner.reset_private()
-        self.maps = [self.learner.stem(store) for store in stores]
+        self.trainer = Trainer(self.run, model.stream_names)
+        self.trainer.model.load_state_dict(model.state_dict())
+        self.trainer.reset_private()
+        self.maps = [self.trainer.stem(store) for store in stores]
 
     def patients(self, number: int) -> list[Patient]:
         """The first of the train splits, sites in turn. Raises DataError for none."""
         lists = [store.indices("train").tolist() for store in self.maps]
-        turns = [(site, found[turn]) for turn in range(number) for site, found in enumerate(lists) if turn < len(found)]
-        if not (held := [patient for patient in turns if self.truth(patient)]):
+        turns = [(site, own[turn]) for turn in range(number) for site, own in enumerate(lists) if turn < len(own)]
+        if not (holders := [patient for patient in turns if self.truth(patient)]):
             raise DataError("inversion: no patient in the train split holds a stream of the model")
-        return held[:number]
+        return holders[:number]
 
     def one_each(self) -> list[list[Patient]]:
         """Sums of one patient of every site."""
@@ -158,19 +159,20 @@ class Attacked:
         """The clipped sum of a private step; noise in clip norms."""
         total: dict[str, Tensor] = {}
         for site, patient in patients:
-            own = sum_over(self.learner, self.maps[site], np.array([patient]), 0)
+            own = clipped_sum(self.trainer, self.maps[site], np.array([patient]))
             total = {name: value + total.get(name, 0.0) for name, value in own.items()}
         deviation = noise * self.privacy.clip_norm
         return {name: with_noise(value, deviation) if noise else value for name, value in total.items()}
 
     def adamw_update(self, patients: Sequence[Patient]) -> Gradient:
         """How far one step of the run's optimiser moves the model, which is put back."""
-        model = self.learner.model
+        model = self.trainer.model
         before = {name: value.detach().clone() for name, value in model.named_parameters()}
-        step(self.learner, {name: value.float() for name, value in self.gradient(patients).items()}, 0.5)
+        self.trainer.set_gradient({name: value.float() for name, value in self.gradient(patients).items()})
+        self.trainer.update(0.5)
         moved = {name: value.detach() - before[name] for name, value in model.named_parameters()}
         model.load_state_dict(before)
-        self.learner.reset_private()
+        self.trainer.reset_private()
         return moved
 
     def scenario(
@@ -185,24 +187,24 @@ class Attacked:
 
         Where several patients are in the sum, each place is compared with the one who is nearest: the attack's luck.
         """
-        found = invert(self.learner.model, gradient)
+        inverted = invert(self.trainer.model, gradient)
         truths = [self.truth(patient) for patient in patients]
-        names = [name for name in truths[0] if name in found] or list(truths[0])
-        places = self._seen({name: found[name][1] for name in names}, truths[0]) if found else None
+        names = [name for name in truths[0] if name in inverted] or list(truths[0])
+        places = self._seen({name: inverted[name][1] for name in names}, truths[0]) if inverted else None
         errors: list[Tensor] = []
         true, others = [], []
         for name in names:
             at = slice(None) if places is None else places[name]
             own, other = truths[0][name][at], self._other(patients, name)[at]
-            if found:
-                guess = self.intensities(found[name][0])[at]
-                squares = [(guess - truth[name][at]).square().mean(dim=1) for truth in truths if name in truth]
+            if inverted:
+                patches = self.intensities(inverted[name][0])[at]
+                squares = [(patches - truth[name][at]).square().mean(dim=1) for truth in truths if name in truth]
                 errors.append(torch.stack(squares).min(dim=0).values)
             true.append(own)
             others.append((own - other).square().mean(dim=1))
         grey = torch.cat([own.flatten() for own in true])
         best = _psnr((grey - grey.mean()).square())
-        return (_psnr(torch.cat(errors)) if found else best), best, _psnr(torch.cat(others))
+        return (_psnr(torch.cat(errors)) if inverted else best), best, _psnr(torch.cat(others))
 
     def _seen(self, over: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """As many places as a patient shows of these streams (a public number), those where least is left over."""
@@ -219,15 +221,15 @@ class Attacked:
 
     def truth(self, patient: Patient) -> dict[str, Tensor]:
         """Intensities of a patient's patches [T, F], by stream."""
-        batch, found = self.maps[patient[0]].batch([patient[1]]), {}
-        for name, tokenizer in self.learner.model.streams.items():
+        batch, patches = self.maps[patient[0]].batch([patient[1]]), {}
+        for name, tokenizer in self.trainer.model.streams.items():
             if name in batch.images:
                 assert isinstance(tokenizer, StreamTokenizer)
-                found[name] = self.intensities(patchify(batch.images[name], tokenizer.step)[0])
-        return found
+                patches[name] = self.intensities(patchify(batch.images[name], tokenizer.step)[0])
+        return patches
 
     def intensities(self, patches: Tensor) -> Tensor:
-        """What patches [T, F] say of the image, in [0, 1]."""
+        """Image intensities of patches [T, F], in [0, 1]."""
         return intensities(patches.double(), self.run.model.tokenizer).clamp(0.0, 1.0)
 
 

@@ -24,9 +24,7 @@ from panfm.data.store import ImageStore
 from panfm.errors import DataError
 from panfm.evaluate.scores import Interval, auc, draw_counts, interval
 from panfm.seeds import torch_generator
-from panfm.training import Learner
-from panfm.training.loop import hide
-from panfm.training.objective import masked_view
+from panfm.training.trainer import Trainer
 
 _CHUNK = 64
 
@@ -48,7 +46,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Membership:
-    """What the attack finds."""
+    """Result of the attack."""
 
     auc: Interval
     """Chance that a member scores above another patient of its site; 0.5 is none."""
@@ -96,51 +94,47 @@ def patient_losses(
     run: RunConfig, state: Mapping[str, Tensor], store: ImageStore, indices: NDArray[np.int64], *, masks: int
 ) -> NDArray[np.float64]:
     """Loss of each patient [N], mean over masks; NaN for patients without a stream of the run."""
-    learner = _learner(run, state, [stream for stream in run.streams if stream in store.images])
-    maps, position = learner.stem(store), {int(index): at for at, index in enumerate(indices)}
+    trainer = _trainer(run, state, [stream for stream in run.streams if stream in store.images])
+    maps, position = trainer.stem(store), {int(index): at for at, index in enumerate(indices)}
     losses = np.full((masks, len(indices)), np.nan)
     for mask in range(masks):
-        for number, chunk in enumerate(_chunks_of_equals(maps, indices, learner.model.stream_names, _CHUNK)):
+        for number, chunk in enumerate(_chunks_of_equals(maps, indices, trainer.model.stream_names, _CHUNK)):
             generator = torch_generator(run.seed, "membership", mask, number)
-            losses[mask, [position[int(index)] for index in chunk]] = _losses(learner, maps, chunk, generator)
-    found: NDArray[np.float64] = losses.mean(axis=0)
-    return found
+            losses[mask, [position[int(index)] for index in chunk]] = _losses(trainer, maps, chunk, generator)
+    means: NDArray[np.float64] = losses.mean(axis=0)
+    return means
 
 
 def _chunks_of_equals(
     store: ImageStore, indices: NDArray[np.int64], streams: Sequence[str], size: int
 ) -> Iterator[NDArray[np.int64]]:
     """Chunks of at most `size` subjects that hold the same of the streams; who holds none is left out."""
-    held = np.zeros((len(indices), len(streams)), dtype=bool)
+    has_stream = np.zeros((len(indices), len(streams)), dtype=bool)
     for column, stream in enumerate(streams):
-        held[:, column] = np.isin(indices, store.rows.get(stream, []))
-    for kind in np.unique(held, axis=0):
-        equals = indices[(held == kind).all(axis=1)]
+        has_stream[:, column] = np.isin(indices, store.rows.get(stream, []))
+    for kind in np.unique(has_stream, axis=0):
+        equals = indices[(has_stream == kind).all(axis=1)]
         for start in range(0, len(equals) if kind.any() else 0, size):
             yield equals[start : start + size]
 
 
 @torch.no_grad()
 def _losses(
-    learner: Learner, maps: ImageStore, chunk: NDArray[np.int64], generator: torch.Generator
+    trainer: Trainer, maps: ImageStore, chunk: NDArray[np.int64], generator: torch.Generator
 ) -> NDArray[np.float64]:
-    batch, objective = maps.batch(chunk).to(learner.device), learner.objective
-    full = learner.teacher.encode(batch, keep_blocks=True) if objective.needs_teacher else None
-    split = hide(learner, batch, full, torch.ones_like(learner.profile)[None], 0, generator)
-    view = masked_view(learner.model, batch, split)
-    losses = objective.loss(learner.model, view, objective.targets(learner.teacher, batch, split, full))
-    found: NDArray[np.float64] = losses.double().cpu().numpy()
-    return found
+    _, losses = trainer.unguided_losses(maps.batch(chunk).to(trainer.device), generator)
+    values: NDArray[np.float64] = losses.double().cpu().numpy()
+    return values
 
 
-def _learner(run: RunConfig, state: Mapping[str, Tensor], streams: Sequence[str]) -> Learner:
-    """A learner at a state, its teacher at the same; nothing in it couples patients."""
-    objective = run.objective.model_copy(update={"standardise": False} if run.objective.name == "latent" else {})
+def _trainer(run: RunConfig, state: Mapping[str, Tensor], streams: Sequence[str]) -> Trainer:
+    """A trainer at a state, its teacher at the same; nothing in it couples patients."""
+    objective = run.objective.without_running_statistics()
     masking = run.masking.model_copy(update={"policy": "random"})
-    learner = Learner(run.model_copy(update={"objective": objective, "masking": masking}), streams)
-    learner.model.load_state_dict({name: state[name] for name in learner.model.state_dict()})
-    learner.restart_teacher()
-    return learner
+    trainer = Trainer(run.model_copy(update={"objective": objective, "masking": masking}), streams)
+    trainer.model.load_state_dict({name: state[name] for name in trainer.model.state_dict()})
+    trainer.restart_teacher()
+    return trainer
 
 
 def _resamples(is_member: NDArray[np.bool_], number: int, seed: int) -> NDArray[np.float64]:

@@ -29,23 +29,24 @@ from panfm.data.store import Batch, ImageStore
 from panfm.errors import ConfigError
 from panfm.models import PanModel
 from panfm.models.backbone import Encoded
-from panfm.privacy.loop import noisy_gradient, step
 from panfm.privacy.mechanisms import Mechanism, epsilon
+from panfm.privacy.private_step import PrivateGradient
 from panfm.seeds import numpy_generator
-from panfm.training import Learner
-from panfm.training.objective import Objective, Split, Targets, View
+from panfm.training.masking import TokenMask
+from panfm.training.objective import Objective, StudentOutput, Targets
+from panfm.training.trainer import Trainer
 
 DELTA = 1e-5
 """Of the claim that is audited; the run's own delta is too large for as many canaries as this takes."""
 _LENGTH = 100.0
 """Norm of a canary's gradient, in clip norms."""
-_NAME = "heads.canaries"
-"""A parameter under `heads` is trained whichever part of the model is."""
+_NAME = "canaries"
+"""Of the canaries' parameter among the heads, which are trained whichever part of the model is."""
 
 
 @dataclass(frozen=True)
 class StepAudit:
-    """What was found."""
+    """Result of the audit."""
 
     claim: float
     """Epsilon of these steps by the accountant, at `DELTA`."""
@@ -72,13 +73,14 @@ def audit_step(
     """
     if run.privacy is None:
         raise ConfigError(f"{run.name}: privacy is missing, expected a private run")
-    learner, store = _learner(run, canaries, steps, rate)
+    trainer, store = _trainer(run, canaries, steps, rate)
     present = numpy_generator(run.seed, "canaries").random(canaries) < 0.5
     indices, seen = np.flatnonzero(present), torch.zeros(canaries, dtype=torch.float64)
+    source, coordinates = PrivateGradient(trainer, store, indices), trainer.model.heads.get_parameter(_NAME)
     for taken in range(steps):
-        gradient = noisy_gradient(learner, store, indices, taken)
-        seen += gradient[_NAME].double()
-        step(learner, gradient, (taken + 0.5) / steps)
+        trainer.step(source, taken)
+        assert coordinates.grad is not None
+        seen += coordinates.grad.double().cpu()
     correct, guesses = guess(seen.numpy(), present)
     noise = run.privacy.noise_multiplier
     claim = epsilon([Mechanism("gradients", ("updates",), run.privacy.clip_norm, noise, rate, steps)], DELTA)
@@ -115,25 +117,25 @@ def _chance(guesses: int, correct: int, canaries: int, eps: float, delta: float)
     return min(tail + 2.0 * canaries * delta * float(near.max(initial=0.0)), 1.0)
 
 
-def _learner(run: RunConfig, canaries: int, steps: int, rate: float) -> tuple[Learner, ImageStore]:
-    """A learner whose model has a coordinate per canary, and the stem maps of the canaries."""
+def _trainer(run: RunConfig, canaries: int, steps: int, rate: float) -> tuple[Trainer, ImageStore]:
+    """A trainer whose model has a coordinate per canary, and the stem maps of the canaries."""
     assert run.privacy is not None
     private = run.privacy.model_copy(update={"sample_rate": rate})
     train = run.train.model_copy(update={"rounds": 1, "local_steps": steps})
     stream = next(iter(run.streams))
-    learner = Learner(run.model_copy(update={"privacy": private, "train": train}), [stream])
-    learner.model.heads.register_parameter("canaries", nn.Parameter(torch.zeros(canaries, device=learner.device)))
+    trainer = Trainer(run.model_copy(update={"privacy": private, "train": train}), [stream])
+    trainer.model.heads.register_parameter(_NAME, nn.Parameter(torch.zeros(canaries, device=trainer.device)))
     config = run.streams[stream]
     pictures = numpy_generator(run.seed, "canary pictures").random((canaries, config.channels, *config.shape))
     names = tuple(f"canary-{number}" for number in range(canaries))
     images, rows = {stream: pictures.astype(np.float32)}, {stream: np.arange(canaries)}
-    maps = learner.stem(ImageStore(names, ("train",) * canaries, images, rows))
+    maps = trainer.stem(ImageStore(names, ("train",) * canaries, images, rows))
     known = torch.from_numpy(np.asarray(maps.images[stream]))
-    learner.objective = _WithCanaries(learner.objective, stream, known, private.clip_norm)
-    return learner, maps
+    trainer.objective = _WithCanaries(trainer.objective, stream, known, private.clip_norm)
+    return trainer, maps
 
 
-class _WithCanaries:
+class _WithCanaries(Objective):
     """The run's objective, plus a long gradient along the axis of the canary that a patient is."""
 
     def __init__(self, objective: Objective, stream: str, pictures: Tensor, clip_norm: float) -> None:
@@ -143,24 +145,23 @@ class _WithCanaries:
         self.pictures = pictures.flatten(1)
         self.length = _LENGTH * clip_norm
 
-    def targets(self, teacher: PanModel, maps: Batch, split: Split, full: Encoded | None) -> Targets:
+    def targets(self, teacher: PanModel, maps: Batch, mask: TokenMask, full: Encoded | None) -> Targets:
         """The objective's, and which canary each patient is, [B, m]; it is known by its picture."""
         own = maps.images[self.stream].flatten(1).cpu()
         number = torch.cdist(own, self.pictures).argmin(dim=1)
         axis = nn.functional.one_hot(number, len(self.pictures)).float()
-        return {**self.inner.targets(teacher, maps, split, full), "canary": axis.to(maps.images[self.stream].device)}
+        return {**self.inner.targets(teacher, maps, mask, full), "canary": axis.to(maps.images[self.stream].device)}
 
-    def loss(self, student: PanModel, view: View, targets: Targets) -> Tensor:
+    def loss(self, student: PanModel, output: StudentOutput, targets: Targets) -> Tensor:
         """Loss of each subject [B]."""
         inner = {name: value for name, value in targets.items() if name != "canary"}
-        coordinates = student.heads.canaries
-        assert isinstance(coordinates, Tensor)
-        return self.inner.loss(student, view, inner) + self.length * (targets["canary"] @ coordinates)
+        coordinates = student.heads.get_parameter(_NAME)
+        return self.inner.loss(student, output, inner) + self.length * (targets["canary"] @ coordinates)
 
     def state(self) -> dict[str, Tensor]:
         """The objective's."""
         return self.inner.state()
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take back what `state` gave."""
+        """Restore what `state` returned."""
         self.inner.load_state(state)

@@ -87,7 +87,7 @@ def planned(run: RunConfig, unit: Unit = "patient") -> tuple[Mechanism, ...]:
 
 def needs_saliency(run: RunConfig) -> bool:
     """Whether masks are steered by more than the patient's own saliency."""
-    return run.masking.policy in ("sgm", "inverse") and run.masking.scope != "subject"
+    return run.masking.steered_by in ("site", "federation")
 
 
 def check_mechanism(mechanism: Mechanism, *, least_noise: float = LEAST_NOISE) -> None:

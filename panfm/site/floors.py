@@ -25,7 +25,7 @@ from panfm.config.training import TrainConfig
 from panfm.data.store import ImageStore
 from panfm.errors import LimitError
 from panfm.sharing.groups import DIRECTOR, EXPERTS, ROUTER, GroupManifest, layer_of, stream_of
-from panfm.training import TrainResult
+from panfm.training.gradient import TrainResult
 from panfm.training.schedules import warmup_cosine
 
 _UNEVEN = 3.0

@@ -28,7 +28,8 @@ from panfm.site.admission import check_finite, check_start
 from panfm.site.budget import PatientBudget
 from panfm.site.floors import Floors
 from panfm.site.state import Origin, StateStore, fingerprint, note_question, question_digest
-from panfm.training import Learner, TrainResult
+from panfm.training.gradient import TrainResult
+from panfm.training.trainer import Trainer
 
 _LOST = "coding.lost."
 _GLOBAL = "global."
@@ -58,12 +59,12 @@ class Session:
         self.origin = Origin(experiment_hash(run), privacy_label(run), fingerprint(store))
         self.streams = trained_streams(run, store)
         self.trained = tuple(run.streams) if run.sharing.rule == "plain" else tuple(self.streams)
-        self.learner = _learners(dump_toml(run))(self.trained)
+        self.trainer = _trainers(dump_toml(run))(self.trained)
         self.manifest = GroupManifest.of(
-            {name: tuple(tensor.shape) for name, tensor in self.learner.shared_state().items()}
+            {name: tuple(tensor.shape) for name, tensor in self.trainer.shared_state().items()}
         )
         self._mine = object()
-        """Marks what this session has put into the learner."""
+        """Marks what this session has put into the trainer."""
         self._lost: dict[str, Flat] = {}
         self._global: Mapping[str, Flat] = {}
         """Global parameters that the last round started from."""
@@ -85,7 +86,7 @@ class Session:
         note_question(states, self.run, task.round_number, digest)
         result = self._train_privately(task) if self.run.privacy else self._train(task)
         updates = self._updates(self.floors.withheld(self.manifest, result))
-        self.learner.holds = (self._mine, states.save(task.round_number, self._private_state()))
+        self.trainer.holds = (self._mine, states.save(task.round_number, self._private_state()))
         quiet = self.run.privacy or self.run.server_privacy
         return RoundResult(
             state_round=state_round,
@@ -100,7 +101,7 @@ class Session:
     def _train(self, task: RoundTask) -> TrainResult:
         num_steps = self.run.train.local_steps
         first_step = (task.round_number - 1) * num_steps
-        result = self.learner.train(
+        result = self.trainer.train(
             self.store,
             self.store.indices("train"),
             first_step=first_step,
@@ -116,7 +117,7 @@ class Session:
         assert self.budget is not None
         num_steps = self.run.train.local_steps
         return train_privately(
-            self.learner,
+            self.trainer,
             self.store,
             self.store.indices("train"),
             permit=self.budget.pay(self.run, task, self.origin.patients),
@@ -133,15 +134,15 @@ class Session:
         if task.round_number == 1:
             for parameters in (groups, task.teacher):
                 check_start(self.run, self.trained, parameters)
-        self.learner.load_shared(tensors)
+        self.trainer.load_shared(tensors)
         self._global = groups
         if state_round == 0:
-            self.learner.reset_private()
+            self.trainer.reset_private()
             self._lost = {}
         if self.run.train.teacher_start == "global":
-            self.learner.restart_teacher()
+            self.trainer.restart_teacher()
         elif self.run.train.teacher_start == "server-ema":
-            self.learner.load_teacher(self._tensors(task.teacher))
+            self.trainer.load_teacher(self._tensors(task.teacher))
 
     def _arrived(self, task: RoundTask, state_round: int) -> dict[str, Flat]:
         """The global parameters that a step leads to. Raises ProtocolError if they are not the server's."""
@@ -156,7 +157,7 @@ class Session:
 
     def _load_private(self, round_number: int, states: StateStore) -> int:
         """Returns the round whose private state is now in place; 0: a fresh one."""
-        in_memory, self.learner.holds = self.learner.holds, None
+        in_memory, self.trainer.holds = self.trainer.holds, None
         states.check_origin()
         before = states.round_before(round_number)
         if before < round_number - 1:
@@ -164,7 +165,7 @@ class Session:
             logger.warning("round %s: private state of the round before is missing, using %s", round_number, source)
         if before and in_memory != (self._mine, states.digest(before)):
             state = states.load(before)
-            self.learner.load_private(state)
+            self.trainer.load_private(state)
             self._lost, self._global = _under(state, _LOST), _under(state, _GLOBAL)
         return before
 
@@ -187,7 +188,7 @@ class Session:
         Args:
             withheld: Group -> which of its numbers travel as 0; what their coding lost before is kept as it is.
         """
-        local = self.manifest.pack_all({name: value.numpy() for name, value in self.learner.shared_state().items()})
+        local = self.manifest.pack_all({name: value.numpy() for name, value in self.trainer.shared_state().items()})
         updates = {group: parameters - self._global[group] for group, parameters in local.items()}
         updates, owed = _without(updates, withheld), _without(self._lost, withheld)
         coded, lost = encode_with_feedback(self.run.sharing.coding, self.manifest, updates, owed)
@@ -203,7 +204,7 @@ class Session:
         kept = {_LOST + group: numbers for group, numbers in self._lost.items()}
         if self.run.sharing.coding != "float32":
             kept |= {_GLOBAL + group: parameters for group, parameters in self._global.items()}
-        return self.learner.private_state() | {name: torch.from_numpy(array) for name, array in kept.items()}
+        return self.trainer.private_state() | {name: torch.from_numpy(array) for name, array in kept.items()}
 
     def _validation_loss(self, round_number: int) -> float | None:
         """Loss on the val split; None in rounds between validations, and if it is of too few subjects."""
@@ -211,7 +212,7 @@ class Session:
         indices = self.store.indices("val")
         if not due or len(indices) < self.floors.batch:
             return None
-        validation = self.learner.validate(self.store, indices, site=self.site)
+        validation = self.trainer.validate(self.store, indices, site=self.site)
         return validation.loss if self.floors.is_enough(validation.subjects) else None
 
 
@@ -228,13 +229,13 @@ def _under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Flat]:
 
 
 @lru_cache(maxsize=1)
-def _learners(run_toml: str) -> Callable[[tuple[str, ...]], Learner]:
-    """A run's learners by the streams that they train; those of the run before are let go.
+def _trainers(run_toml: str) -> Callable[[tuple[str, ...]], Trainer]:
+    """A run's trainers by the streams that they train; those of the run before are let go.
 
-    Sites of one process that train the same streams of a run take turns at one learner: a round loads all of it that is
+    Sites of one process that train the same streams of a run take turns at one trainer: a round loads all of it that is
     not in place, and building one takes as long as two steps.
     """
-    return lru_cache(maxsize=32)(partial(Learner, parse_run(run_toml)))
+    return lru_cache(maxsize=32)(partial(Trainer, parse_run(run_toml)))
 
 
 def trained_streams(run: RunConfig, store: ImageStore) -> dict[str, int]:

@@ -1,6 +1,1 @@
-"""Self-supervised objectives, masking policies, and the local loop that uses them."""
-
-from panfm.training.learner import Learner
-from panfm.training.loop import TrainResult
-
-__all__ = ["Learner", "TrainResult"]
+"""Local training: the trainer, self-supervised objectives and masking policies."""

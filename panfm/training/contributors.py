@@ -11,14 +11,14 @@ import torch
 from numpy.typing import NDArray
 
 from panfm.models.backbone import Encoded
-from panfm.training.objective import Split
+from panfm.training.masking import TokenMask
 from panfm.training.saliency import streams_present
 
 
-def has_loss(split: Split) -> NDArray[np.bool_]:
-    """Which subjects of a batch have something to guess, bool [B]."""
-    there: NDArray[np.bool_] = split.hidden.valid.any(dim=1).cpu().numpy()
-    return there
+def has_loss(mask: TokenMask) -> NDArray[np.bool_]:
+    """Which subjects of a batch have hidden tokens to predict, bool [B]."""
+    has_hidden: NDArray[np.bool_] = mask.hidden.valid.any(dim=1).cpu().numpy()
+    return has_hidden
 
 
 class Contributors:
@@ -35,18 +35,20 @@ class Contributors:
         self._visible = np.zeros((num_streams, num_subjects), dtype=bool)
         self._experts = {layer: np.zeros((count, num_subjects), dtype=bool) for layer, count in experts.items()}
 
-    def add(self, subjects: NDArray[np.int64], split: Split, seen: Encoded, stream_of_place: torch.Tensor) -> None:
+    def add(
+        self, subjects: NDArray[np.int64], mask: TokenMask, encoded: Encoded, stream_of_place: torch.Tensor
+    ) -> None:
         """Count a step's subjects [B], as indices into the store."""
-        counting = has_loss(split)
-        for marks, layout in ((self._hidden, split.hidden), (self._visible, split.visible)):
+        counting = has_loss(mask)
+        for marks, layout in ((self._hidden, mask.hidden), (self._visible, mask.visible)):
             present = streams_present(layout, stream_of_place, len(marks)).cpu().numpy()
             marks[:, subjects[counting]] |= present[counting].T
-        for marks, routed in zip(self._experts.values(), seen.routed, strict=True):
+        for marks, routed in zip(self._experts.values(), encoded.routed, strict=True):
             chosen = routed.chosen.cpu().numpy().reshape(len(subjects), -1)  # by subject, or by each of its tokens
             marks[chosen[counting], subjects[counting, None]] = True
 
     def per_stream(self) -> list[int]:
-        """Subjects behind each stream: those who guess its tokens or those who show them, whichever are fewer."""
+        """Subjects behind each stream: those who predict its tokens or those who show them, whichever are fewer."""
         fewest: list[int] = np.minimum(self._hidden.sum(axis=1), self._visible.sum(axis=1)).tolist()
         return fewest
 

@@ -1,8 +1,8 @@
-"""What a Director-Experts backbone adds to a round of local training; to a dense one it adds nothing.
+"""Terms and moves that a Director-Experts backbone adds to local training; a dense backbone adds none.
 
     loss       + alignment-weight / L  sum over the layers l of alignment_l / (L - (l - 1))
                + balance-weight        mean over the layers of balance_l
-    after a step: directors, running activations and the round's gate mass move by the batch's gate mass
+    after a step: directors and running activations move by the batch's gate mass
 
 Noise, momentum and balance weight follow a cosine over the whole run. All that moves moves after a successful step, so
 a skipped step leaves no trace. The director moves by the experts that the optimiser has just updated; in the released
@@ -12,6 +12,8 @@ code it moves before the optimiser's step, by the experts as they were. The resu
 Source: DEX (arXiv 2605.21861).
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -19,60 +21,69 @@ from torch.nn import functional
 from panfm.config.model import ExpertsConfig
 from panfm.models import PanModel
 from panfm.models.backbone import Encoded
-from panfm.models.director_experts import Exploration, balance_loss, layer_weight
+from panfm.models.director_experts import DirectorExperts, Exploration, balance_loss, layer_weight
 from panfm.training.schedules import cosine
 
 
 class ExpertTraining:
-    """The experts' share of one round."""
+    """Exploration, regularisers and directors of a model's experts."""
 
-    def __init__(self, config: ExpertsConfig, model: PanModel, generator: torch.Generator) -> None:
-        """Start a round.
-
-        Args:
-            generator: Draws the routers' noise.
-        """
+    def __init__(self, config: ExpertsConfig, model: PanModel) -> None:
         self.config = config
-        self.generator = generator
-        self.layers = model.director_experts()
-        self._mass = {name: torch.zeros_like(layer.activation) for name, layer in self.layers.items()}
+        self.model = model
 
-    def exploration(self, position: float) -> Exploration | None:
-        """The noise of a step at a position of the run."""
-        return Exploration.of(_at(self.config.noise, position), self.generator) if self.layers else None
+    @property
+    def layers(self) -> dict[str, DirectorExperts]:
+        """Layers with experts, by the prefix of their parameters' names."""
+        return self.model.director_experts()
 
-    def regularise(self, loss: Tensor, seen: Encoded, position: float) -> Tensor:
+    def exploration(self, progress: float, generator: torch.Generator) -> Exploration | None:
+        """The routers' noise at a point of the run, drawn from a generator."""
+        return Exploration.of(_at(self.config.noise, progress), generator) if self.layers else None
+
+    def regularise(self, loss: Tensor, encoded: Encoded, progress: float) -> Tensor:
         """Add alignment and balance to an objective's loss; nothing to one that asks for no gradient."""
         if not self.layers or not loss.requires_grad:
             return loss
-        alignment = self.alignment(seen).mean()
-        balance = torch.stack([balance_loss(routed.probs) for routed in seen.routed]).mean()
-        weight = _at(self.config.balance_weight, position)
+        alignment = self.alignment(encoded).mean()
+        balance = torch.stack([balance_loss(routed.probs) for routed in encoded.routed]).mean()
+        weight = _at(self.config.balance_weight, progress)
         return loss + self.config.alignment_weight * alignment + weight * balance
 
-    def alignment(self, seen: Encoded) -> Tensor:
+    def align(self, losses: Tensor, encoded: Encoded) -> Tensor:
+        """Add alignment to the loss of each subject [B]: the regulariser that reads one subject alone."""
+        if not self.layers:
+            return losses
+        return losses + self.config.alignment_weight * self.alignment(encoded)
+
+    def alignment(self, encoded: Encoded) -> Tensor:
         """Alignment of each subject [B], weighted over the layers."""
-        valid = functional.pad(seen.layout.valid, (1, 0), value=True)
-        num_layers = len(self.layers)
+        valid = functional.pad(encoded.layout.valid, (1, 0), value=True)
+        layers = self.layers
         losses = [
-            layer_weight(number, num_layers) * layer.alignment_loss(routed, valid, self.config.alignment)
-            for number, (layer, routed) in enumerate(zip(self.layers.values(), seen.routed, strict=True), start=1)
+            layer_weight(number, len(layers)) * layer.alignment_loss(routed, valid, self.config.alignment)
+            for number, (layer, routed) in enumerate(zip(layers.values(), encoded.routed, strict=True), start=1)
         ]
-        return torch.stack(losses).sum(dim=0) / max(num_layers, 1)
+        return torch.stack(losses).sum(dim=0) / max(len(layers), 1)
 
-    def absorb(self, seen: Encoded, position: float) -> None:
-        """After a successful step: move directors and running activations, count gate mass."""
-        momentum = _at(self.config.director_momentum, position)
-        for (name, layer), routed in zip(self.layers.items(), seen.routed, strict=True):
-            mass = routed.mass()
-            layer.move_director(mass, momentum=momentum)
-            layer.move_activation(mass)
-            self._mass[name] += mass
+    def gate_mass(self, encoded: Encoded) -> dict[str, Tensor]:
+        """Gate mass of every expert in a batch, by layer."""
+        return {name: routed.mass() for name, routed in zip(self.layers, encoded.routed, strict=True)}
 
-    def gate_mass(self) -> dict[str, list[float]]:
-        """Gate mass of every expert over the round's successful steps, by the layer's prefix."""
-        return {name: mass.tolist() for name, mass in self._mass.items()}
+    def after_step(self, gate_mass: Mapping[str, Tensor] | None, progress: float) -> None:
+        """Move directors and running activations after a successful step.
+
+        Args:
+            gate_mass: Of the step's batch; if it is None, directors follow all experts alike and activations stay.
+        """
+        momentum = _at(self.config.director_momentum, progress)
+        for name, layer in self.layers.items():
+            if gate_mass is None:
+                layer.move_director(torch.ones_like(layer.activation), momentum=momentum)
+            else:
+                layer.move_director(gate_mass[name], momentum=momentum)
+                layer.move_activation(gate_mass[name])
 
 
-def _at(ends: tuple[float, float], position: float) -> float:
-    return cosine(position, start=ends[0], end=ends[1])
+def _at(ends: tuple[float, float], progress: float) -> float:
+    return cosine(progress, start=ends[0], end=ends[1])

@@ -1,93 +1,103 @@
-"""What every objective looks like to the local loop: targets without a gradient, then a loss per subject.
+"""Base of all objectives: targets without a gradient, then a loss per subject, and the heads for it.
 
-A student sees the visible places; the objective compares what it guesses about the hidden ones with a target. Targets
+A student sees the visible tokens; the objective compares what it predicts about the hidden ones with a target. Targets
 come from the teacher (`latent`, `dino`) or from the image (`mae`). Any masking policy works under any objective.
-What depends on the data's shape (who hides how much of what) is settled in `Split` and the targets; from there to the
-loss everything is a plain function of parameters and tensors, so that `panfm.privacy` can take it patient by patient.
+All that depends on the data's shape (who hides how much of which stream) is settled in `TokenMask` and the targets;
+from there to the loss everything is a plain function of parameters and tensors, so that `panfm.privacy` can go patient
+by patient.
+
+To add an objective, write its config class (`panfm.config.objective`) and this class, in a folder or in one file, and a
+line in `OBJECTIVES` (`panfm/registry.py`).
 
 Shape legend: B subjects, N places, K hidden places, D width.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from panfm.config.objective import ObjectiveConfig
 from panfm.data.store import Batch
 from panfm.models import PanModel
 from panfm.models.backbone import Encoded
 from panfm.models.director_experts import Exploration
-from panfm.models.tokens import Layout, gather_tokens
+from panfm.models.heads import ObjectiveHeads
+from panfm.models.tokens import gather_tokens
+from panfm.registry import import_class
+from panfm.training.masking import TokenMask
 
 Targets = Mapping[str, Tensor]
-"""What the student has to guess, by name; rows are subjects, or those of them that hold a stream."""
+"""Tensors that the student has to predict, by name; rows are subjects, or those of them that hold a stream."""
 
 
 @dataclass(frozen=True)
-class Split:
-    """Which places of a batch the student sees, and which it guesses."""
-
-    layout: Layout
-    """All places [B, N]."""
-    visible: Layout
-    """Those it sees [B, V]."""
-    visible_column: Tensor
-    """int64 [B, V], where in `layout` each visible place stands."""
-    hidden: Layout
-    """Those it guesses [B, K]."""
-    hidden_column: Tensor
-    """int64 [B, K], where in `layout` each hidden place stands."""
-
-    @classmethod
-    def of(cls, layout: Layout, hidden: Tensor) -> Self:
-        """Hide some places (bool [B, N])."""
-        return cls(layout, *layout.select(~hidden), *layout.select(hidden))
-
-
-@dataclass(frozen=True)
-class View:
-    """One masked batch, seen by the student."""
+class StudentOutput:
+    """The student's encoding of one masked batch, and its predictions."""
 
     maps: Batch
     """The batch's stem maps."""
-    split: Split
-    seen: Encoded
-    """The student's encoding of the visible places."""
-    guesses: Tensor
-    """[B, K, D], the predictor's features of the hidden places."""
+    mask: TokenMask
+    encoded: Encoded
+    """The student's encoding of the visible tokens."""
+    predictions: Tensor
+    """[B, K, D], the predictor's features of the hidden tokens."""
 
 
-class Objective(Protocol):
+class Objective(ABC):
     """A self-supervised loss."""
 
-    needs_teacher: bool
+    needs_teacher: bool = True
     """Whether `targets` reads the teacher's encoding."""
 
-    def targets(self, teacher: PanModel, maps: Batch, split: Split, full: Encoded | None) -> Targets:
-        """What is to be guessed; `full` is the teacher's encoding of all places, block outputs included."""
-        ...
+    @abstractmethod
+    def __init__(self, config: Any, model: PanModel, seed: int) -> None:
+        """Start with empty statistics.
 
-    def loss(self, student: PanModel, view: View, targets: Targets) -> Tensor:
+        Args:
+            config: Of the objective's own config class.
+            seed: The run's.
+        """
+
+    @staticmethod
+    def build_heads(config: Any, width: int, num_features: Mapping[str, int]) -> ObjectiveHeads:
+        """The heads that the objective adds to a model, given the features of each stream's tokens; none by default."""
+        return ObjectiveHeads()
+
+    @abstractmethod
+    def targets(self, teacher: PanModel, maps: Batch, mask: TokenMask, full: Encoded | None) -> Targets:
+        """Compute the targets of a masked batch; `full` is the teacher's encoding of all tokens, with all blocks."""
+
+    @abstractmethod
+    def loss(self, student: PanModel, output: StudentOutput, targets: Targets) -> Tensor:
         """Loss of each subject [B]."""
-        ...
 
     def state(self) -> dict[str, Tensor]:
-        """Running statistics, by name; `load_state` takes them back."""
-        ...
+        """Running statistics, by name, in tensors that are replaced and never changed in place."""
+        return {}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take back what `state` gave."""
-        ...
+        """Restore what `state` returned."""
+        assert not state, "an objective with statistics restores them"
 
 
-def masked_view(student: PanModel, maps: Batch, split: Split, exploration: Exploration | None = None) -> View:
-    """Let the student see the visible places and guess the hidden ones; its routers, if it has any, may explore."""
-    tokens = student.tokenize(maps, split.layout)
-    seen = student.backbone(gather_tokens(tokens, split.visible_column), split.visible, exploration=exploration)
-    guesses = student.heads.predict(seen, split.hidden, student.hidden_queries())
-    return View(maps, split, seen, guesses)
+def build_objective(config: ObjectiveConfig, model: PanModel, *, seed: int) -> Objective:
+    """The objective of a description."""
+    objective: Objective = import_class(config.implementation)(config, model, seed)
+    return objective
+
+
+def student_output(
+    student: PanModel, maps: Batch, mask: TokenMask, exploration: Exploration | None = None
+) -> StudentOutput:
+    """Encode the visible tokens and predict the hidden ones; the student's routers, if it has any, may explore."""
+    tokens = student.tokenize(maps, mask.layout)
+    encoded = student.backbone(gather_tokens(tokens, mask.visible_column), mask.visible, exploration=exploration)
+    predictions = student.heads.predict(encoded, mask.hidden, student.hidden_queries())
+    return StudentOutput(maps, mask, encoded, predictions)
 
 
 def mean_over(values: Tensor, valid: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from panfm.config import RunConfig, parse_run
 from panfm.data.store import ImageStore
 from panfm.models.director_experts import Alignment, DirectorExperts, Routed, mlp
 from panfm.seeds import numpy_generator
-from panfm.training import Learner
+from panfm.training.trainer import Trainer
 from simulations.harness import StudyResult, check_writable
 
 _RUN = """
@@ -66,14 +66,14 @@ def main(
 
 def measure(turns: int) -> dict[str, list[float]]:
     """CPU seconds of `turns` steps of every arm, in turn order."""
-    learners = {arm: Learner(_run(arm, turns)) for arm in _MODELS}
-    learners["naive"] = naive_learner(_run("dex", turns))
-    store = _random_store(learners["dense"].run)
-    seconds: dict[str, list[float]] = {arm: [] for arm in learners}
-    order = list(learners)
+    trainers = {arm: Trainer(_run(arm, turns)) for arm in _MODELS}
+    trainers["naive"] = naive_trainer(_run("dex", turns))
+    store = _random_store(trainers["dense"].run)
+    seconds: dict[str, list[float]] = {arm: [] for arm in trainers}
+    order = list(trainers)
     for turn in range(turns + 1):
         for arm in order[turn % 3 :] + order[: turn % 3]:
-            taken = _one_step(learners[arm], store, turn)
+            taken = _one_step(trainers[arm], store, turn)
             if turn:
                 seconds[arm].append(taken)
     return seconds
@@ -117,26 +117,26 @@ class NaiveDirectorExperts(DirectorExperts):
             director.copy_(momentum * director + (1.0 - momentum) * group)
 
 
-def naive_learner(run: RunConfig) -> Learner:
+def naive_trainer(run: RunConfig) -> Trainer:
     """The same model with naive layers; every expert starts as the director. Pooled, because names differ."""
-    learner = Learner(run.model_copy(update={"sharing": run.sharing.model_copy(update={"experts": "pooled"})}))
-    for model in (learner.model, learner.teacher):
+    trainer = Trainer(run.model_copy(update={"sharing": run.sharing.model_copy(update={"experts": "pooled"})}))
+    for model in (trainer.model, trainer.teacher):
         for layer in model.director_experts().values():
             experts = NaiveExperts(len(layer.activation), *reversed(layer.experts.weight_in.shape[1:]))
             for expert in experts.experts:
                 expert.load_state_dict(layer.director.state_dict())
             layer.__class__, layer.experts = NaiveDirectorExperts, experts  # type: ignore[assignment]
-    learner.parameters = list(learner.model.parameters())
-    learner._teacher_parameters = list(learner.teacher.requires_grad_(requires_grad=False).parameters())
-    learner.reset_private()
-    return learner
+    trainer.parameters = list(trainer.model.parameters())
+    trainer._teacher_parameters = list(trainer.teacher.requires_grad_(requires_grad=False).parameters())
+    trainer.reset_private()
+    return trainer
 
 
-def _one_step(learner: Learner, store: ImageStore, turn: int) -> float:
+def _one_step(trainer: Trainer, store: ImageStore, turn: int) -> float:
     """CPU seconds of one step, without what a round does once at its end."""
     ended: list[float] = []
     begin = time.process_time()
-    learner.train(
+    trainer.train(
         store,
         np.arange(_NUM_SUBJECTS),
         first_step=turn,

@@ -21,9 +21,9 @@ from rich.console import Console
 
 from panfm.config import RunConfig, parse_run
 from panfm.data.store import ImageStore
-from panfm.privacy.loop import noisy_gradient, step
+from panfm.privacy.private_step import PrivateGradient
 from panfm.seeds import numpy_generator
-from panfm.training import Learner
+from panfm.training.trainer import Trainer
 from simulations.harness import StudyResult, check_writable
 
 _RUN = """
@@ -87,22 +87,22 @@ def measure(kind: str, turns: int) -> dict[str, list[float]]:
 
 
 class _Arm:
-    """One learner that takes steps on one batch."""
+    """One trainer that takes steps on one batch."""
 
     def __init__(self, kind: str, *, private: bool) -> None:
-        self.learner = Learner(_run(kind, private=private))
+        self.trainer = Trainer(_run(kind, private=private))
         self.indices = np.arange(_BATCH[kind])
-        self.store = _random_store(self.learner.run, _BATCH[kind])
-        self.maps = self.learner.stem(self.store)
+        self.store = _random_store(self.trainer.run, _BATCH[kind])
+        self.maps = self.trainer.stem(self.store)
 
     def take_step(self) -> float:
         """CPU seconds of one step, without what a round does once at its end."""
         ended: list[float] = []
         begin = time.process_time()
-        if self.learner.run.privacy:
-            step(self.learner, noisy_gradient(self.learner, self.maps, self.indices, 0), 0.5)
+        if self.trainer.run.privacy:
+            self.trainer.step(PrivateGradient(self.trainer, self.maps, self.indices), 0)
             return time.process_time() - begin
-        self.learner.train(
+        self.trainer.train(
             self.store,
             self.indices,
             first_step=0,

@@ -1,6 +1,6 @@
 """What does the federation cost on top of training? Rounds of `--engine local` over the same rounds in a plain loop.
 
-Both arms train the same sites with the same Learner, one after the other, and average group by group. The federated arm
+Both arms train the same sites with the same Trainer, one after the other, and average group by group. The federated arm
 adds everything else: messages, packing, guards, the exact mean, validation, private state and checkpoints on disk. The
 arms take turns, round by round. A cycle is `train.validate-every` rounds, so that each holds one validation; the ratio
 is the median over cycles of (federated cycle / plain cycle), in seconds on the clock, and beside it in CPU seconds,
@@ -31,7 +31,7 @@ from panfm.data.store import ImageStore
 from panfm.sharing.groups import GroupManifest, group_of
 from panfm.sharing.weights import Trained, group_weights
 from panfm.site.session import trained_streams
-from panfm.training import Learner
+from panfm.training.trainer import Trainer
 from server.handshake import shake_hands
 from server.rounds import initial_state, train_round
 from server.run_folder import RunFolder
@@ -118,26 +118,26 @@ def plain_rounds(run: RunConfig, sites: Path) -> Iterator[None]:
     """The rounds of the least one can do: train every site, average, group by group."""
     torch.set_num_threads(run.train.threads)
     stores = {path.name: open_store(path, run.streams) for path in sorted(sites.iterdir())}
-    learners = {site: Learner(run, tuple(trained_streams(run, store))) for site, store in stores.items()}
-    state: Mapping[str, Tensor] = Learner(run).shared_state()
+    trainers = {site: Trainer(run, tuple(trained_streams(run, store))) for site, store in stores.items()}
+    state: Mapping[str, Tensor] = Trainer(run).shared_state()
     for round_number in range(1, run.train.rounds + 1):
-        state = _plain_round(run, stores, learners, state, round_number)
+        state = _plain_round(run, stores, trainers, state, round_number)
         yield
 
 
 def _plain_round(
     run: RunConfig,
     stores: Mapping[str, ImageStore],
-    learners: Mapping[str, Learner],
+    trainers: Mapping[str, Trainer],
     state: Mapping[str, Tensor],
     round_number: int,
 ) -> dict[str, Tensor]:
     sums = {name: torch.zeros_like(value) for name, value in state.items()}
     totals = dict.fromkeys(state, 0.0)
     manifest = GroupManifest.of({name: tuple(value.shape) for name, value in state.items()})
-    for site, learner in learners.items():
-        learner.load_shared({name: state[name] for name in learner.model.state_dict()})
-        result = learner.train(
+    for site, trainer in trainers.items():
+        trainer.load_shared({name: state[name] for name in trainer.model.state_dict()})
+        result = trainer.train(
             stores[site],
             stores[site].indices("train"),
             first_step=(round_number - 1) * run.train.local_steps,
@@ -146,7 +146,7 @@ def _plain_round(
             round_number=round_number,
         )
         trained = Trained(result.subjects, result.subjects_per_stream, result.num_steps)
-        for name, value in learner.shared_state().items():
+        for name, value in trainer.shared_state().items():
             (weight,) = group_weights(run, manifest, group_of(name), trained)
             sums[name] += weight * value
             totals[name] += weight

@@ -16,7 +16,7 @@ from rich.console import Console
 from panfm.config import RunConfig
 from panfm.data.store import ImageStore
 from panfm.seeds import numpy_generator
-from panfm.training import Learner
+from panfm.training.trainer import Trainer
 from simulations.cohorts.prepare import load_simulation
 from simulations.harness import QUICKSTART, Experiment, JsonFile, StudyResult, check_writable
 
@@ -57,22 +57,22 @@ def main(
 def measure(run: RunConfig, size: str, *, turns: int) -> dict[str, list[float]]:
     """CPU seconds of `turns` steps of every arm, in turn order."""
     store = _random_store(run)
-    learners = {arm: _learner(run, size, settings, turns) for arm, settings in ARMS.items()}
+    trainers = {arm: _trainer(run, size, settings, turns) for arm, settings in ARMS.items()}
     seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
     order = list(ARMS)
     for turn in range(turns + 1):
         for arm in order[turn % 3 :] + order[: turn % 3]:
-            taken = _one_step(learners[arm], store, turn)
+            taken = _one_step(trainers[arm], store, turn)
             if turn:
                 seconds[arm].append(taken)
     return seconds
 
 
-def _one_step(learner: Learner, store: ImageStore, turn: int) -> float:
+def _one_step(trainer: Trainer, store: ImageStore, turn: int) -> float:
     """CPU seconds of one step, without what a round does once at its end."""
     ended: list[float] = []
     begin = time.process_time()
-    learner.train(
+    trainer.train(
         store,
         np.arange(_NUM_SUBJECTS),
         first_step=turn,
@@ -89,14 +89,14 @@ def paired_ratio(seconds: dict[str, list[float]], arm: str) -> float:
     return float(np.median(np.asarray(seconds[arm]) / np.asarray(seconds["random"])))
 
 
-def _learner(run: RunConfig, size: str, masking: dict[str, object], turns: int) -> Learner:
+def _trainer(run: RunConfig, size: str, masking: dict[str, object], turns: int) -> Trainer:
     train = run.train.model_copy(update={"rounds": 1, "local_steps": turns + 1, "batch_size": 8})
     changed = {
         "model": run.model.model_copy(update={"size": size}),
         "masking": run.masking.model_copy(update=masking),
         "train": train,
     }
-    return Learner(run.model_copy(update=changed))
+    return Trainer(run.model_copy(update=changed))
 
 
 def _random_store(run: RunConfig) -> ImageStore:

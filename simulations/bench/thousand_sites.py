@@ -5,7 +5,7 @@ Each site is a small hospital of its own on disk: ten phantom patients, scans of
 back after many rounds, hardly one is warm when it is asked.
 
     local   the real run from its handshakes to its model: everything that a round takes
-    pure    `Learner.train` for the same sites with as many steps, and nothing else: models, stem maps and images are
+    pure    `Trainer.train` for the same sites with as many steps, and nothing else: models, stem maps and images are
             in memory before its clock starts
 
 The arms take turns, round by round. `over_pure` is the ratio of their medians over the rounds, in seconds on the clock
@@ -33,7 +33,7 @@ from panfm.config import RunConfig, site_folders
 from panfm.data.cache import open_store
 from panfm.sharing.messages import Handshake
 from panfm.site.session import trained_streams
-from panfm.training import Learner
+from panfm.training.trainer import Trainer
 from server.progress import Progress
 from server.rounds import run_federation
 from server.run_folder import RunFolder
@@ -137,12 +137,12 @@ class Turns(Progress):
 
 
 class PureTraining:
-    """The training of some sites, one after the other; sites with the same streams share a learner."""
+    """The training of some sites, one after the other; sites with the same streams share a trainer."""
 
     def __init__(self, run: RunConfig, sites: Path) -> None:
         self._run = run
         self._sites = sites
-        self._learners: dict[tuple[str, ...], Learner] = {}
+        self._trainers: dict[tuple[str, ...], Trainer] = {}
 
     def train(self, sites: Iterable[str], round_number: int) -> dict[str, float]:
         """Seconds per site."""
@@ -150,13 +150,13 @@ class PureTraining:
         ready = []
         for site in sites:
             store = open_store(self._sites / site, self._run.streams)
-            learner = self._learner(tuple(trained_streams(self._run, store)))
-            learner.stem(store)
-            ready.append((site, learner, store))
+            trainer = self._trainer(tuple(trained_streams(self._run, store)))
+            trainer.stem(store)
+            ready.append((site, trainer, store))
         num_steps = self._run.train.local_steps
         clock = _Clock()
-        for site, learner, store in ready:
-            learner.train(
+        for site, trainer, store in ready:
+            trainer.train(
                 store,
                 store.indices("train"),
                 first_step=(round_number - 1) * num_steps,
@@ -166,10 +166,10 @@ class PureTraining:
             )
         return clock.per_site(len(ready))
 
-    def _learner(self, streams: tuple[str, ...]) -> Learner:
-        if streams not in self._learners:
-            self._learners[streams] = Learner(self._run, streams)
-        return self._learners[streams]
+    def _trainer(self, streams: tuple[str, ...]) -> Trainer:
+        if streams not in self._trainers:
+            self._trainers[streams] = Trainer(self._run, streams)
+        return self._trainers[streams]
 
 
 class _Clock:

@@ -103,10 +103,10 @@ def cohort_folder(run: RunConfig) -> Path:
 
 def _class_of(table: dict[str, Any], where: str) -> type[CohortSource]:
     kind = table.get("kind")
+    if not isinstance(kind, str):
+        given = "nothing" if kind is None else f"{kind!r:.80}"
+        raise ConfigError(f"{where}: {COHORTS.key}: found {given}, expected one of {', '.join(COHORTS.names)}")
     try:
-        if not isinstance(kind, str):
-            given = "nothing" if kind is None else f"{kind!r:.80}"
-            raise ConfigError(f"{COHORTS.key}: found {given}, expected one of {', '.join(COHORTS.names)}")
         loaded: type[CohortSource] = COHORTS.load(kind)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None

@@ -24,7 +24,7 @@ from panfm.models import PanModel
 from panfm.models.director_experts import Path as Through
 from panfm.report.table import number_text
 from panfm.sharing.groups import group_of, stream_of
-from panfm.training import Learner
+from panfm.training.trainer import Trainer
 from simulations.cohorts.pictures import PictureCohort
 from simulations.cohorts.prepare import cohort_of, load_simulation
 from simulations.harness import QUICKSTART, StudyResult
@@ -200,17 +200,17 @@ def probe_joined(
     """
     streams = pictures.held_out
     train = run.train.model_copy(update={"rounds": 1, "local_steps": JOIN_STEPS})
-    learner = Learner(run.model_copy(update={"train": train}), streams)
-    own = learner.model.state_dict()
-    learner.model.load_state_dict(own | {name: value for name, value in state.items() if name in own})
-    for name, parameter in learner.model.named_parameters():
+    trainer = Trainer(run.model_copy(update={"train": train}), streams)
+    own = trainer.model.state_dict()
+    trainer.model.load_state_dict(own | {name: value for name, value in state.items() if name in own})
+    for name, parameter in trainer.model.named_parameters():
         if frozen and stream_of(group_of(name)) is None:
             parameter.requires_grad_(False)
-    learner.reset_private()
-    exchange_layers(learner.model)
+    trainer.reset_private()
+    exchange_layers(trainer.model)
     store = pictures.holdout.store
-    learner.train(store, store.indices("train"), first_step=0, num_steps=JOIN_STEPS, site="new-site", round_number=1)
-    return float(np.mean(probe_own(pictures, learner.model, pictures.holdout, streams)))
+    trainer.train(store, store.indices("train"), first_step=0, num_steps=JOIN_STEPS, site="new-site", round_number=1)
+    return float(np.mean(probe_own(pictures, trainer.model, pictures.holdout, streams)))
 
 
 def half_interval(gains: NDArray[np.float64]) -> float:

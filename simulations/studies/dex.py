@@ -42,9 +42,7 @@ from panfm.models.backbone import Block
 from panfm.models.director_experts import DirectorExperts, Routed
 from panfm.models.export import director_run, director_state
 from panfm.seeds import numpy_generator, torch_generator
-from panfm.training import Learner
-from panfm.training.loop import hide
-from panfm.training.objective import masked_view
+from panfm.training.trainer import Trainer
 from simulations.harness import (
     Draws,
     FirstSeed,
@@ -197,15 +195,15 @@ def measure(job: Job) -> dict[str, float]:
     run = arm_run(job.seed, job.arm, job.steps)
     pictures = Pictures.open(job.folder, run)
     everyone = pictures.together.store
-    learner = Learner(run)
-    exchange_layers(learner.model, job.arm, job.seed)
+    trainer = Trainer(run)
+    exchange_layers(trainer.model, job.arm, job.seed)
     if job.arm != "untrained":
-        learner.train(
+        trainer.train(
             everyone, everyone.indices("train"), first_step=0, num_steps=job.steps, site="study", round_number=1
         )
-    measured = {"val_loss": learner.validation_loss(everyone, everyone.indices("val"), site="study")}
-    measured |= conflict(learner, everyone) | specialisation(learner.model, pictures)
-    return measured | probes(pictures, run, learner.model, job.arm)
+    measured = {"val_loss": trainer.validate(everyone, everyone.indices("val"), site="study").loss}
+    measured |= conflict(trainer, everyone) | specialisation(trainer.model, pictures)
+    return measured | probes(pictures, run, trainer.model, job.arm)
 
 
 def probes(pictures: Pictures, run: RunConfig, model: PanModel, arm: str) -> dict[str, float]:
@@ -222,14 +220,14 @@ def probes(pictures: Pictures, run: RunConfig, model: PanModel, arm: str) -> dic
     return measured
 
 
-def conflict(learner: Learner, store: ImageStore) -> dict[str, float]:
+def conflict(trainer: Trainer, store: ImageStore) -> dict[str, float]:
     """How the modalities' gradients lie to one another, in every block's MLP or experts."""
-    maps, losses = learner.stem(store), {}
+    maps, losses = trainer.stem(store), {}
     for stream, rows in store.rows.items():
         held = np.intersect1d(rows, store.indices("train"))
-        chosen = numpy_generator(learner.run.seed, "conflict", stream).permutation(held)[:_CONFLICT_PICTURES]
-        losses[stream] = partial(_loss, learner, maps, chosen, stream)
-    found = [gradient_conflict(rows) for rows in layer_gradients(losses, _layers(learner.model))]
+        chosen = numpy_generator(trainer.run.seed, "conflict", stream).permutation(held)[:_CONFLICT_PICTURES]
+        losses[stream] = partial(_loss, trainer, maps, chosen, stream)
+    found = [gradient_conflict(rows) for rows in layer_gradients(losses, _layers(trainer.model))]
     measured = {f"block-{index}/conflict": each.size for index, each in enumerate(found)}
     measured["conflict"] = float(np.mean([each.size for each in found]))
     measured["conflict_share"] = float(np.mean([each.share for each in found]))
@@ -242,13 +240,11 @@ def _layers(model: PanModel) -> list[list[Tensor]]:
     return [list((layer.experts if isinstance(layer, DirectorExperts) else layer).parameters()) for layer in layers]
 
 
-def _loss(learner: Learner, maps: ImageStore, chosen: NDArray[np.int64], stream: str) -> Tensor:
+def _loss(trainer: Trainer, maps: ImageStore, chosen: NDArray[np.int64], stream: str) -> Tensor:
     """Loss of some pictures under one unguided mask, without noise on the routers."""
-    batch = maps.batch(chosen).to(learner.device)
-    masks = torch_generator(learner.run.seed, "conflict", stream)
-    split = hide(learner, batch, None, torch.ones_like(learner.profile)[None], 0, masks)
-    targets = learner.objective.targets(learner.teacher, batch, split, None)
-    return learner.objective.loss(learner.model, masked_view(learner.model, batch, split), targets).mean()
+    batch = maps.batch(chosen).to(trainer.device)
+    masks = torch_generator(trainer.run.seed, "conflict", stream)
+    return trainer.unguided_losses(batch, masks)[1].mean()
 
 
 def specialisation(model: PanModel, pictures: Pictures) -> dict[str, float]:

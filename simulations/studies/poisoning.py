@@ -37,7 +37,7 @@ from panfm.evaluate import LabelledStore, Task, evaluate_cohort, read_label_info
 from panfm.models import build_model
 from panfm.sharing.groups import split_state
 from panfm.sharing.shares import FEWEST
-from panfm.training import Learner
+from panfm.training.trainer import Trainer
 from simulations.cohorts.phantom import PhantomSiteConfig
 from simulations.cohorts.prepare import cohort_of, load_simulation, with_cohort
 from simulations.harness import (
@@ -213,11 +213,11 @@ def measure(job: ArmJob) -> dict[str, float]:
     probed = evaluate_cohort(
         Task(run, places, holdout, read_label_info(job.cohort)), {"arm": trained.model}, grid_arms=()
     )
-    learner = Learner(run)
-    learner.load_shared(split_state(run.sharing, trained.model.state_dict())[0])
+    trainer = Trainer(run)
+    trainer.load_shared(split_state(run.sharing, trained.model.state_dict())[0])
     store = holdout.store
     return {
-        "val_loss": learner.validation_loss(store, store.indices("test"), site="holdout"),
+        "val_loss": trainer.validate(store, store.indices("test"), site="holdout").loss,
         "auc": probed.value("arm"),
         "site_share": largest_share(trained, hostile_names(job.arm)),
     }

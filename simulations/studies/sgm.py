@@ -28,8 +28,8 @@ from panfm.evaluate.missing import FeaturesOf, missing_grid
 from panfm.evaluate.probe import auc_per_label, fit_classifiers
 from panfm.evaluate.statistics import StatisticsReference, measure_store
 from panfm.models import PanModel
-from panfm.training import Learner
 from panfm.training.saliency import stream_shares
+from panfm.training.trainer import Trainer
 from simulations.cohorts.phantom_draw import PRESETS
 from simulations.cohorts.phantom_labels import LABELS
 from simulations.cohorts.prepare import load_simulation
@@ -166,24 +166,24 @@ def measure(job: Job) -> dict[str, float]:
     cohort = open_draw(job.folder, run)
     if job.arm == "statistics":
         return _probe(cohort, run, *_statistics_features(cohort, run), draw=job.draw)
-    learner = Learner(run)
+    trainer = Trainer(run)
     if job.arm != "untrained":
         everyone = np.arange(len(cohort.train.subjects))
-        learner.train(cohort.train, everyone, first_step=0, num_steps=job.steps, site="study", round_number=1)
-    return measure_learner(learner, cohort, draw=job.draw)
+        trainer.train(cohort.train, everyone, first_step=0, num_steps=job.steps, site="study", round_number=1)
+    return measure_trainer(trainer, cohort, draw=job.draw)
 
 
-def measure_learner(learner: Learner, cohort: Cohort, *, draw: int) -> dict[str, float]:
-    """All metrics of a learner's frozen student."""
-    reader = _MapReader(learner.model)
-    train, test = learner.stem(cohort.train), learner.stem(cohort.test)
+def measure_trainer(trainer: Trainer, cohort: Cohort, *, draw: int) -> dict[str, float]:
+    """All metrics of a trainer's frozen student."""
+    reader = _MapReader(trainer.model)
+    train, test = trainer.stem(cohort.train), trainer.stem(cohort.test)
 
     def features_of(streams: Iterable[str]) -> NDArray[np.float32]:
         return embed_store(reader, test, np.arange(len(test.subjects)), tuple(streams))
 
     fit = embed_store(reader, train, np.arange(len(train.subjects)))
-    measured = _probe(cohort, learner.run, fit, features_of, draw=draw)
-    return measured | {"saliency_entropy": _saliency_entropy(learner.model, test)}
+    measured = _probe(cohort, trainer.run, fit, features_of, draw=draw)
+    return measured | {"saliency_entropy": _saliency_entropy(trainer.model, test)}
 
 
 class _MapReader:

@@ -5,8 +5,8 @@ import torch
 
 from panfm.config import parse_run
 from panfm.data.store import ImageStore
-from panfm.privacy.loop import sum_over
-from panfm.training import Learner
+from panfm.privacy.private_step import clipped_sum
+from panfm.training.trainer import Trainer
 
 LEVEL = 1 + 1e-5
 RUN = """
@@ -62,11 +62,11 @@ def largest_change(summed, indices, leaving=None):
     return max(norm([whole[name] - rest[name] for name in whole]) for rest in rests)
 
 
-def ill_conditioned(learner, seed=0, scale=3.0):
+def ill_conditioned(trainer, seed=0, scale=3.0):
     """Parameters with which the last bit of an image decides what the model does."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in (*learner.model.parameters(), *learner.teacher.parameters()):
+        for parameter in (*trainer.model.parameters(), *trainer.teacher.parameters()):
             parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
 
 
@@ -105,10 +105,10 @@ HOSTILE = {
 
 
 @torch.no_grad()
-def poison(learner, kind, seed, share=1.0):
+def poison(trainer, kind, seed, share=1.0):
     """Put hostile numbers into a share of the parameters of student and teacher, chosen at random."""
     generator = torch.Generator().manual_seed(seed)
-    for parameter in (*learner.model.parameters(), *learner.teacher.parameters()):
+    for parameter in (*trainer.model.parameters(), *trainer.teacher.parameters()):
         if torch.rand((), generator=generator) < share:
             HOSTILE[kind](parameter, generator)
 
@@ -118,22 +118,22 @@ def fixed_draws(index):
     return torch.Generator().manual_seed(1000 + index)
 
 
-def learner_and_maps(run, held, seed=0):
+def trainer_and_maps(run, held, seed=0):
     store = random_store(run, held, seed)
-    learner = Learner(run, list(store.images))
-    return learner, learner.stem(store)
+    trainer = Trainer(run, list(store.images))
+    return trainer, trainer.stem(store)
 
 
-def summed(learner, store, profile=None):
-    return lambda indices: sum_over(learner, store, indices, 0, profile, fixed_draws)
+def summed(trainer, store, profile=None):
+    return lambda indices: clipped_sum(trainer, store, indices, 0, profile, fixed_draws)
 
 
 @torch.no_grad()
-def decided_by_rounding(learner, seed=0):
+def decided_by_rounding(trainer, seed=0):
     """Routers that read the mean of what a norm has centred: rounding errors alone decide which experts a patient uses,
     and the two sets of experts have nothing in common."""
     generator = torch.Generator().manual_seed(seed)
-    layers = [*learner.model.director_experts().values(), *learner.teacher.director_experts().values()]
+    layers = [*trainer.model.director_experts().values(), *trainer.teacher.director_experts().values()]
     for layer in layers:
         layer.router.weight.copy_(1e6 * torch.tensor([1.0, -1.0, 1.0, -1.0])[:, None])
         for parameter in layer.experts.parameters():

@@ -15,7 +15,7 @@ from panfm.sharing.coding import decode
 from panfm.sharing.groups import GroupManifest, is_shared
 from panfm.sharing.messages import Invitation, RoundTask
 from panfm.site import Site
-from panfm.training import Learner
+from panfm.training.trainer import Trainer
 
 RUN = """
 name = "reader"
@@ -56,11 +56,11 @@ def task(train: str, number=1, *, text=RUN, streams=("brain-mr", "heart-mr"), ru
 
 def as_one_adam_step(site: Site, run: RunConfig) -> np.ndarray:
     """The backbone's first AdamW step, by the gradient of the patient whom a site draws first."""
-    learner = Learner(run)
+    trainer = Trainer(run)
     store = open_store(site.folder, run.streams)
     words = {"first_step": 0, "num_steps": 1, "site": "alpha", "round_number": 1}
-    learner.train(store, store.indices("train"), **words)
-    parameters = sorted((name, each) for name, each in learner.model.named_parameters() if name.startswith("backbone."))
+    trainer.train(store, store.indices("train"), **words)
+    parameters = sorted((name, each) for name, each in trainer.model.named_parameters() if name.startswith("backbone."))
     gradients = [torch.zeros_like(each) if each.grad is None else each.grad for _, each in parameters]
     gradient = torch.cat([each.reshape(-1) for each in gradients])
     return (-gradient / (gradient.abs() + 1e-8)).numpy()
@@ -188,7 +188,7 @@ def test_a_stream_that_was_withheld_keeps_what_its_coding_owes(hospital, coding)
 @pytest.mark.parametrize("counting", [1, 4])
 def test_server_lets_all_steps_but_a_few_be_left_out_and_gets_no_answer(hospital, monkeypatch, counting):
     """As with parameters under which the loss of the other batches is not finite."""
-    from panfm.training.latent import LatentObjective
+    from panfm.training.objectives.latent.objective import LatentObjective
 
     real, calls = LatentObjective.loss, []
 
@@ -294,14 +294,14 @@ def test_server_has_so_many_experts_that_one_serves_a_patient_and_gets_none_of_i
     """Their numbers, their routers' rows, the director that is made of them, and their weights."""
     from panfm.training.experts import ExpertTraining
 
-    used, real = {}, ExpertTraining.absorb
+    used, real = {}, ExpertTraining.regularise
 
-    def spy(self, seen, position):
-        for layer, routed in zip(self.layers, seen.routed, strict=True):
+    def spy(self, loss, encoded, progress):
+        for layer, routed in zip(self.layers, encoded.routed, strict=True):
             used.setdefault(layer, []).extend(routed.chosen[:, 0].tolist())
-        real(self, seen, position)
+        return real(self, loss, encoded, progress)
 
-    monkeypatch.setattr(ExpertTraining, "absorb", spy)
+    monkeypatch.setattr(ExpertTraining, "regularise", spy)
     asked = task(FEWEST, text=EXPERTS % (sharing, coding))
     site = hospital()
     reply = site.train_round(asked)

@@ -9,15 +9,14 @@ import torch
 
 from panfm.config import parse_run
 from panfm.models import build_model
-from panfm.privacy import saliency
-from panfm.privacy.loop import step
+from panfm.privacy import noised_profile
 from panfm.privacy.mechanisms import LEAST_NOISE
-from panfm.privacy.saliency import noisy_profile
+from panfm.privacy.noised_profile import noisy_profile
 from panfm.sharing.groups import GroupManifest
 from panfm.sharing.mean import ExactMean
 from panfm.sharing.messages import Handshake, RoundReply
 from panfm.sharing.weights import Trained, group_weights, weight_limits
-from panfm.training import Learner
+from panfm.training.trainer import Trainer
 from strategies.direction import LIMIT, Directions
 from strategies.guards import check_reply
 from strategies.memory import Memory
@@ -36,8 +35,8 @@ def patients(random, num_patients: int, num_streams: int) -> torch.Tensor:
     return torch.tensor(np.stack([shares.sum(axis=0), (present / present.sum(axis=1, keepdims=True)).sum(axis=0)]))
 
 
-def learner_of(num_streams: int, noise: float) -> tuple[SimpleNamespace, SimpleNamespace]:
-    """As much of a learner and a store as a profile needs."""
+def trainer_of(num_streams: int, noise: float) -> tuple[SimpleNamespace, SimpleNamespace]:
+    """As much of a trainer and a store as a profile needs."""
     names = [f"organ{index}-mr" for index in range(num_streams)]
     run = SimpleNamespace(privacy=SimpleNamespace(statistics_noise=noise))
     model = SimpleNamespace(stream_names=names)
@@ -57,22 +56,22 @@ def check(profile: torch.Tensor, names: list[str]) -> None:
 def test_no_draw_of_noise_has_a_saliency_refused(monkeypatch, num_streams, noise):
     """With one stream and the default noise one round in ten was. Cut at the site, it lies in range in every draw."""
     random = np.random.default_rng(num_streams)
-    learner, store = learner_of(num_streams, noise)
+    trainer, store = trainer_of(num_streams, noise)
     for num_patients in (1, 10, 100, 1000):
         total = patients(random, num_patients, num_streams)
-        monkeypatch.setattr(saliency, "saliency_sum", lambda *_, total=total: total)
+        monkeypatch.setattr(noised_profile, "saliency_sum", lambda *_, total=total: total)
         for _ in range(150):
-            profile = noisy_profile(learner, store, np.arange(num_patients))
+            profile = noisy_profile(trainer, store, np.arange(num_patients))
             assert profile.min() > 0.0
             assert profile.max() <= num_streams
-            check(profile, learner.model.stream_names)
+            check(profile, trainer.model.stream_names)
 
 
 def test_a_profile_without_much_noise_is_the_true_one(monkeypatch):
     """The control: cutting takes nothing from an estimate that needs no cut."""
     total = patients(np.random.default_rng(0), 1000, 5)
-    monkeypatch.setattr(saliency, "saliency_sum", lambda *_: total)
-    profile = noisy_profile(*learner_of(5, LEAST_NOISE), np.arange(1000))
+    monkeypatch.setattr(noised_profile, "saliency_sum", lambda *_: total)
+    profile = noisy_profile(*trainer_of(5, LEAST_NOISE), np.arange(1000))
     torch.testing.assert_close(profile.double(), total[0] / total[1], rtol=0.05, atol=0.0)
 
 
@@ -103,16 +102,17 @@ def lengths_of_noise(deviation: float, seed: int) -> list[dict[str, float]]:
     """Root mean square per group of each round's update, in learning rates x local steps, of one site whose gradients
     are nothing but noise."""
     run = parse_run(NOISE_ONLY + GUIDED + PRIVACY)
-    learner = Learner(run)
-    manifest = GroupManifest.of({name: tuple(value.shape) for name, value in learner.shared_state().items()})
+    trainer = Trainer(run)
+    manifest = GroupManifest.of({name: tuple(value.shape) for name, value in trainer.shared_state().items()})
     random, rounds = torch.Generator().manual_seed(seed), []
     for number in range(ROUNDS):
-        before = learner.shared_state()
+        before = trainer.shared_state()
         for taken in range(STEPS):
-            parameters = learner.model.named_parameters()
+            parameters = trainer.model.named_parameters()
             gradient = {name: deviation * torch.randn(value.shape, generator=random) for name, value in parameters}
-            step(learner, gradient, (number * STEPS + taken + 0.5) / run.train.total_steps)
-        moved = {name: (value - before[name]).numpy() for name, value in learner.shared_state().items()}
+            trainer.set_gradient(gradient)
+            trainer.update(trainer.progress(number * STEPS + taken))
+        moved = {name: (value - before[name]).numpy() for name, value in trainer.shared_state().items()}
         scale = run.train.learning_rate * STEPS
         rounds.append(
             {group: float(np.sqrt(np.square(flat).mean())) / scale for group, flat in manifest.pack_all(moved).items()}

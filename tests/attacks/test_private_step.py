@@ -7,35 +7,35 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
-from simulations.cohorts.prepare import cohort_folder
 
 from panfm.config import dump_toml, parse_run
 from panfm.config.base import Config
+from panfm.config.objective import ObjectiveConfig
 from panfm.config.privacy import NO_CLAIM, broken_guarantees, claim
 from panfm.errors import ConfigError, ProtocolError
 from panfm.models import build_model
-from panfm.privacy import loop
-from panfm.privacy.loop import sum_over
-from panfm.privacy.saliency import saliency_sum
+from panfm.privacy.noised_profile import saliency_sum
+from panfm.privacy.private_step import clipped_sum
+from panfm.registry import OBJECTIVES
 from panfm.sharing.downlink import code_step, digests, take_step
 from panfm.sharing.groups import GroupManifest
 from panfm.sharing.messages import RoundTask
 from panfm.site import Site
-from panfm.training import Learner
-from panfm.training.masking import draw_hidden, stream_scores
-from panfm.training.objective import Split
+from panfm.training.masking import TokenMask, build_policy
+from panfm.training.trainer import Trainer
+from simulations.cohorts.prepare import cohort_folder
 from strategies.means import empty_mean
 from tests.attacks.private_steps import (
     LEVEL,
     PRIVACY,
+    RANDOM,
     RUN,
     decided_by_rounding,
     ill_conditioned,
     largest_change,
-    learner_and_maps,
     norm,
     private_run,
-    random_store,
+    trainer_and_maps,
 )
 
 EVERYTHING = [[True, True]] * 5
@@ -43,21 +43,21 @@ KINDS = [(objective, backbone) for objective in ("latent", "mae") for backbone i
 _FIRST, _REST = slice(1), slice(1, None)
 
 
-def every_second_hidden(learner, maps, full, relative, steps_taken, generator):
-    layout = learner.model.layout(maps)
-    return Split.of(layout, (layout.place % 2 == 1) & layout.valid)
+def every_second_hidden(trainer, maps, full, relative, number, generator):
+    layout = trainer.model.layout(maps)
+    return TokenMask.of(layout, (layout.place % 2 == 1) & layout.valid)
 
 
 def test_a_loss_that_is_scaled_to_nothing_does_not_switch_clipping_off(monkeypatch):
     """The server sends `beta = 1e26` and `clip-norm = 1e-30`, past the check of the ranges."""
-    monkeypatch.setattr(loop, "hide", every_second_hidden)
+    monkeypatch.setattr(Trainer, "mask", every_second_hidden)
     run = private_run()
     changes = {
         "objective": run.objective.model_copy(update={"beta": 1e26}),
         "privacy": run.privacy.model_copy(update={"clip_norm": 1e-30}),
     }
-    learner, maps = learner_and_maps(run.model_copy(update=changes), EVERYTHING)
-    found = largest_change(lambda indices: sum_over(learner, maps, indices, 0), np.arange(3))
+    trainer, maps = trainer_and_maps(run.model_copy(update=changes), EVERYTHING)
+    found = largest_change(lambda indices: clipped_sum(trainer, maps, indices, 0), np.arange(3))
     assert 0.9 < found / 1e-30 <= LEVEL
 
 
@@ -104,56 +104,56 @@ def test_a_number_far_out_of_range_is_refused_by_its_key(table, line):
 def test_routers_that_read_rounding_errors_do_not_couple_patients(monkeypatch, objective):
     """The server sends routers for which the last bit of a patient's features decides between unlike experts. Who else
     is in the sample must not decide that bit: the sum moved by 1.9 C when the size of a batch did."""
-    monkeypatch.setattr(loop, "hide", every_second_hidden)
+    monkeypatch.setattr(Trainer, "mask", every_second_hidden)
     run = private_run(objective, "dex")
     for held in ([[True, True]] * 3, [[False, True]] * 3):
-        learner, maps = learner_and_maps(run, held)
+        trainer, maps = trainer_and_maps(run, held)
         for seed in range(2):
-            decided_by_rounding(learner, seed)
-            found = largest_change(lambda indices, o=(learner, maps): sum_over(*o, indices, 0), np.arange(2))
+            decided_by_rounding(trainer, seed)
+            found = largest_change(lambda indices, o=(trainer, maps): clipped_sum(*o, indices, 0), np.arange(2))
             assert found <= LEVEL * run.privacy.clip_norm
 
 
 @pytest.mark.parametrize(("objective", "backbone"), KINDS)
 def test_a_patient_adds_the_same_bits_whoever_else_is_there(monkeypatch, objective, backbone):
     """The server sends ill-conditioned parameters. What is left of the others is the rounding of a float64 sum."""
-    monkeypatch.setattr(loop, "hide", every_second_hidden)
+    monkeypatch.setattr(Trainer, "mask", every_second_hidden)
     run = private_run(objective, backbone)
-    learner, maps = learner_and_maps(run, [[False, True]] * 5)
-    ill_conditioned(learner)
+    trainer, maps = trainer_and_maps(run, [[False, True]] * 5)
+    ill_conditioned(trainer)
     for size in (2, 3, 5):
-        whole, rest, own = (sum_over(learner, maps, np.arange(size)[part], 0) for part in (slice(9), _REST, _FIRST))
+        whole, rest, own = (clipped_sum(trainer, maps, np.arange(size)[part], 0) for part in (slice(9), _REST, _FIRST))
         assert norm([whole[name] - rest[name] - own[name] for name in whole]) <= 1e-14 * run.privacy.clip_norm
 
 
 def test_a_decoder_of_nan_does_not_tell_what_others_hide(monkeypatch):
     """The server sends NaN as the decoder of one stream; whether a patient counts is decided by its own mask alone."""
 
-    def hide(learner, maps, full, relative, steps_taken, generator):
+    def mask(trainer, maps, full, relative, number, generator):
         """Dark patients hide of the first stream, others of the second."""
-        layout = learner.model.layout(maps)
-        stream = learner.model.stream_of_place[layout.place]
+        layout = trainer.model.layout(maps)
+        stream = trainer.model.stream_of_place[layout.place]
         dark = maps.images["eye-fundus"].mean(dim=(1, 2, 3)) < maps.images["eye-fundus"].new_tensor(darkest)
-        return Split.of(layout, (stream == (~dark[:, None]).long()) & (layout.place % 2 == 1))
+        return TokenMask.of(layout, (stream == (~dark[:, None]).long()) & (layout.place % 2 == 1))
 
     run = private_run("mae")
-    learner, maps = learner_and_maps(run, EVERYTHING)
+    trainer, maps = trainer_and_maps(run, EVERYTHING)
     means = np.sort(maps.images["eye-fundus"].mean(axis=(1, 2, 3)))
     darkest = float(means[0] + means[1]) / 2
-    monkeypatch.setattr(loop, "hide", hide)
+    monkeypatch.setattr(Trainer, "mask", mask)
     with torch.no_grad():
-        learner.model.heads.streams["brain-mr"].decode.weight.fill_(float("nan"))
-    found = largest_change(lambda indices: sum_over(learner, maps, indices, 0), np.arange(5))
+        trainer.model.heads.streams["brain-mr"].decode.weight.fill_(float("nan"))
+    found = largest_change(lambda indices: clipped_sum(trainer, maps, indices, 0), np.arange(5))
     assert found <= LEVEL * run.privacy.clip_norm
 
 
 def test_a_saliency_vector_is_of_one_patient_to_the_bit():
     """The server sends a teacher in which the last bit decides what a patient leans on."""
     guided = '[masking]\nsaliency = "attention"\n'
-    learner, maps = learner_and_maps(private_run("latent", "dex", guided), EVERYTHING)
+    trainer, maps = trainer_and_maps(private_run("latent", "dex", guided), EVERYTHING)
     for size in (2, 3, 5):
-        decided_by_rounding(learner, size)
-        whole, rest, own = (saliency_sum(learner, maps, np.arange(size)[part]) for part in (slice(9), _REST, _FIRST))
+        decided_by_rounding(trainer, size)
+        whole, rest, own = (saliency_sum(trainer, maps, np.arange(size)[part]) for part in (slice(9), _REST, _FIRST))
         assert (whole - rest).norm() <= 2**0.5 * LEVEL
         assert (whole - rest - own).norm() <= 1e-14
 
@@ -239,6 +239,23 @@ def test_a_part_that_does_not_declare_what_couples_patients_is_not_claimed_priva
     assert line == f'{table}: "undeclared" does not declare whether it couples patients, set one that does'
 
 
+class UndeclaredObjective(ObjectiveConfig):
+    """A plug-in that does not say whether it couples patients."""
+
+    implementation = "panfm.training.objectives.mae.objective:MaeObjective"
+    name: Literal["undeclared"] = "undeclared"
+
+
+def test_a_registered_objective_that_does_not_declare_what_couples_patients_is_refused(monkeypatch):
+    """It trains; a private run of it is refused when its description is read."""
+    monkeypatch.setattr(OBJECTIVES, "_targets", dict(OBJECTIVES._targets))
+    OBJECTIVES.register("undeclared", UndeclaredObjective)
+    table = '[objective]\nname = "undeclared"\n'
+    assert isinstance(parse_run(RUN + table).objective, UndeclaredObjective)
+    with pytest.raises(ConfigError, match='objective: "undeclared" does not declare whether it couples patients'):
+        parse_run(RUN + table + RANDOM + PRIVACY)
+
+
 def test_a_stream_that_does_not_declare_what_couples_patients_is_not_claimed_private():
     run = private_run().model_copy(update={"streams": {"brain-mr": UndeclaredConfig()}})
     [line] = broken_guarantees(run)
@@ -248,17 +265,18 @@ def test_a_stream_that_does_not_declare_what_couples_patients_is_not_claimed_pri
 def test_names_that_nobody_knows_are_not_taken_for_others(make_run):
     run = make_run()
     masking = run.masking.model_copy(update={"policy": "unknown"})
-    learner = Learner(run)
-    with pytest.raises(AssertionError, match="unknown"):
-        stream_scores(masking, torch.ones(1, 3), ("brain", "heart", "eye"), 0)
-    layout = learner.model.layout(learner.stem(random_store(run, [[True] * 3])).batch([0]))
-    with pytest.raises(AssertionError, match="unknown"):
-        draw_hidden(masking, torch.ones(1, 3), layout, learner.model.stream_of_place, torch.Generator())
-    learner.run = run.model_copy(update={"objective": UndeclaredConfig()})
-    with pytest.raises(AssertionError, match="undeclared"):
-        learner.reset_private()
+    trainer = Trainer(run)
+    with pytest.raises(ConfigError, match="'unknown', expected one of random"):
+        build_policy(masking, ("brain", "heart", "eye"))
+    with pytest.raises(ConfigError, match="'unknown', expected one of random"):
+        list(masking.couplings())
+    with pytest.raises(ConfigError, match="'unknown', expected one of random"):
+        Trainer(run.model_copy(update={"masking": masking}))
+    trainer.run = run.model_copy(update={"objective": UndeclaredConfig()})
+    with pytest.raises(AttributeError, match="implementation"):
+        trainer.reset_private()
     sharing = SimpleNamespace(**dict(run.sharing), mean_of=lambda group: "unknown", optimiser_of=None)
-    shapes = {name: tuple(tensor.shape) for name, tensor in learner.shared_state().items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in trainer.shared_state().items()}
     with pytest.raises(AssertionError, match="unknown"):
         empty_mean(
             SimpleNamespace(

@@ -39,7 +39,7 @@ from panfm.site import Site, answer, session
 from panfm.site.admission import check_sizes, kept_bytes
 from panfm.site.handler import time_limit
 from panfm.site.worker import Worker
-from panfm.training import learner
+from panfm.training import state
 from tests.conftest import NO_FLOORS
 from tests.unit.site.test_site import RUN, task
 
@@ -146,7 +146,7 @@ def test_a_spacing_whose_blur_filled_the_memory_is_answered_within_little(folder
 
 def test_one_step_that_fills_too_much_memory_is_refused_before_images_are_prepared(folder, monkeypatch):
     """21 MiB of images had been written by then."""
-    monkeypatch.setattr(session, "_learners", lambda *_: pytest.fail("a model was built"))
+    monkeypatch.setattr(session, "_trainers", lambda *_: pytest.fail("a model was built"))
     monkeypatch.setattr("panfm.site.site.open_store", lambda *_: pytest.fail("images were read"))
     fine = hostile('[model]\nsize = "base"\n', brain_mr=stream("[128, 128, 64]", "[4, 4, 4]"))
     set_limit(folder, "step-gib", 0.5)
@@ -156,7 +156,7 @@ def test_one_step_that_fills_too_much_memory_is_refused_before_images_are_prepar
 
 def test_a_teacher_that_goes_through_a_thousand_experts_is_counted(folder, monkeypatch):
     """It filled 0.78 GiB by itself, where 0.0026 GiB were counted: next to nothing was left to the student."""
-    monkeypatch.setattr(session, "_learners", lambda *_: pytest.fail("a model was built"))
+    monkeypatch.setattr(session, "_trainers", lambda *_: pytest.fail("a model was built"))
     pool = '[masking]\npolicy = "random"\nratio = 0.999\n' + POOL + "hidden-multiple = 1\n"
     text = hostile(
         pool + "experts = { count = 1024, active = 1024 }\n", batch_size="16", brain_mr=stream("[8, 8, 8]", "[2, 2, 2]")
@@ -176,7 +176,7 @@ def test_images_of_any_size_go_through_the_stem_within_a_fixed_memory():
         return Batch(0, {"brain-mr": batch.images["brain-mr"][:, :, :1, :1, :1].clone()}, {})
 
     model = SimpleNamespace(stream_names=("brain-mr", "heart-mr"), stem=stem)
-    maps = learner._stem_store(store, model, chunk=64)
+    maps = state._stem_store(store, model, chunk=64)
     assert maps.images["brain-mr"].shape == (64, 1, 1, 1, 1)
     assert max(taken) <= 256 * 2**20
 
@@ -342,10 +342,10 @@ def test_a_private_state_is_no_larger_than_was_counted(folder, extra):
 
 def test_models_of_earlier_descriptions_are_let_go():
     """Thirty-two of them were kept."""
-    first = session._learners(dump_toml(parse_run(RUN)))(("brain-mr",))
-    assert session._learners(dump_toml(parse_run(RUN)))(("brain-mr",)) is first
-    session._learners(dump_toml(parse_run(hostile(batch_size="4"))))
-    assert session._learners.cache_info().maxsize == 1
+    first = session._trainers(dump_toml(parse_run(RUN)))(("brain-mr",))
+    assert session._trainers(dump_toml(parse_run(RUN)))(("brain-mr",)) is first
+    session._trainers(dump_toml(parse_run(hostile(batch_size="4"))))
+    assert session._trainers.cache_info().maxsize == 1
 
 
 @pytest.mark.parametrize("announced", [frames.MAX_ARRAYS, 10**9])

@@ -15,7 +15,7 @@ from panfm.evaluate.embed import embed_store, load_model
 from panfm.models import build_model
 from panfm.sharing.groups import DIRECTOR, EXPERTS, ROUTER, GroupManifest, group_of
 from panfm.site.state import StateStore
-from panfm.training import Learner
+from panfm.training.trainer import Trainer
 from server.app import app as server_app
 from server.run_folder import RunFolder
 from simulations.engines.local import run as run_local
@@ -55,19 +55,19 @@ class Watched:
 
     def __init__(self, monkeypatch) -> None:
         self.rounds = {}
-        real = Learner.train
+        real = Trainer.train
 
-        def train(learner, *args, site, round_number, **words):
-            before = self._state(learner)
-            result = real(learner, *args, site=site, round_number=round_number, **words)
-            self.rounds[site, round_number] = before, self._state(learner), result
+        def train(trainer, *args, site, round_number, **words):
+            before = self._state(trainer)
+            result = real(trainer, *args, site=site, round_number=round_number, **words)
+            self.rounds[site, round_number] = before, self._state(trainer), result
             return result
 
-        monkeypatch.setattr(Learner, "train", train)
+        monkeypatch.setattr(Trainer, "train", train)
 
     @staticmethod
-    def _state(learner: Learner) -> dict[str, np.ndarray]:
-        return {name: value.numpy().copy() for name, value in learner.model.state_dict().items()}
+    def _state(trainer: Trainer) -> dict[str, np.ndarray]:
+        return {name: value.numpy().copy() for name, value in trainer.model.state_dict().items()}
 
     def rows(self) -> Iterator[tuple[str, bytes, bytes]]:
         """Every row of an expert or router that a round moved: where, its bytes, and the bytes of its update."""

@@ -21,8 +21,8 @@ from panfm.evaluate.embed import load_model
 from panfm.models import build_model
 from panfm.site.session import Session
 from panfm.site.state import StateStore
-from panfm.training import Learner
-from panfm.training.latent import LatentObjective
+from panfm.training.objectives.latent.objective import LatentObjective
+from panfm.training.trainer import Trainer
 from server.app import app as server_app
 from server.progress import Progress
 from server.rounds import run_federation
@@ -194,7 +194,7 @@ def test_plain_dilutes_what_few_sites_hold(federation):
 
 
 def test_one_site_and_one_full_batch_is_central_training(federation):
-    """K = 1, one round: the federation ends where the Learner alone ends."""
+    """K = 1, one round: the federation ends where the Trainer alone ends."""
     for name in ("beta", "gamma"):
         shutil.rmtree(federation.sites / name)
     changes = ("train.rounds=1", "train.local-steps=1", "train.batch-size=5", "train.warmup=0.0")
@@ -204,7 +204,7 @@ def test_one_site_and_one_full_batch_is_central_training(federation):
     from panfm.data.cache import open_store
 
     store = open_store(federation.sites / "alpha", run.streams)
-    central = Learner(run, ["brain-mr", "heart-mr"])
+    central = Trainer(run, ["brain-mr", "heart-mr"])
     central.train(store, store.indices("train"), first_step=0, num_steps=1, site="alpha", round_number=1)
     start = build_model(run).state_dict()
     for name, value in central.shared_state().items():

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from simulations.cohorts.prepare import cohort_folder, load_simulation, prepare_cohort, with_cohort
 from typer.testing import CliRunner
 
 from panfm.config import dump_toml
@@ -16,6 +15,7 @@ from panfm.files import read_json_lines
 from simulations.__main__ import app
 from simulations.cohorts import phantom, real_images
 from simulations.cohorts.phantom import PhantomCohort
+from simulations.cohorts.prepare import cohort_folder, load_simulation, prepare_cohort, with_cohort
 from simulations.cohorts.real_images import RealImagesCohort
 from simulations.engines.offline import go_offline
 from simulations.run import simulate

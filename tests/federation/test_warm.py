@@ -9,7 +9,7 @@ import safetensors.numpy
 
 from panfm.errors import DataError
 from panfm.models import build_model
-from panfm.privacy.trained import trained_parameters
+from panfm.privacy.private_step import trained_parameters
 from server.run_folder import RunFolder
 from simulations.engines.local import run as run_local
 from simulations.finish import train_site_alone

@@ -7,7 +7,9 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from panfm.config import RunConfig, parse_run
+from panfm.config.objective import ObjectiveConfig
 from panfm.errors import ConfigError
+from panfm.registry import OBJECTIVES
 from simulations.cohorts import COHORTS
 
 RUN = """
@@ -25,6 +27,9 @@ def numbers(annotation, metadata, path):
         yield from numbers(inner, [*metadata, *more], path)
     elif annotation in (int, float):
         yield path, metadata
+    elif annotation is ObjectiveConfig:
+        for name in OBJECTIVES.names:
+            yield from numbers(OBJECTIVES.load(name), metadata, path)
     elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
         for name, field in annotation.model_fields.items():
             yield from numbers(field.annotation, field.metadata, f"{path}.{name}")
@@ -50,7 +55,9 @@ def test_every_number_of_a_run_has_a_range():
     described = list(numbers(RunConfig, [], "run"))
     described += [number for kind in COHORTS.names for number in numbers(COHORTS.load(kind), [], f"run.cohort.{kind}")]
     assert len(described) > 70
-    assert {"run.privacy.clip_norm", "run.objective.beta", "run.model.experts.noise"} <= {path for path, _ in described}
+    assert {"run.privacy.clip_norm", "run.objective.beta", "run.objective.prototypes", "run.model.experts.noise"} <= {
+        path for path, _ in described
+    }
     without = [path for path, metadata in described if bounds(metadata) != {"least", "greatest"}]
     assert without == []
 

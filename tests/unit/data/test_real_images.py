@@ -23,7 +23,7 @@ from panfm.data.check import check_site
 from panfm.evaluate import embed_store
 from panfm.evaluate.embed import read_features
 from panfm.models import PanModel
-from panfm.training import Learner
+from panfm.training.trainer import Trainer
 
 REAL = os.environ.get("PANFM_REAL_DATA")
 pytestmark = pytest.mark.skipif(not REAL, reason="PANFM_REAL_DATA is not set: no real images")
@@ -92,17 +92,17 @@ def test_all_seven_organs(tmp_path, tokenizer):
 
 
 def assert_one_step_moves_every_stream(run, store) -> PanModel:
-    learner = Learner(run)
-    before = {name: tensor.clone() for name, tensor in learner.shared_state().items()}
-    result = learner.train(store, store.indices("train"), first_step=0, num_steps=1, site="real", round_number=1)
+    trainer = Trainer(run)
+    before = {name: tensor.clone() for name, tensor in trainer.shared_state().items()}
+    result = trainer.train(store, store.indices("train"), first_step=0, num_steps=1, site="real", round_number=1)
     assert (result.num_steps, result.num_skipped) == (1, 0)
     assert np.isfinite(result.loss)
-    after = learner.shared_state()
+    after = trainer.shared_state()
     assert all(torch.isfinite(tensor).all() for tensor in after.values())
     for stream in run.streams:
         mine = [name for name in before if name.startswith(f"streams.{stream}.")]
         assert any(not torch.equal(before[name], after[name]) for name in mine), stream
-    return learner.model
+    return trainer.model
 
 
 def assert_embeds(model, run, folder, scratch):

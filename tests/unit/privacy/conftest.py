@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from panfm.data.store import ImageStore
-from panfm.privacy import loop
-from panfm.training.objective import Split
+from panfm.training.masking import TokenMask
+from panfm.training.trainer import Trainer
 
 PRIVATE = """
 [privacy]
@@ -63,9 +63,9 @@ def every_subset(make_store):
 def fixed_masks(monkeypatch):
     """Every second place is hidden: a patient's mask is the same whoever else is in the batch."""
 
-    def hide(learner, maps, full, relative, steps_taken, generator):
-        layout = learner.model.layout(maps)
-        return Split.of(layout, (layout.place % 2 == 1) & layout.valid)
+    def mask(trainer, maps, full, relative, number, generator):
+        layout = trainer.model.layout(maps)
+        return TokenMask.of(layout, (layout.place % 2 == 1) & layout.valid)
 
-    monkeypatch.setattr(loop, "hide", hide)
-    return hide
+    monkeypatch.setattr(Trainer, "mask", mask)
+    return mask

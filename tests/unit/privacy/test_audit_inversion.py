@@ -25,14 +25,14 @@ def test_patches_that_were_seen_come_back_and_the_mask_with_them(make_private, m
     run = make_private(extra=tokenizer)
     attacked = Attacked(build_model(run), run, [pictures(run, make_store)])
     with torch.no_grad():  # norms as after some training
-        block = attacked.learner.model.backbone.blocks[0]
+        block = attacked.trainer.model.backbone.blocks[0]
         block.norm1.bias.add_(0.1 * torch.randn(48, generator=torch.Generator().manual_seed(0)))
         block.norm1.weight.mul_(1.3)
-    found = invert(attacked.learner.model, attacked.gradient([(0, 1)]))
+    found = invert(attacked.trainer.model, attacked.gradient([(0, 1)]))
     maps, first = attacked.maps[0].batch([1]), 0
     assert found.keys() == set(run.streams)
     for name, (patches, over) in found.items():
-        true = patchify(maps.images[name], attacked.learner.model.streams[name].step)[0].double()
+        true = patchify(maps.images[name], attacked.trainer.model.streams[name].step)[0].double()
         seen = torch.tensor([(first + place) % 2 == 0 for place in range(len(true))])
         first += len(true)
         assert (over[seen] < 1e-3).all()
@@ -66,7 +66,7 @@ def test_what_is_frozen_gives_nothing_away(make_private, make_store):
     """Without gradients of the patch layers there is nothing to invert; the guess is a grey."""
     run = make_private(more='trained = "last-block"')
     attacked = Attacked(build_model(run), run, [pictures(run, make_store)])
-    assert invert(attacked.learner.model, attacked.gradient([(0, 1)])) == {}
+    assert invert(attacked.trainer.model, attacked.gradient([(0, 1)])) == {}
     first, *_ = audit_inversion(build_model(run), run, [pictures(run, make_store)], patients=2)
     assert first.psnr == first.grey
 
@@ -77,7 +77,7 @@ def test_the_model_is_as_it_was_after_an_update_was_tried(make_private, make_sto
     attacked = Attacked(model, run, [pictures(run, make_store)])
     moved = attacked.adamw_update([(0, 0)])
     assert any(value.any() for value in moved.values())
-    for name, value in attacked.learner.model.state_dict().items():
+    for name, value in attacked.trainer.model.state_dict().items():
         assert torch.equal(value, model.state_dict()[name]), name
 
 

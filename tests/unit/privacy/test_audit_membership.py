@@ -7,7 +7,7 @@ import torch
 from panfm.errors import DataError
 from panfm.models import build_model
 from panfm.privacy.audit_membership import Place, audit_membership, patient_losses
-from panfm.training import Learner
+from panfm.training.trainer import Trainer
 
 STEPS = 400
 
@@ -39,15 +39,15 @@ def test_patients_that_were_learned_by_heart_are_found(make_run, make_store):
     train = run.train.model_copy(update={"rounds": 1, "local_steps": STEPS, "weight_decay": 0.0})
     store = make_store(run, 24, complete=True)
     place = halves(store)
-    learner = Learner(run.model_copy(update={"train": train}))
-    before = learner.shared_state()
-    learner.train(store, place.members, first_step=0, num_steps=STEPS, site="a", round_number=1)
-    found = audit_membership(run, before, learner.shared_state(), [place, place], masks=4, bootstrap=200)
+    trainer = Trainer(run.model_copy(update={"train": train}))
+    before = trainer.shared_state()
+    trainer.train(store, place.members, first_step=0, num_steps=STEPS, site="a", round_number=1)
+    found = audit_membership(run, before, trainer.shared_state(), [place, place], masks=4, bootstrap=200)
     assert found.auc.value > 0.8
     assert found.auc.low > 0.5
     assert found.members == found.others == 24
     turned = Place(store, place.others, place.members)
-    assert audit_membership(run, before, learner.shared_state(), [turned], masks=4, bootstrap=0).auc.value < 0.2
+    assert audit_membership(run, before, trainer.shared_state(), [turned], masks=4, bootstrap=0).auc.value < 0.2
 
 
 def test_a_loss_does_not_depend_on_who_else_is_asked(make_run, make_store):

@@ -5,7 +5,7 @@ import pytest
 from scipy.stats import binom
 
 from panfm.errors import ConfigError
-from panfm.privacy import loop
+from panfm.privacy import private_step
 from panfm.privacy.audit_step import audit_step, guess, lower_bound
 
 CANARIES, STEPS = 300, 20
@@ -63,13 +63,15 @@ def test_a_correct_step_stays_under_its_claim(run, trained):
 @pytest.mark.slow
 @pytest.mark.parametrize("bug", ["none", "no noise", "a tenth of the noise", "no clipping"])
 def test_a_step_that_breaks_its_promise_is_caught(run, monkeypatch, bug):
-    noised, add_clipped = loop.with_noise, loop.add_clipped
+    noised, add_clipped = private_step.with_noise, private_step.add_clipped
     if bug == "no noise":
-        monkeypatch.setattr(loop, "with_noise", lambda value, deviation: value)
+        monkeypatch.setattr(private_step, "with_noise", lambda value, deviation: value)
     elif bug == "a tenth of the noise":
-        monkeypatch.setattr(loop, "with_noise", lambda value, deviation: noised(value, deviation / 10))
+        monkeypatch.setattr(private_step, "with_noise", lambda value, deviation: noised(value, deviation / 10))
     elif bug == "no clipping":
-        monkeypatch.setattr(loop, "add_clipped", lambda total, gradient, clip_norm: add_clipped(total, gradient, 1e9))
+        monkeypatch.setattr(
+            private_step, "add_clipped", lambda total, gradient, clip_norm: add_clipped(total, gradient, 1e9)
+        )
     found = audited(run)
     assert 0.5 < found.claim < 2.0
     assert (found.lower_bound > found.claim) == (bug != "none")

@@ -10,11 +10,9 @@ import torch
 from torch import nn
 
 from panfm.data.store import ImageStore
-from panfm.privacy.gradients import add_clipped, patient_gradient
-from panfm.privacy.loop import prepare, sum_over
-from panfm.privacy.patients import one_patient, patient_loss, patients_with_streams
-from panfm.privacy.trained import trained_parameters
-from panfm.training import Learner
+from panfm.privacy.patient_gradients import add_clipped, patient_gradient
+from panfm.privacy.private_step import PrivateGradient, clipped_sum, trained_parameters
+from panfm.training.trainer import Trainer
 
 NUM = 24
 LEVEL = 1 + 1e-5
@@ -30,58 +28,56 @@ def change(whole, rest, clip):
     return norm([whole[name] - rest[name] for name in whole]) / clip
 
 
-def seen(learner, patient):
+def encoded(trainer, patient):
     """One patient's images through the model, nothing hidden."""
-    return learner.model.encode(patient.maps)
+    return trainer.model.encode(patient.student.maps)
 
 
-def probabilities(learner, patient):
-    return torch.cat([routed.probs[0] for routed in seen(learner, patient).routed])
+def probabilities(trainer, patient):
+    return torch.cat([routed.probs[0] for routed in encoded(trainer, patient).routed])
 
 
-def features(learner, patient):
-    return nn.functional.normalize(seen(learner, patient).cls[0], dim=0)
+def features(trainer, patient):
+    return nn.functional.normalize(encoded(trainer, patient).cls[0], dim=0)
 
 
-def coupled_loss(kind, learner, patient, row, batch):
+def coupled_loss(kind, trainer, source, patient, row, batch):
     """A patient's loss, or a term that reads `batch`: what a batch would tell it."""
     if kind == "load-balance":  # R sum imp stopgrad(imp), the patient's share of it
-        return 1e3 * (probabilities(learner, patient) * batch["importance"]).sum()
+        return 1e3 * (probabilities(trainer, patient) * batch["importance"]).sum()
     if kind == "koleo":  # -log of the distance to the nearest other
-        distance = (features(learner, patient) - batch["features"]).square().sum(1)
+        distance = (features(trainer, patient) - batch["features"]).square().sum(1)
         own = torch.eye(len(distance))[row]
         return -0.5 * (distance + 1e3 * own).min().log()
     if kind == "batch-norm":
-        raw = (seen(learner, patient).cls[0] - batch["mean"]) / (batch["deviation"] + 1e-4)
+        raw = (encoded(trainer, patient).cls[0] - batch["mean"]) / (batch["deviation"] + 1e-4)
         return raw.square().mean()
-    own = patient_loss(learner, patient)
-    return own * patient.split.hidden.place.numel() / batch["hidden"] if kind == "tokens" else own
+    own = source.loss(patient)
+    return own * patient.student.mask.hidden.place.numel() / batch["hidden"] if kind == "tokens" else own
 
 
 @torch.no_grad()
-def read_of_batch(kind, learner, patients):
+def read_of_batch(kind, trainer, patients):
     """What the term takes from the batch, without gradient."""
     if kind == "load-balance":
-        return {"importance": torch.stack([probabilities(learner, one) for one in patients]).mean(0)}
+        return {"importance": torch.stack([probabilities(trainer, one) for one in patients]).mean(0)}
     if kind == "koleo":
-        return {"features": torch.stack([features(learner, one) for one in patients])}
+        return {"features": torch.stack([features(trainer, one) for one in patients])}
     if kind == "batch-norm":
-        raw = torch.stack([seen(learner, one).cls[0] for one in patients])
+        raw = torch.stack([encoded(trainer, one).cls[0] for one in patients])
         return {"mean": raw.mean(0), "deviation": raw.std(0)}
-    return {"hidden": sum(one.split.hidden.place.numel() for one in patients)}
+    return {"hidden": sum(one.student.mask.hidden.place.numel() for one in patients)}
 
 
-def total(kind, learner, store, indices, clip):
+def total(kind, trainer, store, indices, clip):
     """Sum of clipped per-patient gradients with a term switched on."""
-    trained = trained_parameters(learner.model, "all")
+    trained = trained_parameters(trainer.model, "all")
     summed = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in trained.items()}
-    patients = [
-        prepare(learner, one_patient(store, int(index), learner.device), 0, None, torch.Generator().manual_seed(0))
-        for index in patients_with_streams(store, indices, learner.model.stream_names)
-    ]
-    batch = read_of_batch(kind, learner, patients)
+    source = PrivateGradient(trainer, store, indices, lambda _: torch.Generator().manual_seed(0))
+    patients = [trainer.forward(batch, 0) for batch in source.patients(indices)]
+    batch = read_of_batch(kind, trainer, patients)
     for row, patient in enumerate(patients):
-        loss = coupled_loss(kind, learner, patient, row, batch)
+        loss = coupled_loss(kind, trainer, source, patient, row, batch)
         add_clipped(summed, patient_gradient(loss, trained), clip)
     return summed
 
@@ -111,13 +107,13 @@ def changes(summed, clip, leaving):
 )
 def test_a_term_that_reads_the_batch(make_private, odd_one_out, fixed_masks, kind, at_least):
     clip = 1e-3
-    learner = Learner(make_private("mae", "dex", clip=clip))
-    store = odd_one_out(learner.run)
+    trainer = Trainer(make_private("mae", "dex", clip=clip))
+    store = odd_one_out(trainer.run)
     if kind == "koleo":  # the last is everybody's nearest neighbour
         for images in store.images.values():
             images[:-1] = images[-1] + 0.1 * (images[:-1] - images[-1])
-    store = learner.stem(store)
-    found = changes(lambda indices: total(kind, learner, store, indices, clip), clip, (0, NUM - 1))
+    store = trainer.stem(store)
+    found = changes(lambda indices: total(kind, trainer, store, indices, clip), clip, (0, NUM - 1))
     check(max(found), at_least)
 
 
@@ -141,13 +137,13 @@ def test_running_statistics_of_the_targets(make_private, odd_one_out, fixed_mask
     """DINO's centre, which at momentum 1 stays where it is, and the latent targets' moments."""
     clip = 1e-3
     run = make_private(f"[objective]\n{objective}\n", clip=clip, more=ACKNOWLEDGED)
-    learner = Learner(run)
-    store = learner.stem(odd_one_out(run))
-    state = learner.objective.state()
+    trainer = Trainer(run)
+    store = trainer.stem(odd_one_out(run))
+    state = trainer.objective.state()
 
     def summed(indices):
-        learner.objective.load_state(state)
-        return sum_over(learner, store, indices, 0)
+        trainer.objective.load_state(state)
+        return clipped_sum(trainer, store, indices, 0)
 
     found = changes(summed, clip, (0,))
     check(max(found), at_least)
@@ -157,14 +153,14 @@ def test_running_statistics_of_the_targets(make_private, odd_one_out, fixed_mask
 def test_a_mean_over_all_hidden_tokens_of_the_batch(make_private, make_store, fixed_masks, kind, at_least):
     """One patient holds all streams, three one: with the first gone, the others' tokens weigh more."""
     run = make_private("mae")
-    learner = Learner(run)
+    trainer = Trainer(run)
     whole = make_store(run, 4, complete=True)
     rows = {name: np.arange(4 if name == "heart-ct" else 1) for name in run.streams}
     images = {name: whole.images[name][: len(rows[name])] for name in run.streams}
-    store = learner.stem(ImageStore(whole.subjects, whole.splits, images, rows))
-    alone = total(kind, learner, store, np.array([1]), 1e9)
+    store = trainer.stem(ImageStore(whole.subjects, whole.splits, images, rows))
+    alone = total(kind, trainer, store, np.array([1]), 1e9)
     clip = norm(alone.values()) / (3 if kind == "tokens" else 10)
-    sums = [total(kind, learner, store, indices, clip) for indices in (np.arange(4), np.arange(1, 4))]
+    sums = [total(kind, trainer, store, indices, clip) for indices in (np.arange(4), np.arange(1, 4))]
     check(change(*sums, clip), at_least)
 
 
@@ -176,15 +172,15 @@ def test_experts_trained_outside_the_private_step(make_private, odd_one_out, fix
     store = odd_one_out(run)
 
     def summed(indices):
-        learner = Learner(run)
-        learner.stem(store)
-        own = {name: p for name, p in learner.model.named_parameters() if ".experts." in name}
+        trainer = Trainer(run)
+        trainer.stem(store)
+        own = {name: p for name, p in trainer.model.named_parameters() if ".experts." in name}
         for _ in range(num_steps):
-            gradients = total("none", learner, learner.stem(store), indices, 1e9)
+            gradients = total("none", trainer, trainer.stem(store), indices, 1e9)
             with torch.no_grad():
                 for name, parameter in own.items():
                     parameter -= 0.02 * gradients[name].sign().float()
-        found = total("none", learner, learner.stem(store), indices, clip)
+        found = total("none", trainer, trainer.stem(store), indices, clip)
         return {name: value for name, value in found.items() if name not in own}
 
     found = changes(summed, clip, (0,))

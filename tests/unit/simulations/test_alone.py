@@ -3,17 +3,17 @@
 import numpy as np
 
 from panfm.data.store import ImageStore
-from panfm.training import Learner
+from panfm.training.trainer import Trainer
 from simulations.alone import train_alone
 
 
 def test_rounds_steps_and_subjects_are_those_of_a_federation(make_run, make_store, monkeypatch):
     run, seen, done = make_run(), [], []
 
-    def note(learner, store, indices, **words):
+    def note(trainer, store, indices, **words):
         seen.append((indices.tolist(), words))
 
-    monkeypatch.setattr(Learner, "train", note)
+    monkeypatch.setattr(Trainer, "train", note)
     store = make_store(run, 4)
     splits = ImageStore(store.subjects, ("train", "val", "train", "test"), store.images, store.rows)
     del splits.images["eye-fundus"]

@@ -5,11 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from simulations.cohorts.prepare import cohort_of, load_simulation
 
 from panfm.config import dump_toml, load_run, parse_run
 from panfm.errors import ConfigError
 from simulations.cohorts import COHORTS
+from simulations.cohorts.prepare import cohort_of, load_simulation
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 RUN = """

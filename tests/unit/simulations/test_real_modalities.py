@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from simulations.cohorts.prepare import cohort_of, load_simulation
 
 from panfm.config import StreamConfig
 from panfm.data.cache import open_store
 from panfm.data.check import check_site
 from panfm.errors import ConfigError, DataError
 from panfm.evaluate import LabelInfo, LabelledStore, read_label_info
-from panfm.training import Learner
+from panfm.training.trainer import Trainer
+from simulations.cohorts.prepare import cohort_of, load_simulation
 from simulations.cohorts.real_modalities import RealModalitiesCohort, class_labels
 
 REAL = os.environ.get("PANFM_REAL_DATA")
@@ -125,11 +125,11 @@ def test_the_shipped_experiment_checks_caches_tokenises_and_learns(tmp_path):
         assert check_site(folder, run.streams, organs=run.organs).faults == ()
         store = open_store(folder, run.streams)
         assert set(store.images) == streams
-        learner = Learner(run, sorted(streams))
-        before = learner.shared_state()
-        told = learner.train(store, store.indices("train"), first_step=0, num_steps=1, site=site, round_number=1)
+        trainer = Trainer(run, sorted(streams))
+        before = trainer.shared_state()
+        told = trainer.train(store, store.indices("train"), first_step=0, num_steps=1, site=site, round_number=1)
         assert (told.num_steps, told.num_skipped) == (1, 0)
-        after = learner.shared_state()
+        after = trainer.shared_state()
         assert all(torch.isfinite(value).all() for value in after.values())
         for stream in streams:
             moved = [not torch.equal(before[name], after[name]) for name in before if f"streams.{stream}." in name]

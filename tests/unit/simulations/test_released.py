@@ -6,7 +6,7 @@ from torch.testing import assert_close
 
 from panfm.models import build_model
 from panfm.models.director_experts import DirectorExperts, Exploration
-from panfm.training import Learner, loop
+from panfm.training.trainer import Trainer
 from simulations.studies._modalities import Pictures
 from simulations.studies._released import ActivationFromZero, DirectorFirst, Released, use_layers
 from simulations.studies.dex import RELEASED, arm_run, exchange_layers
@@ -44,30 +44,29 @@ def test_the_director_follows_the_experts_of_before_or_after_the_step(picture_co
     run = arm_run(0, "dex", 1)
     experts = run.model.experts.model_copy(update={"director_momentum": (0.6, 0.6)})
     run = run.model_copy(update={"model": run.model.model_copy(update={"experts": experts})})
-    learner, store = Learner(run), Pictures.open(picture_cohort, run).together.store
-    use_layers(learner.model, kind)
-    names = set(learner.model.state_dict())
+    trainer, store = Trainer(run), Pictures.open(picture_cohort, run).together.store
+    use_layers(trainer.model, kind)
+    names = set(trainer.model.state_dict())
 
     def set_experts(number):
-        for layer in learner.model.director_experts().values():
+        for layer in trainer.model.director_experts().values():
             for parameter in layer.experts.parameters():
                 parameter.detach().fill_(number)
 
-    def to_one(*_):
+    def to_one():
         set_experts(1.0)
-        return True
 
     set_experts(2.0)
-    for layer in learner.model.director_experts().values():
+    for layer in trainer.model.director_experts().values():
         for parameter in layer.director.parameters():
             parameter.zero_()
-    monkeypatch.setattr(loop, "step", to_one)
-    learner.train(store, store.indices("train"), first_step=0, num_steps=1, site="a", round_number=1)
-    for layer in learner.model.director_experts().values():
+    monkeypatch.setattr(trainer.optimiser, "step", to_one)
+    trainer.train(store, store.indices("train"), first_step=0, num_steps=1, site="a", round_number=1)
+    for layer in trainer.model.director_experts().values():
         assert all(bool((parameter == 1.0).all()) for parameter in layer.experts.parameters())
         for parameter in layer.director.parameters():
             assert_close(parameter, torch.full_like(parameter, expected))
-    assert set(learner.model.state_dict()) == names
+    assert set(trainer.model.state_dict()) == names
 
 
 def test_arms_have_the_layers_they_name():

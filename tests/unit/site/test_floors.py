@@ -13,7 +13,7 @@ from panfm.errors import LimitError
 from panfm.sharing.groups import GroupManifest
 from panfm.site.admission import check_floors
 from panfm.site.floors import Floors, step_weights
-from panfm.training import TrainResult
+from panfm.training.gradient import TrainResult
 from panfm.training.schedules import warmup_cosine
 
 FLOORS = Floors(8, 5)

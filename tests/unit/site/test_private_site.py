@@ -14,9 +14,10 @@ import torch
 from panfm.config import dump_toml, experiment_hash, parse_run
 from panfm.errors import BudgetError, ConfigError, LedgerError, ProtocolError
 from panfm.models import build_model
-from panfm.privacy import loop, saliency
+from panfm.privacy import noised_profile, private_step
 from panfm.privacy.ledger import mechanisms_of
 from panfm.privacy.mechanisms import epsilon
+from panfm.privacy.private_step import PrivateGradient
 from panfm.sharing.frames import Frame, Kind, encode, receive
 from panfm.sharing.groups import GroupManifest
 from panfm.sharing.messages import Invitation, RoundReply, RoundTask
@@ -90,9 +91,9 @@ class Fixed:
 
     def __init__(self, monkeypatch):
         self.random = np.random.default_rng(0)
-        for module, name in ((loop, "sum_over"), (saliency, "saliency_sum")):
-            monkeypatch.setattr(module, name, self.instead_of(getattr(module, name)))
-        for module in (loop, saliency):
+        for owner, name in ((PrivateGradient, "total"), (noised_profile, "saliency_sum")):
+            monkeypatch.setattr(owner, name, self.instead_of(getattr(owner, name)))
+        for module in (private_step, noised_profile):
             monkeypatch.setattr(module, "with_noise", lambda value, deviation: value)
 
     def instead_of(self, summed):
@@ -229,7 +230,7 @@ def test_killing_and_resuming_and_another_run_never_lower_what_is_spent(tmp_path
     def killed(*args, **more):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("panfm.privacy.loop.noisy_gradient", killed)
+    monkeypatch.setattr(PrivateGradient, "finish", killed)
     with pytest.raises(KeyboardInterrupt):
         Site(site.folder).train_round(task(2))
     monkeypatch.undo()
@@ -243,7 +244,7 @@ def test_killing_and_resuming_and_another_run_never_lower_what_is_spent(tmp_path
 
 
 def _dies_in_its_round(folder, asked):
-    loop.noisy_gradient = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+    PrivateGradient.finish = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
     Site(folder).train_round(asked)
 
 
@@ -327,12 +328,12 @@ def test_the_noise_that_is_drawn_is_the_noise_that_is_booked(site, monkeypatch):
 
         return with_noise
 
-    for name, module in (("gradients", loop), ("saliency", saliency)):
+    for name, module in (("gradients", private_step), ("saliency", noised_profile)):
         monkeypatch.setattr(module, "with_noise", note(name, module.with_noise))
     site.train_round(task(extra=GUIDED, privacy=PRIVACY + "clip-norm = 0.25\n"))
     booked = {each.name: each for each in mechanisms_of(spent(site)[-1])}
     assert booked.keys() == drawn.keys()
-    num_parameters = len(list(site._warm[1].learner.model.parameters()))
+    num_parameters = len(list(site._warm[1].trainer.model.parameters()))
     for name, per_release in (("gradients", num_parameters), ("saliency", 1)):
         assert len(drawn[name]) == booked[name].count * per_release
         assert set(drawn[name]) == {booked[name].noise * booked[name].sensitivity}

@@ -17,8 +17,7 @@ from panfm.sharing.messages import Invitation, RoundTask
 from panfm.site import Site, session
 from panfm.site.audit_log import AuditLog
 from panfm.site.state import StateStore
-from panfm.training import Learner
-from panfm.training.loop import Validation
+from panfm.training.trainer import Trainer, Validation
 
 RUN = """
 name = "small"
@@ -86,9 +85,9 @@ def test_where_the_teacher_starts_a_round(folder, tmp_path, monkeypatch):
         extra = f'teacher-start = "{choice}"\n'
         replies[choice] = [site.train_round(task(number, extra=extra)) for number in (1, 2)]
         with monkeypatch.context() as patched:
-            patched.setattr(Learner, "update_teacher", lambda learner, momentum: None)
+            patched.setattr(Trainer, "update_teacher", lambda trainer, momentum: None)
             site.train_round(task(3, extra=extra))
-        start, kept = build_model(parse_run(RUN)).state_dict(), site._warm[1].learner.teacher.state_dict()
+        start, kept = build_model(parse_run(RUN)).state_dict(), site._warm[1].trainer.teacher.state_dict()
         assert all(torch.equal(kept[name], start[name]) for name in kept) == (choice == "global")
     assert same(replies["own"][0], replies["global"][0])
     assert not same(replies["own"][1], replies["global"][1])
@@ -103,7 +102,7 @@ def test_the_teacher_starts_at_the_servers_average(folder):
     site.train_round(replace(first, teacher=first.groups))
     site.train_round(replace(asked, teacher=average))
     session = site._warm[1]
-    kept = session.learner.teacher.state_dict()
+    kept = session.trainer.teacher.state_dict()
     for name, expected in session.manifest.unpack_all(average).items():
         assert np.array_equal(kept[name].numpy(), expected), name
     with pytest.raises(ProtocolError, match="missing group"):
@@ -180,17 +179,17 @@ def test_a_site_validates_every_so_many_rounds_and_in_the_last(folder):
 
 
 def test_a_round_trains_and_validates_on_the_right_subjects_at_its_place_in_the_run(folder, monkeypatch):
-    real, seen = Learner.train, []
+    real, seen = Trainer.train, []
 
-    def note(learner, store, indices, **words):
+    def note(trainer, store, indices, **words):
         seen.append(
             (indices.tolist(), words["first_step"], words["num_steps"], words["round_number"], words["profile"])
         )
-        return real(learner, store, indices, **words)
+        return real(trainer, store, indices, **words)
 
-    monkeypatch.setattr(Learner, "train", note)
-    sums = lambda learner, store, indices, site: Validation(float(indices.sum()), len(indices))  # noqa: E731
-    monkeypatch.setattr(Learner, "validate", sums)
+    monkeypatch.setattr(Trainer, "train", note)
+    sums = lambda trainer, store, indices, site: Validation(float(indices.sum()), len(indices))  # noqa: E731
+    monkeypatch.setattr(Trainer, "validate", sums)
     profile = {"brain-mr": 1.5, "heart-mr": 0.5}
     assert Site(folder).train_round(replace(task(4), profile=profile)).validation_loss == 5.0
     assert seen == [([0, 1, 2, 3, 4], 6, 2, 4, profile)]
@@ -198,7 +197,7 @@ def test_a_round_trains_and_validates_on_the_right_subjects_at_its_place_in_the_
 
 def test_skipped_steps_do_not_weigh(folder, monkeypatch):
     """One finite step of two; then none, which leaves the model where it was."""
-    from panfm.training.latent import LatentObjective
+    from panfm.training.objectives.latent.objective import LatentObjective
 
     real, calls = LatentObjective.loss, []
 
@@ -263,7 +262,7 @@ def test_memory_is_used_only_if_disk_agrees(folder):
 
 
 @pytest.mark.parametrize("extra", ["", '[sharing]\ncoding = "int8"\n', '[sharing]\nhead = "private"\n'])
-def test_sites_that_take_turns_at_one_learner_do_not_meet(tmp_path, write_site, extra, monkeypatch):
+def test_sites_that_take_turns_at_one_trainer_do_not_meet(tmp_path, write_site, extra, monkeypatch):
     """Three sites of one process with the same streams, not always asked; beside them, each with its own."""
     for name in ("alpha", "beta", "gamma"):
         write_site(tmp_path / name, name, ("brain", "heart"))
@@ -273,13 +272,13 @@ def test_sites_that_take_turns_at_one_learner_do_not_meet(tmp_path, write_site, 
         order = "alpha beta gamma", "beta alpha", "gamma alpha beta", "alpha gamma"
         asked = [(name, number) for number, names in enumerate(order, start=1) for name in names.split()]
         found = [sites[name].train_round(task(number, extra=extra)) for name, number in asked]
-        assert len({id(site._warm[1].learner) for site in sites.values()}) == num_learners
+        assert len({id(site._warm[1].trainer) for site in sites.values()}) == num_trainers
         return found
 
-    num_learners = 1
+    num_trainers = 1
     together = rounds(tmp_path / "together")
-    monkeypatch.setattr(session, "_learners", session._learners.__wrapped__)
-    num_learners = 3
+    monkeypatch.setattr(session, "_trainers", session._trainers.__wrapped__)
+    num_trainers = 3
     alone = rounds(tmp_path / "alone")
     assert all(map(same, together, alone))
     assert not same(together[0], together[1])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from panfm.config.masking import MaskingConfig
 from panfm.models.tokens import pack
-from panfm.training.masking import draw_hidden, guidance, stream_scores
+from panfm.training.masking import build_policy, draw_mask
 from panfm.training.saliency import normalised_entropy
 
 STREAM_OF_PLACE = torch.arange(3).repeat_interleave(torch.tensor([4, 2, 6]))
@@ -17,10 +17,22 @@ ORGANS = ("heart", "brain", "adipose")
 POLICIES = ("random", "organ", "sgm", "inverse", "static")
 
 
+def hidden_places(mask):
+    """bool [B, N]."""
+    columns = mask.hidden_column.masked_fill(~mask.hidden.valid, mask.layout.place.shape[1])
+    hidden = torch.zeros(len(columns), mask.layout.place.shape[1] + 1, dtype=torch.bool)
+    return hidden.scatter(1, columns, mask.hidden.valid)[:, :-1]
+
+
 def draw(config, relative, present, *, step=100, seed=0):
     layout = pack(torch.tensor(present), STREAM_OF_PLACE)
-    scores = stream_scores(config, relative, ORGANS, step)
-    return layout, draw_hidden(config, scores, layout, STREAM_OF_PLACE, torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    mask = draw_mask(build_policy(config, ORGANS), relative, layout, STREAM_OF_PLACE, step=step, generator=generator)
+    return layout, hidden_places(mask)
+
+
+def stream_scores(config, relative, step):
+    return build_policy(config, ORGANS).scores(relative, len(relative), step, torch.Generator())
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -76,21 +88,21 @@ def test_gumbel_top_k_equals_drawing_without_replacement():
     config = MaskingConfig(policy="sgm", ratio=0.34, strength=1.0)
     stream_of_place = torch.arange(3)
     layout = pack(torch.ones(60_000, 3, dtype=torch.bool), stream_of_place)
-    scores = torch.tensor([[3.0, 2.0, 1.0]]).log()
-    hidden = draw_hidden(config, scores, layout, stream_of_place, torch.Generator().manual_seed(0))
-    found = hidden.float().mean(0)
+    policy, relative = build_policy(config, ORGANS), torch.tensor([[3.0, 2.0, 1.0]])
+    mask = draw_mask(policy, relative, layout, stream_of_place, step=100, generator=torch.Generator().manual_seed(0))
+    found = hidden_places(mask).float().mean(0)
     assert (found - torch.tensor([3, 2, 1]) / 6).abs().max() < 3 * (0.25 / 60_000) ** 0.5 * 1.5
 
 
 def test_a_stream_is_hidden_no_more_than_the_limit_says():
-    scores = stream_scores(MaskingConfig(limit=0.5), torch.tensor([[2.9, 0.1, 0.0]]), ORGANS, 100)
+    scores = stream_scores(MaskingConfig(limit=0.5), torch.tensor([[2.9, 0.1, 0.0]]), 100)
     assert scores.tolist() == [[0.5, -0.5, -0.5]]
     clipped, free = shares("sgm", [2.6, 0.2, 0.2], limit=0.5), shares("sgm", [2.6, 0.2, 0.2])
     assert clipped[0] < 0.85 < 0.98 < free[0]
 
 
 def test_a_stream_that_nobody_leans_on_is_still_hidden_now_and_then():
-    scores = stream_scores(MaskingConfig(limit=20.0, strength=2.0), torch.tensor([[2.9, 0.06, 0.01]]), ORGANS, 100)
+    scores = stream_scores(MaskingConfig(limit=20.0, strength=2.0), torch.tensor([[2.9, 0.06, 0.01]]), 100)
     assert scores.tolist() == [pytest.approx([2 * math.log(2.9), 2 * math.log(0.06), 2 * math.log(0.05)])]
 
 
@@ -109,13 +121,14 @@ def test_a_stream_that_nobody_leans_on_is_still_hidden_now_and_then():
 def test_guidance_rises_and_then_stays_only_where_dominance_lasts(step, balanced, lopsided):
     config = MaskingConfig(warmup_steps=20, settle_steps=500)
     relative = torch.tensor([[1.0, 1.0, 1.0], [2.9, 0.05, 0.05]])
-    assert guidance(config, relative, step).flatten().tolist() == pytest.approx([balanced, lopsided], abs=1e-6)
+    guidance = build_policy(config, ORGANS).guidance(relative, step)
+    assert guidance.flatten().tolist() == pytest.approx([balanced, lopsided], abs=1e-6)
 
 
 def test_guidance_that_lasts_falls_linearly_with_balance():
     relative = torch.tensor([[1.6, 0.4, 0.0]])
     entropy = -(0.8 * math.log(0.8) + 0.2 * math.log(0.2)) / math.log(2)
-    found = guidance(MaskingConfig(balance=entropy + 0.03), relative, 5000)
+    found = build_policy(MaskingConfig(balance=entropy + 0.03), ORGANS).guidance(relative, 5000)
     assert found.item() == pytest.approx(0.3, abs=1e-5)
 
 

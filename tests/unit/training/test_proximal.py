@@ -4,17 +4,17 @@ import numpy as np
 import pytest
 import torch
 
-from panfm.training import Learner
 from panfm.training.schedules import warmup_cosine
+from panfm.training.trainer import Trainer
 
 
 def trained(run, store, num_steps: int) -> tuple[dict, dict]:
     """Parameters before and after a round."""
-    learner = Learner(run)
-    start = learner.shared_state()
-    learner.load_shared(start)
-    learner.train(store, np.arange(12), first_step=0, num_steps=num_steps, site="a", round_number=1)
-    return start, learner.shared_state()
+    trainer = Trainer(run)
+    start = trainer.shared_state()
+    trainer.load_shared(start)
+    trainer.train(store, np.arange(12), first_step=0, num_steps=num_steps, site="a", round_number=1)
+    return start, trainer.shared_state()
 
 
 def test_one_step_by_hand(make_run, make_store):
@@ -44,11 +44,11 @@ def test_private_parameters_are_not_pulled(make_run, make_store):
     private = '[sharing]\nhead = "private"\n'
     moved = []
     for mu in (0.0, 100.0):
-        learner = Learner(make_run(f"proximal-mu = {mu}\n{private}"))
-        start = learner.private_state()
-        learner.load_shared(learner.shared_state())
-        learner.train(store, np.arange(12), first_step=0, num_steps=1, site="a", round_number=1)
-        end = learner.private_state()
+        trainer = Trainer(make_run(f"proximal-mu = {mu}\n{private}"))
+        start = trainer.private_state()
+        trainer.load_shared(trainer.shared_state())
+        trainer.train(store, np.arange(12), first_step=0, num_steps=1, site="a", round_number=1)
+        end = trainer.private_state()
         heads = [name for name in start if name.startswith("student.")]
         moved.append({name: end[name] - start[name] for name in heads})
     assert moved[0]
@@ -59,7 +59,7 @@ def test_without_global_parameters_there_is_no_pull(make_run, make_store):
     """A site that trains alone."""
     store, ends = make_store(make_run()), []
     for mu in (0.0, 100.0):
-        learner = Learner(make_run(f"proximal-mu = {mu}\n"))
-        learner.train(store, np.arange(12), first_step=0, num_steps=2, site="a", round_number=1)
-        ends.append(learner.shared_state())
+        trainer = Trainer(make_run(f"proximal-mu = {mu}\n"))
+        trainer.train(store, np.arange(12), first_step=0, num_steps=2, site="a", round_number=1)
+        ends.append(trainer.shared_state())
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])

@@ -2,15 +2,15 @@
 
     target   y = sqrt(1 - a) standardise(mean over the last blocks of LayerNorm(teacher block output))
                  + sqrt(a) standardise(R stem features of the place),   a = content-share, R a fixed random projection
-    tokens   mean over hidden places of SmoothL1(guess - y)
-    summary  mean over the subject's streams of SmoothL1(summary guessed from CLS - mean of y over the stream)
+    tokens   mean over hidden places of SmoothL1(prediction - y)
+    summary  mean over the subject's streams of SmoothL1(summary predicted from CLS - mean of y over the stream)
     loss     tokens + summary-weight x summary
 
 Targets are standardised per place and feature by running statistics: what is the same for everybody (which organ is
 there) then carries no reward, only what differs between patients does.
 
 The content term is the same in every run of one seed and cannot collapse: without it the teacher drifts within a
-thousand steps to the few features that are easy to guess (effective rank 3 of 48, simulations/studies/LOG.md).
+thousand steps to the few features that are easy to predict (effective rank 3 of 48, simulations/studies/LOG.md).
 
 Source: data2vec (Baevski et al. 2022) for targets; the random projection follows BEST-RQ (Chiu et al. 2022); the CLS
 summary and the standardisation are this project's.
@@ -22,14 +22,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from panfm.config.objectives import LatentConfig
 from panfm.data.store import Batch
 from panfm.models import PanModel
 from panfm.models.backbone import Encoded
 from panfm.models.stems import patchify, stem_features, stem_step
 from panfm.models.tokens import Layout, gather_tokens
 from panfm.seeds import torch_generator
-from panfm.training.objective import Split, Targets, View, mean_over
+from panfm.training.masking import TokenMask
+from panfm.training.objective import Objective, StudentOutput, Targets, mean_over
+from panfm.training.objectives.latent.config import LatentConfig
 
 
 class RunningMoments:
@@ -62,12 +63,10 @@ class RunningMoments:
         return {"count": self.count, "mean": self.mean, "square": self.square}
 
 
-class LatentObjective:
+class LatentObjective(Objective):
     """Regression of teacher features, per subject; nothing couples subjects but the running statistics."""
 
-    needs_teacher = True
-
-    def __init__(self, config: LatentConfig, model: PanModel, *, seed: int) -> None:
+    def __init__(self, config: LatentConfig, model: PanModel, seed: int) -> None:
         self.config = config
         num_places, device = len(model.stream_of_place), model.stream_of_place.device
         self.places = RunningMoments(num_places, model.width, device=device)
@@ -76,16 +75,16 @@ class LatentObjective:
         self.projections = {name: _projection(model, name, seed) for name in model.stream_names}
 
     @torch.no_grad()
-    def targets(self, teacher: PanModel, maps: Batch, split: Split, full: Encoded | None) -> Targets:
+    def targets(self, teacher: PanModel, maps: Batch, mask: TokenMask, full: Encoded | None) -> Targets:
         """Features of the hidden places [B, K, D], summaries of streams [B, S, D], which streams are there [B, S]."""
         assert full is not None
         places, summaries, present = self._features(teacher, full, maps)
-        return {"places": gather_tokens(places, split.hidden_column), "summaries": summaries, "present": present}
+        return {"places": gather_tokens(places, mask.hidden_column), "summaries": summaries, "present": present}
 
-    def loss(self, student: PanModel, view: View, targets: Targets) -> Tensor:
+    def loss(self, student: PanModel, output: StudentOutput, targets: Targets) -> Tensor:
         """Loss of each subject [B]."""
-        tokens = mean_over(self._distance(view.guesses, targets["places"]), view.split.hidden.valid)
-        summaries = student.heads.summarise(view.seen.cls)
+        tokens = mean_over(self._distance(output.predictions, targets["places"]), output.mask.hidden.valid)
+        summaries = student.heads.summarise(output.encoded.cls)
         summary = mean_over(self._distance(summaries, targets["summaries"]), targets["present"])
         return tokens + self.config.summary_weight * summary
 
@@ -115,8 +114,10 @@ class LatentObjective:
                 contents[maps.rows[name][:, None], places] = (patches @ self.projections[name]).float()
         return gather_tokens(contents, layout.place)
 
-    def _distance(self, guess: Tensor, target: Tensor) -> Tensor:
-        return functional.smooth_l1_loss(guess.float(), target, beta=self.config.beta, reduction="none").mean(dim=-1)
+    def _distance(self, prediction: Tensor, target: Tensor) -> Tensor:
+        return functional.smooth_l1_loss(prediction.float(), target, beta=self.config.beta, reduction="none").mean(
+            dim=-1
+        )
 
     def state(self) -> dict[str, Tensor]:
         """Running statistics, by name."""
@@ -127,7 +128,7 @@ class LatentObjective:
         }
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take back what `state` gave."""
+        """Restore what `state` returned."""
         for part, moments in self._moments().items():
             for name in moments.tensors():
                 setattr(moments, name, state[f"{part}.{name}"].to(moments.count.device, copy=True))

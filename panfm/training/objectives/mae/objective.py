@@ -10,58 +10,67 @@ Source: MAE (He et al. 2022), normalised-pixel target.
 Shape legend: B subjects, K hidden places, P subjects that hold a stream, F features of a patch.
 """
 
+from collections.abc import Mapping
+from typing import cast
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from panfm.data.store import Batch
 from panfm.models import PanModel
 from panfm.models.backbone import Encoded
+from panfm.models.heads import ObjectiveHeads
 from panfm.models.pan import StreamTokenizer
 from panfm.models.stems import patchify
 from panfm.models.tokens import gather_tokens
-from panfm.training.objective import Split, Targets, View
+from panfm.training.masking import TokenMask
+from panfm.training.objective import Objective, StudentOutput, Targets
+from panfm.training.objectives.mae.config import MaeConfig
 
 
-class MaeObjective:
+class MaeObjective(Objective):
     """Mean squared error of normalised patches; keeps no state and needs no teacher."""
 
     needs_teacher = False
 
+    def __init__(self, config: MaeConfig, model: PanModel, seed: int) -> None:
+        """Keep nothing."""
+
+    @staticmethod
+    def build_heads(config: MaeConfig, width: int, num_features: Mapping[str, int]) -> ObjectiveHeads:
+        """A decoder of patches per stream."""
+        decoders = {name: {"decode": nn.Linear(width, size)} for name, size in num_features.items()}
+        return ObjectiveHeads(per_stream=decoders)
+
     @torch.no_grad()
-    def targets(self, teacher: PanModel, maps: Batch, split: Split, full: Encoded | None) -> Targets:
+    def targets(self, teacher: PanModel, maps: Batch, mask: TokenMask, full: Encoded | None) -> Targets:
         """Per stream with something hidden: `patches/<stream>` [P, W, F], normalised; `column/<stream>` [P, W], where
         among the hidden places each stands; `valid/<stream>` [P, W]. W is the most that one subject hides of it."""
-        found = {}
-        stream = teacher.stream_of_place[split.hidden.place]
+        targets = {}
+        stream = teacher.stream_of_place[mask.hidden.place]
         for index, (name, rows) in enumerate((name, maps.rows.get(name)) for name in teacher.stream_names):
             if rows is None:
                 continue
-            places, column = split.hidden.select(stream == index)
+            places, column = mask.hidden.select(stream == index)
             if column.shape[1]:
-                found["patches/" + name] = _patches(teacher, maps, name, places.place[rows])
-                found["column/" + name] = column[rows]
-                found["valid/" + name] = places.valid[rows]
-        return found
+                targets["patches/" + name] = _patches(teacher, maps, name, places.place[rows])
+                targets["column/" + name] = column[rows]
+                targets["valid/" + name] = places.valid[rows]
+        return targets
 
-    def loss(self, student: PanModel, view: View, targets: Targets) -> Tensor:
+    def loss(self, student: PanModel, output: StudentOutput, targets: Targets) -> Tensor:
         """Loss of each subject [B]."""
-        total = view.guesses.new_zeros(view.maps.size, dtype=torch.float32)
+        total = output.predictions.new_zeros(output.maps.size, dtype=torch.float32)
         for name, head in zip(student.stream_names, student.heads.stream_heads(), strict=True):
             if "patches/" + name in targets:
-                assert head.decode is not None
-                rows = view.maps.rows[name]
-                guesses = head.decode(gather_tokens(view.guesses[rows], targets["column/" + name]))
-                error = (guesses.float() - targets["patches/" + name]).square().mean(dim=-1)
+                rows = output.maps.rows[name]
+                patches = cast(nn.Linear, head.decode)(
+                    gather_tokens(output.predictions[rows], targets["column/" + name])
+                )
+                error = (patches.float() - targets["patches/" + name]).square().mean(dim=-1)
                 error = torch.where(targets["valid/" + name], error, torch.zeros_like(error)).sum(dim=1)
                 total = total.index_add(0, rows, error)
-        return total / view.split.hidden.valid.sum(dim=1).clamp_min(1)
-
-    def state(self) -> dict[str, Tensor]:
-        """Nothing."""
-        return {}
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Nothing to take back."""
+        return total / output.mask.hidden.valid.sum(dim=1).clamp_min(1)
 
 
 def _patches(model: PanModel, maps: Batch, name: str, place: Tensor) -> Tensor:

@@ -1,18 +1,18 @@
-"""What of a learner is shared, what is private, and that both together are all of it."""
+"""What of a trainer is shared, what is private, and that both together are all of it."""
 
 import numpy as np
 import pytest
 import torch
 
 from panfm.models import build_model
-from panfm.training import Learner
+from panfm.training.trainer import Trainer
 
 PRIVATE_HEAD = '[sharing]\nhead = "private"\n'
 
 
-def train(learner, store, round_number=1):
+def train(trainer, store, round_number=1):
     everyone = np.arange(len(store.subjects))
-    learner.train(
+    trainer.train(
         store, everyone, first_step=4 * (round_number - 1), num_steps=4, site="a", round_number=round_number
     )  # fmt: skip
 
@@ -24,21 +24,21 @@ def same(first, second):
 
 def test_the_two_states_hold_every_parameter_once(make_run):
     for extra in ("", PRIVATE_HEAD):
-        learner = Learner(make_run(extra))
-        private = {name for name in learner.private_state() if name.startswith("student.")}
-        shared = {f"student.{name}" for name in learner.shared_state()}
-        assert shared | private == {f"student.{name}" for name in learner.model.state_dict()}
+        trainer = Trainer(make_run(extra))
+        private = {name for name in trainer.private_state() if name.startswith("student.")}
+        shared = {f"student.{name}" for name in trainer.shared_state()}
+        assert shared | private == {f"student.{name}" for name in trainer.model.state_dict()}
         assert not shared & private
         assert {name.split(".")[1] for name in private} == ({"heads"} if extra else set())
 
 
 def test_private_heads_go_on_with_the_same_bits(make_run, make_store):
     run = make_run(PRIVATE_HEAD)
-    store, whole = make_store(run), Learner(run)
+    store, whole = make_store(run), Trainer(run)
     train(whole, store)
     shared, private = whole.shared_state(), whole.private_state()
     train(whole, store, 2)
-    resumed = Learner(run)
+    resumed = Trainer(run)
     train(resumed, make_store(run, seed=5))
     resumed.load_shared(shared)
     resumed.load_private(private)
@@ -49,22 +49,22 @@ def test_private_heads_go_on_with_the_same_bits(make_run, make_store):
 
 def test_a_fresh_private_part_is_seeded_and_leaves_the_shared_one(make_run, make_store):
     run = make_run(PRIVATE_HEAD)
-    learner = Learner(run)
-    train(learner, make_store(run))
-    shared = learner.shared_state()
-    learner.reset_private()
+    trainer = Trainer(run)
+    train(trainer, make_store(run))
+    shared = trainer.shared_state()
+    trainer.reset_private()
     seeded = build_model(run).state_dict()
-    fresh = learner.private_state()
+    fresh = trainer.private_state()
     assert torch.equal(fresh["student.heads.project.1.weight"], seeded["heads.project.1.weight"])
-    assert same(shared, learner.shared_state())
-    assert all(torch.equal(fresh[f"teacher.{name}"], value) for name, value in learner.model.state_dict().items())
+    assert same(shared, trainer.shared_state())
+    assert all(torch.equal(fresh[f"teacher.{name}"], value) for name, value in trainer.model.state_dict().items())
 
 
 @pytest.mark.parametrize("extra", ["", PRIVATE_HEAD])
 def test_names_must_match_exactly(make_run, extra):
-    learner = Learner(make_run(extra))
-    state = learner.shared_state()
+    trainer = Trainer(make_run(extra))
+    state = trainer.shared_state()
     with pytest.raises(RuntimeError, match=r"backbone\.cls"):
-        learner.load_shared({name: value for name, value in state.items() if name != "backbone.cls"})
+        trainer.load_shared({name: value for name, value in state.items() if name != "backbone.cls"})
     with pytest.raises(RuntimeError, match="extra"):
-        learner.load_shared(state | {"extra": state["backbone.cls"]})
+        trainer.load_shared(state | {"extra": state["backbone.cls"]})

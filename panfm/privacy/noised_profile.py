@@ -21,42 +21,41 @@ from torch import Tensor
 
 from panfm.data.store import Batch, ImageStore
 from panfm.privacy.mechanisms import SALIENCY_SENSITIVITY
-from panfm.privacy.patients import one_patient, patients_with_streams
+from panfm.privacy.patient_gradients import one_patient, patients_with_streams
 from panfm.privacy.randomness import with_noise
-from panfm.training import Learner
-from panfm.training.loop import stream_saliency
+from panfm.training.trainer import Trainer
 
 
-def noisy_profile(learner: Learner, store: ImageStore, indices: NDArray[np.int64]) -> Tensor:
+def noisy_profile(trainer: Trainer, store: ImageStore, indices: NDArray[np.int64]) -> Tensor:
     """Saliency per stream relative to an equal split [S], from 0 to the number of streams that the site holds."""
-    private = learner.run.privacy
+    private = trainer.run.privacy
     assert private is not None
-    total = saliency_sum(learner, store, indices)
+    total = saliency_sum(trainer, store, indices)
     deviation = private.statistics_noise * SALIENCY_SENSITIVITY
     shares, equal = with_noise(total, deviation).clamp_min(0.0) + deviation
-    most = sum(name in store.images for name in learner.model.stream_names)
-    return (shares / equal).clamp_max(most).float().to(learner.device)
+    most = sum(name in store.images for name in trainer.model.stream_names)
+    return (shares / equal).clamp_max(most).float().to(trainer.device)
 
 
 @torch.no_grad()
-def saliency_sum(learner: Learner, store: ImageStore, indices: NDArray[np.int64]) -> Tensor:
+def saliency_sum(trainer: Trainer, store: ImageStore, indices: NDArray[np.int64]) -> Tensor:
     """Sum over patients of shares and equal splits, float64 [2, S].
 
     Guarantees:
         bounded: leaving a patient out changes it by at most sqrt 2, in L2.
     """
-    names = learner.model.stream_names
+    names = trainer.model.stream_names
     total = torch.zeros(2, len(names), dtype=torch.float64)
     for index in patients_with_streams(store, indices, names):
-        vector = saliency_vector(learner, one_patient(store, int(index), learner.device))
+        vector = saliency_vector(trainer, one_patient(store, int(index), trainer.device))
         norm = float(vector.norm())
         if math.isfinite(norm):
             total += vector * min(1.0, SALIENCY_SENSITIVITY / norm)
     return total
 
 
-def saliency_vector(learner: Learner, maps: Batch) -> Tensor:
+def saliency_vector(trainer: Trainer, maps: Batch) -> Tensor:
     """Shares and equal split of one patient, float64 [2, S]; from this patient alone, to the bit."""
-    full = learner.teacher.encode(maps, saliency=learner.run.masking.saliency)
-    shares, present = (value[0].double().cpu() for value in stream_saliency(learner, full))
+    full = trainer.teacher.encode(maps, saliency=trainer.run.masking.saliency)
+    shares, present = (value[0].double().cpu() for value in trainer.stream_saliency(full))
     return torch.stack([shares, present / present.sum()])

@@ -10,12 +10,11 @@ from torch import nn
 from torch.testing import assert_close
 
 from panfm.data.store import ImageStore
-from panfm.privacy.gradients import add_clipped, patient_gradient
-from panfm.privacy.loop import sum_over
-from panfm.privacy.trained import trained_parameters
-from panfm.training import Learner
+from panfm.privacy.patient_gradients import add_clipped, patient_gradient
+from panfm.privacy.private_step import clipped_sum, trained_parameters
 from panfm.training.experts import ExpertTraining
-from panfm.training.objective import masked_view
+from panfm.training.objective import student_output
+from panfm.training.trainer import Trainer
 
 KINDS = [(objective, backbone) for objective in ("latent", "mae") for backbone in ("dense", "dex")]
 ACKNOWLEDGED = "acknowledge-broken-guarantee = true"
@@ -26,31 +25,31 @@ def norm(tensors):
 
 
 @torch.no_grad()
-def as_after_some_steps(learner):
+def as_after_some_steps(trainer):
     """A teacher that is not the student, and experts that are neither alike nor their director's copies."""
-    for parameter in learner.teacher.parameters():
+    for parameter in trainer.teacher.parameters():
         parameter.mul_(1.1).add_(0.01)
     generator = torch.Generator().manual_seed(0)
-    for layer in learner.model.director_experts().values():
+    for layer in trainer.model.director_experts().values():
         for parameter in layer.experts.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
-def one_at_a_time(learner, store, indices, hide, clip):
+def one_at_a_time(trainer, store, indices, hide, clip):
     """Plain autograd on batches of one, clipped and added up."""
-    run, model = learner.run, learner.model
-    experts = ExpertTraining(run.model.experts, model, torch.Generator())
+    run, model = trainer.run, trainer.model
+    experts = ExpertTraining(run.model.experts, model)
     trained = trained_parameters(model, run.privacy.trained)
     total = {name: torch.zeros(value.shape, dtype=torch.float64) for name, value in trained.items()}
     for index in indices:
         maps = store.batch([index])
-        full = learner.teacher.encode(maps, keep_blocks=True)
-        split = hide(learner, maps, full, None, 0, None)
-        view = masked_view(model, maps, split)
-        targets = learner.objective.targets(learner.teacher, maps, split, full)
-        loss = learner.objective.loss(model, view, targets).sum()
+        full = trainer.teacher.encode(maps, keep_blocks=True)
+        split = hide(trainer, maps, full, None, 0, None)
+        view = student_output(model, maps, split)
+        targets = trainer.objective.targets(trainer.teacher, maps, split, full)
+        loss = trainer.objective.loss(model, view, targets).sum()
         if experts.layers:
-            loss = loss + run.model.experts.alignment_weight * experts.alignment(view.seen).sum()
+            loss = loss + run.model.experts.alignment_weight * experts.alignment(view.encoded).sum()
         found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
         gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(trained.values(), found, strict=True)]
         factor = min(1.0, clip / norm(gradients))
@@ -63,11 +62,11 @@ def one_at_a_time(learner, store, indices, hide, clip):
 @pytest.mark.parametrize("clip", [0.05, 100.0])
 def test_the_sum_equals_a_loop_over_patients(make_private, every_subset, fixed_masks, objective, backbone, clip):
     run = make_private(objective, backbone, clip=clip)
-    learner = Learner(run)
-    as_after_some_steps(learner)
-    store = learner.stem(every_subset(run))
-    found = sum_over(learner, store, np.arange(14), 0)
-    expected = one_at_a_time(learner, store, range(14), fixed_masks, clip)
+    trainer = Trainer(run)
+    as_after_some_steps(trainer)
+    store = trainer.stem(every_subset(run))
+    found = clipped_sum(trainer, store, np.arange(14), 0)
+    expected = one_at_a_time(trainer, store, range(14), fixed_masks, clip)
     assert found.keys() == expected.keys()
     assert any(name.startswith("heads.") for name in found)
     difference = norm([found[name] - value for name, value in expected.items()])
@@ -80,14 +79,14 @@ def test_the_sum_over_a_part_of_the_parameters_is_clipped_by_that_part(
     make_private, every_subset, fixed_masks, trained, backbone
 ):
     run = make_private(backbone=backbone, clip=0.05, more=f'trained = "{trained}"')
-    learner = Learner(run)
-    as_after_some_steps(learner)
-    store = learner.stem(every_subset(run, 1))
-    found = sum_over(learner, store, np.arange(7), 0)
-    expected = one_at_a_time(learner, store, range(7), fixed_masks, 0.05)
-    assert found.keys() == expected.keys() < dict(learner.model.named_parameters()).keys()
+    trainer = Trainer(run)
+    as_after_some_steps(trainer)
+    store = trainer.stem(every_subset(run, 1))
+    found = clipped_sum(trainer, store, np.arange(7), 0)
+    expected = one_at_a_time(trainer, store, range(7), fixed_masks, 0.05)
+    assert found.keys() == expected.keys() < dict(trainer.model.named_parameters()).keys()
     assert norm([found[name] - value for name, value in expected.items()]) <= 1e-6 * norm(expected.values())
-    assert norm(sum_over(learner, store, np.arange(1), 0).values()) == pytest.approx(0.05, rel=1e-5)
+    assert norm(clipped_sum(trainer, store, np.arange(1), 0).values()) == pytest.approx(0.05, rel=1e-5)
 
 
 @pytest.mark.parametrize(("objective", "backbone"), KINDS)
@@ -95,20 +94,20 @@ def test_one_patient_more_or_less_moves_the_sum_by_at_most_the_clip_norm(
     make_private, every_subset, fixed_masks, objective, backbone
 ):
     run = make_private(objective, backbone, clip=0.05)
-    learner = Learner(run)
-    store = learner.stem(every_subset(run, 1))
-    for change, from_others in leave_one_out(learner, store):
+    trainer = Trainer(run)
+    store = trainer.stem(every_subset(run, 1))
+    for change, from_others in leave_one_out(trainer, store):
         assert 0.049 < change <= 0.05 * (1 + 1e-5)  # met, so that a gradient that were too large would show
         assert from_others <= 1e-5 * 0.05
 
 
-def leave_one_out(learner, store):
+def leave_one_out(trainer, store):
     """How far the sum moves when a patient goes, and how much of that is not the patient's own gradient."""
-    everyone, state = np.arange(len(store.subjects)), learner.objective.state()
+    everyone, state = np.arange(len(store.subjects)), trainer.objective.state()
 
     def total(indices):
-        learner.objective.load_state(state)
-        return sum_over(learner, store, indices, 0)
+        trainer.objective.load_state(state)
+        return clipped_sum(trainer, store, indices, 0)
 
     whole, found = total(everyone), []
     for index in (0, len(everyone) - 1):
@@ -127,17 +126,17 @@ def test_a_site_of_any_subset_of_streams(make_private, every_subset, fixed_masks
     """Its model has these streams' parts only, and its patients any of them or none."""
     clip = 0.05
     run = make_private("latent", backbone, clip=clip)
-    learner = Learner(run, streams)
-    as_after_some_steps(learner)
-    store = learner.stem(every_subset(run, 1))
+    trainer = Trainer(run, streams)
+    as_after_some_steps(trainer)
+    store = trainer.stem(every_subset(run, 1))
     holders = sorted(set(np.concatenate([store.rows[name] for name in streams]).tolist()))
     found, expected = (
-        sum_over(learner, store, np.arange(7), 0),
-        one_at_a_time(learner, store, holders, fixed_masks, clip),
+        clipped_sum(trainer, store, np.arange(7), 0),
+        one_at_a_time(trainer, store, holders, fixed_masks, clip),
     )
     assert norm([found[name] - value for name, value in expected.items()]) <= 1e-6 * max(norm(expected.values()), clip)
     for gone in range(0, 7, 2):
-        rest = sum_over(learner, store, np.delete(np.arange(7), gone), 0)
+        rest = clipped_sum(trainer, store, np.delete(np.arange(7), gone), 0)
         change = norm([found[name] - rest[name] for name in found])
         assert (0.99 * clip < change <= clip * (1 + 1e-5)) if gone in holders else change == 0.0
 
@@ -186,13 +185,13 @@ def test_gradients_equal_those_of_opacus(kind, shape):
 @pytest.mark.parametrize("backbone", ["dense", "dex"])
 def test_a_patient_whose_gradient_is_not_finite_contributes_nothing(make_private, every_subset, fixed_masks, backbone):
     run = make_private("mae", backbone)
-    learner = Learner(run)
-    store = learner.stem(every_subset(run))
+    trainer = Trainer(run)
+    store = trainer.stem(every_subset(run))
     poisoned = int(store.rows["brain-mr"][2])
-    without = sum_over(learner, store, np.delete(np.arange(14), poisoned), 0)
+    without = clipped_sum(trainer, store, np.delete(np.arange(14), poisoned), 0)
     for value in (np.nan, np.inf, 1e38):
         store.images["brain-mr"][2] = value
-        found = sum_over(learner, store, np.arange(14), 0)
+        found = clipped_sum(trainer, store, np.arange(14), 0)
         for name, expected in without.items():
             assert_close(found[name], expected, atol=1e-6, rtol=0)
 
@@ -225,18 +224,18 @@ def test_a_gradient_that_is_not_finite_and_an_empty_one_add_nothing(value):
 
 def test_a_stem_map_is_of_one_patient_to_the_bit(make_private, every_subset):
     run = make_private()
-    store, learner = every_subset(run, 4), Learner(run)
-    together = learner.stem(store)
+    store, trainer = every_subset(run, 4), Trainer(run)
+    together = trainer.stem(store)
     for name, images in store.images.items():
         for row in (0, len(images) - 1):
             one = ImageStore(("s",), ("train",), {name: images[row : row + 1]}, {name: np.arange(1)})
-            assert np.array_equal(learner.stem(one).images[name][0], together.images[name][row])
+            assert np.array_equal(trainer.stem(one).images[name][0], together.images[name][row])
 
 
 def test_nobody_and_a_patient_without_streams_give_zero(make_private, every_subset):
     run = make_private()
-    learner = Learner(run, ["heart-ct"])
-    store = learner.stem(every_subset(run))
+    trainer = Trainer(run, ["heart-ct"])
+    store = trainer.stem(every_subset(run))
     others = np.setdiff1d(np.arange(14), store.rows["heart-ct"])
     for sample in (np.arange(0), others):
-        assert not any(value.any() for value in sum_over(learner, store, sample, 0).values())
+        assert not any(value.any() for value in clipped_sum(trainer, store, sample, 0).values())

@@ -1,38 +1,31 @@
 """One site's model in training: student, teacher, optimiser, running statistics.
 
-What is shared (of the student, what the run's `[sharing]` says) and what is private (everything else) come out as two
-separate states, so that a site can keep the one and send only the other. `loop.py` drives it.
+The state comes in two parts: shared (parameters of the student, by the run's `[sharing]`) and private (everything
+else), so that a site can send the one and keep the other. `trainer.py` moves it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from typing import assert_never
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from panfm.config import RunConfig
-from panfm.config.objectives import DinoConfig, LatentConfig, MaeConfig
+from panfm.config.training import TrainConfig
 from panfm.data.store import Batch, ImageStore
 from panfm.models import PanModel, build_model
 from panfm.models.start import load_with_fresh_private
 from panfm.sharing.groups import split_state
-from panfm.training.dino import DinoObjective
-from panfm.training.latent import LatentObjective
-from panfm.training.loop import TrainResult, Validation, train, validate
-from panfm.training.mae import MaeObjective
-from panfm.training.objective import Objective
+from panfm.training.objective import build_objective
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _CHUNK_BYTES = 1 << 28
 """Of images that a stem reads at a time: 64 of 96^3 voxels, or one larger image."""
 
 
-class Learner:
+class TrainingState:
     """Student, teacher and optimiser over some of a run's streams.
 
     Guarantees:
@@ -49,7 +42,7 @@ class Learner:
         self._teacher_parameters = list(self.teacher.parameters())
         self.reset_private()
         self.holds: tuple[object, str] | None = None
-        """Whose private state is in place, and its digest: a note of those who take turns at the learner."""
+        """Whose private state is in place, and its digest: a note of those who take turns at the trainer."""
         self._anchor: dict[str, Tensor] = {}
         self._stemmed: WeakKeyDictionary[ImageStore, ImageStore] = WeakKeyDictionary()
 
@@ -61,44 +54,11 @@ class Learner:
         """
         load_with_fresh_private(self.model, self.run.sharing, self._shared_parameters(), self._start)
         self.restart_teacher()
-        self.optimiser = _build_optimiser(self.model, self.run)
-        self.objective = _build_objective(self.run, self.model)
+        self.optimiser = _build_optimiser(self.model, self.run.train)
+        self.objective = build_objective(self.run.objective, self.model, seed=self.run.seed)
         self.profile = torch.ones(len(self.model.stream_names), device=self.device)
         for layer in self.model.director_experts().values():
             layer.reset_activation()
-
-    def train(
-        self,
-        store: ImageStore,
-        indices: NDArray[np.int64],
-        *,
-        first_step: int,
-        num_steps: int,
-        site: str,
-        round_number: int,
-        profile: dict[str, float] | None = None,
-        on_step: Callable[[int, float], None] | None = None,
-    ) -> TrainResult:
-        """Train on some subjects of a store; see `loop.train`."""
-        return train(
-            self,
-            self.stem(store),
-            indices,
-            first_step=first_step,
-            num_steps=num_steps,
-            site=site,
-            round_number=round_number,
-            profile=profile,
-            on_step=on_step,
-        )
-
-    def validation_loss(self, store: ImageStore, indices: NDArray[np.int64], *, site: str) -> float:
-        """Loss of subjects that were not trained on, under one fixed mask; see `validate`."""
-        return self.validate(store, indices, site=site).loss
-
-    def validate(self, store: ImageStore, indices: NDArray[np.int64], *, site: str) -> Validation:
-        """That loss, and how many subjects it is of; see `loop.validate`."""
-        return validate(self, self.stem(store), indices, site=site)
 
     def stem(self, store: ImageStore) -> ImageStore:
         """The store's stem maps, computed once per store and kept in memory as long as the store lives."""
@@ -107,6 +67,11 @@ class Learner:
         if store not in self._stemmed:
             self._stemmed[store] = _stem_store(store, self.model, chunk=1 if self.run.privacy else 64)
         return self._stemmed[store]
+
+    def set_gradient(self, gradient: Mapping[str, Tensor]) -> None:
+        """Put a gradient in place, by name of parameter; parameters that it does not name get none."""
+        for name, parameter in self.model.named_parameters():
+            parameter.grad = gradient[name].to(parameter.device) if name in gradient else None
 
     def update_teacher(self, momentum: float) -> None:
         """teacher <- momentum teacher + (1 - momentum) student."""
@@ -117,25 +82,25 @@ class Learner:
         return {name: value.detach().cpu().clone() for name, value in self._shared_parameters().items()}
 
     def load_shared(self, state: Mapping[str, Tensor]) -> None:
-        """Take over the student's shared parameters; names must match exactly."""
+        """Load the student's shared parameters; names must match exactly."""
         self.model.load_state_dict(self._private_parameters() | dict(state), strict=True)
         if self.run.train.proximal_mu:
             self._anchor = {name: value.to(self.device, copy=True) for name, value in state.items()}
 
     @torch.no_grad()
-    def pull_back(self, share: float) -> None:
-        """Take shared parameters back by a share of their way from those last loaded; nothing if none were."""
+    def proximal_step(self, share: float) -> None:
+        """Move shared parameters back by a share of their way from those last loaded; nothing if none were."""
         if share and self._anchor:
             for name, parameter in self.model.named_parameters():
                 if name in self._anchor:
                     parameter.lerp_(self._anchor[name], share)
 
     def restart_teacher(self) -> None:
-        """Take the teacher to where the student is."""
+        """Set the teacher to the student."""
         self.teacher.load_state_dict(self.model.state_dict())
 
     def load_teacher(self, state: Mapping[str, Tensor]) -> None:
-        """Take over the teacher's shared parameters; its private ones stay."""
+        """Load the teacher's shared parameters; its private ones stay."""
         self.teacher.load_state_dict(self.teacher.state_dict() | dict(state))
 
     def private_state(self) -> dict[str, Tensor]:
@@ -151,7 +116,7 @@ class Learner:
         return {name: value.detach().cpu().clone() for name, value in state.items()}
 
     def load_private(self, state: Mapping[str, Tensor]) -> None:
-        """Take back what `private_state` gave."""
+        """Restore what `private_state` returned."""
         self.model.load_state_dict(self._shared_parameters() | _under(state, "student."), strict=True)
         self.teacher.load_state_dict(_under(state, "teacher."), strict=True)
         self._load_optimiser_state(_under(state, "optimiser."))
@@ -164,15 +129,15 @@ class Learner:
         """AdamW's slots of all parameters, packed one after the other; zeros for one that it has not moved yet."""
         slots = [self.optimiser.state.get(parameter, {}) for parameter in self.parameters]
         never = torch.zeros((), device=self.device)
-        packed = {"step": torch.stack([each.get("step", never) for each in slots])}
+        packed = {"step": torch.stack([slot.get("step", never) for slot in slots])}
         for slot in _MOMENTS:
             pairs = zip(self.parameters, slots, strict=True)
-            moments = [each.get(slot, torch.zeros_like(parameter)) for parameter, each in pairs]
+            moments = [kept.get(slot, torch.zeros_like(parameter)) for parameter, kept in pairs]
             packed[slot] = torch.cat([moment.reshape(-1) for moment in moments])
         return packed
 
     def _load_optimiser_state(self, packed: Mapping[str, Tensor]) -> None:
-        self.optimiser = _build_optimiser(self.model, self.run)
+        self.optimiser = _build_optimiser(self.model, self.run.train)
         sizes = [parameter.numel() for parameter in self.parameters]
         moments = zip(*(packed[slot].split(sizes) for slot in _MOMENTS), strict=True)
         for parameter, step, values in zip(self.parameters, packed["step"], moments, strict=True):
@@ -193,7 +158,7 @@ def _under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
-def _build_optimiser(model: PanModel, run: RunConfig) -> torch.optim.AdamW:
+def _build_optimiser(model: PanModel, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW; weight decay on matrices only."""
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
@@ -202,23 +167,10 @@ def _build_optimiser(model: PanModel, run: RunConfig) -> torch.optim.AdamW:
             is_vector = parameter.dim() <= 1 or ".experts.bias_" in name
             (vectors if is_vector else matrices).append(parameter)
     groups = [
-        {"params": matrices, "weight_decay": run.train.weight_decay},
+        {"params": matrices, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=run.train.learning_rate, betas=run.train.betas, fused=True)
-
-
-def _build_objective(run: RunConfig, model: PanModel) -> Objective:
-    config = run.objective
-    match config:
-        case LatentConfig():
-            return LatentObjective(config, model, seed=run.seed)
-        case DinoConfig():
-            return DinoObjective(config, model.stream_of_place.device)
-        case MaeConfig():
-            return MaeObjective()
-        case _:
-            assert_never(config)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
 
 
 def _stem_store(store: ImageStore, model: PanModel, *, chunk: int) -> ImageStore:

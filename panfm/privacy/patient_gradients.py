@@ -20,10 +20,30 @@ Source: Abadi et al. 2016, "Deep Learning with Differential Privacy", Algorithm 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+from panfm.data.store import Batch, ImageStore
+
+
+def patients_with_streams(store: ImageStore, indices: NDArray[np.int64], streams: Sequence[str]) -> NDArray[np.int64]:
+    """The indices of subjects that hold any of the streams, in their order."""
+    rows = [store.rows[stream] for stream in streams if stream in store.rows]
+    return indices[np.isin(indices, np.concatenate(rows))] if rows else indices[:0]
+
+
+def one_patient(store: ImageStore, index: int, device: torch.device) -> Batch:
+    """A batch of one subject, in memory that torch allocated: kernels may round by how their input is aligned.
+
+    Shapes follow from the streams that the patient holds; nobody else's data, number or order decides a path through
+    the code.
+    """
+    batch = store.batch([index])
+    return Batch(1, {name: image.clone() for name, image in batch.images.items()}, batch.rows).to(device)
 
 
 def patient_gradient(loss: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

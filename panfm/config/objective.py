@@ -1,0 +1,56 @@
+"""`[objective]`: the self-supervised loss.
+
+Every objective has a config class of its own, beside its loss in `panfm/training/objectives`; `name` chooses it. Such a
+class also declares, as `couplings`, what in it couples patients; without this declaration private runs refuse it.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Self
+
+from pydantic import ModelWrapValidatorHandler, model_validator
+
+from panfm.config.base import Config, check_plug_in
+from panfm.registry import OBJECTIVES
+
+
+class ObjectiveConfig(Config):
+    """Base of the options of all objectives. A table without a name is one of `latent`."""
+
+    implementation: ClassVar[str | type]
+    """The objective's class, or `package.module:Class`."""
+    name: str
+
+    @classmethod
+    def chosen(cls, table: Any) -> type["ObjectiveConfig"]:
+        """Config class that the name in a table chooses."""
+        name = table.get("name", "latent") if isinstance(table, Mapping) else None
+        if cls is not ObjectiveConfig or name is None:
+            return cls
+        config_class: type[ObjectiveConfig] = OBJECTIVES.load(check_plug_in(OBJECTIVES, name))
+        return config_class
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _read_by_chosen_class(cls, table: Any, handler: ModelWrapValidatorHandler[Self]) -> Any:
+        chosen = cls.chosen(table)
+        return handler(table) if chosen is cls else chosen.model_validate(table, by_alias=True, by_name=False)
+
+    def without_running_statistics(self) -> Self:
+        """The same objective, as far as it can do without statistics over the patients of a batch."""
+        return self
+
+    def num_head_parameters(self, width: int) -> int:
+        """Parameters of the heads that the objective adds to a model."""
+        return 0
+
+    def num_stream_head_parameters(self, width: int, num_features: int) -> int:
+        """Parameters of the heads that it adds per stream, whose tokens have so many features."""
+        return 0
+
+    def num_target_values(self, num_features: Sequence[int]) -> int:
+        """Numbers that a step fills per token beyond features of the model's width, given the features per stream."""
+        return 0
+
+    def num_running_values(self, width: int, num_tokens: int, num_streams: int) -> int:
+        """Numbers in the statistics that it keeps from step to step."""
+        return 0

@@ -1,0 +1,196 @@
+"""Gradient sources: where the trainer gets the patients of a step and the gradient of their losses.
+
+The trainer computes losses, a source makes one gradient of them. `BatchGradient` is the plain one: the gradient of a
+batch's mean loss, clipped as a whole. `panfm.privacy.private_step` has the other: clipped per patient and noised.
+
+Shape legend: B subjects.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from panfm.data.store import Batch, ImageStore
+from panfm.seeds import numpy_generator, torch_generator
+from panfm.training.contributors import Contributors, has_loss
+from panfm.training.experts import ExpertTraining
+from panfm.training.objective import StudentOutput
+from panfm.training.state import TrainingState
+
+
+@dataclass(frozen=True)
+class DrawnBatch:
+    """Subjects of a step, and the generators of what is drawn for them."""
+
+    subjects: NDArray[np.int64]
+    """[B], as indices into the store."""
+    maps: Batch
+    """Their stem maps."""
+    masks: torch.Generator
+    routing: torch.Generator
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """Student output and losses of a drawn batch."""
+
+    batch: DrawnBatch
+    student: StudentOutput
+    losses: Tensor
+    """The objective's loss of each subject [B]."""
+    progress: float
+    """Of the run, in [0, 1]."""
+
+
+class GradientSource(Protocol):
+    """Draws the patients of every step, and turns their losses into its gradient."""
+
+    moves_profile: bool
+    """Whether the batches' saliency moves the site's profile."""
+
+    def draw(self) -> Iterator[DrawnBatch]:
+        """Begin a step: its patients, in one batch or more."""
+        ...
+
+    def add(self, output: StepOutput) -> None:
+        """Take in the losses of one of the step's batches."""
+        ...
+
+    def finish(self) -> bool:
+        """Leave the gradient in the parameters' `.grad`; False if the step is to be skipped."""
+        ...
+
+    def gate_mass(self) -> Mapping[str, Tensor] | None:
+        """Gate mass of the step's patients by layer with experts; None if it must not be known."""
+        ...
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Summary of a round of local training."""
+
+    num_steps: int
+    """Steps asked for."""
+    num_skipped: int
+    """Steps left out because loss or gradient was not finite."""
+    loss: float
+    """Mean over the steps that counted; NaN when none did."""
+    saliency: dict[str, float]
+    """Per stream, relative to an equal split (1 = its fair share), on the round's last batch."""
+    subjects: int
+    """Subjects available for training."""
+    subjects_per_stream: dict[str, int]
+    gate_mass: dict[str, list[float]]
+    """Per layer with experts (`backbone.blocks.0.mlp`) and expert, over the steps that counted; empty if dense."""
+    batches: Sequence[Sequence[int]] = ()
+    """Subjects of each step that have hidden tokens to predict, as indices into the store; not told of a private round,
+    whose batches are secret, and neither is what follows."""
+    counted: Sequence[int] = ()
+    """Steps that were not left out, as indices into `batches`."""
+    contributors_per_stream: Mapping[str, int] = field(default_factory=dict)
+    """Distinct subjects behind a stream's part of the model in the steps that counted; see `contributors.py`."""
+    contributors_per_expert: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    """Layer -> distinct subjects behind each of its experts in those steps."""
+
+
+class BatchGradient:
+    """The gradient of a batch's mean loss, clipped to a norm; keeps the record of a round.
+
+    Every draw comes from a generator derived from (run seed, site, round, purpose).
+    """
+
+    moves_profile = True
+
+    def __init__(
+        self, state: TrainingState, store: ImageStore, indices: NDArray[np.int64], *, site: str, round_number: int
+    ) -> None:
+        """Start a round on some subjects of a store of stem maps."""
+        seed, model = state.run.seed, state.model
+        self._state, self._store, self._indices = state, store, indices
+        self._experts = ExpertTraining(state.run.model.experts, model)
+        self._order = batches(indices, state.run.train.batch_size, numpy_generator(seed, site, round_number, "order"))
+        self._masks = torch_generator(seed, site, round_number, "masking")
+        self._routing = torch_generator(seed, site, round_number, "routing")
+        layers = model.director_experts()
+        experts = {name: len(layer.activation) for name, layer in layers.items()}
+        self._contributors = Contributors(len(store.subjects), len(model.stream_names), experts)
+        self._mass = {name: torch.zeros_like(layer.activation) for name, layer in layers.items()}
+        self._batches: list[list[int]] = []
+        self._losses: list[float] = []
+        self._counted: list[int] = []
+        self.output: StepOutput
+        """Of the last step."""
+        self.loss: Tensor
+        """Mean loss of its batch, without the experts' regularisers."""
+        self._total: Tensor
+
+    def draw(self) -> Iterator[DrawnBatch]:
+        """One batch."""
+        subjects = next(self._order)
+        maps = self._store.batch(subjects).to(self._state.device)
+        yield DrawnBatch(subjects, maps, self._masks, self._routing)
+
+    def add(self, output: StepOutput) -> None:
+        """Take the mean of the batch's losses, and add the experts' regularisers."""
+        self._batches.append(output.batch.subjects[has_loss(output.student.mask)].tolist())
+        self.output, self.loss = output, output.losses.mean()
+        self._total = self._experts.regularise(self.loss, output.student.encoded, output.progress)
+
+    def finish(self) -> bool:
+        """Compute and clip the gradient; False if loss or gradient is not finite, or nothing was hidden that the loss
+        could ask for."""
+        if not self._total.requires_grad:
+            return False
+        parameters, clip_norm = self._state.parameters, self._state.run.train.clip_norm
+        self._state.optimiser.zero_grad()
+        self._total.backward()
+        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        if not bool(torch.isfinite(self._total) & torch.isfinite(norm)):
+            return False
+        if norm > clip_norm:
+            torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
+        return True
+
+    def gate_mass(self) -> Mapping[str, Tensor]:
+        """Gate mass of the batch by layer."""
+        return self._experts.gate_mass(self.output.student.encoded)
+
+    def count(self) -> None:
+        """Record that the last step counted."""
+        subjects, student = self.output.batch.subjects, self.output.student
+        self._contributors.add(subjects, student.mask, student.encoded, self._state.model.stream_of_place)
+        for name, mass in self.gate_mass().items():
+            self._mass[name] += mass
+        self._losses.append(self.loss.item())
+        self._counted.append(len(self._batches) - 1)
+
+    def result(self, saliency: dict[str, float]) -> TrainResult:
+        """Summary of the round; `saliency` is that of its last batch."""
+        store, names = self._store, self._state.model.stream_names
+        return TrainResult(
+            num_steps=len(self._batches),
+            num_skipped=len(self._batches) - len(self._losses),
+            loss=float(np.mean(self._losses)) if self._losses else float("nan"),
+            saliency=saliency,
+            subjects=len(self._indices),
+            subjects_per_stream={name: int(np.isin(store.rows[name], self._indices).sum()) for name in store.images},
+            gate_mass={name: mass.tolist() for name, mass in self._mass.items()},
+            batches=self._batches,
+            counted=self._counted,
+            contributors_per_stream=dict(zip(names, self._contributors.per_stream(), strict=True)),
+            contributors_per_expert=self._contributors.per_expert(),
+        )
+
+
+def batches(indices: NDArray[np.int64], size: int, generator: np.random.Generator) -> Iterator[NDArray[np.int64]]:
+    """Endless shuffled batches: passes over the subjects, each in a new order; a rest smaller than a batch is left for
+    another pass."""
+    while True:
+        order = generator.permutation(indices)
+        for start in range(0, max(len(order) - size, 0) + 1, size):
+            yield order[start : start + size]

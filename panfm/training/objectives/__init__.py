@@ -1,0 +1,1 @@
+"""The self-supervised objectives, one folder for each: options, loss and heads."""

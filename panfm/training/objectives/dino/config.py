@@ -1,0 +1,36 @@
+"""`[objective]` named `dino`."""
+
+from collections.abc import Iterator, Sequence
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from panfm.config.base import Fraction, Temperature
+from panfm.config.objective import ObjectiveConfig
+
+
+class DinoConfig(ObjectiveConfig):
+    """Self-distillation of prototype assignments of CLS and hidden tokens (DINO/iBOT-style)."""
+
+    implementation: ClassVar[str | type] = "panfm.training.objectives.dino.objective:DinoObjective"
+    name: Literal["dino"] = "dino"
+    prototypes: Annotated[int, Field(gt=0, le=65_536)] = 256
+    student_temperature: Temperature = 0.1
+    teacher_temperature: Temperature = 0.04
+    centre_momentum: Fraction = 0.9
+
+    def couplings(self) -> Iterator[str]:
+        """Yield what couples patients, as `key: why, remedy`, one line each."""
+        yield 'name: "dino" centres its targets over the batch, set "latent" or "mae"'
+
+    def num_head_parameters(self, width: int) -> int:
+        """The prototypes."""
+        return width * self.prototypes
+
+    def num_target_values(self, num_features: Sequence[int]) -> int:
+        """Scores and assignments of the teacher, and scores of the student."""
+        return 3 * self.prototypes
+
+    def num_running_values(self, width: int, num_tokens: int, num_streams: int) -> int:
+        """Centres of CLS and of tokens."""
+        return 2 * self.prototypes

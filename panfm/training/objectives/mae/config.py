@@ -1,0 +1,25 @@
+"""`[objective]` named `mae`."""
+
+from collections.abc import Iterator, Sequence
+from typing import ClassVar, Literal
+
+from panfm.config.objective import ObjectiveConfig
+
+
+class MaeConfig(ObjectiveConfig):
+    """Reconstruct the normalised voxels of hidden patches."""
+
+    implementation: ClassVar[str | type] = "panfm.training.objectives.mae.objective:MaeObjective"
+    name: Literal["mae"] = "mae"
+
+    def couplings(self) -> Iterator[str]:
+        """Nothing couples patients."""
+        return iter(())
+
+    def num_stream_head_parameters(self, width: int, num_features: int) -> int:
+        """A linear decoder from token to patch."""
+        return (width + 1) * num_features
+
+    def num_target_values(self, num_features: Sequence[int]) -> int:
+        """A patch and its reconstruction."""
+        return 2 * max(num_features)

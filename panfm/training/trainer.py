@@ -1,0 +1,234 @@
+"""The trainer: what one site does between two messages of the server.
+
+`Trainer.step` and `Trainer.forward` have one step in its order: draw patients, teacher forward, mask, student forward,
+loss, gradient, optimiser, teacher update. A gradient source draws the patients and turns their losses into a gradient
+(`gradient.py`). Schedules run over the whole federation, not over the round.
+
+Shape legend: B subjects, S streams.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from panfm.config import RunConfig
+from panfm.data.store import Batch, ImageStore
+from panfm.errors import ConfigError
+from panfm.models.backbone import Encoded
+from panfm.seeds import torch_generator
+from panfm.training.contributors import has_loss
+from panfm.training.experts import ExpertTraining
+from panfm.training.gradient import BatchGradient, DrawnBatch, GradientSource, StepOutput, TrainResult
+from panfm.training.masking import TokenMask, build_policy, draw_mask
+from panfm.training.objective import StudentOutput, student_output
+from panfm.training.saliency import relative_profile, stream_shares, streams_present
+from panfm.training.schedules import cosine, warmup_cosine
+from panfm.training.state import TrainingState
+
+_PROFILE_MOMENTUM = 0.9
+"""Momentum per step of a site's running saliency profile."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Loss of subjects that were not trained on."""
+
+    loss: float
+    """Mean over the subjects; NaN without any."""
+    subjects: int
+    """Those of them that have hidden tokens to predict."""
+
+
+class Trainer(TrainingState):
+    """A training state, and the steps that move it."""
+
+    def __init__(self, run: RunConfig, streams: Sequence[str] | None = None) -> None:
+        super().__init__(run, streams)
+        self.policy = build_policy(run.masking, self.model.stream_organs)
+        self.experts = ExpertTraining(run.model.experts, self.model)
+
+    def train(
+        self,
+        store: ImageStore,
+        indices: NDArray[np.int64],
+        *,
+        first_step: int,
+        num_steps: int,
+        site: str,
+        round_number: int,
+        profile: Mapping[str, float] | None = None,
+        on_step: Callable[[int, float], None] | None = None,
+    ) -> TrainResult:
+        """Take `num_steps` plain steps on some subjects of a store.
+
+        Raises:
+            ConfigError: the run is private, and plain steps keep no promise.
+
+        Args:
+            indices: The subjects to train on.
+            first_step: Local steps that the schedule has behind it.
+            profile: The federation's saliency profile, relative to an equal split; used under scope `federation`.
+            on_step: Called after each step with the number of steps taken and the loss.
+        """
+        if self.run.privacy is not None:
+            raise ConfigError(
+                "privacy: a private run trains by panfm.privacy.train_privately, with a permit from a ledger"
+            )
+        source = BatchGradient(self, self.stem(store), indices, site=site, round_number=round_number)
+        for taken in range(num_steps):
+            if self.step(source, first_step + taken, profile):
+                source.count()
+            if on_step is not None:
+                on_step(taken + 1, source.loss.item())
+        return source.result(self._batch_saliency(source.output.batch.maps))
+
+    def step(self, source: GradientSource, number: int, profile: Mapping[str, float] | None = None) -> bool:
+        """Take local step `number`, counted from the start of the run.
+
+        Guarantees:
+            skipped: a step whose loss or gradient is not finite leaves parameters, directors, teacher, running
+                statistics and profile as they were, and returns False.
+        """
+        statistics, own_profile = self.objective.state(), self.profile
+        for batch in source.draw():
+            # A transform of the batch's images (augmentation) belongs here.
+            with _autocast(self):
+                source.add(self.forward(batch, number, profile, moves_profile=source.moves_profile))
+        if not source.finish():
+            self.objective.load_state(statistics)
+            self.profile = own_profile
+            return False
+        self.update(self.progress(number), source.gate_mass())
+        return True
+
+    def forward(
+        self, batch: DrawnBatch, number: int, profile: Mapping[str, float] | None = None, *, moves_profile: bool = False
+    ) -> StepOutput:
+        """Compute the losses of a drawn batch.
+
+        Args:
+            moves_profile: Whether the batch's saliency moves the site's profile.
+        """
+        progress, steered_by = self.progress(number), self.run.masking.steered_by
+        reads_saliency = steered_by is not None if moves_profile else steered_by == "subject"
+        full = self.teacher_forward(batch.maps, reads_saliency=reads_saliency)
+        relative = self._steering(full, profile, moves_profile=moves_profile)
+        mask = self.mask(batch.maps, full, relative, number, batch.masks)
+        exploration = self.experts.exploration(progress, batch.routing)
+        output = student_output(self.model, batch.maps, mask, exploration)
+        return StepOutput(batch, output, self.losses(output, full), progress)
+
+    @torch.no_grad()
+    def teacher_forward(self, maps: Batch, *, reads_saliency: bool) -> Encoded | None:
+        """The teacher's encoding of all tokens, if objective or masking needs it."""
+        if not reads_saliency and not self.objective.needs_teacher:
+            return None
+        saliency = self.run.masking.saliency if reads_saliency else None
+        return self.teacher.encode(maps, saliency=saliency, keep_blocks=self.objective.needs_teacher)
+
+    def mask(
+        self, maps: Batch, full: Encoded | None, relative: Tensor, number: int, generator: torch.Generator
+    ) -> TokenMask:
+        """Draw which tokens are hidden, given the saliency of the streams `relative` to an equal split
+        ([B, S] or [1, S])."""
+        layout = full.layout if full else self.model.layout(maps)
+        return draw_mask(self.policy, relative, layout, self.model.stream_of_place, step=number, generator=generator)
+
+    def losses(self, output: StudentOutput, full: Encoded | None) -> Tensor:
+        """The objective's loss of each subject [B]."""
+        targets = self.objective.targets(self.teacher, output.maps, output.mask, full)
+        return self.objective.loss(self.model, output, targets)
+
+    def update(self, progress: float, gate_mass: Mapping[str, Tensor] | None = None) -> None:
+        """Move student, directors and teacher by the gradient in the parameters' `.grad`.
+
+        Args:
+            gate_mass: Of the step's patients, by layer with experts; directors follow all experts alike without.
+        """
+        config = self.run.train
+        rate = config.learning_rate * warmup_cosine(progress, warmup=config.warmup)
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        self.optimiser.step()
+        self.proximal_step(rate * config.proximal_mu)
+        self.experts.after_step(gate_mass, progress)
+        start, end = config.teacher_momentum
+        self.update_teacher(cosine(progress, start=start, end=end))
+
+    def progress(self, number: int) -> float:
+        """Share of the run, in [0, 1], at the middle of a local step."""
+        return (number + 0.5) / self.run.train.total_steps
+
+    @torch.no_grad()
+    def validate(self, store: ImageStore, indices: NDArray[np.int64], *, site: str) -> Validation:
+        """Mean loss of subjects under one fixed, unguided mask, the same in every round.
+
+        Subjects that hold none of the trained streams are left out.
+        """
+        store = self.stem(store)
+        rows = [store.rows[name] for name in self.model.stream_names if name in store.rows]
+        indices = indices[np.isin(indices, np.concatenate(rows))] if rows else indices[:0]
+        if not len(indices):
+            return Validation(float("nan"), 0)
+        masks, statistics = torch_generator(self.run.seed, site, "validation"), self.objective.state()
+        losses, num_with_loss = [], 0
+        for start in range(0, len(indices), self.run.train.batch_size):
+            maps = store.batch(indices[start : start + self.run.train.batch_size]).to(self.device)
+            with _autocast(self):
+                mask, batch_losses = self.unguided_losses(maps, masks)
+            losses.append(batch_losses)
+            num_with_loss += int(has_loss(mask).sum())
+        self.objective.load_state(statistics)
+        return Validation(float(torch.cat(losses).mean()), num_with_loss)
+
+    def unguided_losses(self, maps: Batch, masks: torch.Generator) -> tuple[TokenMask, Tensor]:
+        """A mask that no saliency steers, and each subject's loss [B] under it; the routers do not explore."""
+        full = self.teacher_forward(maps, reads_saliency=self.run.masking.steered_by is not None)
+        mask = self.mask(maps, full, torch.ones_like(self.profile)[None], 0, masks)
+        return mask, self.losses(student_output(self.model, maps, mask), full)
+
+    def stream_saliency(self, full: Encoded) -> tuple[Tensor, Tensor]:
+        """Saliency of every stream [B, S], and which streams each subject has [B, S]."""
+        assert full.saliency is not None
+        places, num_streams = self.model.stream_of_place, len(self.model.stream_names)
+        shares = stream_shares(full.saliency.float(), full.layout, places, num_streams)
+        return shares, streams_present(full.layout, places, num_streams)
+
+    def _steering(self, full: Encoded | None, profile: Mapping[str, float] | None, *, moves_profile: bool) -> Tensor:
+        """Saliency that steers the masks, relative to an equal split: [B, S] or [1, S]."""
+        steered_by = self.run.masking.steered_by
+        if steered_by is None:
+            return torch.ones_like(self.profile)[None]
+        if steered_by == "subject":
+            assert full is not None
+            shares, present = self.stream_saliency(full)
+            return shares * present.sum(dim=1, keepdim=True)
+        if moves_profile:
+            assert full is not None
+            relative, count = relative_profile(*self.stream_saliency(full))
+            moved = self.profile.lerp(relative, 1.0 - _PROFILE_MOMENTUM)
+            self.profile = torch.where(count > 0, moved, self.profile)
+        if steered_by == "federation" and profile is not None:
+            known = [profile.get(name, 1.0) for name in self.model.stream_names]
+            return torch.tensor([known], device=self.device)
+        return self.profile[None]
+
+    @torch.no_grad()
+    def _batch_saliency(self, maps: Batch) -> dict[str, float]:
+        """Saliency of the streams in a batch, relative to an equal split."""
+        full = self.teacher.encode(maps, saliency=self.run.masking.saliency)
+        relative, count = relative_profile(*self.stream_saliency(full))
+        pairs = zip(self.model.stream_names, relative.tolist(), count.tolist(), strict=True)
+        return {name: value for name, value, num in pairs if num}
+
+
+def _autocast(trainer: Trainer) -> AbstractContextManager[None]:
+    """bf16 where the description allows it; private steps are float32."""
+    config = trainer.run
+    enabled = trainer.device.type == "cuda" and config.train.precision == "auto" and config.privacy is None
+    return torch.autocast(trainer.device.type, dtype=torch.bfloat16, enabled=enabled)
