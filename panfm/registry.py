@@ -52,3 +52,13 @@ class Registry:
             target = getattr(importlib.import_module(module), attribute)
             self._targets[name] = target
         return target
+
+
+BACKBONES = Registry(
+    "model.backbone",
+    {
+        "dense": "panfm.models.vit:VisionTransformer",
+        "director-experts": "panfm.models.director_experts:DirectorExpertsBackbone",
+    },
+)
+"""Subclasses of `panfm.models.backbone.Backbone`."""

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from panfm.config.objectives import DinoConfig, MaeConfig, ObjectiveConfig
-from panfm.models.backbone import Encoded
+from panfm.models.backbone import Encoded, PerStream
 from panfm.models.tokens import Layout
+from panfm.sharing.groups import HEAD
 
 
 class CrossBlock(nn.Module):
@@ -57,9 +58,11 @@ class StreamHead(nn.Module):
 class Heads(nn.Module):
     """Predictor and the objective's own heads."""
 
+    sharing_group = HEAD
+
     def __init__(self, width: int, heads: int, features: Mapping[str, int], objective: ObjectiveConfig) -> None:
         super().__init__()
-        self.streams = nn.ModuleDict({name: StreamHead(width, size, objective) for name, size in features.items()})
+        self.streams = PerStream({name: StreamHead(width, size, objective) for name, size in features.items()})
         self.predictor = CrossBlock(width, heads)
         self.project = nn.Sequential(nn.LayerNorm(width, eps=1e-6), nn.Linear(width, width))
         self.summary = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))

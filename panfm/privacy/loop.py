@@ -151,7 +151,7 @@ def step(learner: Learner, gradient: Mapping[str, Tensor], position: float) -> N
     learner.optimiser.step()
     for layer in learner.model.director_experts().values():
         momentum = _at(learner.run.model.experts.director_momentum, position)
-        layer.move_director(torch.ones_like(layer.activation), momentum=momentum)
+        layer.move_director(torch.ones_like(layer.router.activation), momentum=momentum)
     learner.update_teacher(_at(config.teacher_momentum, position))
 
 
@@ -189,5 +189,8 @@ def _result(learner: Learner, num_steps: int) -> TrainResult:
         saliency=dict(zip(names, learner.profile.tolist(), strict=True)) if needs_saliency(learner.run) else {},
         subjects=private.public_subjects,
         subjects_per_stream=dict.fromkeys(names, private.public_subjects),
-        gate_mass={name: [expected / len(layer.activation)] * len(layer.activation) for name, layer in layers.items()},
+        gate_mass={
+            name: [expected / len(layer.router.activation)] * len(layer.router.activation)
+            for name, layer in layers.items()
+        },
     )

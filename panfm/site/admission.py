@@ -30,7 +30,7 @@ from panfm.config.site import LimitsConfig
 from panfm.errors import DataError, LimitError, ProtocolError
 from panfm.files import read_checked, write_atomic, write_checked
 from panfm.models import build_model
-from panfm.sharing.groups import Flat, GroupManifest, parameter_hashes, split_state
+from panfm.sharing.groups import Flat, GroupManifest, parameter_hashes
 from panfm.sharing.messages import RoundTask
 from panfm.site.limits import kept_bytes
 from panfm.site.state import RUNS, StateStore
@@ -199,9 +199,10 @@ def check_start(run: RunConfig, streams: Sequence[str], groups: Mapping[str, Fla
 def _seeded_hashes(run_toml: str, streams: tuple[str, ...]) -> dict[str, str]:
     """Hashes of the shared parameters that a run's seed gives."""
     run = parse_run(run_toml)
-    shared, _ = split_state(run.sharing, build_model(run, streams).state_dict())
+    model = build_model(run, streams)
+    shared, _ = model.split_state(run.sharing)
     tensors = {name: value.numpy() for name, value in shared.items()}
-    manifest = GroupManifest.of({name: value.shape for name, value in tensors.items()})
+    manifest = GroupManifest.of(model.parameter_groups(), tensors)
     return parameter_hashes(manifest.pack_all(tensors))
 
 

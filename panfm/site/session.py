@@ -59,9 +59,7 @@ class Session:
         self.streams = held_streams(run, store)
         self.trained = tuple(run.streams) if run.sharing.rule == "plain" else tuple(self.streams)
         self.learner = _learners(dump_toml(run))(self.trained)
-        self.manifest = GroupManifest.of(
-            {name: tuple(tensor.shape) for name, tensor in self.learner.shared_state().items()}
-        )
+        self.manifest = GroupManifest.of(self.learner.model.parameter_groups(), self.learner.shared_state())
         self._mine = object()
         """Marks what this session has put into the learner."""
         self._lost: dict[str, Flat] = {}

@@ -18,8 +18,8 @@ from torch.nn import functional
 
 from panfm.config.model import ExpertsConfig
 from panfm.models import PanModel
-from panfm.models.backbone import Encoded
-from panfm.models.director_experts import Exploration, balance_loss, layer_weight
+from panfm.models.backbone import Encoded, Exploration
+from panfm.models.director_experts import balance_loss, layer_weight
 from panfm.training.schedules import cosine
 
 
@@ -35,7 +35,7 @@ class ExpertTraining:
         self.config = config
         self.generator = generator
         self.layers = model.director_experts()
-        self._mass = {name: torch.zeros_like(layer.activation) for name, layer in self.layers.items()}
+        self._mass = {name: torch.zeros_like(layer.router.activation) for name, layer in self.layers.items()}
 
     def exploration(self, position: float) -> Exploration | None:
         """The noise of a step at a position of the run."""
@@ -66,7 +66,7 @@ class ExpertTraining:
         for (name, layer), routed in zip(self.layers.items(), seen.routed, strict=True):
             mass = routed.mass()
             layer.move_director(mass, momentum=momentum)
-            layer.move_activation(mass)
+            layer.router.move_activation(mass)
             self._mass[name] += mass
 
     def gate_mass(self) -> dict[str, list[float]]:

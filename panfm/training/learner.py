@@ -19,8 +19,7 @@ from panfm.config import RunConfig
 from panfm.config.objectives import DinoConfig, LatentConfig, MaeConfig
 from panfm.data.store import Batch, ImageStore
 from panfm.models import PanModel, build_model
-from panfm.models.start import load_with_fresh_private
-from panfm.sharing.groups import split_state
+from panfm.models.transfer import load_with_fresh_private
 from panfm.training.dino import DinoObjective
 from panfm.training.latent import LatentObjective
 from panfm.training.loop import TrainResult, Validation, train, validate
@@ -65,7 +64,7 @@ class Learner:
         self.objective = _build_objective(self.run, self.model)
         self.profile = torch.ones(len(self.model.stream_names), device=self.device)
         for layer in self.model.director_experts().values():
-            layer.reset_activation()
+            layer.router.reset_activation()
 
     def train(
         self,
@@ -146,7 +145,7 @@ class Learner:
         state |= {f"optimiser.{slot}": packed for slot, packed in self._optimiser_state().items()}
         state |= {f"objective.{name}": value for name, value in self.objective.state().items()}
         layers = self.model.director_experts()
-        state |= {f"activation.{name}": layer.activation for name, layer in layers.items()}
+        state |= {f"activation.{name}": layer.router.activation for name, layer in layers.items()}
         state["saliency.profile"] = self.profile
         return {name: value.detach().cpu().clone() for name, value in state.items()}
 
@@ -157,7 +156,7 @@ class Learner:
         self._load_optimiser_state(_under(state, "optimiser."))
         self.objective.load_state(_under(state, "objective."))
         for name, layer in self.model.director_experts().items():
-            layer.activation.copy_(state[f"activation.{name}"])
+            layer.router.activation.copy_(state[f"activation.{name}"])
         self.profile = state["saliency.profile"].to(self.device, copy=True)
 
     def _optimiser_state(self) -> dict[str, Tensor]:
@@ -183,10 +182,10 @@ class Learner:
                 }
 
     def _shared_parameters(self) -> dict[str, Tensor]:
-        return split_state(self.run.sharing, self.model.state_dict())[0]
+        return self.model.split_state(self.run.sharing)[0]
 
     def _private_parameters(self) -> dict[str, Tensor]:
-        return split_state(self.run.sharing, self.model.state_dict())[1]
+        return self.model.split_state(self.run.sharing)[1]
 
 
 def _under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 
 from panfm.data.store import Batch, ImageStore
 from panfm.errors import ConfigError
-from panfm.models.backbone import Encoded
-from panfm.models.director_experts import Exploration
+from panfm.models.backbone import Encoded, Exploration
 from panfm.seeds import numpy_generator, torch_generator
 from panfm.training.contributors import Contributors, has_loss
 from panfm.training.experts import ExpertTraining
@@ -106,7 +105,7 @@ def train(
     experts = ExpertTraining(run.model.experts, learner.model, torch_generator(run.seed, site, round_number, "routing"))
     order = batches(indices, run.train.batch_size, numpy_generator(run.seed, site, round_number, "order"))
     losses, batches_with_loss, counted = [], [], []
-    num_experts = {name: len(layer.activation) for name, layer in learner.model.director_experts().items()}
+    num_experts = {name: len(layer.router.activation) for name, layer in learner.model.director_experts().items()}
     contributors = Contributors(len(store.subjects), len(learner.model.stream_names), num_experts)
     for taken in range(num_steps):
         position = (first_step + taken + 0.5) / run.train.total_steps
@@ -262,6 +261,8 @@ def stream_saliency(learner: "Learner", full: Encoded) -> tuple[torch.Tensor, to
 
 @torch.no_grad()
 def _saliency(learner: "Learner", maps: Batch) -> dict[str, float]:
+    if not learner.model.backbone.has_saliency:
+        return {}
     full = learner.teacher.encode(maps, saliency=learner.run.masking.saliency)
     relative, count = relative_profile(*stream_saliency(learner, full))
     pairs = zip(learner.model.stream_names, relative.tolist(), count.tolist(), strict=True)

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from panfm.data.store import Batch
 from panfm.models import PanModel
-from panfm.models.backbone import Encoded
-from panfm.models.director_experts import Exploration
+from panfm.models.backbone import Encoded, Exploration
 from panfm.models.tokens import Layout, gather_tokens
 
 Targets = Mapping[str, Tensor]

@@ -37,7 +37,6 @@ from panfm.config.cohort import PhantomCohortConfig, PhantomSiteConfig
 from panfm.data.phantom.cohort import write_cohort
 from panfm.evaluate import LabelledStore, Task, evaluate_cohort, read_label_info
 from panfm.models import build_model
-from panfm.sharing.groups import split_state
 from panfm.sharing.shares import FEWEST
 from panfm.training import Learner
 from simulations.harness import (
@@ -214,7 +213,7 @@ def measure(job: ArmJob) -> dict[str, float]:
         Task(run, places, holdout, read_label_info(job.cohort)), {"arm": trained.model}, grid_arms=()
     )
     learner = Learner(run)
-    learner.load_shared(split_state(run.sharing, trained.model.state_dict())[0])
+    learner.load_shared(trained.model.split_state(run.sharing)[0])
     store = holdout.store
     return {
         "val_loss": learner.validation_loss(store, store.indices("test"), site="holdout"),

@@ -5,14 +5,14 @@ import torch
 from torch.testing import assert_close
 
 from panfm.training import Learner
-from simulations.bench.dex_step import naive_learner
+from simulations.bench.dex_step import naive_run
 
 
 @torch.no_grad()
 def test_naive_layers_do_what_the_librarys_do(make_run, make_store):
     run = make_run('[model]\nbackbone = "director-experts"\nexperts.count = 5\n[objective]\nname = "mae"\n')
     mine, naive = (
-        learner.model.director_experts()["backbone.blocks.0.mlp"] for learner in (Learner(run), naive_learner(run))
+        learner.model.director_experts()["backbone.blocks.0.mlp"] for learner in (Learner(run), Learner(naive_run(run)))
     )
     generator = torch.Generator().manual_seed(0)
     for stacked, *each in zip(
@@ -33,7 +33,7 @@ def test_naive_layers_do_what_the_librarys_do(make_run, make_store):
 
 def test_naive_layers_train(make_run, make_store):
     run = make_run('[model]\nbackbone = "director-experts"\n[objective]\nname = "mae"\n')
-    learner = naive_learner(run)
+    learner = Learner(naive_run(run))
     result = learner.train(make_store(run), np.arange(12), first_step=0, num_steps=2, site="a", round_number=1)
     assert result.num_skipped == 0
     assert np.isfinite(result.loss)
