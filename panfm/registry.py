@@ -85,3 +85,12 @@ READERS = Registry(
     {"nifti": "panfm.data.readers.nifti:NiftiReader", "pictures": "panfm.data.readers.pictures:PictureReader"},
 )
 """Kinds of images that a manifest may name; the first that accepts a path reads it."""
+
+BACKBONES = Registry(
+    "model.backbone",
+    {
+        "dense": "panfm.models.vit:VisionTransformer",
+        "director-experts": "panfm.models.director_experts:DirectorExpertsBackbone",
+    },
+)
+"""Subclasses of `panfm.models.backbone.Backbone`."""

@@ -22,8 +22,8 @@ from torch import Tensor
 from panfm.config import RunConfig, dump_toml
 from panfm.config.privacy import privacy_label
 from panfm.errors import RunError
-from panfm.models import build_model
-from panfm.sharing.groups import BACKBONE, GroupManifest, split_state, stream_of
+from panfm.models import build_model, describe_model
+from panfm.sharing.groups import BACKBONE, GroupManifest, stream_of
 from panfm.sharing.messages import Handshake, RoundReply, RoundTask
 from panfm.sharing.profile import federated_profile
 from panfm.sharing.shares import capped_shares
@@ -144,9 +144,9 @@ def initial_state(run: RunConfig, start: Mapping[str, Tensor] | None = None) -> 
     Args:
         start: The shared parameters of a warm start.
     """
-    shared = start or split_state(run.sharing, build_model(run).state_dict())[0]
+    shared = start or build_model(run).split_state(run.sharing)[0]
     tensors = {name: tensor.numpy() for name, tensor in shared.items()}
-    manifest = GroupManifest.of({name: tensor.shape for name, tensor in tensors.items()})
+    manifest = GroupManifest.of(describe_model(run).parameter_groups(), tensors)
     return ServerState(f"{run.name[:48]}-{secrets.token_hex(4)}", 0, manifest.pack_all(tensors)), manifest
 
 

@@ -25,7 +25,7 @@ from panfm.config import RunConfig, as_told, dump_toml, load_run
 from panfm.config.privacy import privacy_label
 from panfm.errors import DataError, PanfmError, RunError
 from panfm.files import append_json_line, json_text, locked, read_json_lines, write_atomic
-from panfm.models.warm import read_start, start_state, with_start_parameters
+from panfm.models.transfer import read_start, start_state, with_start_parameters
 from panfm.sharing.groups import GroupManifest
 from server.checkpoint import ServerState, load_latest, save_state
 from server.expected_sites import FILE as EXPECTED_SITES

@@ -17,7 +17,7 @@ from panfm.data.cache import open_store
 from panfm.errors import DataError
 from panfm.evaluate import LabelledStore, ProbeResult, Task, evaluate_cohort, load_model, read_label_info, write_result
 from panfm.models import PanModel, build_model
-from panfm.models.start import load_with_fresh_private
+from panfm.models.transfer import load_with_fresh_private
 from panfm.report import print_tables, read_run, write_report
 from server.run_folder import RunFolder
 from simulations.alone import train_alone

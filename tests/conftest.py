@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, settings
 
 from panfm.config import RunConfig, parse_run
 from panfm.data.store import ImageStore
+from panfm.sharing.groups import GroupManifest
 
 torch.set_num_threads(1)
 settings.register_profile(
@@ -36,6 +37,15 @@ rounds = 2
 local-steps = 4
 batch-size = 6
 """
+
+
+def manifest_of(groups: dict[str, dict[str, tuple[int, ...]]]) -> GroupManifest:
+    """Manifest of made-up parameters: group -> name -> shape."""
+    group_of = {name: group for group, shapes in groups.items() for name in shapes}
+    return GroupManifest.of(
+        group_of, {name: np.empty(shape) for shapes in groups.values() for name, shape in shapes.items()}
+    )
+
 
 NO_FLOORS = {"smallest-batch": 1, "smallest-steps": 1}
 """Limits of sites whose patients are drawn."""

@@ -1,11 +1,12 @@
 """`[model]`: size, tokenizer and backbone."""
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, assert_never
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from panfm.config.base import Config, Fraction, Temperature, Weight
+from panfm.registry import BACKBONES
 
 
 def _one_for_all_blocks(number: Any) -> Any:
@@ -49,7 +50,7 @@ class ModelConfig(Config):
     tokenizer: Literal["statistics", "patch"] = "statistics"
     """statistics: mean, log-sd and mean gradient of sub-blocks, then linear (learns fastest on small cohorts);
     patch: linear on raw voxels, as in ViT."""
-    backbone: Literal["dense", "director-experts"] = "dense"
+    backbone: Annotated[str, AfterValidator(BACKBONES.check)] = "dense"
     """dense: a ViT; director-experts: every block's MLP is a pool of experts and one director."""
     hidden_multiple: Annotated[int, Field(gt=0, le=64)] = 4
     """Hidden width of an MLP (dense, expert or director) over the model's width. A pool of which K experts are active
@@ -58,12 +59,9 @@ class ModelConfig(Config):
     """Only for `director-experts`."""
 
     def couplings(self) -> Iterator[str]:
-        """What couples patients, as `key: why, remedy`, one line each."""
-        match self.backbone:
-            case "dense":
-                return
-            case "director-experts":
-                if any(self.experts.balance_weight):
-                    yield "experts.balance-weight: it pulls on the batch's mean, set [0.0, 0.0]"
-            case _:
-                assert_never(self.backbone)
+        """What couples patients, as `key: why, remedy`, one line each; declared by the backbone's class."""
+        declared = getattr(BACKBONES.load(self.backbone), "couplings", None)
+        if declared is None:
+            yield f'backbone: "{self.backbone}" does not declare whether it couples patients, set one that does'
+        else:
+            yield from declared(self)

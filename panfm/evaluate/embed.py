@@ -24,7 +24,7 @@ from panfm.data.store import Batch, ImageStore
 from panfm.errors import DataError
 from panfm.files import write_atomic
 from panfm.models import PanModel, build_model
-from panfm.models.start import load_with_fresh_private
+from panfm.models.transfer import load_with_fresh_private
 
 
 class Embedder(Protocol):

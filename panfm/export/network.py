@@ -5,8 +5,7 @@
 
 A stream that a subject lacks is computed and masked, so `present` alone decides, and its image may hold anything.
 
-Shape legend: B subjects, S streams, L = 1 + tokens of these streams (CLS first), R experts, K active ones, H hidden
-width, D width.
+Shape legend: B subjects, S streams, D width.
 """
 
 from collections.abc import Sequence
@@ -15,14 +14,13 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
-from torch.nn import functional
 
 from panfm.export.compare import random_inputs
 from panfm.models import PanModel
-from panfm.models.backbone import Block
-from panfm.models.director_experts import DirectorExperts
+from panfm.models.backbone import Encoded
 from panfm.models.pan import StreamTokenizer
 from panfm.models.stems import stem_images
+from panfm.models.tokens import Layout
 
 
 class EmbeddingNetwork(nn.Module):
@@ -49,16 +47,9 @@ class EmbeddingNetwork(nn.Module):
         *images, present = inputs
         tokens = torch.cat([self._tokenize(*each) for each in zip(self.streams, images, strict=True)], dim=1)
         valid = present[:, self.stream_of_place]
-        x = torch.cat(
-            [self.backbone.cls.expand(tokens.shape[0], 1, -1), tokens.masked_fill(~valid[:, :, None], 0.0)], dim=1
-        )
-        mask = functional.pad(valid, (1, 0), value=True)[:, None, None, :]
-        for each in self.backbone.blocks:
-            block = cast(Block, each)
-            x = x + block.attention(block.norm1(x), mask)
-            x = x + _feed_forward(block.mlp, block.norm2(x))
-        embedding: Tensor = self.backbone.norm(x)[:, 0]
-        return embedding
+        layout = Layout(torch.arange(valid.shape[1]).expand_as(valid), valid)
+        encoded: Encoded = self.backbone(tokens.masked_fill(~valid[:, :, None], 0.0), layout)
+        return encoded.cls
 
     def _tokenize(self, name: str, images: Tensor) -> Tensor:
         maps = stem_images(images, self.configs[name], self.tokenizer)
@@ -70,15 +61,3 @@ def trace(network: EmbeddingNetwork) -> ExportedProgram:
     inputs, subjects = random_inputs(network.configs), Dim("subjects", min=1)
     with torch.no_grad():
         return torch.export.export(network, inputs, dynamic_shapes={"inputs": tuple({0: subjects} for _ in inputs)})
-
-
-def _feed_forward(layer: nn.Module, x: Tensor) -> Tensor:
-    """`layer` of x [B, L, D]. The experts of every subject are gathered; training takes one expert after the other."""
-    if not isinstance(layer, DirectorExperts):
-        return cast(Tensor, layer(x))
-    probs, experts = (layer.router(x[:, 0]) / layer.temperature).softmax(dim=-1), layer.experts
-    largest, chosen = probs.topk(layer.num_active, dim=-1)
-    gates = largest / largest.sum(dim=-1, keepdim=True)
-    hidden = torch.einsum("bld,bkhd->bklh", x, experts.weight_in[chosen]) + experts.bias_in[chosen][:, :, None]
-    outputs = torch.einsum("bklh,bkdh->bkld", functional.gelu(hidden), experts.weight_out[chosen])
-    return torch.einsum("bk,bkld->bld", gates, outputs + experts.bias_out[chosen][:, :, None])

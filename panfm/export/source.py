@@ -104,7 +104,7 @@ def _describe(folder: Path, model: PanModel, run: RunConfig, written: _Written, 
         "start": run.start and run.start.sha256,
         "streams": {name: _describe_stream(run, name) for name in run.streams},
         "embedding": model.width,
-        "experts": _describe_experts(run),
+        "experts": _describe_experts(model, run),
         "model-hash": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
         "panfm": __version__,
         "torch": torch.__version__,
@@ -127,7 +127,7 @@ def _describe_stream(run: RunConfig, name: str) -> dict[str, Any]:
     }
 
 
-def _describe_experts(run: RunConfig) -> str:
-    if run.model.backbone == "dense":
+def _describe_experts(model: PanModel, run: RunConfig) -> str:
+    if not model.director_experts():
         return "none"
     return "pooled" if is_shared(run.sharing, EXPERTS) else "kept by their sites; copies of the director in their place"

@@ -1,26 +1,70 @@
-"""The shared transformer: CLS, pre-norm blocks, key padding. A block's MLP is dense, or experts and their director.
+"""What a backbone is: tokens with a layout in, encoded tokens and CLS out.
 
-Shape legend: B subjects, L = 1 + N tokens (CLS first), H heads, d width of a head, D width.
+To add one, write a subclass of `Backbone` in a file of its own and a line in `BACKBONES` (panfm/registry.py).
+
+A module that starts a sharing group says so by a class attribute `sharing_group`. Everything within it belongs to that
+group, unless a module further inside says otherwise. None means: only modules further inside may hold parameters.
+
+Shape legend: B subjects, L = 1 + N tokens (CLS first), U units that are routed (subjects), R experts, K active experts,
+D width.
 """
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from panfm.config.model import ModelConfig
-from panfm.errors import ConfigError
-from panfm.models.director_experts import DirectorExperts, Exploration, Path, Routed, mlp
-from panfm.models.saliency import ClsSaliency, Saliency
+from panfm.data.store import Batch
+from panfm.errors import ProtocolError
 from panfm.models.tokens import Layout
+from panfm.sharing.groups import BACKBONE, stream_group
 
-_DEFAULT = ModelConfig()
+Saliency = Literal["attention", "value"]
+Route = Literal["experts", "director"]
+"""Whether a forward pass goes through the experts or through the directors; a dense block has one route."""
+
+
+@dataclass(frozen=True)
+class Exploration:
+    """Noise on the router's logits, for training only."""
+
+    scale: float
+    draw: Callable[[Tensor], Tensor]
+    """Logits [U, R] of the next layer -> standard normal noise of their shape."""
+
+    @classmethod
+    def of(cls, scale: float, generator: torch.Generator) -> Self:
+        """Draw the noise from a generator."""
+        return cls(scale, lambda x: torch.randn(x.shape, generator=generator, device=generator.device).to(x))
+
+
+@dataclass(frozen=True)
+class Routed:
+    """How one layer routed a batch, and what its losses need."""
+
+    probs: Tensor
+    """[U, R] probabilities of the experts, noise included."""
+    chosen: Tensor
+    """int64 [U, K] experts of each unit, the most probable first."""
+    gates: Tensor
+    """[U, K] their weights, which sum to 1."""
+    inputs: Tensor
+    """[B, L, D], without gradient."""
+    outputs: Tensor
+    """[B, L, D], the experts' mixed outputs."""
+
+    def mass(self) -> Tensor:
+        """Sum the gates of every expert [R]; the sums add up to the number of units."""
+        empty = self.gates.new_zeros(self.probs.shape[1])
+        return empty.index_add(0, self.chosen.flatten(), self.gates.detach().flatten())
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """What the backbone makes of a batch."""
+    """A batch that a backbone has encoded."""
 
     cls: Tensor
     """[B, D], after the last norm."""
@@ -32,71 +76,21 @@ class Encoded:
     saliency: Tensor | None
     """[B, N] share of the CLS token's attention, sums to 1 over a subject's tokens; None unless asked for."""
     routed: tuple[Routed, ...] = ()
-    """How every block routed the batch; empty unless it went through experts."""
+    """Routing of every layer with experts; empty unless the batch went through experts."""
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention with key padding."""
+class Backbone(nn.Module, ABC):
+    """Encodes the tokens of a batch. Subclasses are built with `(width, depth, heads, config)`.
 
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
+    A class that private runs may use declares what couples patients in it, by a static method
+    `couplings(config: ModelConfig) -> Iterator[str]` that yields `key: why, remedy`, one line each.
+    """
 
-    def forward(self, x: Tensor, mask: Tensor | None, saliency: ClsSaliency | None = None) -> Tensor:
-        """Attend; `saliency`, if given, gathers what CLS attends to."""
-        batch, length, width = x.shape
-        q, k, v = (each.unflatten(2, (self.heads, -1)).transpose(1, 2) for each in self.qkv(x).chunk(3, dim=2))
-        if saliency:
-            saliency.add(q[:, :, :1], k, v)
-        mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.out(mixed.transpose(1, 2).reshape(batch, length, width))
+    sharing_group = BACKBONE
+    has_saliency = False
+    """Whether `forward` can tell what the CLS token attends to. Masking guided by saliency needs it."""
 
-
-class Block(nn.Module):
-    """Pre-norm transformer block."""
-
-    def __init__(self, width: int, heads: int, feed_forward: nn.Module) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.attention = Attention(width, heads)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = feed_forward
-
-    def forward(
-        self,
-        x: Tensor,
-        mask: Tensor | None,
-        *,
-        saliency: ClsSaliency | None = None,
-        path: Path = "experts",
-        exploration: Exploration | None = None,
-    ) -> tuple[Tensor, Routed | None]:
-        """One block; passes on how the experts were chosen."""
-        x = x + self.attention(self.norm1(x), mask, saliency)
-        if not isinstance(self.mlp, DirectorExperts):
-            return x + self.mlp(self.norm2(x)), None
-        if path == "director":
-            return x + self.mlp.director(self.norm2(x)), None
-        routed: Routed = self.mlp(self.norm2(x), exploration)
-        return x + routed.outputs, routed
-
-
-class Backbone(nn.Module):
-    """Transformer over any subset of places."""
-
-    def __init__(self, width: int, depth: int, heads: int, config: ModelConfig = _DEFAULT) -> None:
-        """Build it.
-
-        Raises:
-            ConfigError: `config.experts` has not one number per block, or more experts active than there are.
-        """
-        super().__init__()
-        self.cls = nn.Parameter(torch.zeros(width))
-        self.blocks = nn.ModuleList(Block(width, heads, layer) for layer in _feed_forwards(config, width, depth))
-        self.norm = nn.LayerNorm(width, eps=1e-6)
-
+    @abstractmethod
     def forward(
         self,
         tokens: Tensor,
@@ -104,53 +98,54 @@ class Backbone(nn.Module):
         *,
         saliency: Saliency | None = None,
         keep_blocks: bool = False,
-        path: Path = "experts",
+        route: Route = "experts",
         exploration: Exploration | None = None,
     ) -> Encoded:
         """Encode tokens [B, N, D]. Padding is never attended to; a subject with no token is its CLS alone.
 
         Args:
-            path: Through the experts or through the directors alone; a dense block has one path.
+            saliency: Kind of saliency to compute; only asked for if `has_saliency`.
+            keep_blocks: Whether to return the outputs of all blocks.
+            route: Through the experts or through the directors alone.
             exploration: Noise for the routers, in training.
         """
-        x = torch.cat([self.cls.expand(len(tokens), 1, -1), tokens], dim=1)
-        valid = functional.pad(layout.valid, (1, 0), value=True)
-        mask = None if bool(valid.all()) else valid[:, None, None, :]
-        blocks: list[Tensor] = []
-        routes: list[Routed] = []
-        leaned = ClsSaliency(layout, saliency) if saliency else None
-        for depth, block in enumerate(self.blocks):
-            watched = leaned if saliency == "value" or depth == len(self.blocks) - 1 else None
-            x, routed = block(x, mask, saliency=watched, path=path, exploration=exploration)
-            if routed is not None:
-                routes.append(routed)
-            if keep_blocks:
-                blocks.append(x[:, 1:])
-        x = self.norm(x)
-        share = leaned.shares() if leaned else None
-        return Encoded(x[:, 0], x[:, 1:], layout, tuple(blocks), share, tuple(routes))
+
+    @abstractmethod
+    def last_layers(self, count: int) -> list[nn.Module]:
+        """Return the last `count` layers and what follows them."""
+
+    @abstractmethod
+    def numbers_per_token(self) -> list[int]:
+        """Count the numbers that each layer fills per token, for the estimate of a step's memory."""
+
+    def see(self, maps: Batch) -> None:
+        """Look at a batch's whole images before `forward` gets their visible tokens. Most backbones need not."""
 
 
-def _feed_forwards(config: ModelConfig, width: int, depth: int) -> list[nn.Module]:
-    """The MLP of every block."""
-    hidden = config.hidden_multiple * width
-    if config.backbone == "dense":
-        return [mlp(width, hidden) for _ in range(depth)]
-    counts = _per_block("count", config.experts.count, depth)
-    actives = _per_block("active", config.experts.active, depth)
-    for block, (count, active) in enumerate(zip(counts, actives, strict=True)):
-        if active > count:
-            raise ConfigError(f"model.experts.active: {active} in block {block}, expected at most count = {count}")
-    temperature = config.experts.temperature
-    return [
-        DirectorExperts(width, hidden, num_experts=count, num_active=active, temperature=temperature)
-        for count, active in zip(counts, actives, strict=True)
-    ]
+class PerStream(nn.ModuleDict):
+    """Modules by stream name; each belongs to the sharing group of its stream."""
 
 
-def _per_block(key: str, numbers: tuple[int, ...], depth: int) -> tuple[int, ...]:
-    if len(numbers) not in (1, depth):
-        raise ConfigError(
-            f"model.experts.{key}: {len(numbers)} numbers, expected one, or one for each of {depth} blocks"
-        )
-    return numbers if len(numbers) == depth else numbers * depth
+def parameter_groups(model: nn.Module) -> dict[str, str]:
+    """Sharing group of every tensor in a model's state dict, by its name.
+
+    Raises:
+        ProtocolError: no module around a parameter names a group, so it must not be shared.
+    """
+    tags: dict[str, str | None] = {}
+    for path, module in model.named_modules():
+        if hasattr(module, "sharing_group"):
+            tags[path] = module.sharing_group
+        if isinstance(module, PerStream):
+            tags |= {f"{path}.{name}": stream_group(name) for name in module}
+    return {name: _innermost_tag(name, tags) for name in model.state_dict()}
+
+
+def _innermost_tag(name: str, tags: dict[str, str | None]) -> str:
+    path = name.rpartition(".")[0]
+    while path and path not in tags:
+        path = path.rpartition(".")[0]
+    group = tags.get(path)
+    if group is None:
+        raise ProtocolError(f"parameter {name!r} belongs to no group: no module around it has a sharing_group")
+    return group

@@ -26,22 +26,25 @@ every 95 % interval of the paired difference contains 0. The released start and 
 commands are in `docs/results/director-experts.md`.
 
 Source: DEX (arXiv 2605.21861); `softmax` is the released code's alignment.
-Shape legend: B subjects, L tokens (CLS first), D width, H hidden width, R experts, K active experts.
+Shape legend: B subjects, L tokens (CLS first), U units that are routed (subjects), D width, H hidden width, R experts,
+K active experts.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal, Self
+from collections.abc import Iterator
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from panfm.models.dispatch import mix_experts
+from panfm.config.model import ModelConfig
+from panfm.errors import ConfigError
+from panfm.models.backbone import Exploration, Route, Routed
+from panfm.models.dispatch import Experts
+from panfm.models.vit import Block, Mlp, VisionTransformer
+from panfm.sharing.groups import DIRECTOR, ROUTER
 
-Path = Literal["experts", "director"]
-"""Which of the two a forward pass goes through."""
 Alignment = Literal["cosine", "softmax"]
 
 _ACTIVATION_MOMENTUM = 0.99
@@ -49,71 +52,59 @@ _TARGET_TEMPERATURE = 0.5
 _SHORTEST = 1e-8
 
 
-@dataclass(frozen=True)
-class Exploration:
-    """Noise on the router's logits, for training only."""
+class Director(Mlp):
+    """The MLP that carries what the experts share."""
 
-    scale: float
-    draw: Callable[[Tensor], Tensor]
-    """Logits [B, R] of the next layer -> standard normal noise of their shape."""
-
-    @classmethod
-    def of(cls, scale: float, generator: torch.Generator) -> Self:
-        """Noise drawn from a generator."""
-        return cls(scale, lambda x: torch.randn(x.shape, generator=generator, device=generator.device).to(x))
+    sharing_group = DIRECTOR
 
 
-@dataclass(frozen=True)
-class Routed:
-    """How one layer routed a batch, and what its losses need."""
+class Router(nn.Module):
+    """Chooses K experts for every subject by its CLS token: all tokens of a subject use the same.
 
-    probs: Tensor
-    """[B, R] probabilities of the experts, noise included."""
-    chosen: Tensor
-    """int64 [B, K] experts of each subject, the most probable first."""
-    gates: Tensor
-    """[B, K] their weights, which sum to 1."""
-    inputs: Tensor
-    """[B, L, D], without gradient."""
-    outputs: Tensor
-    """[B, L, D] what the experts made of the inputs."""
+    A subclass routes otherwise: other units (`units`) or other logits (`logits`).
+    """
 
-    def mass(self) -> Tensor:
-        """Gate mass of every expert [R]; sums to the number of subjects."""
-        empty = self.gates.new_zeros(self.probs.shape[1])
-        return empty.index_add(0, self.chosen.flatten(), self.gates.detach().flatten())
+    sharing_group = ROUTER
+    activation: Tensor
 
-
-def mlp(width: int, hidden: int) -> nn.Sequential:
-    """The MLP of a dense block, of a director, and the shape of an expert."""
-    return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
-
-
-class Experts(nn.Module):
-    """R MLPs of one shape, stacked."""
-
-    def __init__(self, num_experts: int, width: int, hidden: int) -> None:
+    def __init__(self, width: int, *, num_experts: int, num_active: int, temperature: float) -> None:
         super().__init__()
-        self.weight_in = nn.Parameter(torch.empty(num_experts, hidden, width))
-        self.bias_in = nn.Parameter(torch.empty(num_experts, hidden))
-        self.weight_out = nn.Parameter(torch.empty(num_experts, width, hidden))
-        self.bias_out = nn.Parameter(torch.empty(num_experts, width))
+        self.num_active = num_active
+        self.temperature = temperature
+        self.weight = nn.Parameter(torch.empty(num_experts, width))
+        self.register_buffer("activation", torch.empty(num_experts), persistent=False)
+        self.reset_activation()
 
-    def forward(self, x: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
-        """Mix the chosen experts' outputs for x [B, L, D]."""
-        if len(chosen) == 1:
-            return self._gathered(x[0], chosen[0], gates[0])[None]
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        stacked = (self.weight_in, self.bias_in, self.weight_out, self.bias_out)
-        weight_in, bias_in, weight_out, bias_out = (each.to(dtype) for each in stacked)
-        return mix_experts(x.to(dtype), chosen, gates.to(dtype), (weight_in, bias_in, weight_out, bias_out))
+    def units(self, x: Tensor) -> Tensor:
+        """Cut x [B, L, D] into the units that are routed [U, T, D], each by its first token."""
+        return x
 
-    def _gathered(self, x: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
-        """One subject's tokens [L, D] through its experts [K], without sorting: faster for one."""
-        hidden = torch.einsum("ld,khd->klh", x, self.weight_in[chosen]) + self.bias_in[chosen][:, None]
-        outputs = torch.einsum("klh,kdh->kld", functional.gelu(hidden), self.weight_out[chosen])
-        outputs = outputs + self.bias_out[chosen][:, None]
-        return torch.einsum("k,kld->ld", gates.to(outputs.dtype), outputs)
+    def forward(self, first: Tensor, exploration: Exploration | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Route units by their first tokens [U, D] -> probabilities [U, R], chosen experts [U, K], gates [U, K]."""
+        probs = (self.logits(first, exploration) / self.temperature).softmax(dim=-1)
+        largest, chosen = probs.topk(self.num_active, dim=-1)
+        return probs, chosen, largest / largest.sum(dim=-1, keepdim=True)
+
+    def logits(self, first: Tensor, exploration: Exploration | None) -> Tensor:
+        """Logits [U, R], in the parameters' own precision also under autocast."""
+        with torch.autocast(first.device.type, enabled=False):
+            logits = functional.linear(first.to(self.weight.dtype), self.weight)
+        if exploration is None:
+            return logits
+        return logits + exploration.scale * (exploration.draw(logits) + self.rarity())
+
+    def rarity(self) -> Tensor:
+        """How seldom each expert was active [R]; exploration favours rare ones."""
+        return 1.0 - self.activation / self.activation.sum()
+
+    def reset_activation(self) -> None:
+        """Set all experts equally active."""
+        self.activation.fill_(1.0 / len(self.activation))
+
+    @torch.no_grad()
+    def move_activation(self, mass: Tensor) -> None:
+        """Move the running activation by the gate mass [R] of a batch."""
+        self.activation.lerp_(mass / mass.sum(), 1.0 - _ACTIVATION_MOMENTUM)
 
 
 class DirectorExperts(nn.Module):
@@ -124,48 +115,30 @@ class DirectorExperts(nn.Module):
         no gradient: the director is moved by `move_director` alone.
     """
 
-    activation: Tensor
+    sharing_group = None
+    """Every parameter of the layer is its director's, its experts' or its router's."""
 
-    def __init__(self, width: int, hidden: int, *, num_experts: int, num_active: int, temperature: float) -> None:
+    def __init__(self, width: int, hidden: int, router: Router) -> None:
         super().__init__()
-        self.num_active = num_active
-        self.temperature = temperature
-        self.director = mlp(width, hidden).requires_grad_(requires_grad=False)
-        self.experts = Experts(num_experts, width, hidden)
-        self.router = nn.Linear(width, num_experts, bias=False)
-        self.register_buffer("activation", torch.empty(num_experts), persistent=False)
-        self.reset_activation()
+        self.director = Director(width, hidden).requires_grad_(requires_grad=False)
+        self.experts = self.make_experts(len(router.activation), width, hidden)
+        self.router = router
+
+    def make_experts(self, num_experts: int, width: int, hidden: int) -> Experts:
+        """Make experts of the director's shape."""
+        return Experts(num_experts, width, hidden)
 
     def forward(self, x: Tensor, exploration: Exploration | None = None) -> Routed:
         """Route x [B, L, D], after the block's second norm, through the experts."""
-        probs = (self._logits(x[:, 0], exploration) / self.temperature).softmax(dim=-1)
-        largest, chosen = probs.topk(self.num_active, dim=-1)
-        gates = largest / largest.sum(dim=-1, keepdim=True)
-        return Routed(probs, chosen, gates, x.detach(), self.experts(x, chosen, gates))
-
-    def _logits(self, cls: Tensor, exploration: Exploration | None) -> Tensor:
-        """Router's logits [B, R], in the parameters' own precision also under autocast."""
-        with torch.autocast(cls.device.type, enabled=False):
-            logits = self.router(cls.to(self.router.weight.dtype))
-        if exploration is None:
-            return logits
-        seldom = 1.0 - self.activation / self.activation.sum()
-        return logits + exploration.scale * (exploration.draw(logits) + seldom)
-
-    def reset_activation(self) -> None:
-        """All experts equally active."""
-        self.activation.fill_(1.0 / len(self.activation))
+        units = self.router.units(x)
+        probs, chosen, gates = self.router(units[:, 0], exploration)
+        return Routed(probs, chosen, gates, x.detach(), self.experts(units, chosen, gates).view_as(x))
 
     @torch.no_grad()
     def start_experts(self) -> None:
         """Make every expert a copy of the director."""
         for stacked, director in self._expert_and_director():
             stacked.copy_(director.expand_as(stacked))
-
-    @torch.no_grad()
-    def move_activation(self, mass: Tensor) -> None:
-        """Take in the gate mass [R] of a batch."""
-        self.activation.lerp_(mass / mass.sum(), 1.0 - _ACTIVATION_MOMENTUM)
 
     @torch.no_grad()
     def move_director(self, mass: Tensor, *, momentum: float) -> None:
@@ -175,15 +148,71 @@ class DirectorExperts(nn.Module):
             director.view(-1).addmv_(stacked.flatten(1).T, share, beta=momentum, alpha=1.0 - momentum)
 
     def _expert_and_director(self) -> list[tuple[Tensor, Tensor]]:
-        experts = (self.experts.weight_in, self.experts.bias_in, self.experts.weight_out, self.experts.bias_out)
-        return list(zip(experts, self.director.parameters(), strict=True))
+        return list(zip(self.experts.stacked, self.director.parameters(), strict=True))
 
     def alignment_loss(self, routed: Routed, valid: Tensor, kind: Alignment) -> Tensor:
-        """How far each subject's experts are from the director [B]: mean over its valid tokens (bool [B, L])."""
+        """Distance of each subject's experts from the director [B]: mean over its valid tokens (bool [B, L])."""
         with torch.no_grad():
             target = self.director(routed.inputs)
         distance = alignment_distance(routed.outputs, target, kind)
         return (distance * valid).sum(dim=1) / valid.sum(dim=1)
+
+
+class ExpertsBlock(Block):
+    """Transformer block whose MLP is a layer of experts."""
+
+    mlp: DirectorExperts
+
+    def feed_forward(self, x: Tensor, route: Route, exploration: Exploration | None) -> tuple[Tensor, Routed | None]:
+        """Go through the experts, or through their director alone."""
+        if route == "director":
+            return self.mlp.director(x), None
+        routed: Routed = self.mlp(x, exploration)
+        return routed.outputs, routed
+
+    def numbers_per_token(self) -> int:
+        """Count the numbers that the block fills per token; the director runs beside the experts."""
+        mlps = self.mlp.router.num_active + 1
+        return 10 * self.attention.out.out_features + mlps * self.mlp.director.numbers_per_token
+
+
+class DirectorExpertsBackbone(VisionTransformer):
+    """Transformer with experts in every block. A subclass may exchange the router or the layer."""
+
+    router_class: type[Router] = Router
+    layer_class: type[DirectorExperts] = DirectorExperts
+
+    def make_blocks(self, width: int, depth: int, heads: int, config: ModelConfig) -> list[Block]:
+        """Make the blocks.
+
+        Raises:
+            ConfigError: `config.experts` has not one number per block, or more experts active than there are.
+        """
+        counts = _per_block("count", config.experts.count, depth)
+        actives = _per_block("active", config.experts.active, depth)
+        for block, (count, active) in enumerate(zip(counts, actives, strict=True)):
+            if active > count:
+                raise ConfigError(f"model.experts.active: {active} in block {block}, expected at most count = {count}")
+        hidden, temperature = config.hidden_multiple * width, config.experts.temperature
+        routers = [
+            self.router_class(width, num_experts=count, num_active=active, temperature=temperature)
+            for count, active in zip(counts, actives, strict=True)
+        ]
+        return [ExpertsBlock(width, heads, self.layer_class(width, hidden, router)) for router in routers]
+
+    @staticmethod
+    def couplings(config: ModelConfig) -> Iterator[str]:
+        """Declare the balance loss, which is of a batch; everything else is per subject."""
+        if any(config.experts.balance_weight):
+            yield "experts.balance-weight: it pulls on the batch's mean, set [0.0, 0.0]"
+
+
+def _per_block(key: str, numbers: tuple[int, ...], depth: int) -> tuple[int, ...]:
+    if len(numbers) not in (1, depth):
+        raise ConfigError(
+            f"model.experts.{key}: {len(numbers)} numbers, expected one, or one for each of {depth} blocks"
+        )
+    return numbers if len(numbers) == depth else numbers * depth
 
 
 def alignment_distance(outputs: Tensor, target: Tensor, kind: Alignment) -> Tensor:

@@ -16,9 +16,10 @@ from torch.nn import functional
 
 from panfm.config.objective import ObjectiveConfig
 from panfm.errors import ConfigError
-from panfm.models.backbone import Encoded
+from panfm.models.backbone import Encoded, PerStream
 from panfm.models.tokens import Layout
 from panfm.registry import import_class
+from panfm.sharing.groups import HEAD
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,12 @@ class StreamHead(nn.Module):
 class Heads(nn.Module):
     """Predictor, summary head, and the heads that the objective adds."""
 
+    sharing_group = HEAD
+
     def __init__(self, width: int, heads: int, features: Mapping[str, int], objective: ObjectiveConfig) -> None:
         super().__init__()
         added: ObjectiveHeads = import_class(objective.implementation).build_heads(objective, width, features)
-        self.streams = nn.ModuleDict({name: StreamHead(width, added.per_stream.get(name, {})) for name in features})
+        self.streams = PerStream({name: StreamHead(width, added.per_stream.get(name, {})) for name in features})
         self.predictor = CrossBlock(width, heads)
         self.project = nn.Sequential(nn.LayerNorm(width, eps=1e-6), nn.Linear(width, width))
         self.summary = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))

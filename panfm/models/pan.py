@@ -1,12 +1,13 @@
 """The pan-organ model: a tokenizer per stream, one shared backbone, heads for training.
 
-State-dict names decide sharing: `streams.<name>.*` and `heads.streams.<name>.*` belong to a stream, `backbone.*` to
-everyone, other `heads.*` to training.
+Modules decide sharing, by the tag `sharing_group`: a tokenizer and the heads of a stream belong to the stream, the
+backbone's parts to the groups that it names, other heads to training.
 
 Shape legend: B subjects, P subjects of the batch that hold a stream, S streams, M places, N places of the fullest
 subject, T tokens of a stream, D width.
 """
 
+import math
 from collections.abc import Sequence
 from typing import cast
 
@@ -17,14 +18,17 @@ from panfm.anatomy import parse_stream
 from panfm.config import RunConfig, StreamConfig
 from panfm.config.model import ModelConfig
 from panfm.config.objective import ObjectiveConfig
+from panfm.config.sharing import SharingConfig
 from panfm.data.store import Batch
-from panfm.models.backbone import Backbone, Encoded
-from panfm.models.director_experts import DirectorExperts, Path, dense_name
+from panfm.errors import ConfigError
+from panfm.models.backbone import Backbone, Encoded, PerStream, Route, Saliency, parameter_groups
+from panfm.models.director_experts import DirectorExperts, dense_name
 from panfm.models.heads import Heads
-from panfm.models.saliency import Saliency
 from panfm.models.stems import patchify, stem_batch, stem_features, stem_step
 from panfm.models.tokens import Layout, pack, sincos_positions
+from panfm.registry import BACKBONES
 from panfm.seeds import torch_generator
+from panfm.sharing.groups import split_state
 
 SIZES = {"nano": (48, 2, 3), "tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12)}
 """Width, depth, heads. tiny, small and base as in DeiT (Touvron et al. 2021); nano for laptops."""
@@ -66,14 +70,13 @@ class PanModel(nn.Module):
         self.stream_configs = streams
         self.tokenizer = config.tokenizer
         self.width = width
-        self.streams = nn.ModuleDict(
+        self.streams = PerStream(
             {name: StreamTokenizer(stream, config.tokenizer, width) for name, stream in streams.items()}
         )
-        self.backbone = Backbone(width, depth, heads, config)
+        self.backbone: Backbone = BACKBONES.load(config.backbone)(width, depth, heads, config)
         features = {name: stem_features(stream, config.tokenizer) for name, stream in streams.items()}
         self.heads = Heads(width, heads, features, objective)
-        sizes = torch.tensor([torch.Size(stream.grid).numel() for stream in streams.values()])
-        self.register_buffer("stream_of_place", torch.arange(len(sizes)).repeat_interleave(sizes), persistent=False)
+        self.register_buffer("stream_of_place", _stream_of_place(streams), persistent=False)
 
     @property
     def stream_names(self) -> tuple[str, ...]:
@@ -99,8 +102,9 @@ class PanModel(nn.Module):
 
     def tokenize(self, maps: Batch, layout: Layout) -> Tensor:
         """Tokens [B, N, D] of a batch of maps, standing as `layout` says; zero where padded."""
+        self.backbone.see(maps)
         start = layout.valid.new_full((maps.size, len(self.stream_of_place)), 0, dtype=torch.long)
-        flat, offset = [self.backbone.cls.new_zeros(1, self.width)], 1
+        flat, offset = [self.stream_of_place.new_zeros(1, self.width, dtype=self.dtype)], 1
         for index, (name, tokenizer) in enumerate(self.streams.items()):
             if name not in maps.images:
                 continue
@@ -114,18 +118,37 @@ class PanModel(nn.Module):
         return torch.cat(flat)[source]
 
     def encode(
-        self, maps: Batch, *, saliency: Saliency | None = None, keep_blocks: bool = False, path: Path = "experts"
+        self, maps: Batch, *, saliency: Saliency | None = None, keep_blocks: bool = False, route: Route = "experts"
     ) -> Encoded:
-        """Encode a batch of maps with nothing hidden."""
+        """Encode a batch of maps with nothing hidden.
+
+        Raises:
+            ConfigError: saliency is asked for, and the backbone has none.
+        """
+        if saliency and not self.backbone.has_saliency:
+            raise ConfigError("model.backbone: it has no saliency, expected one that has, or masking.policy = random")
         layout = self.layout(maps)
         encoded: Encoded = self.backbone(
-            self.tokenize(maps, layout), layout, saliency=saliency, keep_blocks=keep_blocks, path=path
+            self.tokenize(maps, layout), layout, saliency=saliency, keep_blocks=keep_blocks, route=route
         )
         return encoded
 
-    def embed(self, batch: Batch, *, path: Path = "experts") -> Tensor:
+    def embed(self, batch: Batch, *, route: Route = "experts") -> Tensor:
         """Embedding [B, D] of a batch of images, wherever it lies: the CLS token after the last norm."""
-        return self.encode(self.stem(batch.to(self.stream_of_place.device)), path=path).cls
+        return self.encode(self.stem(batch.to(self.stream_of_place.device)), route=route).cls
+
+    def parameter_groups(self) -> dict[str, str]:
+        """Sharing group of every tensor in the state dict, by its name."""
+        return parameter_groups(self)
+
+    def split_state(self, sharing: SharingConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The state dict in two: parameters that a run shares, and those that stay at the site."""
+        return split_state(sharing, self.parameter_groups(), self.state_dict())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters."""
+        return next(self.parameters()).dtype
 
     def director_experts(self) -> dict[str, DirectorExperts]:
         """Layers with experts, by the prefix of their parameters' names; none in a dense model."""
@@ -151,12 +174,26 @@ def build_model(run: RunConfig, streams: Sequence[str] | None = None) -> PanMode
     names = [name for name in run.streams if streams is None or name in streams]
     with torch.random.fork_rng(devices=[]):
         model = PanModel({name: run.streams[name] for name in names}, run.model, run.objective)
+    layers = model.director_experts().values()
+    of_experts = {parameter for layer in layers for parameter in layer.experts.parameters()}
     for name, parameter in model.named_parameters():
-        if ".mlp.experts." not in name:
+        if parameter not in of_experts:
             _initialise(name, parameter, torch_generator(run.seed, "init", dense_name(name)))
-    for layer in model.director_experts().values():
+    for layer in layers:
         layer.start_experts()
     return model
+
+
+def describe_model(run: RunConfig) -> PanModel:
+    """Model of a run without memory for its parameters: names, shapes and sharing groups are those of `build_model`."""
+    with torch.device("meta"):
+        return PanModel(dict(run.streams), run.model, run.objective)
+
+
+def _stream_of_place(streams: dict[str, StreamConfig]) -> Tensor:
+    """Index of the stream of every place, int64 [M]."""
+    sizes = [math.prod(stream.grid) for stream in streams.values()]
+    return torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes), output_size=sum(sizes))
 
 
 @torch.no_grad()

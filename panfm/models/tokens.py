@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,16 @@ class Layout:
     """int64 [B, N], index into the vocabulary of M places; 0 where padded."""
     valid: Tensor
     """bool [B, N], False where padded."""
+
+    def key_mask(self) -> Tensor | None:
+        """Mark what attention may look at, CLS first: bool [B, 1, 1, 1 + N]; None if that is everything.
+
+        A graph that is exported has no such choice, since it must hold for every batch.
+        """
+        valid = functional.pad(self.valid, (1, 0), value=True)
+        if not torch.compiler.is_exporting() and bool(valid.all()):
+            return None
+        return valid[:, None, None, :]
 
     def select(self, keep: Tensor) -> tuple["Layout", Tensor]:
         """Keep some places, packed to the left in their old order.
@@ -69,4 +80,4 @@ def sincos_positions(grid: tuple[int, ...], width: int) -> Tensor:
         waves for axis in axes for waves in ((axis.reshape(-1, 1) * rates).sin(), (axis.reshape(-1, 1) * rates).cos())
     ]
     table = torch.cat(parts, dim=1).float()
-    return torch.nn.functional.pad(table, (0, width - table.shape[1]))
+    return functional.pad(table, (0, width - table.shape[1]))

@@ -31,9 +31,9 @@ from panfm.config.privacy import PrivacyConfig
 from panfm.data.store import ImageStore
 from panfm.errors import DataError
 from panfm.models import PanModel
-from panfm.models.backbone import Block
 from panfm.models.pan import StreamTokenizer
 from panfm.models.stems import intensities, patchify
+from panfm.models.vit import Block, VisionTransformer
 from panfm.privacy.private_step import clipped_sum
 from panfm.privacy.randomness import with_noise
 from panfm.training.trainer import Trainer
@@ -67,6 +67,7 @@ def invert(model: PanModel, gradient: Gradient) -> dict[str, tuple[Tensor, Tenso
     attention = gradient.get(_ATTENTION)
     if attention is None or not bool(attention.any()):
         return {}
+    assert isinstance(model.backbone, VisionTransformer)
     block = model.backbone.blocks[0]
     rows = _row_space(attention)
     outside = torch.eye(model.width, dtype=torch.float64) - rows.T @ rows

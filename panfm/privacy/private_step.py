@@ -12,7 +12,7 @@ experts alike.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Literal
+from typing import Literal, assert_never
 
 import numpy as np
 import torch
@@ -156,14 +156,18 @@ def trained_parameters(model: PanModel, which: Literal["all", "vectors", "last-b
     The others stay as the run started them, for instance pre-trained on public data: the fewer are trained, the less
     noise there is in all.
     """
-    last = f"backbone.blocks.{len(model.backbone.blocks) - 1}."
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if which == "vectors":
-        return {name: parameter for name, parameter in trainable.items() if parameter.dim() <= 1}
-    if which == "last-block":
-        top = (last, "backbone.norm.", "heads.")
-        return {name: parameter for name, parameter in trainable.items() if name.startswith(top)}
-    return trainable
+    match which:
+        case "all":
+            return trainable
+        case "vectors":
+            return {name: parameter for name, parameter in trainable.items() if parameter.dim() <= 1}
+        case "last-block":
+            modules = (*model.backbone.last_layers(1), model.heads)
+            last = {parameter for module in modules for parameter in module.parameters()}
+            return {name: parameter for name, parameter in trainable.items() if parameter in last}
+        case _:
+            assert_never(which)
 
 
 def _result(trainer: Trainer, num_steps: int) -> TrainResult:
@@ -181,5 +185,8 @@ def _result(trainer: Trainer, num_steps: int) -> TrainResult:
         saliency=dict(zip(names, trainer.profile.tolist(), strict=True)) if needs_saliency(trainer.run) else {},
         subjects=private.public_subjects,
         subjects_per_stream=dict.fromkeys(names, private.public_subjects),
-        gate_mass={name: [expected / len(layer.activation)] * len(layer.activation) for name, layer in layers.items()},
+        gate_mass={
+            name: [expected / len(layer.router.activation)] * len(layer.router.activation)
+            for name, layer in layers.items()
+        },
     )

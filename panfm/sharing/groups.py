@@ -1,13 +1,14 @@
-"""Which group a parameter is shared with: the one place that decides, by name.
+"""The groups in which parameters are shared, and how a group travels.
 
-    streams.<s>.*, heads.streams.<s>.*  ->  stream:<s>   averaged over the sites that hold stream s
-    backbone.blocks.<i>.mlp.director.*  ->  director     averaged over all sites
-    backbone.blocks.<i>.mlp.experts.*   ->  experts      private, or averaged over all sites expert by expert
-    backbone.blocks.<i>.mlp.router.*    ->  router       as experts
-    backbone.* (the rest)               ->  backbone     averaged over all sites
-    heads.* (the rest)                  ->  head         averaged over all sites, or private
+    stream:<s>   tokenizer and heads of stream s      averaged over the sites that hold stream s
+    backbone     the shared network                   averaged over all sites
+    director     directors of layers with experts     averaged over all sites
+    experts      their experts                        private, or averaged over all sites expert by expert
+    router       their routers                        as experts
+    head         heads of all streams                 averaged over all sites, or private
 
-`is_shared` says, again in this one place, which groups leave a site under a run's `[sharing]`.
+A model's modules name their groups, and `PanModel.parameter_groups` gives the group of every parameter. `is_shared`
+says which groups leave a site under a run's `[sharing]`.
 
 A group travels as one flat float32 array: its parameters in the order of their sorted names. `GroupManifest` is that
 layout; its hashes are compared in the handshake, so that both ends cut the array at the same places.
@@ -16,9 +17,10 @@ layout; its hashes are compared in the handshake, so that both ends cut the arra
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Self, TypeVar
+from typing import Protocol, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,32 +34,22 @@ Segments = tuple[tuple[int, int], ...]
 """Runs of a packed group that share one weight: (how many numbers, which of the group's weights)."""
 _Value = TypeVar("_Value")
 
+
+class _Shaped(Protocol):
+    """A tensor of any library."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
 BACKBONE = "backbone"
 HEAD = "head"
 DIRECTOR = "director"
 EXPERTS = "experts"
 ROUTER = "router"
 _STREAM = "stream:"
-
-
-def group_of(name: str) -> str:
-    """Group of a parameter name.
-
-    Raises:
-        ProtocolError: no rule covers the name, so it must not be shared.
-    """
-    match name.split("."):
-        case ["streams", stream, _, *_] | ["heads", "streams", stream, _, *_]:
-            return stream_group(stream)
-        case ["backbone", "blocks", _, "mlp", ("director" | "experts" | "router") as part, _, *_]:
-            return part
-        case ["backbone", "blocks", _, "mlp", part, *_] if not part.isdigit():
-            pass
-        case ["backbone", _, *_]:
-            return BACKBONE
-        case ["heads", other, *_] if other != "streams":
-            return HEAD
-    raise ProtocolError(f"parameter {name!r} belongs to no group: expected streams.*, backbone.* or heads.*")
+_PARTS_OF_LAYER = re.compile(rf"\.(?:{DIRECTOR}|{EXPERTS}|{ROUTER})\.")
+"""A layer with experts holds them as attributes of these names."""
 
 
 def stream_group(stream: str) -> str:
@@ -71,15 +63,23 @@ def stream_of(group: str) -> str | None:
 
 
 def layer_of(name: str) -> str:
-    """The layer of a director's, expert's or router's parameter: `backbone.blocks.<i>.mlp`."""
-    return ".".join(name.split(".")[:4])
+    """Path of the layer of a director's, expert's or router's parameter, such as `backbone.blocks.<i>.mlp`."""
+    return _PARTS_OF_LAYER.split(name, maxsplit=1)[0]
 
 
 def is_shared(sharing: SharingConfig, group: str) -> bool:
-    """Whether a group leaves its site; if not, server and other sites never hold it."""
+    """Whether a group leaves its site; if not, server and other sites never hold it.
+
+    Raises:
+        ProtocolError: there is no such group.
+    """
     if group in (EXPERTS, ROUTER):
         return sharing.experts != "private"
-    return group != HEAD or sharing.head != "private"
+    if group == HEAD:
+        return sharing.head != "private"
+    if group not in (BACKBONE, DIRECTOR) and not stream_of(group):
+        raise ProtocolError(f"unknown group {group!r}, expected backbone, director, experts, router, head or stream:*")
+    return True
 
 
 def parameter_hashes(groups: Mapping[str, Flat]) -> dict[str, str]:
@@ -87,10 +87,25 @@ def parameter_hashes(groups: Mapping[str, Flat]) -> dict[str, str]:
     return {group: hashlib.sha256(np.ascontiguousarray(flat).data).hexdigest() for group, flat in groups.items()}
 
 
-def split_state(sharing: SharingConfig, state: Mapping[str, _Value]) -> tuple[dict[str, _Value], dict[str, _Value]]:
-    """A model's state in two, by name: what is shared, and what stays at the site."""
-    shared = {name: value for name, value in state.items() if is_shared(sharing, group_of(name))}
+def split_state(
+    sharing: SharingConfig, groups: Mapping[str, str], state: Mapping[str, _Value]
+) -> tuple[dict[str, _Value], dict[str, _Value]]:
+    """A model's state in two, by name: what is shared, and what stays at the site.
+
+    Args:
+        groups: Parameter -> its group, of the model.
+    Raises:
+        ProtocolError: a parameter of the state has no group.
+    """
+    shared = {name: value for name, value in state.items() if is_shared(sharing, group_of(groups, name))}
     return shared, {name: value for name, value in state.items() if name not in shared}
+
+
+def group_of(groups: Mapping[str, str], name: str) -> str:
+    """Group of a parameter. Raises ProtocolError if it has none, so that it must not be shared."""
+    if name not in groups:
+        raise ProtocolError(f"parameter {name!r} belongs to no group: the model has no such parameter")
+    return groups[name]
 
 
 @dataclass(frozen=True)
@@ -104,12 +119,19 @@ class GroupManifest:
     groups: Mapping[str, Layout]
 
     @classmethod
-    def of(cls, shapes: Mapping[str, tuple[int, ...]]) -> Self:
-        """Sort parameters into groups. Raises ProtocolError for a name without a group."""
-        groups: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
-        for name in sorted(shapes):
-            groups.setdefault(group_of(name), []).append((name, tuple(shapes[name])))
-        return cls({group: tuple(groups[group]) for group in sorted(groups)})
+    def of(cls, groups: Mapping[str, str], tensors: Mapping[str, _Shaped]) -> Self:
+        """Sort parameters into their groups.
+
+        Args:
+            groups: Parameter -> its group, of the model.
+            tensors: The parameters that the manifest shall have.
+        Raises:
+            ProtocolError: a parameter has no group.
+        """
+        layouts: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
+        for name in sorted(tensors):
+            layouts.setdefault(group_of(groups, name), []).append((name, tuple(tensors[name].shape)))
+        return cls({group: tuple(layouts[group]) for group in sorted(layouts)})
 
     def size(self, group: str) -> int:
         """Numbers in a packed group."""
@@ -120,7 +142,7 @@ class GroupManifest:
         return tuple(sorted({(layer_of(name), row) for name, shape in self.groups[group] for row in range(shape[0])}))
 
     def segments(self, group: str) -> Segments:
-        """Whose numbers stand where in a group of stacked tensors, as places in `experts(group)`."""
+        """Owner of every number in a packed group of stacked tensors, as indices into `experts(group)`."""
         place = {expert: index for index, expert in enumerate(self.experts(group))}
         return tuple(
             (math.prod(shape[1:]), place[layer_of(name), row])

@@ -25,7 +25,7 @@ from panfm.errors import DataError, LimitError, ProtocolError
 from panfm.files import KEPT_ROUNDS, write_atomic
 from panfm.models import build_model
 from panfm.models.sizes import num_parameters, state_bytes, step_bytes, tokens_per_patient
-from panfm.sharing.groups import Flat, GroupManifest, parameter_hashes, split_state
+from panfm.sharing.groups import Flat, GroupManifest, parameter_hashes
 from panfm.site.budget import check_privacy, with_public_subjects
 from panfm.site.state import ASKED, RUNS, AskedRounds, StateStore, read_asked
 
@@ -242,9 +242,10 @@ def check_start(run: RunConfig, streams: Sequence[str], groups: Mapping[str, Fla
 def _seeded_hashes(run_toml: str, streams: tuple[str, ...]) -> dict[str, str]:
     """Hashes of the shared parameters that a run's seed gives."""
     run = parse_run(run_toml)
-    shared, _ = split_state(run.sharing, build_model(run, streams).state_dict())
+    model = build_model(run, streams)
+    shared, _ = model.split_state(run.sharing)
     tensors = {name: value.numpy() for name, value in shared.items()}
-    manifest = GroupManifest.of({name: value.shape for name, value in tensors.items()})
+    manifest = GroupManifest.of(model.parameter_groups(), tensors)
     return parameter_hashes(manifest.pack_all(tensors))
 
 

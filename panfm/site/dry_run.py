@@ -77,6 +77,7 @@ def dry_run(folder: Path, run: RunConfig) -> DryRun:
 
 
 def _first_task(run: RunConfig, handshake: Handshake) -> RoundTask:
-    tensors = {name: tensor.numpy() for name, tensor in build_model(run).state_dict().items()}
-    groups = GroupManifest.of({name: tensor.shape for name, tensor in tensors.items()}).pack_all(tensors)
+    model = build_model(run)
+    tensors = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    groups = GroupManifest.of(model.parameter_groups(), tensors).pack_all(tensors)
     return RoundTask("dry-run", 1, dump_toml(run), {name: groups[name] for name in handshake.group_hashes})

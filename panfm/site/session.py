@@ -60,9 +60,7 @@ class Session:
         self.streams = trained_streams(run, store)
         self.trained = tuple(run.streams) if run.sharing.rule == "plain" else tuple(self.streams)
         self.trainer = _trainers(dump_toml(run))(self.trained)
-        self.manifest = GroupManifest.of(
-            {name: tuple(tensor.shape) for name, tensor in self.trainer.shared_state().items()}
-        )
+        self.manifest = GroupManifest.of(self.trainer.model.parameter_groups(), self.trainer.shared_state())
         self._mine = object()
         """Marks what this session has put into the trainer."""
         self._lost: dict[str, Flat] = {}

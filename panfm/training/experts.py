@@ -20,8 +20,8 @@ from torch.nn import functional
 
 from panfm.config.model import ExpertsConfig
 from panfm.models import PanModel
-from panfm.models.backbone import Encoded
-from panfm.models.director_experts import DirectorExperts, Exploration, balance_loss, layer_weight
+from panfm.models.backbone import Encoded, Exploration
+from panfm.models.director_experts import DirectorExperts, balance_loss, layer_weight
 from panfm.training.schedules import cosine
 
 
@@ -79,10 +79,10 @@ class ExpertTraining:
         momentum = _at(self.config.director_momentum, progress)
         for name, layer in self.layers.items():
             if gate_mass is None:
-                layer.move_director(torch.ones_like(layer.activation), momentum=momentum)
+                layer.move_director(torch.ones_like(layer.router.activation), momentum=momentum)
             else:
                 layer.move_director(gate_mass[name], momentum=momentum)
-                layer.move_activation(gate_mass[name])
+                layer.router.move_activation(gate_mass[name])
 
 
 def _at(ends: tuple[float, float], progress: float) -> float:

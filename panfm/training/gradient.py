@@ -117,9 +117,9 @@ class BatchGradient:
         self._masks = torch_generator(seed, site, round_number, "masking")
         self._routing = torch_generator(seed, site, round_number, "routing")
         layers = model.director_experts()
-        experts = {name: len(layer.activation) for name, layer in layers.items()}
+        experts = {name: len(layer.router.activation) for name, layer in layers.items()}
         self._contributors = Contributors(len(store.subjects), len(model.stream_names), experts)
-        self._mass = {name: torch.zeros_like(layer.activation) for name, layer in layers.items()}
+        self._mass = {name: torch.zeros_like(layer.router.activation) for name, layer in layers.items()}
         self._batches: list[list[int]] = []
         self._losses: list[float] = []
         self._counted: list[int] = []

@@ -23,8 +23,7 @@ from torch import Tensor
 from panfm.config.objective import ObjectiveConfig
 from panfm.data.store import Batch
 from panfm.models import PanModel
-from panfm.models.backbone import Encoded
-from panfm.models.director_experts import Exploration
+from panfm.models.backbone import Encoded, Exploration
 from panfm.models.heads import ObjectiveHeads
 from panfm.models.tokens import gather_tokens
 from panfm.registry import import_class

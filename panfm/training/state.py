@@ -16,8 +16,7 @@ from panfm.config import RunConfig
 from panfm.config.training import TrainConfig
 from panfm.data.store import Batch, ImageStore
 from panfm.models import PanModel, build_model
-from panfm.models.start import load_with_fresh_private
-from panfm.sharing.groups import split_state
+from panfm.models.transfer import load_with_fresh_private
 from panfm.training.objective import build_objective
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -58,7 +57,7 @@ class TrainingState:
         self.objective = build_objective(self.run.objective, self.model, seed=self.run.seed)
         self.profile = torch.ones(len(self.model.stream_names), device=self.device)
         for layer in self.model.director_experts().values():
-            layer.reset_activation()
+            layer.router.reset_activation()
 
     def stem(self, store: ImageStore) -> ImageStore:
         """The store's stem maps, computed once per store and kept in memory as long as the store lives."""
@@ -111,7 +110,7 @@ class TrainingState:
         state |= {f"optimiser.{slot}": packed for slot, packed in self._optimiser_state().items()}
         state |= {f"objective.{name}": value for name, value in self.objective.state().items()}
         layers = self.model.director_experts()
-        state |= {f"activation.{name}": layer.activation for name, layer in layers.items()}
+        state |= {f"activation.{name}": layer.router.activation for name, layer in layers.items()}
         state["saliency.profile"] = self.profile
         return {name: value.detach().cpu().clone() for name, value in state.items()}
 
@@ -122,7 +121,7 @@ class TrainingState:
         self._load_optimiser_state(_under(state, "optimiser."))
         self.objective.load_state(_under(state, "objective."))
         for name, layer in self.model.director_experts().items():
-            layer.activation.copy_(state[f"activation.{name}"])
+            layer.router.activation.copy_(state[f"activation.{name}"])
         self.profile = state["saliency.profile"].to(self.device, copy=True)
 
     def _optimiser_state(self) -> dict[str, Tensor]:
@@ -148,10 +147,10 @@ class TrainingState:
                 }
 
     def _shared_parameters(self) -> dict[str, Tensor]:
-        return split_state(self.run.sharing, self.model.state_dict())[0]
+        return self.model.split_state(self.run.sharing)[0]
 
     def _private_parameters(self) -> dict[str, Tensor]:
-        return split_state(self.run.sharing, self.model.state_dict())[1]
+        return self.model.split_state(self.run.sharing)[1]
 
 
 def _under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -220,7 +220,9 @@ class Trainer(TrainingState):
 
     @torch.no_grad()
     def _batch_saliency(self, maps: Batch) -> dict[str, float]:
-        """Saliency of the streams in a batch, relative to an equal split."""
+        """Saliency of the streams in a batch, relative to an equal split; empty if the backbone has none."""
+        if not self.model.backbone.has_saliency:
+            return {}
         full = self.teacher.encode(maps, saliency=self.run.masking.saliency)
         relative, count = relative_profile(*self.stream_saliency(full))
         pairs = zip(self.model.stream_names, relative.tolist(), count.tolist(), strict=True)

@@ -56,13 +56,14 @@ class Updates:
     def draw(cls, run: RunConfig) -> "Updates":
         """Updates of a small model, sd 0.01."""
         run = run.model_copy(update={"model": run.model.model_copy(update={"size": "small"})})
-        shapes = {name: tuple(value.shape) for name, value in build_model(run).state_dict().items()}
+        model = build_model(run)
+        state = model.state_dict()
         random = numpy_generator(0, "aggregate")
         named = [
-            {name: random.normal(0.0, 0.01, shape).astype(np.float32) for name, shape in shapes.items()}
+            {name: random.normal(0.0, 0.01, tuple(value.shape)).astype(np.float32) for name, value in state.items()}
             for _ in range(_DISTINCT)
         ]
-        return cls(run, GroupManifest.of(shapes), named)
+        return cls(run, GroupManifest.of(model.parameter_groups(), state), named)
 
     @property
     def num_bytes(self) -> int:

@@ -12,7 +12,7 @@ step by step, in one process and on the same batches; a ratio is the median over
 
 import time
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -23,8 +23,12 @@ from torch.nn import functional
 
 from panfm.config import RunConfig, parse_run
 from panfm.data.store import ImageStore
-from panfm.models.director_experts import Alignment, DirectorExperts, Routed, mlp
+from panfm.models.backbone import Routed
+from panfm.models.director_experts import Alignment, DirectorExperts, DirectorExpertsBackbone
+from panfm.models.vit import Mlp
+from panfm.registry import BACKBONES
 from panfm.seeds import numpy_generator
+from panfm.sharing.groups import EXPERTS
 from panfm.training.trainer import Trainer
 from simulations.harness import StudyResult, check_writable
 
@@ -67,7 +71,7 @@ def main(
 def measure(turns: int) -> dict[str, list[float]]:
     """CPU seconds of `turns` steps of every arm, in turn order."""
     trainers = {arm: Trainer(_run(arm, turns)) for arm in _MODELS}
-    trainers["naive"] = naive_trainer(_run("dex", turns))
+    trainers["naive"] = Trainer(naive_run(_run("dex", turns)))
     store = _random_store(trainers["dense"].run)
     seconds: dict[str, list[float]] = {arm: [] for arm in trainers}
     order = list(trainers)
@@ -80,11 +84,13 @@ def measure(turns: int) -> dict[str, list[float]]:
 
 
 class NaiveExperts(nn.Module):
-    """One module per expert; each picks its subjects and adds what it makes of them."""
+    """One module per expert; an expert picks its subjects and adds its outputs for them."""
+
+    sharing_group = EXPERTS
 
     def __init__(self, num_experts: int, width: int, hidden: int) -> None:
         super().__init__()
-        self.experts = nn.ModuleList(mlp(width, hidden) for _ in range(num_experts))
+        self.experts = nn.ModuleList(Mlp(width, hidden) for _ in range(num_experts))
 
     def forward(self, x: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
         """Mix the chosen experts' outputs for x [B, L, D]."""
@@ -99,6 +105,17 @@ class NaiveExperts(nn.Module):
 class NaiveDirectorExperts(DirectorExperts):
     """Stacks all experts whenever the director moves; its cosine is torch's."""
 
+    experts: NaiveExperts  # type: ignore[assignment]
+
+    def make_experts(self, num_experts: int, width: int, hidden: int) -> NaiveExperts:  # type: ignore[override]
+        """Make one module per expert."""
+        return NaiveExperts(num_experts, width, hidden)
+
+    def start_experts(self) -> None:
+        """Make every expert a copy of the director."""
+        for expert in self.experts.experts:
+            expert.load_state_dict(self.director.state_dict())
+
     def alignment_loss(self, routed: Routed, valid: Tensor, kind: Alignment) -> Tensor:
         """One minus torch's cosine similarity, for the one kind that the bench asks for."""
         assert kind == "cosine"
@@ -111,25 +128,28 @@ class NaiveDirectorExperts(DirectorExperts):
     def move_director(self, mass: Tensor, *, momentum: float) -> None:
         """Group EMA over a stack of every parameter."""
         share = mass / mass.sum()
-        each = [list(expert.parameters()) for expert in cast(nn.ModuleList, self.experts.experts)]
-        for director, same in zip(self.director.parameters(), zip(*each, strict=True), strict=True):
+        parameters = [list(expert.parameters()) for expert in self.experts.experts]
+        for director, same in zip(self.director.parameters(), zip(*parameters, strict=True), strict=True):
             group = (torch.stack(same) * share.view(-1, *[1] * director.dim())).sum(dim=0)
             director.copy_(momentum * director + (1.0 - momentum) * group)
 
 
-def naive_trainer(run: RunConfig) -> Trainer:
-    """The same model with naive layers; every expert starts as the director. Pooled, because names differ."""
-    trainer = Trainer(run.model_copy(update={"sharing": run.sharing.model_copy(update={"experts": "pooled"})}))
-    for model in (trainer.model, trainer.teacher):
-        for layer in model.director_experts().values():
-            experts = NaiveExperts(len(layer.activation), *reversed(layer.experts.weight_in.shape[1:]))
-            for expert in experts.experts:
-                expert.load_state_dict(layer.director.state_dict())
-            layer.__class__, layer.experts = NaiveDirectorExperts, experts  # type: ignore[assignment]
-    trainer.parameters = list(trainer.model.parameters())
-    trainer._teacher_parameters = list(trainer.teacher.requires_grad_(requires_grad=False).parameters())
-    trainer.reset_private()
-    return trainer
+class NaiveBackbone(DirectorExpertsBackbone):
+    """Director-Experts with naive layers."""
+
+    layer_class = NaiveDirectorExperts
+
+
+BACKBONES.register("naive-director-experts", NaiveBackbone)
+
+
+def naive_run(run: RunConfig) -> RunConfig:
+    """The same run with naive layers; pooled, because names differ."""
+    changed = {
+        "model": run.model.model_copy(update={"backbone": "naive-director-experts"}),
+        "sharing": run.sharing.model_copy(update={"experts": "pooled"}),
+    }
+    return run.model_copy(update=changed)
 
 
 def _one_step(trainer: Trainer, store: ImageStore, turn: int) -> float:

@@ -28,7 +28,8 @@ from client.app import app as client_app
 from panfm.config import RunConfig
 from panfm.data.cache import open_store
 from panfm.data.store import ImageStore
-from panfm.sharing.groups import GroupManifest, group_of
+from panfm.models import describe_model
+from panfm.sharing.groups import GroupManifest
 from panfm.sharing.weights import Trained, group_weights
 from panfm.site.session import trained_streams
 from panfm.training.trainer import Trainer
@@ -134,7 +135,8 @@ def _plain_round(
 ) -> dict[str, Tensor]:
     sums = {name: torch.zeros_like(value) for name, value in state.items()}
     totals = dict.fromkeys(state, 0.0)
-    manifest = GroupManifest.of({name: tuple(value.shape) for name, value in state.items()})
+    groups = describe_model(run).parameter_groups()
+    manifest = GroupManifest.of(groups, state)
     for site, trainer in trainers.items():
         trainer.load_shared({name: state[name] for name in trainer.model.state_dict()})
         result = trainer.train(
@@ -147,7 +149,7 @@ def _plain_round(
         )
         trained = Trained(result.subjects, result.subjects_per_stream, result.num_steps)
         for name, value in trainer.shared_state().items():
-            (weight,) = group_weights(run, manifest, group_of(name), trained)
+            (weight,) = group_weights(run, manifest, groups[name], trained)
             sums[name] += weight * value
             totals[name] += weight
     return {name: sums[name] / totals[name] if totals[name] else state[name] for name in state}

@@ -4,7 +4,7 @@ Every picture shows one of six shapes in one of ten modalities. Nine stand at th
 for transfer: its tokenizer is trained for a few steps on a frozen backbone, then its shapes are probed.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,13 +21,14 @@ from panfm.evaluate import LabelledStore, embed_store, read_label_info
 from panfm.evaluate.classes import Classed, leave_one_modality_out, probe_classes, probe_each_modality
 from panfm.evaluate.similarity import modality_cka
 from panfm.models import PanModel
-from panfm.models.director_experts import Path as Through
+from panfm.models.backbone import Route
 from panfm.report.table import number_text
-from panfm.sharing.groups import group_of, stream_of
+from panfm.sharing.groups import stream_of
 from panfm.training.trainer import Trainer
 from simulations.cohorts.pictures import PictureCohort
 from simulations.cohorts.prepare import cohort_of, load_simulation
 from simulations.harness import QUICKSTART, StudyResult
+from simulations.studies._routing import seed_routing
 
 EXPERIMENT = QUICKSTART.with_name("dex-ten-modalities.toml")
 """The run that these studies start from."""
@@ -129,47 +130,45 @@ class Pictures:
         """Streams that no site has."""
         return tuple(stream for stream in self.holdout.store.images if stream not in self.trained)
 
-    def read(
-        self, model: PanModel, place: LabelledStore, split: str, streams: Sequence[str], through: Through
-    ) -> Classed:
+    def read(self, model: PanModel, place: LabelledStore, split: str, streams: Sequence[str], route: Route) -> Classed:
         """Frozen features of the pictures of some streams, with modality and shape."""
         store = place.store
         modality = np.empty(len(store.subjects), dtype=np.dtypes.StringDType())
         for stream, rows in store.rows.items():
             modality[rows] = stream
         chosen = np.intersect1d(store.indices(split), np.concatenate([store.rows[stream] for stream in streams]))
-        features = embed_store(_Reader(model, through), store, chosen, streams)
+        features = embed_store(_Reader(model, route), store, chosen, streams)
         return Classed(features, modality[chosen], place.values(self.shapes, chosen).argmax(axis=1))
 
 
 @dataclass(frozen=True)
 class _Reader:
-    """Embeds through the experts or through the directors."""
+    """Embeds route the experts or route the directors."""
 
     model: PanModel
-    through: Through
+    route: Route
 
     def eval(self) -> object:
         return self.model.eval()
 
     def embed(self, batch: Batch) -> Tensor:
-        return self.model.embed(batch, path=self.through)
+        return self.model.embed(batch, route=self.route)
 
 
 def probe_own(
-    pictures: Pictures, model: PanModel, place: LabelledStore, streams: Sequence[str], through: Through = "experts"
+    pictures: Pictures, model: PanModel, place: LabelledStore, streams: Sequence[str], route: Route = "experts"
 ) -> list[float]:
     """AUC of a probe within each stream."""
-    fit = pictures.read(model, place, "train", streams, through)
-    test = pictures.read(model, pictures.holdout, "test", streams, through)
+    fit = pictures.read(model, place, "train", streams, route)
+    test = pictures.read(model, pictures.holdout, "test", streams, route)
     return [score.auc for score in probe_each_modality(fit, test, streams).values()]
 
 
-def probe_across(pictures: Pictures, model: PanModel, through: Through = "experts") -> dict[str, float]:
+def probe_across(pictures: Pictures, model: PanModel, route: Route = "experts") -> dict[str, float]:
     """How well shapes are told over all streams that were trained, and how alike the streams lie."""
     streams = pictures.trained
-    fit = pictures.read(model, pictures.together, "train", streams, through)
-    test = pictures.read(model, pictures.holdout, "test", streams, through)
+    fit = pictures.read(model, pictures.together, "train", streams, route)
+    test = pictures.read(model, pictures.holdout, "test", streams, route)
     own = probe_each_modality(fit, test, streams)
     left_out = leave_one_modality_out(fit, test, streams)
     return {
@@ -188,7 +187,6 @@ def probe_joined(
     state: Mapping[str, Tensor],
     *,
     frozen: bool,
-    exchange_layers: Callable[[PanModel], None] = lambda _: None,
 ) -> float:
     """AUC on the streams that no site had, once they have joined.
 
@@ -196,18 +194,18 @@ def probe_joined(
         run: Of the model; under `sharing.experts = private` the experts start as copies of the directors.
         state: Of the trained model.
         frozen: Only what belongs to the new streams is trained; else everything is, as at a site.
-        exchange_layers: Gives a model the layers that it was trained with, where these are not the library's.
     """
     streams = pictures.held_out
     train = run.train.model_copy(update={"rounds": 1, "local_steps": JOIN_STEPS})
     trainer = Trainer(run.model_copy(update={"train": train}), streams)
     own = trainer.model.state_dict()
     trainer.model.load_state_dict(own | {name: value for name, value in state.items() if name in own})
+    groups = trainer.model.parameter_groups()
     for name, parameter in trainer.model.named_parameters():
-        if frozen and stream_of(group_of(name)) is None:
+        if frozen and stream_of(groups[name]) is None:
             parameter.requires_grad_(False)
     trainer.reset_private()
-    exchange_layers(trainer.model)
+    seed_routing(trainer.model, run.seed)
     store = pictures.holdout.store
     trainer.train(store, store.indices("train"), first_step=0, num_steps=JOIN_STEPS, site="new-site", round_number=1)
     return float(np.mean(probe_own(pictures, trainer.model, pictures.holdout, streams)))

@@ -4,7 +4,8 @@
     DirectorFirst        director moves by the experts as they were before the optimiser's step
     Released             both
 
-Parameters and everything else are those of `DirectorExperts`. `docs/results/director-experts.md` has the measurement.
+Parameters and everything else are those of `DirectorExpertsBackbone`. `docs/results/director-experts.md` has the
+measurement.
 """
 
 from copy import deepcopy
@@ -12,26 +13,26 @@ from copy import deepcopy
 import torch
 from torch import Tensor
 
-from panfm.models import PanModel
-from panfm.models.director_experts import DirectorExperts, Experts, Exploration, Routed
+from panfm.models.backbone import Exploration, Routed
+from panfm.models.director_experts import DirectorExperts, DirectorExpertsBackbone, Router
+from panfm.models.dispatch import Experts
+from panfm.registry import BACKBONES
 
 
-class ActivationFromZero(DirectorExperts):
-    """The running activation starts at 0. Before the first batch c / sum c is 0 / 0: no expert is favoured then."""
+class RouterFromZero(Router):
+    """Router whose running activation starts at 0. Before the first batch c / sum c is 0 / 0: no expert is favoured."""
 
     def reset_activation(self) -> None:
-        """No expert was active."""
+        """Set all experts inactive."""
         self.activation.zero_()
 
-    def _logits(self, cls: Tensor, exploration: Exploration | None) -> Tensor:
-        if exploration is None or self.activation.any():
-            return super()._logits(cls, exploration)
-        logits = super()._logits(cls, None)
-        return logits + exploration.scale * exploration.draw(logits)
+    def rarity(self) -> Tensor:
+        """How seldom each expert was active [R]; 0 before the first batch."""
+        return super().rarity() if self.activation.any() else torch.zeros_like(self.activation)
 
 
-class DirectorFirst(DirectorExperts):
-    """The director moves before the optimiser's step: by the experts of the last forward pass for training."""
+class EarlyDirectorExperts(DirectorExperts):
+    """Layer whose director moves by the experts of the last forward pass for training."""
 
     experts_of_step: tuple[Experts]
     """Their copy, in a tuple so that it is no part of the model's state."""
@@ -50,12 +51,22 @@ class DirectorFirst(DirectorExperts):
         self.experts = updated
 
 
+class ActivationFromZero(DirectorExpertsBackbone):
+    """Director-Experts with the released code's start."""
+
+    router_class = RouterFromZero
+
+
+class DirectorFirst(DirectorExpertsBackbone):
+    """Director-Experts with the released code's order of a step."""
+
+    layer_class = EarlyDirectorExperts
+
+
 class Released(ActivationFromZero, DirectorFirst):
-    """Both."""
+    """Director-Experts with both."""
 
 
-def use_layers(model: PanModel, kind: type[DirectorExperts]) -> None:
-    """Make a model's layers with experts ones of a kind, before its first step; parameters stay where they are."""
-    for layer in model.director_experts().values():
-        layer.__class__ = kind
-        layer.reset_activation()
+BACKBONES.register("dex-activation-zero", ActivationFromZero)
+BACKBONES.register("dex-director-first", DirectorFirst)
+BACKBONES.register("dex-released", Released)

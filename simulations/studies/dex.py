@@ -38,9 +38,10 @@ from panfm.config import RunConfig
 from panfm.data.store import ImageStore
 from panfm.evaluate.modularity import expert_modality_nmi, experts_used, gradient_conflict, layer_gradients
 from panfm.models import PanModel
-from panfm.models.backbone import Block
-from panfm.models.director_experts import DirectorExperts, Routed
-from panfm.models.export import director_run, director_state
+from panfm.models.backbone import Routed
+from panfm.models.director_experts import DirectorExperts, DirectorExpertsBackbone
+from panfm.models.transfer import director_run, director_state
+from panfm.models.vit import Block, VisionTransformer
 from panfm.seeds import numpy_generator, torch_generator
 from panfm.training.trainer import Trainer
 from simulations.harness import (
@@ -66,15 +67,22 @@ from simulations.studies._modalities import (
     with_backbone,
     write_draw,
 )
-from simulations.studies._released import ActivationFromZero, DirectorFirst, Released, use_layers
-from simulations.studies._routing import Routing, reroute
+from simulations.studies._released import ActivationFromZero, DirectorFirst, Released
+from simulations.studies._routing import seed_routing
 
 STEPS = {"short": 500, "medium": 3000, "long": 8000}
-ROUTING: dict[str, Routing] = {"token-moe": "token", "random-routing": "random"}
-RELEASED: dict[str, type[DirectorExperts]] = {
+RELEASED: dict[str, type[DirectorExpertsBackbone]] = {
     "dex-activation-zero": ActivationFromZero,
     "dex-director-first": DirectorFirst,
     "dex-released": Released,
+}
+BACKBONE_OF_ARM = {
+    "dense": "dense",
+    "untrained": "dense",
+    "dex": "director-experts",
+    "token-moe": "token-routing",
+    "random-routing": "random-routing",
+    **{arm: arm for arm in RELEASED},
 }
 ARMS = ("dense", "token-moe", "random-routing", "dex", "untrained")
 ROWS = ("dense", "token-moe", "random-routing", "dex", "dex-director", *RELEASED, "untrained")
@@ -177,17 +185,8 @@ def arm_run(seed: int, arm: str, steps: int) -> RunConfig:
     """The run of one arm."""
     run = study_run(seed, steps=steps)
     run = run.model_copy(update={"train": run.train.model_copy(update={"batch_size": _BATCH_SIZE})})
-    if arm in ("dense", "untrained"):
-        return with_backbone(run, "dense")
-    return with_backbone(run, "director-experts", **({} if _has_director(arm) else {"alignment_weight": 0.0}))
-
-
-def exchange_layers(model: PanModel, arm: str, seed: int) -> None:
-    """Give an untrained model the layers of an arm; its parameters stay where they are."""
-    if arm in RELEASED:
-        use_layers(model, RELEASED[arm])
-    else:
-        reroute(model, ROUTING.get(arm, "image"), seed)
+    aligned = _has_director(arm) or arm in ("dense", "untrained")
+    return with_backbone(run, BACKBONE_OF_ARM[arm], **({} if aligned else {"alignment_weight": 0.0}))
 
 
 def measure(job: Job) -> dict[str, float]:
@@ -196,7 +195,7 @@ def measure(job: Job) -> dict[str, float]:
     pictures = Pictures.open(job.folder, run)
     everyone = pictures.together.store
     trainer = Trainer(run)
-    exchange_layers(trainer.model, job.arm, job.seed)
+    seed_routing(trainer.model, job.seed)
     if job.arm != "untrained":
         trainer.train(
             everyone, everyone.indices("train"), first_step=0, num_steps=job.steps, site="study", round_number=1
@@ -209,13 +208,11 @@ def measure(job: Job) -> dict[str, float]:
 def probes(pictures: Pictures, run: RunConfig, model: PanModel, arm: str) -> dict[str, float]:
     """All probes of an arm's trained model."""
     run = run.model_copy(update={"sharing": run.sharing.model_copy(update={"experts": "pooled"})})
-    state = model.state_dict()
     measured = probe_across(pictures, model)
-    exchange = partial(exchange_layers, arm=arm, seed=run.seed)
-    measured["probe_heldout"] = probe_joined(pictures, run, state, frozen=True, exchange_layers=exchange)
+    measured["probe_heldout"] = probe_joined(pictures, run, model.state_dict(), frozen=True)
     if _has_director(arm):
         through = probe_across(pictures, model, "director")
-        through["probe_heldout"] = probe_joined(pictures, director_run(run), director_state(state), frozen=True)
+        through["probe_heldout"] = probe_joined(pictures, director_run(run), director_state(model), frozen=True)
         measured |= {f"director:{name}": value for name, value in through.items()}
     return measured
 
@@ -236,7 +233,7 @@ def conflict(trainer: Trainer, store: ImageStore) -> dict[str, float]:
 
 def _layers(model: PanModel) -> list[list[Tensor]]:
     """Parameters of each block's MLP, or of its experts."""
-    layers = [cast(Block, block).mlp for block in model.backbone.blocks]
+    layers = [cast(Block, block).mlp for block in cast(VisionTransformer, model.backbone).blocks]
     return [list((layer.experts if isinstance(layer, DirectorExperts) else layer).parameters()) for layer in layers]
 
 

@@ -10,7 +10,7 @@ Five hospitals without a modality in common, the same pictures and the same tota
     centralised  all pictures in one place; as many steps as all sites together take
 
 `probe_own` reads a site's own modalities with the model that the site ends up with (`private`: its own experts),
-`probe_own_director` the same through the directors, `probe_heldout` a modality that nobody has, through the directors.
+`probe_own_director` the same route the directors, `probe_heldout` a modality that nobody has, route the directors.
 `probe_newsite` is a hospital with that modality that joins at the end and trains 50 steps from the shared model.
 """
 
@@ -30,8 +30,8 @@ from panfm.config import RunConfig
 from panfm.data.store import join_stores
 from panfm.evaluate import load_model
 from panfm.models import PanModel
-from panfm.models.director_experts import Path as Through
-from panfm.models.export import director_run, director_state
+from panfm.models.backbone import Route
+from panfm.models.transfer import director_run, director_state
 from panfm.site.state import StateStore
 from server.run_folder import RunFolder
 from simulations.alone import train_alone
@@ -145,18 +145,15 @@ def measure(job: ArmJob) -> dict[str, float]:
     measured = {"probe_own": _own(pictures, trained), "bytes_round": trained.bytes_round}
     if run.model.backbone == "director-experts":
         measured["probe_own_director"] = _own(pictures, trained, "director")
-    states = [model.state_dict() for model in trained.shared]
-    dense = [(director_run(run), director_state(state)) for state in states]
+    dense = [(director_run(run), director_state(model)) for model in trained.shared]
     measured["probe_heldout"] = float(np.mean([probe_joined(pictures, *each, frozen=True) for each in dense]))
-    start = {} if job.arm == "local" else states[0]
+    start = {} if job.arm == "local" else trained.shared[0].state_dict()
     return measured | {"probe_newsite": probe_joined(pictures, run, start, frozen=False)}
 
 
-def _own(pictures: Pictures, trained: Trained, through: Through = "experts") -> float:
+def _own(pictures: Pictures, trained: Trained, route: Route = "experts") -> float:
     places = pictures.sites.items()
-    each = [
-        probe_own(pictures, trained.sites[name], place, tuple(place.store.images), through) for name, place in places
-    ]
+    each = [probe_own(pictures, trained.sites[name], place, tuple(place.store.images), route) for name, place in places]
     return float(np.mean(np.concatenate(each)))
 
 

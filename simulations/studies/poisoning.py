@@ -35,7 +35,6 @@ from rich.table import Table
 from panfm.config import RunConfig, site_folders
 from panfm.evaluate import LabelledStore, Task, evaluate_cohort, read_label_info
 from panfm.models import build_model
-from panfm.sharing.groups import split_state
 from panfm.sharing.shares import FEWEST
 from panfm.training.trainer import Trainer
 from simulations.cohorts.phantom import PhantomSiteConfig
@@ -214,7 +213,7 @@ def measure(job: ArmJob) -> dict[str, float]:
         Task(run, places, holdout, read_label_info(job.cohort)), {"arm": trained.model}, grid_arms=()
     )
     trainer = Trainer(run)
-    trainer.load_shared(split_state(run.sharing, trained.model.state_dict())[0])
+    trainer.load_shared(trained.model.split_state(run.sharing)[0])
     store = holdout.store
     return {
         "val_loss": trainer.validate(store, store.indices("test"), site="holdout").loss,

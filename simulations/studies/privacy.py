@@ -41,12 +41,10 @@ from panfm.data.store import join_stores
 from panfm.data.table import write_table
 from panfm.evaluate import LabelledStore, Task, evaluate_cohort, read_label_info
 from panfm.models import PanModel, build_model
-from panfm.models.start import load_with_fresh_private
-from panfm.models.warm import read_start, start_state
+from panfm.models.transfer import load_with_fresh_private, read_start, start_state
 from panfm.privacy.audit_inversion import Attacked
 from panfm.privacy.audit_membership import Place, audit_membership
 from panfm.privacy.mechanisms import noise_for, planned
-from panfm.sharing.groups import split_state
 from simulations.alone import train_alone
 from simulations.cohorts.phantom import PhantomCohort
 from simulations.cohorts.prepare import cohort_of, load_simulation
@@ -231,7 +229,7 @@ def train_public(job: PublicJob) -> Path:
     changes = [f"train.rounds={_PUBLIC_ROUNDS}", f"train.local-steps={_PUBLIC_STEPS}"]
     run = load_simulation(QUICKSTART, [f"seed={job.seed}", f"train.batch-size={_PUBLIC_BATCH}", *changes])
     stores = [open_store(folder, run.streams) for folder in site_folders(job.cohort / "sites")]
-    shared, _ = split_state(run.sharing, train_alone(run, join_stores(stores), "public").state_dict())
+    shared, _ = train_alone(run, join_stores(stores), "public").split_state(run.sharing)
     job.folder.mkdir()
     safetensors.torch.save_file(dict(shared), job.folder / "model.safetensors")
     (job.folder / "run.toml").write_text(dump_toml(run), encoding="utf-8")

@@ -47,8 +47,9 @@ def hospital(tmp_path, write_site):
 
 def task(train: str, number=1, *, text=RUN, streams=("brain-mr", "heart-mr"), run_id="run-1") -> RoundTask:
     run = parse_run(text + train)
-    tensors = {name: tensor.numpy() for name, tensor in build_model(run).state_dict().items()}
-    groups = GroupManifest.of({name: tensor.shape for name, tensor in tensors.items()}).pack_all(tensors)
+    model = build_model(run)
+    tensors = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    groups = GroupManifest.of(model.parameter_groups(), tensors).pack_all(tensors)
     kept = {group for group in groups if not group.startswith("stream:")} | {f"stream:{name}" for name in streams}
     kept -= {group for group in groups if not is_shared(run.sharing, group)}
     return RoundTask(run_id, number, dump_toml(run), {group: groups[group] for group in groups if group in kept})
@@ -305,9 +306,8 @@ def test_server_has_so_many_experts_that_one_serves_a_patient_and_gets_none_of_i
     asked = task(FEWEST, text=EXPERTS % (sharing, coding))
     site = hospital()
     reply = site.train_round(asked)
-    manifest = GroupManifest.of(
-        {name: tuple(tensor.shape) for name, tensor in build_model(parse_run(asked.run_toml)).state_dict().items()}
-    )
+    model = build_model(parse_run(asked.run_toml))
+    manifest = GroupManifest.of(model.parameter_groups(), model.state_dict())
     few = [(layer, expert) for layer, chosen in used.items() for expert in range(32) if chosen.count(expert) < 8]
     assert any(used[layer].count(expert) == 1 for layer, expert in few)
     for group in ("experts", "router"):

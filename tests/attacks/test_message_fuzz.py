@@ -240,7 +240,8 @@ def spoilt_words(draw: random.Random, table: dict[str, Any], values: tuple[Any, 
 @pytest.mark.parametrize("count", COUNTS)
 def test_sites_send_hostile_handshakes_and_the_server_keeps_short_lines(make_run, count):
     draw, run = random.Random(count), make_run()
-    manifest = GroupManifest.of({name: tuple(value.shape) for name, value in build_model(run).state_dict().items()})
+    model = build_model(run)
+    manifest = GroupManifest.of(model.parameter_groups(), model.state_dict())
     sound = dict(good(run, manifest).to_records().config)
     accepted = 0
     for _ in range(count):

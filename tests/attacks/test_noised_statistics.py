@@ -82,7 +82,8 @@ def test_a_profile_without_much_noise_is_the_true_one(monkeypatch):
 def test_the_weights_of_a_private_site_do_not_depend_on_noise(privacy, extra):
     """They are public numbers, and within what the server lets a site of that size weigh."""
     run = parse_run(RUN + GUIDED + extra + privacy)
-    manifest = GroupManifest.of({name: tuple(value.shape) for name, value in build_model(run).state_dict().items()})
+    model = build_model(run)
+    manifest = GroupManifest.of(model.parameter_groups(), model.state_dict())
     subjects, steps = run.privacy.public_subjects, run.train.local_steps
     images = min(run.privacy.sample_rate * subjects, subjects, run.train.batch_size) * steps
     layers = {name: run.model.experts.count[0] for name, _ in manifest.groups.get("director", ())}
@@ -103,7 +104,7 @@ def lengths_of_noise(deviation: float, seed: int) -> list[dict[str, float]]:
     are nothing but noise."""
     run = parse_run(NOISE_ONLY + GUIDED + PRIVACY)
     trainer = Trainer(run)
-    manifest = GroupManifest.of({name: tuple(value.shape) for name, value in trainer.shared_state().items()})
+    manifest = GroupManifest.of(trainer.model.parameter_groups(), trainer.shared_state())
     random, rounds = torch.Generator().manual_seed(seed), []
     for number in range(ROUNDS):
         before = trainer.shared_state()

@@ -171,8 +171,9 @@ local-steps = 5
 
 def round_task(extra=""):
     run = parse_run(SITE_RUN + extra)
-    tensors = {name: tensor.numpy() for name, tensor in build_model(run).state_dict().items()}
-    manifest = GroupManifest.of({name: tensor.shape for name, tensor in tensors.items()})
+    model = build_model(run)
+    tensors = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    manifest = GroupManifest.of(model.parameter_groups(), tensors)
     return manifest, RoundTask("run-1", 1, dump_toml(run), manifest.pack_all(tensors))
 
 
@@ -276,13 +277,12 @@ def test_names_that_nobody_knows_are_not_taken_for_others(make_run):
     with pytest.raises(AttributeError, match="implementation"):
         trainer.reset_private()
     sharing = SimpleNamespace(**dict(run.sharing), mean_of=lambda group: "unknown", optimiser_of=None)
-    shapes = {name: tuple(tensor.shape) for name, tensor in trainer.shared_state().items()}
     with pytest.raises(AssertionError, match="unknown"):
         empty_mean(
             SimpleNamespace(
                 sharing=sharing, model=run.model, train=run.train, federation=run.federation, server_privacy=None
             ),
-            GroupManifest.of(shapes),
+            GroupManifest.of(trainer.model.parameter_groups(), trainer.shared_state()),
             "backbone",
             np.zeros(1, np.float32),
             weight_limit=1.0,

@@ -56,8 +56,9 @@ def folder(tmp_path, write_site):
 def task(number=1, *, run_id="run-1", extra="", moved=0.0) -> RoundTask:
     """A question; `moved` is added to every global parameter."""
     run = parse_run(RUN + extra)
-    tensors = {name: tensor.numpy() + np.float32(moved) for name, tensor in build_model(run).state_dict().items()}
-    groups = GroupManifest.of({name: tensor.shape for name, tensor in tensors.items()}).pack_all(tensors)
+    model = build_model(run)
+    tensors = {name: tensor.numpy() + np.float32(moved) for name, tensor in model.state_dict().items()}
+    groups = GroupManifest.of(model.parameter_groups(), tensors).pack_all(tensors)
     return RoundTask(run_id, number, dump_toml(run), groups)
 
 
@@ -108,9 +109,8 @@ def test_server_asks_a_round_again_with_another_profile_teacher_or_description_a
 def test_a_resumed_server_and_one_that_sends_the_step_in_place_of_the_parameters_are_answered_alike(folder):
     extra = '[sharing]\ncoding = "int8"\n'
     first = task(extra=extra)
-    manifest = GroupManifest.of(
-        {name: tuple(t.shape) for name, t in build_model(parse_run(first.run_toml)).state_dict().items()}
-    )
+    model = build_model(parse_run(first.run_toml))
+    manifest = GroupManifest.of(model.parameter_groups(), model.state_dict())
     step = {}
     for group, flat in first.groups.items():
         step |= code_step("int8", manifest, group, np.full_like(flat, 0.01), {})[0]

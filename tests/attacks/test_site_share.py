@@ -14,8 +14,9 @@ from panfm.sharing.groups import GroupManifest
 from panfm.sharing.messages import Handshake, RoundReply
 from panfm.sharing.profile import federated_profile
 from strategies import GroupedMean, Memory
+from tests.conftest import manifest_of
 
-MANIFEST = GroupManifest.of({"backbone.a": (3,), "streams.brain-mr.c": (2,)})
+MANIFEST = manifest_of({"backbone": {"backbone.a": (3,)}, "stream:brain-mr": {"streams.brain-mr.c": (2,)}})
 LIE = 1_000_000
 _ROUND = 3
 
@@ -106,12 +107,11 @@ def test_one_site_does_not_own_profile_and_loss_of_the_federation(make_run):
     assert _mean_loss({str(number): reply for number, reply in enumerate(replies)}, 0.5) <= 1.0
 
 
-EXPERTS = GroupManifest.of(
+EXPERTS = manifest_of(
     {
-        "backbone.a": (1,),
+        "backbone": {"backbone.a": (1,)},
         **{
-            f"backbone.blocks.{layer}.mlp.{part}": shape
-            for layer in (0, 1)
+            part.split(".")[0]: {f"backbone.blocks.{layer}.mlp.{part}": shape for layer in (0, 1)}
             for part, shape in (("director.w", (1,)), ("experts.w", (4, 1)), ("router.weight", (4, 1)))
         },
     }

@@ -57,7 +57,8 @@ def run(make_run):
 
 @pytest.fixture
 def manifest(run):
-    return GroupManifest.of({name: tuple(value.shape) for name, value in build_model(run).state_dict().items()})
+    model = build_model(run)
+    return GroupManifest.of(model.parameter_groups(), model.state_dict())
 
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)

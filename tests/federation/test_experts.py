@@ -13,7 +13,7 @@ from client.app import app as client_app
 from panfm.data.cache import open_store
 from panfm.evaluate.embed import embed_store, load_model
 from panfm.models import build_model
-from panfm.sharing.groups import DIRECTOR, EXPERTS, ROUTER, GroupManifest, group_of
+from panfm.sharing.groups import DIRECTOR, EXPERTS, ROUTER, GroupManifest
 from panfm.site.state import StateStore
 from panfm.training.trainer import Trainer
 from server.app import app as server_app
@@ -54,12 +54,13 @@ class Watched:
     """What every site had in its hands before and after every round's training, and the round's result."""
 
     def __init__(self, monkeypatch) -> None:
-        self.rounds = {}
+        self.rounds, self.groups = {}, {}
         real = Trainer.train
 
         def train(trainer, *args, site, round_number, **words):
             before = self._state(trainer)
             result = real(trainer, *args, site=site, round_number=round_number, **words)
+            self.groups |= trainer.model.parameter_groups()
             self.rounds[site, round_number] = before, self._state(trainer), result
             return result
 
@@ -73,7 +74,7 @@ class Watched:
         """Every row of an expert or router that a round moved: where, its bytes, and the bytes of its update."""
         for (site, number), (before, after, _) in self.rounds.items():
             for name in after:
-                if group_of(name) in (EXPERTS, ROUTER):
+                if self.groups[name] in (EXPERTS, ROUTER):
                     for old, new in zip(before[name], after[name], strict=True):
                         if not np.array_equal(old, new):
                             yield f"{site} {number} {name}", new.tobytes(), (new - old).tobytes()
@@ -93,7 +94,7 @@ def test_no_byte_of_a_private_expert_or_router_leaves(federation, monkeypatch):
     state = RunFolder.resume(job.run_dir).latest_state()
     assert {"backbone", "director", "head"} < set(state.groups)
     assert not {EXPERTS, ROUTER} & set(state.groups)
-    assert not {EXPERTS, ROUTER} & {group_of(name) for name in exported(job.run_dir)}
+    assert not {EXPERTS, ROUTER} & {watched.groups[name] for name in exported(job.run_dir)}
 
 
 def test_what_leaves_is_to_the_bit_what_shared_parameters_moved_by(federation, monkeypatch):
@@ -109,8 +110,8 @@ def test_what_leaves_is_to_the_bit_what_shared_parameters_moved_by(federation, m
 
     run_apps(server_app, listen, federation.job("exact", *DEX, "train.rounds=1"))
     for before, after, _ in watched.rounds.values():
-        update = {name: after[name] - before[name] for name in after if group_of(name) not in (EXPERTS, ROUTER)}
-        packed = GroupManifest.of({name: value.shape for name, value in update.items()}).pack_all(update)
+        update = {name: after[name] - before[name] for name in after if watched.groups[name] not in (EXPERTS, ROUTER)}
+        packed = GroupManifest.of(watched.groups, update).pack_all(update)
         moved.append({group: flat.tobytes() for group, flat in packed.items()})
     assert len(sent) == len(moved) == len(SITES)
     assert all(each in moved for each in sent)
@@ -123,7 +124,7 @@ def test_shared_experts_travel(federation, monkeypatch, rule):
     job = federation.job("shared", *DEX, rule)
     _, up = heard(job)
     assert all(update in up for _, _, update in watched.rows())
-    assert {EXPERTS, ROUTER} < {group_of(name) for name in exported(job.run_dir)}
+    assert {EXPERTS, ROUTER} < {watched.groups[name] for name in exported(job.run_dir)}
 
 
 def test_pooled_experts_weigh_as_their_gate_mass(federation, monkeypatch):
@@ -162,12 +163,12 @@ def test_the_next_local_average_goes_on_from_the_federated_director(federation, 
         return client_app(message, context)
 
     run_apps(server_app, listen, job)
-    names = sorted(name for name in watched.rounds["alpha", 1][0] if group_of(name) == DIRECTOR)
+    names = sorted(name for name in watched.rounds["alpha", 1][0] if watched.groups[name] == DIRECTOR)
     for site in SITES:
         before, after, result = watched.rounds[site, 2]
         assert np.concatenate([before[name].ravel() for name in names]).tobytes() == federated["2"].tobytes()
         own = watched.rounds[site, 1][1]
-        assert all(np.array_equal(before[name], own[name]) for name in own if group_of(name) in (EXPERTS, ROUTER))
+        assert all(np.array_equal(before[name], own[name]) for name in own if watched.groups[name] in (EXPERTS, ROUTER))
         assert not all(np.array_equal(before[name], own[name]) for name in names)
         for layer, mass in result.gate_mass.items():
             share = np.array(mass) / sum(mass)
@@ -232,7 +233,7 @@ def test_the_exported_model_has_the_director_where_experts_are_private(federatio
     store = open_store(federation.sites / "alpha", run.streams)
     with torch.inference_mode():
         batch = store.batch(store.indices("train"))
-        torch.testing.assert_close(model.embed(batch), model.embed(batch, path="director"), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(model.embed(batch), model.embed(batch, route="director"), atol=1e-5, rtol=1e-5)
     assert np.isfinite(embed_store(model, store, store.indices("train"))).all()
 
 

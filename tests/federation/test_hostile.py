@@ -70,8 +70,9 @@ def worker(tmp_path_factory, write_site):
 
 
 def task(number: int, **changes) -> RoundTask:
-    tensors = {name: tensor.numpy() for name, tensor in build_model(run).state_dict().items()}
-    groups = GroupManifest.of({name: tensor.shape for name, tensor in tensors.items()}).pack_all(tensors)
+    model = build_model(run)
+    tensors = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    groups = GroupManifest.of(model.parameter_groups(), tensors).pack_all(tensors)
     groups.pop("stream:liver-mr")
     return RoundTask(
         **{"run_id": "run-1", "round_number": number, "run_toml": dump_toml(run), "groups": groups} | changes

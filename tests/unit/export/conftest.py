@@ -10,7 +10,6 @@ from safetensors.torch import save_file
 
 from panfm.config import RunConfig, dump_toml
 from panfm.models import build_model
-from panfm.sharing.groups import split_state
 
 METADATA = {
     "name": "small",
@@ -31,7 +30,7 @@ def write_run(tmp_path) -> Callable[[RunConfig], Path]:
             for name, parameter in model.named_parameters():
                 scale = 0.2 if ".mlp." in name else 0.02
                 parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
-        shared, _ = split_state(run.sharing, model.state_dict())
+        shared, _ = model.split_state(run.sharing)
         folder = tmp_path / "run" / "model"
         folder.mkdir(parents=True)
         save_file(dict(shared), folder / "model.safetensors")

@@ -38,11 +38,11 @@ SLOW_ONNX = pytest.param("onnx", marks=pytest.mark.slow)
 SLOW_BUNDLE = pytest.param("monai-bundle", marks=pytest.mark.slow)
 
 
-def own_embedding(run_folder, streams, *, path="experts"):
+def own_embedding(run_folder, streams, *, route="experts"):
     model, run = load_model(run_folder / "model")
     inputs = random_inputs({name: run.streams[name] for name in streams})
     with torch.inference_mode():
-        return inputs, model.eval().embed(batch_of(streams, inputs), path=path)
+        return inputs, model.eval().embed(batch_of(streams, inputs), route=route)
 
 
 def panfm(*arguments):
@@ -82,7 +82,7 @@ def test_dense_vit_goes_through_the_directors(tmp_path, make_run, write_run, bac
     dense = build_model(run)
     dense.load_state_dict(load_file(out / "model.safetensors"), strict=True)
     streams = tuple(run.streams)
-    inputs, expected = own_embedding(run_folder, streams, path="director")
+    inputs, expected = own_embedding(run_folder, streams, route="director")
     with torch.inference_mode():
         torch.testing.assert_close(dense.eval().embed(batch_of(streams, inputs)), expected, atol=1e-5, rtol=0)
     if backbone == POOLED:  # its experts are not its directors, or the test could not fail

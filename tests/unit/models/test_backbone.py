@@ -1,101 +1,105 @@
-"""Backbone: CLS attention against the full matrix, centred values against a loop."""
+"""Sharing groups are found by walking a model's modules; what has none is refused."""
 
 import pytest
 import torch
-from torch.testing import assert_close
+from torch import nn
 
-from panfm.models.backbone import Backbone
-from panfm.models.tokens import pack
+from panfm.errors import ConfigError, ProtocolError
+from panfm.models import build_model, describe_model
+from panfm.models.backbone import PerStream, parameter_groups
+from panfm.models.director_experts import DirectorExperts, Router
+from panfm.registry import BACKBONES
 
-STREAM_OF_PLACE = torch.tensor([0, 0, 1, 1, 1, 2])
-
-
-@pytest.fixture
-def backbone():
-    torch.manual_seed(0)
-    return Backbone(12, 2, 3)
+DEX = '[model]\nbackbone = "director-experts"\n'
 
 
-@pytest.fixture
-def layout():
-    return pack(torch.tensor([[True, True, True], [True, False, True], [False, True, False]]), STREAM_OF_PLACE)
+class Tagged(nn.Linear):
+    sharing_group = "head"
 
 
-def slow_saliency(backbone, tokens, layout, kind):
-    """One subject at a time, full attention matrices, no padding."""
-    inputs = [tokens[b][layout.valid[b]] for b in range(len(tokens))]
-    streams = [torch.cat([backbone.cls[None], x])[None] for x in inputs]
-    scores = [torch.zeros(len(x)) for x in inputs]
-    for block in backbone.blocks:
-        attention, values = [], []
-        for x in streams:
-            q, k, v = block.attention.qkv(block.norm1(x)).view(x.shape[1], 3, 3, 4).permute(1, 2, 0, 3)
-            attention.append((q @ k.transpose(-1, -2) / 2.0).softmax(-1)[:, 0])
-            values.append(v[:, 1:])
-        for b in range(len(inputs)):
-            row = attention[b][:, 1:] / attention[b][:, 1:].sum(-1, keepdim=True)
-            if kind == "attention":
-                scores[b] = row.sum(0)
-                continue
-            for token, place in enumerate(layout.place[b][layout.valid[b]]):
-                same = [
-                    values[other][:, column]
-                    for other in range(len(inputs))
-                    for column in torch.nonzero(layout.place[other][layout.valid[other]] == place).flatten()
-                ]
-                centred = values[b][:, token] - torch.stack(same).mean(0)
-                scores[b][token] += (row[:, token] * centred.norm(dim=-1)).sum()
-        streams = [block(x, None)[0] for x in streams]
-    return [score / score.sum() for score in scores]
+class Closed(nn.Module):
+    sharing_group = None
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Tagged(1, 1)
 
 
-@pytest.mark.parametrize("kind", ["attention", "value"])
-@pytest.mark.parametrize("complete", [False, True])
-@torch.no_grad()
-def test_saliency_equals_full_attention_matrices(backbone, layout, kind, complete):
-    if complete:
-        layout = pack(torch.ones(3, 3, dtype=torch.bool), STREAM_OF_PLACE)
-    tokens = torch.randn(3, layout.place.shape[1], 12, generator=torch.Generator().manual_seed(1))
-    found = backbone(tokens, layout, saliency=kind).saliency
-    for b, expected in enumerate(slow_saliency(backbone, tokens, layout, kind)):
-        assert_close(found[b][layout.valid[b]], expected, atol=1e-5, rtol=1e-4)
-        assert (found[b][~layout.valid[b]] == 0).all()
+@pytest.mark.parametrize("extra", ["", DEX, '[objective]\nname = "mae"\n', '[objective]\nname = "dino"\n' + DEX])
+def test_every_parameter_of_a_model_has_the_group_of_its_part(make_run, extra):
+    model = build_model(make_run(extra))
+    groups = model.parameter_groups()
+    assert groups.keys() == model.state_dict().keys()
+    for name, group in groups.items():
+        match name.split("."):
+            case ["streams", stream, *_] | ["heads", "streams", stream, *_]:
+                assert group == f"stream:{stream}"
+            case ["backbone", "blocks", _, "mlp", ("director" | "experts" | "router") as part, *_]:
+                assert group == part
+            case [("backbone" | "heads") as part, *_]:
+                assert group == part.removesuffix("s")
+            case _:
+                pytest.fail(name)
 
 
-@torch.no_grad()
-def test_padding_is_never_attended_to(backbone, layout):
-    tokens = torch.randn(3, layout.place.shape[1], 12, generator=torch.Generator().manual_seed(1))
-    spoiled = torch.where(layout.valid[..., None], tokens, torch.full_like(tokens, 1e3))
-    assert_close(backbone(tokens, layout).cls, backbone(spoiled, layout).cls)
+def test_the_innermost_tag_counts():
+    model = nn.ModuleDict({"streams": PerStream({"eye-oct": nn.Sequential(nn.Linear(1, 1), Tagged(1, 1))})})
+    assert parameter_groups(model) == {
+        "streams.eye-oct.0.weight": "stream:eye-oct",
+        "streams.eye-oct.0.bias": "stream:eye-oct",
+        "streams.eye-oct.1.weight": "head",
+        "streams.eye-oct.1.bias": "head",
+    }
 
 
-@torch.no_grad()
-def test_a_subject_without_any_token_is_its_cls_alone(backbone):
-    empty = pack(torch.tensor([[False, False, False]]), STREAM_OF_PLACE)
-    encoded = backbone(torch.zeros(1, 0, 12), empty, saliency="value")
-    assert torch.isfinite(encoded.cls).all()
-    assert encoded.saliency.shape == (1, 0)
+def test_a_tag_of_none_closes_a_module_to_parameters_of_its_own():
+    closed = nn.ModuleDict({"tagged": Tagged(1, 1), "closed": Closed()})
+    assert set(parameter_groups(closed).values()) == {"head"}
+    closed["closed"].register_parameter("gate", nn.Parameter(torch.zeros(1)))
+    with pytest.raises(ProtocolError, match=r"parameter 'closed\.gate' belongs to no group"):
+        parameter_groups(closed)
 
 
-@torch.no_grad()
-def test_saliency_of_one_subject_is_its_attention(backbone):
-    """Alone in its batch, no value can be centred: every norm counts alike."""
-    alone = pack(torch.tensor([[True, True, True]]), STREAM_OF_PLACE)
-    tokens = torch.randn(1, 6, 12, generator=torch.Generator().manual_seed(1))
-    found = backbone(tokens, alone, saliency="value").saliency
-    rows = []
-    x = torch.cat([backbone.cls[None, None], tokens], dim=1)
-    for block in backbone.blocks:
-        q, k, _ = block.attention.qkv(block.norm1(x)).view(1, 7, 3, 3, 4).permute(2, 0, 3, 1, 4)
-        rows.append((q[:, :, :1] @ k[:, :, 1:].transpose(-1, -2) / 2.0).softmax(-1).sum(1)[:, 0])
-        x = block(x, None)[0]
-    assert_close(found, sum(rows) / sum(rows).sum())
+@pytest.mark.parametrize("add", ["register_parameter", "register_buffer", "add_module"])
+def test_what_a_layer_of_experts_may_hold_besides_has_no_group(make_run, add):
+    model = build_model(make_run(DEX))
+    layer = model.director_experts()["backbone.blocks.0.mlp"]
+    getattr(layer, add)("gates", nn.Linear(1, 1) if add == "add_module" else nn.Parameter(torch.zeros(1)))
+    with pytest.raises(ProtocolError, match=r"parameter 'backbone\.blocks\.0\.mlp\.gates.*' belongs to no group"):
+        model.parameter_groups()
 
 
-@torch.no_grad()
-def test_a_place_held_by_one_subject_gets_the_typical_norm(backbone):
-    layout = pack(torch.tensor([[True, True, False], [True, False, True], [True, True, False]]), STREAM_OF_PLACE)
-    tokens = torch.randn(3, layout.place.shape[1], 12, generator=torch.Generator().manual_seed(1))
-    found = backbone(tokens, layout, saliency="value").saliency
-    assert_close(found.sum(1), torch.ones(3))
-    assert (found[layout.valid] > 0.01).all()
+def test_what_stands_outside_of_all_tags_has_no_group(make_run):
+    model = build_model(make_run())
+    model.register_parameter("scale", nn.Parameter(torch.zeros(1)))
+    with pytest.raises(ProtocolError, match="parameter 'scale' belongs to no group"):
+        model.parameter_groups()
+
+
+def test_a_layer_alone_names_its_three_groups():
+    layer = DirectorExperts(4, 8, Router(4, num_experts=3, num_active=1, temperature=1.0))
+    assert set(parameter_groups(layer).values()) == {"director", "experts", "router"}
+
+
+@pytest.mark.parametrize("extra", ["", DEX])
+def test_a_described_model_has_the_names_shapes_and_groups_of_the_built_one(make_run, extra):
+    run = make_run(extra)
+    built, described = build_model(run), describe_model(run)
+    assert all(value.is_meta for value in described.state_dict().values())
+    shapes = [[(name, value.shape) for name, value in model.state_dict().items()] for model in (built, described)]
+    assert shapes[0] == shapes[1]
+    assert built.parameter_groups() == described.parameter_groups()
+
+
+def test_describing_a_model_draws_no_random_number(make_run):
+    before = torch.get_rng_state()
+    describe_model(make_run(DEX))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_an_unknown_backbone_is_refused(make_run):
+    with pytest.raises(
+        ConfigError, match=r"model\.backbone: found 'director-expert', expected one of dense, director-exp"
+    ):
+        make_run('[model]\nbackbone = "director-expert"\n')
+    assert BACKBONES.names[:2] == ("dense", "director-experts")

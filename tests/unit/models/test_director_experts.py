@@ -11,18 +11,19 @@ from torch.testing import assert_close
 
 from panfm.errors import ConfigError
 from panfm.models import build_model
-from panfm.models.backbone import Backbone
+from panfm.models.backbone import Exploration
 from panfm.models.director_experts import (
     DirectorExperts,
-    Exploration,
+    DirectorExpertsBackbone,
+    Router,
     _CosineDistance,
     alignment_distance,
     balance_loss,
     layer_weight,
 )
-from panfm.models.dispatch import mix_experts
-from panfm.models.export import director_run, director_state, start_from_dense
+from panfm.models.dispatch import gather_experts, mix_experts
 from panfm.models.tokens import pack
+from panfm.models.transfer import director_run, director_state, start_from_dense
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 DEX = '[model]\nbackbone = "director-experts"\n[model.experts]\ncount = 4\n'
@@ -30,12 +31,13 @@ DEX = '[model]\nbackbone = "director-experts"\n[model.experts]\ncount = 4\n'
 
 def make_layer(num_experts=5, num_active=2, *, width=6, hidden=8, seed=0):
     """All parameters random, so that no two experts are alike."""
-    layer = DirectorExperts(width, hidden, num_experts=num_experts, num_active=num_active, temperature=0.5)
+    router = Router(width, num_experts=num_experts, num_active=num_active, temperature=0.5)
+    layer = DirectorExperts(width, hidden, router)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.normal_(0.0, 0.6, generator=generator)
-        layer.activation.copy_(torch.rand(num_experts, generator=generator))
+        layer.router.activation.copy_(torch.rand(num_experts, generator=generator))
     return layer
 
 
@@ -65,17 +67,17 @@ def slow_director(layer, token):
 
 def slow_forward(layer, x, exploration=None):
     """One subject, one expert, one token at a time. Returns probs, chosen, gates, outputs, mass."""
-    num_experts = len(layer.activation)
+    num_experts = len(layer.router.activation)
     drawn = exploration.draw(torch.empty(len(x), num_experts)) if exploration else None
     probs, chosen, gates, outputs, mass = [], [], [], [], torch.zeros(num_experts)
     for b, subject in enumerate(x):
         logits = layer.router.weight @ subject[0]
         if exploration:
-            freq = torch.stack([1.0 - c / layer.activation.sum() for c in layer.activation])
+            freq = torch.stack([1.0 - c / layer.router.activation.sum() for c in layer.router.activation])
             logits = logits + exploration.scale * (drawn[b] + freq)
         exponent = torch.exp(logits / 0.5)
         share = exponent / exponent.sum()
-        best = sorted(range(num_experts), key=lambda r: -share[r].item())[: layer.num_active]
+        best = sorted(range(num_experts), key=lambda r: -share[r].item())[: layer.router.num_active]
         gate = [share[r] / sum(share[other] for other in best) for r in best]
         for r, value in zip(best, gate, strict=True):
             mass[r] += value.item()
@@ -180,16 +182,16 @@ def test_after_several_updates_all_still_equals_the_formulas(num_experts, num_ac
         descend(layer, loss)
         descend(twin, slow)
         layer.move_director(found.mass(), momentum=momentum)
-        layer.move_activation(found.mass())
+        layer.router.move_activation(found.mass())
         share = mass / mass.sum()
         with torch.no_grad():
             for director, stacked in zip(twin.director.parameters(), twin.experts.parameters(), strict=True):
                 group = sum(share[r] * stacked[r] for r in range(num_experts))
                 director.copy_(momentum * director + (1.0 - momentum) * group)
-            twin.activation.copy_(0.99 * twin.activation + 0.01 * share)
+            twin.router.activation.copy_(0.99 * twin.router.activation + 0.01 * share)
         for name, value in layer.state_dict().items():
             assert_close(value, twin.state_dict()[name], **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
-        assert_close(layer.activation, twin.activation, **CLOSE)
+        assert_close(layer.router.activation, twin.router.activation, **CLOSE)
 
 
 @torch.no_grad()
@@ -202,7 +204,7 @@ def descend(layer, loss):
 
 def test_by_hand():
     """Two experts that scale by 1 and 3, a router that sees the first feature; probs are e^(2 l) shares at tau 1/2."""
-    layer = DirectorExperts(2, 2, num_experts=2, num_active=2, temperature=0.5)
+    layer = DirectorExperts(2, 2, Router(2, num_experts=2, num_active=2, temperature=0.5))
     with torch.no_grad():
         layer.router.weight.copy_(torch.tensor([[0.0, 0.0], [0.5 * math.log(3.0), 0.0]]))
         for parameter in layer.experts.parameters():
@@ -231,29 +233,29 @@ def test_the_director_follows_the_experts_by_gate_mass():
 
 def test_the_running_activation_follows_the_gate_mass():
     layer = make_layer()
-    layer.reset_activation()
-    layer.move_activation(torch.tensor([6.0, 0.0, 1.0, 0.0, 1.0]))
+    layer.router.reset_activation()
+    layer.router.move_activation(torch.tensor([6.0, 0.0, 1.0, 0.0, 1.0]))
     expected = torch.tensor([0.75, 0.0, 0.125, 0.0, 0.125])
-    assert_close(layer.activation, 0.99 * torch.full((5,), 0.2) + 0.01 * expected, **CLOSE)
+    assert_close(layer.router.activation, 0.99 * torch.full((5,), 0.2) + 0.01 * expected, **CLOSE)
 
 
 def test_the_noise_of_the_first_two_steps_by_hand():
     """Two experts, even at first: both gain .5. After gate mass 3 and 1 they are at .5025 and .4975."""
     layer = make_layer(2, 1)
-    layer.reset_activation()
+    layer.router.reset_activation()
     nothing = Exploration(1.0, torch.zeros_like)
     with torch.no_grad():
         layer.router.weight.zero_()
-    assert_close(layer._logits(torch.zeros(1, 6), nothing), torch.tensor([[0.5, 0.5]]))
-    layer.move_activation(torch.tensor([3.0, 1.0]))
-    assert_close(layer._logits(torch.zeros(1, 6), nothing), torch.tensor([[0.4975, 0.5025]]))
+    assert_close(layer.router.logits(torch.zeros(1, 6), nothing), torch.tensor([[0.5, 0.5]]))
+    layer.router.move_activation(torch.tensor([3.0, 1.0]))
+    assert_close(layer.router.logits(torch.zeros(1, 6), nothing), torch.tensor([[0.4975, 0.5025]]))
 
 
 def test_seldom_used_experts_are_explored_more():
     layer, x = make_layer(width=6), images(200)
     with torch.no_grad():
         layer.router.weight.zero_()
-        layer.activation.copy_(torch.tensor([0.96, 0.01, 0.01, 0.01, 0.01]))
+        layer.router.activation.copy_(torch.tensor([0.96, 0.01, 0.01, 0.01, 0.01]))
     mass = layer(x, noise(scale=1.0)).mass()
     assert mass[0] < 0.5 * mass[1:].mean()
 
@@ -311,13 +313,13 @@ def test_the_director_has_no_gradient():
     assert all(not value.requires_grad and value.grad is None for value in layer.director.parameters())
 
 
-@pytest.mark.parametrize("path", ["experts", "director"])
+@pytest.mark.parametrize("route", ["experts", "director"])
 @torch.no_grad()
-def test_an_untrained_model_is_the_dense_model(make_run, make_store, path):
+def test_an_untrained_model_is_the_dense_model(make_run, make_store, route):
     run = make_run(DEX)
     model, dense = build_model(run), build_model(director_run(run))
     batch = make_store(run, 6).batch(np.arange(6))
-    assert_close(model.embed(batch, path=path), dense.embed(batch), **CLOSE)
+    assert_close(model.embed(batch, route=route), dense.embed(batch), **CLOSE)
 
 
 @torch.no_grad()
@@ -327,11 +329,11 @@ def test_the_directors_are_a_dense_model(make_run, make_store):
     model, dense = build_model(run), build_model(director_run(run))
     for index, parameter in enumerate(model.parameters()):
         parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)))
-    dense.load_state_dict(director_state(model.state_dict()), strict=True)
+    dense.load_state_dict(director_state(model), strict=True)
     batch = make_store(run, 6).batch(np.arange(6))
-    assert torch.equal(model.embed(batch, path="director"), dense.embed(batch))
+    assert torch.equal(model.embed(batch, route="director"), dense.embed(batch))
     assert not torch.equal(model.embed(batch), dense.embed(batch))
-    assert torch.equal(dense.embed(batch, path="director"), dense.embed(batch))
+    assert torch.equal(dense.embed(batch, route="director"), dense.embed(batch))
 
 
 @torch.no_grad()
@@ -343,7 +345,7 @@ def test_a_dense_model_starts_experts_and_comes_back(make_run, make_store):
     batch = make_store(run, 6).batch(np.arange(6))
     assert_close(model.embed(batch), dense.embed(batch), **CLOSE)
     assert torch.equal(router, model.backbone.blocks[0].mlp.router.weight)
-    back = director_state(model.state_dict())
+    back = director_state(model)
     assert back.keys() == dense.state_dict().keys()
     assert all(torch.equal(back[name], value) for name, value in dense.state_dict().items())
     with pytest.raises(RuntimeError, match="Missing key"):
@@ -396,7 +398,7 @@ def test_experts_that_do_not_fit_the_blocks_are_refused(make_run, experts, compl
 
 @torch.no_grad()
 def test_a_subject_without_any_token_goes_through_experts_too(make_run):
-    backbone = Backbone(12, 2, 3, make_run(DEX).model)
+    backbone = DirectorExpertsBackbone(12, 2, 3, make_run(DEX).model)
     for parameter in backbone.parameters():
         parameter.fill_(0.1)
     empty = pack(torch.tensor([[False, False]]), torch.tensor([0, 1]))
@@ -413,6 +415,19 @@ def test_the_gradient_of_a_mixture_is_that_of_finite_differences(num_experts, nu
     stacked = tuple(layer.experts.parameters())
     gates = routed.gates.detach().requires_grad_()
     torch.autograd.gradcheck(lambda x, gates, *four: mix_experts(x, routed.chosen, gates, four), (x, gates, *stacked))
+
+
+@pytest.mark.parametrize("batch", [1, 6])
+def test_both_ways_through_the_experts_mix_the_same(batch):
+    layer, x, up = make_layer(), images(batch).requires_grad_(), images(batch, seed=9)
+    routed = layer(x)
+    gates = routed.gates.detach().requires_grad_()
+    found = []
+    for mix in (gather_experts, mix_experts):
+        mixed = mix(x, routed.chosen, gates, layer.experts.stacked)
+        found.append([mixed, *torch.autograd.grad((mixed * up).sum(), [x, gates, *layer.experts.parameters()])])
+    for one, other in zip(*found, strict=True):
+        assert_close(one, other, **CLOSE)
 
 
 def test_a_mixture_refuses_a_gradient_of_its_gradient():

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 
+from panfm.errors import LimitError
 from panfm.models import build_model
 from panfm.models.sizes import num_parameters, step_bytes, tokens_per_patient
 
@@ -23,11 +24,12 @@ def test_the_count_is_that_of_the_model(make_run, objective, model):
     assert num_parameters(run) == sum(each.numel() for each in build_model(run).parameters())
 
 
-def test_a_model_that_no_machine_holds_is_counted(make_run):
+def test_a_model_that_no_machine_holds_is_refused(make_run):
     run = make_run('[model]\nbackbone = "director-experts"\n')
     experts = run.model.experts.model_copy(update={"count": (2**60,)})
     model = run.model.model_copy(update={"hidden_multiple": 2**60, "experts": experts})
-    assert num_parameters(run.model_copy(update={"model": model})) > 2**120
+    with pytest.raises(LimitError, match=r"more than 2\^63 bytes"):
+        num_parameters(run.model_copy(update={"model": model}))
 
 
 def test_tokens_and_activations(make_run):

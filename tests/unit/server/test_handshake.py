@@ -20,7 +20,8 @@ def run(make_run):
 
 @pytest.fixture
 def manifest(run) -> GroupManifest:
-    return GroupManifest.of({name: tuple(value.shape) for name, value in build_model(run).state_dict().items()})
+    model = build_model(run)
+    return GroupManifest.of(model.parameter_groups(), model.state_dict())
 
 
 def good(run, manifest, site="a", **changes) -> Handshake:

@@ -66,8 +66,8 @@ class Nodes:
 def nodes(make_run, monkeypatch) -> Nodes:
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
     run = make_run()
-    shapes = {name: tuple(value.shape) for name, value in build_model(run).state_dict().items()}
-    made = Nodes(run, GroupManifest.of(shapes))
+    model = build_model(run)
+    made = Nodes(run, GroupManifest.of(model.parameter_groups(), model.state_dict()))
     for module in ("server.roster", "server.exchange"):
         monkeypatch.setattr(f"{module}.time", SimpleNamespace(monotonic=made.monotonic, sleep=made.sleep))
     return made

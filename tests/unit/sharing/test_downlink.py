@@ -6,9 +6,9 @@ import pytest
 from panfm.errors import ProtocolError
 from panfm.sharing.coding import decode
 from panfm.sharing.downlink import code_step, digests, take_step
-from panfm.sharing.groups import GroupManifest
+from tests.conftest import manifest_of
 
-MANIFEST = GroupManifest.of({"backbone.a": (300,), "heads.b": (4,)})
+MANIFEST = manifest_of({"backbone": {"backbone.a": (300,)}, "head": {"heads.b": (4,)}})
 CODINGS = ("bf16", "int8")
 
 

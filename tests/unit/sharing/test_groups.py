@@ -5,39 +5,34 @@ from hypothesis import strategies as st
 
 from panfm.config.sharing import SharingConfig
 from panfm.errors import ProtocolError
-from panfm.sharing.groups import GroupManifest, group_of, is_shared, split_state, stream_of
-
-
-@pytest.mark.parametrize(
-    ("name", "group"),
-    [
-        ("streams.brain-mr.project.weight", "stream:brain-mr"),
-        ("streams.chest-xray.embedding", "stream:chest-xray"),
-        ("heads.streams.brain-mr.hidden_query", "stream:brain-mr"),
-        ("backbone.cls", "backbone"),
-        ("backbone.blocks.0.attention.weight", "backbone"),
-        ("heads.predictor.query.weight", "head"),
-    ],
-)
-def test_every_parameter_has_one_group(name, group):
-    assert group_of(name) == group
+from panfm.sharing.groups import GroupManifest, is_shared, split_state, stream_of
+from tests.conftest import manifest_of
 
 
 @pytest.mark.parametrize(
     "name", ["teacher.backbone.cls", "optimiser.step", "streams.brain-mr", "heads.streams.brain-mr", "backbone", ""]
 )
-def test_what_no_rule_covers_is_an_error(name):
+def test_a_parameter_that_the_model_does_not_have_has_no_group(name):
+    groups = {"backbone.cls": "backbone", "streams.brain-mr.embedding": "stream:brain-mr"}
     with pytest.raises(ProtocolError, match="belongs to no group"):
-        group_of(name)
+        split_state(SharingConfig(), groups, {name: 0})
+    with pytest.raises(ProtocolError, match="belongs to no group"):
+        GroupManifest.of(groups, {name: np.zeros(1)})
+
+
+@pytest.mark.parametrize("group", ["", "backbones", "stream:", "teacher"])
+def test_an_unknown_group_is_not_shared(group):
+    with pytest.raises(ProtocolError, match="unknown group"):
+        is_shared(SharingConfig(), group)
 
 
 def test_every_parameter_of_a_real_model_has_a_group(small_run):
     from panfm.models import build_model
 
-    shapes = {name: tuple(tensor.shape) for name, tensor in build_model(small_run).state_dict().items()}
-    groups = GroupManifest.of(shapes).groups
+    model = build_model(small_run)
+    groups = GroupManifest.of(model.parameter_groups(), model.state_dict()).groups
     assert sorted(groups) == ["backbone", "head", "stream:brain-mr", "stream:heart-mr"]
-    assert sorted(name for layout in groups.values() for name, _ in layout) == sorted(shapes)
+    assert sorted(name for layout in groups.values() for name, _ in layout) == sorted(model.state_dict())
 
 
 def test_stream_of():
@@ -54,7 +49,9 @@ def tensors() -> dict[str, np.ndarray]:
 
 
 def manifest() -> GroupManifest:
-    return GroupManifest.of({name: tensor.shape for name, tensor in tensors().items()})
+    return GroupManifest.of(
+        {"backbone.a": "backbone", "backbone.b": "backbone", "heads.scale": "head", "heads.other": "head"}, tensors()
+    )
 
 
 def test_pack_by_hand():
@@ -68,7 +65,7 @@ def test_round_trip(shapes):
         f"backbone.{name}": np.random.default_rng(index).normal(size=shape).astype(np.float32)
         for index, (name, shape) in enumerate(shapes.items())
     }
-    layout = GroupManifest.of({name: value.shape for name, value in values.items()})
+    layout = GroupManifest.of(dict.fromkeys(values, "backbone"), values)
     back = layout.unpack_all(layout.pack_all(values))
     assert back.keys() == values.keys()
     for name, value in values.items():
@@ -101,31 +98,30 @@ def test_unpack_refuses_a_wrong_size_and_an_unknown_group():
 
 
 def test_hash_tells_layouts_apart():
-    other = GroupManifest.of({"backbone.a": (3, 2), "backbone.b": (2,), "heads.scale": ()})
+    other = manifest_of({"backbone": {"backbone.a": (3, 2), "backbone.b": (2,)}, "head": {"heads.scale": ()}})
     assert manifest().hashes() == manifest().hashes()
     assert manifest().hashes()["backbone"] != other.hashes()["backbone"]
     assert manifest().hashes()["head"] == other.hashes()["head"]
 
 
 DEX = {
-    "backbone.cls": (2,),
-    "backbone.blocks.0.mlp.0.weight": (2, 2),
-    "backbone.blocks.1.mlp.director.0.weight": (2, 1),
-    "backbone.blocks.1.mlp.experts.weight_in": (3, 2, 1),
-    "backbone.blocks.1.mlp.experts.bias_in": (3, 2),
-    "backbone.blocks.1.mlp.router.weight": (3, 1),
-    "backbone.blocks.2.mlp.experts.bias_in": (1, 2),
+    "backbone.cls": "backbone",
+    "backbone.blocks.0.mlp.0.weight": "backbone",
+    "backbone.blocks.1.mlp.director.0.weight": "director",
+    "backbone.blocks.1.mlp.experts.weight_in": "experts",
+    "backbone.blocks.1.mlp.experts.bias_in": "experts",
+    "backbone.blocks.1.mlp.router.weight": "router",
+    "backbone.blocks.2.mlp.experts.bias_in": "experts",
 }
+SHAPES = dict(zip(DEX, [(2,), (2, 2), (2, 1), (3, 2, 1), (3, 2), (3, 1), (1, 2)], strict=True))
 
 
-@pytest.mark.parametrize("name", ["backbone.blocks.0.mlp.activation", "backbone.blocks.0.mlp.gates.weight"])
-def test_what_a_layer_of_experts_may_hold_besides_has_no_group(name):
-    with pytest.raises(ProtocolError, match="belongs to no group"):
-        group_of(name)
+def dex_manifest() -> GroupManifest:
+    return GroupManifest.of(DEX, {name: np.empty(shape) for name, shape in SHAPES.items()})
 
 
 def test_director_experts_and_router_have_groups():
-    groups = GroupManifest.of(DEX).groups
+    groups = dex_manifest().groups
     assert {group: [name for name, _ in layout] for group, layout in groups.items()} == {
         "backbone": ["backbone.blocks.0.mlp.0.weight", "backbone.cls"],
         "director": ["backbone.blocks.1.mlp.director.0.weight"],
@@ -135,12 +131,12 @@ def test_director_experts_and_router_have_groups():
 
 
 def test_segments_say_whose_every_number_is():
-    manifest = GroupManifest.of(DEX)
+    manifest = dex_manifest()
     layers = ("backbone.blocks.1.mlp", "backbone.blocks.2.mlp")
     assert manifest.experts("experts") == ((layers[0], 0), (layers[0], 1), (layers[0], 2), (layers[1], 0))
     marked = {
         name: np.concatenate([np.full((1, *shape[1:]), 10 * int(name.split(".")[2]) + row) for row in range(shape[0])])
-        for name, shape in DEX.items()
+        for name, shape in SHAPES.items()
         if ".experts." in name
     }
     flat = manifest.pack("experts", {name: value.astype(np.float32) for name, value in marked.items()})
@@ -161,9 +157,10 @@ def test_segments_say_whose_every_number_is():
 )
 def test_what_is_private_is_not_shared(words, private):
     sharing = SharingConfig(**words)
-    names = dict.fromkeys([*DEX, "heads.project.weight", "heads.streams.brain-mr.query", "streams.brain-mr.a"], 0)
-    shared, kept = split_state(sharing, names)
-    assert {group_of(name) for name in kept} == private
-    assert shared | kept == names
+    streams = {"heads.streams.brain-mr.query": "stream:brain-mr", "streams.brain-mr.a": "stream:brain-mr"}
+    groups = {**DEX, "heads.project.weight": "head", **streams}
+    shared, kept = split_state(sharing, groups, groups)
+    assert set(kept.values()) == private
+    assert shared | kept == groups
     assert not shared.keys() & kept.keys()
-    assert all(is_shared(sharing, group_of(name)) == (name in shared) for name in names)
+    assert all(is_shared(sharing, group) == (name in shared) for name, group in groups.items())

@@ -5,7 +5,6 @@ import pytest
 
 from panfm.config import Releasable, experiment_hash
 from panfm.errors import ProtocolError
-from panfm.sharing.groups import GroupManifest
 from panfm.sharing.messages import Handshake, RoundReply, RoundTask
 from panfm.sharing.release import (
     HANDSHAKE_RELEASED_UNDER,
@@ -15,6 +14,7 @@ from panfm.sharing.release import (
     build_handshake,
     build_reply,
 )
+from tests.conftest import manifest_of
 
 TASK = RoundTask("run-1", 2, "", {"backbone": np.array([1, 2], np.float32)})
 RESULT = RoundResult(
@@ -40,7 +40,7 @@ def test_every_field_of_a_handshake_is_released_under_a_name():
 
 
 def test_a_handshake_by_hand(small_run):
-    manifest = GroupManifest.of({"backbone.a": (2,)})
+    manifest = manifest_of({"backbone": {"backbone.a": (2,)}})
     words = {"subjects": 9, "streams": {"brain-mr": 4}}
     shaken = build_handshake("alpha", small_run, manifest, {"panfm": "1"}, **words, may_leave=NEEDED)
     assert shaken == Handshake(

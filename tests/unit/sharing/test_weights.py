@@ -1,15 +1,20 @@
 import pytest
 
-from panfm.sharing.groups import GroupManifest
 from panfm.sharing.weights import Trained, group_weights, weight_limits, weight_segments
+from tests.conftest import manifest_of
 
 LAYERS = ("backbone.blocks.0.mlp", "backbone.blocks.1.mlp")
-MANIFEST = GroupManifest.of(
-    {"backbone.cls": (2,), "heads.a": (1,), "streams.brain-mr.a": (2,), "streams.heart-mr.a": (2,)}
-    | {f"{layer}.director.0.weight": (2, 3) for layer in LAYERS}
-    | {f"{layer}.router.weight": (size, 3) for layer, size in zip(LAYERS, (2, 3), strict=True)}
-    | {f"{layer}.experts.weight_in": (size, 2, 3) for layer, size in zip(LAYERS, (2, 3), strict=True)}
-    | {f"{layer}.experts.bias_in": (size, 2) for layer, size in zip(LAYERS, (2, 3), strict=True)}
+MANIFEST = manifest_of(
+    {
+        "backbone": {"backbone.cls": (2,)},
+        "head": {"heads.a": (1,)},
+        "stream:brain-mr": {"streams.brain-mr.a": (2,)},
+        "stream:heart-mr": {"streams.heart-mr.a": (2,)},
+        "director": {f"{layer}.director.0.weight": (2, 3) for layer in LAYERS},
+        "router": {f"{layer}.router.weight": (size, 3) for layer, size in zip(LAYERS, (2, 3), strict=True)},
+        "experts": {f"{layer}.experts.weight_in": (size, 2, 3) for layer, size in zip(LAYERS, (2, 3), strict=True)}
+        | {f"{layer}.experts.bias_in": (size, 2) for layer, size in zip(LAYERS, (2, 3), strict=True)},
+    }
 )
 TRAINED = Trained(10, {"brain-mr": 4}, 3, {LAYERS[0]: [7.5, 4.5], LAYERS[1]: [12.0, 0.0, 0.0]})
 

@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from panfm.models import build_model
-from panfm.models.director_experts import Routed
+from panfm.models.backbone import Routed
 from simulations.harness import StudyOptions, StudyResult
 from simulations.studies import dex
 from simulations.studies._modalities import CohortJob, Pictures, print_result, probe_joined, study_run, with_backbone

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from panfm.sharing.groups import EXPERTS, ROUTER, group_of
+from panfm.sharing.groups import EXPERTS, ROUTER
 from simulations.harness import StudyOptions
 from simulations.studies import dex_federated as study
 from simulations.studies._modalities import Pictures, half_interval
@@ -24,8 +24,9 @@ def trained(cohort, arm):
 
 
 def differing(one, other):
+    groups = one.parameter_groups()
     pairs = zip(one.state_dict().items(), other.state_dict().values(), strict=True)
-    return {group_of(name) for (name, value), its in pairs if not torch.equal(value, its)}
+    return {groups[name] for (name, value), its in pairs if not torch.equal(value, its)}
 
 
 def test_sites_end_up_with_their_own_experts_only_where_these_are_private(picture_cohort, one_step):

@@ -5,14 +5,14 @@ import torch
 from torch.testing import assert_close
 
 from panfm.training.trainer import Trainer
-from simulations.bench.dex_step import naive_trainer
+from simulations.bench.dex_step import naive_run
 
 
 @torch.no_grad()
 def test_naive_layers_do_what_the_librarys_do(make_run, make_store):
     run = make_run('[model]\nbackbone = "director-experts"\nexperts.count = 5\n[objective]\nname = "mae"\n')
     mine, naive = (
-        trainer.model.director_experts()["backbone.blocks.0.mlp"] for trainer in (Trainer(run), naive_trainer(run))
+        trainer.model.director_experts()["backbone.blocks.0.mlp"] for trainer in (Trainer(run), Trainer(naive_run(run)))
     )
     generator = torch.Generator().manual_seed(0)
     for stacked, *each in zip(
@@ -33,7 +33,7 @@ def test_naive_layers_do_what_the_librarys_do(make_run, make_store):
 
 def test_naive_layers_train(make_run, make_store):
     run = make_run('[model]\nbackbone = "director-experts"\n[objective]\nname = "mae"\n')
-    trainer = naive_trainer(run)
+    trainer = Trainer(naive_run(run))
     result = trainer.train(make_store(run), np.arange(12), first_step=0, num_steps=2, site="a", round_number=1)
     assert result.num_skipped == 0
     assert np.isfinite(result.loss)

@@ -13,7 +13,6 @@ from panfm.config.privacy import NO_CLAIM, claim
 from panfm.data.cache import open_store
 from panfm.models import build_model
 from panfm.privacy.mechanisms import epsilon, planned
-from panfm.sharing.groups import split_state
 from simulations.harness import QUICKSTART, StudyOptions, StudyResult
 from simulations.studies import privacy
 from simulations.studies.privacy import ARMS, METRICS, REFERENCES, ArmJob, CohortJob, PublicJob, answers, targets
@@ -25,7 +24,7 @@ NOISE_OF = privacy.noise_of
 def public(tmp_path_factory) -> Path:
     """The quickstart's model at seed 3, as if it had been trained."""
     folder, run = tmp_path_factory.mktemp("public"), load_run(QUICKSTART, ["seed=3"])
-    shared, _ = split_state(run.sharing, build_model(run).state_dict())
+    shared, _ = build_model(run).split_state(run.sharing)
     safetensors.torch.save_file(dict(shared), folder / "model.safetensors")
     (folder / "run.toml").write_text(dump_toml(run))
     return folder

@@ -5,18 +5,26 @@ import torch
 from torch.testing import assert_close
 
 from panfm.models import build_model
-from panfm.models.director_experts import DirectorExperts, Exploration
+from panfm.models.backbone import Exploration
+from panfm.models.director_experts import DirectorExperts, DirectorExpertsBackbone, Router
+from panfm.registry import BACKBONES
 from panfm.training.trainer import Trainer
-from simulations.studies._modalities import Pictures
-from simulations.studies._released import ActivationFromZero, DirectorFirst, Released, use_layers
-from simulations.studies.dex import RELEASED, arm_run, exchange_layers
+from simulations.studies._modalities import Pictures, with_backbone
+from simulations.studies._released import (
+    ActivationFromZero,
+    DirectorFirst,
+    EarlyDirectorExperts,
+    Released,
+    RouterFromZero,
+)
+from simulations.studies.dex import RELEASED, arm_run
 
 QUIET = Exploration(1.0, torch.zeros_like)
 """Exploration without its random part: what is left favours experts that are seldom active."""
 
 
 def make_layer(kind):
-    layer = kind(2, 2, num_experts=2, num_active=1, temperature=1.0)
+    layer = kind.layer_class(2, 2, kind.router_class(2, num_experts=2, num_active=1, temperature=1.0))
     for parameter in layer.parameters():
         parameter.detach().zero_()
     return layer
@@ -25,27 +33,29 @@ def make_layer(kind):
 @pytest.mark.parametrize("kind", [ActivationFromZero, Released])
 def test_the_activation_starts_at_zero_and_is_the_first_batchs_share_after_it(kind):
     """c: 0, then .01 (.75, .25), then .99 (.0075, .0025) + .01 (0, 1) = (.007425, .012475), which sum to .0199."""
-    layer = make_layer(kind)
+    layer = make_layer(kind).router
     assert layer.activation.tolist() == [0.0, 0.0]
     cls = torch.zeros(1, 2)
-    assert layer._logits(cls, QUIET).tolist() == [[0.0, 0.0]]
+    assert layer.logits(cls, QUIET).tolist() == [[0.0, 0.0]]
     layer.move_activation(torch.tensor([3.0, 1.0]))
-    assert_close(layer._logits(cls, QUIET), torch.tensor([[0.25, 0.75]]))
+    assert_close(layer.logits(cls, QUIET), torch.tensor([[0.25, 0.75]]))
     layer.move_activation(torch.tensor([0.0, 5.0]))
     assert_close(layer.activation, torch.tensor([0.007425, 0.012475]))
-    assert_close(layer._logits(cls, QUIET), 1.0 - torch.tensor([[0.007425, 0.012475]]) / 0.0199)
+    assert_close(layer.logits(cls, QUIET), 1.0 - torch.tensor([[0.007425, 0.012475]]) / 0.0199)
 
 
 @pytest.mark.parametrize(
-    ("kind", "expected"), [(DirectorExperts, 0.4), (ActivationFromZero, 0.4), (DirectorFirst, 0.8), (Released, 0.8)]
+    ("kind", "expected"),
+    [(DirectorExpertsBackbone, 0.4), (ActivationFromZero, 0.4), (DirectorFirst, 0.8), (Released, 0.8)],
 )
 def test_the_director_follows_the_experts_of_before_or_after_the_step(picture_cohort, monkeypatch, kind, expected):
     """Experts at 2 before the step and 1 after it, director at 0, momentum .6: .4 x 2 before, .4 x 1 after."""
-    run = arm_run(0, "dex", 1)
+    (backbone,) = (name for name in ("director-experts", *RELEASED) if BACKBONES.load(name) is kind)
+    run = with_backbone(arm_run(0, "dex", 1), backbone)
     experts = run.model.experts.model_copy(update={"director_momentum": (0.6, 0.6)})
     run = run.model_copy(update={"model": run.model.model_copy(update={"experts": experts})})
     trainer, store = Trainer(run), Pictures.open(picture_cohort, run).together.store
-    use_layers(trainer.model, kind)
+    assert type(trainer.model.backbone) is kind
     names = set(trainer.model.state_dict())
 
     def set_experts(number):
@@ -70,10 +80,15 @@ def test_the_director_follows_the_experts_of_before_or_after_the_step(picture_co
 
 
 def test_arms_have_the_layers_they_name():
-    for arm, kind in {**RELEASED, "dex": DirectorExperts}.items():
+    parts = {
+        "dex": (DirectorExperts, Router),
+        "dex-activation-zero": (DirectorExperts, RouterFromZero),
+        "dex-director-first": (EarlyDirectorExperts, Router),
+        "dex-released": (EarlyDirectorExperts, RouterFromZero),
+    }
+    for arm, expected in parts.items():
         model = build_model(arm_run(0, arm, 1))
-        exchange_layers(model, arm, 0)
-        assert {type(layer) for layer in model.director_experts().values()} == {kind}
+        assert {(type(layer), type(layer.router)) for layer in model.director_experts().values()} == {expected}
     assert {arm: kind.__name__ for arm, kind in RELEASED.items()} == {
         "dex-activation-zero": "ActivationFromZero",
         "dex-director-first": "DirectorFirst",

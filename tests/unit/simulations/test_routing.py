@@ -3,16 +3,18 @@ import torch
 
 from panfm.data.store import Batch
 from panfm.models import build_model
-from panfm.models.director_experts import DirectorExperts
-from simulations.studies._modalities import study_run
-from simulations.studies._routing import RandomlyRouted, TokenRouted, content_keys, reroute
+from panfm.models.director_experts import DirectorExpertsBackbone, Router
+from panfm.models.tokens import Layout
+from simulations.studies._modalities import study_run, with_backbone
+from simulations.studies._routing import RandomlyRouted, RandomRouter, TokenRouter, content_keys, seed_routing
 
 STREAM = "chest-xray"
 
 
-@pytest.fixture
-def model():
-    built = build_model(study_run(5, steps=1), [STREAM, "abdomen-ct"])
+def model_of(backbone, seed=7):
+    run = with_backbone(study_run(5, steps=1), backbone)
+    built = build_model(run, [STREAM, "abdomen-ct"])
+    seed_routing(built, seed)
     generator = torch.Generator().manual_seed(0)
     for layer in built.director_experts().values():
         for parameter in layer.experts.parameters():
@@ -25,12 +27,19 @@ def batch(number: int, seed: int = 1) -> Batch:
     return Batch(number, {STREAM: images}, {STREAM: torch.arange(number)})
 
 
-def test_a_token_is_routed_as_a_picture_of_one_token(model):
-    layer = next(iter(model.director_experts().values()))
+@pytest.fixture
+def random_model():
+    return model_of("random-routing")
+
+
+def test_a_token_is_routed_as_a_picture_of_one_token():
+    by_images, by_tokens = model_of("director-experts"), model_of("token-routing")
+    by_tokens.load_state_dict(by_images.state_dict())
+    layer = next(iter(by_images.director_experts().values()))
     x = torch.randn(3, 5, 48, generator=torch.Generator().manual_seed(2))
     by_image = [[layer(x[i : i + 1, t : t + 1]).outputs for t in range(5)] for i in range(3)]
-    reroute(model, "token", 0)
-    assert isinstance(layer, TokenRouted)
+    layer = next(iter(by_tokens.director_experts().values()))
+    assert isinstance(layer.router, TokenRouter)
     routed = layer(x)
     expected = torch.cat([torch.cat(row, dim=1) for row in by_image])
     torch.testing.assert_close(routed.outputs, expected, atol=1e-5, rtol=1e-5)
@@ -40,8 +49,8 @@ def test_a_token_is_routed_as_a_picture_of_one_token(model):
     assert len(set(map(tuple, routed.chosen.tolist()))) > 1
 
 
-def test_random_gates_depend_on_the_picture_alone(model):
-    reroute(model, "random", 7)
+def test_random_gates_depend_on_the_picture_alone(random_model):
+    model = random_model
     maps = model.stem(batch(6))
     alone = Batch(1, {STREAM: maps.images[STREAM][4:5]}, {STREAM: torch.tensor([0])})
     with torch.no_grad():
@@ -58,28 +67,40 @@ def test_random_gates_depend_on_the_picture_alone(model):
     assert not torch.equal(first.gates, second.gates)
 
 
-def test_random_gates_follow_the_seed(model):
-    reroute(model, "random", 7)
+def test_random_gates_follow_the_seed(random_model):
+    model = random_model
     maps = model.stem(batch(6))
     seven = model.encode(maps).routed[0].gates
-    model.seed = 8
+    seed_routing(model, 8)
     assert not torch.equal(model.encode(maps).routed[0].gates, seven)
 
 
-def test_a_router_that_is_passed_by_does_not_learn(model):
-    reroute(model, "random", 7)
+def test_a_router_that_is_passed_by_does_not_learn(random_model):
+    model = random_model
     model.embed(batch(4)).square().sum().backward()
     for layer in model.director_experts().values():
-        assert isinstance(layer, RandomlyRouted)
+        assert isinstance(layer.router, RandomRouter)
         assert layer.router.weight.grad is None
         assert layer.experts.weight_in.grad.abs().sum() > 0
 
 
-def test_image_routing_changes_nothing(model):
+def test_a_seed_for_routing_changes_no_other_model():
+    model = model_of("director-experts", seed=7)
+    assert {type(layer.router) for layer in model.director_experts().values()} == {Router}
+    assert type(model.backbone) is DirectorExpertsBackbone
     before = model.embed(batch(4))
-    reroute(model, "image", 7)
-    assert {type(layer) for layer in model.director_experts().values()} == {DirectorExperts}
+    seed_routing(model, 8)
     assert torch.equal(model.embed(batch(4)), before)
+
+
+def test_random_routing_sees_whole_pictures_whatever_is_hidden(random_model):
+    maps = random_model.stem(batch(3))
+    layout = random_model.layout(maps)
+    tokens = random_model.tokenize(maps, layout)
+    assert isinstance(random_model.backbone, RandomlyRouted)
+    whole = random_model.backbone(tokens, layout).routed
+    part = random_model.backbone(tokens[:, :5], Layout(layout.place[:, :5], layout.valid[:, :5])).routed
+    assert all(torch.equal(one.gates, other.gates) for one, other in zip(whole, part, strict=True))
 
 
 def test_keys_tell_pictures_apart_whatever_their_place():

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from panfm.config.site import LimitsConfig
 from panfm.config.training import TrainConfig
 from panfm.errors import LimitError
-from panfm.sharing.groups import GroupManifest
 from panfm.site.admission import check_floors
 from panfm.site.floors import Floors, step_weights
 from panfm.training.gradient import TrainResult
 from panfm.training.schedules import warmup_cosine
+from tests.conftest import manifest_of
 
 FLOORS = Floors(8, 5)
 
@@ -108,8 +108,11 @@ def test_gate_mass_of_experts_with_few_subjects_goes_to_the_others(subjects, exp
 
 
 def test_numbers_of_experts_with_few_subjects_are_withheld_with_the_director_that_they_moved():
-    manifest = GroupManifest.of(
-        {f"backbone.blocks.{i}.mlp.{name}": shape for i in (0, 1) for name, shape in EXPERT_SHAPES.items()}
+    manifest = manifest_of(
+        {
+            name.split(".")[0]: {f"backbone.blocks.{i}.mlp.{name}": shape for i in (0, 1)}
+            for name, shape in EXPERT_SHAPES.items()
+        }
     )
     first, second = "backbone.blocks.0.mlp", "backbone.blocks.1.mlp"
     mass, counts = {first: [5.0, 5.0], second: [10.0, 0.0]}, {first: [8, 7], second: [8, 0]}

@@ -56,8 +56,9 @@ PUBLIC = "delta = 1e-3\npublic-subjects = 40\n"
 
 def task(round_number=1, *, run_id="run-1", extra=RANDOM, privacy=PRIVACY) -> RoundTask:
     run = parse_run(RUN + extra + privacy)
-    tensors = {name: tensor.numpy() for name, tensor in build_model(run).state_dict().items()}
-    manifest = GroupManifest.of({name: tensor.shape for name, tensor in tensors.items()})
+    model = build_model(run)
+    tensors = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    manifest = GroupManifest.of(model.parameter_groups(), tensors)
     return RoundTask(run_id, round_number, dump_toml(run), manifest.pack_all(tensors))
 
 
@@ -294,7 +295,8 @@ def test_the_server_accepts_the_weights_of_private_experts(site, rate):
     privacy = PRIVACY.replace("sample-rate = 0.5", f"sample-rate = {rate}")
     asked = _without_experts(task(extra=RANDOM + DEX, privacy=privacy))
     reply, run = site.train_round(asked), parse_run(asked.run_toml)
-    manifest = GroupManifest.of({name: value.shape for name, value in build_model(run).state_dict().items()})
+    model = build_model(run)
+    manifest = GroupManifest.of(model.parameter_groups(), model.state_dict())
     streams = dict.fromkeys(run.streams, 40)
     for group, weights in reply.weights.items():
         limits = weight_limits(run, manifest, group, subjects=40, subjects_per_stream=streams)

@@ -41,8 +41,9 @@ def folder(tmp_path, write_site):
 
 def task(round_number=1, *, run_id="run-1", extra="") -> RoundTask:
     run = parse_run(RUN + extra)
-    tensors = {name: tensor.numpy() for name, tensor in build_model(run).state_dict().items()}
-    manifest = GroupManifest.of({name: tensor.shape for name, tensor in tensors.items()})
+    model = build_model(run)
+    tensors = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    manifest = GroupManifest.of(model.parameter_groups(), tensors)
     groups = manifest.pack_all(tensors)
     if run.sharing.rule == "grouped":
         del groups["stream:liver-mr"]
@@ -112,7 +113,8 @@ def test_the_teacher_starts_at_the_servers_average(folder):
 def stepped(asked: RoundTask, groups: dict, number: int) -> RoundTask:
     """A task of round `number` whose step leads from `groups` to the asked parameters plus what rounding does."""
     run = parse_run(asked.run_toml)
-    manifest = GroupManifest.of({name: tuple(t.shape) for name, t in build_model(run).state_dict().items()})
+    model = build_model(run)
+    manifest = GroupManifest.of(model.parameter_groups(), model.state_dict())
     step = {}
     for group, flat in groups.items():
         step |= code_step("int8", manifest, group, asked.groups[group] - flat, {})[0]

@@ -12,14 +12,19 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from panfm.config import RunConfig
 from panfm.sharing.coding import encode
-from panfm.sharing.groups import GroupManifest
 from panfm.sharing.messages import Handshake, RoundReply
 from panfm.sharing.npy import NpySpace, view_npy
 from strategies import GroupedMean, Memory
 from strategies import grouped as module
+from tests.conftest import manifest_of
 
-MANIFEST = GroupManifest.of(
-    {"backbone.a": (2,), "heads.b": (1,), "streams.brain-mr.c": (2,), "streams.eye-oct.d": (1,)}
+MANIFEST = manifest_of(
+    {
+        "backbone": {"backbone.a": (2,)},
+        "head": {"heads.b": (1,)},
+        "stream:brain-mr": {"streams.brain-mr.c": (2,)},
+        "stream:eye-oct": {"streams.eye-oct.d": (1,)},
+    }
 )
 GLOBAL = {
     "backbone": [1.0, 2.0],
@@ -260,9 +265,13 @@ def test_coded_updates_are_decoded_before_anything_looks_at_them(strategy):
 
 
 LAYER = "backbone.blocks.0.mlp"
-DEX = GroupManifest.of(
-    {"backbone.a": (1,), f"{LAYER}.experts.bias_in": (2, 2), f"{LAYER}.router.weight": (2, 1)}
-    | {f"{LAYER}.director.0.bias": (1,)}
+DEX = manifest_of(
+    {
+        "backbone": {"backbone.a": (1,)},
+        "experts": {f"{LAYER}.experts.bias_in": (2, 2)},
+        "router": {f"{LAYER}.router.weight": (2, 1)},
+        "director": {f"{LAYER}.director.0.bias": (1,)},
+    }
 )
 
 

@@ -10,12 +10,17 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from panfm.config.server_privacy import ServerPrivacyConfig
 from panfm.errors import BudgetError
-from panfm.sharing.groups import GroupManifest
 from panfm.sharing.messages import Handshake, RoundReply
 from strategies import SitePrivateMean, site_private
+from tests.conftest import manifest_of
 
-MANIFEST = GroupManifest.of(
-    {"backbone.a": (20,), "heads.b": (5,), "streams.brain-mr.c": (9,), "streams.eye-oct.d": (7,)}
+MANIFEST = manifest_of(
+    {
+        "backbone": {"backbone.a": (20,)},
+        "head": {"heads.b": (5,)},
+        "stream:brain-mr": {"streams.brain-mr.c": (9,)},
+        "stream:eye-oct": {"streams.eye-oct.d": (7,)},
+    }
 )
 HASHES = MANIFEST.hashes()
 HOLDINGS = {

@@ -9,9 +9,8 @@ import torch
 
 from panfm.config import as_told, dump_toml, experiment_hash, load_run, parse_run
 from panfm.errors import ConfigError, DataError
-from panfm.models import build_model
-from panfm.models.warm import read_start, start_state
-from panfm.sharing.groups import split_state
+from panfm.models import PanModel, build_model
+from panfm.models.transfer import load_with_fresh_private, read_start, start_state
 from tests.conftest import SMALL_RUN
 
 
@@ -68,7 +67,7 @@ def test_director_experts_start_from_a_dense_model(start, make_run, experts):
     found = start_state(run, read_start(run))
     dense, seeded = build_model(make_run()).state_dict(), build_model(run).state_dict()
     assert any(".experts." in name for name in found) == (experts == "pooled")
-    assert found.keys() == split_state(run.sharing, seeded)[0].keys()
+    assert found.keys() == build_model(run).split_state(run.sharing)[0].keys()
     slots = {"weight_in": "0.weight", "bias_in": "0.bias", "weight_out": "2.weight", "bias_out": "2.bias"}
     for name, value in found.items():
         layer, _, slot = name.partition(".mlp.experts.")
@@ -147,3 +146,53 @@ def test_what_cannot_be_read_is_named(start, tmp_path):
         load_run(tmp_path / "run.toml")
     with pytest.raises(DataError, match=r"start\.model: missing"):
         read_start(as_told(run))
+
+
+EXPERTS = (
+    '[model]\nbackbone = "director-experts"\nexperts = {{ count = [2, 3], active = 1 }}\n[sharing]\nexperts = "{}"\n'
+)
+DIRECTORS_PART = {"weight_in": "0.weight", "bias_in": "0.bias", "weight_out": "2.weight", "bias_out": "2.bias"}
+
+
+@pytest.fixture
+def make_model(make_run):
+    """A Director-Experts model in which every number has moved from its start, and its run."""
+
+    def make(experts: str, extra: str = "") -> tuple[PanModel, object]:
+        run = make_run(EXPERTS.format(experts) + extra)
+        model = build_model(run)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for value in model.state_dict().values():
+                value += torch.rand(value.shape, generator=generator)
+        return model, run
+
+    return make
+
+
+def test_experts_are_the_directors_and_the_rest_is_seeded(make_model):
+    trained, run = make_model("private", 'head = "private"\n')
+    shared, private = trained.split_state(run.sharing)
+    assert any(name.startswith("heads.") for name in private)
+    model = build_model(run)
+    seeded = {name: value.clone() for name, value in model.state_dict().items()}
+    load_with_fresh_private(model, run.sharing, shared, seeded)
+    found = model.state_dict()
+    for name in private:
+        layer, _, part = name.partition(".experts.")
+        if part:
+            director = trained.state_dict()[f"{layer}.director.{DIRECTORS_PART[part]}"]
+            assert all(torch.equal(expert, director) for expert in found[name]), name
+        else:
+            assert torch.equal(found[name], seeded[name]), name
+    assert all(torch.equal(found[name], value) for name, value in shared.items())
+
+
+@pytest.mark.parametrize("experts", ["pooled", "naive"])
+def test_what_is_shared_is_never_replaced(make_model, experts):
+    trained, run = make_model(experts)
+    model = build_model(run)
+    load_with_fresh_private(model, run.sharing, trained.state_dict(), model.state_dict())
+    assert all(torch.equal(found, value) for found, value in zip(
+        model.state_dict().values(), trained.state_dict().values(), strict=True
+    ))  # fmt: skip

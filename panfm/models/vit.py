@@ -1,0 +1,204 @@
+"""The dense ViT: CLS token, pre-norm blocks, key padding, and how much CLS leans on each other token.
+
+    attention  a_n = softmax over tokens of (q_cls k_n / sqrt(d)), summed over heads
+    value      a_n ||v_n - mean of v at n's place over the batch||, summed over heads
+
+Saliency computes only the CLS query's row of attention, never the full matrix. A value that is the same for everybody
+moves no embedding apart, however much attention it gets: hence the centring.
+
+Shape legend: S blocks, B subjects, L = 1 + N tokens (CLS first), H heads, d width of a head, D width.
+"""
+
+from collections.abc import Iterator
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from panfm.config.model import ModelConfig
+from panfm.models.backbone import Backbone, Encoded, Exploration, Route, Routed, Saliency
+from panfm.models.tokens import Layout
+
+
+class Mlp(nn.Sequential):
+    """Two linear layers around GELU: the MLP of a dense block or of a director."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+        self.numbers_per_token = 2 * hidden + 2 * width
+        """Numbers that it fills per token: before and after GELU, input and output."""
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with key padding."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, mask: Tensor | None, saliency: "ClsSaliency | None" = None) -> Tensor:
+        """Attend; add what CLS attends to, if `saliency` is given."""
+        batch, length, width = x.shape
+        q, k, v = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=2))
+        if saliency:
+            saliency.add(q[:, :, :1], k, v)
+        mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.out(mixed.transpose(1, 2).reshape(batch, length, width))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, width: int, heads: int, feed_forward: nn.Module) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attention = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = feed_forward
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        *,
+        saliency: "ClsSaliency | None" = None,
+        route: Route = "experts",
+        exploration: Exploration | None = None,
+    ) -> tuple[Tensor, Routed | None]:
+        """Transform x [B, L, D]; also return how the experts were chosen, if there are any."""
+        x = x + self.attention(self.norm1(x), mask, saliency)
+        change, routed = self.feed_forward(self.norm2(x), route, exploration)
+        return x + change, routed
+
+    def feed_forward(self, x: Tensor, route: Route, exploration: Exploration | None) -> tuple[Tensor, Routed | None]:
+        """Apply the MLP, for which there is one route."""
+        return self.mlp(x), None
+
+    def numbers_per_token(self) -> int:
+        """Count the numbers that the block fills per token."""
+        return 10 * self.attention.out.out_features + cast(Mlp, self.mlp).numbers_per_token
+
+
+class VisionTransformer(Backbone):
+    """Transformer with a dense MLP in every block."""
+
+    has_saliency = True
+
+    def __init__(self, width: int, depth: int, heads: int, config: ModelConfig) -> None:
+        super().__init__()
+        self.cls = nn.Parameter(torch.zeros(width))
+        self.blocks = nn.ModuleList(self.make_blocks(width, depth, heads, config))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+
+    def make_blocks(self, width: int, depth: int, heads: int, config: ModelConfig) -> list[Block]:
+        """Make the blocks, first to last."""
+        return [Block(width, heads, Mlp(width, config.hidden_multiple * width)) for _ in range(depth)]
+
+    @staticmethod
+    def couplings(_config: ModelConfig) -> Iterator[str]:
+        """Declare that no part couples patients."""
+        return iter(())
+
+    def forward(
+        self,
+        tokens: Tensor,
+        layout: Layout,
+        *,
+        saliency: Saliency | None = None,
+        keep_blocks: bool = False,
+        route: Route = "experts",
+        exploration: Exploration | None = None,
+    ) -> Encoded:
+        """Encode tokens [B, N, D]; see `Backbone.forward`."""
+        x = torch.cat([self.cls.expand(tokens.shape[0], 1, -1), tokens], dim=1)
+        mask = layout.key_mask()
+        outputs: list[Tensor] = []
+        routings: list[Routed] = []
+        attended = ClsSaliency(layout, saliency) if saliency else None
+        for depth, block in enumerate(self.blocks):
+            watched = attended if saliency == "value" or depth == len(self.blocks) - 1 else None
+            x, routed = block(x, mask, saliency=watched, route=route, exploration=exploration)
+            if routed is not None:
+                routings.append(routed)
+            if keep_blocks:
+                outputs.append(x[:, 1:])
+        x = self.norm(x)
+        shares = attended.shares() if attended else None
+        return Encoded(x[:, 0], x[:, 1:], layout, tuple(outputs), shares, tuple(routings))
+
+    def last_layers(self, count: int) -> list[nn.Module]:
+        """Return the last `count` blocks and the last norm."""
+        return [*list(self.blocks)[len(self.blocks) - count :], self.norm]
+
+    def numbers_per_token(self) -> list[int]:
+        """Count the numbers that each block fills per token."""
+        return [cast(Block, block).numbers_per_token() for block in self.blocks]
+
+
+class ClsSaliency:
+    """Saliency of one forward pass, from the queries, keys and values of its blocks."""
+
+    def __init__(self, layout: Layout, kind: Saliency) -> None:
+        self._padding = None if bool(layout.valid.all()) else ~layout.valid[:, None]
+        self._logits: list[Tensor] = []
+        self._norms = CentredNorms(layout) if kind == "value" else None
+
+    def add(self, query: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Add a block: CLS query [B, H, 1, d], keys and values [B, H, L, d]."""
+        self._logits.append((query * query.shape[-1] ** -0.5 * keys).sum(dim=-1))
+        if self._norms:
+            self._norms.add(values)
+
+    def shares(self) -> Tensor:
+        """Sum over blocks and heads -> shares [B, N] that sum to 1 per subject."""
+        logits = torch.stack(self._logits)[..., 1:]
+        if self._padding is None:
+            scores = logits.softmax(dim=-1)
+        else:
+            scores = logits.masked_fill(self._padding, -torch.inf).softmax(dim=-1).nan_to_num(0.0)
+        if self._norms:
+            scores = scores * self._norms.norms()
+        scores = scores.sum(dim=(0, 2))
+        return scores / scores.sum(dim=-1, keepdim=True).clamp_min(1e-12)
+
+
+class CentredNorms:
+    """Norms of values about the batch's mean at their place.
+
+    A place that one subject alone holds has no mean to speak of: it gets the batch's typical norm.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        row = functional.pad((layout.place + 1).masked_fill(~layout.valid, 0), (1, 0))  # CLS and padding share row 0
+        self._row = None if bool((row == row[:1]).all()) else row.flatten()
+        count = row.flatten().bincount()
+        self._share = count.clamp_min(1).reciprocal()[:, None]
+        alone = (count < 2)[row[:, 1:]] & layout.valid
+        self._alone = alone if bool(alone.any()) else None
+        self._known = layout.valid & ~alone
+        self._norms: list[Tensor] = []
+
+    def add(self, values: Tensor) -> None:
+        """Add a block's values [B, H, L, d]."""
+        values = values.transpose(1, 2).float()
+        centred = values - values.mean(dim=0) if self._row is None else self._centred(values, self._row)
+        self._norms.append(torch.linalg.vector_norm(centred, dim=-1))
+
+    def norms(self) -> Tensor:
+        """Return the norms [S, B, H, N] of all blocks; those of padding hold no meaning."""
+        norms = torch.stack(self._norms)[:, :, 1:].transpose(2, 3)
+        if self._alone is None:
+            return norms
+        known = self._known[:, None]
+        total = torch.where(known, norms, 0.0).sum(dim=(1, 2, 3), keepdim=True)
+        typical = total / (known.sum() * norms.shape[2]) if bool(known.any()) else torch.ones_like(total)
+        return torch.where(self._alone[:, None], typical, norms)
+
+    def _centred(self, values: Tensor, row: Tensor) -> Tensor:
+        """Values [B, L, H, d], whose means are formed in `row` [B L], less their mean; or the mean less them."""
+        flat = values.flatten(2).flatten(0, 1).contiguous()
+        means = flat.new_zeros(len(self._share), flat.shape[1]).index_add_(0, row, flat).mul_(self._share)
+        return means.index_select(0, row).sub_(flat).view(values.shape)
