@@ -89,6 +89,12 @@ BAD_VALUES = {
     "train.learning-rate=inf": "train.learning-rate: Input should be a finite number (got inf)",
     "masking.ratio=1.0": "masking.ratio: Input should be less than 1 (got 1.0)",
     "objective.name='jepa'": "objective.name: found 'jepa', expected one of latent, dino, mae",
+    "objective.name=3": "objective.name: found 3, expected one of latent, dino, mae",
+    "objective=3": "objective: Input should be a valid dictionary or instance of ObjectiveConfig (got 3)",
+    "masking.policy='rando'": (
+        "masking.policy: found 'rando', expected one of random, organ, sgm, inverse, static, did you mean 'random'?"
+    ),
+    "masking.policy=3": "masking.policy: Input should be a valid string (got 3)",
     "streams.brain-mr.patch=[3, 4, 4]": "streams.brain-mr: patch [3, 4, 4] does not divide shape [8, 8, 8]",
     "streams.brain-mr.patch=[4, 4]": "streams.brain-mr: patch has 2 axes, shape has 3",
     "streams.heart-xray.spacing-mm=[1.0, 1.0]": "streams.heart-xray: spacing-mm: only for volumes",
@@ -120,7 +126,17 @@ def test_bad_stream_name():
 
 
 def test_every_fault_has_its_line(run_file):
-    assert len(complaints(load_run, run_file, ["train.rounds=0", "seed=x", "extra=1"])) == 3
+    faults = ["train.rounds=0", "seed=x", "extra=1", "objective.name='jepa'", "masking.policy='none'"]
+    assert len(complaints(load_run, run_file, faults)) == 5
+
+
+def test_keys_of_an_objective_are_those_of_the_one_that_is_named(run_file):
+    [line] = complaints(load_run, run_file, ["objective.name=dino", "objective.prototype=8"])
+    assert line == f"{run_file}: objective.prototype: unknown key, did you mean objective.prototypes?"
+    [line] = complaints(load_run, run_file, ["objective.name=mae", "objective.beta=1.0"])
+    assert line == f"{run_file}: objective.beta: unknown key, known: name"
+    [line] = complaints(load_run, run_file, ["objective.name=dino", "objective.prototypes=0"])
+    assert line == f"{run_file}: objective.prototypes: Input should be greater than 0 (got 0)"
 
 
 def test_overrides(run_file):

@@ -150,6 +150,12 @@ def test_masks_follow_what_the_teacher_leans_on(make_run, make_store, leaning, p
     assert sign * (first - np.mean(others)) > 0.3
 
 
+def test_a_policy_that_is_not_guided_sees_an_equal_split(make_run, make_store, leaning):
+    run = make_run('[masking]\npolicy = "random"\n')
+    train(Trainer(run), make_store(run, complete=True), num_steps=2)
+    assert [guide.tolist() for guide in leaning[0]] == [[[1.0, 1.0, 1.0]]] * 2
+
+
 def test_a_subjects_own_saliency_is_relative_to_an_equal_split(make_run, make_store, leaning):
     run = make_run('[masking]\nscope = "subject"\n')
     train(Trainer(run), make_store(run, complete=True), num_steps=1)
