@@ -1,4 +1,4 @@
-"""What a backbone is: tokens with a layout in, encoded tokens and CLS out.
+"""The interface of a backbone: tokens with a layout in, encoded tokens and CLS out.
 
 To add one, write a subclass of `Backbone` in a file of its own and a line in `BACKBONES` (panfm/registry.py).
 
@@ -116,14 +116,14 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def numbers_per_token(self) -> list[int]:
-        """Count the numbers that each layer fills per token, for the estimate of a step's memory."""
+        """Count, layer by layer, the numbers that are filled per token: for the estimate of a step's memory."""
 
     def see(self, maps: Batch) -> None:
-        """Look at a batch's whole images before `forward` gets their visible tokens. Most backbones need not."""
+        """Look at a batch's whole images before `forward` gets their visible tokens; does nothing by default."""
 
 
 class PerStream(nn.ModuleDict):
-    """Modules by stream name; each belongs to the sharing group of its stream."""
+    """Modules by stream name; a module belongs to the sharing group of its stream."""
 
 
 def parameter_groups(model: nn.Module) -> dict[str, str]:

@@ -37,7 +37,7 @@ _POSITION_SCALE = 0.2
 
 
 class StreamTokenizer(nn.Module):
-    """Linear patches of one stream's maps, plus its embedding and fixed positions."""
+    """Projects the patches of one stream's maps linearly, and adds the stream's embedding and fixed positions."""
 
     position: Tensor
 
@@ -54,7 +54,7 @@ class StreamTokenizer(nn.Module):
 
 
 class PanModel(nn.Module):
-    """Any non-empty subset of streams in, one embedding out.
+    """Encodes any non-empty subset of streams into one embedding.
 
     Guarantees:
         independent: a subject's embedding does not depend on the other subjects of the batch, nor on padding

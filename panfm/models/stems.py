@@ -1,4 +1,4 @@
-"""What a tokenizer reads: raw voxels, or statistics of small blocks.
+"""The input of a tokenizer: raw voxels, or statistics of small blocks.
 
 A stem has no parameters, so its maps are computed once per image and kept. `statistics` turns every half-patch block
 into its mean, log standard deviation and mean absolute gradient; small cohorts learn several times faster from it than
@@ -18,8 +18,9 @@ _SD_FLOOR = 0.01
 _CENTRES = (0.2, -3.0, 0.03)
 """Typical mean, log standard deviation and gradient of a block."""
 _SCALES = (32.0, 4.0, 160.0)
-"""What a unit of each is worth. Large, so that the few hundredths by which patients differ are not lost beside a
-token's constant parts: a model takes hundreds of steps to grow a scale that it lacks (simulations/studies/LOG.md)."""
+"""Factors of mean, log standard deviation and gradient. Large, so that the few hundredths by which patients differ are
+not lost beside a token's constant parts: a model takes hundreds of steps to grow a scale that it lacks
+(simulations/studies/LOG.md)."""
 
 
 def stem_images(images: Tensor, stream: StreamConfig, tokenizer: str) -> Tensor:
@@ -79,7 +80,7 @@ def patchify(maps: Tensor, step: tuple[int, ...]) -> Tensor:
 
 
 def intensities(patches: Tensor, tokenizer: str) -> Tensor:
-    """What patches [..., F] say of the image itself, in its own units: voxels, or the means of blocks [..., F / 3]."""
+    """Convert patches [..., F] back to the image's own units: voxels, or the means of blocks [..., F / 3]."""
     if tokenizer == "patch":
         return patches
     means = patches[..., : patches.shape[-1] // 3]

@@ -57,9 +57,9 @@ def pack(present: Tensor, stream_of_place: Tensor) -> Layout:
         present: bool [B, S], the streams each subject has.
         stream_of_place: int64 [M], the stream of each place.
     """
-    held = present[:, stream_of_place]
+    has_place = present[:, stream_of_place]
     places = torch.arange(len(stream_of_place), device=present.device).expand(len(present), -1)
-    return Layout(places, torch.ones_like(held)).select(held)[0]
+    return Layout(places, torch.ones_like(has_place)).select(has_place)[0]
 
 
 def gather_tokens(tokens: Tensor, column: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""How much a site counts in the mean of a group.
+"""The weight of a site in the mean of a group.
 
     stream:S          subjects of the site that hold S; nothing if no local step was done
     director          gate mass of all experts of all layers
@@ -26,7 +26,7 @@ _ROUNDING = 1.001
 
 @dataclass(frozen=True)
 class Trained:
-    """What a site trained in a round."""
+    """Subjects, steps and gate mass of a site's round."""
 
     subjects: int
     subjects_per_stream: Mapping[str, int]
@@ -50,7 +50,7 @@ def group_weights(run: RunConfig, manifest: GroupManifest, group: str, trained: 
 def weight_limits(
     run: RunConfig, manifest: GroupManifest, group: str, *, subjects: int, subjects_per_stream: Mapping[str, int]
 ) -> Weights:
-    """The most a site may weigh in a group, by the numbers it gave before round 1."""
+    """Largest weights that a site may have in a group, by the numbers it gave before round 1."""
     if run.server_privacy is not None:
         return (1.0,)
     images = _ROUNDING * min(subjects, run.train.batch_size) * run.train.local_steps
@@ -104,7 +104,7 @@ def _agree(one: float, other: float) -> bool:
 
 
 def weight_segments(run: RunConfig, manifest: GroupManifest, group: str) -> Segments:
-    """Which weight counts where in a packed group."""
+    """Runs of a packed group, with the weight that counts for them."""
     return manifest.segments(group) if is_pooled(run, group) else ((manifest.size(group), 0),)
 
 
@@ -122,7 +122,7 @@ def _layers(manifest: GroupManifest, group: str) -> list[str]:
 
 
 def _plain_weights(run: RunConfig, group: str, trained: Trained) -> Weights:
-    """Under the `plain` rule a stream's group weighs as any other."""
+    """Weight by subjects; under the `plain` rule a stream's group weighs as any other."""
     stream = stream_of(group)
     if stream is None or run.sharing.rule == "plain":
         return (float(trained.subjects * trained.num_steps),)
