@@ -36,7 +36,7 @@ from server.roster import Roster
 from server.run_folder import RunFolder
 from server.site_privacy import Account
 from server.tracking import Tracking
-from strategies import GroupedMean, RoundOutcome, SitePrivateMean
+from strategies import GroupedMean, RoundOutcome, SiteDpMean
 from strategies.records import make_array, view_array
 
 logger = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ def make_strategy(
         raise RunError(f"{len(roster)} sites, expected {run.server_privacy.num_sites} (server-privacy.num-sites)")
     account = Account(run, folder.path, state.run_id, [handshake.site for handshake in roster.values()])
     account.check_ahead(run.train.rounds - state.round_number)
-    return SitePrivateMean(run, manifest, roster, state.memory, pay=account.pay)
+    return SiteDpMean(run, manifest, roster, state.memory, pay=account.pay)
 
 
 def train_round(

@@ -2,6 +2,6 @@
 
 from strategies.grouped import GroupedMean, RoundOutcome
 from strategies.memory import Memory
-from strategies.site_private import SitePrivateMean
+from strategies.site_dp_mean import SiteDpMean
 
-__all__ = ["GroupedMean", "Memory", "RoundOutcome", "SitePrivateMean"]
+__all__ = ["GroupedMean", "Memory", "RoundOutcome", "SiteDpMean"]

@@ -1,7 +1,7 @@
 """Grouped mean with site-level privacy (`[server-privacy]`): updates clipped as wholes, equal weights, and noise.
 
 Flower's wrappers zip the arrays of a reply with the model's by position, and so cannot carry sites with unlike groups;
-their noise comes from a seeded generator. Here an update is clipped by its keys, as a whole (panfm/privacy/sites.py).
+their noise comes from a seeded generator. Here an update is clipped by its keys, as a whole (panfm/privacy/site_dp.py).
 
 What a site says of itself, losses, weights and norms of its update, is dropped as its reply is read, so that neither
 model nor run folder can depend on it. A round in which one of the sites is missing or refused releases nothing and
@@ -16,7 +16,7 @@ from flwr.serverapp import Grid
 
 from panfm.config import RunConfig
 from panfm.errors import ProtocolError
-from panfm.privacy.sites import clip_update, noised_mean
+from panfm.privacy.site_dp import clip_update, noised_mean
 from panfm.sharing.groups import Flat, GroupManifest
 from panfm.sharing.mean import Votes
 from panfm.sharing.messages import Handshake, RoundReply
@@ -25,7 +25,7 @@ from strategies.means import GroupMean
 from strategies.memory import Memory
 
 
-class SitePrivateMean(GroupedMean):
+class SiteDpMean(GroupedMean):
     """Noised mean of clipped updates over a fixed set of sites."""
 
     def __init__(
