@@ -52,3 +52,16 @@ class Registry:
             target = getattr(importlib.import_module(module), attribute)
             self._targets[name] = target
         return target
+
+
+MEANS = Registry(
+    "sharing.mean",
+    {
+        "weighted": "strategies.weighted_means:WeightedMean",
+        "median": "strategies.robust_means:CoordinateMedian",
+        "trimmed": "strategies.robust_means:TrimmedMean",
+        "geometric-median": "strategies.robust_means:GeometricMedian",
+        "l-dawa": "strategies.weighted_means:LayerwiseMean",
+    },
+)
+"""Means of a group's updates (`strategies.group_means`)."""

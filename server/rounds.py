@@ -23,21 +23,20 @@ from panfm.config import RunConfig, dump_toml
 from panfm.config.privacy import privacy_label
 from panfm.errors import RunError
 from panfm.models import build_model
-from panfm.sharing.groups import BACKBONE, GroupManifest, split_state, stream_of
-from panfm.sharing.messages import Handshake, RoundReply, RoundTask
-from panfm.sharing.profile import federated_profile
-from panfm.sharing.shares import capped_shares
+from panfm.sharing.groups import GroupManifest, split_state
+from panfm.sharing.messages import Handshake, RoundTask
 from server.checkpoint import ServerState
 from server.costs import PlannedCosts
 from server.exchange import Exchange
 from server.handshake import shake_hands
 from server.progress import Progress
 from server.roster import Roster
+from server.round_line import round_line
 from server.run_folder import RunFolder
 from server.site_privacy import Account
 from server.tracking import Tracking
-from strategies import GroupedMean, RoundOutcome, SiteDpMean
-from strategies.records import make_array, view_array
+from strategies import GroupedMean, SiteDpMean
+from strategies.dispatch import make_array, view_array
 
 logger = logging.getLogger(__name__)
 
@@ -117,8 +116,7 @@ def train_round(
     config = ConfigRecord(dict(task.to_records().config))
     exchange = Exchange(grid, strategy.configure_train(number, arrays, config, grid), run.federation.round_timeout_s)
     arrays, _ = strategy.aggregate_train(number, exchange)
-    line = _round_line(number, start, exchange, strategy)
-    line["privacy"] = privacy_label(run)
+    line = round_line(number, start, exchange, strategy)
     groups = {group: view_array(array) for group, array in arrays.items()}
     return ServerState(state.run_id, number, groups, line["profile"] or state.profile, strategy.memory), line
 
@@ -148,64 +146,3 @@ def initial_state(run: RunConfig, start: Mapping[str, Tensor] | None = None) -> 
     tensors = {name: tensor.numpy() for name, tensor in shared.items()}
     manifest = GroupManifest.of({name: tensor.shape for name, tensor in tensors.items()})
     return ServerState(f"{run.name[:48]}-{secrets.token_hex(4)}", 0, manifest.pack_all(tensors)), manifest
-
-
-def _round_line(
-    number: int,
-    start: float,
-    exchange: Exchange,
-    strategy: GroupedMean,
-) -> dict[str, Any]:
-    """What happened in a round, by site name."""
-    names = {node_id: handshake.site for node_id, handshake in strategy.asked.items()}
-    outcome = strategy.outcome
-    seconds = {names[node_id]: value for node_id, value in exchange.seconds.items()}
-    failed = {
-        names[node_id]: reason.removeprefix(f"site {names[node_id]}: ") for node_id, reason in exchange.failed.items()
-    }
-    accepted = dict(sorted(outcome.accepted.items()))
-    return {
-        "round": number,
-        "asked": sorted(names.values()),
-        "phase": "train",
-        "seconds": round(time.monotonic() - start, 4),
-        "loss": _mean_loss(accepted, strategy.run.federation.max_share),
-        "sites": {site: _site_line(site, reply, outcome, seconds[site]) for site, reply in accepted.items()},
-        "late": sorted(names[node_id] for node_id in exchange.late),
-        "rejected": dict(sorted((failed | outcome.rejected).items())),
-        "coverage": _coverage(accepted),
-        "bytes_down": dict(strategy.bytes_down),
-        "bytes_up": dict(sorted(outcome.bytes_up.items())),
-        "profile": federated_profile(accepted.values(), strategy.run.federation.max_share),
-    }
-
-
-def _coverage(replies: Mapping[str, RoundReply]) -> dict[str, list[str]]:
-    """Stream -> sites whose replies moved it."""
-    found: dict[str, list[str]] = {}
-    for site, reply in replies.items():
-        for group in reply.weights:
-            if (stream := stream_of(group)) and any(reply.weights[group]):
-                found.setdefault(stream, []).append(site)
-    return dict(sorted(found.items()))
-
-
-def _site_line(site: str, reply: RoundReply, outcome: RoundOutcome, seconds: float) -> dict[str, Any]:
-    return {
-        "seconds": round(seconds, 4),
-        "state_round": reply.state_round,
-        "loss": reply.loss,
-        "validation_loss": reply.validation_loss,
-        "num_skipped": reply.num_skipped,
-        "saliency": dict(reply.saliency),
-        "weights": dict(reply.weights),
-        "shares": {group: round(share, 6) for group, share in outcome.shares[site].items()},
-        "norms": {group: float(f"{norm:.4g}") for group, norm in outcome.norms[site].items()},
-    }
-
-
-def _mean_loss(replies: Mapping[str, RoundReply], max_share: float) -> float | None:
-    """Mean of the losses that were released, weighted as the backbone is, and capped as it is."""
-    known = {site: reply.loss for site, reply in replies.items() if reply.loss is not None}
-    shares = capped_shares({site: sum(replies[site].weights[BACKBONE]) for site in known}, max_share)
-    return sum(loss * shares[site] for site, loss in known.items()) if any(shares.values()) else None

@@ -7,7 +7,11 @@ those who run it, and a number far from what was tried leads to arithmetic that 
 from collections.abc import Iterator
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+from panfm.errors import ConfigError
+from panfm.registry import Registry
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 Positive = Annotated[int, Field(gt=0, le=1_000_000_000)]
@@ -48,3 +52,16 @@ class Uncoupled(Config):
     def couplings(self) -> Iterator[str]:
         """What couples patients, as `key: why, remedy`, one line each: nothing."""
         return iter(())
+
+
+def check_plug_in(registry: Registry, name: str) -> str:
+    """Return a name that a registry knows; any other is a fault of the description."""
+    try:
+        return registry.check(name)
+    except ConfigError as error:
+        raise PydanticCustomError("unknown_plug_in", "{text}", {"text": str(error)}) from None
+
+
+def plug_in(registry: Registry) -> AfterValidator:
+    """Validator of a field that chooses a plug-in by name."""
+    return AfterValidator(lambda name: check_plug_in(registry, name))

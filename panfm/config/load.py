@@ -133,6 +133,8 @@ def _validate(kind: type[C], table: Mapping[str, Any], where: str) -> C:
 
 
 def _complaint(kind: type[BaseModel], fault: Any) -> str:
+    if fault["type"] == "unknown_plug_in":
+        return str(fault["msg"])
     keys, around, here = _locate(kind, fault["loc"])
     key = ".".join(keys)
     if fault["type"] == "extra_forbidden":

@@ -36,7 +36,7 @@ from panfm.sharing.messages import Handshake, RoundReply
 from simulations.engines.local import LocalGrid
 from simulations.harness import QUICKSTART, Experiment, JsonFile, StudyResult, check_writable
 from strategies import GroupedMean
-from strategies.records import make_array
+from strategies.dispatch import make_array
 
 SITES = (4, 16, 64)
 _RUN_ID, _SUBJECTS, _DISTINCT = "bench", 100, 3

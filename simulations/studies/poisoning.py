@@ -38,7 +38,6 @@ from panfm.data.phantom.cohort import write_cohort
 from panfm.evaluate import LabelledStore, Task, evaluate_cohort, read_label_info
 from panfm.models import build_model
 from panfm.sharing.groups import split_state
-from panfm.sharing.shares import FEWEST
 from panfm.training import Learner
 from simulations.harness import (
     QUICKSTART,
@@ -55,6 +54,7 @@ from simulations.harness import (
 )
 from simulations.studies._federations import Federated, federate, mean_sd
 from simulations.studies._hostile import GUARDS_OFF, federate_with
+from strategies.weight_caps import FEWEST
 
 MEANS = ("weighted", "median", "trimmed", "geometric-median")
 GUARDS = ("default", "off")

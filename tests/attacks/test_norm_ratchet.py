@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from panfm.sharing.messages import RoundReply
-from strategies.memory import Memory
-from strategies.norms import NormBounds
+from strategies.reply_guards import NormBounds
+from strategies.strategy_memory import Memory
 from tests.attacks.test_site_share import MANIFEST, asked, handshake, message
 
 _ROUNDS = 12

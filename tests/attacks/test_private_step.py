@@ -24,7 +24,7 @@ from panfm.training import Learner
 from panfm.training.masking import draw_hidden, stream_scores
 from panfm.training.objective import Split
 from simulations.run import cohort_folder
-from strategies.means import empty_mean
+from strategies.group_means import make_mean
 from tests.attacks.private_steps import (
     LEVEL,
     PRIVACY,
@@ -259,8 +259,8 @@ def test_names_that_nobody_knows_are_not_taken_for_others(make_run):
         learner.reset_private()
     sharing = SimpleNamespace(**dict(run.sharing), mean_of=lambda group: "unknown", optimiser_of=None)
     shapes = {name: tuple(tensor.shape) for name, tensor in learner.shared_state().items()}
-    with pytest.raises(AssertionError, match="unknown"):
-        empty_mean(
+    with pytest.raises(ConfigError, match="mean: found 'unknown'"):
+        make_mean(
             SimpleNamespace(
                 sharing=sharing, model=run.model, train=run.train, federation=run.federation, server_privacy=None
             ),

@@ -5,7 +5,8 @@ import math
 import pytest
 
 from panfm.errors import ProtocolError
-from strategies.norms import NormBounds, learning_rates, remember
+from strategies.reply_guards import NormBounds, learning_rates
+from strategies.strategy_memory import add_norms
 
 
 @pytest.fixture
@@ -20,7 +21,7 @@ def run(make_run):
 def past(*rounds: dict[str, float], group: str = "backbone"):
     norms = {}
     for number, sites in enumerate(rounds, start=1):
-        norms = remember(norms, number, {site: {group: norm} for site, norm in sites.items()})
+        norms = add_norms(norms, number, {site: {group: norm} for site, norm in sites.items()})
     return norms
 
 
@@ -97,9 +98,9 @@ def test_the_director_knows_no_rate(make_run):
 def test_memory_of_ten_rounds():
     norms = past({"gone": 7.0}, group="head")
     for number in range(12):
-        norms = remember(norms, number, {"a": {"backbone": number + 0.5}, "b": {"backbone": 100.0}})
+        norms = add_norms(norms, number, {"a": {"backbone": number + 0.5}, "b": {"backbone": 100.0}})
     assert norms["head"] == {"gone": ((1, 7.0),)}
     assert norms["backbone"]["a"] == tuple((number, number + 0.5) for number in range(2, 12))
-    assert remember(norms, 12, {}) == norms
-    late = remember(norms, 30, {"c": {"backbone": 1.0}})
+    assert add_norms(norms, 12, {}) == norms
+    late = add_norms(norms, 30, {"c": {"backbone": 1.0}})
     assert late["backbone"]["a"][0][0] == 3

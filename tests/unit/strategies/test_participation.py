@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from strategies.participation import draw_sites
+from strategies.dispatch import draw_sites
 
 
 def roster(num: int) -> dict[int, SimpleNamespace]:
