@@ -1,6 +1,5 @@
 """The line of a round in rounds.jsonl: who was asked, who replied with what, what was refused, and means over sites."""
 
-import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -12,18 +11,18 @@ from strategies import GroupedMean, RoundOutcome
 from strategies.weight_caps import capped_shares, capped_weights
 
 
-def round_line(number: int, start: float, exchange: Exchange, strategy: GroupedMean) -> dict[str, Any]:
+def round_line(number: int, seconds: float, exchange: Exchange, strategy: GroupedMean) -> dict[str, Any]:
     """Describe a round, by site name.
 
     Args:
         number: Of the round.
-        start: When it began, by `time.monotonic`.
+        seconds: From its start to the new global parameters.
         exchange: Its messages, after the last reply.
         strategy: After it has aggregated the replies.
     """
     names = {node_id: handshake.site for node_id, handshake in strategy.asked.items()}
     outcome, max_share = strategy.outcome, strategy.run.federation.max_share
-    seconds = {names[node_id]: value for node_id, value in exchange.seconds.items()}
+    waited = {names[node_id]: value for node_id, value in exchange.seconds.items()}
     failed = {
         names[node_id]: reason.removeprefix(f"site {names[node_id]}: ") for node_id, reason in exchange.failed.items()
     }
@@ -32,9 +31,9 @@ def round_line(number: int, start: float, exchange: Exchange, strategy: GroupedM
         "round": number,
         "asked": sorted(names.values()),
         "phase": "train",
-        "seconds": round(time.monotonic() - start, 4),
+        "seconds": round(seconds, 4),
         "loss": mean_loss(accepted, max_share),
-        "sites": {site: _site_line(site, reply, outcome, seconds[site]) for site, reply in accepted.items()},
+        "sites": {site: _site_line(site, reply, outcome, waited[site]) for site, reply in accepted.items()},
         "late": sorted(names[node_id] for node_id in exchange.late),
         "rejected": dict(sorted((failed | outcome.rejected).items())),
         "coverage": _coverage(accepted),

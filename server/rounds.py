@@ -1,10 +1,12 @@
-"""The federation, from the server's side: shake hands, then rounds, then the final model.
+"""The round loop of a federation, from the server's side.
 
-    1. every site tells what it holds                                  (handshake.py)
-    2. each round: see who is there, send each site its groups, take replies until the deadline, refuse bad ones,
-       average the rest                                                (roster.py, exchange.py, strategies/)
-    3. each round ends on disk: a checkpoint and a line in rounds.jsonl (checkpoint.py, run_folder.py), and what
-       people look at meanwhile                                        (tracking.py)
+    1. shake hands    every site tells what it holds                                    handshake.py
+    2. each round     choose the sites that are asked                                   membership.py, expected_sites.py
+                      send each its groups, read replies until the deadline             exchange.py
+                      refuse bad replies, average the others, step                      strategies/
+                      write a line in rounds.jsonl and a checkpoint                     round_line.py, checkpoint.py
+                      show it to people                                                 console.py, tracking.py
+    3. save           the final model                                                   run_folder.py
 
 A round with fewer good replies than `federation.min-sites` ends the run with an error; it can be resumed.
 """
@@ -25,57 +27,49 @@ from panfm.errors import RunError
 from panfm.models import build_model
 from panfm.sharing.groups import GroupManifest, split_state
 from panfm.sharing.messages import Handshake, RoundTask
+from server.budgets import PlannedCosts, SiteDpBudget
 from server.checkpoint import ServerState
-from server.costs import PlannedCosts
+from server.console import Progress
 from server.exchange import Exchange
-from server.handshake import shake_hands
-from server.progress import Progress
-from server.roster import Roster
+from server.handshake import Attendance, shake_hands
+from server.membership import Membership
 from server.round_line import round_line
 from server.run_folder import RunFolder
-from server.site_privacy import Account
 from server.tracking import Tracking
 from strategies import GroupedMean, SiteDpMean
-from strategies.dispatch import make_array, view_array
+from strategies.dispatch import make_array, view_arrays
 
 logger = logging.getLogger(__name__)
 
 
 def run_federation(grid: Grid, folder: RunFolder, progress: Progress, *, num_sites: int | None = None) -> None:
-    """Run all rounds that are still to do.
+    """Run all rounds that are still to do, and save the model.
 
     Args:
-        grid: Flower's line to the sites.
+        grid: Flower's connection to the sites.
         folder: A new run, or one to resume.
-        num_sites: Wait for, and insist on, this many sites; `federation.min-sites` when left out.
+        num_sites: Wait for, and require, this many sites; `federation.min-sites` when left out.
     Raises:
-        RunError: too few sites, one that does not fit, or a round without a quorum.
+        RunError: too few sites, one that does not fit, or a round without enough good replies.
     """
     run = folder.shared_run
     num_sites = needed_sites(run, num_sites)
     first, manifest = initial_state(run, folder.start())
-    expected = folder.expected_sites()
-    attendance = shake_hands(grid, run, manifest, num_sites=num_sites, expected=expected, on_site=progress.site)
-    folder.save_sites(attendance)
-    attendance.require(num_sites or run.federation.min_sites)
-    progress.absent(attendance.failed)
-    progress.privacy(privacy_label(run))
+    attendance = _gather_sites(grid, folder, manifest, progress, num_sites=num_sites)
     if not (state := folder.latest_state()):
         folder.save_state(state := first)
     strategy = make_strategy(folder, manifest, attendance.roster, state)
-    roster, costs = Roster(grid, run, manifest, attendance), PlannedCosts(run, folder.rounds())
+    membership = Membership(grid, run, manifest, attendance)
+    costs = PlannedCosts(run, folder.rounds())
     with Tracking(folder) as tracking:
         while state.round_number < run.train.rounds:
-            known = attendance.roster
-            strategy.roster = roster.gather(state.round_number + 1)
-            if attendance.roster is not known:
-                folder.save_sites(attendance)
+            strategy.roster = _choose_sites(folder, membership, state.round_number + 1)
             state, line = train_round(grid, strategy, run, state)
-            line |= {"away": roster.away(line["round"], line["asked"]), "moved": roster.moved}
+            line |= {"away": membership.away(line["round"], line["asked"]), "moved": membership.moved}
             line["epsilon"] = costs.after(line["asked"])
             folder.append_round(line)
             tracking.round(line)
-            roster.note(line)
+            membership.note_late(line)
             _log_rejected(line)
             require_quorum(run, line)
             folder.save_state(state)
@@ -83,8 +77,50 @@ def run_federation(grid: Grid, folder: RunFolder, progress: Progress, *, num_sit
     folder.save_model(state, manifest, [handshake.site for handshake in attendance.roster.values()])
 
 
+def train_round(
+    grid: Grid, strategy: GroupedMean, run: RunConfig, state: ServerState
+) -> tuple[ServerState, dict[str, Any]]:
+    """Ask the strategy's sites to train, and aggregate their replies.
+
+    Returns:
+        The state after the round, and its line for rounds.jsonl.
+    """
+    start, number = time.monotonic(), state.round_number + 1
+    task = RoundTask(state.run_id, number, dump_toml(run), state.groups, state.profile)
+    config = ConfigRecord(dict(task.to_records().config))
+    arrays = ArrayRecord({group: make_array(flat) for group, flat in state.groups.items()})
+    messages = strategy.configure_train(number, arrays, config, grid)
+    exchange = Exchange(grid, messages, run.federation.round_timeout_s)
+    arrays, _ = strategy.aggregate_train(number, exchange)
+    line = round_line(number, time.monotonic() - start, exchange, strategy)
+    groups, profile = view_arrays(arrays), line["profile"] or state.profile
+    return ServerState(state.run_id, number, groups, profile, strategy.memory), line
+
+
+def _gather_sites(
+    grid: Grid, folder: RunFolder, manifest: GroupManifest, progress: Progress, *, num_sites: int | None
+) -> Attendance:
+    """Shake hands with the sites that are online. Raises RunError if too few take part or one does not fit."""
+    run, expected = folder.shared_run, folder.expected_sites()
+    attendance = shake_hands(grid, run, manifest, num_sites=num_sites, expected=expected, on_site=progress.site)
+    folder.save_sites(attendance)
+    attendance.require(num_sites or run.federation.min_sites)
+    progress.absent(attendance.failed)
+    progress.privacy(privacy_label(run))
+    return attendance
+
+
+def _choose_sites(folder: RunFolder, membership: Membership, round_number: int) -> dict[int, Handshake]:
+    """Return the sites to ask in a round; write sites.json if sites joined or left."""
+    roster = membership.attendance.roster
+    chosen = membership.gather(round_number)
+    if membership.attendance.roster is not roster:
+        folder.save_sites(membership.attendance)
+    return chosen
+
+
 def needed_sites(run: RunConfig, num_sites: int | None) -> int | None:
-    """How many sites to wait for. Raises RunError if site-level privacy counts on another number than there are."""
+    """Number of sites to wait for. Raises RunError if site-level privacy counts on another number than `num_sites`."""
     expected = run.server_privacy.num_sites if run.server_privacy else num_sites
     if num_sites not in (None, expected):
         raise RunError(f"{num_sites} sites, expected {expected} (server-privacy.num-sites)")
@@ -94,40 +130,25 @@ def needed_sites(run: RunConfig, num_sites: int | None) -> int | None:
 def make_strategy(
     folder: RunFolder, manifest: GroupManifest, roster: Mapping[int, Handshake], state: ServerState
 ) -> GroupedMean:
-    """The strategy that a run asks for. Raises BudgetError if site-level privacy does not cover the rounds to come."""
+    """Create the strategy of a run. Raises BudgetError if site-level privacy does not cover the rounds to come."""
     run = folder.shared_run
     if run.server_privacy is None:
         return GroupedMean(run, manifest, roster, state.memory)
     if len(roster) != run.server_privacy.num_sites:
         raise RunError(f"{len(roster)} sites, expected {run.server_privacy.num_sites} (server-privacy.num-sites)")
-    account = Account(run, folder.path, state.run_id, [handshake.site for handshake in roster.values()])
-    account.check_ahead(run.train.rounds - state.round_number)
-    return SiteDpMean(run, manifest, roster, state.memory, pay=account.pay)
-
-
-def train_round(
-    grid: Grid, strategy: GroupedMean, run: RunConfig, state: ServerState
-) -> tuple[ServerState, dict[str, Any]]:
-    """One round: the next state, and its line for rounds.jsonl."""
-    start = time.monotonic()
-    number = state.round_number + 1
-    task = RoundTask(state.run_id, number, dump_toml(run), state.groups, state.profile)
-    arrays = ArrayRecord({group: make_array(flat) for group, flat in state.groups.items()})
-    config = ConfigRecord(dict(task.to_records().config))
-    exchange = Exchange(grid, strategy.configure_train(number, arrays, config, grid), run.federation.round_timeout_s)
-    arrays, _ = strategy.aggregate_train(number, exchange)
-    line = round_line(number, start, exchange, strategy)
-    groups = {group: view_array(array) for group, array in arrays.items()}
-    return ServerState(state.run_id, number, groups, line["profile"] or state.profile, strategy.memory), line
+    budget = SiteDpBudget(run, folder.path, state.run_id, [handshake.site for handshake in roster.values()])
+    budget.check_ahead(run.train.rounds - state.round_number)
+    return SiteDpMean(run, manifest, roster, state.memory, pay=budget.pay)
 
 
 def require_quorum(run: RunConfig, line: Mapping[str, Any]) -> None:
-    """Raises RunError if a round had too few good replies; the line says why each of the others failed."""
-    needed, found = run.federation.min_sites, len(line["sites"])
-    if found < needed:
+    """Raises RunError if a round had too few good replies; the error says why each of the others failed."""
+    needed, num_replies = run.federation.min_sites, len(line["sites"])
+    if num_replies < needed:
         reasons = "; ".join(f"{site}: {reason}" for site, reason in line["rejected"].items())
         raise RunError(
-            f"round {line['round']}: {found} good replies, at least {needed} needed (federation.min-sites): {reasons}"
+            f"round {line['round']}: {num_replies} good replies, at least {needed} needed (federation.min-sites): "
+            f"{reasons}"
         )
 
 
@@ -137,7 +158,7 @@ def _log_rejected(line: Mapping[str, Any]) -> None:
 
 
 def initial_state(run: RunConfig, start: Mapping[str, Tensor] | None = None) -> tuple[ServerState, GroupManifest]:
-    """What is shared of the model before round 1, under a new run id, and the layout of its groups.
+    """Return the shared parameters before round 1, under a new run id, and the layout of their groups.
 
     Args:
         start: The shared parameters of a warm start.

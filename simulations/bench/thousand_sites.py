@@ -35,7 +35,7 @@ from panfm.data.cache import open_store
 from panfm.sharing.messages import Handshake
 from panfm.site.session import held_streams
 from panfm.training import Learner
-from server.progress import Progress
+from server.console import Progress
 from server.rounds import run_federation
 from server.run_folder import RunFolder
 from simulations.engines import Job

@@ -24,7 +24,7 @@ from panfm.site.state import StateStore
 from panfm.training import Learner
 from panfm.training.latent import LatentObjective
 from server.app import app as server_app
-from server.progress import Progress
+from server.console import Progress
 from server.rounds import run_federation
 from server.run_folder import RunFolder
 from simulations.engines import Job

@@ -15,7 +15,7 @@ import typer
 from panfm.cli import export
 from panfm.errors import RunError
 from panfm.files import json_text, write_atomic
-from server.flower import FlowerRun, flower_environment, submit
+from server.flower_cli import FlowerRun, flower_environment, submit
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 _RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]
@@ -107,8 +107,7 @@ def status(run_dir: _RunDir) -> None:
     from rich.console import Console
 
     from panfm.report import read_run
-    from server.screen import screen
-    from server.watch import why_not_finished
+    from server.console import screen, why_not_finished
 
     run, flower = read_run(run_dir), _flower_run(run_dir)
     Console().print(screen(run))
@@ -127,7 +126,7 @@ def watch(run_dir: _RunDir) -> None:
     from rich.console import Console
 
     from panfm.report import read_run
-    from server.watch import follow, view
+    from server.console import follow, view
 
     console = Console(soft_wrap=True, highlight=False)
     flower = None if read_run(run_dir).is_finished else _flower_run(run_dir)
