@@ -193,7 +193,7 @@ def follow(run_dir: Path, show: View, flower: FlowerRun | None, environment: Map
 
 
 def why_not_finished(run: Run, status: str = "", details: str = "") -> str:
-    """One line: what the server wrote down, or else what Flower knows."""
+    """Tell in one line why a run has not finished, by the run folder or else by Flower."""
     done = f"after {len(run.rounds)} of {run.config.train.rounds} rounds"
     if run.failure:
         return f"{run.ending} {done}: {run.failure}"

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from panfm.config import RunConfig, dump_toml
 from panfm.config.privacy import privacy_label
+from panfm.config.site_dp import SiteDpConfig
 from panfm.errors import RunError
 from panfm.models import build_model
 from panfm.sharing.groups import GroupManifest, split_state
@@ -53,7 +54,7 @@ def run_federation(grid: Grid, folder: RunFolder, progress: Progress, *, num_sit
         RunError: too few sites, one that does not fit, or a round without enough good replies.
     """
     run = folder.shared_run
-    num_sites = needed_sites(run, num_sites)
+    num_sites = needed_sites(run.server_privacy, num_sites)
     first, manifest = initial_state(run, folder.start())
     attendance = _gather_sites(grid, folder, manifest, progress, num_sites=num_sites)
     if not (state := folder.latest_state()):
@@ -71,7 +72,7 @@ def run_federation(grid: Grid, folder: RunFolder, progress: Progress, *, num_sit
             tracking.round(line)
             membership.note_late(line)
             _log_rejected(line)
-            require_quorum(run, line)
+            require_quorum(run.federation.min_sites, line)
             folder.save_state(state)
             progress.round(run, line)
     folder.save_model(state, manifest, [handshake.site for handshake in attendance.roster.values()])
@@ -119,9 +120,9 @@ def _choose_sites(folder: RunFolder, membership: Membership, round_number: int) 
     return chosen
 
 
-def needed_sites(run: RunConfig, num_sites: int | None) -> int | None:
+def needed_sites(site_dp: SiteDpConfig | None, num_sites: int | None) -> int | None:
     """Number of sites to wait for. Raises RunError if site-level privacy counts on another number than `num_sites`."""
-    expected = run.server_privacy.num_sites if run.server_privacy else num_sites
+    expected = site_dp.num_sites if site_dp else num_sites
     if num_sites not in (None, expected):
         raise RunError(f"{num_sites} sites, expected {expected} (server-privacy.num-sites)")
     return expected
@@ -141,13 +142,13 @@ def make_strategy(
     return SiteDpMean(run, manifest, roster, state.memory, pay=budget.pay)
 
 
-def require_quorum(run: RunConfig, line: Mapping[str, Any]) -> None:
+def require_quorum(min_sites: int, line: Mapping[str, Any]) -> None:
     """Raises RunError if a round had too few good replies; the error says why each of the others failed."""
-    needed, num_replies = run.federation.min_sites, len(line["sites"])
-    if num_replies < needed:
+    num_replies = len(line["sites"])
+    if num_replies < min_sites:
         reasons = "; ".join(f"{site}: {reason}" for site, reason in line["rejected"].items())
         raise RunError(
-            f"round {line['round']}: {num_replies} good replies, at least {needed} needed (federation.min-sites): "
+            f"round {line['round']}: {num_replies} good replies, at least {min_sites} needed (federation.min-sites): "
             f"{reasons}"
         )
 

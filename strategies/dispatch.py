@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-from panfm.config import RunConfig
+from panfm.config.federation import FederationConfig
 from panfm.errors import ProtocolError
 from panfm.seeds import numpy_generator
 from panfm.sharing.coding import Arrays
@@ -16,17 +16,19 @@ from panfm.sharing.npy import NpySpace, to_npy, view_npy
 from strategies.strategy_memory import Memory
 
 
-def draw_sites(run: RunConfig, roster: Mapping[int, Handshake], round_number: int) -> dict[int, Handshake]:
-    """Draw `federation.participation` of the sites, at least `federation.min-sites`, in the order of the roster.
+def draw_sites(
+    federation: FederationConfig, seed: int, roster: Mapping[int, Handshake], round_number: int
+) -> dict[int, Handshake]:
+    """Draw `participation` of the sites, at least `min-sites`, in the order of the roster.
 
     Guarantees:
         repeatable: the draw depends on the run's seed, the round and the names of the sites, nothing else.
     """
-    num = max(run.federation.min_sites, round(run.federation.participation * len(roster)))
+    num = max(federation.min_sites, round(federation.participation * len(roster)))
     if num >= len(roster):
         return dict(roster)
     names = sorted(handshake.site for handshake in roster.values())
-    drawn = set(numpy_generator(run.seed, "participation", round_number).choice(names, num, replace=False).tolist())
+    drawn = set(numpy_generator(seed, "participation", round_number).choice(names, num, replace=False).tolist())
     return {node_id: handshake for node_id, handshake in roster.items() if handshake.site in drawn}
 
 

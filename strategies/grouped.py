@@ -88,7 +88,7 @@ class GroupedMean(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Yield one message for each asked site, with the groups it trains."""
-        self.asked = draw_sites(self.run, self.roster, server_round)
+        self.asked = draw_sites(self.run.federation, self.run.seed, self.roster, server_round)
         self._global = arrays
         self._run_id = str(config["run-id"])
         downlink = Downlink(arrays, self.memory, teacher=self._teacher_average())
@@ -138,7 +138,7 @@ class GroupedMean(Strategy):
         self.outcome = RoundOutcome()
         self._round = server_round
         self._weight_limits = WeightLimits(self.run, self.manifest, self.asked.values())
-        self._bounds = NormBounds(self.run, server_round, self.memory.norms)
+        self._bounds = NormBounds(self.run.sharing, self.run.train, server_round, self.memory.norms)
         self._directions = Directions(self.run.sharing.guards.direction or LIMIT, self.memory)
         self._means = {group: self._empty_mean(group, space) for group, space in spaces.items()}
 

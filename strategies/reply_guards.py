@@ -44,7 +44,7 @@ from statistics import median
 import numpy as np
 from numpy.typing import NDArray
 
-from panfm.config import RunConfig
+from panfm.config.sharing import SharingConfig
 from panfm.config.training import TrainConfig
 from panfm.errors import ProtocolError
 from panfm.sharing.groups import DIRECTOR
@@ -114,14 +114,15 @@ def _check_saliency(reply: RoundReply, handshake: Handshake) -> None:
 class NormBounds:
     """The bounds of one round, given the rounds before."""
 
-    def __init__(self, run: RunConfig, round_number: int, past: Norms) -> None:
+    def __init__(self, sharing: SharingConfig, train: TrainConfig, round_number: int, past: Norms) -> None:
         """Prepare the bounds of a round.
 
         Args:
             past: Norms of the rounds before.
         """
-        self._run = run
-        self._rates = learning_rates(run.train, round_number)
+        self._sharing = sharing
+        self._train = train
+        self._rates = learning_rates(train, round_number)
         self._rounds = {group: self._past_rounds(sites) for group, sites in past.items()}
 
     def check(self, site: str, reply: RoundReply, norms: Mapping[str, float]) -> dict[str, float]:
@@ -139,14 +140,14 @@ class NormBounds:
 
     def limit(self, site: str, group: str, size: int) -> tuple[float, str]:
         """Return the longest that a site's update of `size` numbers may be, and the key that limits it."""
-        absolute = self._run.sharing.norm_limit_of(group) * self._rates * math.sqrt(size)
+        absolute = self._sharing.norm_limit_of(group) * self._rates * math.sqrt(size)
         rounds = [
             [norm * max(self._growth(group, rate), 1.0) for norm in others]
             for rate, norms in self._rounds.get(group, ())
             if (others := _of_others(norms, site))
         ]
         settled = [others for others in rounds if len(others) >= _SETTLED_SITES]
-        ratio = self._run.sharing.guards.norm_ratio
+        ratio = self._sharing.guards.norm_ratio
         if len(settled) < _SETTLED_ROUNDS:
             settled, ratio = rounds, ratio * _WIDER
         usual = median(map(median, settled)) if settled else 0.0
@@ -161,7 +162,7 @@ class NormBounds:
         ]
         if not rounds:
             return math.inf
-        return CLIP * self._run.sharing.guards.norm_ratio * median(map(median, rounds[-_CLIP_ROUNDS:]))
+        return CLIP * self._sharing.guards.norm_ratio * median(map(median, rounds[-_CLIP_ROUNDS:]))
 
     def _growth(self, group: str, rate: float) -> float:
         """Ratio of this round's learning rates to earlier ones; 1 for directors, which follow the experts."""
@@ -173,9 +174,7 @@ class NormBounds:
         for site, entries in sites.items():
             for number, norm in entries:
                 rounds.setdefault(number, {})[site] = norm
-        return [
-            (learning_rates(self._run.train, number), rounds[number]) for number in sorted(rounds)[-HISTORY_ROUNDS:]
-        ]
+        return [(learning_rates(self._train, number), rounds[number]) for number in sorted(rounds)[-HISTORY_ROUNDS:]]
 
 
 def learning_rates(train: TrainConfig, round_number: int) -> float:

@@ -131,7 +131,7 @@ class HostileGrid(LocalGrid):
         self._seen = _Seen(number)
 
     def _poisoned(self, node_id: int, answer: RoundReply) -> RoundReply:
-        bounds = NormBounds(self._run, answer.round_number, self._memory.norms)
+        bounds = NormBounds(self._run.sharing, self._run.train, answer.round_number, self._memory.norms)
         updates, weights = {}, dict(answer.weights)
         for group, own in answer.updates.items():
             others = [reply.updates[group] for reply in self._seen.honest.values() if group in reply.updates]
