@@ -94,3 +94,15 @@ BACKBONES = Registry(
     },
 )
 """Subclasses of `panfm.models.backbone.Backbone`."""
+
+MEANS = Registry(
+    "sharing.mean",
+    {
+        "weighted": "strategies.weighted_means:WeightedMean",
+        "median": "strategies.robust_means:CoordinateMedian",
+        "trimmed": "strategies.robust_means:TrimmedMean",
+        "geometric-median": "strategies.robust_means:GeometricMedian",
+        "l-dawa": "strategies.weighted_means:LayerwiseMean",
+    },
+)
+"""Means of a group's updates (`strategies.group_means`)."""

@@ -5,7 +5,7 @@ import sys
 import typer
 
 from panfm.errors import PanfmError
-from server.cli import app
+from server.coordinator import app
 
 if __name__ == "__main__":
     try:

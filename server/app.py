@@ -8,7 +8,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from panfm.config import load_run, site_folders
 from panfm.errors import ConfigError
-from server.progress import Progress
+from server.console import Progress
 from server.rounds import run_federation
 from server.run_folder import RunFolder
 from server.tracking import refresh_page

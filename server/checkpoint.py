@@ -1,4 +1,4 @@
-"""What the server must remember to go on after a crash: one file per round, whole or absent, checksummed.
+"""Checkpoints, from which the server resumes after a crash: one file per round, whole or absent, checksummed.
 
 <folder>/round-000007.state     global groups, saliency profile, the strategy's memory and run id after round 7
 """
@@ -23,7 +23,7 @@ _GLOBAL, _STEP, _LOST, _AVERAGE, _VOTES = "global", "step", "lost", "average", "
 
 @dataclass(frozen=True)
 class ServerState:
-    """Where a run stands. Resuming from it gives the bits of an undisturbed run."""
+    """State of a run between rounds. Resuming from it gives the bits of an undisturbed run."""
 
     run_id: str
     round_number: int
@@ -33,7 +33,7 @@ class ServerState:
     profile: Mapping[str, float] | None = None
     """Federation's saliency per stream, relative to an equal split."""
     memory: Memory = field(default_factory=Memory)
-    """What the strategy carries: usual norms and directions, server optimisers."""
+    """Memory of the strategy: usual norms and directions, server optimisers."""
 
 
 def save_state(folder: Path, state: ServerState) -> None:

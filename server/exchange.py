@@ -1,4 +1,4 @@
-"""One question to many sites, with a deadline: the answers as they come, and who did not answer well."""
+"""Exchange: messages to many sites, replies as they arrive until a deadline, and why the others failed."""
 
 import logging
 import time
@@ -17,7 +17,7 @@ _PAUSE_SHARE = 0.05
 
 
 class Exchange:
-    """Iterate over it for the good replies; afterwards `failed` and `seconds` tell the rest.
+    """Messages to nodes, one each; iterate over it for the good replies, then read `failed` and `seconds`.
 
     Replies are fetched one at a time, so that only one is in memory. A failure is put down to the node that was asked
     (Flower's own error replies name another), by the id of the message.
@@ -29,7 +29,7 @@ class Exchange:
         self.seconds: dict[int, float] = {}
         """Node id -> seconds until its reply."""
         self.late: set[int] = set()
-        """Those that had not answered at the deadline."""
+        """Node ids without a reply at the deadline."""
         self._grid = grid
         self._timeout_s = timeout_s
         self._start = time.monotonic()
@@ -44,7 +44,7 @@ class Exchange:
 
     @property
     def waiting_for(self) -> set[int]:
-        """Those that have not answered."""
+        """Node ids without a reply so far."""
         return set(self._waiting.values())
 
     def __iter__(self) -> Iterator[Message]:
@@ -57,7 +57,7 @@ class Exchange:
         self.failed |= dict.fromkeys(self.late, f"no reply within {self._timeout_s:g} s")
 
     def ready(self) -> Iterator[Message]:
-        """The good replies that are there by now."""
+        """Yield the good replies that have arrived by now."""
         for message_id in list(self._waiting):
             for reply in self._grid.pull_messages([message_id]):
                 node_id = self._waiting.pop(message_id)
@@ -81,7 +81,7 @@ class Exchange:
                 if attempt == _PUSHES:
                     raise
                 logger.warning("node %s: sending failed, trying again", node_id, exc_info=True)
-                message = _anew(message)
+                message = _copy(message)
             else:
                 break
         if message_id:
@@ -93,7 +93,7 @@ class Exchange:
         return time.monotonic() - self._start
 
 
-def _anew(message: Message) -> Message:
-    """The same question under another id."""
+def _copy(message: Message) -> Message:
+    """Same message under another id."""
     about = message.metadata
     return Message(message.content, about.dst_node_id, about.message_type, ttl=about.ttl, group_id=about.group_id)

@@ -1,4 +1,4 @@
-"""The coordinator's table of the sites that are expected, and of how many subjects each has.
+"""The coordinator's table of expected sites, and how many subjects they have.
 
     site,subjects,brain-mr,heart-mr
     alpha,120,120,80
@@ -32,7 +32,7 @@ _SHARE_OVER, _OVER = 0.1, 2
 
 @dataclass(frozen=True)
 class ExpectedSite:
-    """One line of the table."""
+    """One line of the table: a site and its subjects."""
 
     subjects: int
     streams: Mapping[str, int]
@@ -41,11 +41,11 @@ class ExpectedSite:
 
 @dataclass(frozen=True)
 class ExpectedSites:
-    """The table."""
+    """The table: name of a site -> its line."""
 
     sites: Mapping[str, ExpectedSite]
     streams: tuple[str, ...] = ()
-    """Those that have a column."""
+    """Streams that have a column."""
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -83,19 +83,19 @@ class ExpectedSites:
 
     @classmethod
     def of_run(cls, run_dir: Path) -> Self:
-        """What the sites of a run said of themselves. Raises DataError if its sites.json does not tell."""
+        """Make the table of what the sites of a run stated. Raises DataError if its sites.json is damaged."""
         path = run_dir / "sites.json"
         try:
-            told = json.loads(path.read_text(encoding="utf-8"))["sites"]
+            stated = json.loads(path.read_text(encoding="utf-8"))["sites"]
             sites = {
-                site: ExpectedSite(int(one[_SUBJECTS]), dict(one["streams"])) for site, one in sorted(told.items())
+                site: ExpectedSite(int(one[_SUBJECTS]), dict(one["streams"])) for site, one in sorted(stated.items())
             }
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{path}: does not tell the subjects of each site ({type(error).__name__})") from error
         return cls(sites, tuple(dict.fromkeys(stream for one in sites.values() for stream in one.streams)))
 
     def to_csv(self) -> str:
-        """The table as a file holds it."""
+        """Write the table as CSV text."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow([_SITE, _SUBJECTS, *self.streams])
@@ -104,27 +104,27 @@ class ExpectedSites:
         return text.getvalue()
 
     def check(self, handshake: Handshake) -> None:
-        """Raises ProtocolError for a site that is not expected, or has more than expected."""
+        """Raise ProtocolError for a site that is not expected, or has more subjects than expected."""
         self._check(handshake.site, ExpectedSite(handshake.subjects, handshake.streams))
 
-    def faults(self, told: "ExpectedSites") -> list[str]:
+    def faults(self, actual: "ExpectedSites") -> list[str]:
         """One line for each site of another table that `check` would refuse."""
         faults = []
-        for site, one in told.sites.items():
+        for site, one in actual.sites.items():
             try:
                 self._check(site, one)
             except ProtocolError as error:
                 faults.append(f"site {site}: {error}")
         return faults
 
-    def _check(self, site: str, told: ExpectedSite) -> None:
+    def _check(self, site: str, actual: ExpectedSite) -> None:
         if (expected := self.sites.get(site)) is None:
             raise ProtocolError("is not in the coordinator's table of expected sites")
-        _check_count("subjects", told.subjects, expected.subjects)
-        for stream in (stream for stream in self.streams if stream in told.streams):
+        _check_count("subjects", actual.subjects, expected.subjects)
+        for stream in (stream for stream in self.streams if stream in actual.streams):
             if stream not in expected.streams:
                 raise ProtocolError(f"holds {stream}, not expected of it (table of expected sites)")
-            _check_count(f"subjects with {stream}", told.streams[stream], expected.streams[stream])
+            _check_count(f"subjects with {stream}", actual.streams[stream], expected.streams[stream])
 
 
 def _check_count(name: str, count: int, expected: int) -> None:

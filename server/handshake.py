@@ -1,4 +1,4 @@
-"""Before round 1: who is there, what each site holds, and whether it speaks of the same model."""
+"""Handshake before round 1: which sites are there, what data they have, and whether they have the same model."""
 
 import re
 import time
@@ -16,7 +16,7 @@ from panfm.sharing.groups import GroupManifest, stream_group
 from panfm.sharing.messages import Handshake, Invitation
 from server.exchange import Exchange
 from server.expected_sites import ExpectedSites
-from strategies.records import unpack
+from strategies.dispatch import unpack
 
 _SITE_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _POLL_S = 0.2
@@ -26,18 +26,18 @@ _SETTLE_S = 10.0
 
 @dataclass
 class Attendance:
-    """Who came before round 1."""
+    """Sites and nodes that answered an invitation."""
 
     roster: dict[int, Handshake] = field(default_factory=dict)
     """Node id -> handshake of each site that takes part, in the order of the sites' names."""
     failed: list[str] = field(default_factory=list)
-    """One line for each that cannot: the node, and the reason. Which site it is, a node may only claim in its own."""
+    """One line for each node that cannot take part, with the reason; only that line names the site that it claims."""
     misfits: list[str] = field(default_factory=list)
     """One line for each whose software, model or numbers contradict the server's: the run must not start."""
     asked: list[int] = field(default_factory=list)
-    """Node ids of all that were invited."""
+    """Node ids that were invited."""
     expected: ExpectedSites | None = None
-    """The coordinator's table; anybody may come without one."""
+    """The coordinator's table; without one any site may take part."""
 
     def require(self, at_least: int) -> None:
         """Raises RunError, naming sites and reasons, if a site does not fit or fewer than `at_least` take part."""
@@ -62,7 +62,7 @@ def shake_hands(
     Args:
         num_sites: Wait for this many; when left out, for `federation.min-sites` and those that come soon after.
         expected: The coordinator's table of sites.
-        on_site: Told of each site as it comes.
+        on_site: Called with the handshake of each site that takes part.
     Raises:
         RunError: too few nodes came online.
     """
@@ -80,13 +80,13 @@ def shake_hands(
             on_site(handshake)
     attendance.failed += [f"node {node_id}: {reason}" for node_id, reason in exchange.failed.items()]
     attendance.failed.sort()
-    attendance.misfits += _twice(attendance.roster.values())
+    attendance.misfits += _duplicates(attendance.roster.values())
     attendance.roster = dict(sorted(attendance.roster.items(), key=lambda entry: entry[1].site))
     return attendance
 
 
 def invite(grid: Grid, run: RunConfig, nodes: Iterable[int]) -> Exchange:
-    """Ask nodes what they hold. They have as long for it as for a round."""
+    """Ask nodes for their handshake. They have as long as for a round."""
     invitation = RecordDict({"config": ConfigRecord(dict(Invitation(dump_toml(run)).to_records().config))})
     timeout_s = run.federation.round_timeout_s
     messages = [Message(invitation, node_id, MessageType.QUERY, ttl=timeout_s, group_id="0") for node_id in nodes]
@@ -94,7 +94,7 @@ def invite(grid: Grid, run: RunConfig, nodes: Iterable[int]) -> Exchange:
 
 
 def read_handshake(reply: Message, run: RunConfig, manifest: GroupManifest, attendance: Attendance) -> Handshake | None:
-    """The handshake in a reply; None if there is none that holds, which is then written down in `attendance`."""
+    """Return the handshake in a reply; None if it is refused, and `attendance` then has the reason."""
     node = f"node {reply.metadata.src_node_id}"
     try:
         handshake = Handshake.from_records(unpack(reply.content))
@@ -117,9 +117,9 @@ def read_handshake(reply: Message, run: RunConfig, manifest: GroupManifest, atte
 
 
 def check_handshake(handshake: Handshake, run: RunConfig, manifest: GroupManifest) -> None:
-    """Raises ProtocolError, with the difference, if a site contradicts the server or itself."""
-    if (found := handshake.versions.get("panfm")) != __version__:
-        raise ProtocolError(f"panfm {found}, the server has {__version__}")
+    """Raise ProtocolError, with the difference, if a site contradicts the server or itself."""
+    if (version := handshake.versions.get("panfm")) != __version__:
+        raise ProtocolError(f"panfm {version}, the server has {__version__}")
     _check_counts(handshake, run)
     if handshake.experiment != (expected_hash := experiment_hash(run)):
         raise ProtocolError(
@@ -128,12 +128,12 @@ def check_handshake(handshake: Handshake, run: RunConfig, manifest: GroupManifes
         )
     manifest.check_known(handshake.group_hashes)
     hashes = manifest.hashes()
-    if changed := sorted(group for group, found in handshake.group_hashes.items() if found != hashes[group]):
+    if changed := sorted(group for group, digest in handshake.group_hashes.items() if digest != hashes[group]):
         raise ProtocolError(f"the parameters of {', '.join(changed)} differ from the server's (layout hash)")
     streams = run.streams if run.sharing.rule == "plain" else handshake.streams
     expected = {group for group in manifest.groups if not group.startswith("stream:")} | set(map(stream_group, streams))
-    if expected != (found_groups := set(handshake.group_hashes)):
-        missing, extra = sorted(expected - found_groups), sorted(found_groups - expected)
+    if expected != (trained := set(handshake.group_hashes)):
+        missing, extra = sorted(expected - trained), sorted(trained - expected)
         raise ProtocolError(f"groups it trains: missing {missing or 'none'}, not expected {extra or 'none'}")
 
 
@@ -153,7 +153,7 @@ def _check_name(site: str) -> None:
         raise ProtocolError(f"site name {site!r:.40}, expected small letters, digits, dot, dash")
 
 
-def _twice(handshakes: Iterable[Handshake]) -> list[str]:
+def _duplicates(handshakes: Iterable[Handshake]) -> list[str]:
     names = Counter(handshake.site for handshake in handshakes)
     return [f"site {name}: {count} nodes answer under this name" for name, count in names.items() if count > 1]
 
@@ -164,8 +164,8 @@ def _wait_for_nodes(grid: Grid, at_least: int, *, timeout_s: float, settle_s: fl
     nodes: list[int] = []
     while True:
         now = time.monotonic()
-        if (found := sorted(grid.get_node_ids())) != nodes:
-            nodes, settled = found, now
+        if (online := sorted(grid.get_node_ids())) != nodes:
+            nodes, settled = online, now
         is_over = now - start > timeout_s
         if len(nodes) >= at_least and (is_over or now - settled >= settle_s):
             return nodes

@@ -9,7 +9,7 @@ ended.json         how and why the run ended without a model
 checkpoint/        the server's state after the last rounds
 model/             model.safetensors, metadata.json, run.toml
 status.html, tensorboard/   for people (tracking.py)
-flower.json        where Flower runs it (server/cli.py)
+flower.json        where Flower runs it (server/coordinator.py)
 """
 
 from collections.abc import Iterator, Mapping

@@ -1,4 +1,4 @@
-"""What people look at while a run goes on, kept in the run folder: status.html and TensorBoard events.
+"""Status page and TensorBoard events of a run, kept in the run folder while it goes on.
 
 It is made from rounds.jsonl, so a resumed run shows every round once. Nothing in a run depends on it: a disk that does
 not take it is a line in the log.
@@ -27,7 +27,7 @@ _PAGE_EVERY_S = 5.0
 
 
 class Tracking:
-    """Both, for one run; a block of its own, at whose end the file is closed."""
+    """Status page and events of one run; a context that closes the events file at its end."""
 
     def __init__(self, folder: RunFolder) -> None:
         """Begin anew with the rounds done before."""
@@ -49,7 +49,7 @@ class Tracking:
                 self._events.close()
 
     def round(self, line: Mapping[str, Any]) -> None:
-        """A round has ended."""
+        """Add a round that has ended."""
         if self._events:
             try:
                 self._add(line)
@@ -92,8 +92,8 @@ def refresh_page(run_dir: Path) -> None:
 
 
 def scalars(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """Name -> number of all that a round tells; what is not told is left out."""
-    found = {
+    """Yield name and value of all numbers in a round's line; those that are null are left out."""
+    values = {
         "loss/federation": line["loss"],
         "round/seconds": line["seconds"],
         "round/sites": len(line["sites"]),
@@ -105,6 +105,6 @@ def scalars(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
         **{f"epsilon/{site}": cost for site, cost in line.get("epsilon", {}).items()},
     }
     for site, reply in line["sites"].items():
-        found |= {f"loss/{site}": reply["loss"], f"validation-loss/{site}": reply["validation_loss"]}
-        found |= {f"seconds/{site}": reply["seconds"]}
-    yield from ((name, float(value)) for name, value in found.items() if value is not None)
+        values |= {f"loss/{site}": reply["loss"], f"validation-loss/{site}": reply["validation_loss"]}
+        values |= {f"seconds/{site}": reply["seconds"]}
+    yield from ((name, float(value)) for name, value in values.items() if value is not None)

@@ -1,7 +1,7 @@
 """Flower strategies: how replies become the next global model."""
 
 from strategies.grouped import GroupedMean, RoundOutcome
-from strategies.memory import Memory
-from strategies.site_private import SitePrivateMean
+from strategies.site_dp_mean import SiteDpMean
+from strategies.strategy_memory import Memory
 
-__all__ = ["GroupedMean", "Memory", "RoundOutcome", "SitePrivateMean"]
+__all__ = ["GroupedMean", "Memory", "RoundOutcome", "SiteDpMean"]

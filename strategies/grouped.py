@@ -1,21 +1,24 @@
 """Grouped mean: each group of parameters is averaged over the sites that trained it, by how much they trained it.
 
-Flower's FedAvg wants the same keys and one weight from everyone. Here each site receives and returns its own subset of
-groups, with a weight per group; replies are taken one by one and let go, and their order does not matter to the bit.
-A group that nobody trained keeps its bytes.
+    1. ask        draw sites; send each the groups it trains                          dispatch.py
+    2. read       one reply at a time: unpack, decode, check content and weights      reply_guards.py, weight_caps.py
+    3. add        add its updates to the means; norms and directions are judged       group_means.py, reply_guards.py
+                  afterwards, and a refused reply is removed again
+    4. settle     once all replies are there: refuse or add those whose direction alone is doubted
+    5. step       mean of each group -> server optimiser -> new global parameters     server_optimisers.py
+    6. remember   norms, votes, optimiser slots and coded step for the next round     strategy_memory.py
 
-What it needs from earlier rounds (usual norms and directions, state of the server optimisers, last coded step) is in
-`memory`.
+Flower's FedAvg wants the same keys and one weight from every site. Here each site receives and returns its own groups,
+with a weight for each. The order of the replies does not change a bit of the result, and a reply is freed before the
+next one is read. A group that nobody trained keeps its bytes.
 """
 
 import logging
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from statistics import median
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
@@ -24,79 +27,71 @@ from panfm.errors import ProtocolError, one_line
 from panfm.sharing.coding import bytes_per_group, decode
 from panfm.sharing.downlink import code_step, take_step
 from panfm.sharing.groups import Flat, GroupManifest, stream_of
-from panfm.sharing.mean import Votes
 from panfm.sharing.messages import Handshake, RoundReply
 from panfm.sharing.npy import NpySpace
-from panfm.sharing.shares import FEWEST, capped_shares
-from panfm.sharing.weights import Weights, check_gate_mass, is_pooled, weight_limits
-from strategies.direction import LIMIT, Directions, PointsElsewhereError
-from strategies.downlink import Downlink
-from strategies.guards import check_reply
-from strategies.means import GroupMean, empty_mean, largest_share
-from strategies.memory import Memory
-from strategies.norms import NormBounds, remember
-from strategies.optimisers import server_step
-from strategies.participation import draw_sites
-from strategies.records import hand_over, unpack, view_array
-from strategies.teacher import follow
+from panfm.sharing.weights import check_gate_mass
+from strategies.dispatch import Downlink, draw_sites, hand_over, unpack, view_array, view_arrays
+from strategies.exact_mean import Votes
+from strategies.group_means import GroupMean, make_mean
+from strategies.reply_guards import LIMIT, Directions, NormBounds, PointsElsewhereError, check_reply
+from strategies.server_optimisers import follow_average, server_step
+from strategies.strategy_memory import Memory, add_norms
+from strategies.weight_caps import WeightLimits, group_shares
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class RoundOutcome:
-    """What came of a round's replies."""
+    """Accepted and rejected replies of one round, by site."""
 
     accepted: dict[str, RoundReply] = field(default_factory=dict)
     """Site -> its reply, without the updates."""
     rejected: dict[str, str] = field(default_factory=dict)
     """Site -> why its reply was refused."""
     bytes_up: dict[str, int] = field(default_factory=dict)
-    """Group -> bytes of updates as they came, refused ones included."""
+    """Group -> bytes of updates as they arrived, refused ones included."""
     norms: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Site -> group -> norm of its update, for replies that passed the first guards."""
+    """Site -> group -> norm of its update, for accepted replies."""
     shares: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Site -> group -> its share of the weight as it counted, for accepted replies; of the experts of a pooled group
-    that three sites or more used, the largest."""
+    """Site -> group -> its share of the weight as it counted, for accepted replies (`group_shares`)."""
 
 
 class GroupedMean(Strategy):
-    """Mean of updates per group; site -> groups and greatest weights come from the handshakes."""
+    """Flower strategy that averages each group over the sites that trained it."""
 
     def __init__(
         self, run: RunConfig, manifest: GroupManifest, roster: Mapping[int, Handshake], memory: Memory | None = None
     ) -> None:
-        """A strategy for one run.
+        """Create the strategy of a run.
 
         Args:
-            run: Its description.
+            run: Run description.
             manifest: Layout of the groups.
             roster: Node id -> handshake of the sites that take part; may be replaced between rounds.
-            memory: That of the round before; empty before the first.
+            memory: Memory of the round before; empty before the first.
         """
         self.run = run
         self.manifest = manifest
         self.roster = roster
         self.memory = memory or Memory()
         self.asked: dict[int, Handshake] = {}
-        """Those of the roster that are asked in this round."""
+        """Sites of the roster that are asked in this round."""
         self.outcome = RoundOutcome()
         self.bytes_down: Mapping[str, int] = {}
         """Group -> bytes sent to the sites of this round."""
-        self._global = ArrayRecord()
         self._run_id = ""
-        self._bounds = NormBounds(run, 1, {})
-        self._directions = Directions(LIMIT, Memory())
-        self._most: Mapping[str, float] = {}
+        self._global = ArrayRecord()
+        """Global parameters at the start of the round."""
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """One message per site that is asked, with the groups it trains."""
-        self.asked = draw_sites(self.run, self.roster, server_round)
+        """Yield one message for each asked site, with the groups it trains."""
+        self.asked = draw_sites(self.run.federation, self.run.seed, self.roster, server_round)
         self._global = arrays
         self._run_id = str(config["run-id"])
-        downlink = Downlink(arrays, self.memory, teacher=self._average())
+        downlink = Downlink(arrays, self.memory, teacher=self._teacher_average())
         self.bytes_down = downlink.bytes
         for node_id, handshake in self.asked.items():
             yield Message(
@@ -108,124 +103,92 @@ class GroupedMean(Strategy):
             )
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord, MetricRecord]:
-        """New global arrays from the good replies; what happened stands in `outcome`."""
-        self.outcome = RoundOutcome()
+        """Return the new global parameters; `outcome` tells which replies were accepted."""
         spaces = {group: NpySpace(self.manifest.size(group)) for group in self.manifest.groups}
-        self._bounds = NormBounds(self.run, server_round, self.memory.norms)
-        self._directions = Directions(self.run.sharing.guards.direction or LIMIT, self.memory)
-        self._most = self._most_weight()
-        means = {group: self._empty_mean(group, spaces[group]) for group in self.manifest.groups}
-        self._add_replies(replies, means, server_round)
-        accepted = sorted(self.outcome.accepted)
-        self.outcome.shares = self._shares()
-        norms = remember(self.memory.norms, server_round, {site: self.outcome.norms[site] for site in accepted})
-        holders = tuple(accepted) if self._is_coded else ()
-        after = Memory(norms, lost=dict(self.memory.lost), holders=holders)
-        self._directions.remember(after)
-        released = self._released(server_round, means)
-        moved = [group for group, mean in released if self._move(group, mean, spaces[group].numbers, after)]
-        arrays = dict(self._global) | {group: hand_over(spaces[group]) for group in moved}
-        if average := self._average():
-            after.average |= follow(average, _views(arrays), self.run.train.server_ema)
-        self.memory = after
-        return ArrayRecord(arrays), self._metrics()
+        self._start_round(server_round, spaces)
+        self._add_replies(replies)
+        self.outcome.shares = group_shares(self.run, self.manifest, self.outcome.accepted)
+        memory = self._next_memory(server_round)
+        moved = [
+            group
+            for group, update in self._mean_updates(server_round)
+            if self._step_group(group, update, spaces[group].numbers, memory)
+        ]
+        arrays = ArrayRecord(dict(self._global) | {group: hand_over(spaces[group]) for group in moved})
+        if average := self._teacher_average():
+            memory.average |= follow_average(average, view_arrays(arrays), self.run.train.server_ema)
+        self.memory = memory
+        counts = {"num-accepted": len(self.outcome.accepted), "num-rejected": len(self.outcome.rejected)}
+        return arrays, MetricRecord(dict(counts))
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Nothing: a site's validation loss comes with its training reply."""
+        """Ask nothing: a site's validation loss comes with its training reply."""
         return []
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def summary(self) -> None:
-        """Nothing: the run folder tells."""
+        """Do nothing: the run folder tells."""
 
-    def _add_replies(self, replies: Iterable[Message], means: Mapping[str, GroupMean], server_round: int) -> None:
-        """Add the updates that pass the guards, one by one; `outcome` keeps the rest of their replies."""
+    def _start_round(self, server_round: int, spaces: Mapping[str, NpySpace]) -> None:
+        """Prepare the guards and an empty mean for each group; a mean works in the memory of its group's space."""
+        self.outcome = RoundOutcome()
+        self._round = server_round
+        self._weight_limits = WeightLimits(self.run, self.manifest, self.asked.values())
+        self._bounds = NormBounds(self.run.sharing, self.run.train, server_round, self.memory.norms)
+        self._directions = Directions(self.run.sharing.guards.direction or LIMIT, self.memory)
+        self._means = {group: self._empty_mean(group, space) for group, space in spaces.items()}
+
+    def _empty_mean(self, group: str, space: NpySpace) -> GroupMean:
+        start = view_array(self._global[group])
+        return make_mean(
+            self.run,
+            self.manifest,
+            group,
+            start,
+            weight_limit=self._weight_limits.total(group),
+            space=space.numbers,
+            votes=self._empty_votes(group, len(start)),
+        )
+
+    def _empty_votes(self, group: str, size: int) -> Votes | None:
+        return self._directions.votes(group, size, len(self.asked))
+
+    def _add_replies(self, replies: Iterable[Message]) -> None:
+        """Add each reply that passes the guards, or refuse it; decide on doubted ones once all are there."""
         doubted: dict[str, tuple[RoundReply, str]] = {}
         for message in replies:
             site = self.asked[message.metadata.src_node_id].site
-            if doubt := self._take(site, message, means, server_round):
+            if doubt := self._add_or_refuse(site, message):
                 doubted[site] = doubt
             del message
-        self._settle(doubted, means)
+        self._settle(doubted)
 
-    def _take(
-        self, site: str, message: Message, means: Mapping[str, GroupMean], server_round: int
-    ) -> tuple[RoundReply, str] | None:
-        """Add a reply, or refuse it; one that only its direction speaks against is returned, with the reason."""
+    def _add_or_refuse(self, site: str, message: Message) -> tuple[RoundReply, str] | None:
+        """Add a reply or refuse it; return it, with the reason, if only its direction speaks against it."""
         try:
-            reply = self._checked(message, server_round)
-            self._add(site, reply, means)
+            reply = self._read_and_check(message)
+            self._add(site, reply)
         except PointsElsewhereError as error:
             return reply, one_line(str(error))
         except ProtocolError as error:
             self.outcome.rejected[site] = one_line(str(error))
         return None
 
-    def _settle(self, doubted: Mapping[str, tuple[RoundReply, str]], means: Mapping[str, GroupMean]) -> None:
-        """Refuse the replies that only their direction speaks against, if they are a minority; else add them."""
-        if len(doubted) < len(self.outcome.accepted):
-            self.outcome.rejected |= {site: reason for site, (_, reason) in doubted.items()}
-            return
-        for site, (reply, reason) in sorted(doubted.items()):
-            logger.warning("%s: %s; counts, for as many others do", site, reason)
-            self._add(site, reply, means, is_doubted=True)
-
-    def _checked(self, message: Message, server_round: int) -> RoundReply:
-        """A reply whose words and weights may be so. Raises ProtocolError for another."""
+    def _read_and_check(self, message: Message) -> RoundReply:
+        """Return a reply with capped weights. Raises ProtocolError if it states what cannot be."""
         handshake = self.asked[message.metadata.src_node_id]
         reply = self._read(message, handshake)
-        check_reply(reply, handshake, self._limits(handshake), of=(self._run_id, server_round))
+        limits = self._weight_limits.of_site(handshake.site)
+        check_reply(reply, handshake, limits, of=(self._run_id, self._round))
         check_gate_mass(self.run, self.manifest, reply.weights, subjects=handshake.subjects)
-        return self._lowered(reply)
-
-    def _lowered(self, reply: RoundReply) -> RoundReply:
-        """A reply with weights that are no larger than those of the median site allow."""
-        weights = {
-            group: tuple(min(weight, self._most.get(group, weight)) for weight in weights)
-            for group, weights in reply.weights.items()
-        }
-        return replace(reply, weights=weights)
-
-    def _most_weight(self) -> dict[str, float]:
-        """Group -> the most that one site may weigh, where enough are asked for a median to tell."""
-        limits: dict[str, list[float]] = {}
-        for handshake in self.asked.values():
-            for group, weights in self._limits(handshake).items():
-                limits.setdefault(group, []).append(max(weights, default=0.0))
-        most = self.run.federation.max_weight
-        return {group: most * median(weights) for group, weights in limits.items() if len(weights) >= FEWEST}
-
-    def _add(self, site: str, reply: RoundReply, means: Mapping[str, GroupMean], *, is_doubted: bool = False) -> None:
-        """Add a reply's updates, and the reply to `outcome`. Raises ProtocolError, and all is as it was.
-
-        Args:
-            is_doubted: Its direction is not judged again.
-        """
-        norms: dict[str, float] = {}
-        try:
-            for group, update in reply.updates.items():
-                norms[group] = _named(group, means[group].add, update, reply.weights[group])
-            trained = self._judge(site, reply, norms, is_doubted=is_doubted)
-        except ProtocolError:
-            _take_off(reply, means, norms)
-            raise
-        self._shorten(site, reply, means, trained)
-        self.outcome.norms[site] = trained
-        self.outcome.accepted[site] = replace(reply, updates={})
-
-    def _shorten(self, site: str, reply: RoundReply, means: Mapping[str, GroupMean], norms: dict[str, float]) -> None:
-        """Replace updates that are longer than usual by shorter ones of the same direction."""
-        for group, norm in norms.items():
-            if norm > (clip := self._bounds.clip(site, group)):
-                update, weights = reply.updates[group], reply.weights[group]
-                means[group].take_off(update, weights)
-                means[group].add(update * np.float32(clip / norm), weights)
+        return self._weight_limits.cap(reply)
 
     def _read(self, message: Message, handshake: Handshake) -> RoundReply:
+        """Unpack and decode a reply. Raises ProtocolError if that fails, or the site has replied already."""
         if handshake.site in self.outcome.accepted:
             raise ProtocolError("second reply to one question")
         reply = RoundReply.from_records(unpack(message.content))
@@ -233,9 +196,41 @@ class GroupedMean(Strategy):
             self.outcome.bytes_up[group] = self.outcome.bytes_up.get(group, 0) + size
         return replace(reply, updates=decode(self.run.sharing.coding, self.manifest, reply.updates))
 
+    def _add(self, site: str, reply: RoundReply, *, is_doubted: bool = False) -> None:
+        """Add a reply's updates to the means and the reply to `outcome`.
+
+        Args:
+            is_doubted: Do not judge its direction again.
+        Raises:
+            ProtocolError: a guard refuses it; all means are as they were.
+        """
+        norms: dict[str, float] = {}
+        try:
+            for group, update in reply.updates.items():
+                norms[group] = self._add_update(group, update, reply)
+            norms = self._judge(site, reply, norms, is_doubted=is_doubted)
+        except ProtocolError:
+            for group in norms:
+                self._means[group].remove(reply.updates[group], reply.weights[group])
+            raise
+        self._shorten(site, reply, norms)
+        self.outcome.norms[site] = norms
+        self.outcome.accepted[site] = replace(reply, updates={})
+
+    def _add_update(self, group: str, update: Flat, reply: RoundReply) -> float:
+        """Add one update to its group's mean, and return its norm."""
+        try:
+            return self._means[group].add(update, reply.weights[group])
+        except ProtocolError as error:
+            raise ProtocolError(f"{group}: {error}") from error
+
     def _judge(self, site: str, reply: RoundReply, norms: dict[str, float], *, is_doubted: bool) -> dict[str, float]:
-        """Norms of the groups that a reply trained. Raises ProtocolError if one is too long, or an update points
-        elsewhere."""
+        """Return the norms of the groups that a site trained.
+
+        Raises:
+            ProtocolError: an update is too long.
+            PointsElsewhereError: an update points elsewhere.
+        """
         trained = self._bounds.check(site, reply, norms)
         cosines = {group: self._directions.cosine(group, norm) for group, norm in trained.items()}
         if not is_doubted:
@@ -243,106 +238,78 @@ class GroupedMean(Strategy):
         self._directions.accept(site, cosines)
         return trained
 
-    def _shares(self) -> dict[str, dict[str, float]]:
-        shares: dict[str, dict[str, float]] = {site: {} for site in sorted(self.outcome.accepted)}
+    def _shorten(self, site: str, reply: RoundReply, norms: Mapping[str, float]) -> None:
+        """Replace updates that are longer than usual by shorter ones of the same direction."""
+        for group, norm in norms.items():
+            if norm > (clip := self._bounds.clip(site, group)):
+                update, weights = reply.updates[group], reply.weights[group]
+                self._means[group].remove(update, weights)
+                self._means[group].add(update * np.float32(clip / norm), weights)
+
+    def _settle(self, doubted: Mapping[str, tuple[RoundReply, str]]) -> None:
+        """Refuse the replies that only their direction speaks against if they are a minority; else add them."""
+        if len(doubted) < len(self.outcome.accepted):
+            self.outcome.rejected |= {site: reason for site, (_, reason) in doubted.items()}
+            return
+        for site, (reply, reason) in sorted(doubted.items()):
+            logger.warning("%s: %s; counts, for as many others do", site, reason)
+            self._add(site, reply, is_doubted=True)
+
+    def _next_memory(self, server_round: int) -> Memory:
+        """Memory for the next round, with norms and votes of this one; steps of the groups are added later."""
+        accepted = sorted(self.outcome.accepted)
+        norms = add_norms(self.memory.norms, server_round, {site: self.outcome.norms[site] for site in accepted})
+        holders = tuple(accepted) if self._sends_steps else ()
+        memory = Memory(norms, lost=dict(self.memory.lost), holders=holders)
+        self._directions.remember(memory)
+        return memory
+
+    def _mean_updates(self, server_round: int) -> Iterator[tuple[str, Flat | None]]:
+        """Yield the mean update of each group; None if nobody trained it."""
         for group in self.manifest.groups:
-            replies = {site: reply for site, reply in self.outcome.accepted.items() if group in reply.weights}
-            for which in range(self._num_weights(group)):
-                weights = {site: reply.weights[group][which] for site, reply in sorted(replies.items())}
-                if self.run.sharing.mean_of(group) == "median":
-                    weights = {site: float(weight > 0.0) for site, weight in weights.items()}
-                if is_pooled(self.run, group) and sum(map(bool, weights.values())) < FEWEST:
-                    continue
-                for site, share in capped_shares(weights, largest_share(self.run)).items():
-                    shares[site][group] = max(shares[site].get(group, 0.0), share)
-        return shares
+            yield group, self._means.pop(group).mean()
 
-    def _num_weights(self, group: str) -> int:
-        return len(self.manifest.experts(group)) if is_pooled(self.run, group) else 1
-
-    def _released(self, server_round: int, means: dict[str, GroupMean]) -> Iterator[tuple[str, Flat | None]]:
-        """Mean of each group; None, and the group stays as it is, where nobody trained it."""
-        for group in self.manifest.groups:
-            yield group, means.pop(group).mean()
-
-    def _limits(self, handshake: Handshake) -> dict[str, Weights]:
-        return {
-            group: weight_limits(
-                self.run, self.manifest, group, subjects=handshake.subjects, subjects_per_stream=handshake.streams
-            )
-            for group in handshake.group_hashes
-        }
-
-    def _empty_mean(self, group: str, space: NpySpace) -> GroupMean:
-        limits = [
-            min(max(self._limits(handshake)[group], default=0.0), self._most.get(group, math.inf))
-            for handshake in self.asked.values()
-            if group in handshake.group_hashes
-        ]
-        start = view_array(self._global[group])
-        limit = sum(limits) or 1.0
-        votes = self._count_votes(group, len(start))
-        return empty_mean(self.run, self.manifest, group, start, weight_limit=limit, space=space.numbers, votes=votes)
-
-    def _count_votes(self, group: str, size: int) -> Votes | None:
-        return self._directions.start(group, size, len(self.asked))
-
-    def _move(self, group: str, update: Flat | None, space: Flat, after: Memory) -> bool:
-        """Put a group where the server optimiser takes it; what is to be remembered of it goes into `after`.
+    def _step_group(self, group: str, update: Flat | None, space: Flat, memory: Memory) -> bool:
+        """Write the new global parameters of a group into its space, and what the next round needs into `memory`.
 
         Args:
-            update: Its mean update; may lie in the space.
-            space: Takes the group.
+            update: Mean update; may lie in the space.
         Returns:
-            Whether it moves.
+            Whether the group moves; it does not without a mean update or enough sites.
         """
         slots = self.memory.slots.get(group, {})
-        if update is None or not self._has_quorum(group):
-            after.slots |= {group: slots} if slots else {}
-            return False
-        step, slots = server_step(self.run.sharing.optimiser_of(group), update, slots)
-        after.slots |= {group: slots} if slots else {}
+        is_moved = update is not None and self._has_enough_sites(group)
+        if update is not None and is_moved:
+            step, slots = server_step(self.run.sharing.optimiser_of(group), update, slots)
+            self._take_step(group, step, space, memory)
+        if slots:
+            memory.slots[group] = slots
+        return is_moved
+
+    def _take_step(self, group: str, step: Flat, space: Flat, memory: Memory) -> None:
+        """Add a step to the global parameters; a coded one as the sites will decode it."""
         start = view_array(self._global[group])
-        if self._is_coded:
-            coding = self.run.sharing.coding
-            arrays, lost = code_step(coding, self.manifest, group, step, self.memory.lost)
-            after.step |= arrays
-            after.lost |= lost
-            space[:] = take_step(coding, self.manifest, {group: start}, arrays)[group]
-        else:
+        if not self._sends_steps:
             np.add(start, step, out=space)
-        return True
+            return
+        coding = self.run.sharing.coding
+        coded, lost = code_step(coding, self.manifest, group, step, self.memory.lost)
+        memory.step |= coded
+        memory.lost |= lost
+        space[:] = take_step(coding, self.manifest, {group: start}, coded)[group]
 
-    @property
-    def _is_coded(self) -> bool:
-        """Whether steps are sent: float32 would gain nothing."""
-        return self.run.sharing.coding != "float32"
-
-    def _average(self) -> Mapping[str, Flat]:
-        """The EMA that teachers start at, before the round's replies; empty if they start elsewhere."""
-        if self.run.train.teacher_start != "server-ema":
-            return {}
-        return self.memory.average or _views(self._global)
-
-    def _has_quorum(self, group: str) -> bool:
+    def _has_enough_sites(self, group: str) -> bool:
+        """Whether `federation.sites-per-stream` sites trained a stream's group; always for other groups."""
         trained = sum(any(reply.weights.get(group, ())) for reply in self.outcome.accepted.values())
         return stream_of(group) is None or trained >= self.run.federation.sites_per_stream
 
-    def _metrics(self) -> MetricRecord:
-        return MetricRecord({"num-accepted": len(self.outcome.accepted), "num-rejected": len(self.outcome.rejected)})
+    @property
+    def _sends_steps(self) -> bool:
+        """Whether sites are sent coded steps; as float32 they would be as large as all parameters."""
+        return self.run.sharing.coding != "float32"
 
-
-def _named(group: str, add: Callable[[Flat, Weights], float], update: Flat, weights: Weights) -> float:
-    try:
-        return add(update, weights)
-    except ProtocolError as error:
-        raise ProtocolError(f"{group}: {error}") from error
-
-
-def _take_off(reply: RoundReply, means: Mapping[str, GroupMean], groups: Iterable[str]) -> None:
-    for group in groups:
-        means[group].take_off(reply.updates[group], reply.weights[group])
-
-
-def _views(arrays: Mapping[str, Array]) -> dict[str, Flat]:
-    return {group: view_array(array) for group, array in arrays.items()}
+    def _teacher_average(self) -> Mapping[str, Flat]:
+        """EMA of the global parameters where teachers start, before this round's step; empty if they do not."""
+        if self.run.train.teacher_start != "server-ema":
+            return {}
+        return self.memory.average or view_arrays(self._global)

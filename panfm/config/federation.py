@@ -20,8 +20,8 @@ class FederationConfig(Uncoupled):
     """A site that says it has more is refused: its word decides how much it may weigh."""
     max_share: Annotated[float, Field(ge=0.02, le=1.0)] = 0.5
     """Largest share of the weight of a group, or of a pooled expert, that one of three contributing sites or more has,
-    whatever it says of itself; never less than an equal share (panfm/sharing/shares.py). Below 0.5 a server keeps up to
-    1 / max-share updates of unequal sites in memory. Two sites count as they say: give a table of expected subjects
+    whatever it says of itself; never less than an equal share (strategies/weight_caps.py). Below 0.5 a server keeps up
+    to 1 / max-share updates of unequal sites in memory. Two sites count as they say: give a table of expected subjects
     (`python -m server start --roster`) where that is too much trust."""
     max_weight: Annotated[float, Field(ge=1.0, le=1e6)] = 1.0
     """A site weighs in a group at most this many times as much as the median site may, of three sites or more."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from panfm.config.base import LEAST_NOISE, ClipNorm, Config, Positive, Uncoupled
-from panfm.config.server_privacy import server_claim
+from panfm.config.site_dp import site_dp_claim
 
 if TYPE_CHECKING:
     from panfm.config.run import RunConfig
@@ -117,4 +117,4 @@ def claim(run: "RunConfig") -> str | None:
 
 def privacy_label(run: "RunConfig") -> str:
     """What every artefact of a run says of its privacy."""
-    return "; ".join(filter(None, (claim(run), server_claim(run)))) or "none"
+    return "; ".join(filter(None, (claim(run), site_dp_claim(run)))) or "none"

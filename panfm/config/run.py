@@ -16,8 +16,8 @@ from panfm.config.model import ModelConfig
 from panfm.config.objective import ObjectiveConfig
 from panfm.config.privacy import PrivacyConfig, broken_guarantees
 from panfm.config.probe import ProbeConfig
-from panfm.config.server_privacy import ServerPrivacyConfig, server_faults
 from panfm.config.sharing import SharingConfig
+from panfm.config.site_dp import SiteDpConfig, site_dp_faults
 from panfm.config.start import StartConfig
 from panfm.config.streams import StreamConfig
 from panfm.config.training import TrainConfig
@@ -41,7 +41,7 @@ class RunConfig(Config):
     probe: ProbeConfig = ProbeConfig()
     privacy: PrivacyConfig | None = None
     """Differential privacy of patients; off when left out."""
-    server_privacy: ServerPrivacyConfig | None = None
+    server_privacy: SiteDpConfig | None = None
     """Differential privacy of sites, at the server; off when left out."""
     start: StartConfig | None = None
     """A trained model to start from; parameters are drawn by `seed` when left out."""
@@ -83,6 +83,6 @@ class RunConfig(Config):
             for fault in broken_guarantees(self):
                 raise ValueError(fault)
         if self.server_privacy:
-            for fault in server_faults(self):
+            for fault in site_dp_faults(self):
                 raise ValueError(fault)
         return self

@@ -4,9 +4,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from panfm.config.base import BelowOne, Config, Uncoupled
+from panfm.config.base import BelowOne, Config, Uncoupled, plug_in
+from panfm.registry import MEANS
 
-Mean = Literal["weighted", "median", "trimmed", "geometric-median", "l-dawa"]
+Mean = Annotated[str, plug_in(MEANS)]
 GroupName = Annotated[str, Field(pattern=r"^(backbone|head|director|experts|router|stream(:[a-z0-9._-]+)?)$")]
 
 
@@ -26,8 +27,8 @@ class GuardsConfig(Config):
     multiple of what was usual in the last three, at the same learning rate, is shortened to it."""
     direction: Annotated[float, Field(gt=0.0, le=2.0)] | None = None
     """Refuse an update whose cosine with the last round's updates lies further than this from the usual one, as a
-    sign-flipped one may (strategies/direction.py tells when). Needs four sites. 0.4 when left out; 2 refuses none. Not
-    under `[server-privacy]`."""
+    sign-flipped one may (strategies/reply_guards.py tells when). Needs four sites. 0.4 when left out; 2 refuses none.
+    Not under `[server-privacy]`."""
 
 
 class PlainStepConfig(Config):
@@ -96,17 +97,17 @@ class SharingConfig(Uncoupled):
 
     def mean_of(self, group: str) -> Mean:
         """The mean of one group."""
-        return next((found.mean for found in self._for(group) if found.mean), self.mean)
+        return next((own.mean for own in self._for(group) if own.mean), self.mean)
 
     def optimiser_of(self, group: str) -> PlainStepConfig | MomentumConfig | AdaptiveConfig:
         """The optimiser of one group."""
-        return next((found.optimiser for found in self._for(group) if found.optimiser), self.optimiser)
+        return next((own.optimiser for own in self._for(group) if own.optimiser), self.optimiser)
 
     def norm_limit_of(self, group: str) -> float:
         """The norm limit of one group."""
-        return next((found.norm_limit for found in self._for(group) if found.norm_limit), self.guards.norm_limit)
+        return next((own.norm_limit for own in self._for(group) if own.norm_limit), self.guards.norm_limit)
 
     def _for(self, group: str) -> list[GroupConfig]:
-        """What is said of a group, its own words first."""
+        """Tables that apply to a group, its own before that of all streams."""
         names = dict.fromkeys((group, group.partition(":")[0]))
         return [self.groups[name] for name in names if name in self.groups]

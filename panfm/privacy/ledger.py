@@ -24,7 +24,7 @@ from typing import IO, Any
 
 from panfm.config import RunConfig
 from panfm.config.privacy import NO_CLAIM, claim
-from panfm.config.server_privacy import server_claim
+from panfm.config.site_dp import site_dp_claim
 from panfm.errors import BudgetError, DataError, LedgerError
 from panfm.hash_chain import Entry, HashChain, Position
 from panfm.privacy.mechanisms import LEAST_NOISE, Mechanism, Unit, check_mechanism, epsilon, merged, planned
@@ -166,7 +166,7 @@ class Ledger:
             LedgerError: the file or its anchor is missing, another site's, or does not hold.
         """
         mechanisms = planned(run, self.unit)
-        promise = claim(run) if self.unit == "patient" else server_claim(run)
+        promise = claim(run) if self.unit == "patient" else site_dp_claim(run)
         assert promise is not None
         acknowledged = self.unit == "patient" and run.privacy and run.privacy.acknowledge_broken_guarantee
         for mechanism in mechanisms:

@@ -34,7 +34,7 @@ from panfm.data.cache import open_store
 from panfm.sharing.messages import Handshake
 from panfm.site.session import trained_streams
 from panfm.training.trainer import Trainer
-from server.progress import Progress
+from server.console import Progress
 from server.rounds import run_federation
 from server.run_folder import RunFolder
 from simulations.cohorts.phantom import PhantomCohort, PhantomSiteConfig

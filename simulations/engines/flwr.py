@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from server.flower import ROOT, FlowerRun, flower_environment, flwr, submit
-from server.watch import Lines, follow
+from server.console import Lines, follow
+from server.flower_cli import ROOT, FlowerRun, flower_environment, flwr, submit
 from simulations.engines.job import Job
 from simulations.engines.offline import OFFLINE
 

@@ -6,9 +6,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from server import flower
+from server import flower_cli
 
-OFFLINE = flower.OFFLINE | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+OFFLINE = flower_cli.OFFLINE | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 
 
 def go_offline() -> None:

@@ -40,9 +40,9 @@ from simulations.engines.local import LocalGrid
 from simulations.engines.logs import logged_to
 from simulations.studies._federations import Federated
 from strategies import Memory
-from strategies.direction import LIMIT, OTHERS
-from strategies.norms import NormBounds, remember
-from strategies.records import unpack
+from strategies.dispatch import unpack
+from strategies.reply_guards import LIMIT, OTHERS, NormBounds
+from strategies.strategy_memory import add_norms
 
 ATTACKS = ("scaling", "sign-flip", "inflated", "little-is-enough", "gate-mass")
 GUARDS_OFF = (
@@ -118,7 +118,7 @@ class HostileGrid(LocalGrid):
     def _next_round(self, number: int) -> None:
         """Remember of the last round what the server does."""
         memory, honest = self._memory, self._seen.honest
-        memory.norms = remember(memory.norms, self._seen.number, self._seen.norms)
+        memory.norms = add_norms(memory.norms, self._seen.number, self._seen.norms)
         for group in self._manifest.groups:
             updates = {site: reply.updates[group] for site, reply in honest.items() if group in reply.updates}
             if not updates:
@@ -130,7 +130,7 @@ class HostileGrid(LocalGrid):
         self._seen = _Seen(number)
 
     def _poisoned(self, node_id: int, answer: RoundReply) -> RoundReply:
-        bounds = NormBounds(self._run, answer.round_number, self._memory.norms)
+        bounds = NormBounds(self._run.sharing, self._run.train, answer.round_number, self._memory.norms)
         updates, weights = {}, dict(answer.weights)
         for group, own in answer.updates.items():
             others = [reply.updates[group] for reply in self._seen.honest.values() if group in reply.updates]

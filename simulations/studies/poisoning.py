@@ -35,7 +35,6 @@ from rich.table import Table
 from panfm.config import RunConfig, site_folders
 from panfm.evaluate import LabelledStore, Task, evaluate_cohort, read_label_info
 from panfm.models import build_model
-from panfm.sharing.shares import FEWEST
 from panfm.training.trainer import Trainer
 from simulations.cohorts.phantom import PhantomSiteConfig
 from simulations.cohorts.prepare import cohort_of, load_simulation, with_cohort
@@ -54,6 +53,7 @@ from simulations.harness import (
 )
 from simulations.studies._federations import Federated, federate, mean_sd
 from simulations.studies._hostile import GUARDS_OFF, federate_with
+from strategies.weight_caps import FEWEST
 
 MEANS = ("weighted", "median", "trimmed", "geometric-median")
 GUARDS = ("default", "off")

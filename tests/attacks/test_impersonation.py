@@ -5,15 +5,15 @@ from flwr.app import Error
 
 from server.expected_sites import ExpectedSite, ExpectedSites
 from server.handshake import Attendance, read_handshake, shake_hands
-from server.roster import Roster
+from server.membership import Membership
 from tests.attacks.wire import answer_of
 from tests.unit.server.test_handshake import Nodes as Answers
-from tests.unit.server.test_roster import Nodes, begin, names, nodes  # noqa: F401
+from tests.unit.server.test_membership import Nodes, begin, names, nodes  # noqa: F401
 
 BLAME = "site b: BudgetError: this site's privacy budget does not cover another round"
 
 
-def vanish(nodes: Nodes, roster: Roster) -> None:  # noqa: F811
+def vanish(nodes: Nodes, roster: Membership) -> None:  # noqa: F811
     """Node 12 of site b goes offline, and node 30 answers as b."""
     del nodes.online[12]
     nodes.online[30] = "b"
@@ -70,7 +70,7 @@ def test_with_a_table_of_expected_sites_no_name_moves(nodes):  # noqa: F811
 def test_a_node_does_not_change_its_site_while_a_run_goes_on(nodes, caplog):  # noqa: F811
     roster = begin(nodes, "a", "b", "c")
     for number in (1, 2):
-        roster.note({"round": number, "asked": ["a", "b", "c"], "late": ["b"]})
+        roster.note_late({"round": number, "asked": ["a", "b", "c"], "late": ["b"]})
     nodes.online[12] = "another"
     roster.gather(3)
     assert "node 12 cannot join: answered as site b before, now as site another" in caplog.text

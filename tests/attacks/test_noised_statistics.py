@@ -13,13 +13,12 @@ from panfm.privacy import noised_profile
 from panfm.privacy.mechanisms import LEAST_NOISE
 from panfm.privacy.noised_profile import noisy_profile
 from panfm.sharing.groups import GroupManifest
-from panfm.sharing.mean import ExactMean
 from panfm.sharing.messages import Handshake, RoundReply
 from panfm.sharing.weights import Trained, group_weights, weight_limits
 from panfm.training.trainer import Trainer
-from strategies.direction import LIMIT, Directions
-from strategies.guards import check_reply
-from strategies.memory import Memory
+from strategies.exact_mean import ExactMean
+from strategies.reply_guards import LIMIT, Directions, check_reply
+from strategies.strategy_memory import Memory
 from tests.unit.site.test_private_site import DEX, GUIDED, PRIVACY, RUN
 
 NOISES = (LEAST_NOISE, 20.0, 1e4)
@@ -144,7 +143,7 @@ def test_updates_of_noise_do_not_point_elsewhere():
         memory = Memory()
         for _ in range(30):
             directions = Directions(LIMIT, memory)
-            votes = directions.start("backbone", size, num_sites)
+            votes = directions.votes("backbone", size, num_sites)
             mean = ExactMean(((size, 0),), weight_limit=num_sites, votes=votes)
             for index in range(num_sites):
                 norm = mean.add(0.01 * random.standard_normal(size).astype(np.float32), (1.0,))

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from panfm.sharing.messages import RoundReply
-from strategies.memory import Memory
-from strategies.norms import NormBounds
+from strategies.reply_guards import NormBounds
+from strategies.strategy_memory import Memory
 from tests.attacks.test_site_share import MANIFEST, asked, handshake, message
 
 _ROUNDS = 12
@@ -50,6 +50,7 @@ def test_an_update_as_long_as_passes_moves_a_group_by_its_share_of_what_is_usual
         arrays, _ = strategy.aggregate_train(number, iter(replies))
         before, memory = memory, strategy.memory
     assert strategy.outcome.rejected == {}
-    usual = NormBounds(strategy.run, number, before.norms).clip("site-5", "backbone") / MANIFEST.size("backbone") ** 0.5
+    bounds = NormBounds(strategy.run.sharing, strategy.run.train, number, before.norms)
+    usual = bounds.clip("site-5", "backbone") / MANIFEST.size("backbone") ** 0.5
     assert 0.9e-6 < usual < 1e-6  # learning rates fall, and the honest ones are shortened too
     np.testing.assert_allclose(arrays["backbone"].numpy(), (4 - 1) / 5 * usual, rtol=2e-3)

@@ -24,7 +24,7 @@ from panfm.site import Site
 from panfm.training.masking import TokenMask, build_policy
 from panfm.training.trainer import Trainer
 from simulations.cohorts.prepare import cohort_folder
-from strategies.means import empty_mean
+from strategies.group_means import make_mean
 from tests.attacks.private_steps import (
     LEVEL,
     PRIVACY,
@@ -277,8 +277,8 @@ def test_names_that_nobody_knows_are_not_taken_for_others(make_run):
     with pytest.raises(AttributeError, match="implementation"):
         trainer.reset_private()
     sharing = SimpleNamespace(**dict(run.sharing), mean_of=lambda group: "unknown", optimiser_of=None)
-    with pytest.raises(AssertionError, match="unknown"):
-        empty_mean(
+    with pytest.raises(ConfigError, match="mean: found 'unknown'"):
+        make_mean(
             SimpleNamespace(
                 sharing=sharing, model=run.model, train=run.train, federation=run.federation, server_privacy=None
             ),

@@ -12,14 +12,14 @@ from client.records import pack
 from panfm.config import dump_toml
 from panfm.errors import DataError, ProtocolError, RunError
 from panfm.sharing.messages import Handshake
-from server import cli
+from server import coordinator
 from server.app import app as server_app
-from server.cli import app
+from server.coordinator import app
 from server.expected_sites import ExpectedSites
 from server.run_folder import RunFolder
 from simulations.engines import Job
 from simulations.engines.local import LocalGrid
-from strategies.records import unpack
+from strategies.dispatch import unpack
 
 TABLE = "site,subjects,brain-mr\nalpha,100,60\nbeta,10,\n"
 
@@ -122,7 +122,7 @@ def test_the_coordinator_makes_shows_and_checks_a_table(tmp_path, monkeypatch, m
     )
 
     (tmp_path / "experiment.toml").write_text(dump_toml(make_run()))
-    monkeypatch.setattr(cli, "_submit", lambda *_: None)
+    monkeypatch.setattr(coordinator, "_submit", lambda *_: None)
     words = [str(tmp_path / "experiment.toml"), "--connection", "lab", "--detach", "--out"]
     begun = command.invoke(app, ["start", *words, str(tmp_path / "begun"), "--roster", str(file)])
     assert begun.exit_code == 0, begun.exception

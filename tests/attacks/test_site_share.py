@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from panfm.sharing.groups import GroupManifest
 from panfm.sharing.messages import Handshake, RoundReply
-from panfm.sharing.profile import federated_profile
+from server.round_line import federated_profile
 from strategies import GroupedMean, Memory
 from tests.conftest import manifest_of
 
@@ -96,7 +96,7 @@ def test_the_cap_is_on_the_replies_that_count_whatever_their_order(make_run):
 
 
 def test_one_site_does_not_own_profile_and_loss_of_the_federation(make_run):
-    from server.rounds import _mean_loss
+    from server.round_line import mean_loss
 
     replies = []
     for node in range(1, 6):
@@ -104,7 +104,7 @@ def test_one_site_does_not_own_profile_and_loss_of_the_federation(make_run):
         saliency = {"a-mr": 2.0 if node == 5 else 0.0, "b-mr": 0.0}
         replies.append(RoundReply("run", 1, 0, {}, weights, loss=2.0 * (node == 5), saliency=saliency))
     assert federated_profile(replies, 0.5)["a-mr"] <= 1.0
-    assert _mean_loss({str(number): reply for number, reply in enumerate(replies)}, 0.5) <= 1.0
+    assert mean_loss({str(number): reply for number, reply in enumerate(replies)}, 0.5) <= 1.0
 
 
 EXPERTS = manifest_of(
@@ -145,7 +145,7 @@ def test_gate_mass_that_no_images_have_is_refused(make_run, masses, director, wh
     st.sampled_from([0.02, 0.1, 0.25, 1 / 3, 0.4, 0.5, 0.9, 1.0]),
 )
 def test_no_weights_give_a_site_more_than_its_cap(weights, max_share):
-    from panfm.sharing.shares import capped_weights, water_level
+    from strategies.weight_caps import capped_weights, water_level
 
     contributing = sum(map(bool, weights))
     level = water_level(weights, max_share)

@@ -27,7 +27,7 @@ from panfm.evaluate.result import ProbeResult, Score, write_result
 from panfm.privacy.ledger import Ledger, Limits
 from panfm.sharing.frames import Frame, encode
 from panfm.site.audit_log import AuditLog
-from server.cli import app as server
+from server.coordinator import app as server
 from tests.federation.conftest import RUN, Federation
 
 pytestmark = pytest.mark.slow

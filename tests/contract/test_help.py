@@ -8,7 +8,7 @@ import typer
 from typer.testing import CliRunner
 
 from panfm.cli import main
-from server.cli import app as server
+from server.coordinator import app as server
 from simulations.__main__ import app as simulations
 
 TOOLS = {"panfm": main, "server": server, "simulations": simulations}

@@ -24,14 +24,14 @@ from panfm.site.state import StateStore
 from panfm.training.objectives.latent.objective import LatentObjective
 from panfm.training.trainer import Trainer
 from server.app import app as server_app
-from server.progress import Progress
+from server.console import Progress
 from server.rounds import run_federation
 from server.run_folder import RunFolder
 from simulations.engines import Job
 from simulations.engines.local import LocalGrid, run_apps
 from simulations.engines.local import run as run_local
 from strategies import Memory
-from strategies.downlink import Downlink
+from strategies.dispatch import Downlink
 
 
 def lines(run_dir: Path) -> list[dict]:

@@ -14,7 +14,7 @@ from panfm.report import read_run
 from panfm.report.page import render_status, write_status
 from panfm.report.status import clock, headline, left_out, ranges, site_statuses, stream_statuses
 from panfm.report.svg import line_chart
-from server.screen import screen
+from server.console import screen
 
 STREAM = StreamConfig(shape=(4, 4, 4), patch=(2, 2, 2), spacing_mm=(1.0, 1.0, 1.0))
 RUN = RunConfig(name="toy", streams={"brain-mr": STREAM, "liver-mr": STREAM})

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from panfm.errors import ProtocolError
-from panfm.sharing.mean import ExactMean
-from strategies.direction import Directions
-from strategies.memory import Memory
+from strategies.exact_mean import ExactMean
+from strategies.reply_guards import Directions
+from strategies.strategy_memory import Memory
 
 COMMON = np.random.default_rng(0).normal(size=1000)
 
@@ -20,14 +20,14 @@ def one_round(memory: Memory, updates: dict[str, np.ndarray], *, weight: float =
     """The memory after a round, and who was refused."""
     directions, refused = Directions(0.4, memory), {}
     size = len(next(iter(updates.values())))
-    mean = ExactMean(((size, 0),), weight_limit=100, votes=directions.start("head", size, len(updates)))
+    mean = ExactMean(((size, 0),), weight_limit=100, votes=directions.votes("head", size, len(updates)))
     for site, flat in updates.items():
         norm = mean.add(flat, (weight,))
         cosines = {"head": directions.cosine("head", norm)} if weight else {}
         try:
             directions.check(site, cosines)
         except ProtocolError as error:
-            mean.take_off(flat, (weight,))
+            mean.remove(flat, (weight,))
             refused[site] = str(error)
         else:
             directions.accept(site, cosines)
@@ -58,7 +58,7 @@ def test_by_hand():
     assert memory.voters == {"head": ("a", "b", "c", "d")}
     assert memory.cosines == {}
     directions = Directions(0.4, memory)
-    mean = ExactMean(((2, 0),), weight_limit=9, votes=directions.start("head", 2, 4))
+    mean = ExactMean(((2, 0),), weight_limit=9, votes=directions.votes("head", 2, 4))
     norm = mean.add(np.array([3.0, 4.0], np.float32), (1.0,))
     assert directions.cosine("head", norm) == pytest.approx(18 / 5 / 13**0.5)
 
@@ -106,7 +106,7 @@ def test_sites_that_all_pull_apart_are_usual():
 
 def test_many_sites_have_room_for_their_votes():
     directions = Directions(0.4, Memory(votes={"head": np.array([3], np.int8)}))
-    votes = directions.start("head", 1, 300)
+    votes = directions.votes("head", 1, 300)
     mean = ExactMean(((1, 0),), weight_limit=300, votes=votes)
     for _ in range(300):
         mean.add(np.ones(1, np.float32), (1.0,))

@@ -2,14 +2,15 @@ import numpy as np
 import pytest
 
 from panfm.errors import ProtocolError
-from strategies.divergence import DivergenceMean
+from strategies.group_means import GroupSetup
+from strategies.weighted_means import LayerwiseMean
 
 START = np.array([1, 0, 2, 2, 0, 0], np.float32)
 LAYERS = ((2, 0), (2, 0), (2, 0))
 
 
-def mean(*contributions: tuple[list[float], float], layers=LAYERS) -> DivergenceMean:
-    built = DivergenceMean(layers, START, weight_limit=100.0, usual=0.25)
+def mean(*contributions: tuple[list[float], float], layers=LAYERS) -> LayerwiseMean:
+    built = LayerwiseMean(GroupSetup(((6, 0),), 100.0, layers=layers, start=START))
     for update, weight in contributions:
         built.add(np.array(update, np.float32), (weight,))
     return built
@@ -60,5 +61,5 @@ def test_what_is_taken_off_never_came():
     built = mean(([0.5, 0, 1, 1, 0, 0], 3.0))
     extra = np.array([3, -2, 0, 1, 9, 1], np.float32)
     built.add(extra, (2.0,))
-    built.take_off(extra, (2.0,))
+    built.remove(extra, (2.0,))
     assert built.mean().tobytes() == mean(([0.5, 0, 1, 1, 0, 0], 3.0)).mean().tobytes()

@@ -7,8 +7,7 @@ from flwr.app import ArrayRecord, ConfigRecord
 from panfm.sharing.downlink import digests
 from panfm.sharing.messages import Handshake
 from strategies import Memory
-from strategies.downlink import Downlink
-from strategies.records import make_array
+from strategies.dispatch import Downlink, make_array
 
 GROUPS = {"backbone": np.arange(8, dtype=np.float32), "stream:a-mr": np.ones(4, np.float32)}
 STEP = {

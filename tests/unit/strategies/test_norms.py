@@ -4,8 +4,14 @@ import math
 
 import pytest
 
+from panfm.config import RunConfig
 from panfm.errors import ProtocolError
-from strategies.norms import NormBounds, learning_rates, remember
+from strategies.reply_guards import NormBounds, learning_rates
+from strategies.strategy_memory import Norms, add_norms
+
+
+def bounds_of(run: RunConfig, number: int, past: Norms) -> NormBounds:
+    return NormBounds(run.sharing, run.train, number, past)
 
 
 @pytest.fixture
@@ -20,13 +26,13 @@ def run(make_run):
 def past(*rounds: dict[str, float], group: str = "backbone"):
     norms = {}
     for number, sites in enumerate(rounds, start=1):
-        norms = remember(norms, number, {site: {group: norm} for site, norm in sites.items()})
+        norms = add_norms(norms, number, {site: {group: norm} for site, norm in sites.items()})
     return norms
 
 
 def test_the_absolute_bound_by_hand(run):
     """Learning rate 0.003, 4 local steps, limit 1.5: root mean square 0.018; 4 numbers: norm 0.036."""
-    bounds = NormBounds(run, 1, {})
+    bounds = bounds_of(run, 1, {})
     bounds.check_norm("a", "backbone", 0.0359, 4)
     for norm in (0.0361, math.inf, math.nan):
         with pytest.raises(
@@ -39,13 +45,13 @@ def test_the_absolute_bound_follows_the_schedule(make_run):
     run = make_run()
     rounds = run.train.rounds
     assert sum(learning_rates(run.train, number) for number in range(1, rounds + 1)) < 0.003 * run.train.total_steps
-    first, last = (NormBounds(run, number, {}).limit("a", "head", 4)[0] for number in (1, rounds))
+    first, last = (bounds_of(run, number, {}).limit("a", "head", 4)[0] for number in (1, rounds))
     assert 0 < last < first or rounds < 3
 
 
 def test_a_group_may_have_a_bound_of_its_own(make_run, run):
     own = make_run("[sharing.groups.stream]\nnorm-limit = 0.1\n[sharing.groups.'stream:brain-mr']\nnorm-limit = 0.2\n")
-    bounds = NormBounds(own.model_copy(update={"train": run.train}), 1, {})
+    bounds = NormBounds(own.sharing, run.train, 1, {})
     bounds.check_norm("a", "head", 0.035, 4)
     bounds.check_norm("a", "stream:brain-mr", 0.0047, 4)
     for group, norm in (("stream:brain-mr", 0.0049), ("stream:heart-ct", 0.0025)):
@@ -55,7 +61,7 @@ def test_a_group_may_have_a_bound_of_its_own(make_run, run):
 
 def test_the_relative_bound_by_hand(run):
     """Medians of the others of a are 0.002 and 0.004, usual is 0.003; at most three times as much."""
-    bounds = NormBounds(run, 3, past({"a": 9.0, "b": 0.001, "c": 0.003}, {"a": 9.0, "b": 0.003, "c": 0.005}))
+    bounds = bounds_of(run, 3, past({"a": 9.0, "b": 0.001, "c": 0.003}, {"a": 9.0, "b": 0.003, "c": 0.005}))
     bounds.check_norm("a", "backbone", 0.0089, 400)
     with pytest.raises(ProtocolError, match=r"norm 0.0091, expected at most 0.009 \(sharing.guards.norm-ratio\)"):
         bounds.check_norm("a", "backbone", 0.0091, 400)
@@ -68,12 +74,12 @@ def test_the_relative_bound_by_hand(run):
     "rounds", [[{"b": 0.001, "c": 0.001}], [{"b": 0.001}] * 9], ids=["one round", "one other site"]
 )
 def test_with_little_history_the_bound_is_ten_times_as_wide(run, rounds):
-    limit, key = NormBounds(run, len(rounds) + 1, past(*rounds)).limit("a", "backbone", 10**6)
+    limit, key = bounds_of(run, len(rounds) + 1, past(*rounds)).limit("a", "backbone", 10**6)
     assert (limit, key) == (pytest.approx(0.03, rel=1e-3), "norm-ratio")
 
 
 def test_a_site_alone_is_bound_by_what_training_can_reach(run):
-    assert NormBounds(run, 4, past({"a": 0.01}, {"a": 0.01}, {"a": 0.01})).limit("a", "backbone", 4)[1] == "norm-limit"
+    assert bounds_of(run, 4, past({"a": 0.01}, {"a": 0.01}, {"a": 0.01})).limit("a", "backbone", 4)[1] == "norm-limit"
 
 
 def test_growing_rates_widen_the_relative_bound_and_falling_ones_do_not_narrow_it(make_run):
@@ -81,25 +87,25 @@ def test_growing_rates_widen_the_relative_bound_and_falling_ones_do_not_narrow_i
     run = make_run().model_copy(update={"train": train})
     before = past(*[{"b": 1e-3, "c": 1e-3}] * 2)
     grown = learning_rates(train, 6) / learning_rates(train, 2)
-    assert NormBounds(run, 6, before).limit("a", "backbone", 10**8)[0] > 3e-3 * grown
+    assert bounds_of(run, 6, before).limit("a", "backbone", 10**8)[0] > 3e-3 * grown
     late = past(*[{}] * 17, {"b": 1e-3, "c": 1e-3}, {"b": 1e-3, "c": 1e-3})
-    assert NormBounds(run, 20, late).limit("a", "backbone", 10**8)[0] == pytest.approx(3e-3)
-    assert NormBounds(run, 20, late).clip("a", "backbone") < 1e-3
+    assert bounds_of(run, 20, late).limit("a", "backbone", 10**8)[0] == pytest.approx(3e-3)
+    assert bounds_of(run, 20, late).clip("a", "backbone") < 1e-3
 
 
 def test_the_director_knows_no_rate(make_run):
     train = make_run().train.model_copy(update={"rounds": 20, "local_steps": 2, "warmup": 0.5})
     run = make_run().model_copy(update={"train": train})
     late = past(*[{}] * 17, {"b": 1e-3, "c": 1e-3}, {"b": 1e-3, "c": 1e-3}, group="director")
-    assert NormBounds(run, 20, late).clip("a", "director") == pytest.approx(1e-3)
+    assert bounds_of(run, 20, late).clip("a", "director") == pytest.approx(1e-3)
 
 
 def test_memory_of_ten_rounds():
     norms = past({"gone": 7.0}, group="head")
     for number in range(12):
-        norms = remember(norms, number, {"a": {"backbone": number + 0.5}, "b": {"backbone": 100.0}})
+        norms = add_norms(norms, number, {"a": {"backbone": number + 0.5}, "b": {"backbone": 100.0}})
     assert norms["head"] == {"gone": ((1, 7.0),)}
     assert norms["backbone"]["a"] == tuple((number, number + 0.5) for number in range(2, 12))
-    assert remember(norms, 12, {}) == norms
-    late = remember(norms, 30, {"c": {"backbone": 1.0}})
+    assert add_norms(norms, 12, {}) == norms
+    late = add_norms(norms, 30, {"c": {"backbone": 1.0}})
     assert late["backbone"]["a"][0][0] == 3

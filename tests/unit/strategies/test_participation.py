@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from strategies.participation import draw_sites
+from strategies.dispatch import draw_sites
 
 
 def roster(num: int) -> dict[int, SimpleNamespace]:
@@ -11,17 +11,17 @@ def roster(num: int) -> dict[int, SimpleNamespace]:
 
 
 def names(run, of, round_number: int) -> list[str]:
-    return [handshake.site for handshake in draw_sites(run, of, round_number).values()]
+    return [handshake.site for handshake in draw_sites(run.federation, run.seed, of, round_number).values()]
 
 
 def test_everyone_by_default(make_run):
-    assert draw_sites(make_run(), roster(5), 1) == roster(5)
+    assert draw_sites(make_run().federation, 0, roster(5), 1) == roster(5)
 
 
 @pytest.mark.parametrize(("share", "least", "expected"), [(0.5, 2, 5), (0.1, 2, 2), (0.1, 4, 4), (0.99, 2, 10)])
 def test_how_many(make_run, share, least, expected):
     run = make_run(f"[federation]\nparticipation = {share}\nmin-sites = {least}\n")
-    assert len(draw_sites(run, roster(10), 1)) == expected
+    assert len(draw_sites(run.federation, run.seed, roster(10), 1)) == expected
 
 
 def test_the_draw_depends_on_round_and_names_only(make_run):

@@ -6,7 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from panfm.errors import ProtocolError
-from strategies.robust import HeldMean, coordinate_median, geometric_median, trimmed_mean
+from panfm.registry import MEANS
+from strategies.group_means import GroupSetup
+from strategies.robust_means import coordinate_median, geometric_median, trimmed_mean
 
 FOUR = [np.array(row, np.float32) for row in ([1, 2], [2, 4], [3, 6], [50, -50])]
 
@@ -73,8 +75,8 @@ def test_edges():
     assert geometric_median(nothing, [1] * 3).shape == (0,)
 
 
-def held(kind: str, *contributions, segments=((2, 0),)) -> np.ndarray | None:
-    built = HeldMean(segments, kind, trim=0.2, weight_limit=10.0)
+def buffered(kind: str, *contributions, segments=((2, 0),)) -> np.ndarray | None:
+    built = MEANS.load(kind)(GroupSetup(segments, 10.0, trim=0.2))
     for update, weights in contributions:
         built.add(np.asarray(update, np.float32), weights)
     return built.mean()
@@ -84,25 +86,25 @@ def held(kind: str, *contributions, segments=((2, 0),)) -> np.ndarray | None:
 def test_the_order_of_arrival_does_not_matter(kind):
     sent = [(update, (float(weight),)) for update, weight in zip([*FOUR, FOUR[0]], (1, 2, 3, 1, 1), strict=True)]
     for shift in range(5):
-        assert held(kind, *sent[shift:], *sent[:shift]).tobytes() == held(kind, *sent).tobytes()
+        assert buffered(kind, *sent[shift:], *sent[:shift]).tobytes() == buffered(kind, *sent).tobytes()
 
 
 def test_the_kinds_are_told_apart():
     sent = [(update, (1.0,)) for update in FOUR]
-    assert held("median", *sent).tolist() == coordinate_median(FOUR).tolist()
-    assert held("trimmed", *sent).tolist() == trimmed_mean(FOUR, [1.0] * 4, trim=0.2).tolist()
-    assert held("geometric-median", *sent) == pytest.approx(geometric_median(FOUR, [1.0] * 4))
+    assert buffered("median", *sent).tolist() == coordinate_median(FOUR).tolist()
+    assert buffered("trimmed", *sent).tolist() == trimmed_mean(FOUR, [1.0] * 4, trim=0.2).tolist()
+    assert buffered("geometric-median", *sent) == pytest.approx(geometric_median(FOUR, [1.0] * 4))
 
 
 def test_who_has_no_weight_has_no_vote():
-    assert held("median", ([1, 2], (0.0,))) is None
-    assert held("median") is None
+    assert buffered("median", ([1, 2], (0.0,))) is None
+    assert buffered("median") is None
     sent = [([1, 10], (1.0, 1.0)), ([2, 20], (1.0, 0.0)), ([3, 30], (1.0, 0.0))]
-    assert held("median", *sent, segments=((1, 0), (1, 1))).tolist() == [2, 10]
-    nobody = held("median", *[(update, (1.0, 0.0)) for update, _ in sent], segments=((1, 0), (1, 1)))
+    assert buffered("median", *sent, segments=((1, 0), (1, 1))).tolist() == [2, 10]
+    nobody = buffered("median", *[(update, (1.0, 0.0)) for update, _ in sent], segments=((1, 0), (1, 1)))
     assert np.signbit(nobody).tolist() == [False, True]
 
 
 def test_what_is_wrong_is_refused():
     with pytest.raises(ProtocolError, match="holds NaN"):
-        held("median", ([1, np.nan], (1.0,)))
+        buffered("median", ([1, np.nan], (1.0,)))

@@ -23,7 +23,7 @@ _HABITS = {
 """Keys that other frameworks have -> why there is none here, and what to do."""
 
 
-class ServerPrivacyConfig(Uncoupled):
+class SiteDpConfig(Uncoupled):
     """Site-level differential privacy of what the server publishes: global models and run folder. Every site's update
     is clipped as a whole, all sites weigh alike, the server adds noise; losses, counts and saliency stay at the sites.
     With ten sites this is arithmetic rather than protection: noise for a small epsilon drowns the mean. Leave the table
@@ -49,7 +49,7 @@ class ServerPrivacyConfig(Uncoupled):
         return table
 
 
-def server_faults(run: "RunConfig") -> Iterator[str]:
+def site_dp_faults(run: "RunConfig") -> Iterator[str]:
     """What lets a site show by more than its clipped, noised update; one line each."""
     assert run.server_privacy is not None
     private, sharing = run.server_privacy, run.sharing
@@ -73,7 +73,7 @@ def server_faults(run: "RunConfig") -> Iterator[str]:
         yield 'masking.scope: "federation" tells the mean of the sites\' saliency, set "site" or "subject"'
 
 
-def server_claim(run: "RunConfig") -> str | None:
+def site_dp_claim(run: "RunConfig") -> str | None:
     """What the server may say of a run's models; None without site-level privacy."""
     if run.server_privacy is None:
         return None

@@ -1,6 +1,6 @@
-"""Flower's command line, as a person would type it, with an answer that tells the truth.
+"""Calls of Flower's command line that raise RunError when they fail.
 
-Flower exits with 0 even when a run failed or a command did not get through; what is here raises RunError.
+Flower exits with 0 even when a run failed or a command did not get through.
 """
 
 import json
@@ -47,7 +47,7 @@ class FlowerRun:
 
 
 def flower_environment() -> dict[str, str]:
-    """This process's environment; nothing is asked of the network, our own interpreter's commands come first."""
+    """Environment of this process, with Flower offline and the commands of this interpreter first."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     return os.environ | OFFLINE | {"PATH": path}
 
@@ -61,7 +61,7 @@ def submit(
 
 
 def flwr(words: list[str], environment: Mapping[str, str]) -> dict[str, Any]:
-    """What a `flwr` command answers in JSON. Raises RunError, in one line, if it does not."""
+    """Run a `flwr` command and return its JSON answer. Raises RunError, in one line, if it fails."""
     done = subprocess.run(
         ["flwr", *words, "--format", "json"], env=environment, capture_output=True, text=True, check=False
     )
@@ -72,13 +72,13 @@ def flwr(words: list[str], environment: Mapping[str, str]) -> dict[str, Any]:
     if not answer.get("success", True):
         text = answer.get("error-message", "failed").strip().rpartition("\n\n")[2]  # first it tells what it is doing
         if text.startswith(_UNAVAILABLE):
-            raise RunError(_at_the_door(words, environment))
+            raise RunError(_why_unavailable(words, environment))
         raise RunError(f"flwr {words[0]}: {one_line(text)}")
     return answer
 
 
-def _at_the_door(words: list[str], environment: Mapping[str, str]) -> str:
-    """Why the SuperLink that a command names, and that Flower only calls unavailable, cannot be spoken to."""
+def _why_unavailable(words: list[str], environment: Mapping[str, str]) -> str:
+    """Tell why the SuperLink that a command names cannot be reached; Flower only calls it unavailable."""
     home = Path(environment.get("FLWR_HOME") or Path.home() / ".flwr")
     connections = tomllib.loads((home / "config.toml").read_text(encoding="utf-8"))["superlink"]
     name = next(word for word in words[1:] if word in connections)

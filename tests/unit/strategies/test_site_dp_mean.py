@@ -8,10 +8,10 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from panfm.config.server_privacy import ServerPrivacyConfig
+from panfm.config.site_dp import SiteDpConfig
 from panfm.errors import BudgetError
 from panfm.sharing.messages import Handshake, RoundReply
-from strategies import SitePrivateMean, site_private
+from strategies import SiteDpMean, site_dp_mean
 from tests.conftest import manifest_of
 
 MANIFEST = manifest_of(
@@ -71,9 +71,9 @@ def build(make_run):
 
     def make(pay=lambda number: None, noise=5.0):
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
-        table = ServerPrivacyConfig(epsilon=8.0, delta=0.01, num_sites=4, noise_multiplier=noise, clip_norm=CLIP)
+        table = SiteDpConfig(epsilon=8.0, delta=0.01, num_sites=4, noise_multiplier=noise, clip_norm=CLIP)
         run = make_run().model_copy(update={"server_privacy": table})
-        built = SitePrivateMean(run, MANIFEST, ROSTER, pay=pay)
+        built = SiteDpMean(run, MANIFEST, ROSTER, pay=pay)
         arrays = ArrayRecord({group: Array(np.zeros(MANIFEST.size(group), np.float32)) for group in MANIFEST.groups})
         list(built.configure_train(5, arrays, ConfigRecord({"run-id": "run-1"}), None))
         return built
@@ -90,7 +90,7 @@ def without_noise(monkeypatch):
         asked.append((num_sites, clip_norm, noise))
         return mean
 
-    monkeypatch.setattr(site_private, "noised_mean", noised)
+    monkeypatch.setattr(site_dp_mean, "noised_mean", noised)
     return asked
 
 
@@ -186,7 +186,7 @@ def test_a_round_without_all_sites_releases_nothing_and_costs_nothing(build, mis
 
 def test_it_pays_before_noise_is_drawn_and_a_refusal_ends_the_round(build, monkeypatch):
     order = []
-    monkeypatch.setattr(site_private, "noised_mean", lambda mean, *_, **__: order.append("noise") or mean)
+    monkeypatch.setattr(site_dp_mean, "noised_mean", lambda mean, *_, **__: order.append("noise") or mean)
     aggregate(build(order.append), everyone())
     assert order == [5, *["noise"] * 4]
 

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 from panfm.errors import RunError, one_line
-from server import flower
-from server.flower import FlowerRun, flwr
+from server import flower_cli
+from server.flower_cli import FlowerRun, flwr
 
 UNAVAILABLE = (
     "Using SuperLink: x (127.0.0.1:1)\n Listing all runs...\n\nConnection to the SuperLink is unavailable. Please "
@@ -28,7 +28,7 @@ def answers(monkeypatch):
         said.words.append(words)
         return said
 
-    monkeypatch.setattr(flower.subprocess, "run", run)
+    monkeypatch.setattr(flower_cli.subprocess, "run", run)
     return said
 
 
@@ -106,7 +106,7 @@ def why(answers, home, entry: str) -> str:
 def test_why_a_superlink_is_unavailable(certificate, door, monkeypatch):
     home, answers = certificate, SimpleNamespace(stdout="", stderr="")
     with monkeypatch.context() as patch, socket.socket() as closed:  # it has a port, and listens to nobody
-        patch.setattr(flower.subprocess, "run", lambda *_, **__: answers)
+        patch.setattr(flower_cli.subprocess, "run", lambda *_, **__: answers)
         closed.bind(("127.0.0.1", 0))
         dead = closed.getsockname()[1]
         own, other = (f'root-certificates = "{home / name}.crt"' for name in ("own", "other"))

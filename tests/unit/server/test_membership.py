@@ -12,7 +12,7 @@ from panfm.models import build_model
 from panfm.sharing.groups import GroupManifest
 from panfm.sharing.messages import Handshake
 from server.handshake import Attendance
-from server.roster import Roster
+from server.membership import Membership
 
 
 class Nodes:
@@ -68,16 +68,16 @@ def nodes(make_run, monkeypatch) -> Nodes:
     run = make_run()
     model = build_model(run)
     made = Nodes(run, GroupManifest.of(model.parameter_groups(), model.state_dict()))
-    for module in ("server.roster", "server.exchange"):
+    for module in ("server.membership", "server.exchange"):
         monkeypatch.setattr(f"{module}.time", SimpleNamespace(monotonic=made.monotonic, sleep=made.sleep))
     return made
 
 
-def begin(nodes: Nodes, *sites: str) -> Roster:
+def begin(nodes: Nodes, *sites: str) -> Membership:
     """Those sites came before round 1, on nodes 11, 12, ..."""
     nodes.online = {11 + index: site for index, site in enumerate(sites)}
     roster = {node_id: nodes.handshake(site) for node_id, site in nodes.online.items()}
-    return Roster(nodes, nodes.run, nodes.manifest, Attendance(roster, asked=list(roster)))
+    return Membership(nodes, nodes.run, nodes.manifest, Attendance(roster, asked=list(roster)))
 
 
 def names(sites: dict[int, Handshake]) -> list[str]:
@@ -161,7 +161,7 @@ def test_a_site_that_hangs_rests_longer_and_longer(nodes):
         sites = names(roster.gather(number))
         if "b" in sites:
             asked.append(number)
-        roster.note(line(number, *sites, late=("b",) if "b" in sites else ()))
+        roster.note_late(line(number, *sites, late=("b",) if "b" in sites else ()))
     assert asked == [1, 2, 4, 8, 16]
 
 
@@ -169,14 +169,14 @@ def test_one_answer_in_time_and_all_is_forgotten(nodes):
     roster = begin(nodes, "a", "b", "c")
     for number, late in ((1, ("b",)), (2, ("b",)), (4, ()), (5, ("b",))):
         assert "b" in names(roster.gather(number))
-        roster.note(line(number, "a", "b", "c", late=late))
+        roster.note_late(line(number, "a", "b", "c", late=late))
     assert "b" in names(roster.gather(6))
 
 
 def test_who_rests_is_asked_if_there_are_too_few(nodes):
     roster = begin(nodes, "a", "b")
     for number in (1, 2):
-        roster.note(line(number, "a", "b", late=("b",)))
+        roster.note_late(line(number, "a", "b", late=("b",)))
     assert names(roster.gather(3)) == ["a", "b"]
 
 
@@ -197,7 +197,7 @@ def test_a_silent_site_costs_two_deadlines_and_is_back_once_it_answers(nodes, ca
             nodes.busy = set()  # started again
         sites = names(roster.gather(number))
         told[number] = roster.away(number, sites)
-        roster.note(line(number, *sites, late=("b",) if "b" in sites and number < 31 else ()))
+        roster.note_late(line(number, *sites, late=("b",) if "b" in sites and number < 31 else ()))
     why = "silent: no reply by the deadline of rounds 1, 2; not asked until it answers an invitation"
     assert [number for number, away in told.items() if not away] == [1, 2, *range(31, 40)]
     assert told[3] == told[30] == {"b": why}
@@ -211,7 +211,7 @@ def test_a_silent_site_whose_invitation_was_lost_is_invited_again(nodes):
     nodes.busy = {12}
     for number in (1, 2):
         roster.gather(number)
-        roster.note(line(number, "a", "b", "c", late=("b",)))
+        roster.note_late(line(number, "a", "b", "c", late=("b",)))
     roster.gather(3)
     nodes.now += 3601
     roster.gather(4)
@@ -226,7 +226,7 @@ def test_a_silent_site_whose_invitation_was_lost_is_invited_again(nodes):
 def test_a_site_that_answers_but_is_always_late_rests(nodes):
     roster = begin(nodes, "a", "b", "c")
     for number in (1, 2):
-        roster.note(line(number, "a", "b", "c", late=("b",)))
+        roster.note_late(line(number, "a", "b", "c", late=("b",)))
     assert "b" not in names(roster.gather(3))
     assert roster.away(3, ["a", "c"]) == {"b": "answers again, rests until round 3"}
     assert "b" in names(roster.gather(4))
@@ -236,7 +236,7 @@ def test_a_silent_site_may_come_back_as_another_node(nodes):
     roster = begin(nodes, "a", "b", "c")
     nodes.busy = {12}
     for number in (1, 2):
-        roster.note(line(number, "a", "b", "c", late=("b",)))
+        roster.note_late(line(number, "a", "b", "c", late=("b",)))
     del nodes.online[12]
     nodes.online[30] = "b"
     roster.gather(3)

@@ -6,9 +6,9 @@ from itertools import permutations
 import numpy as np
 import pytest
 
-from panfm.sharing.mean import ExactMean
-from panfm.sharing.shares import capped_shares, capped_weights, water_level
-from strategies.robust import _capped, trimmed_mean
+from strategies.exact_mean import ExactMean
+from strategies.robust_means import _capped, trimmed_mean
+from strategies.weight_caps import capped_shares, capped_weights, water_level
 
 
 def test_by_hand():
@@ -59,7 +59,7 @@ def test_what_is_taken_off_leaves_what_may_have_to_be_capped():
         other.add(update, weight)
         for size in (1.0, 1e5):
             other.add(-update, (size,))
-            other.take_off(-update, (size,))
+            other.remove(-update, (size,))
     assert mean.mean().tobytes() == other.mean().tobytes()
 
 
@@ -68,7 +68,7 @@ def test_one_contribution_is_kept_and_none_of_sites_that_weigh_alike(weights, co
     size = 1 << 18
     mean, update = ExactMean(((size, 0),), weight_limit=5000, max_share=0.5), np.full(size, 0.1, np.float32)
     mean.add(update, (1.0,))
-    mean.take_off(update, (1.0,))  # compiled
+    mean.remove(update, (1.0,))  # compiled
     tracemalloc.start()
     for weight in weights:
         mean.add(update, (weight,))

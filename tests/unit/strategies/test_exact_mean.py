@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from panfm.errors import ProtocolError
-from panfm.sharing import mean as module
-from panfm.sharing.mean import ExactMean
+from strategies import exact_mean as module
+from strategies.exact_mean import ExactMean
 
 
 def exact(updates: list[np.ndarray], weights: list[float]) -> list[Fraction]:
@@ -198,9 +198,9 @@ def test_the_largest_numbers_do_not_overflow_however_small_the_usual(usual):
 def test_large_numbers_that_are_taken_off_leave_nothing_behind():
     mean, update = ExactMean(((9, 0),), weight_limit=1), np.full(9, 64, np.float32)
     mean.add(update, (1.0,))
-    assert mean._carried
-    mean.take_off(update, (1.0,))
-    assert not mean._carried
+    assert mean._overflow_rows
+    mean.remove(update, (1.0,))
+    assert not mean._overflow_rows
 
 
 def test_empty_group():
@@ -325,7 +325,7 @@ def test_what_is_taken_off_never_came(entries, random):
     mean = ExactMean(((size, 0),), weight_limit=1e7)
     steps = [(mean.add, entry) for entry in entries] + [(mean.add, entry) for entry in others]
     random.shuffle(steps)
-    for step, (values, weight) in steps + [(mean.take_off, entry) for entry in others]:
+    for step, (values, weight) in steps + [(mean.remove, entry) for entry in others]:
         step(np.array(values, np.float32), (float(weight),))
     alone = mean_of([np.array(values, np.float32) for values, _ in entries], [float(w) for _, w in entries], 1e7)
     assert mean.mean().tobytes() == alone.tobytes()

@@ -14,11 +14,12 @@ from typer.testing import CliRunner
 from panfm.config import dump_toml
 from panfm.errors import PanfmError, RunError
 from panfm.files import locked
-from server import cli, flower, watch
+from server import console as console_module
+from server import coordinator, flower_cli
 from server.checkpoint import ServerState
-from server.cli import app
+from server.console import Lines, follow
+from server.coordinator import app
 from server.run_folder import RunFolder
-from server.watch import Lines, follow
 from tests.unit.report.test_status import line
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -50,10 +51,10 @@ class Flower:
 @pytest.fixture
 def superlink(monkeypatch) -> Flower:
     made = Flower()
-    monkeypatch.setattr(flower, "flwr", made)
-    for module in (cli, watch):
+    monkeypatch.setattr(flower_cli, "flwr", made)
+    for module in (coordinator, console_module):
         monkeypatch.setattr(module, "_POLL_S", 0.0)
-    monkeypatch.setattr(watch, "_STATUS_S", 0.0)
+    monkeypatch.setattr(console_module, "_STATUS_S", 0.0)
     return made
 
 
@@ -124,7 +125,7 @@ def test_completed_without_a_model_is_a_failure(superlink, begun):
 def test_watch_shows_every_round_once_and_ends_with_the_run(superlink, begun, monkeypatch):
     superlink.status = ["running", "running", "finished:completed"]
     steps = iter([lambda: begun.append_round(line(2)), lambda: finish(begun)])
-    monkeypatch.setattr(watch.time, "sleep", lambda _: next(steps)())
+    monkeypatch.setattr(console_module.time, "sleep", lambda _: next(steps)())
     code, told, _ = call("watch", begun.path)
     assert code == 0
     assert told.count("round 1/2") == told.count("round 2/2") == 1
@@ -145,7 +146,7 @@ def test_a_run_of_another_kind_is_watched_while_a_process_is_at_work(begun, monk
                 raise KeyboardInterrupt
             step()
 
-        monkeypatch.setattr(watch.time, "sleep", sleep)
+        monkeypatch.setattr(console_module.time, "sleep", sleep)
         with pytest.raises(KeyboardInterrupt):  # it goes on for as long as the other does
             follow(begun.path, Lines(console), None, {})
     assert "round 2/2" in console.file.getvalue()
@@ -199,7 +200,7 @@ def test_stop_waits_for_the_server_and_says_how_far_it_came(superlink, begun):
 
 def test_a_server_that_does_not_end_is_told_of(superlink, begun, monkeypatch):
     superlink.status = ["running"]
-    monkeypatch.setattr(cli, "_STOP_S", 0.0)
+    monkeypatch.setattr(coordinator, "_STOP_S", 0.0)
     with begun.at_work():
         code, _, why = call("stop", begun.path)
     assert (code, why) == (1, f"{begun.path}: Flower has stopped the run, but its ServerApp is still at work")

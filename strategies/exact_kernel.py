@@ -1,7 +1,12 @@
-"""Loops over the numbers of an update, compiled: numpy reads and writes the memory anew for every operation.
+"""Loops of the exact mean over the numbers of an update, compiled by numba.
 
-Rows are numbers edges[row] to edges[row + 1]; `whose` says which weight counts for each. Each function takes the rows
-from `first` up to `last`, and lets other Python threads go on meanwhile.
+A group's numbers are cut into rows: row r holds numbers edges[r] to edges[r + 1] - 1, and `weight_of_row[r]` says which
+of the group's weights counts for it. Every function works on the rows first to last - 1 and releases Python's lock.
+
+Why compiled: numpy reads and writes memory anew for every operation. Measured on two busy cores, 11.5 million numbers:
+13.5 ms of CPU a pass here; numpy in chunks of 65,536 takes 21 ms, of 4,096 65 ms; torch in chunks of 65,536 32 ms. With
+numpy, `python -m simulations bench aggregate` for 16 sites goes from .40-.52 of Flower's time to .80-.92; its bound is
+.5. Compiling takes a few seconds, at the first round of a server.
 """
 
 from collections.abc import Callable
@@ -18,9 +23,9 @@ _Indices = NDArray[np.int64]
 
 
 def _compiled(function: _Function) -> _Function:
-    """Machine code, made at the first call; sums of floats may be reordered, nothing else.
+    """Compile a function at its first call; the compiler may reorder sums of floats, nothing else.
 
-    It is not kept on disk: a disk that is full or may not be written to would end the round, to spare a process 2 s.
+    The code is not cached on disk: a full or read-only disk would end the round, to save a process a few seconds.
     """
     return cast(_Function, numba.njit(nogil=True, error_model="numpy", fastmath={"reassoc"})(function))
 
@@ -30,7 +35,7 @@ def add_rows(
     total: NDArray[np.int32],
     update: Flat,
     edges: _Indices,
-    whose: _Indices,
+    weight_of_row: _Indices,
     factors: Flat,
     limit: np.float32,
     beyond: NDArray[np.bool_],
@@ -40,18 +45,18 @@ def add_rows(
     first: int,
     last: int,
 ) -> tuple[float, float]:
-    """Add round(factor * update) to the total; a row with a number beyond the limit, or NaN, is only marked.
+    """Add round(factor * update) to the total, row by row.
 
     Args:
-        votes: Signs are added to it, `vote` times each, where the factor is not 0; empty: they are not.
-        before: What the update is multiplied with; empty: with nothing.
+        beyond: Set to True for a row that holds NaN or a number beyond the limit; such a row is not added.
+        votes: Where `vote` times the sign of each number is added, if the factor is not 0; an empty array: nowhere.
+        before: Votes of the round before; an empty array: none.
     Returns:
-        Sum of the squares of all rows, and the product of the update with `before`: each row's in float32, theirs in
-        float64.
+        Sum of squares of the update, and its dot product with `before`; float32 within a row, float64 over rows.
     """
     squares, product = np.float64(0.0), np.float64(0.0)
     for row in range(first, last):
-        numbers, factor = update[edges[row] : edges[row + 1]], factors[whose[row]]
+        numbers, factor = update[edges[row] : edges[row + 1]], factors[weight_of_row[row]]
         squares += _squares(numbers)
         if len(before):
             product += _product(numbers, before[edges[row] : edges[row + 1]])
@@ -68,15 +73,15 @@ def divide_rows(
     total: NDArray[np.int32],
     mean: Flat,
     edges: _Indices,
-    whose: _Indices,
+    weight_of_row: _Indices,
     divisors: NDArray[np.float64],
     first: int,
     last: int,
 ) -> None:
-    """Divide in float64; -0.0 where the divisor is 0. The mean may lie where the total does."""
+    """Write total / divisor into the mean, in float64; -0.0 where the divisor is 0. The two may share their memory."""
     for row in range(first, last):
         numbers = total[edges[row] : edges[row + 1]].copy()
-        _divide(mean[edges[row] : edges[row + 1]], numbers, divisors[whose[row]])
+        _divide(mean[edges[row] : edges[row + 1]], numbers, divisors[weight_of_row[row]])
 
 
 @_compiled
@@ -103,10 +108,10 @@ def _vote(votes: NDArray[Any], numbers: Flat, vote: int) -> None:
 
 @_compiled
 def _is_beyond(numbers: Flat, limit: np.float32) -> bool:
-    found = np.int32(0)
+    is_beyond = np.int32(0)
     for index in range(len(numbers)):
-        found |= np.int32(not (abs(numbers[index]) <= limit))
-    return found != 0
+        is_beyond |= np.int32(not (abs(numbers[index]) <= limit))
+    return is_beyond != 0
 
 
 @_compiled

@@ -3,7 +3,7 @@ from itertools import permutations
 import pytest
 
 from panfm.sharing.messages import RoundReply
-from panfm.sharing.profile import federated_profile
+from server.round_line import federated_profile
 
 
 def reply(saliency: dict[str, float], **subjects: float) -> RoundReply:

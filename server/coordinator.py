@@ -15,7 +15,7 @@ import typer
 from panfm.cli import export
 from panfm.errors import RunError
 from panfm.files import json_text, write_atomic
-from server.flower import FlowerRun, flower_environment, submit
+from server.flower_cli import FlowerRun, flower_environment, submit
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 _RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]
@@ -107,18 +107,17 @@ def status(run_dir: _RunDir) -> None:
     from rich.console import Console
 
     from panfm.report import read_run
-    from server.screen import screen
-    from server.watch import why_not_finished
+    from server.console import screen, why_not_finished
 
     run, flower = read_run(run_dir), _flower_run(run_dir)
     Console().print(screen(run))
     if run.state in ("running", "finished"):
         return
-    found = flower.entry(flower_environment()) if flower else ("", "")
-    if found[0] and not found[0].startswith("finished"):
-        typer.echo(f"Flower: run {flower.run_id if flower else ''} is {found[0]}")
+    status, details = flower.entry(flower_environment()) if flower else ("", "")
+    if flower and status and not status.startswith("finished"):
+        typer.echo(f"Flower: run {flower.run_id} is {status}")
         return
-    raise RunError(f"{run_dir}: {why_not_finished(run, *found)}")
+    raise RunError(f"{run_dir}: {why_not_finished(run, status, details)}")
 
 
 @app.command()
@@ -127,7 +126,7 @@ def watch(run_dir: _RunDir) -> None:
     from rich.console import Console
 
     from panfm.report import read_run
-    from server.watch import follow, view
+    from server.console import follow, view
 
     console = Console(soft_wrap=True, highlight=False)
     flower = None if read_run(run_dir).is_finished else _flower_run(run_dir)
@@ -149,9 +148,9 @@ def stop(run_dir: _RunDir) -> None:
     if run.is_finished and not run.is_at_work:
         raise RunError(f"{run_dir}: has finished, there is nothing to stop")
     environment = flower_environment()
-    found, details = flower.entry(environment)
-    if found.startswith("finished"):
-        raise RunError(f"{run_dir}: is not running; Flower: {found}: {details}")
+    status, details = flower.entry(environment)
+    if status.startswith("finished"):
+        raise RunError(f"{run_dir}: is not running; Flower: {status}: {details}")
     flower.stop(environment)
     deadline = time.monotonic() + _STOP_S
     while read_run(run_dir).is_at_work:
@@ -193,10 +192,10 @@ def check_roster(
     """Compare what the sites of a run said of themselves with a table; status 0 only if all of them fit."""
     from server.expected_sites import ExpectedSites
 
-    expected, told = ExpectedSites.read(file), ExpectedSites.of_run(run_dir)
-    if faults := expected.faults(told):
+    expected, actual = ExpectedSites.read(file), ExpectedSites.of_run(run_dir)
+    if faults := expected.faults(actual):
         raise RunError("; ".join(faults))
-    typer.echo(f"{run_dir}: all {len(told.sites)} sites are as expected")
+    typer.echo(f"{run_dir}: all {len(actual.sites)} sites are as expected")
 
 
 def _submit(run_dir: Path, connection: str) -> None:

@@ -1,13 +1,14 @@
-"""Server optimisers: what the server makes of a group's mean update d.
+"""Server optimisers: the step that the server makes of a group's mean update d; and the EMA of global parameters.
 
     none        step = d
     momentum    v <- beta v + d;                            step = lr v,  with Nesterov lr (d + beta v)
     adam        m <- b1 m + (1 - b1) d;  v <- b2 v + (1 - b2) d^2;                        step = lr m / (sqrt(v) + tau)
     yogi        m as adam;               v <- v - (1 - b2) d^2 sign(v - d^2);             step = lr m / (sqrt(v) + tau)
+    EMA         e <- e + (1 - momentum) (g - e), g: global parameters; sites whose teacher starts a round there get e
 
 m and the momentum start at 0, adam's v at tau^2. Flower's FedAvgM, FedAdam and FedYogi keep their state inside an
 object that cannot be saved, treat all parameters alike, and FedAdam answers in float64; so these few lines are ours.
-The slots of what nobody trained in a round, a group or one of its experts, stay as they are.
+State slots of a group or expert that nobody trained in a round stay as they are.
 
 Source:
     Hsu et al. 2019 (arXiv 1909.06335); Reddi et al. 2021 (arXiv 2003.00295), Algorithm 2; Douillard et al. 2023 (arXiv
@@ -27,11 +28,11 @@ Slots = Mapping[str, Flat]
 def server_step(
     config: PlainStepConfig | MomentumConfig | AdaptiveConfig, mean: Flat, slots: Slots
 ) -> tuple[Flat, Slots]:
-    """The step of one group, and its slots afterwards.
+    """Return the step of one group, and its state slots afterwards.
 
     Args:
         mean: Mean update of the round, float32.
-        slots: What this returned the round before; empty before the first.
+        slots: Those returned in the round before; empty before the first.
     """
     if isinstance(config, PlainStepConfig):
         return mean, {}
@@ -69,3 +70,9 @@ def _adaptive(config: AdaptiveConfig, mean: Flat, before: Slots) -> tuple[Flat, 
     second = before["second"] - (1 - b2) * pull
     root: Flat = np.sqrt(second)
     return rate * first / (root + tau), {"first": first, "second": second}
+
+
+def follow_average(average: Mapping[str, Flat], groups: Mapping[str, Flat], momentum: float) -> dict[str, Flat]:
+    """EMA of the global parameters after a round; a number equal to its average leaves that as it is, to the bit."""
+    share = np.float32(1.0 - momentum)
+    return {group: average[group] + share * (flat - average[group]) for group, flat in groups.items()}

@@ -1,16 +1,17 @@
-"""Who is asked, round by round: sites may come and go while a run goes on.
+"""Membership: which sites are asked in a round. Sites may come and go while a run goes on.
 
-Before each round the nodes that are online are looked at. A new one is invited; it takes part from the first round that
-begins after its handshake has come and fits, and nobody waits for it. A site that is offline is not asked. One that
-is online but lets the deadline pass twice in a row is silent: a worker that hangs, or a SuperNode that waits for good
-for a reply that its ClientApp never gave (it looks online all the same). It is invited anew, and asked again only once
-it has answered, and has rested for one round, then three, then seven: a site that answers but is always late does not
-cost every round its deadline, one that never answers costs two of them.
+Before each round the server looks at which nodes are online. A new one is invited; it takes part from the first round
+that begins after its handshake has come and fits, and nobody waits for it. A site that is offline is not asked.
 
-A site's name stays with the node that first gave it. Flower keeps the id of a SuperNode that signs in with its key,
-so a site that starts again has its node id still. Without keys it gets a new one: then the name moves, once the old
-node has been offline for a minute, and log, history and status page say so. With the coordinator's table of sites no
-name moves.
+A site that is online but lets the deadline pass twice in a row is silent: its worker hangs, or its SuperNode waits for
+ever for a reply that its ClientApp never gave, and looks online all the same. A silent site is invited anew, and asked
+again only once it has answered, and has rested for one round, then three, then seven. So a site that answers but is
+always late does not cost every round its deadline, and one that never answers costs two deadlines.
+
+The name of a site stays with the node that first gave it. Flower keeps the id of a SuperNode that signs in with its
+key, so such a site has the same node id after a restart. Without keys it gets a new one: then the name moves, once the
+old node has been offline for a minute, and log, history and status page say so. With the coordinator's table of
+expected sites no name moves.
 """
 
 import logging
@@ -37,25 +38,29 @@ that a node is gone."""
 _POLL_S = 0.2
 
 
-class Roster:
-    """The sites of a run, and the nodes that would join it."""
+class Membership:
+    """Sites of a run, and the nodes that ask to join it."""
 
     def __init__(self, grid: Grid, run: RunConfig, manifest: GroupManifest, attendance: Attendance) -> None:
-        """Start with those that came before round 1; `attendance` is kept up to date."""
+        """Start with the sites that came before round 1.
+
+        Args:
+            attendance: Those sites; kept up to date.
+        """
         self.attendance = attendance
         self.moved: dict[str, str] = {}
-        """Sites whose name moved to another node before this round -> from which to which."""
+        """Site whose name moved to another node before this round -> from which to which."""
         self._grid = grid
         self._run = run
         self._manifest = manifest
         self._invited = set(attendance.asked)
         self._invitations: list[Exchange] = []
-        self._unheard: set[int] = set()
-        """Invited, but with no answer, or an error: invited again before the next round."""
+        self._unanswered: set[int] = set()
+        """Nodes that were invited and did not answer, or with an error: invited again before the next round."""
         self._absent: dict[int, float] = {}
         """Node id of a site that is offline -> when that was noticed."""
         self._claimants: dict[int, Handshake] = {}
-        """Nodes that answered in the name of a site whose own node went offline only now."""
+        """Node that answered in the name of a site whose own node has only just gone offline -> its handshake."""
         self._refused: dict[int, str] = {}
         """Node id -> why it cannot join."""
         self._missed: dict[str, list[int]] = {}
@@ -65,14 +70,14 @@ class Roster:
         self._rests_until: dict[str, int] = {}
 
     def gather(self, round_number: int) -> dict[int, Handshake]:
-        """The sites to ask in a round: fit, online, not silent, not resting.
+        """Return the sites to ask in a round: fit, online, not silent, not resting.
 
         Waits, up to `federation.join-timeout-s`, until there are `federation.min-sites`; sites that are silent or rest
         are asked before that.
         """
         start = time.monotonic()
-        self._invited -= self._unheard
-        self._unheard = set()
+        self._invited -= self._unanswered
+        self._unanswered = set()
         self.moved = {}
         while True:
             present = self._present(round_number)
@@ -81,11 +86,11 @@ class Roster:
             if time.monotonic() - start > self._run.federation.join_timeout_s:
                 return present
             time.sleep(_POLL_S)
-        awake = {node_id: known for node_id, known in present.items() if not self._why_spared(node_id, round_number)}
+        awake = {node_id: known for node_id, known in present.items() if not self._why_not_asked(node_id, round_number)}
         return awake if len(awake) >= self._run.federation.min_sites else present
 
-    def note(self, line: Mapping[str, Any]) -> None:
-        """Remember who was late in a round, from its line of rounds.jsonl."""
+    def note_late(self, line: Mapping[str, Any]) -> None:
+        """Note which sites were late in a round, from its line of rounds.jsonl."""
         nodes = {known.site: node_id for node_id, known in self.attendance.roster.items()}
         for site in line["asked"]:
             missed = self._missed[site] = [*self._missed.get(site, ()), line["round"]] if site in line["late"] else []
@@ -99,15 +104,15 @@ class Roster:
             logger.warning("round %s: %s is online but %s", line["round"], site, self._why_silent(site))
 
     def away(self, round_number: int, asked: Collection[str]) -> dict[str, str]:
-        """Site, or node that gave no site's name -> why it was not asked in a round."""
+        """Site, or node without a site's name -> why it was not asked in a round."""
         roster = self.attendance.roster
-        found = {known.site: self._why_spared(node_id, round_number) for node_id, known in roster.items()}
-        found |= {roster[node_id].site: "offline" for node_id in self._absent if node_id in roster}
-        found |= {f"node {node_id}": f"cannot join: {reason}" for node_id, reason in self._refused.items()}
-        return {site: reason for site, reason in sorted(found.items()) if reason and site not in asked}
+        reasons = {known.site: self._why_not_asked(node_id, round_number) for node_id, known in roster.items()}
+        reasons |= {roster[node_id].site: "offline" for node_id in self._absent if node_id in roster}
+        reasons |= {f"node {node_id}": f"cannot join: {reason}" for node_id, reason in self._refused.items()}
+        return {site: reason for site, reason in sorted(reasons.items()) if reason and site not in asked}
 
-    def _why_spared(self, node_id: int, round_number: int) -> str:
-        """Why a site that is online is not asked; empty if it is."""
+    def _why_not_asked(self, node_id: int, round_number: int) -> str:
+        """Why a site that is online is not asked; empty if it is asked."""
         site = self.attendance.roster[node_id].site
         if node_id in self._silent:
             return self._why_silent(site)
@@ -127,46 +132,48 @@ class Roster:
             self._invited |= set(strangers)
             self._invitations.append(invite(self._grid, self._run, strangers))
         self._note_absent(round_number, online)
-        self._hear(online)
+        self._read_answers(online)
         return {node_id: known for node_id, known in self.attendance.roster.items() if node_id in online}
 
     def _note_absent(self, round_number: int, online: Collection[int]) -> None:
-        """Remember which sites' nodes are offline, and since when."""
+        """Note which sites' nodes are offline, and since when."""
         now, roster = time.monotonic(), self.attendance.roster
         absent = {node_id: self._absent.get(node_id, now) for node_id in roster if node_id not in online}
         for node_id in sorted(absent.keys() ^ self._absent.keys()):
-            what = "is offline and is not asked" if node_id in absent else "is back"
+            change = "is offline and is not asked" if node_id in absent else "is back"
             if node_id in roster:
-                logger.warning("round %s: %s %s", round_number, roster[node_id].site, what)
+                logger.warning("round %s: %s %s", round_number, roster[node_id].site, change)
         self._absent = absent
 
-    def _hear(self, online: Collection[int]) -> None:
-        """Take in whoever has answered an invitation by now."""
+    def _read_answers(self, online: Collection[int]) -> None:
+        """Admit or refuse the nodes that have answered an invitation by now."""
         claimants, self._claimants = self._claimants, {}
         for node_id, claimed in claimants.items():
             if node_id in online:
-                self._welcome(node_id, claimed, online)
+                self._admit(node_id, claimed, online)
         for exchange in self._invitations:
             for reply in exchange.ready():
-                heard, node_id = Attendance(expected=self.attendance.expected), reply.metadata.src_node_id
-                if handshake := read_handshake(reply, self._run, self._manifest, heard):
-                    self._welcome(node_id, handshake, online)
-                for reason in [*heard.failed, *heard.misfits]:
+                answer, node_id = Attendance(expected=self.attendance.expected), reply.metadata.src_node_id
+                if handshake := read_handshake(reply, self._run, self._manifest, answer):
+                    self._admit(node_id, handshake, online)
+                for reason in [*answer.failed, *answer.misfits]:
                     self._refuse(node_id, reason.removeprefix(f"node {node_id}: "))
             for node_id, reason in exchange.failed.items():
                 self._refuse(node_id, reason)
-            self._unheard |= set(exchange.failed) | (set() if exchange.is_waiting else exchange.waiting_for)
+            self._unanswered |= set(exchange.failed) | (set() if exchange.is_waiting else exchange.waiting_for)
             exchange.failed.clear()
         self._invitations = [exchange for exchange in self._invitations if exchange.is_waiting]
 
     def _refuse(self, node_id: int, reason: str) -> None:
+        """Log why a node cannot join, and keep the reason unless the node is a site's."""
         reason = one_line(reason)
         if self._refused.get(node_id) != reason:
             logger.warning("node %s cannot join: %s", node_id, reason)
         if node_id not in self.attendance.roster:
             self._refused[node_id] = reason
 
-    def _welcome(self, node_id: int, handshake: Handshake, online: Collection[int]) -> None:
+    def _admit(self, node_id: int, handshake: Handshake, online: Collection[int]) -> None:
+        """Add a node's site to the run, or refuse the node."""
         roster = self.attendance.roster
         namesakes = {other for other, known in roster.items() if known.site == handshake.site and other != node_id}
         if reason := self._why_not_named(node_id, handshake.site, namesakes, online):

@@ -1,0 +1,200 @@
+"""What a run shows on a terminal: a line for each round, one screen of its state, and both while it goes on.
+
+Words that come from sites are shown as they are: no markup, no escape codes.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Column, Table
+from rich.text import Text
+
+from panfm.config import RunConfig
+from panfm.errors import RunError, one_line
+from panfm.report import Run, read_run
+from panfm.report.status import headline, left_out, privacy_line, site_statuses, stream_statuses
+from panfm.sharing.messages import Handshake
+from server.flower_cli import FlowerRun
+
+logger = logging.getLogger(__name__)
+View = Callable[[Run], None]
+_MOST_LEFT_OUT = 6
+_POLL_S = 1.0
+_STATUS_S = 10.0
+"""A look at Flower's status costs a process; the rounds are read from the run folder meanwhile."""
+_SILENCE_S = 600.0
+"""A SuperLink that has not answered for so long, with no round done either, is taken for gone."""
+
+
+class Progress:
+    """Plain lines on a console: the sites, then one for each round."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console(soft_wrap=True, highlight=False)
+
+    def site(self, handshake: Handshake) -> None:
+        """Print a site that takes part, and what it has."""
+        streams = ", ".join(f"{stream} {count or ''}".strip() for stream, count in handshake.streams.items())
+        self._console.print(f"{handshake.site}: {handshake.subjects or 'withheld number of'} subjects: {streams}")
+
+    def privacy(self, label: str) -> None:
+        """Print what the run may claim of its privacy."""
+        self._console.print(f"privacy: {label}", markup=False)
+
+    def absent(self, reasons: Iterable[str]) -> None:
+        """Print why nodes cannot take part; the run goes on without them."""
+        for reason in reasons:
+            self._note(f"left out: {reason}")
+
+    def round(self, run: RunConfig, line: Mapping[str, Any]) -> None:
+        """Print how a round went."""
+        loss = "-" if line["loss"] is None else f"{line['loss']:.4f}"
+        megabytes = sum(line["bytes_up"].values()) / 1e6
+        self._console.print(
+            f"round {line['round']}/{run.train.rounds}  loss {loss}  {len(line['sites'])} sites"
+            f"  {line['seconds']:.1f} s  {megabytes:.1f} MB up{_epsilon(line)}"
+        )
+        for site, reason in line["rejected"].items():
+            self._note(f"round {line['round']}: {site} left out: {reason}")
+        for site, reason in [*line.get("away", {}).items(), *line.get("moved", {}).items()]:
+            self._note(f"round {line['round']}: {site} {reason}")
+
+    def _note(self, words: str) -> None:
+        self._console.print(one_line(words), style="yellow", markup=False)
+
+
+def _epsilon(line: Mapping[str, Any]) -> str:
+    """Largest planned cost of a site so far, in a private run."""
+    costs = [cost for cost in line.get("epsilon", {}).values() if cost is not None]
+    return f"  epsilon {max(costs):.3f}" if costs else ""
+
+
+def screen(run: Run) -> RenderableType:
+    """One screen of a run: how far it is, sites, streams, and who was left out."""
+    parts: list[RenderableType] = [
+        _text(f"{run.config.name}: {headline(run)}", style="bold"),
+        _site_table(run),
+        _stream_table(run),
+    ]
+    if privacy := privacy_line(run):
+        parts.append(_text(privacy))
+    for site, rounds, reason in left_out(run, _MOST_LEFT_OUT):
+        parts.append(_text(f"{rounds}: {site} {reason}" if site else f"{rounds}: {reason}", style="yellow"))
+    return Group(*parts)
+
+
+def _site_table(run: Run) -> Table:
+    statuses = site_statuses(run)
+    is_private = any(status.epsilon is not None for status in statuses)
+    table = Table("site", *map(_right, ("subjects", "rounds", "seconds", "loss", *(["epsilon"] if is_private else []))))
+    table.add_column("last round", ratio=1)
+    for status in statuses:
+        numbers = [
+            "-" if status.subjects is None else str(status.subjects),
+            f"{status.answered}/{status.asked}",
+            _number(status.seconds, 1),
+            _number(status.loss, 4),
+            *([_number(status.epsilon, 3)] if is_private else []),
+        ]
+        table.add_row(_text(status.site), *numbers, _text(status.now))
+    return table
+
+
+def _stream_table(run: Run) -> Table:
+    table = Table("stream", *map(_right, ("held by", "trained by", "last round", "saliency")))
+    for status in stream_statuses(run):
+        table.add_row(
+            _text(status.stream),
+            str(len(status.holders)),
+            str(len(status.trained_by)),
+            "-" if status.last_round is None else str(status.last_round),
+            _number(status.saliency, 2),
+        )
+    return table
+
+
+def _text(words: str, style: str = "") -> Text:
+    return Text(one_line(words), style=style)
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _right(heading: str) -> Column:
+    return Column(heading, justify="right", no_wrap=True)
+
+
+class Lines:
+    """A view that prints a line for each round, and one for each site that it had to do without."""
+
+    def __init__(self, console: Console | None = None, *, shown: int = 0) -> None:
+        """Args: shown: Rounds that have been printed already."""
+        self._progress = Progress(console)
+        self._shown = shown
+
+    def __call__(self, run: Run) -> None:
+        """Print the new rounds."""
+        for line in run.rounds[self._shown :]:
+            self._progress.round(run.config, line)
+        self._shown = len(run.rounds)
+
+
+@contextmanager
+def view(console: Console) -> Iterator[View]:
+    """A live screen on a terminal, plain lines elsewhere."""
+    if not console.is_terminal:
+        yield Lines(console)
+        return
+    with Live(console=console, auto_refresh=False) as live:
+        yield lambda run: live.update(screen(run), refresh=True)
+
+
+def follow(run_dir: Path, show: View, flower: FlowerRun | None, environment: Mapping[str, str]) -> None:
+    """Show a run until it has ended.
+
+    Args:
+        flower: Where Flower runs it; None: it is watched as long as a process is at work in the folder.
+    Raises:
+        RunError: it ended without doing what was asked; the line says why.
+    """
+    status, details, rounds = "", "", 0
+    asked = answered = time.monotonic()
+    while True:
+        run = read_run(run_dir)
+        show(run)
+        if len(run.rounds) > rounds:
+            rounds, answered = len(run.rounds), time.monotonic()
+        if flower is None:
+            if not run.is_at_work:
+                break
+        elif (run.is_finished and not run.is_at_work) or time.monotonic() - asked > _STATUS_S:
+            asked = time.monotonic()
+            try:
+                status, details = flower.entry(environment)
+            except RunError as error:
+                if not run.is_at_work or asked - answered > _SILENCE_S:
+                    raise
+                logger.warning("%s; the run goes on", error)
+                continue
+            answered = asked
+            if status.startswith("finished"):
+                break
+        time.sleep(_POLL_S)
+    show(run := read_run(run_dir))
+    if not run.is_finished or (flower and status != "finished:completed"):
+        raise RunError(f"{run_dir}: {why_not_finished(run, status, details)}")
+
+
+def why_not_finished(run: Run, status: str = "", details: str = "") -> str:
+    """Tell in one line why a run has not finished, by the run folder or else by Flower."""
+    done = f"after {len(run.rounds)} of {run.config.train.rounds} rounds"
+    if run.failure:
+        return f"{run.ending} {done}: {run.failure}"
+    return f"{run.state} {done}" + (f"; Flower: {status}: {details}" if status else "")

@@ -1,0 +1,132 @@
+"""Caps on the weight of a site in the mean, whatever the site states.
+
+    before the round    w_k <= max-weight x median over the asked sites of the most they may weigh, by their handshakes
+    as replies count    w_k <= L    L: the largest level at which no site has more than `max-share` of the sum of the
+                                    weights so lowered (water-filling)
+
+Both hold for a group where three sites or more are asked, or contribute, and never give less than an equal share. Of
+two sites it cannot be told which one is inflated: their weights count as stated.
+"""
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from fractions import Fraction
+from statistics import median
+
+from panfm.config import RunConfig
+from panfm.registry import MEANS
+from panfm.sharing.groups import GroupManifest
+from panfm.sharing.messages import Handshake, RoundReply
+from panfm.sharing.weights import Weights, is_pooled, weight_limits
+
+FEWEST = 3
+"""Contributing sites with which the caps are in force."""
+
+
+def largest_share(run: RunConfig) -> float:
+    """Largest share of a group's weight that a site may have; 1 under site-level privacy, where all weigh alike."""
+    return 1.0 if run.server_privacy else run.federation.max_share
+
+
+class WeightLimits:
+    """The most that each asked site may weigh in each group in one round."""
+
+    def __init__(self, run: RunConfig, manifest: GroupManifest, asked: Collection[Handshake]) -> None:
+        """Compute the limits from the handshakes of the asked sites."""
+        self._by_site = {handshake.site: _limits(run, manifest, handshake) for handshake in asked}
+        largest: dict[str, list[float]] = {}
+        for limits in self._by_site.values():
+            for group, weights in limits.items():
+                largest.setdefault(group, []).append(max(weights, default=0.0))
+        most = run.federation.max_weight
+        self._cap = {group: most * median(weights) for group, weights in largest.items() if len(weights) >= FEWEST}
+        self._largest = largest
+
+    def of_site(self, site: str) -> Mapping[str, Weights]:
+        """Group -> the most that a site may state, by its own handshake."""
+        return self._by_site[site]
+
+    def cap(self, reply: RoundReply) -> RoundReply:
+        """Lower the weights of a reply to what the median site allows."""
+        weights = {
+            group: tuple(min(weight, self._cap.get(group, weight)) for weight in weights)
+            for group, weights in reply.weights.items()
+        }
+        return replace(reply, weights=weights)
+
+    def total(self, group: str) -> float:
+        """Largest sum of a weight of a group over all asked sites; 1 if none of them may weigh anything."""
+        cap = self._cap.get(group, math.inf)
+        return sum(min(limit, cap) for limit in self._largest.get(group, ())) or 1.0
+
+
+def _limits(run: RunConfig, manifest: GroupManifest, handshake: Handshake) -> dict[str, Weights]:
+    subjects, streams = handshake.subjects, handshake.streams
+    return {
+        group: weight_limits(run, manifest, group, subjects=subjects, subjects_per_stream=streams)
+        for group in handshake.group_hashes
+    }
+
+
+def group_shares(
+    run: RunConfig, manifest: GroupManifest, accepted: Mapping[str, RoundReply]
+) -> dict[str, dict[str, float]]:
+    """Site -> group -> its share of the weight, as it counted in the mean.
+
+    A pooled group has a weight for each expert: its share is the largest over experts that three sites or more used.
+    """
+    shares: dict[str, dict[str, float]] = {site: {} for site in sorted(accepted)}
+    for group in manifest.groups:
+        stated = {site: reply.weights[group] for site, reply in sorted(accepted.items()) if group in reply.weights}
+        is_by_expert = is_pooled(run, group)
+        for which in range(len(manifest.experts(group)) if is_by_expert else 1):
+            weights = {site: weights[which] for site, weights in stated.items()}
+            if not MEANS.load(run.sharing.mean_of(group)).uses_weights:
+                weights = {site: float(weight > 0.0) for site, weight in weights.items()}
+            if is_by_expert and sum(map(bool, weights.values())) < FEWEST:
+                continue
+            for site, share in capped_shares(weights, largest_share(run)).items():
+                shares[site][group] = max(shares[site].get(group, 0.0), share)
+    return shares
+
+
+def water_level(weights: Sequence[float], max_share: float) -> Fraction | None:
+    """Level to which larger weights are lowered; None if no weight is.
+
+    Args:
+        weights: One per site, >= 0; a site with 0 does not contribute.
+        max_share: Largest share of the sum of the lowered weights.
+    """
+    largest_first: list[Fraction] = sorted((Fraction(weight) for weight in weights if weight), reverse=True)
+    if len(largest_first) < FEWEST:
+        return None
+    share = max(Fraction(max_share), Fraction(1, len(largest_first)))
+    rest = sum(largest_first)
+    for num_lowered, weight in enumerate(largest_first):
+        level = share * rest / (1 - num_lowered * share)
+        if weight <= level:
+            return level if num_lowered else None
+        rest -= weight
+    raise AssertionError("the smallest weight never exceeds an equal share")
+
+
+def capped_weights(weights: Sequence[float], max_share: float) -> list[float]:
+    """Weights lowered to the water level."""
+    level = water_level(weights, max_share)
+    return [float(weight if level is None else min(Fraction(weight), level)) for weight in weights]
+
+
+def capped_shares(weights: Mapping[str, float], max_share: float) -> dict[str, float]:
+    """Site -> its share of the sum of the capped weights; 0 for all if nobody contributes."""
+    lowered = dict(zip(weights, capped_weights(list(weights.values()), max_share), strict=True))
+    total = sum(lowered.values())
+    return {site: weight / total if total else 0.0 for site, weight in lowered.items()}
+
+
+def may_be_capped(weight: int, weights: Sequence[int], max_share: float) -> bool:
+    """Whether a weight among these would be lowered, or might be once more sites contribute.
+
+    A weight w is lowered if it exceeds `max_share` of sum_j min(w_j, w), which only grows as sites contribute.
+    """
+    return weight > Fraction(max_share) * sum(min(weight, other) for other in weights)
