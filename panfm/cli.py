@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
     from panfm.data.check import SiteReport
     from panfm.evaluate.result import Score
-    from panfm.privacy import Ledger
     from panfm.privacy.audit_inversion import Scenario
+    from panfm.privacy.ledger import Ledger
 
 
 class _Group(TyperGroup):

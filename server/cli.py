@@ -49,8 +49,9 @@ def start(
 ) -> None:
     """Start a run, and watch it to its end."""
     from panfm.config import load_run
+    from panfm.privacy.guarantees import checked_run
 
-    run = load_run(experiment, overrides or ())
+    run = checked_run(load_run(experiment, overrides or ()), str(experiment))
     from server.expected_sites import ExpectedSites
     from server.run_folder import RunFolder
 

@@ -20,9 +20,9 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from panfm.config import RunConfig, dump_toml
-from panfm.config.privacy import privacy_label
 from panfm.errors import RunError
 from panfm.models import build_model
+from panfm.privacy.guarantees import privacy_label
 from panfm.sharing.groups import BACKBONE, GroupManifest, split_state, stream_of
 from panfm.sharing.messages import Handshake, RoundReply, RoundTask
 from panfm.sharing.profile import federated_profile

@@ -12,12 +12,12 @@ from rich.console import Console
 from rich.progress import Progress
 
 from panfm.config import RunConfig, dump_toml, load_site, parse_run, site_folders
-from panfm.config.privacy import privacy_label
 from panfm.data.cache import open_store
 from panfm.errors import DataError
 from panfm.evaluate import LabelledStore, ProbeResult, Task, evaluate_cohort, load_model, read_label_info, write_result
 from panfm.models import PanModel, build_model
 from panfm.models.start import load_with_fresh_private
+from panfm.privacy.guarantees import privacy_label
 from panfm.report import print_tables, read_run, write_report
 from server.run_folder import RunFolder
 from simulations.alone import train_alone

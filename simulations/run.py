@@ -22,6 +22,7 @@ from panfm.data import modalities, phantom
 from panfm.data.modalities import write_modalities
 from panfm.data.phantom.cohort import write_cohort
 from panfm.errors import ConfigError, DataError
+from panfm.privacy.guarantees import checked_run
 from server.run_folder import RunFolder
 from simulations import real_images, real_modalities
 from simulations.engines import Job, run_job
@@ -65,7 +66,7 @@ def simulate(
 
 
 def _create(experiment: Path, overrides: Sequence[str], out: Path | None) -> RunFolder:
-    run = load_run(experiment, overrides)
+    run = checked_run(load_run(experiment, overrides), str(experiment))
     cohort_folder(run)
     return RunFolder.create(out or Path(f"runs/{run.name}-{time.strftime('%Y%m%d-%H%M%S')}"), run)
 

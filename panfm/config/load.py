@@ -1,31 +1,22 @@
-"""TOML in, a frozen description out, or a complaint of one line per fault.
+"""Read descriptions from TOML into frozen objects, or complain in one line per fault; write them and hash them."""
 
-A complaint names the dotted key as it is written in TOML, what was found and what was expected; for an unknown key it
-names the nearest known one.
-"""
-
-import difflib
 import hashlib
 import tomllib
-import types
-import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import tomli_w
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from panfm.config.base import Config
+from panfm.config.complaints import complaints
 from panfm.config.run import RunConfig
 from panfm.config.site import SiteConfig
-from panfm.errors import ConfigError, one_line
+from panfm.errors import ConfigError
 from panfm.texts import check_text, parse_toml, read_text
 
 C = TypeVar("C", bound=Config)
-_MAX_COMPLAINTS = 20
-_MAX_KEY = 64
-"""Characters of an unknown key that are compared to the known ones."""
 
 
 def load_run(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
@@ -125,83 +116,7 @@ def _validate(kind: type[C], table: Mapping[str, Any], where: str) -> C:
     try:
         return kind.model_validate(table, by_alias=True, by_name=False)
     except ValidationError as error:
-        faults = error.errors(include_url=False)
-        lines = [f"{where}: {one_line(_complaint(kind, fault), limit=1000)}" for fault in faults[:_MAX_COMPLAINTS]]
-        if more := len(faults) - len(lines):
-            lines.append(f"{where}: {more} more faults")
-        raise ConfigError("\n".join(lines)) from None  # pydantic's own text has lines without end
-
-
-def _complaint(kind: type[BaseModel], fault: Any) -> str:
-    keys, around, here = _locate(kind, fault["loc"])
-    key = ".".join(keys)
-    if fault["type"] == "extra_forbidden":
-        known = sorted({known for each in around for member in _members(each) for known in _fields(member)})
-        near = difflib.get_close_matches(keys[-1][:_MAX_KEY], known, n=1, cutoff=0.4)
-        hint = f"did you mean {'.'.join([*keys[:-1], near[0]])}?" if near else f"known: {', '.join(known)}"
-        return f"{key}: unknown key, {hint}"
-    if fault["type"].startswith("union_tag"):
-        tag = fault["ctx"]["discriminator"].strip("'")
-        found = f"{fault['ctx']['tag']!r}" if "tag" in fault["ctx"] else "nothing"
-        return f"{key}.{tag}: found {found}, expected one of {', '.join(_tags(here, tag))}"
-    message = fault["msg"].removeprefix("Value error, ")
-    is_whole_table = fault["type"] == "value_error" and isinstance(fault["input"], dict)
-    found = "" if fault["type"] == "missing" or is_whole_table else f" (got {fault['input']!r:.80})"
-    return f"{key}: {message}{found}" if key else message
-
-
-def _locate(kind: type[BaseModel], location: Iterable[object]) -> tuple[list[str], list[Any], list[Any]]:
-    """The keys as TOML has them, and the types around and at the last one.
-
-    Pydantic's location also names the chosen member of a union, and `[key]` where a key itself is at fault.
-    """
-    keys: list[str] = []
-    around: list[Any] = []
-    here: list[Any] = [kind]
-    for part in map(str, location):
-        below = [found for each in here for found in _descend(each, part)]
-        members = [member for each in here for member in _members(each)]
-        if not below and len(members) > 1:
-            here = [member for member in members if part in _literals(member)]
-        elif part != "[key]":
-            keys.append(part)
-            around, here = here, below
-    return keys, around, here
-
-
-def _tags(union: list[Any], tag: str) -> list[str]:
-    """Values that choose a member of a union."""
-    members = [member for each in union for member in _members(each)]
-    return [value for member in members for value in typing.get_args(_fields(member).get(tag))]
-
-
-def _literals(model: Any) -> list[str]:
-    values = [typing.get_args(annotation) for annotation in _fields(model).values()]
-    return [value for group in values for value in group if isinstance(value, str)]
-
-
-def _descend(annotation: Any, step: str) -> list[Any]:
-    """What may stand under one key: the field of that name, or the value type of a table with free keys."""
-    found = []
-    for member in _members(annotation):
-        if typing.get_origin(member) is dict:
-            found.append(typing.get_args(member)[1])
-        elif step in _fields(member):
-            found.append(_fields(member)[step])
-    return found
-
-
-def _members(annotation: Any) -> list[Any]:
-    """Models and dicts inside unions and annotations."""
-    origin = typing.get_origin(annotation)
-    if origin is typing.Annotated:
-        return _members(typing.get_args(annotation)[0])
-    if origin in (typing.Union, types.UnionType):
-        return [member for part in typing.get_args(annotation) for member in _members(part)]
-    is_model = isinstance(annotation, type) and issubclass(annotation, BaseModel)
-    return [annotation] if is_model or origin is dict else []
-
-
-def _fields(model: Any) -> dict[str, Any]:
-    fields = getattr(model, "model_fields", {})
-    return {field.alias or name: field.annotation for name, field in fields.items()}
+        lines = complaints(kind, error)
+    except ConfigError as error:  # from a registry of plug-ins
+        lines = [str(error)]
+    raise ConfigError("\n".join(f"{where}: {line}" for line in lines))  # not `from`: pydantic's text has no end

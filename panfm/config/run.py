@@ -15,9 +15,9 @@ from panfm.config.federation import FederationConfig
 from panfm.config.masking import MaskingConfig
 from panfm.config.model import ModelConfig
 from panfm.config.objectives import LatentConfig, ObjectiveConfig
-from panfm.config.privacy import PrivacyConfig, broken_guarantees
+from panfm.config.privacy import PrivacyConfig
 from panfm.config.probe import ProbeConfig
-from panfm.config.server_privacy import ServerPrivacyConfig, server_faults
+from panfm.config.server_privacy import ServerPrivacyConfig
 from panfm.config.sharing import SharingConfig
 from panfm.config.start import StartConfig
 from panfm.config.streams import StreamConfig
@@ -29,7 +29,8 @@ class RunConfig(Config):
 
     name: Name
     seed: Seed = 0
-    organs: Annotated[tuple[str, ...], Field(strict=False)] = DEFAULT_ORGANS
+    named_organs: Annotated[tuple[str, ...], Field(strict=False)] | None = Field(default=None, alias="organs")
+    """`organs`, only to name others than the property `organs` has."""
     streams: Annotated[dict[str, StreamConfig], Field(min_length=1)]
     cohort: CohortConfig | None = None
     """Where a simulation takes its sites from; left out in a deployment."""
@@ -46,6 +47,12 @@ class RunConfig(Config):
     """Differential privacy of sites, at the server; off when left out."""
     start: StartConfig | None = None
     """A trained model to start from; parameters are drawn by `seed` when left out."""
+
+    @property
+    def organs(self) -> tuple[str, ...]:
+        """Organs that a site may have images of: as named, else those of the streams and the seven of Pan-FM."""
+        of_streams = (parse_stream(stream)[0] for stream in self.streams)
+        return tuple(dict.fromkeys([*of_streams, *DEFAULT_ORGANS])) if self.named_organs is None else self.named_organs
 
     @model_validator(mode="after")
     def _streams_are_known(self) -> Self:
@@ -81,16 +88,4 @@ class RunConfig(Config):
         unknown = [organ for organ in self.masking.static_organs if organ not in held]
         if used and unknown:
             raise ValueError(f"masking.static-organs: no stream has organ {unknown[0]!r}, expected {sorted(held)}")
-        return self
-
-    @model_validator(mode="after")
-    def _private_runs_keep_their_promise(self) -> Self:
-        if self.privacy and self.train.proximal_mu:
-            raise ValueError("train.proximal-mu: not done in private runs, set 0")
-        if self.privacy and not self.privacy.acknowledge_broken_guarantee:
-            for fault in broken_guarantees(self):
-                raise ValueError(fault)
-        if self.server_privacy:
-            for fault in server_faults(self):
-                raise ValueError(fault)
         return self

@@ -12,12 +12,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from panfm import __version__
 from panfm.anatomy import Modality, parse_stream
 from panfm.config import RunConfig
-from panfm.config.privacy import privacy_label
 from panfm.data.intensity import intensity_rule
 from panfm.errors import ConfigError, DataError
 from panfm.evaluate.embed import load_model
 from panfm.files import json_text
 from panfm.models import PanModel
+from panfm.privacy.guarantees import privacy_label
 from panfm.sharing.groups import EXPERTS, is_shared
 from panfm.texts import parse_json, read_text
 

@@ -30,10 +30,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from panfm.config import RunConfig
-from panfm.config.privacy import NO_CLAIM, claim
-from panfm.config.server_privacy import server_claim
 from panfm.errors import BudgetError, DataError, LedgerError
 from panfm.files import FileStamp, write_atomic
+from panfm.privacy.guarantees import NO_CLAIM, claim, server_claim
 from panfm.privacy.mechanisms import LEAST_NOISE, Mechanism, Unit, check_mechanism, epsilon, merged, planned
 
 FILE = "ledger.jsonl"

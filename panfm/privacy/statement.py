@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from panfm.config.privacy import NO_CLAIM
+from panfm.privacy.guarantees import NO_CLAIM
 from panfm.privacy.ledger import Entry, mechanisms_of
 from panfm.privacy.mechanisms import Unit, epsilon
 

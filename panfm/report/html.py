@@ -7,8 +7,8 @@ from importlib.resources import files
 from pathlib import Path
 
 from panfm.config import config_hash, dump_toml
-from panfm.config.privacy import privacy_label
 from panfm.files import write_atomic
+from panfm.privacy.guarantees import privacy_label
 from panfm.report.elements import STYLE, Rows, section, table
 from panfm.report.plots import figures
 from panfm.report.run import Run

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from panfm.config.privacy import privacy_label
+from panfm.privacy.guarantees import privacy_label
 from panfm.report.run import Run
 
 _RECENT = 5

@@ -7,8 +7,8 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from panfm.anatomy import parse_stream
-from panfm.config.privacy import privacy_label
 from panfm.evaluate.result import ProbeResult, Score
+from panfm.privacy.guarantees import privacy_label
 from panfm.report.run import Run
 
 

@@ -20,6 +20,7 @@ from panfm.config.objectives import DinoConfig, LatentConfig, MaeConfig
 from panfm.data.store import Batch, ImageStore
 from panfm.models import PanModel, build_model
 from panfm.models.start import load_with_fresh_private
+from panfm.privacy.guarantees import checked_run
 from panfm.sharing.groups import split_state
 from panfm.training.dino import DinoObjective
 from panfm.training.latent import LatentObjective
@@ -36,11 +37,12 @@ class Learner:
     """Student, teacher and optimiser over some of a run's streams.
 
     Guarantees:
+        promised: a run that cannot keep the privacy that it promises is refused.
         exact: after `load_shared` and `load_private` of saved states, training goes on with the same bits.
     """
 
     def __init__(self, run: RunConfig, streams: Sequence[str] | None = None) -> None:
-        self.run = run
+        self.run = checked_run(run)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = build_model(run, streams).to(self.device)
         self.parameters = list(self.model.parameters())

@@ -10,10 +10,10 @@ import torch
 
 from panfm.config import dump_toml, parse_run
 from panfm.config.base import Config
-from panfm.config.privacy import NO_CLAIM, broken_guarantees, claim
 from panfm.errors import ConfigError, ProtocolError
 from panfm.models import build_model
 from panfm.privacy import loop
+from panfm.privacy.guarantees import NO_CLAIM, broken_guarantees, claim
 from panfm.privacy.loop import sum_over
 from panfm.privacy.saliency import saliency_sum
 from panfm.sharing.downlink import code_step, digests, take_step
