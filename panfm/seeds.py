@@ -5,9 +5,12 @@ in whichever process. This is what makes a resumed run equal an undisturbed one.
 """
 
 import hashlib
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 
 def derive_seed(run_seed: int, *parts: str | int) -> int:
@@ -21,8 +24,10 @@ def derive_seed(run_seed: int, *parts: str | int) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
-def torch_generator(run_seed: int, *parts: str | int, device: str = "cpu") -> torch.Generator:
+def torch_generator(run_seed: int, *parts: str | int, device: str = "cpu") -> "torch.Generator":
     """Torch generator seeded by `derive_seed`."""
+    import torch
+
     return torch.Generator(device).manual_seed(derive_seed(run_seed, *parts))
 
 

@@ -22,11 +22,11 @@ import safetensors.numpy
 from torch import Tensor
 
 from panfm import __version__
-from panfm.config import RunConfig, as_told, dump_toml, load_run
+from panfm.config import RunConfig, as_told, dump_toml
 from panfm.errors import DataError, PanfmError, RunError
 from panfm.files import json_text, locked, write_atomic
 from panfm.models.warm import read_start, start_state, with_start_parameters
-from panfm.privacy.guarantees import checked_run, privacy_label
+from panfm.privacy.guarantees import checked_run, load_checked_run, privacy_label
 from panfm.sharing.groups import GroupManifest
 from server.checkpoint import ServerState, load_latest, save_state
 from server.expected_sites import FILE as EXPECTED_SITES
@@ -86,7 +86,7 @@ class RunFolder:
             ConfigError: the folder holds none, or one that cannot keep the privacy that it promises.
             RunError: another process is at work in it.
         """
-        folder = cls(path, checked_run(load_run(path / "run.toml"), str(path / "run.toml")))
+        folder = cls(path, load_checked_run(path / "run.toml"))
         with _alone_in(path):
             done = state.round_number if (state := folder.latest_state()) else 0
             rounds = path / "rounds.jsonl"

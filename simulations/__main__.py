@@ -1,6 +1,7 @@
 """`python -m simulations run|study|bench|same-bits`: federations, claims and speed on one machine."""
 
 import ast
+import itertools
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -13,6 +14,7 @@ go_offline()
 import typer  # noqa: E402
 
 from panfm.errors import ConfigError, PanfmError  # noqa: E402
+from panfm.extras import needs_extra  # noqa: E402
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
@@ -27,13 +29,13 @@ def run(
     engine: Annotated[str, typer.Option(help="local, ray, flower or deployment.")] = "local",
 ) -> None:
     """Run a federation, probe its model, write a report."""
-    from panfm.config import load_run
+    from panfm.privacy.guarantees import load_checked_run
     from simulations.engines import ENGINES
 
     if engine not in ENGINES:
         raise ConfigError(f"--engine {engine}: expected one of {', '.join(ENGINES)}")
-    if resume is None:
-        load_run(experiment, overrides or ())  # a mistake is told before torch is imported, which takes seconds
+    # A mistake is told before torch is imported, which takes seconds.
+    load_checked_run(resume / "run.toml") if resume else load_checked_run(experiment, overrides or ())
     from simulations.run import simulate
 
     simulate(experiment, overrides or (), out=out, resume=resume, engine=engine)
@@ -76,9 +78,20 @@ def _pass_on(verb: str, package: str, name: str, words: list[str]) -> None:
         return
     if name not in known:
         raise ConfigError(f"{name}: unknown, expected one of {', '.join(known)}")
+    _check_experiment(words)
     command = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     command.command()(import_module(f"simulations.{package}.{name.replace('-', '_')}").main)
     command(args=_with_json_path(words, f"{name}.json"), prog_name=f"python -m simulations {verb} {name}")
+
+
+def _check_experiment(words: list[str]) -> None:
+    """Check the description that `--experiment` names, so that a mistake is told before torch is imported."""
+    from panfm.privacy.guarantees import load_checked_run
+
+    for word, following in itertools.zip_longest(words, words[1:]):
+        option, equals, path = word.partition("=")
+        if option == "--experiment" and (path := path if equals else following):
+            load_checked_run(Path(path))
 
 
 def _first_line(path: Path) -> str:
@@ -96,7 +109,8 @@ def _with_json_path(words: list[str], path: str) -> list[str]:
 
 if __name__ == "__main__":
     try:
-        app()
+        with needs_extra("simulation"):
+            app()
     except PanfmError as error:
         typer.echo(str(error), err=True)
         sys.exit(1)

@@ -10,7 +10,7 @@ from typing import assert_never
 from rich.console import Console
 from rich.progress import Progress
 
-from panfm.config import RunConfig, load_run, site_folders
+from panfm.config import RunConfig, site_folders
 from panfm.config.cohort import (
     FolderCohortConfig,
     ModalitiesCohortConfig,
@@ -22,7 +22,7 @@ from panfm.data import modalities, phantom
 from panfm.data.modalities import write_modalities
 from panfm.data.phantom.cohort import write_cohort
 from panfm.errors import ConfigError, DataError
-from panfm.privacy.guarantees import checked_run
+from panfm.privacy.guarantees import load_checked_run
 from server.run_folder import RunFolder
 from simulations import real_images, real_modalities
 from simulations.engines import Job, run_job
@@ -66,7 +66,7 @@ def simulate(
 
 
 def _create(experiment: Path, overrides: Sequence[str], out: Path | None) -> RunFolder:
-    run = checked_run(load_run(experiment, overrides), str(experiment))
+    run = load_checked_run(experiment, overrides)
     cohort_folder(run)
     return RunFolder.create(out or Path(f"runs/{run.name}-{time.strftime('%Y%m%d-%H%M%S')}"), run)
 

@@ -15,15 +15,18 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import log_loss
-from sklearn.pipeline import Pipeline, make_pipeline
-from sklearn.preprocessing import StandardScaler
-from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from panfm.errors import DataError
 from panfm.evaluate.probe import MIN_SUBJECTS, auc_per_label
+from panfm.extras import needs_extra
 from panfm.seeds import numpy_generator
+
+with needs_extra("evaluate"):
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import log_loss
+    from sklearn.pipeline import Pipeline, make_pipeline
+    from sklearn.preprocessing import StandardScaler
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 _INVERSE_PENALTIES = (0.001, 0.01, 0.1, 1.0, 10.0)
 

@@ -1,13 +1,16 @@
 """Which privacy a run may claim, and what would break the claim.
 
-`checked_run` is called wherever a run description is let in: before a run folder is made or gone on with, when a site
-is asked, in a dry run, and when a trainer is built. Patient-level privacy (`[privacy]`): add or remove one patient of
-one site. Site-level privacy (`[server-privacy]`): the updates of one site as they are, or all zero.
+`checked_run` or `load_checked_run` is called wherever a run description is let in: before a run folder is made or gone
+on with, when a site is asked, in a dry run, and when a trainer is built.
+
+Patient-level privacy (`[privacy]`): add or remove one patient of one site. Site-level privacy (`[server-privacy]`): the
+updates of one site as they are, or all zero.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 
-from panfm.config import RunConfig
+from panfm.config import RunConfig, load_run
 from panfm.config.base import LEAST_NOISE, Config
 from panfm.config.privacy import PrivacyConfig
 from panfm.errors import ConfigError
@@ -15,6 +18,11 @@ from panfm.errors import ConfigError
 NO_CLAIM = "noise only, no DP claim"
 """What every artefact of a run says that trains on although its guarantee is broken."""
 _LARGEST_DELTA = 0.01
+
+
+def load_checked_run(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """Read a run description as `panfm.config.load_run` does, and check it as `checked_run` does. Needs no torch."""
+    return checked_run(load_run(path, overrides), str(path))
 
 
 def checked_run(run: RunConfig, where: str = "run description") -> RunConfig:

@@ -1,11 +1,13 @@
 """The report's figures. One colour per site throughout; a figure without data is left out."""
 
-from plotly import graph_objects as go
-from plotly.colors import qualitative
-from plotly.subplots import make_subplots
-
+from panfm.extras import needs_extra
 from panfm.report.run import Run
 from panfm.report.table import missing_counts
+
+with needs_extra("report"):
+    from plotly import graph_objects as go
+    from plotly.colors import qualitative
+    from plotly.subplots import make_subplots
 
 _COLOURS = qualitative.D3
 _COLUMNS = 3

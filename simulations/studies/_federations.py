@@ -15,7 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 from panfm.config import RunConfig, dump_toml, load_run, site_folders
-from panfm.evaluate import LabelledStore, Task, evaluate_cohort, load_model, read_label_info
+from panfm.evaluate.cohort import Task, evaluate_cohort
+from panfm.evaluate.embed import load_model
+from panfm.evaluate.labels import LabelledStore, read_label_info
 from panfm.models import PanModel
 from panfm.report.table import number_text
 from server.run_folder import RunFolder

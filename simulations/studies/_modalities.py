@@ -19,8 +19,9 @@ from panfm.config import RunConfig, load_run, site_folders
 from panfm.config.cohort import ModalitiesCohortConfig
 from panfm.data.modalities import write_modalities
 from panfm.data.store import Batch, join_stores
-from panfm.evaluate import LabelledStore, embed_store, read_label_info
 from panfm.evaluate.classes import Classed, leave_one_modality_out, probe_classes, probe_each_modality
+from panfm.evaluate.embed import embed_store
+from panfm.evaluate.labels import LabelledStore, read_label_info
 from panfm.evaluate.similarity import modality_cka
 from panfm.models import PanModel
 from panfm.models.director_experts import Path as Through

@@ -18,7 +18,7 @@ ALLOWED = {
     "simulations": set(HOUSE),
 }
 LEVELS = (
-    ("errors", "seeds", "anatomy", "registry", "config", "files", "texts"),
+    ("errors", "seeds", "anatomy", "registry", "config", "extras", "files", "texts"),
     ("data", "models", "sharing"),
     ("training", "privacy", "evaluate"),
     ("site", "report", "export"),

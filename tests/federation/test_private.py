@@ -15,7 +15,9 @@ from panfm.errors import RunError
 from panfm.files import read_checked
 from panfm.privacy import ledger
 from panfm.privacy.ledger import FILE
-from panfm.report import print_tables, read_run, write_report
+from panfm.report.html import write_report
+from panfm.report.run import read_run
+from panfm.report.table import print_tables
 from tests.conftest import NO_FLOORS
 
 PRIVATE = (

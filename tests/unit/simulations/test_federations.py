@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from panfm.config import load_run
-from panfm.evaluate import read_result
+from panfm.evaluate.result import read_result
 from simulations.harness import QUICKSTART, StudyOptions, StudyResult
 from simulations.run import prepare_cohort, simulate
 from simulations.studies import coding, server_optimisers

@@ -4,16 +4,19 @@ import json
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from panfm.config import SiteConfig, site_path
 from panfm.site.admission import active_runs
 from panfm.site.departures import Departures, Line
-from panfm.site.dry_run import DryRun
 from panfm.site.state import RUNS
 from panfm.site.worker import is_running
 
+if TYPE_CHECKING:
+    from panfm.site.dry_run import DryRun
 
-def dry_run_lines(found: DryRun) -> Iterator[str]:
+
+def dry_run_lines(found: "DryRun") -> Iterator[str]:
     """The cost of a run, and everything that would leave."""
     handshake, reply = found.handshake, found.reply
     yield f"experiment {found.experiment} (for limits.experiments in site.toml)"
