@@ -78,7 +78,7 @@ def resume(
 ) -> None:
     """Go on with a run from its last checkpoint, as it was described, and watch it to its end. A table given here takes
     the place of the one that it was started with."""
-    from panfm.report.run import read_run
+    from panfm.report.run_files import read_run
 
     run = read_run(run_dir)
     from server.expected_sites import ExpectedSites
@@ -107,7 +107,7 @@ def status(run_dir: _RunDir) -> None:
     """One screen: how far it is, sites, streams, and who was left out."""
     from rich.console import Console
 
-    from panfm.report.run import read_run
+    from panfm.report.run_files import read_run
 
     run, flower = read_run(run_dir), _flower_run(run_dir)
     from server.screen import screen
@@ -128,7 +128,7 @@ def watch(run_dir: _RunDir) -> None:
     """Show the rounds as they come, until the run ends; also a run that `python -m simulations` has started."""
     from rich.console import Console
 
-    from panfm.report.run import read_run
+    from panfm.report.run_files import read_run
     from server.watch import follow, view
 
     console = Console(soft_wrap=True, highlight=False)
@@ -141,7 +141,7 @@ def watch(run_dir: _RunDir) -> None:
 @app.command()
 def stop(run_dir: _RunDir) -> None:
     """End a run; it can be resumed from the last round that it finished."""
-    from panfm.report.run import read_run
+    from panfm.report.run_files import read_run
 
     run, flower = read_run(run_dir), _flower_run(run_dir)
     if flower is None:

@@ -5,7 +5,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from panfm.errors import one_line
-from panfm.report.run import Run
+from panfm.report.run_files import Run
 from panfm.report.status import headline, left_out, privacy_line, site_statuses, stream_statuses
 
 _MOST_LEFT_OUT = 6

@@ -18,7 +18,7 @@ from tensorboardX.summary import scalar, text
 
 from panfm.errors import PanfmError
 from panfm.privacy.guarantees import privacy_label
-from panfm.report.page import write_status
+from panfm.report.status_page import write_status
 from server.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)

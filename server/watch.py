@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.live import Live
 
 from panfm.errors import RunError
-from panfm.report.run import Run, read_run
+from panfm.report.run_files import Run, read_run
 from server.flower import FlowerRun
 from server.progress import Progress
 from server.screen import screen

@@ -14,16 +14,16 @@ from rich.progress import Progress
 from panfm.config import RunConfig, dump_toml, load_site, parse_run, site_folders
 from panfm.data.cache import open_store
 from panfm.errors import DataError
-from panfm.evaluate.cohort import Task, evaluate_cohort
 from panfm.evaluate.embed import load_model
-from panfm.evaluate.labels import LabelledStore, read_label_info
+from panfm.evaluate.probe_cohort import Task, evaluate_cohort
+from panfm.evaluate.probe_labels import LabelledStore, read_label_info
 from panfm.evaluate.result import ProbeResult, write_result
 from panfm.models import PanModel, build_model
 from panfm.models.start import load_with_fresh_private
 from panfm.privacy.guarantees import privacy_label
-from panfm.report.html import write_report
-from panfm.report.run import read_run
-from panfm.report.table import print_tables
+from panfm.report.console_tables import print_tables
+from panfm.report.report_page import write_report
+from panfm.report.run_files import read_run
 from server.run_folder import RunFolder
 from simulations.alone import train_alone
 from simulations.harness import run_jobs

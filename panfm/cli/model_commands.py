@@ -48,7 +48,7 @@ def probe(
     """How well a linear reader finds each label in frozen features: AUC, or R2 of a number, with 95 % interval."""
     from panfm.data.labels import read_label_table
     from panfm.evaluate.embed import read_features
-    from panfm.evaluate.table import probe_features
+    from panfm.evaluate.probe_features import probe_features
 
     tables = [read_label_table(path) for path in labels]
     scores, notes = probe_features(
@@ -81,7 +81,7 @@ def export(
     """
     if (run_folder / "model").is_dir():
         check_model(run_folder / "model")
-    from panfm.export.run import export_run
+    from panfm.export.formats import export_run
 
     names = [name.strip() for name in streams.split(",") if name.strip()]
     difference = export_run(run_folder, to, out, streams=names, licence=licence)
@@ -92,7 +92,7 @@ def _print_scores(scores: Sequence["Score"]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from panfm.report.table import score_text
+    from panfm.report.console_tables import score_text
 
     table = Table("label", "metric", "value [95 % interval]")
     for score in scores:

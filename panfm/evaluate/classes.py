@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from panfm.errors import DataError
-from panfm.evaluate.probe import MIN_SUBJECTS, auc_per_label
+from panfm.evaluate.linear_probe import MIN_SUBJECTS, auc_per_label
 from panfm.extras import needs_extra
 from panfm.seeds import numpy_generator
 

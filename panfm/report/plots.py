@@ -1,8 +1,8 @@
 """The report's figures. One colour per site throughout; a figure without data is left out."""
 
 from panfm.extras import needs_extra
-from panfm.report.run import Run
-from panfm.report.table import missing_counts
+from panfm.report.console_tables import missing_counts
+from panfm.report.run_files import Run
 
 with needs_extra("report"):
     from plotly import graph_objects as go

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from panfm.privacy.guarantees import privacy_label
-from panfm.report.run import Run
+from panfm.report.run_files import Run
 
 _RECENT = 5
 """Rounds whose median length tells how long the rest will take."""

@@ -15,11 +15,11 @@ from rich.console import Console
 from rich.table import Table
 
 from panfm.config import RunConfig, dump_toml, load_run, site_folders
-from panfm.evaluate.cohort import Task, evaluate_cohort
 from panfm.evaluate.embed import load_model
-from panfm.evaluate.labels import LabelledStore, read_label_info
+from panfm.evaluate.probe_cohort import Task, evaluate_cohort
+from panfm.evaluate.probe_labels import LabelledStore, read_label_info
 from panfm.models import PanModel
-from panfm.report.table import number_text
+from panfm.report.console_tables import number_text
 from server.run_folder import RunFolder
 from simulations.engines import Job, run_job
 from simulations.harness import StudyOptions, StudyResult, run_jobs

@@ -21,11 +21,11 @@ from panfm.data.modalities import write_modalities
 from panfm.data.store import Batch, join_stores
 from panfm.evaluate.classes import Classed, leave_one_modality_out, probe_classes, probe_each_modality
 from panfm.evaluate.embed import embed_store
-from panfm.evaluate.labels import LabelledStore, read_label_info
+from panfm.evaluate.probe_labels import LabelledStore, read_label_info
 from panfm.evaluate.similarity import modality_cka
 from panfm.models import PanModel
 from panfm.models.director_experts import Path as Through
-from panfm.report.table import number_text
+from panfm.report.console_tables import number_text
 from panfm.sharing.groups import group_of, stream_of
 from panfm.training import Learner
 from simulations.harness import QUICKSTART, StudyResult

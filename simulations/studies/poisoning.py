@@ -35,8 +35,8 @@ from rich.table import Table
 from panfm.config import RunConfig, load_run, site_folders
 from panfm.config.cohort import PhantomCohortConfig, PhantomSiteConfig
 from panfm.data.phantom.cohort import write_cohort
-from panfm.evaluate.cohort import Task, evaluate_cohort
-from panfm.evaluate.labels import LabelledStore, read_label_info
+from panfm.evaluate.probe_cohort import Task, evaluate_cohort
+from panfm.evaluate.probe_labels import LabelledStore, read_label_info
 from panfm.models import build_model
 from panfm.sharing.groups import split_state
 from panfm.sharing.shares import FEWEST

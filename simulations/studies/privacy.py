@@ -41,8 +41,8 @@ from panfm.data.cache import open_store
 from panfm.data.phantom.cohort import write_cohort
 from panfm.data.store import join_stores
 from panfm.data.table import write_table
-from panfm.evaluate.cohort import Task, evaluate_cohort
-from panfm.evaluate.labels import LabelledStore, read_label_info
+from panfm.evaluate.probe_cohort import Task, evaluate_cohort
+from panfm.evaluate.probe_labels import LabelledStore, read_label_info
 from panfm.models import PanModel, build_model
 from panfm.models.start import load_with_fresh_private
 from panfm.models.warm import read_start, start_state

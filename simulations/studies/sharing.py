@@ -28,8 +28,8 @@ from panfm.config.cohort import PhantomCohortConfig
 from panfm.data.phantom.cohort import write_cohort
 from panfm.data.store import ImageStore, join_stores
 from panfm.evaluate.embed import embed_store
-from panfm.evaluate.labels import LabelledStore, read_label_info
-from panfm.evaluate.probe import auc_per_label, fit_classifiers
+from panfm.evaluate.linear_probe import auc_per_label, fit_classifiers
+from panfm.evaluate.probe_labels import LabelledStore, read_label_info
 from panfm.models import PanModel
 from simulations.alone import train_alone
 from simulations.harness import (

@@ -11,9 +11,9 @@ import torch
 from panfm.config import parse_run
 from panfm.data.store import Batch
 from panfm.evaluate.embed import load_model
+from panfm.export.formats import export_run
 from panfm.export.monai_bundle import ReadStreams
 from panfm.export.monai_network import Embedder
-from panfm.export.run import export_run
 
 REAL = os.environ.get("PANFM_REAL_DATA")
 STREAM = "hippocampus-mr"

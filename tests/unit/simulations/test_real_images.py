@@ -9,7 +9,7 @@ from panfm.config import StreamConfig, load_site
 from panfm.config.cohort import RealImagesCohortConfig
 from panfm.data.check import check_site
 from panfm.errors import ConfigError, DataError
-from panfm.evaluate.labels import LabelInfo, LabelledStore, read_label_info
+from panfm.evaluate.probe_labels import LabelInfo, LabelledStore, read_label_info
 from simulations.real_images import BODY, CLINICS, LABELS, measure_mask, person_of, share_out, write_real_cohort
 
 REAL = os.environ.get("PANFM_REAL_DATA")

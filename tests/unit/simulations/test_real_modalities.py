@@ -14,7 +14,7 @@ from panfm.config.cohort import RealModalitiesCohortConfig
 from panfm.data.cache import open_store
 from panfm.data.check import check_site
 from panfm.errors import ConfigError, DataError
-from panfm.evaluate.labels import LabelInfo, LabelledStore, read_label_info
+from panfm.evaluate.probe_labels import LabelInfo, LabelledStore, read_label_info
 from panfm.training import Learner
 from simulations.real_modalities import class_labels, write_real_modalities
 

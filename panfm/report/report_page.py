@@ -9,10 +9,10 @@ from pathlib import Path
 from panfm.config import config_hash, dump_toml
 from panfm.files import write_atomic
 from panfm.privacy.guarantees import privacy_label
+from panfm.report.console_tables import arms_of, find, number_text, organs_of, score_text
 from panfm.report.elements import STYLE, Rows, section, table
 from panfm.report.plots import figures
-from panfm.report.run import Run
-from panfm.report.table import arms_of, find, number_text, organs_of, score_text
+from panfm.report.run_files import Run
 
 
 def write_report(run: Run) -> Path:

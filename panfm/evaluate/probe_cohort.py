@@ -20,9 +20,7 @@ from panfm.config import RunConfig
 from panfm.errors import DataError
 from panfm.evaluate.balance import effective_rank
 from panfm.evaluate.embed import embed_store
-from panfm.evaluate.labels import LabelInfo, LabelledStore, label_groups
-from panfm.evaluate.missing import missing_grid
-from panfm.evaluate.probe import (
+from panfm.evaluate.linear_probe import (
     MIN_SUBJECTS,
     LinearProbe,
     auc_per_label,
@@ -31,6 +29,8 @@ from panfm.evaluate.probe import (
     one_class_notes,
     r2_per_label,
 )
+from panfm.evaluate.missing import missing_grid
+from panfm.evaluate.probe_labels import LabelInfo, LabelledStore, label_groups
 from panfm.evaluate.result import ProbeResult, Score
 from panfm.evaluate.scores import Floats, draw_counts, interval
 from panfm.evaluate.statistics import StatisticsReference, measure_store

@@ -9,7 +9,7 @@ from rich.table import Column, Table
 from panfm.anatomy import parse_stream
 from panfm.evaluate.result import ProbeResult, Score
 from panfm.privacy.guarantees import privacy_label
-from panfm.report.run import Run
+from panfm.report.run_files import Run
 
 
 def print_tables(run: Run, console: Console) -> None:

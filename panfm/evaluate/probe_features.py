@@ -7,7 +7,7 @@ import numpy as np
 from panfm.data.labels import Labels
 from panfm.errors import DataError
 from panfm.evaluate.embed import Features
-from panfm.evaluate.probe import MIN_SUBJECTS, auc_per_label, fit_classifiers, fit_regressors, r2_per_label
+from panfm.evaluate.linear_probe import MIN_SUBJECTS, auc_per_label, fit_classifiers, fit_regressors, r2_per_label
 from panfm.evaluate.result import Score
 from panfm.evaluate.scores import Floats, draw_counts, interval
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from panfm.config import config_hash
 from panfm.files import write_atomic
 from panfm.report.elements import STYLE, section, table
-from panfm.report.run import Run, read_run
+from panfm.report.run_files import Run, read_run
 from panfm.report.status import (
     clock,
     headline,
