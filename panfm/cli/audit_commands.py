@@ -39,13 +39,13 @@ def audit_step(
     description = load_checked_run(run, overrides or ())
     from panfm.privacy.audit_step import DELTA, audit_step
 
-    found = audit_step(description, canaries=canaries, steps=steps)
-    _write_json(json, asdict(found))
-    typer.echo(f"{found.steps} steps, each canary in one with chance 0.25")
-    typer.echo(f"claimed: epsilon {found.claim:.3f} at delta {DELTA:g}")
-    typer.echo(f"guesses: {found.correct} of {found.guesses} right, about {found.canaries} canaries")
-    typer.echo(f"proved: epsilon is at least {found.lower_bound:.3f} (95 % confidence)")
-    if found.lower_bound > found.claim:
+    audit = audit_step(description, canaries=canaries, steps=steps)
+    _write_json(json, asdict(audit))
+    typer.echo(f"{audit.steps} steps, each canary in one with chance 0.25")
+    typer.echo(f"claimed: epsilon {audit.claim:.3f} at delta {DELTA:g}")
+    typer.echo(f"guesses: {audit.correct} of {audit.guesses} right, about {audit.canaries} canaries")
+    typer.echo(f"proved: epsilon is at least {audit.lower_bound:.3f} (95 % confidence)")
+    if audit.lower_bound > audit.claim:
         typer.echo("the step does NOT do what it claims", err=True)
         raise typer.Exit(1)
 
@@ -81,11 +81,11 @@ def audit_membership(
             open_store(site, run.streams, progress=lambda _, done, total: progress(done, total)) for site in sites
         ]
     places = [Place.of(store) for store in stores]
-    found = audit_membership(run, start.state_dict(), network.state_dict(), places, masks=masks)
-    _write_json(json, asdict(found))
-    low, high = found.auc.low, found.auc.high
-    typer.echo(f"{found.members} members against {found.others} others of the same sites")
-    typer.echo(f"AUC {found.auc.value:.3f} [{low:.3f}, {high:.3f}]; 0.5: the attack tells nothing")
+    attack = audit_membership(run, start.state_dict(), network.state_dict(), places, masks=masks)
+    _write_json(json, asdict(attack))
+    low, high = attack.auc.low, attack.auc.high
+    typer.echo(f"{attack.members} members against {attack.others} others of the same sites")
+    typer.echo(f"AUC {attack.auc.value:.3f} [{low:.3f}, {high:.3f}]; 0.5: the attack tells nothing")
 
 
 @app.command("inversion")
@@ -112,12 +112,12 @@ def audit_inversion(
         stores = [
             open_store(site, run.streams, progress=lambda _, done, total: progress(done, total)) for site in sites
         ]
-    found = audit_inversion(network, run, stores, patients=patients)
-    _write_json(json, [asdict(each) for each in found])
-    _print_inversion(found)
+    scenarios = audit_inversion(network, run, stores, patients=patients)
+    _write_json(json, [asdict(scenario) for scenario in scenarios])
+    _print_inversion(scenarios)
 
 
-def _print_inversion(found: Sequence["Scenario"]) -> None:
+def _print_inversion(scenarios: Sequence["Scenario"]) -> None:
     from statistics import median
 
     from rich.console import Console
@@ -126,8 +126,9 @@ def _print_inversion(found: Sequence["Scenario"]) -> None:
     table = Table("gradient of", "attack", "grey", "another patient", title="PSNR in dB, median over what is attacked")
     for column in table.columns[1:]:
         column.justify = "right"
-    for each in found:
-        table.add_row(each.name, *(f"{median(values):.1f}" for values in (each.psnr, each.grey, each.other)))
+    for scenario in scenarios:
+        columns = (scenario.psnr, scenario.grey, scenario.other)
+        table.add_row(scenario.name, *(f"{median(values):.1f}" for values in columns))
     Console().print(table)
 
 

@@ -82,7 +82,7 @@ def _print_coverage(report: "SiteReport") -> None:
         table.add_row(stream + note, *(str(report.coverage[stream, split]) for split in _SPLITS))
     table.add_section()
     subjects = {(row.subject, row.split) for row in report.rows}
-    table.add_row("any", *(str(sum(split == each for _, each in subjects)) for split in _SPLITS))
+    table.add_row("any", *(str(sum(split == own for _, own in subjects)) for split in _SPLITS))
     Console().print(table)
 
 

@@ -16,21 +16,21 @@ if TYPE_CHECKING:
     from panfm.site.dry_run import DryRun
 
 
-def dry_run_lines(found: "DryRun") -> Iterator[str]:
+def dry_run_lines(trial: "DryRun") -> Iterator[str]:
     """The cost of a run, and everything that would leave."""
-    handshake, reply = found.handshake, found.reply
-    yield f"experiment {found.experiment} (for limits.experiments in site.toml)"
-    if not found.is_named:
+    handshake, reply = trial.handshake, trial.reply
+    yield f"experiment {trial.experiment} (for limits.experiments in site.toml)"
+    if not trial.is_named:
         yield "limits.experiments does not name it: the worker would refuse this run"
-    if found.start:
-        yield f"starts from the model {found.start} (for limits.starts in site.toml)"
-    gpu = "" if found.gpu_gib is None else f", {found.gpu_gib:.2f} GiB of the GPU"
-    yield f"one local step: {found.seconds:.3f} s; at most {found.memory_gib:.2f} GiB of memory{gpu}"
+    if trial.start:
+        yield f"starts from the model {trial.start} (for limits.starts in site.toml)"
+    gpu = "" if trial.gpu_gib is None else f", {trial.gpu_gib:.2f} GiB of the GPU"
+    yield f"one local step: {trial.seconds:.3f} s; at most {trial.memory_gib:.2f} GiB of memory{gpu}"
     yield "before round 1 leave:"
-    held = ", ".join(f"{stream} {count}" for stream, count in handshake.streams.items())
-    yield f"  name {handshake.site}; subjects {handshake.subjects}; with {held}"
+    streams = ", ".join(f"{stream} {count}" for stream, count in handshake.streams.items())
+    yield f"  name {handshake.site}; subjects {handshake.subjects}; with {streams}"
     yield f"  versions {', '.join(f'{name} {version}' for name, version in handshake.versions.items())}"
-    yield f"every round leave {found.bytes_up} bytes:"
+    yield f"every round leave {trial.bytes_up} bytes:"
     for name, array in reply.updates.items():
         yield f"  {name}: {array.dtype} {list(array.shape)}, {array.nbytes} bytes"
     for name, value in reply.to_records().metrics.items():
@@ -59,8 +59,8 @@ def departure_line(line: Line) -> str:
     numbers = f"; numbers: {', '.join(line['numbers'])}" if line["numbers"] else ""
     privacy = "" if line.get("privacy", "none") == "none" else f"; privacy: {line['privacy']}"
     spent = "" if line.get("epsilon") is None else f"; epsilon {line['epsilon']:.3f} spent so far"
-    what = f"{line['kind']}{which}: {line['bytes']} bytes, sha256 {line['sha256'][:16]}"
-    return f"{line['time']} {what}; {groups}{numbers}{privacy}{spent}"
+    message = f"{line['kind']}{which}: {line['bytes']} bytes, sha256 {line['sha256'][:16]}"
+    return f"{line['time']} {message}; {groups}{numbers}{privacy}{spent}"
 
 
 def supernode_command(folder: Path, site: SiteConfig) -> str:

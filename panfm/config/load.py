@@ -73,12 +73,12 @@ def _with_start_hash(run: RunConfig) -> RunConfig:
         return run
     path = Path(run.start.model) / "model.safetensors"
     try:
-        found = hashlib.sha256(path.read_bytes()).hexdigest()
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
         raise ConfigError(
             f"start.model: {path} cannot be read ({error.strerror}), expected a model's weights"
         ) from error
-    return run.model_copy(update={"start": run.start.model_copy(update={"sha256": found})})
+    return run.model_copy(update={"start": run.start.model_copy(update={"sha256": digest})})
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -84,8 +84,8 @@ class RunConfig(Config):
     def _static_organs_have_streams(self) -> Self:
         """Unless they are the default and not used."""
         used = self.masking.policy == "static" or self.masking.static_organs != MaskingConfig().static_organs
-        held = {parse_stream(stream)[0] for stream in self.streams}
-        unknown = [organ for organ in self.masking.static_organs if organ not in held]
+        organs = {parse_stream(stream)[0] for stream in self.streams}
+        unknown = [organ for organ in self.masking.static_organs if organ not in organs]
         if used and unknown:
-            raise ValueError(f"masking.static-organs: no stream has organ {unknown[0]!r}, expected {sorted(held)}")
+            raise ValueError(f"masking.static-organs: no stream has organ {unknown[0]!r}, expected {sorted(organs)}")
         return self

@@ -96,15 +96,15 @@ class SharingConfig(Uncoupled):
 
     def mean_of(self, group: str) -> Mean:
         """The mean of one group."""
-        return next((found.mean for found in self._for(group) if found.mean), self.mean)
+        return next((table.mean for table in self._for(group) if table.mean), self.mean)
 
     def optimiser_of(self, group: str) -> PlainStepConfig | MomentumConfig | AdaptiveConfig:
         """The optimiser of one group."""
-        return next((found.optimiser for found in self._for(group) if found.optimiser), self.optimiser)
+        return next((table.optimiser for table in self._for(group) if table.optimiser), self.optimiser)
 
     def norm_limit_of(self, group: str) -> float:
         """The norm limit of one group."""
-        return next((found.norm_limit for found in self._for(group) if found.norm_limit), self.guards.norm_limit)
+        return next((table.norm_limit for table in self._for(group) if table.norm_limit), self.guards.norm_limit)
 
     def _for(self, group: str) -> list[GroupConfig]:
         """What is said of a group, its own words first."""

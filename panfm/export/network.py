@@ -47,14 +47,14 @@ class EmbeddingNetwork(nn.Module):
     def forward(self, *inputs: Tensor) -> Tensor:
         """Images of every stream, then `present` -> embedding [B, D]."""
         *images, present = inputs
-        tokens = torch.cat([self._tokenize(*each) for each in zip(self.streams, images, strict=True)], dim=1)
+        tokens = torch.cat([self._tokenize(*pair) for pair in zip(self.streams, images, strict=True)], dim=1)
         valid = present[:, self.stream_of_place]
         x = torch.cat(
             [self.backbone.cls.expand(tokens.shape[0], 1, -1), tokens.masked_fill(~valid[:, :, None], 0.0)], dim=1
         )
         mask = functional.pad(valid, (1, 0), value=True)[:, None, None, :]
-        for each in self.backbone.blocks:
-            block = cast(Block, each)
+        for module in self.backbone.blocks:
+            block = cast(Block, module)
             x = x + block.attention(block.norm1(x), mask)
             x = x + _feed_forward(block.mlp, block.norm2(x))
         embedding: Tensor = self.backbone.norm(x)[:, 0]
