@@ -5,11 +5,13 @@ import sys
 import typer
 
 from panfm.errors import PanfmError
+from panfm.extras import needs_extra
 from server.coordinator import app
 
 if __name__ == "__main__":
     try:
-        app(prog_name="python -m server")
+        with needs_extra("server"):
+            app(prog_name="python -m server")
     except PanfmError as error:
         typer.echo(str(error), err=True)
         sys.exit(1)

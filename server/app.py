@@ -6,8 +6,9 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from panfm.config import load_run, site_folders
+from panfm.config import site_folders
 from panfm.errors import ConfigError
+from panfm.privacy.guarantees import load_checked_run
 from server.console import Progress
 from server.rounds import run_federation
 from server.run_folder import RunFolder
@@ -44,6 +45,6 @@ def open_folder(words: dict[str, str]) -> RunFolder:
     if not (experiment := words.get("experiment")):
         raise ConfigError("run-config: experiment is missing, expected the path of a run description")
     overrides = [override for override in words.get("overrides", "").split(";") if override.strip()]
-    run = load_run(_ROOT / experiment, overrides)
+    run = load_checked_run(_ROOT / experiment, overrides)
     path = words.get("run-dir") or f"runs/{run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     return RunFolder.create(Path(path), run)

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from panfm.config import RunConfig
 from panfm.errors import RunError, one_line
-from panfm.report import Run, read_run
+from panfm.report.run_files import Run, read_run
 from panfm.report.status import headline, left_out, privacy_line, site_statuses, stream_statuses
 from panfm.sharing.messages import Handshake
 from server.flower_cli import FlowerRun

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from panfm.cli import export
+from panfm.cli.model_commands import export
 from panfm.errors import RunError
 from panfm.files import json_text, write_atomic
 from server.flower_cli import FlowerRun, flower_environment, submit
@@ -48,9 +48,9 @@ def start(
     detach: _Detach = False,
 ) -> None:
     """Start a run, and watch it to its end."""
-    from panfm.config import load_run
+    from panfm.privacy.guarantees import load_checked_run
 
-    run = load_run(experiment, overrides or ())
+    run = load_checked_run(experiment, overrides or ())
     from server.expected_sites import ExpectedSites
     from server.run_folder import RunFolder
 
@@ -78,12 +78,13 @@ def resume(
 ) -> None:
     """Go on with a run from its last checkpoint, as it was described, and watch it to its end. A table given here takes
     the place of the one that it was started with."""
-    from panfm.report import read_run
+    from panfm.report.run_files import read_run
+
+    run = read_run(run_dir)
     from server.expected_sites import ExpectedSites
     from server.run_folder import RunFolder
 
     expected = ExpectedSites.read(roster_file) if roster_file else None
-    run = read_run(run_dir)
     if run.is_at_work:
         raise RunError(f"{run_dir}: is running, expected a run that has ended; stop it first")
     if run.is_finished:
@@ -106,10 +107,11 @@ def status(run_dir: _RunDir) -> None:
     """One screen: how far it is, sites, streams, and who was left out."""
     from rich.console import Console
 
-    from panfm.report import read_run
-    from server.console import screen, why_not_finished
+    from panfm.report.run_files import read_run
 
     run, flower = read_run(run_dir), _flower_run(run_dir)
+    from server.console import screen, why_not_finished
+
     Console().print(screen(run))
     if run.state in ("running", "finished"):
         return
@@ -125,7 +127,7 @@ def watch(run_dir: _RunDir) -> None:
     """Show the rounds as they come, until the run ends; also a run that `python -m simulations` has started."""
     from rich.console import Console
 
-    from panfm.report import read_run
+    from panfm.report.run_files import read_run
     from server.console import follow, view
 
     console = Console(soft_wrap=True, highlight=False)
@@ -138,9 +140,7 @@ def watch(run_dir: _RunDir) -> None:
 @app.command()
 def stop(run_dir: _RunDir) -> None:
     """End a run; it can be resumed from the last round that it finished."""
-    from panfm.report import read_run
-    from server.run_folder import RunFolder
-    from server.tracking import refresh_page
+    from panfm.report.run_files import read_run
 
     run, flower = read_run(run_dir), _flower_run(run_dir)
     if flower is None:
@@ -157,6 +157,9 @@ def stop(run_dir: _RunDir) -> None:
         if time.monotonic() > deadline:
             raise RunError(f"{run_dir}: Flower has stopped the run, but its ServerApp is still at work")
         time.sleep(_POLL_S)
+    from server.run_folder import RunFolder
+    from server.tracking import refresh_page
+
     RunFolder(run_dir, run.config).note_end("by the coordinator", state="stopped")
     refresh_page(run_dir)
     done = len(read_run(run_dir).rounds)

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from panfm.config.privacy import privacy_label
+from panfm.privacy.guarantees import privacy_label
 from panfm.sharing.groups import BACKBONE, stream_group, stream_of
 from panfm.sharing.messages import RoundReply
 from server.exchange import Exchange

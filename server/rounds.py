@@ -22,10 +22,10 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from panfm.config import RunConfig, dump_toml
-from panfm.config.privacy import privacy_label
 from panfm.config.site_dp import SiteDpConfig
 from panfm.errors import RunError
 from panfm.models import build_model, describe_model
+from panfm.privacy.guarantees import privacy_label
 from panfm.sharing.groups import GroupManifest
 from panfm.sharing.messages import Handshake, RoundTask
 from server.budgets import PlannedCosts, SiteDpBudget

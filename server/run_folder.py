@@ -21,11 +21,11 @@ import safetensors.numpy
 from torch import Tensor
 
 from panfm import __version__
-from panfm.config import RunConfig, as_told, dump_toml, load_run
-from panfm.config.privacy import privacy_label
+from panfm.config import RunConfig, as_told, dump_toml
 from panfm.errors import DataError, PanfmError, RunError
 from panfm.files import append_json_line, json_text, locked, read_json_lines, write_atomic
 from panfm.models.transfer import read_start, start_state, with_start_parameters
+from panfm.privacy.guarantees import checked_run, load_checked_run, privacy_label
 from panfm.sharing.groups import GroupManifest
 from server.checkpoint import ServerState, load_latest, save_state
 from server.expected_sites import FILE as EXPECTED_SITES
@@ -58,8 +58,10 @@ class RunFolder:
 
         Raises:
             RunError: the folder holds one already, or cannot be written to.
+            ConfigError: the run cannot keep the privacy that it promises.
             ConfigError, DataError: the model that the run starts from does not fit.
         """
+        run = checked_run(run)
         weights = read_start(run) if run.start else None
         try:
             if (path / "checkpoint").exists():
@@ -80,10 +82,10 @@ class RunFolder:
         """Go on with a run, as it was described.
 
         Raises:
-            ConfigError: the folder holds none.
+            ConfigError: the folder holds none, or one that cannot keep the privacy that it promises.
             RunError: another process is at work in it.
         """
-        folder = cls(path, load_run(path / "run.toml"))
+        folder = cls(path, load_checked_run(path / "run.toml"))
         with _alone_in(path):
             done = state.round_number if (state := folder.latest_state()) else 0
             rounds = path / "rounds.jsonl"

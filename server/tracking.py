@@ -16,9 +16,9 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar, text
 
-from panfm.config.privacy import privacy_label
 from panfm.errors import PanfmError
-from panfm.report.page import write_status
+from panfm.privacy.guarantees import privacy_label
+from panfm.report.status_page import write_status
 from server.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)

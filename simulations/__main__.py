@@ -1,6 +1,7 @@
 """`python -m simulations run|cohort|study|bench|same-bits`: federations, claims and speed on one machine."""
 
 import ast
+import itertools
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -13,6 +14,7 @@ go_offline()
 import typer  # noqa: E402
 
 from panfm.errors import ConfigError, PanfmError  # noqa: E402
+from panfm.extras import needs_extra  # noqa: E402
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 cohort_app = typer.Typer(no_args_is_help=True, help="Data sets of simulated federations.")
@@ -34,8 +36,8 @@ def run(
 
     if engine not in ENGINES:
         raise ConfigError(f"--engine {engine}: expected one of {', '.join(ENGINES)}")
-    if resume is None:
-        load_simulation(experiment, overrides or ())  # a mistake is told before torch is imported, which takes seconds
+    # A mistake is told before torch is imported, which takes seconds.
+    load_simulation(resume / "run.toml") if resume else load_simulation(experiment, overrides or ())
     from simulations.run import simulate
 
     simulate(experiment, overrides or (), out=out, resume=resume, engine=engine)
@@ -107,9 +109,20 @@ def _pass_on(verb: str, package: str, name: str, words: list[str]) -> None:
         return
     if name not in known:
         raise ConfigError(f"{name}: unknown, expected one of {', '.join(known)}")
+    _check_experiment(words)
     command = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     command.command()(import_module(f"simulations.{package}.{name.replace('-', '_')}").main)
     command(args=_with_json_path(words, f"{name}.json"), prog_name=f"python -m simulations {verb} {name}")
+
+
+def _check_experiment(words: list[str]) -> None:
+    """Check the description that `--experiment` names, so that a mistake is told before torch is imported."""
+    from panfm.privacy.guarantees import load_checked_run
+
+    for word, following in itertools.zip_longest(words, words[1:]):
+        option, equals, path = word.partition("=")
+        if option == "--experiment" and (path := path if equals else following):
+            load_checked_run(Path(path))
 
 
 def _first_line(path: Path) -> str:
@@ -127,7 +140,8 @@ def _with_json_path(words: list[str], path: str) -> list[str]:
 
 if __name__ == "__main__":
     try:
-        app()
+        with needs_extra("simulation"):
+            app()
     except PanfmError as error:
         typer.echo(str(error), err=True)
         sys.exit(1)

@@ -12,13 +12,18 @@ from rich.console import Console
 from rich.progress import Progress
 
 from panfm.config import RunConfig, dump_toml, load_site, parse_run, site_folders
-from panfm.config.privacy import privacy_label
 from panfm.data.cache import open_store
 from panfm.errors import DataError
-from panfm.evaluate import LabelledStore, ProbeResult, Task, evaluate_cohort, load_model, read_label_info, write_result
+from panfm.evaluate.embed import load_model
+from panfm.evaluate.probe_cohort import Task, evaluate_cohort
+from panfm.evaluate.probe_labels import LabelledStore, read_label_info
+from panfm.evaluate.result import ProbeResult, write_result
 from panfm.models import PanModel, build_model
 from panfm.models.transfer import load_with_fresh_private
-from panfm.report import print_tables, read_run, write_report
+from panfm.privacy.guarantees import privacy_label
+from panfm.report.console_tables import print_tables
+from panfm.report.report_page import write_report
+from panfm.report.run_files import read_run
 from server.run_folder import RunFolder
 from simulations.alone import train_alone
 from simulations.harness import run_jobs

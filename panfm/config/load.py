@@ -1,31 +1,22 @@
-"""TOML in, a frozen description out, or a complaint of one line per fault.
+"""Read descriptions from TOML into frozen objects, or complain in one line per fault; write them and hash them."""
 
-A complaint names the dotted key as it is written in TOML, what was found and what was expected; for an unknown key it
-names the nearest known one.
-"""
-
-import difflib
 import hashlib
 import tomllib
-import types
-import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import tomli_w
-from pydantic import BaseModel, ValidationError, create_model
+from pydantic import ValidationError, create_model
 
 from panfm.config.base import Config
+from panfm.config.complaints import complaints
 from panfm.config.run import RunConfig
 from panfm.config.site import SiteConfig
-from panfm.errors import ConfigError, one_line
+from panfm.errors import ConfigError
 from panfm.texts import check_text, parse_toml, read_text
 
 C = TypeVar("C", bound=Config)
-_MAX_COMPLAINTS = 20
-_MAX_KEY = 64
-"""Characters of an unknown key that are compared to the known ones."""
 
 
 def load_run(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
@@ -90,12 +81,12 @@ def _with_start_hash(run: RunConfig) -> RunConfig:
         return run
     path = Path(run.start.model) / "model.safetensors"
     try:
-        found = hashlib.sha256(path.read_bytes()).hexdigest()
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
         raise ConfigError(
             f"start.model: {path} cannot be read ({error.strerror}), expected a model's weights"
         ) from error
-    return run.model_copy(update={"start": run.start.model_copy(update={"sha256": found})})
+    return run.model_copy(update={"start": run.start.model_copy(update={"sha256": digest})})
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -133,87 +124,7 @@ def _validate(kind: type[C], table: Mapping[str, Any], where: str) -> C:
     try:
         return kind.model_validate(table, by_alias=True, by_name=False)
     except ValidationError as error:
-        faults = error.errors(include_url=False)
-        told = [one_line(_complaint(kind, fault, table), limit=1000) for fault in faults[:_MAX_COMPLAINTS]]
-        lines = [f"{where}: {line}" for line in told]
-        if more := len(faults) - len(lines):
-            lines.append(f"{where}: {more} more faults")
-        raise ConfigError("\n".join(lines)) from None  # pydantic's own text has lines without end
-
-
-def _complaint(kind: type[BaseModel], fault: Any, table: Any) -> str:
-    if fault["type"] == "unknown_plug_in":
-        return str(fault["msg"])
-    keys, around, here = _locate(kind, fault["loc"], table)
-    key = ".".join(keys)
-    if fault["type"] == "extra_forbidden":
-        known = sorted({known for member in around for known in _fields(member)})
-        near = difflib.get_close_matches(keys[-1][:_MAX_KEY], known, n=1, cutoff=0.4)
-        hint = f"did you mean {'.'.join([*keys[:-1], near[0]])}?" if near else f"known: {', '.join(known)}"
-        return f"{key}: unknown key, {hint}"
-    if fault["type"].startswith("union_tag"):
-        tag = fault["ctx"]["discriminator"].strip("'")
-        found = f"{fault['ctx']['tag']!r}" if "tag" in fault["ctx"] else "nothing"
-        return f"{key}.{tag}: found {found}, expected one of {', '.join(_tags(here, tag))}"
-    message = fault["msg"].removeprefix("Value error, ")
-    is_whole_table = fault["type"] == "value_error" and isinstance(fault["input"], dict)
-    found = "" if fault["type"] == "missing" or is_whole_table else f" (got {fault['input']!r:.80})"
-    return f"{key}: {message}{found}" if key else message
-
-
-def _locate(kind: type[BaseModel], location: Iterable[object], table: Any) -> tuple[list[str], list[Any], list[Any]]:
-    """The keys as TOML has them, and the models and dicts around and at the last one.
-
-    Pydantic's location also names the chosen member of a union, and `[key]` where a key itself is at fault.
-    """
-    keys: list[str] = []
-    around: list[Any] = []
-    here: list[Any] = [kind]
-    for part in map(str, location):
-        below = [found for member in here for found in _descend(member, part)]
-        if not below and len(here) > 1:
-            here = [member for member in here if part in _literals(member)]
-        elif part != "[key]":
-            keys.append(part)
-            table = table.get(part) if isinstance(table, Mapping) else None
-            around, here = here, [_chosen(member, table) for each in below for member in _members(each)]
-    return keys, around, here
-
-
-def _chosen(member: Any, table: Any) -> Any:
-    """The class that reads a table: the one that its name chooses, where a model is the base of plug-ins."""
-    return member.chosen(table) if hasattr(member, "chosen") else member
-
-
-def _tags(union: list[Any], tag: str) -> list[str]:
-    """Values that choose a member of a union."""
-    return [value for member in union for value in typing.get_args(_fields(member).get(tag))]
-
-
-def _literals(model: Any) -> list[str]:
-    values = [typing.get_args(annotation) for annotation in _fields(model).values()]
-    return [value for group in values for value in group if isinstance(value, str)]
-
-
-def _descend(member: Any, step: str) -> list[Any]:
-    """What may stand under one key: the field of that name, or the value type of a table with free keys."""
-    if typing.get_origin(member) is dict:
-        return [typing.get_args(member)[1]]
-    fields = _fields(member)
-    return [fields[step]] if step in fields else []
-
-
-def _members(annotation: Any) -> list[Any]:
-    """Models and dicts inside unions and annotations."""
-    origin = typing.get_origin(annotation)
-    if origin is typing.Annotated:
-        return _members(typing.get_args(annotation)[0])
-    if origin in (typing.Union, types.UnionType):
-        return [member for part in typing.get_args(annotation) for member in _members(part)]
-    is_model = isinstance(annotation, type) and issubclass(annotation, BaseModel)
-    return [annotation] if is_model or origin is dict else []
-
-
-def _fields(model: Any) -> dict[str, Any]:
-    fields = getattr(model, "model_fields", {})
-    return {field.alias or name: field.annotation for name, field in fields.items()}
+        lines = complaints(kind, error, table)
+    except ConfigError as error:  # from a registry of plug-ins
+        lines = [str(error)]
+    raise ConfigError("\n".join(f"{where}: {line}" for line in lines))  # not `from`: pydantic's text has no end

@@ -14,10 +14,10 @@ from panfm.config.federation import FederationConfig
 from panfm.config.masking import MaskingConfig
 from panfm.config.model import ModelConfig
 from panfm.config.objective import ObjectiveConfig
-from panfm.config.privacy import PrivacyConfig, broken_guarantees
+from panfm.config.privacy import PrivacyConfig
 from panfm.config.probe import ProbeConfig
 from panfm.config.sharing import SharingConfig
-from panfm.config.site_dp import SiteDpConfig, site_dp_faults
+from panfm.config.site_dp import SiteDpConfig
 from panfm.config.start import StartConfig
 from panfm.config.streams import StreamConfig
 from panfm.config.training import TrainConfig
@@ -28,7 +28,8 @@ class RunConfig(Config):
 
     name: Name
     seed: Seed = 0
-    organs: Annotated[tuple[str, ...], Field(strict=False)] = DEFAULT_ORGANS
+    named_organs: Annotated[tuple[str, ...], Field(strict=False)] | None = Field(default=None, alias="organs")
+    """`organs`, only to name others than the property `organs` has."""
     streams: Annotated[dict[str, StreamConfig], Field(min_length=1)]
     cohort: TomlTable | None = None
     """Where a simulation takes its sites from: a table that it checks itself. No site is told of it."""
@@ -45,6 +46,12 @@ class RunConfig(Config):
     """Differential privacy of sites, at the server; off when left out."""
     start: StartConfig | None = None
     """A trained model to start from; parameters are drawn by `seed` when left out."""
+
+    @property
+    def organs(self) -> tuple[str, ...]:
+        """Organs that a site may have images of: as named, else those of the streams and the seven of Pan-FM."""
+        of_streams = (parse_stream(stream)[0] for stream in self.streams)
+        return tuple(dict.fromkeys([*of_streams, *DEFAULT_ORGANS])) if self.named_organs is None else self.named_organs
 
     @model_validator(mode="after")
     def _streams_are_known(self) -> Self:
@@ -69,20 +76,8 @@ class RunConfig(Config):
     def _static_organs_have_streams(self) -> Self:
         """Unless they are the default and not used."""
         used = self.masking.policy == "static" or self.masking.static_organs != MaskingConfig().static_organs
-        held = {parse_stream(stream)[0] for stream in self.streams}
-        unknown = [organ for organ in self.masking.static_organs if organ not in held]
+        organs = {parse_stream(stream)[0] for stream in self.streams}
+        unknown = [organ for organ in self.masking.static_organs if organ not in organs]
         if used and unknown:
-            raise ValueError(f"masking.static-organs: no stream has organ {unknown[0]!r}, expected {sorted(held)}")
-        return self
-
-    @model_validator(mode="after")
-    def _private_runs_keep_their_promise(self) -> Self:
-        if self.privacy and self.train.proximal_mu:
-            raise ValueError("train.proximal-mu: not done in private runs, set 0")
-        if self.privacy and not self.privacy.acknowledge_broken_guarantee:
-            for fault in broken_guarantees(self):
-                raise ValueError(fault)
-        if self.server_privacy:
-            for fault in site_dp_faults(self):
-                raise ValueError(fault)
+            raise ValueError(f"masking.static-organs: no stream has organ {unknown[0]!r}, expected {sorted(organs)}")
         return self

@@ -97,15 +97,15 @@ class SharingConfig(Uncoupled):
 
     def mean_of(self, group: str) -> Mean:
         """The mean of one group."""
-        return next((own.mean for own in self._for(group) if own.mean), self.mean)
+        return next((table.mean for table in self._for(group) if table.mean), self.mean)
 
     def optimiser_of(self, group: str) -> PlainStepConfig | MomentumConfig | AdaptiveConfig:
         """The optimiser of one group."""
-        return next((own.optimiser for own in self._for(group) if own.optimiser), self.optimiser)
+        return next((table.optimiser for table in self._for(group) if table.optimiser), self.optimiser)
 
     def norm_limit_of(self, group: str) -> float:
         """The norm limit of one group."""
-        return next((own.norm_limit for own in self._for(group) if own.norm_limit), self.guards.norm_limit)
+        return next((table.norm_limit for table in self._for(group) if table.norm_limit), self.guards.norm_limit)
 
     def _for(self, group: str) -> list[GroupConfig]:
         """Tables that apply to a group, its own before that of all streams."""

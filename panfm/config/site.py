@@ -151,9 +151,9 @@ class SiteConfig(Config):
 
 def site_folders(folder: Path) -> list[Path]:
     """The site folders under a folder, by name. Raises ConfigError if there is none."""
-    if not (found := sorted(path.parent for path in folder.glob("*/site.toml"))):
+    if not (folders := sorted(path.parent for path in folder.glob("*/site.toml"))):
         raise ConfigError(f"{folder}: holds no site, expected folders with a site.toml")
-    return found
+    return folders
 
 
 def site_path(folder: Path, relative: str) -> Path:

@@ -1,18 +1,14 @@
-"""Site-level differential privacy of a run, by noise that the server adds: what is promised, and what would break it.
+"""`[server-privacy]`: site-level differential privacy of a run, by noise that the server adds.
 
 Privacy unit: a site. Relation: its updates as they are, or all zero; who takes part, and with which streams, is public
 and stays. The server is trusted with every site's updates.
 """
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
 from panfm.config.base import LEAST_NOISE, Uncoupled
-
-if TYPE_CHECKING:
-    from panfm.config.run import RunConfig
 
 _HABITS = {
     "seed": "noise comes from the operating system, a known seed lets anybody subtract it; leave it out",
@@ -47,35 +43,3 @@ class SiteDpConfig(Uncoupled):
             if key in _HABITS:
                 raise ValueError(f"{key}: {_HABITS[key]}")
         return table
-
-
-def site_dp_faults(run: "RunConfig") -> Iterator[str]:
-    """What lets a site show by more than its clipped, noised update; one line each."""
-    assert run.server_privacy is not None
-    private, sharing = run.server_privacy, run.sharing
-    largest = 0.1 / private.num_sites
-    if private.delta > largest:
-        yield f"server-privacy.delta: {private.delta:g} is above 1 / (10 num-sites), set at most {largest:.3g}"
-    if private.num_sites != run.federation.min_sites:
-        yield f"federation.min-sites: no round is released without all sites, set {private.num_sites}, as num-sites"
-    means = {"sharing.mean": sharing.mean}
-    means |= {f"sharing.groups.{group}.mean": found.mean for group, found in sharing.groups.items() if found.mean}
-    for key, mean in means.items():
-        if mean != "weighted":
-            yield f'{key}: "{mean}" has no sensitivity of clip-norm / num-sites, set "weighted"'
-    if sharing.experts == "pooled":
-        yield 'sharing.experts: "pooled" weighs sites by their patients\' gates, set "private" or "naive"'
-    if sharing.guards.direction is not None:
-        yield "sharing.guards.direction: refuses sites by what their updates say, leave it out"
-    if run.federation.participation < 1.0:
-        yield "federation.participation: the mean is over all sites in every round, set 1.0"
-    if run.masking.steered_by == "federation":
-        yield 'masking.scope: "federation" tells the mean of the sites\' saliency, set "site" or "subject"'
-
-
-def site_dp_claim(run: "RunConfig") -> str | None:
-    """What the server may say of a run's models; None without site-level privacy."""
-    if run.server_privacy is None:
-        return None
-    private = run.server_privacy
-    return f"({private.epsilon:g}, {private.delta:g})-DP per site, zero-out, server trusted"

@@ -35,5 +35,5 @@ def saliency_entropy(shares: Iterable[float]) -> float:
 
 def entropy(probabilities: NDArray[np.float64]) -> float:
     """Entropy in nats of probabilities that sum to 1."""
-    held = probabilities[probabilities > 0]
-    return float(-(held * np.log(held)).sum())
+    positive = probabilities[probabilities > 0]
+    return float(-(positive * np.log(positive)).sum())

@@ -15,15 +15,18 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import log_loss
-from sklearn.pipeline import Pipeline, make_pipeline
-from sklearn.preprocessing import StandardScaler
-from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from panfm.errors import DataError
-from panfm.evaluate.probe import MIN_SUBJECTS, auc_per_label
+from panfm.evaluate.linear_probe import MIN_SUBJECTS, auc_per_label
+from panfm.extras import needs_extra
 from panfm.seeds import numpy_generator
+
+with needs_extra("evaluate"):
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import log_loss
+    from sklearn.pipeline import Pipeline, make_pipeline
+    from sklearn.preprocessing import StandardScaler
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 _INVERSE_PENALTIES = (0.001, 0.01, 0.1, 1.0, 10.0)
 
@@ -91,15 +94,15 @@ def leave_one_modality_out(fit: Classed, test: Classed, modalities: Sequence[str
 
 def _choose_inverse_penalty(fit: Classed) -> float:
     shuffled = numpy_generator(0, "class-probe-penalty").permutation(len(fit.classes))
-    held = np.isin(np.arange(len(shuffled)), shuffled[: len(shuffled) // 3])
-    kept, held = ~held, held & np.isin(fit.classes, fit.classes[~held])
-    if len(np.unique(fit.classes[kept])) < 2 or not held.any():
+    chosen = np.isin(np.arange(len(shuffled)), shuffled[: len(shuffled) // 3])
+    kept, chosen = ~chosen, chosen & np.isin(fit.classes, fit.classes[~chosen])
+    if len(np.unique(fit.classes[kept])) < 2 or not chosen.any():
         return _INVERSE_PENALTIES[0]
 
     def loss(inverse_penalty: float) -> float:
         model = _fit(fit.only(kept), inverse_penalty)
-        answers = model.predict_proba(fit.features[held])
-        return float(log_loss(fit.classes[held], answers, labels=model.classes_))
+        answers = model.predict_proba(fit.features[chosen])
+        return float(log_loss(fit.classes[chosen], answers, labels=model.classes_))
 
     return min(_INVERSE_PENALTIES, key=loss)
 

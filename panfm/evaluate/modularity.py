@@ -45,11 +45,11 @@ def gradient_conflict(gradients: NDArray[np.floating], *, margin: float = 0.05) 
         gradients: [M, P], one per modality.
         margin: Cosines above minus this are noise and count for no share.
     """
-    held = np.asarray(gradients, dtype=np.float64)
-    held = held[held.any(axis=1)]
-    if len(held) < 2 or not np.isfinite(held).all():
+    rows = np.asarray(gradients, dtype=np.float64)
+    rows = rows[rows.any(axis=1)]
+    if len(rows) < 2 or not np.isfinite(rows).all():
         return Conflict(float("nan"), float("nan"), float("nan"))
-    unit = held / np.linalg.norm(held, axis=1, keepdims=True)
+    unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     cosines = (unit @ unit.T)[np.triu_indices(len(unit), k=1)]
     size = np.maximum(-cosines, 0.0).mean()
     return Conflict(float((cosines < -margin).mean()), float(size), float(cosines.mean()))
@@ -66,13 +66,13 @@ def layer_gradients(
         losses: Modality -> its loss, computed when called, so that one graph is alive at a time.
         layers: Parameters of each layer; one that a loss does not reach has gradient 0.
     """
-    held = [list(layer) for layer in layers]
-    rows: list[list[NDArray[np.float32]]] = [[] for _ in held]
+    lists = [list(layer) for layer in layers]
+    rows: list[list[NDArray[np.float32]]] = [[] for _ in lists]
     for loss in losses.values():
-        flat = [parameter for layer in held for parameter in layer]
-        found = iter(torch.autograd.grad(loss(), flat, allow_unused=True, materialize_grads=True))
-        for row, layer in zip(rows, held, strict=True):
-            row.append(torch.cat([next(found).flatten() for _ in layer]).float().cpu().numpy())
+        flat = [parameter for layer in lists for parameter in layer]
+        own = iter(torch.autograd.grad(loss(), flat, allow_unused=True, materialize_grads=True))
+        for row, layer in zip(rows, lists, strict=True):
+            row.append(torch.cat([next(own).flatten() for _ in layer]).float().cpu().numpy())
     return [np.stack(row) for row in rows]
 
 

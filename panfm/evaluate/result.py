@@ -39,9 +39,9 @@ class Score:
     num_labels: int
 
     @classmethod
-    def of(cls, arm: str, group: str, metric: str, found: Interval, num_labels: int) -> "Score":
+    def of(cls, arm: str, group: str, metric: str, estimate: Interval, num_labels: int) -> "Score":
         """A cell from an interval."""
-        return cls(arm, group, metric, found.value, found.low, found.high, num_labels)
+        return cls(arm, group, metric, estimate.value, estimate.low, estimate.high, num_labels)
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,9 @@ class ProbeResult:
     def value(self, arm: str, group: str = "all", metric: str = "auc") -> float:
         """One score's point estimate; NaN when it was not measured."""
         wanted = (arm, group, metric)
-        return next((each.value for each in self.scores if (each.arm, each.group, each.metric) == wanted), math.nan)
+        return next(
+            (score.value for score in self.scores if (score.arm, score.group, score.metric) == wanted), math.nan
+        )
 
 
 def write_result(path: Path, result: ProbeResult) -> None:
@@ -80,7 +82,7 @@ def read_result(path: Path) -> ProbeResult:
 
 def _with_nan(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _with_nan(each) for key, each in value.items()}
+        return {key: _with_nan(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_with_nan(each) for each in value]
+        return [_with_nan(inner) for inner in value]
     return math.nan if value is None else value

@@ -50,7 +50,9 @@ def modality_cka(
         for other, of_other in means.items():
             if one < other:
                 shared = sorted(set(of_one) & set(of_other))
-                stacked = [np.stack([each[group] for group in shared]) for each in (of_one, of_other)] if shared else []
+                stacked = (
+                    [np.stack([means[group] for group in shared]) for means in (of_one, of_other)] if shared else []
+                )
                 pairs[str(one), str(other)] = linear_cka(*stacked) if stacked else float("nan")
     return pairs
 

@@ -60,11 +60,11 @@ class StatisticsReference:
     @classmethod
     def fit(cls, places: Iterable[tuple[Mapping[str, StreamStatistics], NDArray[np.int64]]]) -> "StatisticsReference":
         """Take the means over the fit subjects: for each place its statistics and their indices."""
-        held: dict[str, list[NDArray[np.float32]]] = {}
+        by_stream: dict[str, list[NDArray[np.float32]]] = {}
         for measured, indices in places:
             for stream, statistics in measured.items():
-                held.setdefault(stream, []).append(statistics.values[np.isin(statistics.rows, indices)])
-        pooled = {stream: np.concatenate(values) for stream, values in sorted(held.items())}
+                by_stream.setdefault(stream, []).append(statistics.values[np.isin(statistics.rows, indices)])
+        pooled = {stream: np.concatenate(values) for stream, values in sorted(by_stream.items())}
         return cls({stream: values.mean(axis=0) for stream, values in pooled.items() if len(values)})
 
     def features(

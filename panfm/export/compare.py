@@ -30,17 +30,17 @@ def batch_of(streams: Sequence[str], inputs: Sequence[Tensor]) -> Batch:
     """The same subjects as the model itself takes them."""
     *images, present = inputs
     rows = {name: torch.nonzero(present[:, column]).squeeze(1) for column, name in enumerate(streams)}
-    held = {name: image[rows[name]] for name, image in zip(streams, images, strict=True) if len(rows[name])}
-    return Batch(len(present), held, {name: rows[name] for name in held})
+    present_images = {name: image[rows[name]] for name, image in zip(streams, images, strict=True) if len(rows[name])}
+    return Batch(len(present), present_images, {name: rows[name] for name in present_images})
 
 
-def require_equal(expected: Tensor, found: Tensor) -> float:
+def require_equal(expected: Tensor, actual: Tensor) -> float:
     """The largest difference of two embeddings [B, D].
 
     Raises:
         RunError: it is above TOLERANCE, or not a number.
     """
-    difference = float((expected - found).abs().max())
+    difference = float((expected - actual).abs().max())
     if not difference <= TOLERANCE:
         raise RunError(f"export: differs from the run's model by {difference:.3g}, expected at most {TOLERANCE:g}")
     return difference

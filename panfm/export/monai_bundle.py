@@ -83,8 +83,8 @@ def write_monai_bundle(source: Source, out: Path, streams: tuple[str, ...]) -> f
         torch.save(loaded.state_dict(), folder / "models" / "model.pt")
         inputs = random_inputs(network.configs)
         with torch.inference_mode():
-            found = loaded(**dict(zip((*streams, "present"), inputs, strict=True)))
-            return require_equal(source.model.embed(batch_of(streams, inputs)), found)
+            embedding = loaded(**dict(zip((*streams, "present"), inputs, strict=True)))
+            return require_equal(source.model.embed(batch_of(streams, inputs)), embedding)
 
 
 def _shapes(network: EmbeddingNetwork) -> dict[str, list[int]]:
@@ -172,9 +172,9 @@ def _inference(network: EmbeddingNetwork) -> dict[str, Any]:
 
 def _readme(metadata: Mapping[str, Any]) -> str:
     rows = [
-        f"| `{name}` | {each['channels']} | {_times(each['shape'])} | {_times(each['spacing-mm'])} | {each['axes']} | "
-        f"{each['intensity']} |"
-        for name, each in metadata["streams"].items()
+        f"| `{name}` | {row['channels']} | {_times(row['shape'])} | {_times(row['spacing-mm'])} | {row['axes']} | "
+        f"{row['intensity']} |"
+        for name, row in metadata["streams"].items()
     ]
     return _README.format(table="\n".join(rows), first=next(iter(metadata["streams"])), **metadata)
 

@@ -38,8 +38,8 @@ class Embedder(nn.Module):
         some = next(iter(given.values()))
         full = [given.get(name, some.new_zeros(len(some), *shape)) for name, shape in self.shapes.items()]
         if present is None:
-            held = torch.tensor([name in given for name in self.shapes], device=some.device)
-            present = held.expand(len(some), -1)
+            all_given = torch.tensor([name in given for name in self.shapes], device=some.device)
+            present = all_given.expand(len(some), -1)
         embedding: Tensor = self.graph(*full, present)
         return embedding
 
@@ -50,9 +50,9 @@ class Embedder(nn.Module):
 
 def embed(network: Embedder, batches: Iterable[Mapping[str, Any]], device: torch.device) -> np.ndarray[Any, Any]:
     """Embeddings [N, width] of batches of images by stream and `present`."""
-    found = []
+    embeddings = []
     with torch.inference_mode():
         for batch in batches:
             images = {name: batch[name].to(device) for name in (*network.shapes, "present")}
-            found.append(network(**images).cpu().numpy())
-    return np.concatenate(found)
+            embeddings.append(network(**images).cpu().numpy())
+    return np.concatenate(embeddings)

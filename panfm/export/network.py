@@ -45,7 +45,7 @@ class EmbeddingNetwork(nn.Module):
     def forward(self, *inputs: Tensor) -> Tensor:
         """Images of every stream, then `present` -> embedding [B, D]."""
         *images, present = inputs
-        tokens = torch.cat([self._tokenize(*each) for each in zip(self.streams, images, strict=True)], dim=1)
+        tokens = torch.cat([self._tokenize(*pair) for pair in zip(self.streams, images, strict=True)], dim=1)
         valid = present[:, self.stream_of_place]
         layout = Layout(torch.arange(valid.shape[1]).expand_as(valid), valid)
         encoded: Encoded = self.backbone(tokens.masked_fill(~valid[:, :, None], 0.0), layout)

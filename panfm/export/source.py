@@ -11,13 +11,14 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from panfm import __version__
 from panfm.anatomy import Modality, parse_stream
-from panfm.config import RunConfig
-from panfm.config.privacy import privacy_label
+from panfm.config import RunConfig, StreamConfig
+from panfm.config.sharing import SharingConfig
 from panfm.data.intensity import intensity_rule
 from panfm.errors import ConfigError, DataError
 from panfm.evaluate.embed import load_model
 from panfm.files import json_text
 from panfm.models import PanModel
+from panfm.privacy.guarantees import privacy_label
 from panfm.sharing.groups import EXPERTS, is_shared
 from panfm.texts import parse_json, read_text
 
@@ -102,9 +103,9 @@ def _describe(folder: Path, model: PanModel, run: RunConfig, written: _Written, 
         "licence": licence,
         "epsilon": _epsilon(run),
         "start": run.start and run.start.sha256,
-        "streams": {name: _describe_stream(run, name) for name in run.streams},
+        "streams": {name: _describe_stream(name, stream) for name, stream in run.streams.items()},
         "embedding": model.width,
-        "experts": _describe_experts(model, run),
+        "experts": _describe_experts(model, run.sharing),
         "model-hash": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
         "panfm": __version__,
         "torch": torch.__version__,
@@ -116,8 +117,8 @@ def _epsilon(run: RunConfig) -> str:
     return NOT_PRIVATE if label == "none" else label
 
 
-def _describe_stream(run: RunConfig, name: str) -> dict[str, Any]:
-    config, (organ, modality) = run.streams[name], parse_stream(name)
+def _describe_stream(name: str, config: StreamConfig) -> dict[str, Any]:
+    organ, modality = parse_stream(name)
     return {
         "organ": organ,
         "modality": str(modality),
@@ -127,7 +128,7 @@ def _describe_stream(run: RunConfig, name: str) -> dict[str, Any]:
     }
 
 
-def _describe_experts(model: PanModel, run: RunConfig) -> str:
+def _describe_experts(model: PanModel, sharing: SharingConfig) -> str:
     if not model.director_experts():
         return "none"
-    return "pooled" if is_shared(run.sharing, EXPERTS) else "kept by their sites; copies of the director in their place"
+    return "pooled" if is_shared(sharing, EXPERTS) else "kept by their sites; copies of the director in their place"

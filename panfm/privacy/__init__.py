@@ -1,6 +1,1 @@
-"""Differential privacy: per-patient gradients, noise, the ledger of what was spent."""
-
-from panfm.privacy.ledger import Ledger, Limits, Permit
-from panfm.privacy.private_step import train_privately
-
-__all__ = ["Ledger", "Limits", "Permit", "train_privately"]
+"""Differential privacy: guarantees, per-patient gradients, noise, the ledger of the privacy spent."""

@@ -41,8 +41,10 @@ from panfm.training.trainer import Trainer
 _ATTENTION = "backbone.blocks.0.attention.qkv.weight"
 _FLOOR = 3e-6
 """Singular values below this share of the largest are rounding of float32."""
-_PLAIN = PrivacyConfig(epsilon=1.0, delta=1e-9, public_subjects=1, noise_multiplier=1.0, sample_rate=1.0)
-"""For a run that is not private: clipping changes nothing here."""
+_PLAIN = PrivacyConfig(
+    epsilon=1.0, delta=1e-9, public_subjects=1, noise_multiplier=1.0, sample_rate=1.0, acknowledge_broken_guarantee=True
+)
+"""For a run that is not private, and claims nothing: clipping changes nothing here."""
 Gradient = Mapping[str, Tensor]
 
 
@@ -136,7 +138,7 @@ class Attacked:
 
     def __init__(self, model: PanModel, run: RunConfig, stores: Sequence[ImageStore]) -> None:
         self.privacy = run.privacy or _PLAIN
-        one_step = run.train.model_copy(update={"weight_decay": 0.0, "rounds": 1, "local_steps": 1})
+        one_step = run.train.model_copy(update={"weight_decay": 0.0, "proximal_mu": 0.0, "rounds": 1, "local_steps": 1})
         self.run = run.model_copy(update={"privacy": self.privacy, "train": one_step})
         self.trainer = Trainer(self.run, model.stream_names)
         self.trainer.model.load_state_dict(model.state_dict())

@@ -23,10 +23,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from panfm.config import RunConfig
-from panfm.config.privacy import NO_CLAIM, claim
-from panfm.config.site_dp import site_dp_claim
 from panfm.errors import BudgetError, DataError, LedgerError
 from panfm.hash_chain import Entry, HashChain, Position
+from panfm.privacy.guarantees import NO_CLAIM, claim, site_dp_claim
 from panfm.privacy.mechanisms import LEAST_NOISE, Mechanism, Unit, check_mechanism, epsilon, merged, planned
 
 FILE = "ledger.jsonl"

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from panfm.config import RunConfig
-from panfm.config.privacy import NO_CLAIM, claim
 from panfm.errors import ConfigError
 from panfm.hash_chain import Entry
+from panfm.privacy.guarantees import NO_CLAIM, claim
 from panfm.privacy.ledger import mechanisms_of
 from panfm.privacy.mechanisms import Unit, epsilon, noise_for, planned
 

@@ -1,11 +1,13 @@
 """The report's figures. One colour per site throughout; a figure without data is left out."""
 
-from plotly import graph_objects as go
-from plotly.colors import qualitative
-from plotly.subplots import make_subplots
+from panfm.extras import needs_extra
+from panfm.report.console_tables import missing_counts
+from panfm.report.run_files import Run
 
-from panfm.report.run import Run
-from panfm.report.table import missing_counts
+with needs_extra("report"):
+    from plotly import graph_objects as go
+    from plotly.colors import qualitative
+    from plotly.subplots import make_subplots
 
 _COLOURS = qualitative.D3
 _COLUMNS = 3
@@ -40,7 +42,9 @@ def saliency_figure(run: Run) -> go.Figure:
     """One panel per stream, one line per site."""
     told = {site: run.series(site, "saliency") for site in run.site_names}
     streams = [
-        name for name in run.config.streams if any(name in each for _, values in told.values() for each in values)
+        name
+        for name in run.config.streams
+        if any(name in by_stream for _, values in told.values() for by_stream in values)
     ]
     if not streams:
         return go.Figure()
@@ -49,7 +53,9 @@ def saliency_figure(run: Run) -> go.Figure:
     named = set()
     for number, (site, (rounds, values)) in enumerate(told.items()):
         for panel, stream in enumerate(streams):
-            points = [(at, each[stream]) for at, each in zip(rounds, values, strict=True) if stream in each]
+            points = [
+                (at, by_stream[stream]) for at, by_stream in zip(rounds, values, strict=True) if stream in by_stream
+            ]
             if points:
                 x, y = zip(*points, strict=True)
                 line = go.Scatter(x=x, y=y, name=site, legendgroup=site, line={"color": _colour(number)}, mode="lines")
@@ -85,7 +91,7 @@ def drop_figure(run: Run) -> go.Figure:
     """Fall of the AUC when one organ is taken away."""
     figure = go.Figure()
     for number, (arm, grid) in enumerate(run.probe.missing.items() if run.probe else ()):
-        drops = {name.removeprefix("auc_drop_"): each for name, each in grid.items() if name.startswith("auc_drop_")}
+        drops = {name.removeprefix("auc_drop_"): drop for name, drop in grid.items() if name.startswith("auc_drop_")}
         if drops:
             figure.add_bar(x=list(drops), y=list(drops.values()), name=arm, marker_color=_colour(number))
     return figure.update_layout(yaxis_title="fall of AUC")

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from panfm.config.privacy import privacy_label
-from panfm.report.run import Run
+from panfm.privacy.guarantees import privacy_label
+from panfm.report.run_files import Run
 
 _RECENT = 5
 """Rounds whose median length tells how long the rest will take."""
@@ -61,7 +61,7 @@ def stream_statuses(run: Run) -> list[StreamStatus]:
     return [
         StreamStatus(
             stream,
-            tuple(site for site, held in run.sites.items() if stream in held["streams"]),
+            tuple(site for site, holdings in run.sites.items() if stream in holdings["streams"]),
             tuple(last.get("coverage", {}).get(stream, ())),
             next((line["round"] for line in reversed(run.rounds) if stream in line.get("coverage", {})), None),
             profile.get(stream),
@@ -77,8 +77,8 @@ def left_out(run: Run, most: int = 30) -> list[tuple[str, str, str]]:
         for site, reason in (item for key in ("rejected", "away", "moved") for item in line.get(key, {}).items()):
             rounds.setdefault((site, reason), []).append(line["round"])
     latest = sorted(rounds.items(), key=lambda entry: entry[1][-1], reverse=True)[:most]
-    found = [(site, ranges(numbers), reason) for (site, reason), numbers in latest]
-    return found + [("", "the start", reason) for reason in run.left_out]
+    reasons = [(site, ranges(numbers), reason) for (site, reason), numbers in latest]
+    return reasons + [("", "the start", reason) for reason in run.left_out]
 
 
 def headline(run: Run) -> str:

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from panfm.config import RunConfig, SiteConfig, site_path
-from panfm.config.privacy import NO_CLAIM, broken_guarantees, claim
 from panfm.errors import ConfigError, LimitError, ProtocolError
+from panfm.privacy.guarantees import NO_CLAIM, broken_guarantees, claim
 from panfm.privacy.ledger import Ledger, Limits, Permit
 from panfm.sharing.messages import RoundTask
 from panfm.site.audit_log import AuditLog

@@ -11,6 +11,7 @@ import torch
 from panfm.config import RunConfig, dump_toml, experiment_hash
 from panfm.config.start import start_hash
 from panfm.models import build_model
+from panfm.privacy.guarantees import checked_run
 from panfm.sharing.frames import Frame, Kind, encode
 from panfm.sharing.groups import GroupManifest
 from panfm.sharing.messages import Handshake, Invitation, RoundReply, RoundTask
@@ -47,6 +48,7 @@ def dry_run(folder: Path, run: RunConfig) -> DryRun:
     Raises:
         PanfmError: the run would fail at this site.
     """
+    checked_run(run)
     one_step = run.train.model_copy(update={"local_steps": 1})
     short = run.model_copy(update={"cohort": None, "start": None, "train": one_step})
     with tempfile.TemporaryDirectory(prefix="panfm-dry-run-") as state:

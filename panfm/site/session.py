@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from panfm.config import RunConfig, dump_toml, experiment_hash, parse_run
-from panfm.config.privacy import privacy_label
 from panfm.data.store import ImageStore
 from panfm.errors import ProtocolError
-from panfm.privacy import train_privately
+from panfm.privacy.guarantees import privacy_label
+from panfm.privacy.private_step import train_privately
 from panfm.sharing.coding import Arrays, encode_with_feedback
 from panfm.sharing.downlink import digests, take_step
 from panfm.sharing.groups import Flat, GroupManifest

@@ -15,10 +15,10 @@ import torch
 
 from panfm import __version__
 from panfm.config import RunConfig, dump_toml, load_site, parse_run, site_path
-from panfm.config.privacy import claim
 from panfm.data.cache import open_store
 from panfm.data.store import ImageStore
 from panfm.errors import ConfigError, DataError, LedgerError, ProtocolError
+from panfm.privacy.guarantees import checked_run, claim
 from panfm.sharing.messages import Handshake, Invitation, RoundReply, RoundTask
 from panfm.sharing.release import build_handshake, build_reply, check_may_take_part
 from panfm.site.admission import admit, check_other_runs, make_room
@@ -161,9 +161,12 @@ class Site:
 
 @lru_cache(maxsize=1)
 def read_run(run_toml: str) -> RunConfig:
-    """Parse the server's run description. Its faults the server may hear: they are its own words."""
+    """The server's run description, if the run can keep the privacy that it promises.
+
+    What is wrong with it, the server may hear: they are its own words.
+    """
     try:
-        run = parse_run(run_toml)
+        run = checked_run(parse_run(run_toml))
         check_text(dump_toml(run), "run description: with all defaults")
     except ConfigError as error:
         raise ProtocolError(str(error)) from error

@@ -17,6 +17,7 @@ from panfm.config.training import TrainConfig
 from panfm.data.store import Batch, ImageStore
 from panfm.models import PanModel, build_model
 from panfm.models.transfer import load_with_fresh_private
+from panfm.privacy.guarantees import checked_run
 from panfm.training.objective import build_objective
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -28,11 +29,12 @@ class TrainingState:
     """Student, teacher and optimiser over some of a run's streams.
 
     Guarantees:
+        promised: a run that cannot keep the privacy that it promises is refused.
         exact: after `load_shared` and `load_private` of saved states, training goes on with the same bits.
     """
 
     def __init__(self, run: RunConfig, streams: Sequence[str] | None = None) -> None:
-        self.run = run
+        self.run = checked_run(run)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = build_model(run, streams).to(self.device)
         self.parameters = list(self.model.parameters())

@@ -34,7 +34,6 @@ from simulations.harness import StudyResult, check_writable
 
 _RUN = """
 name = "dex-step"
-organs = ["chest"]
 streams.chest-xray = { shape = [224, 224], patch = [16, 16] }
 objective.name = "mae"
 masking = { policy = "random", ratio = 0.75 }

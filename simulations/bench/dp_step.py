@@ -28,7 +28,6 @@ from simulations.harness import StudyResult, check_writable
 
 _RUN = """
 name = "dp-step"
-organs = ["chest"]
 streams.chest-xray = { shape = [224, 224], patch = [16, 16] }
 objective.standardise = false
 masking.policy = "random"

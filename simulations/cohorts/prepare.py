@@ -9,8 +9,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from panfm.config import RunConfig, dump_toml, load_run, parse_table, site_folders
+from panfm.config import RunConfig, dump_toml, parse_table, site_folders
 from panfm.errors import ConfigError, DataError
+from panfm.privacy.guarantees import load_checked_run
 from panfm.texts import check_text
 from simulations.cohorts import COHORTS
 from simulations.cohorts.source import CohortSource, Streams
@@ -23,12 +24,13 @@ FOLDER = Path("cohorts")
 
 
 def load_simulation(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
-    """Read a run description as `load_run` does; its cohort, if it has one, is checked and its defaults are filled in.
+    """Read a run description as `load_checked_run` does; its cohort, if it has one, is checked and its defaults are
+    filled in. Needs no torch.
 
     Raises:
-        ConfigError: as `load_run`, or the cohort does not hold or does not go with the run's streams.
+        ConfigError: as `load_checked_run`, or the cohort does not hold or does not go with the run's streams.
     """
-    run = load_run(path, overrides)
+    run = load_checked_run(path, overrides)
     if run.cohort is not None:
         run = with_cohort(run, cohort_of(run, str(path)))
         check_text(dump_toml(run), f"{path}: with all defaults")

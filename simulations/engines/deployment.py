@@ -20,7 +20,8 @@ from typing import Self
 
 from panfm.config import load_site, site_folders, site_path
 from panfm.site.worker import is_running
-from simulations.engines.flwr import ROOT, flwr, private_environment, submit, wait_for_end
+from server.flower_cli import flwr, submit
+from simulations.engines.flwr import ROOT, private_environment, wait_for_end
 from simulations.engines.job import Job
 from simulations.engines.processes import Process, end, free_ports, start, wait_until
 

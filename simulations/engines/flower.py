@@ -9,7 +9,8 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from simulations.engines.flwr import private_environment, submit, wait_for_end
+from server.flower_cli import submit
+from simulations.engines.flwr import private_environment, wait_for_end
 from simulations.engines.job import Job
 from simulations.engines.processes import end, free_ports, start, wait_until
 

@@ -14,9 +14,11 @@ from rich.console import Console
 from rich.table import Table
 
 from panfm.config import RunConfig, dump_toml, site_folders
-from panfm.evaluate import LabelledStore, Task, evaluate_cohort, load_model, read_label_info
+from panfm.evaluate.embed import load_model
+from panfm.evaluate.probe_cohort import Task, evaluate_cohort
+from panfm.evaluate.probe_labels import LabelledStore, read_label_info
 from panfm.models import PanModel
-from panfm.report.table import number_text
+from panfm.report.console_tables import number_text
 from server.run_folder import RunFolder
 from simulations.cohorts.prepare import load_simulation, prepare_cohort
 from simulations.engines import Job, run_job

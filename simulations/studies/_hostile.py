@@ -28,7 +28,7 @@ from flwr.clientapp import ClientApp
 from client.app import app as client_app
 from client.records import pack
 from panfm.config import RunConfig
-from panfm.evaluate import load_model
+from panfm.evaluate.embed import load_model
 from panfm.sharing.groups import Flat, GroupManifest
 from panfm.sharing.messages import Handshake, RoundReply
 from panfm.sharing.weights import Weights, is_pooled, weight_limits

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from panfm.config import RunConfig, site_folders
 from panfm.data.store import Batch, join_stores
-from panfm.evaluate import LabelledStore, embed_store, read_label_info
 from panfm.evaluate.classes import Classed, leave_one_modality_out, probe_classes, probe_each_modality
+from panfm.evaluate.embed import embed_store
+from panfm.evaluate.probe_labels import LabelledStore, read_label_info
 from panfm.evaluate.similarity import modality_cka
 from panfm.models import PanModel
 from panfm.models.backbone import Route
-from panfm.report.table import number_text
+from panfm.report.console_tables import number_text
 from panfm.sharing.groups import stream_of
 from panfm.training.trainer import Trainer
 from simulations.cohorts.pictures import PictureCohort

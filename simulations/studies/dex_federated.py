@@ -28,7 +28,7 @@ import typer
 
 from panfm.config import RunConfig
 from panfm.data.store import join_stores
-from panfm.evaluate import load_model
+from panfm.evaluate.embed import load_model
 from panfm.models import PanModel
 from panfm.models.backbone import Route
 from panfm.models.transfer import director_run, director_state

@@ -33,7 +33,8 @@ from rich.console import Console
 from rich.table import Table
 
 from panfm.config import RunConfig, site_folders
-from panfm.evaluate import LabelledStore, Task, evaluate_cohort, read_label_info
+from panfm.evaluate.probe_cohort import Task, evaluate_cohort
+from panfm.evaluate.probe_labels import LabelledStore, read_label_info
 from panfm.models import build_model
 from panfm.training.trainer import Trainer
 from simulations.cohorts.phantom import PhantomSiteConfig

@@ -39,7 +39,8 @@ from panfm.config import RunConfig, dump_toml, site_folders
 from panfm.data.cache import open_store
 from panfm.data.store import join_stores
 from panfm.data.table import write_table
-from panfm.evaluate import LabelledStore, Task, evaluate_cohort, read_label_info
+from panfm.evaluate.probe_cohort import Task, evaluate_cohort
+from panfm.evaluate.probe_labels import LabelledStore, read_label_info
 from panfm.models import PanModel, build_model
 from panfm.models.transfer import load_with_fresh_private, read_start, start_state
 from panfm.privacy.audit_inversion import Attacked

@@ -25,8 +25,9 @@ from rich.table import Table
 
 from panfm.config import RunConfig, site_folders
 from panfm.data.store import ImageStore, join_stores
-from panfm.evaluate import LabelledStore, embed_store, read_label_info
-from panfm.evaluate.probe import auc_per_label, fit_classifiers
+from panfm.evaluate.embed import embed_store
+from panfm.evaluate.linear_probe import auc_per_label, fit_classifiers
+from panfm.evaluate.probe_labels import LabelledStore, read_label_info
 from panfm.models import PanModel
 from simulations.alone import train_alone
 from simulations.cohorts.phantom import PhantomCohort

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from panfm.config import parse_run
-from panfm.config.privacy import NO_CLAIM, claim
 from panfm.errors import ConfigError
+from panfm.privacy.guarantees import NO_CLAIM, claim
 from panfm.privacy.mechanisms import SALIENCY_SENSITIVITY, planned
 from panfm.privacy.noised_profile import saliency_sum
 from tests.attacks.private_steps import (

@@ -11,9 +11,9 @@ import torch
 from panfm.config import dump_toml, parse_run
 from panfm.config.base import Config
 from panfm.config.objective import ObjectiveConfig
-from panfm.config.privacy import NO_CLAIM, broken_guarantees, claim
 from panfm.errors import ConfigError, ProtocolError
 from panfm.models import build_model
+from panfm.privacy.guarantees import NO_CLAIM, broken_guarantees, claim
 from panfm.privacy.noised_profile import saliency_sum
 from panfm.privacy.private_step import clipped_sum
 from panfm.registry import OBJECTIVES

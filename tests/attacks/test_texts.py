@@ -10,7 +10,7 @@ from flwr.app import Error
 
 from panfm.config import dump_toml, load_run, parse_run
 from panfm.errors import ConfigError, ProtocolError, one_line
-from panfm.evaluate.labels import read_label_info
+from panfm.evaluate.probe_labels import read_label_info
 from panfm.models import build_model
 from panfm.sharing.frames import Frame, Kind
 from panfm.sharing.groups import GroupManifest

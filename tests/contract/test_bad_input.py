@@ -342,7 +342,7 @@ def test_flags_of_the_coordinator(command, tmp_path):
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        (["-m", "simulations", "run", "{run}"], "{run}: train.rounds: Input should be greater than 0 (got -1)"),
+        (["-m", "simulations", "run", "{run}"], "{run}: train.rounds: found -1, expected a number above 0"),
         (["-m", "simulations", "run", "{run}", "--engine", "x"], "--engine x: expected one of local, ray"),
         (["-m", "simulations", "study", "x"], "x: unknown, expected one of "),
         (

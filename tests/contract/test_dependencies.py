@@ -8,6 +8,7 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[2]
 HOUSE = ("panfm", "strategies", "server", "client", "simulations", "tests")
@@ -16,7 +17,20 @@ EXTRAS = PROJECT["optional-dependencies"]
 
 
 def names(requirements: list[str]) -> set[str]:
-    return {re.split(r"[\[<>=!~ ]", line)[0].lower().replace("_", "-") for line in requirements}
+    """Distributions, without this project's own."""
+    return {Requirement(line).name.lower().replace("_", "-") for line in requirements} - {"panfm"}
+
+
+def of_extras(*extras: str) -> set[str]:
+    """What the base and some extras ask for; of extras that name others, these too."""
+    lines = [line for line in PROJECT["dependencies"] if is_asked(Requirement(line), extras)]
+    declared = [Requirement(line) for extra in extras for line in EXTRAS[extra]]
+    inner = {extra for requirement in declared if requirement.name == "panfm" for extra in requirement.extras}
+    return names([*lines, *map(str, declared)]) | (of_extras(*inner) if inner else set())
+
+
+def is_asked(requirement: Requirement, extras: tuple[str, ...]) -> bool:
+    return requirement.marker is None or any(requirement.marker.evaluate({"extra": extra}) for extra in ("", *extras))
 
 
 def imported(*packages: str) -> set[str]:
@@ -34,19 +48,26 @@ def imported(*packages: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("packages", "declared"),
+    ("packages", "extras"),
     [
-        (HOUSE[:4], PROJECT["dependencies"] + EXTRAS["onnx"]),
-        (("simulations",), PROJECT["dependencies"] + EXTRAS["simulation"]),
-        (("tests",), [*PROJECT["dependencies"], *(each for extra in EXTRAS.values() for each in extra)]),
+        (("panfm",), ("evaluate", "report", "server", "onnx")),
+        (("client",), ("client",)),
+        (("panfm", "strategies", "server"), ("evaluate", "report", "server", "onnx")),
+        (("simulations",), ("simulation",)),
+        (("tests",), tuple(EXTRAS)),
     ],
 )
-def test_what_is_imported_is_declared(packages, declared):
-    assert imported(*packages) <= names(declared)
+def test_what_is_imported_is_declared(packages, extras):
+    assert imported(*packages) <= of_extras(*extras)
 
 
-def test_the_library_imports_all_that_it_declares():
-    assert names(PROJECT["dependencies"]) == imported(*HOUSE[:4])
+def test_all_that_is_declared_is_imported():
+    assert of_extras("client", "server", "evaluate", "report") == imported(*HOUSE[:4])
+
+
+def test_the_base_is_what_a_site_runs():
+    assert of_extras("site") == of_extras()
+    assert not of_extras() & {"flwr", "numba", "plotly", "scikit-learn", "sqlalchemy", "tensorboardx", "threadpoolctl"}
 
 
 def test_what_is_declared_is_pinned():

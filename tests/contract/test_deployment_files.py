@@ -37,7 +37,7 @@ def help_of(*words: str) -> str:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_commands_and_flags_exist(name):
     program, *words = shlex.split(COMMANDS[name])
-    program = program.removeprefix("/opt/panfm/bin/")
+    program = program.removeprefix("/opt/flower/bin/" if "supernode" in name else "/opt/panfm/bin/")
     assert program in {"panfm", "flower-superlink", "flower-superexec", "flower-supernode"}
     known = help_of(program, *(words[:2] if program == "panfm" else ()))
     for flag in [word for word in words if word.startswith("-")]:
@@ -47,9 +47,9 @@ def test_commands_and_flags_exist(name):
 @pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd-analyze is not installed")
 def test_systemd_accepts_the_units(unit, tmp_path):
-    """With this machine's commands in place of those under /opt/panfm."""
+    """With this machine's commands in place of those under /opt."""
     for each in UNITS:
-        text = each.read_text(encoding="utf-8").replace("/opt/panfm/bin", str(BIN))
+        text = re.sub("/opt/(panfm|flower)/bin", str(BIN), each.read_text(encoding="utf-8"))
         (tmp_path / each.name).write_text(text, encoding="utf-8")
     done = subprocess.run(
         ["systemd-analyze", "verify", "--man=no", tmp_path / unit.name], capture_output=True, text=True, check=False

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from panfm.config import dump_toml
-from panfm.report import read_run
+from panfm.report.run_files import read_run
 from simulations.engines.deployment import CONNECTION, Deployment, deployed
 from simulations.engines.processes import wait_until
 from tests.federation.conftest import HOLDINGS, Federation

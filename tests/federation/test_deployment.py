@@ -22,16 +22,17 @@ import tomli_w
 
 from client.relay import ask
 from panfm.config import RunConfig, dump_toml, load_run, parse_run
-from panfm.files import read_checked
+from panfm.files import read_checked, read_json_lines
 from panfm.sharing.frames import Frame, Kind
 from panfm.sharing.messages import RoundTask
 from panfm.site import Site
 from panfm.site.audit_log import AuditLog
 from server.checkpoint import ServerState, load_latest
+from server.flower_cli import flwr, submit
 from server.run_folder import RunFolder
 from simulations.engines import Job
 from simulations.engines.deployment import CONNECTION, Deployment, credentials, run_config
-from simulations.engines.flwr import ROOT, flwr, submit, wait_for_end, whole_rounds
+from simulations.engines.flwr import ROOT, wait_for_end
 from simulations.engines.processes import Process, free_ports, send_signal, wait_until
 from tests.conftest import NO_FLOORS
 from tests.federation.conftest import HOLDINGS, RUN, Federation
@@ -135,10 +136,10 @@ def finished(federation, deployment) -> Job:
     job, beta = federation.job("run", *overrides), federation.sites / "beta"
     rounds = job.run_dir / "rounds.jsonl"
     run_id = submit(CONNECTION, run_config(job), deployment.environment)
-    wait_until(lambda: len(whole_rounds(rounds)) >= 1, "round 1", LONG_S)
+    wait_until(lambda: len(read_json_lines(rounds)) >= 1, "round 1", LONG_S)
     freeze_when_asked(deployment, beta)
     restart_worker(deployment, beta, signal.SIGKILL)
-    wait_until(lambda: len(whole_rounds(rounds)) >= 2, "round 2", LONG_S)
+    wait_until(lambda: len(read_json_lines(rounds)) >= 2, "round 2", LONG_S)
     send_signal(deployment.processes["superlink"], signal.SIGKILL)
     deployment.start_superlink()
     wait_for_end(run_id, CONNECTION, job, deployment.environment)
@@ -146,7 +147,7 @@ def finished(federation, deployment) -> Job:
 
 
 def test_a_run_with_a_worker_and_the_superlink_killed_gives_the_bits_of_the_local_engine(federation, finished):
-    assert [line["rejected"] for line in whole_rounds(finished.run_dir / "rounds.jsonl")] == [{}, {}, {}]
+    assert [line["rejected"] for line in read_json_lines(finished.run_dir / "rounds.jsonl")] == [{}, {}, {}]
     for name in HOLDINGS:
         lines = list(AuditLog(Site(federation.sites / name).state_dir).lines())
         assert [line["round"] for line in lines] == [None, 1, 2, 3]
@@ -306,7 +307,7 @@ def test_limits_of_the_sites_win(federation, deployment):
         for folder in (beta, gamma):
             limit(folder)
             restart_worker(deployment, folder)
-    [line] = whole_rounds(job.run_dir / "rounds.jsonl")
+    [line] = read_json_lines(job.run_dir / "rounds.jsonl")
     assert list(line["sites"]) == ["alpha"]
     assert line["rejected"] == {}
     sites = (job.run_dir / "sites.json").read_text(encoding="utf-8")
@@ -327,7 +328,7 @@ def test_a_reply_of_300_mb_arrives(federation, deployment):
     job = Job(federation.sites, federation.folder / "large")
     RunFolder.create(job.run_dir, run)
     wait_for_end(submit(CONNECTION, run_config(job), deployment.environment), CONNECTION, job, deployment.environment)
-    [line] = whole_rounds(job.run_dir / "rounds.jsonl")
+    [line] = read_json_lines(job.run_dir / "rounds.jsonl")
     assert line["rejected"] == {}
     assert list(line["sites"]) == ["gamma"]
     assert sum(line["bytes_up"].values()) > 300e6
@@ -343,19 +344,19 @@ def test_a_supernode_killed_in_a_round_and_started_again_within_a_minute_comes_b
     job = federation.job("supernode", *overrides)
     gamma, rounds = federation.sites / "gamma", job.run_dir / "rounds.jsonl"
     run_id = submit(CONNECTION, run_config(job), deployment.environment)
-    wait_until(lambda: len(whole_rounds(rounds)) >= 1, "round 1", LONG_S)
+    wait_until(lambda: len(read_json_lines(rounds)) >= 1, "round 1", LONG_S)
     freeze_when_asked(deployment, gamma)
     os.kill(child_of(deployment.processes["gamma.supernode"]), signal.SIGKILL)
     os.killpg(deployment.processes["gamma.worker"].pid, signal.SIGCONT)
 
     def is_back() -> bool:
-        lines = whole_rounds(rounds)
+        lines = read_json_lines(rounds)
         lost = [line["round"] for line in lines if "gamma" in line["rejected"]]
         return bool(lost) and "gamma" in lines[-1]["sites"] and lines[-1]["round"] > lost[0]
 
     wait_until(is_back, "gamma is back", LONG_S)
     flwr(["stop", run_id, CONNECTION], deployment.environment)
-    lines = whole_rounds(rounds)
+    lines = read_json_lines(rounds)
     [lost] = [line for line in lines if line["rejected"]]
     assert list(lost["rejected"]) == ["gamma"]
     back = next(line for line in lines if line["round"] > lost["round"] and "gamma" in line["sites"])

@@ -15,7 +15,9 @@ from panfm.errors import RunError
 from panfm.files import read_checked
 from panfm.privacy import ledger
 from panfm.privacy.ledger import FILE
-from panfm.report import print_tables, read_run, write_report
+from panfm.report.console_tables import print_tables
+from panfm.report.report_page import write_report
+from panfm.report.run_files import read_run
 from tests.conftest import NO_FLOORS
 
 PRIVATE = (

@@ -10,7 +10,8 @@ from panfm.cli import main
 from panfm.errors import BudgetError, RunError
 from panfm.privacy import ledger as module
 from panfm.privacy.ledger import FILE
-from panfm.report import read_run, write_report
+from panfm.report.report_page import write_report
+from panfm.report.run_files import read_run
 from server.run_folder import RunFolder
 from simulations.engines import Job
 from simulations.engines.local import run as run_local

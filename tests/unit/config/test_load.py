@@ -1,3 +1,4 @@
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -5,7 +6,7 @@ import tomli_w
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from panfm.config import SiteConfig, config_hash, dump_toml, load_run, load_site, parse_run, parse_site
+from panfm.config import RunConfig, SiteConfig, config_hash, dump_toml, load_run, load_site, parse_run, parse_site
 from panfm.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[3] / "configs"
@@ -82,24 +83,40 @@ def test_typo_names_the_dotted_key_and_the_nearest_known_one(run_file, override)
 
 
 BAD_VALUES = {
-    "train.rounds=0": "train.rounds: Input should be greater than 0 (got 0)",
-    "train.rounds=1.5": "train.rounds: Input should be a valid integer (got 1.5)",
-    "train.rounds=true": "train.rounds: Input should be a valid integer (got True)",
-    "train.learning-rate=nan": "train.learning-rate: Input should be a finite number (got nan)",
-    "train.learning-rate=inf": "train.learning-rate: Input should be a finite number (got inf)",
-    "masking.ratio=1.0": "masking.ratio: Input should be less than 1 (got 1.0)",
+    "train.rounds=0": "train.rounds: found 0, expected a number above 0",
+    "train.rounds=1.5": "train.rounds: found 1.5, expected a whole number",
+    "train.rounds=true": "train.rounds: found true, expected a whole number",
+    "train.learning-rate=nan": "train.learning-rate: found nan, expected a finite number",
+    "train.learning-rate=inf": "train.learning-rate: found inf, expected a finite number",
+    "masking.ratio=1.0": "masking.ratio: found 1.0, expected a number below 1.0",
+    "train.rounds=2000000": "train.rounds: found 2000000, expected a number of at most 1000000",
+    "train.learning-rate=0.0": "train.learning-rate: found 0.0, expected a number of at least 1e-09",
+    "train.learning-rate='fast'": "train.learning-rate: found 'fast', expected a number",
+    "train.betas=0.9": "train.betas: found 0.9, expected a list",
+    "train.betas=[0.9]": "train.betas.1: missing, expected a value",
+    "streams.brain-mr.shape=[8]": "streams.brain-mr.shape: found [8], expected at least 2 entries",
+    "streams.brain-mr.shape=[8, 8, 8, 8]": "streams.brain-mr.shape: found [8, 8, 8, 8], expected at most 3 entries",
+    "streams.brain-mr.channels=2": "streams.brain-mr.channels: found 2, expected one of 1, 3",
+    "train=3": "train: found 3, expected a table",
+    "streams=3": "streams: found 3, expected a table",
+    "model.size='huge'": "model.size: found 'huge', expected one of nano, tiny, small, base",
+    "federation={min-sites=true}": "federation.min-sites: found true, expected a whole number",
+    "objective.standardise=1": "objective.standardise: found 1, expected true or false",
+    "name={}": "name: found a table, expected text",
+    "name=''": "name: found '', expected text that matches ^[a-z0-9][a-z0-9._-]{0,63}$",
+    "start.model=''": "start.model: found '', expected at least 1 characters",
     "objective.name='jepa'": "objective.name: found 'jepa', expected one of latent, dino, mae",
     "objective.name=3": "objective.name: found 3, expected one of latent, dino, mae",
-    "objective=3": "objective: Input should be a valid dictionary or instance of ObjectiveConfig (got 3)",
+    "objective=3": "objective: found 3, expected a table",
     "masking.policy='rando'": (
         "masking.policy: found 'rando', expected one of random, organ, sgm, inverse, static, did you mean 'random'?"
     ),
-    "masking.policy=3": "masking.policy: Input should be a valid string (got 3)",
+    "masking.policy=3": "masking.policy: found 3, expected text",
     "streams.brain-mr.patch=[3, 4, 4]": "streams.brain-mr: patch [3, 4, 4] does not divide shape [8, 8, 8]",
     "streams.brain-mr.patch=[4, 4]": "streams.brain-mr: patch has 2 axes, shape has 3",
     "streams.heart-xray.spacing-mm=[1.0, 1.0]": "streams.heart-xray: spacing-mm: only for volumes",
     "organs=['heart']": "streams.brain-mr: organ 'brain' is not in organs ['heart']",
-    "train.betas=[0.9, 1.0]": "train.betas.1: Input should be less than 1 (got 1.0)",
+    "train.betas=[0.9, 1.0]": "train.betas.1: found 1.0, expected a number below 1.0",
     "masking.policy='static'": "masking.static-organs: no stream has organ 'adipose', expected ['brain', 'heart']",
     "masking.static-organs=['haert']": (
         "masking.static-organs: no stream has organ 'haert', expected ['brain', 'heart']"
@@ -118,6 +135,24 @@ BAD_VALUES = {
 def test_bad_value(run_file, override):
     (line,) = complaints(load_run, run_file, [override])
     assert line.removeprefix(f"{run_file}: ") == BAD_VALUES[override]
+
+
+def test_a_value_that_is_missing_is_named():
+    assert complaints(parse_run, RUN.replace('name = "run"', "")) == [
+        "run description: name: missing, expected a value"
+    ]
+
+
+def test_an_unknown_plug_in_is_told_with_the_file(run_file, monkeypatch):
+    """A registry raises an error of ours, which pydantic lets through."""
+
+    def check(table):
+        raise ConfigError("objective.name: found 'jepa', expected one of latent, dino, mae")
+
+    monkeypatch.setattr(RunConfig, "model_validate", lambda table, **_: check(table))
+    assert complaints(load_run, run_file) == [
+        f"{run_file}: objective.name: found 'jepa', expected one of latent, dino, mae"
+    ]
 
 
 def test_bad_stream_name():
@@ -159,6 +194,17 @@ def test_hash_follows_the_content():
     run = parse_run(RUN)
     assert config_hash(run) == config_hash(parse_run("# a comment\n" + RUN))
     assert config_hash(run) != config_hash(parse_run("seed = 1\n" + RUN))
+
+
+def test_organs_follow_from_the_streams_and_only_an_override_is_written():
+    run = parse_run(RUN.replace("heart-xray", "skin-photo"))
+    assert run.organs == ("brain", "skin", "heart", "adipose", "liver", "kidney", "spleen", "pancreas")
+    assert "organs" not in tomllib.loads(dump_toml(run))
+    named = parse_run('organs = ["brain", "heart", "eye"]' + RUN)
+    assert named.organs == ("brain", "heart", "eye")
+    assert tomllib.loads(dump_toml(named))["organs"] == ["brain", "heart", "eye"]
+    assert parse_run(dump_toml(named)) == named
+    assert config_hash(named) != config_hash(parse_run(RUN))
 
 
 def test_descriptions_do_not_change():

@@ -1,9 +1,8 @@
-"""What a private run may not ask for: one line each, with the field and the remedy."""
+"""What the table `[privacy]` refuses: one line each, with the field and the remedy."""
 
 import pytest
 
 from panfm.config import parse_run
-from panfm.config.privacy import NO_CLAIM, claim
 from panfm.errors import ConfigError
 
 STREAMS = """
@@ -25,38 +24,6 @@ public-subjects = 100
 noise-multiplier = 1.5
 sample-rate = 0.1
 """
-ACKNOWLEDGED = "acknowledge-broken-guarantee = true\n"
-BROKEN = [
-    ('[objective]\nname = "dino"\n[masking]\npolicy = "random"\n', PRIVACY, "objective.name: "),
-    ('[masking]\npolicy = "random"\n', PRIVACY, "objective.standardise: "),
-    ("[objective]\nstandardise = false\n", PRIVACY, "masking.saliency: "),
-    (
-        SOUND,
-        PRIVACY.replace("1e-3", "1.01e-3"),
-        "privacy.delta: 0.00101 is above 1 / (10 public-subjects), set at most 0.001",
-    ),
-    (SOUND + '[model]\nbackbone = "director-experts"\n', PRIVACY, "model.experts.balance-weight: "),
-]
-
-
-def test_a_sound_private_run_says_what_it_promises():
-    run = parse_run(STREAMS + SOUND + PRIVACY)
-    assert claim(run) == "(8, 0.001)-DP per patient of one site, add-or-remove-one"
-    assert claim(parse_run(STREAMS)) is None
-
-
-@pytest.mark.parametrize(("tables", "privacy", "complaint"), BROKEN)
-def test_what_breaks_the_guarantee_is_refused_in_one_line(tables, privacy, complaint):
-    with pytest.raises(ConfigError) as caught:
-        parse_run(STREAMS + tables + privacy)
-    [line] = str(caught.value).splitlines()
-    assert complaint in line
-    assert "set " in line
-
-
-@pytest.mark.parametrize(("tables", "privacy", "complaint"), BROKEN)
-def test_what_is_acknowledged_runs_without_a_claim(tables, privacy, complaint):
-    assert claim(parse_run(STREAMS + tables + privacy + ACKNOWLEDGED)) == NO_CLAIM
 
 
 @pytest.mark.parametrize(

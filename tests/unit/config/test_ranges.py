@@ -9,6 +9,7 @@ from pydantic.fields import FieldInfo
 from panfm.config import RunConfig, parse_run
 from panfm.config.objective import ObjectiveConfig
 from panfm.errors import ConfigError
+from panfm.privacy.guarantees import checked_run
 from panfm.registry import OBJECTIVES
 from simulations.cohorts import COHORTS
 
@@ -115,7 +116,7 @@ def with_value(key, value):
 def test_the_edges_of_a_range_are_in_it_and_what_lies_beyond_is_not(key):
     least, greatest = EDGES[key]
     for inside in (least, greatest):
-        parse_run(with_value(key, inside))
+        checked_run(parse_run(with_value(key, inside)))
     for outside in (least - max(abs(least), 1.0) * 1e-3, greatest * 1.001, -1.0, 1e26, 1e-30 if least else -1e-30):
         with pytest.raises(ConfigError, match=key):
-            parse_run(with_value(key, outside))
+            checked_run(parse_run(with_value(key, outside)))

@@ -20,8 +20,7 @@ from panfm.config.model import ModelConfig
 from panfm.config.training import TrainConfig
 from panfm.data.cache import open_store
 from panfm.data.check import check_site
-from panfm.evaluate import embed_store
-from panfm.evaluate.embed import read_features
+from panfm.evaluate.embed import embed_store, read_features
 from panfm.models import PanModel
 from panfm.training.trainer import Trainer
 

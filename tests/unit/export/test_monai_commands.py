@@ -13,7 +13,7 @@ from monai.bundle import verify_metadata
 
 from panfm.data.cache import open_store
 from panfm.evaluate.embed import embed_store, load_model
-from panfm.export import export_run
+from panfm.export.formats import export_run
 
 SCHEMA = Path(__file__).with_name("monai_schema.json")
 CONFIGS = ["--meta_file", "configs/metadata.json", "--config_file", "configs/inference.json"]

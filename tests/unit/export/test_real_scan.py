@@ -11,7 +11,7 @@ import torch
 from panfm.config import parse_run
 from panfm.data.store import Batch
 from panfm.evaluate.embed import load_model
-from panfm.export import export_run
+from panfm.export.formats import export_run
 from panfm.export.monai_bundle import ReadStreams
 from panfm.export.monai_network import Embedder
 

@@ -10,9 +10,9 @@ from panfm.config import RunConfig, StreamConfig, dump_toml
 from panfm.config.privacy import PrivacyConfig
 from panfm.errors import DataError
 from panfm.files import locked
-from panfm.report import read_run
-from panfm.report.page import render_status, write_status
+from panfm.report.run_files import read_run
 from panfm.report.status import clock, headline, left_out, ranges, site_statuses, stream_statuses
+from panfm.report.status_page import render_status, write_status
 from panfm.report.svg import line_chart
 from server.console import screen
 

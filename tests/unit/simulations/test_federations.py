@@ -7,9 +7,10 @@ import pytest
 from rich.console import Console
 
 from panfm.config import load_run
-from panfm.evaluate import read_result
+from panfm.evaluate.result import read_result
+from simulations.cohorts.prepare import prepare_cohort
 from simulations.harness import QUICKSTART, StudyOptions, StudyResult
-from simulations.run import prepare_cohort, simulate
+from simulations.run import simulate
 from simulations.studies import coding, server_optimisers
 from simulations.studies._federations import compare, federate, show
 

@@ -9,9 +9,9 @@ import torch
 from rich.console import Console
 
 from panfm.config import dump_toml, load_run, site_folders
-from panfm.config.privacy import NO_CLAIM, claim
 from panfm.data.cache import open_store
 from panfm.models import build_model
+from panfm.privacy.guarantees import NO_CLAIM, claim
 from panfm.privacy.mechanisms import epsilon, planned
 from simulations.harness import QUICKSTART, StudyOptions, StudyResult
 from simulations.studies import privacy

@@ -8,7 +8,7 @@ import pytest
 from panfm.config import StreamConfig, load_site
 from panfm.data.check import check_site
 from panfm.errors import ConfigError, DataError
-from panfm.evaluate import LabelInfo, LabelledStore, read_label_info
+from panfm.evaluate.probe_labels import LabelInfo, LabelledStore, read_label_info
 from simulations.cohorts.real_images import (
     BODY,
     CLINICS,

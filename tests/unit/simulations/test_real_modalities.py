@@ -13,7 +13,7 @@ from panfm.config import StreamConfig
 from panfm.data.cache import open_store
 from panfm.data.check import check_site
 from panfm.errors import ConfigError, DataError
-from panfm.evaluate import LabelInfo, LabelledStore, read_label_info
+from panfm.evaluate.probe_labels import LabelInfo, LabelledStore, read_label_info
 from panfm.training.trainer import Trainer
 from simulations.cohorts.prepare import cohort_of, load_simulation
 from simulations.cohorts.real_modalities import RealModalitiesCohort, class_labels

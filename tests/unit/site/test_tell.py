@@ -9,10 +9,10 @@ import tomli_w
 from typer.testing import CliRunner
 
 from panfm.cli import main
+from panfm.cli.site_lines import supernode_command
 from panfm.config import dump_toml, experiment_hash, load_site, parse_run
 from panfm.sharing.frames import Frame, encode
 from panfm.site.audit_log import AuditLog
-from panfm.site.tell import supernode_command
 from tests.conftest import NO_FLOORS
 from tests.unit.site.test_site import RUN, task
 

@@ -14,13 +14,13 @@ from typer.testing import CliRunner
 
 from client.relay import ask
 from panfm.cli import main
+from panfm.cli.site_lines import supernode_command
 from panfm.config import parse_site
 from panfm.errors import ConfigError
 from panfm.sharing.frames import Frame, Kind, address, encode
 from panfm.sharing.messages import Handshake, Invitation, Records, RoundReply
 from panfm.site import Site, handler
 from panfm.site.audit_log import AuditLog
-from panfm.site.tell import supernode_command
 from panfm.site.worker import Worker, is_running, listen
 from tests.unit.site.test_site import same, task
 

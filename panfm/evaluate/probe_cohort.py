@@ -20,9 +20,7 @@ from panfm.config import RunConfig
 from panfm.errors import DataError
 from panfm.evaluate.balance import effective_rank
 from panfm.evaluate.embed import embed_store
-from panfm.evaluate.labels import LabelInfo, LabelledStore, label_groups
-from panfm.evaluate.missing import missing_grid
-from panfm.evaluate.probe import (
+from panfm.evaluate.linear_probe import (
     MIN_SUBJECTS,
     LinearProbe,
     auc_per_label,
@@ -31,6 +29,8 @@ from panfm.evaluate.probe import (
     one_class_notes,
     r2_per_label,
 )
+from panfm.evaluate.missing import missing_grid
+from panfm.evaluate.probe_labels import LabelInfo, LabelledStore, label_groups
 from panfm.evaluate.result import ProbeResult, Score
 from panfm.evaluate.scores import Floats, draw_counts, interval
 from panfm.evaluate.statistics import StatisticsReference, measure_store
@@ -170,7 +170,7 @@ def _read(task: Task, name: str, arm: Arm, *, with_grid: bool) -> _Reading:
         probe = fit_classifiers(fit, truth_fit[usable], yes_no)
         values = auc_per_label(probe.score(test), truth_test, task.counts)
         for group, members in label_groups(task.info).items():
-            reading.scores.append(_score(name, group, "auc", values[:, [yes_no.index(each) for each in members]]))
+            reading.scores.append(_score(name, group, "auc", values[:, [yes_no.index(label) for label in members]]))
         reading.notes += [*probe.notes, *one_class_notes(truth_test, yes_no)]
         if with_grid and task.is_one_stream_each:
             reading.streams = _per_stream(task, arm, yes_no)
@@ -217,18 +217,18 @@ def _per_stream(task: Task, arm: Arm, names: Sequence[str]) -> dict[str, float]:
 
 
 def _model_arm(task: Task, model: PanModel) -> Arm:
-    held = set(model.stream_names)
+    known = set(model.stream_names)
 
     def fit() -> Features:
         pairs = zip(task.fit_places, task.fit_indices, strict=True)
         return np.concatenate(
-            [embed_store(model, place.store, at, held & set(place.store.images)) for place, at in pairs]
+            [embed_store(model, place.store, at, known & set(place.store.images)) for place, at in pairs]
         )
 
     def test(streams: Sequence[str]) -> Features:
-        return embed_store(model, task.holdout.store, task.test_indices, [name for name in streams if name in held])
+        return embed_store(model, task.holdout.store, task.test_indices, [name for name in streams if name in known])
 
-    return Arm(fit, test, _holders(task, held))
+    return Arm(fit, test, _holders(task, known))
 
 
 def _statistics_arm(task: Task) -> Arm:
@@ -238,7 +238,7 @@ def _statistics_arm(task: Task) -> Arm:
 
     def fit() -> Features:
         pairs = zip(measured, task.fit_indices, strict=True)
-        return np.concatenate([reference.features(each, at) for each, at in pairs])
+        return np.concatenate([reference.features(statistics, at) for statistics, at in pairs])
 
     def test(streams: Sequence[str]) -> Features:
         return reference.features(held_out, task.test_indices, streams)

@@ -11,7 +11,7 @@ from pathlib import Path
 from panfm.config import config_hash
 from panfm.files import write_atomic
 from panfm.report.elements import STYLE, section, table
-from panfm.report.run import Run, read_run
+from panfm.report.run_files import Run, read_run
 from panfm.report.status import (
     clock,
     headline,
@@ -66,29 +66,29 @@ def render_status(run: Run) -> str:
 def _sites(run: Run) -> list[tuple[str, ...]]:
     return [
         (
-            each.site,
-            "-" if each.subjects is None else str(each.subjects),
-            f"{each.answered} of {each.asked}",
-            "-" if each.seconds is None else clock(each.seconds),
-            _number(each.loss, 4),
-            _number(each.epsilon, 3),
-            each.now,
+            status.site,
+            "-" if status.subjects is None else str(status.subjects),
+            f"{status.answered} of {status.asked}",
+            "-" if status.seconds is None else clock(status.seconds),
+            _number(status.loss, 4),
+            _number(status.epsilon, 3),
+            status.now,
         )
-        for each in site_statuses(run)
+        for status in site_statuses(run)
     ]
 
 
 def _streams(run: Run) -> list[tuple[str, ...]]:
     return [
         (
-            each.stream,
-            str(len(each.holders)),
-            str(len(each.trained_by)),
-            "-" if each.last_round is None else str(each.last_round),
-            _number(each.saliency, 2),
-            ", ".join(each.holders),
+            status.stream,
+            str(len(status.holders)),
+            str(len(status.trained_by)),
+            "-" if status.last_round is None else str(status.last_round),
+            _number(status.saliency, 2),
+            ", ".join(status.holders),
         )
-        for each in stream_statuses(run)
+        for status in stream_statuses(run)
     ]
 
 
@@ -103,7 +103,9 @@ def _charts(run: Run) -> dict[str, str]:
     losses |= {site: list(zip(*run.series(site, "loss"), strict=True)) for site in run.site_names}
     streams = run.config.streams
     told = [(line["round"], line["profile"]) for line in run.rounds if line.get("profile")]
-    shares = {each: [(at, found[each]) for at, found in told if found.get(each) is not None] for each in streams}
+    shares = {
+        stream: [(at, profile[stream]) for at, profile in told if profile.get(stream) is not None] for stream in streams
+    }
     costs = {
         site: [(line["round"], cost) for line in run.rounds if (cost := line.get("epsilon", {}).get(site)) is not None]
         for site in run.site_names

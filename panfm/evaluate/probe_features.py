@@ -7,7 +7,7 @@ import numpy as np
 from panfm.data.labels import Labels
 from panfm.errors import DataError
 from panfm.evaluate.embed import Features
-from panfm.evaluate.probe import MIN_SUBJECTS, auc_per_label, fit_classifiers, fit_regressors, r2_per_label
+from panfm.evaluate.linear_probe import MIN_SUBJECTS, auc_per_label, fit_classifiers, fit_regressors, r2_per_label
 from panfm.evaluate.result import Score
 from panfm.evaluate.scores import Floats, draw_counts, interval
 
@@ -47,9 +47,9 @@ def probe_features(
         is_number = not np.isin(values[np.isfinite(values)], (0.0, 1.0)).all()
         train, read = (fit_regressors, r2_per_label) if is_number else (fit_classifiers, auc_per_label)
         probe = train(fit, here, [name])
-        found = interval(read(probe.score(test), there, counts))
-        scores.append(Score.of(ARM, name, "r2" if is_number else "auc", found, 1))
-        if np.isnan(found.value):
+        estimate = interval(read(probe.score(test), there, counts))
+        scores.append(Score.of(ARM, name, "r2" if is_number else "auc", estimate, 1))
+        if np.isnan(estimate.value):
             notes += probe.notes or [f"{name}: cannot be told, it does not vary among the {test_split} subjects"]
     return scores, notes
 

@@ -101,12 +101,12 @@ class Run:
 
     def series(self, site: str, key: str) -> tuple[list[int], list[Any]]:
         """Rounds in which a site reported `key`, and what it reported."""
-        found = [
+        reported = [
             (line["round"], line["sites"][site][key])
             for line in self.rounds
             if line.get("sites", {}).get(site, {}).get(key) is not None
         ]
-        return [number for number, _ in found], [value for _, value in found]
+        return [number for number, _ in reported], [value for _, value in reported]
 
     def bytes_by_group(self, direction: str) -> dict[str, int]:
         """Group -> bytes sent over the whole run; direction is `up` or `down`."""
@@ -131,7 +131,7 @@ def read_run(folder: Path) -> Run:
         folder,
         config,
         _read_rounds(folder / "rounds.jsonl"),
-        {site: held.model_dump() for site, held in told.sites.items()},
+        {site: holdings.model_dump() for site, holdings in told.sites.items()},
         probe,
         _read_json(_metadata(folder)),
         left_out=tuple(told.failed),

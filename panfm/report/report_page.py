@@ -7,12 +7,12 @@ from importlib.resources import files
 from pathlib import Path
 
 from panfm.config import config_hash, dump_toml
-from panfm.config.privacy import privacy_label
 from panfm.files import write_atomic
+from panfm.privacy.guarantees import privacy_label
+from panfm.report.console_tables import arms_of, find, number_text, organs_of, score_text
 from panfm.report.elements import STYLE, Rows, section, table
 from panfm.report.plots import figures
-from panfm.report.run import Run
-from panfm.report.table import arms_of, find, number_text, organs_of, score_text
+from panfm.report.run_files import Run
 
 
 def write_report(run: Run) -> Path:
@@ -47,10 +47,10 @@ def render(run: Run) -> str:
 
 def _site_rows(run: Run) -> Rows:
     for site in run.site_names:
-        held = run.sites.get(site, {})
+        holdings = run.sites.get(site, {})
         rounds, losses = run.series(site, "loss")
         loss = f"{losses[0]:.3f} → {losses[-1]:.3f}" if losses else "-"
-        yield site, ", ".join(organs_of(held)), str(held.get("subjects") or "-"), str(len(rounds)), loss
+        yield site, ", ".join(organs_of(holdings)), str(holdings.get("subjects") or "-"), str(len(rounds)), loss
 
 
 def _coverage(run: Run) -> str:
@@ -88,10 +88,10 @@ def _scores(run: Run) -> str:
 
 def _streams(run: Run) -> str:
     """One row per stream, one column per arm; nothing where subjects hold several streams."""
-    held = run.probe.streams if run.probe else {}
-    names = dict.fromkeys(name for row in held.values() for name in row)
-    rows = [(name, *(number_text(row.get(name, math.nan)) for row in held.values())) for name in names]
-    return table(("stream", *held), rows) if rows else ""
+    by_arm = run.probe.streams if run.probe else {}
+    names = dict.fromkeys(name for row in by_arm.values() for name in row)
+    rows = [(name, *(number_text(row.get(name, math.nan)) for row in by_arm.values())) for name in names]
+    return table(("stream", *by_arm), rows) if rows else ""
 
 
 def _provenance(run: Run) -> str:

@@ -7,9 +7,9 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from panfm.anatomy import parse_stream
-from panfm.config.privacy import privacy_label
 from panfm.evaluate.result import ProbeResult, Score
-from panfm.report.run import Run
+from panfm.privacy.guarantees import privacy_label
+from panfm.report.run_files import Run
 
 
 def print_tables(run: Run, console: Console) -> None:
@@ -37,11 +37,11 @@ def site_table(run: Run) -> Table:
     """Per site: organs, subjects, loss in its first and last round."""
     table = Table("site", "organs", _right("subjects"), _right("loss"), title=f"{run.config.name}: sites")
     for site in run.site_names:
-        held = run.sites.get(site, {})
-        subjects = held.get("subjects")
+        holdings = run.sites.get(site, {})
+        subjects = holdings.get("subjects")
         _, losses = run.series(site, "loss")
         loss = f"{losses[0]:.3f} -> {losses[-1]:.3f}" if losses else "-"
-        table.add_row(site, ", ".join(organs_of(held)), "-" if subjects is None else str(subjects), loss)
+        table.add_row(site, ", ".join(organs_of(holdings)), "-" if subjects is None else str(subjects), loss)
     return table
 
 
@@ -54,7 +54,9 @@ def score_table(probe: ProbeResult, metric: str) -> Table:
     table = Table(Column("features", no_wrap=True), *map(_right, groups), title=title)
     for arm in arms_of(probe, metric):
         first, *rest = (find(probe, arm, group, metric) for group in groups)
-        table.add_row(arm, score_text(first), *(number_text(math.nan if each is None else each.value) for each in rest))
+        table.add_row(
+            arm, score_text(first), *(number_text(math.nan if score is None else score.value) for score in rest)
+        )
     return table
 
 
@@ -84,7 +86,7 @@ def arms_of(probe: ProbeResult, metric: str) -> list[str]:
 def find(probe: ProbeResult, arm: str, group: str, metric: str) -> Score | None:
     """One cell of the table."""
     wanted = (arm, group, metric)
-    return next((each for each in probe.scores if (each.arm, each.group, each.metric) == wanted), None)
+    return next((score for score in probe.scores if (score.arm, score.group, score.metric) == wanted), None)
 
 
 def missing_counts(missing: Mapping[str, Mapping[str, float]]) -> Sequence[int]:
@@ -93,9 +95,9 @@ def missing_counts(missing: Mapping[str, Mapping[str, float]]) -> Sequence[int]:
     return [0, *sorted(int(name.removeprefix("auc_missing_")) for name in names)]
 
 
-def organs_of(held: Mapping[str, object]) -> list[str]:
+def organs_of(holdings: Mapping[str, object]) -> list[str]:
     """Organs of a site's handshake."""
-    streams = held.get("streams", {})
+    streams = holdings.get("streams", {})
     return list(dict.fromkeys(parse_stream(stream)[0] for stream in streams)) if isinstance(streams, dict) else []
 
 

@@ -5,7 +5,7 @@ import pytest
 from panfm.config import StreamConfig
 from panfm.data.store import ImageStore
 from panfm.errors import DataError
-from panfm.evaluate.labels import LabelInfo, LabelledStore, label_groups, read_label_info
+from panfm.evaluate.probe_labels import LabelInfo, LabelledStore, label_groups, read_label_info
 
 
 def test_groups_hold_yes_no_labels_only():

@@ -5,7 +5,8 @@ from panfm.config import RunConfig, StreamConfig
 from panfm.config.probe import ProbeConfig
 from panfm.data.store import ImageStore
 from panfm.errors import DataError
-from panfm.evaluate import LabelInfo, LabelledStore, Task, evaluate_cohort
+from panfm.evaluate.probe_cohort import Task, evaluate_cohort
+from panfm.evaluate.probe_labels import LabelInfo, LabelledStore
 from panfm.models import build_model
 
 STREAM = StreamConfig(shape=(4, 4, 4), patch=(4, 4, 4), spacing_mm=(1.0, 1.0, 1.0))

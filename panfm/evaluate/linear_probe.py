@@ -14,14 +14,17 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression, RidgeCV
-from sklearn.preprocessing import StandardScaler
-from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from panfm.errors import DataError
 from panfm.evaluate.scores import Floats, auc, r2
+from panfm.extras import needs_extra
 from panfm.seeds import numpy_generator
+
+with needs_extra("evaluate"):
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression, RidgeCV
+    from sklearn.preprocessing import StandardScaler
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 Features = NDArray[np.floating]
 
@@ -143,12 +146,12 @@ def _check(features: Features, targets: Floats, names: Sequence[str]) -> None:
 def _choose_inverse_penalty(standard: Floats, targets: Floats) -> float:
     """The one with the best mean AUC on a held-out third; the strongest penalty wins ties."""
     shuffled = numpy_generator(0, "probe-penalty").permutation(len(standard))
-    held, kept = shuffled[: len(shuffled) // 3], shuffled[len(shuffled) // 3 :]
+    chosen, kept = shuffled[: len(shuffled) // 3], shuffled[len(shuffled) // 3 :]
     both = [label for label in range(targets.shape[1]) if _has_both(targets[kept, label])]
     best, choice = -np.inf, _INVERSE_PENALTIES[0]
     for candidate in _INVERSE_PENALTIES:
         weights, bias = _logistic(standard[kept], targets[kept], both, candidate)
-        values = auc_per_label(standard[held] @ weights + bias, targets[held], np.ones((1, len(held))))
+        values = auc_per_label(standard[chosen] @ weights + bias, targets[chosen], np.ones((1, len(chosen))))
         mean = values[np.isfinite(values)].mean() if np.isfinite(values).any() else 0.0
         if mean > best:
             best, choice = float(mean), candidate

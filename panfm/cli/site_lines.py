@@ -4,32 +4,35 @@ import json
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from panfm.config import SiteConfig, site_path
 from panfm.files import RoundFiles
 from panfm.hash_chain import Entry
 from panfm.site.admission import active_runs
 from panfm.site.audit_log import AuditLog
-from panfm.site.dry_run import DryRun
 from panfm.site.state import RUNS
 from panfm.site.worker import is_running
 
+if TYPE_CHECKING:
+    from panfm.site.dry_run import DryRun
 
-def dry_run_lines(result: DryRun) -> Iterator[str]:
+
+def dry_run_lines(trial: "DryRun") -> Iterator[str]:
     """The cost of a run, and everything that would leave."""
-    handshake, reply = result.handshake, result.reply
-    yield f"experiment {result.experiment} (for limits.experiments in site.toml)"
-    if not result.is_named:
+    handshake, reply = trial.handshake, trial.reply
+    yield f"experiment {trial.experiment} (for limits.experiments in site.toml)"
+    if not trial.is_named:
         yield "limits.experiments does not name it: the worker would refuse this run"
-    if result.start:
-        yield f"starts from the model {result.start} (for limits.starts in site.toml)"
-    gpu = "" if result.gpu_gib is None else f", {result.gpu_gib:.2f} GiB of the GPU"
-    yield f"one local step: {result.seconds:.3f} s; at most {result.memory_gib:.2f} GiB of memory{gpu}"
+    if trial.start:
+        yield f"starts from the model {trial.start} (for limits.starts in site.toml)"
+    gpu = "" if trial.gpu_gib is None else f", {trial.gpu_gib:.2f} GiB of the GPU"
+    yield f"one local step: {trial.seconds:.3f} s; at most {trial.memory_gib:.2f} GiB of memory{gpu}"
     yield "before round 1 leave:"
     streams = ", ".join(f"{stream} {count}" for stream, count in handshake.streams.items())
     yield f"  name {handshake.site}; subjects {handshake.subjects}; with {streams}"
     yield f"  versions {', '.join(f'{name} {version}' for name, version in handshake.versions.items())}"
-    yield f"every round leave {result.bytes_up} bytes:"
+    yield f"every round leave {trial.bytes_up} bytes:"
     for name, array in reply.updates.items():
         yield f"  {name}: {array.dtype} {list(array.shape)}, {array.nbytes} bytes"
     for name, value in reply.to_records().metrics.items():

@@ -6,7 +6,7 @@ import pytest
 from panfm.data.labels import Labels
 from panfm.errors import DataError
 from panfm.evaluate.embed import Features
-from panfm.evaluate.table import probe_features
+from panfm.evaluate.probe_features import probe_features
 
 
 def make_features(prefix, split, n=40, seed=0, model="abc"):

@@ -3,7 +3,7 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 
 from panfm.errors import DataError
-from panfm.evaluate.probe import auc_per_label, fit_classifiers, fit_regressors, one_class_notes, r2_per_label
+from panfm.evaluate.linear_probe import auc_per_label, fit_classifiers, fit_regressors, one_class_notes, r2_per_label
 
 
 def draw(n=200, d=6, labels=3, seed=0):

@@ -1,0 +1,60 @@
+"""What several groups of commands share: errors as lines, progress bars, arguments that are used twice."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from panfm.errors import DataError, PanfmError
+
+if TYPE_CHECKING:
+    import click
+
+Model = Annotated[Path, typer.Argument(help="Folder of a model: <run folder>/model.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="key=value, e.g. train.rounds=3.")]
+NotedEnd = Annotated[
+    str | None,
+    typer.Option(help="An end of the chain that you wrote down earlier: it must still be in the record."),
+]
+
+
+class ErrorLines(TyperGroup):
+    """Turns a PanfmError into its text and exit status 1."""
+
+    def invoke(self, ctx: "click.Context") -> Any:
+        """Run the command that was asked for."""
+        try:
+            return super().invoke(ctx)
+        except PanfmError as error:
+            typer.echo(str(error), err=True)
+            raise typer.Exit(1) from error
+
+
+@contextmanager
+def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, gone when done; called with (done, total)."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def check_model(folder: Path) -> None:
+    """Tell a mistake in the description of a model folder before torch is imported. Raises ConfigError."""
+    from panfm.config import load_run
+
+    load_run(folder / "run.toml")
+
+
+def chain_end(text: str) -> str:
+    """An end of a chain as somebody typed it. Raises DataError if it cannot be one: a slip is no tampering."""
+    end = text.strip().lower()
+    if len(end) != 64 or set(end) - set("0123456789abcdef"):
+        raise DataError(f"--noted {text!r:.80}: expected the 64 characters 0-9 and a-f of an end of the chain")
+    return end

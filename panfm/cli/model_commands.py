@@ -1,0 +1,100 @@
+"""`panfm embed|probe|export`: commands for a trained model."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from panfm.cli.console import Model, check_model, progress_bar
+
+if TYPE_CHECKING:
+    from panfm.evaluate.result import Score
+
+
+def embed(
+    model: Model,
+    site: Annotated[Path, typer.Argument(help="Site folder.")],
+    out: Annotated[Path, typer.Option(help="Feature file to write (.npz).")],
+) -> None:
+    """Write the frozen features of a site's subjects."""
+    check_model(model)
+    from panfm.data.cache import open_store
+    from panfm.evaluate.embed import embed_site, load_model, write_features
+
+    network, run = load_model(model)
+    with progress_bar("reading images") as progress:
+        store = open_store(site, run.streams, progress=lambda _, done, total: progress(done, total))
+    done = 0
+    with progress_bar("embedding subjects") as progress:
+
+        def on_batch(size: int) -> None:
+            nonlocal done
+            done += size
+            progress(done, len(store.subjects))
+
+        table = embed_site(model, network, store, on_batch)
+    write_features(out, table)
+    typer.echo(f"{out}: {len(table.subjects)} subjects, {table.features.shape[1]} features")
+
+
+def probe(
+    features: Annotated[list[Path], typer.Argument(help="Feature files written by `panfm embed`.")],
+    labels: Annotated[list[Path], typer.Option(help="Label table; may be given again, e.g. one per site.")],
+    fit_split: Annotated[str, typer.Option(help="Split to fit on.")] = "train",
+    test_split: Annotated[str, typer.Option(help="Split to test on.")] = "test",
+    bootstrap: Annotated[int, typer.Option(min=0, help="Resamples of the test subjects.")] = 1000,
+) -> None:
+    """How well a linear reader finds each label in frozen features: AUC, or R2 of a number, with 95 % interval."""
+    from panfm.data.labels import read_label_table
+    from panfm.evaluate.embed import read_features
+    from panfm.evaluate.probe_features import probe_features
+
+    tables = [read_label_table(path) for path in labels]
+    scores, notes = probe_features(
+        [read_features(path) for path in features],
+        tables,
+        fit_split=fit_split,
+        test_split=test_split,
+        bootstrap=bootstrap,
+    )
+    _print_scores(scores)
+    for note in notes:
+        typer.echo(note)
+
+
+def export(
+    run_folder: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    to: Annotated[str, typer.Option(help="safetensors, monai-bundle, dense-vit or onnx.")],
+    out: Annotated[Path, typer.Option(help="New folder; for onnx, new file.")],
+    streams: Annotated[
+        str, typer.Option(help="For monai-bundle and onnx: the inputs, e.g. brain-mr,heart-ct; all when left out.")
+    ] = "",
+    licence: Annotated[str | None, typer.Option(help="Licence of the weights, for the metadata.")] = None,
+) -> None:
+    """Write a run's model for use elsewhere, read it back, and compare it with the original.
+
+    safetensors: the weights as they are, read by `panfm embed`. dense-vit: a plain ViT of this library; a
+    Director-Experts model goes through its directors. monai-bundle: a folder for MONAI. onnx: one file, one input per
+    stream and `present`, needs the extra `onnx` of panfm. Each says streams, spacing, intensity rules, sites, rounds,
+    epsilon, licence and intended use.
+    """
+    if (run_folder / "model").is_dir():
+        check_model(run_folder / "model")
+    from panfm.export.formats import export_run
+
+    names = [name.strip() for name in streams.split(",") if name.strip()]
+    difference = export_run(run_folder, to, out, streams=names, licence=licence)
+    typer.echo(f"{out}: read back, embeds as the run's model does (largest difference {difference:.1g})")
+
+
+def _print_scores(scores: Sequence["Score"]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from panfm.report.console_tables import score_text
+
+    table = Table("label", "metric", "value [95 % interval]")
+    for score in scores:
+        table.add_row(score.group, score.metric, score_text(score))
+    Console().print(table)

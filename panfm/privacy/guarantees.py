@@ -1,0 +1,138 @@
+"""Which privacy a run may claim, and what would break the claim.
+
+`checked_run` or `load_checked_run` is called wherever a run description is let in: before a run folder is made or gone
+on with, when a site is asked, in a dry run, and when a trainer is built.
+
+Patient-level privacy (`[privacy]`): add or remove one patient of one site. Site-level privacy (`[server-privacy]`): the
+updates of one site as they are, or all zero.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from panfm.config import RunConfig, load_run
+from panfm.config.base import LEAST_NOISE, Config
+from panfm.config.privacy import PrivacyConfig
+from panfm.errors import ConfigError
+
+NO_CLAIM = "noise only, no DP claim"
+"""What every artefact of a run says that trains on although its guarantee is broken."""
+_LARGEST_DELTA = 0.01
+
+
+def load_checked_run(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """Read a run description as `panfm.config.load_run` does, and check it as `checked_run` does. Needs no torch."""
+    return checked_run(load_run(path, overrides), str(path))
+
+
+def checked_run(run: RunConfig, where: str = "run description") -> RunConfig:
+    """Return the run if it can keep the privacy that it promises. Raises ConfigError, naming the first fault, if not.
+
+    Args:
+        where: The file or message that described the run, for the error.
+    """
+    for fault in _faults(run):
+        raise ConfigError(f"{where}: {fault}")
+    return run
+
+
+def claim(run: RunConfig) -> str | None:
+    """What a run may say of its patients' privacy; None if it is not private."""
+    if run.privacy is None:
+        return None
+    if any(broken_guarantees(run)):
+        return NO_CLAIM
+    return f"({run.privacy.epsilon:g}, {run.privacy.delta:g})-DP per patient of one site, add-or-remove-one"
+
+
+def site_dp_claim(run: RunConfig) -> str | None:
+    """What the server may say of its sites' privacy; None without site-level privacy."""
+    if run.server_privacy is None:
+        return None
+    if any(site_dp_faults(run)):
+        return NO_CLAIM
+    private = run.server_privacy
+    return f"({private.epsilon:g}, {private.delta:g})-DP per site, zero-out, server trusted"
+
+
+def privacy_label(run: RunConfig) -> str:
+    """What every artefact of a run says of its privacy."""
+    return "; ".join(filter(None, (claim(run), site_dp_claim(run)))) or "none"
+
+
+def broken_guarantees(run: RunConfig) -> Iterator[str]:
+    """What breaks the patient-level guarantee of a private run, one line each.
+
+    A patient's gradient, or an output, that depends on other patients; a table of the run that does not declare whether
+    anything in it does; numbers that leave too little to promise.
+    """
+    assert run.privacy is not None
+    private = run.privacy
+    largest = min(0.1 / private.public_subjects, _LARGEST_DELTA)
+    if private.delta > largest:
+        yield f"privacy.delta: {private.delta:g} is above {_delta_rule(private)}, set at most {largest:.3g}"
+    noises = {"noise-multiplier": private.noise_multiplier, "statistics-noise": private.statistics_noise}
+    for key, noise in noises.items():
+        if noise < LEAST_NOISE:
+            yield f"privacy.{key}: {noise:g} protects nobody, set at least {LEAST_NOISE}"
+    for key, table in _tables(run):
+        yield from _couplings(table, key)
+
+
+def site_dp_faults(run: RunConfig) -> Iterator[str]:
+    """What lets a site show by more than its clipped, noised update; one line each."""
+    assert run.server_privacy is not None
+    private, sharing = run.server_privacy, run.sharing
+    largest = 0.1 / private.num_sites
+    if private.delta > largest:
+        yield f"server-privacy.delta: {private.delta:g} is above 1 / (10 num-sites), set at most {largest:.3g}"
+    if private.num_sites != run.federation.min_sites:
+        yield f"federation.min-sites: no round is released without all sites, set {private.num_sites}, as num-sites"
+    means = {"sharing.mean": sharing.mean}
+    means |= {f"sharing.groups.{name}.mean": group.mean for name, group in sharing.groups.items() if group.mean}
+    for key, mean in means.items():
+        if mean != "weighted":
+            yield f'{key}: "{mean}" has no sensitivity of clip-norm / num-sites, set "weighted"'
+    if sharing.experts == "pooled":
+        yield 'sharing.experts: "pooled" weighs sites by their patients\' gates, set "private" or "naive"'
+    if sharing.guards.direction is not None:
+        yield "sharing.guards.direction: refuses sites by what their updates say, leave it out"
+    if run.federation.participation < 1.0:
+        yield "federation.participation: the mean is over all sites in every round, set 1.0"
+    if run.masking.steered_by == "federation":
+        yield 'masking.scope: "federation" tells the mean of the sites\' saliency, set "site" or "subject"'
+
+
+def _faults(run: RunConfig) -> Iterator[str]:
+    """What keeps a run from being let in."""
+    if run.privacy and run.train.proximal_mu:
+        yield "train.proximal-mu: not done in private runs, set 0"
+    if run.privacy and not run.privacy.acknowledge_broken_guarantee:
+        yield from broken_guarantees(run)
+    if run.server_privacy:
+        yield from site_dp_faults(run)
+
+
+def _delta_rule(private: PrivacyConfig) -> str:
+    return "1 / (10 public-subjects)" if 0.1 / private.public_subjects < _LARGEST_DELTA else f"{_LARGEST_DELTA:g}"
+
+
+def _tables(run: RunConfig) -> Iterator[tuple[str, Config]]:
+    """Every table of a run, by its dotted key; a table declares for the tables within it."""
+    for name in type(run).model_fields:
+        key, value = name.replace("_", "-"), getattr(run, name)
+        if isinstance(value, Config):
+            yield key, value
+        elif isinstance(value, Mapping):
+            yield from ((f"{key}.{inner}", table) for inner, table in value.items() if isinstance(table, Config))
+
+
+def _couplings(table: Config, key: str) -> Iterator[str]:
+    """What a table of the run declares to couple patients."""
+    declared = getattr(table, "couplings", None)
+    if declared is None:
+        name = getattr(table, "name", type(table).__name__)
+        yield f'{key}: "{name}" does not declare whether it couples patients, set one that does'
+        return
+    for line in declared():
+        yield f"{key}.{line}"

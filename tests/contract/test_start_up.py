@@ -1,0 +1,105 @@
+"""A mistake is told at once: before a library is imported that takes seconds."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.federation.conftest import RUN
+
+ROOT = Path(__file__).parents[2]
+HEAVY = ("torch", "monai", "sklearn", "flwr", "plotly", "numba", "scipy", "opacus", "nibabel", "tensorboardX", "ray")
+HELP_S, MISTAKE_S = 0.3, 0.6
+"""CPU seconds that were measured on a quiet machine; one that is at work takes up to twice as much."""
+BUSY = 3.0
+_PROGRAM = """
+import json, resource, sys
+sys.argv[1:] = {words!r}
+try:
+    {program}
+except SystemExit as error:
+    status = error.code
+except Exception as error:
+    status = 1
+    print(error, file=sys.stderr)
+heavy = [name for name in {heavy!r} if name in sys.modules]
+used = resource.getrusage(resource.RUSAGE_SELF)
+print(json.dumps([status, heavy, used.ru_utime + used.ru_stime]))
+"""
+PROGRAMS = {
+    "panfm": "from panfm.cli import main; main()",
+    "server": "from server.cli import app; app()",
+    "simulations": "from simulations.__main__ import app; app()",
+}
+
+
+def ask(tool: str, *words: object) -> tuple[int, list[str], float, str]:
+    """Exit status, heavy libraries that were imported, CPU seconds, and the last line of stderr."""
+    program = _PROGRAM.format(words=[str(word) for word in words], program=PROGRAMS[tool], heavy=HEAVY)
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    status, heavy, seconds = json.loads(done.stdout.splitlines()[-1])
+    return status, heavy, seconds, done.stderr.rstrip().rpartition("\n")[2]
+
+
+@pytest.mark.parametrize("tool", PROGRAMS)
+def test_help_imports_nothing_heavy(tool):
+    status, heavy, seconds, _ = ask(tool, "--help")
+    assert (status, heavy) == (0, [])
+    assert seconds < BUSY * HELP_S
+
+
+MISTAKES = {
+    "panfm site check": ("panfm", "site", "check", "{site}", "--run", "{run}"),
+    "panfm site dry-run": ("panfm", "site", "dry-run", "{site}", "--run", "{run}"),
+    "panfm ledger plan": ("panfm", "ledger", "plan", "{run}"),
+    "panfm audit step": ("panfm", "audit", "step", "{run}"),
+    "panfm audit membership": ("panfm", "audit", "membership", "{folder}", "{site}"),
+    "panfm audit inversion": ("panfm", "audit", "inversion", "{folder}", "{site}"),
+    "panfm embed": ("panfm", "embed", "{folder}", "{site}", "--out", "x.npz"),
+    "panfm report": ("panfm", "report", "{folder}"),
+    "panfm export": ("panfm", "export", "{folder}", "--to", "onnx", "--out", "x.onnx"),
+    "panfm site start": ("panfm", "site", "start", "{folder}"),
+    "panfm site status": ("panfm", "site", "status", "{folder}"),
+    "panfm site log": ("panfm", "site", "log", "{folder}"),
+    "panfm site end": ("panfm", "site", "end", "{folder}", "run-1"),
+    "panfm ledger show": ("panfm", "ledger", "show", "{folder}"),
+    "server start": ("server", "start", "{run}", "--connection", "x"),
+    "server status": ("server", "status", "{folder}"),
+    "server watch": ("server", "watch", "{folder}"),
+    "server resume": ("server", "resume", "{folder}"),
+    "server stop": ("server", "stop", "{folder}"),
+    "server export": ("server", "export", "{folder}", "--to", "onnx", "--out", "x.onnx"),
+    "simulations run": ("simulations", "run", "{run}"),
+    "simulations run --set": ("simulations", "run", "{sound}", "--set", "train.rounds=0"),
+    "simulations run --resume": ("simulations", "run", "{run}", "--resume", "{folder}"),
+    "simulations study": ("simulations", "study", "coding", "--experiment", "{run}"),
+    "simulations bench": ("simulations", "bench", "aggregate", "--experiment={run}"),
+}
+
+SITE_MISTAKES = ("panfm site start", "panfm site status", "panfm site log", "panfm site end", "panfm ledger show")
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_in_a_description_is_told_before_anything_heavy_is_imported(name, tmp_path):
+    folder = tmp_path / ("model" if MISTAKES[name][-1] == "{site}" or "embed" in name else "")
+    write(tmp_path, RUN.replace("rounds = 3", "rounds = 0"))
+    expected = "train.rounds: found 0"
+    if name in SITE_MISTAKES:
+        (tmp_path / "site.toml").write_text('name = "a"\nmanifest = 3\n')
+        expected = "manifest: found 3, expected text"
+    paths = {name: tmp_path / f"{name}.toml" for name in ("run", "sound")} | {"site": tmp_path, "folder": folder}
+    tool, *words = (word.format(**paths) for word in MISTAKES[name])
+    status, heavy, seconds, line = ask(tool, *words)
+    assert expected in line
+    assert (status, heavy) == (1, [])
+    assert seconds < BUSY * MISTAKE_S
+
+
+def write(folder: Path, faulty: str) -> None:
+    (folder / "model").mkdir()
+    (folder / "sound.toml").write_text(RUN)
+    (folder / "run.toml").write_text(faulty)
+    (folder / "model" / "run.toml").write_text(faulty)
+    (folder / "site.toml").write_text('name = "a"\n')
