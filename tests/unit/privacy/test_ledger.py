@@ -116,6 +116,12 @@ def test_missing_and_foreign_ledgers_are_refused(make_private, tmp_path, cheap):
         spend(Ledger(tmp_path / "a", "beta"), run)
 
 
+def test_a_ledger_of_patients_is_none_of_sites(make_private, tmp_path, cheap):
+    spend(Ledger(tmp_path, "alpha"), make_private())
+    with pytest.raises(LedgerError, match="is kept per patient, expected per site"):
+        Ledger(tmp_path, "alpha", unit="site").entries()
+
+
 def test_a_round_without_a_claim_is_labelled_and_ends_all_claims(make_private, tmp_path, cheap):
     broken = make_private('[objective]\nname = "dino"\n', more="acknowledge-broken-guarantee = true")
     assert spend(Ledger(tmp_path, "alpha"), broken, limits=Limits(0.1, 1e-3)).claim == "noise only, no DP claim"
