@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
-from panfm.config.base import Config
+from panfm.config.base import Config, UnknownNameError
 from panfm.config.run import RunConfig
 from panfm.config.site import SiteConfig
 from panfm.errors import ConfigError, one_line
@@ -134,8 +134,9 @@ def _validate(kind: type[C], table: Mapping[str, Any], where: str) -> C:
 
 
 def _complaint(kind: type[BaseModel], fault: Any, table: Any) -> str:
-    if fault["type"] == "unknown_plug_in":
-        return str(fault["msg"])
+    cause = fault.get("ctx", {}).get("error")
+    if isinstance(cause, UnknownNameError):
+        return str(cause)
     keys, around, here = _locate(kind, fault["loc"], table)
     key = ".".join(keys)
     if fault["type"] == "extra_forbidden":
