@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
-from pydantic_core import PydanticCustomError
 
 from panfm.errors import ConfigError
 from panfm.registry import Registry
@@ -71,12 +70,16 @@ class Uncoupled(Config):
         return iter(())
 
 
+class UnknownNameError(ValueError):
+    """A name that chooses no plug-in; the text begins with the dotted key."""
+
+
 def check_plug_in(registry: Registry, name: str) -> str:
     """Return a name that a registry knows; any other is a fault of the description."""
     try:
         return registry.check(name)
     except ConfigError as error:
-        raise PydanticCustomError("unknown_plug_in", "{text}", {"text": str(error)}) from None
+        raise UnknownNameError(str(error)) from None
 
 
 def plug_in(registry: Registry) -> AfterValidator:

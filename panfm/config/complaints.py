@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from panfm.config.base import UnknownNameError
 from panfm.errors import one_line
 
 _MAX_COMPLAINTS = 20
@@ -56,11 +57,12 @@ def complaints(kind: type[BaseModel], error: ValidationError, table: Any) -> lis
 
 
 def _complaint(kind: type[BaseModel], fault: Any, table: Any) -> str:
+    cause = fault.get("ctx", {}).get("error")
+    if isinstance(cause, UnknownNameError):
+        return str(cause)
     keys, around, here = _locate(kind, fault["loc"], table)
     key, context = ".".join(keys), fault.get("ctx", {})
     match fault["type"]:
-        case "unknown_plug_in":
-            return str(fault["msg"])
         case "missing":
             return f"{key}: missing, expected a value"
         case "extra_forbidden":
