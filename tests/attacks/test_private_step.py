@@ -13,7 +13,7 @@ from panfm.config.base import Config
 from panfm.errors import ConfigError, ProtocolError
 from panfm.models import build_model
 from panfm.privacy import loop
-from panfm.privacy.guarantees import NO_CLAIM, broken_guarantees, claim
+from panfm.privacy.guarantees import NO_CLAIM, broken_guarantees, checked_run, claim
 from panfm.privacy.loop import sum_over
 from panfm.privacy.saliency import saliency_sum
 from panfm.sharing.downlink import code_step, digests, take_step
@@ -97,7 +97,7 @@ def test_a_number_far_out_of_range_is_refused_by_its_key(table, line):
     tables.setdefault(table, []).append(line)
     text = RUN + "".join(f"[{name}]\n" + "\n".join(lines) + "\n" for name, lines in tables.items())
     with pytest.raises(ConfigError, match=rf"{table}\.{keys[0]}"):
-        parse_run(text)
+        checked_run(parse_run(text))
 
 
 @pytest.mark.parametrize("objective", ["latent", "mae"])
