@@ -13,7 +13,7 @@ from panfm.config.base import Config
 from panfm.config.objective import ObjectiveConfig
 from panfm.errors import ConfigError, ProtocolError
 from panfm.models import build_model
-from panfm.privacy.guarantees import NO_CLAIM, broken_guarantees, claim
+from panfm.privacy.guarantees import NO_CLAIM, broken_guarantees, checked_run, claim
 from panfm.privacy.noised_profile import saliency_sum
 from panfm.privacy.private_step import clipped_sum
 from panfm.registry import OBJECTIVES
@@ -97,7 +97,7 @@ def test_a_number_far_out_of_range_is_refused_by_its_key(table, line):
     tables.setdefault(table, []).append(line)
     text = RUN + "".join(f"[{name}]\n" + "\n".join(lines) + "\n" for name, lines in tables.items())
     with pytest.raises(ConfigError, match=rf"{table}\.{keys[0]}"):
-        parse_run(text)
+        checked_run(parse_run(text))
 
 
 @pytest.mark.parametrize("objective", ["latent", "mae"])

@@ -12,6 +12,7 @@ from panfm.config import dump_toml, load_run, parse_run
 from panfm.errors import ConfigError, ProtocolError, one_line
 from panfm.evaluate.probe_labels import read_label_info
 from panfm.models import build_model
+from panfm.privacy.guarantees import checked_run
 from panfm.sharing.frames import Frame, Kind
 from panfm.sharing.groups import GroupManifest
 from panfm.sharing.messages import Handshake, Records, RoundTask
@@ -165,7 +166,7 @@ def test_a_description_that_grows_beyond_what_a_site_reads_is_put_down_to_the_se
 
 def test_a_pull_that_no_private_round_does_is_refused():
     with pytest.raises(ConfigError, match=r"train\.proximal-mu: not done in private runs, set 0"):
-        parse_run(RUN.replace("local-steps = 2", "local-steps = 2\nproximal-mu = 0.1") + RANDOM + PRIVACY)
+        checked_run(parse_run(RUN.replace("local-steps = 2", "local-steps = 2\nproximal-mu = 0.1") + RANDOM + PRIVACY))
 
 
 def test_profile_of_a_task_must_be_finite():
