@@ -90,7 +90,6 @@ def cycle(graph: dict[str, set[str]]) -> list[str]:
     return sorted(left)
 
 
-@pytest.mark.xfail(reason="panfm.training.learner and panfm.training.loop, until they are one trainer", strict=True)
 def test_no_import_circle_types_included():
     assert cycle(import_graph()) == []
 

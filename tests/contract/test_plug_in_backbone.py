@@ -150,13 +150,13 @@ import numpy as np
 from panfm.config import parse_run
 from panfm.data.store import ImageStore
 from panfm.errors import ConfigError
-from panfm.training import Learner
+from panfm.training.trainer import Trainer
 
 def train(text):
     images = {"brain-mr": np.zeros((4, 1, 8, 8, 8), np.float32)}
     store = ImageStore(tuple("abcd"), ("train",) * 4, images, {"brain-mr": np.arange(4)})
-    learner = Learner(parse_run(text))
-    learner.train(store, np.arange(4), first_step=0, num_steps=1, site="a", round_number=1)
+    trainer = Trainer(parse_run(text))
+    trainer.train(store, np.arange(4), first_step=0, num_steps=1, site="a", round_number=1)
 
 for text in sys.argv[1:]:
     try:
