@@ -7,14 +7,14 @@ from panfm.sharing.npy import to_npy
 
 
 def unpack(content: RecordDict) -> Records:
-    """Plain values of a message from the server."""
+    """Read a message from the server into plain values."""
     arrays = {name: array.numpy() for record in content.array_records.values() for name, array in record.items()}
     config = {key: value for record in content.config_records.values() for key, value in record.items()}
     return Records(arrays=arrays, config=config)
 
 
 def pack(records: Records) -> RecordDict:
-    """Content of a reply: one record of each kind, as Flower's own strategies expect."""
+    """Write a reply as Flower's records: one of each kind, as Flower's own strategies expect."""
     arrays = {
         name: Array(dtype=str(array.dtype), shape=array.shape, stype="numpy.ndarray", data=to_npy(array))
         for name, array in records.arrays.items()

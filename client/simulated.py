@@ -1,4 +1,4 @@
-"""Answers for a simulated site in this process, as its worker would, from the partition's folder (run config)."""
+"""Answers in this process for a simulated site, whose folder the run config names, in place of a worker."""
 
 from functools import lru_cache
 from pathlib import Path
@@ -25,7 +25,7 @@ def ask(context: Context, question: Frame) -> Frame:
 
 @lru_cache(maxsize=1)
 def _site_folders(sites: str, _: int) -> list[Path]:
-    """The site folders, looked up once: at 1,000 sites, a look takes longer than a small site's step."""
+    """The site folders, listed once: at 1,000 sites, listing takes longer than a small site's step."""
     return site_folders(Path(sites))
 
 

@@ -59,7 +59,7 @@ def sync(file: IO[Any]) -> None:
 
 
 def json_text(content: object, *, indent: int | None = None) -> str:
-    """JSON with null for numbers that are not finite, which it cannot say."""
+    """Write a value as JSON; numbers that are not finite, which JSON lacks, become null."""
     return json.dumps(_finite(content), indent=indent, allow_nan=False)
 
 

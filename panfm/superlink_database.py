@@ -15,14 +15,14 @@ WAIT_MS = 25_000
 
 
 class WaitForLock(CreateEnginePlugin):
-    """SQLAlchemy finds it by its name in the URL; it sets the time whenever a connection is taken from the pool."""
+    """SQLAlchemy plugin that sets the waiting time whenever a connection is taken from the pool."""
 
     def update_url(self, url: URL) -> URL:
-        """As it is: SQLAlchemy has taken out the word that named the plugin."""
+        """Return the URL unchanged: SQLAlchemy has removed the word that named the plugin."""
         return url
 
     def engine_created(self, engine: Engine) -> None:
-        """After Flower's own setting, which comes when a connection is made."""
+        """Set the time later than Flower does, which sets its own when a connection is made."""
         event.listen(engine, "checkout", _wait)
 
 

@@ -1,4 +1,4 @@
-"""What a run shows on a terminal: a line for each round, one screen of its state, and both while it goes on.
+"""Output of a run on a terminal: a line for each round, one screen of its state, and both while it goes on.
 
 Words that come from sites are shown as they are: no markup, no escape codes.
 """
@@ -76,7 +76,7 @@ def _epsilon(line: Mapping[str, Any]) -> str:
 
 
 def screen(run: Run) -> RenderableType:
-    """One screen of a run: how far it is, sites, streams, and who was left out."""
+    """One screen of a run: rounds done, sites, streams, and who was left out."""
     parts: list[RenderableType] = [
         _text(f"{run.config.name}: {headline(run)}", style="bold"),
         _site_table(run),

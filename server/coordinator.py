@@ -104,7 +104,7 @@ def resume(
 
 @app.command()
 def status(run_dir: _RunDir) -> None:
-    """One screen: how far it is, sites, streams, and who was left out."""
+    """Print one screen of a run: rounds done, sites, streams, and who was left out."""
     from rich.console import Console
 
     from panfm.report.run_files import read_run
@@ -124,7 +124,7 @@ def status(run_dir: _RunDir) -> None:
 
 @app.command()
 def watch(run_dir: _RunDir) -> None:
-    """Show the rounds as they come, until the run ends; also a run that `python -m simulations` has started."""
+    """Show rounds as they end, until the run ends; also of a run that `python -m simulations` has started."""
     from rich.console import Console
 
     from panfm.report.run_files import read_run
@@ -170,7 +170,7 @@ def stop(run_dir: _RunDir) -> None:
 def make_roster(
     run_dir: _RunDir, out: Annotated[Path, typer.Option(help="File to write; CSV, one line per site.")]
 ) -> None:
-    """Write a table of what the sites of a run said of themselves, to be read and corrected by you."""
+    """Write a table of the subjects that the sites of a run stated, to be read and corrected by you."""
     from server.expected_sites import ExpectedSites
 
     if out.exists():
@@ -182,7 +182,7 @@ def make_roster(
 
 @roster.command("show")
 def show_roster(file: Annotated[Path, typer.Argument(metavar="FILE", help="Table of expected sites.")]) -> None:
-    """Print a table, once it is read without a fault."""
+    """Check a table and print it."""
     from server.expected_sites import ExpectedSites
 
     typer.echo(ExpectedSites.read(file).to_csv(), nl=False)
@@ -192,7 +192,7 @@ def show_roster(file: Annotated[Path, typer.Argument(metavar="FILE", help="Table
 def check_roster(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Table of expected sites.")], run_dir: _RunDir
 ) -> None:
-    """Compare what the sites of a run said of themselves with a table; status 0 only if all of them fit."""
+    """Compare the subjects that the sites of a run stated with a table; status 0 only if all of them fit."""
     from server.expected_sites import ExpectedSites
 
     expected, actual = ExpectedSites.read(file), ExpectedSites.of_run(run_dir)

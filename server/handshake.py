@@ -1,4 +1,4 @@
-"""Handshake before round 1: which sites are there, what data they have, and whether they have the same model."""
+"""Handshake before round 1: asks the sites for their streams and subjects, and compares their models."""
 
 import re
 import time

@@ -1,4 +1,4 @@
-"""The line of a round in rounds.jsonl: who was asked, who replied with what, what was refused, and means over sites."""
+"""The line of a round in rounds.jsonl: sites asked, their replies, refusals with reasons, and means over sites."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any

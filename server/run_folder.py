@@ -1,4 +1,4 @@
-"""Everything one run leaves on disk.
+"""The run folder: all files of one run.
 
 run.toml           the resolved description
 start.safetensors  the weights that it starts from, where it is a warm start
@@ -41,7 +41,7 @@ _LOCK_WAIT_S = 10.0
 
 
 class RunFolder:
-    """The folder of one run."""
+    """Reads and writes the folder of one run."""
 
     def __init__(self, path: Path, run: RunConfig) -> None:
         self.path = path
@@ -79,7 +79,7 @@ class RunFolder:
 
     @classmethod
     def resume(cls, path: Path) -> Self:
-        """Go on with a run, as it was described.
+        """Open a run to go on with it, as it was described.
 
         Raises:
             ConfigError: the folder holds none, or one that cannot keep the privacy that it promises.
@@ -116,7 +116,7 @@ class RunFolder:
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
-        """Meanwhile nobody else works in the folder; why it failed is written down.
+        """Lock the folder until the block ends; if it fails, write down why.
 
         Raises:
             RunError: another process is at work in it.

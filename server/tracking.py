@@ -30,7 +30,7 @@ class Tracking:
     """Status page and events of one run; a context that closes the events file at its end."""
 
     def __init__(self, folder: RunFolder) -> None:
-        """Begin anew with the rounds done before."""
+        """Write events and page anew, with the rounds done before."""
         self._folder = folder
         self._events: EventsWriter | None = None
         self._page_at = 0.0

@@ -1,4 +1,4 @@
-"""After the last round: what the federation was worth, beside what each site reaches alone.
+"""Work after the last round: probes the federated model beside what each site reaches alone.
 
 Every site trains once more by itself, with the same start and number of local steps, and without noise in a private
 run, since nothing leaves; then all frozen models are probed on the same held-out subjects, and tables and report are
@@ -62,7 +62,7 @@ def finish(run: RunConfig, cohort: Path, run_dir: Path, console: Console) -> Non
 
 
 def _labelled(run: RunConfig, found: ProbeResult) -> ProbeResult:
-    """With a note of what the run may say of its privacy."""
+    """Add a note with the run's privacy label."""
     label = privacy_label(run)
     return found if label == "none" else replace(found, notes=(*found.notes, f"privacy: {label}"))
 

@@ -1,4 +1,4 @@
-"""What studies and benches share: jobs over worker processes with the time left, and the result file.
+"""Parts that studies and benches share: jobs over worker processes with the time left, and the result file.
 
 A study is a list of independent jobs (arm x draw x seed), each of which yields measurements. Every arm takes the same
 (draw, seed) pairs in the same order, so that differences between arms are paired.
@@ -41,7 +41,7 @@ QUICKSTART = Path(__file__).resolve().parents[1] / "configs" / "experiments" / "
 
 @dataclass(frozen=True)
 class StudyOptions:
-    """What a user may ask of any study."""
+    """Options that every study has."""
 
     seeds: int = 5
     """Training seeds per phantom draw."""
@@ -65,7 +65,7 @@ class StudyOptions:
 
 @dataclass(frozen=True)
 class Target:
-    """What a study was asked to show: a number of at least so much."""
+    """A target of a study: a number, and the least that it should be."""
 
     claim: str
     found: float
@@ -73,7 +73,7 @@ class Target:
 
     @property
     def is_met(self) -> bool:
-        """False for a number that cannot be told."""
+        """Whether the target is met; False if the number is NaN."""
         return self.found >= self.least
 
     def __str__(self) -> str:
@@ -113,7 +113,7 @@ class StudyResult:
         return float(np.mean(np.array(self.gain(metric, arm, baseline)) > 0))
 
     def write(self, path: Path) -> None:
-        """Write the result file; what cannot be told is null.
+        """Write the result file; numbers that are not finite become null.
 
         ```
         {"name", "config", "commit",

@@ -1,4 +1,4 @@
-"""Which sites are asked in a round, and what each is sent; Flower's records to plain values and back."""
+"""Draws the sites of a round and packs their messages; converts Flower's records to plain values and back."""
 
 from collections.abc import Mapping
 

@@ -19,7 +19,7 @@ from strategies.weight_caps import largest_share
 
 @dataclass(frozen=True)
 class GroupSetup:
-    """What is known of a group before the first update of a round arrives."""
+    """Settings of a group's mean, known before the first update of a round arrives."""
 
     segments: Segments
     """Which of a site's weights counts for which numbers."""

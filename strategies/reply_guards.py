@@ -1,4 +1,4 @@
-"""Guards: what refuses a site's reply before it reaches the mean, or shortens its update.
+"""Guards: checks that refuse a site's reply, or shorten its update.
 
     content      run, round, groups, weights and saliency are those that the site may state          `check_reply`
     norms        a reply scaled a thousandfold is refused before it touches the mean                 `NormBounds`

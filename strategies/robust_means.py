@@ -86,7 +86,7 @@ class CoordinateMedian(BufferedMean):
     uses_weights = False
 
     def combine(self, updates: Sequence[Flat], weights: Sequence[float]) -> Flat:
-        """As `coordinate_median`."""
+        """Return `coordinate_median` of the updates."""
         return coordinate_median(updates)
 
 
@@ -94,7 +94,7 @@ class TrimmedMean(BufferedMean):
     """Mean of each number without the extreme sites."""
 
     def combine(self, updates: Sequence[Flat], weights: Sequence[float]) -> Flat:
-        """As `trimmed_mean`."""
+        """Return `trimmed_mean` of the updates."""
         return trimmed_mean(updates, weights, trim=self.setup.trim, max_share=self.setup.max_share)
 
 
@@ -102,7 +102,7 @@ class GeometricMedian(BufferedMean):
     """Point with the least weighted distance to the updates."""
 
     def combine(self, updates: Sequence[Flat], weights: Sequence[float]) -> Flat:
-        """As `geometric_median`, of capped weights."""
+        """Return `geometric_median` of the updates, under capped weights."""
         return geometric_median(updates, capped_weights(weights, self.setup.max_share))
 
 

@@ -51,7 +51,7 @@ class SiteDpMean(GroupedMean):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """As `GroupedMean`, for the sites of the first round only."""
+        """Yield the messages of `GroupedMean`, for the sites of the first round only."""
         self.roster = {node: handshake for node, handshake in self.roster.items() if handshake.site in self._sites}
         return super().configure_train(server_round, arrays, config, grid)
 

@@ -60,7 +60,7 @@ def audit_membership(
     masks: Annotated[int, typer.Option(min=1, help="Masks over which a loss is averaged.")] = 8,
     json: _Json = None,
 ) -> None:
-    """How well a finished model tells who was trained on: an AUC with its 95 % interval; 0.5 is not at all.
+    """Try to tell from a finished model who was trained on: an AUC with its 95 % interval; 0.5 is chance.
 
     A site's train split stands against its other splits. The attack looks at how far training lowered each patient's
     loss. An interval that holds 0.5 says that this attack found nothing with so many patients, not that there is
@@ -95,7 +95,7 @@ def audit_inversion(
     patients: Annotated[int, typer.Option(min=1, help="Patients that are attacked, sites in turn.")] = 8,
     json: _Json = None,
 ) -> None:
-    """What images can be computed back from a gradient of the model, in dB (PSNR; 30 is close, 100 is exact).
+    """Compute images back from a gradient of the model; quality in dB (PSNR; 30 is close, 100 is exact).
 
     Attacks the next step: of one patient alone, as AdamW makes an update of it, in sums over patients and sites, and
     with noise. Beside it stand what a single grey and another patient's image would score. With the tokenizer

@@ -1,4 +1,4 @@
-"""What several groups of commands share: errors as lines, progress bars, arguments that are used twice."""
+"""Parts that several groups of commands share: errors as lines, progress bars, common arguments."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,7 +35,7 @@ class ErrorLines(TyperGroup):
 
 @contextmanager
 def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr, gone when done; called with (done, total)."""
+    """Show a bar on stderr until the block ends; what is yielded is called with (done, total)."""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -53,7 +53,7 @@ def check_model(folder: Path) -> None:
 
 
 def chain_end(text: str) -> str:
-    """An end of a chain as somebody typed it. Raises DataError if it cannot be one: a slip is no tampering."""
+    """Check the form of a chain's end that an operator typed. Raises DataError: a typing error is not tampering."""
     end = text.strip().lower()
     if len(end) != 64 or set(end) - set("0123456789abcdef"):
         raise DataError(f"--noted {text!r:.80}: expected the 64 characters 0-9 and a-f of an end of the chain")

@@ -45,7 +45,7 @@ def probe(
     test_split: Annotated[str, typer.Option(help="Split to test on.")] = "test",
     bootstrap: Annotated[int, typer.Option(min=0, help="Resamples of the test subjects.")] = 1000,
 ) -> None:
-    """How well a linear reader finds each label in frozen features: AUC, or R2 of a number, with 95 % interval."""
+    """Fit a linear probe of each label on frozen features: AUC, or R2 of a number, with 95 % interval."""
     from panfm.data.labels import read_label_table
     from panfm.evaluate.embed import read_features
     from panfm.evaluate.probe_features import probe_features

@@ -132,7 +132,7 @@ def site_dry_run(
 
 @app.command("status")
 def site_status(site: Annotated[Path, typer.Argument(help="Site folder.")]) -> None:
-    """Whether the worker is at work, the rounds whose state is kept, and how much has left."""
+    """Print whether the worker is at work, the rounds whose state is kept, and how much has left."""
     from panfm.config import load_site, site_path
 
     config = load_site(site)
@@ -165,7 +165,7 @@ def site_log(
     ] = False,
     noted: NotedEnd = None,
 ) -> None:
-    """Every message that left the site, oldest first. Ends with status 1 where the record was tampered with.
+    """Print every message that left the site, oldest first. Ends with status 1 where the log was tampered with.
 
     Lines that were changed or taken out break the chain. Lines cut off at its end, or a record written anew from some
     line on, do not: they are found with --noted.

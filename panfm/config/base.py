@@ -1,4 +1,4 @@
-"""What every description shares: strict, frozen, kebab-case in TOML, unknown keys refused. And the kinds of values.
+"""The base class of all tables of a description, strict and frozen, kebab-case in TOML; and types of values.
 
 Every number of a run has a least and a greatest value (a test keeps it so): who writes a description may be an enemy of
 those who run it, and a number far from what was tried leads to arithmetic that nobody looked at.
@@ -62,11 +62,11 @@ class Config(BaseModel):
 
 
 class Uncoupled(Config):
-    """A table of a run that declares: nothing in it lets a patient's gradient, or what leaves a site, depend on other
-    patients. A table that has no `couplings` is refused in private runs."""
+    """Base of tables in which no key couples patients: a patient's gradient, and what leaves a site, depend on no
+    other patient by it. A table without `couplings` is refused in private runs."""
 
     def couplings(self) -> Iterator[str]:
-        """What couples patients, as `key: why, remedy`, one line each: nothing."""
+        """Yield nothing: no key of the table couples patients."""
         return iter(())
 
 

@@ -1,4 +1,4 @@
-"""What is wrong with a description, one line per fault: the dotted key, what was found and what was expected.
+"""Faults of a description, one line each: the dotted key, what was found and what was expected.
 
 For an unknown key the line names the nearest known one.
 """

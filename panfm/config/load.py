@@ -65,14 +65,14 @@ def config_hash(config: Config) -> str:
 
 
 def as_told(run: RunConfig) -> RunConfig:
-    """A run as sites are told of it: without its cohort and the place of its start, which are a matter of one machine
-    and may name its folders."""
+    """Return the description that sites are sent: without the cohort and the path of the start, which may name folders
+    of one machine."""
     start = run.start and run.start.model_copy(update={"model": None})
     return run.model_copy(update={"cohort": None, "start": start})
 
 
 def experiment_hash(run: RunConfig) -> str:
-    """Hash of a run as sites are told of it."""
+    """Hash of the description that sites are sent."""
     return config_hash(as_told(run))
 
 

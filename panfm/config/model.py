@@ -59,7 +59,7 @@ class ModelConfig(Config):
     """Only for `director-experts`."""
 
     def couplings(self) -> Iterator[str]:
-        """What couples patients, as `key: why, remedy`, one line each; declared by the backbone's class."""
+        """Yield what couples patients, as `key: why, remedy`, one line each; the backbone's class declares it."""
         declared = getattr(BACKBONES.load(self.backbone), "couplings", None)
         if declared is None:
             yield f'backbone: "{self.backbone}" does not declare whether it couples patients, set one that does'

@@ -36,15 +36,15 @@ class ObjectiveConfig(Config):
         return handler(table) if chosen is cls else chosen.model_validate(table, by_alias=True, by_name=False)
 
     def without_running_statistics(self) -> Self:
-        """The same objective, as far as it can do without statistics over the patients of a batch."""
+        """The same objective without statistics over the patients of a batch, where it can do without them."""
         return self
 
     def num_head_parameters(self, width: int) -> int:
-        """Parameters of the heads that the objective adds to a model."""
+        """Count the parameters of the heads that the objective adds to a model."""
         return 0
 
     def num_stream_head_parameters(self, width: int, num_features: int) -> int:
-        """Parameters of the heads that it adds per stream, whose tokens have so many features."""
+        """Count the parameters of the heads that it adds per stream, given the features of the stream's tokens."""
         return 0
 
     def num_target_values(self, num_features: Sequence[int]) -> int:
@@ -52,5 +52,5 @@ class ObjectiveConfig(Config):
         return 0
 
     def num_running_values(self, width: int, num_tokens: int, num_streams: int) -> int:
-        """Numbers in the statistics that it keeps from step to step."""
+        """Count the numbers in the statistics that the objective keeps from step to step."""
         return 0

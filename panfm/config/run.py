@@ -63,7 +63,7 @@ class RunConfig(Config):
 
     @model_validator(mode="after")
     def _groups_with_differences_travel(self) -> Self:
-        """A guard or a mean for a group that is not there would be one that is silently off."""
+        """Refuse settings of a group that the run does not send: they would have no effect."""
         travel = {"backbone", "stream", *(f"stream:{stream}" for stream in self.streams)}
         travel |= {"head"} if self.sharing.head == "mean" else set()
         if self.model.backbone == "director-experts":

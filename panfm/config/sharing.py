@@ -16,7 +16,7 @@ ServerRate = Annotated[float, Field(ge=1e-9, le=10.0)]
 
 
 class GuardsConfig(Config):
-    """What a site's update must keep to. One that does not is refused and logged; the round goes on without it."""
+    """Bounds on a site's update. An update beyond one is refused and logged; the round goes on without it."""
 
     norm_limit: NormLimit = 1.5
     """Greatest root mean square of a group's update, in units of the sum of the round's learning rates: AdamW moves a
@@ -32,7 +32,7 @@ class GuardsConfig(Config):
 
 
 class PlainStepConfig(Config):
-    """Go where the mean points."""
+    """Add the mean update to the global parameters."""
 
     kind: Literal["none"] = "none"
 
@@ -63,7 +63,7 @@ OptimiserConfig = Annotated[PlainStepConfig | MomentumConfig | AdaptiveConfig, F
 
 
 class GroupConfig(Config):
-    """What is different for one group; keys left out are as in `[sharing]`."""
+    """Settings of one group; keys left out are as in `[sharing]`."""
 
     mean: Mean | None = None
     optimiser: OptimiserConfig | None = None
@@ -71,7 +71,7 @@ class GroupConfig(Config):
 
 
 class SharingConfig(Uncoupled):
-    """How the server averages."""
+    """How the server averages updates and moves the global parameters."""
 
     rule: Literal["grouped", "plain"] = "grouped"
     """grouped: each group over the sites that trained it, by how much; plain: everything from everyone (baseline)."""

@@ -34,7 +34,7 @@ class Releasable(StrEnum):
 
 
 class LimitsConfig(Config):
-    """What the site allows."""
+    """Limits of the site, which win over whatever a run asks for."""
 
     may_leave: Annotated[tuple[Annotated[Releasable, Field(strict=False)], ...], Field(strict=False)] = tuple(
         Releasable

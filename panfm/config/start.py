@@ -27,5 +27,5 @@ class StartConfig(Uncoupled):
 
 
 def start_hash(start: StartConfig) -> str:
-    """SHA-256 of the hashes of all groups that a run starts from: what round 1 is held to."""
+    """SHA-256 over the hashes of all groups that a run starts from; round 1 must start at them."""
     return hashlib.sha256(json.dumps(sorted((start.parameters or {}).items())).encode()).hexdigest()

@@ -39,10 +39,10 @@ class StreamConfig(Uncoupled):
 
     @property
     def is_volume(self) -> bool:
-        """Three axes, in mm."""
+        """Whether the images are volumes, with three axes in mm."""
         return len(self.shape) == 3
 
     @property
     def grid(self) -> tuple[int, ...]:
-        """Tokens per axis."""
+        """Number of tokens along each axis."""
         return tuple(size // step for size, step in zip(self.shape, self.patch, strict=True))

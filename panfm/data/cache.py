@@ -101,7 +101,7 @@ class _Cached:
 
     @cached_property
     def file(self) -> Path:
-        """Where it is, or will be."""
+        """Path of the file, which may not be there yet."""
         return self.folder / f"{self.family}.{_hash(*map(_fingerprint, self.paths))}.npy"
 
     @property
@@ -110,7 +110,7 @@ class _Cached:
 
     @property
     def size_bytes(self) -> int:
-        """Of the array."""
+        """Bytes of the array."""
         return 4 * math.prod(self.shape)
 
 
@@ -158,12 +158,12 @@ def _removable(folder: Path, keep: set[Path]) -> list[tuple[Path, os.stat_result
 
 
 def _free_bytes(folder: Path) -> int:
-    """Of the disk that holds a folder, or will hold it."""
+    """Free bytes of the disk that holds a folder, or will hold it."""
     return shutil.disk_usage(_nearest(folder)).free
 
 
 def _spare_bytes(folder: Path) -> int:
-    """Of that disk, what stays free."""
+    """Bytes of that disk that prepared images leave free."""
     return min(_SPARE_BYTES, shutil.disk_usage(_nearest(folder)).total // 20)
 
 

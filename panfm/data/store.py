@@ -1,4 +1,4 @@
-"""Images of many subjects, ready for a model: what the loop, the probes and the caches all speak.
+"""Images of many subjects, in the form that training, probes and caches share.
 
 Shape legend: P subjects that hold a stream, C channels, `*shape` voxels of the stream.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Batch:
-    """Some subjects' images. Absent streams take no room: only the subjects that hold a stream stand in its tensor."""
+    """Images of some subjects, by stream. A stream's tensor has rows for the subjects that hold it, and no others."""
 
     size: int
     """Number of subjects."""
@@ -32,7 +32,7 @@ class Batch:
 
 @dataclass(frozen=True, eq=False)
 class ImageStore:
-    """All subjects of one place, in memory or memory-mapped.
+    """Images of all subjects of one site or folder, in memory or memory-mapped.
 
     Guarantees:
         order: subjects keep the order of the manifest; rows of a stream ascend.
@@ -77,7 +77,7 @@ class ImageStore:
 
 
 def join_stores(stores: Sequence[ImageStore]) -> ImageStore:
-    """One store over several places, e.g. the centralised baseline of a study. Images are copied into memory."""
+    """Join several stores into one, e.g. for the centralised baseline of a study. Images are copied into memory."""
     offsets = np.cumsum([0, *(len(store.subjects) for store in stores)])
     streams = dict.fromkeys(stream for store in stores for stream in store.images)
     images: dict[str, Any] = {}

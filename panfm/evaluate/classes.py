@@ -43,13 +43,13 @@ class Classed:
     """[N]"""
 
     def only(self, chosen: NDArray[np.bool_]) -> "Classed":
-        """Some of the subjects."""
+        """Keep some of the subjects."""
         return Classed(self.features[chosen], self.modality[chosen], self.classes[chosen])
 
 
 @dataclass(frozen=True)
 class ClassScore:
-    """How well classes are told."""
+    """Accuracy and AUC of a class probe."""
 
     accuracy: float
     """Share of the test subjects whose class is the likeliest."""
@@ -79,14 +79,14 @@ def probe_classes(fit: Classed, test: Classed) -> ClassScore:
 
 
 def probe_each_modality(fit: Classed, test: Classed, modalities: Sequence[str]) -> dict[str, ClassScore]:
-    """Within each modality."""
+    """Fit and test a class probe within each modality."""
     return {
         name: probe_classes(fit.only(fit.modality == name), test.only(test.modality == name)) for name in modalities
     }
 
 
 def leave_one_modality_out(fit: Classed, test: Classed, modalities: Sequence[str]) -> dict[str, ClassScore]:
-    """Tested on each of the modalities by a probe that was fitted on all but that one."""
+    """Test on each modality a probe that was fitted on all the others."""
     return {
         name: probe_classes(fit.only(fit.modality != name), test.only(test.modality == name)) for name in modalities
     }

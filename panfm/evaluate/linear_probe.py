@@ -1,4 +1,4 @@
-"""Linear probes on frozen features: what a plain linear reader finds in them.
+"""Linear probes on frozen features: logistic regressions of yes/no labels, ridge regressions of numbers.
 
 Features are standardised on the fit subjects. Yes/no labels: L2 logistic regression, one penalty for all labels, chosen
 by mean AUC on a held-out third of the fit subjects. Numbers: ridge, penalty by closed-form leave-one-out. Unknown

@@ -1,4 +1,4 @@
-"""Do modalities get in each other's way, and do experts divide them among themselves?
+"""Measures of conflict between the gradients of modalities, and of how experts divide modalities.
 
     conflict      over pairs of modalities, where the gradients that each alone would ask for point against one another
     nmi           2 I(expert; modality) / (H(expert) + H(modality)), expert = the one with an image's largest gate
@@ -24,7 +24,7 @@ from panfm.evaluate.balance import entropy
 
 @dataclass(frozen=True)
 class Conflict:
-    """How gradients of different modalities lie to one another; NaN when no two modalities have one."""
+    """Conflict between the gradients of different modalities; NaN when no two modalities have one."""
 
     share: float
     """Share of the pairs whose cosine is below minus the margin."""

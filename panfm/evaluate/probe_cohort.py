@@ -53,7 +53,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Task:
-    """What all arms are probed on."""
+    """Subjects and labels that all arms are probed on."""
 
     run: RunConfig
     places: Sequence[LabelledStore]
@@ -68,7 +68,7 @@ class Task:
 
     @cached_property
     def fit_indices(self) -> list[NDArray[np.int64]]:
-        """Per fit place, its training subjects."""
+        """Training subjects of each fit place."""
         return [place.store.indices("train") for place in self.fit_places]
 
     @cached_property
@@ -78,7 +78,7 @@ class Task:
 
     @cached_property
     def labelled(self) -> NDArray[np.bool_]:
-        """[N] fit subjects of whom at least one label is known."""
+        """Which fit subjects have at least one label that is known, bool [N]."""
         known = np.isfinite(self.targets(list(self.info))[0])
         return np.asarray(known.any(axis=1), dtype=np.bool_)
 
@@ -94,7 +94,7 @@ class Task:
 
     @property
     def is_one_stream_each(self) -> bool:
-        """Every held-out subject holds one stream, and there are several streams."""
+        """Whether every held-out subject holds one stream, and there are several streams."""
         rows = [self.holdout.store.rows[stream] for stream in self.streams]
         return len(rows) > 1 and sum(map(len, rows)) == len(np.unique(np.concatenate(rows)))
 
@@ -148,7 +148,7 @@ def evaluate_cohort(
 
 @dataclass
 class _Reading:
-    """All that is read off one arm."""
+    """Scores and notes of one arm."""
 
     effective_rank: float
     scores: list[Score] = field(default_factory=list)

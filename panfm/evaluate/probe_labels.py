@@ -1,4 +1,4 @@
-"""What is probed: label values of a place's subjects, and what each label stands for.
+"""Labels that are probed: their values for the subjects of a place, and their meaning.
 
 `cohort.toml` says of each label its kind, whether it is carried by weak organs, and which organs carry it. Groups of
 labels are what tables show: `all`, `weak`, one per kind.
@@ -25,7 +25,7 @@ KINDS = ("category", "disease", "class", "volume")
 
 @dataclass(frozen=True)
 class LabelInfo:
-    """What one label stands for."""
+    """Meaning of one label."""
 
     kind: str
     """category, disease or class (0 or 1; of a set of classes one holds), or volume (a number)."""
@@ -36,7 +36,7 @@ class LabelInfo:
 
     @property
     def is_number(self) -> bool:
-        """Probed by regression, not classification."""
+        """Whether the label is probed by regression, not classification."""
         return self.kind == "volume"
 
 

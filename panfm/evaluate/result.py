@@ -1,4 +1,4 @@
-"""What probing found, and its file `probe.json`.
+"""Results of probing, and their file `probe.json`.
 
 ```
 {"scores":  [{"arm", "group", "metric": "auc"|"r2", "value", "low", "high", "num_labels"}],
@@ -27,7 +27,7 @@ from panfm.files import json_text
 
 @dataclass(frozen=True)
 class Score:
-    """One cell of the table."""
+    """One score of one arm, with its interval."""
 
     arm: str
     """federated, site:<name>, untrained, statistics, ..."""
@@ -40,13 +40,13 @@ class Score:
 
     @classmethod
     def of(cls, arm: str, group: str, metric: str, estimate: Interval, num_labels: int) -> "Score":
-        """A cell from an interval."""
+        """Make a score from an interval."""
         return cls(arm, group, metric, estimate.value, estimate.low, estimate.high, num_labels)
 
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """Everything the probes of one run found."""
+    """All results of the probes of one run."""
 
     scores: tuple[Score, ...]
     missing: Mapping[str, Mapping[str, float]]

@@ -1,4 +1,4 @@
-"""Do modalities lie alike in an embedding? Linear CKA between what two modalities make of the same classes.
+"""Similarity of modalities in an embedding: linear CKA between their mean features of the same classes.
 
     CKA(X, Y) = HSIC(XX', YY') / sqrt(HSIC(XX', XX') HSIC(YY', YY'))
 

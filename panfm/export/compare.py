@@ -1,4 +1,4 @@
-"""Is an export the model it was made of? Random images go through both.
+"""Compares an export with the model it was made from: random images go through both.
 
 Shape legend: B subjects, S streams, D width.
 """
@@ -35,7 +35,7 @@ def batch_of(streams: Sequence[str], inputs: Sequence[Tensor]) -> Batch:
 
 
 def require_equal(expected: Tensor, actual: Tensor) -> float:
-    """The largest difference of two embeddings [B, D].
+    """Return the largest difference of two embeddings [B, D].
 
     Raises:
         RunError: it is above TOLERANCE, or not a number.

@@ -1,4 +1,4 @@
-"""One run, one format: the way from a run folder to an export."""
+"""Exports the final model of a run folder in one of several formats."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path

@@ -61,7 +61,7 @@ def _run(content: bytes, streams: Sequence[str], inputs: Sequence[Tensor]) -> Te
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """What torch's exporter says of itself is of no use to the one who exports."""
+    """Silence the messages of torch's exporter, which are about torch and not about the model."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""What is exported: the final model of a run folder, and what has to be told of it wherever it goes."""
+"""Reads what is exported: the final model of a run folder, and the metadata that go with it."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -28,7 +28,7 @@ LICENCE_UNKNOWN = "not stated; ask the sites that trained the model"
 
 
 class _Written(BaseModel):
-    """What an export takes from a model's own metadata.json."""
+    """Metadata of the model itself that an export passes on."""
 
     model_config = ConfigDict(alias_generator=lambda name: name.replace("_", "-"))
     name: str

@@ -43,7 +43,7 @@ class Exploration:
 
 @dataclass(frozen=True)
 class Routed:
-    """How one layer routed a batch, and what its losses need."""
+    """Routing of a batch by one layer, and the tensors that the layer's losses need."""
 
     probs: Tensor
     """[U, R] probabilities of the experts, noise included."""

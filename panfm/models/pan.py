@@ -89,11 +89,11 @@ class PanModel(nn.Module):
         return tuple(parse_stream(name)[0] for name in self.stream_configs)
 
     def stem(self, batch: Batch) -> Batch:
-        """The batch's maps: parameter-free, so callers may compute them once and keep them."""
+        """Patch features of a batch. They need no parameters, so callers may compute them once and keep them."""
         return stem_batch(batch, self.stream_configs, self.tokenizer)
 
     def layout(self, batch: Batch) -> Layout:
-        """Where the tokens of a batch stand."""
+        """Layout of a batch's tokens."""
         present = torch.zeros(batch.size, len(self.streams), dtype=torch.bool, device=self.stream_of_place.device)
         for index, name in enumerate(self.streams):
             if name in batch.rows:
@@ -147,7 +147,7 @@ class PanModel(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the parameters."""
+        """Data type of the parameters."""
         return next(self.parameters()).dtype
 
     def director_experts(self) -> dict[str, DirectorExperts]:

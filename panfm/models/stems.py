@@ -45,7 +45,7 @@ def stem_features(stream: StreamConfig, tokenizer: str) -> int:
 
 
 def stem_batch(batch: Batch, streams: dict[str, StreamConfig], tokenizer: str) -> Batch:
-    """The batch with every image replaced by its stem's map."""
+    """Replace every image of a batch by its patch features."""
     maps = {name: stem_images(images, streams[name], tokenizer) for name, images in batch.images.items()}
     return Batch(batch.size, maps, batch.rows)
 

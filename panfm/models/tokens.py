@@ -1,4 +1,4 @@
-"""Which token stands where: packing, selecting, positions.
+"""Layouts of tokens: packing, selecting, positions.
 
 The model's vocabulary of places is all patches of all its streams, in order. A batch holds, per subject, only the
 places of the streams that the subject has: absent streams are not padded in, they are not there. Rows are packed to
@@ -16,7 +16,7 @@ from torch.nn import functional
 
 @dataclass(frozen=True)
 class Layout:
-    """The places of a batch."""
+    """The patch index of every token of a batch."""
 
     place: Tensor
     """int64 [B, N], index into the vocabulary of M places; 0 where padded."""

@@ -1,4 +1,4 @@
-"""What the gradient of one patient gives away: the images themselves, in closed form.
+"""Audit by inversion: computes a patient's images back from a gradient, in closed form.
 
 A token is x = W p + b + e + s with p the patch and s its position, which is fixed and so known. Of a gradient, the rows
 of the patch layer's part, sum_n z_n p_n^T, span the patches that were seen; those of the first attention's part,
@@ -62,7 +62,7 @@ class Scenario:
 
 
 def invert(model: PanModel, gradient: Gradient) -> dict[str, tuple[Tensor, Tensor]]:
-    """Patches float64 [T, F] of every stream, and what is left over of the equations at each place, [T].
+    """Solve for the patches float64 [T, F] of every stream; also returns the residual at each place, [T].
 
     Streams whose part of the gradient is zero or missing are left out; all are where the first attention's is.
     """
@@ -146,7 +146,7 @@ class Attacked:
         self.maps = [self.trainer.stem(store) for store in stores]
 
     def patients(self, number: int) -> list[Patient]:
-        """The first of the train splits, sites in turn. Raises DataError for none."""
+        """The first patients of the train splits, sites in turn. Raises DataError if there are none."""
         lists = [store.indices("train").tolist() for store in self.maps]
         turns = [(site, own[turn]) for turn in range(number) for site, own in enumerate(lists) if turn < len(own)]
         if not (holders := [patient for patient in turns if self.truth(patient)]):
@@ -154,7 +154,7 @@ class Attacked:
         return holders[:number]
 
     def one_each(self) -> list[list[Patient]]:
-        """Sums of one patient of every site."""
+        """At most four sums, each of one patient from every site."""
         lists = [store.indices("train").tolist() for store in self.maps]
         return [[(site, index) for site, index in enumerate(row)] for row in zip(*lists, strict=False)][:4]
 
@@ -168,7 +168,7 @@ class Attacked:
         return {name: with_noise(value, deviation) if noise else value for name, value in total.items()}
 
     def adamw_update(self, patients: Sequence[Patient]) -> Gradient:
-        """How far one step of the run's optimiser moves the model, which is put back."""
+        """Movement of the model by one step of the run's optimiser; the model is restored."""
         model = self.trainer.model
         before = {name: value.detach().clone() for name, value in model.named_parameters()}
         self.trainer.set_gradient({name: value.float() for name, value in self.gradient(patients).items()})
@@ -186,7 +186,7 @@ class Attacked:
         return Scenario(name, *(column.tolist() for column in scores.T))
 
     def _score(self, patients: Sequence[Patient], gradient: Gradient) -> tuple[float, float, float]:
-        """PSNR of the attack, of a grey and of another patient, at the places that the attack takes for seen.
+        """PSNR of the attack, of plain grey and of another patient, at the places that the attack takes for visible.
 
         Where several patients are in the sum, each place is compared with the one who is nearest: the attack's luck.
         """

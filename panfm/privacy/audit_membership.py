@@ -1,4 +1,4 @@
-"""Who was in the training set? Loss-based membership inference on a finished model.
+"""Audit by membership inference: tells from the losses of a finished model who was in its training set.
 
     score   mean over masks of (loss of the patient under the model before - under the model after)
 
@@ -39,7 +39,7 @@ class Place:
 
     @classmethod
     def of(cls, store: ImageStore) -> "Place":
-        """The train split, and all that is not in it."""
+        """Divide a site's patients into the train split and the others."""
         members = store.indices("train")
         return cls(store, members, np.setdiff1d(np.arange(len(store.subjects)), members))
 

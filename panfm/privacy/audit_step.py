@@ -1,4 +1,4 @@
-"""Does the private step do what it claims? A one-run audit with canaries.
+"""Audit of the private step: one run with canaries, whose result bounds epsilon from below.
 
 m patients are made up whose gradient points along an axis of its own, longer than the clip norm. A coin decides for
 each whether it is among the patients; then T real steps run: Poisson sample, per-patient gradients, clipping, noise,
@@ -89,7 +89,7 @@ def audit_step(
 
 
 def guess(seen: NDArray[np.float64], present: NDArray[np.bool_]) -> tuple[int, int]:
-    """(right, made) guesses: the quarter with the largest sums is there, that with the smallest is not."""
+    """Guess that the quarter with the largest sums is there, and that with the smallest is not -> (right, made)."""
     quarter = len(seen) // 4
     order = np.argsort(seen, kind="stable")
     right = int(present[order[-quarter:]].sum() + (~present[order[:quarter]]).sum())
@@ -97,7 +97,7 @@ def guess(seen: NDArray[np.float64], present: NDArray[np.bool_]) -> tuple[int, i
 
 
 def lower_bound(guesses: int, correct: int, canaries: int, *, delta: float, confidence: float) -> float:
-    """Largest epsilon, to 0.0001, that so many right guesses refute; 0 if they refute none."""
+    """Largest epsilon, to 0.0001, that this number of right guesses refutes; 0 if it refutes none."""
     low, high = 0.0, 20.0
     if _chance(guesses, correct, canaries, 0.0, delta) >= 1.0 - confidence:
         return 0.0
@@ -109,7 +109,7 @@ def lower_bound(guesses: int, correct: int, canaries: int, *, delta: float, conf
 
 
 def _chance(guesses: int, correct: int, canaries: int, eps: float, delta: float) -> float:
-    """Most probability that an (eps, delta)-private step gives so many right guesses."""
+    """Upper bound on the probability that an (eps, delta)-private step gives at least this many right guesses."""
     right = 1.0 / (1.0 + np.exp(-eps))
     tail = float(binom.sf(correct - 1, guesses, right))
     counts = np.arange(1, correct + 1)
@@ -146,7 +146,7 @@ class _WithCanaries(Objective):
         self.length = _LENGTH * clip_norm
 
     def targets(self, teacher: PanModel, maps: Batch, mask: TokenMask, full: Encoded | None) -> Targets:
-        """The objective's, and which canary each patient is, [B, m]; it is known by its picture."""
+        """Targets of the run's objective, and which canary each patient is, [B, m], by its picture."""
         own = maps.images[self.stream].flatten(1).cpu()
         number = torch.cdist(own, self.pictures).argmin(dim=1)
         axis = nn.functional.one_hot(number, len(self.pictures)).float()
@@ -159,7 +159,7 @@ class _WithCanaries(Objective):
         return self.inner.loss(student, output, inner) + self.length * (targets["canary"] @ coordinates)
 
     def state(self) -> dict[str, Tensor]:
-        """The objective's."""
+        """State of the run's objective."""
         return self.inner.state()
 
     def load_state(self, state: dict[str, Tensor]) -> None:

@@ -37,7 +37,7 @@ def checked_run(run: RunConfig, where: str = "run description") -> RunConfig:
 
 
 def claim(run: RunConfig) -> str | None:
-    """What a run may say of its patients' privacy; None if it is not private."""
+    """Claim that a run may make about its patients' privacy; None if it is not private."""
     if run.privacy is None:
         return None
     if any(broken_guarantees(run)):
@@ -46,7 +46,7 @@ def claim(run: RunConfig) -> str | None:
 
 
 def site_dp_claim(run: RunConfig) -> str | None:
-    """What the server may say of its sites' privacy; None without site-level privacy."""
+    """Claim that a run may make about its sites' privacy; None without site-level privacy."""
     if run.server_privacy is None:
         return None
     if any(site_dp_faults(run)):
@@ -56,12 +56,12 @@ def site_dp_claim(run: RunConfig) -> str | None:
 
 
 def privacy_label(run: RunConfig) -> str:
-    """What every artefact of a run says of its privacy."""
+    """Label of a run's privacy, which every artefact of the run carries."""
     return "; ".join(filter(None, (claim(run), site_dp_claim(run)))) or "none"
 
 
 def broken_guarantees(run: RunConfig) -> Iterator[str]:
-    """What breaks the patient-level guarantee of a private run, one line each.
+    """List what breaks the patient-level guarantee of a private run, one line each.
 
     A patient's gradient, or an output, that depends on other patients; a table of the run that does not declare whether
     anything in it does; numbers that leave too little to promise.
@@ -80,7 +80,7 @@ def broken_guarantees(run: RunConfig) -> Iterator[str]:
 
 
 def site_dp_faults(run: RunConfig) -> Iterator[str]:
-    """What lets a site show by more than its clipped, noised update; one line each."""
+    """List what would show a site by more than its clipped and noised update, one line each."""
     assert run.server_privacy is not None
     private, sharing = run.server_privacy, run.sharing
     largest = 0.1 / private.num_sites
@@ -104,7 +104,7 @@ def site_dp_faults(run: RunConfig) -> Iterator[str]:
 
 
 def _faults(run: RunConfig) -> Iterator[str]:
-    """What keeps a run from being let in."""
+    """All faults for which a run is refused."""
     if run.privacy and run.train.proximal_mu:
         yield "train.proximal-mu: not done in private runs, set 0"
     if run.privacy and not run.privacy.acknowledge_broken_guarantee:

@@ -50,7 +50,7 @@ class Permit:
     _is_used: bool = field(default=False, repr=False)
 
     def use(self) -> None:
-        """Raises LedgerError the second time."""
+        """Use the permit up. Raises LedgerError the second time."""
         if self._is_used:
             raise LedgerError(f"permit: round {self.round_number} of {self.run_id} ran already, expected a new permit")
         self._is_used = True
@@ -107,7 +107,7 @@ class _Balance:
         return [replace(mechanism, count=count) for mechanism, count in self.counts.items()]
 
     def least(self, delta: float) -> float:
-        """The least that a further entry at this delta can amount to: epsilon grows with every round, and with a
+        """Lower bound on the epsilon after a further entry at this delta: epsilon grows with every round, and with a
         smaller delta."""
         return max((spent for booked, spent in self.greatest.items() if booked >= delta), default=0.0)
 

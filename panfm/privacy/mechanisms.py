@@ -48,7 +48,7 @@ Unit = Literal["patient", "site"]
 
 @dataclass(frozen=True)
 class Mechanism:
-    """A Gaussian mechanism, applied some times."""
+    """A Gaussian mechanism, and how often it is applied."""
 
     name: str
     releases: tuple[str, ...]

@@ -70,7 +70,7 @@ def train_privately(
 
 
 def _secret_draws(_: int) -> torch.Generator:
-    """A generator for one patient in one step, which nobody can repeat."""
+    """Make a generator for one patient in one step, whose draws nobody can repeat."""
     return secret_generator()
 
 
@@ -132,7 +132,7 @@ class PrivateGradient:
         return True
 
     def gate_mass(self) -> None:
-        """Who used which expert is a secret."""
+        """Return None: which patient used which expert must not be known."""
 
 
 def clipped_sum(

@@ -1,4 +1,4 @@
-"""The report on the console: who took part, and what the features are worth."""
+"""Tables of a run for the console: who took part, and how the features scored."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +13,7 @@ from panfm.report.run_files import Run
 
 
 def print_tables(run: Run, console: Console) -> None:
-    """Print all that there is; under each table what the run may say of its privacy."""
+    """Print all tables for which there are data, each with the run's privacy label below it."""
     label = privacy_label(run.config)
     for table in (site_table(run), *(probe_tables(run.probe) if run.probe else ())):
         table.caption = None if label == "none" else f"privacy: {label}"
@@ -23,7 +23,7 @@ def print_tables(run: Run, console: Console) -> None:
 
 
 def probe_tables(probe: ProbeResult) -> Iterator[Table]:
-    """What frozen features are worth."""
+    """Tables of the probes' scores."""
     for metric in ("auc", "r2"):
         if any(score.metric == metric for score in probe.scores):
             yield score_table(probe, metric)

@@ -1,4 +1,4 @@
-"""What our pages are made of. Every word that goes in is escaped."""
+"""HTML elements of the report pages. Every text that goes in is escaped."""
 
 import html
 from collections.abc import Iterable, Sequence
@@ -17,7 +17,7 @@ Rows = Iterable[Sequence[str]]
 
 
 def section(title: str, body: str) -> str:
-    """A heading and what stands under it, which is HTML already; nothing for nothing."""
+    """A heading above a piece of HTML; empty if the piece is empty."""
     return f"<h2>{html.escape(title)}</h2>{body}" if body else ""
 
 

@@ -1,4 +1,4 @@
-"""A run folder, read; also one whose run is still going on."""
+"""Reads a run folder, also that of a run that is still going on."""
 
 import json
 from collections.abc import Mapping
@@ -43,14 +43,14 @@ class _RoundLine(BaseModel):
 
 
 class _Holdings(BaseModel):
-    """What a site shook hands with."""
+    """Streams and subjects of a site's handshake."""
 
     subjects: int | None = None
     streams: dict[str, int | None] = {}
 
 
 class _SitesFile(BaseModel):
-    """What a report reads of sites.json."""
+    """The part of sites.json that a report reads."""
 
     sites: dict[str, _Holdings] = {}
     failed: list[str] = []
@@ -58,7 +58,7 @@ class _SitesFile(BaseModel):
 
 @dataclass(frozen=True)
 class Run:
-    """Everything a report shows."""
+    """Everything that a report shows of a run."""
 
     folder: Path
     config: RunConfig
@@ -81,7 +81,7 @@ class Run:
 
     @property
     def is_finished(self) -> bool:
-        """There is a final model."""
+        """Whether there is a final model."""
         return bool(self.metadata)
 
     @property

@@ -1,4 +1,4 @@
-"""Where a run stands, for people who watch it: by site, by stream, and who was left out. From the run folder alone."""
+"""The state of a run for people who watch it: by site, by stream, who was left out. Read from the run folder alone."""
 
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -82,7 +82,7 @@ def left_out(run: Run, most: int = 30) -> list[tuple[str, str, str]]:
 
 
 def headline(run: Run) -> str:
-    """How far it is, how it goes, and how long it will take."""
+    """Rounds done, state and time left of a run, in one line."""
     done, total = len(run.rounds), run.config.train.rounds
     words = f"{done} of {total} rounds, {run.state}"
     if run.failure and run.state == run.ending:
@@ -95,7 +95,7 @@ def headline(run: Run) -> str:
 
 
 def privacy_line(run: Run) -> str:
-    """What is promised to patients and sites; empty if nothing is."""
+    """The privacy that is promised to patients and sites; empty if none is."""
     promised = privacy_label(run.config)
     return "" if promised == "none" else f"privacy: {promised}; epsilon below is the plan's, each ledger decides"
 

@@ -1,1 +1,1 @@
-"""What server and sites share: groups of parameters, their exact mean, messages, and what may leave a site."""
+"""Parts that server and sites share: groups of parameters, coding of updates, messages, and the release of replies."""

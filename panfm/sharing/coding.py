@@ -1,4 +1,4 @@
-"""How an update travels: as it is, or rounded to two bytes or one a number, with what was lost made up for next round.
+"""Coding of updates: as they are, or rounded to two bytes or one per number, with error feedback to the next round.
 
     float32   as it is
     bf16      the upper half of each float32, rounded to nearest even, as uint16
@@ -37,7 +37,7 @@ _TINY = np.finfo(np.float32).tiny
 def encode_with_feedback(
     coding: Coding, manifest: GroupManifest, updates: Mapping[str, Flat], lost: Mapping[str, Flat]
 ) -> tuple[Arrays, dict[str, Flat]]:
-    """Updates as they travel, and what they lose.
+    """Code updates with error feedback; also returns the rounding errors, by group.
 
     Args:
         updates: Group -> packed update.
@@ -51,7 +51,7 @@ def encode_with_feedback(
 
 
 def encode(coding: Coding, manifest: GroupManifest, updates: Mapping[str, Flat]) -> Arrays:
-    """Packed updates as they travel."""
+    """Code packed updates."""
     arrays: dict[str, NDArray[Any]] = {}
     for group, update in updates.items():
         if coding == "int8":
@@ -62,7 +62,7 @@ def encode(coding: Coding, manifest: GroupManifest, updates: Mapping[str, Flat])
 
 
 def decode(coding: Coding, manifest: GroupManifest, arrays: Arrays) -> dict[str, Flat]:
-    """Packed updates again; arrays that no group explains come back as they are, for the guards to refuse.
+    """Decode updates; arrays that belong to no group are returned as they are, for the guards to refuse.
 
     Raises:
         ProtocolError: an array is missing or has another dtype or size.

@@ -1,4 +1,4 @@
-"""What is sent down: the global parameters as they are, or, to a site that holds those of the round before, the step.
+"""Coding of global parameters for sites: a site that holds those of the round before is sent the step alone.
 
     g_t = g_(t-1) + decode(encode(step_t + lost_(t-1)))      at the server and at every site, with the same bits
 
@@ -20,7 +20,7 @@ from panfm.sharing.groups import Flat, GroupManifest
 def code_step(
     coding: Coding, manifest: GroupManifest, group: str, step: Flat, lost: Mapping[str, Flat]
 ) -> tuple[Arrays, dict[str, Flat]]:
-    """A group's step as it travels, and what it loses.
+    """Code a group's step; also returns its rounding error.
 
     Args:
         step: float32 [size]; -0.0 where nobody trained, which then loses nothing and makes up for nothing.

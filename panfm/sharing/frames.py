@@ -63,12 +63,12 @@ class Frame:
 
     @classmethod
     def error(cls, reason: str) -> "Frame":
-        """An answer that says why there is no other."""
+        """Make an answer that tells why the question has no other."""
         return cls(Kind.ERROR, Records(config={"reason": reason}))
 
 
 def encode(frame: Frame) -> bytes:
-    """The bytes of a frame. Raises ProtocolError if it holds what cannot travel."""
+    """Return the bytes of a frame. Raises ProtocolError if it holds a value of a type that cannot be sent."""
     arrays = {name: np.ascontiguousarray(array) for name, array in frame.records.arrays.items()}
     words = {
         "kind": frame.kind,
@@ -87,7 +87,7 @@ def encode(frame: Frame) -> bytes:
 
 
 def decode(words: bytes | bytearray, body: bytes | bytearray) -> Frame:
-    """The frame of its two parts. Raises ProtocolError if they are none."""
+    """Read a frame from its two parts. Raises ProtocolError if they are not those of a frame."""
     return _join(_parse(words), body)
 
 

@@ -1,4 +1,4 @@
-"""The groups in which parameters are shared, and how a group travels.
+"""Groups in which parameters are shared, and their packing into one array per group.
 
     stream:<s>   tokenizer and heads of stream s      averaged over the sites that hold stream s
     backbone     the shared network                   averaged over all sites
@@ -157,7 +157,7 @@ class GroupManifest:
         }
 
     def pack(self, group: str, tensors: Mapping[str, NDArray[np.float32]]) -> Flat:
-        """One flat float32 array of a group.
+        """Pack a group into one flat float32 array.
 
         Raises:
             ProtocolError: a parameter is missing, has another shape, or is not float32.
@@ -174,7 +174,7 @@ class GroupManifest:
         return flat
 
     def pack_all(self, tensors: Mapping[str, NDArray[np.float32]]) -> dict[str, Flat]:
-        """Every group, packed."""
+        """Pack every group."""
         return {group: self.pack(group, tensors) for group in self.groups}
 
     def unpack(self, group: str, flat: Flat) -> dict[str, NDArray[np.float32]]:

@@ -33,7 +33,7 @@ class NpySpace:
     """
 
     def __init__(self, size: int) -> None:
-        """All zeros."""
+        """Make an array of zeros."""
         header = io.BytesIO()
         described = {"descr": npy.dtype_to_descr(np.dtype(np.float32)), "fortran_order": False, "shape": (size,)}
         npy.write_array_header_1_0(header, described)
@@ -42,7 +42,7 @@ class NpySpace:
         self.numbers = np.frombuffer(self._file.getbuffer(), np.float32, offset=header.tell())
 
     def close(self) -> bytes:
-        """The bytes; the array is let go."""
+        """Return the bytes; the array is not to be used afterwards."""
         del self.numbers
         return self._file.getvalue()
 

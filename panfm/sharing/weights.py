@@ -104,7 +104,7 @@ def _agree(one: float, other: float) -> bool:
 
 
 def weight_segments(run: RunConfig, manifest: GroupManifest, group: str) -> Segments:
-    """Runs of a packed group, with the weight that counts for them."""
+    """Segments of a packed group: (numbers, index of the site's weight that counts for them)."""
     return manifest.segments(group) if is_pooled(run, group) else ((manifest.size(group), 0),)
 
 

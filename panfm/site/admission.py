@@ -1,5 +1,5 @@
-"""Which runs a site takes part in: those within the limits of its `site.toml`, one at a time, from the start that the
-description names.
+"""Decides which runs a site takes part in: those within the limits of its `site.toml`, one at a time, from the start
+that the description names.
 
     <state folder>/runs/<run id>/ended         the operator has ended the run
 

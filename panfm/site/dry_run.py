@@ -43,7 +43,7 @@ class DryRun:
 
 
 def dry_run(folder: Path, run: RunConfig) -> DryRun:
-    """Shake hands, and train one step of round 1, with private state and ledger in a folder that goes.
+    """Shake hands, and train one step of round 1, with private state and ledger in a temporary folder.
 
     Raises:
         PanfmError: the run would fail at this site.

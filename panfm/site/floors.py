@@ -41,9 +41,9 @@ class Floors:
 
     @classmethod
     def of(cls, run: RunConfig, limits: LimitsConfig) -> "Floors":
-        """Floors of a run's rounds; ones where patients' own noise and clipping stand in their place, since what is
-        refused or left out by the data would tell of it. `admission.check_floors` lets in no other private run past
-        a floor."""
+        """Return the floors of a run's rounds; 1 in a private run, where clipping and noise protect patients instead,
+        and a round that is refused for its data would tell about them. `admission.check_floors` refuses private
+        runs that the site's own epsilon does not cover."""
         return cls(limits.smallest_batch, limits.smallest_steps) if run.privacy is None else cls(1, 1)
 
     def check_subjects(self, store: ImageStore, streams: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""The one door of a site: a question comes in as a frame, an answer goes out, whatever happens.
+"""Answers a question to a site: a frame comes in, and a frame always goes out, if only with an error.
 
 Only two questions are known, and each has a limit on time and memory. An error goes out as one scrubbed line under the
 site's public name; its whole story stays in the site's log.
@@ -68,7 +68,7 @@ def _refuse(kind: Kind) -> NoReturn:
 
 
 def scrub(error: BaseException) -> str:
-    """One line for the server.
+    """Turn an error into one line for the server.
 
     Guarantees:
         no path, no data: of an error that is no ProtocolError and declares no public text, nothing passes but its kind.
@@ -138,7 +138,7 @@ def time_limit(seconds: float | None) -> Iterator[None]:
 
 
 def limit_memory(gib: float | None) -> None:
-    """From now on this process cannot fill more memory: a round that asks for more fails, the process stays."""
+    """Limit the memory of this process: a round that asks for more fails, and the process stays."""
     if gib is not None:
         size = int(gib * 2**30)
         resource.setrlimit(resource.RLIMIT_DATA, (size, size))

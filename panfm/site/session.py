@@ -181,7 +181,7 @@ class Session:
         return {stream: value for stream, value in result.saliency.items() if stream not in thin}
 
     def _updates(self, withheld: Mapping[str, NDArray[np.bool_]]) -> Arrays:
-        """Updates as they travel; what their coding loses is kept for the next round.
+        """Code the updates of a round; rounding errors are kept for the next round.
 
         Args:
             withheld: Group -> which of its numbers travel as 0; what their coding lost before is kept as it is.

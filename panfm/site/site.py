@@ -35,7 +35,7 @@ _MAX_STORY = 1 << 16
 
 
 class Site:
-    """A site folder at work.
+    """One site folder, which answers invitations and rounds.
 
     Guarantees:
         repeatable: the same task gives the same reply, however often it is asked, in whichever process. In a private

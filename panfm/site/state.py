@@ -1,4 +1,4 @@
-"""What a site keeps of a run on its own disk: its private training states, and the questions it was asked.
+"""A site's own files of a run: its private training states, and the questions it was asked.
 
     <folder>/runs/<run id>/round-000007.state     private state after round 7, checksummed
     <folder>/runs/<run id>/asked.json             digests of the questions, by round; on disk before a round is trained
@@ -60,7 +60,7 @@ class StateStore:
     """Private states of one run at one site."""
 
     def __init__(self, folder: Path, run_id: str, origin: Origin | None = None) -> None:
-        """States that may be read; with their origin also written, and trained from.
+        """Open the states of a run: to read them, or, given their origin, to write them and train from them.
 
         Raises:
             ProtocolError: the run id, which came over the wire, is not a plain name.

@@ -54,11 +54,11 @@ class GradientSource(Protocol):
     """Whether the batches' saliency moves the site's profile."""
 
     def draw(self) -> Iterator[DrawnBatch]:
-        """Begin a step: its patients, in one batch or more."""
+        """Begin a step, and yield its patients in one batch or more."""
         ...
 
     def add(self, output: StepOutput) -> None:
-        """Take in the losses of one of the step's batches."""
+        """Add the losses of one of the step's batches."""
         ...
 
     def finish(self) -> bool:
@@ -130,7 +130,7 @@ class BatchGradient:
         self._total: Tensor
 
     def draw(self) -> Iterator[DrawnBatch]:
-        """One batch."""
+        """Draw one batch."""
         subjects = next(self._order)
         maps = self._store.batch(subjects).to(self._state.device)
         yield DrawnBatch(subjects, maps, self._masks, self._routing)

@@ -73,7 +73,7 @@ class MaskingPolicy(ABC):
 
 
 class RandomPolicy(MaskingPolicy):
-    """All streams alike."""
+    """Hides tokens of all streams alike."""
 
     def scores(self, relative: "Tensor", num_subjects: int, step: int, generator: "torch.Generator") -> "Tensor":
         """Zero for every stream."""
@@ -81,7 +81,7 @@ class RandomPolicy(MaskingPolicy):
 
 
 class OrganPolicy(MaskingPolicy):
-    """Whole streams, in random order."""
+    """Hides whole streams, in random order."""
 
     noise = 1e-6
 
@@ -92,7 +92,7 @@ class OrganPolicy(MaskingPolicy):
 
 
 class StaticPolicy(MaskingPolicy):
-    """More of the organs that the description names, always."""
+    """Always hides more of the organs that the description names."""
 
     def scores(self, relative: "Tensor", num_subjects: int, step: int, generator: "torch.Generator") -> "Tensor":
         """Strength for `static-organs`, 0 for the others."""
@@ -101,7 +101,7 @@ class StaticPolicy(MaskingPolicy):
 
 
 class SaliencyPolicy(MaskingPolicy):
-    """More of the streams that the model leans on (SGM)."""
+    """Hides more of the streams that the model leans on (SGM)."""
 
     is_guided = True
 
@@ -123,8 +123,8 @@ class SaliencyPolicy(MaskingPolicy):
 
 
 class InversePolicy(SaliencyPolicy):
-    """Less of the streams that the model leans on."""
+    """Hides less of the streams that the model leans on."""
 
     def scores(self, relative: "Tensor", num_subjects: int, step: int, generator: "torch.Generator") -> "Tensor":
-        """Those of `sgm`, sign turned."""
+        """Scores of `sgm` with the sign turned."""
         return -super().scores(relative, num_subjects, step, generator)

@@ -62,7 +62,7 @@ class TrainingState:
             layer.router.reset_activation()
 
     def stem(self, store: ImageStore) -> ImageStore:
-        """The store's stem maps, computed once per store and kept in memory as long as the store lives."""
+        """The store's patch features, computed once per store and kept in memory as long as the store lives."""
         if self.run.model.tokenizer == "patch":
             return store
         if store not in self._stemmed:
@@ -175,7 +175,7 @@ def _build_optimiser(model: PanModel, config: TrainConfig) -> torch.optim.AdamW:
 
 
 def _stem_store(store: ImageStore, model: PanModel, *, chunk: int) -> ImageStore:
-    """The stem's maps of a whole store, in memory.
+    """Patch features of a whole store, in memory.
 
     Args:
         chunk: Images at a time, fewer if they are large; with 1, no bit of a map depends on other patients.

@@ -1,4 +1,4 @@
-"""The trainer: what one site does between two messages of the server.
+"""The trainer: the local training that one site does between two messages of the server.
 
 `Trainer.step` and `Trainer.forward` have one step in its order: draw patients, teacher forward, mask, student forward,
 loss, gradient, optimiser, teacher update. A gradient source draws the patients and turns their losses into a gradient
@@ -77,7 +77,7 @@ class Trainer(TrainingState):
         """
         if self.run.privacy is not None:
             raise ConfigError(
-                "privacy: a private run trains by panfm.privacy.train_privately, with a permit from a ledger"
+                "privacy: a private run trains by panfm.privacy.private_step.train_privately, with a ledger's permit"
             )
         source = BatchGradient(self, self.stem(store), indices, site=site, round_number=round_number)
         for taken in range(num_steps):

@@ -1,4 +1,4 @@
-"""What does the exact, guarded mean cost the server? Replies of many sites through our strategy and through Flower's.
+"""Cost of the exact, guarded mean at the server: replies of many sites through our strategy and through Flower's.
 
     ours     GroupedMean: guards, exact order-independent mean on two threads, replies let go one by one
     flower   Flower's FedAvg over the same numbers, one array per parameter as in its examples
@@ -45,7 +45,7 @@ _RUN_ID, _SUBJECTS, _DISTINCT = "bench", 100, 3
 
 @dataclass(frozen=True)
 class Updates:
-    """What the sites send: a few distinct updates, over and over."""
+    """Updates that the sites send: a few distinct ones, over and over."""
 
     run: RunConfig
     manifest: GroupManifest
@@ -67,7 +67,7 @@ class Updates:
 
     @property
     def num_bytes(self) -> int:
-        """Of one update."""
+        """Bytes of one update."""
         return sum(value.nbytes for value in self.named[0].values())
 
 
@@ -123,7 +123,7 @@ class _Replies:
         yield from map(self._make, range(self._num_sites))
 
     def seconds(self) -> float:
-        """Since the first was asked for."""
+        """Seconds since the first reply was asked for."""
         return time.perf_counter() - self._began
 
     def _make(self, site: int) -> Message:
@@ -145,7 +145,7 @@ def ours(updates: Updates, num_sites: int) -> dict[str, float]:
 
 
 def peak_bytes(updates: Updates, num_sites: int) -> int:
-    """The most that one aggregation by our strategy holds."""
+    """Peak memory of one aggregation by our strategy."""
     strategy, replies = _our_side(updates, num_sites)
     tracemalloc.start()
     strategy.aggregate_train(1, replies)

@@ -1,4 +1,4 @@
-"""What does a message to a hospital cost, and what does the resident worker save? CPU seconds per message.
+"""CPU seconds per message to a hospital, with the resident worker and without it.
 
 A real SuperLink and two SuperNodes on this machine, over TLS with authentication. Every round each site gets a round's
 task of the federation's model, with the smallest local step there is: one patient. Three ClientApps answer:

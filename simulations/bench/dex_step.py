@@ -1,4 +1,4 @@
-"""What does a Director-Experts backbone cost? One MAE step with it over one with a dense backbone.
+"""Cost of a Director-Experts backbone: one MAE step with it over one with a dense backbone.
 
     dense   one MLP per block, hidden width 4 x 192
     dex     8 experts and a director per block, 2 active, hidden width 2 x 192: the same active FLOPs
@@ -152,7 +152,7 @@ def naive_run(run: RunConfig) -> RunConfig:
 
 
 def _one_step(trainer: Trainer, store: ImageStore, turn: int) -> float:
-    """CPU seconds of one step, without what a round does once at its end."""
+    """CPU seconds of one step, without the work at the end of a round."""
     ended: list[float] = []
     begin = time.process_time()
     trainer.train(
@@ -172,7 +172,7 @@ def _run(arm: str, turns: int) -> RunConfig:
 
 
 def _random_store(run: RunConfig) -> ImageStore:
-    """Noise: the cost does not depend on what is in the images."""
+    """Images of noise: the cost does not depend on their content."""
     random = numpy_generator(run.seed, "dex-step")
     images = random.random((_NUM_SUBJECTS, 1, 224, 224), dtype=np.float32)
     subjects = tuple(str(index) for index in range(_NUM_SUBJECTS))

@@ -1,4 +1,4 @@
-"""What does a private step cost? One with clipped per-patient gradients and noise over a plain one.
+"""Cost of a private step: one with clipped per-patient gradients and noise over a plain one.
 
     dense   ViT of 12 blocks, 192 wide, 32 images of 196 tokens
     dex     its MLPs are 8 experts of hidden width 2 x 192, 2 active, and a director; 16 images
@@ -95,7 +95,7 @@ class _Arm:
         self.maps = self.trainer.stem(self.store)
 
     def take_step(self) -> float:
-        """CPU seconds of one step, without what a round does once at its end."""
+        """CPU seconds of one step, without the work at the end of a round."""
         ended: list[float] = []
         begin = time.process_time()
         if self.trainer.run.privacy:
@@ -141,7 +141,7 @@ def _run(kind: str, *, private: bool) -> RunConfig:
 
 
 def _random_store(run: RunConfig, num_subjects: int) -> ImageStore:
-    """Images of noise: the cost does not depend on what is in them."""
+    """Images of noise: the cost does not depend on their content."""
     random = numpy_generator(run.seed, "dp-step")
     [(name, stream)] = run.streams.items()
     images = {name: random.random((num_subjects, stream.channels, *stream.shape), dtype=np.float32)}

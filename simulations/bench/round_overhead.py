@@ -1,4 +1,4 @@
-"""What does the federation cost on top of training? Rounds of `--engine local` over the same rounds in a plain loop.
+"""Cost of a federation beyond its training: rounds of `--engine local` over the same rounds in a plain loop.
 
 Both arms train the same sites with the same Trainer, one after the other, and average group by group. The federated arm
 adds everything else: messages, packing, guards, the exact mean, validation, private state and checkpoints on disk. The
@@ -73,7 +73,7 @@ def main(
 
 
 def measure_cycles(experiment: Path, cycles: int, number: int) -> dict[str, list[dict[str, float]]]:
-    """Arm -> what each of its cycles takes in this process; every other process begins with the other arm."""
+    """Arm -> seconds of each of its cycles in this process; every other process begins with the other arm."""
     cycle = load_simulation(experiment).train.validate_every
     run = load_simulation(experiment, [f"train.rounds={cycles * cycle + 2}"])
     sites = prepare_cohort(run, Console(quiet=True)) / "sites"
@@ -92,7 +92,7 @@ def measure_cycles(experiment: Path, cycles: int, number: int) -> dict[str, list
 
 
 def _clocked(rounds: Iterator[None]) -> dict[str, float]:
-    """What the next round takes."""
+    """Seconds and CPU seconds of the next round."""
     begin, begin_cpu = time.perf_counter(), time.process_time()
     next(rounds)
     return {"seconds": time.perf_counter() - begin, "cpu_seconds": time.process_time() - begin_cpu}
@@ -116,7 +116,7 @@ def federated_rounds(run: RunConfig, sites: Path, run_dir: Path) -> Iterator[Non
 
 
 def plain_rounds(run: RunConfig, sites: Path) -> Iterator[None]:
-    """The rounds of the least one can do: train every site, average, group by group."""
+    """The rounds of a plain loop: train every site, then average group by group."""
     torch.set_num_threads(run.train.threads)
     stores = {path.name: open_store(path, run.streams) for path in sorted(sites.iterdir())}
     trainers = {site: Trainer(run, tuple(trained_streams(run, store))) for site, store in stores.items()}

@@ -1,4 +1,4 @@
-"""What does saliency-guided masking cost? One training step with it over one with random masking.
+"""Cost of saliency-guided masking: one training step with it over one with random masking.
 
 Random, sgm by `attention` and sgm by `value` take turns, step by step, in one process on one thread, at the same mask
 ratio and on the same batches; the ratio is the median over the turns of (guided step / random step of the same turn),
@@ -69,7 +69,7 @@ def measure(run: RunConfig, size: str, *, turns: int) -> dict[str, list[float]]:
 
 
 def _one_step(trainer: Trainer, store: ImageStore, turn: int) -> float:
-    """CPU seconds of one step, without what a round does once at its end."""
+    """CPU seconds of one step, without the work at the end of a round."""
     ended: list[float] = []
     begin = time.process_time()
     trainer.train(
@@ -100,7 +100,7 @@ def _trainer(run: RunConfig, size: str, masking: dict[str, object], turns: int) 
 
 
 def _random_store(run: RunConfig) -> ImageStore:
-    """Complete subjects of noise: the cost does not depend on what is in the images."""
+    """Complete subjects with images of noise: the cost does not depend on their content."""
     random = numpy_generator(run.seed, "sgm-overhead")
     images = {
         name: random.random((_NUM_SUBJECTS, stream.channels, *stream.shape), dtype=np.float32)

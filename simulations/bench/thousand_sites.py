@@ -1,4 +1,4 @@
-"""What do 1,000 sites cost on top of their training? A whole run of `--engine local` over the training alone.
+"""Cost of 1,000 sites beyond their training: a whole run of `--engine local` over the training alone.
 
 Each site is a small hospital of its own on disk: ten phantom patients, scans of two of the quickstart's seven organs, a
 `nano` model. A tenth of the sites is asked in a round, and takes the quickstart's 20 local steps. As most sites come
@@ -112,20 +112,20 @@ class Turns(Progress):
         self._clock = _Clock()
 
     def site(self, handshake: Handshake) -> None:
-        """A site has shaken hands."""
+        """Count a site that has shaken hands."""
         self._num_sites += 1
         if self._num_sites % _TELL_EVERY == 0:
             self._console.print(f"{self._num_sites} sites have shaken hands")
 
     def privacy(self, label: str) -> None:
-        """All sites have shaken hands: the rounds begin."""
+        """Record the time of all handshakes; the clock of the rounds starts."""
         measured = self._clock.per_site(self._num_sites)
         self._result.add("handshakes", measured)
         self._console.print(f"handshakes: {1e3 * measured['seconds']:.1f} ms per site")
         self._clock = _Clock()
 
     def round(self, run: RunConfig, line: Mapping[str, Any]) -> None:
-        """A round has ended; the other arm trains its sites again."""
+        """Record the time of a round, and let the other arm train the same sites."""
         local = self._clock.per_site(len(line["sites"]))
         self._result.add("local", local)
         self.held.append(_held())
@@ -173,7 +173,7 @@ class PureTraining:
 
 
 class _Clock:
-    """Runs from where it is made."""
+    """Clock that runs from where it is made."""
 
     def __init__(self) -> None:
         self._begin, self._begin_cpu = time.perf_counter(), time.process_time()
@@ -184,7 +184,7 @@ class _Clock:
 
 
 def _held() -> dict[str, float]:
-    """What the process has filled at most so far, and its open files."""
+    """Peak memory of the process so far, and its open files."""
     return {
         "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         "open_files": len(list(Path("/dev/fd").iterdir())),

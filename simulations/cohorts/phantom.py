@@ -69,7 +69,7 @@ class PhantomCohort(CohortSource):
             (partial / "cohort.toml").write_text(_describe(self, places), encoding="utf-8")
 
     def fingerprint(self) -> list[object]:
-        """The code that draws the phantoms."""
+        """Source of the code that draws the phantoms."""
         return texts_of(Path(__file__).parent.glob("phantom*.py"))
 
 

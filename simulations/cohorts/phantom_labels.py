@@ -1,4 +1,4 @@
-"""What the phantom's patients suffer from: 13 disease categories and 14 diseases.
+"""Labels of the phantom's patients: 13 disease categories and 14 diseases.
 
 A label is a noisy threshold of a nonlinear function of the latent factors: linear terms, products of two factors and a
 burden term that grows only on the diseased side. Thresholds come from one fixed reference population, so a label means

@@ -1,4 +1,4 @@
-"""What every modality shows: one of six shapes, at a random place, size, angle and stretch.
+"""The shapes that every modality shows: one of six, at a random place, size, angle and stretch.
 
 A shape is a signed distance (negative inside) in its own coordinates u, v, scaled to the area of the unit disc, so that
 neither how much of the picture is covered nor the mean brightness tells the classes apart.

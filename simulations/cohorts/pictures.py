@@ -64,7 +64,7 @@ class PictureCohort(StreamCohort):
             (partial / "cohort.toml").write_text(_describe(self, places), encoding="utf-8")
 
     def fingerprint(self) -> list[object]:
-        """The code that draws the pictures."""
+        """Source of the code that draws the pictures."""
         return texts_of(Path(__file__).parent.glob("picture*.py"))
 
 

@@ -1,4 +1,4 @@
-"""Engine `deployment`: what runs in hospitals, all of it on this machine, over TLS and with authentication.
+"""Engine `deployment`: the processes of coordinator and hospitals on this machine, over TLS and with authentication.
 
     coordinator    SuperLink (process isolation, database on disk) and the SuperExec that shows it a secret
     each site      resident worker (`panfm site start`) and a SuperNode whose key the coordinator has registered
@@ -51,11 +51,11 @@ class Deployment:
 
     @property
     def address(self) -> str:
-        """Where the SuperLink listens."""
+        """Address at which the SuperLink listens."""
         return f"127.0.0.1:{self.port}"
 
     def start_coordinator(self) -> None:
-        """Credentials, SuperLink, SuperExec, and the connection under which `flwr` finds them."""
+        """Make credentials, start SuperLink and SuperExec, and write the connection under which `flwr` finds them."""
         credentials("coordinator", self.home, "localhost")
         connection = f'address = "{self.address}"\nroot-certificates = "{self.home / "ca.crt"}"\n'
         text = f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\n{connection}'
@@ -75,7 +75,7 @@ class Deployment:
         wait_until(self._is_healthy, "flower-superlink", _START_TIMEOUT_S, self.processes["superlink"])
 
     def start_worker(self, folder: Path) -> None:
-        """The site's worker, in the background."""
+        """Start the site's worker in the background."""
         self.start(f"{folder.name}.worker", "panfm", "site", "start", str(folder))
 
     def register(self, folder: Path) -> None:
@@ -85,13 +85,13 @@ class Deployment:
         flwr(["supernode", "register", key, CONNECTION, "--name", folder.name], self.environment)
 
     def start_supernode(self, folder: Path) -> None:
-        """The site's SuperNode, in the background."""
+        """Start the site's SuperNode in the background."""
         self.start(f"{folder.name}.supernode", *self.supernode(folder))
 
     def supernode(
         self, folder: Path, *, address: str = "", key: Path | None = None, trust: list[str] | None = None
     ) -> list[str]:
-        """The words of a site's SuperNode. It knows the worker's socket, and nothing of the data.
+        """Command line of a site's SuperNode. It knows the worker's socket, and not where the data lie.
 
         Args:
             folder: The site folder.
@@ -108,14 +108,14 @@ class Deployment:
         return [*words, "--node-config", f"site-socket={json.dumps(str(socket))}"]
 
     def wait_for(self, folders: list[Path]) -> None:
-        """Until every site's worker listens, and its SuperNode is online."""
+        """Wait until every site's worker listens and its SuperNode is online."""
         for folder in folders:
             self.wait_for_worker(folder)
         nodes = [self.processes[f"{folder.name}.supernode"] for folder in folders]
         wait_until(lambda: self.num_online() >= len(folders), "SuperNodes online", _START_TIMEOUT_S, *nodes)
 
     def wait_for_worker(self, folder: Path) -> None:
-        """Until it listens."""
+        """Wait until the worker of a site listens."""
         worker, site = self.processes[f"{folder.name}.worker"], load_site(folder)
         wait_until(lambda: is_running(folder, site), f"worker of {folder.name}", _START_TIMEOUT_S, worker)
 
@@ -125,7 +125,7 @@ class Deployment:
         return sum(node["status"] == "online" for node in nodes)
 
     def start(self, name: str, *words: str) -> None:
-        """Any process, in the background, with a log under its name."""
+        """Start a process in the background, with a log under its name."""
         self.processes[name] = start(words, self.logs / f"{name}.log", self.environment)
 
     def _trust(self) -> list[str]:
@@ -149,7 +149,7 @@ def run(job: Job) -> None:
 
 
 def run_config(job: Job) -> dict[str, str]:
-    """What the coordinator tells the apps. Where a site's data lies, only the site knows."""
+    """Run config of the apps. It does not tell where the data of a site lie."""
     return {key: value for key, value in job.run_config().items() if key != "sites"}
 
 

@@ -12,10 +12,10 @@ __all__ = ["ROOT", "flwr", "private_environment", "submit", "wait_for_end"]
 
 
 def private_environment(home: Path) -> dict[str, str]:
-    """Nothing is asked of the network, nothing is left outside `home`, our own interpreter's commands come first."""
+    """Environment for `flwr`: offline, with its files under `home`, and this interpreter's commands first."""
     return flower_environment() | OFFLINE | {"FLWR_HOME": str(home)}
 
 
 def wait_for_end(run_id: str, connection: str, job: Job, environment: Mapping[str, str]) -> None:
-    """Show the rounds as they come, until Flower says that the run has ended. Raises RunError if it failed."""
+    """Show rounds as they end, until Flower says that the run has ended. Raises RunError if it failed."""
     follow(job.run_dir, Lines(), FlowerRun(run_id, connection), environment)

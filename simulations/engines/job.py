@@ -1,4 +1,4 @@
-"""What an engine is given, and the choice of one."""
+"""The job that an engine is given, and the choice of an engine."""
 
 from dataclasses import dataclass
 from importlib import import_module
@@ -27,7 +27,7 @@ class Job:
 
     @property
     def log(self) -> Path:
-        """Where sites and server tell the whole story of what went wrong."""
+        """File in which sites and server log errors in full."""
         return self.run_dir / "run.log"
 
     def run_config(self) -> dict[str, str]:

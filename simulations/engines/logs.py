@@ -1,4 +1,4 @@
-"""What sites and server log goes into a file of the run folder; the console is for the rounds and for one reason."""
+"""Sends the logs of sites and server to a file of the run folder; the console shows rounds, and why a run failed."""
 
 import logging
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ _LOGGERS = ("panfm", "client", "server")
 
 @contextmanager
 def logged_to(path: Path) -> Iterator[None]:
-    """Meanwhile our loggers write to a file, which appears with the first line, and nowhere else."""
+    """Make our loggers write to a file alone until the block ends; it appears with the first line."""
     handler = logging.FileHandler(path, encoding="utf-8", delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     loggers = [logging.getLogger(name) for name in _LOGGERS]

@@ -12,7 +12,7 @@ OFFLINE = flower_cli.OFFLINE | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_V
 
 
 def go_offline() -> None:
-    """Set them in this process and for its children, with a home of Flower's own instead of ~/.flwr."""
+    """Set the environment of this process and its children, with a home for Flower instead of ~/.flwr."""
     os.environ.update(OFFLINE)
     if "FLWR_HOME" not in os.environ:
         os.environ["FLWR_HOME"] = home = str(Path(tempfile.gettempdir(), f"panfm-flower-{os.getpid()}"))

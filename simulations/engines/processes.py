@@ -1,4 +1,4 @@
-"""Processes of ours: each in a group of its own, so that it ends with all its children; free ports; one wait."""
+"""Starts and ends processes, each in a group of its own so that its children end with it; free ports; waiting."""
 
 import os
 import signal
@@ -38,7 +38,7 @@ def send_signal(process: Process, number: signal.Signals) -> None:
 
 
 def wait_until(condition: Callable[[], bool], what: str, timeout_s: float, *processes: Process) -> None:
-    """Raises RunError if it takes too long, or if one of the processes it depends on has ended."""
+    """Wait for a condition. Raises RunError if it takes too long, or if a process it depends on has ended."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         ended = [process.returncode for process in processes if process.poll() is not None]

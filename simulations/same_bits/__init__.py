@@ -1,1 +1,1 @@
-"""The same small runs on two versions of the code, and a comparison of what they leave, to the bit."""
+"""Does the same small runs on two versions of the code, and compares their files to the bit."""

@@ -1,4 +1,4 @@
-"""`python -m simulations same-bits BASE`: does this tree give, bit for bit, what an earlier commit gives?
+"""`python -m simulations same-bits BASE`: compares the results of this tree with those of a commit, bit for bit.
 
 Both versions do the same small runs on this machine, at the same time, each on a cohort that it makes from the same
 description. Then models, states, rounds and replies are compared (compare.py).

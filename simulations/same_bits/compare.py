@@ -1,4 +1,4 @@
-"""What two runs left on disk, compared value by value.
+"""Compares the files of two runs value by value.
 
 Every file becomes a table, from `<file>: <key>` to a tensor or a number or a word. Two tables must hold the same keys
 and, to the bit, the same values, but for the differences that `allowed.toml` declares with a reason.
@@ -46,11 +46,11 @@ class Tensor:
 
     @classmethod
     def of(cls, array: np.ndarray[Any, Any]) -> "Tensor":
-        """A copy of an array."""
+        """Make one from a copy of an array."""
         return cls(array.dtype.str, array.shape, array.tobytes())
 
     def numbers(self) -> np.ndarray[Any, Any] | None:
-        """As float64; None for a type of which NumPy has none."""
+        """The numbers as float64; None for a type that NumPy does not have."""
         if self.dtype == "BF16":
             return (np.frombuffer(self.data, "<u2").astype("<u4") << 16).view("<f4").astype(np.float64)
         name = _DTYPES.get(self.dtype, self.dtype)
@@ -59,7 +59,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class RunFiles:
-    """Where one run left what is compared."""
+    """Folders in which one run left the files that are compared."""
 
     run_dir: Path
     replies: Path
@@ -92,7 +92,7 @@ class Allowances:
         return cls(tuple(tables.get("allowed", ())), tuple(tables.get("renamed", ())))
 
     def of(self, run: str) -> "Allowances":
-        """Those of one run; what they meet counts for all."""
+        """Allowances of one run; the differences that they meet count for all."""
         differences = tuple(entry for entry in self.differences if fnmatchcase(run, entry["run"]))
         return Allowances(
             differences, tuple(entry for entry in self.renamed if fnmatchcase(run, entry["run"])), self.met
@@ -165,7 +165,7 @@ def compare_tables(part: str, base: Table, here: Table, allowances: Allowances) 
 
 
 def read_part(files: RunFiles, part: str) -> Table:
-    """One part of what a run left, as a table. Raises DataError as `compare`."""
+    """Read one part of a run's files as a table. Raises DataError as `compare`."""
     readers = {"model": _model, "state": _states, "rounds": _rounds, "replies": _replies, "probe": _probe}
     try:
         return dict(readers[part](files))

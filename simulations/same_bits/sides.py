@@ -71,7 +71,7 @@ class Side:
         return digest(cohorts[0])
 
     def do(self, runs: Sequence[Run], tell: _Tell) -> None:
-        """All other runs. Raises RunError, naming the run and its log, if one does not end as it should."""
+        """Do all other runs. Raises RunError, naming the run and its log, if one does not end as it should."""
         self._do([self._job(run) for run in runs if run.engine == "local" and not run.resumes_like], tell)
         for run in runs:
             if run.resumes_like:
@@ -81,7 +81,7 @@ class Side:
                 self._do([self._job(run)], tell)
 
     def files(self, run: Run) -> RunFiles:
-        """Where a run's files lie."""
+        """Folders of a run's files."""
         run_dir = self._run_dir(run)
         at_sites = run_dir / "sites" if run.engine == "local" else (self.folder / "quick" / "sites").resolve()
         return RunFiles(run_dir, self.folder / "replies" / run.name, (run_dir / "checkpoint", at_sites))

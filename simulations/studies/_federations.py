@@ -1,4 +1,4 @@
-"""Federations as studies need them: run one and read its folder; compare variants of one run, pair by pair."""
+"""Runs a federation and reads its folder; compares variants of one run, pair by pair."""
 
 import contextlib
 import hashlib
@@ -30,7 +30,7 @@ Arms = Mapping[str, Sequence[str]]
 
 @dataclass(frozen=True)
 class Federated:
-    """What a federation came to."""
+    """Results of a federation."""
 
     model: PanModel
     rounds: Sequence[Mapping[str, Any]]

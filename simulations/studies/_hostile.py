@@ -64,7 +64,7 @@ _OF_LIMIT = 0.95
 
 @dataclass
 class _Seen:
-    """What hostile sites know of the round."""
+    """Values of a round that hostile sites know."""
 
     number: int = 0
     honest: dict[str, RoundReply] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""What the studies of Director-Experts share: ten-modality pictures, frozen probes, and a modality that joins.
+"""Parts that the studies of Director-Experts share: ten-modality pictures, frozen probes, a modality that joins.
 
 Every picture shows one of six shapes in one of ten modalities. Nine stand at the sites; the last, which nobody has, is
 for transfer: its tokenizer is trained for a few steps on a frozen backbone, then its shapes are probed.
@@ -166,7 +166,7 @@ def probe_own(
 
 
 def probe_across(pictures: Pictures, model: PanModel, route: Route = "experts") -> dict[str, float]:
-    """How well shapes are told over all streams that were trained, and how alike the streams lie."""
+    """AUC of a probe of shapes over all streams that were trained, and similarity of the streams."""
     streams = pictures.trained
     fit = pictures.read(model, pictures.together, "train", streams, route)
     test = pictures.read(model, pictures.holdout, "test", streams, route)

@@ -1,4 +1,4 @@
-"""What may an update's coding cost? The quickstart with updates as float32, bf16 and int8.
+"""Cost of coding the updates: the quickstart with updates as float32, bf16 and int8.
 
 bf16 and int8 round; what that loses, a site adds to its next update (error feedback, see panfm/sharing/coding.py).
 `int8_bytes` is int8's bytes over float32's, all sites together, scales included.

@@ -1,4 +1,4 @@
-"""What do Director-Experts buy, and is it theirs, or any sparse layer's?
+"""Gains of Director-Experts over dense layers, and over sparse layers that are routed otherwise.
 
 Ten-modality pictures in one place, masked autoencoding, the same data, steps and active parameters in every arm:
 
@@ -190,7 +190,7 @@ def arm_run(seed: int, arm: str, steps: int) -> RunConfig:
 
 
 def measure(job: Job) -> dict[str, float]:
-    """Train one arm and measure it; what is read through the directors stands under `director:`."""
+    """Train one arm and measure it; metrics of the route through the directors begin with `director:`."""
     run = arm_run(job.seed, job.arm, job.steps)
     pictures = Pictures.open(job.folder, run)
     everyone = pictures.together.store
@@ -218,7 +218,7 @@ def probes(pictures: Pictures, run: RunConfig, model: PanModel, arm: str) -> dic
 
 
 def conflict(trainer: Trainer, store: ImageStore) -> dict[str, float]:
-    """How the modalities' gradients lie to one another, in every block's MLP or experts."""
+    """Conflict between the modalities' gradients, in every block's MLP or experts."""
     maps, losses = trainer.stem(store), {}
     for stream, rows in store.rows.items():
         held = np.intersect1d(rows, store.indices("train"))
@@ -245,7 +245,7 @@ def _loss(trainer: Trainer, maps: ImageStore, chosen: NDArray[np.int64], stream:
 
 
 def specialisation(model: PanModel, pictures: Pictures) -> dict[str, float]:
-    """How experts and modalities go together on held-out pictures; nothing for a dense model."""
+    """Dependence between experts and modalities on held-out pictures; empty for a dense model."""
     store, streams = pictures.holdout.store, pictures.trained
     gates, names = [], []
     for stream in streams:
@@ -309,7 +309,7 @@ def _deviations(result: StudyResult, arms: Sequence[str]) -> dict[str, float]:
 
 
 def targets(result: StudyResult) -> list[Target]:
-    """What was asked of Director-Experts."""
+    """Targets of the study."""
     found = result.ratios
     return [
         Target("nmi of dex, deeper half", found["nmi_dex"], 0.4),

@@ -1,4 +1,4 @@
-"""Who should hold the experts, when every hospital has modalities of its own?
+"""Private, pooled and naively averaged experts, where every hospital has modalities of its own.
 
 Five hospitals without a modality in common, the same pictures and the same total of steps in every arm:
 
@@ -84,7 +84,7 @@ class ArmJob:
 
 @dataclass(frozen=True)
 class Trained:
-    """What an arm ends up with."""
+    """Models of an arm at the end of its training."""
 
     sites: Mapping[str, PanModel]
     """Site -> the model it uses."""
@@ -207,7 +207,7 @@ def _answers(result: StudyResult) -> dict[str, float]:
 
 
 def targets(result: StudyResult) -> list[Target]:
-    """What was asked of the arm that is the default."""
+    """Targets of the study, for the arm that is the default."""
     gains = [
         Target(f"{metric}, {DEFAULT} minus {baseline}", result.ratios[f"{metric}/{DEFAULT}-minus-{baseline}"], 0.0)
         for metric in ("probe_own", "probe_newsite")

@@ -1,4 +1,4 @@
-"""What can one hostile site do to the others' model, by mean and by guards?
+"""Damage of hostile sites to the others' model, by attack, mean and guards.
 
 Five phantom hospitals with three or four of four organs, so that each organ is at three honest ones or more; the last
 is hostile. The attacks (_hostile.py) act on its real messages to the real server.
@@ -106,7 +106,7 @@ class ArmJob:
 
     @property
     def attack(self) -> str | None:
-        """What hostile sites do; None if there are none."""
+        """Attack of the hostile sites; None if there are none."""
         return self.arm.removeprefix(_TEN).split("/")[0] if "/" in self.arm else None
 
 
@@ -265,7 +265,7 @@ def damage(result: StudyResult, arm: str) -> float:
 
 
 def targets(result: StudyResult, chosen: Sequence[str]) -> list[Target]:
-    """What the defaults were asked to hold against one hostile site of five; of the arms that were measured."""
+    """Targets for the defaults against one hostile site of five, for the arms that were measured."""
     by_default = [arm for attack in (*ATTACKS, _GATES) if (arm := f"{attack}/{DEFAULT}") in chosen]
     found = [Target(f"minus the damage of {arm}", -result.ratios[f"damage/{arm}"], -0.1) for arm in by_default]
     cap = study_run("honest", 0, 0, 1).federation.max_share

@@ -1,4 +1,4 @@
-"""What does privacy cost, and what does it stop? Epsilon 2, 8 and infinity, from scratch and from a public model.
+"""Cost of privacy, and attacks on it: epsilon 2, 8 and infinity, from scratch and from a public model.
 
 Five phantom hospitals with unequal organs, as many steps over the same patients in every arm:
 
@@ -176,7 +176,7 @@ def arm_run(arm: str, seed: int, public: Path) -> RunConfig:
 
 
 def _privacy(start: str, epsilon: str) -> list[str]:
-    """What the arm changes in the table `privacy`."""
+    """Keys of the table `privacy` that the arm changes."""
     trained = "vectors" if start == "warm" else "all"
     changes: dict[str, object] = {
         "public-subjects": _MEMBERS,
@@ -275,7 +275,7 @@ def _inverted(run: RunConfig, model: PanModel, places: list[LabelledStore]) -> d
 
 
 def answers(result: StudyResult) -> dict[str, float]:
-    """What an epsilon costs and whether it adds anything, as paired means; and what attacks find at epsilon 8."""
+    """Cost and gain of each epsilon, as paired means; and the scores of attacks at epsilon 8."""
     pairs = [(f"{start}-{epsilon}", f"{start}-inf") for start in ("cold", "warm") for epsilon in ("8", "2")]
     pairs += [(arm, "untrained") for arm in ("cold-inf", "cold-8", "cold-2", "public")]
     pairs += [(arm, "public") for arm in ("warm-inf", "warm-8", "warm-2", "warm-ordinary")]
@@ -290,7 +290,7 @@ def _above_grey(result: StudyResult, arm: str) -> float:
 
 
 def targets(result: StudyResult) -> list[Target]:
-    """What privacy was asked to show."""
+    """Targets of the study."""
     found: Mapping[str, float] = result.ratios
     return [
         Target("0.56 minus membership AUC at epsilon 8, cold", 0.56 - found["mia_auc/cold-8"], 0.0),

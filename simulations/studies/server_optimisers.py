@@ -1,4 +1,4 @@
-"""What should the server make of the sites' updates? The quickstart, as many rounds and local steps in every arm.
+"""Comparison of server optimisers: the quickstart, with as many rounds and local steps in every arm.
 
     mean      go where the weighted mean points (the default)
     nesterov  DiLoCo's outer step
@@ -37,7 +37,7 @@ def main(
     json: JsonFile = None,
     experiment: Experiment = QUICKSTART,
 ) -> None:
-    """AUC of a federation at equal budget, by what the server makes of the updates."""
+    """AUC of a federation at equal budget, by server optimiser."""
     check_writable(json)
     result = compare("server-optimisers", experiment, ARMS, StudyOptions(seeds, draws, first_seed, json=json))
     show(result, ARMS)

@@ -1,4 +1,4 @@
-"""Does saliency-guided masking help, how long, and where?
+"""Gain of saliency-guided masking over other policies, by number of steps and by phantom.
 
 Two phantoms (`transient` and `lasting` dominance), three budgets, seven masking arms at one mask ratio, and two
 references: the untrained model and plain organ statistics. Frozen embeddings are read by linear probes fitted on the
@@ -229,7 +229,7 @@ def _probe(
 
 
 def _saliency_entropy(model: PanModel, maps: ImageStore) -> float:
-    """Of the mean `value` saliency over complete subjects, whatever steered the arm's masks."""
+    """Entropy of the mean `value` saliency over complete subjects, whatever steered the arm's masks."""
     shares = []
     with torch.inference_mode():
         for start in range(0, len(maps.subjects), 256):
@@ -257,7 +257,7 @@ def _gains(result: StudyResult) -> dict[str, float]:
 
 
 def targets(result: StudyResult, budget: str) -> list[Target]:
-    """What `sgm` was asked to show at a budget. `long` compares with `statistics` where that arm was run."""
+    """Targets of `sgm` at a budget. `long` compares with `statistics` where that arm was run."""
 
     def ahead(metric: str, least: float, baseline: str = "random") -> Target:
         found = float(np.mean(result.gain(metric, "sgm", baseline)))

@@ -1,4 +1,4 @@
-"""Is it worth sharing, and does it matter how?
+"""Local, plain, grouped and centralised training, compared at the same number of steps.
 
 Five phantom hospitals with unequal organs, the same subjects and the same total of gradient steps in every arm:
 
@@ -116,7 +116,7 @@ def run(options: StudyOptions, rounds: int) -> StudyResult:
 
 
 def targets(result: StudyResult) -> list[Target]:
-    """What sharing by groups was asked to show, over each site's own organs."""
+    """Targets of sharing by groups, over each site's own organs."""
     found = result.ratios
     return [
         Target("share of pairs with grouped at least plain", found["mean/auc/grouped-at-least-plain"], 0.8),

@@ -1,15 +1,26 @@
-"""README and docs: short enough, links that lead somewhere, tests that exist."""
+"""README and docs: short enough, links that lead somewhere, files, functions and tests that exist."""
 
 import ast
+import itertools
 import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
+import torch
+
+from panfm.config.masking import MaskingConfig
+from panfm.training.policies import MaskingPolicy
+from tests.contract.test_layers import LEVELS
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)[^)]*\)")
 TEST = re.compile(r"`(tests/[\w/]+\.py)(?:::(\w+))?`")
+FILE = re.compile(r"`((?:panfm|strategies|server|client|simulations|tests|configs|docs)/[\w/.-]*)`")
+NAME = re.compile(r"`([A-Z]\w+\.[a-z_]\w*|[A-Za-z_]\w*)`")
+ARCHITECTURE = ROOT / "docs" / "architecture.md"
+FIGURE = ROOT / "docs" / "figures" / "manifest-row-to-tensor.svg"
 
 
 def test_readme_is_at_most_150_lines() -> None:
@@ -28,12 +39,66 @@ def test_every_test_that_a_page_names_exists(page: Path) -> None:
     assert missing == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_file_that_a_page_names_exists(page: Path) -> None:
+    if page.name == "CHANGELOG.md":
+        pytest.skip("tells of files that were")
+    assert [path for path in FILE.findall(page.read_text()) if not (ROOT / path).exists()] == []
+
+
+def test_every_function_in_the_architecture_is_defined_in_a_file_of_its_line() -> None:
+    pairs = [(FILE.findall(line), NAME.findall(line)) for line in _without_code(ARCHITECTURE.read_text()).splitlines()]
+    assert sum(bool(files and names) for files, names in pairs) > 15
+    assert [name for files, names in pairs for name in names if files and name not in _definitions(files)] == []
+
+
+def test_the_architecture_has_the_levels_of_the_library() -> None:
+    rows = re.findall(r"^\| [1-6] \|([^|]*)\|$", ARCHITECTURE.read_text(), re.MULTILINE)
+    levels = [{Path(path).name.removesuffix(".py") for path in FILE.findall(row)} for row in rows]
+    assert levels == [set(level) for level in reversed(LEVELS)]
+
+
+def test_every_function_in_the_figure_is_defined_in_the_file_above_it() -> None:
+    texts = [text for text in ElementTree.parse(FIGURE).iter() if text.get("class") in ("file", "name")]
+    pairs = [
+        (file.text, name.text)
+        for file, name in itertools.pairwise(texts)
+        if (file.get("class"), name.get("class")) == ("file", "name")
+    ]
+    assert len(pairs) == sum(text.get("class") == "name" for text in texts) > 20
+    assert [(file, name) for file, name in pairs if name not in _definitions([str(file)])] == []
+    page = ARCHITECTURE.read_text()
+    assert [file for file, _ in pairs if f"`{file}`" not in page] == []
+
+
+def test_the_plug_in_of_the_architecture_works() -> None:
+    [code] = re.findall(r"```python\n(.*?)```", ARCHITECTURE.read_text(), re.DOTALL)
+    assert len([line for line in code.splitlines() if line]) <= 10
+    names: dict[str, type[MaskingPolicy]] = {}
+    exec(compile(code, "docs/architecture.md", "exec"), names)
+    policy = names["RootPolicy"](MaskingConfig(), ["brain", "heart"])
+    scores = policy.scores(torch.tensor([[0.25, 4.0]]), 1, 0, torch.Generator())
+    assert scores.tolist() == [[0.5, 2.0]]
+    assert policy.is_guided
+
+
+def test_the_glossary_has_fewer_than_15_words() -> None:
+    rows = [line for line in (ROOT / "docs" / "glossary.md").read_text().splitlines() if line.startswith("|")]
+    assert len(rows) - 2 < 15
+
+
 def test_links_and_names_are_found_in_a_text() -> None:
     text = "[a](b.md) [c](https://d.org) [e](f/g.md#part) `tests/contract/test_documents.py::test_x`"
     assert LINK.findall(text) == ["b.md", "f/g.md"]
     assert TEST.findall(text) == [("tests/contract/test_documents.py", "test_x")]
     assert not _has_test(ROOT / "tests/contract/test_documents.py", "test_x")
     assert not _has_test(ROOT / "tests/absent.py", "")
+    text = "`panfm/files.py` `lock`, `HashChain.append`\n```\n`absent`\n```\n`run.toml` `panfm site log`"
+    assert FILE.findall(text) == ["panfm/files.py"]
+    assert NAME.findall(_without_code(text)) == ["lock", "HashChain.append"]
+    assert "lock" in _definitions(["panfm/files.py"])
+    assert "RoundFiles.write" in _definitions(["panfm/files.py"])
+    assert "HashChain.append" not in _definitions(["panfm/files.py"])
 
 
 def _has_test(path: Path, name: str) -> bool:
@@ -41,3 +106,24 @@ def _has_test(path: Path, name: str) -> bool:
         return False
     functions = {node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)}
     return not name or name in functions
+
+
+def _without_code(text: str) -> str:
+    """A page without its blocks of code."""
+    return re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+
+
+def _definitions(files: list[str]) -> set[str]:
+    """Functions, classes, methods and constants that some Python files define; methods as `Class.method`."""
+    names: set[str] = set()
+    for file in files:
+        if not file.endswith(".py"):
+            continue
+        for node in ast.parse((ROOT / file).read_text()).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                names.add(node.name)
+            if isinstance(node, ast.ClassDef):
+                names |= {f"{node.name}.{part.name}" for part in node.body if isinstance(part, ast.FunctionDef)}
+            if isinstance(node, ast.Assign):
+                names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    return names

@@ -44,7 +44,7 @@ class NiftiReader:
     kind = "a NIfTI file (.nii, .nii.gz)"
 
     def accepts(self, path: Path) -> bool:
-        """By name, or else by the first bytes."""
+        """Whether the name, or else the first bytes, are those of a NIfTI file."""
         if path.name.lower().endswith((".nii", ".nii.gz")):
             return True
         start = first_bytes(path, 348)

@@ -20,7 +20,7 @@ class PictureReader:
     kind = "a picture (PNG, JPEG, TIFF, BMP, GIF, WebP, PPM, JPEG 2000)"
 
     def accepts(self, path: Path) -> bool:
-        """By name, or else by the first bytes."""
+        """Whether the name, or else the first bytes, are those of a picture."""
         return path.name.lower().endswith(_SUFFIXES) or first_bytes(path, 16).startswith(_STARTS)
 
     def fingerprint(self, path: Path) -> str:

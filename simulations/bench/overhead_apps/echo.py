@@ -1,4 +1,4 @@
-"""Flower's floor: a ClientApp that returns what it was sent, untouched."""
+"""A ClientApp that returns its message untouched: the least that Flower takes."""
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
@@ -8,5 +8,5 @@ app = ClientApp()
 
 @app.train()
 def echo(message: Message, _: Context) -> Message:
-    """The question is the answer."""
+    """Return the content of the message."""
     return Message(message.content, reply_to=message)

@@ -1,4 +1,4 @@
-"""Without a worker: the ClientApp imports torch and trains the site's round itself, in each process anew."""
+"""A ClientApp without a worker: it imports torch and trains the site's round itself, anew in every process."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ app = ClientApp()
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """One round."""
+    """Train one round."""
     site = Site(Path(str(context.node_config["site-socket"])).parents[2])  # <site folder>/.panfm/run/worker.sock
     reply = site.train_round(RoundTask.from_records(unpack(message.content)))
     return Message(pack(reply.to_records()), reply_to=message)

@@ -1,4 +1,4 @@
-"""Sends every node a round's task, round after round, and writes down what CPU time the sites had used by its end."""
+"""A ServerApp that sends every node one task per round, and writes down the CPU time that the sites have used."""
 
 import json
 from pathlib import Path

@@ -24,13 +24,13 @@ class DinoConfig(ObjectiveConfig):
         yield 'name: "dino" centres its targets over the batch, set "latent" or "mae"'
 
     def num_head_parameters(self, width: int) -> int:
-        """The prototypes."""
+        """Count the numbers of the prototypes."""
         return width * self.prototypes
 
     def num_target_values(self, num_features: Sequence[int]) -> int:
-        """Scores and assignments of the teacher, and scores of the student."""
+        """Count the scores and assignments of the teacher, and the scores of the student."""
         return 3 * self.prototypes
 
     def num_running_values(self, width: int, num_tokens: int, num_streams: int) -> int:
-        """Centres of CLS and of tokens."""
+        """Count the numbers of the centres of CLS and of tokens."""
         return 2 * self.prototypes

@@ -38,7 +38,7 @@ class DinoObjective(Objective):
 
     @staticmethod
     def build_heads(config: DinoConfig, width: int, num_features: Mapping[str, int]) -> ObjectiveHeads:
-        """The prototypes."""
+        """Make the prototypes."""
         return ObjectiveHeads({"prototypes": nn.Linear(width, config.prototypes, bias=False)})
 
     @torch.no_grad()

@@ -10,7 +10,7 @@ from panfm.config.objective import ObjectiveConfig
 
 
 class LatentConfig(ObjectiveConfig):
-    """Regress the teacher's features of what was hidden (data2vec-style, per patient)."""
+    """Regress the teacher's features of the hidden tokens (data2vec-style, per patient)."""
 
     implementation: ClassVar[str | type] = "panfm.training.objectives.latent.objective:LatentObjective"
     name: Literal["latent"] = "latent"

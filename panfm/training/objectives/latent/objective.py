@@ -1,4 +1,4 @@
-"""Latent self-distillation: regress the teacher's features of what was hidden.
+"""Latent self-distillation: regress the teacher's features of the hidden tokens.
 
     target   y = sqrt(1 - a) standardise(mean over the last blocks of LayerNorm(teacher block output))
                  + sqrt(a) standardise(R stem features of the place),   a = content-share, R a fixed random projection
@@ -43,7 +43,7 @@ class RunningMoments:
         self.square = torch.zeros(rows, width, device=device)
 
     def update(self, values: Tensor, present: Tensor) -> None:
-        """Take in values [B, rows, D] where present [B, rows]; rows nobody has stay as they were."""
+        """Update with values [B, rows, D] where present [B, rows]; rows that no subject has stay as they were."""
         weight = present[..., None].to(values.dtype)
         num = weight.sum(dim=0)
         here = num > 0

@@ -13,13 +13,13 @@ class MaeConfig(ObjectiveConfig):
     name: Literal["mae"] = "mae"
 
     def couplings(self) -> Iterator[str]:
-        """Nothing couples patients."""
+        """Yield nothing: no key of the table couples patients."""
         return iter(())
 
     def num_stream_head_parameters(self, width: int, num_features: int) -> int:
-        """A linear decoder from token to patch."""
+        """Count the parameters of a linear decoder from token to patch."""
         return (width + 1) * num_features
 
     def num_target_values(self, num_features: Sequence[int]) -> int:
-        """A patch and its reconstruction."""
+        """Count the numbers of a patch and its reconstruction."""
         return 2 * max(num_features)

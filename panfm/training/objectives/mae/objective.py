@@ -34,11 +34,11 @@ class MaeObjective(Objective):
     needs_teacher = False
 
     def __init__(self, config: MaeConfig, model: PanModel, seed: int) -> None:
-        """Keep nothing."""
+        """Start; there are no options and no statistics to keep."""
 
     @staticmethod
     def build_heads(config: MaeConfig, width: int, num_features: Mapping[str, int]) -> ObjectiveHeads:
-        """A decoder of patches per stream."""
+        """Make a decoder of patches for each stream."""
         decoders = {name: {"decode": nn.Linear(width, size)} for name, size in num_features.items()}
         return ObjectiveHeads(per_stream=decoders)
 
