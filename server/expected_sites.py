@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Self
 
 from panfm.anatomy import parse_stream
-from panfm.data.table import Line, read_table
+from panfm.data.tables import Line, read_table
 from panfm.errors import DataError, ProtocolError
 from panfm.sharing.messages import Handshake
 

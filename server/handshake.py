@@ -16,7 +16,7 @@ from panfm.sharing.groups import GroupManifest, stream_group
 from panfm.sharing.messages import Handshake, Invitation
 from server.exchange import Exchange
 from server.expected_sites import ExpectedSites
-from strategies.dispatch import unpack
+from strategies.round_messages import unpack
 
 _SITE_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _POLL_S = 0.2

@@ -14,7 +14,9 @@ A round with fewer good replies than `federation.min-sites` ends the run with an
 import logging
 import secrets
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord
@@ -26,9 +28,9 @@ from panfm.config.site_dp import SiteDpConfig
 from panfm.errors import RunError
 from panfm.models import build_model, describe_model
 from panfm.privacy.guarantees import privacy_label
+from panfm.privacy.ledger import Limits, run_ledger
 from panfm.sharing.groups import GroupManifest
 from panfm.sharing.messages import Handshake, RoundTask
-from server.budgets import PlannedCosts, SiteDpBudget
 from server.checkpoint import ServerState
 from server.console import Progress
 from server.exchange import Exchange
@@ -38,7 +40,7 @@ from server.round_line import round_line
 from server.run_folder import RunFolder
 from server.tracking import Tracking
 from strategies import GroupedMean, SiteDpMean
-from strategies.dispatch import make_array, view_arrays
+from strategies.round_messages import make_array, view_arrays
 
 logger = logging.getLogger(__name__)
 
@@ -168,3 +170,49 @@ def initial_state(run: RunConfig, start: Mapping[str, Tensor] | None = None) -> 
     tensors = {name: tensor.numpy() for name, tensor in shared.items()}
     manifest = GroupManifest.of(describe_model(run).parameter_groups(), tensors)
     return ServerState(f"{run.name[:48]}-{secrets.token_hex(4)}", 0, manifest.pack_all(tensors)), manifest
+
+
+class SiteDpBudget:
+    """Budget of a run under site-level privacy."""
+
+    def __init__(self, run: RunConfig, folder: Path, run_id: str, sites: Sequence[str]) -> None:
+        """Args: folder: the run folder."""
+        assert run.server_privacy is not None
+        self.ledger = run_ledger(folder)
+        self._run = run
+        self._run_id = run_id
+        self._sites = ",".join(sites)
+        self._limits = Limits(run.server_privacy.epsilon, run.server_privacy.delta)
+
+    def check_ahead(self, num_rounds: int) -> None:
+        """Raises BudgetError if so many more rounds would exceed the run's epsilon."""
+        self.ledger.check_ahead(self._run, num_rounds, limits=self._limits)
+
+    def pay(self, round_number: int) -> None:
+        """Write a round into the ledger. Raises BudgetError or LedgerError."""
+        self.ledger.spend(self._run, self._run_id, round_number, limits=self._limits, dataset=self._sites)
+
+
+class PlannedCosts:
+    """Epsilon of each site by the public plan, from the rounds in which it was asked."""
+
+    def __init__(self, run: RunConfig, rounds: Iterable[Mapping[str, Any]]) -> None:
+        """Args: rounds: Lines of rounds.jsonl of the rounds done before."""
+        self._run = run
+        self._asked = Counter(site for line in rounds for site in line["asked"])
+        self._known: dict[int, float | None] = {}
+
+    def after(self, asked: Iterable[str]) -> dict[str, float | None]:
+        """Count one more round of the asked sites; return site -> its epsilon so far, empty without a promise."""
+        if self._run.privacy is None:
+            return {}
+        self._asked.update(asked)
+        costs = {site: self._cost(rounds) for site, rounds in sorted(self._asked.items())}
+        return {} if None in costs.values() else costs
+
+    def _cost(self, rounds: int) -> float | None:
+        if rounds not in self._known:
+            from panfm.privacy.statement import cost_of_rounds  # brings the accountant, which takes seconds
+
+            self._known[rounds] = cost_of_rounds(self._run, rounds)
+        return self._known[rounds]

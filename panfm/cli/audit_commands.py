@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from panfm.cli.console import Model, Overrides, check_model, progress_bar
+from panfm.cli.common import Model, Overrides, check_model, progress_bar
 from panfm.errors import DataError
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from panfm.cli.console import Overrides, chain_end
+from panfm.cli.common import Overrides, chain_end
 from panfm.errors import LedgerError
 
 if TYPE_CHECKING:

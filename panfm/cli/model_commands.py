@@ -1,4 +1,4 @@
-"""`panfm embed|probe|export`: commands for a trained model."""
+"""`panfm embed|probe|report|export`: commands for a run and its model."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from panfm.cli.console import Model, check_model, progress_bar
+from panfm.cli.common import Model, check_model, progress_bar
 
 if TYPE_CHECKING:
     from panfm.evaluate.result import Score
@@ -46,7 +46,7 @@ def probe(
     bootstrap: Annotated[int, typer.Option(min=0, help="Resamples of the test subjects.")] = 1000,
 ) -> None:
     """How well a linear reader finds each label in frozen features: AUC, or R2 of a number, with 95 % interval."""
-    from panfm.data.labels import read_label_table
+    from panfm.data.tables import read_label_table
     from panfm.evaluate.embed import read_features
     from panfm.evaluate.probe_features import probe_features
 
@@ -98,3 +98,17 @@ def _print_scores(scores: Sequence["Score"]) -> None:
     for score in scores:
         table.add_row(score.group, score.metric, score_text(score))
     Console().print(table)
+
+
+def report(run_folder: Annotated[Path, typer.Argument(help="Run folder; the run may still be going on.")]) -> None:
+    """Print a run's tables and write report.html into its folder."""
+    from panfm.report.run_files import read_run
+
+    run = read_run(run_folder)
+    from rich.console import Console
+
+    from panfm.report.console_tables import print_tables
+    from panfm.report.report_page import write_report
+
+    print_tables(run, Console())
+    typer.echo(f"report: {write_report(run)}")

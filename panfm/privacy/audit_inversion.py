@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from panfm.config import RunConfig
-from panfm.config.privacy import PrivacyConfig
+from panfm.config.patient_dp import PrivacyConfig
 from panfm.data.store import ImageStore
 from panfm.errors import DataError
 from panfm.models import PanModel

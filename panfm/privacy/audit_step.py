@@ -32,8 +32,8 @@ from panfm.models.backbone import Encoded
 from panfm.privacy.mechanisms import Mechanism, epsilon
 from panfm.privacy.private_step import PrivateGradient
 from panfm.seeds import numpy_generator
-from panfm.training.masking import TokenMask
-from panfm.training.objective import Objective, StudentOutput, Targets
+from panfm.training.objectives.interface import Objective, StudentOutput, Targets
+from panfm.training.token_mask import TokenMask
 from panfm.training.trainer import Trainer
 
 DELTA = 1e-5

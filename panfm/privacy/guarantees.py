@@ -12,7 +12,7 @@ from pathlib import Path
 
 from panfm.config import RunConfig, load_run
 from panfm.config.base import LEAST_NOISE, Config
-from panfm.config.privacy import PrivacyConfig
+from panfm.config.patient_dp import PrivacyConfig
 from panfm.errors import ConfigError
 
 NO_CLAIM = "noise only, no DP claim"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from panfm.config import config_hash
 from panfm.files import write_atomic
-from panfm.report.elements import STYLE, section, table
+from panfm.report.html_parts import STYLE, line_chart, section, table
 from panfm.report.run_files import Run, read_run
 from panfm.report.status import (
     clock,
@@ -21,7 +21,6 @@ from panfm.report.status import (
     site_statuses,
     stream_statuses,
 )
-from panfm.report.svg import line_chart
 
 _REFRESH_S = 15
 _MORE_STYLE = """

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from panfm.config import RunConfig, SiteConfig, dump_toml, experiment_hash, parse_run
-from panfm.config.site import LimitsConfig
+from panfm.config.site_description import LimitsConfig
 from panfm.config.start import start_hash
 from panfm.errors import DataError, LimitError, ProtocolError
 from panfm.files import KEPT_ROUNDS, write_atomic

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from panfm.config import RunConfig
-from panfm.config.site import LimitsConfig
+from panfm.config.site_description import LimitsConfig
 from panfm.config.training import TrainConfig
 from panfm.data.store import ImageStore
 from panfm.errors import LimitError

@@ -18,8 +18,7 @@ from panfm.data.store import ImageStore
 from panfm.errors import ProtocolError
 from panfm.privacy.guarantees import privacy_label
 from panfm.privacy.private_step import train_privately
-from panfm.sharing.coding import Arrays, encode_with_feedback
-from panfm.sharing.downlink import digests, take_step
+from panfm.sharing.coding import Arrays, digests, encode_with_feedback, take_step
 from panfm.sharing.groups import Flat, GroupManifest
 from panfm.sharing.messages import RoundTask
 from panfm.sharing.release import RoundResult

@@ -21,14 +21,13 @@ from panfm.data.store import Batch, ImageStore
 from panfm.errors import ConfigError
 from panfm.models.backbone import Encoded
 from panfm.seeds import torch_generator
-from panfm.training.contributors import has_loss
 from panfm.training.experts import ExpertTraining
 from panfm.training.gradient import BatchGradient, DrawnBatch, GradientSource, StepOutput, TrainResult
-from panfm.training.masking import TokenMask, build_policy, draw_mask
-from panfm.training.objective import StudentOutput, student_output
+from panfm.training.objectives.interface import StudentOutput, student_output
 from panfm.training.saliency import relative_profile, stream_shares, streams_present
 from panfm.training.schedules import cosine, warmup_cosine
-from panfm.training.state import TrainingState
+from panfm.training.token_mask import TokenMask, build_policy, draw_mask, has_loss
+from panfm.training.training_state import TrainingState
 
 _PROFILE_MOMENTUM = 0.9
 """Momentum per step of a site's running saliency profile."""

@@ -38,7 +38,7 @@ from rich.table import Table
 from panfm.config import RunConfig, dump_toml, site_folders
 from panfm.data.cache import open_store
 from panfm.data.store import join_stores
-from panfm.data.table import write_table
+from panfm.data.tables import write_table
 from panfm.evaluate.probe_cohort import Task, evaluate_cohort
 from panfm.evaluate.probe_labels import LabelledStore, read_label_info
 from panfm.models import PanModel, build_model

@@ -9,16 +9,16 @@ import torch
 
 from panfm.config import parse_run
 from panfm.models import build_model
-from panfm.privacy import noised_profile
+from panfm.privacy import patient_sums
 from panfm.privacy.mechanisms import LEAST_NOISE
-from panfm.privacy.noised_profile import noisy_profile
+from panfm.privacy.patient_sums import noisy_profile
 from panfm.sharing.groups import GroupManifest
 from panfm.sharing.messages import Handshake, RoundReply
 from panfm.sharing.weights import Trained, group_weights, weight_limits
 from panfm.training.trainer import Trainer
 from strategies.exact_mean import ExactMean
 from strategies.reply_guards import LIMIT, Directions, check_reply
-from strategies.strategy_memory import Memory
+from strategies.server_step import Memory
 from tests.unit.site.test_private_site import DEX, GUIDED, PRIVACY, RUN
 
 NOISES = (LEAST_NOISE, 20.0, 1e4)
@@ -58,7 +58,7 @@ def test_no_draw_of_noise_has_a_saliency_refused(monkeypatch, num_streams, noise
     trainer, store = trainer_of(num_streams, noise)
     for num_patients in (1, 10, 100, 1000):
         total = patients(random, num_patients, num_streams)
-        monkeypatch.setattr(noised_profile, "saliency_sum", lambda *_, total=total: total)
+        monkeypatch.setattr(patient_sums, "saliency_sum", lambda *_, total=total: total)
         for _ in range(150):
             profile = noisy_profile(trainer, store, np.arange(num_patients))
             assert profile.min() > 0.0
@@ -69,7 +69,7 @@ def test_no_draw_of_noise_has_a_saliency_refused(monkeypatch, num_streams, noise
 def test_a_profile_without_much_noise_is_the_true_one(monkeypatch):
     """The control: cutting takes nothing from an estimate that needs no cut."""
     total = patients(np.random.default_rng(0), 1000, 5)
-    monkeypatch.setattr(noised_profile, "saliency_sum", lambda *_: total)
+    monkeypatch.setattr(patient_sums, "saliency_sum", lambda *_: total)
     profile = noisy_profile(*trainer_of(5, LEAST_NOISE), np.arange(1000))
     torch.testing.assert_close(profile.double(), total[0] / total[1], rtol=0.05, atol=0.0)
 

@@ -11,7 +11,7 @@ from panfm.config import parse_run
 from panfm.errors import ConfigError
 from panfm.privacy.guarantees import NO_CLAIM, claim
 from panfm.privacy.mechanisms import SALIENCY_SENSITIVITY, planned
-from panfm.privacy.noised_profile import saliency_sum
+from panfm.privacy.patient_sums import saliency_sum
 from tests.attacks.private_steps import (
     HOSTILE,
     LEVEL,

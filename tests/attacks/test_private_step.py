@@ -14,14 +14,14 @@ from panfm.config.objective import ObjectiveConfig
 from panfm.errors import ConfigError, ProtocolError
 from panfm.models import build_model
 from panfm.privacy.guarantees import NO_CLAIM, broken_guarantees, checked_run, claim
-from panfm.privacy.noised_profile import saliency_sum
+from panfm.privacy.patient_sums import saliency_sum
 from panfm.privacy.private_step import clipped_sum
 from panfm.registry import OBJECTIVES
-from panfm.sharing.downlink import code_step, digests, take_step
+from panfm.sharing.coding import code_step, digests, take_step
 from panfm.sharing.groups import GroupManifest
 from panfm.sharing.messages import RoundTask
 from panfm.site import Site
-from panfm.training.masking import TokenMask, build_policy
+from panfm.training.token_mask import TokenMask, build_policy
 from panfm.training.trainer import Trainer
 from simulations.cohorts.prepare import cohort_folder
 from strategies.group_means import make_mean

@@ -78,7 +78,7 @@ from torch import nn
 
 from panfm.config.objective import ObjectiveConfig
 from panfm.models.heads import ObjectiveHeads
-from panfm.training.objective import Objective, mean_over
+from panfm.training.objectives.interface import Objective, mean_over
 
 
 class ShrinkConfig(ObjectiveConfig):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from panfm.data.store import ImageStore
-from panfm.training.masking import TokenMask
+from panfm.training.token_mask import TokenMask
 from panfm.training.trainer import Trainer
 
 PRIVATE = """

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from panfm.errors import LedgerError
-from panfm.privacy import noised_profile
+from panfm.privacy import patient_sums
 from panfm.privacy.ledger import Ledger, Limits
-from panfm.privacy.noised_profile import noisy_profile, saliency_sum
+from panfm.privacy.patient_sums import noisy_profile, saliency_sum
 from panfm.privacy.private_step import PrivateGradient, clipped_sum, train_privately
 from panfm.privacy.randomness import with_noise
 from panfm.training.trainer import Trainer
@@ -167,8 +167,8 @@ def test_saliency_moves_by_at_most_its_sensitivity(make_private, every_subset):
 def test_the_profile_is_made_of_a_sum_with_noise_of_the_stated_size(make_private, make_store, monkeypatch):
     run = guided(make_private)
     trainer, store, noised = Trainer(run), make_store(run), []
-    monkeypatch.setattr(noised_profile, "saliency_sum", lambda *_: torch.zeros(2, 500_000, dtype=torch.float64))
-    monkeypatch.setattr(noised_profile, "with_noise", lambda *words: noised.append(with_noise(*words)) or noised[-1])
+    monkeypatch.setattr(patient_sums, "saliency_sum", lambda *_: torch.zeros(2, 500_000, dtype=torch.float64))
+    monkeypatch.setattr(patient_sums, "with_noise", lambda *words: noised.append(with_noise(*words)) or noised[-1])
     found = noisy_profile(trainer, store, np.arange(12))
     stated = 20.0 * 2**0.5
     assert noised[0].std().item() == pytest.approx(stated, rel=0.005)

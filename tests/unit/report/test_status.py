@@ -7,13 +7,13 @@ import pytest
 from rich.console import Console
 
 from panfm.config import RunConfig, StreamConfig, dump_toml
-from panfm.config.privacy import PrivacyConfig
+from panfm.config.patient_dp import PrivacyConfig
 from panfm.errors import DataError
 from panfm.files import locked
+from panfm.report.html_parts import line_chart
 from panfm.report.run_files import read_run
 from panfm.report.status import clock, headline, left_out, ranges, site_statuses, stream_statuses
 from panfm.report.status_page import render_status, write_status
-from panfm.report.svg import line_chart
 from server.console import screen
 
 STREAM = StreamConfig(shape=(4, 4, 4), patch=(2, 2, 2), spacing_mm=(1.0, 1.0, 1.0))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from panfm.config.site import LimitsConfig
+from panfm.config.site_description import LimitsConfig
 from panfm.config.training import TrainConfig
 from panfm.errors import LimitError
 from panfm.site.admission import check_floors

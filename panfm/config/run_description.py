@@ -14,7 +14,7 @@ from panfm.config.federation import FederationConfig
 from panfm.config.masking import MaskingConfig
 from panfm.config.model import ModelConfig
 from panfm.config.objective import ObjectiveConfig
-from panfm.config.privacy import PrivacyConfig
+from panfm.config.patient_dp import PrivacyConfig
 from panfm.config.probe import ProbeConfig
 from panfm.config.sharing import SharingConfig
 from panfm.config.site_dp import SiteDpConfig

@@ -18,7 +18,7 @@ from panfm.data.store import Batch, ImageStore
 from panfm.models import PanModel, build_model
 from panfm.models.transfer import load_with_fresh_private
 from panfm.privacy.guarantees import checked_run
-from panfm.training.objective import build_objective
+from panfm.training.objectives.interface import build_objective
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _CHUNK_BYTES = 1 << 28
