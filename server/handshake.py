@@ -138,7 +138,7 @@ def check_handshake(handshake: Handshake, run: RunConfig, manifest: GroupManifes
 
 
 def _check_counts(handshake: Handshake, run: RunConfig) -> None:
-    fewest, most = int(run.server_privacy is None), run.federation.max_subjects
+    fewest, most = int(run.site_dp is None), run.federation.max_subjects
     if not fewest <= handshake.subjects <= most:
         raise ProtocolError(f"{handshake.subjects} subjects, expected {fewest} to {most} (federation.max-subjects)")
     if unknown := sorted(set(handshake.streams) - set(run.streams)):

@@ -56,7 +56,7 @@ def run_federation(grid: Grid, folder: RunFolder, progress: Progress, *, num_sit
         RunError: too few sites, one that does not fit, or a round without enough good replies.
     """
     run = folder.shared_run
-    num_sites = needed_sites(run.server_privacy, num_sites)
+    num_sites = needed_sites(run.site_dp, num_sites)
     first, manifest = initial_state(run, folder.start())
     attendance = _gather_sites(grid, folder, manifest, progress, num_sites=num_sites)
     if not (state := folder.latest_state()):
@@ -126,7 +126,7 @@ def needed_sites(site_dp: SiteDpConfig | None, num_sites: int | None) -> int | N
     """Number of sites to wait for. Raises RunError if site-level privacy counts on another number than `num_sites`."""
     expected = site_dp.num_sites if site_dp else num_sites
     if num_sites not in (None, expected):
-        raise RunError(f"{num_sites} sites, expected {expected} (server-privacy.num-sites)")
+        raise RunError(f"{num_sites} sites, expected {expected} (site-dp.num-sites)")
     return expected
 
 
@@ -135,10 +135,10 @@ def make_strategy(
 ) -> GroupedMean:
     """Create the strategy of a run. Raises BudgetError if site-level privacy does not cover the rounds to come."""
     run = folder.shared_run
-    if run.server_privacy is None:
+    if run.site_dp is None:
         return GroupedMean(run, manifest, roster, state.memory)
-    if len(roster) != run.server_privacy.num_sites:
-        raise RunError(f"{len(roster)} sites, expected {run.server_privacy.num_sites} (server-privacy.num-sites)")
+    if len(roster) != run.site_dp.num_sites:
+        raise RunError(f"{len(roster)} sites, expected {run.site_dp.num_sites} (site-dp.num-sites)")
     budget = SiteDpBudget(run, folder.path, state.run_id, [handshake.site for handshake in roster.values()])
     budget.check_ahead(run.train.rounds - state.round_number)
     return SiteDpMean(run, manifest, roster, state.memory, pay=budget.pay)
@@ -177,12 +177,12 @@ class SiteDpBudget:
 
     def __init__(self, run: RunConfig, folder: Path, run_id: str, sites: Sequence[str]) -> None:
         """Args: folder: the run folder."""
-        assert run.server_privacy is not None
+        assert run.site_dp is not None
         self.ledger = run_ledger(folder)
         self._run = run
         self._run_id = run_id
         self._sites = ",".join(sites)
-        self._limits = Limits(run.server_privacy.epsilon, run.server_privacy.delta)
+        self._limits = Limits(run.site_dp.epsilon, run.site_dp.delta)
 
     def check_ahead(self, num_rounds: int) -> None:
         """Raises BudgetError if so many more rounds would exceed the run's epsilon."""
@@ -204,7 +204,7 @@ class PlannedCosts:
 
     def after(self, asked: Iterable[str]) -> dict[str, float | None]:
         """Count one more round of the asked sites; return site -> its epsilon so far, empty without a promise."""
-        if self._run.privacy is None:
+        if self._run.patient_dp is None:
             return {}
         self._asked.update(asked)
         costs = {site: self._cost(rounds) for site, rounds in sorted(self._asked.items())}

@@ -109,8 +109,8 @@ def make_mean(
 def usual_size(run: RunConfig) -> float:
     """Size that few numbers of an update exceed: two learning rates per local step, about what AdamW moves a parameter
     at most; under site-level privacy a sixteenth of the clip norm."""
-    if run.server_privacy:
-        return run.server_privacy.clip_norm / 16.0
+    if run.site_dp:
+        return run.site_dp.clip_norm / 16.0
     return 2.0 * run.train.learning_rate * run.train.local_steps
 
 

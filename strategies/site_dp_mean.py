@@ -1,4 +1,4 @@
-"""Grouped mean with site-level privacy (`[server-privacy]`): whole updates clipped to one norm, equal weights, noise.
+"""Grouped mean with site-level privacy (`[site-dp]`): whole updates clipped to one norm, equal weights, noise.
 
     S = sum_k u_k min(1, C / ||u_k||) + N(0, (z C)^2),      ||.|| over all groups that site k sends, together
     step of group g = S_g / n_g,                            n_g sites train g
@@ -85,8 +85,8 @@ class SiteDpMean(GroupedMean):
             pay: Called with the round number before noise is drawn; raises if the budget does not cover it.
         """
         super().__init__(run, manifest, roster, memory)
-        assert run.server_privacy is not None
-        self._site_dp = run.server_privacy
+        assert run.site_dp is not None
+        self._site_dp = run.site_dp
         self._pay = pay
         self._sites = frozenset(handshake.site for handshake in roster.values())
 

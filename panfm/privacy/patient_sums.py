@@ -88,7 +88,7 @@ def add_clipped(total: Mapping[str, Tensor], gradient: Mapping[str, Tensor], cli
 
 def noisy_profile(trainer: Trainer, store: ImageStore, indices: NDArray[np.int64]) -> Tensor:
     """Saliency per stream relative to an equal split [S], from 0 to the number of streams that the site holds."""
-    private = trainer.run.privacy
+    private = trainer.run.patient_dp
     assert private is not None
     total = saliency_sum(trainer, store, indices)
     deviation = private.statistics_noise * SALIENCY_SENSITIVITY

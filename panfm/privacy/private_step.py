@@ -90,8 +90,8 @@ class PrivateGradient:
         Args:
             draws: The generator of a patient's mask and routers' noise; other than by default in tests alone.
         """
-        assert trainer.run.privacy is not None
-        self.private = trainer.run.privacy
+        assert trainer.run.patient_dp is not None
+        self.private = trainer.run.patient_dp
         self.parameters = trained_parameters(trainer.model, self.private.trained)
         self._trainer, self._store, self._indices, self._draws = trainer, store, indices, draws
         self._total: dict[str, Tensor] = {}
@@ -171,7 +171,7 @@ def trained_parameters(model: PanModel, which: Literal["all", "vectors", "last-b
 
 def _result(trainer: Trainer, num_steps: int) -> TrainResult:
     """Summary of a private round: public numbers, and the noised profile where there is one."""
-    private = trainer.run.privacy
+    private = trainer.run.patient_dp
     assert private is not None
     names = trainer.model.stream_names
     most = min(private.public_subjects, trainer.run.train.batch_size)  # what the server lets a site weigh

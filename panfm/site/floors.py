@@ -44,7 +44,7 @@ class Floors:
         """Floors of a run's rounds; ones where patients' own noise and clipping stand in their place, since what is
         refused or left out by the data would tell of it. `admission.check_floors` lets in no other private run past
         a floor."""
-        return cls(limits.smallest_batch, limits.smallest_steps) if run.privacy is None else cls(1, 1)
+        return cls(limits.smallest_batch, limits.smallest_steps) if run.patient_dp is None else cls(1, 1)
 
     def check_subjects(self, store: ImageStore, streams: Sequence[str]) -> None:
         """Raises LimitError if no batch of the train split can be large enough.

@@ -74,9 +74,9 @@ class Trainer(TrainingState):
             profile: The federation's saliency profile, relative to an equal split; used under scope `federation`.
             on_step: Called after each step with the number of steps taken and the loss.
         """
-        if self.run.privacy is not None:
+        if self.run.patient_dp is not None:
             raise ConfigError(
-                "privacy: a private run trains by panfm.privacy.train_privately, with a permit from a ledger"
+                "patient-dp: a private run trains by panfm.privacy.train_privately, with a permit from a ledger"
             )
         source = BatchGradient(self, self.stem(store), indices, site=site, round_number=round_number)
         for taken in range(num_steps):
@@ -231,5 +231,5 @@ class Trainer(TrainingState):
 def _autocast(trainer: Trainer) -> AbstractContextManager[None]:
     """bf16 where the description allows it; private steps are float32."""
     config = trainer.run
-    enabled = trainer.device.type == "cuda" and config.train.precision == "auto" and config.privacy is None
+    enabled = trainer.device.type == "cuda" and config.train.precision == "auto" and config.patient_dp is None
     return torch.autocast(trainer.device.type, dtype=torch.bfloat16, enabled=enabled)

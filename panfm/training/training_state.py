@@ -66,7 +66,7 @@ class TrainingState:
         if self.run.model.tokenizer == "patch":
             return store
         if store not in self._stemmed:
-            self._stemmed[store] = _stem_store(store, self.model, chunk=1 if self.run.privacy else 64)
+            self._stemmed[store] = _stem_store(store, self.model, chunk=1 if self.run.patient_dp else 64)
         return self._stemmed[store]
 
     def set_gradient(self, gradient: Mapping[str, Tensor]) -> None:

@@ -37,7 +37,7 @@ def patients(random, num_patients: int, num_streams: int) -> torch.Tensor:
 def trainer_of(num_streams: int, noise: float) -> tuple[SimpleNamespace, SimpleNamespace]:
     """As much of a trainer and a store as a profile needs."""
     names = [f"organ{index}-mr" for index in range(num_streams)]
-    run = SimpleNamespace(privacy=SimpleNamespace(statistics_noise=noise))
+    run = SimpleNamespace(patient_dp=SimpleNamespace(statistics_noise=noise))
     model = SimpleNamespace(stream_names=names)
     return SimpleNamespace(run=run, model=model, device="cpu"), SimpleNamespace(images=dict.fromkeys(names))
 
@@ -83,8 +83,8 @@ def test_the_weights_of_a_private_site_do_not_depend_on_noise(privacy, extra):
     run = parse_run(RUN + GUIDED + extra + privacy)
     model = build_model(run)
     manifest = GroupManifest.of(model.parameter_groups(), model.state_dict())
-    subjects, steps = run.privacy.public_subjects, run.train.local_steps
-    images = min(run.privacy.sample_rate * subjects, subjects, run.train.batch_size) * steps
+    subjects, steps = run.patient_dp.public_subjects, run.train.local_steps
+    images = min(run.patient_dp.sample_rate * subjects, subjects, run.train.batch_size) * steps
     layers = {name: run.model.experts.count[0] for name, _ in manifest.groups.get("director", ())}
     masses = {name.rpartition(".director.")[0]: [images / count] * count for name, count in layers.items()}
     streams = dict.fromkeys(run.streams, subjects)

@@ -39,7 +39,7 @@ PRIVATE = """
 standardise = false
 [masking]
 policy = "random"
-[privacy]
+[patient-dp]
 epsilon = 99.0
 delta = 1e-3
 public-subjects = 40

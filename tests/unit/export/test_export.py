@@ -26,7 +26,7 @@ PRIVATE = """
 policy = "random"
 [objective]
 standardise = {standardise}
-[privacy]
+[patient-dp]
 epsilon = 8.0
 delta = 1e-5
 public-subjects = 1000

@@ -39,7 +39,7 @@ def one_at_a_time(trainer, store, indices, hide, clip):
     """Plain autograd on batches of one, clipped and added up."""
     run, model = trainer.run, trainer.model
     experts = ExpertTraining(run.model.experts, model)
-    trained = trained_parameters(model, run.privacy.trained)
+    trained = trained_parameters(model, run.patient_dp.trained)
     total = {name: torch.zeros(value.shape, dtype=torch.float64) for name, value in trained.items()}
     for index in indices:
         maps = store.batch([index])

@@ -133,7 +133,7 @@ def test_a_private_run_takes_part_where_the_site_bounds_epsilon_itself_or_has_no
 standardise = false
 [masking]
 policy = "random"
-[privacy]
+[patient-dp]
 epsilon = 8.0
 delta = 1e-3
 public-subjects = 100

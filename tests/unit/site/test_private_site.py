@@ -44,7 +44,7 @@ RANDOM = '[masking]\npolicy = "random"\n'
 GUIDED = '[masking]\nsaliency = "attention"\n'
 DEX = '[model]\nbackbone = "director-experts"\n[model.experts]\nbalance-weight = [0.0, 0.0]\n'
 PRIVACY = """
-[privacy]
+[patient-dp]
 epsilon = 9.0
 delta = 1e-3
 public-subjects = 40
@@ -166,7 +166,7 @@ def test_the_sites_own_public_number_wins(site, tmp_path, write_site):
     assert handshake.subjects == 60
     assert handshake.experiment == experiment_hash(parse_run(asked.run_toml))
     folder = write_site(tmp_path / "gamma", "gamma", ("brain",), extra="[limits]\npublic-subjects = 200\n")
-    with pytest.raises(ConfigError, match=r"limits.public-subjects: 200 patients: privacy.delta: 0.001 is above"):
+    with pytest.raises(ConfigError, match=r"limits.public-subjects: 200 patients: patient-dp.delta: 0.001 is above"):
         Site(folder).handshake(Invitation(asked.run_toml))
 
 
