@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from panfm.cli.common import Model, check_model, progress_bar
+from panfm.cli.common import Model, check_model, open_stores, progress_bar
 
 if TYPE_CHECKING:
     from panfm.evaluate.result import Score
@@ -19,12 +19,10 @@ def embed(
 ) -> None:
     """Write the frozen features of a site's subjects."""
     check_model(model)
-    from panfm.data.cache import open_store
     from panfm.evaluate.embed import embed_site, load_model, write_features
 
     network, run = load_model(model)
-    with progress_bar("reading images") as progress:
-        store = open_store(site, run.streams, progress=lambda _, done, total: progress(done, total))
+    [store] = open_stores([site], run.streams)
     done = 0
     with progress_bar("embedding subjects") as progress:
 
@@ -46,7 +44,7 @@ def probe(
     bootstrap: Annotated[int, typer.Option(min=0, help="Resamples of the test subjects.")] = 1000,
 ) -> None:
     """How well a linear reader finds each label in frozen features: AUC, or R2 of a number, with 95 % interval."""
-    from panfm.data.tables import read_label_table
+    from panfm.data.labels import read_label_table
     from panfm.evaluate.embed import read_features
     from panfm.evaluate.probe_features import probe_features
 

@@ -1,17 +1,9 @@
-"""CSV tables of a site: a header, then rows; UTF-8, with or without the mark that Excel adds.
-
-The table of labels, for probes, has a column `subject` and one per label. It never leaves the site.
-"""
+"""CSV tables as a site writes them: a header, then rows; UTF-8, with or without the mark that Excel adds."""
 
 import csv
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
-from panfm.config import SiteConfig, site_path
 from panfm.errors import DataError
 
 Line = tuple[int, dict[str, str]]
@@ -66,51 +58,3 @@ def _cells(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"no UTF-8 CSV file ({type(error).__name__})") from error
     return (rows[0][1] if rows else []), rows[1:]
-
-
-@dataclass(frozen=True)
-class Labels:
-    """One row per subject, in the order of the file."""
-
-    subjects: tuple[str, ...]
-    names: tuple[str, ...]
-    values: NDArray[np.float64]
-    """[subjects, labels]; NaN where unknown."""
-
-
-def read_labels(folder: Path, site: SiteConfig) -> Labels:
-    """Read the label table that `site.toml` names; an empty cell is unknown.
-
-    Raises:
-        DataError: there is none, or a line of it does not hold.
-    """
-    if site.labels is None:
-        raise DataError(f'{folder / "site.toml"}: names no label table, expected labels = "labels.csv"')
-    return read_label_table(site_path(folder, site.labels))
-
-
-def read_label_table(path: Path) -> Labels:
-    """Read one label table; an empty cell is unknown. Raises DataError: a line of it does not hold."""
-    try:
-        columns, lines = read_table(path, ("subject",))
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from error
-    names = tuple(name for name in columns if name != "subject")
-    subjects: dict[str, int] = {}
-    for line, cells in lines:
-        if not cells["subject"]:
-            raise DataError(f"{path}:{line}: found no subject, expected one")
-        if subjects.setdefault(cells["subject"], line) != line:
-            raise DataError(f"{path}:{line}: found subject {cells['subject']!r} again, expected one row per subject")
-    values = [[_value(cells[name], f"{path}:{line}: {name}") for name in names] for line, cells in lines]
-    return Labels(tuple(subjects), names, np.array(values, dtype=np.float64).reshape(len(lines), len(names)))
-
-
-def _value(text: str, where: str) -> float:
-    try:
-        value = float(text or "nan")
-    except ValueError as error:
-        raise DataError(f"{where}: found {text!r}, expected a number or nothing") from error
-    if np.isinf(value):
-        raise DataError(f"{where}: found {text!r}, expected a finite number or nothing")
-    return value

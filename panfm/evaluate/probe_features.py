@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from panfm.data.tables import Labels
+from panfm.data.labels import Labels
 from panfm.errors import DataError
 from panfm.evaluate.embed import Features
 from panfm.evaluate.linear_probe import MIN_SUBJECTS, auc_per_label, fit_classifiers, fit_regressors, r2_per_label

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from panfm.config import StreamConfig, load_site
 from panfm.data.cache import Progress, open_store
+from panfm.data.labels import read_labels
 from panfm.data.store import ImageStore
-from panfm.data.tables import read_labels
 from panfm.errors import ConfigError, DataError
 from panfm.texts import parse_toml, read_text
 

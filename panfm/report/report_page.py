@@ -13,7 +13,7 @@ from panfm.config import config_hash, dump_toml
 from panfm.errors import needs_extra
 from panfm.files import write_atomic
 from panfm.privacy.guarantees import privacy_label
-from panfm.report.console_tables import arms_of, find, missing_counts, number_text, organs_of, score_text
+from panfm.report.console_tables import arms_of, missing_counts, number_text, organs_of, score_text
 from panfm.report.html_parts import STYLE, Rows, section, table
 from panfm.report.run_files import Run
 
@@ -80,7 +80,7 @@ def _scores(run: Run) -> str:
         groups = list(dict.fromkeys(score.group for score in run.probe.scores if score.metric == metric))
         if groups:
             rows = [
-                (arm, *(score_text(find(run.probe, arm, group, metric)) for group in groups))
+                (arm, *(score_text(run.probe.find(arm, group, metric)) for group in groups))
                 for arm in arms_of(run.probe, metric)
             ]
             tables.append(table((words, *groups), rows))

@@ -16,6 +16,7 @@ from panfm.report.status import (
     clock,
     headline,
     left_out,
+    number,
     privacy_line,
     series,
     site_statuses,
@@ -69,8 +70,8 @@ def _sites(run: Run) -> list[tuple[str, ...]]:
             "-" if status.subjects is None else str(status.subjects),
             f"{status.answered} of {status.asked}",
             "-" if status.seconds is None else clock(status.seconds),
-            _number(status.loss, 4),
-            _number(status.epsilon, 3),
+            number(status.loss, 4),
+            number(status.epsilon, 3),
             status.now,
         )
         for status in site_statuses(run)
@@ -84,7 +85,7 @@ def _streams(run: Run) -> list[tuple[str, ...]]:
             str(len(status.holders)),
             str(len(status.trained_by)),
             "-" if status.last_round is None else str(status.last_round),
-            _number(status.saliency, 2),
+            number(status.saliency, 2),
             ", ".join(status.holders),
         )
         for status in stream_statuses(run)
@@ -124,7 +125,3 @@ def _facts(run: Run) -> dict[str, str]:
         **{name: f"{size / 1e6:.1f} MB" for name, size in sizes.items()},
         "intended use": "research; not a medical device",
     }
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"

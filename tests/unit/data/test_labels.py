@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from panfm.config import SiteConfig
-from panfm.data.tables import read_labels
+from panfm.data.labels import read_labels
 from panfm.errors import DataError
 
 SITE = SiteConfig(name="clinic", labels="labels.csv")

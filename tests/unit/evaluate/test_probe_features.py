@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from panfm.data.tables import Labels
+from panfm.data.labels import Labels
 from panfm.errors import DataError
 from panfm.evaluate.embed import Features
 from panfm.evaluate.probe_features import probe_features

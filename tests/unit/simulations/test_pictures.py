@@ -11,8 +11,8 @@ from panfm.anatomy import Modality
 from panfm.config import StreamConfig
 from panfm.data.cache import open_store
 from panfm.data.check import check_site
+from panfm.data.labels import read_label_table
 from panfm.data.readers.picture import decode_picture
-from panfm.data.tables import read_label_table
 from panfm.errors import DataError
 from simulations.cohorts.in_memory import picture_store
 from simulations.cohorts.picture_looks import LOOKS, blur, render
