@@ -46,7 +46,7 @@ _RUN_ID, _SUBJECTS, _DISTINCT = "bench", 100, 3
 
 @dataclass(frozen=True)
 class Updates:
-    """What the sites send: a few distinct updates, over and over."""
+    """Updates of the sites: a few distinct ones, over and over."""
 
     run: RunConfig
     manifest: GroupManifest
@@ -68,7 +68,7 @@ class Updates:
 
     @property
     def num_bytes(self) -> int:
-        """Of one update."""
+        """Bytes of one update."""
         return sum(value.nbytes for value in self.named[0].values())
 
 

@@ -165,7 +165,7 @@ class PureTraining:
 
 
 def _resources() -> dict[str, float]:
-    """What the process has filled at most so far, and its open files."""
+    """Peak memory of the process so far, and its open files."""
     return {
         "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         "open_files": len(list(Path("/dev/fd").iterdir())),

@@ -106,14 +106,14 @@ class Deployment:
         return [*words, "--node-config", f"site-socket={json.dumps(str(socket))}"]
 
     def wait_for(self, folders: list[Path]) -> None:
-        """Until every site's worker listens, and its SuperNode is online."""
+        """Wait until every site's worker listens and its SuperNode is online."""
         for folder in folders:
             self.wait_for_worker(folder)
         nodes = [self.processes[f"{folder.name}.supernode"] for folder in folders]
         wait_until(lambda: self.num_online() >= len(folders), "SuperNodes online", _START_TIMEOUT_S, *nodes)
 
     def wait_for_worker(self, folder: Path) -> None:
-        """Until it listens."""
+        """Wait until a site's worker listens."""
         worker, site = self.processes[f"{folder.name}.worker"], load_site(folder)
         wait_until(lambda: is_running(folder, site), f"worker of {folder.name}", _START_TIMEOUT_S, worker)
 
@@ -139,7 +139,7 @@ def run(job: Job) -> None:
 
 
 def run_config(job: Job) -> dict[str, str]:
-    """What the coordinator tells the apps. Where a site's data lies, only the site knows."""
+    """The run config that the coordinator gives the apps: without the paths of the sites' data."""
     return {key: value for key, value in job.run_config().items() if key != "sites"}
 
 

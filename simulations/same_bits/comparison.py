@@ -40,7 +40,7 @@ class Tensor:
     """A tensor as it lies in a file."""
 
     dtype: str
-    """As safetensors name it; for other files as NumPy does."""
+    """Type by the name that safetensors give it; by NumPy's for other files."""
     shape: tuple[int, ...]
     data: bytes
 
@@ -50,7 +50,7 @@ class Tensor:
         return cls(array.dtype.str, array.shape, array.tobytes())
 
     def numbers(self) -> np.ndarray[Any, Any] | None:
-        """As float64; None for a type of which NumPy has none."""
+        """The numbers as float64; None for a type that NumPy does not have."""
         if self.dtype == "BF16":
             return (np.frombuffer(self.data, "<u2").astype("<u4") << 16).view("<f4").astype(np.float64)
         name = _DTYPES.get(self.dtype, self.dtype)
@@ -92,7 +92,7 @@ class Allowances:
         return cls(tuple(tables.get("allowed", ())), tuple(tables.get("renamed", ())))
 
     def of(self, run: str) -> "Allowances":
-        """Those of one run; what they meet counts for all."""
+        """Allowances of one run, which share the counts."""
         differences = tuple(entry for entry in self.differences if fnmatchcase(run, entry["run"]))
         return Allowances(
             differences, tuple(entry for entry in self.renamed if fnmatchcase(run, entry["run"])), self.met

@@ -177,7 +177,7 @@ def _probe(
 
 
 def _saliency_entropy(model: PanModel, maps: ImageStore) -> float:
-    """Of the mean `value` saliency over complete subjects, whatever steered the arm's masks."""
+    """Entropy of the mean `value` saliency over complete subjects, in every arm alike."""
     shares = []
     with torch.inference_mode():
         for start in range(0, len(maps.subjects), 256):
@@ -205,7 +205,7 @@ def _gains(result: StudyResult) -> dict[str, float]:
 
 
 def targets(result: StudyResult, budget: str) -> list[Target]:
-    """What `sgm` was asked to show at a budget. `long` compares with `statistics` where that arm was run."""
+    """Targets of `sgm` at a budget. `long` compares with `statistics` where that arm was run."""
 
     def ahead(metric: str, least: float, baseline: str = "random") -> Target:
         gain = float(np.mean(result.gain(metric, "sgm", baseline)))

@@ -61,7 +61,7 @@ def run(options: StudyOptions, rounds: int) -> StudyResult:
 
 
 def targets(result: StudyResult) -> list[Target]:
-    """What sharing by groups was asked to show, over each site's own organs."""
+    """Targets of sharing by groups, over each site's own organs."""
     ratios = result.ratios
     return [
         Target("share of pairs with grouped at least plain", ratios["mean/auc/grouped-at-least-plain"], 0.8),
