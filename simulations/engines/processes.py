@@ -1,11 +1,14 @@
-"""Starts and ends processes, each in a group of its own so that its children end with it; free ports; waiting."""
+"""Processes of ours: each in a group of its own, so that it ends with all its children; free ports; waits."""
 
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -37,15 +40,25 @@ def send_signal(process: Process, number: signal.Signals) -> None:
         return
 
 
-def wait_until(condition: Callable[[], bool], what: str, timeout_s: float, *processes: Process) -> None:
-    """Wait for a condition. Raises RunError if it takes too long, or if a process it depends on has ended."""
+def wait_until(condition: Callable[[], bool], awaited: str, timeout_s: float, *processes: Process) -> None:
+    """Raises RunError if it takes too long, or if one of the processes it depends on has ended."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         ended = [process.returncode for process in processes if process.poll() is not None]
         if ended or time.monotonic() > deadline:
             why = f"ended with status {ended[0]}" if ended else f"not within {timeout_s:g} s"
-            raise RunError(f"{what}: {why}; its log in the run folder tells more")
+            raise RunError(f"{awaited}: {why}; its log in the run folder tells more")
         time.sleep(_POLL_S)
+
+
+def is_healthy(address: str, certificates: Path | None = None) -> bool:
+    """Whether a SuperLink answers at an address, over TLS where certificates are given."""
+    try:
+        context = ssl.create_default_context(cafile=certificates) if certificates else None
+        with urllib.request.urlopen(f"{'https' if context else 'http'}://{address}/health", timeout=1, context=context):
+            return True
+    except (urllib.error.URLError, OSError):
+        return False
 
 
 def free_ports(number: int) -> list[int]:

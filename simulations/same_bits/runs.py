@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from panfm.errors import ConfigError
-from simulations.same_bits.compare import PARTS
+from simulations.same_bits.comparison import PARTS
 
 DESCRIPTION = """
 name = "same-bits"
@@ -62,7 +62,7 @@ class Run:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Parts (`PARTS`) that the run leaves."""
+        """The `PARTS` that it leaves."""
         return PARTS if self.makes_cohort else tuple(part for part in PARTS if part != "probe")
 
 

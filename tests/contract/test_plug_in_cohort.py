@@ -18,7 +18,7 @@ from pydantic import Field
 
 from panfm.data.template import write_site_folder
 from panfm.files import new_folder
-from simulations.cohorts.source import CohortSource, Progress, Streams, texts_of
+from simulations.cohorts.cohort_source import CohortSource, Progress, Streams, texts_of
 
 
 class StripesCohort(CohortSource):
