@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from panfm.config import StreamConfig
 from panfm.data.store import ImageStore
-from panfm.models.stems import block_statistics
+from panfm.models.patch_features import block_statistics
 
 _PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 _CHUNK = 128

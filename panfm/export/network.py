@@ -21,7 +21,7 @@ from panfm.errors import RunError
 from panfm.models import PanModel
 from panfm.models.backbone import Encoded
 from panfm.models.pan import StreamTokenizer
-from panfm.models.stems import stem_images
+from panfm.models.patch_features import image_features
 from panfm.models.tokens import Layout
 from panfm.seeds import torch_generator
 
@@ -34,7 +34,7 @@ class EmbeddingNetwork(nn.Module):
         absent: the image of a stream that a subject lacks changes nothing, not even if it is NaN.
     """
 
-    stream_of_place: Tensor
+    stream_of_patch: Tensor
 
     def __init__(self, model: PanModel, streams: Sequence[str]) -> None:
         super().__init__()
@@ -43,20 +43,20 @@ class EmbeddingNetwork(nn.Module):
         self.streams = nn.ModuleDict({name: model.streams[name] for name in streams})
         self.backbone = model.backbone
         sizes = torch.tensor([torch.Size(config.grid).numel() for config in self.configs.values()])
-        self.register_buffer("stream_of_place", torch.arange(len(sizes)).repeat_interleave(sizes))
+        self.register_buffer("stream_of_patch", torch.arange(len(sizes)).repeat_interleave(sizes))
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Images of every stream, then `present` -> embedding [B, D]."""
         *images, present = inputs
         tokens = torch.cat([self._tokenize(*pair) for pair in zip(self.streams, images, strict=True)], dim=1)
-        valid = present[:, self.stream_of_place]
+        valid = present[:, self.stream_of_patch]
         layout = Layout(torch.arange(valid.shape[1]).expand_as(valid), valid)
         encoded: Encoded = self.backbone(tokens.masked_fill(~valid[:, :, None], 0.0), layout)
         return encoded.cls
 
     def _tokenize(self, name: str, images: Tensor) -> Tensor:
-        maps = stem_images(images, self.configs[name], self.tokenizer)
-        return cast(StreamTokenizer, self.streams[name])(maps)
+        features = image_features(images, self.configs[name], self.tokenizer)
+        return cast(StreamTokenizer, self.streams[name])(features)
 
 
 def trace(network: EmbeddingNetwork) -> ExportedProgram:

@@ -118,7 +118,7 @@ class Backbone(nn.Module, ABC):
     def numbers_per_token(self) -> list[int]:
         """Count, layer by layer, the numbers that are filled per token: for the estimate of a step's memory."""
 
-    def see(self, maps: Batch) -> None:
+    def see(self, features: Batch) -> None:
         """Look at a batch's whole images before `forward` gets their visible tokens; does nothing by default."""
 
 

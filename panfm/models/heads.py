@@ -3,7 +3,7 @@
 Hidden tokens are queries only, never keys, so that a hidden organ looks the same to the model as a missing
 one. Parameters under `streams` belong to a stream and are shared with that stream's group.
 
-Shape legend: B subjects, K hidden places, L encoded tokens, S streams, D width.
+Shape legend: B subjects, K hidden patches, L encoded tokens, S streams, D width.
 """
 
 from collections.abc import Mapping
@@ -82,19 +82,19 @@ class Heads(nn.Module):
         _add(self, added.shared)
 
     def stream_heads(self) -> list[StreamHead]:
-        """Heads per stream, in the order of their places."""
+        """Heads per stream, in the order of their patches."""
         return [cast(StreamHead, head) for head in self.streams.values()]
 
     def predict(self, encoded: Encoded, hidden: Layout, queries: Tensor) -> Tensor:
-        """Predict features [B, K, D] of hidden places from the encoded visible tokens.
+        """Predict features [B, K, D] of hidden patches from the encoded visible tokens.
 
         Args:
-            queries: [M, D], one per place of the vocabulary.
+            queries: [M, D], one per patch of the vocabulary.
         """
         memory = torch.cat([encoded.cls[:, None], encoded.tokens], dim=1)
         valid = functional.pad(encoded.layout.valid, (1, 0), value=True)
         mask = None if bool(valid.all()) else valid[:, None, None, :]
-        return self.project(self.predictor(queries[hidden.place], memory, mask))
+        return self.project(self.predictor(queries[hidden.patch_index], memory, mask))
 
     def summarise(self, cls: Tensor) -> Tensor:
         """Predict the summary of every stream from CLS [B, D] alone -> [B, S, D]."""

@@ -3,7 +3,7 @@
 Modules decide sharing, by the tag `sharing_group`: a tokenizer and the heads of a stream belong to the stream, the
 backbone's parts to the groups that it names, other heads to training.
 
-Shape legend: B subjects, P subjects of the batch that hold a stream, S streams, M places, N places of the fullest
+Shape legend: B subjects, P subjects of the batch that hold a stream, S streams, M patches, N patches of the fullest
 subject, T tokens of a stream, D width.
 """
 
@@ -24,7 +24,7 @@ from panfm.errors import ConfigError
 from panfm.models.backbone import Backbone, Encoded, PerStream, Route, Saliency, parameter_groups
 from panfm.models.director_experts import DirectorExperts, dense_name
 from panfm.models.heads import Heads
-from panfm.models.stems import patchify, stem_batch, stem_features, stem_step
+from panfm.models.patch_features import batch_features, num_patch_features, patch_step, patchify
 from panfm.models.tokens import Layout, pack, sincos_positions
 from panfm.registry import BACKBONES
 from panfm.seeds import torch_generator
@@ -37,20 +37,20 @@ _POSITION_SCALE = 0.2
 
 
 class StreamTokenizer(nn.Module):
-    """Projects the patches of one stream's maps linearly, and adds the stream's embedding and fixed positions."""
+    """Projects the patches of one stream's features linearly, and adds the stream's embedding and fixed positions."""
 
     position: Tensor
 
     def __init__(self, stream: StreamConfig, tokenizer: str, width: int) -> None:
         super().__init__()
-        self.step = stem_step(stream, tokenizer)
-        self.project = nn.Linear(stem_features(stream, tokenizer), width)
+        self.step = patch_step(stream, tokenizer)
+        self.project = nn.Linear(num_patch_features(stream, tokenizer), width)
         self.embedding = nn.Parameter(torch.zeros(width))
         self.register_buffer("position", _POSITION_SCALE * sincos_positions(stream.grid, width), persistent=False)
 
-    def forward(self, maps: Tensor) -> Tensor:
+    def forward(self, features: Tensor) -> Tensor:
         """Maps [P, C, *coarse] -> tokens [P, T, D]."""
-        return self.project(patchify(maps, self.step)) + self.embedding + self.position
+        return self.project(patchify(features, self.step)) + self.embedding + self.position
 
 
 class PanModel(nn.Module):
@@ -62,7 +62,7 @@ class PanModel(nn.Module):
         absent: a stream that a subject lacks costs nothing and changes nothing.
     """
 
-    stream_of_place: Tensor
+    stream_of_patch: Tensor
 
     def __init__(self, streams: dict[str, StreamConfig], config: ModelConfig, objective: ObjectiveConfig) -> None:
         super().__init__()
@@ -74,13 +74,13 @@ class PanModel(nn.Module):
             {name: StreamTokenizer(stream, config.tokenizer, width) for name, stream in streams.items()}
         )
         self.backbone: Backbone = BACKBONES.load(config.backbone)(width, depth, heads, config)
-        features = {name: stem_features(stream, config.tokenizer) for name, stream in streams.items()}
+        features = {name: num_patch_features(stream, config.tokenizer) for name, stream in streams.items()}
         self.heads = Heads(width, heads, features, objective)
-        self.register_buffer("stream_of_place", _stream_of_place(streams), persistent=False)
+        self.register_buffer("stream_of_patch", _stream_of_patch(streams), persistent=False)
 
     @property
     def stream_names(self) -> tuple[str, ...]:
-        """Streams in the order of their places."""
+        """Streams in the order of their patches."""
         return tuple(self.stream_configs)
 
     @property
@@ -88,54 +88,54 @@ class PanModel(nn.Module):
         """Organ of every stream, in the order of `stream_names`."""
         return tuple(parse_stream(name)[0] for name in self.stream_configs)
 
-    def stem(self, batch: Batch) -> Batch:
+    def patch_features(self, batch: Batch) -> Batch:
         """Patch features of a batch. They need no parameters, so callers may compute them once and keep them."""
-        return stem_batch(batch, self.stream_configs, self.tokenizer)
+        return batch_features(batch, self.stream_configs, self.tokenizer)
 
     def layout(self, batch: Batch) -> Layout:
         """Layout of a batch's tokens."""
-        present = torch.zeros(batch.size, len(self.streams), dtype=torch.bool, device=self.stream_of_place.device)
+        present = torch.zeros(batch.size, len(self.streams), dtype=torch.bool, device=self.stream_of_patch.device)
         for index, name in enumerate(self.streams):
             if name in batch.rows:
                 present[batch.rows[name], index] = True
-        return pack(present, self.stream_of_place)
+        return pack(present, self.stream_of_patch)
 
-    def tokenize(self, maps: Batch, layout: Layout) -> Tensor:
-        """Tokens [B, N, D] of a batch of maps, standing as `layout` says; zero where padded."""
-        self.backbone.see(maps)
-        start = layout.valid.new_full((maps.size, len(self.stream_of_place)), 0, dtype=torch.long)
-        flat, offset = [self.stream_of_place.new_zeros(1, self.width, dtype=self.dtype)], 1
+    def tokenize(self, features: Batch, layout: Layout) -> Tensor:
+        """Tokens [B, N, D] of a batch of features, standing as `layout` says; zero where padded."""
+        self.backbone.see(features)
+        start = layout.valid.new_full((features.size, len(self.stream_of_patch)), 0, dtype=torch.long)
+        flat, offset = [self.stream_of_patch.new_zeros(1, self.width, dtype=self.dtype)], 1
         for index, (name, tokenizer) in enumerate(self.streams.items()):
-            if name not in maps.images:
+            if name not in features.images:
                 continue
-            tokens = tokenizer(maps.images[name])
-            places = torch.nonzero(self.stream_of_place == index).squeeze(1)
+            tokens = tokenizer(features.images[name])
+            patches = torch.nonzero(self.stream_of_patch == index).squeeze(1)
             rows = torch.arange(offset, offset + tokens.shape[0] * tokens.shape[1], device=tokens.device)
-            start[maps.rows[name][:, None], places] = rows.view(tokens.shape[:2])
+            start[features.rows[name][:, None], patches] = rows.view(tokens.shape[:2])
             flat.append(tokens.flatten(0, 1))
             offset += len(rows)
-        source = start.gather(1, layout.place).masked_fill(~layout.valid, 0)
+        source = start.gather(1, layout.patch_index).masked_fill(~layout.valid, 0)
         return torch.cat(flat)[source]
 
     def encode(
-        self, maps: Batch, *, saliency: Saliency | None = None, keep_blocks: bool = False, route: Route = "experts"
+        self, features: Batch, *, saliency: Saliency | None = None, keep_blocks: bool = False, route: Route = "experts"
     ) -> Encoded:
-        """Encode a batch of maps with nothing hidden.
+        """Encode a batch of features with nothing hidden.
 
         Raises:
             ConfigError: saliency is asked for, and the backbone has none.
         """
         if saliency and not self.backbone.has_saliency:
             raise ConfigError("model.backbone: it has no saliency, expected one that has, or masking.policy = random")
-        layout = self.layout(maps)
+        layout = self.layout(features)
         encoded: Encoded = self.backbone(
-            self.tokenize(maps, layout), layout, saliency=saliency, keep_blocks=keep_blocks, route=route
+            self.tokenize(features, layout), layout, saliency=saliency, keep_blocks=keep_blocks, route=route
         )
         return encoded
 
     def embed(self, batch: Batch, *, route: Route = "experts") -> Tensor:
         """Embedding [B, D] of a batch of images, wherever it lies: the CLS token after the last norm."""
-        return self.encode(self.stem(batch.to(self.stream_of_place.device)), route=route).cls
+        return self.encode(self.patch_features(batch.to(self.stream_of_patch.device)), route=route).cls
 
     def parameter_groups(self) -> dict[str, str]:
         """Sharing group of every tensor in the state dict, by its name."""
@@ -155,7 +155,7 @@ class PanModel(nn.Module):
         return {name: layer for name, layer in self.named_modules() if isinstance(layer, DirectorExperts)}
 
     def hidden_queries(self) -> Tensor:
-        """One query per place [M, D]: the stream's own plus the fixed position."""
+        """One query per patch [M, D]: the stream's own plus the fixed position."""
         pairs = zip(self.heads.stream_heads(), self.streams.values(), strict=True)
         return torch.cat([head.hidden_query + cast(StreamTokenizer, tokenizer).position for head, tokenizer in pairs])
 
@@ -190,8 +190,8 @@ def describe_model(run: RunConfig) -> PanModel:
         return PanModel(dict(run.streams), run.model, run.objective)
 
 
-def _stream_of_place(streams: dict[str, StreamConfig]) -> Tensor:
-    """Index of the stream of every place, int64 [M]."""
+def _stream_of_patch(streams: dict[str, StreamConfig]) -> Tensor:
+    """Index of the stream of every patch, int64 [M]."""
     sizes = [math.prod(stream.grid) for stream in streams.values()]
     return torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes), output_size=sum(sizes))
 

@@ -8,7 +8,7 @@ import math
 from panfm.config import RunConfig
 from panfm.errors import LimitError
 from panfm.models.pan import SIZES, PanModel, describe_model
-from panfm.models.stems import stem_features
+from panfm.models.patch_features import num_patch_features
 
 _TRAINED_COPIES = 8
 """Numbers per parameter that training holds: student, teacher, gradient, two moments of AdamW, the globals that the
@@ -57,12 +57,12 @@ def step_bytes(run: RunConfig) -> int:
 
     Counted: all copies of the parameters, what the student's blocks keep of the visible tokens for the backward pass,
     one block of the teacher at work on all tokens and the outputs of the others, targets, guesses, and running moments.
-    Not counted: images and their stem maps.
+    Not counted: images and their patch features.
     """
     width, depth, _ = SIZES[run.model.size]
     model = _describe(run)
     per_block = model.backbone.numbers_per_token()
-    features = [stem_features(stream, run.model.tokenizer) for stream in run.streams.values()]
+    features = [num_patch_features(stream, run.model.tokenizer) for stream in run.streams.values()]
     target = 8 * width + run.objective.num_target_values(features)
     tokens = tokens_per_patient(run) + 1
     visible = min((1.0 - run.masking.ratio) * tokens + 1 + len(run.streams), tokens)

@@ -1,10 +1,10 @@
 """Layouts of tokens: packing, selecting, positions.
 
-The model's vocabulary of places is all patches of all its streams, in order. A batch holds, per subject, only the
-places of the streams that the subject has: absent streams are not padded in, they are not there. Rows are packed to
+The model's vocabulary is all patches of all its streams, in order. A batch holds, per subject, only the patches of the
+streams that the subject has: absent streams are not padded in, they are not there. Rows are packed to
 the left and padded to the fullest subject.
 
-Shape legend: B subjects, N places of the fullest subject, K places kept, M places in the vocabulary, D width.
+Shape legend: B subjects, N patches of the fullest subject, K patches kept, M patches in the vocabulary, D width.
 """
 
 from dataclasses import dataclass
@@ -18,8 +18,8 @@ from torch.nn import functional
 class Layout:
     """The patch index of every token of a batch."""
 
-    place: Tensor
-    """int64 [B, N], index into the vocabulary of M places; 0 where padded."""
+    patch_index: Tensor
+    """int64 [B, N], index into the vocabulary of M patches; 0 where padded."""
     valid: Tensor
     """bool [B, N], False where padded."""
 
@@ -34,12 +34,12 @@ class Layout:
         return valid[:, None, None, :]
 
     def select(self, keep: Tensor) -> tuple["Layout", Tensor]:
-        """Keep some places, packed to the left in their old order.
+        """Keep some patches, packed to the left in their old order.
 
         Args:
             keep: bool [B, N].
         Returns:
-            The smaller layout [B, K] and the int64 [B, K] column each of its places came from (0 where padded).
+            The smaller layout [B, K] and the int64 [B, K] column each of its patches came from (0 where padded).
         """
         keep = keep & self.valid
         counts = keep.sum(dim=1)
@@ -47,19 +47,19 @@ class Layout:
         column = keep.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :width]
         valid = torch.arange(width, device=keep.device) < counts[:, None]
         column = column.masked_fill(~valid, 0)
-        return Layout(self.place.gather(1, column).masked_fill(~valid, 0), valid), column
+        return Layout(self.patch_index.gather(1, column).masked_fill(~valid, 0), valid), column
 
 
-def pack(present: Tensor, stream_of_place: Tensor) -> Layout:
+def pack(present: Tensor, stream_of_patch: Tensor) -> Layout:
     """Layout of a batch.
 
     Args:
         present: bool [B, S], the streams each subject has.
-        stream_of_place: int64 [M], the stream of each place.
+        stream_of_patch: int64 [M], the stream of each patch.
     """
-    has_place = present[:, stream_of_place]
-    places = torch.arange(len(stream_of_place), device=present.device).expand(len(present), -1)
-    return Layout(places, torch.ones_like(has_place)).select(has_place)[0]
+    has_patch = present[:, stream_of_patch]
+    patches = torch.arange(len(stream_of_patch), device=present.device).expand(len(present), -1)
+    return Layout(patches, torch.ones_like(has_patch)).select(has_patch)[0]
 
 
 def gather_tokens(tokens: Tensor, column: Tensor) -> Tensor:

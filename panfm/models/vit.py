@@ -1,7 +1,7 @@
 """The dense ViT: CLS token, pre-norm blocks, key padding, and how much CLS leans on each other token.
 
     attention  a_n = softmax over tokens of (q_cls k_n / sqrt(d)), summed over heads
-    value      a_n ||v_n - mean of v at n's place over the batch||, summed over heads
+    value      a_n ||v_n - mean of v at n's patch over the batch||, summed over heads
 
 Saliency computes only the CLS query's row of attention, never the full matrix. A value that is the same for everybody
 moves no embedding apart, however much attention it gets: hence the centring.
@@ -166,13 +166,14 @@ class ClsSaliency:
 
 
 class CentredNorms:
-    """Norms of values about the batch's mean at their place.
+    """Norms of values about the batch's mean at their patch.
 
-    A place that one subject alone holds has no mean to speak of: it gets the batch's typical norm.
+    A patch that one subject alone holds has no mean to speak of: it gets the batch's typical norm.
     """
 
     def __init__(self, layout: Layout) -> None:
-        row = functional.pad((layout.place + 1).masked_fill(~layout.valid, 0), (1, 0))  # CLS and padding share row 0
+        # CLS and padding share row 0.
+        row = functional.pad((layout.patch_index + 1).masked_fill(~layout.valid, 0), (1, 0))
         self._row = None if bool((row == row[:1]).all()) else row.flatten()
         count = row.flatten().bincount()
         self._share = count.clamp_min(1).reciprocal()[:, None]

@@ -3,18 +3,18 @@
 A token is x = W p + b + e + s with p the patch and s its position, which is fixed and so known. Of a gradient, the rows
 of the patch layer's part, sum_n z_n p_n^T, span the patches that were seen; those of the first attention's part,
 sum_n d_n h_n^T, span h_n = gamma C x_n / r_n + beta, their tokens after the first norm (C centres, r_n scales). With
-V and H orthonormal bases of the two, and a place n whose position is s_n,
+V and H orthonormal bases of the two, and a patch n whose position is s_n,
 
     (1 - H^T H) (gamma C (W V^T c + b + e + s_n) + beta r) = 0,     p_n = V^T c
 
-are linear equations in c and r. They hold at places that were seen and at no others, so what is left over tells the
+are linear equations in c and r. They hold at patches that were seen and at no others, so what is left over tells the
 mask. All this works while the tokens that were seen, CLS included, are fewer than the model is wide: for one patient in
 any model, for many in a wide one. AdamW hides most of it behind signs and a second patient of the same streams mixes
 with the first; neither is a protection that anybody has proved. Clipping changes nothing, noise does.
 
 Source: APRIL (Lu et al., CVPR 2022) recovers patches through learned positions, which this model has not; that fixed
 ones, being known, do as well is this project's.
-Shape legend: T places of a stream, F features of a patch, D width, R rank.
+Shape legend: T patches of a stream, F features of a patch, D width, R rank.
 """
 
 import math
@@ -32,7 +32,7 @@ from panfm.data.store import ImageStore
 from panfm.errors import DataError
 from panfm.models import PanModel
 from panfm.models.pan import StreamTokenizer
-from panfm.models.stems import intensities, patchify
+from panfm.models.patch_features import intensities, patchify
 from panfm.models.vit import Block, VisionTransformer
 from panfm.privacy.private_step import clipped_sum
 from panfm.privacy.randomness import with_noise
@@ -58,11 +58,11 @@ class Scenario:
     grey: Sequence[float]
     """Of the best single grey instead."""
     other: Sequence[float]
-    """Of another patient's patches at the same places instead."""
+    """Of another patient's patches at the same positions instead."""
 
 
 def invert(model: PanModel, gradient: Gradient) -> dict[str, tuple[Tensor, Tensor]]:
-    """Solve for the patches float64 [T, F] of every stream; also returns the residual at each place, [T].
+    """Solve for the patches float64 [T, F] of every stream; also returns the residual at each patch, [T].
 
     Streams whose part of the gradient is zero or missing are left out; all are where the first attention's is.
     """
@@ -143,11 +143,11 @@ class Attacked:
         self.trainer = Trainer(self.run, model.stream_names)
         self.trainer.model.load_state_dict(model.state_dict())
         self.trainer.reset_private()
-        self.maps = [self.trainer.stem(store) for store in stores]
+        self.features = [self.trainer.patch_features(store) for store in stores]
 
     def patients(self, number: int) -> list[Patient]:
         """The first patients of the train splits, sites in turn. Raises DataError if there are none."""
-        lists = [store.indices("train").tolist() for store in self.maps]
+        lists = [store.indices("train").tolist() for store in self.features]
         turns = [(site, own[turn]) for turn in range(number) for site, own in enumerate(lists) if turn < len(own)]
         if not (holders := [patient for patient in turns if self.truth(patient)]):
             raise DataError("inversion: no patient in the train split holds a stream of the model")
@@ -155,14 +155,14 @@ class Attacked:
 
     def one_each(self) -> list[list[Patient]]:
         """At most four sums, each of one patient from every site."""
-        lists = [store.indices("train").tolist() for store in self.maps]
+        lists = [store.indices("train").tolist() for store in self.features]
         return [[(site, index) for site, index in enumerate(row)] for row in zip(*lists, strict=False)][:4]
 
     def gradient(self, patients: Sequence[Patient], noise: float = 0.0) -> Gradient:
         """The clipped sum of a private step; noise in clip norms."""
         total: dict[str, Tensor] = {}
         for site, patient in patients:
-            own = clipped_sum(self.trainer, self.maps[site], np.array([patient]))
+            own = clipped_sum(self.trainer, self.features[site], np.array([patient]))
             total = {name: value + total.get(name, 0.0) for name, value in own.items()}
         deviation = noise * self.privacy.clip_norm
         return {name: with_noise(value, deviation) if noise else value for name, value in total.items()}
@@ -188,16 +188,16 @@ class Attacked:
     def _score(self, patients: Sequence[Patient], gradient: Gradient) -> tuple[float, float, float]:
         """PSNR of the attack, of plain grey and of another patient, at the places that the attack takes for visible.
 
-        Where several patients are in the sum, each place is compared with the one who is nearest: the attack's luck.
+        Where several patients are in the sum, each patch is compared with the one who is nearest: the attack's luck.
         """
         inverted = invert(self.trainer.model, gradient)
         truths = [self.truth(patient) for patient in patients]
         names = [name for name in truths[0] if name in inverted] or list(truths[0])
-        places = self._seen({name: inverted[name][1] for name in names}, truths[0]) if inverted else None
+        seen = self._seen({name: inverted[name][1] for name in names}, truths[0]) if inverted else None
         errors: list[Tensor] = []
         true, others = [], []
         for name in names:
-            at = slice(None) if places is None else places[name]
+            at = slice(None) if seen is None else seen[name]
             own, other = truths[0][name][at], self._other(patients, name)[at]
             if inverted:
                 patches = self.intensities(inverted[name][0])[at]
@@ -210,7 +210,7 @@ class Attacked:
         return (_psnr(torch.cat(errors)) if inverted else best), best, _psnr(torch.cat(others))
 
     def _seen(self, over: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """As many places as a patient shows of these streams (a public number), those where least is left over."""
+        """As many patches as a patient shows of these streams (a public number), those where least is left over."""
         count = sum(len(patches) for patches in truth.values())
         hidden = min(max(round(self.run.masking.ratio * count), 1), count - 1)
         limit = torch.cat(list(over.values())).sort().values[: count - hidden][-1]
@@ -219,12 +219,12 @@ class Attacked:
     def _other(self, patients: Sequence[Patient], name: str) -> Tensor:
         """Another patient's stream; its own where there is no other."""
         site, own = patients[0]
-        holders = [index for index in self.maps[site].rows[name].tolist() if (site, index) not in patients]
+        holders = [index for index in self.features[site].rows[name].tolist() if (site, index) not in patients]
         return self.truth((site, holders[0] if holders else own))[name]
 
     def truth(self, patient: Patient) -> dict[str, Tensor]:
         """Intensities of a patient's patches [T, F], by stream."""
-        batch, patches = self.maps[patient[0]].batch([patient[1]]), {}
+        batch, patches = self.features[patient[0]].batch([patient[1]]), {}
         for name, tokenizer in self.trainer.model.streams.items():
             if name in batch.images:
                 assert isinstance(tokenizer, StreamTokenizer)

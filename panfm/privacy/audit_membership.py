@@ -96,12 +96,12 @@ def patient_losses(
 ) -> NDArray[np.float64]:
     """Loss of each patient [N], mean over masks; NaN for patients without a stream of the run."""
     trainer = _trainer(run, state, [stream for stream in run.streams if stream in store.images])
-    maps, position = trainer.stem(store), {int(index): at for at, index in enumerate(indices)}
+    features, position = trainer.patch_features(store), {int(index): at for at, index in enumerate(indices)}
     losses = np.full((masks, len(indices)), np.nan)
     for mask in range(masks):
-        for number, chunk in enumerate(_chunks_of_equals(maps, indices, trainer.model.stream_names, _CHUNK)):
+        for number, chunk in enumerate(_chunks_of_equals(features, indices, trainer.model.stream_names, _CHUNK)):
             generator = torch_generator(run.seed, "membership", mask, number)
-            losses[mask, [position[int(index)] for index in chunk]] = _losses(trainer, maps, chunk, generator)
+            losses[mask, [position[int(index)] for index in chunk]] = _losses(trainer, features, chunk, generator)
     means: NDArray[np.float64] = losses.mean(axis=0)
     return means
 
@@ -121,9 +121,9 @@ def _chunks_of_equals(
 
 @torch.no_grad()
 def _losses(
-    trainer: Trainer, maps: ImageStore, chunk: NDArray[np.int64], generator: torch.Generator
+    trainer: Trainer, features: ImageStore, chunk: NDArray[np.int64], generator: torch.Generator
 ) -> NDArray[np.float64]:
-    _, losses = trainer.unguided_losses(maps.batch(chunk).to(trainer.device), generator)
+    _, losses = trainer.unguided_losses(features.batch(chunk).to(trainer.device), generator)
     values: NDArray[np.float64] = losses.double().cpu().numpy()
     return values
 

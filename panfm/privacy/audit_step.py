@@ -118,7 +118,7 @@ def _chance(guesses: int, correct: int, canaries: int, eps: float, delta: float)
 
 
 def _trainer(run: RunConfig, canaries: int, steps: int, rate: float) -> tuple[Trainer, ImageStore]:
-    """A trainer whose model has a coordinate per canary, and the stem maps of the canaries."""
+    """A trainer whose model has a coordinate per canary, and the patch features of the canaries."""
     assert run.patient_dp is not None
     private = run.patient_dp.model_copy(update={"sample_rate": rate})
     train = run.train.model_copy(update={"rounds": 1, "local_steps": steps})
@@ -129,10 +129,10 @@ def _trainer(run: RunConfig, canaries: int, steps: int, rate: float) -> tuple[Tr
     pictures = numpy_generator(run.seed, "canary pictures").random((canaries, config.channels, *config.shape))
     names = tuple(f"canary-{number}" for number in range(canaries))
     images, rows = {stream: pictures.astype(np.float32)}, {stream: np.arange(canaries)}
-    maps = trainer.stem(ImageStore(names, ("train",) * canaries, images, rows))
-    known = torch.from_numpy(np.asarray(maps.images[stream]))
+    features = trainer.patch_features(ImageStore(names, ("train",) * canaries, images, rows))
+    known = torch.from_numpy(np.asarray(features.images[stream]))
     trainer.objective = _WithCanaries(trainer.objective, stream, known, private.clip_norm)
-    return trainer, maps
+    return trainer, features
 
 
 class _WithCanaries(Objective):
@@ -145,12 +145,15 @@ class _WithCanaries(Objective):
         self.pictures = pictures.flatten(1)
         self.length = _LENGTH * clip_norm
 
-    def targets(self, teacher: PanModel, maps: Batch, mask: TokenMask, full: Encoded | None) -> Targets:
+    def targets(self, teacher: PanModel, features: Batch, mask: TokenMask, full: Encoded | None) -> Targets:
         """Targets of the run's objective, and which canary each patient is, [B, m], by its picture."""
-        own = maps.images[self.stream].flatten(1).cpu()
+        own = features.images[self.stream].flatten(1).cpu()
         number = torch.cdist(own, self.pictures).argmin(dim=1)
         axis = nn.functional.one_hot(number, len(self.pictures)).float()
-        return {**self.inner.targets(teacher, maps, mask, full), "canary": axis.to(maps.images[self.stream].device)}
+        return {
+            **self.inner.targets(teacher, features, mask, full),
+            "canary": axis.to(features.images[self.stream].device),
+        }
 
     def loss(self, student: PanModel, output: StudentOutput, targets: Targets) -> Tensor:
         """Loss of each subject [B]."""

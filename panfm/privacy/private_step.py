@@ -59,7 +59,7 @@ def train_privately(
     if planned(run) != permit.mechanisms or num_steps != run.train.local_steps:
         raise LedgerError("permit: for other mechanisms than this run's, expected one from Ledger.spend for this round")
     permit.use()
-    store = trainer.stem(store)
+    store = trainer.patch_features(store)
     source = PrivateGradient(trainer, store, indices)
     for taken in range(num_steps):
         trainer.step(source, first_step + taken, profile)
@@ -85,7 +85,7 @@ class PrivateGradient:
         indices: NDArray[np.int64],
         draws: Callable[[int], torch.Generator] = _secret_draws,
     ) -> None:
-        """Take the patients to sample from, of a store of stem maps.
+        """Take the patients to sample from, of a store of patch features.
 
         Args:
             draws: The generator of a patient's mask and routers' noise; other than by default in tests alone.
@@ -105,8 +105,8 @@ class PrivateGradient:
         self._total = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in self.parameters.items()}
         for index in patients_with_streams(self._store, sample, self._trainer.model.stream_names):
             generator = self._draws(int(index))
-            maps = one_patient(self._store, int(index), self._trainer.device)
-            yield DrawnBatch(np.array([index]), maps, masks=generator, routing=generator)
+            features = one_patient(self._store, int(index), self._trainer.device)
+            yield DrawnBatch(np.array([index]), features, masks=generator, routing=generator)
 
     def add(self, output: StepOutput) -> None:
         """Add the clipped gradient of one patient's loss to the sum."""

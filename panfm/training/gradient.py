@@ -29,8 +29,8 @@ class DrawnBatch:
 
     subjects: NDArray[np.int64]
     """[B], as indices into the store."""
-    maps: Batch
-    """Their stem maps."""
+    features: Batch
+    """Their patch features."""
     masks: torch.Generator
     routing: torch.Generator
 
@@ -109,7 +109,7 @@ class BatchGradient:
     def __init__(
         self, state: TrainingState, store: ImageStore, indices: NDArray[np.int64], *, site: str, round_number: int
     ) -> None:
-        """Start a round on some subjects of a store of stem maps."""
+        """Start a round on some subjects of a store of patch features."""
         seed, model = state.run.seed, state.model
         self._state, self._store, self._indices = state, store, indices
         self._experts = ExpertTraining(state.run.model.experts, model)
@@ -132,8 +132,8 @@ class BatchGradient:
     def draw(self) -> Iterator[DrawnBatch]:
         """Draw one batch."""
         subjects = next(self._order)
-        maps = self._store.batch(subjects).to(self._state.device)
-        yield DrawnBatch(subjects, maps, self._masks, self._routing)
+        features = self._store.batch(subjects).to(self._state.device)
+        yield DrawnBatch(subjects, features, self._masks, self._routing)
 
     def add(self, output: StepOutput) -> None:
         """Take the mean of the batch's losses, and add the experts' regularisers."""
@@ -163,7 +163,7 @@ class BatchGradient:
     def count(self) -> None:
         """Record that the last step counted."""
         subjects, student = self.output.batch.subjects, self.output.student
-        self._contributors.add(subjects, student.mask, student.encoded, self._state.model.stream_of_place)
+        self._contributors.add(subjects, student.mask, student.encoded, self._state.model.stream_of_patch)
         for name, mass in self.gate_mass().items():
             self._mass[name] += mass
         self._losses.append(self.loss.item())

@@ -3,7 +3,7 @@
 The backbone gives a share per token (`attention`: CLS row of the last block; `value`: attention times the norm of the
 centred values, all blocks). Here they are summed per stream, and kept as a running profile of the site.
 
-Shape legend: B subjects, N places, S streams.
+Shape legend: B subjects, N patches, S streams.
 """
 
 import torch
@@ -12,17 +12,17 @@ from torch import Tensor
 from panfm.models.tokens import Layout
 
 
-def stream_shares(token_shares: Tensor, layout: Layout, stream_of_place: Tensor, num_streams: int) -> Tensor:
+def stream_shares(token_shares: Tensor, layout: Layout, stream_of_patch: Tensor, num_streams: int) -> Tensor:
     """Sum token shares [B, N] per stream -> [B, S]; absent streams get 0, every row sums to 1."""
-    stream = stream_of_place[layout.place]
+    stream = stream_of_patch[layout.patch_index]
     return token_shares.new_zeros(len(token_shares), num_streams).scatter_add_(
         1, stream, token_shares * layout.valid.to(token_shares.dtype)
     )
 
 
-def streams_present(layout: Layout, stream_of_place: Tensor, num_streams: int) -> Tensor:
+def streams_present(layout: Layout, stream_of_patch: Tensor, num_streams: int) -> Tensor:
     """Which streams each subject has, bool [B, S]."""
-    stream = stream_of_place[layout.place]
+    stream = stream_of_patch[layout.patch_index]
     count = torch.zeros(len(stream), num_streams, dtype=torch.long, device=stream.device)
     return count.scatter_add_(1, stream, layout.valid.long()) > 0
 

@@ -8,7 +8,7 @@ Gumbel-top-k).
 A subject from whom nothing is hidden has no loss to speak of, so it does not count. Of the others, a subject counts for
 a stream where it has hidden tokens, where it has visible ones, and for an expert that its tokens go through.
 
-Shape legend: B subjects, N places, S streams, V visible and K hidden places.
+Shape legend: B subjects, N patches, S streams, V visible and K hidden patches.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,19 +33,19 @@ class TokenMask:
     """Which tokens of a batch the student sees, and which it predicts."""
 
     layout: Layout
-    """All places [B, N]."""
+    """All patches [B, N]."""
     visible: Layout
-    """The visible places [B, V]."""
+    """The visible patches [B, V]."""
     visible_column: Tensor
-    """int64 [B, V], where in `layout` each visible place stands."""
+    """int64 [B, V], where in `layout` each visible patch stands."""
     hidden: Layout
-    """The hidden places [B, K]."""
+    """The hidden patches [B, K]."""
     hidden_column: Tensor
-    """int64 [B, K], where in `layout` each hidden place stands."""
+    """int64 [B, K], where in `layout` each hidden patch stands."""
 
     @classmethod
     def of(cls, layout: Layout, hidden: Tensor) -> Self:
-        """Hide some places (bool [B, N])."""
+        """Hide some patches (bool [B, N])."""
         return cls(layout, *layout.select(~hidden), *layout.select(hidden))
 
 
@@ -59,12 +59,12 @@ def draw_mask(
     policy: MaskingPolicy,
     relative: Tensor,
     layout: Layout,
-    stream_of_place: Tensor,
+    stream_of_patch: Tensor,
     *,
     step: int,
     generator: torch.Generator,
 ) -> TokenMask:
-    """Draw the hidden places of a batch.
+    """Draw the hidden patches of a batch.
 
     Guarantees:
         budget: a subject with n tokens has exactly clip(round(ratio n), 1, n - 1) hidden; with one token, none.
@@ -73,7 +73,7 @@ def draw_mask(
         relative: Saliency of the streams relative to an equal split, [B, S] or [1, S].
         step: Local steps taken since the start of the run.
     """
-    stream = stream_of_place[layout.place]
+    stream = stream_of_patch[layout.patch_index]
     noise = policy.noise * _gumbel(stream.shape, generator).to(stream.device)
     scores = policy.scores(relative, len(stream), step, generator).to(stream.device)
     key = scores.expand(len(stream), -1).gather(1, stream) + noise
@@ -109,12 +109,12 @@ class Contributors:
         self._experts = {layer: np.zeros((count, num_subjects), dtype=bool) for layer, count in experts.items()}
 
     def add(
-        self, subjects: NDArray[np.int64], mask: TokenMask, encoded: Encoded, stream_of_place: torch.Tensor
+        self, subjects: NDArray[np.int64], mask: TokenMask, encoded: Encoded, stream_of_patch: torch.Tensor
     ) -> None:
         """Count a step's subjects [B], as indices into the store."""
         counting = has_loss(mask)
         for marks, layout in ((self._hidden, mask.hidden), (self._visible, mask.visible)):
-            present = streams_present(layout, stream_of_place, len(marks)).cpu().numpy()
+            present = streams_present(layout, stream_of_patch, len(marks)).cpu().numpy()
             marks[:, subjects[counting]] |= present[counting].T
         for marks, routed in zip(self._experts.values(), encoded.routed, strict=True):
             chosen = routed.chosen.cpu().numpy().reshape(len(subjects), -1)  # by subject, or by each of its tokens

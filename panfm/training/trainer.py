@@ -78,13 +78,13 @@ class Trainer(TrainingState):
             raise ConfigError(
                 "patient-dp: a private run trains by panfm.privacy.private_step.train_privately, with a ledger's permit"
             )
-        source = BatchGradient(self, self.stem(store), indices, site=site, round_number=round_number)
+        source = BatchGradient(self, self.patch_features(store), indices, site=site, round_number=round_number)
         for taken in range(num_steps):
             if self.step(source, first_step + taken, profile):
                 source.count()
             if on_step is not None:
                 on_step(taken + 1, source.loss.item())
-        return source.result(self._batch_saliency(source.output.batch.maps))
+        return source.result(self._batch_saliency(source.output.batch.features))
 
     def step(self, source: GradientSource, number: int, profile: Mapping[str, float] | None = None) -> bool:
         """Take local step `number`, counted from the start of the run.
@@ -115,32 +115,32 @@ class Trainer(TrainingState):
         """
         progress, steered_by = self.progress(number), self.run.masking.steered_by
         reads_saliency = steered_by is not None if moves_profile else steered_by == "subject"
-        full = self.teacher_forward(batch.maps, reads_saliency=reads_saliency)
+        full = self.teacher_forward(batch.features, reads_saliency=reads_saliency)
         relative = self._steering(full, profile, moves_profile=moves_profile)
-        mask = self.mask(batch.maps, full, relative, number, batch.masks)
+        mask = self.mask(batch.features, full, relative, number, batch.masks)
         exploration = self.experts.exploration(progress, batch.routing)
-        output = student_output(self.model, batch.maps, mask, exploration)
+        output = student_output(self.model, batch.features, mask, exploration)
         return StepOutput(batch, output, self.losses(output, full), progress)
 
     @torch.no_grad()
-    def teacher_forward(self, maps: Batch, *, reads_saliency: bool) -> Encoded | None:
+    def teacher_forward(self, features: Batch, *, reads_saliency: bool) -> Encoded | None:
         """The teacher's encoding of all tokens, if objective or masking needs it."""
         if not reads_saliency and not self.objective.needs_teacher:
             return None
         saliency = self.run.masking.saliency if reads_saliency else None
-        return self.teacher.encode(maps, saliency=saliency, keep_blocks=self.objective.needs_teacher)
+        return self.teacher.encode(features, saliency=saliency, keep_blocks=self.objective.needs_teacher)
 
     def mask(
-        self, maps: Batch, full: Encoded | None, relative: Tensor, number: int, generator: torch.Generator
+        self, features: Batch, full: Encoded | None, relative: Tensor, number: int, generator: torch.Generator
     ) -> TokenMask:
         """Draw which tokens are hidden, given the saliency of the streams `relative` to an equal split
         ([B, S] or [1, S])."""
-        layout = full.layout if full else self.model.layout(maps)
-        return draw_mask(self.policy, relative, layout, self.model.stream_of_place, step=number, generator=generator)
+        layout = full.layout if full else self.model.layout(features)
+        return draw_mask(self.policy, relative, layout, self.model.stream_of_patch, step=number, generator=generator)
 
     def losses(self, output: StudentOutput, full: Encoded | None) -> Tensor:
         """The objective's loss of each subject [B]."""
-        targets = self.objective.targets(self.teacher, output.maps, output.mask, full)
+        targets = self.objective.targets(self.teacher, output.features, output.mask, full)
         return self.objective.loss(self.model, output, targets)
 
     def update(self, progress: float, gate_mass: Mapping[str, Tensor] | None = None) -> None:
@@ -169,7 +169,7 @@ class Trainer(TrainingState):
 
         Subjects that hold none of the trained streams are left out.
         """
-        store = self.stem(store)
+        store = self.patch_features(store)
         rows = [store.rows[name] for name in self.model.stream_names if name in store.rows]
         indices = indices[np.isin(indices, np.concatenate(rows))] if rows else indices[:0]
         if not len(indices):
@@ -177,26 +177,26 @@ class Trainer(TrainingState):
         masks, statistics = torch_generator(self.run.seed, site, "validation"), self.objective.state()
         losses, num_with_loss = [], 0
         for start in range(0, len(indices), self.run.train.batch_size):
-            maps = store.batch(indices[start : start + self.run.train.batch_size]).to(self.device)
+            features = store.batch(indices[start : start + self.run.train.batch_size]).to(self.device)
             with _autocast(self):
-                mask, batch_losses = self.unguided_losses(maps, masks)
+                mask, batch_losses = self.unguided_losses(features, masks)
             losses.append(batch_losses)
             num_with_loss += int(has_loss(mask).sum())
         self.objective.load_state(statistics)
         return Validation(float(torch.cat(losses).mean()), num_with_loss)
 
-    def unguided_losses(self, maps: Batch, masks: torch.Generator) -> tuple[TokenMask, Tensor]:
+    def unguided_losses(self, features: Batch, masks: torch.Generator) -> tuple[TokenMask, Tensor]:
         """A mask that no saliency steers, and each subject's loss [B] under it; the routers do not explore."""
-        full = self.teacher_forward(maps, reads_saliency=self.run.masking.steered_by is not None)
-        mask = self.mask(maps, full, torch.ones_like(self.profile)[None], 0, masks)
-        return mask, self.losses(student_output(self.model, maps, mask), full)
+        full = self.teacher_forward(features, reads_saliency=self.run.masking.steered_by is not None)
+        mask = self.mask(features, full, torch.ones_like(self.profile)[None], 0, masks)
+        return mask, self.losses(student_output(self.model, features, mask), full)
 
     def stream_saliency(self, full: Encoded) -> tuple[Tensor, Tensor]:
         """Saliency of every stream [B, S], and which streams each subject has [B, S]."""
         assert full.saliency is not None
-        places, num_streams = self.model.stream_of_place, len(self.model.stream_names)
-        shares = stream_shares(full.saliency.float(), full.layout, places, num_streams)
-        return shares, streams_present(full.layout, places, num_streams)
+        stream_of_patch, num_streams = self.model.stream_of_patch, len(self.model.stream_names)
+        shares = stream_shares(full.saliency.float(), full.layout, stream_of_patch, num_streams)
+        return shares, streams_present(full.layout, stream_of_patch, num_streams)
 
     def _steering(self, full: Encoded | None, profile: Mapping[str, float] | None, *, moves_profile: bool) -> Tensor:
         """Saliency that steers the masks, relative to an equal split: [B, S] or [1, S]."""
@@ -218,11 +218,11 @@ class Trainer(TrainingState):
         return self.profile[None]
 
     @torch.no_grad()
-    def _batch_saliency(self, maps: Batch) -> dict[str, float]:
+    def _batch_saliency(self, features: Batch) -> dict[str, float]:
         """Saliency of the streams in a batch, relative to an equal split; empty if the backbone has none."""
         if not self.model.backbone.has_saliency:
             return {}
-        full = self.teacher.encode(maps, saliency=self.run.masking.saliency)
+        full = self.teacher.encode(features, saliency=self.run.masking.saliency)
         relative, count = relative_profile(*self.stream_saliency(full))
         pairs = zip(self.model.stream_names, relative.tolist(), count.tolist(), strict=True)
         return {name: value for name, value, num in pairs if num}

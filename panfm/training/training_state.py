@@ -22,7 +22,7 @@ from panfm.training.objectives.interface import build_objective
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _CHUNK_BYTES = 1 << 28
-"""Of images that a stem reads at a time: 64 of 96^3 voxels, or one larger image."""
+"""Of images whose patch features are computed at a time: 64 of 96^3 voxels, or one larger image."""
 
 
 class TrainingState:
@@ -45,7 +45,7 @@ class TrainingState:
         self.holds: tuple[object, str] | None = None
         """Whose private state is in place, and its digest: a note of those who take turns at the trainer."""
         self._anchor: dict[str, Tensor] = {}
-        self._stemmed: WeakKeyDictionary[ImageStore, ImageStore] = WeakKeyDictionary()
+        self._feature_stores: WeakKeyDictionary[ImageStore, ImageStore] = WeakKeyDictionary()
 
     def reset_private(self) -> None:
         """Start the private part afresh.
@@ -61,13 +61,13 @@ class TrainingState:
         for layer in self.model.director_experts().values():
             layer.router.reset_activation()
 
-    def stem(self, store: ImageStore) -> ImageStore:
+    def patch_features(self, store: ImageStore) -> ImageStore:
         """The store's patch features, computed once per store and kept in memory as long as the store lives."""
         if self.run.model.tokenizer == "patch":
             return store
-        if store not in self._stemmed:
-            self._stemmed[store] = _stem_store(store, self.model, chunk=1 if self.run.patient_dp else 64)
-        return self._stemmed[store]
+        if store not in self._feature_stores:
+            self._feature_stores[store] = _feature_store(store, self.model, chunk=1 if self.run.patient_dp else 64)
+        return self._feature_stores[store]
 
     def set_gradient(self, gradient: Mapping[str, Tensor]) -> None:
         """Put a gradient in place, by name of parameter; parameters that it does not name get none."""
@@ -174,21 +174,23 @@ def _build_optimiser(model: PanModel, config: TrainConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
 
 
-def _stem_store(store: ImageStore, model: PanModel, *, chunk: int) -> ImageStore:
+def _feature_store(store: ImageStore, model: PanModel, *, chunk: int) -> ImageStore:
     """Patch features of a whole store, in memory.
 
     Args:
         chunk: Images at a time, fewer if they are large; with 1, no bit of a map depends on other patients.
     """
-    maps = {}
+    features = {}
     for stream in model.stream_names:
         if stream not in store.images:
             continue
         images = store.images[stream]
         num = min(chunk, max(1, _CHUNK_BYTES // images[0].nbytes))
         parts = [
-            model.stem(Batch(0, {stream: torch.from_numpy(images[start : start + num].copy())}, {})).images[stream]
+            model.patch_features(Batch(0, {stream: torch.from_numpy(images[start : start + num].copy())}, {})).images[
+                stream
+            ]
             for start in range(0, len(images), num)
         ]
-        maps[stream] = torch.cat(parts).numpy()
-    return ImageStore(store.subjects, store.splits, maps, {stream: store.rows[stream] for stream in maps})
+        features[stream] = torch.cat(parts).numpy()
+    return ImageStore(store.subjects, store.splits, features, {stream: store.rows[stream] for stream in features})

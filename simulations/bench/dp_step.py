@@ -82,14 +82,14 @@ class _Arm:
         self.trainer = Trainer(_run(kind, private=private))
         self.indices = np.arange(_BATCH[kind])
         self.store = noise_store(self.trainer.run, _BATCH[kind], "dp-step")
-        self.maps = self.trainer.stem(self.store)
+        self.features = self.trainer.patch_features(self.store)
 
     def take_step(self, _: int = 0) -> float:
         """CPU seconds of one step, without what a round does once at its end."""
         if not self.trainer.run.patient_dp:
             return step_seconds(self.trainer, self.store)
         begin = time.process_time()
-        self.trainer.step(PrivateGradient(self.trainer, self.maps, self.indices), 0)
+        self.trainer.step(PrivateGradient(self.trainer, self.features, self.indices), 0)
         return time.process_time() - begin
 
 

@@ -5,8 +5,8 @@ Each site is a small hospital of its own on disk: ten phantom patients, scans of
 back after many rounds, hardly one is warm when it is asked.
 
     local   the real run from its handshakes to its model: everything that a round takes
-    pure    `Trainer.train` for the same sites with as many steps, and nothing else: models, stem maps and images are
-            in memory before its clock starts
+    pure    `Trainer.train` for the same sites with as many steps, and nothing else: models, patch features and images
+            are in memory before its clock starts
 
 The arms take turns, round by round. `over_pure` is the ratio of their medians over the rounds, in seconds on the clock
 per site and round; beside it stands the same in CPU seconds, which a busy machine disturbs less. `memory_grown` and
@@ -151,7 +151,7 @@ class PureTraining:
         for site in sites:
             store = open_store(self._sites / site, self._run.streams)
             trainer = self._trainer(tuple(trained_streams(self._run, store)))
-            trainer.stem(store)
+            trainer.patch_features(store)
             ready.append((site, trainer, store))
         clock = Clock()
         for site, trainer, store in ready:

@@ -50,10 +50,10 @@ class RandomlyRouted(DirectorExpertsBackbone):
     router_class = RandomRouter
     seed = 0
 
-    def see(self, maps: Batch) -> None:
+    def see(self, features: Batch) -> None:
         """Draw the logits of a batch's pictures."""
         routers = [module for module in self.modules() if isinstance(module, RandomRouter)]
-        drawn = torch.stack([self._draw(key, routers) for key in content_keys(maps)]).to(self.cls.device)
+        drawn = torch.stack([self._draw(key, routers) for key in content_keys(features)]).to(self.cls.device)
         for router, logits in zip(routers, drawn.unbind(1), strict=True):
             router.drawn = logits
 
@@ -73,10 +73,10 @@ def seed_routing(model: PanModel, seed: int) -> None:
         model.backbone.seed = seed
 
 
-def content_keys(maps: Batch) -> list[str]:
-    """Digest of each subject's maps."""
-    hashes = [hashlib.blake2b(digest_size=8) for _ in range(maps.size)]
-    for stream, rows in maps.rows.items():
-        for row, image in zip(rows.tolist(), maps.images[stream], strict=True):
+def content_keys(features: Batch) -> list[str]:
+    """Digest of each subject's features."""
+    hashes = [hashlib.blake2b(digest_size=8) for _ in range(features.size)]
+    for stream, rows in features.rows.items():
+        for row, image in zip(rows.tolist(), features.images[stream], strict=True):
             hashes[row].update(image.cpu().numpy().tobytes())
     return [digest.hexdigest() for digest in hashes]

@@ -157,11 +157,11 @@ def probes(pictures: Pictures, run: RunConfig, model: PanModel, arm: str) -> dic
 
 def conflict(trainer: Trainer, store: ImageStore) -> dict[str, float]:
     """Conflict between the modalities' gradients, in every block's MLP or experts."""
-    maps, losses = trainer.stem(store), {}
+    features, losses = trainer.patch_features(store), {}
     for stream, rows in store.rows.items():
         training = np.intersect1d(rows, store.indices("train"))
         chosen = numpy_generator(trainer.run.seed, "conflict", stream).permutation(training)[:_CONFLICT_PICTURES]
-        losses[stream] = partial(_loss, trainer, maps, chosen, stream)
+        losses[stream] = partial(_loss, trainer, features, chosen, stream)
     conflicts = [gradient_conflict(rows) for rows in layer_gradients(losses, _layers(trainer.model))]
     measured = {f"block-{index}/conflict": layer.size for index, layer in enumerate(conflicts)}
     measured["conflict"] = float(np.mean([layer.size for layer in conflicts]))
@@ -175,9 +175,9 @@ def _layers(model: PanModel) -> list[list[Tensor]]:
     return [list((layer.experts if isinstance(layer, DirectorExperts) else layer).parameters()) for layer in layers]
 
 
-def _loss(trainer: Trainer, maps: ImageStore, chosen: NDArray[np.int64], stream: str) -> Tensor:
+def _loss(trainer: Trainer, features: ImageStore, chosen: NDArray[np.int64], stream: str) -> Tensor:
     """Loss of some pictures under one unguided mask, without noise on the routers."""
-    batch = maps.batch(chosen).to(trainer.device)
+    batch = features.batch(chosen).to(trainer.device)
     masks = torch_generator(trainer.run.seed, "conflict", stream)
     return trainer.unguided_losses(batch, masks)[1].mean()
 
@@ -189,7 +189,7 @@ def specialisation(model: PanModel, pictures: Pictures) -> dict[str, float]:
     for stream in streams:
         chosen = np.intersect1d(store.rows[stream], store.indices("test"))
         with torch.inference_mode():
-            routed = model.encode(model.stem(store.batch(chosen)).to(model.stream_of_place.device)).routed
+            routed = model.encode(model.patch_features(store.batch(chosen)).to(model.stream_of_patch.device)).routed
         gates.append([_gates(layer, len(chosen)) for layer in routed])
         names += [stream] * len(chosen)
     layers = [np.concatenate(layer) for layer in zip(*gates, strict=True)]

@@ -136,8 +136,8 @@ def measure(job: ArmJob) -> dict[str, float]:
 def measure_trainer(trainer: Trainer, cohort: Cohort, *, draw: int) -> dict[str, float]:
     """All metrics of a trainer's frozen student."""
     model = trainer.model
-    reader = FrozenReader(model, lambda batch: model.encode(batch).cls)  # of stem maps, which are computed once
-    train, test = trainer.stem(cohort.train), trainer.stem(cohort.test)
+    reader = FrozenReader(model, lambda batch: model.encode(batch).cls)  # of patch features, which are computed once
+    train, test = trainer.patch_features(cohort.train), trainer.patch_features(cohort.test)
 
     def features_of(streams: Iterable[str]) -> NDArray[np.float32]:
         return embed_store(reader, test, np.arange(len(test.subjects)), tuple(streams))
@@ -176,16 +176,16 @@ def _probe(
     return {**grid, "auc_weak": float(per_label(complete)[weak].mean()), "effective_rank": effective_rank(complete)}
 
 
-def _saliency_entropy(model: PanModel, maps: ImageStore) -> float:
+def _saliency_entropy(model: PanModel, features: ImageStore) -> float:
     """Entropy of the mean `value` saliency over complete subjects, in every arm alike."""
     shares = []
     with torch.inference_mode():
-        for start in range(0, len(maps.subjects), 256):
-            batch = maps.batch(np.arange(start, min(start + 256, len(maps.subjects))))
+        for start in range(0, len(features.subjects), 256):
+            batch = features.batch(np.arange(start, min(start + 256, len(features.subjects))))
             encoded = model.encode(batch, saliency="value")
             assert encoded.saliency is not None
             shares.append(
-                stream_shares(encoded.saliency, encoded.layout, model.stream_of_place, len(model.stream_names))
+                stream_shares(encoded.saliency, encoded.layout, model.stream_of_patch, len(model.stream_names))
             )
     return saliency_entropy(torch.cat(shares).mean(dim=0).tolist())
 

@@ -118,10 +118,10 @@ def fixed_draws(index):
     return torch.Generator().manual_seed(1000 + index)
 
 
-def trainer_and_maps(run, held, seed=0):
+def trainer_and_features(run, held, seed=0):
     store = random_store(run, held, seed)
     trainer = Trainer(run, list(store.images))
-    return trainer, trainer.stem(store)
+    return trainer, trainer.patch_features(store)
 
 
 def summed(trainer, store, profile=None):

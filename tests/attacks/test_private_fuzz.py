@@ -22,7 +22,7 @@ from tests.attacks.private_steps import (
     poison,
     private_run,
     summed,
-    trainer_and_maps,
+    trainer_and_features,
 )
 
 KINDS = list(itertools.product(("latent", "mae"), ("dense", "dex")))
@@ -34,11 +34,11 @@ HELD = [[True, True], [True, False], [False, True]]
 @pytest.mark.parametrize(("objective", "backbone"), KINDS)
 def test_hostile_parameters_move_the_sum_by_no_more_than_c(objective, backbone, trained):
     run = private_run(objective, backbone, extra=f'trained = "{trained}"\n')
-    trainer, maps = trainer_and_maps(run, HELD)
+    trainer, features = trainer_and_features(run, HELD)
     for seed, kind in enumerate(HOSTILE):
         trainer.reset_private()
         poison(trainer, kind, seed, share=(0.2, 1.0)[seed % 2])
-        found = largest_change(summed(trainer, maps), np.arange(3), leaving=(seed % 3,))
+        found = largest_change(summed(trainer, features), np.arange(3), leaving=(seed % 3,))
         assert found <= LEVEL * run.patient_dp.clip_norm, kind
 
 
@@ -127,16 +127,16 @@ def attack(seed, attacks):
     if draw.random() < 0.3:
         run = scaled_away(run, draw)
     held = [[True, True], [draw.random() < 0.7, True], [True, draw.random() < 0.5]]
-    trainer, maps = trainer_and_maps(run, held, seed)
+    trainer, features = trainer_and_features(run, held, seed)
     profile = {name: draw.choice((0.0, 1e-30, 1.0, 1e30)) for name in run.streams}
     for number in range(attacks):
         trainer.reset_private()
         kind = draw.choice(list(HOSTILE))
         poison(trainer, kind, seed + number, draw.choice((0.1, 1.0)))
-        found = largest_change(summed(trainer, maps, profile), np.arange(3), leaving=(draw.randrange(3),))
+        found = largest_change(summed(trainer, features, profile), np.arange(3), leaving=(draw.randrange(3),))
         assert found <= LEVEL * run.patient_dp.clip_norm, (seed, number, kind)
         if guided:
-            vectors = [saliency_sum(trainer, maps, np.array(chosen)) for chosen in ([0, 1, 2], [0, 2])]
+            vectors = [saliency_sum(trainer, features, np.array(chosen)) for chosen in ([0, 1, 2], [0, 2])]
             assert norm([vectors[0] - vectors[1]]) <= LEVEL * SALIENCY_SENSITIVITY
     return "bounded"
 
@@ -167,8 +167,8 @@ def test_the_bound_holds_for_5000_hostile_descriptions_and_parameters(part):
 @pytest.mark.parametrize("objective", ["latent", "mae"])
 def test_a_fixed_generator_gives_a_patient_the_same_bits_whoever_else_is_there(objective):
     """What the tests above rest on: with its own draws fixed, a patient adds the same numbers to any sum."""
-    trainer, maps = trainer_and_maps(private_run(objective, "dex"), HELD)
-    total = summed(trainer, maps)
+    trainer, features = trainer_and_features(private_run(objective, "dex"), HELD)
+    total = summed(trainer, features)
     alone = [total(np.array([index])) for index in range(3)]
     together = total(np.arange(3))
     for name, value in together.items():

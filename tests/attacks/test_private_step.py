@@ -35,7 +35,7 @@ from tests.attacks.private_steps import (
     largest_change,
     norm,
     private_run,
-    trainer_and_maps,
+    trainer_and_features,
 )
 
 EVERYTHING = [[True, True]] * 5
@@ -43,9 +43,9 @@ KINDS = [(objective, backbone) for objective in ("latent", "mae") for backbone i
 _FIRST, _REST = slice(1), slice(1, None)
 
 
-def every_second_hidden(trainer, maps, full, relative, number, generator):
-    layout = trainer.model.layout(maps)
-    return TokenMask.of(layout, (layout.place % 2 == 1) & layout.valid)
+def every_second_hidden(trainer, features, full, relative, number, generator):
+    layout = trainer.model.layout(features)
+    return TokenMask.of(layout, (layout.patch_index % 2 == 1) & layout.valid)
 
 
 def test_a_loss_that_is_scaled_to_nothing_does_not_switch_clipping_off(monkeypatch):
@@ -56,8 +56,8 @@ def test_a_loss_that_is_scaled_to_nothing_does_not_switch_clipping_off(monkeypat
         "objective": run.objective.model_copy(update={"beta": 1e26}),
         "patient_dp": run.patient_dp.model_copy(update={"clip_norm": 1e-30}),
     }
-    trainer, maps = trainer_and_maps(run.model_copy(update=changes), EVERYTHING)
-    found = largest_change(lambda indices: clipped_sum(trainer, maps, indices, 0), np.arange(3))
+    trainer, features = trainer_and_features(run.model_copy(update=changes), EVERYTHING)
+    found = largest_change(lambda indices: clipped_sum(trainer, features, indices, 0), np.arange(3))
     assert 0.9 < found / 1e-30 <= LEVEL
 
 
@@ -107,10 +107,10 @@ def test_routers_that_read_rounding_errors_do_not_couple_patients(monkeypatch, o
     monkeypatch.setattr(Trainer, "mask", every_second_hidden)
     run = private_run(objective, "dex")
     for held in ([[True, True]] * 3, [[False, True]] * 3):
-        trainer, maps = trainer_and_maps(run, held)
+        trainer, features = trainer_and_features(run, held)
         for seed in range(2):
             decided_by_rounding(trainer, seed)
-            found = largest_change(lambda indices, o=(trainer, maps): clipped_sum(*o, indices, 0), np.arange(2))
+            found = largest_change(lambda indices, o=(trainer, features): clipped_sum(*o, indices, 0), np.arange(2))
             assert found <= LEVEL * run.patient_dp.clip_norm
 
 
@@ -119,41 +119,45 @@ def test_a_patient_adds_the_same_bits_whoever_else_is_there(monkeypatch, objecti
     """The server sends ill-conditioned parameters. What is left of the others is the rounding of a float64 sum."""
     monkeypatch.setattr(Trainer, "mask", every_second_hidden)
     run = private_run(objective, backbone)
-    trainer, maps = trainer_and_maps(run, [[False, True]] * 5)
+    trainer, features = trainer_and_features(run, [[False, True]] * 5)
     ill_conditioned(trainer)
     for size in (2, 3, 5):
-        whole, rest, own = (clipped_sum(trainer, maps, np.arange(size)[part], 0) for part in (slice(9), _REST, _FIRST))
+        whole, rest, own = (
+            clipped_sum(trainer, features, np.arange(size)[part], 0) for part in (slice(9), _REST, _FIRST)
+        )
         assert norm([whole[name] - rest[name] - own[name] for name in whole]) <= 1e-14 * run.patient_dp.clip_norm
 
 
 def test_a_decoder_of_nan_does_not_tell_what_others_hide(monkeypatch):
     """The server sends NaN as the decoder of one stream; whether a patient counts is decided by its own mask alone."""
 
-    def mask(trainer, maps, full, relative, number, generator):
+    def mask(trainer, features, full, relative, number, generator):
         """Dark patients hide of the first stream, others of the second."""
-        layout = trainer.model.layout(maps)
-        stream = trainer.model.stream_of_place[layout.place]
-        dark = maps.images["eye-fundus"].mean(dim=(1, 2, 3)) < maps.images["eye-fundus"].new_tensor(darkest)
-        return TokenMask.of(layout, (stream == (~dark[:, None]).long()) & (layout.place % 2 == 1))
+        layout = trainer.model.layout(features)
+        stream = trainer.model.stream_of_patch[layout.patch_index]
+        dark = features.images["eye-fundus"].mean(dim=(1, 2, 3)) < features.images["eye-fundus"].new_tensor(darkest)
+        return TokenMask.of(layout, (stream == (~dark[:, None]).long()) & (layout.patch_index % 2 == 1))
 
     run = private_run("mae")
-    trainer, maps = trainer_and_maps(run, EVERYTHING)
-    means = np.sort(maps.images["eye-fundus"].mean(axis=(1, 2, 3)))
+    trainer, features = trainer_and_features(run, EVERYTHING)
+    means = np.sort(features.images["eye-fundus"].mean(axis=(1, 2, 3)))
     darkest = float(means[0] + means[1]) / 2
     monkeypatch.setattr(Trainer, "mask", mask)
     with torch.no_grad():
         trainer.model.heads.streams["brain-mr"].decode.weight.fill_(float("nan"))
-    found = largest_change(lambda indices: clipped_sum(trainer, maps, indices, 0), np.arange(5))
+    found = largest_change(lambda indices: clipped_sum(trainer, features, indices, 0), np.arange(5))
     assert found <= LEVEL * run.patient_dp.clip_norm
 
 
 def test_a_saliency_vector_is_of_one_patient_to_the_bit():
     """The server sends a teacher in which the last bit decides what a patient leans on."""
     guided = '[masking]\nsaliency = "attention"\n'
-    trainer, maps = trainer_and_maps(private_run("latent", "dex", guided), EVERYTHING)
+    trainer, features = trainer_and_features(private_run("latent", "dex", guided), EVERYTHING)
     for size in (2, 3, 5):
         decided_by_rounding(trainer, size)
-        whole, rest, own = (saliency_sum(trainer, maps, np.arange(size)[part]) for part in (slice(9), _REST, _FIRST))
+        whole, rest, own = (
+            saliency_sum(trainer, features, np.arange(size)[part]) for part in (slice(9), _REST, _FIRST)
+        )
         assert (whole - rest).norm() <= 2**0.5 * LEVEL
         assert (whole - rest - own).norm() <= 1e-14
 

@@ -171,13 +171,13 @@ def test_images_of_any_size_go_through_the_stem_within_a_fixed_memory():
     store = ImageStore(("a",) * 64, ("train",) * 64, {"brain-mr": image}, {"brain-mr": np.arange(64)})
     taken: list[int] = []
 
-    def stem(batch: Batch) -> Batch:
+    def patch_features(batch: Batch) -> Batch:
         taken.append(batch.images["brain-mr"].numel() * 4)
         return Batch(0, {"brain-mr": batch.images["brain-mr"][:, :, :1, :1, :1].clone()}, {})
 
-    model = SimpleNamespace(stream_names=("brain-mr", "heart-mr"), stem=stem)
-    maps = training_state._stem_store(store, model, chunk=64)
-    assert maps.images["brain-mr"].shape == (64, 1, 1, 1, 1)
+    model = SimpleNamespace(stream_names=("brain-mr", "heart-mr"), patch_features=patch_features)
+    features = training_state._feature_store(store, model, chunk=64)
+    assert features.images["brain-mr"].shape == (64, 1, 1, 1, 1)
     assert max(taken) <= 256 * 2**20
 
 

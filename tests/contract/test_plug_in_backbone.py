@@ -23,7 +23,7 @@ GRID = (2, 2, 1)
 
 
 class GridNetwork(Backbone):
-    """Residual units over the grid; hidden places are zero."""
+    """Residual units over the grid; hidden patches are zero."""
 
     def __init__(self, width, depth, heads, config):
         super().__init__()
@@ -32,13 +32,13 @@ class GridNetwork(Backbone):
 
     def forward(self, tokens, layout, *, saliency=None, keep_blocks=False, route="experts", exploration=None):
         grid = tokens.new_zeros(len(tokens), GRID[0] * GRID[1] * GRID[2], tokens.shape[2])
-        subject = torch.arange(len(tokens))[:, None].expand_as(layout.place)
-        grid[subject[layout.valid], layout.place[layout.valid]] = tokens[layout.valid]
-        maps, blocks = grid.transpose(1, 2).unflatten(2, GRID), []
+        subject = torch.arange(len(tokens))[:, None].expand_as(layout.patch_index)
+        grid[subject[layout.valid], layout.patch_index[layout.valid]] = tokens[layout.valid]
+        features, blocks = grid.transpose(1, 2).unflatten(2, GRID), []
         for unit in self.units:
-            maps = unit(maps)
-            blocks.append(gather_tokens(maps.flatten(2).transpose(1, 2), layout.place))
-        cls = maps.flatten(2).mean(dim=2)
+            features = unit(features)
+            blocks.append(gather_tokens(features.flatten(2).transpose(1, 2), layout.patch_index))
+        cls = features.flatten(2).mean(dim=2)
         return Encoded(self.norm(cls), self.norm(blocks[-1]), layout, tuple(blocks) if keep_blocks else (), None)
 
     def last_layers(self, count):

@@ -64,7 +64,7 @@ def train(extra):
     after = trainer.shared_state()
     assert any(not np.array_equal(value, after[name]) for name, value in before.items())
     trainer = Trainer(read(extra + PRIVACY))
-    source = PrivateGradient(trainer, trainer.stem(store), everyone)
+    source = PrivateGradient(trainer, trainer.patch_features(store), everyone)
     assert all(trainer.step(source, number) for number in range(2))
 """
 
@@ -103,7 +103,7 @@ class ShrinkObjective(Objective):
     def build_heads(config, width, num_features):
         return ObjectiveHeads({"shrink": nn.Linear(width, 1)})
 
-    def targets(self, teacher, maps, mask, full):
+    def targets(self, teacher, features, mask, full):
         return {}
 
     def loss(self, student, output, targets):

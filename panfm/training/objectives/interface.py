@@ -9,7 +9,7 @@ by patient.
 To add an objective, write its config class (`panfm.config.objective`) and this class, in a folder or in one file, and a
 line in `OBJECTIVES` (`panfm/registry.py`).
 
-Shape legend: B subjects, N places, K hidden places, D width.
+Shape legend: B subjects, N patches, K hidden patches, D width.
 """
 
 from abc import ABC, abstractmethod
@@ -37,8 +37,8 @@ Targets = Mapping[str, Tensor]
 class StudentOutput:
     """The student's encoding of one masked batch, and its predictions."""
 
-    maps: Batch
-    """The batch's stem maps."""
+    features: Batch
+    """The batch's patch features."""
     mask: TokenMask
     encoded: Encoded
     """The student's encoding of the visible tokens."""
@@ -67,7 +67,7 @@ class Objective(ABC):
         return ObjectiveHeads()
 
     @abstractmethod
-    def targets(self, teacher: PanModel, maps: Batch, mask: TokenMask, full: Encoded | None) -> Targets:
+    def targets(self, teacher: PanModel, features: Batch, mask: TokenMask, full: Encoded | None) -> Targets:
         """Compute the targets of a masked batch; `full` is the teacher's encoding of all tokens, with all blocks."""
 
     @abstractmethod
@@ -90,13 +90,13 @@ def build_objective(config: ObjectiveConfig, model: PanModel, *, seed: int) -> O
 
 
 def student_output(
-    student: PanModel, maps: Batch, mask: TokenMask, exploration: Exploration | None = None
+    student: PanModel, features: Batch, mask: TokenMask, exploration: Exploration | None = None
 ) -> StudentOutput:
     """Encode the visible tokens and predict the hidden ones; the student's routers, if it has any, may explore."""
-    tokens = student.tokenize(maps, mask.layout)
+    tokens = student.tokenize(features, mask.layout)
     encoded = student.backbone(gather_tokens(tokens, mask.visible_column), mask.visible, exploration=exploration)
     predictions = student.heads.predict(encoded, mask.hidden, student.hidden_queries())
-    return StudentOutput(maps, mask, encoded, predictions)
+    return StudentOutput(features, mask, encoded, predictions)
 
 
 def mean_over(values: Tensor, valid: Tensor) -> Tensor:

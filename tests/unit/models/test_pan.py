@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from panfm.data.store import Batch
 from panfm.models import build_model
-from panfm.models.stems import patchify
+from panfm.models.patch_features import patchify
 from panfm.models.tokens import sincos_positions
 
 STREAMS = ("brain-mr", "heart-ct", "eye-fundus")
@@ -50,13 +50,13 @@ def test_any_subset_of_streams_is_a_valid_input(run, make_store, subset):
 @torch.no_grad()
 def test_a_token_is_its_patch_its_stream_and_its_position(run, make_store):
     model, store = build_model(run), make_store(run, 3, complete=True)
-    maps = model.stem(store.batch(np.arange(3)))
-    tokens = model.tokenize(maps, model.layout(maps))
+    features = model.patch_features(store.batch(np.arange(3)))
+    tokens = model.tokenize(features, model.layout(features))
     tokenizer, config = model.streams["heart-ct"], run.streams["heart-ct"]
-    patches = patchify(maps.images["heart-ct"], tokenizer.step)
+    patches = patchify(features.images["heart-ct"], tokenizer.step)
     positions = 0.2 * sincos_positions(config.grid, model.width)
     expected = patches @ tokenizer.project.weight.T + tokenizer.project.bias + tokenizer.embedding + positions
-    assert_close(tokens[:, model.stream_of_place == 1], expected)
+    assert_close(tokens[:, model.stream_of_patch == 1], expected)
 
 
 @torch.no_grad()
@@ -70,7 +70,7 @@ def test_streams_matter(run, make_store):
 def test_absent_streams_are_not_computed(run, make_store):
     model, store = build_model(run), make_store(run, 5, complete=True)
     layout = model.layout(store.batch(np.arange(5), ("heart-ct",)))
-    assert layout.place.shape[1] == 2
+    assert layout.patch_index.shape[1] == 2
     model.streams["brain-mr"].forward = None
     model.embed(store.batch(np.arange(5), ("heart-ct",)))
 
@@ -96,8 +96,8 @@ def test_weights_follow_the_seed(run):
 
 def test_hidden_queries_stand_in_the_order_of_places(run):
     model = build_model(run)
-    assert model.hidden_queries().shape == (len(model.stream_of_place), model.width)
-    assert model.stream_of_place.tolist() == [0] * 4 + [1] * 2 + [2] * 4
+    assert model.hidden_queries().shape == (len(model.stream_of_patch), model.width)
+    assert model.stream_of_patch.tolist() == [0] * 4 + [1] * 2 + [2] * 4
 
 
 def double(batch: Batch) -> Batch:

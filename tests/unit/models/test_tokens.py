@@ -1,4 +1,4 @@
-"""Packing and selecting places, against plain Python lists."""
+"""Packing and selecting patches, against plain Python lists."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from panfm.models.tokens import Layout, gather_tokens, pack, sincos_positions
 
 
 def places(layout: Layout) -> list[list[int]]:
-    return [row[keep].tolist() for row, keep in zip(layout.place, layout.valid, strict=True)]
+    return [row[keep].tolist() for row, keep in zip(layout.patch_index, layout.valid, strict=True)]
 
 
 def test_pack_by_hand():
@@ -25,7 +25,7 @@ def test_select_keeps_order_and_remembers_columns(keep):
     smaller, column = layout.select(torch.tensor(keep))
     expected = [[place for place, kept in enumerate(row) if kept] for row in keep]
     assert places(smaller) == expected
-    assert smaller.place.shape[1] == max(map(len, expected))
+    assert smaller.patch_index.shape[1] == max(map(len, expected))
     tokens = torch.arange(5.0).expand(len(keep), 5)[..., None]
     picked = gather_tokens(tokens, column)[..., 0]
     assert [row[ok].int().tolist() for row, ok in zip(picked, smaller.valid, strict=True)] == expected

@@ -38,11 +38,11 @@ def slow_saliency(backbone, tokens, layout, kind):
             if kind == "attention":
                 scores[b] = row.sum(0)
                 continue
-            for token, place in enumerate(layout.place[b][layout.valid[b]]):
+            for token, place in enumerate(layout.patch_index[b][layout.valid[b]]):
                 same = [
                     values[other][:, column]
                     for other in range(len(inputs))
-                    for column in torch.nonzero(layout.place[other][layout.valid[other]] == place).flatten()
+                    for column in torch.nonzero(layout.patch_index[other][layout.valid[other]] == place).flatten()
                 ]
                 centred = values[b][:, token] - torch.stack(same).mean(0)
                 scores[b][token] += (row[:, token] * centred.norm(dim=-1)).sum()
@@ -56,7 +56,7 @@ def slow_saliency(backbone, tokens, layout, kind):
 def test_saliency_equals_full_attention_matrices(backbone, layout, kind, complete):
     if complete:
         layout = pack(torch.ones(3, 3, dtype=torch.bool), STREAM_OF_PLACE)
-    tokens = torch.randn(3, layout.place.shape[1], 12, generator=torch.Generator().manual_seed(1))
+    tokens = torch.randn(3, layout.patch_index.shape[1], 12, generator=torch.Generator().manual_seed(1))
     found = backbone(tokens, layout, saliency=kind).saliency
     for b, expected in enumerate(slow_saliency(backbone, tokens, layout, kind)):
         assert_close(found[b][layout.valid[b]], expected, atol=1e-5, rtol=1e-4)
@@ -65,7 +65,7 @@ def test_saliency_equals_full_attention_matrices(backbone, layout, kind, complet
 
 @torch.no_grad()
 def test_padding_is_never_attended_to(backbone, layout):
-    tokens = torch.randn(3, layout.place.shape[1], 12, generator=torch.Generator().manual_seed(1))
+    tokens = torch.randn(3, layout.patch_index.shape[1], 12, generator=torch.Generator().manual_seed(1))
     spoiled = torch.where(layout.valid[..., None], tokens, torch.full_like(tokens, 1e3))
     assert_close(backbone(tokens, layout).cls, backbone(spoiled, layout).cls)
 
@@ -96,7 +96,7 @@ def test_saliency_of_one_subject_is_its_attention(backbone):
 @torch.no_grad()
 def test_a_place_held_by_one_subject_gets_the_typical_norm(backbone):
     layout = pack(torch.tensor([[True, True, False], [True, False, True], [True, True, False]]), STREAM_OF_PLACE)
-    tokens = torch.randn(3, layout.place.shape[1], 12, generator=torch.Generator().manual_seed(1))
+    tokens = torch.randn(3, layout.patch_index.shape[1], 12, generator=torch.Generator().manual_seed(1))
     found = backbone(tokens, layout, saliency="value").saliency
     assert_close(found.sum(1), torch.ones(3))
     assert (found[layout.valid] > 0.01).all()

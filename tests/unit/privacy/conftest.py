@@ -63,9 +63,9 @@ def every_subset(make_store):
 def fixed_masks(monkeypatch):
     """Every second place is hidden: a patient's mask is the same whoever else is in the batch."""
 
-    def mask(trainer, maps, full, relative, number, generator):
-        layout = trainer.model.layout(maps)
-        return TokenMask.of(layout, (layout.place % 2 == 1) & layout.valid)
+    def mask(trainer, features, full, relative, number, generator):
+        layout = trainer.model.layout(features)
+        return TokenMask.of(layout, (layout.patch_index % 2 == 1) & layout.valid)
 
     monkeypatch.setattr(Trainer, "mask", mask)
     return mask

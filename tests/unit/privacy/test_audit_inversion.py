@@ -7,7 +7,7 @@ import torch
 from panfm.data.store import ImageStore
 from panfm.errors import DataError
 from panfm.models import build_model
-from panfm.models.stems import patchify
+from panfm.models.patch_features import patchify
 from panfm.privacy.audit_inversion import Attacked, audit_inversion, invert
 
 PATCH = '[model]\ntokenizer = "patch"\n'
@@ -29,10 +29,10 @@ def test_patches_that_were_seen_come_back_and_the_mask_with_them(make_private, m
         block.norm1.bias.add_(0.1 * torch.randn(48, generator=torch.Generator().manual_seed(0)))
         block.norm1.weight.mul_(1.3)
     found = invert(attacked.trainer.model, attacked.gradient([(0, 1)]))
-    maps, first = attacked.maps[0].batch([1]), 0
+    features, first = attacked.features[0].batch([1]), 0
     assert found.keys() == set(run.streams)
     for name, (patches, over) in found.items():
-        true = patchify(maps.images[name], attacked.trainer.model.streams[name].step)[0].double()
+        true = patchify(features.images[name], attacked.trainer.model.streams[name].step)[0].double()
         seen = torch.tensor([(first + place) % 2 == 0 for place in range(len(true))])
         first += len(true)
         assert (over[seen] < 1e-3).all()

@@ -42,11 +42,11 @@ def one_at_a_time(trainer, store, indices, hide, clip):
     trained = trained_parameters(model, run.patient_dp.trained)
     total = {name: torch.zeros(value.shape, dtype=torch.float64) for name, value in trained.items()}
     for index in indices:
-        maps = store.batch([index])
-        full = trainer.teacher.encode(maps, keep_blocks=True)
-        split = hide(trainer, maps, full, None, 0, None)
-        view = student_output(model, maps, split)
-        targets = trainer.objective.targets(trainer.teacher, maps, split, full)
+        features = store.batch([index])
+        full = trainer.teacher.encode(features, keep_blocks=True)
+        split = hide(trainer, features, full, None, 0, None)
+        view = student_output(model, features, split)
+        targets = trainer.objective.targets(trainer.teacher, features, split, full)
         loss = trainer.objective.loss(model, view, targets).sum()
         if experts.layers:
             loss = loss + run.model.experts.alignment_weight * experts.alignment(view.encoded).sum()
@@ -64,7 +64,7 @@ def test_the_sum_equals_a_loop_over_patients(make_private, every_subset, fixed_m
     run = make_private(objective, backbone, clip=clip)
     trainer = Trainer(run)
     as_after_some_steps(trainer)
-    store = trainer.stem(every_subset(run))
+    store = trainer.patch_features(every_subset(run))
     found = clipped_sum(trainer, store, np.arange(14), 0)
     expected = one_at_a_time(trainer, store, range(14), fixed_masks, clip)
     assert found.keys() == expected.keys()
@@ -81,7 +81,7 @@ def test_the_sum_over_a_part_of_the_parameters_is_clipped_by_that_part(
     run = make_private(backbone=backbone, clip=0.05, more=f'trained = "{trained}"')
     trainer = Trainer(run)
     as_after_some_steps(trainer)
-    store = trainer.stem(every_subset(run, 1))
+    store = trainer.patch_features(every_subset(run, 1))
     found = clipped_sum(trainer, store, np.arange(7), 0)
     expected = one_at_a_time(trainer, store, range(7), fixed_masks, 0.05)
     assert found.keys() == expected.keys() < dict(trainer.model.named_parameters()).keys()
@@ -95,7 +95,7 @@ def test_one_patient_more_or_less_moves_the_sum_by_at_most_the_clip_norm(
 ):
     run = make_private(objective, backbone, clip=0.05)
     trainer = Trainer(run)
-    store = trainer.stem(every_subset(run, 1))
+    store = trainer.patch_features(every_subset(run, 1))
     for change, from_others in leave_one_out(trainer, store):
         assert 0.049 < change <= 0.05 * (1 + 1e-5)  # met, so that a gradient that were too large would show
         assert from_others <= 1e-5 * 0.05
@@ -128,7 +128,7 @@ def test_a_site_of_any_subset_of_streams(make_private, every_subset, fixed_masks
     run = make_private("latent", backbone, clip=clip)
     trainer = Trainer(run, streams)
     as_after_some_steps(trainer)
-    store = trainer.stem(every_subset(run, 1))
+    store = trainer.patch_features(every_subset(run, 1))
     holders = sorted(set(np.concatenate([store.rows[name] for name in streams]).tolist()))
     found, expected = (
         clipped_sum(trainer, store, np.arange(7), 0),
@@ -186,7 +186,7 @@ def test_gradients_equal_those_of_opacus(kind, shape):
 def test_a_patient_whose_gradient_is_not_finite_contributes_nothing(make_private, every_subset, fixed_masks, backbone):
     run = make_private("mae", backbone)
     trainer = Trainer(run)
-    store = trainer.stem(every_subset(run))
+    store = trainer.patch_features(every_subset(run))
     poisoned = int(store.rows["brain-mr"][2])
     without = clipped_sum(trainer, store, np.delete(np.arange(14), poisoned), 0)
     for value in (np.nan, np.inf, 1e38):
@@ -225,17 +225,17 @@ def test_a_gradient_that_is_not_finite_and_an_empty_one_add_nothing(value):
 def test_a_stem_map_is_of_one_patient_to_the_bit(make_private, every_subset):
     run = make_private()
     store, trainer = every_subset(run, 4), Trainer(run)
-    together = trainer.stem(store)
+    together = trainer.patch_features(store)
     for name, images in store.images.items():
         for row in (0, len(images) - 1):
             one = ImageStore(("s",), ("train",), {name: images[row : row + 1]}, {name: np.arange(1)})
-            assert np.array_equal(trainer.stem(one).images[name][0], together.images[name][row])
+            assert np.array_equal(trainer.patch_features(one).images[name][0], together.images[name][row])
 
 
 def test_nobody_and_a_patient_without_streams_give_zero(make_private, every_subset):
     run = make_private()
     trainer = Trainer(run, ["heart-ct"])
-    store = trainer.stem(every_subset(run))
+    store = trainer.patch_features(every_subset(run))
     others = np.setdiff1d(np.arange(14), store.rows["heart-ct"])
     for sample in (np.arange(0), others):
         assert not any(value.any() for value in clipped_sum(trainer, store, sample, 0).values())

@@ -122,7 +122,7 @@ def test_the_gradient_is_divided_by_a_public_number(make_private, make_store, fi
     private = run.patient_dp.model_copy(update=changes)
     run = run.model_copy(update={"patient_dp": private})
     trainer, store = Trainer(run), make_store(run)
-    store = trainer.stem(store)
+    store = trainer.patch_features(store)
     total = clipped_sum(trainer, store, np.arange(12), 0)
     for name, value in noisy_gradient(trainer, store, np.arange(12)).items():
         torch.testing.assert_close(value, (total[name] / 50).float(), atol=1e-8, rtol=1e-5)
@@ -157,7 +157,7 @@ def test_masks_follow_the_noised_profile(make_private, make_store, tmp_path, sco
 def test_saliency_moves_by_at_most_its_sensitivity(make_private, every_subset):
     run = guided(make_private)
     trainer = Trainer(run)
-    store = trainer.stem(every_subset(run))
+    store = trainer.patch_features(every_subset(run))
     everyone = np.arange(14)
     whole = saliency_sum(trainer, store, everyone)
     torch.testing.assert_close(whole.sum(dim=1), torch.full((2,), 14.0, dtype=torch.float64))
@@ -186,7 +186,7 @@ def test_masks_are_steered_by_what_was_noised(make_private, make_store, monkeypa
     mask = Trainer.mask
     monkeypatch.setattr(Trainer, "mask", lambda *words: steered.append(words[3]) or mask(*words))
     profile = {"brain-mr": 2.0, "heart-ct": 0.5, "eye-fundus": 1.0}
-    clipped_sum(trainer, trainer.stem(store), np.arange(12), 0, profile)
+    clipped_sum(trainer, trainer.patch_features(store), np.arange(12), 0, profile)
     expected = trainer.profile if scope == "site" else torch.tensor(list(profile.values()))
     assert len(steered) > 1
     assert all(torch.equal(each, expected[None]) for each in steered)
@@ -195,7 +195,7 @@ def test_masks_are_steered_by_what_was_noised(make_private, make_store, monkeypa
 def test_the_profile_tends_to_one_where_noise_rules_and_to_the_truth_where_not(make_private, every_subset):
     run = guided(make_private)
     trainer = Trainer(run)
-    store = trainer.stem(every_subset(run))
+    store = trainer.patch_features(every_subset(run))
     total = saliency_sum(trainer, store, np.arange(14))
     for noise, expected in ((1e-6, total[0] / total[1]), (1e5, None)):
         private = run.patient_dp.model_copy(update={"statistics_noise": noise})

@@ -30,7 +30,7 @@ def change(whole, rest, clip):
 
 def encoded(trainer, patient):
     """One patient's images through the model, nothing hidden."""
-    return trainer.model.encode(patient.student.maps)
+    return trainer.model.encode(patient.student.features)
 
 
 def probabilities(trainer, patient):
@@ -53,7 +53,7 @@ def coupled_loss(kind, trainer, source, patient, row, batch):
         raw = (encoded(trainer, patient).cls[0] - batch["mean"]) / (batch["deviation"] + 1e-4)
         return raw.square().mean()
     own = source.loss(patient)
-    return own * patient.student.mask.hidden.place.numel() / batch["hidden"] if kind == "tokens" else own
+    return own * patient.student.mask.hidden.patch_index.numel() / batch["hidden"] if kind == "tokens" else own
 
 
 @torch.no_grad()
@@ -66,7 +66,7 @@ def read_of_batch(kind, trainer, patients):
     if kind == "batch-norm":
         raw = torch.stack([encoded(trainer, one).cls[0] for one in patients])
         return {"mean": raw.mean(0), "deviation": raw.std(0)}
-    return {"hidden": sum(one.student.mask.hidden.place.numel() for one in patients)}
+    return {"hidden": sum(one.student.mask.hidden.patch_index.numel() for one in patients)}
 
 
 def total(kind, trainer, store, indices, clip):
@@ -112,7 +112,7 @@ def test_a_term_that_reads_the_batch(make_private, odd_one_out, fixed_masks, kin
     if kind == "koleo":  # the last is everybody's nearest neighbour
         for images in store.images.values():
             images[:-1] = images[-1] + 0.1 * (images[:-1] - images[-1])
-    store = trainer.stem(store)
+    store = trainer.patch_features(store)
     found = changes(lambda indices: total(kind, trainer, store, indices, clip), clip, (0, NUM - 1))
     check(max(found), at_least)
 
@@ -138,7 +138,7 @@ def test_running_statistics_of_the_targets(make_private, odd_one_out, fixed_mask
     clip = 1e-3
     run = make_private(f"[objective]\n{objective}\n", clip=clip, more=ACKNOWLEDGED)
     trainer = Trainer(run)
-    store = trainer.stem(odd_one_out(run))
+    store = trainer.patch_features(odd_one_out(run))
     state = trainer.objective.state()
 
     def summed(indices):
@@ -157,7 +157,7 @@ def test_a_mean_over_all_hidden_tokens_of_the_batch(make_private, make_store, fi
     whole = make_store(run, 4, complete=True)
     rows = {name: np.arange(4 if name == "heart-ct" else 1) for name in run.streams}
     images = {name: whole.images[name][: len(rows[name])] for name in run.streams}
-    store = trainer.stem(ImageStore(whole.subjects, whole.splits, images, rows))
+    store = trainer.patch_features(ImageStore(whole.subjects, whole.splits, images, rows))
     alone = total(kind, trainer, store, np.array([1]), 1e9)
     clip = norm(alone.values()) / (3 if kind == "tokens" else 10)
     sums = [total(kind, trainer, store, indices, clip) for indices in (np.arange(4), np.arange(1, 4))]
@@ -173,14 +173,14 @@ def test_experts_trained_outside_the_private_step(make_private, odd_one_out, fix
 
     def summed(indices):
         trainer = Trainer(run)
-        trainer.stem(store)
+        trainer.patch_features(store)
         own = {name: p for name, p in trainer.model.named_parameters() if ".experts." in name}
         for _ in range(num_steps):
-            gradients = total("none", trainer, trainer.stem(store), indices, 1e9)
+            gradients = total("none", trainer, trainer.patch_features(store), indices, 1e9)
             with torch.no_grad():
                 for name, parameter in own.items():
                     parameter -= 0.02 * gradients[name].sign().float()
-        found = total("none", trainer, trainer.stem(store), indices, clip)
+        found = total("none", trainer, trainer.patch_features(store), indices, clip)
         return {name: value for name, value in found.items() if name not in own}
 
     found = changes(summed, clip, (0,))

@@ -51,13 +51,13 @@ def test_a_token_is_routed_as_a_picture_of_one_token():
 
 def test_random_gates_depend_on_the_picture_alone(random_model):
     model = random_model
-    maps = model.stem(batch(6))
-    alone = Batch(1, {STREAM: maps.images[STREAM][4:5]}, {STREAM: torch.tensor([0])})
+    features = model.patch_features(batch(6))
+    alone = Batch(1, {STREAM: features.images[STREAM][4:5]}, {STREAM: torch.tensor([0])})
     with torch.no_grad():
-        together, by_itself = model.encode(maps).routed, model.encode(alone).routed
+        together, by_itself = model.encode(features).routed, model.encode(alone).routed
         for parameter in model.parameters():
             parameter.mul_(1.5)
-        moved = model.encode(maps).routed
+        moved = model.encode(features).routed
     for all_six, one, later in zip(together, by_itself, moved, strict=True):
         assert torch.equal(all_six.gates[4:5], one.gates)
         assert torch.equal(all_six.chosen[4:5], one.chosen)
@@ -69,10 +69,10 @@ def test_random_gates_depend_on_the_picture_alone(random_model):
 
 def test_random_gates_follow_the_seed(random_model):
     model = random_model
-    maps = model.stem(batch(6))
-    seven = model.encode(maps).routed[0].gates
+    features = model.patch_features(batch(6))
+    seven = model.encode(features).routed[0].gates
     seed_routing(model, 8)
-    assert not torch.equal(model.encode(maps).routed[0].gates, seven)
+    assert not torch.equal(model.encode(features).routed[0].gates, seven)
 
 
 def test_a_router_that_is_passed_by_does_not_learn(random_model):
@@ -94,12 +94,12 @@ def test_a_seed_for_routing_changes_no_other_model():
 
 
 def test_random_routing_sees_whole_pictures_whatever_is_hidden(random_model):
-    maps = random_model.stem(batch(3))
-    layout = random_model.layout(maps)
-    tokens = random_model.tokenize(maps, layout)
+    features = random_model.patch_features(batch(3))
+    layout = random_model.layout(features)
+    tokens = random_model.tokenize(features, layout)
     assert isinstance(random_model.backbone, RandomlyRouted)
     whole = random_model.backbone(tokens, layout).routed
-    part = random_model.backbone(tokens[:, :5], Layout(layout.place[:, :5], layout.valid[:, :5])).routed
+    part = random_model.backbone(tokens[:, :5], Layout(layout.patch_index[:, :5], layout.valid[:, :5])).routed
     assert all(torch.equal(one.gates, other.gates) for one, other in zip(whole, part, strict=True))
 
 

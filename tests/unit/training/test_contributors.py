@@ -9,13 +9,13 @@ from panfm.models.tokens import Layout
 from panfm.training.token_mask import Contributors, TokenMask, has_loss
 
 PLACES = torch.tensor([0, 0, 1, 1])
-"""Two streams of two places."""
+"""Two streams of two patches."""
 
 
 def mask_of(hidden: list[list[bool]], held: list[list[bool]]) -> TokenMask:
     layout = Layout(torch.arange(4).expand(len(held), 4), torch.ones(len(held), 4, dtype=torch.bool))
     layout = layout.select(torch.tensor(held))[0]
-    return TokenMask.of(layout, torch.tensor(hidden)[:, : layout.place.shape[1]])
+    return TokenMask.of(layout, torch.tensor(hidden)[:, : layout.patch_index.shape[1]])
 
 
 def routed(*experts: list[list[int]]) -> SimpleNamespace:

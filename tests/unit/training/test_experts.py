@@ -154,10 +154,10 @@ def test_a_step_that_asks_for_nothing_is_skipped_whatever_the_experts_would_add(
 
 
 def output_of(trainer, store, exploration):
-    maps = trainer.model.stem(store.batch(np.arange(6)))
-    layout = trainer.model.layout(maps)
-    hidden = (layout.place % 2 == 0) & layout.valid
-    return student_output(trainer.model, maps, TokenMask.of(layout, hidden), exploration)
+    features = trainer.model.patch_features(store.batch(np.arange(6)))
+    layout = trainer.model.layout(features)
+    hidden = (layout.patch_index % 2 == 0) & layout.valid
+    return student_output(trainer.model, features, TokenMask.of(layout, hidden), exploration)
 
 
 def draws():
@@ -189,7 +189,9 @@ def test_noise_fades_over_the_run_and_is_for_training_only(make_dex, make_store)
     kinds = (trainer.experts.exploration(0.0, draws()), None)
     noisy, quiet = (output_of(trainer, store, kind).encoded.routed[0].probs for kind in kinds)
     assert not torch.allclose(noisy, quiet)
-    teacher = [trainer.teacher.encode(trainer.model.stem(store.batch([0, 1]))).routed[0].probs for _ in range(2)]
+    teacher = [
+        trainer.teacher.encode(trainer.model.patch_features(store.batch([0, 1]))).routed[0].probs for _ in range(2)
+    ]
     assert torch.equal(*teacher)
     losses = [trainer.validate(store, np.arange(5), site="a").loss for _ in range(2)]
     assert losses[0] == losses[1]

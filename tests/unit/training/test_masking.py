@@ -19,8 +19,8 @@ POLICIES = ("random", "organ", "sgm", "inverse", "static")
 
 def hidden_places(mask):
     """bool [B, N]."""
-    columns = mask.hidden_column.masked_fill(~mask.hidden.valid, mask.layout.place.shape[1])
-    hidden = torch.zeros(len(columns), mask.layout.place.shape[1] + 1, dtype=torch.bool)
+    columns = mask.hidden_column.masked_fill(~mask.hidden.valid, mask.layout.patch_index.shape[1])
+    hidden = torch.zeros(len(columns), mask.layout.patch_index.shape[1] + 1, dtype=torch.bool)
     return hidden.scatter(1, columns, mask.hidden.valid)[:, :-1]
 
 
@@ -55,7 +55,7 @@ def shares(policy, relative, **config):
     """Share of each stream's tokens hidden, over many draws."""
     config = MaskingConfig(policy=policy, **{"limit": 20.0} | config)
     layout, hidden = draw(config, torch.tensor([relative]), [[True] * 3] * 4000)
-    stream = STREAM_OF_PLACE[layout.place]
+    stream = STREAM_OF_PLACE[layout.patch_index]
     return torch.stack([hidden[stream == index].float().mean() for index in range(3)])
 
 
@@ -76,7 +76,7 @@ def test_static_hides_the_named_organs():
 
 def test_organ_hides_whole_streams():
     layout, hidden = draw(MaskingConfig(policy="organ"), torch.ones(1, 3), [[True] * 3] * 200)
-    stream = STREAM_OF_PLACE[layout.place]
+    stream = STREAM_OF_PLACE[layout.patch_index]
     partial = torch.stack(
         [hidden.logical_and(stream == index).sum(1) % (stream[0] == index).sum() != 0 for index in range(3)]
     )
@@ -86,10 +86,10 @@ def test_organ_hides_whole_streams():
 def test_gumbel_top_k_equals_drawing_without_replacement():
     """P(first two hidden) by hand: two tokens drawn one after another in proportion to exp(score)."""
     config = MaskingConfig(policy="sgm", ratio=0.34, strength=1.0)
-    stream_of_place = torch.arange(3)
-    layout = pack(torch.ones(60_000, 3, dtype=torch.bool), stream_of_place)
+    stream_of_patch = torch.arange(3)
+    layout = pack(torch.ones(60_000, 3, dtype=torch.bool), stream_of_patch)
     policy, relative = build_policy(config, ORGANS), torch.tensor([[3.0, 2.0, 1.0]])
-    mask = draw_mask(policy, relative, layout, stream_of_place, step=100, generator=torch.Generator().manual_seed(0))
+    mask = draw_mask(policy, relative, layout, stream_of_patch, step=100, generator=torch.Generator().manual_seed(0))
     found = hidden_places(mask).float().mean(0)
     assert (found - torch.tensor([3, 2, 1]) / 6).abs().max() < 3 * (0.25 / 60_000) ** 0.5 * 1.5
 

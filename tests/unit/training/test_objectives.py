@@ -7,7 +7,7 @@ from torch.nn import functional
 from torch.testing import assert_close
 
 from panfm.data.store import Batch
-from panfm.models.stems import patchify
+from panfm.models.patch_features import patchify
 from panfm.training.objectives.dino.objective import assign
 from panfm.training.objectives.interface import student_output
 from panfm.training.objectives.latent.objective import RunningMoments
@@ -20,17 +20,17 @@ MAE = '[objective]\nname = "mae"\n'
 
 
 def losses(trainer, store, subjects, hidden=None):
-    maps = trainer.model.stem(store.batch(subjects))
-    full = trainer.teacher.encode(maps, keep_blocks=True)
+    features = trainer.model.patch_features(store.batch(subjects))
+    full = trainer.teacher.encode(features, keep_blocks=True)
     if hidden is None:
         hidden = fixed_hidden(full.layout)
-    output = student_output(trainer.model, maps, TokenMask.of(full.layout, hidden))
+    output = student_output(trainer.model, features, TokenMask.of(full.layout, hidden))
     return trainer.losses(output, full), output, full
 
 
 def fixed_hidden(layout):
-    """Every second place of the vocabulary: the same for a subject, whoever else is in the batch."""
-    return (layout.place % 2 == 0) & layout.valid
+    """Every second patch of the vocabulary: the same for a subject, whoever else is in the batch."""
+    return (layout.patch_index % 2 == 0) & layout.valid
 
 
 @pytest.mark.parametrize("objective", [LATENT_PLAIN, MAE])
@@ -48,11 +48,11 @@ def test_the_student_never_sees_what_is_hidden(make_run, make_store, objective):
     """Content of a hidden stream changes neither what the student encodes nor what it guesses."""
     run = make_run(objective)
     trainer, store = Trainer(run), make_store(run, 4, complete=True)
-    maps = trainer.model.stem(store.batch(np.arange(4)))
-    changed = Batch(4, maps.images | {"heart-ct": maps.images["heart-ct"] + 1.0}, maps.rows)
-    layout = trainer.model.layout(maps)
-    hidden = trainer.model.stream_of_place[layout.place] == 1
-    first, second = (student_output(trainer.model, each, TokenMask.of(layout, hidden)) for each in (maps, changed))
+    features = trainer.model.patch_features(store.batch(np.arange(4)))
+    changed = Batch(4, features.images | {"heart-ct": features.images["heart-ct"] + 1.0}, features.rows)
+    layout = trainer.model.layout(features)
+    hidden = trainer.model.stream_of_patch[layout.patch_index] == 1
+    first, second = (student_output(trainer.model, each, TokenMask.of(layout, hidden)) for each in (features, changed))
     assert torch.equal(first.encoded.cls, second.encoded.cls)
     assert torch.equal(first.predictions, second.predictions)
 
@@ -69,7 +69,7 @@ def test_latent_equals_a_slow_loop(make_run, make_store):
             output.predictions[b][kept], targets[output.mask.hidden_column[b][kept]], beta=0.5
         )
         guesses, summary = trainer.model.heads.summarise(output.encoded.cls[b][None])[0], []
-        stream = trainer.model.stream_of_place[full.layout.place[b]]
+        stream = trainer.model.stream_of_patch[full.layout.patch_index[b]]
         for index in stream[full.layout.valid[b]].unique():
             mean = targets[(stream == index) & full.layout.valid[b]].mean(0)
             summary.append(functional.smooth_l1_loss(guesses[index], mean, beta=0.5))
@@ -80,14 +80,14 @@ def test_latent_equals_a_slow_loop(make_run, make_store):
 def test_contents_are_the_projected_stem_features_of_each_place(make_run, make_store):
     run = make_run("")
     trainer, store = Trainer(run), make_store(run, 5)
-    maps = trainer.model.stem(store.batch(np.arange(5)))
-    layout, objective = trainer.model.layout(maps), trainer.objective
-    found = objective._contents(trainer.model, maps, layout)
-    for name, images in maps.images.items():
-        first = int((trainer.model.stream_of_place < trainer.model.stream_names.index(name)).sum())
+    features = trainer.model.patch_features(store.batch(np.arange(5)))
+    layout, objective = trainer.model.layout(features), trainer.objective
+    found = objective._contents(trainer.model, features, layout)
+    for name, images in features.images.items():
+        first = int((trainer.model.stream_of_patch < trainer.model.stream_names.index(name)).sum())
         patches = patchify(images, trainer.model.streams[name].step)
-        for row, subject in enumerate(maps.rows[name].tolist()):
-            column = int(torch.nonzero((layout.place[subject] == first + 1) & layout.valid[subject])[0])
+        for row, subject in enumerate(features.rows[name].tolist()):
+            column = int(torch.nonzero((layout.patch_index[subject] == first + 1) & layout.valid[subject])[0])
             assert_close(found[subject, column], patches[row, 1] @ objective.projections[name])
 
 
@@ -95,14 +95,14 @@ def test_contents_are_the_projected_stem_features_of_each_place(make_run, make_s
 def test_targets_mix_features_and_contents_by_their_share_of_the_variance(make_run, make_store):
     run = make_run('[objective]\nname = "latent"\nstandardise = false\ncontent-share = 0.36\n')
     trainer, store = Trainer(run), make_store(run, 5)
-    maps = trainer.model.stem(store.batch(np.arange(5)))
-    full = trainer.teacher.encode(maps, keep_blocks=True)
-    features = torch.stack([functional.layer_norm(block, (48,)) for block in full.blocks]).mean(0)
-    contents = trainer.objective._contents(trainer.teacher, maps, full.layout)
-    found = trainer.objective.targets(trainer.teacher, maps, TokenMask.of(full.layout, full.layout.valid), full)[
-        "places"
+    features = trainer.model.patch_features(store.batch(np.arange(5)))
+    full = trainer.teacher.encode(features, keep_blocks=True)
+    taught = torch.stack([functional.layer_norm(block, (48,)) for block in full.blocks]).mean(0)
+    contents = trainer.objective._contents(trainer.teacher, features, full.layout)
+    found = trainer.objective.targets(trainer.teacher, features, TokenMask.of(full.layout, full.layout.valid), full)[
+        "patches"
     ]
-    assert_close(found[full.layout.valid], (0.8 * features + 0.6 * contents)[full.layout.valid])
+    assert_close(found[full.layout.valid], (0.8 * taught + 0.6 * contents)[full.layout.valid])
 
 
 def test_a_sites_subset_projects_contents_like_the_whole_model(make_run):
@@ -116,15 +116,17 @@ def test_mae_equals_a_slow_loop(make_run, make_store):
     run = make_run(MAE + '[model]\ntokenizer = "patch"\n')
     trainer, store = Trainer(run), make_store(run, 5)
     found, output, _ = losses(trainer, store, np.arange(5))
-    image_row = {name: dict(zip(output.maps.rows[name].tolist(), range(99), strict=False)) for name in output.maps.rows}
+    image_row = {
+        name: dict(zip(output.features.rows[name].tolist(), range(99), strict=False)) for name in output.features.rows
+    }
     corners = {"brain-mr": [(0, 0, 0), (0, 4, 0), (4, 0, 0), (4, 4, 0)], "heart-ct": [(0, 0, 0), (4, 0, 0)]}
     corners["eye-fundus"] = [(0, 0), (0, 4), (4, 0), (4, 4)]
     places = [(name, corner) for name in trainer.model.stream_names for corner in corners[name]]
     for b in range(5):
         errors = []
         for k in range(int(output.mask.hidden.valid[b].sum())):
-            name, corner = places[output.mask.hidden.place[b, k]]
-            image = output.maps.images[name][image_row[name][b]]
+            name, corner = places[output.mask.hidden.patch_index[b, k]]
+            image = output.features.images[name][image_row[name][b]]
             patch = image[(slice(None), *(slice(c, c + 4) for c in corner))].flatten()
             patch = (patch - patch.mean()) / (patch.var(correction=0) + 1e-6).sqrt()
             head = trainer.model.heads.streams[name]
@@ -157,11 +159,13 @@ def test_dino_equals_a_slow_loop_and_moves_its_centre(make_run, make_store):
 def test_dino_targets_are_centred(make_run, make_store):
     run = make_run(DINO)
     trainer, store = Trainer(run), make_store(run, 5)
-    maps = trainer.model.stem(store.batch(np.arange(5)))
-    full, heads = trainer.teacher.encode(maps, keep_blocks=True), trainer.teacher.heads
+    features = trainer.model.patch_features(store.batch(np.arange(5)))
+    full, heads = trainer.teacher.encode(features, keep_blocks=True), trainer.teacher.heads
     centre = torch.linspace(-0.1, 0.1, 16)
     trainer.objective.load_state({"centre.cls": centre, "centre.token": centre})
-    found = trainer.objective.targets(trainer.teacher, maps, TokenMask.of(full.layout, fixed_hidden(full.layout)), full)
+    found = trainer.objective.targets(
+        trainer.teacher, features, TokenMask.of(full.layout, fixed_hidden(full.layout)), full
+    )
     assert_close(found["cls"], ((assign(trainer.teacher, heads.project(full.cls)) - centre) / 0.04).softmax(-1))
 
 
@@ -192,9 +196,9 @@ def test_every_policy_trains_under_every_objective(make_run, make_store, policy,
 def test_the_hidden_budget_reaches_the_view(make_run, make_store):
     run = make_run()
     trainer, store = Trainer(run), make_store(run, 5)
-    maps = trainer.model.stem(store.batch(np.arange(5)))
-    layout = trainer.model.layout(maps)
+    features = trainer.model.patch_features(store.batch(np.arange(5)))
+    layout = trainer.model.layout(features)
     policy, generator = build_policy(run.masking, trainer.model.stream_organs), torch.Generator().manual_seed(0)
-    mask = draw_mask(policy, torch.ones(1, 3), layout, trainer.model.stream_of_place, step=0, generator=generator)
-    output = student_output(trainer.model, maps, mask)
+    mask = draw_mask(policy, torch.ones(1, 3), layout, trainer.model.stream_of_patch, step=0, generator=generator)
+    output = student_output(trainer.model, features, mask)
     assert torch.equal(output.mask.hidden.valid.sum(1) + output.encoded.layout.valid.sum(1), layout.valid.sum(1))

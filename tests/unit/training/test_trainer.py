@@ -126,11 +126,11 @@ def leaning(monkeypatch):
         _, present = saliency(trainer, full)
         return present * torch.tensor([0.8, 0.1, 0.1]), present
 
-    def note(trainer, maps, full, relative, number, generator):
+    def note(trainer, features, full, relative, number, generator):
         guides.append(relative)
-        drawn = mask(trainer, maps, full, relative, number, generator)
-        stream, count = trainer.model.stream_of_place[drawn.hidden.place], drawn.hidden.valid.sum()
-        total = trainer.model.stream_of_place[drawn.layout.place]
+        drawn = mask(trainer, features, full, relative, number, generator)
+        stream, count = trainer.model.stream_of_patch[drawn.hidden.patch_index], drawn.hidden.valid.sum()
+        total = trainer.model.stream_of_patch[drawn.layout.patch_index]
         hidden.append([(stream == index).sum().item() / (total == index).sum().item() for index in range(3)])
         assert count == stream.numel()
         return drawn

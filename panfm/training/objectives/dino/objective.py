@@ -1,14 +1,14 @@
 """Self-distillation of prototype assignments, for CLS and for hidden tokens.
 
-    teacher  p = softmax((assign(feature) - centre) / teacher-temperature), from all places
-    student  q = softmax(assign(prediction) / student-temperature), from the visible places
-    loss     H(p, q) of CLS + mean over hidden places of H(p, q)
+    teacher  p = softmax((assign(feature) - centre) / teacher-temperature), from all patches
+    student  q = softmax(assign(prediction) / student-temperature), from the visible patches
+    loss     H(p, q) of CLS + mean over hidden patches of H(p, q)
 
 The centre is a running mean of teacher assignments over the batch; it couples subjects, so this objective is not for
 private training.
 
 Source: DINO (Caron et al. 2021), iBOT (Zhou et al. 2022).
-Shape legend: B subjects, K hidden places, Q prototypes, D width.
+Shape legend: B subjects, K hidden patches, Q prototypes, D width.
 """
 
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ class DinoObjective(Objective):
 
     def __init__(self, config: DinoConfig, model: PanModel, seed: int) -> None:
         self.config = config
-        device = model.stream_of_place.device
+        device = model.stream_of_patch.device
         self.centres = {kind: torch.zeros(config.prototypes, device=device) for kind in ("cls", "token")}
 
     @staticmethod
@@ -42,18 +42,18 @@ class DinoObjective(Objective):
         return ObjectiveHeads({"prototypes": nn.Linear(width, config.prototypes, bias=False)})
 
     @torch.no_grad()
-    def targets(self, teacher: PanModel, maps: Batch, mask: TokenMask, full: Encoded | None) -> Targets:
-        """Centred assignments of CLS [B, Q] and of the hidden places [B, K, Q]. Moves the centres."""
+    def targets(self, teacher: PanModel, features: Batch, mask: TokenMask, full: Encoded | None) -> Targets:
+        """Centred assignments of CLS [B, Q] and of the hidden patches [B, K, Q]. Moves the centres."""
         assert full is not None
         cls = self._assign(teacher, full.cls, "cls", full.layout.valid.any(dim=1))
         hidden = gather_tokens(full.tokens, mask.hidden_column)
-        return {"cls": cls, "places": self._assign(teacher, hidden, "token", mask.hidden.valid)}
+        return {"cls": cls, "patches": self._assign(teacher, hidden, "token", mask.hidden.valid)}
 
     def loss(self, student: PanModel, output: StudentOutput, targets: Targets) -> Tensor:
         """Loss of each subject [B]."""
         cls = self._cross_entropy(student, student.heads.project(output.encoded.cls), targets["cls"])
-        places = self._cross_entropy(student, output.predictions, targets["places"])
-        return cls + mean_over(places, output.mask.hidden.valid)
+        tokens = self._cross_entropy(student, output.predictions, targets["patches"])
+        return cls + mean_over(tokens, output.mask.hidden.valid)
 
     def _assign(self, teacher: PanModel, features: Tensor, kind: str, valid: Tensor) -> Tensor:
         scores = assign(teacher, teacher.heads.project(features)).float()

@@ -1,12 +1,12 @@
 """Latent self-distillation: regress the teacher's features of the hidden tokens.
 
     target   y = sqrt(1 - a) standardise(mean over the last blocks of LayerNorm(teacher block output))
-                 + sqrt(a) standardise(R stem features of the place),   a = content-share, R a fixed random projection
-    tokens   mean over hidden places of SmoothL1(prediction - y)
+                 + sqrt(a) standardise(R patch features),   a = content-share, R a fixed random projection
+    tokens   mean over hidden patches of SmoothL1(prediction - y)
     summary  mean over the subject's streams of SmoothL1(summary predicted from CLS - mean of y over the stream)
     loss     tokens + summary-weight x summary
 
-Targets are standardised per place and feature by running statistics: what is the same for everybody (which organ is
+Targets are standardised per patch and feature by running statistics: what is the same for everybody (which organ is
 there) then carries no reward, only what differs between patients does.
 
 The content term is the same in every run of one seed and cannot collapse: without it the teacher drifts within a
@@ -14,8 +14,8 @@ thousand steps to the few features that are easy to predict (effective rank 3 of
 
 Source: data2vec (Baevski et al. 2022) for targets; the random projection follows BEST-RQ (Chiu et al. 2022); the CLS
 summary and the standardisation are this project's.
-Shape legend: B subjects, P subjects that hold a stream, N places, M places in the vocabulary, S streams, T tokens of a
-stream, F stem features of a token, D width.
+Shape legend: B subjects, P subjects that hold a stream, N patches, M patches in the vocabulary, S streams, T tokens of
+a stream, F patch features of a token, D width.
 """
 
 import torch
@@ -25,7 +25,7 @@ from torch.nn import functional
 from panfm.data.store import Batch
 from panfm.models import PanModel
 from panfm.models.backbone import Encoded
-from panfm.models.stems import patchify, stem_features, stem_step
+from panfm.models.patch_features import num_patch_features, patch_step, patchify
 from panfm.models.tokens import Layout, gather_tokens
 from panfm.seeds import torch_generator
 from panfm.training.objectives.interface import Objective, StudentOutput, Targets, mean_over
@@ -68,34 +68,34 @@ class LatentObjective(Objective):
 
     def __init__(self, config: LatentConfig, model: PanModel, seed: int) -> None:
         self.config = config
-        num_places, device = len(model.stream_of_place), model.stream_of_place.device
-        self.places = RunningMoments(num_places, model.width, device=device)
-        self.contents = RunningMoments(num_places, model.width, device=device)
+        num_patches, device = len(model.stream_of_patch), model.stream_of_patch.device
+        self.patches = RunningMoments(num_patches, model.width, device=device)
+        self.contents = RunningMoments(num_patches, model.width, device=device)
         self.summaries = RunningMoments(len(model.stream_names), model.width, device=device)
         self.projections = {name: _projection(model, name, seed) for name in model.stream_names}
 
     @torch.no_grad()
-    def targets(self, teacher: PanModel, maps: Batch, mask: TokenMask, full: Encoded | None) -> Targets:
-        """Features of the hidden places [B, K, D], summaries of streams [B, S, D], which streams are there [B, S]."""
+    def targets(self, teacher: PanModel, features: Batch, mask: TokenMask, full: Encoded | None) -> Targets:
+        """Features of the hidden patches [B, K, D], summaries of streams [B, S, D], which streams are there [B, S]."""
         assert full is not None
-        places, summaries, present = self._features(teacher, full, maps)
-        return {"places": gather_tokens(places, mask.hidden_column), "summaries": summaries, "present": present}
+        tokens, summaries, present = self._features(teacher, full, features)
+        return {"patches": gather_tokens(tokens, mask.hidden_column), "summaries": summaries, "present": present}
 
     def loss(self, student: PanModel, output: StudentOutput, targets: Targets) -> Tensor:
         """Loss of each subject [B]."""
-        tokens = mean_over(self._distance(output.predictions, targets["places"]), output.mask.hidden.valid)
+        tokens = mean_over(self._distance(output.predictions, targets["patches"]), output.mask.hidden.valid)
         summaries = student.heads.summarise(output.encoded.cls)
         summary = mean_over(self._distance(summaries, targets["summaries"]), targets["present"])
         return tokens + self.config.summary_weight * summary
 
-    def _features(self, model: PanModel, full: Encoded, maps: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Targets of all places [B, N, D], of all streams [B, S, D], and which streams are present [B, S]."""
+    def _features(self, model: PanModel, full: Encoded, features: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Targets of all patches [B, N, D], of all streams [B, S, D], and which streams are present [B, S]."""
         blocks = full.blocks[-self.config.top_blocks :]
         targets = torch.stack([functional.layer_norm(block.float(), block.shape[-1:]) for block in blocks]).mean(0)
-        contents = self._contents(model, maps, full.layout)
+        contents = self._contents(model, features, full.layout)
         if self.config.standardise:
-            targets = _standardise_places(self.places, targets, full.layout)
-            contents = _standardise_places(self.contents, contents, full.layout)
+            targets = _standardise_patches(self.patches, targets, full.layout)
+            contents = _standardise_patches(self.contents, contents, full.layout)
         share = self.config.content_share
         targets = (1.0 - share) ** 0.5 * targets + share**0.5 * contents
         summaries, present = _stream_means(targets, full.layout, model)
@@ -104,15 +104,15 @@ class LatentObjective(Objective):
             summaries = self.summaries.standardise(summaries)
         return targets, summaries, present
 
-    def _contents(self, model: PanModel, maps: Batch, layout: Layout) -> Tensor:
-        """Projected stem features [B, N, D]."""
-        contents = torch.zeros(maps.size, len(model.stream_of_place), model.width, device=layout.place.device)
+    def _contents(self, model: PanModel, features: Batch, layout: Layout) -> Tensor:
+        """Projected patch features [B, N, D]."""
+        contents = torch.zeros(features.size, len(model.stream_of_patch), model.width, device=layout.patch_index.device)
         for index, name in enumerate(model.stream_names):
-            if name in maps.images:
-                patches = patchify(maps.images[name], stem_step(model.stream_configs[name], model.tokenizer))
-                places = torch.nonzero(model.stream_of_place == index).squeeze(1)
-                contents[maps.rows[name][:, None], places] = (patches @ self.projections[name]).float()
-        return gather_tokens(contents, layout.place)
+            if name in features.images:
+                patches = patchify(features.images[name], patch_step(model.stream_configs[name], model.tokenizer))
+                columns = torch.nonzero(model.stream_of_patch == index).squeeze(1)
+                contents[features.rows[name][:, None], columns] = (patches @ self.projections[name]).float()
+        return gather_tokens(contents, layout.patch_index)
 
     def _distance(self, prediction: Tensor, target: Tensor) -> Tensor:
         return functional.smooth_l1_loss(prediction.float(), target, beta=self.config.beta, reduction="none").mean(
@@ -134,31 +134,31 @@ class LatentObjective(Objective):
                 setattr(moments, name, state[f"{part}.{name}"].to(moments.count.device, copy=True))
 
     def _moments(self) -> dict[str, RunningMoments]:
-        return {"places": self.places, "contents": self.contents, "summaries": self.summaries}
+        return {"patches": self.patches, "contents": self.contents, "summaries": self.summaries}
 
 
-def _standardise_places(moments: RunningMoments, targets: Tensor, layout: Layout) -> Tensor:
-    """Standardise targets [B, N, D] in the vocabulary's own order, where every place has its row."""
-    num_places = len(moments.count)
-    rows = targets.new_zeros(len(targets), num_places + 1, targets.shape[-1])
-    column = layout.place.masked_fill(~layout.valid, num_places)
+def _standardise_patches(moments: RunningMoments, targets: Tensor, layout: Layout) -> Tensor:
+    """Standardise targets [B, N, D] in the vocabulary's own order, where every patch has its row."""
+    num_patches = len(moments.count)
+    rows = targets.new_zeros(len(targets), num_patches + 1, targets.shape[-1])
+    column = layout.patch_index.masked_fill(~layout.valid, num_patches)
     rows = rows.scatter(1, column[..., None].expand_as(targets), targets)[:, :-1]
-    present = torch.zeros(rows.shape[0], num_places + 1, dtype=torch.bool, device=rows.device)
+    present = torch.zeros(rows.shape[0], num_patches + 1, dtype=torch.bool, device=rows.device)
     moments.update(rows, present.scatter(1, column, layout.valid)[:, :-1])
-    return gather_tokens(moments.standardise(rows), layout.place)
+    return gather_tokens(moments.standardise(rows), layout.patch_index)
 
 
 def _projection(model: PanModel, name: str, seed: int) -> Tensor:
-    """Fixed random projection [F, D] of one stream's stem features; depends on the run's seed and the name alone."""
-    features = stem_features(model.stream_configs[name], model.tokenizer)
+    """Fixed random projection [F, D] of one stream's patch features; depends on the run's seed and the name alone."""
+    features = num_patch_features(model.stream_configs[name], model.tokenizer)
     projection = torch.randn(features, model.width, generator=torch_generator(seed, "content", name))
-    return (projection / features**0.5).to(model.stream_of_place.device)
+    return (projection / features**0.5).to(model.stream_of_patch.device)
 
 
 def _stream_means(targets: Tensor, layout: Layout, model: PanModel) -> tuple[Tensor, Tensor]:
     """Mean target of each stream [B, S, D] and which streams are present [B, S]."""
     batch, _, width = targets.shape
-    stream = model.stream_of_place[layout.place]
+    stream = model.stream_of_patch[layout.patch_index]
     weight = layout.valid.to(targets.dtype)
     count = targets.new_zeros(batch, len(model.stream_names)).scatter_add_(1, stream, weight)
     total = targets.new_zeros(batch, len(model.stream_names), width)

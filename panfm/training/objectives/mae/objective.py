@@ -1,13 +1,13 @@
 """Masked autoencoding: reconstruct the normalised content of hidden patches.
 
-    target  patch of the stem's map, minus its mean, over its standard deviation
-    loss    mean over hidden places of the mean squared error
+    target  patch of the patch features, minus its mean, over its standard deviation
+    loss    mean over hidden patches of the mean squared error
 
-With the `patch` tokenizer the map is the image itself, as in the paper; with `statistics` it is the block statistics
-that the tokenizer reads.
+With the `patch` tokenizer these are the voxels themselves, as in the paper; with `statistics` they are the block
+statistics that the tokenizer reads.
 
 Source: MAE (He et al. 2022), normalised-pixel target.
-Shape legend: B subjects, K hidden places, P subjects that hold a stream, F features of a patch.
+Shape legend: B subjects, K hidden patches, P subjects that hold a stream, F features of a patch.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ from panfm.models import PanModel
 from panfm.models.backbone import Encoded
 from panfm.models.heads import ObjectiveHeads
 from panfm.models.pan import StreamTokenizer
-from panfm.models.stems import patchify
+from panfm.models.patch_features import patchify
 from panfm.models.tokens import gather_tokens
 from panfm.training.objectives.interface import Objective, StudentOutput, Targets
 from panfm.training.objectives.mae.config import MaeConfig
@@ -43,27 +43,27 @@ class MaeObjective(Objective):
         return ObjectiveHeads(per_stream=decoders)
 
     @torch.no_grad()
-    def targets(self, teacher: PanModel, maps: Batch, mask: TokenMask, full: Encoded | None) -> Targets:
+    def targets(self, teacher: PanModel, features: Batch, mask: TokenMask, full: Encoded | None) -> Targets:
         """Per stream with something hidden: `patches/<stream>` [P, W, F], normalised; `column/<stream>` [P, W], where
-        among the hidden places each stands; `valid/<stream>` [P, W]. W is the most that one subject hides of it."""
+        among the hidden patches each stands; `valid/<stream>` [P, W]. W is the most that one subject hides of it."""
         targets = {}
-        stream = teacher.stream_of_place[mask.hidden.place]
-        for index, (name, rows) in enumerate((name, maps.rows.get(name)) for name in teacher.stream_names):
+        stream = teacher.stream_of_patch[mask.hidden.patch_index]
+        for index, (name, rows) in enumerate((name, features.rows.get(name)) for name in teacher.stream_names):
             if rows is None:
                 continue
-            places, column = mask.hidden.select(stream == index)
+            hidden, column = mask.hidden.select(stream == index)
             if column.shape[1]:
-                targets["patches/" + name] = _patches(teacher, maps, name, places.place[rows])
+                targets["patches/" + name] = _patches(teacher, features, name, hidden.patch_index[rows])
                 targets["column/" + name] = column[rows]
-                targets["valid/" + name] = places.valid[rows]
+                targets["valid/" + name] = hidden.valid[rows]
         return targets
 
     def loss(self, student: PanModel, output: StudentOutput, targets: Targets) -> Tensor:
         """Loss of each subject [B]."""
-        total = output.predictions.new_zeros(output.maps.size, dtype=torch.float32)
+        total = output.predictions.new_zeros(output.features.size, dtype=torch.float32)
         for name, head in zip(student.stream_names, student.heads.stream_heads(), strict=True):
             if "patches/" + name in targets:
-                rows = output.maps.rows[name]
+                rows = output.features.rows[name]
                 patches = cast(nn.Linear, head.decode)(
                     gather_tokens(output.predictions[rows], targets["column/" + name])
                 )
@@ -73,11 +73,11 @@ class MaeObjective(Objective):
         return total / output.mask.hidden.valid.sum(dim=1).clamp_min(1)
 
 
-def _patches(model: PanModel, maps: Batch, name: str, place: Tensor) -> Tensor:
-    """Normalised patches [P, W, F] of one stream at places [P, W] of the vocabulary."""
+def _patches(model: PanModel, features: Batch, name: str, patch_index: Tensor) -> Tensor:
+    """Normalised patches [P, W, F] of one stream at indices [P, W] into the vocabulary."""
     tokenizer = model.streams[name]
     assert isinstance(tokenizer, StreamTokenizer)
-    first = int((model.stream_of_place < model.stream_names.index(name)).sum())
-    chosen = gather_tokens(patchify(maps.images[name], tokenizer.step), (place - first).clamp_min(0))
+    first = int((model.stream_of_patch < model.stream_names.index(name)).sum())
+    chosen = gather_tokens(patchify(features.images[name], tokenizer.step), (patch_index - first).clamp_min(0))
     centred = chosen - chosen.mean(dim=-1, keepdim=True)
     return centred / (centred.square().mean(dim=-1, keepdim=True) + 1e-6).sqrt()

@@ -8,7 +8,7 @@ import torch
 from torch.testing import assert_close
 
 from panfm.config import StreamConfig
-from panfm.models.stems import block_statistics, patchify, stem_features, stem_images, stem_step
+from panfm.models.patch_features import block_statistics, image_features, num_patch_features, patch_step, patchify
 
 VOLUME = StreamConfig(shape=(8, 8, 4), patch=(4, 4, 2), spacing_mm=(1.0, 1.0, 1.0))
 COLOUR = StreamConfig(shape=(8, 4), patch=(4, 4), channels=3)
@@ -16,35 +16,35 @@ COLOUR = StreamConfig(shape=(8, 4), patch=(4, 4), channels=3)
 
 def test_block_statistics_of_a_hand_computed_block():
     images = torch.tensor([0.0, 1.0, 1.0, 0.0]).reshape(1, 1, 4)
-    maps = block_statistics(images, (2,))
+    features = block_statistics(images, (2,))
     mean, sd = (0.5 - 0.2) * 32, (math.log(0.5 + 0.01) + 3.0) * 4
     gradient = (0.5 - 0.03) * 160  # |1-0|, |1-1|, |0-1| and none at the end
-    assert_close(maps, torch.tensor([[[mean, mean], [sd, sd], [gradient, gradient]]]))
+    assert_close(features, torch.tensor([[[mean, mean], [sd, sd], [gradient, gradient]]]))
 
 
 @pytest.mark.parametrize(("shape", "block"), [((8, 8, 4), (2, 4, 2)), ((6, 4), (3, 2))])
 def test_block_statistics_equal_a_slow_loop(shape, block):
     images = torch.rand(2, 2, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    maps = block_statistics(images, block)
+    features = block_statistics(images, block)
     for index in itertools.product(*(range(size // step) for size, step in zip(shape, block, strict=True))):
         window = tuple(slice(i * step, (i + 1) * step) for i, step in zip(index, block, strict=True))
         values = images[(slice(None), slice(None), *window)].flatten(2)
-        assert_close(maps[(slice(None), slice(0, 2), *index)], (values.mean(-1) - 0.2) * 32)
+        assert_close(features[(slice(None), slice(0, 2), *index)], (values.mean(-1) - 0.2) * 32)
         expected = ((values.std(-1, correction=0) + 0.01).log() + 3) * 4
-        assert_close(maps[(slice(None), slice(2, 4), *index)], expected)
+        assert_close(features[(slice(None), slice(2, 4), *index)], expected)
 
 
 def test_a_constant_image_has_finite_statistics():
-    maps = block_statistics(torch.full((1, 1, 4, 4, 4), 0.3), (2, 2, 2))
-    assert torch.isfinite(maps).all()
+    features = block_statistics(torch.full((1, 1, 4, 4, 4), 0.3), (2, 2, 2))
+    assert torch.isfinite(features).all()
 
 
 @pytest.mark.parametrize("tokenizer", ["statistics", "patch"])
 @pytest.mark.parametrize("stream", [VOLUME, COLOUR])
 def test_tokens_have_the_promised_number_of_features(stream, tokenizer):
     images = torch.rand(3, stream.channels, *stream.shape, generator=torch.Generator().manual_seed(0))
-    tokens = patchify(stem_images(images, stream, tokenizer), stem_step(stream, tokenizer))
-    assert tokens.shape == (3, math.prod(stream.grid), stem_features(stream, tokenizer))
+    tokens = patchify(image_features(images, stream, tokenizer), patch_step(stream, tokenizer))
+    assert tokens.shape == (3, math.prod(stream.grid), num_patch_features(stream, tokenizer))
 
 
 def test_patches_are_row_major_and_hold_their_own_voxels():

@@ -1,8 +1,8 @@
 """The input of a tokenizer: raw voxels, or statistics of small blocks.
 
-A stem has no parameters, so its maps are computed once per image and kept. `statistics` turns every half-patch block
-into its mean, log standard deviation and mean absolute gradient; small cohorts learn several times faster from it than
-from raw voxels. `patch` leaves the image as it is, as in ViT.
+Patch features have no parameters, so they are computed once per image and kept. `statistics` turns every half-patch
+block into its mean, log standard deviation and mean absolute gradient; small cohorts learn several times faster from it
+than from raw voxels. `patch` leaves the image as it is, as in ViT.
 
 Shape legend: P images, C channels, `*shape` voxels, `*coarse` blocks, T tokens, F features per token.
 """
@@ -23,31 +23,31 @@ not lost beside a token's constant parts: a model takes hundreds of steps to gro
 (simulations/studies/LOG.md)."""
 
 
-def stem_images(images: Tensor, stream: StreamConfig, tokenizer: str) -> Tensor:
+def image_features(images: Tensor, stream: StreamConfig, tokenizer: str) -> Tensor:
     """Maps [P, C', *coarse] of images [P, C, *shape]; `tokenizer` is `statistics` or `patch`."""
     return block_statistics(images, _block(stream)) if tokenizer == "statistics" else images
 
 
-def stem_step(stream: StreamConfig, tokenizer: str) -> tuple[int, ...]:
-    """Size of one token on the stem's map, per axis."""
+def patch_step(stream: StreamConfig, tokenizer: str) -> tuple[int, ...]:
+    """Size of one token on the patch features, per axis."""
     if tokenizer == "patch":
         return stream.patch
     return tuple(size // block for size, block in zip(stream.patch, _block(stream), strict=True))
 
 
-def stem_features(stream: StreamConfig, tokenizer: str) -> int:
+def num_patch_features(stream: StreamConfig, tokenizer: str) -> int:
     """F: numbers per token that the tokenizer's linear layer reads."""
     channels = stream.channels * (3 if tokenizer == "statistics" else 1)
     features = channels
-    for step in stem_step(stream, tokenizer):
+    for step in patch_step(stream, tokenizer):
         features *= step
     return features
 
 
-def stem_batch(batch: Batch, streams: dict[str, StreamConfig], tokenizer: str) -> Batch:
+def batch_features(batch: Batch, streams: dict[str, StreamConfig], tokenizer: str) -> Batch:
     """Replace every image of a batch by its patch features."""
-    maps = {name: stem_images(images, streams[name], tokenizer) for name, images in batch.images.items()}
-    return Batch(batch.size, maps, batch.rows)
+    features = {name: image_features(images, streams[name], tokenizer) for name, images in batch.images.items()}
+    return Batch(batch.size, features, batch.rows)
 
 
 def block_statistics(images: Tensor, block: tuple[int, ...]) -> Tensor:
@@ -67,15 +67,15 @@ def block_statistics(images: Tensor, block: tuple[int, ...]) -> Tensor:
     return torch.cat([(value - centre) * scale for value, centre, scale in statistics], dim=1)
 
 
-def patchify(maps: Tensor, step: tuple[int, ...]) -> Tensor:
-    """Cut maps [P, C, *coarse] into tokens [P, T, F], patches in row-major order, channels first within a patch."""
-    images, channels, *sizes = maps.shape
+def patchify(features: Tensor, step: tuple[int, ...]) -> Tensor:
+    """Cut features [P, C, *coarse] into tokens [P, T, F], patches in row-major order, channels first within a patch."""
+    images, channels, *sizes = features.shape
     split: list[int] = [images, channels]
     for size, width in zip(sizes, step, strict=True):
         split += [size // width, width]
     axes = len(step)
     grid, inside = [2 + 2 * axis for axis in range(axes)], [3 + 2 * axis for axis in range(axes)]
-    ordered = maps.reshape(split).permute(0, *grid, 1, *inside)
+    ordered = features.reshape(split).permute(0, *grid, 1, *inside)
     return ordered.reshape(images, -1, channels * torch.Size(step).numel())
 
 
