@@ -12,6 +12,9 @@ PanfmError
 The text says what was found, where, and what was expected, on one line: tools print it and exit with status 1.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class PanfmError(Exception):
     """Base of all errors meant for users; `str(error)` is one readable line."""
@@ -67,3 +70,22 @@ def one_line(text: str, limit: int = 300) -> str:
     """Turn another party's text into one line that is safe to print: printable characters only, cut at `limit`."""
     line = "".join(each if each.isprintable() else "?" for each in " ".join(text[: 4 * limit].split()))
     return line if len(line) <= limit else f"{line[: limit - 3]}..."
+
+
+_OURS = {"panfm", "strategies", "server", "client", "simulations"}
+
+
+@contextmanager
+def needs_extra(extra: str) -> Iterator[None]:
+    """Turn a failed import of a library into one line that names the extra of panfm to install.
+
+    Raises:
+        ConfigError: a library is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        library = (error.name or "").partition(".")[0]
+        if library in _OURS:
+            raise
+        raise ConfigError(f"{library}: not installed, expected: pip install 'panfm[{extra}]'") from error

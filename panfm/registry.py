@@ -82,7 +82,7 @@ MASKING_POLICIES = Registry(
 
 READERS = Registry(
     "image reader",
-    {"nifti": "panfm.data.readers.nifti:NiftiReader", "pictures": "panfm.data.readers.pictures:PictureReader"},
+    {"nifti": "panfm.data.readers.nifti:NiftiReader", "pictures": "panfm.data.readers.picture:PictureReader"},
 )
 """Kinds of images that a manifest may name; the first that accepts a path reads it."""
 
@@ -98,11 +98,11 @@ BACKBONES = Registry(
 MEANS = Registry(
     "sharing.mean",
     {
-        "weighted": "strategies.weighted_means:WeightedMean",
+        "weighted": "strategies.group_means:WeightedMean",
         "median": "strategies.robust_means:CoordinateMedian",
         "trimmed": "strategies.robust_means:TrimmedMean",
         "geometric-median": "strategies.robust_means:GeometricMedian",
-        "l-dawa": "strategies.weighted_means:LayerwiseMean",
+        "l-dawa": "strategies.group_means:LayerwiseMean",
     },
 )
 """Means of a group's updates (`strategies.group_means`)."""

@@ -16,6 +16,8 @@ MAX_BYTES = 1 << 16
 """Size of a description."""
 MAX_DEPTH = 16
 """Levels of tables, arrays and parts of dotted keys around one value; descriptions have five."""
+PLAIN_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+"""Name of a site, or id of a run, that may name a folder."""
 _TOKEN = re.compile(
     r"""
       \"{3} (?: [^"\\] | \\. | "(?!"") )*+ (?: "{3,5}+ )?

@@ -17,8 +17,10 @@ from panfm.files import RoundFiles, read_checked
 from panfm.sharing.groups import Flat
 from strategies import Memory
 
-_GLOBAL, _STEP, _LOST, _AVERAGE, _VOTES = "global", "step", "lost", "average", "votes"
-"""Parts of a checkpoint; the others are slots of server optimisers."""
+_GLOBAL = "global"
+_ARRAYS = ("step", "lost", "average", "votes")
+"""Arrays of the memory by group; with the global groups parts of a checkpoint, whose other parts are slots of server
+optimisers."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +50,7 @@ def save_state(folder: Path, state: ServerState) -> None:
         "holders": state.memory.holders,
     }
     memory = state.memory
-    parts = {
-        _GLOBAL: state.groups,
-        _STEP: memory.step,
-        _LOST: memory.lost,
-        _AVERAGE: memory.average,
-        _VOTES: memory.votes,
-    }
+    parts = {_GLOBAL: state.groups, **{name: getattr(memory, name) for name in _ARRAYS}}
     tensors = {f"{part}/{name}": array for part, arrays in parts.items() for name, array in arrays.items()}
     tensors |= {f"{slot}/{group}": flat for group, slots in memory.slots.items() for slot, flat in slots.items()}
     content = json.dumps(words).encode() + b"\n" + safetensors.numpy.save(tensors)
@@ -83,8 +79,8 @@ def _restored(words: dict[str, Any], tensors: dict[str, Flat]) -> ServerState:
     for name, flat in tensors.items():
         part, _, rest = name.partition("/")
         parts.setdefault(part, {})[rest] = flat
-    names = (_GLOBAL, _STEP, _LOST, _AVERAGE, _VOTES)
-    groups, step, lost, average, votes = (parts.pop(name, {}) for name in names)
+    groups = parts.pop(_GLOBAL, {})
+    arrays_by_name: dict[str, Any] = {name: parts.pop(name, {}) for name in _ARRAYS}
     slots: dict[str, dict[str, Flat]] = {}
     for slot, arrays in parts.items():
         for group, flat in arrays.items():
@@ -96,12 +92,9 @@ def _restored(words: dict[str, Any], tensors: dict[str, Flat]) -> ServerState:
     memory = Memory(
         norms,
         dict(slots),
-        dict(step),
-        lost,
-        tuple(words["holders"]),
-        average,
-        dict(votes),
-        words["cosines"],
-        {group: tuple(sites) for group, sites in words["voters"].items()},
+        holders=tuple(words["holders"]),
+        cosines=words["cosines"],
+        voters={group: tuple(sites) for group, sites in words["voters"].items()},
+        **arrays_by_name,
     )
     return ServerState(words["run-id"], words["round"], groups, words["profile"], memory)

@@ -18,7 +18,7 @@ from rich.text import Text
 from panfm.config import RunConfig
 from panfm.errors import RunError, one_line
 from panfm.report.run_files import Run, read_run
-from panfm.report.status import headline, left_out, privacy_line, site_statuses, stream_statuses
+from panfm.report.status import headline, left_out, number, privacy_line, site_statuses, stream_statuses
 from panfm.sharing.messages import Handshake
 from server.flower_cli import FlowerRun
 
@@ -98,9 +98,9 @@ def _site_table(run: Run) -> Table:
         numbers = [
             "-" if status.subjects is None else str(status.subjects),
             f"{status.answered}/{status.asked}",
-            _number(status.seconds, 1),
-            _number(status.loss, 4),
-            *([_number(status.epsilon, 3)] if is_private else []),
+            number(status.seconds, 1),
+            number(status.loss, 4),
+            *([number(status.epsilon, 3)] if is_private else []),
         ]
         table.add_row(_text(status.site), *numbers, _text(status.now))
     return table
@@ -114,17 +114,13 @@ def _stream_table(run: Run) -> Table:
             str(len(status.holders)),
             str(len(status.trained_by)),
             "-" if status.last_round is None else str(status.last_round),
-            _number(status.saliency, 2),
+            number(status.saliency, 2),
         )
     return table
 
 
 def _text(words: str, style: str = "") -> Text:
     return Text(one_line(words), style=style)
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def _right(heading: str) -> Column:

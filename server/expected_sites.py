@@ -12,21 +12,20 @@ over what is expected (and two, for small ones), takes no part.
 import csv
 import io
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 from panfm.anatomy import parse_stream
-from panfm.data.table import Line, read_table
+from panfm.data.tables import Line, read_table
 from panfm.errors import DataError, ProtocolError
 from panfm.sharing.messages import Handshake
+from panfm.texts import PLAIN_NAME
 
 FILE = "expected-sites.csv"
 """In a run folder."""
 _SITE, _SUBJECTS = "site", "subjects"
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _SHARE_OVER, _OVER = 0.1, 2
 
 
@@ -65,7 +64,7 @@ class ExpectedSites:
         sites: dict[str, ExpectedSite] = {}
         for number, cells in lines:
             site = cells[_SITE]
-            if not _NAME.fullmatch(site):
+            if not PLAIN_NAME.fullmatch(site):
                 raise DataError(
                     f"line {number}: site {site!r:.40}, expected lower-case letters, digits, dot, dash, underscore"
                 )

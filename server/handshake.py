@@ -1,6 +1,5 @@
 """Handshake before round 1: asks the sites for their streams and subjects, and compares their models."""
 
-import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -14,11 +13,11 @@ from panfm.config import RunConfig, dump_toml, experiment_hash
 from panfm.errors import ProtocolError, RunError, one_line
 from panfm.sharing.groups import GroupManifest, stream_group
 from panfm.sharing.messages import Handshake, Invitation
+from panfm.texts import PLAIN_NAME
 from server.exchange import Exchange
 from server.expected_sites import ExpectedSites
-from strategies.dispatch import unpack
+from strategies.round_messages import unpack
 
-_SITE_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _POLL_S = 0.2
 _SETTLE_S = 10.0
 """When nobody knows how many sites will come: enough are there, and for this long no other has come."""
@@ -138,7 +137,7 @@ def check_handshake(handshake: Handshake, run: RunConfig, manifest: GroupManifes
 
 
 def _check_counts(handshake: Handshake, run: RunConfig) -> None:
-    fewest, most = int(run.server_privacy is None), run.federation.max_subjects
+    fewest, most = int(run.site_dp is None), run.federation.max_subjects
     if not fewest <= handshake.subjects <= most:
         raise ProtocolError(f"{handshake.subjects} subjects, expected {fewest} to {most} (federation.max-subjects)")
     if unknown := sorted(set(handshake.streams) - set(run.streams)):
@@ -149,7 +148,7 @@ def _check_counts(handshake: Handshake, run: RunConfig) -> None:
 
 
 def _check_name(site: str) -> None:
-    if not _SITE_NAME.fullmatch(site):
+    if not PLAIN_NAME.fullmatch(site):
         raise ProtocolError(f"site name {site!r:.40}, expected small letters, digits, dot, dash")
 
 

@@ -14,7 +14,9 @@ A round with fewer good replies than `federation.min-sites` ends the run with an
 import logging
 import secrets
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord
@@ -26,9 +28,9 @@ from panfm.config.site_dp import SiteDpConfig
 from panfm.errors import RunError
 from panfm.models import build_model, describe_model
 from panfm.privacy.guarantees import privacy_label
+from panfm.privacy.ledger import Limits, run_ledger
 from panfm.sharing.groups import GroupManifest
 from panfm.sharing.messages import Handshake, RoundTask
-from server.budgets import PlannedCosts, SiteDpBudget
 from server.checkpoint import ServerState
 from server.console import Progress
 from server.exchange import Exchange
@@ -38,7 +40,7 @@ from server.round_line import round_line
 from server.run_folder import RunFolder
 from server.tracking import Tracking
 from strategies import GroupedMean, SiteDpMean
-from strategies.dispatch import make_array, view_arrays
+from strategies.round_messages import make_array, view_arrays
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +56,7 @@ def run_federation(grid: Grid, folder: RunFolder, progress: Progress, *, num_sit
         RunError: too few sites, one that does not fit, or a round without enough good replies.
     """
     run = folder.shared_run
-    num_sites = needed_sites(run.server_privacy, num_sites)
+    num_sites = needed_sites(run.site_dp, num_sites)
     first, manifest = initial_state(run, folder.start())
     attendance = _gather_sites(grid, folder, manifest, progress, num_sites=num_sites)
     if not (state := folder.latest_state()):
@@ -124,7 +126,7 @@ def needed_sites(site_dp: SiteDpConfig | None, num_sites: int | None) -> int | N
     """Number of sites to wait for. Raises RunError if site-level privacy counts on another number than `num_sites`."""
     expected = site_dp.num_sites if site_dp else num_sites
     if num_sites not in (None, expected):
-        raise RunError(f"{num_sites} sites, expected {expected} (server-privacy.num-sites)")
+        raise RunError(f"{num_sites} sites, expected {expected} (site-dp.num-sites)")
     return expected
 
 
@@ -133,10 +135,10 @@ def make_strategy(
 ) -> GroupedMean:
     """Create the strategy of a run. Raises BudgetError if site-level privacy does not cover the rounds to come."""
     run = folder.shared_run
-    if run.server_privacy is None:
+    if run.site_dp is None:
         return GroupedMean(run, manifest, roster, state.memory)
-    if len(roster) != run.server_privacy.num_sites:
-        raise RunError(f"{len(roster)} sites, expected {run.server_privacy.num_sites} (server-privacy.num-sites)")
+    if len(roster) != run.site_dp.num_sites:
+        raise RunError(f"{len(roster)} sites, expected {run.site_dp.num_sites} (site-dp.num-sites)")
     budget = SiteDpBudget(run, folder.path, state.run_id, [handshake.site for handshake in roster.values()])
     budget.check_ahead(run.train.rounds - state.round_number)
     return SiteDpMean(run, manifest, roster, state.memory, pay=budget.pay)
@@ -168,3 +170,49 @@ def initial_state(run: RunConfig, start: Mapping[str, Tensor] | None = None) -> 
     tensors = {name: tensor.numpy() for name, tensor in shared.items()}
     manifest = GroupManifest.of(describe_model(run).parameter_groups(), tensors)
     return ServerState(f"{run.name[:48]}-{secrets.token_hex(4)}", 0, manifest.pack_all(tensors)), manifest
+
+
+class SiteDpBudget:
+    """Budget of a run under site-level privacy."""
+
+    def __init__(self, run: RunConfig, folder: Path, run_id: str, sites: Sequence[str]) -> None:
+        """Args: folder: the run folder."""
+        assert run.site_dp is not None
+        self.ledger = run_ledger(folder)
+        self._run = run
+        self._run_id = run_id
+        self._sites = ",".join(sites)
+        self._limits = Limits(run.site_dp.epsilon, run.site_dp.delta)
+
+    def check_ahead(self, num_rounds: int) -> None:
+        """Raises BudgetError if so many more rounds would exceed the run's epsilon."""
+        self.ledger.check_ahead(self._run, num_rounds, limits=self._limits)
+
+    def pay(self, round_number: int) -> None:
+        """Write a round into the ledger. Raises BudgetError or LedgerError."""
+        self.ledger.spend(self._run, self._run_id, round_number, limits=self._limits, dataset=self._sites)
+
+
+class PlannedCosts:
+    """Epsilon of each site by the public plan, from the rounds in which it was asked."""
+
+    def __init__(self, run: RunConfig, rounds: Iterable[Mapping[str, Any]]) -> None:
+        """Args: rounds: Lines of rounds.jsonl of the rounds done before."""
+        self._run = run
+        self._asked = Counter(site for line in rounds for site in line["asked"])
+        self._known: dict[int, float | None] = {}
+
+    def after(self, asked: Iterable[str]) -> dict[str, float | None]:
+        """Count one more round of the asked sites; return site -> its epsilon so far, empty without a promise."""
+        if self._run.patient_dp is None:
+            return {}
+        self._asked.update(asked)
+        costs = {site: self._cost(rounds) for site, rounds in sorted(self._asked.items())}
+        return {} if None in costs.values() else costs
+
+    def _cost(self, rounds: int) -> float | None:
+        if rounds not in self._known:
+            from panfm.privacy.statement import cost_of_rounds  # brings the accountant, which takes seconds
+
+            self._known[rounds] = cost_of_rounds(self._run, rounds)
+        return self._known[rounds]

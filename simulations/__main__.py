@@ -13,8 +13,11 @@ go_offline()
 
 import typer  # noqa: E402
 
-from panfm.errors import ConfigError, PanfmError  # noqa: E402
-from panfm.extras import needs_extra  # noqa: E402
+from panfm.errors import (  # noqa: E402
+    ConfigError,
+    PanfmError,
+    needs_extra,
+)
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 cohort_app = typer.Typer(no_args_is_help=True, help="Data sets of simulated federations.")

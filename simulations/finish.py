@@ -43,7 +43,7 @@ class AloneJob:
 
 def train_site_alone(job: AloneJob) -> PanModel:
     """The model that a site reaches without the others."""
-    run = parse_run(job.run_toml).model_copy(update={"privacy": None})
+    run = parse_run(job.run_toml).model_copy(update={"patient_dp": None})
     start = RunFolder(job.run_dir, run).start()
     return train_alone(run, open_store(job.folder, run.streams), load_site(job.folder).name, start=start)
 

@@ -1,12 +1,12 @@
 """Grouped mean: each group of parameters is averaged over the sites that trained it, by how much they trained it.
 
-    1. ask        draw sites; send each the groups it trains                          dispatch.py
+    1. ask        draw sites; send each the groups it trains                          round_messages.py
     2. read       one reply at a time: unpack, decode, check content and weights      reply_guards.py, weight_caps.py
     3. add        add its updates to the means; norms and directions are judged       group_means.py, reply_guards.py
                   afterwards, and a refused reply is removed again
     4. settle     once all replies are there: refuse or add those whose direction alone is doubted
-    5. step       mean of each group -> server optimiser -> new global parameters     server_optimisers.py
-    6. remember   norms, votes, optimiser slots and coded step for the next round     strategy_memory.py
+    5. step       mean of each group -> server optimiser -> new global parameters     server_step.py
+    6. remember   norms, votes, optimiser slots and coded step for the next round     server_step.py
 
 Flower's FedAvg wants the same keys and one weight from every site. Here each site receives and returns its own groups,
 with a weight for each. The order of the replies does not change a bit of the result, and a reply is freed before the
@@ -24,18 +24,16 @@ from flwr.serverapp.strategy import Strategy
 
 from panfm.config import RunConfig
 from panfm.errors import ProtocolError, one_line
-from panfm.sharing.coding import bytes_per_group, decode
-from panfm.sharing.downlink import code_step, take_step
+from panfm.sharing.coding import bytes_per_group, code_step, decode, take_step
 from panfm.sharing.groups import Flat, GroupManifest, stream_of
 from panfm.sharing.messages import Handshake, RoundReply
 from panfm.sharing.npy import NpySpace
 from panfm.sharing.weights import check_gate_mass
-from strategies.dispatch import Downlink, draw_sites, hand_over, unpack, view_array, view_arrays
 from strategies.exact_mean import Votes
 from strategies.group_means import GroupMean, make_mean
 from strategies.reply_guards import LIMIT, Directions, NormBounds, PointsElsewhereError, check_reply
-from strategies.server_optimisers import follow_average, server_step
-from strategies.strategy_memory import Memory, add_norms
+from strategies.round_messages import Downlink, draw_sites, hand_over, unpack, view_array, view_arrays
+from strategies.server_step import Memory, add_norms, follow_average, server_step
 from strategies.weight_caps import WeightLimits, group_shares
 
 logger = logging.getLogger(__name__)

@@ -52,7 +52,7 @@ from panfm.sharing.messages import Handshake, RoundReply
 from panfm.sharing.weights import Weights
 from panfm.training.schedules import warmup_cosine
 from strategies.exact_mean import Votes
-from strategies.strategy_memory import HISTORY_ROUNDS, Memory, Norms
+from strategies.server_step import HISTORY_ROUNDS, Memory, Norms
 
 CLIP = 1 / 3
 """An update longer than this times `norm-ratio` is shortened to it."""

@@ -1,27 +1,69 @@
-"""Grouped mean with site-level privacy (`[server-privacy]`): whole updates clipped, equal weights, and noise.
+"""Grouped mean with site-level privacy (`[site-dp]`): whole updates clipped to one norm, equal weights, noise.
 
-Flower's wrappers pair the arrays of a reply with the model's by position, and so cannot serve sites with unlike groups;
-their noise comes from a seeded generator. Here an update is clipped by its keys, as a whole (panfm/privacy/site_dp.py).
+    S = sum_k u_k min(1, C / ||u_k||) + N(0, (z C)^2),      ||.|| over all groups that site k sends, together
+    step of group g = S_g / n_g,                            n_g sites train g
+
+Sites send unlike groups: u_k is zero in those that site k does not train. If a site's updates are zeroed out, S moves
+by at most C, in L2 over all groups; so group g alone moves by at most C / n_g, where n_g does not change, for who
+trains what is public. Noise of z C on the whole of S is noise of z C / n_g on the mean of g.
 
 What a site states of itself, losses, weights and norms of its update, is dropped as its reply is read, so that neither
 model nor run folder can depend on it. A round in which one of the sites is missing or refused releases nothing and
-costs nothing. Server optimisers see the noised mean alone.
+costs nothing. Server optimisers see the noised mean alone. (Flower's wrappers pair the arrays of a reply with the
+model's by position, so they cannot serve sites with unlike groups, and their noise comes from a seeded generator.)
+
+Source: McMahan et al. 2018, "Learning Differentially Private Recurrent Language Models" (there with sampled users).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 
 from panfm.config import RunConfig
 from panfm.errors import ProtocolError
-from panfm.privacy.site_dp import clip_update, noised_mean
+from panfm.privacy.randomness import with_noise
 from panfm.sharing.groups import Flat, GroupManifest
 from panfm.sharing.messages import Handshake, RoundReply
 from strategies.exact_mean import Votes
 from strategies.grouped import GroupedMean
-from strategies.strategy_memory import Memory
+from strategies.server_step import Memory
+
+_CHUNK = 1 << 16
+_LEAST = float(np.finfo(np.float32).tiny)
+"""Below it float32 has few digits."""
+
+
+def clip_update(updates: Mapping[str, Flat], clip_norm: float) -> dict[str, Flat]:
+    """One site's updates, float32, scaled to a joint L2 norm of at most `clip_norm`.
+
+    Guarantees:
+        bounded: the norm over all groups is at most clip_norm (1 + 1e-6).
+        poison: an update that holds a number that is not finite, or is 2^126 times too long, becomes zero.
+    """
+    norm = float(np.sqrt(sum(map(_squared_norm, updates.values()))))
+    if not norm * _LEAST <= clip_norm:
+        return {group: np.zeros_like(update) for group, update in updates.items()}
+    factor = np.float32(min(1.0, clip_norm / norm)) if norm else np.float32(1.0)
+    return {group: update * factor for group, update in updates.items()}
+
+
+def noised_mean(mean: Flat, num_sites: int, *, clip_norm: float, noise: float) -> Flat:
+    """The mean of a group's clipped updates plus noise, float32.
+
+    Args:
+        mean: Over `num_sites` sites, all with the same weight.
+        noise: Standard deviation of the noise on the sum, in clip norms.
+    """
+    deviation = noise * clip_norm / num_sites
+    return with_noise(torch.from_numpy(mean.astype(np.float64)), deviation).float().numpy()
+
+
+def _squared_norm(update: Flat) -> float:
+    chunks = (update[start : start + _CHUNK].astype(np.float64) for start in range(0, len(update), _CHUNK))
+    return sum(float(np.dot(chunk, chunk)) for chunk in chunks)
 
 
 class SiteDpMean(GroupedMean):
@@ -43,8 +85,8 @@ class SiteDpMean(GroupedMean):
             pay: Called with the round number before noise is drawn; raises if the budget does not cover it.
         """
         super().__init__(run, manifest, roster, memory)
-        assert run.server_privacy is not None
-        self._site_dp = run.server_privacy
+        assert run.site_dp is not None
+        self._site_dp = run.site_dp
         self._pay = pay
         self._sites = frozenset(handshake.site for handshake in roster.values())
 

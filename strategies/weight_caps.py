@@ -26,7 +26,7 @@ FEWEST = 3
 
 def largest_share(run: RunConfig) -> float:
     """Largest share of a group's weight that a site may have; 1 under site-level privacy, where all weigh alike."""
-    return 1.0 if run.server_privacy else run.federation.max_share
+    return 1.0 if run.site_dp else run.federation.max_share
 
 
 class WeightLimits:

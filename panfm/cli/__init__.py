@@ -7,8 +7,8 @@ with exit status 1; a traceback is always a bug.
 
 import typer
 
-from panfm.cli import audit_commands, ledger_commands, model_commands, report_commands, site_commands
-from panfm.cli.console import ErrorLines
+from panfm.cli import audit_commands, ledger_commands, model_commands, site_commands
+from panfm.cli.common import ErrorLines
 
 main = typer.Typer(
     cls=ErrorLines,
@@ -22,5 +22,5 @@ main.add_typer(ledger_commands.app, name="ledger")
 main.add_typer(audit_commands.app, name="audit")
 main.command("embed")(model_commands.embed)
 main.command("probe")(model_commands.probe)
-main.command("report")(report_commands.report)
+main.command("report")(model_commands.report)
 main.command("export")(model_commands.export)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from panfm.cli.console import Model, Overrides, check_model, progress_bar
+from panfm.cli.common import Model, Overrides, check_model, open_stores
 from panfm.errors import DataError
 
 if TYPE_CHECKING:
@@ -67,7 +67,6 @@ def audit_membership(
     nothing to find.
     """
     check_model(model)
-    from panfm.data.cache import open_store
     from panfm.evaluate.embed import load_model
     from panfm.models import build_model
     from panfm.privacy.audit_membership import Place, audit_membership
@@ -76,11 +75,7 @@ def audit_membership(
     if run.start and not before:
         raise DataError(f"{model}: was started from another model, expected its folder as --before")
     start = load_model(before)[0] if before else build_model(run)
-    with progress_bar("reading images") as progress:
-        stores = [
-            open_store(site, run.streams, progress=lambda _, done, total: progress(done, total)) for site in sites
-        ]
-    places = [Place.of(store) for store in stores]
+    places = [Place.of(store) for store in open_stores(sites, run.streams)]
     attack = audit_membership(run, start.state_dict(), network.state_dict(), places, masks=masks)
     _write_json(json, asdict(attack))
     low, high = attack.auc.low, attack.auc.high
@@ -103,16 +98,11 @@ def audit_inversion(
     one attack, which needs no search.
     """
     check_model(model)
-    from panfm.data.cache import open_store
     from panfm.evaluate.embed import load_model
     from panfm.privacy.audit_inversion import audit_inversion
 
     network, run = load_model(model)
-    with progress_bar("reading images") as progress:
-        stores = [
-            open_store(site, run.streams, progress=lambda _, done, total: progress(done, total)) for site in sites
-        ]
-    scenarios = audit_inversion(network, run, stores, patients=patients)
+    scenarios = audit_inversion(network, run, open_stores(sites, run.streams), patients=patients)
     _write_json(json, [asdict(scenario) for scenario in scenarios])
     _print_inversion(scenarios)
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from panfm.cli.console import Overrides, chain_end
+from panfm.cli.common import Overrides, chain_end
 from panfm.errors import LedgerError
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ def ledger_show(folder: Annotated[Path, typer.Argument(help=_FOLDER_HELP)]) -> N
     """Print what was promised, what is spent, on what, and what is not covered.
 
     Written for a data-protection officer. A site's ledger is shared by all runs on its patients, and is written before
-    anything is sent. A run folder has one where the server added noise for its sites (table `server-privacy`). Note the
+    anything is sent. A run folder has one where the server added noise for its sites (table `site-dp`). Note the
     end of the chain elsewhere: `panfm ledger verify --noted` finds with it whether entries were cut off.
     """
     from panfm.privacy.statement import statement
@@ -62,8 +62,8 @@ def ledger_plan(
 ) -> None:
     """Epsilon of a run with its noise, and the noise with which it would spend its epsilon.
 
-    Try other numbers with --set: privacy.epsilon=2, train.rounds=5, privacy.sample-rate=0.1. With --site, on top of
-    what is spent there already.
+    Try other numbers with --set: patient-dp.epsilon=2, train.rounds=5, patient-dp.sample-rate=0.1. With --site, on top
+    of what is spent there already.
     """
     from panfm.privacy.guarantees import load_checked_run
 
@@ -78,8 +78,8 @@ def _ledger(folder: Path) -> "Ledger":
     from panfm.config import load_run, load_site, site_path
 
     if (folder / "run.toml").is_file() and not (folder / "site.toml").is_file():
-        if load_run(folder / "run.toml").server_privacy is None:
-            raise LedgerError(f"{folder}: a run without server-privacy has no ledger, its sites do; name a site folder")
+        if load_run(folder / "run.toml").site_dp is None:
+            raise LedgerError(f"{folder}: a run without site-dp has no ledger, its sites do; name a site folder")
         from panfm.privacy.ledger import run_ledger
 
         return run_ledger(folder)

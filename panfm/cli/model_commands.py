@@ -1,4 +1,4 @@
-"""`panfm embed|probe|export`: commands for a trained model."""
+"""`panfm embed|probe|report|export`: commands for a run and its model."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from panfm.cli.console import Model, check_model, progress_bar
+from panfm.cli.common import Model, check_model, open_stores, progress_bar
 
 if TYPE_CHECKING:
     from panfm.evaluate.result import Score
@@ -19,12 +19,10 @@ def embed(
 ) -> None:
     """Write the frozen features of a site's subjects."""
     check_model(model)
-    from panfm.data.cache import open_store
     from panfm.evaluate.embed import embed_site, load_model, write_features
 
     network, run = load_model(model)
-    with progress_bar("reading images") as progress:
-        store = open_store(site, run.streams, progress=lambda _, done, total: progress(done, total))
+    [store] = open_stores([site], run.streams)
     done = 0
     with progress_bar("embedding subjects") as progress:
 
@@ -98,3 +96,17 @@ def _print_scores(scores: Sequence["Score"]) -> None:
     for score in scores:
         table.add_row(score.group, score.metric, score_text(score))
     Console().print(table)
+
+
+def report(run_folder: Annotated[Path, typer.Argument(help="Run folder; the run may still be going on.")]) -> None:
+    """Print a run's tables and write report.html into its folder."""
+    from panfm.report.run_files import read_run
+
+    run = read_run(run_folder)
+    from rich.console import Console
+
+    from panfm.report.console_tables import print_tables
+    from panfm.report.report_page import write_report
+
+    print_tables(run, Console())
+    typer.echo(f"report: {write_report(run)}")

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from panfm.cli.console import NotedEnd, chain_end, progress_bar
+from panfm.cli.common import NotedEnd, chain_end, progress_bar
 from panfm.errors import DataError
 
 if TYPE_CHECKING:

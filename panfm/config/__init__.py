@@ -11,8 +11,8 @@ from panfm.config.load import (
     parse_site,
     parse_table,
 )
-from panfm.config.run import RunConfig
-from panfm.config.site import Releasable, SiteConfig, site_folders, site_path
+from panfm.config.run_description import RunConfig
+from panfm.config.site_description import Releasable, SiteConfig, site_folders, site_path
 from panfm.config.streams import StreamConfig
 
 __all__ = [

@@ -5,10 +5,10 @@ those who run it, and a number far from what was tried leads to arithmetic that 
 """
 
 import math
-from collections.abc import Iterator
-from typing import Annotated, Any
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from panfm.errors import ConfigError
 from panfm.registry import Registry
@@ -64,6 +64,17 @@ class Config(BaseModel):
 class Uncoupled(Config):
     """Base of tables in which no key couples patients: a patient's gradient, and what leaves a site, depend on no
     other patient by it. A table without `couplings` is refused in private runs."""
+
+    habits: ClassVar[Mapping[str, str]] = {}
+    """Keys that other frameworks have -> why there is none here, and what to do."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _habits_of_other_frameworks(cls, table: Any) -> Any:
+        for key in table if isinstance(table, dict) else ():
+            if key in cls.habits:
+                raise ValueError(f"{key}: {cls.habits[key]}")
+        return table
 
     def couplings(self) -> Iterator[str]:
         """Yield nothing: no key of the table couples patients."""

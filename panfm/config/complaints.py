@@ -18,6 +18,8 @@ _MAX_COMPLAINTS = 20
 _MAX_KEY = 64
 """Characters of an unknown key that are compared to the known ones."""
 _MAX_FOUND = 80
+_RENAMED = {"privacy": "patient-dp", "server-privacy": "site-dp"}
+"""Keys of earlier versions."""
 _EXPECTED = {
     "bool_type": "true or false",
     "dict_type": "a table",
@@ -96,7 +98,8 @@ def _choices(expected: str) -> str:
 def _known_keys(keys: list[str], around: list[Any]) -> str:
     """The known key that is nearest to an unknown one, or all that are known."""
     known = sorted({name for member in around for name in _fields(member)})
-    near = difflib.get_close_matches(keys[-1][:_MAX_KEY], known, n=1, cutoff=0.4)
+    key = _RENAMED.get(keys[-1], keys[-1][:_MAX_KEY])
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
     return f"did you mean {'.'.join([*keys[:-1], near[0]])}?" if near else f"known: {', '.join(known)}"
 
 

@@ -11,8 +11,8 @@ from pydantic import ValidationError, create_model
 
 from panfm.config.base import Config
 from panfm.config.complaints import complaints
-from panfm.config.run import RunConfig
-from panfm.config.site import SiteConfig
+from panfm.config.run_description import RunConfig
+from panfm.config.site_description import SiteConfig
 from panfm.errors import ConfigError
 from panfm.texts import check_text, parse_toml, read_text
 

@@ -28,7 +28,7 @@ class GuardsConfig(Config):
     direction: Annotated[float, Field(gt=0.0, le=2.0)] | None = None
     """Refuse an update whose cosine with the last round's updates lies further than this from the usual one, as a
     sign-flipped one may (strategies/reply_guards.py tells when). Needs four sites. 0.4 when left out; 2 refuses none.
-    Not under `[server-privacy]`."""
+    Not under `[site-dp]`."""
 
 
 class PlainStepConfig(Config):

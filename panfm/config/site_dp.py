@@ -1,22 +1,15 @@
-"""`[server-privacy]`: site-level differential privacy of a run, by noise that the server adds.
+"""`[site-dp]`: site-level differential privacy of a run, by noise that the server adds.
 
 Privacy unit: a site. Relation: its updates as they are, or all zero; who takes part, and with which streams, is public
 and stays. The server is trusted with every site's updates.
 """
 
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import Annotated, ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from panfm.config.base import LEAST_NOISE, Uncoupled
-
-_HABITS = {
-    "seed": "noise comes from the operating system, a known seed lets anybody subtract it; leave it out",
-    "adaptive-clipping": "the clip norm is fixed, following the updates costs privacy; set clip-norm",
-    "target-quantile": "the clip norm is fixed, following the updates costs privacy; set clip-norm",
-    "sample-rate": "all sites are in every round, the server knows them; leave it out",
-}
-"""Keys that other frameworks have -> why there is none here, and what to do."""
 
 
 class SiteDpConfig(Uncoupled):
@@ -25,6 +18,12 @@ class SiteDpConfig(Uncoupled):
     With ten sites this is arithmetic rather than protection: noise for a small epsilon drowns the mean. Leave the table
     out to train without."""
 
+    habits: ClassVar[Mapping[str, str]] = {
+        "seed": "noise comes from the operating system, a known seed lets anybody subtract it; leave it out",
+        "adaptive-clipping": "the clip norm is fixed, following the updates costs privacy; set clip-norm",
+        "target-quantile": "the clip norm is fixed, following the updates costs privacy; set clip-norm",
+        "sample-rate": "all sites are in every round, the server knows them; leave it out",
+    }
     epsilon: Annotated[float, Field(ge=0.01, le=1e3)]
     """Budget of the run."""
     delta: Annotated[float, Field(ge=1e-12, le=0.05)]
@@ -35,11 +34,3 @@ class SiteDpConfig(Uncoupled):
     """Standard deviation of the noise on the sum of the updates, in clip norms; `panfm ledger plan` computes it."""
     clip_norm: Annotated[float, Field(ge=1e-3, le=64.0)] = 1.0
     """Largest L2 norm of a site's update, over all groups that it sends together."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _habits_of_other_frameworks(cls, table: Any) -> Any:
-        for key in table if isinstance(table, dict) else ():
-            if key in _HABITS:
-                raise ValueError(f"{key}: {_HABITS[key]}")
-        return table

@@ -11,7 +11,7 @@ from panfm.config.base import Uncoupled
 
 class StartConfig(Uncoupled):
     """Start from a trained model (warm start) instead of parameters drawn by `seed`; e.g. one pre-trained on public
-    data, of which a private run then trains a part (`privacy.trained`). It holds what the run shares, no more and no
+    data, of which a private run then trains a part (`patient-dp.trained`). It holds what the run shares, no more and no
     less; what is private to a site starts as ever, private experts as copies of the director. A
     Director-Experts run may start from a dense model of its size: directors and experts are copies of its MLPs."""
 

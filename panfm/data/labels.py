@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from panfm.config import SiteConfig, site_path
-from panfm.data.table import read_table
+from panfm.data.tables import read_table
 from panfm.errors import DataError
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from panfm.anatomy import parse_stream
 from panfm.config import SiteConfig, site_path
-from panfm.data.table import read_table
+from panfm.data.tables import read_table
 from panfm.errors import DataError
 from panfm.files import write_atomic
 

@@ -85,7 +85,8 @@ def embed_site(
     for column, stream in enumerate(streams):
         present[store.rows[stream], column] = True
     features = embed_store(model, store, everybody, streams, on_batch=on_batch)
-    return Features(store.subjects, store.splits, streams, present, features, _file_hash(folder / "model.safetensors"))
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    return Features(store.subjects, store.splits, streams, present, features, digest)
 
 
 def write_features(path: Path, table: Features) -> None:
@@ -151,7 +152,3 @@ def load_model(folder: Path) -> tuple[PanModel, RunConfig]:
         first = " ".join(str(error).split())[:120]
         raise DataError(f"{path}: does not fit the model of run.toml: {first}") from error
     return model, run
-
-
-def _file_hash(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

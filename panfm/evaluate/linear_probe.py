@@ -9,15 +9,15 @@ Shape legend: N subjects, D features, L labels, R resamples.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from panfm.errors import DataError
+from panfm.errors import DataError, needs_extra
 from panfm.evaluate.scores import Floats, auc, r2
-from panfm.extras import needs_extra
 from panfm.seeds import numpy_generator
 
 with needs_extra("evaluate"):
@@ -107,20 +107,12 @@ def auc_per_label(scores: Floats, targets: Floats, counts: Floats) -> Floats:
         targets: [N, L] of 0, 1 or NaN.
         counts: [R, N], see `draw_counts`.
     """
-    columns = [
-        auc(scores[known, label], targets[known, label] == 1.0, counts[:, known])
-        for label, known in enumerate(_known(scores, targets))
-    ]
-    return np.stack(columns, axis=1) if columns else np.empty((len(counts), 0))
+    return _per_label(auc, scores, targets == 1.0, counts, np.isfinite(targets))
 
 
 def r2_per_label(scores: Floats, targets: Floats, counts: Floats) -> Floats:
     """R2 [R, L]; arguments as in `auc_per_label`, targets any number."""
-    columns = [
-        r2(scores[known, label], targets[known, label], counts[:, known])
-        for label, known in enumerate(_known(scores, targets))
-    ]
-    return np.stack(columns, axis=1) if columns else np.empty((len(counts), 0))
+    return _per_label(r2, scores, targets, counts, np.isfinite(targets))
 
 
 def one_class_notes(targets: Floats, names: Sequence[str]) -> list[str]:
@@ -129,9 +121,15 @@ def one_class_notes(targets: Floats, names: Sequence[str]) -> list[str]:
     return [f"{name}: left out of the means, test subjects are all of one class" for name in flat]
 
 
-def _known(scores: Floats, targets: Floats) -> NDArray[np.bool_]:
-    known: NDArray[np.bool_] = (np.isfinite(scores) & np.isfinite(targets)).T
-    return known
+def _per_label(
+    measure: Callable[..., Floats], scores: Floats, truth: NDArray[Any], counts: Floats, is_known: NDArray[np.bool_]
+) -> Floats:
+    """A measure [R, L] of each label, over the test subjects for whom score and truth are known."""
+    columns = [
+        measure(scores[known, label], truth[known, label], counts[:, known])
+        for label, known in enumerate((np.isfinite(scores) & is_known).T)
+    ]
+    return np.stack(columns, axis=1) if columns else np.empty((len(counts), 0))
 
 
 def _check(features: Features, targets: Floats, names: Sequence[str]) -> None:

@@ -21,8 +21,16 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from panfm.errors import DataError
-from panfm.evaluate.scores import Interval
 from panfm.files import json_text
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A point estimate and its 95 % bootstrap interval; NaN where it cannot be told."""
+
+    value: float
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)
@@ -55,12 +63,15 @@ class ProbeResult:
     notes: tuple[str, ...] = ()
     streams: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
+    def find(self, arm: str, group: str, metric: str) -> Score | None:
+        """One cell of the table; None when it was not measured."""
+        wanted = (arm, group, metric)
+        return next((score for score in self.scores if (score.arm, score.group, score.metric) == wanted), None)
+
     def value(self, arm: str, group: str = "all", metric: str = "auc") -> float:
         """One score's point estimate; NaN when it was not measured."""
-        wanted = (arm, group, metric)
-        return next(
-            (score.value for score in self.scores if (score.arm, score.group, score.metric) == wanted), math.nan
-        )
+        score = self.find(arm, group, metric)
+        return score.value if score else math.nan
 
 
 def write_result(path: Path, result: ProbeResult) -> None:

@@ -7,23 +7,14 @@ Shape legend: R resamples, N test subjects, L labels.
 """
 
 import warnings
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from panfm.evaluate.result import Interval
 from panfm.seeds import numpy_generator
 
 Floats = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A point estimate and its 95 % bootstrap interval; NaN where it cannot be told."""
-
-    value: float
-    low: float
-    high: float
 
 
 def draw_counts(num_subjects: int, num_resamples: int, seed: int) -> Floats:

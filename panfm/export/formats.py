@@ -1,14 +1,50 @@
-"""Exports the final model of a run folder in one of several formats."""
+"""The formats of an export: from the folder of a run to a file or folder that is read back and compared.
 
+`dense-vit` is a run of this library with a dense backbone: the model itself if it is dense, else the route through its
+directors. `panfm embed` reads it, as it does `safetensors`; onnx.py and monai_bundle.py have the formats of others.
+"""
+
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import torch
+from safetensors.torch import save_file
+
+from panfm.config import dump_toml
 from panfm.errors import ConfigError
-from panfm.export.dense_vit import write_dense_vit
+from panfm.evaluate.embed import load_model
+from panfm.export.final_model import Source, write_json
 from panfm.export.monai_bundle import write_monai_bundle
+from panfm.export.network import batch_of, random_inputs, require_equal
 from panfm.export.onnx import write_onnx
-from panfm.export.safetensors import write_safetensors
-from panfm.export.source import Source
+from panfm.files import new_folder
+from panfm.models.transfer import director_run, director_state
+
+
+def write_safetensors(source: Source, out: Path) -> float:
+    """Write weights, `run.toml` and `metadata.json` into a new folder; returns and raises as `export_run`."""
+    with new_folder(out) as folder:
+        for name in ("model.safetensors", "run.toml"):
+            shutil.copyfile(source.folder / name, folder / name)
+        write_json(folder / "metadata.json", source.metadata)
+        batch = batch_of(tuple(source.run.streams), random_inputs(source.run.streams))
+        with torch.inference_mode():
+            return require_equal(source.model.embed(batch), load_model(folder)[0].eval().embed(batch))
+
+
+def write_dense_vit(source: Source, out: Path) -> float:
+    """Write weights, `run.toml` and `metadata.json` into a new folder; returns and raises as `export_run`."""
+    with new_folder(out) as folder:
+        state = {name: value.contiguous() for name, value in director_state(source.model).items()}
+        save_file(state, folder / "model.safetensors")
+        (folder / "run.toml").write_text(dump_toml(director_run(source.run)), encoding="utf-8")
+        write_json(folder / "metadata.json", source.metadata | {"experts": "none"})
+        batch = batch_of(tuple(source.run.streams), random_inputs(source.run.streams))
+        with torch.inference_mode():
+            expected = source.model.embed(batch, route="director")
+            return require_equal(expected, load_model(folder)[0].eval().embed(batch))
+
 
 _WHOLE: Mapping[str, Callable[[Source, Path], float]] = {
     "safetensors": write_safetensors,

@@ -27,9 +27,8 @@ from panfm.anatomy import Modality, parse_stream
 from panfm.config import StreamConfig, load_run
 from panfm.data.read import read_image
 from panfm.export import monai_network
-from panfm.export.compare import batch_of, random_inputs, require_equal
-from panfm.export.network import EmbeddingNetwork, trace
-from panfm.export.source import Source, write_json
+from panfm.export.final_model import Source, write_json
+from panfm.export.network import EmbeddingNetwork, batch_of, random_inputs, require_equal, trace
 from panfm.files import new_folder
 
 SCHEMA = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from panfm.errors import ConfigError, DataError
-from panfm.export.compare import batch_of, random_inputs, require_equal
-from panfm.export.network import EmbeddingNetwork, trace
-from panfm.export.source import Source
+from panfm.export.final_model import Source
+from panfm.export.network import EmbeddingNetwork, batch_of, random_inputs, require_equal, trace
 from panfm.files import json_text, write_atomic
 
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from panfm.config import RunConfig
-from panfm.config.privacy import PrivacyConfig
+from panfm.config.patient_dp import PatientDpConfig
 from panfm.data.store import ImageStore
 from panfm.errors import DataError
 from panfm.models import PanModel
@@ -41,7 +41,7 @@ from panfm.training.trainer import Trainer
 _ATTENTION = "backbone.blocks.0.attention.qkv.weight"
 _FLOOR = 3e-6
 """Singular values below this share of the largest are rounding of float32."""
-_PLAIN = PrivacyConfig(
+_PLAIN = PatientDpConfig(
     epsilon=1.0, delta=1e-9, public_subjects=1, noise_multiplier=1.0, sample_rate=1.0, acknowledge_broken_guarantee=True
 )
 """For a run that is not private, and claims nothing: clipping changes nothing here."""
@@ -137,9 +137,9 @@ class Attacked:
     """A model and the patients whose gradients are inverted."""
 
     def __init__(self, model: PanModel, run: RunConfig, stores: Sequence[ImageStore]) -> None:
-        self.privacy = run.privacy or _PLAIN
+        self.privacy = run.patient_dp or _PLAIN
         one_step = run.train.model_copy(update={"weight_decay": 0.0, "proximal_mu": 0.0, "rounds": 1, "local_steps": 1})
-        self.run = run.model_copy(update={"privacy": self.privacy, "train": one_step})
+        self.run = run.model_copy(update={"patient_dp": self.privacy, "train": one_step})
         self.trainer = Trainer(self.run, model.stream_names)
         self.trainer.model.load_state_dict(model.state_dict())
         self.trainer.reset_private()

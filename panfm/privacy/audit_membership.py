@@ -22,7 +22,8 @@ from torch import Tensor
 from panfm.config import RunConfig
 from panfm.data.store import ImageStore
 from panfm.errors import DataError
-from panfm.evaluate.scores import Interval, auc, draw_counts, interval
+from panfm.evaluate.result import Interval
+from panfm.evaluate.scores import auc, draw_counts, interval
 from panfm.seeds import torch_generator
 from panfm.training.trainer import Trainer
 

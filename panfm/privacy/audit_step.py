@@ -32,8 +32,8 @@ from panfm.models.backbone import Encoded
 from panfm.privacy.mechanisms import Mechanism, epsilon
 from panfm.privacy.private_step import PrivateGradient
 from panfm.seeds import numpy_generator
-from panfm.training.masking import TokenMask
-from panfm.training.objective import Objective, StudentOutput, Targets
+from panfm.training.objectives.interface import Objective, StudentOutput, Targets
+from panfm.training.token_mask import TokenMask
 from panfm.training.trainer import Trainer
 
 DELTA = 1e-5
@@ -71,8 +71,8 @@ def audit_step(
     Raises:
         ConfigError: the run is not private.
     """
-    if run.privacy is None:
-        raise ConfigError(f"{run.name}: privacy is missing, expected a private run")
+    if run.patient_dp is None:
+        raise ConfigError(f"{run.name}: patient-dp is missing, expected a private run")
     trainer, store = _trainer(run, canaries, steps, rate)
     present = numpy_generator(run.seed, "canaries").random(canaries) < 0.5
     indices, seen = np.flatnonzero(present), torch.zeros(canaries, dtype=torch.float64)
@@ -82,8 +82,8 @@ def audit_step(
         assert coordinates.grad is not None
         seen += coordinates.grad.double().cpu()
     correct, guesses = guess(seen.numpy(), present)
-    noise = run.privacy.noise_multiplier
-    claim = epsilon([Mechanism("gradients", ("updates",), run.privacy.clip_norm, noise, rate, steps)], DELTA)
+    noise = run.patient_dp.noise_multiplier
+    claim = epsilon([Mechanism("gradients", ("updates",), run.patient_dp.clip_norm, noise, rate, steps)], DELTA)
     bound = lower_bound(guesses, correct, canaries, delta=DELTA, confidence=confidence)
     return StepAudit(claim, bound, guesses, correct, canaries, steps)
 
@@ -119,11 +119,11 @@ def _chance(guesses: int, correct: int, canaries: int, eps: float, delta: float)
 
 def _trainer(run: RunConfig, canaries: int, steps: int, rate: float) -> tuple[Trainer, ImageStore]:
     """A trainer whose model has a coordinate per canary, and the stem maps of the canaries."""
-    assert run.privacy is not None
-    private = run.privacy.model_copy(update={"sample_rate": rate})
+    assert run.patient_dp is not None
+    private = run.patient_dp.model_copy(update={"sample_rate": rate})
     train = run.train.model_copy(update={"rounds": 1, "local_steps": steps})
     stream = next(iter(run.streams))
-    trainer = Trainer(run.model_copy(update={"privacy": private, "train": train}), [stream])
+    trainer = Trainer(run.model_copy(update={"patient_dp": private, "train": train}), [stream])
     trainer.model.heads.register_parameter(_NAME, nn.Parameter(torch.zeros(canaries, device=trainer.device)))
     config = run.streams[stream]
     pictures = numpy_generator(run.seed, "canary pictures").random((canaries, config.channels, *config.shape))

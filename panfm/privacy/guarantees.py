@@ -3,7 +3,7 @@
 `checked_run` or `load_checked_run` is called wherever a run description is let in: before a run folder is made or gone
 on with, when a site is asked, in a dry run, and when a trainer is built.
 
-Patient-level privacy (`[privacy]`): add or remove one patient of one site. Site-level privacy (`[server-privacy]`): the
+Patient-level privacy (`[patient-dp]`): add or remove one patient of one site. Site-level privacy (`[site-dp]`): the
 updates of one site as they are, or all zero.
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from panfm.config import RunConfig, load_run
 from panfm.config.base import LEAST_NOISE, Config
-from panfm.config.privacy import PrivacyConfig
+from panfm.config.patient_dp import PatientDpConfig
 from panfm.errors import ConfigError
 
 NO_CLAIM = "noise only, no DP claim"
@@ -38,20 +38,20 @@ def checked_run(run: RunConfig, where: str = "run description") -> RunConfig:
 
 def claim(run: RunConfig) -> str | None:
     """Claim that a run may make about its patients' privacy; None if it is not private."""
-    if run.privacy is None:
+    if run.patient_dp is None:
         return None
     if any(broken_guarantees(run)):
         return NO_CLAIM
-    return f"({run.privacy.epsilon:g}, {run.privacy.delta:g})-DP per patient of one site, add-or-remove-one"
+    return f"({run.patient_dp.epsilon:g}, {run.patient_dp.delta:g})-DP per patient of one site, add-or-remove-one"
 
 
 def site_dp_claim(run: RunConfig) -> str | None:
     """Claim that a run may make about its sites' privacy; None without site-level privacy."""
-    if run.server_privacy is None:
+    if run.site_dp is None:
         return None
     if any(site_dp_faults(run)):
         return NO_CLAIM
-    private = run.server_privacy
+    private = run.site_dp
     return f"({private.epsilon:g}, {private.delta:g})-DP per site, zero-out, server trusted"
 
 
@@ -66,26 +66,26 @@ def broken_guarantees(run: RunConfig) -> Iterator[str]:
     A patient's gradient, or an output, that depends on other patients; a table of the run that does not declare whether
     anything in it does; numbers that leave too little to promise.
     """
-    assert run.privacy is not None
-    private = run.privacy
+    assert run.patient_dp is not None
+    private = run.patient_dp
     largest = min(0.1 / private.public_subjects, _LARGEST_DELTA)
     if private.delta > largest:
-        yield f"privacy.delta: {private.delta:g} is above {_delta_rule(private)}, set at most {largest:.3g}"
+        yield f"patient-dp.delta: {private.delta:g} is above {_delta_rule(private)}, set at most {largest:.3g}"
     noises = {"noise-multiplier": private.noise_multiplier, "statistics-noise": private.statistics_noise}
     for key, noise in noises.items():
         if noise < LEAST_NOISE:
-            yield f"privacy.{key}: {noise:g} protects nobody, set at least {LEAST_NOISE}"
+            yield f"patient-dp.{key}: {noise:g} protects nobody, set at least {LEAST_NOISE}"
     for key, table in _tables(run):
         yield from _couplings(table, key)
 
 
 def site_dp_faults(run: RunConfig) -> Iterator[str]:
     """List what would show a site by more than its clipped and noised update, one line each."""
-    assert run.server_privacy is not None
-    private, sharing = run.server_privacy, run.sharing
+    assert run.site_dp is not None
+    private, sharing = run.site_dp, run.sharing
     largest = 0.1 / private.num_sites
     if private.delta > largest:
-        yield f"server-privacy.delta: {private.delta:g} is above 1 / (10 num-sites), set at most {largest:.3g}"
+        yield f"site-dp.delta: {private.delta:g} is above 1 / (10 num-sites), set at most {largest:.3g}"
     if private.num_sites != run.federation.min_sites:
         yield f"federation.min-sites: no round is released without all sites, set {private.num_sites}, as num-sites"
     means = {"sharing.mean": sharing.mean}
@@ -105,15 +105,15 @@ def site_dp_faults(run: RunConfig) -> Iterator[str]:
 
 def _faults(run: RunConfig) -> Iterator[str]:
     """All faults for which a run is refused."""
-    if run.privacy and run.train.proximal_mu:
+    if run.patient_dp and run.train.proximal_mu:
         yield "train.proximal-mu: not done in private runs, set 0"
-    if run.privacy and not run.privacy.acknowledge_broken_guarantee:
+    if run.patient_dp and not run.patient_dp.acknowledge_broken_guarantee:
         yield from broken_guarantees(run)
-    if run.server_privacy:
+    if run.site_dp:
         yield from site_dp_faults(run)
 
 
-def _delta_rule(private: PrivacyConfig) -> str:
+def _delta_rule(private: PatientDpConfig) -> str:
     return "1 / (10 public-subjects)" if 0.1 / private.public_subjects < _LARGEST_DELTA else f"{_LARGEST_DELTA:g}"
 
 

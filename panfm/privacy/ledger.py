@@ -167,7 +167,7 @@ class Ledger:
         mechanisms = planned(run, self.unit)
         promise = claim(run) if self.unit == "patient" else site_dp_claim(run)
         assert promise is not None
-        acknowledged = self.unit == "patient" and run.privacy and run.privacy.acknowledge_broken_guarantee
+        acknowledged = self.unit == "patient" and run.patient_dp and run.patient_dp.acknowledge_broken_guarantee
         for mechanism in mechanisms:
             check_mechanism(mechanism, least_noise=0.0 if acknowledged else LEAST_NOISE)
         with self._chain.writing() as file:

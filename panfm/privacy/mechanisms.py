@@ -66,11 +66,11 @@ class Mechanism:
 def planned(run: RunConfig, unit: Unit = "patient") -> tuple[Mechanism, ...]:
     """The mechanisms of one round: at one site, for its patients, or at the server, for sites."""
     if unit == "site":
-        assert run.server_privacy is not None
-        clip_norm, noise = run.server_privacy.clip_norm, run.server_privacy.noise_multiplier
+        assert run.site_dp is not None
+        clip_norm, noise = run.site_dp.clip_norm, run.site_dp.noise_multiplier
         return (Mechanism("site updates", ("global model",), clip_norm, noise, 1.0, 1),)
-    assert run.privacy is not None
-    private = run.privacy
+    assert run.patient_dp is not None
+    private = run.patient_dp
     gradients = Mechanism(
         "gradients",
         ("updates",),

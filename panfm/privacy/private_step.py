@@ -5,7 +5,7 @@
 over a Poisson sample of the patients; q and N are public. Then AdamW and the teacher move as in any step: what is
 computed from g alone costs no more privacy. A sample may be empty; its step is noise, and counts. Losses stay unseen.
 
-Patients are taken one at a time (`patient_gradients.py` says why), each with a secret generator of its own for mask and
+Patients are taken one at a time (`patient_sums.py` says why), each with a secret generator of its own for mask and
 routers' noise, and as many hidden tokens as all have who hold the same streams. Masks are steered by the patient's own
 saliency or by the site's noised one, never by the batch. Who used which expert is not counted: directors follow all
 experts alike.
@@ -24,8 +24,7 @@ from panfm.errors import LedgerError
 from panfm.models import PanModel
 from panfm.privacy.ledger import Permit
 from panfm.privacy.mechanisms import needs_saliency, planned
-from panfm.privacy.noised_profile import noisy_profile
-from panfm.privacy.patient_gradients import add_clipped, one_patient, patient_gradient, patients_with_streams
+from panfm.privacy.patient_sums import add_clipped, noisy_profile, one_patient, patient_gradient, patients_with_streams
 from panfm.privacy.randomness import poisson_sample, secret_generator, with_noise
 from panfm.training.gradient import DrawnBatch, StepOutput, TrainResult
 from panfm.training.trainer import Trainer
@@ -91,8 +90,8 @@ class PrivateGradient:
         Args:
             draws: The generator of a patient's mask and routers' noise; other than by default in tests alone.
         """
-        assert trainer.run.privacy is not None
-        self.private = trainer.run.privacy
+        assert trainer.run.patient_dp is not None
+        self.private = trainer.run.patient_dp
         self.parameters = trained_parameters(trainer.model, self.private.trained)
         self._trainer, self._store, self._indices, self._draws = trainer, store, indices, draws
         self._total: dict[str, Tensor] = {}
@@ -172,7 +171,7 @@ def trained_parameters(model: PanModel, which: Literal["all", "vectors", "last-b
 
 def _result(trainer: Trainer, num_steps: int) -> TrainResult:
     """Summary of a private round: public numbers, and the noised profile where there is one."""
-    private = trainer.run.privacy
+    private = trainer.run.patient_dp
     assert private is not None
     names = trainer.model.stream_names
     most = min(private.public_subjects, trainer.run.train.batch_size)  # what the server lets a site weigh

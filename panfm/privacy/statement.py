@@ -113,16 +113,16 @@ def plan(run: RunConfig, entries: Sequence[Entry] = ()) -> list[str]:
     Raises:
         ConfigError: the run is not private, or no noise keeps it within its epsilon.
     """
-    asked: tuple[tuple[Unit, object], ...] = (("patient", run.privacy), ("site", run.server_privacy))
+    asked: tuple[tuple[Unit, object], ...] = (("patient", run.patient_dp), ("site", run.site_dp))
     units = [unit for unit, table in asked if table]
     if not units:
-        raise ConfigError(f"{run.name}: privacy is missing, expected a private run")
+        raise ConfigError(f"{run.name}: patient-dp is missing, expected a private run")
     kept_for = entries[0]["unit"] if entries else None
     return [line for unit in units for line in _plan(run, unit, entries if unit == kept_for else ())]
 
 
 def _plan(run: RunConfig, unit: Unit, entries: Sequence[Entry]) -> list[str]:
-    private, table = (run.privacy, "privacy") if unit == "patient" else (run.server_privacy, "server-privacy")
+    private, table = (run.patient_dp, "patient-dp") if unit == "patient" else (run.site_dp, "site-dp")
     assert private is not None
     first, *others = (replace(mechanism, count=mechanism.count * run.train.rounds) for mechanism in planned(run, unit))
     before = [*others, *(mechanism for entry in entries for mechanism in mechanisms_of(entry))]
@@ -145,9 +145,9 @@ def cost_of_rounds(run: RunConfig, rounds: int) -> float | None:
     A plan, not a site's account: never more than the run's epsilon, at which every site stops; a round that is repeated
     after a failure costs a site twice, other runs on the same patients count too, and only its own ledger knows.
     """
-    if run.privacy is None or claim(run) == NO_CLAIM:
+    if run.patient_dp is None or claim(run) == NO_CLAIM:
         return None
     cost = epsilon(
-        [replace(mechanism, count=mechanism.count * rounds) for mechanism in planned(run)], run.privacy.delta
+        [replace(mechanism, count=mechanism.count * rounds) for mechanism in planned(run)], run.patient_dp.delta
     )
-    return min(run.privacy.epsilon, cost)
+    return min(run.patient_dp.epsilon, cost)

@@ -53,7 +53,7 @@ def score_table(probe: ProbeResult, metric: str) -> Table:
     title = f"{words} of frozen features, {probe.subjects.get('test', 0)} held-out subjects (95 % interval)"
     table = Table(Column("features", no_wrap=True), *map(_right, groups), title=title)
     for arm in arms_of(probe, metric):
-        first, *rest = (find(probe, arm, group, metric) for group in groups)
+        first, *rest = (probe.find(arm, group, metric) for group in groups)
         table.add_row(
             arm, score_text(first), *(number_text(math.nan if score is None else score.value) for score in rest)
         )
@@ -81,12 +81,6 @@ def stream_table(streams: Mapping[str, Mapping[str, float]]) -> Table:
 def arms_of(probe: ProbeResult, metric: str) -> list[str]:
     """Arms that were scored, in their order."""
     return list(dict.fromkeys(score.arm for score in probe.scores if score.metric == metric))
-
-
-def find(probe: ProbeResult, arm: str, group: str, metric: str) -> Score | None:
-    """One cell of the table."""
-    wanted = (arm, group, metric)
-    return next((score for score in probe.scores if (score.arm, score.group, score.metric) == wanted), None)
 
 
 def missing_counts(missing: Mapping[str, Mapping[str, float]]) -> Sequence[int]:

@@ -112,6 +112,11 @@ def ranges(numbers: Sequence[int]) -> str:
     return f"round{'s' if len(numbers) > 1 else ''} {words}"
 
 
+def number(value: float | None, digits: int) -> str:
+    """A number with so many digits; a dash where there is none."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
 def clock(seconds: float) -> str:
     """A length of time, in two units at most."""
     if seconds < 100:

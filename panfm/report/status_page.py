@@ -10,18 +10,18 @@ from pathlib import Path
 
 from panfm.config import config_hash
 from panfm.files import write_atomic
-from panfm.report.elements import STYLE, section, table
+from panfm.report.html_parts import STYLE, line_chart, section, table
 from panfm.report.run_files import Run, read_run
 from panfm.report.status import (
     clock,
     headline,
     left_out,
+    number,
     privacy_line,
     series,
     site_statuses,
     stream_statuses,
 )
-from panfm.report.svg import line_chart
 
 _REFRESH_S = 15
 _MORE_STYLE = """
@@ -70,8 +70,8 @@ def _sites(run: Run) -> list[tuple[str, ...]]:
             "-" if status.subjects is None else str(status.subjects),
             f"{status.answered} of {status.asked}",
             "-" if status.seconds is None else clock(status.seconds),
-            _number(status.loss, 4),
-            _number(status.epsilon, 3),
+            number(status.loss, 4),
+            number(status.epsilon, 3),
             status.now,
         )
         for status in site_statuses(run)
@@ -85,7 +85,7 @@ def _streams(run: Run) -> list[tuple[str, ...]]:
             str(len(status.holders)),
             str(len(status.trained_by)),
             "-" if status.last_round is None else str(status.last_round),
-            _number(status.saliency, 2),
+            number(status.saliency, 2),
             ", ".join(status.holders),
         )
         for status in stream_statuses(run)
@@ -125,7 +125,3 @@ def _facts(run: Run) -> dict[str, str]:
         **{name: f"{size / 1e6:.1f} MB" for name, size in sizes.items()},
         "intended use": "research; not a medical device",
     }
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"

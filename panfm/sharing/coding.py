@@ -10,10 +10,19 @@ sum of what was meant, however many rounds there are.
 
 Error of one decoded number:   float32 0    bf16 2^-8 |u|    int8 s / 2 (1 + 2^-15), that is 0.4 % of the row's largest
 
+Down go the global parameters as they are or, to a site that holds those of the round before, the coded step:
+
+    g_t = g_(t-1) + decode(encode(step_t + lost_(t-1)))      at the server and at every site, with the same bits
+
+So the global parameters are what the coded steps add up to, for everyone. Digests of the parameters that a step leads
+to travel with it: a site that does not arrive there says so, and is sent all of them next time. float32 would gain
+nothing, and sends no steps.
+
 Source: error feedback, Seide et al. 2014 and Karimireddy et al. 2019 (arXiv 1901.09847); scales by blocks as in QSGD
 (Alistarh et al. 2017, arXiv 1610.02132), without its random rounding, which feedback makes needless.
 """
 
+import hashlib
 import math
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -123,3 +132,43 @@ def _expect(name: str, array: NDArray[Any] | None, dtype: type[np.generic], size
         found = "nothing" if array is None else f"{array.dtype} {list(array.shape)}"
         raise ProtocolError(f"{name} is {found}, expected {np.dtype(dtype)} [{size}]")
     return array
+
+
+def code_step(
+    coding: Coding, manifest: GroupManifest, group: str, step: Flat, lost: Mapping[str, Flat]
+) -> tuple[Arrays, dict[str, Flat]]:
+    """Code a group's step; also returns its rounding error.
+
+    Args:
+        step: float32 [size]; -0.0 where nobody trained, which then loses nothing and makes up for nothing.
+        lost: Group -> what the step before lost; nothing for a group that lost nothing.
+    """
+    idle = (step == 0) & np.signbit(step)
+    owed = {group: np.where(idle, np.float32(0.0), lost[group])} if group in lost else {}
+    arrays, loses = encode_with_feedback(coding, manifest, {group: step}, owed)
+    if group in lost:
+        loses[group][idle] = lost[group][idle]
+    return arrays, loses
+
+
+def take_step(coding: Coding, manifest: GroupManifest, groups: Mapping[str, Flat], step: Arrays) -> dict[str, Flat]:
+    """Global parameters after a coded step; groups without one, and numbers whose step is 0, keep their bytes.
+
+    Raises:
+        ProtocolError: the step is of other groups, or not coded as said.
+    """
+    decoded = decode(coding, manifest, step)
+    if unknown := sorted(decoded.keys() - groups.keys()):
+        raise ProtocolError(f"step of group {unknown[0]!r:.40}, expected some of {', '.join(groups)}")
+    return {group: _moved(flat, decoded[group]) if group in decoded else flat for group, flat in groups.items()}
+
+
+def digests(groups: Mapping[str, Flat]) -> dict[str, str]:
+    """Group -> hex digest of its parameters."""
+    return {group: hashlib.sha256(flat.data).hexdigest()[:16] for group, flat in groups.items()}
+
+
+def _moved(flat: Flat, step: Flat) -> Flat:
+    moved = flat.copy()
+    np.add(flat, step, out=moved, where=step != 0)
+    return moved

@@ -4,7 +4,7 @@ Every message travels as `Records`: named arrays, numbers, and words. Flower's r
 without knowing what they mean.
 
     down   arrays   <group>                float32 [size], parameters; or, to a site that holds those of the round
-                                           before, the step since, coded as updates are (downlink.py)
+                                           before, the step since, coded as updates are (coding.py)
                     <group>/teacher        float32 [size], the server's EMA, if teachers start there
            config   run-id, round, run, profile, digests (of the parameters that a step leads to)
     up     arrays   <group>                float32, uint16 (bf16) or int8 [size], update (coding.py)

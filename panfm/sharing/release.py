@@ -98,13 +98,7 @@ def build_reply(task: RoundTask, result: RoundResult, *, may_leave: Collection[R
         ProtocolError: the site forbids updates or counts.
     """
     check_may_take_part(may_leave)
-    content: dict[str, Any] = {
-        "updates": result.updates,
-        "weights": result.weights,
-        "loss": result.loss,
-        "validation_loss": result.validation_loss,
-        "num_skipped": result.num_skipped,
-        "saliency": result.saliency,
+    allowed: dict[str, Any] = {
+        field: getattr(result, field) for field, name in RELEASED_UNDER.items() if name in may_leave
     }
-    allowed = {field: value for field, value in content.items() if RELEASED_UNDER[field] in may_leave}
     return RoundReply(task.run_id, task.round_number, result.state_round, **allowed)

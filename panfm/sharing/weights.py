@@ -5,7 +5,7 @@
     experts, router   pooled: one weight per expert, its gate mass
     everything else   subjects trained x local steps done
 
-Under site-level privacy (`[server-privacy]`) every site weighs 1 in every group that it trains, whatever it did.
+Under site-level privacy (`[site-dp]`) every site weighs 1 in every group that it trains, whatever it did.
 
 An image's gates sum to 1 in each layer, so a layer's gate mass is the number of images that steps were made of. Both
 ends use this file: the site for the weights it sends, the server for the most it may send, given its handshake.
@@ -38,7 +38,7 @@ class Trained:
 
 def group_weights(run: RunConfig, manifest: GroupManifest, group: str, trained: Trained) -> Weights:
     """Weights of one site in one group."""
-    if run.server_privacy is not None:
+    if run.site_dp is not None:
         return (1.0,)
     if is_pooled(run, group):
         return tuple(trained.gate_mass[layer][index] for layer, index in manifest.experts(group))
@@ -51,7 +51,7 @@ def weight_limits(
     run: RunConfig, manifest: GroupManifest, group: str, *, subjects: int, subjects_per_stream: Mapping[str, int]
 ) -> Weights:
     """Largest weights that a site may have in a group, by the numbers it gave before round 1."""
-    if run.server_privacy is not None:
+    if run.site_dp is not None:
         return (1.0,)
     images = _ROUNDING * min(subjects, run.train.batch_size) * run.train.local_steps
     if is_pooled(run, group):

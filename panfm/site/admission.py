@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from panfm.config import RunConfig, SiteConfig, dump_toml, experiment_hash, parse_run
-from panfm.config.site import LimitsConfig
+from panfm.config.site_description import LimitsConfig
 from panfm.config.start import start_hash
 from panfm.errors import DataError, LimitError, ProtocolError
 from panfm.files import KEPT_ROUNDS, write_atomic
@@ -64,7 +64,7 @@ def check_start_known(run: RunConfig, limits: LimitsConfig) -> None:
     The server chooses such parameters, so that round 1 may be made to answer to one patient. A site without floors does
     not mind, and one whose own epsilon bounds the noise need not.
     """
-    if run.start is None or limits.smallest_batch == 1 or (run.privacy is not None and limits.epsilon is not None):
+    if run.start is None or limits.smallest_batch == 1 or (run.patient_dp is not None and limits.epsilon is not None):
         return
     start = start_hash(run.start)
     if experiment_hash(run) not in limits.experiments and start not in limits.starts:
@@ -99,7 +99,7 @@ def check_public_cache(run: RunConfig, limits: LimitsConfig) -> None:
 
     Of a private run at a site with such a number, this refuses before anything of the true number is looked at.
     """
-    if run.privacy is None or limits.public_subjects is None:
+    if run.patient_dp is None or limits.public_subjects is None:
         return
     numbers = sum(stream.channels * math.prod(stream.shape) for stream in run.streams.values())
     size = 4 * numbers * limits.public_subjects / 2**30
@@ -123,11 +123,11 @@ def check_floors(run: RunConfig, limits: LimitsConfig) -> None:
     place. Any other is refused where there is a floor, since an epsilon, a delta or a number of patients that the
     server chose promises nothing, and a step of it may be one patient's.
     """
-    if run.privacy is not None:
+    if run.patient_dp is not None:
         if limits.epsilon is None and max(limits.smallest_batch, limits.smallest_steps) > 1:
             raise LimitError.of_question(
-                "privacy: a private run takes part under the site's own bound only, expected limits.epsilon, delta and "
-                "public-subjects in site.toml"
+                "patient-dp: a private run takes part under the site's own bound only, expected limits.epsilon, delta "
+                "and public-subjects in site.toml"
             )
         return
     if (batch := run.train.batch_size) < limits.smallest_batch:

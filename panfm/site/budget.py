@@ -22,10 +22,10 @@ def check_privacy(run: RunConfig, site: SiteConfig) -> None:
     if site.limits.epsilon is None:
         if claim(run) == NO_CLAIM and site.limits.smallest_batch > 1:
             raise LimitError(
-                "privacy: this run has noise but makes no claim, which would void this site's ledger; expected a claim"
+                "patient-dp: this run has noise but makes no claim, which would void this site's ledger, expected one"
             )
         return
-    if run.privacy is None or run.privacy.acknowledge_broken_guarantee or claim(run) == NO_CLAIM:
+    if run.patient_dp is None or run.patient_dp.acknowledge_broken_guarantee or claim(run) == NO_CLAIM:
         raise ProtocolError("this site's limits.epsilon allows private runs only, with their guarantee whole")
 
 
@@ -35,10 +35,10 @@ def with_public_subjects(run: RunConfig, site: SiteConfig) -> RunConfig:
     Raises:
         ConfigError: with that number the run's guarantee does not hold.
     """
-    if run.privacy is None or site.limits.public_subjects is None:
+    if run.patient_dp is None or site.limits.public_subjects is None:
         return run
-    private = run.privacy.model_copy(update={"public_subjects": site.limits.public_subjects})
-    local = run.model_copy(update={"privacy": private})
+    private = run.patient_dp.model_copy(update={"public_subjects": site.limits.public_subjects})
+    local = run.model_copy(update={"patient_dp": private})
     if claim(run) != NO_CLAIM:
         for fault in broken_guarantees(local):
             raise ConfigError(f"limits.public-subjects: {site.limits.public_subjects} patients: {fault}")
@@ -67,11 +67,11 @@ class PatientBudget:
             LimitError: the run makes no claim, and the site sets a floor.
             BudgetError, LedgerError: the site cannot pay.
         """
-        assert run.privacy is not None
+        assert run.patient_dp is not None
         check_privacy(run, self._site)
         site = self._site.limits
-        epsilons = (run.privacy.epsilon, site.epsilon)
-        deltas = (run.privacy.delta, site.delta, site.largest_delta)
+        epsilons = (run.patient_dp.epsilon, site.epsilon)
+        deltas = (run.patient_dp.delta, site.delta, site.largest_delta)
         limits = Limits(
             min(epsilon for epsilon in epsilons if epsilon is not None),
             min(delta for delta in deltas if delta is not None),

@@ -20,7 +20,7 @@ from typing import NoReturn
 
 import torch
 
-from panfm.config.site import LimitsConfig
+from panfm.config.site_description import LimitsConfig
 from panfm.errors import BudgetError, ConfigError, DataError, LedgerError, LimitError, PanfmError, ProtocolError
 from panfm.sharing.frames import Frame, Kind
 from panfm.sharing.messages import Invitation, RoundTask

@@ -18,8 +18,7 @@ from panfm.data.store import ImageStore
 from panfm.errors import ProtocolError
 from panfm.privacy.guarantees import privacy_label
 from panfm.privacy.private_step import train_privately
-from panfm.sharing.coding import Arrays, encode_with_feedback
-from panfm.sharing.downlink import digests, take_step
+from panfm.sharing.coding import Arrays, digests, encode_with_feedback, take_step
 from panfm.sharing.groups import Flat, GroupManifest
 from panfm.sharing.messages import RoundTask
 from panfm.sharing.release import RoundResult
@@ -82,10 +81,10 @@ class Session:
         self._load_global(task, state_round)
         digest = question_digest(self.run, task, self._global, states.digest(state_round))
         note_question(states, self.run, task.round_number, digest)
-        result = self._train_privately(task) if self.run.privacy else self._train(task)
+        result = self._train_privately(task) if self.run.patient_dp else self._train(task)
         updates = self._updates(self.floors.withheld(self.manifest, result))
         self.trainer.holds = (self._mine, states.save(task.round_number, self._private_state()))
-        quiet = self.run.privacy or self.run.server_privacy
+        quiet = self.run.patient_dp or self.run.site_dp
         return RoundResult(
             state_round=state_round,
             updates=updates,
@@ -93,7 +92,7 @@ class Session:
             loss=None if quiet else result.loss,
             validation_loss=None if quiet else self._validation_loss(task.round_number),
             num_skipped=None if quiet else result.num_skipped,
-            saliency={} if self.run.server_privacy else self._saliency(result),
+            saliency={} if self.run.site_dp else self._saliency(result),
         )
 
     def _train(self, task: RoundTask) -> TrainResult:

@@ -81,8 +81,8 @@ class Site:
 
     def _counts(self, session: Session) -> tuple[int, dict[str, int]]:
         """Subjects in all and by stream: public numbers in a private run, 0 where the server is to publish none."""
-        if session.run.privacy or session.run.server_privacy:
-            public = session.run.privacy.public_subjects if session.run.privacy else 0
+        if session.run.patient_dp or session.run.site_dp:
+            public = session.run.patient_dp.public_subjects if session.run.patient_dp else 0
             return public, dict.fromkeys(session.streams, public)
         return len(session.store.indices("train")), session.streams
 
@@ -113,7 +113,7 @@ class Site:
     def epsilon_spent(self) -> float | None:
         """Epsilon after the ledger's newest round; None if the current question is of no private run, or the ledger is
         faulty."""
-        if self.asked_run is None or self.asked_run.privacy is None:
+        if self.asked_run is None or self.asked_run.patient_dp is None:
             return None
         try:
             return self._budget.ledger.spent()

@@ -15,7 +15,6 @@ without privacy has learned would come out in one that claims it.
 
 import hashlib
 import json
-import re
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -32,11 +31,11 @@ from panfm.errors import DataError, ProtocolError
 from panfm.files import RoundFiles, read_checked, read_checked_start, read_digest, write_checked
 from panfm.sharing.groups import Flat, parameter_hashes
 from panfm.sharing.messages import RoundTask
+from panfm.texts import PLAIN_NAME
 
 RUNS = "runs"
 """A folder of their own: a run id comes over the wire, and may be named like a file of the site's."""
 ASKED = "asked.json"
-_RUN_ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _ORIGIN = "origin"
 _SIZE_BYTES = 8
 """A safetensors file starts with the length of its header."""
@@ -65,7 +64,7 @@ class StateStore:
         Raises:
             ProtocolError: the run id, which came over the wire, is not a plain name.
         """
-        if not _RUN_ID.fullmatch(run_id):
+        if not PLAIN_NAME.fullmatch(run_id):
             raise ProtocolError("run id: expected lower-case letters, digits, dot, dash, underscore")
         self.folder = folder / RUNS / run_id
         self._files = RoundFiles(self.folder)

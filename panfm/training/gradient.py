@@ -17,10 +17,10 @@ from torch import Tensor
 
 from panfm.data.store import Batch, ImageStore
 from panfm.seeds import numpy_generator, torch_generator
-from panfm.training.contributors import Contributors, has_loss
 from panfm.training.experts import ExpertTraining
-from panfm.training.objective import StudentOutput
-from panfm.training.state import TrainingState
+from panfm.training.objectives.interface import StudentOutput
+from panfm.training.token_mask import Contributors, has_loss
+from panfm.training.training_state import TrainingState
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class TrainResult:
     counted: Sequence[int] = ()
     """Steps that were not left out, as indices into `batches`."""
     contributors_per_stream: Mapping[str, int] = field(default_factory=dict)
-    """Distinct subjects behind a stream's part of the model in the steps that counted; see `contributors.py`."""
+    """Distinct subjects behind a stream's part of the model in the steps that counted; see `token_mask.py`."""
     contributors_per_expert: Mapping[str, Sequence[int]] = field(default_factory=dict)
     """Layer -> distinct subjects behind each of its experts in those steps."""
 

@@ -1,6 +1,6 @@
 """Masking policies: how the hidden tokens of a subject are spread over its streams.
 
-A policy gives every stream a score, the log-odds of hiding its tokens (`masking.py` draws by them):
+A policy gives every stream a score, the log-odds of hiding its tokens (`token_mask.py` draws by them):
 
     random   0
     sgm      clip(strength(t) x log r, +-limit)      r: saliency of the stream relative to an equal split

@@ -21,14 +21,13 @@ from panfm.data.store import Batch, ImageStore
 from panfm.errors import ConfigError
 from panfm.models.backbone import Encoded
 from panfm.seeds import torch_generator
-from panfm.training.contributors import has_loss
 from panfm.training.experts import ExpertTraining
 from panfm.training.gradient import BatchGradient, DrawnBatch, GradientSource, StepOutput, TrainResult
-from panfm.training.masking import TokenMask, build_policy, draw_mask
-from panfm.training.objective import StudentOutput, student_output
+from panfm.training.objectives.interface import StudentOutput, student_output
 from panfm.training.saliency import relative_profile, stream_shares, streams_present
 from panfm.training.schedules import cosine, warmup_cosine
-from panfm.training.state import TrainingState
+from panfm.training.token_mask import TokenMask, build_policy, draw_mask, has_loss
+from panfm.training.training_state import TrainingState
 
 _PROFILE_MOMENTUM = 0.9
 """Momentum per step of a site's running saliency profile."""
@@ -75,9 +74,9 @@ class Trainer(TrainingState):
             profile: The federation's saliency profile, relative to an equal split; used under scope `federation`.
             on_step: Called after each step with the number of steps taken and the loss.
         """
-        if self.run.privacy is not None:
+        if self.run.patient_dp is not None:
             raise ConfigError(
-                "privacy: a private run trains by panfm.privacy.private_step.train_privately, with a ledger's permit"
+                "patient-dp: a private run trains by panfm.privacy.private_step.train_privately, with a ledger's permit"
             )
         source = BatchGradient(self, self.stem(store), indices, site=site, round_number=round_number)
         for taken in range(num_steps):
@@ -232,5 +231,5 @@ class Trainer(TrainingState):
 def _autocast(trainer: Trainer) -> AbstractContextManager[None]:
     """bf16 where the description allows it; private steps are float32."""
     config = trainer.run
-    enabled = trainer.device.type == "cuda" and config.train.precision == "auto" and config.privacy is None
+    enabled = trainer.device.type == "cuda" and config.train.precision == "auto" and config.patient_dp is None
     return torch.autocast(trainer.device.type, dtype=torch.bfloat16, enabled=enabled)

@@ -37,7 +37,7 @@ from simulations.cohorts.prepare import load_simulation
 from simulations.engines.local import LocalGrid
 from simulations.harness import QUICKSTART, Experiment, JsonFile, StudyResult, check_writable
 from strategies import GroupedMean
-from strategies.dispatch import make_array
+from strategies.round_messages import make_array
 
 SITES = (4, 16, 64)
 _RUN_ID, _SUBJECTS, _DISTINCT = "bench", 100, 3

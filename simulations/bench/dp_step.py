@@ -34,7 +34,7 @@ masking.policy = "random"
 train.rounds = 1
 """
 _PRIVACY = """
-[privacy]
+[patient-dp]
 epsilon = 8.0
 delta = 1e-3
 public-subjects = 32
@@ -98,7 +98,7 @@ class _Arm:
         """CPU seconds of one step, without the work at the end of a round."""
         ended: list[float] = []
         begin = time.process_time()
-        if self.trainer.run.privacy:
+        if self.trainer.run.patient_dp:
             self.trainer.step(PrivateGradient(self.trainer, self.maps, self.indices), 0)
             return time.process_time() - begin
         self.trainer.train(

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from panfm.config.base import Config, Name, Positive, Seed
-from panfm.data.folder import write_site_folder
+from panfm.data.template import write_site_folder
 from panfm.files import new_folder
 from simulations.cohorts.phantom_body import ORGANS
 from simulations.cohorts.phantom_draw import Phantom, Subjects, organs_of

@@ -18,7 +18,7 @@ from pydantic import Field
 
 from panfm.anatomy import parse_stream
 from panfm.config.base import Name, Positive, Seed
-from panfm.data.folder import write_site_folder
+from panfm.data.template import write_site_folder
 from panfm.errors import DataError
 from panfm.files import new_folder
 from panfm.seeds import numpy_generator

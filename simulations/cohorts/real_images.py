@@ -25,7 +25,7 @@ import tomli_w
 from pydantic import Field
 
 from panfm.config.base import Positive, Seed
-from panfm.data.folder import write_site_folder
+from panfm.data.template import write_site_folder
 from panfm.errors import ConfigError, DataError
 from panfm.files import new_folder
 from panfm.seeds import numpy_generator

@@ -16,8 +16,8 @@ from pydantic import Field, model_validator
 
 from panfm.anatomy import parse_stream
 from panfm.config.base import Name
-from panfm.data.folder import write_site_folder
-from panfm.data.table import read_table
+from panfm.data.tables import read_table
+from panfm.data.template import write_site_folder
 from panfm.errors import ConfigError, DataError
 from panfm.files import new_folder
 from simulations.cohorts.real_images import real_data

@@ -31,6 +31,8 @@ ROOT = Path(__file__).resolve().parents[2]
 _HOOKS = Path(__file__).parent / "hooks"
 _NOT_CONTENT = "site.toml"
 """What a version writes into it is its own affair; all else in a cohort must be the same bytes."""
+_OLDER_NAMES = {"patient-dp": "privacy", "site-dp": "server-privacy"}
+"""Tables of a run as they are called in trees without panfm/config/patient_dp.py."""
 _Tell = Callable[[str], None]
 
 
@@ -100,7 +102,7 @@ class Side:
 
     def _job(self, run: Run, *, resume: bool = False, stop: int | None = None) -> dict[str, Any]:
         cohort = () if run.makes_cohort else ('cohort={ kind = "folder", path = "quick" }',)
-        words = [word for override in (*cohort, *run.overrides) for word in ("--set", override)]
+        words = [word for override in (*cohort, *map(self._key_of_tree, run.overrides)) for word in ("--set", override)]
         words = ["--resume", f"runs/{run.name}"] if resume else [*words, "--out", f"runs/{run.name}"]
         return {
             "run": run.name,
@@ -110,6 +112,12 @@ class Side:
             "stop": stop,
             "log": str(self._log(run.name)),
         }
+
+    def _key_of_tree(self, override: str) -> str:
+        """An override with the name that its table has in this side's tree."""
+        table, _, rest = override.partition(".")
+        is_older = not (self.tree / "panfm" / "config" / "patient_dp.py").exists()
+        return f"{_OLDER_NAMES[table]}.{rest}" if is_older and table in _OLDER_NAMES else override
 
     def _log(self, name: str) -> Path:
         return self.folder / "logs" / f"{name}.log"

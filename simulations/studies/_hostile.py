@@ -40,9 +40,9 @@ from simulations.engines.local import LocalGrid
 from simulations.engines.logs import logged_to
 from simulations.studies._federations import Federated
 from strategies import Memory
-from strategies.dispatch import unpack
 from strategies.reply_guards import LIMIT, OTHERS, NormBounds
-from strategies.strategy_memory import add_norms
+from strategies.round_messages import unpack
+from strategies.server_step import add_norms
 
 ATTACKS = ("scaling", "sign-flip", "inflated", "little-is-enough", "gate-mass")
 GUARDS_OFF = (

@@ -20,7 +20,7 @@ from panfm.data.store import Batch, join_stores
 from panfm.evaluate.classes import Classed, leave_one_modality_out, probe_classes, probe_each_modality
 from panfm.evaluate.embed import embed_store
 from panfm.evaluate.probe_labels import LabelledStore, read_label_info
-from panfm.evaluate.similarity import modality_cka
+from panfm.evaluate.representation import modality_cka
 from panfm.models import PanModel
 from panfm.models.backbone import Route
 from panfm.report.console_tables import number_text

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from panfm.config import RunConfig
 from panfm.data.store import ImageStore
-from panfm.evaluate.modularity import expert_modality_nmi, experts_used, gradient_conflict, layer_gradients
+from panfm.evaluate.representation import expert_modality_nmi, experts_used, gradient_conflict, layer_gradients
 from panfm.models import PanModel
 from panfm.models.backbone import Routed
 from panfm.models.director_experts import DirectorExperts, DirectorExpertsBackbone

@@ -3,7 +3,7 @@
 Five phantom hospitals with unequal organs, as many steps over the same patients in every arm:
 
     cold-<epsilon>   from the seed's parameters; all of them are trained
-    warm-<epsilon>   from a public model; norms, biases, embeddings and queries are trained (`privacy.trained`)
+    warm-<epsilon>   from a public model; norms, biases, embeddings and queries are trained (`patient-dp.trained`)
     untrained        what `cold` starts from
     public           what `warm` starts from: the quickstart's model, trained in one place on another phantom draw
     warm-ordinary    from the public model, all parameters, by the ordinary loop
@@ -38,7 +38,7 @@ from rich.table import Table
 from panfm.config import RunConfig, dump_toml, site_folders
 from panfm.data.cache import open_store
 from panfm.data.store import join_stores
-from panfm.data.table import write_table
+from panfm.data.tables import write_table
 from panfm.evaluate.probe_cohort import Task, evaluate_cohort
 from panfm.evaluate.probe_labels import LabelledStore, read_label_info
 from panfm.models import PanModel, build_model
@@ -172,11 +172,11 @@ def arm_run(arm: str, seed: int, public: Path) -> RunConfig:
     if start in ("warm", "public"):
         changes.append(f"start.model={str(public)!r}")
     run = load_simulation(_PRIVATE, [*changes, *_privacy(start, epsilon)])
-    return run if epsilon in EPSILONS else run.model_copy(update={"privacy": None})
+    return run if epsilon in EPSILONS else run.model_copy(update={"patient_dp": None})
 
 
 def _privacy(start: str, epsilon: str) -> list[str]:
-    """Keys of the table `privacy` that the arm changes."""
+    """What the arm changes in the table `patient-dp`."""
     trained = "vectors" if start == "warm" else "all"
     changes: dict[str, object] = {
         "public-subjects": _MEMBERS,
@@ -189,7 +189,7 @@ def _privacy(start: str, epsilon: str) -> list[str]:
     else:  # a delta too large to claim anything, so that no ledger ends the run
         changes |= {"delta": 0.5, "noise-multiplier": 1e-12, "statistics-noise": 1e-12, "clip-norm": 1e3}
         changes["acknowledge-broken-guarantee"] = "true"
-    return [f"privacy.{key}={value}" for key, value in changes.items()]
+    return [f"patient-dp.{key}={value}" for key, value in changes.items()]
 
 
 @cache
@@ -268,7 +268,7 @@ def train(job: ArmJob) -> PanModel:
 
 def _inverted(run: RunConfig, model: PanModel, places: list[LabelledStore]) -> dict[str, float]:
     attacked = Attacked(model, run, [place.store for place in places])
-    noise = run.privacy.noise_multiplier if run.privacy else 0.0
+    noise = run.patient_dp.noise_multiplier if run.patient_dp else 0.0
     alone = [[patient] for patient in attacked.patients(_ATTACKED)]
     found = attacked.scenario("one patient", alone, partial(attacked.gradient, noise=noise))
     return {"psnr": float(np.mean(found.psnr)), "psnr_grey": float(np.mean(found.grey))}

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from panfm.config import RunConfig
 from panfm.data.store import Batch, ImageStore
-from panfm.evaluate.balance import effective_rank, saliency_entropy
 from panfm.evaluate.embed import embed_store
 from panfm.evaluate.linear_probe import auc_per_label, fit_classifiers
-from panfm.evaluate.missing import FeaturesOf, missing_grid
+from panfm.evaluate.probe_cohort import FeaturesOf, missing_grid
+from panfm.evaluate.representation import effective_rank, saliency_entropy
 from panfm.evaluate.statistics import StatisticsReference, measure_store
 from panfm.models import PanModel
 from panfm.training.saliency import stream_shares

@@ -16,7 +16,7 @@ streams.brain-mr = { spacing-mm = [2.0, 2.0, 2.0], shape = [12, 8, 4], patch = [
 streams.eye-fundus = { shape = [20, 12], patch = [4, 4], channels = 3 }
 """
 PRIVACY = """
-[privacy]
+[patient-dp]
 epsilon = 8.0
 delta = 1e-3
 public-subjects = 50

@@ -21,7 +21,7 @@ LIMITS = "[limits]\nepsilon = 4.0\ndelta = 1e-3\npublic-subjects = 40\n"
 def private_run(**changes):
     """A private run with numbers that no description was asked about."""
     run = parse_run(RUN + RANDOM + PRIVACY)
-    return run.model_copy(update={"privacy": run.privacy.model_copy(update=changes)})
+    return run.model_copy(update={"patient_dp": run.patient_dp.model_copy(update=changes)})
 
 
 def asked(privacy: str, round_number: int = 1):
@@ -217,7 +217,7 @@ def test_limits_that_are_none_are_refused(epsilon_, delta):
 def test_server_turns_to_noise_of_its_own_where_the_site_asks_for_its_patients(tmp_path, write_site):
     """Site-level privacy at the server protects no patient from the server; both together cost what patients' costs."""
     folder = write_site(tmp_path / "alpha", "alpha", ("brain", "heart"), extra=LIMITS)
-    server = "[federation]\nmin-sites = 2\n[server-privacy]\nepsilon = 8.0\ndelta = 0.01\nnum-sites = 2\n"
+    server = "[federation]\nmin-sites = 2\n[site-dp]\nepsilon = 8.0\ndelta = 0.01\nnum-sites = 2\n"
     server += "noise-multiplier = 5.0\n"
     with pytest.raises(ProtocolError, match=r"limits\.epsilon"):
         Site(folder).train_round(task(extra=RANDOM + server, privacy=""))

@@ -98,7 +98,7 @@ def test_server_hides_one_patient_behind_a_privacy_table_of_its_own_epsilon_and_
     standardise = false
     [masking]
     policy = "random"
-    [privacy]
+    [patient-dp]
     epsilon = 1000.0
     delta = 1e-3
     public-subjects = 40
@@ -116,7 +116,7 @@ def test_server_adds_next_to_no_noise_to_a_sample_of_one_patient_and_is_refused(
     standardise = false
     [masking]
     policy = "random"
-    [privacy]
+    [patient-dp]
     epsilon = 1000.0
     delta = 1e-8
     public-subjects = 1000000
@@ -136,7 +136,7 @@ def test_server_says_that_a_site_has_a_billion_patients_and_is_refused(hospital)
     standardise = false
     [masking]
     policy = "random"
-    [privacy]
+    [patient-dp]
     epsilon = 1000.0
     delta = 1e-11
     public-subjects = 1000000000

@@ -9,16 +9,16 @@ import torch
 
 from panfm.config import parse_run
 from panfm.models import build_model
-from panfm.privacy import noised_profile
+from panfm.privacy import patient_sums
 from panfm.privacy.mechanisms import LEAST_NOISE
-from panfm.privacy.noised_profile import noisy_profile
+from panfm.privacy.patient_sums import noisy_profile
 from panfm.sharing.groups import GroupManifest
 from panfm.sharing.messages import Handshake, RoundReply
 from panfm.sharing.weights import Trained, group_weights, weight_limits
 from panfm.training.trainer import Trainer
 from strategies.exact_mean import ExactMean
 from strategies.reply_guards import LIMIT, Directions, check_reply
-from strategies.strategy_memory import Memory
+from strategies.server_step import Memory
 from tests.unit.site.test_private_site import DEX, GUIDED, PRIVACY, RUN
 
 NOISES = (LEAST_NOISE, 20.0, 1e4)
@@ -37,7 +37,7 @@ def patients(random, num_patients: int, num_streams: int) -> torch.Tensor:
 def trainer_of(num_streams: int, noise: float) -> tuple[SimpleNamespace, SimpleNamespace]:
     """As much of a trainer and a store as a profile needs."""
     names = [f"organ{index}-mr" for index in range(num_streams)]
-    run = SimpleNamespace(privacy=SimpleNamespace(statistics_noise=noise))
+    run = SimpleNamespace(patient_dp=SimpleNamespace(statistics_noise=noise))
     model = SimpleNamespace(stream_names=names)
     return SimpleNamespace(run=run, model=model, device="cpu"), SimpleNamespace(images=dict.fromkeys(names))
 
@@ -58,7 +58,7 @@ def test_no_draw_of_noise_has_a_saliency_refused(monkeypatch, num_streams, noise
     trainer, store = trainer_of(num_streams, noise)
     for num_patients in (1, 10, 100, 1000):
         total = patients(random, num_patients, num_streams)
-        monkeypatch.setattr(noised_profile, "saliency_sum", lambda *_, total=total: total)
+        monkeypatch.setattr(patient_sums, "saliency_sum", lambda *_, total=total: total)
         for _ in range(150):
             profile = noisy_profile(trainer, store, np.arange(num_patients))
             assert profile.min() > 0.0
@@ -69,7 +69,7 @@ def test_no_draw_of_noise_has_a_saliency_refused(monkeypatch, num_streams, noise
 def test_a_profile_without_much_noise_is_the_true_one(monkeypatch):
     """The control: cutting takes nothing from an estimate that needs no cut."""
     total = patients(np.random.default_rng(0), 1000, 5)
-    monkeypatch.setattr(noised_profile, "saliency_sum", lambda *_: total)
+    monkeypatch.setattr(patient_sums, "saliency_sum", lambda *_: total)
     profile = noisy_profile(*trainer_of(5, LEAST_NOISE), np.arange(1000))
     torch.testing.assert_close(profile.double(), total[0] / total[1], rtol=0.05, atol=0.0)
 
@@ -83,8 +83,8 @@ def test_the_weights_of_a_private_site_do_not_depend_on_noise(privacy, extra):
     run = parse_run(RUN + GUIDED + extra + privacy)
     model = build_model(run)
     manifest = GroupManifest.of(model.parameter_groups(), model.state_dict())
-    subjects, steps = run.privacy.public_subjects, run.train.local_steps
-    images = min(run.privacy.sample_rate * subjects, subjects, run.train.batch_size) * steps
+    subjects, steps = run.patient_dp.public_subjects, run.train.local_steps
+    images = min(run.patient_dp.sample_rate * subjects, subjects, run.train.batch_size) * steps
     layers = {name: run.model.experts.count[0] for name, _ in manifest.groups.get("director", ())}
     masses = {name.rpartition(".director.")[0]: [images / count] * count for name, count in layers.items()}
     streams = dict.fromkeys(run.streams, subjects)

@@ -5,7 +5,7 @@ import pytest
 
 from panfm.sharing.messages import RoundReply
 from strategies.reply_guards import NormBounds
-from strategies.strategy_memory import Memory
+from strategies.server_step import Memory
 from tests.attacks.test_site_share import MANIFEST, asked, handshake, message
 
 _ROUNDS = 12

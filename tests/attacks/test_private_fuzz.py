@@ -11,7 +11,7 @@ from panfm.config import parse_run
 from panfm.errors import ConfigError
 from panfm.privacy.guarantees import NO_CLAIM, claim
 from panfm.privacy.mechanisms import SALIENCY_SENSITIVITY, planned
-from panfm.privacy.noised_profile import saliency_sum
+from panfm.privacy.patient_sums import saliency_sum
 from tests.attacks.private_steps import (
     HOSTILE,
     LEVEL,
@@ -39,7 +39,7 @@ def test_hostile_parameters_move_the_sum_by_no_more_than_c(objective, backbone, 
         trainer.reset_private()
         poison(trainer, kind, seed, share=(0.2, 1.0)[seed % 2])
         found = largest_change(summed(trainer, maps), np.arange(3), leaving=(seed % 3,))
-        assert found <= LEVEL * run.privacy.clip_norm, kind
+        assert found <= LEVEL * run.patient_dp.clip_norm, kind
 
 
 ORDINARY = {
@@ -55,8 +55,8 @@ ORDINARY = {
     "model.experts.active": [1, 2],
     "model.experts.balance-weight": [[0.0, 0.0]] * 5 + [[0.1, 0.0]],
     "model.experts.alignment": ["cosine", "softmax"],
-    "privacy.trained": list(PARTS),
-    "privacy.public-subjects": [10, 50],
+    "patient-dp.trained": list(PARTS),
+    "patient-dp.public-subjects": [10, 50],
     "objective.name": ["latent"] * 4 + ["mae"] * 4 + ["dino"],
 }
 NUMBERS = {
@@ -65,12 +65,12 @@ NUMBERS = {
     "masking.balance": (0.0, 1.0),
     "model.experts.temperature": (1e-3, 100.0),
     "model.experts.alignment-weight": (0.0, 100.0),
-    "privacy.clip-norm": (1e-3, 1e3),
-    "privacy.noise-multiplier": (0.3, 1e4),
-    "privacy.statistics-noise": (0.3, 1e4),
-    "privacy.sample-rate": (1e-4, 1.0),
-    "privacy.epsilon": (0.01, 1e3),
-    "privacy.delta": (1e-12, 1e-3),
+    "patient-dp.clip-norm": (1e-3, 1e3),
+    "patient-dp.noise-multiplier": (0.3, 1e4),
+    "patient-dp.statistics-noise": (0.3, 1e4),
+    "patient-dp.sample-rate": (1e-4, 1.0),
+    "patient-dp.epsilon": (0.01, 1e3),
+    "patient-dp.delta": (1e-12, 1e-3),
     "train.learning-rate": (1e-9, 10.0),
 }
 OF_LATENT = {
@@ -134,7 +134,7 @@ def attack(seed, attacks):
         kind = draw.choice(list(HOSTILE))
         poison(trainer, kind, seed + number, draw.choice((0.1, 1.0)))
         found = largest_change(summed(trainer, maps, profile), np.arange(3), leaving=(draw.randrange(3),))
-        assert found <= LEVEL * run.privacy.clip_norm, (seed, number, kind)
+        assert found <= LEVEL * run.patient_dp.clip_norm, (seed, number, kind)
         if guided:
             vectors = [saliency_sum(trainer, maps, np.array(chosen)) for chosen in ([0, 1, 2], [0, 2])]
             assert norm([vectors[0] - vectors[1]]) <= LEVEL * SALIENCY_SENSITIVITY
@@ -143,11 +143,11 @@ def attack(seed, attacks):
 
 def scaled_away(run, draw):
     """The run with numbers that its description may not hold, as if the check of the ranges were not there."""
-    private = run.privacy.model_copy(update={"clip_norm": draw.choice((1e-30, 1e30))})
+    private = run.patient_dp.model_copy(update={"clip_norm": draw.choice((1e-30, 1e30))})
     objective = run.objective
     if objective.name == "latent":
         objective = objective.model_copy(update={"beta": draw.choice((1e-26, 1e26)), "summary_weight": 1e20})
-    return run.model_copy(update={"privacy": private, "objective": objective})
+    return run.model_copy(update={"patient_dp": private, "objective": objective})
 
 
 def test_the_bound_holds_for_hostile_descriptions_and_parameters():

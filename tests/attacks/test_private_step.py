@@ -14,14 +14,14 @@ from panfm.config.objective import ObjectiveConfig
 from panfm.errors import ConfigError, ProtocolError
 from panfm.models import build_model
 from panfm.privacy.guarantees import NO_CLAIM, broken_guarantees, checked_run, claim
-from panfm.privacy.noised_profile import saliency_sum
+from panfm.privacy.patient_sums import saliency_sum
 from panfm.privacy.private_step import clipped_sum
 from panfm.registry import OBJECTIVES
-from panfm.sharing.downlink import code_step, digests, take_step
+from panfm.sharing.coding import code_step, digests, take_step
 from panfm.sharing.groups import GroupManifest
 from panfm.sharing.messages import RoundTask
 from panfm.site import Site
-from panfm.training.masking import TokenMask, build_policy
+from panfm.training.token_mask import TokenMask, build_policy
 from panfm.training.trainer import Trainer
 from simulations.cohorts.prepare import cohort_folder
 from strategies.group_means import make_mean
@@ -54,7 +54,7 @@ def test_a_loss_that_is_scaled_to_nothing_does_not_switch_clipping_off(monkeypat
     run = private_run()
     changes = {
         "objective": run.objective.model_copy(update={"beta": 1e26}),
-        "privacy": run.privacy.model_copy(update={"clip_norm": 1e-30}),
+        "patient_dp": run.patient_dp.model_copy(update={"clip_norm": 1e-30}),
     }
     trainer, maps = trainer_and_maps(run.model_copy(update=changes), EVERYTHING)
     found = largest_change(lambda indices: clipped_sum(trainer, maps, indices, 0), np.arange(3))
@@ -64,13 +64,13 @@ def test_a_loss_that_is_scaled_to_nothing_does_not_switch_clipping_off(monkeypat
 @pytest.mark.parametrize(
     ("table", "line"),
     [
-        ("privacy", "clip-norm = 1e-30"),
-        ("privacy", "clip-norm = 1e30"),
-        ("privacy", "noise-multiplier = 0.01"),
-        ("privacy", "statistics-noise = 0.01"),
-        ("privacy", "sample-rate = 1e-9"),
-        ("privacy", "delta = 0.1\npublic-subjects = 1"),
-        ("privacy", "epsilon = 1e9"),
+        ("patient-dp", "clip-norm = 1e-30"),
+        ("patient-dp", "clip-norm = 1e30"),
+        ("patient-dp", "noise-multiplier = 0.01"),
+        ("patient-dp", "statistics-noise = 0.01"),
+        ("patient-dp", "sample-rate = 1e-9"),
+        ("patient-dp", "delta = 0.1\npublic-subjects = 1"),
+        ("patient-dp", "epsilon = 1e9"),
         ("objective", "beta = 1e26"),
         ("objective", "summary-weight = 1e30"),
         ("model", "hidden-multiple = 1000000"),
@@ -83,7 +83,7 @@ def test_a_loss_that_is_scaled_to_nothing_does_not_switch_clipping_off(monkeypat
         ("masking", "strength = 1e30"),
         ("masking", "limit = 1e30"),
         ("sharing.guards", "norm-limit = 1e30"),
-        ("server-privacy", "noise-multiplier = 0.01"),
+        ("site-dp", "noise-multiplier = 0.01"),
     ],
 )
 def test_a_number_far_out_of_range_is_refused_by_its_key(table, line):
@@ -92,7 +92,7 @@ def test_a_number_far_out_of_range_is_refused_by_its_key(table, line):
     tables = {
         "objective": ["standardise = false"],
         "masking": ['policy = "random"'],
-        "privacy": [each for each in PRIVACY.splitlines()[2:] if each.split(" ")[0] not in keys],
+        "patient-dp": [each for each in PRIVACY.splitlines()[2:] if each.split(" ")[0] not in keys],
     }
     tables.setdefault(table, []).append(line)
     text = RUN + "".join(f"[{name}]\n" + "\n".join(lines) + "\n" for name, lines in tables.items())
@@ -111,7 +111,7 @@ def test_routers_that_read_rounding_errors_do_not_couple_patients(monkeypatch, o
         for seed in range(2):
             decided_by_rounding(trainer, seed)
             found = largest_change(lambda indices, o=(trainer, maps): clipped_sum(*o, indices, 0), np.arange(2))
-            assert found <= LEVEL * run.privacy.clip_norm
+            assert found <= LEVEL * run.patient_dp.clip_norm
 
 
 @pytest.mark.parametrize(("objective", "backbone"), KINDS)
@@ -123,7 +123,7 @@ def test_a_patient_adds_the_same_bits_whoever_else_is_there(monkeypatch, objecti
     ill_conditioned(trainer)
     for size in (2, 3, 5):
         whole, rest, own = (clipped_sum(trainer, maps, np.arange(size)[part], 0) for part in (slice(9), _REST, _FIRST))
-        assert norm([whole[name] - rest[name] - own[name] for name in whole]) <= 1e-14 * run.privacy.clip_norm
+        assert norm([whole[name] - rest[name] - own[name] for name in whole]) <= 1e-14 * run.patient_dp.clip_norm
 
 
 def test_a_decoder_of_nan_does_not_tell_what_others_hide(monkeypatch):
@@ -144,7 +144,7 @@ def test_a_decoder_of_nan_does_not_tell_what_others_hide(monkeypatch):
     with torch.no_grad():
         trainer.model.heads.streams["brain-mr"].decode.weight.fill_(float("nan"))
     found = largest_change(lambda indices: clipped_sum(trainer, maps, indices, 0), np.arange(5))
-    assert found <= LEVEL * run.privacy.clip_norm
+    assert found <= LEVEL * run.patient_dp.clip_norm
 
 
 def test_a_saliency_vector_is_of_one_patient_to_the_bit():
@@ -279,9 +279,7 @@ def test_names_that_nobody_knows_are_not_taken_for_others(make_run):
     sharing = SimpleNamespace(**dict(run.sharing), mean_of=lambda group: "unknown", optimiser_of=None)
     with pytest.raises(ConfigError, match="mean: found 'unknown'"):
         make_mean(
-            SimpleNamespace(
-                sharing=sharing, model=run.model, train=run.train, federation=run.federation, server_privacy=None
-            ),
+            SimpleNamespace(sharing=sharing, model=run.model, train=run.train, federation=run.federation, site_dp=None),
             GroupManifest.of(trainer.model.parameter_groups(), trainer.shared_state()),
             "backbone",
             np.zeros(1, np.float32),

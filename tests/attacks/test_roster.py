@@ -19,7 +19,7 @@ from server.expected_sites import ExpectedSites
 from server.run_folder import RunFolder
 from simulations.engines import Job
 from simulations.engines.local import LocalGrid
-from strategies.dispatch import unpack
+from strategies.round_messages import unpack
 
 TABLE = "site,subjects,brain-mr\nalpha,100,60\nbeta,10,\n"
 

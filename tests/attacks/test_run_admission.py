@@ -15,7 +15,7 @@ from panfm.config.start import StartConfig, start_hash
 from panfm.errors import DataError, LimitError, ProtocolError
 from panfm.files import read_checked, write_checked
 from panfm.models import build_model
-from panfm.sharing.downlink import code_step, digests, take_step
+from panfm.sharing.coding import code_step, digests, take_step
 from panfm.sharing.groups import GroupManifest, parameter_hashes
 from panfm.sharing.messages import Invitation, RoundTask
 from panfm.site import Site
@@ -39,7 +39,7 @@ PRIVATE = """
 standardise = false
 [masking]
 policy = "random"
-[privacy]
+[patient-dp]
 epsilon = 99.0
 delta = 1e-3
 public-subjects = 40

@@ -26,9 +26,9 @@ import tomli_w
 from panfm.config import dump_toml, parse_run, parse_site
 from panfm.data import cache, read
 from panfm.data.cache import open_store
-from panfm.data.readers import ImageError, pictures
+from panfm.data.readers import ImageError, picture
 from panfm.data.readers.nifti import decode_volume
-from panfm.data.readers.pictures import decode_picture
+from panfm.data.readers.picture import decode_picture
 from panfm.data.store import Batch, ImageStore
 from panfm.errors import DataError, LimitError, ProtocolError
 from panfm.models.sizes import state_bytes
@@ -39,7 +39,7 @@ from panfm.site import Site, answer, session
 from panfm.site.admission import check_sizes, kept_bytes
 from panfm.site.handler import time_limit
 from panfm.site.worker import Worker
-from panfm.training import state
+from panfm.training import training_state
 from tests.conftest import NO_FLOORS
 from tests.unit.site.test_site import RUN, task
 
@@ -176,7 +176,7 @@ def test_images_of_any_size_go_through_the_stem_within_a_fixed_memory():
         return Batch(0, {"brain-mr": batch.images["brain-mr"][:, :, :1, :1, :1].clone()}, {})
 
     model = SimpleNamespace(stream_names=("brain-mr", "heart-mr"), stem=stem)
-    maps = state._stem_store(store, model, chunk=64)
+    maps = training_state._stem_store(store, model, chunk=64)
     assert maps.images["brain-mr"].shape == (64, 1, 1, 1, 1)
     assert max(taken) <= 256 * 2**20
 
@@ -476,7 +476,7 @@ def test_what_is_not_the_files_fault_is_not_said_to_be(monkeypatch, error):
             with pytest.raises(type(error)):
                 decode_volume(volume)
     with monkeypatch.context() as patch:
-        patch.setattr(pictures.Image, "open", fail)
+        patch.setattr(picture.Image, "open", fail)
         with pytest.raises(type(error)):
             decode_picture(b"x")
 

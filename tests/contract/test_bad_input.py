@@ -43,7 +43,7 @@ CELLS = ("", " ", "x", "brain-mr", "liver-xx", "../x.nii.gz", "/etc/passwd", "\x
 SOUND_RUN = dump_toml(
     parse_run(f'{RUN}\n[model]\nbackbone = "director-experts"\n[sharing.groups.head]\nmean = "median"\n')
 )
-PRIVATE = "[privacy]\nepsilon = 8.0\ndelta = 1e-3\npublic-subjects = 40\nnoise-multiplier = 1.5\nsample-rate = 0.5\n"
+PRIVATE = "[patient-dp]\nepsilon = 8.0\ndelta = 1e-3\npublic-subjects = 40\nnoise-multiplier = 1.5\nsample-rate = 0.5\n"
 PRIVATE_RUN = dump_toml(parse_run(f'{RUN}\n[objective]\nstandardise = false\n[masking]\npolicy = "random"\n{PRIVATE}'))
 
 FAULT = re.compile(r".: found .+, expected .")
@@ -197,7 +197,7 @@ def test_set(site):
         "streams.brain-mr.shape",
         "model",
         "model.size",
-        "privacy.epsilon",
+        "patient-dp.epsilon",
         "a..b",
         "",
         "x=y",

@@ -18,7 +18,7 @@ ALLOWED = {
     "simulations": set(HOUSE),
 }
 LEVELS = (
-    ("errors", "seeds", "anatomy", "registry", "config", "extras", "files", "hash_chain", "texts"),
+    ("errors", "seeds", "anatomy", "registry", "config", "files", "hash_chain", "texts"),
     ("data", "models", "sharing"),
     ("training", "privacy", "evaluate"),
     ("site", "report", "export"),

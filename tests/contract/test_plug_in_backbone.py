@@ -80,7 +80,7 @@ print(sorted(name for name in after if not torch.equal(before[name], after[name]
 PRIVATE = """
 [objective]
 standardise = false
-[privacy]
+[patient-dp]
 epsilon = 8.0
 delta = 1e-3
 public-subjects = 40

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from pydantic import Field
 
-from panfm.data.folder import write_site_folder
+from panfm.data.template import write_site_folder
 from panfm.files import new_folder
 from simulations.cohorts.source import CohortSource, Progress, Streams, texts_of
 

@@ -41,7 +41,7 @@ from panfm.training.trainer import Trainer
 assert panfm.__file__.startswith(ROOT), panfm.__file__
 STREAMS = 'brain-mr = { spacing-mm = [2.0, 2.0, 2.0], shape = [8, 8, 4], patch = [4, 4, 4] }'
 TRAIN = 'rounds = 1\\nlocal-steps = 2\\nbatch-size = 4'
-PRIVACY = '''[privacy]
+PRIVACY = '''[patient-dp]
 epsilon = 8.0
 delta = 1e-3
 public-subjects = 8
@@ -78,7 +78,7 @@ from torch import nn
 
 from panfm.config.objective import ObjectiveConfig
 from panfm.models.heads import ObjectiveHeads
-from panfm.training.objective import Objective, mean_over
+from panfm.training.objectives.interface import Objective, mean_over
 
 
 class ShrinkConfig(ObjectiveConfig):

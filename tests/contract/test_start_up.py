@@ -30,7 +30,7 @@ print(json.dumps([status, heavy, used.ru_utime + used.ru_stime]))
 """
 PROGRAMS = {
     "panfm": "from panfm.cli import main; main()",
-    "server": "from server.cli import app; app()",
+    "server": "from server.coordinator import app; app()",
     "simulations": "from simulations.__main__ import app; app()",
 }
 

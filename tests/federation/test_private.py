@@ -24,11 +24,11 @@ PRIVATE = (
     "objective.standardise=false",
     "masking.policy=random",
     "federation.min-sites=1",
-    "privacy.epsilon=10.0",
-    "privacy.delta=1e-3",
-    "privacy.public-subjects=50",
-    "privacy.noise-multiplier=1.0",
-    "privacy.sample-rate=0.5",
+    "patient-dp.epsilon=10.0",
+    "patient-dp.delta=1e-3",
+    "patient-dp.public-subjects=50",
+    "patient-dp.noise-multiplier=1.0",
+    "patient-dp.sample-rate=0.5",
 )
 COSTS = [3.170, 4.492, 5.569, 6.532]
 """Epsilon after so many rounds of two steps."""
@@ -103,7 +103,11 @@ def ledger_lines(federation, site):
 
 def test_a_run_without_a_guarantee_says_so_everywhere(federation, tmp_path):
     folder = federation.run(
-        "broken", *PRIVATE, "objective.standardise=true", "privacy.acknowledge-broken-guarantee=true", "train.rounds=1"
+        "broken",
+        *PRIVATE,
+        "objective.standardise=true",
+        "patient-dp.acknowledge-broken-guarantee=true",
+        "train.rounds=1",
     )
     label = "noise only, no DP claim"
     assert all(line["privacy"] == label for line in rounds(folder))

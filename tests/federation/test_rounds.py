@@ -31,7 +31,7 @@ from simulations.engines import Job
 from simulations.engines.local import LocalGrid, run_apps
 from simulations.engines.local import run as run_local
 from strategies import Memory
-from strategies.dispatch import Downlink
+from strategies.round_messages import Downlink
 
 
 def lines(run_dir: Path) -> list[dict]:

@@ -17,12 +17,12 @@ from simulations.engines import Job
 from simulations.engines.local import run as run_local
 
 PRIVATE = (
-    "server-privacy.epsilon=3.0",
-    "server-privacy.delta=1e-2",
-    "server-privacy.num-sites=3",
+    "site-dp.epsilon=3.0",
+    "site-dp.delta=1e-2",
+    "site-dp.num-sites=3",
     "federation.min-sites=3",
-    "server-privacy.noise-multiplier=5.0",
-    "server-privacy.clip-norm=0.1",
+    "site-dp.noise-multiplier=5.0",
+    "site-dp.clip-norm=0.1",
     "train.rounds=2",
     "train.validate-every=1",
 )
@@ -77,7 +77,7 @@ def test_a_run_tells_nothing_raw_of_its_sites(federation):
 
 def test_a_budget_that_does_not_cover_the_rounds_stops_the_run_before_the_first(federation, cheap):
     with pytest.raises(BudgetError, match=r"2 rounds would reach epsilon 0\.800 of 0\.5 at delta 0\.01, spent 0\.000"):
-        federation.run("first", *PRIVATE, "server-privacy.epsilon=0.5")
+        federation.run("first", *PRIVATE, "site-dp.epsilon=0.5")
     assert not rounds(federation.folder / "first")
 
 

@@ -15,7 +15,7 @@ from simulations.engines.local import run as run_local
 from simulations.finish import train_site_alone
 from tests.federation.test_private import PRIVATE
 
-ROOMY = tuple("privacy.epsilon=1000.0" if change.startswith("privacy.epsilon") else change for change in PRIVATE)
+ROOMY = tuple("patient-dp.epsilon=1000.0" if change.startswith("patient-dp.epsilon") else change for change in PRIVATE)
 
 
 def tensors(run_dir):
@@ -30,7 +30,7 @@ def public(federation):
 
 @pytest.mark.parametrize("trained", ["vectors", "last-block"])
 def test_what_a_private_run_does_not_train_keeps_the_bits_of_its_start(federation, public, trained):
-    warm = (f"start.model={public}", f"privacy.trained={trained}", "train.rounds=2")
+    warm = (f"start.model={public}", f"patient-dp.trained={trained}", "train.rounds=2")
     folder = federation.run("private", *ROOMY, *warm, "sharing.coding=int8")
     run = RunFolder.resume(folder).run
     moving = trained_parameters(build_model(run), trained)

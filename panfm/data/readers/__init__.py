@@ -1,23 +1,150 @@
-"""Image readers: one file per kind of image on disk, all listed in `panfm.registry.READERS`."""
+"""Defines image readers, chooses the one for a path of the manifest, and holds the parts that readers of files share.
 
-from panfm.data.readers.reader import (
-    ImageError,
-    ImageReader,
-    Picture,
-    Volume,
-    file_fingerprint,
-    find_reader,
-    read_source,
-    voxel_sizes,
-)
+A path may be a file or a folder; its reader alone opens it. Every refusal is an `ImageError`.
+"""
 
-__all__ = [
-    "ImageError",
-    "ImageReader",
-    "Picture",
-    "Volume",
-    "file_fingerprint",
-    "find_reader",
-    "read_source",
-    "voxel_sizes",
-]
+import errno
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from panfm.errors import DataError, PanfmError
+from panfm.registry import READERS
+
+LARGEST_BYTES = 4 * 2**30
+"""Of an image file, packed or unpacked; a few megabytes can be made to fill any memory."""
+_ZLIB_NO_MEMORY = "Error -4 "
+
+Picture = Image.Image
+"""A decoded picture of 8 bits per channel."""
+
+
+class ImageError(DataError):
+    """An image cannot be used: the fault that was `found`, and what was `expected` in its place."""
+
+    def __init__(self, found: str, expected: str) -> None:
+        super().__init__(f"found {found}, expected {expected}")
+        self.found, self.expected = found, expected
+
+
+class Volume(NamedTuple):
+    """A decoded volume."""
+
+    voxels: NDArray[np.float32]
+    """[X, Y, Z] as stored, in HU for CT and raw values otherwise; finite."""
+    affine: NDArray[np.float64]
+    """[4, 4], voxel index to mm in R, A, S; has an inverse."""
+
+
+class ImageReader(Protocol):
+    """Reads one kind of image, from a file or a folder. Made without arguments; used by several threads at once."""
+
+    kind: str
+    """The kind of image as operators are told of it: `a NIfTI file (.nii, .nii.gz)`."""
+
+    def accepts(self, path: Path) -> bool:
+        """Whether the path is of this kind, by its name or first bytes; whether it is sound shows when it is read."""
+        ...
+
+    def fingerprint(self, path: Path) -> str:
+        """Text that changes whenever the image may have changed; pixels are not read. Raises ImageError: absent."""
+        ...
+
+    def read(self, path: Path) -> Volume | Picture:
+        """Decode all of the image. Raises ImageError: it is absent, broken, or not to be trusted."""
+        ...
+
+
+def find_reader(path: Path) -> ImageReader:
+    """The first registered reader that accepts a path. Raises ImageError: none does, or there is no such path."""
+    readers: list[ImageReader] = [READERS.load(name)() for name in READERS.names]
+    for reader in readers:
+        if reader.accepts(path):
+            return reader
+    try:
+        path.stat()
+    except FileNotFoundError as error:
+        raise ImageError("no such file", "an image") from error
+    except (OSError, ValueError) as error:
+        raise _unreadable(error) from error
+    raise ImageError("a kind of image that no reader accepts", " or ".join(reader.kind for reader in readers))
+
+
+def read_source(path: Path, *, is_volume: bool | None = None) -> Volume | Picture:
+    """Read an image with the reader that accepts it.
+
+    Args:
+        path: File or folder.
+        is_volume: Whether it must be a volume or a picture; either when None.
+    Raises:
+        ImageError: as the reader's, or it is the other of the two.
+    """
+    image = find_reader(path).read(path)
+    if is_volume is not None and isinstance(image, Volume) != is_volume:
+        raise ImageError(*(("a picture", "a volume") if is_volume else ("a volume", "a picture")))
+    return image
+
+
+def voxel_sizes(affine: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Voxel size in mm along each stored axis."""
+    return np.asarray(np.linalg.norm(affine[:3, :3], axis=0))
+
+
+def read_bytes(path: Path) -> bytes:
+    """Content of a file. Raises ImageError: absent, unreadable, or no file (reading a pipe would never end)."""
+    try:
+        if path.exists() and not path.is_file():
+            raise ImageError("a folder or device", "an image")
+        if path.stat().st_size > LARGEST_BYTES:
+            raise ImageError(f"more than {LARGEST_BYTES / 2**30:g} GiB", "one image")
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise ImageError("no such file", "an image") from error
+    except (OSError, ValueError) as error:
+        raise _unreadable(error) from error
+
+
+def first_bytes(path: Path, number: int) -> bytes:
+    """The beginning of a file; empty if it cannot be read."""
+    try:
+        if not path.is_file():
+            return b""
+        with path.open("rb") as file:
+            return file.read(number)
+    except (OSError, ValueError):
+        return b""
+
+
+def file_fingerprint(path: Path) -> str:
+    """Path, size and time of change of a file. Raises ImageError: it is not there."""
+    try:
+        status = path.stat()
+    except (OSError, ValueError) as error:
+        raise ImageError("no such file", "an image") from error
+    return f"{path} {status.st_size} {status.st_mtime_ns}"
+
+
+@contextmanager
+def file_at_fault(found: str, expected: str) -> Iterator[None]:
+    """Turn what a parser raises on broken bytes into an ImageError; memory that ran out, or a limit, stays itself."""
+    try:
+        yield
+    except (MemoryError, PanfmError):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+            raise
+        if isinstance(error, zlib.error) and str(error).startswith(_ZLIB_NO_MEMORY):
+            raise MemoryError from error
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise ImageError(f"{found} ({reason})", expected) from error
+
+
+def _unreadable(error: Exception) -> ImageError:
+    return ImageError(f"a path that cannot be read ({type(error).__name__})", "an image")

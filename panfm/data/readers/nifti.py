@@ -14,7 +14,7 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
-from panfm.data.readers.reader import (
+from panfm.data.readers import (
     LARGEST_BYTES,
     ImageError,
     Volume,

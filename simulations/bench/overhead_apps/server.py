@@ -12,7 +12,7 @@ from panfm.sharing.messages import RoundTask
 from server.checkpoint import ServerState
 from server.exchange import Exchange
 from server.rounds import initial_state
-from strategies.dispatch import make_array
+from strategies.round_messages import make_array
 
 _TIMEOUT_S = 300.0
 _FIELDS = {"session": 3, "utime": 11, "stime": 12, "cutime": 13, "cstime": 14}

@@ -1,4 +1,4 @@
-"""What the table `[privacy]` refuses: one line each, with the field and the remedy."""
+"""What the table `[patient-dp]` refuses: one line each, with the field and the remedy."""
 
 import pytest
 
@@ -17,7 +17,7 @@ policy = "random"
 standardise = false
 """
 PRIVACY = """
-[privacy]
+[patient-dp]
 epsilon = 8.0
 delta = 1e-3
 public-subjects = 100
@@ -42,7 +42,7 @@ def test_habits_of_other_frameworks_are_refused_with_the_remedy(line, remedy):
         parse_run(STREAMS + SOUND + PRIVACY + line + "\n")
     [found] = str(caught.value).splitlines()
     assert line.split(" ")[0] + ": " in found
-    assert "privacy" in found
+    assert "patient-dp" in found
     assert remedy in found
 
 
@@ -68,5 +68,5 @@ def test_what_this_project_does_not_have_is_refused_by_name(table, line):
 def test_numbers_that_make_no_sense_are_refused(line):
     key = line.split(" ")[0]
     kept = "\n".join(each for each in PRIVACY.splitlines() if not each.startswith(key))
-    with pytest.raises(ConfigError, match=f"privacy.{key}"):
+    with pytest.raises(ConfigError, match=f"patient-dp.{key}"):
         parse_run(STREAMS + SOUND + kept + f"\n{line}\n")

@@ -56,9 +56,12 @@ def test_every_number_of_a_run_has_a_range():
     described = list(numbers(RunConfig, [], "run"))
     described += [number for kind in COHORTS.names for number in numbers(COHORTS.load(kind), [], f"run.cohort.{kind}")]
     assert len(described) > 70
-    assert {"run.privacy.clip_norm", "run.objective.beta", "run.objective.prototypes", "run.model.experts.noise"} <= {
-        path for path, _ in described
-    }
+    assert {
+        "run.patient_dp.clip_norm",
+        "run.objective.beta",
+        "run.objective.prototypes",
+        "run.model.experts.noise",
+    } <= {path for path, _ in described}
     without = [path for path, metadata in described if bounds(metadata) != {"least", "greatest"}]
     assert without == []
 
@@ -77,7 +80,7 @@ PRIVATE = """
 standardise = false
 [masking]
 policy = "random"
-[privacy]
+[patient-dp]
 epsilon = 8.0
 delta = 1e-3
 public-subjects = 100
@@ -85,12 +88,12 @@ noise-multiplier = 1.5
 sample-rate = 0.1
 """
 EDGES = {
-    "privacy.clip-norm": (1e-3, 1e3),
-    "privacy.noise-multiplier": (0.3, 1e4),
-    "privacy.sample-rate": (1e-4, 1.0),
-    "privacy.delta": (1e-12, 1e-3),
-    "privacy.epsilon": (0.01, 1e3),
-    "privacy.statistics-noise": (0.3, 1e4),
+    "patient-dp.clip-norm": (1e-3, 1e3),
+    "patient-dp.noise-multiplier": (0.3, 1e4),
+    "patient-dp.sample-rate": (1e-4, 1.0),
+    "patient-dp.delta": (1e-12, 1e-3),
+    "patient-dp.epsilon": (0.01, 1e3),
+    "patient-dp.statistics-noise": (0.3, 1e4),
     "objective.beta": (1e-3, 1e3),
     "objective.summary-weight": (0.0, 100.0),
     "model.experts.alignment-weight": (0.0, 100.0),

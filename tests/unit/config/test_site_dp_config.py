@@ -1,4 +1,4 @@
-"""What the table `[server-privacy]` refuses: one line each, with the field and the remedy."""
+"""What the table `[site-dp]` refuses: one line each, with the field and the remedy."""
 
 import pytest
 
@@ -11,7 +11,7 @@ name = "small"
 brain-mr = { spacing-mm = [2.0, 2.0, 2.0], shape = [8, 8, 4], patch = [4, 4, 4] }
 """
 TABLE = """
-[server-privacy]
+[site-dp]
 epsilon = 6.0
 delta = 1e-2
 num-sites = 10

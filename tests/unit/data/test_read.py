@@ -7,8 +7,7 @@ from PIL import Image
 
 from panfm.anatomy import Modality
 from panfm.config import StreamConfig
-from panfm.data.intensity import apply_intensity
-from panfm.data.read import prepare_volume, read_image
+from panfm.data.read import apply_intensity, prepare_volume, read_image
 from panfm.errors import DataError
 
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from panfm.evaluate.balance import effective_rank, saliency_entropy
+from panfm.evaluate.representation import effective_rank, saliency_entropy
 
 
 def test_effective_rank_by_hand():

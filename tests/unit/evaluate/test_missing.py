@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
-from panfm.evaluate.missing import missing_grid, removed_sets
+from panfm.evaluate.probe_cohort import missing_grid, removed_sets
 
 STREAMS = ("brain-mr", "brain-ct", "heart-ct", "liver-mr", "kidney-mr")
 WORTH = {"brain-mr": 8.0, "brain-ct": 4.0, "heart-ct": 2.0, "liver-mr": 1.0, "kidney-mr": 0.5}

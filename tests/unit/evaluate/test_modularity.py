@@ -6,7 +6,7 @@ import pytest
 import torch
 from sklearn.metrics import normalized_mutual_info_score
 
-from panfm.evaluate.modularity import expert_modality_nmi, experts_used, gradient_conflict, layer_gradients
+from panfm.evaluate.representation import expert_modality_nmi, experts_used, gradient_conflict, layer_gradients
 
 
 def test_conflict_by_hand():

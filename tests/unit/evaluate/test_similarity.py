@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
-from panfm.evaluate.similarity import linear_cka, modality_cka
+from panfm.evaluate.representation import linear_cka, modality_cka
 
 
 def slow_hsic(one, other):

@@ -12,11 +12,11 @@ from panfm.cli import main
 from panfm.config import load_run
 from panfm.errors import PanfmError
 from panfm.evaluate.embed import load_model, read_features
-from panfm.export import compare as comparison
-from panfm.export.compare import batch_of, random_inputs
+from panfm.export import network as comparison
 from panfm.export.formats import FORMATS, export_run
 from panfm.export.monai_bundle import ReadStreams
 from panfm.export.monai_network import Embedder
+from panfm.export.network import batch_of, random_inputs
 from panfm.models import build_model
 
 DEX = '[model]\nbackbone = "director-experts"\n'
@@ -26,7 +26,7 @@ PRIVATE = """
 policy = "random"
 [objective]
 standardise = {standardise}
-[privacy]
+[patient-dp]
 epsilon = 8.0
 delta = 1e-5
 public-subjects = 1000

@@ -3,8 +3,7 @@ import torch
 
 from panfm.data.store import Batch
 from panfm.errors import RunError
-from panfm.export.compare import batch_of, random_inputs, require_equal
-from panfm.export.network import EmbeddingNetwork
+from panfm.export.network import EmbeddingNetwork, batch_of, random_inputs, require_equal
 from panfm.models import build_model
 
 DEX = '[model]\nbackbone = "director-experts"\nexperts = { count = [5, 3], active = [2, 1] }\n'

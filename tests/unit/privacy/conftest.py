@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from panfm.data.store import ImageStore
-from panfm.training.masking import TokenMask
+from panfm.training.token_mask import TokenMask
 from panfm.training.trainer import Trainer
 
 PRIVATE = """
-[privacy]
+[patient-dp]
 epsilon = 8.0
 delta = 1e-3
 public-subjects = 50
@@ -34,7 +34,7 @@ BACKBONES = {
 
 @pytest.fixture
 def make_private(make_run):
-    """A private run: objective and backbone by name, more keys of `[privacy]`."""
+    """A private run: objective and backbone by name, more keys of `[patient-dp]`."""
 
     def make(objective="latent", backbone="dense", *, clip=0.5, more="", extra=""):
         tables = OBJECTIVES.get(objective, objective) + BACKBONES[backbone] + extra

@@ -14,7 +14,7 @@ CANARIES, STEPS = 300, 20
 @pytest.fixture
 def run(make_private):
     run = make_private()
-    return run.model_copy(update={"privacy": run.privacy.model_copy(update={"noise_multiplier": 4.0})})
+    return run.model_copy(update={"patient_dp": run.patient_dp.model_copy(update={"noise_multiplier": 4.0})})
 
 
 def audited(run):
@@ -54,8 +54,8 @@ def test_the_largest_and_the_smallest_are_guessed():
 @pytest.mark.parametrize("trained", ["all", "vectors", "last-block"])
 def test_a_correct_step_stays_under_its_claim(run, trained):
     """67 of 80 guesses would refute it: 4.7 standard deviations more than it gives. Without noise, 78 are right."""
-    private = run.privacy.model_copy(update={"trained": trained, "noise_multiplier": 3.0})
-    found = audit_step(run.model_copy(update={"privacy": private}), canaries=160, steps=8)
+    private = run.patient_dp.model_copy(update={"trained": trained, "noise_multiplier": 3.0})
+    found = audit_step(run.model_copy(update={"patient_dp": private}), canaries=160, steps=8)
     assert (found.canaries, found.steps, found.guesses) == (160, 8, 80)
     assert found.lower_bound <= found.claim
 

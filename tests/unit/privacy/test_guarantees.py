@@ -27,7 +27,7 @@ policy = "random"
 standardise = false
 """
 PRIVACY = """
-[privacy]
+[patient-dp]
 epsilon = 8.0
 delta = 1e-3
 public-subjects = 100
@@ -36,7 +36,7 @@ sample-rate = 0.1
 """
 ACKNOWLEDGED = "acknowledge-broken-guarantee = true\n"
 SITE_PRIVACY = """
-[server-privacy]
+[site-dp]
 epsilon = 6.0
 delta = 1e-2
 num-sites = 10
@@ -51,7 +51,7 @@ BROKEN = [
     (
         SOUND,
         PRIVACY.replace("1e-3", "1.01e-3"),
-        "privacy.delta: 0.00101 is above 1 / (10 public-subjects), set at most 0.001",
+        "patient-dp.delta: 0.00101 is above 1 / (10 public-subjects), set at most 0.001",
     ),
     (SOUND + '[model]\nbackbone = "director-experts"\n', PRIVACY, "model.experts.balance-weight: "),
 ]

@@ -10,10 +10,10 @@ from torch import nn
 from torch.testing import assert_close
 
 from panfm.data.store import ImageStore
-from panfm.privacy.patient_gradients import add_clipped, patient_gradient
+from panfm.privacy.patient_sums import add_clipped, patient_gradient
 from panfm.privacy.private_step import clipped_sum, trained_parameters
 from panfm.training.experts import ExpertTraining
-from panfm.training.objective import student_output
+from panfm.training.objectives.interface import student_output
 from panfm.training.trainer import Trainer
 
 KINDS = [(objective, backbone) for objective in ("latent", "mae") for backbone in ("dense", "dex")]
@@ -39,7 +39,7 @@ def one_at_a_time(trainer, store, indices, hide, clip):
     """Plain autograd on batches of one, clipped and added up."""
     run, model = trainer.run, trainer.model
     experts = ExpertTraining(run.model.experts, model)
-    trained = trained_parameters(model, run.privacy.trained)
+    trained = trained_parameters(model, run.patient_dp.trained)
     total = {name: torch.zeros(value.shape, dtype=torch.float64) for name, value in trained.items()}
     for index in indices:
         maps = store.batch([index])

@@ -5,16 +5,16 @@ import pytest
 import torch
 
 from panfm.errors import LedgerError
-from panfm.privacy import noised_profile
+from panfm.privacy import patient_sums
 from panfm.privacy.ledger import Ledger, Limits
-from panfm.privacy.noised_profile import noisy_profile, saliency_sum
+from panfm.privacy.patient_sums import noisy_profile, saliency_sum
 from panfm.privacy.private_step import PrivateGradient, clipped_sum, train_privately
 from panfm.privacy.randomness import with_noise
 from panfm.training.trainer import Trainer
 
 
 def permit(run, folder, round_number=1):
-    limits = Limits(run.privacy.epsilon, run.privacy.delta)
+    limits = Limits(run.patient_dp.epsilon, run.patient_dp.delta)
     return Ledger(folder, "alpha").spend(run, "run-1", round_number, limits=limits, dataset="d")
 
 
@@ -118,8 +118,8 @@ def test_a_step_is_a_poisson_sample_at_the_stated_rate_that_no_seed_decides(make
 
 def test_the_gradient_is_divided_by_a_public_number(make_private, make_store, fixed_masks):
     run = make_private()
-    private = run.privacy.model_copy(update={"noise_multiplier": 1e-12, "sample_rate": 1.0})
-    run = run.model_copy(update={"privacy": private})
+    private = run.patient_dp.model_copy(update={"noise_multiplier": 1e-12, "sample_rate": 1.0})
+    run = run.model_copy(update={"patient_dp": private})
     trainer, store = Trainer(run), make_store(run)
     store = trainer.stem(store)
     total = clipped_sum(trainer, store, np.arange(12), 0)
@@ -167,8 +167,8 @@ def test_saliency_moves_by_at_most_its_sensitivity(make_private, every_subset):
 def test_the_profile_is_made_of_a_sum_with_noise_of_the_stated_size(make_private, make_store, monkeypatch):
     run = guided(make_private)
     trainer, store, noised = Trainer(run), make_store(run), []
-    monkeypatch.setattr(noised_profile, "saliency_sum", lambda *_: torch.zeros(2, 500_000, dtype=torch.float64))
-    monkeypatch.setattr(noised_profile, "with_noise", lambda *words: noised.append(with_noise(*words)) or noised[-1])
+    monkeypatch.setattr(patient_sums, "saliency_sum", lambda *_: torch.zeros(2, 500_000, dtype=torch.float64))
+    monkeypatch.setattr(patient_sums, "with_noise", lambda *words: noised.append(with_noise(*words)) or noised[-1])
     found = noisy_profile(trainer, store, np.arange(12))
     stated = 20.0 * 2**0.5
     assert noised[0].std().item() == pytest.approx(stated, rel=0.005)
@@ -197,8 +197,8 @@ def test_the_profile_tends_to_one_where_noise_rules_and_to_the_truth_where_not(m
     store = trainer.stem(every_subset(run))
     total = saliency_sum(trainer, store, np.arange(14))
     for noise, expected in ((1e-6, total[0] / total[1]), (1e5, None)):
-        private = run.privacy.model_copy(update={"statistics_noise": noise})
-        trainer.run = run.model_copy(update={"privacy": private})
+        private = run.patient_dp.model_copy(update={"statistics_noise": noise})
+        trainer.run = run.model_copy(update={"patient_dp": private})
         found = noisy_profile(trainer, store, np.arange(14))
         if expected is not None:
             torch.testing.assert_close(found, expected.float(), atol=1e-4, rtol=1e-4)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from panfm.data.store import ImageStore
-from panfm.privacy.patient_gradients import add_clipped, patient_gradient
+from panfm.privacy.patient_sums import add_clipped, patient_gradient
 from panfm.privacy.private_step import PrivateGradient, clipped_sum, trained_parameters
 from panfm.training.trainer import Trainer
 

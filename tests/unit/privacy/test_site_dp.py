@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from panfm.privacy.mechanisms import Mechanism, epsilon
-from panfm.privacy.site_dp import clip_update, noised_mean
+from strategies.site_dp_mean import clip_update, noised_mean
 
 MILLION = 1_000_000
 

@@ -52,9 +52,7 @@ def test_a_run_folder_has_a_ledger_only_if_its_server_adds_noise(make_private, t
     for words in (["show", tmp_path], ["verify", tmp_path], ["plan", tmp_path / "run.toml", "--site", tmp_path]):
         done = run_ledger(*map(str, words))
         assert done.exit_code == 1
-        assert done.stderr == (
-            f"{tmp_path}: a run without server-privacy has no ledger, its sites do; name a site folder\n"
-        )
+        assert done.stderr == (f"{tmp_path}: a run without site-dp has no ledger, its sites do; name a site folder\n")
     assert [path.name for path in tmp_path.iterdir()] == ["run.toml"]
 
 
@@ -87,14 +85,14 @@ def test_verify_finds_a_change(site):
 def test_plan_goes_both_ways(tmp_path, make_private):
     path = tmp_path / "run.toml"
     path.write_text(dump_toml(make_private()))
-    done = run_ledger("plan", str(path), "--set", "privacy.epsilon=2.0")
+    done = run_ledger("plan", str(path), "--set", "patient-dp.epsilon=2.0")
     first, cost, noise = done.output.splitlines()
     assert first.startswith("per patient: 2 rounds x 4 steps, sample-rate 0.25")
     wanted = noise.split("noise-multiplier ")[1]
-    again = run_ledger("plan", str(path), "--set", f"privacy.noise-multiplier={float(wanted) * 1.001}")
+    again = run_ledger("plan", str(path), "--set", f"patient-dp.noise-multiplier={float(wanted) * 1.001}")
     found = float(again.output.splitlines()[1].split("epsilon ")[1])
     assert 1.95 < found <= 2.0
     assert float(cost.split("epsilon ")[1]) > 2.0
     missing = tmp_path / "plain.toml"
-    missing.write_text(dump_toml(make_private().model_copy(update={"privacy": None})))
+    missing.write_text(dump_toml(make_private().model_copy(update={"patient_dp": None})))
     assert "privacy is missing" in run_ledger("plan", str(missing)).output

@@ -9,8 +9,7 @@ from panfm.config import RunConfig, StreamConfig, dump_toml
 from panfm.errors import ConfigError, DataError
 from panfm.evaluate.result import ProbeResult, Score, write_result
 from panfm.report.console_tables import number_text, print_tables
-from panfm.report.plots import figures
-from panfm.report.report_page import write_report
+from panfm.report.report_page import figures, write_report
 from panfm.report.run_files import read_run
 
 STREAM = StreamConfig(shape=(4, 4, 4), patch=(2, 2, 2), spacing_mm=(1.0, 1.0, 1.0))

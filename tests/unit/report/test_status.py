@@ -7,13 +7,13 @@ import pytest
 from rich.console import Console
 
 from panfm.config import RunConfig, StreamConfig, dump_toml
-from panfm.config.privacy import PrivacyConfig
+from panfm.config.patient_dp import PatientDpConfig
 from panfm.errors import DataError
 from panfm.files import locked
+from panfm.report.html_parts import line_chart
 from panfm.report.run_files import read_run
 from panfm.report.status import clock, headline, left_out, ranges, site_statuses, stream_statuses
 from panfm.report.status_page import render_status, write_status
-from panfm.report.svg import line_chart
 from server.console import screen
 
 STREAM = StreamConfig(shape=(4, 4, 4), patch=(2, 2, 2), spacing_mm=(1.0, 1.0, 1.0))
@@ -111,9 +111,9 @@ def test_the_page_loads_itself_again_only_while_the_run_goes_on(tmp_path):
 
 
 def test_planned_epsilon_is_shown_and_called_a_plan(tmp_path):
-    private = PrivacyConfig(epsilon=8.0, delta=1e-4, public_subjects=100, noise_multiplier=1.0, sample_rate=0.1)
+    private = PatientDpConfig(epsilon=8.0, delta=1e-4, public_subjects=100, noise_multiplier=1.0, sample_rate=0.1)
     changes = {"objective": {"standardise": False}, "masking": {"policy": "random"}}
-    run = RunConfig(name="toy", streams={"brain-mr": STREAM}, privacy=private, **changes)
+    run = RunConfig(name="toy", streams={"brain-mr": STREAM}, patient_dp=private, **changes)
     found = write(tmp_path, line(1, epsilon={"a": 0.5, "b": 0.5}), line(2, epsilon={"a": 0.75, "b": 0.5}), run=run)
     assert [each.epsilon for each in site_statuses(found)] == [0.75, 0.5, None]
     assert "0.750" in on_screen(found)

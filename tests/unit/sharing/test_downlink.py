@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from panfm.errors import ProtocolError
-from panfm.sharing.coding import decode
-from panfm.sharing.downlink import code_step, digests, take_step
+from panfm.sharing.coding import code_step, decode, digests, take_step
 from tests.conftest import manifest_of
 
 MANIFEST = manifest_of({"backbone": {"backbone.a": (300,)}, "head": {"heads.b": (4,)}})

@@ -12,7 +12,7 @@ from panfm.config import StreamConfig
 from panfm.data.cache import open_store
 from panfm.data.check import check_site
 from panfm.data.labels import read_label_table
-from panfm.data.readers.pictures import decode_picture
+from panfm.data.readers.picture import decode_picture
 from panfm.errors import DataError
 from simulations.cohorts.in_memory import picture_store
 from simulations.cohorts.picture_looks import LOOKS, blur, render

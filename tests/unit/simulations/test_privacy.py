@@ -65,7 +65,7 @@ def test_private_arms_spend_their_epsilon(arm, public, monkeypatch):
     total = [*planned(run)] * run.train.rounds
     assert {each.name for each in total} == {"gradients", "saliency"}
     target = float(arm.partition("-")[2])
-    assert target - 0.05 < epsilon(total, run.privacy.delta) <= target == run.privacy.epsilon
+    assert target - 0.05 < epsilon(total, run.patient_dp.delta) <= target == run.patient_dp.epsilon
     assert claim(run) == f"({target:g}, 0.001)-DP per patient of one site, add-or-remove-one"
 
 
@@ -73,12 +73,12 @@ def test_arms_differ_in_noise_clipping_and_start_alone(public):
     runs = {arm: privacy.arm_run(arm, 1, public) for arm in (*ARMS, *REFERENCES)}
     for start, trained in (("cold", "all"), ("warm", "vectors")):
         same = [runs[f"{start}-{each}"] for each in ("inf", "8", "2")]
-        assert len({dump_toml(run.model_copy(update={"privacy": None})) for run in same}) == 1
-        kept = {(run.privacy.trained, run.privacy.sample_rate, run.privacy.public_subjects) for run in same}
+        assert len({dump_toml(run.model_copy(update={"patient_dp": None})) for run in same}) == 1
+        kept = {(run.patient_dp.trained, run.patient_dp.sample_rate, run.patient_dp.public_subjects) for run in same}
         assert kept == {(trained, 0.5, 100)}
         assert claim(same[0]) == NO_CLAIM
     assert {arm for arm, run in runs.items() if run.start} == {"public", *(arm for arm in runs if "warm" in arm)}
-    assert {arm for arm, run in runs.items() if run.privacy is None} == set(REFERENCES)
+    assert {arm for arm, run in runs.items() if run.patient_dp is None} == set(REFERENCES)
     assert {run.train for run in runs.values()} == {runs["cold-8"].train}
 
 
@@ -157,7 +157,7 @@ def test_one_pair_from_start_to_file(monkeypatch, tmp_path, public):
     assert asked[3:] == [f"phantom 100, seed 100, {arm}" for arm in (*ARMS, *REFERENCES)]
     table = json.loads((tmp_path / "out.json").read_text())
     assert [each["met"] for each in table["targets"]] == [True] * 4
-    assert table["config"]["arms"]["warm-8"]["privacy"]["epsilon"] == 8.0
+    assert table["config"]["arms"]["warm-8"]["patient-dp"]["epsilon"] == 8.0
 
 
 def test_the_table_fits_80_columns():

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from panfm.config.site import LimitsConfig
+from panfm.config.site_description import LimitsConfig
 from panfm.config.training import TrainConfig
 from panfm.errors import LimitError
 from panfm.site.admission import check_floors
@@ -133,7 +133,7 @@ def test_a_private_run_takes_part_where_the_site_bounds_epsilon_itself_or_has_no
 standardise = false
 [masking]
 policy = "random"
-[privacy]
+[patient-dp]
 epsilon = 8.0
 delta = 1e-3
 public-subjects = 100

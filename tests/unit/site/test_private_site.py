@@ -14,7 +14,7 @@ import torch
 from panfm.config import dump_toml, experiment_hash, parse_run
 from panfm.errors import BudgetError, ConfigError, LedgerError, ProtocolError
 from panfm.models import build_model
-from panfm.privacy import noised_profile, private_step
+from panfm.privacy import patient_sums, private_step
 from panfm.privacy.ledger import mechanisms_of
 from panfm.privacy.mechanisms import epsilon
 from panfm.privacy.private_step import PrivateGradient
@@ -44,7 +44,7 @@ RANDOM = '[masking]\npolicy = "random"\n'
 GUIDED = '[masking]\nsaliency = "attention"\n'
 DEX = '[model]\nbackbone = "director-experts"\n[model.experts]\nbalance-weight = [0.0, 0.0]\n'
 PRIVACY = """
-[privacy]
+[patient-dp]
 epsilon = 9.0
 delta = 1e-3
 public-subjects = 40
@@ -92,9 +92,9 @@ class Fixed:
 
     def __init__(self, monkeypatch):
         self.random = np.random.default_rng(0)
-        for owner, name in ((PrivateGradient, "total"), (noised_profile, "saliency_sum")):
+        for owner, name in ((PrivateGradient, "total"), (patient_sums, "saliency_sum")):
             monkeypatch.setattr(owner, name, self.instead_of(getattr(owner, name)))
-        for module in (private_step, noised_profile):
+        for module in (private_step, patient_sums):
             monkeypatch.setattr(module, "with_noise", lambda value, deviation: value)
 
     def instead_of(self, summed):
@@ -166,7 +166,7 @@ def test_the_sites_own_public_number_wins(site, tmp_path, write_site):
     assert handshake.subjects == 60
     assert handshake.experiment == experiment_hash(parse_run(asked.run_toml))
     folder = write_site(tmp_path / "gamma", "gamma", ("brain",), extra="[limits]\npublic-subjects = 200\n")
-    with pytest.raises(ConfigError, match=r"limits.public-subjects: 200 patients: privacy.delta: 0.001 is above"):
+    with pytest.raises(ConfigError, match=r"limits.public-subjects: 200 patients: patient-dp.delta: 0.001 is above"):
         Site(folder).handshake(Invitation(asked.run_toml))
 
 
@@ -330,7 +330,7 @@ def test_the_noise_that_is_drawn_is_the_noise_that_is_booked(site, monkeypatch):
 
         return with_noise
 
-    for name, module in (("gradients", private_step), ("saliency", noised_profile)):
+    for name, module in (("gradients", private_step), ("saliency", patient_sums)):
         monkeypatch.setattr(module, "with_noise", note(name, module.with_noise))
     site.train_round(task(extra=GUIDED, privacy=PRIVACY + "clip-norm = 0.25\n"))
     booked = {each.name: each for each in mechanisms_of(spent(site)[-1])}

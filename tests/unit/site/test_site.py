@@ -9,8 +9,7 @@ import torch
 from panfm.config import dump_toml, experiment_hash, parse_run
 from panfm.errors import DataError, ProtocolError
 from panfm.models import build_model
-from panfm.sharing.coding import decode
-from panfm.sharing.downlink import code_step, digests, take_step
+from panfm.sharing.coding import code_step, decode, digests, take_step
 from panfm.sharing.frames import Frame
 from panfm.sharing.groups import GroupManifest
 from panfm.sharing.messages import Invitation, RoundTask

@@ -6,7 +6,7 @@ import pytest
 from panfm.errors import ProtocolError
 from strategies.exact_mean import ExactMean
 from strategies.reply_guards import Directions
-from strategies.strategy_memory import Memory
+from strategies.server_step import Memory
 
 COMMON = np.random.default_rng(0).normal(size=1000)
 

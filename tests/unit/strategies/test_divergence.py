@@ -2,8 +2,7 @@ import numpy as np
 import pytest
 
 from panfm.errors import ProtocolError
-from strategies.group_means import GroupSetup
-from strategies.weighted_means import LayerwiseMean
+from strategies.group_means import GroupSetup, LayerwiseMean
 
 START = np.array([1, 0, 2, 2, 0, 0], np.float32)
 LAYERS = ((2, 0), (2, 0), (2, 0))

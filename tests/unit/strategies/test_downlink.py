@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from flwr.app import ArrayRecord, ConfigRecord
 
-from panfm.sharing.downlink import digests
+from panfm.sharing.coding import digests
 from panfm.sharing.messages import Handshake
 from strategies import Memory
-from strategies.dispatch import Downlink, make_array
+from strategies.round_messages import Downlink, make_array
 
 GROUPS = {"backbone": np.arange(8, dtype=np.float32), "stream:a-mr": np.ones(4, np.float32)}
 STEP = {

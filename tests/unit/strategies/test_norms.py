@@ -7,7 +7,7 @@ import pytest
 from panfm.config import RunConfig
 from panfm.errors import ProtocolError
 from strategies.reply_guards import NormBounds, learning_rates
-from strategies.strategy_memory import Norms, add_norms
+from strategies.server_step import Norms, add_norms
 
 
 def bounds_of(run: RunConfig, number: int, past: Norms) -> NormBounds:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from panfm.config.sharing import AdaptiveConfig, MomentumConfig, PlainStepConfig
-from strategies.server_optimisers import server_step
+from strategies.server_step import server_step
 
 MEANS = np.array([[0.1, -0.2, 0.0], [0.1, 0.3, 0.0], [-0.4, 1e-4, 0.0]], np.float32)
 

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from strategies.dispatch import draw_sites
+from strategies.round_messages import draw_sites
 
 
 def roster(num: int) -> dict[int, SimpleNamespace]:

@@ -72,7 +72,7 @@ def build(make_run):
     def make(pay=lambda number: None, noise=5.0):
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
         table = SiteDpConfig(epsilon=8.0, delta=0.01, num_sites=4, noise_multiplier=noise, clip_norm=CLIP)
-        run = make_run().model_copy(update={"server_privacy": table})
+        run = make_run().model_copy(update={"site_dp": table})
         built = SiteDpMean(run, MANIFEST, ROSTER, pay=pay)
         arrays = ArrayRecord({group: Array(np.zeros(MANIFEST.size(group), np.float32)) for group in MANIFEST.groups})
         list(built.configure_train(5, arrays, ConfigRecord({"run-id": "run-1"}), None))

@@ -1,6 +1,6 @@
 import numpy as np
 
-from strategies.server_optimisers import follow_average
+from strategies.server_step import follow_average
 
 
 def test_by_hand():

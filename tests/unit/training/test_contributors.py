@@ -6,8 +6,7 @@ import numpy as np
 import torch
 
 from panfm.models.tokens import Layout
-from panfm.training.contributors import Contributors, has_loss
-from panfm.training.masking import TokenMask
+from panfm.training.token_mask import Contributors, TokenMask, has_loss
 
 PLACES = torch.tensor([0, 0, 1, 1])
 """Two streams of two places."""

@@ -11,8 +11,8 @@ from torch.testing import assert_close
 from panfm.config.model import ExpertsConfig
 from panfm.models.director_experts import balance_loss, layer_weight
 from panfm.training import gradient
-from panfm.training.masking import TokenMask
-from panfm.training.objective import student_output
+from panfm.training.objectives.interface import student_output
+from panfm.training.token_mask import TokenMask
 from panfm.training.trainer import Trainer
 
 OBJECTIVES = ["latent", "dino", "mae"]

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from panfm.config.masking import MaskingConfig
 from panfm.models.tokens import pack
-from panfm.training.masking import build_policy, draw_mask
 from panfm.training.saliency import normalised_entropy
+from panfm.training.token_mask import build_policy, draw_mask
 
 STREAM_OF_PLACE = torch.arange(3).repeat_interleave(torch.tensor([4, 2, 6]))
 ORGANS = ("heart", "brain", "adipose")

@@ -8,10 +8,10 @@ from torch.testing import assert_close
 
 from panfm.data.store import Batch
 from panfm.models.stems import patchify
-from panfm.training.masking import TokenMask, build_policy, draw_mask
-from panfm.training.objective import student_output
 from panfm.training.objectives.dino.objective import assign
+from panfm.training.objectives.interface import student_output
 from panfm.training.objectives.latent.objective import RunningMoments
+from panfm.training.token_mask import TokenMask, build_policy, draw_mask
 from panfm.training.trainer import Trainer
 
 LATENT_PLAIN = '[objective]\nname = "latent"\nstandardise = false\ncontent-share = 0.0\n'

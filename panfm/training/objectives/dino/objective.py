@@ -23,9 +23,9 @@ from panfm.models import PanModel
 from panfm.models.backbone import Encoded
 from panfm.models.heads import ObjectiveHeads
 from panfm.models.tokens import gather_tokens
-from panfm.training.masking import TokenMask
-from panfm.training.objective import Objective, StudentOutput, Targets, mean_over
 from panfm.training.objectives.dino.config import DinoConfig
+from panfm.training.objectives.interface import Objective, StudentOutput, Targets, mean_over
+from panfm.training.token_mask import TokenMask
 
 
 class DinoObjective(Objective):

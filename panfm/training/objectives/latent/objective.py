@@ -28,9 +28,9 @@ from panfm.models.backbone import Encoded
 from panfm.models.stems import patchify, stem_features, stem_step
 from panfm.models.tokens import Layout, gather_tokens
 from panfm.seeds import torch_generator
-from panfm.training.masking import TokenMask
-from panfm.training.objective import Objective, StudentOutput, Targets, mean_over
+from panfm.training.objectives.interface import Objective, StudentOutput, Targets, mean_over
 from panfm.training.objectives.latent.config import LatentConfig
+from panfm.training.token_mask import TokenMask
 
 
 class RunningMoments:

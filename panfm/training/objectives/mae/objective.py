@@ -23,9 +23,9 @@ from panfm.models.heads import ObjectiveHeads
 from panfm.models.pan import StreamTokenizer
 from panfm.models.stems import patchify
 from panfm.models.tokens import gather_tokens
-from panfm.training.masking import TokenMask
-from panfm.training.objective import Objective, StudentOutput, Targets
+from panfm.training.objectives.interface import Objective, StudentOutput, Targets
 from panfm.training.objectives.mae.config import MaeConfig
+from panfm.training.token_mask import TokenMask
 
 
 class MaeObjective(Objective):

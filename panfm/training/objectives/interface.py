@@ -27,7 +27,7 @@ from panfm.models.backbone import Encoded, Exploration
 from panfm.models.heads import ObjectiveHeads
 from panfm.models.tokens import gather_tokens
 from panfm.registry import import_class
-from panfm.training.masking import TokenMask
+from panfm.training.token_mask import TokenMask
 
 Targets = Mapping[str, Tensor]
 """Tensors that the student has to predict, by name; rows are subjects, or those of them that hold a stream."""

@@ -1,31 +1,30 @@
-"""`[privacy]`: patient-level differential privacy of all that leaves a site.
+"""`[patient-dp]`: patient-level differential privacy of all that leaves a site.
 
 Privacy unit: a patient. Relation: add or remove one. N and q are public numbers, never computed from the data.
 """
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from panfm.config.base import ClipNorm, Positive, Uncoupled
 
-_HABITS = {
-    "seed": "noise and sampling come from the operating system, a known seed lets anybody subtract them; leave it out",
-    "sampling": "batches are Poisson samples, the only kind that is accounted here; leave it out",
-    "shuffle": "batches are Poisson samples, not a shuffled pass over the patients; leave it out",
-    "batch-size": "a batch is a Poisson sample; set sample-rate",
-    "adaptive-clipping": "the clip norm is fixed, following the data costs privacy; set clip-norm",
-    "target-quantile": "the clip norm is fixed, following the data costs privacy; set clip-norm",
-    "chunk": "patients are taken one at a time, so that none shows in another's gradient; leave it out",
-    "release-loss": "raw losses and metrics do not leave a private site; leave it out",
-    "release-counts": "raw counts do not leave a private site; set public-subjects",
-}
-"""Keys that other frameworks have -> why there is none here, and what to do."""
 
-
-class PrivacyConfig(Uncoupled):
+class PatientDpConfig(Uncoupled):
     """Patient-level differential privacy of all that leaves a site. Leave the table out to train without."""
 
+    habits: ClassVar[Mapping[str, str]] = {
+        "seed": "noise and sampling come from the system, a known seed lets anybody subtract them; leave it out",
+        "sampling": "batches are Poisson samples, the only kind that is accounted here; leave it out",
+        "shuffle": "batches are Poisson samples, not a shuffled pass over the patients; leave it out",
+        "batch-size": "a batch is a Poisson sample; set sample-rate",
+        "adaptive-clipping": "the clip norm is fixed, following the data costs privacy; set clip-norm",
+        "target-quantile": "the clip norm is fixed, following the data costs privacy; set clip-norm",
+        "chunk": "patients are taken one at a time, so that none shows in another's gradient; leave it out",
+        "release-loss": "raw losses and metrics do not leave a private site; leave it out",
+        "release-counts": "raw counts do not leave a private site; set public-subjects",
+    }
     epsilon: Annotated[float, Field(ge=0.01, le=1e3)]
     """Budget of every site, over all runs on its patients; a site's own smaller limit wins."""
     delta: Annotated[float, Field(ge=1e-12, le=0.5)]
@@ -46,11 +45,3 @@ class PrivacyConfig(Uncoupled):
     needs it."""
     acknowledge_broken_guarantee: bool = False
     """Train on although something breaks the guarantee; every artefact then says `noise only, no DP claim`."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _habits_of_other_frameworks(cls, table: Any) -> Any:
-        for key in table if isinstance(table, dict) else ():
-            if key in _HABITS:
-                raise ValueError(f"{key}: {_HABITS[key]}")
-        return table

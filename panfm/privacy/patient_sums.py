@@ -1,4 +1,4 @@
-"""The sum of clipped per-patient gradients: the one number in a private step that touches patients.
+"""Sums over patients to which no patient adds more than a known norm; all that a private round computes of patients.
 
     S = sum_j g_j min(1, C / ||g_j||),   g_j the gradient of the loss of patient j alone, ||.|| over all parameters
 
@@ -16,6 +16,16 @@ batches were of different sizes (`tests/attacks/test_private_step.py`). `simulat
 What is not proved: that a library computes the same bits from the same numbers twice. Tensors are aligned alike and the
 number of threads is fixed, which is what MKL asks for.
 
+The saliency profile of a site is released once a round, from a noised sum over all its patients:
+
+    V = sum_j (a_j, e_j) + N(0, (z sqrt 2)^2)
+
+with a_j the shares of patient j over the streams, and e_j an equal split over those that j has. Both are non-negative
+and sum to 1. The profile is V's first half over its second: what streams get relative to an equal split, both with one
+standard deviation of the noise added, so that it tends to 1 where the noise leaves nothing to tell. A share is at most
+1 and an equal split at least 1/S, so a profile without noise lies in [0, S]; a noised one is cut to that.
+
+Shape legend: S streams.
 Source: Abadi et al. 2016, "Deep Learning with Differential Privacy", Algorithm 1.
 """
 
@@ -28,6 +38,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from panfm.data.store import Batch, ImageStore
+from panfm.privacy.mechanisms import SALIENCY_SENSITIVITY
+from panfm.privacy.randomness import with_noise
+from panfm.training.trainer import Trainer
 
 
 def patients_with_streams(store: ImageStore, indices: NDArray[np.int64], streams: Sequence[str]) -> NDArray[np.int64]:
@@ -71,3 +84,38 @@ def add_clipped(total: Mapping[str, Tensor], gradient: Mapping[str, Tensor], cli
     factor = clip_norm / norm if norm > clip_norm else 1.0
     for name, value in gradient.items():
         total[name].add_(value, alpha=factor)
+
+
+def noisy_profile(trainer: Trainer, store: ImageStore, indices: NDArray[np.int64]) -> Tensor:
+    """Saliency per stream relative to an equal split [S], from 0 to the number of streams that the site holds."""
+    private = trainer.run.patient_dp
+    assert private is not None
+    total = saliency_sum(trainer, store, indices)
+    deviation = private.statistics_noise * SALIENCY_SENSITIVITY
+    shares, equal = with_noise(total, deviation).clamp_min(0.0) + deviation
+    most = sum(name in store.images for name in trainer.model.stream_names)
+    return (shares / equal).clamp_max(most).float().to(trainer.device)
+
+
+@torch.no_grad()
+def saliency_sum(trainer: Trainer, store: ImageStore, indices: NDArray[np.int64]) -> Tensor:
+    """Sum over patients of shares and equal splits, float64 [2, S].
+
+    Guarantees:
+        bounded: leaving a patient out changes it by at most sqrt 2, in L2.
+    """
+    names = trainer.model.stream_names
+    total = torch.zeros(2, len(names), dtype=torch.float64)
+    for index in patients_with_streams(store, indices, names):
+        vector = saliency_vector(trainer, one_patient(store, int(index), trainer.device))
+        norm = float(vector.norm())
+        if math.isfinite(norm):
+            total += vector * min(1.0, SALIENCY_SENSITIVITY / norm)
+    return total
+
+
+def saliency_vector(trainer: Trainer, maps: Batch) -> Tensor:
+    """Shares and equal split of one patient, float64 [2, S]; from this patient alone, to the bit."""
+    full = trainer.teacher.encode(maps, saliency=trainer.run.masking.saliency)
+    shares, present = (value[0].double().cpu() for value in trainer.stream_saliency(full))
+    return torch.stack([shares, present / present.sum()])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from panfm.data.readers.reader import ImageError, Picture, file_at_fault, file_fingerprint, first_bytes, read_bytes
+from panfm.data.readers import ImageError, Picture, file_at_fault, file_fingerprint, first_bytes, read_bytes
 
 _FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM", "JPEG2000")
 """All that Pillow may try: for others it starts programs (Ghostscript)."""

@@ -8,12 +8,11 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from panfm.config.federation import FederationConfig
 from panfm.errors import ProtocolError
 from panfm.seeds import numpy_generator
-from panfm.sharing.coding import Arrays
-from panfm.sharing.downlink import digests
+from panfm.sharing.coding import Arrays, digests
 from panfm.sharing.groups import Flat
 from panfm.sharing.messages import Handshake, Records, check_count, check_words, digest_words, teacher_name
 from panfm.sharing.npy import NpySpace, to_npy, view_npy
-from strategies.strategy_memory import Memory
+from strategies.server_step import Memory
 
 
 def draw_sites(

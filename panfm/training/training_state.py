@@ -18,7 +18,7 @@ from panfm.data.store import Batch, ImageStore
 from panfm.models import PanModel, build_model
 from panfm.models.transfer import load_with_fresh_private
 from panfm.privacy.guarantees import checked_run
-from panfm.training.objective import build_objective
+from panfm.training.objectives.interface import build_objective
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _CHUNK_BYTES = 1 << 28
@@ -66,7 +66,7 @@ class TrainingState:
         if self.run.model.tokenizer == "patch":
             return store
         if store not in self._stemmed:
-            self._stemmed[store] = _stem_store(store, self.model, chunk=1 if self.run.privacy else 64)
+            self._stemmed[store] = _stem_store(store, self.model, chunk=1 if self.run.patient_dp else 64)
         return self._stemmed[store]
 
     def set_gradient(self, gradient: Mapping[str, Tensor]) -> None:

@@ -1,6 +1,6 @@
 """Parts that several groups of commands share: errors as lines, progress bars, common arguments."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,6 +12,9 @@ from panfm.errors import DataError, PanfmError
 
 if TYPE_CHECKING:
     import click
+
+    from panfm.config import StreamConfig
+    from panfm.data.store import ImageStore
 
 Model = Annotated[Path, typer.Argument(help="Folder of a model: <run folder>/model.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="key=value, e.g. train.rounds=3.")]
@@ -43,6 +46,14 @@ def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(label, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def open_stores(sites: Sequence[Path], streams: Mapping[str, "StreamConfig"]) -> list["ImageStore"]:
+    """The images of site folders for a run's streams, read under a progress bar."""
+    from panfm.data.cache import open_store
+
+    with progress_bar("reading images") as progress:
+        return [open_store(site, streams, progress=lambda _, done, total: progress(done, total)) for site in sites]
 
 
 def check_model(folder: Path) -> None:

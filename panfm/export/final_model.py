@@ -13,7 +13,7 @@ from panfm import __version__
 from panfm.anatomy import Modality, parse_stream
 from panfm.config import RunConfig, StreamConfig
 from panfm.config.sharing import SharingConfig
-from panfm.data.intensity import intensity_rule
+from panfm.data.read import intensity_rule
 from panfm.errors import ConfigError, DataError
 from panfm.evaluate.embed import load_model
 from panfm.files import json_text

@@ -1,24 +1,31 @@
-"""Draws which tokens are hidden from the student.
+"""Draws which tokens are hidden from the student, and counts the subjects behind a round's update.
 
 Exactly `round(ratio x tokens)` patches of a subject are hidden (at least one, never all); the policy (`policies.py`)
 decides how that budget is spread over streams. A patch's key is its stream's score plus Gumbel noise, and the patches
 with the highest keys are hidden: sampling without replacement in proportion to exp(score) (Kool et al. 2019,
 Gumbel-top-k).
 
+A subject from whom nothing is hidden has no loss to speak of, so it does not count. Of the others, a subject counts for
+a stream where it has hidden tokens, where it has visible ones, and for an expert that its tokens go through.
+
 Shape legend: B subjects, N places, S streams, V visible and K hidden places.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from panfm.config.masking import MaskingConfig
+from panfm.models.backbone import Encoded
 from panfm.models.tokens import Layout
 from panfm.registry import MASKING_POLICIES
 from panfm.training.policies import MaskingPolicy
+from panfm.training.saliency import streams_present
 
 
 @dataclass(frozen=True)
@@ -79,3 +86,45 @@ def draw_mask(
 def _gumbel(shape: torch.Size, generator: torch.Generator) -> Tensor:
     uniform = torch.rand(shape, generator=generator).clamp(1e-7, 1.0 - 1e-7)
     return -(-uniform.log()).log()
+
+
+def has_loss(mask: TokenMask) -> NDArray[np.bool_]:
+    """Which subjects of a batch have hidden tokens to predict, bool [B]."""
+    has_hidden: NDArray[np.bool_] = mask.hidden.valid.any(dim=1).cpu().numpy()
+    return has_hidden
+
+
+class Contributors:
+    """Counts the distinct subjects behind the steps of a round."""
+
+    def __init__(self, num_subjects: int, num_streams: int, experts: Mapping[str, int]) -> None:
+        """Start a round.
+
+        Args:
+            num_subjects: Of the site's store.
+            experts: Layer -> number of its experts.
+        """
+        self._hidden = np.zeros((num_streams, num_subjects), dtype=bool)
+        self._visible = np.zeros((num_streams, num_subjects), dtype=bool)
+        self._experts = {layer: np.zeros((count, num_subjects), dtype=bool) for layer, count in experts.items()}
+
+    def add(
+        self, subjects: NDArray[np.int64], mask: TokenMask, encoded: Encoded, stream_of_place: torch.Tensor
+    ) -> None:
+        """Count a step's subjects [B], as indices into the store."""
+        counting = has_loss(mask)
+        for marks, layout in ((self._hidden, mask.hidden), (self._visible, mask.visible)):
+            present = streams_present(layout, stream_of_place, len(marks)).cpu().numpy()
+            marks[:, subjects[counting]] |= present[counting].T
+        for marks, routed in zip(self._experts.values(), encoded.routed, strict=True):
+            chosen = routed.chosen.cpu().numpy().reshape(len(subjects), -1)  # by subject, or by each of its tokens
+            marks[chosen[counting], subjects[counting, None]] = True
+
+    def per_stream(self) -> list[int]:
+        """Subjects behind each stream: those who predict its tokens or those who show them, whichever are fewer."""
+        fewest: list[int] = np.minimum(self._hidden.sum(axis=1), self._visible.sum(axis=1)).tolist()
+        return fewest
+
+    def per_expert(self) -> dict[str, list[int]]:
+        """Layer -> subjects whose tokens went through each of its experts."""
+        return {layer: marks.sum(axis=1).tolist() for layer, marks in self._experts.items()}

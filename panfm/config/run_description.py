@@ -14,7 +14,7 @@ from panfm.config.federation import FederationConfig
 from panfm.config.masking import MaskingConfig
 from panfm.config.model import ModelConfig
 from panfm.config.objective import ObjectiveConfig
-from panfm.config.privacy import PrivacyConfig
+from panfm.config.patient_dp import PatientDpConfig
 from panfm.config.probe import ProbeConfig
 from panfm.config.sharing import SharingConfig
 from panfm.config.site_dp import SiteDpConfig
@@ -40,9 +40,9 @@ class RunConfig(Config):
     sharing: SharingConfig = SharingConfig()
     federation: FederationConfig = FederationConfig()
     probe: ProbeConfig = ProbeConfig()
-    privacy: PrivacyConfig | None = None
+    patient_dp: PatientDpConfig | None = None
     """Differential privacy of patients; off when left out."""
-    server_privacy: SiteDpConfig | None = None
+    site_dp: SiteDpConfig | None = None
     """Differential privacy of sites, at the server; off when left out."""
     start: StartConfig | None = None
     """A trained model to start from; parameters are drawn by `seed` when left out."""
