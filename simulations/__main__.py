@@ -41,7 +41,7 @@ def run(
         raise ConfigError(f"--engine {engine}: expected one of {', '.join(ENGINES)}")
     # A mistake is told before torch is imported, which takes seconds.
     load_simulation(resume / "run.toml") if resume else load_simulation(experiment, overrides or ())
-    from simulations.run import simulate
+    from simulations.simulate import simulate
 
     simulate(experiment, overrides or (), out=out, resume=resume, engine=engine)
 
@@ -103,18 +103,18 @@ def same_bits(
 
 
 def _pass_on(verb: str, package: str, name: str, words: list[str]) -> None:
-    """Hand the rest of the command line to `main` of `simulations/<package>/<name>.py`."""
-    folder = Path(__file__).parent / package
-    known = {path.stem.replace("_", "-"): _first_line(path) for path in sorted(folder.glob("[a-z]*.py"))}
+    """Hand the rest of the command line to `main` of the file of a study or bench."""
+    paths = (Path(__file__).parent / package).glob("[a-z]*.py")
+    known = dict(sorted((path.stem.removesuffix("_study").replace("_", "-"), path) for path in paths))
     if name in ("--help", "-h"):
         typer.echo(f"python -m simulations {verb} NAME [--help]\n")
-        typer.echo("\n".join(f"  {other:20} {line}" for other, line in known.items()))
+        typer.echo("\n".join(f"  {other:20} {_first_line(path)}" for other, path in known.items()))
         return
     if name not in known:
         raise ConfigError(f"{name}: unknown, expected one of {', '.join(known)}")
     _check_experiment(words)
     command = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    command.command()(import_module(f"simulations.{package}.{name.replace('-', '_')}").main)
+    command.command()(import_module(f"simulations.{package}.{known[name].stem}").main)
     command(args=_with_json_path(words, f"{name}.json"), prog_name=f"python -m simulations {verb} {name}")
 
 

@@ -9,7 +9,7 @@ from panfm.config import StreamConfig
 from panfm.data.read import prepare_picture, prepare_volume
 from panfm.data.store import ImageStore
 from simulations.cohorts.phantom_draw import Phantom, Subjects, organs_of
-from simulations.cohorts.pictures import Patient, check_streams
+from simulations.cohorts.picture_cohort import Patient, check_streams
 
 
 def phantom_store(

@@ -17,10 +17,10 @@ from pydantic import Field, model_validator
 from panfm.config.base import Config, Name, Positive, Seed
 from panfm.data.template import write_site_folder
 from panfm.files import new_folder
+from simulations.cohorts.cohort_source import CohortSource, Progress, Streams, refuse_holdout, texts_of
 from simulations.cohorts.phantom_body import ORGANS
 from simulations.cohorts.phantom_draw import Phantom, Subjects, organs_of
 from simulations.cohorts.phantom_labels import LABELS
-from simulations.cohorts.source import CohortSource, Progress, Streams, refuse_holdout, texts_of
 
 VALIDATION_EVERY = 10
 """Every tenth patient of a site is its validation split."""

@@ -14,7 +14,7 @@ from panfm.errors import ConfigError, DataError
 from panfm.privacy.guarantees import load_checked_run
 from panfm.texts import check_text
 from simulations.cohorts import COHORTS
-from simulations.cohorts.source import CohortSource, Streams
+from simulations.cohorts.cohort_source import CohortSource, Streams
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -29,7 +29,7 @@ from panfm.data.template import write_site_folder
 from panfm.errors import ConfigError, DataError
 from panfm.files import new_folder
 from panfm.seeds import numpy_generator
-from simulations.cohorts.source import CohortSource, Progress, Streams, listing_of, texts_of
+from simulations.cohorts.cohort_source import CohortSource, Progress, Streams, listing_of, texts_of
 
 ENVIRONMENT = "PANFM_REAL_DATA"
 HIPPOCAMPUS = "hippocampus-mr"

@@ -1,7 +1,7 @@
 """`python -m simulations same-bits BASE`: compares the results of this tree with those of a commit, bit for bit.
 
 Both versions do the same small runs on this machine, at the same time, each on a cohort that it makes from the same
-description. Then models, states, rounds and replies are compared (compare.py).
+description. Then models, states, rounds and replies are compared (comparison.py).
 """
 
 import shutil
@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from panfm.errors import RunError
-from simulations.same_bits.compare import PARTS, Allowances, Difference, compare
+from simulations.same_bits.comparison import PARTS, Allowances, Difference, compare
 from simulations.same_bits.runs import FIRST, Run
 from simulations.same_bits.sides import ROOT, Side, checked_out
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from panfm.errors import ConfigError
-from simulations.same_bits.compare import PARTS
+from simulations.same_bits.comparison import PARTS
 
 DESCRIPTION = """
 name = "same-bits"

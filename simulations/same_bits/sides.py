@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from panfm.errors import ConfigError, RunError, one_line
-from simulations.same_bits.compare import RunFiles
+from simulations.same_bits.comparison import RunFiles
 from simulations.same_bits.hooks.sitecustomize import REPLIES, STOPPED
 from simulations.same_bits.runs import DESCRIPTION, FIRST, STOP_ROUND, Run
 

@@ -26,7 +26,7 @@ from panfm.models.backbone import Route
 from panfm.report.console_tables import number_text
 from panfm.sharing.groups import stream_of
 from panfm.training.trainer import Trainer
-from simulations.cohorts.pictures import PictureCohort
+from simulations.cohorts.picture_cohort import PictureCohort
 from simulations.cohorts.prepare import cohort_of, load_simulation
 from simulations.harness import QUICKSTART, StudyResult
 from simulations.studies._routing import seed_routing

@@ -18,7 +18,7 @@ from pydantic import Field
 
 from panfm.data.template import write_site_folder
 from panfm.files import new_folder
-from simulations.cohorts.source import CohortSource, Progress, Streams, texts_of
+from simulations.cohorts.cohort_source import CohortSource, Progress, Streams, texts_of
 
 
 class StripesCohort(CohortSource):
@@ -91,7 +91,7 @@ def test_a_cohort_costs_two_files(tmp_path):
     (tmp_path / "run.toml").write_text(RUN)
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.stdout.splitlines() == [
-        "run.toml: cohort.subjects: Input should be greater than 0 (got 0)",
+        "run.toml: cohort.subjects: found 0, expected a number above 0",
         "{'kind': 'stripes', 'subjects': 2}",
         "stripes 2",
         "True False",

@@ -18,13 +18,13 @@ from simulations.cohorts.phantom import PhantomCohort
 from simulations.cohorts.prepare import cohort_folder, load_simulation, prepare_cohort, with_cohort
 from simulations.cohorts.real_images import RealImagesCohort
 from simulations.engines.offline import go_offline
-from simulations.run import simulate
+from simulations.simulate import simulate
 
 
 @pytest.fixture
 def experiment(federation, monkeypatch) -> Path:
     """A run over the small hospitals as an existing cohort folder; probes are tried elsewhere."""
-    monkeypatch.setattr("simulations.run.finish", lambda *_: None)
+    monkeypatch.setattr("simulations.simulate.finish", lambda *_: None)
     monkeypatch.chdir(federation.folder)
     path = federation.folder / "experiment.toml"
     path.write_text(dump_toml(federation.describe("train.rounds=2")) + '\n[cohort]\nkind = "folder"\npath = "."\n')

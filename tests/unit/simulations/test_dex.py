@@ -10,7 +10,7 @@ from rich.console import Console
 from panfm.models import build_model
 from panfm.models.backbone import Routed
 from simulations.harness import StudyOptions, StudyResult
-from simulations.studies import dex
+from simulations.studies import dex_study as dex
 from simulations.studies._modalities import CohortJob, Pictures, print_result, probe_joined, study_run, with_backbone
 
 PROBES = {"probe_own", "probe_pooled", "probe_heldout", "probe_lomo", "cka"}

@@ -6,7 +6,7 @@ import torch
 
 from panfm.sharing.groups import EXPERTS, ROUTER
 from simulations.harness import StudyOptions
-from simulations.studies import dex_federated as study
+from simulations.studies import dex_federated_study as study
 from simulations.studies._modalities import Pictures, half_interval
 
 DEX_ARMS = ("private", "pooled", "naive", "local", "centralised")

@@ -10,8 +10,9 @@ from panfm.config import load_run
 from panfm.evaluate.result import read_result
 from simulations.cohorts.prepare import prepare_cohort
 from simulations.harness import QUICKSTART, StudyOptions, StudyResult
-from simulations.run import simulate
-from simulations.studies import coding, server_optimisers
+from simulations.simulate import simulate
+from simulations.studies import coding_study as coding
+from simulations.studies import server_optimisers_study as server_optimisers
 from simulations.studies._federations import compare, federate, show
 
 RUN = """

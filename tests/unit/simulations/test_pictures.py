@@ -15,9 +15,9 @@ from panfm.data.labels import read_label_table
 from panfm.data.readers.picture import decode_picture
 from panfm.errors import DataError
 from simulations.cohorts.in_memory import picture_store
+from simulations.cohorts.picture_cohort import Patient, PictureCohort, draw_places, patient_labels
 from simulations.cohorts.picture_looks import LOOKS, blur, render
 from simulations.cohorts.picture_shapes import SHAPES, SIZE, draw_mask
-from simulations.cohorts.pictures import Patient, PictureCohort, draw_places, patient_labels
 
 COLOUR = {Modality.FUNDUS, Modality.PATHOLOGY, Modality.ENDOSCOPY, Modality.PHOTO}
 STREAMS = {

@@ -7,9 +7,18 @@ from rich.console import Console
 
 from panfm.config.sharing import GuardsConfig
 from simulations.harness import StudyResult
-from simulations.studies import poisoning
+from simulations.studies import poisoning_study as poisoning
 from simulations.studies._federations import Federated
-from simulations.studies.poisoning import ArmJob, arms, damage, hostile_names, largest_share, show, study_run, targets
+from simulations.studies.poisoning_study import (
+    ArmJob,
+    arms,
+    damage,
+    hostile_names,
+    largest_share,
+    show,
+    study_run,
+    targets,
+)
 
 
 def toy() -> StudyResult:

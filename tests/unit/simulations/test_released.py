@@ -17,7 +17,7 @@ from simulations.studies._released import (
     Released,
     RouterFromZero,
 )
-from simulations.studies.dex import RELEASED, arm_run
+from simulations.studies.dex_study import RELEASED, arm_run
 
 QUIET = Exploration(1.0, torch.zeros_like)
 """Exploration without its random part: what is left favours experts that are seldom active."""

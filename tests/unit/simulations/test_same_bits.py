@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from panfm.errors import ConfigError, DataError, RunError
 from simulations.__main__ import app
 from simulations.same_bits.command import compare_trees, show
-from simulations.same_bits.compare import PARTS, Allowances, RunFiles, compare
+from simulations.same_bits.comparison import PARTS, Allowances, RunFiles, compare
 from simulations.same_bits.hooks import sitecustomize as hooks
 from simulations.same_bits.runs import FIRST, RUNS, chosen
 from simulations.same_bits.sides import ROOT, digest

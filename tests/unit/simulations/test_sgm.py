@@ -7,7 +7,7 @@ import pytest
 
 from simulations.cohorts.phantom_draw import PRESETS
 from simulations.harness import StudyResult, Target
-from simulations.studies import sgm
+from simulations.studies import sgm_study as sgm
 from simulations.studies._phantoms import PhantomDraw, render_draw
 
 ORGANS = ("brain", "heart", "adipose", "liver", "kidney", "spleen", "pancreas")

@@ -9,8 +9,8 @@ from rich.console import Console
 from panfm.config import load_run
 from panfm.data.store import ImageStore
 from simulations.harness import QUICKSTART, StudyResult
-from simulations.studies import sharing
-from simulations.studies.sharing import ARMS, ArmJob, show, study_run, targets, train_arm
+from simulations.studies import sharing_study as sharing
+from simulations.studies.sharing_study import ARMS, ArmJob, show, study_run, targets, train_arm
 
 
 def test_the_table_fits_80_columns():

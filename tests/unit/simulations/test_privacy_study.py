@@ -14,8 +14,8 @@ from panfm.models import build_model
 from panfm.privacy.guarantees import NO_CLAIM, claim
 from panfm.privacy.mechanisms import epsilon, planned
 from simulations.harness import QUICKSTART, StudyOptions, StudyResult
-from simulations.studies import privacy
-from simulations.studies.privacy import ARMS, METRICS, REFERENCES, ArmJob, CohortJob, PublicJob, answers, targets
+from simulations.studies import privacy_study as privacy
+from simulations.studies.privacy_study import ARMS, METRICS, REFERENCES, ArmJob, CohortJob, PublicJob, answers, targets
 
 NOISE_OF = privacy.noise_of
 

@@ -22,9 +22,9 @@ from panfm.data.template import write_site_folder
 from panfm.errors import DataError
 from panfm.files import new_folder
 from panfm.seeds import numpy_generator
+from simulations.cohorts.cohort_source import Progress, StreamCohort, Streams, StreamSiteConfig, texts_of
 from simulations.cohorts.picture_looks import render
 from simulations.cohorts.picture_shapes import SHAPES, draw_mask
-from simulations.cohorts.source import Progress, StreamCohort, Streams, StreamSiteConfig, texts_of
 
 VALIDATION_EVERY = 10
 """Of each stream, every tenth patient of a site is its validation split."""
