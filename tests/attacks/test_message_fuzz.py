@@ -291,6 +291,7 @@ def _npy(header: str) -> bytes:
 def test_sites_send_hostile_replies_and_the_server_averages_the_others(make_run, count):
     """Ten rounds' worth of hostile replies beside a sound one, in each round."""
     draw, rounds = random.Random(count), count // 2
+    build(make_run()).aggregate_train(5, [message(11, reply(11, 0.5))])  # compiles the mean, once per process
     for _ in range(rounds):
         strategy = build(make_run())
         sent = [message(11, reply(11, 0.5))]

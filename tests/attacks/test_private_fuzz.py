@@ -9,7 +9,7 @@ import pytest
 
 from panfm.config import parse_run
 from panfm.errors import ConfigError
-from panfm.privacy.guarantees import NO_CLAIM, claim
+from panfm.privacy.guarantees import NO_CLAIM, checked_run, claim
 from panfm.privacy.mechanisms import SALIENCY_SENSITIVITY, planned
 from panfm.privacy.patient_sums import saliency_sum
 from tests.attacks.private_steps import (
@@ -115,7 +115,7 @@ def attack(seed, attacks):
     outside = draw.random() < 0.15
     text = hostile_description(draw, outside)
     try:
-        run = parse_run(text)
+        run = checked_run(parse_run(text))
     except ConfigError:
         assert outside or couples_patients(text), text
         return "refused"

@@ -248,13 +248,13 @@ class UndeclaredObjective(ObjectiveConfig):
 
 
 def test_a_registered_objective_that_does_not_declare_what_couples_patients_is_refused(monkeypatch):
-    """It trains; a private run of it is refused when its description is read."""
+    """It trains; a private run of it is refused wherever its description is let in."""
     monkeypatch.setattr(OBJECTIVES, "_targets", dict(OBJECTIVES._targets))
     OBJECTIVES.register("undeclared", UndeclaredObjective)
     table = '[objective]\nname = "undeclared"\n'
     assert isinstance(parse_run(RUN + table).objective, UndeclaredObjective)
     with pytest.raises(ConfigError, match='objective: "undeclared" does not declare whether it couples patients'):
-        parse_run(RUN + table + RANDOM + PRIVACY)
+        checked_run(parse_run(RUN + table + RANDOM + PRIVACY))
 
 
 def test_a_stream_that_does_not_declare_what_couples_patients_is_not_claimed_private():

@@ -125,7 +125,7 @@ BAD_VALUES = {
     ),
     "train.rounds": "override 'train.rounds': expected key=value, e.g. train.rounds=3",
     "=3": "override '=3': expected key=value, e.g. train.rounds=3",
-    "cohort=3": "cohort: Input should be a valid dictionary (got 3)",
+    "cohort=3": "cohort: found 3, expected a table",
     "cohort.made={ on = [1, 1979-05-27] }": "cohort: made.on.1: found datetime.date(1979, 5, 27), expected text, "
     "a finite number, true, false, list or table",
     "cohort.seed=nan": "cohort: seed: found nan, expected text, a finite number, true, false, list or table",
@@ -173,7 +173,7 @@ def test_keys_of_an_objective_are_those_of_the_one_that_is_named(run_file):
     [line] = complaints(load_run, run_file, ["objective.name=mae", "objective.beta=1.0"])
     assert line == f"{run_file}: objective.beta: unknown key, known: name"
     [line] = complaints(load_run, run_file, ["objective.name=dino", "objective.prototypes=0"])
-    assert line == f"{run_file}: objective.prototypes: Input should be greater than 0 (got 0)"
+    assert line == f"{run_file}: objective.prototypes: found 0, expected a number above 0"
 
 
 def test_overrides(run_file):

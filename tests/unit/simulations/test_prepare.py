@@ -73,7 +73,7 @@ BAD_COHORTS = {
     "cohort.kind=3": "cohort.kind: found 3, expected one of phantom, modalities, real-images, real-modalities, folder",
     "cohort.kind=fantom": "cohort.kind: found 'fantom', expected one of phantom, modalities, real-images, "
     "real-modalities, folder, did you mean 'phantom'?",
-    "cohort.sites.folder.subjects=0": "cohort.sites.folder.subjects: Input should be greater than 0 (got 0)",
+    "cohort.sites.folder.subjects=0": "cohort.sites.folder.subjects: found 0, expected a number above 0",
     "cohort.sites.folder.age-shift=inf": "cohort: sites.folder.age-shift: found inf, expected text, a finite number, "
     "true, false, list or table",
     "cohort.sites.holdout={organs=['brain'], subjects=3}": (
