@@ -2,6 +2,7 @@
 
 import ast
 import tomllib
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,17 @@ def test_the_library_knows_nothing_of_flower_and_ray(package):
     for path in sources(package):
         roots = {name.split(".")[0] for name in imports(path)}
         assert not roots & {"flwr", "ray"}, path.relative_to(ROOT)
+
+
+def test_file_names_are_unique():
+    """But for names that Flower asks for, the files of an objective, and studies, which are named as their commands."""
+    names = Counter(
+        path.stem
+        for package in HOUSE
+        for path in sources(package)
+        if path.stem not in ("__init__", "__main__", "app") and not {"objectives", "studies"} & set(path.parts)
+    )
+    assert [name for name, count in names.items() if count > 1] == []
 
 
 def test_the_library_imports_downwards_only():
