@@ -3,13 +3,14 @@
 The same Trainer, loop, seeds and schedule as in a federation, without messages in between.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
 from panfm.config import RunConfig
-from panfm.data.store import ImageStore
+from panfm.data.store import ImageStore, join_stores
 from panfm.models import PanModel
+from panfm.training.gradient import TrainResult
 from panfm.training.trainer import Trainer
 
 
@@ -19,14 +20,12 @@ def train_alone(
     name: str,
     *,
     start: Mapping[str, Tensor] | None = None,
-    on_round: Callable[[int], None] = lambda _: None,
 ) -> PanModel:
     """Train on one store for as many rounds and local steps as a site of the federation takes.
 
     Args:
         name: Stands for the site in the seeds.
         start: Shared parameters of a warm start.
-        on_round: Called with the number of rounds done.
     Returns:
         The model, over the store's streams only.
     """
@@ -34,14 +33,25 @@ def train_alone(
     if start:
         trainer.load_shared({name: start[name] for name in trainer.shared_state()})
         trainer.reset_private()
-    for done in range(run.train.rounds):
-        trainer.train(
-            store,
-            store.indices("train"),
-            first_step=done * run.train.local_steps,
-            num_steps=run.train.local_steps,
-            site=name,
-            round_number=done + 1,
-        )
-        on_round(done + 1)
+    for round_number in range(1, run.train.rounds + 1):
+        train_round(trainer, store, name, round_number)
     return trainer.model.cpu()
+
+
+def train_round(trainer: Trainer, store: ImageStore, name: str, round_number: int) -> TrainResult:
+    """Train for one round's local steps on the training subjects of a store, as a site of this name does."""
+    num_steps = trainer.run.train.local_steps
+    return trainer.train(
+        store,
+        store.indices("train"),
+        first_step=(round_number - 1) * num_steps,
+        num_steps=num_steps,
+        site=name,
+        round_number=round_number,
+    )
+
+
+def train_together(run: RunConfig, stores: Sequence[ImageStore]) -> PanModel:
+    """Train on the images of all sites in one place, for as many local steps as all sites together take."""
+    train = run.train.model_copy(update={"local_steps": run.train.local_steps * len(stores)})
+    return train_alone(run.model_copy(update={"train": train}), join_stores(stores), "everyone")

@@ -15,8 +15,7 @@ from panfm.config import RunConfig, dump_toml, load_site, parse_run, site_folder
 from panfm.data.cache import open_store
 from panfm.errors import DataError
 from panfm.evaluate.embed import load_model
-from panfm.evaluate.probe_cohort import Task, evaluate_cohort
-from panfm.evaluate.probe_labels import LabelledStore, read_label_info
+from panfm.evaluate.probe_cohort import evaluate_cohort
 from panfm.evaluate.result import ProbeResult, write_result
 from panfm.models import PanModel, build_model
 from panfm.models.transfer import load_with_fresh_private
@@ -26,7 +25,10 @@ from panfm.report.report_page import write_report
 from panfm.report.run_files import read_run
 from server.run_folder import RunFolder
 from simulations.alone import train_alone
+from simulations.cohorts.opened import OpenedCohort
 from simulations.harness import run_jobs
+
+_GRID_ARMS = ("federated", "untrained", "statistics")
 
 
 @dataclass(frozen=True)
@@ -56,15 +58,15 @@ def finish(run: RunConfig, cohort: Path, run_dir: Path, console: Console) -> Non
     """
     if (cohort / "holdout" / "site.toml").is_file():
         write_result(run_dir / "probe.json", _labelled(run, probe_run(run, cohort, run_dir, console)))
-    found = read_run(run_dir)
-    print_tables(found, console)
-    console.print(f"report: {write_report(found)}")
+    files = read_run(run_dir)
+    print_tables(files, console)
+    console.print(f"report: {write_report(files)}")
 
 
-def _labelled(run: RunConfig, found: ProbeResult) -> ProbeResult:
-    """Add a note with the run's privacy label."""
+def _labelled(run: RunConfig, result: ProbeResult) -> ProbeResult:
+    """The result with a note of the run's privacy."""
     label = privacy_label(run)
-    return found if label == "none" else replace(found, notes=(*found.notes, f"privacy: {label}"))
+    return result if label == "none" else replace(result, notes=(*result.notes, f"privacy: {label}"))
 
 
 def probe_run(run: RunConfig, cohort: Path, run_dir: Path, console: Console) -> ProbeResult:
@@ -78,17 +80,15 @@ def probe_run(run: RunConfig, cohort: Path, run_dir: Path, console: Console) -> 
     if start := RunFolder(run_dir, run).start():
         models["start"] = build_model(run)
         load_with_fresh_private(models["start"], run.sharing, start, models["start"].state_dict())
-    places = [LabelledStore.open(folder, run.streams) for folder in folders]
-    info = read_label_info(cohort)
-    if not info:
+    opened = OpenedCohort.open(cohort, run)
+    if not opened.labels:
         raise DataError(f"{cohort / 'cohort.toml'}: no [labels.<name>], expected at least one to probe")
-    task = Task(run, places, LabelledStore.open(cohort / "holdout", run.streams), info)
     with Progress(console=console) as bar:
         shown = bar.add_task("probing")
 
         def show(arm: str, number: int, total: int) -> None:
             bar.update(shown, description=f"probing {arm}", completed=number, total=total)
 
-        result = evaluate_cohort(task, models, grid_arms=("federated", "untrained", "statistics"), on_arm=show)
+        result = evaluate_cohort(opened.task(run), models, grid_arms=_GRID_ARMS, on_arm=show)
         bar.update(shown, description="probing", completed=bar.tasks[shown].total)
     return result

@@ -1,4 +1,4 @@
-"""Parts that studies and benches share: jobs over worker processes with the time left, and the result file.
+"""What studies and benches share: their options, jobs over worker processes with the time left, and the result file.
 
 A study is a list of independent jobs (arm x draw x seed), each of which yields measurements. Every arm takes the same
 (draw, seed) pairs in the same order, so that differences between arms are paired.
@@ -7,29 +7,24 @@ A study is a list of independent jobs (arm x draw x seed), each of which yields 
 import itertools
 import math
 import multiprocessing
-import subprocess
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass
+from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-import numpy as np
 import torch
 import typer
 from rich.console import Console
 
 from panfm.errors import ConfigError
-from panfm.files import append_json_line, json_text, read_json_lines, write_atomic
+from panfm.files import append_json_line, read_json_lines
+from simulations.study_result import StudyResult, commit, kept_jobs
 
-Seeds = Annotated[int, typer.Option(min=1, help="Training seeds per draw.")]
-Draws = Annotated[int, typer.Option(min=1, help="Phantom draws.")]
-FirstSeed = Annotated[int, typer.Option(help="First training seed and first draw.")]
-JsonFile = Annotated[Path | None, typer.Option(help="Write the result here.")]
 Experiment = Annotated[Path, typer.Option(help="Run description (TOML).")]
-"""What the user may ask of any study or bench."""
 
 J = TypeVar("J")
 R = TypeVar("R")
@@ -41,7 +36,7 @@ QUICKSTART = Path(__file__).resolve().parents[1] / "configs" / "experiments" / "
 
 @dataclass(frozen=True)
 class StudyOptions:
-    """Options that every study has."""
+    """Options of every study."""
 
     seeds: int = 5
     """Training seeds per phantom draw."""
@@ -51,110 +46,126 @@ class StudyOptions:
     """First training seed and first phantom draw."""
     workers: int = WORKERS
     json: Path | None = None
-    """Where the result goes."""
+    """Path of the result file."""
 
     def pairs(self) -> list[tuple[int, int]]:
         """All (draw, seed), in the one order that every arm keeps."""
-        draws = range(self.first_seed, self.first_seed + self.draws)
-        return list(itertools.product(draws, range(self.first_seed, self.first_seed + self.seeds)))
+        return list(itertools.product(self.draw_numbers(), range(self.first_seed, self.first_seed + self.seeds)))
 
     def draw_numbers(self) -> list[int]:
         """Every phantom draw, once."""
-        return sorted({draw for draw, _ in self.pairs()})
+        return list(range(self.first_seed, self.first_seed + self.draws))
 
 
 @dataclass(frozen=True)
-class Target:
-    """A target of a study: a number, and the least that it should be."""
+class CohortJob:
+    """One draw of a study's cohort, to be written as files."""
 
-    claim: str
-    found: float
-    least: float
-
-    @property
-    def is_met(self) -> bool:
-        """Whether the target is met; False if the number is NaN."""
-        return self.found >= self.least
+    draw: int
+    folder: Path
+    subjects: int | None = None
+    """Patients of each site, or of each stream at its site, instead of the study's number."""
+    holdout: int | None = None
+    """Held-out patients, instead of the study's number."""
 
     def __str__(self) -> str:
-        verdict = "met" if self.is_met else "MISSED"
-        return f"target {verdict}: {self.claim} is {self.found:+.4f}, wanted at least {self.least:+.4g}"
+        return f"draw {self.draw}: writing files"
 
 
-@dataclass
-class StudyResult:
-    """Measurements of a study, by metric and arm."""
+@dataclass(frozen=True)
+class ArmJob:
+    """One arm, to be trained once and measured."""
 
-    name: str
-    config: dict[str, Any]
-    values: dict[tuple[str, str], list[float]] = field(default_factory=dict)
-    """(metric, arm) -> one value per pair, in the order of the pairs. A metric measured in several places is written
-    `<place>/<metric>`: `lasting/auc`, `neuro-centre/auc`."""
-    ratios: dict[str, float] = field(default_factory=dict)
-    targets: list[Target] = field(default_factory=list)
-    unit: str = "1"
+    draw: int
+    seed: int
+    arm: str
+    length: int
+    """Rounds or steps, as the study counts its budget."""
+    cohort: Path
 
-    def add(self, arm: str, measured: Mapping[str, float]) -> None:
-        """Append one job's measurements; call in the order of the pairs."""
-        for metric, value in measured.items():
-            self.values.setdefault((metric, arm), []).append(float(value))
-
-    def mean(self, metric: str, arm: str) -> float:
-        """Mean over the pairs."""
-        return float(np.mean(self.values[metric, arm]))
-
-    def gain(self, metric: str, arm: str, baseline: str) -> list[float]:
-        """Arm minus baseline, pair by pair."""
-        pairs = zip(self.values[metric, arm], self.values[metric, baseline], strict=True)
-        return [mine - other for mine, other in pairs]
-
-    def share_won(self, metric: str, arm: str, baseline: str) -> float:
-        """Share of the pairs in which the arm is ahead."""
-        return float(np.mean(np.array(self.gain(metric, arm, baseline)) > 0))
-
-    def write(self, path: Path) -> None:
-        """Write the result file; numbers that are not finite become null.
-
-        ```
-        {"name", "config", "commit",
-         "results": [{"metric", "of": place, if any, "arm", "values": [one per pair], "mean", "sd", "n", "unit"}],
-         "ratios": {name: number},
-         "targets": [{"claim", "found", "at_least", "met"}]}
-        ```
-        """
-        rows = [
-            {
-                **_metric_and_place(metric),
-                "arm": arm,
-                "values": values,
-                "mean": float(np.mean(values)),
-                "sd": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0,
-                "n": len(values),
-                "unit": self.unit,
-            }
-            for (metric, arm), values in self.values.items()
-        ]
-        targets = [
-            {"claim": each.claim, "found": each.found, "at_least": each.least, "met": each.is_met}
-            for each in self.targets
-        ]
-        table = {
-            "name": self.name,
-            "config": self.config,
-            "commit": commit(),
-            "results": rows,
-            "ratios": self.ratios,
-            "targets": targets,
-        }
-        write_atomic(path, f"{json_text(table, indent=1)}\n".encode())
-        _kept_jobs(path).unlink(missing_ok=True)
+    def __str__(self) -> str:
+        return f"draw {self.draw}, seed {self.seed}, {self.arm}, length {self.length}"
 
 
-def steps_of(budget: str, budgets: Mapping[str, int]) -> int:
-    """Steps or rounds of a budget that the user named. Raises BadParameter: there is none of this name."""
-    if budget not in budgets:
-        raise typer.BadParameter(f"expected one of {', '.join(budgets)}", param_hint="--budget")
-    return budgets[budget]
+def study(
+    *, seeds: int, draws: int = 1, budgets: Mapping[str, int] | None = None, unit: str = ""
+) -> Callable[[Callable[..., StudyResult]], Callable[..., None]]:
+    """Decorate the command of a study, which takes StudyOptions and options of its own, and returns its result.
+
+    The command gets --seeds, --draws, --first-seed and --json; its result is written where --json says.
+
+    Args:
+        seeds: Default of --seeds.
+        draws: Default of --draws.
+        budgets: Steps or rounds by name; the command gets --budget with these names, and the name as `budget`.
+        unit: What budgets count.
+    """
+    shared = [
+        _option("seeds", int, seeds, min=1, help="Training seeds per draw."),
+        _option("draws", int, draws, min=1, help="Phantom draws."),
+        _option("first_seed", int, 0, help="First training seed and first draw."),
+    ]
+    if budgets:
+        sizes = ", ".join(f"{name} ({length:,})" for name, length in budgets.items())
+        shared.append(_option("budget", str, next(iter(budgets)), help=f"Number of {unit}: {sizes}."))
+
+    def decorate(command: Callable[..., StudyResult]) -> Callable[..., None]:
+        def work(path: Path | None, seeds: int, draws: int, first_seed: int, **own: Any) -> StudyResult:
+            return command(StudyOptions(seeds, draws, first_seed, json=path), **own)
+
+        def check(arguments: Mapping[str, Any]) -> None:
+            if budgets and arguments["budget"] not in budgets:
+                raise typer.BadParameter(f"expected one of {', '.join(budgets)}", param_hint="--budget")
+
+        names = {"options", *(option.name for option in shared)}
+        own = [option for name, option in signature(command).parameters.items() if name not in names]
+        return _command(work, [*shared, *own], command.__doc__, check)
+
+    return decorate
+
+
+def bench(command: Callable[..., StudyResult]) -> Callable[..., None]:
+    """Decorate the command of a bench, which returns its result: it gets --json, and the result is written there."""
+    own = list(signature(command).parameters.values())
+    return _command(lambda _, **arguments: command(**arguments), own, command.__doc__)
+
+
+def _option(name: str, kind: Any, default: object, **settings: Any) -> Parameter:
+    annotation = Annotated[kind, typer.Option(**settings)]
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _command(
+    work: Callable[..., StudyResult],
+    options: Sequence[Parameter],
+    doc: str | None,
+    check: Callable[[Mapping[str, Any]], None] = lambda _: None,
+) -> Callable[..., None]:
+    """A function that typer reads as a command with some options and --json, whose path is tried before the work."""
+    json = _option("json", Path | None, None, help="Write the result here.")
+    parameters = [parameter.replace(kind=Parameter.KEYWORD_ONLY) for parameter in (*options, json)]
+    described = Signature(parameters)
+
+    def main(**given: Any) -> None:
+        bound = described.bind(**given)
+        bound.apply_defaults()
+        check(bound.arguments)
+        path: Path | None = bound.arguments.pop("json")
+        check_writable(path)
+        result = work(path, **bound.arguments)
+        if path:
+            result.write(path)
+
+    main.__doc__ = doc
+    main.__signature__ = described  # type: ignore[attr-defined]
+    return main
+
+
+def chosen_arms(names: str, known: Collection[str]) -> list[str]:
+    """Arms by their names, with commas between, in the order of `known`. Raises typer.BadParameter for others."""
+    if unknown := sorted({*names.split(",")} - {*known}):
+        raise typer.BadParameter(f"{unknown[0]}: expected some of {', '.join(known)}", param_hint="--arms")
+    return [arm for arm in known if arm in names.split(",")]
 
 
 def check_writable(path: Path | None) -> None:
@@ -171,6 +182,32 @@ def check_writable(path: Path | None) -> None:
         raise ConfigError(f"--json {path}: cannot be written ({error.strerror}), expected a file") from error
 
 
+def run_arms(
+    options: StudyOptions,
+    arms: Sequence[str],
+    length: int,
+    write_draw: Callable[[CohortJob], Path],
+    measure: Callable[[ArmJob], dict[str, float]],
+) -> list[tuple[ArmJob, dict[str, float]]]:
+    """Write a cohort per draw, then measure every arm on every pair.
+
+    Args:
+        options: Of the study.
+        arms: Names of the arms.
+        length: Rounds or steps of each.
+        write_draw: Writes one cohort, and returns its folder.
+        measure: Trains and measures one arm.
+    Returns:
+        Jobs and their measurements, in the order of the pairs.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        cohorts = [CohortJob(draw, Path(scratch, str(draw))) for draw in options.draw_numbers()]
+        written = run_jobs(write_draw, cohorts, workers=options.workers)
+        folders = dict(zip(options.draw_numbers(), written, strict=True))
+        jobs = [ArmJob(draw, seed, arm, length, folders[draw]) for draw, seed in options.pairs() for arm in arms]
+        return list(zip(jobs, run_jobs(measure, jobs, workers=options.workers, keep_for=options.json), strict=True))
+
+
 def run_jobs(
     work: Callable[[J], R], jobs: Sequence[J], *, workers: int = WORKERS, keep_for: Path | None = None
 ) -> list[R]:
@@ -179,9 +216,9 @@ def run_jobs(
     After each job one line on stderr tells which it was, what it took and how long the rest will take.
 
     Args:
-        work: a module-level function.
-        jobs: picklable; `str(job)` says all that sets it apart, and is what the progress shows.
-        keep_for: a result file; until it is written, results are kept line by line in `<file>.jobs`, and jobs that the
+        work: A module-level function.
+        jobs: Picklable; `str(job)` tells it from all others, and is shown as progress.
+        keep_for: A result file; until it is written, results are kept line by line in `<file>.jobs`, and jobs that the
             same commit has done are not done again.
     """
     commit()  # before the tree can move on
@@ -193,34 +230,16 @@ def run_jobs(
     for index, result in _as_they_finish(work, todo, workers):
         results[index] = result
         if keep_for:
-            append_json_line(_kept_jobs(keep_for), {"commit": commit(), "job": str(jobs[index]), "result": result})
+            append_json_line(kept_jobs(keep_for), {"commit": commit(), "job": str(jobs[index]), "result": result})
         elapsed = time.monotonic() - begin
         left = elapsed / (len(results) - num_before) * (len(jobs) - len(results))
         console.print(f"[{len(results)}/{len(jobs)}] {jobs[index]}: {_clock(elapsed)} gone, {_clock(left)} left")
     return [results[index] for index in range(len(jobs))]
 
 
-def _metric_and_place(name: str) -> dict[str, str]:
-    """`lasting/auc` as the row keys `metric` (auc) and `of` (lasting)."""
-    place, _, metric = name.rpartition("/")
-    return {"metric": metric, "of": place} if place else {"metric": metric}
-
-
-@cache
-def commit() -> str:
-    """Commit of the source tree when first asked, with `-dirty` when it has been changed since; `unknown` outside a git
-    checkout."""
-    root = Path(__file__).resolve().parents[1]
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
 def _done_before(jobs: Sequence[J], keep_for: Path) -> dict[int, Any]:
     """Results that an interrupted study of this very commit has kept."""
-    path, now = _kept_jobs(keep_for), commit()
+    path, now = kept_jobs(keep_for), commit()
     if now.endswith("-dirty") or now == "unknown":
         return {}
     lines = [line for line in read_json_lines(path) if line.get("commit") == now]
@@ -245,10 +264,6 @@ def _as_they_finish(work: Callable[[J], R], jobs: Mapping[int, J], workers: int)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-
-
-def _kept_jobs(path: Path) -> Path:
-    return path.with_name(f"{path.name}.jobs")
 
 
 def _clock(seconds: float) -> str:

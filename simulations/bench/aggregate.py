@@ -35,7 +35,8 @@ from panfm.sharing.groups import Flat, GroupManifest
 from panfm.sharing.messages import Handshake, RoundReply
 from simulations.cohorts.prepare import load_simulation
 from simulations.engines.local import LocalGrid
-from simulations.harness import QUICKSTART, Experiment, JsonFile, StudyResult, check_writable
+from simulations.harness import QUICKSTART, Experiment, bench
+from simulations.study_result import StudyResult
 from strategies import GroupedMean
 from strategies.round_messages import make_array
 
@@ -71,13 +72,12 @@ class Updates:
         return sum(value.nbytes for value in self.named[0].values())
 
 
+@bench
 def main(
-    json: JsonFile = None,
     turns: Annotated[int, typer.Option(min=1, help="Aggregations per arm and number of sites.")] = 3,
     experiment: Experiment = QUICKSTART,
-) -> None:
+) -> StudyResult:
     """Seconds and memory of one aggregation, over Flower's and over the floor."""
-    check_writable(json)
     console = Console(soft_wrap=True, highlight=False)
     updates = Updates.draw(load_simulation(experiment))
     result = StudyResult("aggregate", {"turns": turns, "numbers": updates.num_bytes // 4}, unit="s")
@@ -90,19 +90,19 @@ def main(
                 result.add(arm, {f"{num_sites}/{name}": value for name, value in aggregate(updates, num_sites).items()})
         result.ratios[f"{num_sites}/peak_copies"] = peak_bytes(updates, num_sites) / updates.num_bytes
         for other in ("flower", "axpy"):
-            ours_seconds, other_seconds = (result.values[f"{num_sites}/seconds", arm] for arm in ("ours", other))
-            ratio = float(np.median(np.asarray(ours_seconds) / np.asarray(other_seconds)))
+            ratio = result.median_ratio(f"{num_sites}/seconds", "ours", other)
             result.ratios[f"{num_sites}/ours_over_{other}"] = ratio
-        seconds, prepared = (
-            np.asarray(result.values[f"{num_sites}/{part}", "ours"]) for part in ("seconds", "prepared")
-        )
-        ratio = float(np.median((seconds + prepared) / np.asarray(result.values[f"{num_sites}/seconds", "flower"])))
-        result.ratios[f"{num_sites}/prepared_and_ours_over_flower"] = ratio
+        result.ratios[f"{num_sites}/prepared_and_ours_over_flower"] = _with_prepared(result, num_sites)
         console.print(f"{num_sites} sites: " + ", ".join(_shown(result.ratios, num_sites)))
     for name in ("peak_copies", "ours_over_flower", "prepared_and_ours_over_flower", "ours_over_axpy"):
         result.ratios[name] = max(result.ratios[f"{num_sites}/{name}"] for num_sites in SITES)
-    if json:
-        result.write(json)
+    return result
+
+
+def _with_prepared(result: StudyResult, num_sites: int) -> float:
+    """Median of ours, preparations included, over Flower's."""
+    seconds, prepared = (np.array(result.values[f"{num_sites}/{part}", "ours"]) for part in ("seconds", "prepared"))
+    return float(np.median((seconds + prepared) / np.array(result.values[f"{num_sites}/seconds", "flower"])))
 
 
 def _shown(ratios: Mapping[str, float], num_sites: int) -> list[str]:
@@ -157,10 +157,10 @@ def peak_bytes(updates: Updates, num_sites: int) -> int:
 def _our_side(updates: Updates, num_sites: int) -> tuple[GroupedMean, _Replies]:
     manifest = updates.manifest
     packed = [manifest.pack_all(named) for named in updates.named]
-    held = dict.fromkeys(updates.run.streams, _SUBJECTS)
+    subjects = dict.fromkeys(updates.run.streams, _SUBJECTS)
     weights = {group: (float(_SUBJECTS),) for group in manifest.groups}
     roster = {
-        site + 2: Handshake(f"site-{site}", _SUBJECTS, held, {}, "", manifest.hashes()) for site in range(num_sites)
+        site + 2: Handshake(f"site-{site}", _SUBJECTS, subjects, {}, "", manifest.hashes()) for site in range(num_sites)
     }
 
     def content(site: int) -> RecordDict:

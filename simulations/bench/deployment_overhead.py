@@ -12,7 +12,7 @@ flower-superexec, and every flwr-clientapp, those that ended included) and of bo
 over the messages answered in between. The coordinator's processes are not counted. Each run's first round warms up.
 """
 
-import json as json_module
+import json
 import os
 import shutil
 import tempfile
@@ -30,7 +30,8 @@ from server.flower_cli import ROOT, submit
 from simulations.cohorts.prepare import load_simulation, prepare_cohort
 from simulations.engines.deployment import CONNECTION, Deployment, deployed
 from simulations.engines.processes import wait_until
-from simulations.harness import JsonFile, StudyResult, check_writable
+from simulations.harness import bench
+from simulations.study_result import StudyResult
 
 ARMS = {"echo": "overhead_apps.echo:app", "worker": "client.app:app", "plain": "overhead_apps.plain:app"}
 _EXPERIMENT = ROOT / "configs" / "deployment" / "federation.toml"
@@ -55,20 +56,19 @@ run-dir = ""
 """
 
 
+@bench
 def main(
-    json: JsonFile = None,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds per run, after one to warm up.")] = 6,
     repeats: Annotated[int, typer.Option(min=1, help="Runs per arm; the arms take turns.")] = 2,
-) -> None:
+) -> StudyResult:
     """CPU seconds per message of a real deployment: ours against torch in the ClientApp, and against Flower's floor."""
-    check_writable(json)
     console = Console(soft_wrap=True, highlight=False)
     run = load_simulation(_EXPERIMENT, [*_OVERRIDES, f"train.rounds={rounds + 1}"])
     cohort = prepare_cohort(run, console)
     result = StudyResult("deployment-overhead", {"rounds": rounds, "repeats": repeats}, unit="CPU s per message")
     with tempfile.TemporaryDirectory(prefix="panfm-overhead-") as name:
         home = Path(name)
-        folders = [home / "sites" / each.name for each in sorted((cohort / "sites").iterdir())[:_NUM_SITES]]
+        folders = [home / "sites" / site.name for site in sorted((cohort / "sites").iterdir())[:_NUM_SITES]]
         for folder in folders:
             shutil.copytree(cohort / "sites" / folder.name, folder)
         with deployed(folders, home / "logs") as deployment:
@@ -81,8 +81,7 @@ def main(
         ratio = result.mean("cpu_seconds", "worker") / result.mean("cpu_seconds", other)
         result.ratios[f"worker_over_{other}"] = ratio
         console.print(f"worker_over_{other}: {ratio:.3f}")
-    if json:
-        result.write(json)
+    return result
 
 
 def _measure(arm: str, run: RunConfig, folder: Path, deployment: Deployment) -> list[float]:
@@ -90,17 +89,17 @@ def _measure(arm: str, run: RunConfig, folder: Path, deployment: Deployment) -> 
     _write_app(folder / "app", ARMS[arm])
     (folder / "run.toml").write_text(dump_toml(run.model_copy(update={"cohort": None})), encoding="utf-8")
     sites = [process.pid for name, process in deployment.processes.items() if name.endswith((".worker", ".supernode"))]
-    (folder / "sessions.json").write_text(json_module.dumps(sites))
+    (folder / "sessions.json").write_text(json.dumps(sites))
     submit(CONNECTION, {"run-dir": str(folder)}, deployment.environment, app=folder / "app")
     servers = [process for name, process in deployment.processes.items() if "." not in name]
     cpu = folder / "cpu.jsonl"
     wait_until(lambda: len(read_json_lines(cpu)) == run.train.rounds, f"arm {arm}", _RUN_TIMEOUT_S, *servers)
     readings = read_json_lines(cpu)
-    if failed := [reason for each in readings for reason in each["failed"]]:
+    if failed := [reason for reading in readings for reason in reading["failed"]]:
         raise RunError(f"arm {arm}: {len(failed)} messages failed: {failed[0]}")
-    ticks = np.diff([each["ticks"] for each in readings])
-    seconds = ticks / os.sysconf("SC_CLK_TCK") / [each["messages"] for each in readings[1:]]
-    return [float(each) for each in seconds]
+    ticks = np.diff([reading["ticks"] for reading in readings])
+    seconds = ticks / os.sysconf("SC_CLK_TCK") / [reading["messages"] for reading in readings[1:]]
+    return [float(value) for value in seconds]
 
 
 def _write_app(folder: Path, clientapp: str) -> None:

@@ -10,11 +10,9 @@ them hidden, 12 blocks, one thread. The routers' noise stays at 1, so that exper
 step by step, in one process and on the same batches; a ratio is the median over the turns, in CPU time.
 """
 
-import time
-from pathlib import Path
+from functools import partial
 from typing import Annotated
 
-import numpy as np
 import torch
 import typer
 from rich.console import Console
@@ -22,15 +20,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from panfm.config import RunConfig, parse_run
-from panfm.data.store import ImageStore
 from panfm.models.backbone import Routed
 from panfm.models.director_experts import Alignment, DirectorExperts, DirectorExpertsBackbone
 from panfm.models.vit import Mlp
 from panfm.registry import BACKBONES
-from panfm.seeds import numpy_generator
 from panfm.sharing.groups import EXPERTS
 from panfm.training.trainer import Trainer
-from simulations.harness import StudyResult, check_writable
+from simulations.bench._steps import in_turns, noise_store, step_seconds
+from simulations.harness import bench
+from simulations.study_result import StudyResult
 
 _RUN = """
 name = "dex-step"
@@ -48,38 +46,28 @@ _MODELS = {
 _NUM_SUBJECTS = 64
 
 
+@bench
 def main(
-    json: Annotated[Path | None, typer.Option(help="Write the result here.")] = None,
     turns: Annotated[int, typer.Option(min=1, help="Steps per arm, after one to warm up.")] = 15,
-) -> None:
+) -> StudyResult:
     """CPU seconds of a Director-Experts step over a dense and over a naive one."""
     torch.set_num_threads(1)
-    check_writable(json)
     console = Console(soft_wrap=True, highlight=False)
     result = StudyResult("dex-step", {"turns": turns, "run": _RUN, "models": _MODELS}, unit="s")
-    seconds = measure(turns)
-    for arm, values in seconds.items():
+    for arm, values in measure(turns).items():
         result.values["step", arm] = values
     for other in ("dense", "naive"):
-        result.ratios[f"dex_over_{other}"] = float(np.median(np.asarray(seconds["dex"]) / np.asarray(seconds[other])))
+        result.ratios[f"dex_over_{other}"] = result.median_ratio("step", "dex", other)
         console.print(f"dex over {other}: {result.ratios[f'dex_over_{other}']:.3f}")
-    if json:
-        result.write(json)
+    return result
 
 
 def measure(turns: int) -> dict[str, list[float]]:
     """CPU seconds of `turns` steps of every arm, in turn order."""
     trainers = {arm: Trainer(_run(arm, turns)) for arm in _MODELS}
     trainers["naive"] = Trainer(naive_run(_run("dex", turns)))
-    store = _random_store(trainers["dense"].run)
-    seconds: dict[str, list[float]] = {arm: [] for arm in trainers}
-    order = list(trainers)
-    for turn in range(turns + 1):
-        for arm in order[turn % 3 :] + order[: turn % 3]:
-            taken = _one_step(trainers[arm], store, turn)
-            if turn:
-                seconds[arm].append(taken)
-    return seconds
+    store = noise_store(trainers["dense"].run, _NUM_SUBJECTS, "dex-step")
+    return in_turns({arm: partial(step_seconds, trainer, store) for arm, trainer in trainers.items()}, turns)
 
 
 class NaiveExperts(nn.Module):
@@ -151,30 +139,5 @@ def naive_run(run: RunConfig) -> RunConfig:
     return run.model_copy(update=changed)
 
 
-def _one_step(trainer: Trainer, store: ImageStore, turn: int) -> float:
-    """CPU seconds of one step, without the work at the end of a round."""
-    ended: list[float] = []
-    begin = time.process_time()
-    trainer.train(
-        store,
-        np.arange(_NUM_SUBJECTS),
-        first_step=turn,
-        num_steps=1,
-        site="bench",
-        round_number=turn,
-        on_step=lambda *_: ended.append(time.process_time()),
-    )
-    return ended[0] - begin
-
-
 def _run(arm: str, turns: int) -> RunConfig:
     return parse_run(f"{_MODELS[arm]}\n{_RUN}train.local-steps = {turns + 1}\n")
-
-
-def _random_store(run: RunConfig) -> ImageStore:
-    """Images of noise: the cost does not depend on their content."""
-    random = numpy_generator(run.seed, "dex-step")
-    images = random.random((_NUM_SUBJECTS, 1, 224, 224), dtype=np.float32)
-    subjects = tuple(str(index) for index in range(_NUM_SUBJECTS))
-    everyone = {"chest-xray": np.arange(_NUM_SUBJECTS)}
-    return ImageStore(subjects, ("train",) * _NUM_SUBJECTS, {"chest-xray": images}, everyone)

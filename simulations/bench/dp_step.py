@@ -20,11 +20,11 @@ import typer
 from rich.console import Console
 
 from panfm.config import RunConfig, parse_run
-from panfm.data.store import ImageStore
 from panfm.privacy.private_step import PrivateGradient
-from panfm.seeds import numpy_generator
 from panfm.training.trainer import Trainer
-from simulations.harness import StudyResult, check_writable
+from simulations.bench._steps import in_turns, noise_store, step_seconds
+from simulations.harness import bench
+from simulations.study_result import StudyResult
 
 _RUN = """
 name = "dp-step"
@@ -49,40 +49,30 @@ _MODELS = {
 _BATCH = {"dense": 32, "dex": 16}
 
 
+@bench
 def main(
-    json: Annotated[Path | None, typer.Option(help="Write the result here.")] = None,
     turns: Annotated[int, typer.Option(min=1, help="Steps per arm, after one to warm up.")] = 7,
-) -> None:
+) -> StudyResult:
     """CPU seconds and memory of a private step over a plain one."""
     torch.set_num_threads(1)
-    check_writable(json)
     console = Console(soft_wrap=True, highlight=False)
     result = StudyResult("dp-step", {"turns": turns, "batch": _BATCH, "models": _MODELS}, unit="s")
     for kind in _MODELS:
-        seconds = measure(kind, turns)
-        for arm, values in seconds.items():
+        for arm, values in measure(kind, turns).items():
             result.values[f"{kind}/step", arm] = values
-        result.ratios[kind] = float(np.median(np.asarray(seconds["private"]) / np.asarray(seconds["plain"])))
+        result.ratios[kind] = result.median_ratio(f"{kind}/step", "private", "plain")
         grown = {arm: peak_growth(kind, arm) for arm in ("plain", "private")}
         result.ratios[f"{kind}_memory"] = grown["private"] / grown["plain"]
         megabytes = " / ".join(f"{grown[arm] / 2**20:.0f}" for arm in ("private", "plain"))
         console.print(
             f"{kind}: time {result.ratios[kind]:.3f}, memory {result.ratios[f'{kind}_memory']:.3f} ({megabytes} MB)"
         )
-    if json:
-        result.write(json)
+    return result
 
 
 def measure(kind: str, turns: int) -> dict[str, list[float]]:
     """CPU seconds of `turns` steps of either arm, in turn order."""
-    arms = {arm: _Arm(kind, private=arm == "private") for arm in ("plain", "private")}
-    seconds: dict[str, list[float]] = {arm: [] for arm in arms}
-    for turn in range(turns + 1):
-        for arm in sorted(arms, reverse=bool(turn % 2)):
-            taken = arms[arm].take_step()
-            if turn:
-                seconds[arm].append(taken)
-    return seconds
+    return in_turns({arm: _Arm(kind, private=arm == "private").take_step for arm in ("plain", "private")}, turns)
 
 
 class _Arm:
@@ -91,26 +81,16 @@ class _Arm:
     def __init__(self, kind: str, *, private: bool) -> None:
         self.trainer = Trainer(_run(kind, private=private))
         self.indices = np.arange(_BATCH[kind])
-        self.store = _random_store(self.trainer.run, _BATCH[kind])
+        self.store = noise_store(self.trainer.run, _BATCH[kind], "dp-step")
         self.maps = self.trainer.stem(self.store)
 
-    def take_step(self) -> float:
+    def take_step(self, _: int = 0) -> float:
         """CPU seconds of one step, without the work at the end of a round."""
-        ended: list[float] = []
+        if not self.trainer.run.patient_dp:
+            return step_seconds(self.trainer, self.store)
         begin = time.process_time()
-        if self.trainer.run.patient_dp:
-            self.trainer.step(PrivateGradient(self.trainer, self.maps, self.indices), 0)
-            return time.process_time() - begin
-        self.trainer.train(
-            self.store,
-            self.indices,
-            first_step=0,
-            num_steps=1,
-            site="bench",
-            round_number=1,
-            on_step=lambda *_: ended.append(time.process_time()),
-        )
-        return ended[0] - begin
+        self.trainer.step(PrivateGradient(self.trainer, self.maps, self.indices), 0)
+        return time.process_time() - begin
 
 
 def peak_growth(kind: str, arm: str) -> float:
@@ -138,12 +118,3 @@ def _status_bytes(key: str) -> float:
 def _run(kind: str, *, private: bool) -> RunConfig:
     train = f"train.batch-size = {_BATCH[kind]}\n"
     return parse_run(_RUN + train + _MODELS[kind] + (_PRIVACY if private else ""))
-
-
-def _random_store(run: RunConfig, num_subjects: int) -> ImageStore:
-    """Images of noise: the cost does not depend on their content."""
-    random = numpy_generator(run.seed, "dp-step")
-    [(name, stream)] = run.streams.items()
-    images = {name: random.random((num_subjects, stream.channels, *stream.shape), dtype=np.float32)}
-    subjects = tuple(str(index) for index in range(num_subjects))
-    return ImageStore(subjects, ("train",) * num_subjects, images, {name: np.arange(num_subjects)})

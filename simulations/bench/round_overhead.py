@@ -12,13 +12,11 @@ way its memory happens to lie; so the cycles are spread over fresh processes, on
 
 import multiprocessing
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import torch
 import typer
 from rich.console import Console
@@ -34,24 +32,27 @@ from panfm.sharing.weights import Trained, group_weights
 from panfm.site.session import trained_streams
 from panfm.training.trainer import Trainer
 from server.handshake import shake_hands
-from server.rounds import initial_state, train_round
+from server.rounds import initial_state
+from server.rounds import train_round as train_federated_round
 from server.run_folder import RunFolder
 from server.tracking import Tracking
+from simulations.alone import train_round
+from simulations.bench._steps import Clock
 from simulations.cohorts.prepare import load_simulation, prepare_cohort
 from simulations.engines import Job
 from simulations.engines.local import LocalGrid
-from simulations.harness import QUICKSTART, Experiment, JsonFile, StudyResult, check_writable
+from simulations.harness import QUICKSTART, Experiment, bench
+from simulations.study_result import StudyResult
 from strategies import GroupedMean
 
 
+@bench
 def main(
-    json: JsonFile = None,
     cycles: Annotated[int, typer.Option(min=1, help="Cycles per arm and process, after one round to warm up.")] = 2,
     processes: Annotated[int, typer.Option(min=1, help="Fresh processes, one after the other.")] = 6,
     experiment: Experiment = QUICKSTART,
-) -> None:
+) -> StudyResult:
     """Seconds per round: federation in one process against a plain loop."""
-    check_writable(json)
     console = Console(soft_wrap=True, highlight=False)
     prepare_cohort(load_simulation(experiment), console)
     config = {"experiment": str(experiment), "cycles": cycles, "processes": processes}
@@ -65,15 +66,13 @@ def main(
         shown = (f"{arm} {sum(cycle['seconds'] for cycle in values):.3f} s" for arm, values in measured.items())
         console.print(f"process {number} of {processes}: {', '.join(shown)}")
     for metric, name in (("seconds", "local_over_plain"), ("cpu_seconds", "local_over_plain_cpu")):
-        local, plain = (np.array(result.values[metric, arm]) for arm in ("local", "plain"))
-        result.ratios[name] = float(np.median(local / plain))
+        result.ratios[name] = result.median_ratio(metric, "local", "plain")
         console.print(f"{name}: {result.ratios[name]:.3f}")
-    if json:
-        result.write(json)
+    return result
 
 
 def measure_cycles(experiment: Path, cycles: int, number: int) -> dict[str, list[dict[str, float]]]:
-    """Arm -> seconds of each of its cycles in this process; every other process begins with the other arm."""
+    """Arm -> the cost of each of its cycles in this process; every other process begins with the other arm."""
     cycle = load_simulation(experiment).train.validate_every
     run = load_simulation(experiment, [f"train.rounds={cycles * cycle + 2}"])
     sites = prepare_cohort(run, Console(quiet=True)) / "sites"
@@ -87,15 +86,15 @@ def measure_cycles(experiment: Path, cycles: int, number: int) -> dict[str, list
     for arm, taken in rounds.items():
         for start in range(1, len(taken), cycle):
             part = taken[start : start + cycle]
-            measured[arm].append({name: sum(each[name] for each in part) for name in part[0]})
+            measured[arm].append({name: sum(cost[name] for cost in part) for name in part[0]})
     return measured
 
 
 def _clocked(rounds: Iterator[None]) -> dict[str, float]:
-    """Seconds and CPU seconds of the next round."""
-    begin, begin_cpu = time.perf_counter(), time.process_time()
+    """Seconds on the clock and CPU seconds of the next round."""
+    clock = Clock()
     next(rounds)
-    return {"seconds": time.perf_counter() - begin, "cpu_seconds": time.process_time() - begin_cpu}
+    return clock.seconds()
 
 
 def federated_rounds(run: RunConfig, sites: Path, run_dir: Path) -> Iterator[None]:
@@ -108,7 +107,7 @@ def federated_rounds(run: RunConfig, sites: Path, run_dir: Path) -> Iterator[Non
     strategy = GroupedMean(run, manifest, shake_hands(grid, run, manifest, num_sites=job.num_sites).roster)
     with Tracking(folder) as tracking:
         while True:
-            state, line = train_round(grid, strategy, run, state)
+            state, line = train_federated_round(grid, strategy, run, state)
             folder.append_round(line)
             tracking.round(line)
             folder.save_state(state)
@@ -139,14 +138,7 @@ def _plain_round(
     manifest = GroupManifest.of(groups, state)
     for site, trainer in trainers.items():
         trainer.load_shared({name: state[name] for name in trainer.model.state_dict()})
-        result = trainer.train(
-            stores[site],
-            stores[site].indices("train"),
-            first_step=(round_number - 1) * run.train.local_steps,
-            num_steps=run.train.local_steps,
-            site=site,
-            round_number=round_number,
-        )
+        result = train_round(trainer, stores[site], site, round_number)
         trained = Trained(result.subjects, result.subjects_per_stream, result.num_steps)
         for name, value in trainer.shared_state().items():
             (weight,) = group_weights(run, manifest, groups[name], trained)

@@ -16,7 +16,6 @@ The handshakes are told apart; making the images comes before it all.
 
 import resource
 import tempfile
-import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -37,12 +36,15 @@ from panfm.training.trainer import Trainer
 from server.console import Progress
 from server.rounds import run_federation
 from server.run_folder import RunFolder
+from simulations.alone import train_round
+from simulations.bench._steps import Clock
 from simulations.cohorts.phantom import PhantomCohort, PhantomSiteConfig
 from simulations.cohorts.prepare import load_simulation, prepare_cohort, with_cohort
 from simulations.engines import Job
 from simulations.engines.local import LocalGrid
 from simulations.engines.logs import logged_to
-from simulations.harness import QUICKSTART, JsonFile, StudyResult, check_writable
+from simulations.harness import QUICKSTART, bench
+from simulations.study_result import StudyResult
 
 _SUBJECTS = 10
 _ORGANS_PER_SITE = 2
@@ -50,15 +52,14 @@ _TELL_EVERY = 100
 """Handshakes per line of progress."""
 
 
+@bench
 def main(
-    json: JsonFile = None,
     sites: Annotated[
         int, typer.Option(min=2, max=10_000, help="Sites; a tenth is asked in a round, at least 2.")
     ] = 1000,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds.")] = 20,
-) -> None:
+) -> StudyResult:
     """Seconds per site and round: many sites in one process against their training alone."""
-    check_writable(json)
     console = Console(soft_wrap=True, highlight=False)
     run = describe(sites, rounds)
     cohort = prepare_cohort(run, console) / "sites"
@@ -76,12 +77,11 @@ def main(
         local, pure = (float(np.median(result.values[metric, arm])) for arm in ("local", "pure"))
         result.ratios[name] = local / pure
         console.print(f"{name}: {result.ratios[name]:.3f} ({1e3 * local:.1f} ms over {1e3 * pure:.1f} ms)")
-    for held, name in (("peak_gib", "memory_grown"), ("open_files", "files_grown")):
-        first, last = turns.held[0][held], turns.held[-1][held]
+    for resource_name, name in (("peak_gib", "memory_grown"), ("open_files", "files_grown")):
+        first, last = turns.resources[0][resource_name], turns.resources[-1][resource_name]
         result.ratios[name] = last / first
-        console.print(f"{held}: {first:.4g} after the first round, {last:.4g} after the last")
-    if json:
-        result.write(json)
+        console.print(f"{resource_name}: {first:.4g} after the first round, {last:.4g} after the last")
+    return result
 
 
 def describe(num_sites: int, rounds: int) -> RunConfig:
@@ -104,12 +104,12 @@ class Turns(Progress):
 
     def __init__(self, run: RunConfig, sites: Path, result: StudyResult, console: Console) -> None:
         super().__init__(console)
-        self.held: list[dict[str, float]] = []
-        """What the process held after each round."""
+        self.resources: list[dict[str, float]] = []
+        """Memory and open files of the process after each round."""
         self._pure = PureTraining(run, sites)
         self._result = result
         self._num_sites = 0
-        self._clock = _Clock()
+        self._clock = Clock()
 
     def site(self, handshake: Handshake) -> None:
         """Count a site that has shaken hands."""
@@ -118,22 +118,22 @@ class Turns(Progress):
             self._console.print(f"{self._num_sites} sites have shaken hands")
 
     def privacy(self, label: str) -> None:
-        """Record the time of all handshakes; the clock of the rounds starts."""
-        measured = self._clock.per_site(self._num_sites)
+        """All sites have shaken hands: the rounds begin."""
+        measured = self._clock.seconds(self._num_sites)
         self._result.add("handshakes", measured)
         self._console.print(f"handshakes: {1e3 * measured['seconds']:.1f} ms per site")
-        self._clock = _Clock()
+        self._clock = Clock()
 
     def round(self, run: RunConfig, line: Mapping[str, Any]) -> None:
-        """Record the time of a round, and let the other arm train the same sites."""
-        local = self._clock.per_site(len(line["sites"]))
+        """A round has ended; the other arm trains its sites again."""
+        local = self._clock.seconds(len(line["sites"]))
         self._result.add("local", local)
-        self.held.append(_held())
+        self.resources.append(_resources())
         pure = self._pure.train(line["sites"], line["round"])
         self._result.add("pure", pure)
         super().round(run, line)
         self._console.print(f"  per site: local {1e3 * local['seconds']:.1f} ms, pure {1e3 * pure['seconds']:.1f} ms")
-        self._clock = _Clock()
+        self._clock = Clock()
 
 
 class PureTraining:
@@ -153,18 +153,10 @@ class PureTraining:
             trainer = self._trainer(tuple(trained_streams(self._run, store)))
             trainer.stem(store)
             ready.append((site, trainer, store))
-        num_steps = self._run.train.local_steps
-        clock = _Clock()
+        clock = Clock()
         for site, trainer, store in ready:
-            trainer.train(
-                store,
-                store.indices("train"),
-                first_step=(round_number - 1) * num_steps,
-                num_steps=num_steps,
-                site=site,
-                round_number=round_number,
-            )
-        return clock.per_site(len(ready))
+            train_round(trainer, store, site, round_number)
+        return clock.seconds(len(ready))
 
     def _trainer(self, streams: tuple[str, ...]) -> Trainer:
         if streams not in self._trainers:
@@ -172,18 +164,7 @@ class PureTraining:
         return self._trainers[streams]
 
 
-class _Clock:
-    """Clock that runs from where it is made."""
-
-    def __init__(self) -> None:
-        self._begin, self._begin_cpu = time.perf_counter(), time.process_time()
-
-    def per_site(self, num_sites: int) -> dict[str, float]:
-        seconds, cpu_seconds = time.perf_counter() - self._begin, time.process_time() - self._begin_cpu
-        return {"seconds": seconds / num_sites, "cpu_seconds": cpu_seconds / num_sites}
-
-
-def _held() -> dict[str, float]:
+def _resources() -> dict[str, float]:
     """Peak memory of the process so far, and its open files."""
     return {
         "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,

@@ -7,11 +7,13 @@ A cohort is a folder that appears whole or not at all:
     holdout/               the same for patients at no site, on whom models are probed
 """
 
+import itertools
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
+import tomli_w
 from pydantic import Field, model_validator
 
 from panfm.config import StreamConfig
@@ -21,6 +23,8 @@ from panfm.errors import ConfigError
 Streams = Mapping[str, StreamConfig]
 Progress = Callable[[int, int], None]
 """Called with (images written, images in all)."""
+VALIDATION_EVERY = 10
+"""Every tenth phantom patient of a site, or of a stream at a site, is its validation split."""
 
 
 class CohortSource(Config):
@@ -54,6 +58,10 @@ class CohortSource(Config):
     def table(self) -> dict[str, Any]:
         """The description as it stands in TOML, defaults included."""
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+    def write_description(self, folder: Path, **more: Mapping[str, Any]) -> None:
+        """Write `cohort.toml`: the description, and tables about what was written."""
+        (folder / "cohort.toml").write_text(tomli_w.dumps(self.table() | more), encoding="utf-8")
 
 
 class FolderCohort(CohortSource):
@@ -108,6 +116,17 @@ class StreamCohort(CohortSource):
             if both := [stream for stream in site.streams if stream in self.held_out]:
                 raise ValueError(f"sites.{name}.streams: {both[0]!r} is held out, expected no site to have it")
         return self
+
+
+def ticker(progress: Progress, total: int) -> Callable[[], None]:
+    """A function that is called after each image, and tells how many are written."""
+    numbers = itertools.count(1)
+    return lambda: progress(next(numbers), total)
+
+
+def site_split(number: int) -> str:
+    """Split of a site's phantom patient by its number."""
+    return "val" if number % VALIDATION_EVERY == VALIDATION_EVERY - 1 else "train"
 
 
 def refuse_holdout(sites: Iterable[str]) -> None:

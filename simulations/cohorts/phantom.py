@@ -5,25 +5,29 @@ the held-out patients were scanned.
 """
 
 import gzip
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 import numpy as np
-import tomli_w
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from panfm.config.base import Config, Name, Positive, Seed
 from panfm.data.template import write_site_folder
 from panfm.files import new_folder
-from simulations.cohorts.cohort_source import CohortSource, Progress, Streams, refuse_holdout, texts_of
+from simulations.cohorts.cohort_source import (
+    CohortSource,
+    Progress,
+    Streams,
+    refuse_holdout,
+    site_split,
+    texts_of,
+    ticker,
+)
 from simulations.cohorts.phantom_body import ORGANS
 from simulations.cohorts.phantom_draw import Phantom, Subjects, organs_of
 from simulations.cohorts.phantom_labels import LABELS
-
-VALIDATION_EVERY = 10
-"""Every tenth patient of a site is its validation split."""
 
 
 class PhantomSiteConfig(Config):
@@ -56,17 +60,18 @@ class PhantomCohort(CohortSource):
 
     def write(self, folder: Path, streams: Streams, progress: Progress = lambda *_: None) -> None:
         """Write NIfTI files. Raises DataError as every cohort, or a stream is no MR volume of a phantom's organ."""
-        phantom = Phantom(self.preset, self.seed)
-        organs = organs_of(streams)
+        phantom, organs = Phantom(self.preset, self.seed), organs_of(streams)
         places = _draw_places(phantom, self, organs.values())
-        total = sum(_num_images(subjects, organs) for subjects in places.values())
-        done = 0
+        tick = ticker(progress, sum(_num_images(subjects, organs) for subjects in places.values()))
         with new_folder(folder) as partial:
             for place, subjects in places.items():
-                for written in _write_place(partial / place, phantom, subjects, organs):
-                    done += written
-                    progress(done, total)
-            (partial / "cohort.toml").write_text(_describe(self, places), encoding="utf-8")
+                _write_place(partial / place, phantom, subjects, organs, tick)
+            labels = {
+                name: {"kind": label.kind, "weak": label.weak, "organs": list(label.organs)}
+                for name, label in LABELS.items()
+            }
+            numbers = {place: len(subjects.names) for place, subjects in places.items()}
+            self.write_description(partial, subjects=numbers, labels=labels)
 
     def fingerprint(self) -> list[object]:
         """Source of the code that draws the phantoms."""
@@ -87,8 +92,9 @@ def _num_images(subjects: Subjects, organs: Mapping[str, str]) -> int:
     return int(subjects.scanned[:, columns].sum())
 
 
-def _write_place(folder: Path, phantom: Phantom, subjects: Subjects, organs: Mapping[str, str]) -> Iterable[int]:
-    """Write one site folder; yields 1 per image."""
+def _write_place(
+    folder: Path, phantom: Phantom, subjects: Subjects, organs: Mapping[str, str], tick: Callable[[], None]
+) -> None:
     (folder / "images").mkdir(parents=True)
     rows = []
     for index, subject in enumerate(subjects.names):
@@ -97,16 +103,10 @@ def _write_place(folder: Path, phantom: Phantom, subjects: Subjects, organs: Map
                 continue
             path = f"images/{subject}_{stream}.nii.gz"
             (folder / path).write_bytes(_nifti(*phantom.render(subjects, index, organ)))
-            rows.append((subject, stream, path, _split(folder.name, index)))
-            yield 1
+            rows.append((subject, stream, path, "test" if folder.name == "holdout" else site_split(index)))
+            tick()
     labels = [(subject, *values) for subject, values in zip(subjects.names, subjects.labels.astype(int), strict=True)]
     write_site_folder(folder, rows, tuple(LABELS), labels)
-
-
-def _split(place: str, index: int) -> str:
-    if place == "holdout":
-        return "test"
-    return "val" if index % VALIDATION_EVERY == VALIDATION_EVERY - 1 else "train"
 
 
 def _nifti(voxels: NDArray[np.int16], affine: NDArray[np.float64]) -> bytes:
@@ -119,11 +119,3 @@ def _nifti(voxels: NDArray[np.int16], affine: NDArray[np.float64]) -> bytes:
     content = bytearray(gzip.compress(image.to_bytes(), compresslevel=1, mtime=0))
     content[9] = 255  # "unknown" system: what gzip.compress puts there depends on the version of Python
     return bytes(content)
-
-
-def _describe(cohort: PhantomCohort, places: Mapping[str, Subjects]) -> str:
-    labels = {
-        name: {"kind": label.kind, "weak": label.weak, "organs": list(label.organs)} for name, label in LABELS.items()
-    }
-    subjects = {place: len(drawn.names) for place, drawn in places.items()}
-    return tomli_w.dumps({**cohort.table(), "subjects": subjects, "labels": labels})

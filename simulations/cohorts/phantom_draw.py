@@ -44,38 +44,22 @@ class Preset:
     """Organ -> log-odds that it is scanned in an average patient of a site that has the scanner."""
 
 
-_NUISANCE = {"brain": 0.9, "heart": 1.3, "adipose": 1.5, "liver": 0.9, "kidney": 0.9, "spleen": 0.9, "pancreas": 0.9}
+_NUISANCE = dict.fromkeys(ORGANS, 0.9) | {"heart": 1.3, "adipose": 1.5}
 
 PRESETS = {
     "transient": Preset(
-        amplitude={
-            "brain": 0.075,
-            "heart": 0.27,
-            "adipose": 0.3,
-            "liver": 0.1,
-            "kidney": 0.075,
-            "spleen": 0.075,
-            "pancreas": 0.09,
-        },
+        amplitude=dict.fromkeys(ORGANS, 0.075) | {"heart": 0.27, "adipose": 0.3, "liver": 0.1, "pancreas": 0.09},
         nuisance=_NUISANCE,
         redundancy=0.0,
         noise=0.025,
-        scan_odds={**dict.fromkeys(_NUISANCE, 0.9), "heart": 2.5, "adipose": 2.5},
+        scan_odds=dict.fromkeys(ORGANS, 0.9) | {"heart": 2.5, "adipose": 2.5},
     ),
     "lasting": Preset(
-        amplitude={
-            "brain": 0.035,
-            "heart": 0.3,
-            "adipose": 0.33,
-            "liver": 0.045,
-            "kidney": 0.035,
-            "spleen": 0.035,
-            "pancreas": 0.04,
-        },
+        amplitude=dict.fromkeys(ORGANS, 0.035) | {"heart": 0.3, "adipose": 0.33, "liver": 0.045, "pancreas": 0.04},
         nuisance=_NUISANCE,
         redundancy=1.0,
         noise=0.025,
-        scan_odds={**dict.fromkeys(_NUISANCE, 0.8), "heart": 5.0, "adipose": 5.0},
+        scan_odds=dict.fromkeys(ORGANS, 0.8) | {"heart": 5.0, "adipose": 5.0},
     ),
 }
 

@@ -4,14 +4,12 @@ They ask whether a model that sees many modalities finds what they have in commo
 all of them, and intensities, textures and noise are not. Pictures are PNG files, `images/<subject>_<stream>.png`.
 """
 
-import io
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
-import tomli_w
 from numpy.typing import NDArray
 from PIL import Image
 from pydantic import Field
@@ -22,12 +20,18 @@ from panfm.data.template import write_site_folder
 from panfm.errors import DataError
 from panfm.files import new_folder
 from panfm.seeds import numpy_generator
-from simulations.cohorts.cohort_source import Progress, StreamCohort, Streams, StreamSiteConfig, texts_of
+from simulations.cohorts.cohort_source import (
+    Progress,
+    StreamCohort,
+    Streams,
+    StreamSiteConfig,
+    site_split,
+    texts_of,
+    ticker,
+)
 from simulations.cohorts.picture_looks import render
 from simulations.cohorts.picture_shapes import SHAPES, draw_mask
 
-VALIDATION_EVERY = 10
-"""Of each stream, every tenth patient of a site is its validation split."""
 LABELS = tuple(f"shape-{shape}" for shape in SHAPES)
 
 
@@ -52,16 +56,12 @@ class PictureCohort(StreamCohort):
         """Write PNG files. Raises DataError as every cohort, or a stream is not one of pictures."""
         check_streams({stream: streams[stream] for stream in self.named_streams})
         places = draw_places(self)
-        total, done = sum(map(len, places.values())), 0
+        tick = ticker(progress, sum(map(len, places.values())))
         with new_folder(folder) as partial:
             for place, patients in places.items():
-                for written in _write_pictures(partial / place, patients):
-                    done += written
-                    progress(done, total)
-                rows = [(one.name, one.stream, _path(one), one.split) for one in patients]
-                labels = [(one.name, *row) for one, row in zip(patients, patient_labels(patients), strict=True)]
-                write_site_folder(partial / place, rows, LABELS, labels)
-            (partial / "cohort.toml").write_text(_describe(self, places), encoding="utf-8")
+                _write_place(partial / place, patients, tick)
+            numbers = {place: len(patients) for place, patients in places.items()}
+            self.write_description(partial, subjects=numbers, labels={name: {"kind": "class"} for name in LABELS})
 
     def fingerprint(self) -> list[object]:
         """Source of the code that draws the pictures."""
@@ -99,7 +99,7 @@ class Patient:
 def draw_places(cohort: PictureCohort) -> dict[str, list[Patient]]:
     """Patients of `sites/<name>` and of `holdout`; streams take turns."""
     places = {
-        f"sites/{name}": _draw(name, _turns(site.streams, site.subjects), _site_split, cohort.seed)
+        f"sites/{name}": _draw(name, _turns(site.streams, site.subjects), cohort.seed)
         for name, site in cohort.sites.items()
     }
     turns = _turns(cohort.held_out, cohort.holdout_subjects * len(cohort.held_out))
@@ -122,8 +122,8 @@ def check_streams(streams: Streams) -> None:
             raise DataError(f"stream {stream}: the modalities cohort has pictures only, expected a shape of two axes")
 
 
-def _draw(place: str, turns: Sequence[tuple[str, int]], split: Callable[[int], str], seed: int) -> list[Patient]:
-    return [Patient(f"{place}-{at:05d}", stream, split(turn), seed) for at, (stream, turn) in enumerate(turns)]
+def _draw(place: str, turns: Sequence[tuple[str, int]], seed: int) -> list[Patient]:
+    return [Patient(f"{place}-{at:05d}", stream, site_split(turn), seed) for at, (stream, turn) in enumerate(turns)]
 
 
 def _turns(streams: Sequence[str], number: int) -> list[tuple[str, int]]:
@@ -131,25 +131,13 @@ def _turns(streams: Sequence[str], number: int) -> list[tuple[str, int]]:
     return [(streams[at % len(streams)], at // len(streams)) for at in range(number)]
 
 
-def _site_split(turn: int) -> str:
-    return "val" if turn % VALIDATION_EVERY == VALIDATION_EVERY - 1 else "train"
-
-
-def _write_pictures(folder: Path, patients: Sequence[Patient]) -> Iterable[int]:
-    """Write the pictures of one place; yields 1 for each."""
+def _write_place(folder: Path, patients: Sequence[Patient], tick: Callable[[], None]) -> None:
     (folder / "images").mkdir(parents=True)
+    rows = []
     for patient in patients:
-        content = io.BytesIO()
-        Image.fromarray(patient.picture()).save(content, "PNG")
-        (folder / _path(patient)).write_bytes(content.getvalue())
-        yield 1
-
-
-def _path(patient: Patient) -> str:
-    return f"images/{patient.name}_{patient.stream}.png"
-
-
-def _describe(cohort: PictureCohort, places: Mapping[str, Sequence[Patient]]) -> str:
-    labels = {name: {"kind": "class"} for name in LABELS}
-    subjects = {place: len(patients) for place, patients in places.items()}
-    return tomli_w.dumps({**cohort.table(), "subjects": subjects, "labels": labels})
+        path = f"images/{patient.name}_{patient.stream}.png"
+        Image.fromarray(patient.picture()).save(folder / path, "PNG")
+        rows.append((patient.name, patient.stream, path, patient.split))
+        tick()
+    labels = [(patient.name, *row) for patient, row in zip(patients, patient_labels(patients), strict=True)]
+    write_site_folder(folder, rows, LABELS, labels)

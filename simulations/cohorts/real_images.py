@@ -15,13 +15,12 @@ Labels are the volumes in mm3 of the anterior (1) and posterior (2) hippocampus 
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 import nibabel as nib
 import numpy as np
-import tomli_w
 from pydantic import Field
 
 from panfm.config.base import Positive, Seed
@@ -29,7 +28,7 @@ from panfm.data.template import write_site_folder
 from panfm.errors import ConfigError, DataError
 from panfm.files import new_folder
 from panfm.seeds import numpy_generator
-from simulations.cohorts.cohort_source import CohortSource, Progress, Streams, listing_of, texts_of
+from simulations.cohorts.cohort_source import CohortSource, Progress, Streams, listing_of, texts_of, ticker
 
 ENVIRONMENT = "PANFM_REAL_DATA"
 HIPPOCAMPUS = "hippocampus-mr"
@@ -61,19 +60,20 @@ class RealImagesCohort(CohortSource):
         """
         source = real_data()
         places = share_out(sorted((source / "hippocampus" / "images").glob("hippocampus_*.nii.gz")), self)
-        total, done = sum(map(len, places.values())), 0
+        tick = ticker(progress, sum(map(len, places.values())))
         with new_folder(folder) as partial:
             for place, volumes in places.items():
                 labels = []
                 for volume in volumes:
                     labels.append((volume.name.removesuffix(".nii.gz"), *measure_mask(_mask_of(volume))))
-                    done += 1
-                    progress(done, total)
+                    tick()
                 rows = [_hippocampus_row(volume, "test" if place == "holdout" else "train") for volume in volumes]
                 write_site_folder(partial / place, rows, tuple(LABELS), labels)
             if body := list(_body_rows(source / "organs3d", streams)):
                 write_site_folder(partial / "sites" / BODY, body)
-            (partial / "cohort.toml").write_text(_describe(self, places, len(body)), encoding="utf-8")
+            images = {place: len(volumes) for place, volumes in places.items()} | {f"sites/{BODY}": len(body)}
+            described = {name: {"kind": "volume", "weak": False, "organs": ["hippocampus"]} for name in LABELS}
+            self.write_description(partial, images=images, labels=described)
 
     def fingerprint(self) -> list[object]:
         """The code that shares the scans out, and the list of the scans."""
@@ -147,9 +147,3 @@ def _body_rows(folder: Path, streams: Streams) -> Iterable[Row]:
                 taken.add((subject, stream))
                 mask = image.with_name(image.name.replace(".nii.gz", "_mask.nii.gz"))
                 yield subject, stream, str(image), "train", str(mask) if mask.exists() else ""
-
-
-def _describe(cohort: RealImagesCohort, places: Mapping[str, Sequence[Path]], num_body: int) -> str:
-    labels = {name: {"kind": "volume", "weak": False, "organs": ["hippocampus"]} for name in LABELS}
-    images = {place: len(volumes) for place, volumes in places.items()} | {f"sites/{BODY}": num_body}
-    return tomli_w.dumps({**cohort.table(), "images": images, "labels": labels})

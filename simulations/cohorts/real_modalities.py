@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-import tomli_w
 from pydantic import Field, model_validator
 
 from panfm.anatomy import parse_stream
@@ -62,7 +61,7 @@ class RealModalitiesCohort(StreamCohort):
                 answers = [(_name(one), *_answers(one, labels)) for _, one in there]
                 write_site_folder(partial / place, rows, tuple(labels), answers)
                 progress(done, len(places))
-            (partial / "cohort.toml").write_text(_describe(self, labels), encoding="utf-8")
+            self.write_description(partial, labels={name: {"kind": "class"} for name in labels})
 
     def fingerprint(self) -> list[object]:
         """The code that shares the pictures out, and the list of the pictures."""
@@ -108,7 +107,3 @@ def _answers(picture: Picture, labels: Mapping[str, tuple[str, str]]) -> list[st
         str(int(kind == picture["class"])) if modality == picture["modality"] else ""
         for modality, kind in labels.values()
     ]
-
-
-def _describe(cohort: RealModalitiesCohort, labels: Iterable[str]) -> str:
-    return tomli_w.dumps({**cohort.table(), "labels": {name: {"kind": "class"} for name in labels}})

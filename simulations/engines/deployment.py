@@ -8,11 +8,8 @@ because it answers the same question, how to run the apps on one machine, and mu
 """
 
 import json
-import ssl
 import subprocess
 import tempfile
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,10 +17,10 @@ from typing import Self
 
 from panfm.config import load_site, site_folders, site_path
 from panfm.site.worker import is_running
-from server.flower_cli import flwr, submit
-from simulations.engines.flwr import ROOT, private_environment, wait_for_end
+from server.flower_cli import ROOT, flwr, submit
+from simulations.engines.flower import private_environment, wait_for_end
 from simulations.engines.job import Job
-from simulations.engines.processes import Process, end, free_ports, start, wait_until
+from simulations.engines.processes import Process, end, free_ports, is_healthy, start, wait_until
 
 CONNECTION = "deployment"
 _CREDENTIALS = ROOT / "configs" / "deployment" / "credentials.sh"
@@ -72,7 +69,8 @@ class Deployment:
         words += ["--database", f"sqlite:///{self.home / 'superlink.db'}?plugin=panfm", "--isolation", "process"]
         words += ["--superexec-auth-secret-file", str(self.home / "superexec.secret")]
         self.start("superlink", "flower-superlink", *words)
-        wait_until(self._is_healthy, "flower-superlink", _START_TIMEOUT_S, self.processes["superlink"])
+        superlink, certificate = self.processes["superlink"], self.home / "ca.crt"
+        wait_until(lambda: is_healthy(self.address, certificate), "flower-superlink", _START_TIMEOUT_S, superlink)
 
     def start_worker(self, folder: Path) -> None:
         """Start the site's worker in the background."""
@@ -130,14 +128,6 @@ class Deployment:
 
     def _trust(self) -> list[str]:
         return ["--root-certificates", str(self.home / "ca.crt")]
-
-    def _is_healthy(self) -> bool:
-        try:
-            context = ssl.create_default_context(cafile=self.home / "ca.crt")
-            with urllib.request.urlopen(f"https://{self.address}/health", timeout=1, context=context):
-                return True
-        except (urllib.error.URLError, OSError):
-            return False
 
 
 def run(job: Job) -> None:

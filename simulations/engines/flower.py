@@ -5,14 +5,14 @@ A SuperLink of our own, with its own home and port, serves the run and is gone a
 
 import shutil
 import tempfile
-import urllib.error
-import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
 
-from server.flower_cli import submit
-from simulations.engines.flwr import private_environment, wait_for_end
+from server.console import Lines, follow
+from server.flower_cli import FlowerRun, flower_environment, submit
 from simulations.engines.job import Job
-from simulations.engines.processes import end, free_ports, start, wait_until
+from simulations.engines.offline import OFFLINE
+from simulations.engines.processes import end, free_ports, is_healthy, start, wait_until
 
 _CONNECTION = "panfm-local"
 _START_TIMEOUT_S = 300.0
@@ -33,7 +33,7 @@ def run(job: Job) -> None:
         words += ["--database", f"sqlite:///{home / 'state.db'}?plugin=panfm"]
         superlink = start(words, home / "superlink.log", environment)
         try:
-            wait_until(lambda: _is_healthy(port), "flower-superlink", _START_TIMEOUT_S, superlink)
+            wait_until(lambda: is_healthy(f"127.0.0.1:{port}"), "flower-superlink", _START_TIMEOUT_S, superlink)
             federation = f"num-supernodes={job.num_sites} client-resources-num-cpus=1"
             run_id = submit(_CONNECTION, job.run_config(), environment, "--federation-config", federation)
             wait_for_end(run_id, _CONNECTION, job, environment)
@@ -42,9 +42,11 @@ def run(job: Job) -> None:
             shutil.copyfile(home / "superlink.log", job.run_dir / "flower.log")
 
 
-def _is_healthy(port: int) -> bool:
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1):
-            return True
-    except (urllib.error.URLError, OSError):
-        return False
+def private_environment(home: Path) -> dict[str, str]:
+    """Environment of Flower's commands: offline, all files under `home`, this interpreter's commands first."""
+    return flower_environment() | OFFLINE | {"FLWR_HOME": str(home)}
+
+
+def wait_for_end(run_id: str, connection: str, job: Job, environment: Mapping[str, str]) -> None:
+    """Show rounds as they end, until Flower says that the run has ended. Raises RunError if it failed."""
+    follow(job.run_dir, Lines(), FlowerRun(run_id, connection), environment)

@@ -1,11 +1,14 @@
-"""Starts and ends processes, each in a group of its own so that its children end with it; free ports; waiting."""
+"""Processes of ours: each in a group of its own, so that it ends with all its children; free ports; waits."""
 
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -46,6 +49,16 @@ def wait_until(condition: Callable[[], bool], what: str, timeout_s: float, *proc
             why = f"ended with status {ended[0]}" if ended else f"not within {timeout_s:g} s"
             raise RunError(f"{what}: {why}; its log in the run folder tells more")
         time.sleep(_POLL_S)
+
+
+def is_healthy(address: str, certificates: Path | None = None) -> bool:
+    """Whether a SuperLink answers at an address, over TLS where certificates are given."""
+    try:
+        context = ssl.create_default_context(cafile=certificates) if certificates else None
+        with urllib.request.urlopen(f"{'https' if context else 'http'}://{address}/health", timeout=1, context=context):
+            return True
+    except (urllib.error.URLError, OSError):
+        return False
 
 
 def free_ports(number: int) -> list[int]:

@@ -13,9 +13,6 @@ Source:
     Baruch et al. 2019 (arXiv 1902.06156): little is enough.
 """
 
-import contextlib
-import io
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,17 +25,15 @@ from flwr.clientapp import ClientApp
 from client.app import app as client_app
 from client.records import pack
 from panfm.config import RunConfig
-from panfm.evaluate.embed import load_model
 from panfm.sharing.groups import Flat, GroupManifest
 from panfm.sharing.messages import Handshake, RoundReply
 from panfm.sharing.weights import Weights, is_pooled, weight_limits
 from server.app import app as server_app
 from server.rounds import initial_state
-from server.run_folder import RunFolder
 from simulations.engines import Job
 from simulations.engines.local import LocalGrid
 from simulations.engines.logs import logged_to
-from simulations.studies._federations import Federated
+from simulations.studies._federations import Federated, federated, outcome
 from strategies import Memory
 from strategies.reply_guards import LIMIT, OTHERS, NormBounds
 from strategies.round_messages import unpack
@@ -185,14 +180,15 @@ class HostileGrid(LocalGrid):
 
 
 def federate_with(run: RunConfig, cohort: Path, attack: str, num_hostile: int) -> Federated:
-    """A federation over a cohort's sites, the last of which are hostile; its progress is not shown."""
-    with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):
-        folder = RunFolder.create(Path(scratch) / "run", run)
-        job = Job(cohort / "sites", folder.path)
+    """Run a federation over a cohort's sites, the last of which are hostile."""
+
+    def start(job: Job) -> None:
         with logged_to(job.log):
             grid = HostileGrid(client_app, job, run, attack, num_hostile)
             server_app(grid, Context(1, 1, {}, RecordDict(), dict(job.run_config())))
-        return Federated(load_model(folder.path / "model")[0], folder.rounds())
+
+    with federated(run, cohort, start) as folder:
+        return outcome(folder)
 
 
 def _of_length(flat: Flat, length: float) -> Flat:

@@ -5,31 +5,31 @@ for transfer: its tokenizer is trained for a few steps on a frozen backbone, the
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
-from scipy import stats
 from torch import Tensor
 
-from panfm.config import RunConfig, site_folders
-from panfm.data.store import Batch, join_stores
+from panfm.config import RunConfig
 from panfm.evaluate.classes import Classed, leave_one_modality_out, probe_classes, probe_each_modality
 from panfm.evaluate.embed import embed_store
-from panfm.evaluate.probe_labels import LabelledStore, read_label_info
+from panfm.evaluate.probe_labels import LabelledStore
 from panfm.evaluate.representation import modality_cka
 from panfm.models import PanModel
 from panfm.models.backbone import Route
-from panfm.report.console_tables import number_text
 from panfm.sharing.groups import stream_of
 from panfm.training.trainer import Trainer
-from simulations.cohorts.picture_cohort import PictureCohort
+from simulations.alone import train_round
+from simulations.cohorts.opened import OpenedCohort
 from simulations.cohorts.prepare import cohort_of, load_simulation
-from simulations.harness import QUICKSTART, StudyResult
+from simulations.harness import QUICKSTART, CohortJob
+from simulations.studies._cohorts import FrozenReader, resized, write_files
 from simulations.studies._routing import seed_routing
+from simulations.studies._tables import mean_sd, print_study
+from simulations.study_result import StudyResult
 
 EXPERIMENT = QUICKSTART.with_name("dex-ten-modalities.toml")
 """The run that these studies start from."""
@@ -42,23 +42,8 @@ _PATCH, _LEARNING_RATE = (4, 4), 1e-3
 _SUBJECTS_PER_STREAM, _HOLDOUT = 250, 300
 
 
-@dataclass(frozen=True)
-class CohortJob:
-    """One draw of the cohort, written as files."""
-
-    draw: int
-    folder: Path
-    subjects: int = _SUBJECTS_PER_STREAM
-    """Patients of each stream at its site."""
-    holdout: int = _HOLDOUT
-    """Patients of each stream at no site."""
-
-    def __str__(self) -> str:
-        return f"pictures {self.draw}: writing files"
-
-
 def study_run(seed: int, *, steps: int, rounds: int = 1) -> RunConfig:
-    """The experiment on raw pixels in small patches, as in the paper, for steps that a site takes in equal rounds.
+    """The experiment on raw pixels in small patches, as in the paper; `steps` are shared out evenly over the rounds.
 
     Block statistics are guessed from their constants: 3,000 steps on them teach no shape (LOG.md).
     """
@@ -85,46 +70,19 @@ def with_backbone(run: RunConfig, backbone: str, **experts: object) -> RunConfig
 
 
 def write_draw(job: CohortJob) -> Path:
-    """Write one draw and build its caches; returns its folder."""
-    run = study_run(0, steps=1)
-    cohort = cohort_of(run)
-    assert isinstance(cohort, PictureCohort)
-    sites = {
-        name: site.model_copy(update={"subjects": job.subjects * len(site.streams)})
-        for name, site in cohort.sites.items()
-    }
-    changed = {"seed": job.draw, "sites": sites, "holdout_subjects": job.holdout}
-    cohort.model_copy(update=changed).write(job.folder, run.streams)
-    Pictures.open(job.folder, run)
-    return job.folder
+    """Write one draw; returns its folder."""
+    run, subjects = study_run(0, steps=1), job.subjects or _SUBJECTS_PER_STREAM
+    cohort = resized(cohort_of(run), job.draw, subjects=subjects, holdout=job.holdout or _HOLDOUT)
+    return write_files(cohort, job.folder, run)
 
 
-@dataclass(frozen=True)
-class Pictures:
-    """A draw, read back."""
-
-    sites: Mapping[str, LabelledStore]
-    holdout: LabelledStore
-    shapes: tuple[str, ...]
-    """Labels, one per shape."""
-
-    @classmethod
-    def open(cls, folder: Path, run: RunConfig) -> "Pictures":
-        """Open a folder that `write_draw` wrote."""
-        sites = {each.name: LabelledStore.open(each, run.streams) for each in site_folders(folder / "sites")}
-        return cls(sites, LabelledStore.open(folder / "holdout", run.streams), tuple(read_label_info(folder)))
-
-    @property
-    def together(self) -> LabelledStore:
-        """All sites' pictures in one place."""
-        places = list(self.sites.values())
-        labels = {name: np.concatenate([place.labels[name] for place in places]) for name in self.shapes}
-        return LabelledStore(join_stores([place.store for place in places]), labels)
+class Pictures(OpenedCohort):
+    """A draw, read back; its labels are the shapes."""
 
     @property
     def trained(self) -> tuple[str, ...]:
         """Streams that some site has."""
-        return tuple(stream for place in self.sites.values() for stream in place.store.images)
+        return tuple(stream for store in self.stores.values() for stream in store.images)
 
     @property
     def held_out(self) -> tuple[str, ...]:
@@ -138,22 +96,8 @@ class Pictures:
         for stream, rows in store.rows.items():
             modality[rows] = stream
         chosen = np.intersect1d(store.indices(split), np.concatenate([store.rows[stream] for stream in streams]))
-        features = embed_store(_Reader(model, route), store, chosen, streams)
-        return Classed(features, modality[chosen], place.values(self.shapes, chosen).argmax(axis=1))
-
-
-@dataclass(frozen=True)
-class _Reader:
-    """Embeds route the experts or route the directors."""
-
-    model: PanModel
-    route: Route
-
-    def eval(self) -> object:
-        return self.model.eval()
-
-    def embed(self, batch: Batch) -> Tensor:
-        return self.model.embed(batch, route=self.route)
+        features = embed_store(FrozenReader(model, partial(model.embed, route=route)), store, chosen, streams)
+        return Classed(features, modality[chosen], place.values(list(self.labels), chosen).argmax(axis=1))
 
 
 def probe_own(
@@ -166,35 +110,28 @@ def probe_own(
 
 
 def probe_across(pictures: Pictures, model: PanModel, route: Route = "experts") -> dict[str, float]:
-    """AUC of a probe of shapes over all streams that were trained, and similarity of the streams."""
+    """AUCs of the shapes over all streams that were trained, and the similarity of the streams' features."""
     streams = pictures.trained
     fit = pictures.read(model, pictures.together, "train", streams, route)
     test = pictures.read(model, pictures.holdout, "test", streams, route)
     own = probe_each_modality(fit, test, streams)
     left_out = leave_one_modality_out(fit, test, streams)
+    cka = modality_cka(test.features, test.modality.tolist(), test.classes.tolist())
     return {
         "probe_own": float(np.mean([score.auc for score in own.values()])),
         "probe_pooled": probe_classes(fit, test).auc,
         "probe_lomo": float(np.mean([score.auc for score in left_out.values()])),
-        "cka": float(
-            np.nanmean(list(modality_cka(test.features, test.modality.tolist(), test.classes.tolist()).values()))
-        ),
+        "cka": float(np.nanmean(list(cka.values()))),
     }
 
 
-def probe_joined(
-    pictures: Pictures,
-    run: RunConfig,
-    state: Mapping[str, Tensor],
-    *,
-    frozen: bool,
-) -> float:
-    """AUC on the streams that no site had, once they have joined.
+def probe_joined(pictures: Pictures, run: RunConfig, state: Mapping[str, Tensor], *, frozen: bool) -> float:
+    """AUC on the streams that no site had, after a few steps of training on them.
 
     Args:
         run: Of the model; under `sharing.experts = private` the experts start as copies of the directors.
         state: Of the trained model.
-        frozen: Only what belongs to the new streams is trained; else everything is, as at a site.
+        frozen: Train the new streams' own parameters alone, instead of all as at a site.
     """
     streams = pictures.held_out
     train = run.train.model_copy(update={"rounds": 1, "local_steps": JOIN_STEPS})
@@ -207,33 +144,13 @@ def probe_joined(
             parameter.requires_grad_(False)
     trainer.reset_private()
     seed_routing(trainer.model, run.seed)
-    store = pictures.holdout.store
-    trainer.train(store, store.indices("train"), first_step=0, num_steps=JOIN_STEPS, site="new-site", round_number=1)
+    train_round(trainer, pictures.holdout.store, "new-site", 1)
     return float(np.mean(probe_own(pictures, trainer.model, pictures.holdout, streams)))
 
 
-def half_interval(gains: NDArray[np.float64]) -> float:
-    """Half of the 95 % interval of a mean, by Student's t; NaN for a single pair."""
-    if len(gains) < 2:
-        return float("nan")
-    return float(stats.t.ppf(0.975, len(gains) - 1) * gains.std(ddof=1) / np.sqrt(len(gains)))
-
-
 def print_result(result: StudyResult, arms: Sequence[str], metrics: Sequence[str], console: Console | None) -> None:
-    """Mean and standard deviation of every metric and arm, the answers, and the targets."""
-    console = console or Console(soft_wrap=True, highlight=False)
+    """Print mean and standard deviation of every metric and arm, the answers, and the targets."""
     table = Table("", *(arm.replace("-", "-\n") for arm in arms), title=f"{result.name}: mean and sd over pairs")
     for metric in metrics:
-        table.add_row(metric, *(_mean_sd(result.values.get((metric, arm), ())) for arm in arms))
-    console.print(table)
-    for name, value in result.ratios.items():
-        console.print(f"{name}: {value:+.3f}")
-    for target in result.targets:
-        console.print(target)
-
-
-def _mean_sd(values: Sequence[float]) -> str:
-    if not len(values):
-        return "-"
-    spread = np.std(values, ddof=1) if len(values) > 1 else 0.0
-    return f"{number_text(float(np.mean(values)))}\n±{number_text(float(spread))}"
+        table.add_row(metric, *(mean_sd(result.values.get((metric, arm), []), "\n±") for arm in arms))
+    print_study(result, table, console=console)

@@ -4,34 +4,18 @@ Training subjects come from one place that scans all organs, missing not at rand
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from panfm.config import RunConfig
+from panfm.config import RunConfig, StreamConfig
+from panfm.data.read import prepare_volume
 from panfm.data.store import ImageStore
-from simulations.cohorts.in_memory import phantom_store
-from simulations.cohorts.phantom_draw import Phantom
+from simulations.cohorts.phantom_draw import Phantom, Subjects, organs_of
 from simulations.cohorts.phantom_labels import LABELS
-
-TRAIN_SUBJECTS, TEST_SUBJECTS = 2500, 1000
-
-
-@dataclass(frozen=True)
-class PhantomDraw:
-    """One draw of one preset, and where it is kept."""
-
-    preset: str
-    draw: int
-    run: RunConfig
-    folder: Path
-    train_subjects: int = TRAIN_SUBJECTS
-    test_subjects: int = TEST_SUBJECTS
-
-    def __str__(self) -> str:
-        return f"rendering {self.preset} phantom {self.draw}"
 
 
 @dataclass(frozen=True)
@@ -45,24 +29,44 @@ class Cohort:
     test_labels: NDArray[np.float64]
 
 
-def render_draw(wanted: PhantomDraw) -> Path:
-    """Render a draw into its folder; returns the folder."""
-    phantom = Phantom(wanted.preset, wanted.draw)
-    organs = wanted.run.organs
-    places = {
-        "train": phantom.draw("train", wanted.train_subjects, organs),
-        "test": phantom.draw("test", wanted.test_subjects, organs, complete=True),
+def render_draw(
+    folder: Path, phantom: Phantom, run: RunConfig, *, train_subjects: int = 2500, test_subjects: int = 1000
+) -> Path:
+    """Render training and test subjects into a new folder; returns the folder."""
+    subjects = {
+        "train": phantom.draw("train", train_subjects, run.organs),
+        "test": phantom.draw("test", test_subjects, run.organs, complete=True),
     }
-    for split, subjects in places.items():
-        store = phantom_store(phantom, subjects, wanted.run.streams, split=split)
-        folder = wanted.folder / split
-        folder.mkdir(parents=True)
+    for split, drawn in subjects.items():
+        store = phantom_store(phantom, drawn, run.streams, split=split)
+        (folder / split).mkdir(parents=True)
         for stream, images in store.images.items():
-            np.save(folder / f"{stream}.npy", images)
-            np.save(folder / f"{stream}.rows.npy", store.rows[stream])
-        np.save(folder / "labels.npy", subjects.labels.astype(np.float64))
-        (folder / "subjects.json").write_text(json.dumps(subjects.names), encoding="utf-8")
-    return wanted.folder
+            np.save(folder / split / f"{stream}.npy", images)
+            np.save(folder / split / f"{stream}.rows.npy", store.rows[stream])
+        np.save(folder / split / "labels.npy", drawn.labels.astype(np.float64))
+        (folder / split / "subjects.json").write_text(json.dumps(drawn.names), encoding="utf-8")
+    return folder
+
+
+def phantom_store(
+    phantom: Phantom, subjects: Subjects, streams: Mapping[str, StreamConfig], *, split: str = "train"
+) -> ImageStore:
+    """Render the subjects' images at the model's resolution, in memory.
+
+    Guarantees:
+        like files: equals, bit for bit, the store opened from the files that `PhantomCohort` writes of these subjects.
+    Raises:
+        DataError: a stream is not an MR volume of an organ that the phantom has.
+    """
+    images, rows = {}, {}
+    for stream, organ in organs_of(streams).items():
+        if organ in subjects.organs:
+            rows[stream] = np.flatnonzero(subjects.scanned[:, subjects.organs.index(organ)])
+            images[stream] = np.empty((len(rows[stream]), 1, *streams[stream].shape), dtype=np.float32)
+            for row, index in enumerate(rows[stream].tolist()):
+                volume = phantom.render(subjects, index, organ)
+                images[stream][row] = prepare_volume(*volume, stream, streams[stream])
+    return ImageStore(subjects.names, (split,) * len(subjects.names), images, rows)
 
 
 def open_draw(folder: Path, run: RunConfig) -> Cohort:

@@ -21,12 +21,9 @@ gradients of the modalities in MLPs or experts. Both are means over blocks (nmi:
 are the blocks' own. Probes are AUCs over the six shapes.
 """
 
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, cast
 
 import numpy as np
 import torch
@@ -44,22 +41,10 @@ from panfm.models.transfer import director_run, director_state
 from panfm.models.vit import Block, VisionTransformer
 from panfm.seeds import numpy_generator, torch_generator
 from panfm.training.trainer import Trainer
-from simulations.harness import (
-    Draws,
-    FirstSeed,
-    JsonFile,
-    Seeds,
-    StudyOptions,
-    StudyResult,
-    Target,
-    check_writable,
-    run_jobs,
-    steps_of,
-)
+from simulations.alone import train_round
+from simulations.harness import ArmJob, StudyOptions, chosen_arms, run_arms, study
 from simulations.studies._modalities import (
-    CohortJob,
     Pictures,
-    half_interval,
     print_result,
     probe_across,
     probe_joined,
@@ -69,6 +54,7 @@ from simulations.studies._modalities import (
 )
 from simulations.studies._released import ActivationFromZero, DirectorFirst, Released
 from simulations.studies._routing import seed_routing
+from simulations.study_result import StudyResult, Target
 
 STEPS = {"short": 500, "medium": 3000, "long": 8000}
 RELEASED: dict[str, type[DirectorExpertsBackbone]] = {
@@ -87,62 +73,27 @@ BACKBONE_OF_ARM = {
 ARMS = ("dense", "token-moe", "random-routing", "dex", "untrained")
 ROWS = ("dense", "token-moe", "random-routing", "dex", "dex-director", *RELEASED, "untrained")
 DEVIATIONS_SHOWN = ("nmi", "conflict", "probe_own", "probe_pooled", "probe_heldout", "val_loss")
-SHOWN = (
-    "nmi",
-    "nmi_unit",
-    "experts_used",
-    "conflict",
-    "probe_own",
-    "probe_pooled",
-    "probe_heldout",
-    "probe_lomo",
-    "cka",
-    "val_loss",
-)
+PROBES = ("probe_own", "probe_pooled", "probe_heldout", "probe_lomo")
+SHOWN = ("nmi", "nmi_unit", "experts_used", "conflict", *PROBES, "cka", "val_loss")
 _BATCH_SIZE = 64
 _CONFLICT_PICTURES = 64
 """Of each modality."""
 
 
-@dataclass(frozen=True)
-class Job:
-    """One arm, trained once and measured."""
+_DIRECTOR = "director:"
+"""Prefix of metrics that are read through the directors."""
+Arms = Annotated[str, typer.Option(help=f"Only these arms, with commas between; of these too: {', '.join(RELEASED)}.")]
 
-    draw: int
-    seed: int
-    arm: str
-    steps: int
-    folder: Path
-
-    def __str__(self) -> str:
-        return f"pictures {self.draw}, seed {self.seed}, {self.arm}, {self.steps} steps"
+_ALL = ",".join(ARMS)
 
 
-def main(
-    seeds: Seeds = 5,
-    draws: Draws = 1,
-    first_seed: FirstSeed = 0,
-    budget: Annotated[str, typer.Option(help="short, medium or long: 500, 3,000 or 8,000 steps.")] = "short",
-    arms: Annotated[
-        str, typer.Option(help=f"Only these arms, with commas between; of these too: {', '.join(RELEASED)}.")
-    ] = ",".join(ARMS),
-    json: JsonFile = None,
-) -> None:
+@study(seeds=5, budgets=STEPS, unit="steps")
+def main(options: StudyOptions, budget: str, arms: Arms = _ALL) -> StudyResult:
     """Director-Experts against dense, token-routed and randomly routed layers."""
-    size, chosen = steps_of(budget, STEPS), arms_of(arms)
-    check_writable(json)
-    result = run(StudyOptions(seeds, draws, first_seed, json=json), size, chosen)
+    chosen = chosen_arms(arms, (*ARMS, *RELEASED))
+    result = run(options, STEPS[budget], chosen)
     print_result(result, rows_of(chosen), SHOWN, None)
-    if json:
-        result.write(json)
-
-
-def arms_of(names: str) -> list[str]:
-    """Arms by their names, in the study's order. Raises BadParameter: there is none of a name."""
-    known, wanted = (*ARMS, *RELEASED), names.split(",")
-    if unknown := sorted({*wanted} - {*known}):
-        raise typer.BadParameter(f"{unknown[0]}: expected some of {', '.join(known)}", param_hint="--arms")
-    return [arm for arm in known if arm in wanted]
+    return result
 
 
 def rows_of(arms: Sequence[str]) -> list[str]:
@@ -158,27 +109,16 @@ def run(options: StudyOptions, steps: int, arms: Sequence[str] = ARMS) -> StudyR
     """Run the study with some of the arms; its questions are answered where all arms are there that they name."""
     described = {arm: arm_run(0, arm, steps).model_dump(mode="json", by_alias=True) for arm in arms}
     result = StudyResult("dex", {"pairs": options.pairs(), "steps": steps, "arms": described})
-    with tempfile.TemporaryDirectory() as scratch:
-        draws = options.draw_numbers()
-        written = run_jobs(
-            write_draw, [CohortJob(draw, Path(scratch) / str(draw)) for draw in draws], workers=options.workers
-        )
-        folders = dict(zip(draws, written, strict=True))
-        jobs = [Job(draw, seed, arm, steps, folders[draw]) for draw, seed in options.pairs() for arm in arms]
-        done = run_jobs(measure, jobs, workers=options.workers, keep_for=options.json)
-    for job, measured in zip(jobs, done, strict=True):
-        result.add(job.arm, {name: value for name, value in measured.items() if not name.startswith("director:")})
-        result.add(f"{job.arm}-director", _under(measured, "director:"))
+    for job, measured in run_arms(options, arms, steps, write_draw, measure):
+        through = {name.removeprefix(_DIRECTOR): measured[name] for name in measured if name.startswith(_DIRECTOR)}
+        result.add(job.arm, {name: value for name, value in measured.items() if not name.startswith(_DIRECTOR)})
+        result.add(f"{job.arm}-director", through)
     if {*ARMS} <= {*arms}:
-        result.ratios.update(_answers(result))
+        _add_answers(result)
         result.targets += targets(result)
     if "dex" in arms:
-        result.ratios.update(_deviations(result, [arm for arm in arms if arm in RELEASED]))
+        _add_deviations(result, [arm for arm in arms if arm in RELEASED])
     return result
-
-
-def _under(measured: Mapping[str, float], prefix: str) -> dict[str, float]:
-    return {name.removeprefix(prefix): value for name, value in measured.items() if name.startswith(prefix)}
 
 
 def arm_run(seed: int, arm: str, steps: int) -> RunConfig:
@@ -189,17 +129,15 @@ def arm_run(seed: int, arm: str, steps: int) -> RunConfig:
     return with_backbone(run, BACKBONE_OF_ARM[arm], **({} if aligned else {"alignment_weight": 0.0}))
 
 
-def measure(job: Job) -> dict[str, float]:
+def measure(job: ArmJob) -> dict[str, float]:
     """Train one arm and measure it; metrics of the route through the directors begin with `director:`."""
-    run = arm_run(job.seed, job.arm, job.steps)
-    pictures = Pictures.open(job.folder, run)
+    run = arm_run(job.seed, job.arm, job.length)
+    pictures = Pictures.open(job.cohort, run)
     everyone = pictures.together.store
     trainer = Trainer(run)
     seed_routing(trainer.model, job.seed)
     if job.arm != "untrained":
-        trainer.train(
-            everyone, everyone.indices("train"), first_step=0, num_steps=job.steps, site="study", round_number=1
-        )
+        train_round(trainer, everyone, "study", 1)
     measured = {"val_loss": trainer.validate(everyone, everyone.indices("val"), site="study").loss}
     measured |= conflict(trainer, everyone) | specialisation(trainer.model, pictures)
     return measured | probes(pictures, run, trainer.model, job.arm)
@@ -213,7 +151,7 @@ def probes(pictures: Pictures, run: RunConfig, model: PanModel, arm: str) -> dic
     if _has_director(arm):
         through = probe_across(pictures, model, "director")
         through["probe_heldout"] = probe_joined(pictures, director_run(run), director_state(model), frozen=True)
-        measured |= {f"director:{name}": value for name, value in through.items()}
+        measured |= {f"{_DIRECTOR}{name}": value for name, value in through.items()}
     return measured
 
 
@@ -221,13 +159,13 @@ def conflict(trainer: Trainer, store: ImageStore) -> dict[str, float]:
     """Conflict between the modalities' gradients, in every block's MLP or experts."""
     maps, losses = trainer.stem(store), {}
     for stream, rows in store.rows.items():
-        held = np.intersect1d(rows, store.indices("train"))
-        chosen = numpy_generator(trainer.run.seed, "conflict", stream).permutation(held)[:_CONFLICT_PICTURES]
+        training = np.intersect1d(rows, store.indices("train"))
+        chosen = numpy_generator(trainer.run.seed, "conflict", stream).permutation(training)[:_CONFLICT_PICTURES]
         losses[stream] = partial(_loss, trainer, maps, chosen, stream)
-    found = [gradient_conflict(rows) for rows in layer_gradients(losses, _layers(trainer.model))]
-    measured = {f"block-{index}/conflict": each.size for index, each in enumerate(found)}
-    measured["conflict"] = float(np.mean([each.size for each in found]))
-    measured["conflict_share"] = float(np.mean([each.share for each in found]))
+    conflicts = [gradient_conflict(rows) for rows in layer_gradients(losses, _layers(trainer.model))]
+    measured = {f"block-{index}/conflict": layer.size for index, layer in enumerate(conflicts)}
+    measured["conflict"] = float(np.mean([layer.size for layer in conflicts]))
+    measured["conflict_share"] = float(np.mean([layer.share for layer in conflicts]))
     return measured
 
 
@@ -252,7 +190,7 @@ def specialisation(model: PanModel, pictures: Pictures) -> dict[str, float]:
         chosen = np.intersect1d(store.rows[stream], store.indices("test"))
         with torch.inference_mode():
             routed = model.encode(model.stem(store.batch(chosen)).to(model.stream_of_place.device)).routed
-        gates.append([_gates(each, len(chosen)) for each in routed])
+        gates.append([_gates(layer, len(chosen)) for layer in routed])
         names += [stream] * len(chosen)
     layers = [np.concatenate(layer) for layer in zip(*gates, strict=True)]
     if not layers:
@@ -277,49 +215,35 @@ def _flat(gates: NDArray[np.float32]) -> NDArray[np.float32]:
     return gates.reshape(-1, gates.shape[2])
 
 
-def _answers(result: StudyResult) -> dict[str, float]:
-    """The questions of the study, as paired means and as shares of pairs."""
-    answers = {
-        "nmi_dex": result.mean("nmi", "dex"),
-        "nmi_dex-minus-token-moe": _gain(result, "nmi", "dex", "token-moe", np.mean),
-        "nmi_unit_dex-minus-token-moe": _gain(result, "nmi_unit", "dex", "token-moe", np.mean),
-    }
+def _add_answers(result: StudyResult) -> None:
+    """Add the questions of the study, as paired means and as shares of pairs."""
+    result.ratios["nmi_dex"] = result.mean("nmi", "dex")
+    for metric in ("nmi", "nmi_unit"):
+        gain = result.gain(metric, "dex", "token-moe")
+        result.ratios[f"{metric}_dex-minus-token-moe"] = float(np.mean(gain))
     for arm in ("dex", "token-moe", "random-routing"):
-        answers[f"conflict_{arm}_over_dense"] = result.mean("conflict", arm) / result.mean("conflict", "dense")
-    for metric in ("probe_own", "probe_pooled", "probe_heldout", "probe_lomo"):
+        result.ratios[f"conflict_{arm}_over_dense"] = result.mean("conflict", arm) / result.mean("conflict", "dense")
+    for metric in PROBES:
         for arm in ("dex", "dex-director"):
-            answers[f"{metric}/{arm}-minus-dense"] = _gain(result, metric, arm, "dense", np.mean)
-            answers[f"{metric}/{arm}-at-least-dense"] = _gain(
-                result, metric, arm, "dense", lambda gain: np.mean(gain >= 0)
-            )
-    return answers
+            result.add_gain(metric, arm, "dense")
 
 
-def _deviations(result: StudyResult, arms: Sequence[str]) -> dict[str, float]:
-    """What each arm of the released code gains on `dex`: paired mean, and half of its 95 % interval."""
-    answers = {}
+def _add_deviations(result: StudyResult, arms: Sequence[str]) -> None:
+    """Add each released arm's gain on `dex`: paired mean, and half of its 95 % interval."""
     for arm in arms:
         for of in ("", "-director"):
             for metric in DEVIATIONS_SHOWN:
                 if (metric, f"{arm}{of}") in result.values:
-                    gain = np.array(result.gain(metric, f"{arm}{of}", f"dex{of}"))
-                    answers[f"{metric}/{arm}{of}-minus-dex{of}"] = float(gain.mean())
-                    answers[f"{metric}/{arm}{of}-minus-dex{of}/half-interval"] = half_interval(gain)
-    return answers
+                    result.add_gain(metric, f"{arm}{of}", f"dex{of}", with_share=False, with_interval=True)
 
 
 def targets(result: StudyResult) -> list[Target]:
-    """Targets of the study."""
-    found = result.ratios
+    """Targets of Director-Experts."""
+    ratios = result.ratios
+    at_least_dense = ratios["probe_pooled/dex-at-least-dense"]
     return [
-        Target("nmi of dex, deeper half", found["nmi_dex"], 0.4),
-        Target("nmi, dex minus token-moe", found["nmi_dex-minus-token-moe"], 0.15),
-        Target("one minus conflict of dex over dense", 1.0 - found["conflict_dex_over_dense"], 0.25),
-        Target("share of pairs with probe_pooled of dex at least dense", found["probe_pooled/dex-at-least-dense"], 0.8),
+        Target("nmi of dex, deeper half", ratios["nmi_dex"], 0.4),
+        Target("nmi, dex minus token-moe", ratios["nmi_dex-minus-token-moe"], 0.15),
+        Target("one minus conflict of dex over dense", 1.0 - ratios["conflict_dex_over_dense"], 0.25),
+        Target("share of pairs with probe_pooled of dex at least dense", at_least_dense, 0.8),
     ]
-
-
-def _gain(
-    result: StudyResult, metric: str, arm: str, baseline: str, reduce: Callable[[NDArray[np.float64]], Any]
-) -> float:
-    return float(reduce(np.array(result.gain(metric, arm, baseline))))

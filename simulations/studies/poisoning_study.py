@@ -20,10 +20,8 @@ pairs: the share of what the federation gained that the attack costs. With the d
 to cost a tenth at most, and no site is to have more than `federation.max-share`.
 """
 
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,28 +30,18 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from panfm.config import RunConfig, site_folders
-from panfm.evaluate.probe_cohort import Task, evaluate_cohort
-from panfm.evaluate.probe_labels import LabelledStore, read_label_info
+from panfm.config import RunConfig
 from panfm.models import build_model
 from panfm.training.trainer import Trainer
+from simulations.cohorts.opened import OpenedCohort
 from simulations.cohorts.phantom import PhantomSiteConfig
 from simulations.cohorts.prepare import cohort_of, load_simulation, with_cohort
-from simulations.harness import (
-    QUICKSTART,
-    Draws,
-    FirstSeed,
-    JsonFile,
-    Seeds,
-    StudyOptions,
-    StudyResult,
-    Target,
-    check_writable,
-    run_jobs,
-    steps_of,
-)
-from simulations.studies._federations import Federated, federate, mean_sd
+from simulations.harness import QUICKSTART, ArmJob, CohortJob, StudyOptions, run_arms, study
+from simulations.studies._cohorts import write_files
+from simulations.studies._federations import Federated, federate
 from simulations.studies._hostile import GUARDS_OFF, federate_with
+from simulations.studies._tables import mean_sd, print_study
+from simulations.study_result import StudyResult, Target
 from strategies.weight_caps import FEWEST
 
 MEANS = ("weighted", "median", "trimmed", "geometric-median")
@@ -79,53 +67,16 @@ def arms() -> list[str]:
     return [*of_five, f"{_DEX}untrained", f"{_DEX}honest", *(f"{_GATES}/{variant}" for variant in variants), *of_ten]
 
 
-@dataclass(frozen=True)
-class CohortJob:
-    """One draw of one cohort, written as files."""
-
-    draw: int
-    num_sites: int
-    folder: Path
-
-    def __str__(self) -> str:
-        return f"phantom {self.draw}: writing files of {self.num_sites} sites"
+Only = Annotated[str, typer.Option("--arms", help="Only attacked arms that end so, e.g. weighted/default.")]
 
 
-@dataclass(frozen=True)
-class ArmJob:
-    """One arm, trained once and measured."""
-
-    draw: int
-    seed: int
-    arm: str
-    rounds: int
-    cohort: Path
-
-    def __str__(self) -> str:
-        return f"phantom {self.draw}, seed {self.seed}, {self.arm}, {self.rounds} rounds"
-
-    @property
-    def attack(self) -> str | None:
-        """Attack of the hostile sites; None if there are none."""
-        return self.arm.removeprefix(_TEN).split("/")[0] if "/" in self.arm else None
-
-
-def main(
-    seeds: Seeds = 3,
-    draws: Draws = 1,
-    first_seed: FirstSeed = 0,
-    budget: Annotated[str, typer.Option(help="short, medium or long: 10, 25 or 60 rounds.")] = "short",
-    json: JsonFile = None,
-    only: Annotated[str, typer.Option("--arms", help="Only attacked arms that end so, e.g. weighted/default.")] = "",
-) -> None:
+@study(seeds=3, budgets=_ROUNDS, unit="rounds")
+def main(options: StudyOptions, budget: str, only: Only = "") -> StudyResult:
     """Damage of one hostile site of five and of two of ten, by attack, mean and guards."""
-    rounds = steps_of(budget, _ROUNDS)
-    check_writable(json)
     chosen = arms_of(only)
-    result = run(StudyOptions(seeds, draws, first_seed, json=json), rounds, chosen)
+    result = run(options, _ROUNDS[budget], chosen)
     show(result, chosen)
-    if json:
-        result.write(json)
+    return result
 
 
 def arms_of(only: str) -> list[str]:
@@ -139,21 +90,7 @@ def run(options: StudyOptions, rounds: int, chosen: Sequence[str]) -> StudyResul
     """Run the study with some of its arms."""
     base = study_run("honest", 0, 0, rounds)
     result = StudyResult("poisoning", {"pairs": options.pairs(), "run": base.model_dump(mode="json", by_alias=True)})
-    with tempfile.TemporaryDirectory() as scratch:
-        cohorts = [
-            CohortJob(draw, num_sites, Path(scratch) / f"{draw}-{num_sites}")
-            for draw in options.draw_numbers()
-            for num_sites in (5, 10)
-        ]
-        written = run_jobs(write_draw, cohorts, workers=options.workers)
-        folders = {(job.draw, job.num_sites): folder for job, folder in zip(cohorts, written, strict=True)}
-        jobs = [
-            ArmJob(draw, seed, arm, rounds, folders[draw, num_sites_of(arm)])
-            for draw, seed in options.pairs()
-            for arm in chosen
-        ]
-        done = run_jobs(measure, jobs, workers=options.workers, keep_for=options.json)
-    for job, measured in zip(jobs, done, strict=True):
+    for job, measured in run_arms(options, chosen, rounds, write_draw, measure):
         result.add(job.arm, measured)
     result.ratios |= {f"damage/{arm}": damage(result, arm) for arm in chosen if "/" in arm}
     result.targets += targets(result, chosen)
@@ -169,12 +106,8 @@ def study_run(arm: str, draw: int, seed: int, rounds: int) -> RunConfig:
     """The run of one arm."""
     num_sites = num_sites_of(arm)
     changes = [f"seed={seed}", f"train.rounds={rounds}", "train.local-steps=8", "train.batch-size=16"]
-    changes += [
-        "probe.bootstrap=0",
-        "objective={name='mae'}",
-        "masking.policy=random",
-        "masking.static-organs=['heart']",
-    ]
+    changes += ["probe.bootstrap=0", "objective={name='mae'}", "masking.policy=random"]
+    changes += ["masking.static-organs=['heart']"]
     if arm.startswith((_DEX, _GATES)):
         changes += _EXPERTS
     if "/" in arm:
@@ -196,29 +129,23 @@ def study_run(arm: str, draw: int, seed: int, rounds: int) -> RunConfig:
 
 
 def write_draw(job: CohortJob) -> Path:
-    """Write one draw and build its caches; returns its folder."""
-    run = study_run("honest" if job.num_sites == 5 else f"{_TEN}honest", job.draw, 0, 1)
-    cohort_of(run).write(job.folder, run.streams)
-    for folder in (*site_folders(job.folder / "sites"), job.folder / "holdout"):
-        LabelledStore.open(folder, run.streams)
+    """Write one draw of five sites and one of ten, each under its number of sites; returns their folder."""
+    for arm in ("honest", f"{_TEN}honest"):
+        run = study_run(arm, job.draw, 0, 1)
+        write_files(cohort_of(run), job.folder / str(num_sites_of(arm)), run)
     return job.folder
 
 
 def measure(job: ArmJob) -> dict[str, float]:
     """Train one arm and measure its model."""
-    run = study_run(job.arm, job.draw, job.seed, job.rounds)
-    trained = _trained(job, run)
-    places = [LabelledStore.open(folder, run.streams) for folder in site_folders(job.cohort / "sites")]
-    holdout = LabelledStore.open(job.cohort / "holdout", run.streams)
-    probed = evaluate_cohort(
-        Task(run, places, holdout, read_label_info(job.cohort)), {"arm": trained.model}, grid_arms=()
-    )
-    trainer = Trainer(run)
+    run = study_run(job.arm, job.draw, job.seed, job.length)
+    folder = job.cohort / str(num_sites_of(job.arm))
+    trained, cohort = _trained(job.arm, run, folder), OpenedCohort.open(folder, run)
+    trainer, held_out = Trainer(run), cohort.holdout.store
     trainer.load_shared(trained.model.split_state(run.sharing)[0])
-    store = holdout.store
     return {
-        "val_loss": trainer.validate(store, store.indices("test"), site="holdout").loss,
-        "auc": probed.value("arm"),
+        "val_loss": trainer.validate(held_out, held_out.indices("test"), site="holdout").loss,
+        "auc": cohort.auc(run, trained.model),
         "site_share": largest_share(trained, hostile_names(job.arm)),
     }
 
@@ -229,12 +156,13 @@ def _percent(damage: float | None) -> str:
     return f"{damage:+.1%}" if damage <= 1.0 else "> 100%"
 
 
-def _trained(job: ArmJob, run: RunConfig) -> Federated:
-    if job.arm.endswith("untrained"):
+def _trained(arm: str, run: RunConfig, cohort: Path) -> Federated:
+    if arm.endswith("untrained"):
         return Federated(build_model(run), [])
-    if job.attack is None:
-        return federate(run, job.cohort)
-    return federate_with(run, job.cohort, job.attack, len(hostile_names(job.arm)))
+    if "/" not in arm:
+        return federate(run, cohort)
+    attack = arm.removeprefix(_TEN).split("/")[0]
+    return federate_with(run, cohort, attack, len(hostile_names(arm)))
 
 
 def hostile_names(arm: str) -> list[str]:
@@ -267,16 +195,15 @@ def damage(result: StudyResult, arm: str) -> float:
 def targets(result: StudyResult, chosen: Sequence[str]) -> list[Target]:
     """Targets for the defaults against one hostile site of five, for the arms that were measured."""
     by_default = [arm for attack in (*ATTACKS, _GATES) if (arm := f"{attack}/{DEFAULT}") in chosen]
-    found = [Target(f"minus the damage of {arm}", -result.ratios[f"damage/{arm}"], -0.1) for arm in by_default]
+    damages = [Target(f"minus the damage of {arm}", -result.ratios[f"damage/{arm}"], -0.1) for arm in by_default]
     cap = study_run("honest", 0, 0, 1).federation.max_share
     shares = [max(result.values["site_share", arm]) for arm in chosen if arm.endswith("/default")]
     name = "cap minus the largest share of a hostile site under default guards"
-    return [*found, *([Target(name, cap - max(shares), 0.0)] if shares else [])]
+    return [*damages, *([Target(name, cap - max(shares), 0.0)] if shares else [])]
 
 
 def show(result: StudyResult, chosen: Sequence[str], console: Console | None = None) -> None:
     """Every arm, and the targets."""
-    console = console or Console(soft_wrap=True, highlight=False)
     table = Table("arm", "val loss", "AUC", "share", "damage", title="poisoning: mean and sd over pairs")
     table.columns[0].no_wrap = True
     table.columns[0].min_width = max(map(len, arms()))
@@ -285,6 +212,4 @@ def show(result: StudyResult, chosen: Sequence[str], console: Console | None = N
         loss = mean_sd(result.values["val_loss", arm]) if lost is None or lost <= 1.0 else "diverged"
         share = f"{np.max(result.values['site_share', arm]):.3f}"
         table.add_row(arm, loss, f"{result.mean('auc', arm):.3f}", share, _percent(lost))
-    console.print(table)
-    for target in result.targets:
-        console.print(str(target))
+    print_study(result, table, console=console, with_ratios=False)

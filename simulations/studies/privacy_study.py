@@ -25,7 +25,6 @@ import csv
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -37,31 +36,21 @@ from rich.table import Table
 
 from panfm.config import RunConfig, dump_toml, site_folders
 from panfm.data.cache import open_store
-from panfm.data.store import join_stores
+from panfm.data.store import ImageStore, join_stores
 from panfm.data.tables import write_table
-from panfm.evaluate.probe_cohort import Task, evaluate_cohort
-from panfm.evaluate.probe_labels import LabelledStore, read_label_info
 from panfm.models import PanModel, build_model
 from panfm.models.transfer import load_with_fresh_private, read_start, start_state
 from panfm.privacy.audit_inversion import Attacked
 from panfm.privacy.audit_membership import Place, audit_membership
 from panfm.privacy.mechanisms import noise_for, planned
 from simulations.alone import train_alone
-from simulations.cohorts.phantom import PhantomCohort
+from simulations.cohorts.opened import OpenedCohort
 from simulations.cohorts.prepare import cohort_of, load_simulation
-from simulations.harness import (
-    QUICKSTART,
-    Draws,
-    FirstSeed,
-    JsonFile,
-    Seeds,
-    StudyOptions,
-    StudyResult,
-    Target,
-    check_writable,
-    run_jobs,
-)
-from simulations.studies._federations import federate, mean_sd
+from simulations.harness import QUICKSTART, CohortJob, StudyOptions, run_jobs, study
+from simulations.studies._cohorts import resized
+from simulations.studies._federations import RunJob, federate
+from simulations.studies._tables import mean_sd, print_study
+from simulations.study_result import StudyResult, Target
 
 EPSILONS = {"inf": None, "8": 8.0, "2": 2.0}
 ARMS = tuple(f"{start}-{epsilon}" for start in ("cold", "warm") for epsilon in EPSILONS)
@@ -76,18 +65,6 @@ _PUBLIC_ROUNDS, _PUBLIC_STEPS, _PUBLIC_BATCH = 8, 100, 64
 
 
 @dataclass(frozen=True)
-class CohortJob:
-    """One draw of the cohort, written as files."""
-
-    draw: int
-    folder: Path
-    holdout: int = _HOLDOUT
-
-    def __str__(self) -> str:
-        return f"phantom {self.draw}: writing files"
-
-
-@dataclass(frozen=True)
 class PublicJob:
     """The training of one public model."""
 
@@ -97,30 +74,15 @@ class PublicJob:
     folder: Path
 
     def __str__(self) -> str:
-        return f"phantom {self.draw}, seed {self.seed}, public model"
+        return f"draw {self.draw}, seed {self.seed}, public model"
 
 
-@dataclass(frozen=True)
-class ArmJob:
-    """One arm, trained once, probed and attacked."""
-
-    draw: int
-    seed: int
-    arm: str
-    run: RunConfig
-    cohort: Path
-
-    def __str__(self) -> str:
-        return f"phantom {self.draw}, seed {self.seed}, {self.arm}"
-
-
-def main(seeds: Seeds = 3, draws: Draws = 1, first_seed: FirstSeed = 0, json: JsonFile = None) -> None:
+@study(seeds=3)
+def main(options: StudyOptions) -> StudyResult:
     """AUC, membership inference and inversion at epsilon 2, 8 and infinity, from scratch and from a public model."""
-    check_writable(json)
-    result = run(StudyOptions(seeds, draws, first_seed, json=json))
+    result = run(options)
     show(result)
-    if json:
-        result.write(json)
+    return result
 
 
 def run(options: StudyOptions) -> StudyResult:
@@ -129,7 +91,7 @@ def run(options: StudyOptions) -> StudyResult:
         cohorts, starts = _prepare(options, Path(scratch))
         arms = (*ARMS, *REFERENCES)
         jobs = [
-            ArmJob(draw, seed, arm, arm_run(arm, seed, starts[draw, seed]), cohorts[draw])
+            RunJob(draw, seed, arm, arm_run(arm, seed, starts[draw, seed]), cohorts[draw])
             for draw, seed in options.pairs()
             for arm in arms
         ]
@@ -148,10 +110,8 @@ def _prepare(options: StudyOptions, scratch: Path) -> tuple[dict[int, Path], dic
     draws = options.draw_numbers()
     cohorts = [CohortJob(draw, scratch / f"{draw}") for draw in draws]
     cohorts += [CohortJob(draw + _PUBLIC_DRAW, scratch / f"{draw + _PUBLIC_DRAW}", holdout=1) for draw in draws]
-    written = {
-        job.draw: folder
-        for job, folder in zip(cohorts, run_jobs(write_draw, cohorts, workers=options.workers), strict=True)
-    }
+    folders = run_jobs(write_draw, cohorts, workers=options.workers)
+    written = {job.draw: folder for job, folder in zip(cohorts, folders, strict=True)}
     public = [
         PublicJob(draw, seed, written[draw + _PUBLIC_DRAW], scratch / f"public-{draw}-{seed}")
         for draw, seed in options.pairs()
@@ -178,11 +138,7 @@ def arm_run(arm: str, seed: int, public: Path) -> RunConfig:
 def _privacy(start: str, epsilon: str) -> list[str]:
     """What the arm changes in the table `patient-dp`."""
     trained = "vectors" if start == "warm" else "all"
-    changes: dict[str, object] = {
-        "public-subjects": _MEMBERS,
-        "sample-rate": _RATE,
-        "trained": f"'{trained}'",
-    }
+    changes: dict[str, object] = {"public-subjects": _MEMBERS, "sample-rate": _RATE, "trained": f"'{trained}'"}
     if target := EPSILONS.get(epsilon):
         noise = noise_of(target, _ROUNDS, _LOCAL_STEPS)
         changes |= {"epsilon": target, "delta": _DELTA, "noise-multiplier": noise}
@@ -196,22 +152,18 @@ def _privacy(start: str, epsilon: str) -> list[str]:
 def noise_of(target: float, rounds: int, local_steps: int) -> float:
     """Noise multiplier with which so many rounds, their saliency included, spend an epsilon."""
     run = load_simulation(_PRIVATE, [f"train.local-steps={local_steps}"])
-    gradients, *others = (replace(each, count=each.count * rounds) for each in planned(run))
+    gradients, *others = (replace(use, count=use.count * rounds) for use in planned(run))
     return noise_for(target, _DELTA, rate=_RATE, count=gradients.count, others=tuple(others))
 
 
 def write_draw(job: CohortJob) -> Path:
     """Write one draw, half of each site's patients in the train split, and build its caches; returns its folder."""
     base = load_simulation(_PRIVATE)
-    cohort = cohort_of(base)
-    assert isinstance(cohort, PhantomCohort)
-    sites = {name: site.model_copy(update={"subjects": 2 * _MEMBERS}) for name, site in cohort.sites.items()}
-    changed = {"seed": job.draw, "sites": sites, "holdout_subjects": job.holdout}
-    cohort.model_copy(update=changed).write(job.folder, base.streams)
+    cohort = resized(cohort_of(base), job.draw, subjects=2 * _MEMBERS, holdout=job.holdout or _HOLDOUT)
+    cohort.write(job.folder, base.streams)
     for folder in site_folders(job.folder / "sites"):
         halve(folder / "manifest.csv")
-    for folder in (*site_folders(job.folder / "sites"), job.folder / "holdout"):
-        LabelledStore.open(folder, base.streams)
+    OpenedCohort.open(job.folder, base)
     return job.folder
 
 
@@ -237,18 +189,16 @@ def train_public(job: PublicJob) -> Path:
     return job.folder
 
 
-def measure(job: ArmJob) -> dict[str, float]:
+def measure(job: RunJob) -> dict[str, float]:
     """Train one arm, probe and attack its model."""
-    run, nothing = job.run, build_model(job.run)
+    run, cohort = job.run, OpenedCohort.open(job.cohort, job.run)
     before = started(run)
     after = before if job.arm in ("untrained", "public") else train(job)
-    places = [LabelledStore.open(folder, run.streams) for folder in site_folders(job.cohort / "sites")]
-    holdout = LabelledStore.open(job.cohort / "holdout", run.streams)
-    probed = evaluate_cohort(Task(run, places, holdout, read_label_info(job.cohort)), {"arm": after}, grid_arms=())
-    members = [Place.of(place.store) for place in places]
-    origin = nothing if job.arm == "public" else before
+    members = [Place.of(store) for store in cohort.stores.values()]
+    origin = build_model(run) if job.arm == "public" else before
     attack = audit_membership(run, origin.state_dict(), after.state_dict(), members, masks=_MASKS)
-    return {"auc": probed.value("arm"), "mia_auc": attack.auc.value, **_inverted(run, after, places)}
+    inverted = _inverted(run, after, list(cohort.stores.values()))
+    return {"auc": cohort.auc(run, after), "mia_auc": attack.auc.value, **inverted}
 
 
 def started(run: RunConfig) -> PanModel:
@@ -259,19 +209,19 @@ def started(run: RunConfig) -> PanModel:
     return model
 
 
-def train(job: ArmJob) -> PanModel:
+def train(job: RunJob) -> PanModel:
     """The federation's model, over copies of the sites: every arm has ledgers of its own."""
     with tempfile.TemporaryDirectory(dir=job.cohort.parent) as scratch:
         shutil.copytree(job.cohort / "sites", Path(scratch) / "sites", copy_function=os.link)
         return federate(job.run, Path(scratch)).model
 
 
-def _inverted(run: RunConfig, model: PanModel, places: list[LabelledStore]) -> dict[str, float]:
-    attacked = Attacked(model, run, [place.store for place in places])
+def _inverted(run: RunConfig, model: PanModel, stores: list[ImageStore]) -> dict[str, float]:
+    attacked = Attacked(model, run, stores)
     noise = run.patient_dp.noise_multiplier if run.patient_dp else 0.0
     alone = [[patient] for patient in attacked.patients(_ATTACKED)]
-    found = attacked.scenario("one patient", alone, partial(attacked.gradient, noise=noise))
-    return {"psnr": float(np.mean(found.psnr)), "psnr_grey": float(np.mean(found.grey))}
+    scenario = attacked.scenario("one patient", alone, partial(attacked.gradient, noise=noise))
+    return {"psnr": float(np.mean(scenario.psnr)), "psnr_grey": float(np.mean(scenario.grey))}
 
 
 def answers(result: StudyResult) -> dict[str, float]:
@@ -280,9 +230,9 @@ def answers(result: StudyResult) -> dict[str, float]:
     pairs += [(arm, "untrained") for arm in ("cold-inf", "cold-8", "cold-2", "public")]
     pairs += [(arm, "public") for arm in ("warm-inf", "warm-8", "warm-2", "warm-ordinary")]
     pairs += [("warm-8", "warm-ordinary"), ("warm-8", "cold-inf")]
-    found = {f"auc/{arm}-minus-{other}": float(np.mean(result.gain("auc", arm, other))) for arm, other in pairs}
-    found |= {f"mia_auc/{start}-8": result.mean("mia_auc", f"{start}-8") for start in ("cold", "warm")}
-    return found | {f"psnr/{arm}-minus-grey": _above_grey(result, arm) for arm in ("cold-inf", "cold-8", "warm-8")}
+    ratios = {f"auc/{arm}-minus-{other}": float(np.mean(result.gain("auc", arm, other))) for arm, other in pairs}
+    ratios |= {f"mia_auc/{start}-8": result.mean("mia_auc", f"{start}-8") for start in ("cold", "warm")}
+    return ratios | {f"psnr/{arm}-minus-grey": _above_grey(result, arm) for arm in ("cold-inf", "cold-8", "warm-8")}
 
 
 def _above_grey(result: StudyResult, arm: str) -> float:
@@ -291,24 +241,19 @@ def _above_grey(result: StudyResult, arm: str) -> float:
 
 def targets(result: StudyResult) -> list[Target]:
     """Targets of the study."""
-    found: Mapping[str, float] = result.ratios
+    ratios = result.ratios
     return [
-        Target("0.56 minus membership AUC at epsilon 8, cold", 0.56 - found["mia_auc/cold-8"], 0.0),
-        Target("0.56 minus membership AUC at epsilon 8, warm", 0.56 - found["mia_auc/warm-8"], 0.0),
-        Target("AUC at epsilon 8 minus non-private, warm", found["auc/warm-8-minus-warm-inf"], -0.02),
-        Target("the same against all parameters, ordinary loop", found["auc/warm-8-minus-warm-ordinary"], -0.02),
+        Target("0.56 minus membership AUC at epsilon 8, cold", 0.56 - ratios["mia_auc/cold-8"], 0.0),
+        Target("0.56 minus membership AUC at epsilon 8, warm", 0.56 - ratios["mia_auc/warm-8"], 0.0),
+        Target("AUC at epsilon 8 minus non-private, warm", ratios["auc/warm-8-minus-warm-inf"], -0.02),
+        Target("the same against all parameters, ordinary loop", ratios["auc/warm-8-minus-warm-ordinary"], -0.02),
     ]
 
 
 def show(result: StudyResult, console: Console | None = None) -> None:
     """Mean and sd per arm, the differences, and the targets."""
-    console = console or Console(soft_wrap=True, highlight=False)
     table = Table("arm", "AUC", "membership AUC", "PSNR", "of a grey", title="privacy: mean and sd over pairs")
     for arm in (*ARMS, *REFERENCES):
         decibels = (f"{result.mean(metric, arm):.1f}" for metric in ("psnr", "psnr_grey"))
         table.add_row(arm, *(mean_sd(result.values[metric, arm]) for metric in ("auc", "mia_auc")), *decibels)
-    console.print(table)
-    for name, value in result.ratios.items():
-        console.print(f"{name}: {value:+.4f}")
-    for target in result.targets:
-        console.print(str(target))
+    print_study(result, table, console=console)

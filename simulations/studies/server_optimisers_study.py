@@ -9,17 +9,9 @@
 nesterov's rates are the better of two tried on development draw 100, adam's rate is the best of three (LOG.md).
 """
 
-from simulations.harness import (
-    QUICKSTART,
-    Draws,
-    Experiment,
-    FirstSeed,
-    JsonFile,
-    Seeds,
-    StudyOptions,
-    check_writable,
-)
+from simulations.harness import QUICKSTART, Experiment, StudyOptions, study
 from simulations.studies._federations import compare, show
+from simulations.study_result import StudyResult
 
 ARMS = {
     "mean": (),
@@ -30,16 +22,9 @@ ARMS = {
 }
 
 
-def main(
-    seeds: Seeds = 3,
-    draws: Draws = 1,
-    first_seed: FirstSeed = 0,
-    json: JsonFile = None,
-    experiment: Experiment = QUICKSTART,
-) -> None:
+@study(seeds=3)
+def main(options: StudyOptions, experiment: Experiment = QUICKSTART) -> StudyResult:
     """AUC of a federation at equal budget, by server optimiser."""
-    check_writable(json)
-    result = compare("server-optimisers", experiment, ARMS, StudyOptions(seeds, draws, first_seed, json=json))
+    result = compare("server-optimisers", experiment, ARMS, options)
     show(result, ARMS)
-    if json:
-        result.write(json)
+    return result

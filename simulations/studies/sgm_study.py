@@ -6,9 +6,7 @@ training subjects as they were scanned, and tested on complete subjects and on t
 Metric names begin with the preset: `transient/auc`, `lasting/auc_no_dominant`, ...
 """
 
-import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,12 +14,10 @@ import numpy as np
 import torch
 import typer
 from numpy.typing import NDArray
-from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from panfm.config import RunConfig
-from panfm.data.store import Batch, ImageStore
+from panfm.data.store import ImageStore
 from panfm.evaluate.embed import embed_store
 from panfm.evaluate.linear_probe import auc_per_label, fit_classifiers
 from panfm.evaluate.probe_cohort import FeaturesOf, missing_grid
@@ -30,23 +26,15 @@ from panfm.evaluate.statistics import StatisticsReference, measure_store
 from panfm.models import PanModel
 from panfm.training.saliency import stream_shares
 from panfm.training.trainer import Trainer
-from simulations.cohorts.phantom_draw import PRESETS
+from simulations.alone import train_round
+from simulations.cohorts.phantom_draw import PRESETS, Phantom
 from simulations.cohorts.phantom_labels import LABELS
 from simulations.cohorts.prepare import load_simulation
-from simulations.harness import (
-    QUICKSTART,
-    Draws,
-    FirstSeed,
-    JsonFile,
-    Seeds,
-    StudyOptions,
-    StudyResult,
-    Target,
-    check_writable,
-    run_jobs,
-    steps_of,
-)
-from simulations.studies._phantoms import Cohort, PhantomDraw, open_draw, render_draw
+from simulations.harness import QUICKSTART, ArmJob, CohortJob, StudyOptions, chosen_arms, run_arms, study
+from simulations.studies._cohorts import FrozenReader
+from simulations.studies._phantoms import Cohort, open_draw, render_draw
+from simulations.studies._tables import print_study
+from simulations.study_result import StudyResult, Target
 
 STEPS = {"short": 500, "medium": 3000, "long": 8000}
 _CONSTANT = {"settle_steps": 10**9, "limit": 20.0}
@@ -62,84 +50,49 @@ MASKING: dict[str, dict[str, Any]] = {
 """What sets an arm apart from the default masking, which is `sgm`. `sgm-attention`, `sgm-value` and `inverse` keep
 their full strength to the end."""
 REFERENCES = ("untrained", "statistics")
-ALL_ARMS = ",".join((*MASKING, *REFERENCES))
+ARMS = (*MASKING, *REFERENCES)
 SHOWN = ("auc", "auc_weak", "auc_no_dominant", "saliency_entropy")
 _BATCH_SIZE = 64
 
 
-@dataclass(frozen=True)
-class Job:
-    """One arm, trained once and measured."""
+Arms = Annotated[str, typer.Option(help="Only these arms, with commas between; random is always run.")]
 
-    preset: str
-    draw: int
-    seed: int
-    arm: str
-    steps: int
-    folder: Path
-
-    def __str__(self) -> str:
-        return f"{self.preset} phantom {self.draw}, seed {self.seed}, {self.arm}, {self.steps} steps"
+_ALL = ",".join(ARMS)
 
 
-def main(
-    seeds: Seeds = 5,
-    draws: Draws = 3,
-    first_seed: FirstSeed = 0,
-    budget: Annotated[str, typer.Option(help="short, medium or long: 500, 3,000 or 8,000 steps.")] = "short",
-    arms: Annotated[str, typer.Option(help="Only these arms, with commas between; random is always run.")] = ALL_ARMS,
-    json: JsonFile = None,
-) -> None:
+@study(seeds=5, draws=3, budgets=STEPS, unit="steps")
+def main(options: StudyOptions, budget: str, arms: Arms = _ALL) -> StudyResult:
     """Masking policies on two phantoms: what saliency-guided masking gains, and for how long."""
-    steps_of(budget, STEPS)
-    wanted = arms.split(",")
-    if unknown := sorted(set(wanted) - {*MASKING, *REFERENCES}):
-        raise typer.BadParameter(f"{unknown[0]}: expected some of {ALL_ARMS}", param_hint="--arms")
-    check_writable(json)
-    result = run(StudyOptions(seeds, draws, first_seed, json=json), budget, ["random", *wanted])
+    result = run(options, budget, chosen_arms(f"random,{arms}", ARMS))
     show(result)
-    if json:
-        result.write(json)
+    return result
 
 
 def run(options: StudyOptions, budget: str, arms: Sequence[str]) -> StudyResult:
     """Run the study, with some of the arms."""
     steps = STEPS[budget]
     result = StudyResult("sgm", {"budget": budget, "steps": steps, "pairs": options.pairs(), **_settings()})
-    with tempfile.TemporaryDirectory() as scratch:
-        wanted = [
-            PhantomDraw(preset, draw, study_run(0, "random", 1), Path(scratch) / f"{preset}-{draw}")
-            for preset in PRESETS
-            for draw in options.draw_numbers()
-        ]
-        folders = dict(zip([(each.preset, each.draw) for each in wanted], run_jobs(render_draw, wanted), strict=True))
-        jobs = [
-            Job(preset, draw, seed, arm, steps, folders[preset, draw])
-            for draw, seed in options.pairs()
-            for preset in PRESETS
-            for arm in (*MASKING, *REFERENCES)
-            if arm in arms
-        ]
-        done = run_jobs(measure, jobs, workers=options.workers, keep_for=options.json)
-        for job, measured in zip(jobs, done, strict=True):
-            result.add(job.arm, {f"{job.preset}/{metric}": value for metric, value in measured.items()})
+    jobs = [f"{preset}/{arm}" for preset in PRESETS for arm in arms]
+    for job, measured in run_arms(options, jobs, steps, write_draw, measure):
+        preset, _, arm = job.arm.partition("/")
+        result.add(arm, {f"{preset}/{metric}": value for metric, value in measured.items()})
     result.ratios.update(_gains(result))
     result.targets += targets(result, budget) if "sgm" in arms else []
     return result
 
 
 def show(result: StudyResult) -> None:
-    """One table per preset: mean of every arm, and its gain over random masking with the share of pairs won."""
+    """Print a table per preset: mean of every arm, and its gain over random masking with the share of pairs won."""
+    tables = []
     for preset in PRESETS:
-        table = Table(title=f"{preset}, {result.config['steps']} steps, {len(result.config['pairs'])} pairs")
-        table.add_column("arm")
+        tables.append(
+            Table("arm", title=f"{preset}, {result.config['steps']} steps, {len(result.config['pairs'])} pairs")
+        )
         for metric in SHOWN:
-            table.add_column(metric, justify="right")
-        for arm in (*MASKING, *REFERENCES):
-            table.add_row(arm, *(_cell(result, f"{preset}/{metric}", arm) for metric in SHOWN))
-        Console().print(table)
-    for target in result.targets:
-        Console(soft_wrap=True, highlight=False).print(str(target))
+            tables[-1].add_column(metric, justify="right")
+        for arm in ARMS:
+            tables[-1].add_row(arm, *(_cell(result, f"{preset}/{metric}", arm) for metric in SHOWN))
+    print_study(result, *tables, with_ratios=False)
 
 
 def _cell(result: StudyResult, metric: str, arm: str) -> str:
@@ -160,22 +113,30 @@ def study_run(seed: int, arm: str, steps: int) -> RunConfig:
     return base.model_copy(update={"seed": seed, "masking": masking, "train": train})
 
 
-def measure(job: Job) -> dict[str, float]:
-    """Train one arm and measure it."""
-    run = study_run(job.seed, job.arm, job.steps)
-    cohort = open_draw(job.folder, run)
-    if job.arm == "statistics":
+def write_draw(job: CohortJob) -> Path:
+    """Render both phantoms of one draw, each under its preset's name; returns their folder."""
+    for preset in PRESETS:
+        render_draw(job.folder / preset, Phantom(preset, job.draw), study_run(0, "random", 1))
+    return job.folder
+
+
+def measure(job: ArmJob) -> dict[str, float]:
+    """Train one arm, `<preset>/<arm>`, and measure it."""
+    preset, _, arm = job.arm.partition("/")
+    run = study_run(job.seed, arm, job.length)
+    cohort = open_draw(job.cohort / preset, run)
+    if arm == "statistics":
         return _probe(cohort, run, *_statistics_features(cohort, run), draw=job.draw)
     trainer = Trainer(run)
-    if job.arm != "untrained":
-        everyone = np.arange(len(cohort.train.subjects))
-        trainer.train(cohort.train, everyone, first_step=0, num_steps=job.steps, site="study", round_number=1)
+    if arm != "untrained":
+        train_round(trainer, cohort.train, "study", 1)
     return measure_trainer(trainer, cohort, draw=job.draw)
 
 
 def measure_trainer(trainer: Trainer, cohort: Cohort, *, draw: int) -> dict[str, float]:
     """All metrics of a trainer's frozen student."""
-    reader = _MapReader(trainer.model)
+    model = trainer.model
+    reader = FrozenReader(model, lambda batch: model.encode(batch).cls)  # of stem maps, which are computed once
     train, test = trainer.stem(cohort.train), trainer.stem(cohort.test)
 
     def features_of(streams: Iterable[str]) -> NDArray[np.float32]:
@@ -183,20 +144,7 @@ def measure_trainer(trainer: Trainer, cohort: Cohort, *, draw: int) -> dict[str,
 
     fit = embed_store(reader, train, np.arange(len(train.subjects)))
     measured = _probe(cohort, trainer.run, fit, features_of, draw=draw)
-    return measured | {"saliency_entropy": _saliency_entropy(trainer.model, test)}
-
-
-class _MapReader:
-    """Embeds stem maps, which are computed once, instead of images."""
-
-    def __init__(self, model: PanModel) -> None:
-        self.model = model
-
-    def eval(self) -> object:
-        return self.model.eval()
-
-    def embed(self, batch: Batch) -> Tensor:
-        return self.model.encode(batch).cls
+    return measured | {"saliency_entropy": _saliency_entropy(model, test)}
 
 
 def _statistics_features(cohort: Cohort, run: RunConfig) -> tuple[NDArray[np.float32], FeaturesOf]:
@@ -247,7 +195,7 @@ def _gains(result: StudyResult) -> dict[str, float]:
     gains: dict[str, float] = {}
     for preset in PRESETS:
         for metric in SHOWN:
-            for arm in (*MASKING, *REFERENCES):
+            for arm in ARMS:
                 if arm == "random" or (f"{preset}/{metric}", arm) not in result.values:
                     continue
                 gain = result.gain(f"{preset}/{metric}", arm, "random")
@@ -260,32 +208,25 @@ def targets(result: StudyResult, budget: str) -> list[Target]:
     """Targets of `sgm` at a budget. `long` compares with `statistics` where that arm was run."""
 
     def ahead(metric: str, least: float, baseline: str = "random") -> Target:
-        found = float(np.mean(result.gain(metric, "sgm", baseline)))
-        return Target(f"{budget}: {metric}, sgm minus {baseline}", found, least)
+        gain = float(np.mean(result.gain(metric, "sgm", baseline)))
+        return Target(f"{budget}: {metric}, sgm minus {baseline}", gain, least)
 
     def won(metric: str) -> Target:
-        return Target(
-            f"{budget}: {metric}, share of pairs that sgm wins", result.share_won(metric, "sgm", "random"), 0.8
-        )
+        share = result.share_won(metric, "sgm", "random")
+        return Target(f"{budget}: {metric}, share of pairs that sgm wins", share, 0.8)
 
-    found = [ahead(f"{preset}/saliency_entropy", 0.0) for preset in PRESETS]
+    targets = [ahead(f"{preset}/saliency_entropy", 0.0) for preset in PRESETS]
     if budget == "short":
         for preset in PRESETS:
             for metric, least in (("auc", 0.02), ("auc_no_dominant", 0.03)):
-                found += [ahead(f"{preset}/{metric}", least), won(f"{preset}/{metric}")]
+                targets += [ahead(f"{preset}/{metric}", least), won(f"{preset}/{metric}")]
     if budget == "long":
-        found += [ahead("transient/auc", -0.003), ahead("lasting/auc_no_dominant", 0.01)]
+        targets += [ahead("transient/auc", -0.003), ahead("lasting/auc_no_dominant", 0.01)]
         against = [preset for preset in PRESETS if (f"{preset}/auc", "statistics") in result.values]
-        found += [ahead(f"{preset}/auc", 0.0, "statistics") for preset in against]
-    return found
+        targets += [ahead(f"{preset}/auc", 0.0, "statistics") for preset in against]
+    return targets
 
 
 def _settings() -> dict[str, Any]:
-    run = study_run(0, "sgm", 1)
-    return {
-        "arms": MASKING,
-        "masking": run.masking.model_dump(mode="json", by_alias=True),
-        "model": run.model.model_dump(mode="json", by_alias=True),
-        "objective": run.objective.model_dump(mode="json", by_alias=True),
-        "train": run.train.model_dump(mode="json", by_alias=True),
-    }
+    described = study_run(0, "sgm", 1).model_dump(mode="json", by_alias=True)
+    return {"arms": MASKING} | {name: described[name] for name in ("masking", "model", "objective", "train")}

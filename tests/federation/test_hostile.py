@@ -20,7 +20,7 @@ from panfm.sharing.groups import GroupManifest
 from panfm.sharing.messages import Invitation, Records, RoundReply, RoundTask
 from panfm.site import Site
 from panfm.site.audit_log import AuditLog
-from simulations.engines.flwr import private_environment
+from simulations.engines.flower import private_environment
 from simulations.engines.processes import Process, end, send_signal, start, wait_until
 from tests.federation.conftest import RUN
 

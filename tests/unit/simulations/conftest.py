@@ -2,7 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from simulations.studies._modalities import CohortJob, write_draw
+from simulations.harness import CohortJob
+from simulations.studies._modalities import write_draw
 
 
 @pytest.fixture(scope="session")

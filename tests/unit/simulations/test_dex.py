@@ -9,9 +9,10 @@ from rich.console import Console
 
 from panfm.models import build_model
 from panfm.models.backbone import Routed
-from simulations.harness import StudyOptions, StudyResult
+from simulations.harness import ArmJob, CohortJob, StudyOptions, chosen_arms
 from simulations.studies import dex_study as dex
-from simulations.studies._modalities import CohortJob, Pictures, print_result, probe_joined, study_run, with_backbone
+from simulations.studies._modalities import Pictures, print_result, probe_joined, study_run, with_backbone
+from simulations.study_result import StudyResult
 
 PROBES = {"probe_own", "probe_pooled", "probe_heldout", "probe_lomo", "cka"}
 
@@ -28,7 +29,7 @@ def test_every_arm_costs_the_same():
 
 @pytest.mark.parametrize("arm", ["dex", "token-moe", "dex-released"])
 def test_one_arm_measured(picture_cohort, arm):
-    measured = dex.measure(dex.Job(3, 0, arm, 1, picture_cohort))
+    measured = dex.measure(ArmJob(3, 0, arm, 1, picture_cohort))
     blocks = {f"block-{block}/{metric}" for block in range(2) for metric in ("nmi", "conflict")}
     expected = {*PROBES, *blocks, "nmi", "nmi_unit", "experts_used", "conflict", "conflict_share", "val_loss"}
     assert measured.keys() == expected | ({f"director:{name}" for name in PROBES} if arm != "token-moe" else set())
@@ -87,7 +88,7 @@ def test_streams_are_at_one_site_or_held_out(picture_cohort):
     assert sorted((*pictures.trained, *pictures.held_out)) == sorted(run.streams)
     joined = pictures.together
     assert len(joined.store.subjects) == sum(len(place.store.subjects) for place in pictures.sites.values())
-    assert set(joined.values(pictures.shapes, np.arange(len(joined.store.subjects))).sum(axis=1)) == {1.0}
+    assert set(joined.values(list(pictures.labels), np.arange(len(joined.store.subjects))).sum(axis=1)) == {1.0}
 
 
 def test_the_whole_study(tmp_path, monkeypatch, picture_cohort):
@@ -138,8 +139,8 @@ def test_some_arms_alone_are_compared_to_dex(monkeypatch, picture_cohort):
 
 
 def test_arms_come_in_the_studys_order_once_each():
-    assert dex.arms_of("dex-released,dex,dex") == ["dex", "dex-released"]
-    assert dex.arms_of(",".join(dex.ARMS)) == [*dex.ARMS]
+    assert chosen_arms("dex-released,dex,dex", (*dex.ARMS, *dex.RELEASED)) == ["dex", "dex-released"]
+    assert chosen_arms(",".join(dex.ARMS), (*dex.ARMS, *dex.RELEASED)) == [*dex.ARMS]
     assert dex.rows_of(["dex", "dex-released"]) == ["dex", "dex-director", "dex-released"]
 
 
@@ -149,5 +150,5 @@ def test_an_unknown_arm_is_refused():
 
 
 def test_jobs_are_told_apart():
-    jobs = [dex.Job(0, seed, arm, 1, "") for seed in (0, 1) for arm in (*dex.ARMS, *dex.RELEASED)]
+    jobs = [ArmJob(0, seed, arm, 1, "") for seed in (0, 1) for arm in (*dex.ARMS, *dex.RELEASED)]
     assert len({str(job) for job in [*jobs, CohortJob(0, ""), CohortJob(1, "")]}) == len(jobs) + 2

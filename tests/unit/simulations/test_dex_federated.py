@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from panfm.sharing.groups import EXPERTS, ROUTER
-from simulations.harness import StudyOptions
+from simulations.harness import ArmJob, StudyOptions
 from simulations.studies import dex_federated_study as study
-from simulations.studies._modalities import Pictures, half_interval
+from simulations.studies._modalities import Pictures
+from simulations.study_result import half_interval
 
 DEX_ARMS = ("private", "pooled", "naive", "local", "centralised")
 
@@ -20,7 +21,7 @@ def one_step(monkeypatch):
 
 def trained(cohort, arm):
     run = study.arm_run(0, arm, 1)
-    return study.train_arm(study.ArmJob(3, 0, arm, 1, cohort), run, Pictures.open(cohort, run))
+    return study.train_arm(ArmJob(3, 0, arm, 1, cohort), run, Pictures.open(cohort, run))
 
 
 def differing(one, other):
@@ -40,7 +41,7 @@ def test_sites_end_up_with_their_own_experts_only_where_these_are_private(pictur
 
 @pytest.mark.parametrize("arm", ["private", "local"])
 def test_one_arm_measured(picture_cohort, one_step, arm):
-    measured = study.measure(study.ArmJob(3, 0, arm, 1, picture_cohort))
+    measured = study.measure(ArmJob(3, 0, arm, 1, picture_cohort))
     assert measured.keys() == {*study.METRICS}
     assert math.isnan(measured.pop("bytes_round")) == (arm == "local")
     assert all(0.0 <= value <= 1.0 for value in measured.values())

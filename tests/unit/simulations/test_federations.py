@@ -9,11 +9,12 @@ from rich.console import Console
 from panfm.config import load_run
 from panfm.evaluate.result import read_result
 from simulations.cohorts.prepare import prepare_cohort
-from simulations.harness import QUICKSTART, StudyOptions, StudyResult
+from simulations.harness import QUICKSTART, StudyOptions
 from simulations.simulate import simulate
 from simulations.studies import coding_study as coding
 from simulations.studies import server_optimisers_study as server_optimisers
 from simulations.studies._federations import compare, federate, show
+from simulations.study_result import StudyResult
 
 RUN = """
 name = "small"

@@ -6,7 +6,8 @@ from typer.testing import CliRunner
 
 from panfm.errors import ConfigError
 from simulations.__main__ import app
-from simulations.harness import QUICKSTART, StudyOptions, StudyResult, check_writable, run_jobs
+from simulations.harness import QUICKSTART, StudyOptions, check_writable, run_jobs
+from simulations.study_result import StudyResult
 
 
 def halve(number):

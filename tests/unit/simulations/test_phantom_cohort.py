@@ -12,11 +12,11 @@ from panfm.anatomy import DEFAULT_ORGANS
 from panfm.config import StreamConfig, load_site
 from panfm.data.read import read_image
 from panfm.errors import DataError
-from simulations.cohorts.in_memory import phantom_store
 from simulations.cohorts.phantom import PhantomCohort
 from simulations.cohorts.phantom_body import ORGANS
 from simulations.cohorts.phantom_draw import Phantom
 from simulations.cohorts.phantom_labels import LABELS
+from simulations.studies._phantoms import phantom_store
 
 STREAMS = {
     f"{organ}-mr": StreamConfig(shape=(16, 16, 16), patch=(8, 8, 16), spacing_mm=(spec.view_mm / 16,) * 3)

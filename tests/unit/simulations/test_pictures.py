@@ -6,15 +6,16 @@ import tomllib
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from panfm.anatomy import Modality
 from panfm.config import StreamConfig
 from panfm.data.cache import open_store
 from panfm.data.check import check_site
 from panfm.data.labels import read_label_table
+from panfm.data.read import prepare_picture
 from panfm.data.readers.picture import decode_picture
 from panfm.errors import DataError
-from simulations.cohorts.in_memory import picture_store
 from simulations.cohorts.picture_cohort import Patient, PictureCohort, draw_places, patient_labels
 from simulations.cohorts.picture_looks import LOOKS, blur, render
 from simulations.cohorts.picture_shapes import SHAPES, SIZE, draw_mask
@@ -104,13 +105,17 @@ def test_labels_say_one_shape_per_patient(cohort):
 
 
 @pytest.mark.parametrize("place", ["sites/radiology", "sites/eyes", "holdout"])
-def test_memory_equals_files(cohort, place):
-    store, memory = open_store(cohort[0] / place, STREAMS), picture_store(draw_places(_config())[place], STREAMS)
-    assert (store.subjects, store.splits) == (memory.subjects, memory.splits)
-    assert set(store.images) == set(memory.images)
+def test_files_hold_the_patients_pictures(cohort, place):
+    store, patients = open_store(cohort[0] / place, STREAMS), draw_places(_config())[place]
+    assert store.subjects == tuple(patient.name for patient in patients)
+    assert store.splits == tuple(patient.split for patient in patients)
+    assert set(store.images) == {patient.stream for patient in patients}
     for stream, images in store.images.items():
-        np.testing.assert_array_equal(images, memory.images[stream])
-        np.testing.assert_array_equal(store.rows[stream], memory.rows[stream])
+        holders = [index for index, patient in enumerate(patients) if patient.stream == stream]
+        np.testing.assert_array_equal(store.rows[stream], holders)
+        for image, index in zip(images, holders, strict=True):
+            expected = prepare_picture(Image.fromarray(patients[index].picture()), STREAMS[stream])
+            np.testing.assert_array_equal(image, expected)
 
 
 def test_colour_where_it_is_right(cohort):

@@ -6,11 +6,10 @@ import typer
 from rich.console import Console
 
 from panfm.config.sharing import GuardsConfig
-from simulations.harness import StudyResult
+from simulations.harness import ArmJob, CohortJob
 from simulations.studies import poisoning_study as poisoning
 from simulations.studies._federations import Federated
 from simulations.studies.poisoning_study import (
-    ArmJob,
     arms,
     damage,
     hostile_names,
@@ -19,6 +18,7 @@ from simulations.studies.poisoning_study import (
     study_run,
     targets,
 )
+from simulations.study_result import StudyResult
 
 
 def toy() -> StudyResult:
@@ -78,7 +78,7 @@ def test_the_largest_share_counts_where_three_sites_contribute():
 def test_an_arm_is_measured_over_real_messages(tmp_path, monkeypatch, arm):
     monkeypatch.setattr(poisoning, "_SUBJECTS", (20,) * 5)
     monkeypatch.setattr(poisoning, "_HOLDOUT", 30)
-    cohort = poisoning.write_draw(poisoning.CohortJob(0, 5, tmp_path / "cohort"))
+    cohort = poisoning.write_draw(CohortJob(0, tmp_path / "cohort"))
     measured = poisoning.measure(ArmJob(0, 0, arm, 3, cohort))
     assert set(measured) == {"val_loss", "auc", "site_share"}
     assert (measured["site_share"] <= 0.5) == arm.endswith("default") or arm.startswith("scaling")

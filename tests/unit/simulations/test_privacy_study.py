@@ -13,9 +13,11 @@ from panfm.data.cache import open_store
 from panfm.models import build_model
 from panfm.privacy.guarantees import NO_CLAIM, claim
 from panfm.privacy.mechanisms import epsilon, planned
-from simulations.harness import QUICKSTART, StudyOptions, StudyResult
+from simulations.harness import QUICKSTART, CohortJob, StudyOptions
 from simulations.studies import privacy_study as privacy
-from simulations.studies.privacy_study import ARMS, METRICS, REFERENCES, ArmJob, CohortJob, PublicJob, answers, targets
+from simulations.studies._federations import RunJob
+from simulations.studies.privacy_study import ARMS, METRICS, REFERENCES, PublicJob, answers, targets
+from simulations.study_result import StudyResult
 
 NOISE_OF = privacy.noise_of
 
@@ -105,7 +107,7 @@ def test_an_arm_is_trained_probed_and_attacked(cohort, arm, tmp_path, monkeypatc
         monkeypatch.setattr(privacy, name, value)
     start = privacy.train_public(PublicJob(7, 0, cohort, tmp_path / "public"))
     before = {path: path.stat().st_size for path in cohort.rglob("*") if path.is_file()}
-    measured = privacy.measure(ArmJob(7, 0, arm, privacy.arm_run(arm, 0, start), cohort))
+    measured = privacy.measure(RunJob(7, 0, arm, privacy.arm_run(arm, 0, start), cohort))
     assert tuple(measured) == METRICS
     assert all(0.0 <= measured[metric] <= 1.0 for metric in ("auc", "mia_auc"))
     assert {path: path.stat().st_size for path in cohort.rglob("*") if path.is_file()} == before
@@ -150,11 +152,13 @@ def test_one_pair_from_start_to_file(monkeypatch, tmp_path, public):
     monkeypatch.setattr(privacy, "measure", lambda job: dict.fromkeys(METRICS, 0.5))
     privacy.main(seeds=1, first_seed=100, json=tmp_path / "out.json")
     assert asked[:3] == [
-        "phantom 100: writing files",
-        "phantom 1100: writing files",
-        "phantom 100, seed 100, public model",
+        "draw 100: writing files",
+        "draw 1100: writing files",
+        "draw 100, seed 100, public model",
     ]
-    assert asked[3:] == [f"phantom 100, seed 100, {arm}" for arm in (*ARMS, *REFERENCES)]
+    assert [job.partition(" (")[0] for job in asked[3:]] == [
+        f"phantom 100, seed 100, {arm}" for arm in (*ARMS, *REFERENCES)
+    ]
     table = json.loads((tmp_path / "out.json").read_text())
     assert [each["met"] for each in table["targets"]] == [True] * 4
     assert table["config"]["arms"]["warm-8"]["patient-dp"]["epsilon"] == 8.0

@@ -5,22 +5,24 @@ import math
 
 import pytest
 
-from simulations.cohorts.phantom_draw import PRESETS
-from simulations.harness import StudyResult, Target
+from simulations.cohorts.phantom_draw import PRESETS, Phantom
+from simulations.harness import ArmJob
 from simulations.studies import sgm_study as sgm
-from simulations.studies._phantoms import PhantomDraw, render_draw
+from simulations.studies._phantoms import render_draw
+from simulations.study_result import StudyResult, Target
 
 ORGANS = ("brain", "heart", "adipose", "liver", "kidney", "spleen", "pancreas")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    run = sgm.study_run(0, "random", 1)
-    return render_draw(PhantomDraw("transient", 100, run, tmp_path_factory.mktemp("draw") / "x", 80, 60))
+    folder, run = tmp_path_factory.mktemp("draw"), sgm.study_run(0, "random", 1)
+    render_draw(folder / "transient", Phantom("transient", 100), run, train_subjects=80, test_subjects=60)
+    return folder
 
 
 def measure(folder, arm):
-    return sgm.measure(sgm.Job("transient", 100, 100, arm, 2, folder))
+    return sgm.measure(ArmJob(100, 100, f"transient/{arm}", 2, folder))
 
 
 @pytest.mark.slow

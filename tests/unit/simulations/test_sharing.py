@@ -8,9 +8,10 @@ from rich.console import Console
 
 from panfm.config import load_run
 from panfm.data.store import ImageStore
-from simulations.harness import QUICKSTART, StudyResult
+from simulations.harness import QUICKSTART, ArmJob
 from simulations.studies import sharing_study as sharing
-from simulations.studies.sharing_study import ARMS, ArmJob, show, study_run, targets, train_arm
+from simulations.studies.sharing_study import ARMS, show, study_run, targets, train_arm
+from simulations.study_result import StudyResult
 
 
 def test_the_table_fits_80_columns():
@@ -40,6 +41,7 @@ def test_every_arm_takes_the_same_steps_over_the_same_subjects(monkeypatch, arm)
         return SimpleNamespace(model="model of all")
 
     monkeypatch.setattr(sharing, "train_alone", alone)
+    monkeypatch.setattr("simulations.alone.train_alone", alone)
     monkeypatch.setattr(sharing, "federate", together)
     run = study_run(0, 0, 15)
     stores = {name: ImageStore((name,), ("train",), {}, {}) for name in ("a", "b", "c")}

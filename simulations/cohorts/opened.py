@@ -1,0 +1,50 @@
+"""A cohort's folder, read back: images, labels, and probes of a model's frozen features."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+
+from panfm.config import RunConfig, site_folders
+from panfm.data.store import ImageStore, join_stores
+from panfm.evaluate.probe_cohort import Task, evaluate_cohort
+from panfm.evaluate.probe_labels import LabelInfo, LabelledStore, read_label_info
+from panfm.models import PanModel
+
+
+@dataclass(frozen=True)
+class OpenedCohort:
+    """Sites and held-out patients, with their labels."""
+
+    sites: Mapping[str, LabelledStore]
+    """Name of a site's folder -> its patients."""
+    holdout: LabelledStore
+    labels: Mapping[str, LabelInfo]
+
+    @classmethod
+    def open(cls, folder: Path, run: RunConfig) -> Self:
+        """Open a cohort's folder, and build the caches of its images where there are none."""
+        sites = {site.name: LabelledStore.open(site, run.streams) for site in site_folders(folder / "sites")}
+        return cls(sites, LabelledStore.open(folder / "holdout", run.streams), read_label_info(folder))
+
+    @property
+    def stores(self) -> dict[str, ImageStore]:
+        """Site -> its images."""
+        return {name: site.store for name, site in self.sites.items()}
+
+    @property
+    def together(self) -> LabelledStore:
+        """All sites' patients in one place."""
+        sites = self.sites.values()
+        labels = {name: np.concatenate([site.labels[name] for site in sites]) for name in self.labels}
+        return LabelledStore(join_stores(list(self.stores.values())), labels)
+
+    def task(self, run: RunConfig) -> Task:
+        """The probing of a run's models: fitted on the sites, tested on held-out patients."""
+        return Task(run, list(self.sites.values()), self.holdout, self.labels)
+
+    def auc(self, run: RunConfig, model: PanModel) -> float:
+        """AUC of a model's frozen features, over all labels and all held-out patients, as a run probes it."""
+        return evaluate_cohort(self.task(run), {"model": model}, grid_arms=()).value("model")
