@@ -50,7 +50,7 @@ Gradient = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Scenario:
-    """How well one kind of gradient was inverted: peak signal-to-noise ratios in dB, one per patient."""
+    """Result of inverting one kind of gradient: peak signal-to-noise ratios in dB, one per patient."""
 
     name: str
     psnr: Sequence[float]
@@ -210,7 +210,7 @@ class Attacked:
         return (_psnr(torch.cat(errors)) if inverted else best), best, _psnr(torch.cat(others))
 
     def _seen(self, over: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """As many places as a patient shows of these streams (a public number), those where least is left over."""
+        """The places of these streams with the smallest residuals, as many as a patient shows (a public number)."""
         count = sum(len(patches) for patches in truth.values())
         hidden = min(max(round(self.run.masking.ratio * count), 1), count - 1)
         limit = torch.cat(list(over.values())).sort().values[: count - hidden][-1]

@@ -70,11 +70,11 @@ class LocalGrid(Grid):
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def set_run(self, run: Run) -> None:
-        """There is one run."""
+        """Do nothing: there is one run."""
 
     @property
     def run(self) -> Run:
-        """There is one run."""
+        """The one run of the grid, without details."""
         return Run.create_empty(run_id=_RUN)
 
     def _reply(self, message: Message) -> Message:

@@ -136,7 +136,7 @@ def arm_run(arm: str, seed: int, public: Path) -> RunConfig:
 
 
 def _privacy(start: str, epsilon: str) -> list[str]:
-    """What the arm changes in the table `patient-dp`."""
+    """Keys of the table `patient-dp` that the arm changes."""
     trained = "vectors" if start == "warm" else "all"
     changes: dict[str, object] = {"public-subjects": _MEMBERS, "sample-rate": _RATE, "trained": f"'{trained}'"}
     if target := EPSILONS.get(epsilon):
