@@ -9,7 +9,7 @@ import tomli_w
 from typer.testing import CliRunner
 
 from panfm.cli import main
-from panfm.cli.site_lines import supernode_command
+from panfm.cli.site_commands import supernode_command
 from panfm.config import dump_toml, experiment_hash, load_site, parse_run
 from panfm.sharing.frames import Frame, encode
 from panfm.site.audit_log import AuditLog

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from client.relay import ask
 from panfm.cli import main
-from panfm.cli.site_lines import supernode_command
+from panfm.cli.site_commands import supernode_command
 from panfm.config import parse_site
 from panfm.errors import ConfigError
 from panfm.sharing.frames import Frame, Kind, address, encode
