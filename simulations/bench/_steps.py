@@ -12,7 +12,7 @@ from panfm.training.trainer import Trainer
 
 
 def in_turns(arms: Mapping[str, Callable[[int], float]], turns: int) -> dict[str, list[float]]:
-    """Values that each arm returns for the turns 1, 2, ...; turn 0 warms up. Each turn begins with the next arm."""
+    """Values that every arm returns for turns 1, 2, ...; turn 0 warms up, and each turn begins with another arm."""
     measured: dict[str, list[float]] = {arm: [] for arm in arms}
     order = list(arms)
     for turn in range(turns + 1):

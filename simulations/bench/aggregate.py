@@ -46,7 +46,7 @@ _RUN_ID, _SUBJECTS, _DISTINCT = "bench", 100, 3
 
 @dataclass(frozen=True)
 class Updates:
-    """Updates that the sites send: a few distinct ones, over and over."""
+    """Updates of the sites: a few distinct ones, over and over."""
 
     run: RunConfig
     manifest: GroupManifest

@@ -80,7 +80,7 @@ class Patient:
     stream: str
     split: str
     seed: int
-    """Of the cohort."""
+    """Seed of the cohort."""
 
     @property
     def shape(self) -> str:

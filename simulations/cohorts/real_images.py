@@ -104,8 +104,8 @@ def share_out(volumes: Sequence[Path], cohort: RealImagesCohort) -> dict[str, li
     if cohort.limit:
         sizes = np.cumsum([len(person) for person in shuffled])
         shuffled = [person for person, size in zip(shuffled, sizes, strict=True) if size <= cohort.limit]
-    num_held = round(cohort.holdout_fraction * len(shuffled))
-    held_out, trained = shuffled[:num_held], shuffled[num_held:]
+    num_held_out = round(cohort.holdout_fraction * len(shuffled))
+    held_out, trained = shuffled[:num_held_out], shuffled[num_held_out:]
     places = {"holdout": held_out} | {f"sites/{clinic}": trained[at::2] for at, clinic in enumerate(CLINICS)}
     if not all(places.values()):
         raise DataError(f"hippocampus: {len(shuffled)} people cannot be shared out over {len(places)} places")

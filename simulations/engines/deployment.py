@@ -113,7 +113,7 @@ class Deployment:
         wait_until(lambda: self.num_online() >= len(folders), "SuperNodes online", _START_TIMEOUT_S, *nodes)
 
     def wait_for_worker(self, folder: Path) -> None:
-        """Wait until the worker of a site listens."""
+        """Wait until a site's worker listens."""
         worker, site = self.processes[f"{folder.name}.worker"], load_site(folder)
         wait_until(lambda: is_running(folder, site), f"worker of {folder.name}", _START_TIMEOUT_S, worker)
 
@@ -139,7 +139,7 @@ def run(job: Job) -> None:
 
 
 def run_config(job: Job) -> dict[str, str]:
-    """Run config of the apps. It does not tell where the data of a site lie."""
+    """The run config that the coordinator gives the apps: without the paths of the sites' data."""
     return {key: value for key, value in job.run_config().items() if key != "sites"}
 
 

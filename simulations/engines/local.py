@@ -66,7 +66,7 @@ class LocalGrid(Grid):
     def create_message(
         self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
     ) -> Message:
-        """Create a message."""
+        """Make a `Message`."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def set_run(self, run: Run) -> None:
@@ -74,7 +74,7 @@ class LocalGrid(Grid):
 
     @property
     def run(self) -> Run:
-        """The one run of the grid, without details."""
+        """The one run of this grid."""
         return Run.create_empty(run_id=_RUN)
 
     def _reply(self, message: Message) -> Message:

@@ -40,14 +40,14 @@ def send_signal(process: Process, number: signal.Signals) -> None:
         return
 
 
-def wait_until(condition: Callable[[], bool], what: str, timeout_s: float, *processes: Process) -> None:
-    """Wait for a condition. Raises RunError if it takes too long, or if a process it depends on has ended."""
+def wait_until(condition: Callable[[], bool], awaited: str, timeout_s: float, *processes: Process) -> None:
+    """Raises RunError if it takes too long, or if one of the processes it depends on has ended."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         ended = [process.returncode for process in processes if process.poll() is not None]
         if ended or time.monotonic() > deadline:
             why = f"ended with status {ended[0]}" if ended else f"not within {timeout_s:g} s"
-            raise RunError(f"{what}: {why}; its log in the run folder tells more")
+            raise RunError(f"{awaited}: {why}; its log in the run folder tells more")
         time.sleep(_POLL_S)
 
 

@@ -40,7 +40,7 @@ class Tensor:
     """A tensor as it lies in a file."""
 
     dtype: str
-    """As safetensors name it; for other files as NumPy does."""
+    """Type by the name that safetensors give it; by NumPy's for other files."""
     shape: tuple[int, ...]
     data: bytes
 
@@ -92,7 +92,7 @@ class Allowances:
         return cls(tuple(tables.get("allowed", ())), tuple(tables.get("renamed", ())))
 
     def of(self, run: str) -> "Allowances":
-        """Allowances of one run; the differences that they meet count for all."""
+        """Allowances of one run, which share the counts."""
         differences = tuple(entry for entry in self.differences if fnmatchcase(run, entry["run"]))
         return Allowances(
             differences, tuple(entry for entry in self.renamed if fnmatchcase(run, entry["run"])), self.met

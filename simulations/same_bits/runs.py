@@ -62,7 +62,7 @@ class Run:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Parts (`PARTS`) that the run leaves."""
+        """The `PARTS` that it leaves."""
         return PARTS if self.makes_cohort else tuple(part for part in PARTS if part != "probe")
 
 

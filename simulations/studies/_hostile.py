@@ -59,7 +59,7 @@ _OF_LIMIT = 0.95
 
 @dataclass
 class _Seen:
-    """Values of a round that hostile sites know."""
+    """Knowledge of hostile sites about the round."""
 
     number: int = 0
     honest: dict[str, RoundReply] = field(default_factory=dict)

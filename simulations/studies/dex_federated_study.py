@@ -49,12 +49,12 @@ _LOCAL_STEPS = 20
 
 @dataclass(frozen=True)
 class Trained:
-    """Models of an arm at the end of its training."""
+    """The models of a trained arm."""
 
     sites: Mapping[str, PanModel]
     """Site -> the model it uses."""
     shared: Sequence[PanModel]
-    """What somebody else may start from: the federation's model, or every lone site's own."""
+    """Models that a new site may start from: the federation's, or every lone site's own."""
     bytes_round: float = float("nan")
     """Bytes of parameters that a round sends, both ways and over all sites; NaN where nothing is sent."""
 
@@ -146,7 +146,7 @@ def _add_answers(result: StudyResult) -> None:
 
 
 def targets(result: StudyResult) -> list[Target]:
-    """Targets of the study, for the arm that is the default."""
+    """Targets of the default arm."""
     gains = [
         Target(f"{metric}, {DEFAULT} minus {baseline}", result.ratios[f"{metric}/{DEFAULT}-minus-{baseline}"], 0.0)
         for metric in ("probe_own", "probe_newsite")

@@ -193,7 +193,7 @@ def damage(result: StudyResult, arm: str) -> float:
 
 
 def targets(result: StudyResult, chosen: Sequence[str]) -> list[Target]:
-    """Targets for the defaults against one hostile site of five, for the arms that were measured."""
+    """Targets of the default mean and guards against one hostile site of five, for the arms that were measured."""
     by_default = [arm for attack in (*ATTACKS, _GATES) if (arm := f"{attack}/{DEFAULT}") in chosen]
     damages = [Target(f"minus the damage of {arm}", -result.ratios[f"damage/{arm}"], -0.1) for arm in by_default]
     cap = study_run("honest", 0, 0, 1).federation.max_share

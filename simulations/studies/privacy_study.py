@@ -136,7 +136,7 @@ def arm_run(arm: str, seed: int, public: Path) -> RunConfig:
 
 
 def _privacy(start: str, epsilon: str) -> list[str]:
-    """Keys of the table `patient-dp` that the arm changes."""
+    """Changes of an arm in the table `patient-dp`."""
     trained = "vectors" if start == "warm" else "all"
     changes: dict[str, object] = {"public-subjects": _MEMBERS, "sample-rate": _RATE, "trained": f"'{trained}'"}
     if target := EPSILONS.get(epsilon):
@@ -225,7 +225,7 @@ def _inverted(run: RunConfig, model: PanModel, stores: list[ImageStore]) -> dict
 
 
 def answers(result: StudyResult) -> dict[str, float]:
-    """Cost and gain of each epsilon, as paired means; and the scores of attacks at epsilon 8."""
+    """Costs and gains of every epsilon, as paired means, and the success of attacks at epsilon 8."""
     pairs = [(f"{start}-{epsilon}", f"{start}-inf") for start in ("cold", "warm") for epsilon in ("8", "2")]
     pairs += [(arm, "untrained") for arm in ("cold-inf", "cold-8", "cold-2", "public")]
     pairs += [(arm, "public") for arm in ("warm-inf", "warm-8", "warm-2", "warm-ordinary")]
@@ -240,7 +240,7 @@ def _above_grey(result: StudyResult, arm: str) -> float:
 
 
 def targets(result: StudyResult) -> list[Target]:
-    """Targets of the study."""
+    """Targets of the private arms."""
     ratios = result.ratios
     return [
         Target("0.56 minus membership AUC at epsilon 8, cold", 0.56 - ratios["mia_auc/cold-8"], 0.0),

@@ -177,7 +177,7 @@ def _probe(
 
 
 def _saliency_entropy(model: PanModel, maps: ImageStore) -> float:
-    """Entropy of the mean `value` saliency over complete subjects, whatever steered the arm's masks."""
+    """Entropy of the mean `value` saliency over complete subjects, in every arm alike."""
     shares = []
     with torch.inference_mode():
         for start in range(0, len(maps.subjects), 256):

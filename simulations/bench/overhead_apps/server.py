@@ -51,15 +51,15 @@ def cpu_ticks(sessions: set[int]) -> int:
 
 
 def _members(sessions: set[int]) -> list[list[str]]:
-    found = []
+    members = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = path.read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
         except OSError:  # it has ended
             continue
         if int(fields[_FIELDS["session"]]) in sessions:
-            found.append(fields)
-    return found
+            members.append(fields)
+    return members
 
 
 def _ticks(fields: list[str]) -> int:

@@ -45,7 +45,7 @@ def _is_ours(frame: Any) -> bool:
 
 
 def token_hex(nbytes: int | None = None) -> str:
-    """Do as `secrets.token_hex`; for the project's own packages return a counter."""
+    """Stand in for `secrets.token_hex`, with a counter for the project's own packages."""
     global names
     if not _is_ours(sys._getframe(1)):
         return _token_hex(nbytes)
@@ -54,7 +54,7 @@ def token_hex(nbytes: int | None = None) -> str:
 
 
 def urandom(size: int, /) -> bytes:
-    """Do as `os.urandom`; for the project's own packages return seeded bytes in a run that asks for it."""
+    """Stand in for `os.urandom`, seeded for the project's own packages in a run that asks for it."""
     global num_seeded_bytes
     if not os.environ.get(SEEDED) or not _is_ours(sys._getframe(1)):
         return _urandom(size)
