@@ -40,7 +40,10 @@ def run(
     if engine not in ENGINES:
         raise ConfigError(f"--engine {engine}: expected one of {', '.join(ENGINES)}")
     # A mistake is told before torch is imported, which takes seconds.
-    load_simulation(resume / "run.toml") if resume else load_simulation(experiment, overrides or ())
+    if not resume:
+        load_simulation(experiment, overrides or ())
+    elif not overrides and not out:  # else `simulate` refuses the words, whatever the run folder holds
+        load_simulation(resume / "run.toml")
     from simulations.simulate import simulate
 
     simulate(experiment, overrides or (), out=out, resume=resume, engine=engine)
