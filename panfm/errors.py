@@ -33,7 +33,7 @@ class ProtocolError(PanfmError):
 
 
 class LimitError(PanfmError):
-    """What was asked of a site goes beyond its own limits.
+    """A question to a site goes beyond the site's own limits.
 
     The server is told nothing of the text unless the error says what it may be told.
     """

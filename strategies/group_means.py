@@ -147,14 +147,14 @@ class LayerwiseMean(WeightedMean):
         self._layer_edges = np.cumsum([length for length, _ in setup.layers])[:-1]
 
     def add(self, update: Flat, weights: Weights) -> float:
-        """As `ExactMean.add`."""
+        """Add one site's update with a weight for each layer; see `ExactMean.add`."""
         if len(weights) != (expected := 1 + max(self._weight_of_layer, default=0)):
             raise ProtocolError(f"{len(weights)} weights, expected {expected}")
         check_size(update, len(self._start))
         return super().add(update, self._layer_weights(update, weights))
 
     def remove(self, update: Flat, weights: Weights) -> None:
-        """As `ExactMean.remove`."""
+        """Undo the last `add`."""
         super().remove(update, self._layer_weights(update, weights))
 
     def _layer_weights(self, update: Flat, weights: Weights) -> Weights:

@@ -89,7 +89,7 @@ HISTORY_ROUNDS = 10
 
 @dataclass
 class Memory:
-    """Everything that a strategy needs from earlier rounds, except the model."""
+    """Values that a strategy needs from earlier rounds, besides the model."""
 
     norms: Norms = field(default_factory=dict)
     slots: dict[str, Mapping[str, Flat]] = field(default_factory=dict)

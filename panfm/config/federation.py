@@ -8,7 +8,7 @@ from panfm.config.base import Positive, Timeout, Uncoupled
 
 
 class FederationConfig(Uncoupled):
-    """How the round loop treats sites."""
+    """Settings of the round loop: quorum, participation, deadlines, and caps on sites."""
 
     min_sites: Annotated[int, Field(gt=0, le=100_000)] = 2
     """A round needs this many good replies, and a run this many sites that shake hands."""

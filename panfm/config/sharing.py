@@ -1,4 +1,4 @@
-"""How the server turns the updates of a round into the next global model: guards, mean, optimiser, group by group."""
+"""Settings of the step from a round's updates to the next global model: guards, mean, optimiser, group by group."""
 
 from typing import Annotated, Literal
 
@@ -71,7 +71,7 @@ class GroupConfig(Config):
 
 
 class SharingConfig(Uncoupled):
-    """How the server averages updates and moves the global parameters."""
+    """Settings of the server's mean, guards and optimiser."""
 
     rule: Literal["grouped", "plain"] = "grouped"
     """grouped: each group over the sites that trained it, by how much; plain: everything from everyone (baseline)."""

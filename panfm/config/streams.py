@@ -11,7 +11,7 @@ Millimetres = Annotated[float, Field(ge=1e-3, le=1e3)]
 
 
 class StreamConfig(Uncoupled):
-    """How the images of one stream are brought to one size and cut into tokens."""
+    """Size to which the images of one stream are brought, and of the patches into which they are cut."""
 
     shape: Annotated[tuple[Voxels, ...], Field(strict=False, min_length=2, max_length=3)]
     """Voxels after resampling and crop/pad: [R, A, S] for a volume, [height, width] for an image."""

@@ -43,7 +43,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong with one row, or with the manifest as a whole."""
+    """A fault of one row, or of the manifest as a whole."""
 
     file: str
     found: str
@@ -130,7 +130,7 @@ Complaint = tuple[str, str]
 
 
 class _Complaints:
-    """What is wrong with a row, alone or against the rows before it."""
+    """Finds the fault of a row, by itself or beside the rows before it."""
 
     def __init__(self) -> None:
         self._images: dict[tuple[str, str], int] = {}

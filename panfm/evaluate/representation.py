@@ -123,7 +123,7 @@ def _hsic(one: Floats, other: Floats) -> float:
 
 @dataclass(frozen=True)
 class Conflict:
-    """How gradients of different modalities lie to one another; NaN when no two modalities have one."""
+    """Conflict between the gradients of different modalities; NaN when no two modalities have one."""
 
     share: float
     """Share of the pairs whose cosine is below minus the margin."""

@@ -88,7 +88,7 @@ def batch_of(streams: Sequence[str], inputs: Sequence[Tensor]) -> Batch:
 
 
 def require_equal(expected: Tensor, actual: Tensor) -> float:
-    """The largest difference of two embeddings [B, D].
+    """Return the largest difference of two embeddings [B, D].
 
     Raises:
         RunError: it is above TOLERANCE, or not a number.

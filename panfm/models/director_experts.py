@@ -94,7 +94,7 @@ class Router(nn.Module):
         return logits + exploration.scale * (exploration.draw(logits) + self.rarity())
 
     def rarity(self) -> Tensor:
-        """How seldom each expert was active [R]; exploration favours rare ones."""
+        """Rarity of each expert's activity [R]; exploration favours rare experts."""
         return 1.0 - self.activation / self.activation.sum()
 
     def reset_activation(self) -> None:

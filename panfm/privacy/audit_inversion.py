@@ -50,7 +50,7 @@ Gradient = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Scenario:
-    """How well one kind of gradient was inverted: peak signal-to-noise ratios in dB, one per patient."""
+    """Result of inverting one kind of gradient: peak signal-to-noise ratios in dB, one per patient."""
 
     name: str
     psnr: Sequence[float]

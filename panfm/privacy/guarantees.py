@@ -128,7 +128,7 @@ def _tables(run: RunConfig) -> Iterator[tuple[str, Config]]:
 
 
 def _couplings(table: Config, key: str) -> Iterator[str]:
-    """What a table of the run declares to couple patients."""
+    """The couplings of patients that a table of the run declares."""
     declared = getattr(table, "couplings", None)
     if declared is None:
         name = getattr(table, "name", type(table).__name__)

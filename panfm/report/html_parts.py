@@ -18,7 +18,7 @@ Rows = Iterable[Sequence[str]]
 
 
 def section(title: str, body: str) -> str:
-    """A heading and what stands under it, which is HTML already; nothing for nothing."""
+    """A heading above a piece of HTML; empty if the piece is empty."""
     return f"<h2>{html.escape(title)}</h2>{body}" if body else ""
 
 

@@ -15,7 +15,7 @@ from panfm.files import is_locked, read_json_lines
 
 
 class _SiteLine(BaseModel):
-    """What a report shows of one site in one round."""
+    """Values of one site in one round that a report shows."""
 
     loss: float | None = None
     validation_loss: float | None = None
@@ -24,7 +24,7 @@ class _SiteLine(BaseModel):
 
 
 class _RoundLine(BaseModel):
-    """What a report shows of one round."""
+    """Values of one round that a report shows."""
 
     round: int
     seconds: float | None = None
@@ -58,7 +58,7 @@ class _SitesFile(BaseModel):
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that a report shows of a run."""
+    """A run as its folder tells it, for reports."""
 
     folder: Path
     config: RunConfig

@@ -71,7 +71,7 @@ def stream_statuses(run: Run) -> list[StreamStatus]:
 
 
 def left_out(run: Run, most: int = 30) -> list[tuple[str, str, str]]:
-    """Who was left out or moved to another node, in which rounds, and why; the latest first."""
+    """Sites that were left out or moved to another node: in which rounds and why, the latest first."""
     rounds: dict[tuple[str, str], list[int]] = {}
     for line in run.rounds:
         for site, reason in (item for key in ("rejected", "away", "moved") for item in line.get(key, {}).items()):

@@ -137,7 +137,7 @@ def _expect(name: str, array: NDArray[Any] | None, dtype: type[np.generic], size
 def code_step(
     coding: Coding, manifest: GroupManifest, group: str, step: Flat, lost: Mapping[str, Flat]
 ) -> tuple[Arrays, dict[str, Flat]]:
-    """A group's step as it travels, and what it loses.
+    """Code a group's step; also returns its rounding error.
 
     Args:
         step: float32 [size]; -0.0 where nobody trained, which then loses nothing and makes up for nothing.

@@ -60,7 +60,7 @@ class Invitation:
     """The resolved run description."""
 
     def to_records(self) -> Records:
-        """As it travels."""
+        """Convert to records."""
         return Records(config={"run": self.run_toml})
 
     @classmethod
@@ -85,7 +85,7 @@ class Handshake:
     """Group this site trains -> layout."""
 
     def to_records(self) -> Records:
-        """As it travels."""
+        """Convert to records."""
         return Records(
             config={
                 "site": self.site,
@@ -130,7 +130,7 @@ class RoundTask:
     """Group -> the server's EMA of its parameters, if teachers start there."""
 
     def to_records(self) -> Records:
-        """As it travels."""
+        """Convert to records."""
         config = {"run-id": self.run_id, "round": self.round_number, "run": self.run_toml}
         config |= _parallel("profile", self.profile) if self.profile else {}
         config |= digest_words(self.digests) if self.digests else {}
@@ -173,7 +173,7 @@ class RoundReply:
     saliency: Mapping[str, float] = field(default_factory=dict)
 
     def to_records(self) -> Records:
-        """As it travels."""
+        """Convert to records."""
         numbers = {"loss": self.loss, "validation-loss": self.validation_loss, "num-skipped": self.num_skipped}
         metrics: dict[str, Metric] = {key: value for key, value in numbers.items() if value is not None}
         metrics |= {_WEIGHT + group: list(weights) for group, weights in self.weights.items()}

@@ -193,7 +193,7 @@ def fingerprint(store: ImageStore) -> str:
 
 
 def _read_origin(path: Path) -> dict[str, str] | None:
-    """What a state says of its origin; None if it says nothing."""
+    """The origin that a state names; None if it names none."""
     size = int.from_bytes(read_checked_start(path, _SIZE_BYTES), "little")
     header = read_checked_start(path, _SIZE_BYTES + min(size, path.stat().st_size))[_SIZE_BYTES:]
     try:

@@ -1,4 +1,4 @@
-"""How much the model leans on each stream: shares of the CLS token's attention.
+"""Saliency of the streams: the shares of the CLS token's attention that they receive.
 
 The backbone gives a share per token (`attention`: CLS row of the last block; `value`: attention times the norm of the
 centred values, all blocks). Here they are summed per stream, and kept as a running profile of the site.

@@ -32,7 +32,7 @@ TRAITS = ("size", "elongation", "mean", "texture", "frequency", "gradient")
 
 @dataclass(frozen=True, eq=False)
 class Organ:
-    """How one organ looks and how a scanner sees it."""
+    """Look of one organ, and of its scans."""
 
     radius: float
     """Mean radius of the ellipsoid, in half views."""

@@ -30,7 +30,7 @@ _SITE_POLICY = 0.3
 
 @dataclass(frozen=True)
 class Preset:
-    """How much each organ dominates, and how much is missing."""
+    """Dominance of each organ, and share of scans that are missing."""
 
     amplitude: dict[str, float]
     """Organ -> contrast against its surroundings, as a share of the scanner's range: the dominance knob."""

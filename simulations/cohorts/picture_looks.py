@@ -1,4 +1,4 @@
-"""How ten modalities show a shape: their own intensities, textures, noise and colours.
+"""Pictures of a shape in ten modalities, each with its own intensities, textures, noise and colours.
 
 Each look takes the share of every pixel that the shape covers and draws a whole picture around it. None is a model of
 the physics; each has the statistics that give its modality away (speckle and attenuation, Rician noise under a bias

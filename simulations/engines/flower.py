@@ -48,5 +48,5 @@ def private_environment(home: Path) -> dict[str, str]:
 
 
 def wait_for_end(run_id: str, connection: str, job: Job, environment: Mapping[str, str]) -> None:
-    """Show the rounds as they come, until Flower says that the run has ended. Raises RunError if it failed."""
+    """Show rounds as they end, until Flower says that the run has ended. Raises RunError if it failed."""
     follow(job.run_dir, Lines(), FlowerRun(run_id, connection), environment)

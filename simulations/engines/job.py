@@ -22,7 +22,7 @@ class Job:
 
     @property
     def num_sites(self) -> int:
-        """How many sites there are."""
+        """Number of sites."""
         return len(site_folders(self.sites))
 
     @property

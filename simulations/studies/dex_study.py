@@ -130,7 +130,7 @@ def arm_run(seed: int, arm: str, steps: int) -> RunConfig:
 
 
 def measure(job: ArmJob) -> dict[str, float]:
-    """Train one arm and measure it; what is read through the directors stands under `director:`."""
+    """Train one arm and measure it; metrics of the route through the directors begin with `director:`."""
     run = arm_run(job.seed, job.arm, job.length)
     pictures = Pictures.open(job.cohort, run)
     everyone = pictures.together.store

@@ -98,7 +98,7 @@ def run(options: StudyOptions, rounds: int, chosen: Sequence[str]) -> StudyResul
 
 
 def num_sites_of(arm: str) -> int:
-    """How many sites an arm has; one of five and two of ten are hostile."""
+    """Number of sites of an arm; one of five and two of ten are hostile."""
     return 10 if arm.startswith(_TEN) else 5
 
 

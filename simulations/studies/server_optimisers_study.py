@@ -24,7 +24,7 @@ ARMS = {
 
 @study(seeds=3)
 def main(options: StudyOptions, experiment: Experiment = QUICKSTART) -> StudyResult:
-    """AUC of a federation at equal budget, by what the server makes of the updates."""
+    """AUC of a federation at equal budget, by server optimiser."""
     result = compare("server-optimisers", experiment, ARMS, options)
     show(result, ARMS)
     return result

@@ -1,4 +1,4 @@
-"""Is it worth sharing, and does it matter how?
+"""Local, plain, grouped and centralised training, compared at the same number of steps.
 
 Five phantom hospitals with unequal organs, the same subjects and the same total of gradient steps in every arm:
 
