@@ -39,14 +39,6 @@ class ObjectiveConfig(Config):
         """The same objective without statistics over the patients of a batch, where it can do without them."""
         return self
 
-    def num_head_parameters(self, width: int) -> int:
-        """Count the parameters of the heads that the objective adds to a model."""
-        return 0
-
-    def num_stream_head_parameters(self, width: int, num_features: int) -> int:
-        """Count the parameters of the heads that it adds per stream, given the features of the stream's tokens."""
-        return 0
-
     def num_target_values(self, num_features: Sequence[int]) -> int:
         """Numbers that a step fills per token beyond features of the model's width, given the features per stream."""
         return 0

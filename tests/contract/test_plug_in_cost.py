@@ -89,8 +89,6 @@ class ShrinkConfig(ObjectiveConfig):
     def couplings(self):
         return iter(())
 
-    def num_head_parameters(self, width):
-        return width + 1
 
 
 class ShrinkObjective(Objective):

@@ -23,10 +23,6 @@ class DinoConfig(ObjectiveConfig):
         """Yield what couples patients, as `key: why, remedy`, one line each."""
         yield 'name: "dino" centres its targets over the batch, set "latent" or "mae"'
 
-    def num_head_parameters(self, width: int) -> int:
-        """Count the numbers of the prototypes."""
-        return width * self.prototypes
-
     def num_target_values(self, num_features: Sequence[int]) -> int:
         """Count the scores and assignments of the teacher, and the scores of the student."""
         return 3 * self.prototypes

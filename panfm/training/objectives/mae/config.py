@@ -16,10 +16,6 @@ class MaeConfig(ObjectiveConfig):
         """Yield nothing: no key of the table couples patients."""
         return iter(())
 
-    def num_stream_head_parameters(self, width: int, num_features: int) -> int:
-        """Count the parameters of a linear decoder from token to patch."""
-        return (width + 1) * num_features
-
     def num_target_values(self, num_features: Sequence[int]) -> int:
         """Count the numbers of a patch and its reconstruction."""
         return 2 * max(num_features)
