@@ -207,7 +207,7 @@ def test_set(site):
         value = draw.choice([*CELLS, *map(str, VALUES), "[", "{", '"', "'''", "[1, 2", "{a = 1}", "1979-05-27", "0b1"])
         override = f"{draw.choice(keys)}={value}"
         if number % 50 == 0:
-            told(["ledger", "plan", path, "--set", override], path, "override ", "privacy.")
+            told(["ledger", "plan", path, "--set", override], path, "override ", "patient-dp.")
         with contextlib.suppress(ConfigError):
             load_run(path, [override])
 

@@ -78,5 +78,5 @@ def test_a_step_that_breaks_its_promise_is_caught(run, monkeypatch, bug):
 
 
 def test_a_run_without_privacy_has_no_step_to_audit(make_run):
-    with pytest.raises(ConfigError, match="privacy is missing, expected a private run"):
+    with pytest.raises(ConfigError, match="patient-dp is missing, expected a private run"):
         audited(make_run())

@@ -95,4 +95,4 @@ def test_plan_goes_both_ways(tmp_path, make_private):
     assert float(cost.split("epsilon ")[1]) > 2.0
     missing = tmp_path / "plain.toml"
     missing.write_text(dump_toml(make_private().model_copy(update={"patient_dp": None})))
-    assert "privacy is missing" in run_ledger("plan", str(missing)).output
+    assert "patient-dp is missing" in run_ledger("plan", str(missing)).output
