@@ -1,7 +1,8 @@
 """Small real objects for all tests: a run with two volumes and an image stream, and stores of random subjects."""
 
+import os
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import nibabel
@@ -23,6 +24,15 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("same-everywhere")
+
+
+@pytest.fixture(autouse=True)
+def own_umask() -> Iterator[None]:
+    """Run every test under the usual umask: a command that one of them runs in this process may set another."""
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
 
 SMALL_RUN = """
 name = "small"

@@ -129,6 +129,7 @@ def test_a_backbone_touches_three_files_at_most(tree):
     assert 1 <= len(touched(tree)) <= 3, touched(tree)
 
 
+@pytest.mark.slow
 def test_it_trains_a_round_and_is_averaged(tree, tmp_path, write_site):
     for name in ("alpha", "beta"):
         write_site(tmp_path / "sites" / name, name, ("brain",))
@@ -166,6 +167,7 @@ for text in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_it_is_refused_where_it_does_not_declare_or_have_what_is_needed(tree):
     texts = RUN + PRIVATE, RUN.replace("grid-network", "grid-networks"), RUN.replace('"random"', '"sgm"')
     done = python(tree, REFUSED, *texts)

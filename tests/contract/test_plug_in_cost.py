@@ -165,6 +165,7 @@ def touched(tree: Path) -> set[str]:
     return {path for path in paths if not (ROOT / path).exists() or not filecmp.cmp(ROOT / path, tree / path, False)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", PLUG_INS)
 def test_a_plug_in_costs_its_files_and_a_line_of_the_registry(tmp_path, kind):
     plug_in = PLUG_INS[kind]

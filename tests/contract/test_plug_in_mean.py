@@ -82,6 +82,7 @@ def contents(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_a_mean_costs_two_files(tmp_path, write_site):
     """One round of three sites; their shares show that weights do not count in the new mean."""
     sites, copy = tmp_path / "sites", tmp_path / "copy"

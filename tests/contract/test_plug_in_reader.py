@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 READER = '''
 """Slices of text, one file each: the folder `<name>.slices` is a volume."""
@@ -68,6 +70,7 @@ def snapshot(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_a_reader_of_folders_costs_two_files(tmp_path):
     shutil.copytree(ROOT / "panfm", tmp_path / "panfm", ignore=shutil.ignore_patterns("__pycache__"))
     before = snapshot(tmp_path)
