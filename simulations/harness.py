@@ -1,4 +1,4 @@
-"""What studies and benches share: their options, jobs over worker processes with the time left, and the result file.
+"""Shared parts of studies and benches: options, jobs over worker processes with the time left, and the result file.
 
 A study is a list of independent jobs (arm x draw x seed), each of which yields measurements. Every arm takes the same
 (draw, seed) pairs in the same order, so that differences between arms are paired.

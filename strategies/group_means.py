@@ -40,7 +40,7 @@ class GroupSetup:
     weight_limit: float
     """Largest sum of one weight over all sites."""
     layers: Segments = ()
-    """As `segments`, one for each parameter tensor, or for each expert of one."""
+    """Segments of a packed group, one per parameter tensor, or one per expert of a stacked tensor."""
     start: Flat | None = None
     """Global parameters at the start of the round, packed."""
     max_share: float = 1.0

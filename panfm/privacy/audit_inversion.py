@@ -210,7 +210,7 @@ class Attacked:
         return (_psnr(torch.cat(errors)) if inverted else best), best, _psnr(torch.cat(others))
 
     def _seen(self, over: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """As many patches as a patient shows of these streams (a public number), those where least is left over."""
+        """Guess the visible patches: the public number of visible ones, those with the smallest residual."""
         count = sum(len(patches) for patches in truth.values())
         hidden = min(max(round(self.run.masking.ratio * count), 1), count - 1)
         limit = torch.cat(list(over.values())).sort().values[: count - hidden][-1]

@@ -16,7 +16,7 @@ from panfm.config.patient_dp import PatientDpConfig
 from panfm.errors import ConfigError
 
 NO_CLAIM = "noise only, no DP claim"
-"""What every artefact of a run says that trains on although its guarantee is broken."""
+"""Label on every artefact of a run that trains on although its guarantee is broken."""
 _LARGEST_DELTA = 0.01
 
 

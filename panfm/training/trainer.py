@@ -40,7 +40,7 @@ class Validation:
     loss: float
     """Mean over the subjects; NaN without any."""
     subjects: int
-    """Those of them that have hidden tokens to predict."""
+    """Number of these subjects that have hidden tokens to predict."""
 
 
 class Trainer(TrainingState):

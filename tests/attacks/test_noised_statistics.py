@@ -35,7 +35,7 @@ def patients(random, num_patients: int, num_streams: int) -> torch.Tensor:
 
 
 def trainer_of(num_streams: int, noise: float) -> tuple[SimpleNamespace, SimpleNamespace]:
-    """As much of a trainer and a store as a profile needs."""
+    """A trainer and a store with only the parts that a profile reads."""
     names = [f"organ{index}-mr" for index in range(num_streams)]
     run = SimpleNamespace(patient_dp=SimpleNamespace(statistics_noise=noise))
     model = SimpleNamespace(stream_names=names)

@@ -1,4 +1,4 @@
-"""What a hospital installs and reviews is what it runs: the base of panfm, without its extras."""
+"""A site runs with the base install of panfm, without any extra."""
 
 import ast
 import json

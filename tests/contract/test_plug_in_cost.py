@@ -25,7 +25,7 @@ class PlugIn:
     files: dict[str, str]
     """Path -> text."""
     use: str
-    """What is run with it, after `PRELUDE`."""
+    """Program that trains with the plug-in, run after `PRELUDE`."""
     most_files: int
     """That may be new or changed."""
 

@@ -28,7 +28,7 @@ class SlicesReader:
         return path.suffix == ".slices"
 
     def fingerprint(self, path: Path) -> str:
-        """Those of all slices."""
+        """Fingerprints of all slices."""
         return "\\n".join(file_fingerprint(file) for file in sorted(path.iterdir()))
 
     def read(self, path: Path) -> Volume:

@@ -8,7 +8,7 @@ from PIL import Image
 from panfm.data.readers import ImageError, Picture, file_at_fault, file_fingerprint, first_bytes, read_bytes
 
 _FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM", "JPEG2000")
-"""All that Pillow may try: for others it starts programs (Ghostscript)."""
+"""Formats that Pillow may read. For some of the others it starts programs such as Ghostscript."""
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".pgm", ".ppm", ".jp2")
 _STARTS = (b"\x89PNG", b"\xff\xd8\xff", b"II*\0", b"MM\0*", b"BM", b"GIF8", b"RIFF", b"P5", b"P6", b"\0\0\0\x0cjP  ")
 """First bytes of a picture by any other name."""

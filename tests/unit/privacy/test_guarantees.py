@@ -1,4 +1,4 @@
-"""What a run that promises privacy may not ask for, and that no door lets it in: one line each, with the remedy."""
+"""Settings that break the promise of a private run are refused wherever a run description is read, in one line."""
 
 import pytest
 from typer.testing import CliRunner

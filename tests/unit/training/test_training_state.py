@@ -1,4 +1,4 @@
-"""What of a trainer is shared, what is private, and that both together are all of it."""
+"""Shared and private state of a trainer, and that the two together are the whole state."""
 
 import numpy as np
 import pytest
