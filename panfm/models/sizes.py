@@ -4,10 +4,12 @@ Parameters are counted on torch's meta device, where tensors have shapes and no 
 """
 
 import math
+from dataclasses import dataclass, field
+from functools import lru_cache
 
-from panfm.config import RunConfig
+from panfm.config import RunConfig, dump_toml
 from panfm.errors import LimitError
-from panfm.models.pan import SIZES, PanModel, describe_model
+from panfm.models.pan import SIZES, describe_model
 from panfm.models.patch_features import num_patch_features
 
 _TRAINED_COPIES = 8
@@ -20,26 +22,47 @@ _STATE_HEADER_BYTES = 1 << 20
 """Names and shapes in a private state."""
 
 
+@dataclass(frozen=True)
+class _Description:
+    """A run, equal to another by its text."""
+
+    text: str
+    run: RunConfig = field(compare=False)
+
+
+@dataclass(frozen=True)
+class _Measures:
+    """Numbers that a model has."""
+
+    parameters: int
+    per_token: tuple[int, ...]
+    """Numbers that a step fills per token, block by block."""
+
+
 def num_parameters(run: RunConfig) -> int:
     """Count the parameters of the model that `build_model` makes of a run, with all its streams.
 
     Raises:
         LimitError: the model has more bytes than a 64-bit number can say.
     """
-    return _count(_describe(run))
+    return _measure(run).parameters
 
 
-def _describe(run: RunConfig) -> PanModel:
+def _measure(run: RunConfig) -> _Measures:
+    return _measure_once(_Description(dump_toml(run), run))
+
+
+@lru_cache(maxsize=8)
+def _measure_once(described: _Description) -> _Measures:
+    """Describe the model of a run. Sites ask for it in every round, and describing takes as long as several steps."""
     try:
-        return describe_model(run)
+        model = describe_model(described.run)
     except (RuntimeError, TypeError) as error:
         if "overflow" not in str(error).lower():
             raise
         raise LimitError.of_question("this run asks for a model of more than 2^63 bytes") from error
-
-
-def _count(model: PanModel) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return _Measures(parameters, tuple(model.backbone.numbers_per_token()))
 
 
 def state_bytes(run: RunConfig) -> int:
@@ -60,15 +83,15 @@ def step_bytes(run: RunConfig) -> int:
     Not counted: images and their patch features.
     """
     width, depth, _ = SIZES[run.model.size]
-    model = _describe(run)
-    per_block = model.backbone.numbers_per_token()
+    measures = _measure(run)
+    per_block = measures.per_token
     features = [num_patch_features(stream, run.model.tokenizer) for stream in run.streams.values()]
     target = 8 * width + run.objective.num_target_values(features)
     tokens = tokens_per_patient(run) + 1
     visible = min((1.0 - run.masking.ratio) * tokens + 1 + len(run.streams), tokens)
     patient = visible * sum(per_block) + tokens * (max(per_block) + depth * width + target)
     batch = math.ceil(run.train.batch_size * patient)
-    return 4 * (batch + _TRAINED_COPIES * _count(model) + _running_moments(run))
+    return 4 * (batch + _TRAINED_COPIES * measures.parameters + _running_moments(run))
 
 
 def _running_moments(run: RunConfig) -> int:

@@ -5,8 +5,9 @@ import itertools
 import pytest
 
 from panfm.errors import LimitError
-from panfm.models import build_model
-from panfm.models.sizes import num_parameters, step_bytes, tokens_per_patient
+from panfm.models import build_model, sizes
+from panfm.models.pan import describe_model
+from panfm.models.sizes import num_parameters, state_bytes, step_bytes, tokens_per_patient
 
 OBJECTIVES = ("latent", "dino", "mae")
 MODELS = (
@@ -49,3 +50,13 @@ def test_experts_that_are_active_count_in_the_teacher_too(make_run, active):
     run = make_run(f'[masking]\nratio = 0.99\n[model]\nbackbone = "director-experts"\n{pool}\n')
     teacher = 4 * run.train.batch_size * tokens_per_patient(run) * active * 2 * 4 * 48
     assert step_bytes(run) > teacher + 4 * 5 * num_parameters(run)
+
+
+def test_a_model_is_described_once_for_all_questions_about_equal_runs(make_run, monkeypatch):
+    described = []
+    monkeypatch.setattr(sizes, "describe_model", lambda run: described.append(run) or describe_model(run))
+    first, again, other = (make_run(f"[model]\nhidden-multiple = {multiple}\n") for multiple in (61, 61, 62))
+    for run in (first, again, other):
+        for measure in (num_parameters, state_bytes, step_bytes):
+            measure(run)
+    assert [run.model.hidden_multiple for run in described] == [61, 62]
