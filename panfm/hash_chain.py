@@ -106,13 +106,19 @@ class HashChain:
                 raise self._error(f"{self.path}: line {number} was changed, moved, or follows a line that was removed")
             yield entry
 
-    def position(self, file: IO[bytes]) -> Position:
-        """Position after the last whole line, whatever the lines hold."""
+    def snapshot(self, file: IO[bytes]) -> tuple[bytes, Position]:
+        """Read an open file; returns its content and the position after the last whole line, whatever the lines hold.
+
+        Guarantees:
+            noticed: a change after the read makes the position stale, since the file was stamped before it.
+        """
+        stamp = FileStamp.of(file)
         file.seek(0)
-        whole, newline, _ = file.read().rpartition(b"\n")
+        content = file.read()
+        whole, newline, _ = content.rpartition(b"\n")
         last = whole.rpartition(b"\n")[2]
         end = self._hash_of(last) if newline else FIRST_HASH
-        return Position(len(whole) + len(newline), end, FileStamp.of(file))
+        return content, Position(len(whole) + len(newline), end, stamp)
 
     def append(self, file: BufferedRandom, position: Position, content: Mapping[str, Any]) -> tuple[Entry, Position]:
         """Add a line after a position, instead of what follows it; returns the entry, and the new position."""

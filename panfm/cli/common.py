@@ -20,7 +20,7 @@ Model = Annotated[Path, typer.Argument(help="Folder of a model: <run folder>/mod
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="key=value, e.g. train.rounds=3.")]
 NotedEnd = Annotated[
     str | None,
-    typer.Option(help="An end of the chain that you wrote down earlier: it must still be in the record."),
+    typer.Option(help="An end of the chain that you wrote down earlier: it must still be in the file."),
 ]
 
 

@@ -24,7 +24,8 @@ Timeout = Annotated[float, Field(gt=0.0, le=2_592_000.0)]
 """Seconds, up to thirty days."""
 Temperature = Annotated[float, Field(ge=1e-3, le=100.0)]
 LEAST_NOISE = 0.3
-"""Less noise, in sensitivities, costs an epsilon that protects nobody, and that the accountant cannot tell well."""
+"""Noise, in sensitivities, below which no round may claim a guarantee: one release of all patients then costs an
+epsilon of about 20, and small errors in the noise's scale decide what is booked."""
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
 

@@ -1,7 +1,7 @@
 """`[masking]`: which tokens are hidden from the student."""
 
 from collections.abc import Iterator
-from typing import Annotated, Literal, assert_never
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -46,16 +46,9 @@ class MaskingConfig(Config):
         return scope
 
     def couplings(self) -> Iterator[str]:
-        """Yield what couples patients, as `key: why, remedy`, one line each.
-
-        Whatever its scope, saliency of more than one patient steers masks only after noise, as a mechanism of its own.
-        """
-        if self.steered_by is None:
-            return
-        match self.saliency:
-            case "attention":
-                return
-            case "value":
-                yield 'saliency: "value" is centred over the batch, set "attention", or masking.policy = "random"'
-            case _:
-                assert_never(self.saliency)
+        """Yield what couples patients, as `key: why, remedy`, one line each; the policy's class declares it."""
+        policy = MASKING_POLICIES.load(self.policy)
+        if "couplings" not in vars(policy):  # what a class inherits was declared for another
+            yield f'policy: "{self.policy}" does not declare whether it couples patients, set one that does'
+        else:
+            yield from policy.couplings(self)

@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import BeforeValidator, Field
 
-from panfm.config.base import Config, Fraction, Temperature, Weight
+from panfm.config.base import Config, Fraction, Temperature, Weight, plug_in
 from panfm.registry import BACKBONES
 
 
@@ -50,7 +50,7 @@ class ModelConfig(Config):
     tokenizer: Literal["statistics", "patch"] = "statistics"
     """statistics: mean, log-sd and mean gradient of sub-blocks, then linear (learns fastest on small cohorts);
     patch: linear on raw voxels, as in ViT."""
-    backbone: Annotated[str, AfterValidator(BACKBONES.check)] = "dense"
+    backbone: Annotated[str, plug_in(BACKBONES)] = "dense"
     """dense: a ViT; director-experts: every block's MLP is a pool of experts and one director."""
     hidden_multiple: Annotated[int, Field(gt=0, le=64)] = 4
     """Hidden width of an MLP (dense, expert or director) over the model's width. A pool of which K experts are active
@@ -60,8 +60,8 @@ class ModelConfig(Config):
 
     def couplings(self) -> Iterator[str]:
         """Yield what couples patients, as `key: why, remedy`, one line each; the backbone's class declares it."""
-        declared = getattr(BACKBONES.load(self.backbone), "couplings", None)
-        if declared is None:
+        backbone = BACKBONES.load(self.backbone)
+        if "couplings" not in vars(backbone):  # what a class inherits was declared for another
             yield f'backbone: "{self.backbone}" does not declare whether it couples patients, set one that does'
         else:
-            yield from declared(self)
+            yield from backbone.couplings(self)

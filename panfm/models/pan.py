@@ -49,7 +49,7 @@ class StreamTokenizer(nn.Module):
         self.register_buffer("position", _POSITION_SCALE * sincos_positions(stream.grid, width), persistent=False)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Maps [P, C, *coarse] -> tokens [P, T, D]."""
+        """Project patch features [P, C, *coarse] to tokens [P, T, D]."""
         return self.project(patchify(features, self.step)) + self.embedding + self.position
 
 

@@ -24,7 +24,7 @@ not lost beside a token's constant parts: a model takes hundreds of steps to gro
 
 
 def image_features(images: Tensor, stream: StreamConfig, tokenizer: str) -> Tensor:
-    """Maps [P, C', *coarse] of images [P, C, *shape]; `tokenizer` is `statistics` or `patch`."""
+    """Compute the features [P, C', *coarse] of images [P, C, *shape]; `tokenizer` is `statistics` or `patch`."""
     return block_statistics(images, _block(stream)) if tokenizer == "statistics" else images
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 from panfm.config import RunConfig, dump_toml
-from panfm.errors import LimitError
+from panfm.errors import ConfigError, LimitError, ProtocolError
 from panfm.models.pan import SIZES, describe_model
 from panfm.models.patch_features import num_patch_features
 
@@ -57,6 +57,8 @@ def _measure_once(described: _Description) -> _Measures:
     """Describe the model of a run. Sites ask for it in every round, and describing takes as long as several steps."""
     try:
         model = describe_model(described.run)
+    except ConfigError as error:
+        raise ProtocolError(str(error)) from error
     except (RuntimeError, TypeError) as error:
         if "overflow" not in str(error).lower():
             raise

@@ -7,6 +7,7 @@ the left and padded to the fullest subject.
 Shape legend: B subjects, N patches of the fullest subject, K patches kept, M patches in the vocabulary, D width.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -71,8 +72,11 @@ def sincos_positions(grid: tuple[int, ...], width: int) -> Tensor:
     """Fixed sin-cos positions of a 2D or 3D grid, float32 [T, width], row-major.
 
     Every axis gets an equal, even share of the width; what is left over stays zero.
+    On torch's meta device they are not computed.
     Source: Vaswani et al. 2017, section 3.5, per axis as in MAE (He et al. 2022).
     """
+    if torch.get_default_device().type == "meta":
+        return torch.empty(math.prod(grid), width)
     share = width // (2 * len(grid)) * 2
     axes = torch.meshgrid(*(torch.arange(size, dtype=torch.float64) for size in grid), indexing="ij")
     rates = 10000.0 ** (-torch.arange(0, share, 2, dtype=torch.float64) / max(share, 1))

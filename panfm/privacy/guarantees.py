@@ -12,16 +12,21 @@ from pathlib import Path
 
 from panfm.config import RunConfig, load_run
 from panfm.config.base import LEAST_NOISE, Config
+from panfm.config.objective import ObjectiveConfig
 from panfm.config.patient_dp import PatientDpConfig
 from panfm.errors import ConfigError
 
 NO_CLAIM = "noise only, no DP claim"
 """Label on every artefact of a run that trains on although its guarantee is broken."""
 _LARGEST_DELTA = 0.01
+_NO_PROXIMAL_STEP = "train.proximal-mu: not done in private runs, set 0"
 
 
 def load_checked_run(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
-    """Read a run description as `panfm.config.load_run` does, and check it as `checked_run` does. Needs no torch."""
+    """Read a run description as `panfm.config.load_run` does, and check it as `checked_run` does.
+
+    Torch is imported last, and only for a run with patient-level privacy: its backbone says what couples patients.
+    """
     return checked_run(load_run(path, overrides), str(path))
 
 
@@ -40,7 +45,7 @@ def claim(run: RunConfig) -> str | None:
     """Claim that a run may make about its patients' privacy; None if it is not private."""
     if run.patient_dp is None:
         return None
-    if any(broken_guarantees(run)):
+    if any(broken_guarantees(run)) or run.train.proximal_mu:
         return NO_CLAIM
     return f"({run.patient_dp.epsilon:g}, {run.patient_dp.delta:g})-DP per patient of one site, add-or-remove-one"
 
@@ -75,7 +80,7 @@ def broken_guarantees(run: RunConfig) -> Iterator[str]:
     for key, noise in noises.items():
         if noise < LEAST_NOISE:
             yield f"patient-dp.{key}: {noise:g} protects nobody, set at least {LEAST_NOISE}"
-    for key, table in _tables(run):
+    for key, table in sorted(_tables(run), key=lambda item: item[0] == "model"):  # asking a backbone imports torch
         yield from _couplings(table, key)
 
 
@@ -106,7 +111,7 @@ def site_dp_faults(run: RunConfig) -> Iterator[str]:
 def _faults(run: RunConfig) -> Iterator[str]:
     """All faults for which a run is refused."""
     if run.patient_dp and run.train.proximal_mu:
-        yield "train.proximal-mu: not done in private runs, set 0"
+        yield _NO_PROXIMAL_STEP
     if run.patient_dp and not run.patient_dp.acknowledge_broken_guarantee:
         yield from broken_guarantees(run)
     if run.site_dp:
@@ -130,7 +135,7 @@ def _tables(run: RunConfig) -> Iterator[tuple[str, Config]]:
 def _couplings(table: Config, key: str) -> Iterator[str]:
     """The couplings of patients that a table of the run declares."""
     declared = getattr(table, "couplings", None)
-    if declared is None:
+    if declared is None or (isinstance(table, ObjectiveConfig) and "couplings" not in vars(type(table))):
         name = getattr(table, "name", type(table).__name__)
         yield f'{key}: "{name}" does not declare whether it couples patients, set one that does'
         return

@@ -23,10 +23,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from panfm.config import RunConfig
+from panfm.config.base import LEAST_NOISE
 from panfm.errors import BudgetError, DataError, LedgerError
 from panfm.hash_chain import Entry, HashChain, Position
 from panfm.privacy.guarantees import NO_CLAIM, claim, site_dp_claim
-from panfm.privacy.mechanisms import LEAST_NOISE, Mechanism, Unit, check_mechanism, epsilon, merged, planned
+from panfm.privacy.mechanisms import Mechanism, Unit, check_mechanism, epsilon, merged, planned
 
 FILE = "ledger.jsonl"
 ANCHOR = "ledger.anchor"
@@ -162,7 +163,8 @@ class Ledger:
         Raises:
             ProtocolError: a mechanism of the run cannot be accounted for, or has too little noise for its claim.
             BudgetError: with this round more than `limits` would be spent; nothing is written.
-            LedgerError: the file or its anchor is missing, another site's, or does not hold.
+            LedgerError: the run breaks its guarantee and does not acknowledge it; the file or its anchor is missing,
+                another site's, or does not hold.
         """
         mechanisms = planned(run, self.unit)
         promise = claim(run) if self.unit == "patient" else site_dp_claim(run)
@@ -170,6 +172,8 @@ class Ledger:
         acknowledged = self.unit == "patient" and run.patient_dp and run.patient_dp.acknowledge_broken_guarantee
         for mechanism in mechanisms:
             check_mechanism(mechanism, least_noise=0.0 if acknowledged else LEAST_NOISE)
+        if promise == NO_CLAIM and not acknowledged:
+            raise LedgerError(f"{self.path}: round {round_number} claims nothing, expected one that keeps its promise")
         with self._chain.writing() as file:
             balance = self._verified(file)
             spent = self._cost(balance, mechanisms, limits)
@@ -198,7 +202,7 @@ class Ledger:
             LedgerError: the file does not hold, or cannot be read.
         """
         with self._chain.reading() as file:
-            return self._read(file)
+            return self._checked(file.read())
 
     def spent(self) -> float | None:
         """Epsilon after the newest round, None before the first. Raises LedgerError as `entries` does."""
@@ -217,7 +221,8 @@ class Ledger:
         """
         with self._chain.reading() as file:
             is_anchored = self._chain.anchor is None or self._chain.anchor.exists()
-            entries = self._read(file) if is_anchored else self._read_unanchored(file)
+            content = file.read()
+            entries = self._checked(content) if is_anchored else self._checked_without_anchor(content)
             self._chain.check_noted(entries, noted)
             if not is_anchored:
                 self._chain.write_anchor(entries[-1]["hash"])
@@ -271,20 +276,20 @@ class Ledger:
         """The balance of the ledger; the file is read only if anybody but this object has touched it or the anchor."""
         is_anchored = self._chain.anchor is None or self._chain.read_anchor() == self._position.end
         if not (is_anchored and self._position.is_current(file)):
+            content, position = self._chain.snapshot(file)
             balance = _Balance()
-            for entry in self._read(file):
+            for entry in self._checked(content):
                 balance.add(entry)
-            self._balance, self._position = balance, self._chain.position(file)
+            self._balance, self._position = balance, position
         return self._balance
 
-    def _read(self, file: IO[bytes]) -> list[Entry]:
-        entries = self._read_unanchored(file)
+    def _checked(self, content: bytes) -> list[Entry]:
+        entries = self._checked_without_anchor(content)
         self._check_anchor(entries)
         return entries
 
-    def _read_unanchored(self, file: IO[bytes]) -> list[Entry]:
-        file.seek(0)
-        entries = list(self._chain.verified(file.read()))
+    def _checked_without_anchor(self, content: bytes) -> list[Entry]:
+        entries = list(self._chain.verified(content))
         for number, entry in enumerate(entries, start=1):
             if entry.get("kind") != ("opened" if number == 1 else "round"):
                 raise LedgerError(f"{self.path}: line {number} is no entry of a ledger")
@@ -301,12 +306,12 @@ class Ledger:
         try:
             answered = self._answered()
         except DataError as error:
-            raise LedgerError(f"{self.path}: cannot be held against the record of what left: {error}") from error
+            raise LedgerError(f"{self.path}: cannot be held against the audit log: {error}") from error
         rounds, booked = max(len(entries) - 1, 0), {entry["epsilon"] for entry in entries[1:]}
         if rounds < answered.count or not (answered.epsilon is None or answered.epsilon in booked):
             spent = "" if answered.epsilon is None else f" and epsilon {answered.epsilon:.3f}"
             raise LedgerError(
-                f"{self.path}: holds {rounds} rounds and less than was spent, the record of what left tells of "
+                f"{self.path}: holds {rounds} rounds and less than was spent, the audit log tells of "
                 f"{answered.count} answered ones{spent}; restore the file from a backup"
             )
 

@@ -27,13 +27,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from panfm.config import RunConfig
+from panfm.config.base import LEAST_NOISE
 from panfm.errors import ProtocolError
 
 SALIENCY_SENSITIVITY = math.sqrt(2.0)
 """Shares sum to 1 and so do equal splits: each has an L2 norm of at most 1."""
-LEAST_NOISE = 0.3
-"""Noise, in sensitivities, below which no round may claim a guarantee: one release of all patients then costs an
-epsilon of about 20, and small errors in the noise's scale decide what is booked."""
 _MOST_NOISE = 1e4
 _MOST_POINTS = 1_600_000
 """Grid points of all different mechanisms together that PRV may use: 2 s and 200 MiB."""

@@ -114,8 +114,8 @@ def saliency_sum(trainer: Trainer, store: ImageStore, indices: NDArray[np.int64]
     return total
 
 
-def saliency_vector(trainer: Trainer, maps: Batch) -> Tensor:
+def saliency_vector(trainer: Trainer, features: Batch) -> Tensor:
     """Shares and equal split of one patient, float64 [2, S]; from this patient alone, to the bit."""
-    full = trainer.teacher.encode(maps, saliency=trainer.run.masking.saliency)
+    full = trainer.teacher.encode(features, saliency=trainer.run.masking.saliency)
     shares, present = (value[0].double().cpu() for value in trainer.stream_saliency(full))
     return torch.stack([shares, present / present.sum()])

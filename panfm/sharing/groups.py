@@ -63,8 +63,15 @@ def stream_of(group: str) -> str | None:
 
 
 def layer_of(name: str) -> str:
-    """Path of the layer of a director's, expert's or router's parameter, such as `backbone.blocks.<i>.mlp`."""
-    return _PARTS_OF_LAYER.split(name, maxsplit=1)[0]
+    """Path of the layer of a director's, expert's or router's parameter, such as `backbone.blocks.<i>.mlp`.
+
+    Raises:
+        ProtocolError: the parameter is of none of these.
+    """
+    layer, *parts = _PARTS_OF_LAYER.split(name, maxsplit=1)
+    if not parts:
+        raise ProtocolError(f"parameter {name!r:.80}: in no layer with experts, expected director, experts or router")
+    return layer
 
 
 def is_shared(sharing: SharingConfig, group: str) -> bool:

@@ -80,9 +80,9 @@ def check_sizes(run: RunConfig, limits: LimitsConfig) -> None:
         LimitError: names the limit, its value, and the run's value.
     """
     image = max(stream.channels * math.prod(stream.shape) for stream in run.streams.values())
-    _check("parameters", num_parameters(run), limits.parameters)
     _check("voxels-per-image", image, limits.voxels_per_image)
     _check("tokens-per-patient", tokens_per_patient(run), limits.tokens_per_patient)
+    _check("parameters", num_parameters(run), limits.parameters)
     _check("local-steps", run.train.local_steps, limits.local_steps)
     _check("rounds", run.train.rounds, limits.rounds)
     _check("step-gib", step_bytes(run) / 2**30, limits.step_gib)

@@ -48,9 +48,8 @@ class AuditLog:
         """
         with self._chain.writing() as file:
             if not self._position.is_current(file):
-                file.seek(0)
-                self._warn_of_tampering(file.read())
-                self._position = self._chain.position(file)
+                before, self._position = self._chain.snapshot(file)
+                self._warn_of_tampering(before)
             line = _describe(frame, content) | {"privacy": privacy, "epsilon": epsilon}
             _, self._position = self._chain.append(file, self._position, line)
 

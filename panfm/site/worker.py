@@ -19,10 +19,10 @@ from typing import Any
 import torch
 
 from panfm.config import SiteConfig, site_path
-from panfm.errors import ConfigError, ProtocolError
+from panfm.errors import ConfigError, PanfmError
 from panfm.files import is_locked, locked
 from panfm.models.sizes import num_parameters
-from panfm.registry import READERS
+from panfm.registry import BACKBONES, MASKING_POLICIES, OBJECTIVES, READERS, import_class
 from panfm.sharing.frames import Frame, Kind, address, encode, receive, send
 from panfm.sharing.messages import Invitation, Records
 from panfm.site.audit_log import AuditLog
@@ -75,7 +75,7 @@ class Worker:
         try:
             most = _BYTES_PER_PARAMETER * self.site.config.limits.parameters
             return receive(connection, timeout_s=TRANSFER_TIMEOUT_S, max_arrays=most, largest=_largest)
-        except (ProtocolError, MemoryError) as error:
+        except (PanfmError, MemoryError) as error:
             logger.warning("a question that is none: %s", error)
             send(connection, encode(Frame.error(scrub(error))), timeout_s=TRANSFER_TIMEOUT_S)
             return None
@@ -99,8 +99,11 @@ def _load_libraries() -> None:
     """Import what the first question would import: a limit on time that ends an import leaves half a module behind."""
     import panfm.data.read  # noqa: F401
 
-    for name in READERS.names:
-        READERS.load(name)
+    for registry in (READERS, MASKING_POLICIES, BACKBONES):
+        for name in registry.names:
+            registry.load(name)
+    for name in OBJECTIVES.names:
+        import_class(OBJECTIVES.load(name).implementation)
     torch.optim.AdamW([torch.zeros(1)])
 
 

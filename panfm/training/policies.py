@@ -25,8 +25,8 @@ Shape legend: B subjects, S streams.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, ClassVar, assert_never
 
 from panfm.config.masking import MaskingConfig, Scope
 
@@ -40,8 +40,27 @@ _BALANCE_RANGE = 0.1
 """Entropy below `balance` at which guidance that lasts has its full strength."""
 
 
+def no_couplings(_config: MaskingConfig) -> Iterator[str]:
+    """Yield nothing: a policy that reads no saliency couples no patients."""
+    return iter(())
+
+
+def saliency_couplings(config: MaskingConfig) -> Iterator[str]:
+    """Yield what couples patients under a policy that reads saliency, as `key: why, remedy`, one line each.
+
+    Whatever its scope, saliency of more than one patient steers masks only after noise, as a mechanism of its own.
+    """
+    match config.saliency:
+        case "attention":
+            return
+        case "value":
+            yield 'saliency: "value" is centred over the batch, set "attention", or masking.policy = "random"'
+        case _:
+            assert_never(config.saliency)
+
+
 class MaskingPolicy(ABC):
-    """Base of all policies."""
+    """Base of all policies. Each class also declares `couplings`, or private runs refuse it."""
 
     is_guided: ClassVar[bool] = False
     """Whether saliency steers the masks; a policy that does not say so sees an equal split."""
@@ -75,6 +94,8 @@ class MaskingPolicy(ABC):
 class RandomPolicy(MaskingPolicy):
     """Hides tokens of all streams alike."""
 
+    couplings = staticmethod(no_couplings)
+
     def scores(self, relative: "Tensor", num_subjects: int, step: int, generator: "torch.Generator") -> "Tensor":
         """Zero for every stream."""
         return relative.new_zeros(relative.shape)
@@ -83,6 +104,7 @@ class RandomPolicy(MaskingPolicy):
 class OrganPolicy(MaskingPolicy):
     """Hides whole streams, in random order."""
 
+    couplings = staticmethod(no_couplings)
     noise = 1e-6
 
     def scores(self, relative: "Tensor", num_subjects: int, step: int, generator: "torch.Generator") -> "Tensor":
@@ -94,6 +116,8 @@ class OrganPolicy(MaskingPolicy):
 class StaticPolicy(MaskingPolicy):
     """Always hides more of the organs that the description names."""
 
+    couplings = staticmethod(no_couplings)
+
     def scores(self, relative: "Tensor", num_subjects: int, step: int, generator: "torch.Generator") -> "Tensor":
         """Strength for `static-organs`, 0 for the others."""
         chosen = relative.new_tensor([float(organ in self.config.static_organs) for organ in self.organs])
@@ -103,6 +127,7 @@ class StaticPolicy(MaskingPolicy):
 class SaliencyPolicy(MaskingPolicy):
     """Hides more of the streams that the model leans on (SGM)."""
 
+    couplings = staticmethod(saliency_couplings)
     is_guided = True
 
     def scores(self, relative: "Tensor", num_subjects: int, step: int, generator: "torch.Generator") -> "Tensor":
@@ -124,6 +149,8 @@ class SaliencyPolicy(MaskingPolicy):
 
 class InversePolicy(SaliencyPolicy):
     """Hides less of the streams that the model leans on."""
+
+    couplings = staticmethod(saliency_couplings)
 
     def scores(self, relative: "Tensor", num_subjects: int, step: int, generator: "torch.Generator") -> "Tensor":
         """Scores of `sgm` with the sign turned."""

@@ -187,7 +187,7 @@ class Trainer(TrainingState):
 
     def unguided_losses(self, features: Batch, masks: torch.Generator) -> tuple[TokenMask, Tensor]:
         """A mask that no saliency steers, and each subject's loss [B] under it; the routers do not explore."""
-        full = self.teacher_forward(features, reads_saliency=self.run.masking.steered_by is not None)
+        full = self.teacher_forward(features, reads_saliency=False)
         mask = self.mask(features, full, torch.ones_like(self.profile)[None], 0, masks)
         return mask, self.losses(student_output(self.model, features, mask), full)
 

@@ -15,6 +15,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from panfm.config import RunConfig
 from panfm.config.training import TrainConfig
 from panfm.data.store import Batch, ImageStore
+from panfm.errors import ConfigError
 from panfm.models import PanModel, build_model
 from panfm.models.transfer import load_with_fresh_private
 from panfm.privacy.guarantees import checked_run
@@ -37,6 +38,7 @@ class TrainingState:
         self.run = checked_run(run)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = build_model(run, streams).to(self.device)
+        _check_buffers(run, self.model)
         self.parameters = list(self.model.parameters())
         self._start = {name: value.clone() for name, value in self._private_parameters().items()}
         self.teacher = deepcopy(self.model).requires_grad_(requires_grad=False)
@@ -153,6 +155,13 @@ class TrainingState:
 
     def _private_parameters(self) -> dict[str, Tensor]:
         return self.model.split_state(self.run.sharing)[1]
+
+
+def _check_buffers(run: RunConfig, model: PanModel) -> None:
+    """Refuse a private run whose model would send or keep numbers that are no parameters, and so never get noise."""
+    buffers = sorted(model.state_dict().keys() - dict(model.named_parameters()).keys())
+    if run.patient_dp and buffers:
+        raise ConfigError(f"model.backbone: {buffers[0]} is a buffer that training moves without noise, expected none")
 
 
 def _under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

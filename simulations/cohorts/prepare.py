@@ -25,7 +25,7 @@ FOLDER = Path("cohorts")
 
 def load_simulation(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
     """Read a run description as `load_checked_run` does; its cohort, if it has one, is checked and its defaults are
-    filled in. Needs no torch.
+    filled in.
 
     Raises:
         ConfigError: as `load_checked_run`, or the cohort does not hold or does not go with the run's streams.

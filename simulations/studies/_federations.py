@@ -49,7 +49,7 @@ class RunJob:
 
     def __str__(self) -> str:
         key = hashlib.sha256(dump_toml(self.run).encode()).hexdigest()[:8]
-        return f"phantom {self.draw}, seed {self.seed}, {self.arm} ({self.run.name} {key})"
+        return f"draw {self.draw}, seed {self.seed}, {self.arm} ({self.run.name} {key})"
 
 
 @contextlib.contextmanager

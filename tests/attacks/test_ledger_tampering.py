@@ -17,7 +17,8 @@ from panfm.cli import main
 from panfm.config import load_site, parse_run
 from panfm.errors import DataError, LedgerError, LimitError
 from panfm.privacy import ledger as ledger_module
-from panfm.privacy.ledger import ANCHOR, FILE, Ledger, Limits
+from panfm.privacy.guarantees import NO_CLAIM, claim
+from panfm.privacy.ledger import ANCHOR, FILE, AnsweredRounds, Ledger, Limits
 from panfm.privacy.statement import statement
 from panfm.sharing.frames import Frame, Kind, encode
 from panfm.sharing.messages import Invitation, Records
@@ -325,3 +326,27 @@ def test_the_record_labels_a_message_by_its_own_question_not_by_the_run_before(f
         assert (line["kind"], line["privacy"], line["epsilon"]) == ("error", "none", None)
     line = ask(site, Frame(Kind.ANSWER, Records()))
     assert (line["kind"], line["privacy"], line["epsilon"]) == ("error", "none", None)
+
+
+def test_a_ledger_that_is_changed_while_it_is_verified_is_not_taken_for_verified(folder, composed):
+    """Somebody makes an entry cheaper after it was read, while the audit log is read."""
+    spend(open_ledger(folder), 3)
+    path, _ = files(folder)
+
+    def answered():
+        path.write_bytes(path.read_bytes().replace(b'"noise": 1', b'"noise": 9', 1))
+        return AnsweredRounds()
+
+    ledger = Ledger(path.parent, "alpha", anchor_dir=folder / ".panfm" / "state", answered=answered)
+    ledger.spent()
+    with pytest.raises(LedgerError, match="line 2 was changed"):
+        spend(ledger)
+
+
+def test_a_round_that_can_claim_nothing_is_not_booked(folder, composed):
+    """A run whose promise is broken reaches the ledger past every door."""
+    broken = PRIVATE.model_copy(update={"train": PRIVATE.train.model_copy(update={"proximal_mu": 1.0})})
+    assert claim(broken) == NO_CLAIM
+    with pytest.raises(LedgerError, match="claims nothing"):
+        open_ledger(folder).spend(broken, "run-1", 1, limits=LIMITS, dataset="d")
+    assert not files(folder)[0].exists()

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from panfm.config import parse_run
+from panfm.config.base import LEAST_NOISE
 from panfm.models import build_model
 from panfm.privacy import patient_sums
-from panfm.privacy.mechanisms import LEAST_NOISE
 from panfm.privacy.patient_sums import noisy_profile
 from panfm.sharing.groups import GroupManifest
 from panfm.sharing.messages import Handshake, RoundReply

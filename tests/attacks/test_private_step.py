@@ -13,14 +13,17 @@ from panfm.config.base import Config
 from panfm.config.objective import ObjectiveConfig
 from panfm.errors import ConfigError, ProtocolError
 from panfm.models import build_model
+from panfm.models.vit import VisionTransformer
 from panfm.privacy.guarantees import NO_CLAIM, broken_guarantees, checked_run, claim
 from panfm.privacy.patient_sums import saliency_sum
 from panfm.privacy.private_step import clipped_sum
-from panfm.registry import OBJECTIVES
+from panfm.registry import BACKBONES, MASKING_POLICIES, OBJECTIVES
 from panfm.sharing.coding import code_step, digests, take_step
 from panfm.sharing.groups import GroupManifest
 from panfm.sharing.messages import RoundTask
 from panfm.site import Site
+from panfm.training.objectives.mae.config import MaeConfig
+from panfm.training.policies import SaliencyPolicy
 from panfm.training.token_mask import TokenMask, build_policy
 from panfm.training.trainer import Trainer
 from simulations.cohorts.prepare import cohort_folder
@@ -259,6 +262,60 @@ def test_a_registered_objective_that_does_not_declare_what_couples_patients_is_r
     assert isinstance(parse_run(RUN + table).objective, UndeclaredObjective)
     with pytest.raises(ConfigError, match='objective: "undeclared" does not declare whether it couples patients'):
         checked_run(parse_run(RUN + table + RANDOM + PRIVACY))
+
+
+class BatchNormed(VisionTransformer):
+    """A backbone that couples patients, and inherits the declaration of one that does not."""
+
+
+class Accumulating(SaliencyPolicy):
+    """A policy that adds up what it sees of patients, and inherits the declaration of one that does not."""
+
+
+class InheritedObjective(MaeConfig):
+    """An objective that inherits the declaration of another."""
+
+    name: Literal["inherited"] = "inherited"
+
+
+@pytest.mark.parametrize(
+    ("table", "plug_in", "key"),
+    [
+        (BACKBONES, BatchNormed, "model.backbone"),
+        (MASKING_POLICIES, Accumulating, "masking.policy"),
+        (OBJECTIVES, InheritedObjective, "objective.name"),
+    ],
+)
+def test_a_declaration_of_what_couples_patients_is_not_inherited(monkeypatch, table, plug_in, key):
+    monkeypatch.setattr(table, "_targets", dict(table._targets))
+    table.register("inherited", plug_in)
+    part, option = key.split(".")
+    masking = "" if part == "masking" else RANDOM
+    objective = "" if part == "objective" else '[objective]\nname = "mae"\n'
+    text = RUN + objective + masking + f'[{part}]\n{option} = "inherited"\n'
+    if part == "masking":
+        text += 'saliency = "attention"\n'
+    checked_run(parse_run(text))
+    with pytest.raises(ConfigError, match=r"inherited.* does not declare whether it couples patients"):
+        checked_run(parse_run(text + PRIVACY))
+
+
+class Buffered(VisionTransformer):
+    """A backbone that claims to couple nobody, and keeps a running mean of patients that would be sent."""
+
+    couplings = staticmethod(VisionTransformer.couplings)
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.register_buffer("running_mean", torch.zeros(3))
+
+
+def test_numbers_that_never_get_noise_are_refused_in_a_private_model(monkeypatch):
+    monkeypatch.setattr(BACKBONES, "_targets", dict(BACKBONES._targets))
+    BACKBONES.register("buffered", Buffered)
+    run = private_run("mae", extra='[model]\nbackbone = "buffered"\n')
+    with pytest.raises(ConfigError, match=r"backbone\.running_mean is a buffer"):
+        Trainer(run)
 
 
 def test_a_stream_that_does_not_declare_what_couples_patients_is_not_claimed_private():

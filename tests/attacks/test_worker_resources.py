@@ -31,7 +31,7 @@ from panfm.data.readers.nifti import decode_volume
 from panfm.data.readers.picture import decode_picture
 from panfm.data.store import Batch, ImageStore
 from panfm.errors import DataError, LimitError, ProtocolError
-from panfm.models.sizes import state_bytes
+from panfm.models.sizes import num_parameters, state_bytes
 from panfm.sharing import frames
 from panfm.sharing.frames import Frame, Kind, receive
 from panfm.sharing.messages import Invitation, Records
@@ -503,3 +503,15 @@ def test_the_log_of_errors_does_not_grow_for_ever(folder, monkeypatch):
     sizes = [path.stat().st_size for path in site.state_dir.glob("site.log*")]
     assert len(sizes) == 2
     assert sum(sizes) < 40_000
+
+
+def test_server_describes_hundreds_of_streams_and_their_model_is_counted_at_once():
+    organs = [f"o{number}" for number in range(100)]
+    streams = [
+        f"{organ}-{modality}" for organ in organs for modality in ("fundus", "oct", "photo", "pathology", "xray")
+    ]
+    rows = "".join(f"{stream} = {{ shape = [16, 16], patch = [8, 8] }}\n" for stream in streams)
+    run = parse_run(f'name = "wide"\norgans = {organs}\n[streams]\n{rows}')
+    begin = time.process_time()
+    assert num_parameters(run) > 0
+    assert time.process_time() - begin < 2.0

@@ -62,12 +62,12 @@ def test_the_library_knows_nothing_of_flower_and_ray(package):
 
 
 def test_file_names_are_unique():
-    """But for names that Flower asks for, the files of an objective, and studies, which are named as their commands."""
+    """But for names that Flower asks for, and the files of an objective."""
     names = Counter(
         path.stem
         for package in HOUSE
         for path in sources(package)
-        if path.stem not in ("__init__", "__main__", "app") and not {"objectives", "studies"} & set(path.parts)
+        if path.stem not in ("__init__", "__main__", "app") and "objectives" not in path.parts
     )
     assert [name for name, count in names.items() if count > 1] == []
 

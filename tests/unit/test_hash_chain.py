@@ -18,7 +18,7 @@ def seal(content, before):
 
 def append(chain: HashChain, *numbers: int, position: Position | None = None) -> Position:
     with chain.writing() as file:
-        position = position or chain.position(file)
+        position = position or chain.snapshot(file)[1]
         for number in numbers:
             _, position = chain.append(file, position, {"number": number})
     return position
@@ -56,7 +56,7 @@ def test_a_position_is_current_until_somebody_else_writes(chain):
     with chain.reading() as file:
         assert not position.is_current(file)
         assert other.is_current(file)
-        assert chain.position(file) == other
+        assert chain.snapshot(file)[1] == other
     assert numbers(chain) == [1, 2, 3]
 
 

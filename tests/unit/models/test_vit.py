@@ -8,7 +8,7 @@ from panfm.config.model import ModelConfig
 from panfm.models.tokens import pack
 from panfm.models.vit import VisionTransformer
 
-STREAM_OF_PLACE = torch.tensor([0, 0, 1, 1, 1, 2])
+STREAM_OF_PATCH = torch.tensor([0, 0, 1, 1, 1, 2])
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def backbone():
 
 @pytest.fixture
 def layout():
-    return pack(torch.tensor([[True, True, True], [True, False, True], [False, True, False]]), STREAM_OF_PLACE)
+    return pack(torch.tensor([[True, True, True], [True, False, True], [False, True, False]]), STREAM_OF_PATCH)
 
 
 def slow_saliency(backbone, tokens, layout, kind):
@@ -55,7 +55,7 @@ def slow_saliency(backbone, tokens, layout, kind):
 @torch.no_grad()
 def test_saliency_equals_full_attention_matrices(backbone, layout, kind, complete):
     if complete:
-        layout = pack(torch.ones(3, 3, dtype=torch.bool), STREAM_OF_PLACE)
+        layout = pack(torch.ones(3, 3, dtype=torch.bool), STREAM_OF_PATCH)
     tokens = torch.randn(3, layout.patch_index.shape[1], 12, generator=torch.Generator().manual_seed(1))
     found = backbone(tokens, layout, saliency=kind).saliency
     for b, expected in enumerate(slow_saliency(backbone, tokens, layout, kind)):
@@ -72,7 +72,7 @@ def test_padding_is_never_attended_to(backbone, layout):
 
 @torch.no_grad()
 def test_a_subject_without_any_token_is_its_cls_alone(backbone):
-    empty = pack(torch.tensor([[False, False, False]]), STREAM_OF_PLACE)
+    empty = pack(torch.tensor([[False, False, False]]), STREAM_OF_PATCH)
     encoded = backbone(torch.zeros(1, 0, 12), empty, saliency="value")
     assert torch.isfinite(encoded.cls).all()
     assert encoded.saliency.shape == (1, 0)
@@ -81,7 +81,7 @@ def test_a_subject_without_any_token_is_its_cls_alone(backbone):
 @torch.no_grad()
 def test_saliency_of_one_subject_is_its_attention(backbone):
     """Alone in its batch, no value can be centred: every norm counts alike."""
-    alone = pack(torch.tensor([[True, True, True]]), STREAM_OF_PLACE)
+    alone = pack(torch.tensor([[True, True, True]]), STREAM_OF_PATCH)
     tokens = torch.randn(1, 6, 12, generator=torch.Generator().manual_seed(1))
     found = backbone(tokens, alone, saliency="value").saliency
     rows = []
@@ -95,7 +95,7 @@ def test_saliency_of_one_subject_is_its_attention(backbone):
 
 @torch.no_grad()
 def test_a_place_held_by_one_subject_gets_the_typical_norm(backbone):
-    layout = pack(torch.tensor([[True, True, False], [True, False, True], [True, True, False]]), STREAM_OF_PLACE)
+    layout = pack(torch.tensor([[True, True, False], [True, False, True], [True, True, False]]), STREAM_OF_PATCH)
     tokens = torch.randn(3, layout.patch_index.shape[1], 12, generator=torch.Generator().manual_seed(1))
     found = backbone(tokens, layout, saliency="value").saliency
     assert_close(found.sum(1), torch.ones(3))

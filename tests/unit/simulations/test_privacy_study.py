@@ -157,7 +157,7 @@ def test_one_pair_from_start_to_file(monkeypatch, tmp_path, public):
         "draw 100, seed 100, public model",
     ]
     assert [job.partition(" (")[0] for job in asked[3:]] == [
-        f"phantom 100, seed 100, {arm}" for arm in (*ARMS, *REFERENCES)
+        f"draw 100, seed 100, {arm}" for arm in (*ARMS, *REFERENCES)
     ]
     table = json.loads((tmp_path / "out.json").read_text())
     assert [each["met"] for each in table["targets"]] == [True] * 4

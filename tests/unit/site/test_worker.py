@@ -4,8 +4,11 @@ import os
 import re
 import socket
 import stat
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -55,6 +58,30 @@ def test_it_answers_as_the_site_itself(folder, serving, tmp_path):
         assert same(RoundReply.from_records(answer.records), elsewhere.train_round(task(number)))
     kinds = [(line["kind"], line["round"]) for line in AuditLog(folder / ".panfm" / "state").lines()]
     assert kinds == [("answer", None), ("answer", 1), ("answer", 2), ("answer", 2)]
+
+
+def test_a_round_of_a_model_that_cannot_be_built_is_answered(serving):
+    text = task().run_toml.replace('backbone = "dense"', 'backbone = "director-experts"')
+    asked = replace(task(), run_toml=re.sub(r"active = \[\s*2,\s*\]", "active = [9]", text))
+    answer = serving.ask(Frame(Kind.ROUND, asked.to_records()))
+    assert answer.kind is Kind.ERROR
+    reason = answer.records.config["reason"]
+    assert "model.experts.active: 9 in block 0, expected at most count = 8" in reason
+
+
+def test_a_first_question_imports_no_plug_in(folder):
+    """An import that a limit on time ends would leave half a module behind."""
+    script = (
+        "import sys\nfrom panfm.site import worker\nworker._load_libraries()\nbefore = set(sys.modules)\n"
+        "from panfm import registry\n"
+        "for table in (registry.OBJECTIVES, registry.MASKING_POLICIES, registry.BACKBONES, registry.READERS):\n"
+        "    for name in table.names:\n"
+        "        loaded = table.load(name)\n"
+        "        registry.import_class(getattr(loaded, 'implementation', loaded))\n"
+        "print(sorted(name for name in set(sys.modules) - before if name.startswith('panfm')))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 def test_what_cannot_be_written_down_does_not_leave(folder, serving, monkeypatch):

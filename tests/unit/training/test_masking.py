@@ -12,7 +12,7 @@ from panfm.models.tokens import pack
 from panfm.training.saliency import normalised_entropy
 from panfm.training.token_mask import build_policy, draw_mask
 
-STREAM_OF_PLACE = torch.arange(3).repeat_interleave(torch.tensor([4, 2, 6]))
+STREAM_OF_PATCH = torch.arange(3).repeat_interleave(torch.tensor([4, 2, 6]))
 ORGANS = ("heart", "brain", "adipose")
 POLICIES = ("random", "organ", "sgm", "inverse", "static")
 
@@ -25,9 +25,9 @@ def hidden_places(mask):
 
 
 def draw(config, relative, present, *, step=100, seed=0):
-    layout = pack(torch.tensor(present), STREAM_OF_PLACE)
+    layout = pack(torch.tensor(present), STREAM_OF_PATCH)
     generator = torch.Generator().manual_seed(seed)
-    mask = draw_mask(build_policy(config, ORGANS), relative, layout, STREAM_OF_PLACE, step=step, generator=generator)
+    mask = draw_mask(build_policy(config, ORGANS), relative, layout, STREAM_OF_PATCH, step=step, generator=generator)
     return layout, hidden_places(mask)
 
 
@@ -55,7 +55,7 @@ def shares(policy, relative, **config):
     """Share of each stream's tokens hidden, over many draws."""
     config = MaskingConfig(policy=policy, **{"limit": 20.0} | config)
     layout, hidden = draw(config, torch.tensor([relative]), [[True] * 3] * 4000)
-    stream = STREAM_OF_PLACE[layout.patch_index]
+    stream = STREAM_OF_PATCH[layout.patch_index]
     return torch.stack([hidden[stream == index].float().mean() for index in range(3)])
 
 
@@ -76,7 +76,7 @@ def test_static_hides_the_named_organs():
 
 def test_organ_hides_whole_streams():
     layout, hidden = draw(MaskingConfig(policy="organ"), torch.ones(1, 3), [[True] * 3] * 200)
-    stream = STREAM_OF_PLACE[layout.patch_index]
+    stream = STREAM_OF_PATCH[layout.patch_index]
     partial = torch.stack(
         [hidden.logical_and(stream == index).sum(1) % (stream[0] == index).sum() != 0 for index in range(3)]
     )

@@ -6,13 +6,13 @@ from torch.testing import assert_close
 from panfm.models.tokens import pack
 from panfm.training.saliency import relative_profile, stream_shares, streams_present
 
-STREAM_OF_PLACE = torch.tensor([0, 0, 1])
+STREAM_OF_PATCH = torch.tensor([0, 0, 1])
 
 
 def test_stream_shares_by_hand():
-    layout = pack(torch.tensor([[True, True], [False, True]]), STREAM_OF_PLACE)
+    layout = pack(torch.tensor([[True, True], [False, True]]), STREAM_OF_PATCH)
     tokens = torch.tensor([[0.2, 0.3, 0.5], [1.0, 9.0, 9.0]])
-    assert_close(stream_shares(tokens, layout, STREAM_OF_PLACE, 2), torch.tensor([[0.5, 0.5], [0.0, 1.0]]))
+    assert_close(stream_shares(tokens, layout, STREAM_OF_PATCH, 2), torch.tensor([[0.5, 0.5], [0.0, 1.0]]))
 
 
 def test_relative_profile_by_hand():
@@ -28,8 +28,8 @@ def test_an_equal_split_is_one_whatever_the_streams():
 
 
 def test_a_stream_without_saliency_is_still_present():
-    layout = pack(torch.tensor([[True, True], [False, True]]), STREAM_OF_PLACE)
-    present = streams_present(layout, STREAM_OF_PLACE, 2)
+    layout = pack(torch.tensor([[True, True], [False, True]]), STREAM_OF_PATCH)
+    present = streams_present(layout, STREAM_OF_PATCH, 2)
     assert present.tolist() == [[True, True], [False, True]]
     mean, count = relative_profile(torch.tensor([[0.0, 1.0], [0.0, 1.0]]), present)
     assert_close(mean, torch.tensor([0.0, 1.5]))
