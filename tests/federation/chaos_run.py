@@ -24,15 +24,18 @@ from simulations.engines.offline import go_offline
 os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # who forks must not have threads
 go_offline()
 
+import numpy as np  # noqa: E402
 from flwr.app import Context, Message  # noqa: E402
 from flwr.clientapp import ClientApp  # noqa: E402
 
 from client.app import app as client_app  # noqa: E402
 from panfm.config import site_folders  # noqa: E402
 from panfm.errors import PanfmError  # noqa: E402
+from panfm.site import worker  # noqa: E402
 from server.app import app as server_app  # noqa: E402
 from simulations.engines import Job  # noqa: E402
 from simulations.engines.local import run_apps  # noqa: E402
+from strategies.exact_mean import ExactMean, Votes  # noqa: E402
 
 _FILE_EVENTS = ("open", "os.rename", "os.remove", "os.mkdir")
 
@@ -117,8 +120,20 @@ def work(job: dict[str, Any]) -> int:
     return 0
 
 
+def compile_mean() -> None:
+    """Compile the exact mean for updates that may be written to, and for those that may not."""
+    for writeable in (True, False):
+        update = np.ones(8, np.float32)
+        update.flags.writeable = writeable
+        mean = ExactMean(((8, 0),), weight_limit=1.0, votes=Votes(np.zeros(8, np.int8), np.zeros(8, np.int8)))
+        mean.add(update, (1.0,))
+        mean.mean()
+
+
 def serve() -> None:
-    """Fork a server for each job."""
+    """Fork a server for each job. Libraries are imported and the mean is compiled once, before any fork."""
+    worker._load_libraries()
+    compile_mean()
     for line in sys.stdin:
         if not (pid := os.fork()):
             os.setpgid(0, 0)
