@@ -56,6 +56,7 @@ def run(python: str, folder: Path, *words: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_site_runs_without_the_libraries_of_the_extras(tmp_path):
     check(run(sys.executable, tmp_path / "site", "--refuse"))
 

@@ -16,6 +16,7 @@ def members(path: Path) -> set[str]:
         return {name for name in bundle.namelist() if not name.endswith("/")}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:GitWildMatchPattern")
 def test_the_app_bundle_has_the_apps_and_no_library(tmp_path):
     path = tmp_path / "app.fab"

@@ -41,9 +41,8 @@ def test_engines_agree_to_the_bit(federation, engine):
     assert model_bytes(federation.folder / engine) == expected
 
 
-@pytest.mark.parametrize(
-    "engine", ["local", pytest.param("ray", marks=pytest.mark.slow), pytest.param("flower", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["local", "ray", "flower"])
 def test_a_broken_site_is_one_line(federation, engine):
     """Site and reason on the console; the whole story, with the file, in the run folder."""
     manifest = federation.sites / "beta" / "manifest.csv"

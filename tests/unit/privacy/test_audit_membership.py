@@ -32,6 +32,7 @@ def test_an_unrelated_model_tells_nothing_either(make_run, make_store):
     assert found.auc.low < 0.5 < found.auc.high
 
 
+@pytest.mark.slow
 def test_patients_that_were_learned_by_heart_are_found(make_run, make_store):
     run = make_run(
         '[objective]\nname = "mae"\n[model]\ntokenizer = "patch"\n[masking]\npolicy = "random"\nratio = 0.5\n'

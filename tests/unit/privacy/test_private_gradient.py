@@ -97,6 +97,7 @@ def test_a_step_without_patients_is_noise_of_the_stated_size(make_private, make_
     assert values.std().item() != pytest.approx(1.02 * stated, rel=0.005)
 
 
+@pytest.mark.slow
 def test_a_step_is_a_poisson_sample_at_the_stated_rate_that_no_seed_decides(make_private, make_store, monkeypatch):
     """Each of 12 patients with chance 1/4, independently: a pass over shuffled patients would have 3 every time."""
     run = make_private()

@@ -27,6 +27,7 @@ def test_every_arm_costs_the_same():
     assert widths["token-moe"].experts.alignment_weight == widths["random-routing"].experts.alignment_weight == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arm", ["dex", "token-moe", "dex-released"])
 def test_one_arm_measured(picture_cohort, arm):
     measured = dex.measure(ArmJob(3, 0, arm, 1, picture_cohort))

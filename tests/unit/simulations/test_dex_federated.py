@@ -30,6 +30,7 @@ def differing(one, other):
     return {groups[name] for (name, value), its in pairs if not torch.equal(value, its)}
 
 
+@pytest.mark.slow
 def test_sites_end_up_with_their_own_experts_only_where_these_are_private(picture_cohort, one_step):
     private, pooled = trained(picture_cohort, "private"), trained(picture_cohort, "pooled")
     assert differing(*list(private.sites.values())[:2]) == {EXPERTS, ROUTER}
@@ -39,6 +40,7 @@ def test_sites_end_up_with_their_own_experts_only_where_these_are_private(pictur
     assert all(torch.equal(layer.experts.weight_in[0], expert) for expert in layer.experts.weight_in)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arm", ["private", "local"])
 def test_one_arm_measured(picture_cohort, one_step, arm):
     measured = study.measure(ArmJob(3, 0, arm, 1, picture_cohort))

@@ -41,6 +41,7 @@ def test_damage_is_relative_to_what_the_federation_gained():
     assert [target.is_met for target in targets(result, arms())] == [True] * 4 + [False] * 2
 
 
+@pytest.mark.slow
 def test_every_arm_is_a_run_of_its_own():
     described = {arm: study_run(arm, 0, 0, 10) for arm in arms() if "untrained" not in arm}
     dumps = [run.model_dump_json() for arm, run in described.items() if "/" not in arm]

@@ -119,7 +119,10 @@ def all_that_leaves(folder, tasks) -> list[bytes]:
     return [encode(answer(site, each)) for each in asked]
 
 
-@pytest.mark.parametrize("extra", [RANDOM, GUIDED, RANDOM + DEX, RANDOM + '[sharing]\ncoding = "int8"\n'])
+SLOW = [RANDOM, RANDOM + DEX, RANDOM + '[sharing]\ncoding = "int8"\n']
+
+
+@pytest.mark.parametrize("extra", [GUIDED, *(pytest.param(extra, marks=pytest.mark.slow) for extra in SLOW)])
 def test_every_byte_follows_from_what_the_ledger_lists_and_from_public_words(tmp_path, write_site, monkeypatch, extra):
     """Two sites of one public name, with other patients and other numbers of them: once what the mechanisms release is
     fixed, they send the same bytes. As they are, none of the rounds' bytes agree."""
@@ -341,7 +344,9 @@ def test_the_noise_that_is_drawn_is_the_noise_that_is_booked(site, monkeypatch):
         assert set(drawn[name]) == {booked[name].noise * booked[name].sensitivity}
 
 
-@pytest.mark.parametrize("extra", [RANDOM + '[sharing]\ncoding = "int8"\n', GUIDED + DEX])
+@pytest.mark.parametrize(
+    "extra", [pytest.param(RANDOM + '[sharing]\ncoding = "int8"\n', marks=pytest.mark.slow), GUIDED + DEX]
+)
 def test_a_run_without_privacy_in_the_same_process_leaves_nothing_to_a_private_one(
     tmp_path, write_site, monkeypatch, extra
 ):

@@ -262,7 +262,14 @@ def test_memory_is_used_only_if_disk_agrees(folder):
     assert same(here.train_round(task(3)), third)
 
 
-@pytest.mark.parametrize("extra", ["", '[sharing]\ncoding = "int8"\n', '[sharing]\nhead = "private"\n'])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        pytest.param("", marks=pytest.mark.slow),
+        '[sharing]\ncoding = "int8"\n',
+        pytest.param('[sharing]\nhead = "private"\n', marks=pytest.mark.slow),
+    ],
+)
 def test_sites_that_take_turns_at_one_trainer_do_not_meet(tmp_path, write_site, extra, monkeypatch):
     """Three sites of one process with the same streams, not always asked; beside them, each with its own."""
     for name in ("alpha", "beta", "gamma"):

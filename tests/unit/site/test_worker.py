@@ -69,6 +69,7 @@ def test_a_round_of_a_model_that_cannot_be_built_is_answered(serving):
     assert "model.experts.active: 9 in block 0, expected at most count = 8" in reason
 
 
+@pytest.mark.slow
 def test_a_first_question_imports_no_plug_in(folder):
     """An import that a limit on time ends would leave half a module behind."""
     script = (
