@@ -30,11 +30,11 @@ from panfm.sharing.messages import Handshake, RoundReply
 from panfm.sharing.npy import NpySpace
 from panfm.sharing.weights import check_gate_mass
 from strategies.exact_mean import Votes
-from strategies.group_means import GroupMean, make_mean
+from strategies.group_means import GroupMean, make_mean, usual_size
 from strategies.reply_guards import LIMIT, Directions, NormBounds, PointsElsewhereError, check_reply
 from strategies.round_messages import Downlink, draw_sites, hand_over, unpack, view_array, view_arrays
 from strategies.server_step import Memory, add_norms, follow_average, server_step
-from strategies.weight_caps import WeightLimits, group_shares
+from strategies.weight_caps import WeightLimits, group_shares, largest_share
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +78,7 @@ class GroupedMean(Strategy):
         self.outcome = RoundOutcome()
         self.bytes_down: Mapping[str, int] = {}
         """Group -> bytes sent to the sites of this round."""
+        self._max_share = largest_share(run.federation, run.site_dp)
         self._run_id = ""
         self._global = ArrayRecord()
         """Global parameters at the start of the round."""
@@ -105,7 +106,7 @@ class GroupedMean(Strategy):
         spaces = {group: NpySpace(self.manifest.size(group)) for group in self.manifest.groups}
         self._start_round(server_round, spaces)
         self._add_replies(replies)
-        self.outcome.shares = group_shares(self.run, self.manifest, self.outcome.accepted)
+        self.outcome.shares = group_shares(self.run.sharing, self._max_share, self.manifest, self.outcome.accepted)
         memory = self._next_memory(server_round)
         moved = [
             group
@@ -143,11 +144,13 @@ class GroupedMean(Strategy):
     def _empty_mean(self, group: str, space: NpySpace) -> GroupMean:
         start = view_array(self._global[group])
         return make_mean(
-            self.run,
+            self.run.sharing,
             self.manifest,
             group,
             start,
             weight_limit=self._weight_limits.total(group),
+            max_share=self._max_share,
+            usual=usual_size(self.run.train, self.run.site_dp),
             space=space.numbers,
             votes=self._empty_votes(group, len(start)),
         )
@@ -182,7 +185,7 @@ class GroupedMean(Strategy):
         reply = self._read(message, handshake)
         limits = self._weight_limits.of_site(handshake.site)
         check_reply(reply, handshake, limits, of=(self._run_id, self._round))
-        check_gate_mass(self.run, self.manifest, reply.weights, subjects=handshake.subjects)
+        check_gate_mass(self.run.sharing, self.run.train, self.manifest, reply.weights, subjects=handshake.subjects)
         return self._weight_limits.cap(reply)
 
     def _read(self, message: Message, handshake: Handshake) -> RoundReply:

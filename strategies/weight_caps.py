@@ -15,6 +15,9 @@ from fractions import Fraction
 from statistics import median
 
 from panfm.config import RunConfig
+from panfm.config.federation import FederationConfig
+from panfm.config.sharing import SharingConfig
+from panfm.config.site_dp import SiteDpConfig
 from panfm.registry import MEANS
 from panfm.sharing.groups import GroupManifest
 from panfm.sharing.messages import Handshake, RoundReply
@@ -24,9 +27,9 @@ FEWEST = 3
 """Contributing sites with which the caps are in force."""
 
 
-def largest_share(run: RunConfig) -> float:
+def largest_share(federation: FederationConfig, site_dp: SiteDpConfig | None) -> float:
     """Largest share of a group's weight that a site may have; 1 under site-level privacy, where all weigh alike."""
-    return 1.0 if run.site_dp else run.federation.max_share
+    return 1.0 if site_dp else federation.max_share
 
 
 class WeightLimits:
@@ -34,7 +37,21 @@ class WeightLimits:
 
     def __init__(self, run: RunConfig, manifest: GroupManifest, asked: Collection[Handshake]) -> None:
         """Compute the limits from the handshakes of the asked sites."""
-        self._by_site = {handshake.site: _limits(run, manifest, handshake) for handshake in asked}
+        self._by_site = {
+            handshake.site: {
+                group: weight_limits(
+                    run.sharing,
+                    run.train,
+                    run.site_dp,
+                    manifest,
+                    group,
+                    subjects=handshake.subjects,
+                    subjects_per_stream=handshake.streams,
+                )
+                for group in handshake.group_hashes
+            }
+            for handshake in asked
+        }
         largest: dict[str, list[float]] = {}
         for limits in self._by_site.values():
             for group, weights in limits.items():
@@ -61,32 +78,28 @@ class WeightLimits:
         return sum(min(limit, cap) for limit in self._largest.get(group, ())) or 1.0
 
 
-def _limits(run: RunConfig, manifest: GroupManifest, handshake: Handshake) -> dict[str, Weights]:
-    subjects, streams = handshake.subjects, handshake.streams
-    return {
-        group: weight_limits(run, manifest, group, subjects=subjects, subjects_per_stream=streams)
-        for group in handshake.group_hashes
-    }
-
-
 def group_shares(
-    run: RunConfig, manifest: GroupManifest, accepted: Mapping[str, RoundReply]
+    sharing: SharingConfig, max_share: float, manifest: GroupManifest, accepted: Mapping[str, RoundReply]
 ) -> dict[str, dict[str, float]]:
     """Site -> group -> its share of the weight, as it counted in the mean.
 
     A pooled group has a weight for each expert: its share is the largest over experts that three sites or more used.
+
+    Args:
+        max_share: Of the federation (`largest_share`).
+        accepted: Site -> its reply, without the updates.
     """
     shares: dict[str, dict[str, float]] = {site: {} for site in sorted(accepted)}
     for group in manifest.groups:
         stated = {site: reply.weights[group] for site, reply in sorted(accepted.items()) if group in reply.weights}
-        is_by_expert = is_pooled(run, group)
+        is_by_expert = is_pooled(sharing, group)
         for which in range(len(manifest.experts(group)) if is_by_expert else 1):
             weights = {site: weights[which] for site, weights in stated.items()}
-            if not MEANS.load(run.sharing.mean_of(group)).uses_weights:
+            if not MEANS.load(sharing.mean_of(group)).uses_weights:
                 weights = {site: float(weight > 0.0) for site, weight in weights.items()}
             if is_by_expert and sum(map(bool, weights.values())) < FEWEST:
                 continue
-            for site, share in capped_shares(weights, largest_share(run)).items():
+            for site, share in capped_shares(weights, max_share).items():
                 shares[site][group] = max(shares[site].get(group, 0.0), share)
     return shares
 

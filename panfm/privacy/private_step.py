@@ -63,7 +63,7 @@ def train_privately(
     source = PrivateGradient(trainer, store, indices)
     for taken in range(num_steps):
         trainer.step(source, first_step + taken, profile)
-    if needs_saliency(run):
+    if needs_saliency(run.masking):
         trainer.profile = noisy_profile(trainer, store, indices)
     return _result(trainer, num_steps)
 
@@ -181,7 +181,7 @@ def _result(trainer: Trainer, num_steps: int) -> TrainResult:
         num_steps=num_steps,
         num_skipped=0,
         loss=float("nan"),
-        saliency=dict(zip(names, trainer.profile.tolist(), strict=True)) if needs_saliency(trainer.run) else {},
+        saliency=dict(zip(names, trainer.profile.tolist(), strict=True)) if needs_saliency(trainer.run.masking) else {},
         subjects=private.public_subjects,
         subjects_per_stream=dict.fromkeys(names, private.public_subjects),
         gate_mass={

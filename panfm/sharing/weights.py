@@ -14,7 +14,9 @@ ends use this file: the site for the weights it sends, the server for the most i
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from panfm.config import RunConfig
+from panfm.config.sharing import SharingConfig
+from panfm.config.site_dp import SiteDpConfig
+from panfm.config.training import TrainConfig
 from panfm.errors import ProtocolError
 from panfm.sharing.groups import DIRECTOR, EXPERTS, ROUTER, GroupManifest, Segments, layer_of, stream_of
 
@@ -36,32 +38,48 @@ class Trained:
     """Layer -> gate mass of each of its experts."""
 
 
-def group_weights(run: RunConfig, manifest: GroupManifest, group: str, trained: Trained) -> Weights:
+def group_weights(
+    sharing: SharingConfig, site_dp: SiteDpConfig | None, manifest: GroupManifest, group: str, trained: Trained
+) -> Weights:
     """Weights of one site in one group."""
-    if run.site_dp is not None:
+    if site_dp is not None:
         return (1.0,)
-    if is_pooled(run, group):
+    if is_pooled(sharing, group):
         return tuple(trained.gate_mass[layer][index] for layer, index in manifest.experts(group))
-    if _is_by_gates(run, group):
+    if _is_by_gates(sharing, group):
         return (sum(sum(trained.gate_mass[layer]) for layer in _layers(manifest, group)),)
-    return _plain_weights(run, group, trained)
+    return _plain_weights(sharing, group, trained)
 
 
 def weight_limits(
-    run: RunConfig, manifest: GroupManifest, group: str, *, subjects: int, subjects_per_stream: Mapping[str, int]
+    sharing: SharingConfig,
+    train: TrainConfig,
+    site_dp: SiteDpConfig | None,
+    manifest: GroupManifest,
+    group: str,
+    *,
+    subjects: int,
+    subjects_per_stream: Mapping[str, int],
 ) -> Weights:
     """Largest weights that a site may have in a group, by the numbers it gave before round 1."""
-    if run.site_dp is not None:
+    if site_dp is not None:
         return (1.0,)
-    images = _ROUNDING * min(subjects, run.train.batch_size) * run.train.local_steps
-    if is_pooled(run, group):
+    images = _most_images(train, subjects)
+    if is_pooled(sharing, group):
         return (images,) * len(manifest.experts(group))
-    if _is_by_gates(run, group):
+    if _is_by_gates(sharing, group):
         return (images * len(_layers(manifest, group)),)
-    return _plain_weights(run, group, Trained(subjects, subjects_per_stream, run.train.local_steps))
+    return _plain_weights(sharing, group, Trained(subjects, subjects_per_stream, train.local_steps))
 
 
-def check_gate_mass(run: RunConfig, manifest: GroupManifest, weights: Mapping[str, Weights], *, subjects: int) -> None:
+def check_gate_mass(
+    sharing: SharingConfig,
+    train: TrainConfig,
+    manifest: GroupManifest,
+    weights: Mapping[str, Weights],
+    *,
+    subjects: int,
+) -> None:
     """Refuse gate mass that no images have.
 
     A layer's experts share the images of the steps among them: their weights sum to as many in every layer and in each
@@ -73,9 +91,9 @@ def check_gate_mass(run: RunConfig, manifest: GroupManifest, weights: Mapping[st
     Raises:
         ProtocolError: the sum, and what it is expected to be.
     """
-    most = _ROUNDING * min(subjects, run.train.batch_size) * run.train.local_steps
+    most = _most_images(train, subjects)
     images: float | None = None
-    for group in (group for group in (EXPERTS, ROUTER) if group in weights and is_pooled(run, group)):
+    for group in (group for group in (EXPERTS, ROUTER) if group in weights and is_pooled(sharing, group)):
         for layer, mass in _layer_masses(manifest, group, weights[group]).items():
             if not mass <= most:
                 raise ProtocolError(f"{group}: gate mass {mass:g} in {layer}, expected at most {most:g} images")
@@ -86,6 +104,11 @@ def check_gate_mass(run: RunConfig, manifest: GroupManifest, weights: Mapping[st
         total, expected = sum(weights[DIRECTOR]), images * len(_layers(manifest, DIRECTOR))
         if not _agree(total, expected):
             raise ProtocolError(f"director: weight {total:g}, expected {expected:g}, its layers' gate mass")
+
+
+def _most_images(train: TrainConfig, subjects: int) -> float:
+    """Most images that a round's batches hold at a site."""
+    return _ROUNDING * min(subjects, train.batch_size) * train.local_steps
 
 
 def _layer_masses(manifest: GroupManifest, group: str, weights: Weights) -> dict[str, float]:
@@ -103,27 +126,27 @@ def _agree(one: float, other: float) -> bool:
     return max(one, other) <= _ROUNDING * min(one, other)
 
 
-def weight_segments(run: RunConfig, manifest: GroupManifest, group: str) -> Segments:
+def weight_segments(sharing: SharingConfig, manifest: GroupManifest, group: str) -> Segments:
     """Segments of a packed group: (numbers, index of the site's weight that counts for them)."""
-    return manifest.segments(group) if is_pooled(run, group) else ((manifest.size(group), 0),)
+    return manifest.segments(group) if is_pooled(sharing, group) else ((manifest.size(group), 0),)
 
 
-def is_pooled(run: RunConfig, group: str) -> bool:
+def is_pooled(sharing: SharingConfig, group: str) -> bool:
     """Whether every expert of the group has a weight of its own."""
-    return group in (EXPERTS, ROUTER) and run.sharing.experts == "pooled" and run.sharing.rule == "grouped"
+    return group in (EXPERTS, ROUTER) and sharing.experts == "pooled" and sharing.rule == "grouped"
 
 
-def _is_by_gates(run: RunConfig, group: str) -> bool:
-    return group == DIRECTOR and run.sharing.rule == "grouped"
+def _is_by_gates(sharing: SharingConfig, group: str) -> bool:
+    return group == DIRECTOR and sharing.rule == "grouped"
 
 
 def _layers(manifest: GroupManifest, group: str) -> list[str]:
     return sorted({layer_of(name) for name, _ in manifest.groups[group]})
 
 
-def _plain_weights(run: RunConfig, group: str, trained: Trained) -> Weights:
+def _plain_weights(sharing: SharingConfig, group: str, trained: Trained) -> Weights:
     """Weight by subjects; under the `plain` rule a stream's group weighs as any other."""
     stream = stream_of(group)
-    if stream is None or run.sharing.rule == "plain":
+    if stream is None or sharing.rule == "plain":
         return (float(trained.subjects * trained.num_steps),)
     return (float(trained.subjects_per_stream.get(stream, 0)) if trained.num_steps else 0.0,)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from panfm.config import RunConfig
+from panfm.config.patient_dp import PatientDpConfig
 from panfm.config.site_description import LimitsConfig
 from panfm.config.training import TrainConfig
 from panfm.data.store import ImageStore
@@ -40,11 +40,11 @@ class Floors:
     steps: int
 
     @classmethod
-    def of(cls, run: RunConfig, limits: LimitsConfig) -> "Floors":
+    def of(cls, limits: LimitsConfig, patient_dp: PatientDpConfig | None) -> "Floors":
         """Return the floors of a run's rounds; 1 in a private run, where clipping and noise protect patients instead,
         and a round that is refused for its data would tell about them. `admission.check_floors` refuses private
         runs that the site's own epsilon does not cover."""
-        return cls(limits.smallest_batch, limits.smallest_steps) if run.patient_dp is None else cls(1, 1)
+        return cls(limits.smallest_batch, limits.smallest_steps) if patient_dp is None else cls(1, 1)
 
     def check_subjects(self, store: ImageStore, streams: Sequence[str]) -> None:
         """Raises LimitError if no batch of the train split can be large enough.

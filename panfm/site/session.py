@@ -5,7 +5,7 @@ loaded. So a site that was killed, or that another process served in between, go
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache, partial
 
 import numpy as np
@@ -56,7 +56,7 @@ class Session:
         self.store = store
         self.floors = floors
         self.origin = Origin(experiment_hash(run), privacy_label(run), fingerprint(store))
-        self.streams = trained_streams(run, store)
+        self.streams = trained_streams(run.streams, store)
         self.trained = tuple(run.streams) if run.sharing.rule == "plain" else tuple(self.streams)
         self.trainer = _trainers(dump_toml(run))(self.trained)
         self.manifest = GroupManifest.of(self.trainer.model.parameter_groups(), self.trainer.shared_state())
@@ -79,8 +79,8 @@ class Session:
         torch.set_num_threads(self.run.train.threads)
         state_round = self._load_private(task.round_number, states)
         self._load_global(task, state_round)
-        digest = question_digest(self.run, task, self._global, states.digest(state_round))
-        note_question(states, self.run, task.round_number, digest)
+        digest = question_digest(dump_toml(self.run), task, self._global, states.digest(state_round))
+        note_question(states, self.run.train.rounds, task.round_number, digest)
         result = self._train_privately(task) if self.run.patient_dp else self._train(task)
         updates = self._updates(self.floors.withheld(self.manifest, result))
         self.trainer.holds = (self._mine, states.save(task.round_number, self._private_state()))
@@ -172,7 +172,10 @@ class Session:
         thin = self.floors.thin_streams(result)
         subjects_per_stream = {name: count for name, count in result.subjects_per_stream.items() if name not in thin}
         trained = Trained(result.subjects, subjects_per_stream, num_steps, self.floors.gate_mass(result))
-        return {group: group_weights(self.run, self.manifest, group, trained) for group in self.manifest.groups}
+        return {
+            group: group_weights(self.run.sharing, self.run.site_dp, self.manifest, group, trained)
+            for group in self.manifest.groups
+        }
 
     def _saliency(self, result: TrainResult) -> dict[str, float]:
         """Saliency of the streams that enough subjects of the last batch hold."""
@@ -235,7 +238,7 @@ def _trainers(run_toml: str) -> Callable[[tuple[str, ...]], Trainer]:
     return lru_cache(maxsize=32)(partial(Trainer, parse_run(run_toml)))
 
 
-def trained_streams(run: RunConfig, store: ImageStore) -> dict[str, int]:
-    """The run's streams that the store's train split holds, in the run's order -> subjects with it."""
-    counts = {stream: store.num_holding(stream, "train") for stream in run.streams if stream in store.images}
+def trained_streams(streams: Iterable[str], store: ImageStore) -> dict[str, int]:
+    """Those of a run's streams that the store's train split holds, in order -> subjects with it."""
+    counts = {stream: store.num_holding(stream, "train") for stream in streams if stream in store.images}
     return {stream: count for stream, count in counts.items() if count}

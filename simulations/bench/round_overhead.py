@@ -118,7 +118,7 @@ def plain_rounds(run: RunConfig, sites: Path) -> Iterator[None]:
     """The rounds of a plain loop: train every site, then average group by group."""
     torch.set_num_threads(run.train.threads)
     stores = {path.name: open_store(path, run.streams) for path in sorted(sites.iterdir())}
-    trainers = {site: Trainer(run, tuple(trained_streams(run, store))) for site, store in stores.items()}
+    trainers = {site: Trainer(run, tuple(trained_streams(run.streams, store))) for site, store in stores.items()}
     state: Mapping[str, Tensor] = Trainer(run).shared_state()
     for round_number in range(1, run.train.rounds + 1):
         state = _plain_round(run, stores, trainers, state, round_number)
@@ -141,7 +141,7 @@ def _plain_round(
         result = train_round(trainer, stores[site], site, round_number)
         trained = Trained(result.subjects, result.subjects_per_stream, result.num_steps)
         for name, value in trainer.shared_state().items():
-            (weight,) = group_weights(run, manifest, groups[name], trained)
+            (weight,) = group_weights(run.sharing, run.site_dp, manifest, groups[name], trained)
             sums[name] += weight * value
             totals[name] += weight
     return {name: sums[name] / totals[name] if totals[name] else state[name] for name in state}

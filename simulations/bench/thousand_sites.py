@@ -150,7 +150,7 @@ class PureTraining:
         ready = []
         for site in sites:
             store = open_store(self._sites / site, self._run.streams)
-            trainer = self._trainer(tuple(trained_streams(self._run, store)))
+            trainer = self._trainer(tuple(trained_streams(self._run.streams, store)))
             trainer.patch_features(store)
             ready.append((site, trainer, store))
         clock = Clock()

@@ -163,8 +163,16 @@ class HostileGrid(LocalGrid):
     def _weights(self, group: str, own: Weights, streams: Sequence[str]) -> Weights:
         if self._attack == "inflated":
             counts = dict.fromkeys(streams, _SUBJECTS)
-            return weight_limits(self._run, self._manifest, group, subjects=_SUBJECTS, subjects_per_stream=counts)
-        if self._attack == "gate-mass" and is_pooled(self._run, group):
+            return weight_limits(
+                self._run.sharing,
+                self._run.train,
+                self._run.site_dp,
+                self._manifest,
+                group,
+                subjects=_SUBJECTS,
+                subjects_per_stream=counts,
+            )
+        if self._attack == "gate-mass" and is_pooled(self._run.sharing, group):
             return self._on_the_least_used(group, own)
         return own
 

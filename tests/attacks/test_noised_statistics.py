@@ -89,8 +89,10 @@ def test_the_weights_of_a_private_site_do_not_depend_on_noise(privacy, extra):
     masses = {name.rpartition(".director.")[0]: [images / count] * count for name, count in layers.items()}
     streams = dict.fromkeys(run.streams, subjects)
     for group in manifest.groups:
-        found = group_weights(run, manifest, group, Trained(subjects, streams, steps, masses))
-        limits = weight_limits(run, manifest, group, subjects=subjects, subjects_per_stream=streams)
+        found = group_weights(run.sharing, run.site_dp, manifest, group, Trained(subjects, streams, steps, masses))
+        limits = weight_limits(
+            run.sharing, run.train, run.site_dp, manifest, group, subjects=subjects, subjects_per_stream=streams
+        )
         assert all(0.0 < weight <= limit for weight, limit in zip(found, limits, strict=True)), group
 
 

@@ -340,11 +340,13 @@ def test_names_that_nobody_knows_are_not_taken_for_others(make_run):
     sharing = SimpleNamespace(**dict(run.sharing), mean_of=lambda group: "unknown", optimiser_of=None)
     with pytest.raises(ConfigError, match="mean: found 'unknown'"):
         make_mean(
-            SimpleNamespace(sharing=sharing, model=run.model, train=run.train, federation=run.federation, site_dp=None),
+            sharing,
             GroupManifest.of(trainer.model.parameter_groups(), trainer.shared_state()),
             "backbone",
             np.zeros(1, np.float32),
             weight_limit=1.0,
+            max_share=1.0,
+            usual=1.0,
             space=np.zeros(1, np.float32),
         )
 

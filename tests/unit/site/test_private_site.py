@@ -299,7 +299,9 @@ def test_the_server_accepts_the_weights_of_private_experts(site, rate):
     manifest = GroupManifest.of(model.parameter_groups(), model.state_dict())
     streams = dict.fromkeys(run.streams, 40)
     for group, weights in reply.weights.items():
-        limits = weight_limits(run, manifest, group, subjects=40, subjects_per_stream=streams)
+        limits = weight_limits(
+            run.sharing, run.train, run.site_dp, manifest, group, subjects=40, subjects_per_stream=streams
+        )
         assert all(0.0 < weight <= limit for weight, limit in zip(weights, limits, strict=True))
 
 
