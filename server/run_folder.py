@@ -12,7 +12,7 @@ status.html, tensorboard/   for people (tracking.py)
 flower.json        where Flower runs it (server/coordinator.py)
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
@@ -27,6 +27,7 @@ from panfm.files import append_json_line, json_text, locked, read_json_lines, wr
 from panfm.models.transfer import read_start, start_state, with_start_parameters
 from panfm.privacy.guarantees import checked_run, load_checked_run, privacy_label
 from panfm.sharing.groups import GroupManifest
+from panfm.sharing.messages import Handshake
 from server.checkpoint import ServerState, load_latest, save_state
 from server.expected_sites import FILE as EXPECTED_SITES
 from server.expected_sites import ExpectedSites
@@ -173,7 +174,7 @@ class RunFolder:
             {
                 "privacy": privacy_label(self.run),
                 "sites": sites,
-                "coverage": coverage(self.run, roster.values()),
+                "coverage": coverage(self.run.streams, list(roster.values())),
                 "failed": failed,
             },
         )
@@ -223,12 +224,11 @@ def _alone_in(path: Path) -> Iterator[None]:
         yield
 
 
-def coverage(run: RunConfig, handshakes: Any) -> dict[str, dict[str, int | None]]:
+def coverage(streams: Iterable[str], handshakes: Sequence[Handshake]) -> dict[str, dict[str, int | None]]:
     """Stream -> site that holds it -> subjects; null where withheld."""
-    found = list(handshakes)
     return {
         stream: {
-            handshake.site: handshake.streams[stream] or None for handshake in found if stream in handshake.streams
+            handshake.site: handshake.streams[stream] or None for handshake in handshakes if stream in handshake.streams
         }
-        for stream in run.streams
+        for stream in streams
     }

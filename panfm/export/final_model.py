@@ -101,7 +101,7 @@ def _describe(folder: Path, model: PanModel, run: RunConfig, written: _Written, 
     return {
         **written.model_dump(by_alias=True),
         "licence": licence,
-        "epsilon": _epsilon(run),
+        "epsilon": NOT_PRIVATE if (label := privacy_label(run)) == "none" else label,
         "start": run.start and run.start.sha256,
         "streams": {name: _describe_stream(name, stream) for name, stream in run.streams.items()},
         "embedding": model.width,
@@ -110,11 +110,6 @@ def _describe(folder: Path, model: PanModel, run: RunConfig, written: _Written, 
         "panfm": __version__,
         "torch": torch.__version__,
     }
-
-
-def _epsilon(run: RunConfig) -> str:
-    label = privacy_label(run)
-    return NOT_PRIVATE if label == "none" else label
 
 
 def _describe_stream(name: str, config: StreamConfig) -> dict[str, Any]:
