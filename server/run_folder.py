@@ -23,7 +23,7 @@ from torch import Tensor
 from panfm import __version__
 from panfm.config import RunConfig, as_told, dump_toml
 from panfm.errors import DataError, PanfmError, RunError
-from panfm.files import append_json_line, json_text, locked, read_json_lines, write_atomic
+from panfm.files import append_json_line, json_text, locked, read_json_lines, write_atomic, write_json
 from panfm.models.transfer import read_start, start_state, with_start_parameters
 from panfm.privacy.guarantees import checked_run, load_checked_run, privacy_label
 from panfm.sharing.groups import GroupManifest
@@ -136,7 +136,7 @@ class RunFolder:
     def note_end(self, reason: str, *, state: str = "failed") -> None:
         """Write down why the run ended without a model; a disk that is full stays silent."""
         with suppress(OSError):
-            self._write_json(ENDED, {"state": state, "reason": reason})
+            write_json(self.path / ENDED, {"state": state, "reason": reason}, indent=2)
 
     def latest_state(self) -> ServerState | None:
         """The last checkpoint, if there is one."""
@@ -169,39 +169,32 @@ class RunFolder:
             for handshake in roster.values()
         }
         failed = attendance.misfits + attendance.failed
-        self._write_json(
-            "sites.json",
-            {
-                "privacy": privacy_label(self.run),
-                "sites": sites,
-                "coverage": coverage(self.run.streams, list(roster.values())),
-                "failed": failed,
-            },
-        )
+        content = {
+            "privacy": privacy_label(self.run),
+            "sites": sites,
+            "coverage": coverage(self.run.streams, list(roster.values())),
+            "failed": failed,
+        }
+        write_json(self.path / "sites.json", content, indent=2)
 
     def save_model(self, state: ServerState, manifest: GroupManifest, sites: list[str]) -> None:
         """Write model/: the global parameters by name, and what they are."""
         tensors = manifest.unpack_all(state.groups)
         write_atomic(self.path / "model" / "model.safetensors", safetensors.numpy.save(tensors))
         write_atomic(self.path / "model" / "run.toml", dump_toml(self.shared_run).encode())
-        self._write_json(
-            "model/metadata.json",
-            {
-                "name": self.run.name,
-                "run-id": state.run_id,
-                "rounds": state.round_number,
-                "sites": sites,
-                "streams": {name: stream.model_dump(mode="json") for name, stream in self.run.streams.items()},
-                "parameters": {group: manifest.size(group) for group in manifest.groups},
-                "privacy": privacy_label(self.run),
-                "start": self.run.start and self.run.start.sha256,
-                "panfm": __version__,
-                "intended-use": "research; not a medical device",
-            },
-        )
-
-    def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        write_atomic(self.path / name, (json_text(content, indent=2) + "\n").encode())
+        metadata = {
+            "name": self.run.name,
+            "run-id": state.run_id,
+            "rounds": state.round_number,
+            "sites": sites,
+            "streams": {name: stream.model_dump(mode="json") for name, stream in self.run.streams.items()},
+            "parameters": {group: manifest.size(group) for group in manifest.groups},
+            "privacy": privacy_label(self.run),
+            "start": self.run.start and self.run.start.sha256,
+            "panfm": __version__,
+            "intended-use": "research; not a medical device",
+        }
+        write_json(self.path / "model" / "metadata.json", metadata, indent=2)
 
 
 @contextmanager

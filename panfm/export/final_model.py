@@ -1,7 +1,7 @@
 """Reads what is exported: the final model of a run folder, and the metadata that go with it."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from panfm.config.sharing import SharingConfig
 from panfm.data.read import intensity_rule
 from panfm.errors import ConfigError, DataError
 from panfm.evaluate.embed import load_model
-from panfm.files import json_text
 from panfm.models import PanModel
 from panfm.privacy.guarantees import privacy_label
 from panfm.sharing.groups import EXPERTS, is_shared
@@ -77,11 +76,6 @@ class Source:
     def metadata_of(self, streams: Sequence[str]) -> dict[str, Any]:
         """The metadata of an export that reads these streams only."""
         return self.metadata | {"streams": {name: self.metadata["streams"][name] for name in streams}}
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write one JSON object, indented."""
-    path.write_text(json_text(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _read_metadata(path: Path) -> _Written:

@@ -26,7 +26,7 @@ from panfm.data.store import ImageStore
 from panfm.errors import LimitError
 from panfm.sharing.groups import DIRECTOR, EXPERTS, ROUTER, GroupManifest, layer_of, stream_of
 from panfm.training.gradient import TrainResult
-from panfm.training.schedules import warmup_cosine
+from panfm.training.schedules import learning_rate, progress_of
 
 _UNEVEN = 3.0
 """How much more than an even share a step may be of an update; half a cosine's end is three times as steep."""
@@ -146,7 +146,7 @@ def step_weights(train: TrainConfig, steps: Sequence[int], decay: float) -> list
     """
     weights, left = [], 1.0
     for step in reversed(steps):
-        rate = train.learning_rate * warmup_cosine((step + 0.5) / train.total_steps, warmup=train.warmup)
+        rate = learning_rate(train, progress_of(train, step))
         left *= abs(1.0 - rate * train.proximal_mu)
         weights.append(rate * left)
         left *= abs(1.0 - rate * decay)
