@@ -129,10 +129,9 @@ def _right(heading: str) -> Column:
 class Lines:
     """A view that prints a line for each round, and one for each site that it had to do without."""
 
-    def __init__(self, console: Console | None = None, *, shown: int = 0) -> None:
-        """Args: shown: Rounds that have been printed already."""
+    def __init__(self, console: Console | None = None) -> None:
         self._progress = Progress(console)
-        self._shown = shown
+        self._shown = 0
 
     def __call__(self, run: Run) -> None:
         """Print the new rounds."""
