@@ -52,10 +52,10 @@ def start(
 
     run = load_checked_run(experiment, overrides or ())
     from server.expected_sites import ExpectedSites
-    from server.run_folder import RunFolder
+    from server.run_folder import RunFolder, default_path
 
     expected = ExpectedSites.read(roster_file) if roster_file else None
-    folder = out or Path(f"runs/{run.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    folder = out or default_path(run.name)
     is_new = not folder.exists()
     created = RunFolder.create(folder, run)
     if expected:

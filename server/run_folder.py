@@ -12,6 +12,7 @@ status.html, tensorboard/   for people (tracking.py)
 flower.json        where Flower runs it (server/coordinator.py)
 """
 
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -39,6 +40,11 @@ LOCK = ".lock"
 """Held by the process that is at work in the folder."""
 _LOCK_WAIT_S = 10.0
 """A server that was killed may leave a process that ends a little later."""
+
+
+def default_path(name: str) -> Path:
+    """Where the folder of a run of this name lies unless it is told otherwise: `runs/<name>-<time>`."""
+    return Path(f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
 class RunFolder:
