@@ -73,7 +73,8 @@ def run_federation(grid: Grid, folder: RunFolder, progress: Progress, *, num_sit
             folder.append_round(line)
             tracking.round(line)
             membership.note_late(line)
-            _log_rejected(line)
+            for site, reason in line["rejected"].items():
+                logger.warning("round %s: %s left out: %s", line["round"], site, reason)
             require_quorum(run.federation.min_sites, line)
             folder.save_state(state)
             progress.round(run.train.rounds, line)
@@ -151,11 +152,6 @@ def require_quorum(min_sites: int, line: Mapping[str, Any]) -> None:
             f"round {line['round']}: {num_replies} good replies, at least {min_sites} needed (federation.min-sites): "
             f"{reasons}"
         )
-
-
-def _log_rejected(line: Mapping[str, Any]) -> None:
-    for site, reason in line["rejected"].items():
-        logger.warning("round %s: %s left out: %s", line["round"], site, reason)
 
 
 def initial_state(run: RunConfig, start: Mapping[str, Tensor] | None = None) -> tuple[ServerState, GroupManifest]:

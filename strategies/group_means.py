@@ -27,8 +27,8 @@ from panfm.config.site_dp import SiteDpConfig
 from panfm.config.training import TrainConfig
 from panfm.errors import ProtocolError
 from panfm.registry import MEANS
-from panfm.sharing.groups import Flat, GroupManifest, Segments
-from panfm.sharing.weights import Weights, weight_segments
+from panfm.sharing.groups import Flat, Segments
+from panfm.sharing.weights import Weights
 from strategies.exact_mean import USUAL, ExactMean, Votes, check_size
 
 
@@ -79,32 +79,8 @@ class GroupMean(Protocol):
         """Return the mean, float32; None if no weight was above 0, and -0.0 for experts that have none. Called once."""
 
 
-def make_mean(
-    sharing: SharingConfig,
-    manifest: GroupManifest,
-    group: str,
-    start: Flat,
-    *,
-    weight_limit: float,
-    max_share: float,
-    usual: float,
-    space: Flat,
-    votes: Votes | None = None,
-) -> GroupMean:
-    """Create the mean that the run description names for a group; the arguments are those of `GroupSetup`."""
-    segments = weight_segments(sharing, manifest, group)
-    layers = tuple((math.prod(shape), 0) for _, shape in manifest.groups[group])
-    setup = GroupSetup(
-        segments,
-        weight_limit,
-        layers=segments if len(segments) > 1 else layers,
-        start=start,
-        max_share=max_share,
-        usual=usual,
-        trim=sharing.trim,
-        space=space,
-        votes=votes,
-    )
+def make_mean(sharing: SharingConfig, group: str, setup: GroupSetup) -> GroupMean:
+    """Create the mean that the run description names for a group."""
     mean: GroupMean = MEANS.load(sharing.mean_of(group))(setup)
     return mean
 

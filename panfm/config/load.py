@@ -43,8 +43,7 @@ def parse_site(text: str, where: str = "site description") -> SiteConfig:
 
 def parse_run(text: str) -> RunConfig:
     """Read a run description from TOML text. Raises ConfigError as `load_run` does."""
-    where = "run description"
-    return _validate(RunConfig, parse_toml(text, where), where)
+    return _validate(RunConfig, parse_toml(text, "run description"), "run description")
 
 
 def parse_table(kind: type[C], table: Mapping[str, Any], where: str, *, key: str) -> C:

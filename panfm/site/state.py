@@ -72,8 +72,16 @@ class StateStore:
     def check_origin(self) -> None:
         """Raises DataError if a state under this run id has another origin, or none."""
         assert self._origin is not None
-        for number in self._files.rounds():
-            self._check_origin(self._files.path(number), self._origin)
+        remedy = f"move {self.folder} away to start run {self.folder.name} afresh"
+        for path in map(self._files.path, self._files.rounds()):
+            origin = _read_origin(path)
+            if origin is None:
+                read_checked(path)
+                raise DataError(f"{path}: does not say which experiment it comes from; {remedy}")
+            for name, value in asdict(self._origin).items():
+                if origin.get(name) != value:
+                    given = f"{origin.get(name)!s:.24}"
+                    raise DataError(f"{path}: comes from {name} {given}, expected {value:.24}; {remedy}")
 
     def round_before(self, round_number: int) -> int:
         """The newest round before this one whose state is on disk; 0 if there is none."""
@@ -94,16 +102,6 @@ class StateStore:
     def digest(self, round_number: int) -> str:
         """Digest of the state after a round, as written at the head of its file; empty if absent."""
         return read_digest(self._files.path(round_number))
-
-    def _check_origin(self, path: Path, expected: Origin) -> None:
-        remedy = f"move {self.folder} away to start run {self.folder.name} afresh"
-        origin = _read_origin(path)
-        if origin is None:
-            read_checked(path)
-            raise DataError(f"{path}: does not say which experiment it comes from; {remedy}")
-        for name, value in asdict(expected).items():
-            if origin.get(name) != value:
-                raise DataError(f"{path}: comes from {name} {origin.get(name)!s:.24}, expected {value:.24}; {remedy}")
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,6 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from panfm.config import RunConfig, StreamConfig
-from panfm.config.masking import MaskingConfig
-from panfm.config.probe import ProbeConfig
 from panfm.data.store import ImageStore
 from panfm.evaluate.embed import embed_store
 from panfm.evaluate.linear_probe import auc_per_label, fit_classifiers
@@ -129,7 +127,7 @@ def measure(job: ArmJob) -> dict[str, float]:
     run = study_run(job.seed, arm, job.length)
     cohort = open_draw(job.cohort / preset, run.streams)
     if arm == "statistics":
-        return _probe(cohort, run.masking, run.probe, *_statistics_features(cohort, run.streams), draw=job.draw)
+        return _probe(cohort, run, *_statistics_features(cohort, run.streams), draw=job.draw)
     trainer = Trainer(run)
     if arm != "untrained":
         train_round(trainer, cohort.train, "study", 1)
@@ -146,8 +144,7 @@ def measure_trainer(trainer: Trainer, cohort: Cohort, *, draw: int) -> dict[str,
         return embed_store(reader, test, np.arange(len(test.subjects)), tuple(streams))
 
     fit = embed_store(reader, train, np.arange(len(train.subjects)))
-    run = trainer.run
-    measured = _probe(cohort, run.masking, run.probe, fit, features_of, draw=draw)
+    measured = _probe(cohort, trainer.run, fit, features_of, draw=draw)
     return measured | {"saliency_entropy": _saliency_entropy(model, test)}
 
 
@@ -159,13 +156,7 @@ def _statistics_features(cohort: Cohort, streams: Mapping[str, StreamConfig]) ->
 
 
 def _probe(
-    cohort: Cohort,
-    masking: MaskingConfig,
-    probe_config: ProbeConfig,
-    fit: NDArray[np.float32],
-    features_of: FeaturesOf,
-    *,
-    draw: int,
+    cohort: Cohort, run: RunConfig, fit: NDArray[np.float32], features_of: FeaturesOf, *, draw: int
 ) -> dict[str, float]:
     names, weak = list(LABELS), np.array([label.weak for label in LABELS.values()])
     probe = fit_classifiers(fit, cohort.train_labels, names)
@@ -174,14 +165,13 @@ def _probe(
     def per_label(features: NDArray[np.floating]) -> NDArray[np.float64]:
         return auc_per_label(probe.score(features), cohort.test_labels, once)[0]
 
-    streams = tuple(cohort.test.images)
-    complete = features_of(streams)
+    complete = features_of(tuple(run.streams))
     grid = missing_grid(
         features_of,
         lambda features: float(per_label(features).mean()),
-        streams,
-        dominant=masking.static_organs,
-        draws=probe_config.missing_draws,
+        tuple(run.streams),
+        dominant=run.masking.static_organs,
+        draws=run.probe.missing_draws,
         seed=draw,
     )
     return {**grid, "auc_weak": float(per_label(complete)[weak].mean()), "effective_rank": effective_rank(complete)}
