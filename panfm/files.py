@@ -52,6 +52,11 @@ def write_atomic(path: Path, content: bytes) -> None:
         file.write(content)
 
 
+def write_json(path: Path, content: object, *, indent: int | None = None) -> None:
+    """Write a value as a whole file of JSON; see `open_atomic` and `json_text`."""
+    write_atomic(path, f"{json_text(content, indent=indent)}\n".encode())
+
+
 def sync(file: IO[Any]) -> None:
     """Wait until all that was written to an open file is on the disk."""
     file.flush()

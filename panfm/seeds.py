@@ -24,11 +24,11 @@ def derive_seed(run_seed: int, *parts: str | int) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
-def torch_generator(run_seed: int, *parts: str | int, device: str = "cpu") -> "torch.Generator":
+def torch_generator(run_seed: int, *parts: str | int) -> "torch.Generator":
     """Torch generator seeded by `derive_seed`."""
     import torch  # takes seconds, and a program that draws with NumPy does not need it
 
-    return torch.Generator(device).manual_seed(derive_seed(run_seed, *parts))
+    return torch.Generator().manual_seed(derive_seed(run_seed, *parts))
 
 
 def numpy_generator(run_seed: int, *parts: str | int) -> np.random.Generator:

@@ -1,6 +1,5 @@
 """ServerApp: reads the run config, opens the run folder, runs the federation."""
 
-import time
 from pathlib import Path
 
 from flwr.app import Context
@@ -11,7 +10,7 @@ from panfm.errors import ConfigError
 from panfm.privacy.guarantees import load_checked_run
 from server.console import Progress
 from server.rounds import run_federation
-from server.run_folder import RunFolder
+from server.run_folder import RunFolder, default_path
 from server.tracking import refresh_page
 
 _ROOT = Path(__file__).resolve().parents[1]
@@ -46,5 +45,4 @@ def open_folder(words: dict[str, str]) -> RunFolder:
         raise ConfigError("run-config: experiment is missing, expected the path of a run description")
     overrides = [override for override in words.get("overrides", "").split(";") if override.strip()]
     run = load_checked_run(_ROOT / experiment, overrides)
-    path = words.get("run-dir") or f"runs/{run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    return RunFolder.create(Path(path), run)
+    return RunFolder.create(Path(words["run-dir"]) if words.get("run-dir") else default_path(run.name), run)

@@ -15,7 +15,6 @@ from rich.live import Live
 from rich.table import Column, Table
 from rich.text import Text
 
-from panfm.config import RunConfig
 from panfm.errors import RunError, one_line
 from panfm.report.run_files import Run, read_run
 from panfm.report.status import headline, left_out, number, privacy_line, site_statuses, stream_statuses
@@ -52,12 +51,12 @@ class Progress:
         for reason in reasons:
             self._note(f"left out: {reason}")
 
-    def round(self, run: RunConfig, line: Mapping[str, Any]) -> None:
+    def round(self, num_rounds: int, line: Mapping[str, Any]) -> None:
         """Print how a round went."""
         loss = "-" if line["loss"] is None else f"{line['loss']:.4f}"
         megabytes = sum(line["bytes_up"].values()) / 1e6
         self._console.print(
-            f"round {line['round']}/{run.train.rounds}  loss {loss}  {len(line['sites'])} sites"
+            f"round {line['round']}/{num_rounds}  loss {loss}  {len(line['sites'])} sites"
             f"  {line['seconds']:.1f} s  {megabytes:.1f} MB up{_epsilon(line)}"
         )
         for site, reason in line["rejected"].items():
@@ -130,15 +129,14 @@ def _right(heading: str) -> Column:
 class Lines:
     """A view that prints a line for each round, and one for each site that it had to do without."""
 
-    def __init__(self, console: Console | None = None, *, shown: int = 0) -> None:
-        """Args: shown: Rounds that have been printed already."""
+    def __init__(self, console: Console | None = None) -> None:
         self._progress = Progress(console)
-        self._shown = shown
+        self._shown = 0
 
     def __call__(self, run: Run) -> None:
         """Print the new rounds."""
         for line in run.rounds[self._shown :]:
-            self._progress.round(run.config, line)
+            self._progress.round(run.config.train.rounds, line)
         self._shown = len(run.rounds)
 
 

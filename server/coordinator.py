@@ -14,7 +14,7 @@ import typer
 
 from panfm.cli.model_commands import export
 from panfm.errors import RunError
-from panfm.files import json_text, write_atomic
+from panfm.files import write_atomic, write_json
 from server.flower_cli import FlowerRun, flower_environment, submit
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -52,10 +52,10 @@ def start(
 
     run = load_checked_run(experiment, overrides or ())
     from server.expected_sites import ExpectedSites
-    from server.run_folder import RunFolder
+    from server.run_folder import RunFolder, default_path
 
     expected = ExpectedSites.read(roster_file) if roster_file else None
-    folder = out or Path(f"runs/{run.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    folder = out or default_path(run.name)
     is_new = not folder.exists()
     created = RunFolder.create(folder, run)
     if expected:
@@ -208,8 +208,7 @@ def _submit(run_dir: Path, connection: str) -> None:
     path = str(run_dir.resolve())
     run_id = submit(connection, {"run-dir": path, "resume": path}, flower_environment())
     (run_dir / ENDED).unlink(missing_ok=True)
-    words = {"run-id": run_id, "connection": connection}
-    write_atomic(run_dir / "flower.json", f"{json_text(words)}\n".encode())
+    write_json(run_dir / "flower.json", {"run-id": run_id, "connection": connection})
     typer.echo(f"{run_dir}: Flower's run {run_id} on connection {connection}")
 
 

@@ -10,6 +10,8 @@ from flwr.serverapp import Grid
 
 from panfm import __version__
 from panfm.config import RunConfig, dump_toml, experiment_hash
+from panfm.config.federation import FederationConfig
+from panfm.config.site_dp import SiteDpConfig
 from panfm.errors import ProtocolError, RunError, one_line
 from panfm.sharing.groups import GroupManifest, stream_group
 from panfm.sharing.messages import Handshake, Invitation
@@ -119,7 +121,7 @@ def check_handshake(handshake: Handshake, run: RunConfig, manifest: GroupManifes
     """Raise ProtocolError, with the difference, if a site contradicts the server or itself."""
     if (version := handshake.versions.get("panfm")) != __version__:
         raise ProtocolError(f"panfm {version}, the server has {__version__}")
-    _check_counts(handshake, run)
+    _check_counts(handshake, run.streams, run.federation, run.site_dp)
     if handshake.experiment != (expected_hash := experiment_hash(run)):
         raise ProtocolError(
             f"its software reads the run description differently: experiment {one_line(handshake.experiment, 64)},"
@@ -136,11 +138,13 @@ def check_handshake(handshake: Handshake, run: RunConfig, manifest: GroupManifes
         raise ProtocolError(f"groups it trains: missing {missing or 'none'}, not expected {extra or 'none'}")
 
 
-def _check_counts(handshake: Handshake, run: RunConfig) -> None:
-    fewest, most = int(run.site_dp is None), run.federation.max_subjects
+def _check_counts(
+    handshake: Handshake, streams: Iterable[str], federation: FederationConfig, site_dp: SiteDpConfig | None
+) -> None:
+    fewest, most = int(site_dp is None), federation.max_subjects
     if not fewest <= handshake.subjects <= most:
         raise ProtocolError(f"{handshake.subjects} subjects, expected {fewest} to {most} (federation.max-subjects)")
-    if unknown := sorted(set(handshake.streams) - set(run.streams)):
+    if unknown := sorted(set(handshake.streams) - set(streams)):
         raise ProtocolError(f"holds {', '.join(unknown)}, unknown to this run")
     for stream, count in handshake.streams.items():
         if not fewest <= count <= handshake.subjects:

@@ -67,28 +67,27 @@ def run_federation(grid: Grid, folder: RunFolder, progress: Progress, *, num_sit
     with Tracking(folder) as tracking:
         while state.round_number < run.train.rounds:
             strategy.roster = _choose_sites(folder, membership, state.round_number + 1)
-            state, line = train_round(grid, strategy, run, state)
+            state, line = train_round(grid, strategy, state)
             line |= {"away": membership.away(line["round"], line["asked"]), "moved": membership.moved}
             line["epsilon"] = costs.after(line["asked"])
             folder.append_round(line)
             tracking.round(line)
             membership.note_late(line)
-            _log_rejected(line)
+            for site, reason in line["rejected"].items():
+                logger.warning("round %s: %s left out: %s", line["round"], site, reason)
             require_quorum(run.federation.min_sites, line)
             folder.save_state(state)
-            progress.round(run, line)
+            progress.round(run.train.rounds, line)
     folder.save_model(state, manifest, [handshake.site for handshake in attendance.roster.values()])
 
 
-def train_round(
-    grid: Grid, strategy: GroupedMean, run: RunConfig, state: ServerState
-) -> tuple[ServerState, dict[str, Any]]:
+def train_round(grid: Grid, strategy: GroupedMean, state: ServerState) -> tuple[ServerState, dict[str, Any]]:
     """Ask the strategy's sites to train, and aggregate their replies.
 
     Returns:
         The state after the round, and its line for rounds.jsonl.
     """
-    start, number = time.monotonic(), state.round_number + 1
+    start, number, run = time.monotonic(), state.round_number + 1, strategy.run
     task = RoundTask(state.run_id, number, dump_toml(run), state.groups, state.profile)
     config = ConfigRecord(dict(task.to_records().config))
     arrays = ArrayRecord({group: make_array(flat) for group, flat in state.groups.items()})
@@ -153,11 +152,6 @@ def require_quorum(min_sites: int, line: Mapping[str, Any]) -> None:
             f"round {line['round']}: {num_replies} good replies, at least {min_sites} needed (federation.min-sites): "
             f"{reasons}"
         )
-
-
-def _log_rejected(line: Mapping[str, Any]) -> None:
-    for site, reason in line["rejected"].items():
-        logger.warning("round %s: %s left out: %s", line["round"], site, reason)
 
 
 def initial_state(run: RunConfig, start: Mapping[str, Tensor] | None = None) -> tuple[ServerState, GroupManifest]:

@@ -12,7 +12,8 @@ status.html, tensorboard/   for people (tracking.py)
 flower.json        where Flower runs it (server/coordinator.py)
 """
 
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
@@ -23,10 +24,11 @@ from torch import Tensor
 from panfm import __version__
 from panfm.config import RunConfig, as_told, dump_toml
 from panfm.errors import DataError, PanfmError, RunError
-from panfm.files import append_json_line, json_text, locked, read_json_lines, write_atomic
+from panfm.files import append_json_line, json_text, locked, read_json_lines, write_atomic, write_json
 from panfm.models.transfer import read_start, start_state, with_start_parameters
 from panfm.privacy.guarantees import checked_run, load_checked_run, privacy_label
 from panfm.sharing.groups import GroupManifest
+from panfm.sharing.messages import Handshake
 from server.checkpoint import ServerState, load_latest, save_state
 from server.expected_sites import FILE as EXPECTED_SITES
 from server.expected_sites import ExpectedSites
@@ -38,6 +40,11 @@ LOCK = ".lock"
 """Held by the process that is at work in the folder."""
 _LOCK_WAIT_S = 10.0
 """A server that was killed may leave a process that ends a little later."""
+
+
+def default_path(name: str) -> Path:
+    """Where the folder of a run of this name lies unless it is told otherwise: `runs/<name>-<time>`."""
+    return Path(f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
 class RunFolder:
@@ -135,7 +142,7 @@ class RunFolder:
     def note_end(self, reason: str, *, state: str = "failed") -> None:
         """Write down why the run ended without a model; a disk that is full stays silent."""
         with suppress(OSError):
-            self._write_json(ENDED, {"state": state, "reason": reason})
+            write_json(self.path / ENDED, {"state": state, "reason": reason}, indent=2)
 
     def latest_state(self) -> ServerState | None:
         """The last checkpoint, if there is one."""
@@ -168,39 +175,32 @@ class RunFolder:
             for handshake in roster.values()
         }
         failed = attendance.misfits + attendance.failed
-        self._write_json(
-            "sites.json",
-            {
-                "privacy": privacy_label(self.run),
-                "sites": sites,
-                "coverage": coverage(self.run, roster.values()),
-                "failed": failed,
-            },
-        )
+        content = {
+            "privacy": privacy_label(self.run),
+            "sites": sites,
+            "coverage": coverage(self.run.streams, list(roster.values())),
+            "failed": failed,
+        }
+        write_json(self.path / "sites.json", content, indent=2)
 
     def save_model(self, state: ServerState, manifest: GroupManifest, sites: list[str]) -> None:
         """Write model/: the global parameters by name, and what they are."""
         tensors = manifest.unpack_all(state.groups)
         write_atomic(self.path / "model" / "model.safetensors", safetensors.numpy.save(tensors))
         write_atomic(self.path / "model" / "run.toml", dump_toml(self.shared_run).encode())
-        self._write_json(
-            "model/metadata.json",
-            {
-                "name": self.run.name,
-                "run-id": state.run_id,
-                "rounds": state.round_number,
-                "sites": sites,
-                "streams": {name: stream.model_dump(mode="json") for name, stream in self.run.streams.items()},
-                "parameters": {group: manifest.size(group) for group in manifest.groups},
-                "privacy": privacy_label(self.run),
-                "start": self.run.start and self.run.start.sha256,
-                "panfm": __version__,
-                "intended-use": "research; not a medical device",
-            },
-        )
-
-    def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        write_atomic(self.path / name, (json_text(content, indent=2) + "\n").encode())
+        metadata = {
+            "name": self.run.name,
+            "run-id": state.run_id,
+            "rounds": state.round_number,
+            "sites": sites,
+            "streams": {name: stream.model_dump(mode="json") for name, stream in self.run.streams.items()},
+            "parameters": {group: manifest.size(group) for group in manifest.groups},
+            "privacy": privacy_label(self.run),
+            "start": self.run.start and self.run.start.sha256,
+            "panfm": __version__,
+            "intended-use": "research; not a medical device",
+        }
+        write_json(self.path / "model" / "metadata.json", metadata, indent=2)
 
 
 @contextmanager
@@ -223,12 +223,11 @@ def _alone_in(path: Path) -> Iterator[None]:
         yield
 
 
-def coverage(run: RunConfig, handshakes: Any) -> dict[str, dict[str, int | None]]:
+def coverage(streams: Iterable[str], handshakes: Sequence[Handshake]) -> dict[str, dict[str, int | None]]:
     """Stream -> site that holds it -> subjects; null where withheld."""
-    found = list(handshakes)
     return {
         stream: {
-            handshake.site: handshake.streams[stream] or None for handshake in found if stream in handshake.streams
+            handshake.site: handshake.streams[stream] or None for handshake in handshakes if stream in handshake.streams
         }
-        for stream in run.streams
+        for stream in streams
     }

@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from panfm.config import RunConfig
-from panfm.data.store import ImageStore, join_stores
+from panfm.data.store import ImageStore
 from panfm.models import PanModel
 from panfm.training.gradient import TrainResult
 from panfm.training.trainer import Trainer
+from simulations.cohorts.opened import join_stores
 
 
 def train_alone(

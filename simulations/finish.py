@@ -57,15 +57,14 @@ def finish(run: RunConfig, cohort: Path, run_dir: Path, console: Console) -> Non
         DataError: the cohort's label table or held-out folder does not hold.
     """
     if (cohort / "holdout" / "site.toml").is_file():
-        write_result(run_dir / "probe.json", _labelled(run, probe_run(run, cohort, run_dir, console)))
+        write_result(run_dir / "probe.json", _labelled(privacy_label(run), probe_run(run, cohort, run_dir, console)))
     files = read_run(run_dir)
     print_tables(files, console)
     console.print(f"report: {write_report(files)}")
 
 
-def _labelled(run: RunConfig, result: ProbeResult) -> ProbeResult:
+def _labelled(label: str, result: ProbeResult) -> ProbeResult:
     """The result with a note of the run's privacy."""
-    label = privacy_label(run)
     return result if label == "none" else replace(result, notes=(*result.notes, f"privacy: {label}"))
 
 

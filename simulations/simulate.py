@@ -1,13 +1,12 @@
 """One simulated federation, from a run description to its report."""
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
 from panfm.errors import ConfigError
-from server.run_folder import RunFolder
+from server.run_folder import RunFolder, default_path
 from simulations.cohorts.prepare import cohort_folder, load_simulation, prepare_cohort
 from simulations.engines import Job, run_job
 from simulations.finish import finish
@@ -47,7 +46,7 @@ def simulate(
 def _create(experiment: Path, overrides: Sequence[str], out: Path | None) -> RunFolder:
     run = load_simulation(experiment, overrides)
     cohort_folder(run)
-    return RunFolder.create(out or Path(f"runs/{run.name}-{time.strftime('%Y%m%d-%H%M%S')}"), run)
+    return RunFolder.create(out or default_path(run.name), run)
 
 
 def _resume(folder: Path, overrides: Sequence[str], out: Path | None) -> RunFolder:

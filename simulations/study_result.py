@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from panfm.files import json_text, write_atomic
+from panfm.files import write_json
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class StudyResult:
         table: dict[str, Any] = {"name": self.name, "config": self.config, "commit": commit()}
         table["results"] = [self._row(metric, arm, values) for (metric, arm), values in self.values.items()]
         table |= {"ratios": self.ratios, "targets": targets}
-        write_atomic(path, f"{json_text(table, indent=1)}\n".encode())
+        write_json(path, table, indent=1)
         kept_jobs(path).unlink(missing_ok=True)
 
     def _row(self, metric: str, arm: str, values: list[float]) -> dict[str, Any]:

@@ -94,7 +94,6 @@ class ExactMean:
         weight_limit: float,
         max_share: float = 1.0,
         usual: float = USUAL,
-        update_limit: float = UPDATE_LIMIT,
         space: Flat | None = None,
         votes: Votes | None = None,
     ) -> None:
@@ -106,15 +105,13 @@ class ExactMean:
             max_share: Largest share of the weight that one of three contributions or more has in the mean.
             usual: Few numbers lie further from 0 than this. A smaller value gives finer units, down to 2^-30 of the
                 update limit; larger numbers cost memory and time, and are as exact.
-            update_limit: A contribution with a number further from 0 than this is refused.
             space: Memory, float32 [size], for the sum and later the mean; allocated if None.
             votes: Where signs are counted.
         """
         self.weight_limit = weight_limit
-        self.update_limit = update_limit
         self._edges, self._weight_of_row = _cut_into_rows(segments)
-        usual_bits = max(_exponent(usual), _exponent(update_limit) - _SPAN)
-        self._usual = min(2.0**usual_bits, update_limit)
+        usual_bits = max(_exponent(usual), _exponent(UPDATE_LIMIT) - _SPAN)
+        self._usual = min(2.0**usual_bits, UPDATE_LIMIT)
         self._scale = 2.0 ** (_BITS - _exponent(weight_limit) - usual_bits)
         self._space = np.empty(self._edges[-1], np.float32) if space is None else space
         self._sum = self._space.view(np.int32)
@@ -153,10 +150,10 @@ class ExactMean:
         self._kept_before = list(self._kept)
         self._keep_first(weights)
         squares, beyond = self._add_usual_rows(update, weights, sign=1)
-        if not all(_is_within(update[self._slice(row)], self.update_limit) for row in beyond):
+        if not all(_is_within(update[self._slice(row)], UPDATE_LIMIT) for row in beyond):
             self._add_usual_rows(update, weights, sign=-1)
             self._kept = self._kept_before
-            raise ProtocolError(f"update holds NaN, infinity or a number beyond {self.update_limit:g}")
+            raise ProtocolError(f"update holds NaN, infinity or a number beyond {UPDATE_LIMIT:g}")
         self._add_large_rows(update, weights, beyond, sign=1)
         self._keep(update, weights)
         return math.sqrt(squares)

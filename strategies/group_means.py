@@ -22,13 +22,14 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
-from panfm.config import RunConfig
+from panfm.config.sharing import SharingConfig
+from panfm.config.site_dp import SiteDpConfig
+from panfm.config.training import TrainConfig
 from panfm.errors import ProtocolError
 from panfm.registry import MEANS
-from panfm.sharing.groups import Flat, GroupManifest, Segments
-from panfm.sharing.weights import Weights, weight_segments
+from panfm.sharing.groups import Flat, Segments
+from panfm.sharing.weights import Weights
 from strategies.exact_mean import USUAL, ExactMean, Votes, check_size
-from strategies.weight_caps import largest_share
 
 
 @dataclass(frozen=True)
@@ -78,40 +79,18 @@ class GroupMean(Protocol):
         """Return the mean, float32; None if no weight was above 0, and -0.0 for experts that have none. Called once."""
 
 
-def make_mean(
-    run: RunConfig,
-    manifest: GroupManifest,
-    group: str,
-    start: Flat,
-    *,
-    weight_limit: float,
-    space: Flat,
-    votes: Votes | None = None,
-) -> GroupMean:
-    """Create the mean that the run description names for a group; the arguments are those of `GroupSetup`."""
-    segments = weight_segments(run, manifest, group)
-    layers = tuple((math.prod(shape), 0) for _, shape in manifest.groups[group])
-    setup = GroupSetup(
-        segments,
-        weight_limit,
-        layers=segments if len(segments) > 1 else layers,
-        start=start,
-        max_share=largest_share(run),
-        usual=usual_size(run),
-        trim=run.sharing.trim,
-        space=space,
-        votes=votes,
-    )
-    mean: GroupMean = MEANS.load(run.sharing.mean_of(group))(setup)
+def make_mean(sharing: SharingConfig, group: str, setup: GroupSetup) -> GroupMean:
+    """Create the mean that the run description names for a group."""
+    mean: GroupMean = MEANS.load(sharing.mean_of(group))(setup)
     return mean
 
 
-def usual_size(run: RunConfig) -> float:
+def usual_size(train: TrainConfig, site_dp: SiteDpConfig | None) -> float:
     """Size that few numbers of an update exceed: two learning rates per local step, about what AdamW moves a parameter
     at most; under site-level privacy a sixteenth of the clip norm."""
-    if run.site_dp:
-        return run.site_dp.clip_norm / 16.0
-    return 2.0 * run.train.learning_rate * run.train.local_steps
+    if site_dp:
+        return site_dp.clip_norm / 16.0
+    return 2.0 * train.learning_rate * train.local_steps
 
 
 class WeightedMean(ExactMean):

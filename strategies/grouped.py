@@ -28,9 +28,9 @@ from panfm.sharing.coding import bytes_per_group, code_step, decode, take_step
 from panfm.sharing.groups import Flat, GroupManifest, stream_of
 from panfm.sharing.messages import Handshake, RoundReply
 from panfm.sharing.npy import NpySpace
-from panfm.sharing.weights import check_gate_mass
+from panfm.sharing.weights import GroupWeights
 from strategies.exact_mean import Votes
-from strategies.group_means import GroupMean, make_mean
+from strategies.group_means import GroupMean, GroupSetup, make_mean, usual_size
 from strategies.reply_guards import LIMIT, Directions, NormBounds, PointsElsewhereError, check_reply
 from strategies.round_messages import Downlink, draw_sites, hand_over, unpack, view_array, view_arrays
 from strategies.server_step import Memory, add_norms, follow_average, server_step
@@ -78,6 +78,8 @@ class GroupedMean(Strategy):
         self.outcome = RoundOutcome()
         self.bytes_down: Mapping[str, int] = {}
         """Group -> bytes sent to the sites of this round."""
+        self._weights = GroupWeights(run.sharing, run.train, run.site_dp, manifest)
+        self._max_share = 1.0 if run.site_dp else run.federation.max_share  # under [site-dp] all weigh alike
         self._run_id = ""
         self._global = ArrayRecord()
         """Global parameters at the start of the round."""
@@ -105,7 +107,7 @@ class GroupedMean(Strategy):
         spaces = {group: NpySpace(self.manifest.size(group)) for group in self.manifest.groups}
         self._start_round(server_round, spaces)
         self._add_replies(replies)
-        self.outcome.shares = group_shares(self.run, self.manifest, self.outcome.accepted)
+        self.outcome.shares = group_shares(self._weights, self._max_share, self.outcome.accepted)
         memory = self._next_memory(server_round)
         moved = [
             group
@@ -135,22 +137,25 @@ class GroupedMean(Strategy):
         """Prepare the guards and an empty mean for each group; a mean works in the memory of its group's space."""
         self.outcome = RoundOutcome()
         self._round = server_round
-        self._weight_limits = WeightLimits(self.run, self.manifest, self.asked.values())
+        self._weight_limits = WeightLimits(self._weights, self.run.federation.max_weight, self.asked.values())
         self._bounds = NormBounds(self.run.sharing, self.run.train, server_round, self.memory.norms)
         self._directions = Directions(self.run.sharing.guards.direction or LIMIT, self.memory)
         self._means = {group: self._empty_mean(group, space) for group, space in spaces.items()}
 
     def _empty_mean(self, group: str, space: NpySpace) -> GroupMean:
         start = view_array(self._global[group])
-        return make_mean(
-            self.run,
-            self.manifest,
-            group,
-            start,
-            weight_limit=self._weight_limits.total(group),
+        setup = GroupSetup(
+            self._weights.segments(group),
+            self._weight_limits.total(group),
+            layers=self._weights.layers(group),
+            start=start,
+            max_share=self._max_share,
+            usual=usual_size(self.run.train, self.run.site_dp),
+            trim=self.run.sharing.trim,
             space=space.numbers,
             votes=self._empty_votes(group, len(start)),
         )
+        return make_mean(self.run.sharing, group, setup)
 
     def _empty_votes(self, group: str, size: int) -> Votes | None:
         return self._directions.votes(group, size, len(self.asked))
@@ -182,7 +187,7 @@ class GroupedMean(Strategy):
         reply = self._read(message, handshake)
         limits = self._weight_limits.of_site(handshake.site)
         check_reply(reply, handshake, limits, of=(self._run_id, self._round))
-        check_gate_mass(self.run, self.manifest, reply.weights, subjects=handshake.subjects)
+        self._weights.check_gate_mass(reply.weights, subjects=handshake.subjects)
         return self._weight_limits.cap(reply)
 
     def _read(self, message: Message, handshake: Handshake) -> RoundReply:

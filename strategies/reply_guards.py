@@ -50,7 +50,7 @@ from panfm.errors import ProtocolError
 from panfm.sharing.groups import DIRECTOR
 from panfm.sharing.messages import Handshake, RoundReply
 from panfm.sharing.weights import Weights
-from panfm.training.schedules import warmup_cosine
+from panfm.training.schedules import progress_of, warmup_cosine
 from strategies.exact_mean import Votes
 from strategies.server_step import HISTORY_ROUNDS, Memory, Norms
 
@@ -180,7 +180,7 @@ class NormBounds:
 def learning_rates(train: TrainConfig, round_number: int) -> float:
     """Sum of the learning rates of a round's local steps."""
     first = (round_number - 1) * train.local_steps
-    positions = ((first + step + 0.5) / train.total_steps for step in range(train.local_steps))
+    positions = (progress_of(train, first + step) for step in range(train.local_steps))
     return train.learning_rate * sum(warmup_cosine(position, warmup=train.warmup) for position in positions)
 
 

@@ -14,33 +14,35 @@ from dataclasses import replace
 from fractions import Fraction
 from statistics import median
 
-from panfm.config import RunConfig
 from panfm.registry import MEANS
-from panfm.sharing.groups import GroupManifest
 from panfm.sharing.messages import Handshake, RoundReply
-from panfm.sharing.weights import Weights, is_pooled, weight_limits
+from panfm.sharing.weights import GroupWeights, Weights
 
 FEWEST = 3
 """Contributing sites with which the caps are in force."""
 
 
-def largest_share(run: RunConfig) -> float:
-    """Largest share of a group's weight that a site may have; 1 under site-level privacy, where all weigh alike."""
-    return 1.0 if run.site_dp else run.federation.max_share
-
-
 class WeightLimits:
     """The most that each asked site may weigh in each group in one round."""
 
-    def __init__(self, run: RunConfig, manifest: GroupManifest, asked: Collection[Handshake]) -> None:
-        """Compute the limits from the handshakes of the asked sites."""
-        self._by_site = {handshake.site: _limits(run, manifest, handshake) for handshake in asked}
+    def __init__(self, weights: GroupWeights, max_weight: float, asked: Collection[Handshake]) -> None:
+        """Compute the limits from the handshakes of the asked sites.
+
+        Args:
+            max_weight: `federation.max-weight`.
+        """
+        self._by_site = {
+            handshake.site: {
+                group: weights.limits(group, subjects=handshake.subjects, subjects_per_stream=handshake.streams)
+                for group in handshake.group_hashes
+            }
+            for handshake in asked
+        }
         largest: dict[str, list[float]] = {}
         for limits in self._by_site.values():
-            for group, weights in limits.items():
-                largest.setdefault(group, []).append(max(weights, default=0.0))
-        most = run.federation.max_weight
-        self._cap = {group: most * median(weights) for group, weights in largest.items() if len(weights) >= FEWEST}
+            for group, own in limits.items():
+                largest.setdefault(group, []).append(max(own, default=0.0))
+        self._cap = {group: max_weight * median(most) for group, most in largest.items() if len(most) >= FEWEST}
         self._largest = largest
 
     def of_site(self, site: str) -> Mapping[str, Weights]:
@@ -61,32 +63,28 @@ class WeightLimits:
         return sum(min(limit, cap) for limit in self._largest.get(group, ())) or 1.0
 
 
-def _limits(run: RunConfig, manifest: GroupManifest, handshake: Handshake) -> dict[str, Weights]:
-    subjects, streams = handshake.subjects, handshake.streams
-    return {
-        group: weight_limits(run, manifest, group, subjects=subjects, subjects_per_stream=streams)
-        for group in handshake.group_hashes
-    }
-
-
 def group_shares(
-    run: RunConfig, manifest: GroupManifest, accepted: Mapping[str, RoundReply]
+    group_weights: GroupWeights, max_share: float, accepted: Mapping[str, RoundReply]
 ) -> dict[str, dict[str, float]]:
     """Site -> group -> its share of the weight, as it counted in the mean.
 
     A pooled group has a weight for each expert: its share is the largest over experts that three sites or more used.
+
+    Args:
+        max_share: Largest share of a group's weight that a site may have.
+        accepted: Site -> its reply, without the updates.
     """
     shares: dict[str, dict[str, float]] = {site: {} for site in sorted(accepted)}
-    for group in manifest.groups:
+    for group in group_weights.manifest.groups:
         stated = {site: reply.weights[group] for site, reply in sorted(accepted.items()) if group in reply.weights}
-        is_by_expert = is_pooled(run, group)
-        for which in range(len(manifest.experts(group)) if is_by_expert else 1):
+        is_by_expert = group_weights.is_pooled(group)
+        for which in range(len(group_weights.manifest.experts(group)) if is_by_expert else 1):
             weights = {site: weights[which] for site, weights in stated.items()}
-            if not MEANS.load(run.sharing.mean_of(group)).uses_weights:
+            if not MEANS.load(group_weights.sharing.mean_of(group)).uses_weights:
                 weights = {site: float(weight > 0.0) for site, weight in weights.items()}
             if is_by_expert and sum(map(bool, weights.values())) < FEWEST:
                 continue
-            for site, share in capped_shares(weights, largest_share(run)).items():
+            for site, share in capped_shares(weights, max_share).items():
                 shares[site][group] = max(shares[site].get(group, 0.0), share)
     return shares
 

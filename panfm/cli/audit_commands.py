@@ -124,10 +124,10 @@ def _print_inversion(scenarios: Sequence["Scenario"]) -> None:
 
 def _write_json(path: Path | None, content: object) -> None:
     """Raises DataError if the file cannot be written."""
-    from panfm.files import json_text, write_atomic
+    from panfm.files import write_json
 
     try:
         if path is not None:
-            write_atomic(path, f"{json_text(content, indent=1)}\n".encode())
+            write_json(path, content, indent=1)
     except OSError as error:
         raise DataError(f"--json {path}: cannot be written ({error.strerror})") from error

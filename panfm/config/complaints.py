@@ -59,11 +59,11 @@ def complaints(kind: type[BaseModel], error: ValidationError, table: Any) -> lis
 
 
 def _complaint(kind: type[BaseModel], fault: Any, table: Any) -> str:
-    cause = fault.get("ctx", {}).get("error")
-    if isinstance(cause, UnknownNameError):
-        return str(cause)
+    context = fault.get("ctx", {})
+    if isinstance(cause := context.get("error"), UnknownNameError):
+        return _unknown_name(".".join(map(str, fault["loc"])), cause)
     keys, around, here = _locate(kind, fault["loc"], table)
-    key, context = ".".join(keys), fault.get("ctx", {})
+    key = ".".join(keys)
     match fault["type"]:
         case "missing":
             return f"{key}: missing, expected a value"
@@ -81,6 +81,12 @@ def _complaint(kind: type[BaseModel], fault: Any, table: Any) -> str:
     is_whole_table = fault["type"] == "value_error" and isinstance(fault["input"], dict)
     found = "" if is_whole_table else f" (found {_shown(fault['input'])})"
     return f"{key}: {message}{found}" if key else message
+
+
+def _unknown_name(key: str, cause: UnknownNameError) -> str:
+    """The fault under the key where it is, such as `sharing.groups.head.mean`, if that chooses the same thing."""
+    usual_key, _, reason = str(cause).partition(": ")
+    return f"{key}: {reason}" if key.rpartition(".")[2] == usual_key.rpartition(".")[2] else str(cause)
 
 
 def _shown(value: object) -> str:

@@ -41,9 +41,9 @@ def parse_site(text: str, where: str = "site description") -> SiteConfig:
     return _validate(SiteConfig, parse_toml(text, where), where)
 
 
-def parse_run(text: str, where: str = "run description") -> RunConfig:
+def parse_run(text: str) -> RunConfig:
     """Read a run description from TOML text. Raises ConfigError as `load_run` does."""
-    return _validate(RunConfig, parse_toml(text, where), where)
+    return _validate(RunConfig, parse_toml(text, "run description"), "run description")
 
 
 def parse_table(kind: type[C], table: Mapping[str, Any], where: str, *, key: str) -> C:
@@ -125,6 +125,4 @@ def _validate(kind: type[C], table: Mapping[str, Any], where: str) -> C:
         return kind.model_validate(table, by_alias=True, by_name=False)
     except ValidationError as error:
         lines = complaints(kind, error, table)
-    except ConfigError as error:  # from a registry of plug-ins
-        lines = [str(error)]
     raise ConfigError("\n".join(f"{where}: {line}" for line in lines))  # not `from`: pydantic's text has no end

@@ -21,6 +21,7 @@ from panfm.config.site_dp import SiteDpConfig
 from panfm.config.start import StartConfig
 from panfm.config.streams import StreamConfig
 from panfm.config.training import TrainConfig
+from panfm.registry import BACKBONES
 
 
 class RunConfig(Config):
@@ -66,8 +67,9 @@ class RunConfig(Config):
         """Refuse settings of a group that the run does not send: they would have no effect."""
         travel = {"backbone", "stream", *(f"stream:{stream}" for stream in self.streams)}
         travel |= {"head"} if self.sharing.head == "mean" else set()
-        if self.model.backbone == "director-experts":
-            travel |= {"director"} | ({"experts", "router"} if self.sharing.experts != "private" else set())
+        if set(self.sharing.groups) - travel:  # asking a backbone imports torch
+            kept = {"experts", "router"} if self.sharing.experts == "private" else set()
+            travel |= BACKBONES.load(self.model.backbone).sharing_groups - kept
         if unknown := sorted(set(self.sharing.groups) - travel):
             raise ValueError(f"sharing.groups: {unknown[0]!r} does not travel in this run, expected {sorted(travel)}")
         return self

@@ -21,6 +21,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import starmap
 from pathlib import Path
 from typing import IO
 
@@ -29,7 +30,7 @@ from numpy.typing import NDArray
 
 from panfm.config import SiteConfig, StreamConfig, dump_toml, load_site, site_path
 from panfm.data.manifest import Row, image_path, read_manifest
-from panfm.data.readers import ImageError, find_reader
+from panfm.data.readers import ImageError, ImageReader, find_reader
 from panfm.data.store import ImageStore
 from panfm.errors import DataError, LimitError
 from panfm.files import open_atomic
@@ -77,8 +78,8 @@ def open_store(folder: Path, streams: Mapping[str, StreamConfig], *, progress: P
     for stream, config in streams.items():
         stream_rows = sorted((row for row in rows if row.stream == stream), key=lambda row: position[row.subject])
         if stream_rows:
-            paths = [_readable_path(folder, site, row) for row in stream_rows]
-            cached[stream] = _Cached(site_path(folder, site.cache_dir), stream, config, paths)
+            sources = [_source(folder, site, row) for row in stream_rows]
+            cached[stream] = _Cached(site_path(folder, site.cache_dir), stream, config, sources)
             holders[stream] = np.array([position[row.subject] for row in stream_rows], dtype=np.int64)
     _make_room(list(cached.values()), site.limits.cache_gib)
     images = {stream: _open(prepared, progress) for stream, prepared in cached.items()}
@@ -92,7 +93,8 @@ class _Cached:
     folder: Path
     stream: str
     config: StreamConfig
-    paths: Sequence[Path]
+    sources: Sequence[tuple[Path, ImageReader]]
+    """Path of every image, and the reader that accepts it."""
 
     @property
     def family(self) -> str:
@@ -102,11 +104,11 @@ class _Cached:
     @cached_property
     def file(self) -> Path:
         """Path of the file, which may not be there yet."""
-        return self.folder / f"{self.family}.{_hash(*map(_fingerprint, self.paths))}.npy"
+        return self.folder / f"{self.family}.{_hash(*starmap(_fingerprint, self.sources))}.npy"
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (len(self.paths), self.config.channels, *self.config.shape)
+        return (len(self.sources), self.config.channels, *self.config.shape)
 
     @property
     def size_bytes(self) -> int:
@@ -191,7 +193,7 @@ def _write(part: IO[bytes], cached: _Cached, progress: Progress | None) -> None:
         for done, image in enumerate(images, start=1):
             part.write(image.astype("<f4").tobytes())
             if progress:
-                progress(cached.stream, done, len(cached.paths))
+                progress(cached.stream, done, len(cached.sources))
 
 
 def _read_all(cached: _Cached) -> Generator[NDArray[np.float32]]:
@@ -202,8 +204,8 @@ def _read_all(cached: _Cached) -> Generator[NDArray[np.float32]]:
     waiting: deque[Future[NDArray[np.float32]]] = deque()
     pool = ThreadPoolExecutor(_THREADS)
     try:
-        for path in cached.paths:
-            waiting.append(pool.submit(read_image, path, cached.stream, cached.config))
+        for path, reader in cached.sources:
+            waiting.append(pool.submit(read_image, path, cached.stream, cached.config, reader))
             if len(waiting) > _AHEAD:
                 yield waiting.popleft().result()
         while waiting:
@@ -224,19 +226,18 @@ def _atomic(file: Path) -> Iterator[IO[bytes]]:
         ) from error
 
 
-def _readable_path(folder: Path, site: SiteConfig, row: Row) -> Path:
-    """Path of a row's image. Raises DataError: no reader accepts it."""
+def _source(folder: Path, site: SiteConfig, row: Row) -> tuple[Path, ImageReader]:
+    """Path of a row's image, and its reader. Raises DataError: no reader accepts it."""
     path = image_path(folder, site, row.path)
     try:
-        find_reader(path)
+        return path, find_reader(path)
     except ImageError as error:
         raise DataError(f"{Path(site.manifest).name}:{row.line}: {path}: {error}") from error
-    return path
 
 
-def _fingerprint(path: Path) -> str:
+def _fingerprint(path: Path, reader: ImageReader) -> str:
     try:
-        return find_reader(path).fingerprint(path)
+        return reader.fingerprint(path)
     except ImageError as error:
         raise DataError(f"{path}: {error}") from error
 

@@ -99,15 +99,15 @@ def _inspect(folder: Path, site: SiteConfig, row: Row, *, is_volume: bool | None
     """The first fault of one row's image and mask, or the digest of the image."""
     path, file = image_path(folder, site, row.path), f"{Path(site.manifest).name}:{row.line}: {row.path}"
     try:
-        find_reader(path)
+        reader = find_reader(path)
         file = row.path
-        image = read_source(path, is_volume=is_volume)
+        image = read_source(path, is_volume=is_volume, reader=reader)
         if row.mask:
             file = row.mask
             _check_mask(image_path(folder, site, row.mask), image)
         return _digest(image)
     except ImageError as error:
-        return Fault(file, error.found, error.expected, row)
+        return Fault(file, error.given, error.expected, row)
     except MemoryError as error:
         raise LimitError(f"{file}: needs more memory than there is") from error
 

@@ -46,14 +46,14 @@ class Fault:
     """A fault of one row, or of the manifest as a whole."""
 
     file: str
-    found: str
+    given: str
     expected: str
     row: Row | None = None
     """The row it condemns; none when it condemns the whole manifest."""
 
     def __str__(self) -> str:
         """One line; what would steer a terminal is spelled out."""
-        line = " ".join(f"{self.file}: found {self.found}, expected {self.expected}".split())
+        line = " ".join(f"{self.file}: found {self.given}, expected {self.expected}".split())
         return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
 
 
@@ -115,7 +115,7 @@ def write_quarantine(folder: Path, faults: Sequence[Fault]) -> Path:
     table.writerow(("line", *_NEEDED, "reason"))
     for fault in faults:
         if fault.row:
-            reason = f"found {fault.found}, expected {fault.expected}"
+            reason = f"found {fault.given}, expected {fault.expected}"
             table.writerow((fault.row.line, fault.row.subject, fault.row.stream, fault.row.path, reason))
     path = folder / QUARANTINE
     try:
@@ -126,7 +126,7 @@ def write_quarantine(folder: Path, faults: Sequence[Fault]) -> Path:
 
 
 Complaint = tuple[str, str]
-"""What was found and what was expected."""
+"""What is given and what is expected."""
 
 
 class _Complaints:

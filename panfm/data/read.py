@@ -24,7 +24,7 @@ from PIL import Image
 
 from panfm.anatomy import Modality, parse_stream
 from panfm.config import StreamConfig
-from panfm.data.readers import ImageError, Picture, Volume, read_source, voxel_sizes
+from panfm.data.readers import ImageError, ImageReader, Picture, Volume, read_source, voxel_sizes
 from panfm.errors import DataError
 
 _SAME_SPACING = 1e-3
@@ -33,16 +33,18 @@ _COARSEST = 64.0
 not refused for it: a server that chooses the spacing could find the scan's by asking."""
 
 
-def read_image(path: Path, stream: str, config: StreamConfig) -> NDArray[np.float32]:
+def read_image(path: Path, stream: str, config: StreamConfig, reader: ImageReader | None = None) -> NDArray[np.float32]:
     """Read one image as the stream's input.
 
+    Args:
+        reader: The one that accepts the path; looked for when None.
     Returns:
         float32 [C, *config.shape] in [0, 1]; a volume's axes run R, A, S.
     Raises:
         DataError: the image is absent, unreadable, or of another kind than the stream's; the text begins with the path.
     """
     try:
-        image = read_source(path, is_volume=config.is_volume)
+        image = read_source(path, is_volume=config.is_volume, reader=reader)
     except ImageError as error:
         raise DataError(f"{path}: {error}") from error
     return prepare_volume(*image, stream, config) if isinstance(image, Volume) else prepare_picture(image, config)

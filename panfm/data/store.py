@@ -5,7 +5,6 @@ Shape legend: P subjects that hold a stream, C channels, `*shape` voxels of the 
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -66,6 +65,11 @@ class ImageStore:
         """Subjects of one split, as indices into `subjects`."""
         return np.flatnonzero(np.asarray(self.splits, dtype=object) == split)
 
+    def holders(self, indices: NDArray[np.int64], streams: Iterable[str]) -> NDArray[np.int64]:
+        """Those of some subjects that hold one of the streams, in their order."""
+        rows = [self.rows[stream] for stream in streams if stream in self.rows]
+        return indices[np.isin(indices, np.concatenate(rows))] if rows else indices[:0]
+
     def num_holding(self, stream: str, split: str) -> int:
         """Subjects of a split that hold a stream."""
         return int(np.isin(self.rows.get(stream, []), self.indices(split)).sum())
@@ -74,19 +78,3 @@ class ImageStore:
         position = np.full(len(self.subjects), -1, dtype=np.int64)
         position[self.rows[stream]] = np.arange(len(self.rows[stream]))
         return position
-
-
-def join_stores(stores: Sequence[ImageStore]) -> ImageStore:
-    """Join several stores into one, e.g. for the centralised baseline of a study. Images are copied into memory."""
-    offsets = np.cumsum([0, *(len(store.subjects) for store in stores)])
-    streams = dict.fromkeys(stream for store in stores for stream in store.images)
-    images: dict[str, Any] = {}
-    rows: dict[str, Any] = {}
-    for stream in streams:
-        with_stream = [
-            (store, offset) for store, offset in zip(stores, offsets, strict=False) if stream in store.images
-        ]
-        images[stream] = np.concatenate([store.images[stream] for store, _ in with_stream])
-        rows[stream] = np.concatenate([store.rows[stream] + offset for store, offset in with_stream])
-    subjects = tuple(subject for store in stores for subject in store.subjects)
-    return ImageStore(subjects, tuple(split for store in stores for split in store.splits), images, rows)

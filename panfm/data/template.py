@@ -1,18 +1,13 @@
-"""New site folders: one to fill in, with a commented `site.toml`; whole ones, for programs that make cohorts."""
+"""A new site folder to fill in, with a commented `site.toml`."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import tomli_w
 
-from panfm.config import SiteConfig, dump_toml, parse_site
-from panfm.config.site_description import LimitsConfig
+from panfm.config import parse_site
 from panfm.data.manifest import COLUMNS
-from panfm.data.tables import write_table
 from panfm.errors import DataError
 
-_SIMULATED = LimitsConfig(smallest_batch=1, smallest_steps=1)
-"""No patient needs a floor where they are drawn or public; what is studied may be as small as it likes."""
 _SITE = """\
 # One hospital. What is forbidden here stays forbidden, whatever a run asks for.
 
@@ -95,25 +90,3 @@ def init_site(folder: Path, name: str) -> None:
             path.write_text(content, encoding="utf-8")
     except OSError as error:
         raise DataError(f"{folder}: cannot be written to ({error.strerror}), expected a folder") from error
-
-
-def write_site_folder(
-    folder: Path,
-    rows: Sequence[Sequence[object]],
-    label_names: Sequence[str] = (),
-    labels: Sequence[Sequence[object]] = (),
-) -> None:
-    """Write `site.toml`, `manifest.csv` and, if there are labels, `labels.csv`; the site is named like the folder.
-
-    Args:
-        folder: Made if need be.
-        rows: Of the manifest: subject, stream, path, split and optionally mask.
-        label_names: Columns of the label table after `subject`.
-        labels: Its rows: subject and one value per label; none, and there is no table.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    site = SiteConfig(name=folder.name, labels="labels.csv" if labels else None, limits=_SIMULATED)
-    (folder / "site.toml").write_text(dump_toml(site), encoding="utf-8")
-    write_table(folder / "manifest.csv", COLUMNS[: len(rows[0])], rows)
-    if labels:
-        write_table(folder / "labels.csv", ("subject", *label_names), labels)

@@ -21,7 +21,6 @@ def probe_features(
     fit_split: str = "train",
     test_split: str = "test",
     bootstrap: int = 1000,
-    seed: int = 0,
 ) -> tuple[list[Score], list[str]]:
     """Fit on the subjects of one split, test on those of another.
 
@@ -38,7 +37,7 @@ def probe_features(
     known = _by_subject(labels, names)
     fit, fit_targets = _rows(features, known, fit_split)
     test, test_targets = _rows(features, known, test_split)
-    counts = draw_counts(len(test), bootstrap, seed)
+    counts = draw_counts(len(test), bootstrap, 0)
     scores: list[Score] = []
     notes: list[str] = []
     for column, name in enumerate(names):

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from panfm.config import StreamConfig, load_site
-from panfm.data.cache import Progress, open_store
+from panfm.data.cache import open_store
 from panfm.data.labels import read_labels
 from panfm.data.store import ImageStore
 from panfm.errors import ConfigError, DataError
@@ -49,11 +49,9 @@ class LabelledStore:
     """Label -> float64 [subjects of the store], NaN where unknown."""
 
     @classmethod
-    def open(
-        cls, folder: Path, streams: Mapping[str, StreamConfig], *, progress: Progress | None = None
-    ) -> "LabelledStore":
+    def open(cls, folder: Path, streams: Mapping[str, StreamConfig]) -> "LabelledStore":
         """A site folder's images and, where it has them, labels. Raises as `open_store` and `read_labels`."""
-        store, site = open_store(folder, streams, progress=progress), load_site(folder)
+        store, site = open_store(folder, streams), load_site(folder)
         if site.labels is None:
             return cls(store, {})
         table = read_labels(folder, site)

@@ -21,7 +21,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from panfm.errors import DataError
-from panfm.files import json_text
+from panfm.files import write_json
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class ProbeResult:
 
 def write_result(path: Path, result: ProbeResult) -> None:
     """Write `probe.json`."""
-    path.write_text(json_text(asdict(result), indent=1) + "\n", encoding="utf-8")
+    write_json(path, asdict(result), indent=1)
 
 
 def read_result(path: Path) -> ProbeResult:

@@ -4,7 +4,7 @@ Per volume: mean, standard deviation, seven percentiles, mean absolute gradient.
 deviation, mean absolute gradient. Streams that a subject lacks are filled with the fit subjects' means.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,22 +29,12 @@ class StreamStatistics:
     """[P, F]"""
 
 
-def measure_store(
-    store: ImageStore,
-    streams: Mapping[str, StreamConfig],
-    on_images: Callable[[int], None] = lambda _: None,
-) -> dict[str, StreamStatistics]:
-    """Statistics of all images of a store.
-
-    Args:
-        on_images: Told the number of images done after each chunk.
-    """
+def measure_store(store: ImageStore, streams: Mapping[str, StreamConfig]) -> dict[str, StreamStatistics]:
+    """Statistics of all images of a store."""
     measured = {}
     for stream, images in store.images.items():
-        chunks = []
-        for start in range(0, len(images), _CHUNK):
-            chunks.append(_measure(np.asarray(images[start : start + _CHUNK]), streams[stream]))
-            on_images(len(chunks[-1]))
+        starts = range(0, len(images), _CHUNK)
+        chunks = [_measure(np.asarray(images[start : start + _CHUNK]), streams[stream]) for start in starts]
         if chunks:
             measured[stream] = StreamStatistics(np.asarray(store.rows[stream]), np.concatenate(chunks))
     return measured

@@ -1,7 +1,7 @@
 """Reads what is exported: the final model of a run folder, and the metadata that go with it."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from panfm.config.sharing import SharingConfig
 from panfm.data.read import intensity_rule
 from panfm.errors import ConfigError, DataError
 from panfm.evaluate.embed import load_model
-from panfm.files import json_text
 from panfm.models import PanModel
 from panfm.privacy.guarantees import privacy_label
 from panfm.sharing.groups import EXPERTS, is_shared
@@ -79,11 +78,6 @@ class Source:
         return self.metadata | {"streams": {name: self.metadata["streams"][name] for name in streams}}
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write one JSON object, indented."""
-    path.write_text(json_text(content, indent=2) + "\n", encoding="utf-8")
-
-
 def _read_metadata(path: Path) -> _Written:
     try:
         text = read_text(path, max_bytes=_MAX_METADATA_BYTES)
@@ -101,7 +95,7 @@ def _describe(folder: Path, model: PanModel, run: RunConfig, written: _Written, 
     return {
         **written.model_dump(by_alias=True),
         "licence": licence,
-        "epsilon": _epsilon(run),
+        "epsilon": NOT_PRIVATE if (label := privacy_label(run)) == "none" else label,
         "start": run.start and run.start.sha256,
         "streams": {name: _describe_stream(name, stream) for name, stream in run.streams.items()},
         "embedding": model.width,
@@ -110,11 +104,6 @@ def _describe(folder: Path, model: PanModel, run: RunConfig, written: _Written, 
         "panfm": __version__,
         "torch": torch.__version__,
     }
-
-
-def _epsilon(run: RunConfig) -> str:
-    label = privacy_label(run)
-    return NOT_PRIVATE if label == "none" else label
 
 
 def _describe_stream(name: str, config: StreamConfig) -> dict[str, Any]:

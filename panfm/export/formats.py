@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 from panfm.config import dump_toml
 from panfm.errors import ConfigError
 from panfm.evaluate.embed import load_model
-from panfm.export.final_model import Source, write_json
+from panfm.export.final_model import Source
 from panfm.export.monai_bundle import write_monai_bundle
 from panfm.export.network import batch_of, random_inputs, require_equal
 from panfm.export.onnx import write_onnx
-from panfm.files import new_folder
+from panfm.files import new_folder, write_json
 from panfm.models.transfer import director_run, director_state
 
 
@@ -27,7 +27,7 @@ def write_safetensors(source: Source, out: Path) -> float:
     with new_folder(out) as folder:
         for name in ("model.safetensors", "run.toml"):
             shutil.copyfile(source.folder / name, folder / name)
-        write_json(folder / "metadata.json", source.metadata)
+        write_json(folder / "metadata.json", source.metadata, indent=2)
         batch = batch_of(tuple(source.run.streams), random_inputs(source.run.streams))
         with torch.inference_mode():
             return require_equal(source.model.embed(batch), load_model(folder)[0].eval().embed(batch))
@@ -39,7 +39,7 @@ def write_dense_vit(source: Source, out: Path) -> float:
         state = {name: value.contiguous() for name, value in director_state(source.model).items()}
         save_file(state, folder / "model.safetensors")
         (folder / "run.toml").write_text(dump_toml(director_run(source.run)), encoding="utf-8")
-        write_json(folder / "metadata.json", source.metadata | {"experts": "none"})
+        write_json(folder / "metadata.json", source.metadata | {"experts": "none"}, indent=2)
         batch = batch_of(tuple(source.run.streams), random_inputs(source.run.streams))
         with torch.inference_mode():
             expected = source.model.embed(batch, route="director")

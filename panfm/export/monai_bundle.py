@@ -27,9 +27,9 @@ from panfm.anatomy import Modality, parse_stream
 from panfm.config import StreamConfig, load_run
 from panfm.data.read import read_image
 from panfm.export import monai_network
-from panfm.export.final_model import Source, write_json
+from panfm.export.final_model import Source
 from panfm.export.network import EmbeddingNetwork, batch_of, random_inputs, require_equal, trace
-from panfm.files import new_folder
+from panfm.files import new_folder, write_json
 
 SCHEMA = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
 """What `verify_metadata` checks against."""
@@ -74,8 +74,8 @@ def write_monai_bundle(source: Source, out: Path, streams: tuple[str, ...]) -> f
         (folder / "scripts" / "__init__.py").touch()
         shutil.copyfile(source.folder / "run.toml", folder / "configs" / "run.toml")
         metadata = source.metadata_of(streams)
-        write_json(folder / "configs" / "metadata.json", _metadata(metadata, network))
-        write_json(folder / "configs" / "inference.json", _inference(network))
+        write_json(folder / "configs" / "metadata.json", _metadata(metadata, network), indent=2)
+        write_json(folder / "configs" / "inference.json", _inference(network), indent=2)
         (folder / "docs" / "README.md").write_text(_readme(metadata), encoding="utf-8")
         (folder / "LICENSE").write_text(_LICENCE.format(**metadata), encoding="utf-8")
         loaded = monai_network.Embedder(str(folder / "models" / "model.pt2"), _shapes(network))

@@ -12,7 +12,7 @@ D width.
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -87,6 +87,8 @@ class Backbone(nn.Module, ABC):
     """
 
     sharing_group = BACKBONE
+    sharing_groups: ClassVar[frozenset[str]] = frozenset({BACKBONE})
+    """Groups of all its parameters: its own, and those that its modules name."""
     has_saliency = False
     """Whether `forward` can tell what the CLS token attends to. Masking guided by saliency needs it."""
 

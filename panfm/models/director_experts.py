@@ -43,7 +43,7 @@ from panfm.errors import ConfigError
 from panfm.models.backbone import Exploration, Route, Routed
 from panfm.models.dispatch import Experts
 from panfm.models.vit import Block, Mlp, VisionTransformer
-from panfm.sharing.groups import DIRECTOR, ROUTER
+from panfm.sharing.groups import BACKBONE, DIRECTOR, EXPERTS, ROUTER
 
 Alignment = Literal["cosine", "softmax"]
 
@@ -179,6 +179,7 @@ class ExpertsBlock(Block):
 class DirectorExpertsBackbone(VisionTransformer):
     """Transformer with experts in every block. A subclass may exchange the router or the layer."""
 
+    sharing_groups = frozenset({BACKBONE, DIRECTOR, EXPERTS, ROUTER})
     router_class: type[Router] = Router
     layer_class: type[DirectorExperts] = DirectorExperts
 

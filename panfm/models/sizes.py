@@ -4,11 +4,13 @@ Parameters are counted on torch's meta device, where tensors have shapes and no 
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from panfm.config import RunConfig, dump_toml
+from panfm.config import RunConfig, StreamConfig, dump_toml
 from panfm.errors import ConfigError, LimitError, ProtocolError
+from panfm.files import KEPT_ROUNDS
 from panfm.models.pan import SIZES, describe_model
 from panfm.models.patch_features import num_patch_features
 
@@ -23,6 +25,42 @@ _STATE_HEADER_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
+class Sizes:
+    """Sizes of a run's model at a site."""
+
+    parameters: int
+    """Of the model that `build_model` makes, with all streams of the run."""
+    state_bytes: int
+    """Bytes of the private state that a site keeps after a round, at most."""
+    step_bytes: int
+    """Bytes that one local step fills, in float32, at most, for a whole batch of patients who have every stream.
+
+    Counted: all copies of the parameters, what the student's blocks keep of the visible tokens for the backward pass,
+    one block of the teacher at work on all tokens and the outputs of the others, targets, guesses, and running moments.
+    Not counted: images and their patch features.
+    """
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of a run's private states on disk, at most: those kept, and the one that is written."""
+        return (KEPT_ROUNDS + 1) * self.state_bytes
+
+
+def tokens_per_patient(streams: Mapping[str, StreamConfig]) -> int:
+    """Tokens of a patient who has every stream of a run."""
+    return sum(math.prod(stream.grid) for stream in streams.values())
+
+
+def sizes_of(run: RunConfig) -> Sizes:
+    """Count the sizes of a run; equal runs are counted once, since describing a model takes as long as several steps.
+
+    Raises:
+        LimitError: the model has more bytes than a 64-bit number can say.
+    """
+    return _sizes_once(_Description(dump_toml(run), run))
+
+
+@dataclass(frozen=True)
 class _Description:
     """A run, equal to another by its text."""
 
@@ -30,33 +68,11 @@ class _Description:
     run: RunConfig = field(compare=False)
 
 
-@dataclass(frozen=True)
-class _Measures:
-    """Numbers that a model has."""
-
-    parameters: int
-    per_token: tuple[int, ...]
-    """Numbers that a step fills per token, block by block."""
-
-
-def num_parameters(run: RunConfig) -> int:
-    """Count the parameters of the model that `build_model` makes of a run, with all its streams.
-
-    Raises:
-        LimitError: the model has more bytes than a 64-bit number can say.
-    """
-    return _measure(run).parameters
-
-
-def _measure(run: RunConfig) -> _Measures:
-    return _measure_once(_Description(dump_toml(run), run))
-
-
 @lru_cache(maxsize=8)
-def _measure_once(described: _Description) -> _Measures:
-    """Describe the model of a run. Sites ask for it in every round, and describing takes as long as several steps."""
+def _sizes_once(described: _Description) -> Sizes:
+    run = described.run
     try:
-        model = describe_model(described.run)
+        model = describe_model(run)
     except ConfigError as error:
         raise ProtocolError(str(error)) from error
     except (RuntimeError, TypeError) as error:
@@ -64,39 +80,17 @@ def _measure_once(described: _Description) -> _Measures:
             raise
         raise LimitError.of_question("this run asks for a model of more than 2^63 bytes") from error
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return _Measures(parameters, tuple(model.backbone.numbers_per_token()))
-
-
-def state_bytes(run: RunConfig) -> int:
-    """Bytes of the private state that a site keeps after a round, at most."""
-    return 4 * (_KEPT_COPIES * num_parameters(run) + _running_moments(run)) + _STATE_HEADER_BYTES
-
-
-def tokens_per_patient(run: RunConfig) -> int:
-    """Tokens of a patient who has every stream of a run."""
-    return sum(math.prod(stream.grid) for stream in run.streams.values())
-
-
-def step_bytes(run: RunConfig) -> int:
-    """Bytes that one local step fills, in float32, at most, for a whole batch of patients who have every stream.
-
-    Counted: all copies of the parameters, what the student's blocks keep of the visible tokens for the backward pass,
-    one block of the teacher at work on all tokens and the outputs of the others, targets, guesses, and running moments.
-    Not counted: images and their patch features.
-    """
+    per_block = tuple(model.backbone.numbers_per_token())
     width, depth, _ = SIZES[run.model.size]
-    measures = _measure(run)
-    per_block = measures.per_token
     features = [num_patch_features(stream, run.model.tokenizer) for stream in run.streams.values()]
     target = 8 * width + run.objective.num_target_values(features)
-    tokens = tokens_per_patient(run) + 1
+    tokens = tokens_per_patient(run.streams) + 1
     visible = min((1.0 - run.masking.ratio) * tokens + 1 + len(run.streams), tokens)
     patient = visible * sum(per_block) + tokens * (max(per_block) + depth * width + target)
     batch = math.ceil(run.train.batch_size * patient)
-    return 4 * (batch + _TRAINED_COPIES * measures.parameters + _running_moments(run))
-
-
-def _running_moments(run: RunConfig) -> int:
-    """Numbers in the statistics of the objective."""
-    width, _, _ = SIZES[run.model.size]
-    return run.objective.num_running_values(width, tokens_per_patient(run), len(run.streams))
+    moments = run.objective.num_running_values(width, tokens - 1, len(run.streams))
+    return Sizes(
+        parameters,
+        state_bytes=4 * (_KEPT_COPIES * parameters + moments) + _STATE_HEADER_BYTES,
+        step_bytes=4 * (batch + _TRAINED_COPIES * parameters + moments),
+    )

@@ -91,6 +91,7 @@ def audit_membership(
     return Membership(interval((total / pairs)[:, None]), members, others)
 
 
+@torch.no_grad()
 def patient_losses(
     run: RunConfig, state: Mapping[str, Tensor], store: ImageStore, indices: NDArray[np.int64], *, masks: int
 ) -> NDArray[np.float64]:
@@ -101,7 +102,8 @@ def patient_losses(
     for mask in range(masks):
         for number, chunk in enumerate(_chunks_of_equals(features, indices, trainer.model.stream_names, _CHUNK)):
             generator = torch_generator(run.seed, "membership", mask, number)
-            losses[mask, [position[int(index)] for index in chunk]] = _losses(trainer, features, chunk, generator)
+            _, of_chunk = trainer.unguided_losses(features.batch(chunk).to(trainer.device), generator)
+            losses[mask, [position[int(index)] for index in chunk]] = of_chunk.double().cpu().numpy()
     means: NDArray[np.float64] = losses.mean(axis=0)
     return means
 
@@ -117,15 +119,6 @@ def _chunks_of_equals(
         equals = indices[(has_stream == kind).all(axis=1)]
         for start in range(0, len(equals) if kind.any() else 0, size):
             yield equals[start : start + size]
-
-
-@torch.no_grad()
-def _losses(
-    trainer: Trainer, features: ImageStore, chunk: NDArray[np.int64], generator: torch.Generator
-) -> NDArray[np.float64]:
-    _, losses = trainer.unguided_losses(features.batch(chunk).to(trainer.device), generator)
-    values: NDArray[np.float64] = losses.double().cpu().numpy()
-    return values
 
 
 def _trainer(run: RunConfig, state: Mapping[str, Tensor], streams: Sequence[str]) -> Trainer:

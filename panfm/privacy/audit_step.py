@@ -38,6 +38,10 @@ from panfm.training.trainer import Trainer
 
 DELTA = 1e-5
 """Of the claim that is audited; the run's own delta is too large for as many canaries as this takes."""
+_CONFIDENCE = 0.95
+"""Of the lower bound."""
+_RATE = 0.25
+"""Chance of a canary to be in a step, instead of the run's."""
 _LENGTH = 100.0
 """Norm of a canary's gradient, in clip norms."""
 _NAME = "canaries"
@@ -58,22 +62,18 @@ class StepAudit:
     steps: int
 
 
-def audit_step(
-    run: RunConfig, *, canaries: int = 1000, steps: int = 40, rate: float = 0.25, confidence: float = 0.95
-) -> StepAudit:
+def audit_step(run: RunConfig, *, canaries: int = 1000, steps: int = 40) -> StepAudit:
     """Audit the step of a private run, with its model, objective, clip norm and noise.
 
     Args:
         canaries: m; they hold the run's first stream.
         steps: T.
-        rate: Chance of a canary to be in a step, instead of the run's.
-        confidence: Of the lower bound.
     Raises:
         ConfigError: the run is not private.
     """
     if run.patient_dp is None:
         raise ConfigError(f"{run.name}: patient-dp is missing, expected a private run")
-    trainer, store = _trainer(run, canaries, steps, rate)
+    trainer, store = _trainer(run, canaries, steps)
     present = numpy_generator(run.seed, "canaries").random(canaries) < 0.5
     indices, seen = np.flatnonzero(present), torch.zeros(canaries, dtype=torch.float64)
     source, coordinates = PrivateGradient(trainer, store, indices), trainer.model.heads.get_parameter(_NAME)
@@ -83,8 +83,8 @@ def audit_step(
         seen += coordinates.grad.double().cpu()
     correct, guesses = guess(seen.numpy(), present)
     noise = run.patient_dp.noise_multiplier
-    claim = epsilon([Mechanism("gradients", ("updates",), run.patient_dp.clip_norm, noise, rate, steps)], DELTA)
-    bound = lower_bound(guesses, correct, canaries, delta=DELTA, confidence=confidence)
+    claim = epsilon([Mechanism("gradients", ("updates",), run.patient_dp.clip_norm, noise, _RATE, steps)], DELTA)
+    bound = lower_bound(guesses, correct, canaries, delta=DELTA, confidence=_CONFIDENCE)
     return StepAudit(claim, bound, guesses, correct, canaries, steps)
 
 
@@ -117,10 +117,10 @@ def _chance(guesses: int, correct: int, canaries: int, eps: float, delta: float)
     return min(tail + 2.0 * canaries * delta * float(near.max(initial=0.0)), 1.0)
 
 
-def _trainer(run: RunConfig, canaries: int, steps: int, rate: float) -> tuple[Trainer, ImageStore]:
+def _trainer(run: RunConfig, canaries: int, steps: int) -> tuple[Trainer, ImageStore]:
     """A trainer whose model has a coordinate per canary, and the patch features of the canaries."""
     assert run.patient_dp is not None
-    private = run.patient_dp.model_copy(update={"sample_rate": rate})
+    private = run.patient_dp.model_copy(update={"sample_rate": _RATE})
     train = run.train.model_copy(update={"rounds": 1, "local_steps": steps})
     stream = next(iter(run.streams))
     trainer = Trainer(run.model_copy(update={"patient_dp": private, "train": train}), [stream])

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from panfm.config import RunConfig
 from panfm.config.base import LEAST_NOISE
+from panfm.config.masking import MaskingConfig
 from panfm.errors import ProtocolError
 
 SALIENCY_SENSITIVITY = math.sqrt(2.0)
@@ -77,15 +78,15 @@ def planned(run: RunConfig, unit: Unit = "patient") -> tuple[Mechanism, ...]:
         private.sample_rate,
         run.train.local_steps,
     )
-    if not needs_saliency(run):
+    if not needs_saliency(run.masking):
         return (gradients,)
     saliency = Mechanism("saliency", ("saliency",), SALIENCY_SENSITIVITY, private.statistics_noise, 1.0, 1)
     return gradients, saliency
 
 
-def needs_saliency(run: RunConfig) -> bool:
+def needs_saliency(masking: MaskingConfig) -> bool:
     """Whether masks are steered by more than the patient's own saliency."""
-    return run.masking.steered_by in ("site", "federation")
+    return masking.steered_by in ("site", "federation")
 
 
 def check_mechanism(mechanism: Mechanism, *, least_noise: float = LEAST_NOISE) -> None:

@@ -30,7 +30,7 @@ Source: Abadi et al. 2016, "Deep Learning with Differential Privacy", Algorithm 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -41,12 +41,6 @@ from panfm.data.store import Batch, ImageStore
 from panfm.privacy.mechanisms import SALIENCY_SENSITIVITY
 from panfm.privacy.randomness import with_noise
 from panfm.training.trainer import Trainer
-
-
-def patients_with_streams(store: ImageStore, indices: NDArray[np.int64], streams: Sequence[str]) -> NDArray[np.int64]:
-    """The indices of subjects that hold any of the streams, in their order."""
-    rows = [store.rows[stream] for stream in streams if stream in store.rows]
-    return indices[np.isin(indices, np.concatenate(rows))] if rows else indices[:0]
 
 
 def one_patient(store: ImageStore, index: int, device: torch.device) -> Batch:
@@ -106,7 +100,7 @@ def saliency_sum(trainer: Trainer, store: ImageStore, indices: NDArray[np.int64]
     """
     names = trainer.model.stream_names
     total = torch.zeros(2, len(names), dtype=torch.float64)
-    for index in patients_with_streams(store, indices, names):
+    for index in store.holders(indices, names):
         vector = saliency_vector(trainer, one_patient(store, int(index), trainer.device))
         norm = float(vector.norm())
         if math.isfinite(norm):

@@ -24,7 +24,7 @@ from panfm.errors import LedgerError
 from panfm.models import PanModel
 from panfm.privacy.ledger import Permit
 from panfm.privacy.mechanisms import needs_saliency, planned
-from panfm.privacy.patient_sums import add_clipped, noisy_profile, one_patient, patient_gradient, patients_with_streams
+from panfm.privacy.patient_sums import add_clipped, noisy_profile, one_patient, patient_gradient
 from panfm.privacy.randomness import poisson_sample, secret_generator, with_noise
 from panfm.training.gradient import DrawnBatch, StepOutput, TrainResult
 from panfm.training.trainer import Trainer
@@ -63,7 +63,7 @@ def train_privately(
     source = PrivateGradient(trainer, store, indices)
     for taken in range(num_steps):
         trainer.step(source, first_step + taken, profile)
-    if needs_saliency(run):
+    if needs_saliency(run.masking):
         trainer.profile = noisy_profile(trainer, store, indices)
     return _result(trainer, num_steps)
 
@@ -103,7 +103,7 @@ class PrivateGradient:
     def patients(self, sample: NDArray[np.int64]) -> Iterator[DrawnBatch]:
         """Begin a sum, of these patients; those without a stream of the model are left out."""
         self._total = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in self.parameters.items()}
-        for index in patients_with_streams(self._store, sample, self._trainer.model.stream_names):
+        for index in self._store.holders(sample, self._trainer.model.stream_names):
             generator = self._draws(int(index))
             features = one_patient(self._store, int(index), self._trainer.device)
             yield DrawnBatch(np.array([index]), features, masks=generator, routing=generator)
@@ -181,7 +181,7 @@ def _result(trainer: Trainer, num_steps: int) -> TrainResult:
         num_steps=num_steps,
         num_skipped=0,
         loss=float("nan"),
-        saliency=dict(zip(names, trainer.profile.tolist(), strict=True)) if needs_saliency(trainer.run) else {},
+        saliency=dict(zip(names, trainer.profile.tolist(), strict=True)) if needs_saliency(trainer.run.masking) else {},
         subjects=private.public_subjects,
         subjects_per_stream=dict.fromkeys(names, private.public_subjects),
         gate_mass={

@@ -76,15 +76,15 @@ def decode(coding: Coding, manifest: GroupManifest, arrays: Arrays) -> dict[str,
     Raises:
         ProtocolError: an array is missing or has another dtype or size.
     """
-    found = dict(arrays)
+    updates = dict(arrays)
     for group in manifest.groups.keys() & arrays.keys() if coding != "float32" else ():
         size, lengths = manifest.size(group), _row_lengths(manifest, group)
         if coding == "int8":
-            scales = _expect(group + _SCALE, found.pop(group + _SCALE, None), np.float32, len(lengths))
-            found[group] = _from_int8(_expect(group, arrays[group], np.int8, size), np.repeat(scales, lengths))
+            scales = _expect(group + _SCALE, updates.pop(group + _SCALE, None), np.float32, len(lengths))
+            updates[group] = _from_int8(_expect(group, arrays[group], np.int8, size), np.repeat(scales, lengths))
         else:
-            found[group] = _from_bf16(_expect(group, arrays[group], np.uint16, size))
-    return found
+            updates[group] = _from_bf16(_expect(group, arrays[group], np.uint16, size))
+    return updates
 
 
 def bytes_per_group(arrays: Arrays) -> dict[str, int]:
@@ -129,8 +129,8 @@ def _from_bf16(numbers: NDArray[np.uint16]) -> Flat:
 
 def _expect(name: str, array: NDArray[Any] | None, dtype: type[np.generic], size: int) -> NDArray[Any]:
     if array is None or array.dtype != dtype or array.shape != (size,):
-        found = "nothing" if array is None else f"{array.dtype} {list(array.shape)}"
-        raise ProtocolError(f"{name} is {found}, expected {np.dtype(dtype)} [{size}]")
+        given = "nothing" if array is None else f"{array.dtype} {list(array.shape)}"
+        raise ProtocolError(f"{name} is {given}, expected {np.dtype(dtype)} [{size}]")
     return array
 
 

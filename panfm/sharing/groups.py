@@ -174,8 +174,8 @@ class GroupManifest:
         for name, shape in self.groups[group]:
             tensor = tensors.get(name)
             if tensor is None or tensor.shape != shape or tensor.dtype != np.float32:
-                found = "nothing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
-                raise ProtocolError(f"{group}: {name} is {found}, expected float32 {list(shape)}")
+                given = "nothing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
+                raise ProtocolError(f"{group}: {name} is {given}, expected float32 {list(shape)}")
             flat[start : start + tensor.size] = tensor.reshape(-1)
             start += tensor.size
         return flat
@@ -187,8 +187,8 @@ class GroupManifest:
     def unpack(self, group: str, flat: Flat) -> dict[str, NDArray[np.float32]]:
         """The group's parameters, as views of `flat`. Raises ProtocolError if size or dtype differs."""
         if flat.shape != (self.size(group),) or flat.dtype != np.float32:
-            found = f"{flat.dtype} {list(flat.shape)}"
-            raise ProtocolError(f"{group}: got {found}, expected float32 [{self.size(group)}]")
+            given = f"{flat.dtype} {list(flat.shape)}"
+            raise ProtocolError(f"{group}: got {given}, expected float32 [{self.size(group)}]")
         tensors = {}
         start = 0
         for name, shape in self.groups[group]:

@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from panfm.config import Releasable, RunConfig, experiment_hash
+from panfm.config import Releasable
 from panfm.errors import ProtocolError
 from panfm.sharing.coding import Arrays
 from panfm.sharing.groups import GroupManifest
@@ -62,7 +62,7 @@ def check_may_take_part(may_leave: Collection[Releasable]) -> None:
 
 def build_handshake(
     site: str,
-    run: RunConfig,
+    experiment: str,
     manifest: GroupManifest,
     versions: Mapping[str, str],
     *,
@@ -78,14 +78,14 @@ def build_handshake(
 
     Args:
         site: Public name.
-        run: The server's description, parsed.
+        experiment: Hash of the server's description, as this site reads it.
         manifest: Layout of the groups that the site trains.
         streams: Stream of the site -> subjects with it.
     Raises:
         ProtocolError: the site forbids updates or counts.
     """
     check_may_take_part(may_leave)
-    return Handshake(site, subjects, streams, versions, experiment_hash(run), manifest.hashes())
+    return Handshake(site, subjects, streams, versions, experiment, manifest.hashes())
 
 
 def build_reply(task: RoundTask, result: RoundResult, *, may_leave: Collection[Releasable]) -> RoundReply:

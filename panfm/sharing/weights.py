@@ -11,10 +11,13 @@ An image's gates sum to 1 in each layer, so a layer's gate mass is the number of
 ends use this file: the site for the weights it sends, the server for the most it may send, given its handshake.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from panfm.config import RunConfig
+from panfm.config.sharing import SharingConfig
+from panfm.config.site_dp import SiteDpConfig
+from panfm.config.training import TrainConfig
 from panfm.errors import ProtocolError
 from panfm.sharing.groups import DIRECTOR, EXPERTS, ROUTER, GroupManifest, Segments, layer_of, stream_of
 
@@ -36,94 +39,104 @@ class Trained:
     """Layer -> gate mass of each of its experts."""
 
 
-def group_weights(run: RunConfig, manifest: GroupManifest, group: str, trained: Trained) -> Weights:
-    """Weights of one site in one group."""
-    if run.site_dp is not None:
-        return (1.0,)
-    if is_pooled(run, group):
-        return tuple(trained.gate_mass[layer][index] for layer, index in manifest.experts(group))
-    if _is_by_gates(run, group):
-        return (sum(sum(trained.gate_mass[layer]) for layer in _layers(manifest, group)),)
-    return _plain_weights(run, group, trained)
+class GroupWeights:
+    """Weights of a site in the groups of a run: what it states, and the most that it may state."""
 
+    def __init__(
+        self, sharing: SharingConfig, train: TrainConfig, site_dp: SiteDpConfig | None, manifest: GroupManifest
+    ) -> None:
+        self.sharing, self.manifest = sharing, manifest
+        self._train, self._site_dp = train, site_dp
 
-def weight_limits(
-    run: RunConfig, manifest: GroupManifest, group: str, *, subjects: int, subjects_per_stream: Mapping[str, int]
-) -> Weights:
-    """Largest weights that a site may have in a group, by the numbers it gave before round 1."""
-    if run.site_dp is not None:
-        return (1.0,)
-    images = _ROUNDING * min(subjects, run.train.batch_size) * run.train.local_steps
-    if is_pooled(run, group):
-        return (images,) * len(manifest.experts(group))
-    if _is_by_gates(run, group):
-        return (images * len(_layers(manifest, group)),)
-    return _plain_weights(run, group, Trained(subjects, subjects_per_stream, run.train.local_steps))
+    def weights(self, group: str, trained: Trained) -> Weights:
+        """Weights of one site in one group."""
+        if self._site_dp is not None:
+            return (1.0,)
+        if self.is_pooled(group):
+            return tuple(trained.gate_mass[layer][index] for layer, index in self.manifest.experts(group))
+        if self._is_by_gates(group):
+            return (sum(sum(trained.gate_mass[layer]) for layer in self._layers(group)),)
+        return self._plain_weights(group, trained)
 
+    def limits(self, group: str, *, subjects: int, subjects_per_stream: Mapping[str, int]) -> Weights:
+        """Largest weights that a site may have in a group, by the numbers it gave before round 1."""
+        if self._site_dp is not None:
+            return (1.0,)
+        images = self._most_images(subjects)
+        if self.is_pooled(group):
+            return (images,) * len(self.manifest.experts(group))
+        if self._is_by_gates(group):
+            return (images * len(self._layers(group)),)
+        return self._plain_weights(group, Trained(subjects, subjects_per_stream, self._train.local_steps))
 
-def check_gate_mass(run: RunConfig, manifest: GroupManifest, weights: Mapping[str, Weights], *, subjects: int) -> None:
-    """Refuse gate mass that no images have.
+    def check_gate_mass(self, weights: Mapping[str, Weights], *, subjects: int) -> None:
+        """Refuse gate mass that no images have.
 
-    A layer's experts share the images of the steps among them: their weights sum to as many in every layer and in each
-    pooled group, to no more than a round's batches hold, and over the layers to the director's weight.
+        A layer's experts share the images of the steps among them: their weights sum to as many in every layer and in
+        each pooled group, to no more than a round's batches hold, and over the layers to the director's weight.
 
-    Args:
-        weights: Group -> weights of one site.
-        subjects: Of that site, as it said before round 1.
-    Raises:
-        ProtocolError: the sum, and what it is expected to be.
-    """
-    most = _ROUNDING * min(subjects, run.train.batch_size) * run.train.local_steps
-    images: float | None = None
-    for group in (group for group in (EXPERTS, ROUTER) if group in weights and is_pooled(run, group)):
-        for layer, mass in _layer_masses(manifest, group, weights[group]).items():
-            if not mass <= most:
-                raise ProtocolError(f"{group}: gate mass {mass:g} in {layer}, expected at most {most:g} images")
-            images = mass if images is None else images
-            if not _agree(mass, images):
-                raise ProtocolError(f"{group}: gate mass {mass:g} in {layer}, expected {images:g} as in other layers")
-    if images is not None and DIRECTOR in weights:
-        total, expected = sum(weights[DIRECTOR]), images * len(_layers(manifest, DIRECTOR))
-        if not _agree(total, expected):
-            raise ProtocolError(f"director: weight {total:g}, expected {expected:g}, its layers' gate mass")
+        Args:
+            weights: Group -> weights of one site.
+            subjects: Of that site, as it said before round 1.
+        Raises:
+            ProtocolError: the sum, and what it is expected to be.
+        """
+        most = self._most_images(subjects)
+        images: float | None = None
+        for group in (group for group in (EXPERTS, ROUTER) if group in weights and self.is_pooled(group)):
+            for layer, mass in self._layer_masses(group, weights[group]).items():
+                if not mass <= most:
+                    raise ProtocolError(f"{group}: gate mass {mass:g} in {layer}, expected at most {most:g} images")
+                images = mass if images is None else images
+                if not _agree(mass, images):
+                    other = f"expected {images:g} as in other layers"
+                    raise ProtocolError(f"{group}: gate mass {mass:g} in {layer}, {other}")
+        if images is not None and DIRECTOR in weights:
+            total, expected = sum(weights[DIRECTOR]), images * len(self._layers(DIRECTOR))
+            if not _agree(total, expected):
+                raise ProtocolError(f"director: weight {total:g}, expected {expected:g}, its layers' gate mass")
 
+    def segments(self, group: str) -> Segments:
+        """Segments of a packed group: (numbers, index of the site's weight that counts for them)."""
+        return self.manifest.segments(group) if self.is_pooled(group) else ((self.manifest.size(group), 0),)
 
-def _layer_masses(manifest: GroupManifest, group: str, weights: Weights) -> dict[str, float]:
-    """Layer -> sum of its experts' weights. Raises ProtocolError if there is not one for each expert."""
-    experts = manifest.experts(group)
-    if len(weights) != len(experts):
-        raise ProtocolError(f"{group}: {len(weights)} weights, expected {len(experts)}")
-    masses: dict[str, float] = {}
-    for (layer, _), weight in zip(experts, weights, strict=True):
-        masses[layer] = masses.get(layer, 0.0) + weight
-    return masses
+    def layers(self, group: str) -> Segments:
+        """Segments of a packed group, one per parameter, or per expert of one: (numbers, index of its weight)."""
+        if self.is_pooled(group):
+            return self.manifest.segments(group)
+        return tuple((math.prod(shape), 0) for _, shape in self.manifest.groups[group])
+
+    def is_pooled(self, group: str) -> bool:
+        """Whether every expert of the group has a weight of its own."""
+        return group in (EXPERTS, ROUTER) and self.sharing.experts == "pooled" and self.sharing.rule == "grouped"
+
+    def _is_by_gates(self, group: str) -> bool:
+        return group == DIRECTOR and self.sharing.rule == "grouped"
+
+    def _most_images(self, subjects: int) -> float:
+        """Most images that a round's batches hold at a site."""
+        return _ROUNDING * min(subjects, self._train.batch_size) * self._train.local_steps
+
+    def _layers(self, group: str) -> list[str]:
+        return sorted({layer_of(name) for name, _ in self.manifest.groups[group]})
+
+    def _layer_masses(self, group: str, weights: Weights) -> dict[str, float]:
+        """Layer -> sum of its experts' weights. Raises ProtocolError if there is not one for each expert."""
+        experts = self.manifest.experts(group)
+        if len(weights) != len(experts):
+            raise ProtocolError(f"{group}: {len(weights)} weights, expected {len(experts)}")
+        masses: dict[str, float] = {}
+        for (layer, _), weight in zip(experts, weights, strict=True):
+            masses[layer] = masses.get(layer, 0.0) + weight
+        return masses
+
+    def _plain_weights(self, group: str, trained: Trained) -> Weights:
+        """Weight by subjects; under the `plain` rule a stream's group weighs as any other."""
+        stream = stream_of(group)
+        if stream is None or self.sharing.rule == "plain":
+            return (float(trained.subjects * trained.num_steps),)
+        return (float(trained.subjects_per_stream.get(stream, 0)) if trained.num_steps else 0.0,)
 
 
 def _agree(one: float, other: float) -> bool:
     return max(one, other) <= _ROUNDING * min(one, other)
-
-
-def weight_segments(run: RunConfig, manifest: GroupManifest, group: str) -> Segments:
-    """Segments of a packed group: (numbers, index of the site's weight that counts for them)."""
-    return manifest.segments(group) if is_pooled(run, group) else ((manifest.size(group), 0),)
-
-
-def is_pooled(run: RunConfig, group: str) -> bool:
-    """Whether every expert of the group has a weight of its own."""
-    return group in (EXPERTS, ROUTER) and run.sharing.experts == "pooled" and run.sharing.rule == "grouped"
-
-
-def _is_by_gates(run: RunConfig, group: str) -> bool:
-    return group == DIRECTOR and run.sharing.rule == "grouped"
-
-
-def _layers(manifest: GroupManifest, group: str) -> list[str]:
-    return sorted({layer_of(name) for name, _ in manifest.groups[group]})
-
-
-def _plain_weights(run: RunConfig, group: str, trained: Trained) -> Weights:
-    """Weight by subjects; under the `plain` rule a stream's group weighs as any other."""
-    stream = stream_of(group)
-    if stream is None or run.sharing.rule == "plain":
-        return (float(trained.subjects * trained.num_steps),)
-    return (float(trained.subjects_per_stream.get(stream, 0)) if trained.num_steps else 0.0,)

@@ -19,12 +19,15 @@ import numpy as np
 import torch
 
 from panfm.config import RunConfig, SiteConfig, dump_toml, experiment_hash, parse_run
+from panfm.config.patient_dp import PatientDpConfig
 from panfm.config.site_description import LimitsConfig
-from panfm.config.start import start_hash
+from panfm.config.start import StartConfig, start_hash
+from panfm.config.streams import StreamConfig
+from panfm.config.training import TrainConfig
 from panfm.errors import DataError, LimitError, ProtocolError
-from panfm.files import KEPT_ROUNDS, write_atomic
+from panfm.files import write_atomic
 from panfm.models import build_model
-from panfm.models.sizes import num_parameters, state_bytes, step_bytes, tokens_per_patient
+from panfm.models.sizes import sizes_of, tokens_per_patient
 from panfm.sharing.groups import Flat, GroupManifest, parameter_hashes
 from panfm.site.budget import check_privacy, with_public_subjects
 from panfm.site.state import ASKED, RUNS, AskedRounds, StateStore, read_asked
@@ -41,35 +44,34 @@ def admit(run: RunConfig, site: SiteConfig) -> RunConfig:
         LimitError, ProtocolError: the site takes no part in such a run.
         ConfigError: the site's public number of patients breaks the run's guarantee.
     """
-    limits = site.limits
-    check_experiment(run, limits)
-    check_start_known(run, limits)
+    limits, experiment = site.limits, experiment_hash(run)
+    check_experiment(experiment, limits)
+    if experiment not in limits.experiments:
+        check_start_known(run.start, run.patient_dp, limits)
     check_sizes(run, limits)
     check_privacy(run := with_public_subjects(run, site), site)
-    check_public_cache(run, limits)
-    check_floors(run, limits)
+    check_public_cache(run.streams, run.patient_dp, limits)
+    check_floors(run.train, run.patient_dp, limits)
     return run
 
 
-def check_experiment(run: RunConfig, limits: LimitsConfig) -> None:
-    """Raises LimitError if the site has named the experiments that it runs and this is none of them."""
-    experiment = experiment_hash(run)
+def check_experiment(experiment: str, limits: LimitsConfig) -> None:
+    """Raises LimitError if the site has named the experiments that it runs and this hash is none of them."""
     if limits.experiments and experiment not in limits.experiments:
         raise LimitError.of_question(f"experiment {experiment} is not in this site's limits.experiments")
 
 
-def check_start_known(run: RunConfig, limits: LimitsConfig) -> None:
-    """Raises LimitError if a run starts from parameters that the site has not named.
+def check_start_known(start: StartConfig | None, patient_dp: PatientDpConfig | None, limits: LimitsConfig) -> None:
+    """Raises LimitError if a run that the site has not named starts from parameters that it has not named either.
 
     The server chooses such parameters, so that round 1 may be made to answer to one patient. A site without floors does
     not mind, and one whose own epsilon bounds the noise need not.
     """
-    if run.start is None or limits.smallest_batch == 1 or (run.patient_dp is not None and limits.epsilon is not None):
+    if start is None or limits.smallest_batch == 1 or (patient_dp is not None and limits.epsilon is not None):
         return
-    start = start_hash(run.start)
-    if experiment_hash(run) not in limits.experiments and start not in limits.starts:
+    if (parameters := start_hash(start)) not in limits.starts:
         raise LimitError.of_question(
-            f"[start]: parameters that this site has not named; its operator may add {start} to limits.starts"
+            f"[start]: parameters that this site has not named; its operator may add {parameters} to limits.starts"
         )
 
 
@@ -81,27 +83,25 @@ def check_sizes(run: RunConfig, limits: LimitsConfig) -> None:
     """
     image = max(stream.channels * math.prod(stream.shape) for stream in run.streams.values())
     _check("voxels-per-image", image, limits.voxels_per_image)
-    _check("tokens-per-patient", tokens_per_patient(run), limits.tokens_per_patient)
-    _check("parameters", num_parameters(run), limits.parameters)
+    _check("tokens-per-patient", tokens_per_patient(run.streams), limits.tokens_per_patient)
+    sizes = sizes_of(run)
+    _check("parameters", sizes.parameters, limits.parameters)
     _check("local-steps", run.train.local_steps, limits.local_steps)
     _check("rounds", run.train.rounds, limits.rounds)
-    _check("step-gib", step_bytes(run) / 2**30, limits.step_gib)
-    _check("state-gib", kept_bytes(run) / 2**30, limits.state_gib)
+    _check("step-gib", sizes.step_bytes / 2**30, limits.step_gib)
+    _check("state-gib", sizes.kept_bytes / 2**30, limits.state_gib)
 
 
-def kept_bytes(run: RunConfig) -> int:
-    """Bytes of a run's private states on disk, at most: those kept, and the one that is written."""
-    return (KEPT_ROUNDS + 1) * state_bytes(run)
-
-
-def check_public_cache(run: RunConfig, limits: LimitsConfig) -> None:
+def check_public_cache(
+    streams: Mapping[str, StreamConfig], patient_dp: PatientDpConfig | None, limits: LimitsConfig
+) -> None:
     """Raises LimitError if the prepared images of the site's public number of patients would have no room.
 
     Of a private run at a site with such a number, this refuses before anything of the true number is looked at.
     """
-    if run.patient_dp is None or limits.public_subjects is None:
+    if patient_dp is None or limits.public_subjects is None:
         return
-    numbers = sum(stream.channels * math.prod(stream.shape) for stream in run.streams.values())
+    numbers = sum(stream.channels * math.prod(stream.shape) for stream in streams.values())
     size = 4 * numbers * limits.public_subjects / 2**30
     if size > limits.cache_gib:
         raise LimitError.of_question(
@@ -116,27 +116,27 @@ def _check(name: str, value: float, limit: float) -> None:
         raise LimitError.of_question(f"this run asks for {value:.12g}, this site's limits.{name} is {limit:.12g}")
 
 
-def check_floors(run: RunConfig, limits: LimitsConfig) -> None:
+def check_floors(train: TrainConfig, patient_dp: PatientDpConfig | None, limits: LimitsConfig) -> None:
     """Raises LimitError if a run asks for smaller batches or fewer steps than the site allows.
 
     A private run takes part where the site bounds epsilon itself: its own noise and clipping then stand in the floors'
     place. Any other is refused where there is a floor, since an epsilon, a delta or a number of patients that the
     server chose promises nothing, and a step of it may be one patient's.
     """
-    if run.patient_dp is not None:
+    if patient_dp is not None:
         if limits.epsilon is None and max(limits.smallest_batch, limits.smallest_steps) > 1:
             raise LimitError.of_question(
                 "patient-dp: a private run takes part under the site's own bound only, expected limits.epsilon, delta "
                 "and public-subjects in site.toml"
             )
         return
-    if (batch := run.train.batch_size) < limits.smallest_batch:
+    if (batch := train.batch_size) < limits.smallest_batch:
         raise LimitError.of_question(
             f"train.batch-size is {batch}, expected at least limits.smallest-batch ({limits.smallest_batch})"
         )
-    if run.train.local_steps < limits.smallest_steps:
+    if train.local_steps < limits.smallest_steps:
         raise LimitError.of_question(
-            f"train.local-steps is {run.train.local_steps}, expected at least "
+            f"train.local-steps is {train.local_steps}, expected at least "
             f"limits.smallest-steps ({limits.smallest_steps})"
         )
 
@@ -171,11 +171,13 @@ def end_run(state_dir: Path, run_id: str) -> None:
     write_atomic(folder / _ENDED, b"")
 
 
-def make_room(run_folder: Path, run: RunConfig, limits: LimitsConfig) -> None:
+def make_room(run_folder: Path, kept_bytes: int, limits: LimitsConfig) -> None:
     """Remove the private states of the runs longest idle, until those of a run have room beside the others.
 
     A new run's are one of `limits.kept-runs`, and all of them stay within `limits.state-gib`.
 
+    Args:
+        kept_bytes: Of the run's private states on disk, at most.
     Raises:
         LimitError: one of the others has been at work within `limits.idle-hours`, and may still go on.
     """
@@ -185,7 +187,7 @@ def make_room(run_folder: Path, run: RunConfig, limits: LimitsConfig) -> None:
         (path for path in run_folder.parent.iterdir() if path.is_dir() and path != run_folder), key=_last_change
     )
     most = math.inf if run_folder.exists() else limits.kept_runs - 1
-    room = limits.state_gib * 2**30 - kept_bytes(run)
+    room = limits.state_gib * 2**30 - kept_bytes
     while others and (len(others) > most or sum(map(_folder_bytes, others)) > room):
         if time.time() - _last_change(others[0]) < 3600.0 * limits.idle_hours:
             full = (

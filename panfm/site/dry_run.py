@@ -54,7 +54,7 @@ def dry_run(folder: Path, run: RunConfig) -> DryRun:
     with tempfile.TemporaryDirectory(prefix="panfm-dry-run-") as state:
         site = Site(folder, Path(state))
         named = site.config.limits.experiments
-        check_floors(with_public_subjects(run, site.config), site.config.limits)
+        check_floors(run.train, with_public_subjects(run, site.config).patient_dp, site.config.limits)
         check_sizes(run, site.config.limits)
         limits = site.config.limits.model_copy(update={"experiments": (), "smallest_steps": 1})
         elsewhere = {"ledger_dir": f"{state}/ledger", "state_dir": state}

@@ -19,14 +19,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from panfm.config import RunConfig
+from panfm.config.patient_dp import PatientDpConfig
 from panfm.config.site_description import LimitsConfig
 from panfm.config.training import TrainConfig
 from panfm.data.store import ImageStore
 from panfm.errors import LimitError
 from panfm.sharing.groups import DIRECTOR, EXPERTS, ROUTER, GroupManifest, layer_of, stream_of
 from panfm.training.gradient import TrainResult
-from panfm.training.schedules import warmup_cosine
+from panfm.training.schedules import learning_rate, progress_of
 
 _UNEVEN = 3.0
 """How much more than an even share a step may be of an update; half a cosine's end is three times as steep."""
@@ -40,11 +40,11 @@ class Floors:
     steps: int
 
     @classmethod
-    def of(cls, run: RunConfig, limits: LimitsConfig) -> "Floors":
+    def of(cls, limits: LimitsConfig, patient_dp: PatientDpConfig | None) -> "Floors":
         """Return the floors of a run's rounds; 1 in a private run, where clipping and noise protect patients instead,
         and a round that is refused for its data would tell about them. `admission.check_floors` refuses private
         runs that the site's own epsilon does not cover."""
-        return cls(limits.smallest_batch, limits.smallest_steps) if run.patient_dp is None else cls(1, 1)
+        return cls(limits.smallest_batch, limits.smallest_steps) if patient_dp is None else cls(1, 1)
 
     def check_subjects(self, store: ImageStore, streams: Sequence[str]) -> None:
         """Raises LimitError if no batch of the train split can be large enough.
@@ -146,7 +146,7 @@ def step_weights(train: TrainConfig, steps: Sequence[int], decay: float) -> list
     """
     weights, left = [], 1.0
     for step in reversed(steps):
-        rate = train.learning_rate * warmup_cosine((step + 0.5) / train.total_steps, warmup=train.warmup)
+        rate = learning_rate(train, progress_of(train, step))
         left *= abs(1.0 - rate * train.proximal_mu)
         weights.append(rate * left)
         left *= abs(1.0 - rate * decay)

@@ -5,8 +5,9 @@ loaded. So a site that was killed, or that another process served in between, go
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache, partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from panfm.sharing.coding import Arrays, digests, encode_with_feedback, take_ste
 from panfm.sharing.groups import Flat, GroupManifest
 from panfm.sharing.messages import RoundTask
 from panfm.sharing.release import RoundResult
-from panfm.sharing.weights import Trained, Weights, group_weights
+from panfm.sharing.weights import GroupWeights, Trained, Weights
 from panfm.site.admission import check_finite, check_start
 from panfm.site.budget import PatientBudget
 from panfm.site.floors import Floors
@@ -56,10 +57,11 @@ class Session:
         self.store = store
         self.floors = floors
         self.origin = Origin(experiment_hash(run), privacy_label(run), fingerprint(store))
-        self.streams = trained_streams(run, store)
+        self.streams = trained_streams(run.streams, store)
         self.trained = tuple(run.streams) if run.sharing.rule == "plain" else tuple(self.streams)
         self.trainer = _trainers(dump_toml(run))(self.trained)
         self.manifest = GroupManifest.of(self.trainer.model.parameter_groups(), self.trainer.shared_state())
+        self._group_weights = GroupWeights(run.sharing, run.train, run.site_dp, self.manifest)
         self._mine = object()
         """Marks what this session has put into the trainer."""
         self._lost: dict[str, Flat] = {}
@@ -79,9 +81,9 @@ class Session:
         torch.set_num_threads(self.run.train.threads)
         state_round = self._load_private(task.round_number, states)
         self._load_global(task, state_round)
-        digest = question_digest(self.run, task, self._global, states.digest(state_round))
-        note_question(states, self.run, task.round_number, digest)
-        result = self._train_privately(task) if self.run.patient_dp else self._train(task)
+        digest = question_digest(dump_toml(self.run), task, self._global, states.digest(state_round))
+        note_question(states, self.run.train.rounds, task.round_number, digest)
+        result = self._train(task)
         updates = self._updates(self.floors.withheld(self.manifest, result))
         self.trainer.holds = (self._mine, states.save(task.round_number, self._private_state()))
         quiet = self.run.patient_dp or self.run.site_dp
@@ -96,32 +98,20 @@ class Session:
         )
 
     def _train(self, task: RoundTask) -> TrainResult:
-        num_steps = self.run.train.local_steps
-        first_step = (task.round_number - 1) * num_steps
-        result = self.trainer.train(
-            self.store,
-            self.store.indices("train"),
-            first_step=first_step,
-            num_steps=num_steps,
-            site=self.site,
-            round_number=task.round_number,
-            profile=dict(task.profile) if task.profile else None,
-        )
-        self.floors.check_round(self.run.train, first_step, result)
+        train, indices = self.run.train, self.store.indices("train")
+        first_step = (task.round_number - 1) * train.local_steps
+        steps: dict[str, Any] = {
+            "first_step": first_step,
+            "num_steps": train.local_steps,
+            "profile": dict(task.profile) if task.profile else None,
+        }
+        if self.run.patient_dp:
+            assert self.budget is not None
+            permit = self.budget.pay(self.run, task, self.origin.patients)
+            return train_privately(self.trainer, self.store, indices, permit=permit, **steps)
+        result = self.trainer.train(self.store, indices, site=self.site, round_number=task.round_number, **steps)
+        self.floors.check_round(train, first_step, result)
         return result
-
-    def _train_privately(self, task: RoundTask) -> TrainResult:
-        assert self.budget is not None
-        num_steps = self.run.train.local_steps
-        return train_privately(
-            self.trainer,
-            self.store,
-            self.store.indices("train"),
-            permit=self.budget.pay(self.run, task, self.origin.patients),
-            first_step=(task.round_number - 1) * num_steps,
-            num_steps=num_steps,
-            profile=dict(task.profile) if task.profile else None,
-        )
 
     def _load_global(self, task: RoundTask, state_round: int) -> None:
         """Start from the server's parameters; without private state, afresh."""
@@ -172,7 +162,7 @@ class Session:
         thin = self.floors.thin_streams(result)
         subjects_per_stream = {name: count for name, count in result.subjects_per_stream.items() if name not in thin}
         trained = Trained(result.subjects, subjects_per_stream, num_steps, self.floors.gate_mass(result))
-        return {group: group_weights(self.run, self.manifest, group, trained) for group in self.manifest.groups}
+        return {group: self._group_weights.weights(group, trained) for group in self.manifest.groups}
 
     def _saliency(self, result: TrainResult) -> dict[str, float]:
         """Saliency of the streams that enough subjects of the last batch hold."""
@@ -235,7 +225,7 @@ def _trainers(run_toml: str) -> Callable[[tuple[str, ...]], Trainer]:
     return lru_cache(maxsize=32)(partial(Trainer, parse_run(run_toml)))
 
 
-def trained_streams(run: RunConfig, store: ImageStore) -> dict[str, int]:
-    """The run's streams that the store's train split holds, in the run's order -> subjects with it."""
-    counts = {stream: store.num_holding(stream, "train") for stream in run.streams if stream in store.images}
+def trained_streams(streams: Iterable[str], store: ImageStore) -> dict[str, int]:
+    """Those of a run's streams that the store's train split holds, in order -> subjects with it."""
+    counts = {stream: store.num_holding(stream, "train") for stream in streams if stream in store.images}
     return {stream: count for stream, count in counts.items() if count}

@@ -7,6 +7,7 @@ come one `Invitation` and one `RoundTask` per round.
 import contextlib
 import platform
 import traceback
+from collections.abc import Mapping
 from datetime import datetime
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -14,10 +15,12 @@ from pathlib import Path
 import torch
 
 from panfm import __version__
-from panfm.config import RunConfig, dump_toml, load_site, parse_run, site_path
+from panfm.config import RunConfig, dump_toml, experiment_hash, load_site, parse_run, site_path
+from panfm.config.streams import StreamConfig
 from panfm.data.cache import open_store
 from panfm.data.store import ImageStore
 from panfm.errors import ConfigError, DataError, LedgerError, ProtocolError
+from panfm.models.sizes import sizes_of
 from panfm.privacy.guarantees import checked_run, claim
 from panfm.sharing.messages import Handshake, Invitation, RoundReply, RoundTask
 from panfm.sharing.release import build_handshake, build_reply, check_may_take_part
@@ -71,7 +74,7 @@ class Site:
         subjects, streams = self._counts(session)
         return build_handshake(
             self.config.name,
-            read_run(invitation.run_toml),
+            experiment_hash(read_run(invitation.run_toml)),
             session.manifest,
             {"panfm": __version__, "torch": torch.__version__, "python": platform.python_version()},
             subjects=subjects,
@@ -100,7 +103,7 @@ class Site:
             raise ProtocolError(f"round {task.round_number}: expected 1 to {session.run.train.rounds}")
         states = StateStore(self.state_dir, task.run_id, session.origin)
         check_other_runs(self.state_dir, task.run_id, self.config.limits)
-        make_room(states.folder, session.run, self.config.limits)
+        make_room(states.folder, sizes_of(session.run).kept_bytes, self.config.limits)
         result = session.train_round(task, states)
         return build_reply(task, result, may_leave=self.config.limits.may_leave)
 
@@ -142,21 +145,21 @@ class Site:
         run = self.asked_run = read_run(run_toml)
         if self._warm is None or self._warm[0] != run_toml:
             run = admit(run, self.config)
-            floors = Floors.of(run, self.config.limits)
+            floors = Floors.of(self.config.limits, run.patient_dp)
             self._warm = None  # lets go of the memory of the run before
-            store = self._open_store(run, floors)
+            store = self._open_store(run.streams, floors)
             self._warm = (run_toml, Session(self.config.name, run, store, floors, self._budget))
         return self._warm[1]
 
-    def _open_store(self, run: RunConfig, floors: Floors) -> ImageStore:
-        """Images of the run's streams; without those that too few training subjects hold."""
-        store = open_store(self.folder, run.streams)
+    def _open_store(self, streams: Mapping[str, StreamConfig], floors: Floors) -> ImageStore:
+        """Images of a run's streams; without those that too few training subjects hold."""
+        store = open_store(self.folder, streams)
         few = floors.streams_below(store, [store.indices("train")])
         if not few:
             return store
-        streams = {name: stream for name, stream in run.streams.items() if name in store.rows and name not in few}
-        floors.check_subjects(store, list(streams))
-        return open_store(self.folder, streams)
+        enough = {name: stream for name, stream in streams.items() if name in store.rows and name not in few}
+        floors.check_subjects(store, list(enough))
+        return open_store(self.folder, enough)
 
 
 @lru_cache(maxsize=1)

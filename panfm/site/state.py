@@ -25,7 +25,6 @@ import safetensors.numpy
 import torch
 from torch import Tensor
 
-from panfm.config import RunConfig, dump_toml
 from panfm.data.store import ImageStore
 from panfm.errors import DataError, ProtocolError
 from panfm.files import RoundFiles, read_checked, read_checked_start, read_digest, write_checked
@@ -73,8 +72,16 @@ class StateStore:
     def check_origin(self) -> None:
         """Raises DataError if a state under this run id has another origin, or none."""
         assert self._origin is not None
-        for number in self._files.rounds():
-            self._check_origin(self._files.path(number), self._origin)
+        remedy = f"move {self.folder} away to start run {self.folder.name} afresh"
+        for path in map(self._files.path, self._files.rounds()):
+            origin = _read_origin(path)
+            if origin is None:
+                read_checked(path)
+                raise DataError(f"{path}: does not say which experiment it comes from; {remedy}")
+            for name, value in asdict(self._origin).items():
+                if origin.get(name) != value:
+                    given = f"{origin.get(name)!s:.24}"
+                    raise DataError(f"{path}: comes from {name} {given}, expected {value:.24}; {remedy}")
 
     def round_before(self, round_number: int) -> int:
         """The newest round before this one whose state is on disk; 0 if there is none."""
@@ -96,16 +103,6 @@ class StateStore:
         """Digest of the state after a round, as written at the head of its file; empty if absent."""
         return read_digest(self._files.path(round_number))
 
-    def _check_origin(self, path: Path, expected: Origin) -> None:
-        remedy = f"move {self.folder} away to start run {self.folder.name} afresh"
-        origin = _read_origin(path)
-        if origin is None:
-            read_checked(path)
-            raise DataError(f"{path}: does not say which experiment it comes from; {remedy}")
-        for name, value in asdict(expected).items():
-            if origin.get(name) != value:
-                raise DataError(f"{path}: comes from {name} {origin.get(name)!s:.24}, expected {value:.24}; {remedy}")
-
 
 @dataclass(frozen=True)
 class AskedRounds:
@@ -124,15 +121,16 @@ class AskedRounds:
         return self.rounds in self.digests
 
 
-def question_digest(run: RunConfig, task: RoundTask, groups: Mapping[str, Flat], state: str) -> str:
+def question_digest(run_toml: str, task: RoundTask, groups: Mapping[str, Flat], state: str) -> str:
     """SHA-256 of everything that decides a round's answer.
 
     Args:
+        run_toml: The run's resolved description.
         groups: The global parameters, whether they came whole or as a step.
         state: Digest of the private state that the round starts from.
     """
     content = [
-        dump_toml(run),
+        run_toml,
         sorted(parameter_hashes(groups).items()),
         sorted(parameter_hashes(task.teacher).items()),
         sorted((task.profile or {}).items()),
@@ -141,9 +139,11 @@ def question_digest(run: RunConfig, task: RoundTask, groups: Mapping[str, Flat],
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def note_question(states: StateStore, run: RunConfig, round_number: int, digest: str) -> None:
+def note_question(states: StateStore, num_rounds: int, round_number: int, digest: str) -> None:
     """Note a question on disk, before it is worked on.
 
+    Args:
+        num_rounds: Of the whole run.
     Raises:
         ProtocolError: the round was asked otherwise before, or a later round was.
         DataError: the note is corrupted.
@@ -160,7 +160,7 @@ def note_question(states: StateStore, run: RunConfig, round_number: int, digest:
         raise ProtocolError(
             f"round {round_number}: asked after round {newest}; to go on from an earlier model, start a new run from it"
         )
-    note = {"rounds": run.train.rounds, "newest": time.time(), "digests": digests}
+    note = {"rounds": num_rounds, "newest": time.time(), "digests": digests}
     write_checked(states.folder / ASKED, json.dumps(note).encode())
 
 

@@ -21,7 +21,7 @@ import torch
 from panfm.config import SiteConfig, site_path
 from panfm.errors import ConfigError, PanfmError
 from panfm.files import is_locked, locked
-from panfm.models.sizes import num_parameters
+from panfm.models.sizes import sizes_of
 from panfm.registry import BACKBONES, MASKING_POLICIES, OBJECTIVES, READERS, import_class
 from panfm.sharing.frames import Frame, Kind, address, encode, receive, send
 from panfm.sharing.messages import Invitation, Records
@@ -92,7 +92,7 @@ def _largest(kind: Kind, config: Mapping[str, Any]) -> int:
     if kind is not Kind.ROUND:
         return 0
     run = read_run(Invitation.from_records(Records(config=config)).run_toml)
-    return _BYTES_PER_PARAMETER * num_parameters(run)
+    return _BYTES_PER_PARAMETER * sizes_of(run).parameters
 
 
 def _load_libraries() -> None:

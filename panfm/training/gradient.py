@@ -107,18 +107,25 @@ class BatchGradient:
     moves_profile = True
 
     def __init__(
-        self, state: TrainingState, store: ImageStore, indices: NDArray[np.int64], *, site: str, round_number: int
+        self,
+        state: TrainingState,
+        experts: ExpertTraining,
+        store: ImageStore,
+        indices: NDArray[np.int64],
+        *,
+        site: str,
+        round_number: int,
     ) -> None:
         """Start a round on some subjects of a store of patch features."""
         seed, model = state.run.seed, state.model
         self._state, self._store, self._indices = state, store, indices
-        self._experts = ExpertTraining(state.run.model.experts, model)
+        self._experts = experts
         self._order = batches(indices, state.run.train.batch_size, numpy_generator(seed, site, round_number, "order"))
         self._masks = torch_generator(seed, site, round_number, "masking")
         self._routing = torch_generator(seed, site, round_number, "routing")
         layers = model.director_experts()
-        experts = {name: len(layer.router.activation) for name, layer in layers.items()}
-        self._contributors = Contributors(len(store.subjects), len(model.stream_names), experts)
+        num_experts = {name: len(layer.router.activation) for name, layer in layers.items()}
+        self._contributors = Contributors(len(store.subjects), len(model.stream_names), num_experts)
         self._mass = {name: torch.zeros_like(layer.router.activation) for name, layer in layers.items()}
         self._batches: list[list[int]] = []
         self._losses: list[float] = []
@@ -128,6 +135,7 @@ class BatchGradient:
         self.loss: Tensor
         """Mean loss of its batch, without the experts' regularisers."""
         self._total: Tensor
+        self._mass_of_step: dict[str, Tensor]
 
     def draw(self) -> Iterator[DrawnBatch]:
         """Draw one batch."""
@@ -158,13 +166,14 @@ class BatchGradient:
 
     def gate_mass(self) -> Mapping[str, Tensor]:
         """Gate mass of the batch by layer."""
-        return self._experts.gate_mass(self.output.student.encoded)
+        self._mass_of_step = self._experts.gate_mass(self.output.student.encoded)
+        return self._mass_of_step
 
     def count(self) -> None:
         """Record that the last step counted."""
         subjects, student = self.output.batch.subjects, self.output.student
         self._contributors.add(subjects, student.mask, student.encoded, self._state.model.stream_of_patch)
-        for name, mass in self.gate_mass().items():
+        for name, mass in self._mass_of_step.items():
             self._mass[name] += mass
         self._losses.append(self.loss.item())
         self._counted.append(len(self._batches) - 1)

@@ -6,6 +6,18 @@ restarted, stands where the others stand.
 
 import math
 
+from panfm.config.training import TrainConfig
+
+
+def progress_of(train: TrainConfig, step: int) -> float:
+    """Share of the run, in [0, 1], at the middle of a local step, counted from the start of the run."""
+    return (step + 0.5) / train.total_steps
+
+
+def learning_rate(train: TrainConfig, progress: float) -> float:
+    """Learning rate at a point of the run."""
+    return train.learning_rate * warmup_cosine(progress, warmup=train.warmup)
+
 
 def warmup_cosine(progress: float, *, warmup: float) -> float:
     """Factor in [0, 1]: linear from 0 over the first `warmup` share of the run, then cosine to 0."""

@@ -25,7 +25,7 @@ from panfm.training.experts import ExpertTraining
 from panfm.training.gradient import BatchGradient, DrawnBatch, GradientSource, StepOutput, TrainResult
 from panfm.training.objectives.interface import StudentOutput, student_output
 from panfm.training.saliency import relative_profile, stream_shares, streams_present
-from panfm.training.schedules import cosine, warmup_cosine
+from panfm.training.schedules import cosine, learning_rate, progress_of
 from panfm.training.token_mask import TokenMask, build_policy, draw_mask, has_loss
 from panfm.training.training_state import TrainingState
 
@@ -78,7 +78,8 @@ class Trainer(TrainingState):
             raise ConfigError(
                 "patient-dp: a private run trains by panfm.privacy.private_step.train_privately, with a ledger's permit"
             )
-        source = BatchGradient(self, self.patch_features(store), indices, site=site, round_number=round_number)
+        features = self.patch_features(store)
+        source = BatchGradient(self, self.experts, features, indices, site=site, round_number=round_number)
         for taken in range(num_steps):
             if self.step(source, first_step + taken, profile):
                 source.count()
@@ -150,7 +151,7 @@ class Trainer(TrainingState):
             gate_mass: Of the step's patients, by layer with experts; directors follow all experts alike without.
         """
         config = self.run.train
-        rate = config.learning_rate * warmup_cosine(progress, warmup=config.warmup)
+        rate = learning_rate(config, progress)
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         self.optimiser.step()
@@ -161,7 +162,7 @@ class Trainer(TrainingState):
 
     def progress(self, number: int) -> float:
         """Share of the run, in [0, 1], at the middle of a local step."""
-        return (number + 0.5) / self.run.train.total_steps
+        return progress_of(self.run.train, number)
 
     @torch.no_grad()
     def validate(self, store: ImageStore, indices: NDArray[np.int64], *, site: str) -> Validation:
@@ -170,8 +171,7 @@ class Trainer(TrainingState):
         Subjects that hold none of the trained streams are left out.
         """
         store = self.patch_features(store)
-        rows = [store.rows[name] for name in self.model.stream_names if name in store.rows]
-        indices = indices[np.isin(indices, np.concatenate(rows))] if rows else indices[:0]
+        indices = store.holders(indices, self.model.stream_names)
         if not len(indices):
             return Validation(float("nan"), 0)
         masks, statistics = torch_generator(self.run.seed, site, "validation"), self.objective.state()

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from panfm.config import RunConfig
+from panfm.config import StreamConfig
 from panfm.data.store import ImageStore
 from panfm.seeds import numpy_generator
 from panfm.training.trainer import Trainer
@@ -40,12 +40,12 @@ def step_seconds(trainer: Trainer, store: ImageStore, turn: int = 0) -> float:
     return ended[0] - begin
 
 
-def noise_store(run: RunConfig, num_subjects: int, purpose: str) -> ImageStore:
+def noise_store(streams: Mapping[str, StreamConfig], seed: int, num_subjects: int, purpose: str) -> ImageStore:
     """Complete subjects whose images are noise: the cost of a step does not depend on their content."""
-    random = numpy_generator(run.seed, purpose)
+    random = numpy_generator(seed, purpose)
     images = {
         name: random.random((num_subjects, stream.channels, *stream.shape), dtype=np.float32)
-        for name, stream in run.streams.items()
+        for name, stream in streams.items()
     }
     subjects = tuple(str(index) for index in range(num_subjects))
     return ImageStore(subjects, ("train",) * num_subjects, images, {name: np.arange(num_subjects) for name in images})

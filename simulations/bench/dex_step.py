@@ -66,7 +66,8 @@ def measure(turns: int) -> dict[str, list[float]]:
     """CPU seconds of `turns` steps of every arm, in turn order."""
     trainers = {arm: Trainer(_run(arm, turns)) for arm in _MODELS}
     trainers["naive"] = Trainer(naive_run(_run("dex", turns)))
-    store = noise_store(trainers["dense"].run, _NUM_SUBJECTS, "dex-step")
+    run = trainers["dense"].run
+    store = noise_store(run.streams, run.seed, _NUM_SUBJECTS, "dex-step")
     return in_turns({arm: partial(step_seconds, trainer, store) for arm, trainer in trainers.items()}, turns)
 
 

@@ -79,9 +79,9 @@ class _Arm:
     """One trainer that takes steps on one batch."""
 
     def __init__(self, kind: str, *, private: bool) -> None:
-        self.trainer = Trainer(_run(kind, private=private))
+        self.trainer = Trainer(run := _run(kind, private=private))
         self.indices = np.arange(_BATCH[kind])
-        self.store = noise_store(self.trainer.run, _BATCH[kind], "dp-step")
+        self.store = noise_store(run.streams, run.seed, _BATCH[kind], "dp-step")
         self.features = self.trainer.patch_features(self.store)
 
     def take_step(self, _: int = 0) -> float:

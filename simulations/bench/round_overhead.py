@@ -28,7 +28,7 @@ from panfm.data.cache import open_store
 from panfm.data.store import ImageStore
 from panfm.models import describe_model
 from panfm.sharing.groups import GroupManifest
-from panfm.sharing.weights import Trained, group_weights
+from panfm.sharing.weights import GroupWeights, Trained
 from panfm.site.session import trained_streams
 from panfm.training.trainer import Trainer
 from server.handshake import shake_hands
@@ -107,7 +107,7 @@ def federated_rounds(run: RunConfig, sites: Path, run_dir: Path) -> Iterator[Non
     strategy = GroupedMean(run, manifest, shake_hands(grid, run, manifest, num_sites=job.num_sites).roster)
     with Tracking(folder) as tracking:
         while True:
-            state, line = train_federated_round(grid, strategy, run, state)
+            state, line = train_federated_round(grid, strategy, state)
             folder.append_round(line)
             tracking.round(line)
             folder.save_state(state)
@@ -118,15 +118,17 @@ def plain_rounds(run: RunConfig, sites: Path) -> Iterator[None]:
     """The rounds of a plain loop: train every site, then average group by group."""
     torch.set_num_threads(run.train.threads)
     stores = {path.name: open_store(path, run.streams) for path in sorted(sites.iterdir())}
-    trainers = {site: Trainer(run, tuple(trained_streams(run, store))) for site, store in stores.items()}
+    trainers = {site: Trainer(run, tuple(trained_streams(run.streams, store))) for site, store in stores.items()}
     state: Mapping[str, Tensor] = Trainer(run).shared_state()
+    manifest = GroupManifest.of(describe_model(run).parameter_groups(), state)
+    weights = GroupWeights(run.sharing, run.train, run.site_dp, manifest)
     for round_number in range(1, run.train.rounds + 1):
-        state = _plain_round(run, stores, trainers, state, round_number)
+        state = _plain_round(weights, stores, trainers, state, round_number)
         yield
 
 
 def _plain_round(
-    run: RunConfig,
+    weights: GroupWeights,
     stores: Mapping[str, ImageStore],
     trainers: Mapping[str, Trainer],
     state: Mapping[str, Tensor],
@@ -134,14 +136,13 @@ def _plain_round(
 ) -> dict[str, Tensor]:
     sums = {name: torch.zeros_like(value) for name, value in state.items()}
     totals = dict.fromkeys(state, 0.0)
-    groups = describe_model(run).parameter_groups()
-    manifest = GroupManifest.of(groups, state)
+    group_of = {name: group for group, layout in weights.manifest.groups.items() for name, _ in layout}
     for site, trainer in trainers.items():
         trainer.load_shared({name: state[name] for name in trainer.model.state_dict()})
         result = train_round(trainer, stores[site], site, round_number)
         trained = Trained(result.subjects, result.subjects_per_stream, result.num_steps)
         for name, value in trainer.shared_state().items():
-            (weight,) = group_weights(run, manifest, groups[name], trained)
+            (weight,) = weights.weights(group_of[name], trained)
             sums[name] += weight * value
             totals[name] += weight
     return {name: sums[name] / totals[name] if totals[name] else state[name] for name in state}

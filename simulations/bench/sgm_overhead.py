@@ -52,7 +52,7 @@ def main(
 
 def measure(run: RunConfig, size: str, *, turns: int) -> dict[str, list[float]]:
     """CPU seconds of `turns` steps of every arm, in turn order."""
-    store = noise_store(run, _NUM_SUBJECTS, "sgm-overhead")
+    store = noise_store(run.streams, run.seed, _NUM_SUBJECTS, "sgm-overhead")
     arms = {arm: partial(step_seconds, _trainer(run, size, settings, turns), store) for arm, settings in ARMS.items()}
     return in_turns(arms, turns)
 

@@ -124,14 +124,14 @@ class Turns(Progress):
         self._console.print(f"handshakes: {1e3 * measured['seconds']:.1f} ms per site")
         self._clock = Clock()
 
-    def round(self, run: RunConfig, line: Mapping[str, Any]) -> None:
+    def round(self, num_rounds: int, line: Mapping[str, Any]) -> None:
         """A round has ended; the other arm trains its sites again."""
         local = self._clock.seconds(len(line["sites"]))
         self._result.add("local", local)
         self.resources.append(_resources())
         pure = self._pure.train(line["sites"], line["round"])
         self._result.add("pure", pure)
-        super().round(run, line)
+        super().round(num_rounds, line)
         self._console.print(f"  per site: local {1e3 * local['seconds']:.1f} ms, pure {1e3 * pure['seconds']:.1f} ms")
         self._clock = Clock()
 
@@ -150,7 +150,7 @@ class PureTraining:
         ready = []
         for site in sites:
             store = open_store(self._sites / site, self._run.streams)
-            trainer = self._trainer(tuple(trained_streams(self._run, store)))
+            trainer = self._trainer(tuple(trained_streams(self._run.streams, store)))
             trainer.patch_features(store)
             ready.append((site, trainer, store))
         clock = Clock()

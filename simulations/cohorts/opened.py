@@ -1,14 +1,14 @@
 """A cohort's folder, read back: images, labels, and probes of a model's frozen features."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
 from panfm.config import RunConfig, site_folders
-from panfm.data.store import ImageStore, join_stores
+from panfm.data.store import ImageStore
 from panfm.evaluate.probe_cohort import Task, evaluate_cohort
 from panfm.evaluate.probe_labels import LabelInfo, LabelledStore, read_label_info
 from panfm.models import PanModel
@@ -48,3 +48,19 @@ class OpenedCohort:
     def auc(self, run: RunConfig, model: PanModel) -> float:
         """AUC of a model's frozen features, over all labels and all held-out patients, as a run probes it."""
         return evaluate_cohort(self.task(run), {"model": model}, grid_arms=()).value("model")
+
+
+def join_stores(stores: Sequence[ImageStore]) -> ImageStore:
+    """Join several stores into one, e.g. for the centralised baseline of a study. Images are copied into memory."""
+    offsets = np.cumsum([0, *(len(store.subjects) for store in stores)])
+    streams = dict.fromkeys(stream for store in stores for stream in store.images)
+    images: dict[str, Any] = {}
+    rows: dict[str, Any] = {}
+    for stream in streams:
+        with_stream = [
+            (store, offset) for store, offset in zip(stores, offsets, strict=False) if stream in store.images
+        ]
+        images[stream] = np.concatenate([store.images[stream] for store, _ in with_stream])
+        rows[stream] = np.concatenate([store.rows[stream] + offset for store, offset in with_stream])
+    subjects = tuple(subject for store in stores for subject in store.subjects)
+    return ImageStore(subjects, tuple(split for store in stores for split in store.splits), images, rows)

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from panfm.config.base import Config, Name, Positive, Seed
-from panfm.data.template import write_site_folder
 from panfm.files import new_folder
 from simulations.cohorts.cohort_source import (
     CohortSource,
@@ -28,6 +27,7 @@ from simulations.cohorts.cohort_source import (
 from simulations.cohorts.phantom_body import ORGANS
 from simulations.cohorts.phantom_draw import Phantom, Subjects, organs_of
 from simulations.cohorts.phantom_labels import LABELS
+from simulations.cohorts.site_folder import write_site_folder
 
 
 class PhantomSiteConfig(Config):

@@ -16,7 +16,6 @@ from pydantic import Field
 
 from panfm.anatomy import parse_stream
 from panfm.config.base import Name, Positive, Seed
-from panfm.data.template import write_site_folder
 from panfm.errors import DataError
 from panfm.files import new_folder
 from panfm.seeds import numpy_generator
@@ -31,6 +30,7 @@ from simulations.cohorts.cohort_source import (
 )
 from simulations.cohorts.picture_looks import render
 from simulations.cohorts.picture_shapes import SHAPES, draw_mask
+from simulations.cohorts.site_folder import write_site_folder
 
 LABELS = tuple(f"shape-{shape}" for shape in SHAPES)
 

@@ -63,7 +63,8 @@ def prepare_cohort(run: RunConfig, console: "Console") -> Path:
         ConfigError: the run names no cohort, or one that is not there.
         DataError: the cohort cannot be made.
     """
-    cohort, folder = cohort_of(run), cohort_folder(run)
+    cohort = cohort_of(run)
+    folder = _folder_of(cohort, run.streams)
     if cohort.existing:
         return folder
     if folder.exists():
@@ -93,13 +94,16 @@ def write_cohort(cohort: CohortSource, folder: Path, streams: Streams, console: 
 def cohort_folder(run: RunConfig) -> Path:
     """Where a run's cohort lies, or will be made: under a name that its description, the streams and its fingerprint
     decide. Raises ConfigError as `prepare_cohort` does."""
-    cohort = cohort_of(run)
+    return _folder_of(cohort_of(run), run.streams)
+
+
+def _folder_of(cohort: CohortSource, streams: Streams) -> Path:
     if cohort.existing:
         site_folders(cohort.existing / "sites")
         return cohort.existing
-    streams = [(name, stream.model_dump(mode="json")) for name, stream in run.streams.items()]
+    described = [(name, stream.model_dump(mode="json")) for name, stream in streams.items()]
     table = cohort.table()
-    content = json.dumps([table, streams, cohort.fingerprint()])
+    content = json.dumps([table, described, cohort.fingerprint()])
     return FOLDER / f"{table['kind']}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
 
 

@@ -16,11 +16,11 @@ from pydantic import Field, model_validator
 from panfm.anatomy import parse_stream
 from panfm.config.base import Name
 from panfm.data.tables import read_table
-from panfm.data.template import write_site_folder
 from panfm.errors import ConfigError, DataError
 from panfm.files import new_folder
 from simulations.cohorts.cohort_source import Progress, StreamCohort, Streams, StreamSiteConfig, listing_of, texts_of
 from simulations.cohorts.real_images import real_data
+from simulations.cohorts.site_folder import write_site_folder
 
 FOLDER = "modality2d"
 Picture = Mapping[str, str]

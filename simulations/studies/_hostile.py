@@ -27,7 +27,7 @@ from client.records import pack
 from panfm.config import RunConfig
 from panfm.sharing.groups import Flat, GroupManifest
 from panfm.sharing.messages import Handshake, RoundReply
-from panfm.sharing.weights import Weights, is_pooled, weight_limits
+from panfm.sharing.weights import GroupWeights, Weights
 from server.app import app as server_app
 from server.rounds import initial_state
 from simulations.engines import Job
@@ -75,6 +75,7 @@ class HostileGrid(LocalGrid):
         self._run = run
         self._attack = attack
         self._manifest: GroupManifest = initial_state(run)[1]
+        self._group_weights = GroupWeights(run.sharing, run.train, run.site_dp, self._manifest)
         self._hostile = frozenset(self.get_node_ids()[-num_hostile:])
         self._is_guarded = run.federation.max_share < 1.0
         self._names: dict[int, str] = {}
@@ -163,8 +164,8 @@ class HostileGrid(LocalGrid):
     def _weights(self, group: str, own: Weights, streams: Sequence[str]) -> Weights:
         if self._attack == "inflated":
             counts = dict.fromkeys(streams, _SUBJECTS)
-            return weight_limits(self._run, self._manifest, group, subjects=_SUBJECTS, subjects_per_stream=counts)
-        if self._attack == "gate-mass" and is_pooled(self._run, group):
+            return self._group_weights.limits(group, subjects=_SUBJECTS, subjects_per_stream=counts)
+        if self._attack == "gate-mass" and self._group_weights.is_pooled(group):
             return self._on_the_least_used(group, own)
         return own
 

@@ -4,14 +4,14 @@ Training subjects come from one place that scans all organs, missing not at rand
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from panfm.config import RunConfig, StreamConfig
+from panfm.config import StreamConfig
 from panfm.data.read import prepare_volume
 from panfm.data.store import ImageStore
 from simulations.cohorts.phantom_draw import Phantom, Subjects, organs_of
@@ -30,15 +30,21 @@ class Cohort:
 
 
 def render_draw(
-    folder: Path, phantom: Phantom, run: RunConfig, *, train_subjects: int = 2500, test_subjects: int = 1000
+    folder: Path,
+    phantom: Phantom,
+    streams: Mapping[str, StreamConfig],
+    organs: Sequence[str],
+    *,
+    train_subjects: int = 2500,
+    test_subjects: int = 1000,
 ) -> Path:
-    """Render training and test subjects into a new folder; returns the folder."""
+    """Render training and test subjects, scanned at some of the organs, into a new folder; returns the folder."""
     subjects = {
-        "train": phantom.draw("train", train_subjects, run.organs),
-        "test": phantom.draw("test", test_subjects, run.organs, complete=True),
+        "train": phantom.draw("train", train_subjects, organs),
+        "test": phantom.draw("test", test_subjects, organs, complete=True),
     }
     for split, drawn in subjects.items():
-        store = phantom_store(phantom, drawn, run.streams, split=split)
+        store = phantom_store(phantom, drawn, streams, split=split)
         (folder / split).mkdir(parents=True)
         for stream, images in store.images.items():
             np.save(folder / split / f"{stream}.npy", images)
@@ -69,16 +75,16 @@ def phantom_store(
     return ImageStore(subjects.names, (split,) * len(subjects.names), images, rows)
 
 
-def open_draw(folder: Path, run: RunConfig) -> Cohort:
+def open_draw(folder: Path, streams: Collection[str]) -> Cohort:
     """Read a rendered draw; images stay on disk until they are used."""
-    stores = [_open_store(folder / split, split, run) for split in ("train", "test")]
+    stores = [_open_store(folder / split, split, streams) for split in ("train", "test")]
     labels = [np.load(folder / split / "labels.npy") for split in ("train", "test")]
     assert labels[0].shape[1] == len(LABELS)
     return Cohort(stores[0], stores[1], labels[0], labels[1])
 
 
-def _open_store(folder: Path, split: str, run: RunConfig) -> ImageStore:
+def _open_store(folder: Path, split: str, streams: Collection[str]) -> ImageStore:
     names = json.loads((folder / "subjects.json").read_text(encoding="utf-8"))
-    images = {stream: np.load(folder / f"{stream}.npy", mmap_mode="r") for stream in run.streams}
-    rows = {stream: np.load(folder / f"{stream}.rows.npy") for stream in run.streams}
+    images = {stream: np.load(folder / f"{stream}.npy", mmap_mode="r") for stream in streams}
+    rows = {stream: np.load(folder / f"{stream}.rows.npy") for stream in streams}
     return ImageStore(tuple(names), (split,) * len(names), images, rows)

@@ -107,7 +107,6 @@ def study_run(arm: str, draw: int, seed: int, rounds: int) -> RunConfig:
     num_sites = num_sites_of(arm)
     changes = [f"seed={seed}", f"train.rounds={rounds}", "train.local-steps=8", "train.batch-size=16"]
     changes += ["probe.bootstrap=0", "objective={name='mae'}", "masking.policy=random"]
-    changes += ["masking.static-organs=['heart']"]
     if arm.startswith((_DEX, _GATES)):
         changes += _EXPERTS
     if "/" in arm:

@@ -36,7 +36,7 @@ from rich.table import Table
 
 from panfm.config import RunConfig, dump_toml, site_folders
 from panfm.data.cache import open_store
-from panfm.data.store import ImageStore, join_stores
+from panfm.data.store import ImageStore
 from panfm.data.tables import write_table
 from panfm.models import PanModel, build_model
 from panfm.models.transfer import load_with_fresh_private, read_start, start_state
@@ -44,7 +44,7 @@ from panfm.privacy.audit_inversion import Attacked
 from panfm.privacy.audit_membership import Place, audit_membership
 from panfm.privacy.mechanisms import noise_for, planned
 from simulations.alone import train_alone
-from simulations.cohorts.opened import OpenedCohort
+from simulations.cohorts.opened import OpenedCohort, join_stores
 from simulations.cohorts.prepare import cohort_of, load_simulation
 from simulations.harness import QUICKSTART, CohortJob, StudyOptions, run_jobs, study
 from simulations.studies._cohorts import resized

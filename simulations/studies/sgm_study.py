@@ -6,7 +6,7 @@ training subjects as they were scanned, and tested on complete subjects and on t
 Metric names begin with the preset: `transient/auc`, `lasting/auc_no_dominant`, ...
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +16,7 @@ import typer
 from numpy.typing import NDArray
 from rich.table import Table
 
-from panfm.config import RunConfig
+from panfm.config import RunConfig, StreamConfig
 from panfm.data.store import ImageStore
 from panfm.evaluate.embed import embed_store
 from panfm.evaluate.linear_probe import auc_per_label, fit_classifiers
@@ -115,8 +115,9 @@ def study_run(seed: int, arm: str, steps: int) -> RunConfig:
 
 def write_draw(job: CohortJob) -> Path:
     """Render both phantoms of one draw, each under its preset's name; returns their folder."""
+    run = study_run(0, "random", 1)
     for preset in PRESETS:
-        render_draw(job.folder / preset, Phantom(preset, job.draw), study_run(0, "random", 1))
+        render_draw(job.folder / preset, Phantom(preset, job.draw), run.streams, run.organs)
     return job.folder
 
 
@@ -124,9 +125,9 @@ def measure(job: ArmJob) -> dict[str, float]:
     """Train one arm, `<preset>/<arm>`, and measure it."""
     preset, _, arm = job.arm.partition("/")
     run = study_run(job.seed, arm, job.length)
-    cohort = open_draw(job.cohort / preset, run)
+    cohort = open_draw(job.cohort / preset, run.streams)
     if arm == "statistics":
-        return _probe(cohort, run, *_statistics_features(cohort, run), draw=job.draw)
+        return _probe(cohort, run, *_statistics_features(cohort, run.streams), draw=job.draw)
     trainer = Trainer(run)
     if arm != "untrained":
         train_round(trainer, cohort.train, "study", 1)
@@ -147,11 +148,11 @@ def measure_trainer(trainer: Trainer, cohort: Cohort, *, draw: int) -> dict[str,
     return measured | {"saliency_entropy": _saliency_entropy(model, test)}
 
 
-def _statistics_features(cohort: Cohort, run: RunConfig) -> tuple[NDArray[np.float32], FeaturesOf]:
-    train, test = (measure_store(store, run.streams) for store in (cohort.train, cohort.test))
+def _statistics_features(cohort: Cohort, streams: Mapping[str, StreamConfig]) -> tuple[NDArray[np.float32], FeaturesOf]:
+    train, test = (measure_store(store, streams) for store in (cohort.train, cohort.test))
     fit, everyone = np.arange(len(cohort.train.subjects)), np.arange(len(cohort.test.subjects))
     reference = StatisticsReference.fit([(train, fit)])
-    return reference.features(train, fit), lambda streams: reference.features(test, everyone, streams)
+    return reference.features(train, fit), lambda names: reference.features(test, everyone, names)
 
 
 def _probe(

@@ -118,7 +118,7 @@ class _Prober:
 
     def auc(self, model: PanModel, streams: Sequence[str]) -> float:
         """Mean AUC over labels; fitted on the training subjects that hold one of the streams."""
-        holders = np.unique(np.concatenate([self.train.store.rows[stream] for stream in streams]))
+        holders = self.train.store.holders(np.arange(len(self.fit_labels)), streams)
         fit = embed_store(model, self.train.store, holders, streams)
         test = embed_store(model, self.test.store, np.arange(len(self.test_labels)), streams)
         probe = fit_classifiers(fit, self.fit_labels[holders], self.names)

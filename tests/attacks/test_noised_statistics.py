@@ -14,7 +14,7 @@ from panfm.privacy import patient_sums
 from panfm.privacy.patient_sums import noisy_profile
 from panfm.sharing.groups import GroupManifest
 from panfm.sharing.messages import Handshake, RoundReply
-from panfm.sharing.weights import Trained, group_weights, weight_limits
+from panfm.sharing.weights import GroupWeights, Trained
 from panfm.training.trainer import Trainer
 from strategies.exact_mean import ExactMean
 from strategies.reply_guards import LIMIT, Directions, check_reply
@@ -88,9 +88,10 @@ def test_the_weights_of_a_private_site_do_not_depend_on_noise(privacy, extra):
     layers = {name: run.model.experts.count[0] for name, _ in manifest.groups.get("director", ())}
     masses = {name.rpartition(".director.")[0]: [images / count] * count for name, count in layers.items()}
     streams = dict.fromkeys(run.streams, subjects)
+    weights = GroupWeights(run.sharing, run.train, run.site_dp, manifest)
     for group in manifest.groups:
-        found = group_weights(run, manifest, group, Trained(subjects, streams, steps, masses))
-        limits = weight_limits(run, manifest, group, subjects=subjects, subjects_per_stream=streams)
+        found = weights.weights(group, Trained(subjects, streams, steps, masses))
+        limits = weights.limits(group, subjects=subjects, subjects_per_stream=streams)
         assert all(0.0 < weight <= limit for weight, limit in zip(found, limits, strict=True)), group
 
 

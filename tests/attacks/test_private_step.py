@@ -27,7 +27,7 @@ from panfm.training.policies import SaliencyPolicy
 from panfm.training.token_mask import TokenMask, build_policy
 from panfm.training.trainer import Trainer
 from simulations.cohorts.prepare import cohort_folder
-from strategies.group_means import make_mean
+from strategies.group_means import GroupSetup, make_mean
 from tests.attacks.private_steps import (
     LEVEL,
     PRIVACY,
@@ -339,14 +339,7 @@ def test_names_that_nobody_knows_are_not_taken_for_others(make_run):
         trainer.reset_private()
     sharing = SimpleNamespace(**dict(run.sharing), mean_of=lambda group: "unknown", optimiser_of=None)
     with pytest.raises(ConfigError, match="mean: found 'unknown'"):
-        make_mean(
-            SimpleNamespace(sharing=sharing, model=run.model, train=run.train, federation=run.federation, site_dp=None),
-            GroupManifest.of(trainer.model.parameter_groups(), trainer.shared_state()),
-            "backbone",
-            np.zeros(1, np.float32),
-            weight_limit=1.0,
-            space=np.zeros(1, np.float32),
-        )
+        make_mean(sharing, "backbone", GroupSetup(((1, 0),), 1.0))
 
 
 def test_a_cohort_that_nobody_knows_is_not_taken_for_another():

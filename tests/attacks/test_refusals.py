@@ -6,7 +6,7 @@ import pytest
 
 from panfm.config import dump_toml, parse_run
 from panfm.errors import LimitError
-from panfm.models.sizes import step_bytes
+from panfm.models.sizes import sizes_of
 from panfm.sharing.frames import Frame, Kind, encode
 from panfm.sharing.messages import Invitation
 from panfm.site import Site, answer
@@ -47,7 +47,7 @@ def test_server_counts_patients_by_what_a_refusal_says_and_reads_the_same_for_on
 def test_server_finds_no_limit_of_a_step_between_one_patient_and_two(tmp_path, write_site):
     """Whether a private step is too large is decided by the description, whoever is there."""
     text = (RUN + RANDOM + PRIVACY).replace("[train]", "[train]\nbatch-size = 64")
-    limit = 0.5 * step_bytes(parse_run(text)) / 2**30
+    limit = 0.5 * sizes_of(parse_run(text)).step_bytes / 2**30
     one, many = (
         write_site(
             tmp_path / name, "alpha", ("brain", "heart"), subjects, extra=f"[limits]\n{PRIVATE}step-gib = {limit}\n"

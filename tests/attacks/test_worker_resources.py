@@ -31,12 +31,12 @@ from panfm.data.readers.nifti import decode_volume
 from panfm.data.readers.picture import decode_picture
 from panfm.data.store import Batch, ImageStore
 from panfm.errors import DataError, LimitError, ProtocolError
-from panfm.models.sizes import num_parameters, state_bytes
+from panfm.models.sizes import sizes_of
 from panfm.sharing import frames
 from panfm.sharing.frames import Frame, Kind, receive
 from panfm.sharing.messages import Invitation, Records
 from panfm.site import Site, answer, session
-from panfm.site.admission import check_sizes, kept_bytes
+from panfm.site.admission import check_sizes
 from panfm.site.handler import time_limit
 from panfm.site.worker import Worker
 from panfm.training import training_state
@@ -309,7 +309,7 @@ def test_a_run_whose_private_states_would_fill_the_disk_is_refused_before_images
 
 def test_server_invents_run_ids_and_the_site_keeps_as_many_bytes_as_it_allows(folder):
     """Twenty runs of the largest model were 240 GiB and more."""
-    limit = kept_bytes(parse_run(RUN)) + 10_000_000
+    limit = sizes_of(parse_run(RUN)).kept_bytes + 10_000_000
     set_limit(folder, "state-gib", limit / 2**30)
     site, runs = Site(folder), folder / ".panfm" / "state" / "runs"
     for name, size in (("old", 3_000_000), ("new", 9_000_000)):
@@ -337,7 +337,7 @@ def test_a_private_state_is_no_larger_than_was_counted(folder, extra):
     Site(folder).train_round(replace(asked, groups=shared))
     (path,) = (folder / ".panfm" / "state" / "runs" / "run-1").glob("*.state")
     names_and_shapes = 2**20 - 2**16
-    assert path.stat().st_size <= state_bytes(parse_run(asked.run_toml)) - names_and_shapes
+    assert path.stat().st_size <= sizes_of(parse_run(asked.run_toml)).state_bytes - names_and_shapes
 
 
 def test_models_of_earlier_descriptions_are_let_go():
@@ -513,5 +513,5 @@ def test_server_describes_hundreds_of_streams_and_their_model_is_counted_at_once
     rows = "".join(f"{stream} = {{ shape = [16, 16], patch = [8, 8] }}\n" for stream in streams)
     run = parse_run(f'name = "wide"\norgans = {organs}\n[streams]\n{rows}')
     begin = time.process_time()
-    assert num_parameters(run) > 0
+    assert sizes_of(run).parameters > 0
     assert time.process_time() - begin < 2.0

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 from pydantic import Field
 
-from panfm.data.template import write_site_folder
+from simulations.cohorts.site_folder import write_site_folder
 from panfm.files import new_folder
 from simulations.cohorts.cohort_source import CohortSource, Progress, Streams, texts_of
 

@@ -109,12 +109,12 @@ class ShrinkObjective(Objective):
     },
     use="""
 from panfm.models import build_model
-from panfm.models.sizes import num_parameters
+from panfm.models.sizes import sizes_of
 
 text = '[objective]\\nname = "shrink"\\npower = 4\\n[masking]\\npolicy = "random"\\n'
 run = read(text)
 assert run.objective.power == 4
-assert num_parameters(run) == sum(parameter.numel() for parameter in build_model(run).parameters())
+assert sizes_of(run).parameters == sum(parameter.numel() for parameter in build_model(run).parameters())
 train(text)
 """,
 )

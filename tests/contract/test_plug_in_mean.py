@@ -64,8 +64,8 @@ from simulations.engines.local import run
 
 used = {}
 
-def make_mean(run, manifest, group, *arguments, **more):
-    mean = plain(run, manifest, group, *arguments, **more)
+def make_mean(sharing, group, setup):
+    mean = plain(sharing, group, setup)
     used[group] = type(mean).__name__
     return mean
 

@@ -26,11 +26,11 @@ Picture = Image.Image
 
 
 class ImageError(DataError):
-    """An image cannot be used: the fault that was `found`, and what was `expected` in its place."""
+    """An image cannot be used: what is `given`, and what was `expected` in its place."""
 
-    def __init__(self, found: str, expected: str) -> None:
-        super().__init__(f"found {found}, expected {expected}")
-        self.found, self.expected = found, expected
+    def __init__(self, given: str, expected: str) -> None:
+        super().__init__(f"found {given}, expected {expected}")
+        self.given, self.expected = given, expected
 
 
 class Volume(NamedTuple):
@@ -76,16 +76,17 @@ def find_reader(path: Path) -> ImageReader:
     raise ImageError("a kind of image that no reader accepts", " or ".join(reader.kind for reader in readers))
 
 
-def read_source(path: Path, *, is_volume: bool | None = None) -> Volume | Picture:
-    """Read an image with the reader that accepts it.
+def read_source(path: Path, *, is_volume: bool | None = None, reader: ImageReader | None = None) -> Volume | Picture:
+    """Read an image.
 
     Args:
         path: File or folder.
+        reader: The one that accepts it; looked for when None.
         is_volume: Whether it must be a volume or a picture; either when None.
     Raises:
         ImageError: as the reader's, or it is the other of the two.
     """
-    image = find_reader(path).read(path)
+    image = (reader or find_reader(path)).read(path)
     if is_volume is not None and isinstance(image, Volume) != is_volume:
         raise ImageError(*(("a picture", "a volume") if is_volume else ("a volume", "a picture")))
     return image
@@ -131,7 +132,7 @@ def file_fingerprint(path: Path) -> str:
 
 
 @contextmanager
-def file_at_fault(found: str, expected: str) -> Iterator[None]:
+def file_at_fault(given: str, expected: str) -> Iterator[None]:
     """Turn what a parser raises on broken bytes into an ImageError; memory that ran out, or a limit, stays itself."""
     try:
         yield
@@ -143,7 +144,7 @@ def file_at_fault(found: str, expected: str) -> Iterator[None]:
         if isinstance(error, zlib.error) and str(error).startswith(_ZLIB_NO_MEMORY):
             raise MemoryError from error
         reason = " ".join(str(error).split())[:120] or type(error).__name__
-        raise ImageError(f"{found} ({reason})", expected) from error
+        raise ImageError(f"{given} ({reason})", expected) from error
 
 
 def _unreadable(error: Exception) -> ImageError:

@@ -7,6 +7,7 @@ import gzip
 import io
 import logging
 import math
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,9 @@ _BLOCK_BYTES = 1 << 20
 _MOST_BEHIND = 1 << 20
 """Bytes that may follow the voxels."""
 _GZIP_START = b"\x1f\x8b"
+_HEADER_BYTES = 348
+_PACKED_BYTES = 1 << 12
+"""Of a gzipped file, which hold the names at its start and the header."""
 
 nib.imageglobals.logger.setLevel(logging.CRITICAL + 1)
 """What nibabel has to say of a header beside raising would be a second line about the same fault."""
@@ -47,8 +51,7 @@ class NiftiReader:
         """Whether the name, or else the first bytes, are those of a NIfTI file."""
         if path.name.lower().endswith((".nii", ".nii.gz")):
             return True
-        start = first_bytes(path, 348)
-        return start.startswith(_GZIP_START) or _header_class(start) is not None
+        return _header_class(_unzipped_start(first_bytes(path, _PACKED_BYTES))) is not None
 
     def fingerprint(self, path: Path) -> str:
         """Path, size and time of change."""
@@ -57,6 +60,16 @@ class NiftiReader:
     def read(self, path: Path) -> Volume:
         """Read and decode the file. Raises ImageError as `decode_volume`, or the file cannot be read."""
         return decode_volume(read_bytes(path))
+
+
+def _unzipped_start(start: bytes) -> bytes:
+    """The header at the start of a file, unpacked if it is gzipped; empty if it cannot be."""
+    if not start.startswith(_GZIP_START):
+        return start
+    try:
+        return zlib.decompressobj(wbits=31).decompress(start, _HEADER_BYTES)
+    except zlib.error:
+        return b""
 
 
 def decode_volume(content: bytes) -> Volume:

@@ -6,7 +6,7 @@ from pathlib import Path
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
-from panfm.config import RunConfig, dump_toml, load_run
+from panfm.config import dump_toml, load_run
 from panfm.files import append_json_line
 from panfm.sharing.messages import RoundTask
 from server.checkpoint import ServerState
@@ -29,7 +29,7 @@ def main(grid: Grid, context: Context) -> None:
     sessions = set(json.loads((folder / "sessions.json").read_text()))
     state, _ = initial_state(run)
     for number in range(1, run.train.rounds + 1):
-        content = _task(run, state, number)
+        content = _task(dump_toml(run), state, number)
         nodes = grid.get_node_ids()
         messages = [Message(content, node_id, MessageType.TRAIN, ttl=_TIMEOUT_S) for node_id in nodes]
         exchange = Exchange(grid, messages, _TIMEOUT_S)
@@ -66,7 +66,7 @@ def _ticks(fields: list[str]) -> int:
     return sum(int(fields[_FIELDS[name]]) for name in ("utime", "stime", "cutime", "cstime"))
 
 
-def _task(run: RunConfig, state: ServerState, number: int) -> RecordDict:
-    records = RoundTask(state.run_id, number, dump_toml(run), state.groups).to_records()
+def _task(run_toml: str, state: ServerState, number: int) -> RecordDict:
+    records = RoundTask(state.run_id, number, run_toml, state.groups).to_records()
     arrays = ArrayRecord({name: make_array(flat) for name, flat in records.arrays.items()})
     return RecordDict({"arrays": arrays, "config": ConfigRecord(dict(records.config))})

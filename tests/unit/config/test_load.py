@@ -6,8 +6,9 @@ import tomli_w
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from panfm.config import RunConfig, SiteConfig, config_hash, dump_toml, load_run, load_site, parse_run, parse_site
+from panfm.config import SiteConfig, config_hash, dump_toml, load_run, load_site, parse_run, parse_site
 from panfm.errors import ConfigError
+from panfm.registry import BACKBONES
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 
@@ -145,18 +146,6 @@ def test_a_value_that_is_missing_is_named():
     ]
 
 
-def test_an_unknown_plug_in_is_told_with_the_file(run_file, monkeypatch):
-    """A registry raises an error of ours, which pydantic lets through."""
-
-    def check(table):
-        raise ConfigError("objective.name: found 'jepa', expected one of latent, dino, mae")
-
-    monkeypatch.setattr(RunConfig, "model_validate", lambda table, **_: check(table))
-    assert complaints(load_run, run_file) == [
-        f"{run_file}: objective.name: found 'jepa', expected one of latent, dino, mae"
-    ]
-
-
 def test_bad_stream_name():
     (line,) = complaints(parse_run, RUN.replace("brain-mr", "brain-mri"))
     assert "stream 'brain-mri': expected <organ>-<modality>" in line
@@ -274,3 +263,26 @@ def test_faulty_experts_are_named(faulty):
 def test_a_group_that_does_not_travel_has_no_mean_of_its_own(run_file, group):
     with pytest.raises(ConfigError, match=f"sharing.groups: '{group}' does not travel"):
         load_run(run_file, [f'sharing.groups={{"{group}" = {{ mean = "median" }}}}'])
+
+
+@pytest.mark.parametrize("experts", ["private", "pooled"])
+def test_groups_of_a_backbone_that_is_registered_travel(experts):
+    """A backbone of another name with directors has their settings too."""
+    backbone = type("Exchanged", (BACKBONES.load("director-experts"),), {})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BACKBONES, "_targets", dict(BACKBONES._targets))
+        BACKBONES.register("exchanged", backbone)
+        text = f'{RUN}[model]\nbackbone = "exchanged"\n[sharing]\nexperts = "{experts}"\n'
+        text += '[sharing.groups.%s]\nmean = "median"\n'
+        assert parse_run(text % "director").sharing.mean_of("director") == "median"
+        if experts == "pooled":
+            assert parse_run(text % "router").sharing.mean_of("router") == "median"
+        else:
+            with pytest.raises(ConfigError, match="'router' does not travel"):
+                parse_run(text % "router")
+
+
+def test_an_unknown_mean_is_told_by_the_groups_own_key():
+    (line,) = complaints(parse_run, RUN + '[sharing.groups.head]\nmean = "medain"\n')
+    assert line.startswith("run description: sharing.groups.head.mean: found 'medain', expected one of weighted, ")
+    assert line.endswith("did you mean 'median'?")

@@ -61,6 +61,9 @@ UNKNOWN = {
     "text": lambda path: path.write_text("I am no image"),
     "empty": lambda path: path.touch(),
     "folder": lambda path: path.mkdir(),
+    "gzipped text": lambda path: path.write_bytes(gzip.compress(b"I am no image" * 100)),
+    "a broken gzip stream": lambda path: path.write_bytes(b"\x1f\x8b\x08" + bytes(20)),
+    "the first bytes of a gzip stream": lambda path: path.write_bytes(b"\x1f\x8b"),
     "encapsulated PostScript, for which Pillow starts Ghostscript": lambda path: path.write_bytes(EPS),
 }
 

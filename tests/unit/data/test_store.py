@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from panfm.data.store import ImageStore, join_stores
+from panfm.data.store import ImageStore
 
 
 @pytest.fixture
@@ -60,17 +60,9 @@ def test_splits_and_holders(store):
     assert store.num_holding("liver-mr", "train") == 0
 
 
-def test_join_is_the_stores_one_after_the_other(store):
-    other = ImageStore(
-        ("e",), ("train",), {"brain-mr": np.full((1, 1, 1, 1, 1), 5, np.float32)}, {"brain-mr": np.array([0])}
-    )
-    joined = join_stores([store, other])
-    assert joined.subjects == ("a", "b", "c", "d", "e")
-    assert joined.splits[-1] == "train"
-    assert joined.rows["brain-mr"].tolist() == [0, 3, 4]
-    for index in range(4):
-        one, two = store.batch([index]), joined.batch([index])
-        assert {name: image.tolist() for name, image in one.images.items()} == {
-            name: image.tolist() for name, image in two.images.items()
-        }
-    assert joined.batch([4]).images["brain-mr"].item() == 5
+def test_holders_of_streams(store):
+    everyone = np.array([3, 2, 1, 0])
+    for streams in (["brain-mr"], ["liver-mr"], ["brain-mr", "eye-fundus"], []):
+        expected = [index for index in (3, 2, 1, 0) if any(index in store.rows.get(name, ()) for name in streams)]
+        assert store.holders(everyone, streams).tolist() == expected
+    assert store.holders(everyone[:0], ["brain-mr"]).tolist() == []

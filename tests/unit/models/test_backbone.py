@@ -89,6 +89,7 @@ def test_a_described_model_has_the_names_shapes_and_groups_of_the_built_one(make
     shapes = [[(name, value.shape) for name, value in model.state_dict().items()] for model in (built, described)]
     assert shapes[0] == shapes[1]
     assert built.parameter_groups() == described.parameter_groups()
+    assert set(parameter_groups(built.backbone).values()) == built.backbone.sharing_groups
 
 
 def test_describing_a_model_draws_no_random_number(make_run):

@@ -42,13 +42,15 @@ def test_every_field_of_a_handshake_is_released_under_a_name():
 def test_a_handshake_by_hand(small_run):
     manifest = manifest_of({"backbone": {"backbone.a": (2,)}})
     words = {"subjects": 9, "streams": {"brain-mr": 4}}
-    shaken = build_handshake("alpha", small_run, manifest, {"panfm": "1"}, **words, may_leave=NEEDED)
+    shaken = build_handshake("alpha", experiment_hash(small_run), manifest, {"panfm": "1"}, **words, may_leave=NEEDED)
     assert shaken == Handshake(
         "alpha", 9, {"brain-mr": 4}, {"panfm": "1"}, experiment_hash(small_run), manifest.hashes()
     )
     for needed in NEEDED:
         with pytest.raises(ProtocolError, match=f"lacks {needed}"):
-            build_handshake("alpha", small_run, manifest, {}, **words, may_leave=set(Releasable) - {needed})
+            build_handshake(
+                "alpha", experiment_hash(small_run), manifest, {}, **words, may_leave=set(Releasable) - {needed}
+            )
 
 
 def test_a_reply_by_hand():

@@ -1,6 +1,6 @@
 import pytest
 
-from panfm.sharing.weights import Trained, group_weights, weight_limits, weight_segments
+from panfm.sharing.weights import GroupWeights, Trained
 from tests.conftest import manifest_of
 
 LAYERS = ("backbone.blocks.0.mlp", "backbone.blocks.1.mlp")
@@ -21,15 +21,19 @@ TRAINED = Trained(10, {"brain-mr": 4}, 3, {LAYERS[0]: [7.5, 4.5], LAYERS[1]: [12
 
 @pytest.fixture
 def sharing(small_run):
-    """The small run under other sharing rules."""
-    return lambda **changes: small_run.model_copy(update={"sharing": small_run.sharing.model_copy(update=changes)})
+    """Weights of the small run under other rules."""
+
+    def weights(**changes):
+        return GroupWeights(small_run.sharing.model_copy(update=changes), small_run.train, None, MANIFEST)
+
+    return weights
 
 
 def test_grouped_and_plain(sharing):
     words = {"subjects": 10, "subjects_per_stream": {"brain-mr": 4}}
 
-    def weigh(run, group, num_steps=3):
-        return group_weights(run, MANIFEST, group, Trained(**words, num_steps=num_steps))
+    def weigh(sharing, group, num_steps=3):
+        return sharing.weights(group, Trained(**words, num_steps=num_steps))
 
     grouped = sharing()
     assert weigh(grouped, "backbone") == weigh(grouped, "head") == (30,)
@@ -42,26 +46,26 @@ def test_grouped_and_plain(sharing):
 
 def test_by_gate_mass(sharing):
     pooled, naive = sharing(experts="pooled"), sharing(experts="naive")
-    assert group_weights(pooled, MANIFEST, "director", TRAINED) == (24.0,)
+    assert pooled.weights("director", TRAINED) == (24.0,)
     for group in ("experts", "router"):
-        assert group_weights(pooled, MANIFEST, group, TRAINED) == (7.5, 4.5, 12.0, 0.0, 0.0)
-        assert group_weights(naive, MANIFEST, group, TRAINED) == (30.0,)
-        assert weight_segments(naive, MANIFEST, group) == ((MANIFEST.size(group), 0),)
-    assert weight_segments(pooled, MANIFEST, "router") == ((3, 0), (3, 1), (3, 2), (3, 3), (3, 4))
-    assert weight_segments(pooled, MANIFEST, "experts") == (
+        assert pooled.weights(group, TRAINED) == (7.5, 4.5, 12.0, 0.0, 0.0)
+        assert naive.weights(group, TRAINED) == (30.0,)
+        assert naive.segments(group) == ((MANIFEST.size(group), 0),)
+    assert pooled.segments("router") == ((3, 0), (3, 1), (3, 2), (3, 3), (3, 4))
+    assert pooled.segments("experts") == (
         *((2, 0), (2, 1), (6, 0), (6, 1)),
         *((2, 2), (2, 3), (2, 4), (6, 2), (6, 3), (6, 4)),
     )
 
 
 @pytest.mark.parametrize(("rule", "experts"), [("grouped", "pooled"), ("grouped", "naive"), ("plain", "pooled")])
-def test_honest_weights_keep_to_their_limits(sharing, rule, experts):
+def test_honest_weights_keep_to_their_limits(small_run, sharing, rule, experts):
     """All images of all steps to one expert is the most there can be; more is too much."""
-    run = sharing(rule=rule, experts=experts)
+    sharing, train = sharing(rule=rule, experts=experts), small_run.train
     words = {"subjects": 10, "subjects_per_stream": {"brain-mr": 4}}
-    images, steps = float(min(10, run.train.batch_size) * run.train.local_steps), run.train.local_steps
+    images, steps = float(min(10, train.batch_size) * train.local_steps), train.local_steps
     one_expert = {LAYERS[0]: [0.0, images], LAYERS[1]: [images, 0.0, 0.0]}
     for group in MANIFEST.groups:
-        most = group_weights(run, MANIFEST, group, Trained(**words, num_steps=steps, gate_mass=one_expert))
-        limits = weight_limits(run, MANIFEST, group, **words)
+        most = sharing.weights(group, Trained(**words, num_steps=steps, gate_mass=one_expert))
+        limits = sharing.limits(group, **words)
         assert all(weight <= limit <= 1.001 * max(most) for weight, limit in zip(most, limits, strict=True))

@@ -17,7 +17,9 @@ ORGANS = ("brain", "heart", "adipose", "liver", "kidney", "spleen", "pancreas")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder, run = tmp_path_factory.mktemp("draw"), sgm.study_run(0, "random", 1)
-    render_draw(folder / "transient", Phantom("transient", 100), run, train_subjects=80, test_subjects=60)
+    render_draw(
+        folder / "transient", Phantom("transient", 100), run.streams, run.organs, train_subjects=80, test_subjects=60
+    )
     return folder
 
 

@@ -14,11 +14,11 @@ def test_experiments_are_known_by_what_sites_are_told_of_them():
     simulated = parse_run(RUN + '[cohort]\nkind = "folder"\npath = "/tmp"\n')
     assert experiment_hash(simulated) == experiment_hash(run) != experiment_hash(other)
     limits = parse_site(f'name = "a"\n[limits]\nexperiments = ["{experiment_hash(run)}"]\n').limits
-    check_experiment(run, limits)
-    check_experiment(simulated, limits)
+    check_experiment(experiment_hash(run), limits)
+    check_experiment(experiment_hash(simulated), limits)
     with pytest.raises(LimitError, match=experiment_hash(other)):
-        check_experiment(other, limits)
-    check_experiment(other, parse_site('name = "a"').limits)
+        check_experiment(experiment_hash(other), limits)
+    check_experiment(experiment_hash(other), parse_site('name = "a"').limits)
 
 
 def test_sizes_at_the_limit_and_beyond():

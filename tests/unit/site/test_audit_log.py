@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from panfm.errors import DataError
+from panfm.privacy.ledger import AnsweredRounds
 from panfm.sharing.frames import Frame, Kind, encode
 from panfm.sharing.messages import Records
 from panfm.site.audit_log import AuditLog
@@ -37,6 +38,14 @@ def test_errors_are_messages_too(audit_log):
     frame = Frame.error("site alpha: no")
     audit_log.append(frame, encode(frame))
     assert [line["kind"] for line in audit_log.lines()] == ["answer"] * 3 + ["error"]
+
+
+def test_answers_of_private_rounds_are_counted_and_nothing_else(audit_log):
+    """Rounds without privacy, handshakes and errors of a private run are none; epsilon is the newest one told."""
+    handshake, error = Frame(Kind.ANSWER, Records(config={"site": "alpha"})), Frame.error("site alpha: no")
+    for frame, epsilon in ((handshake, None), (reply(1), 0.5), (error, 0.5), (reply(2), 0.7), (handshake, 0.7)):
+        audit_log.append(frame, encode(frame), privacy="(8, 0.001)-DP", epsilon=epsilon)
+    assert audit_log.private_rounds() == AnsweredRounds(2, 0.7)
 
 
 def test_nothing_yet(tmp_path):

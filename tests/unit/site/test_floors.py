@@ -141,8 +141,8 @@ noise-multiplier = 1.0
 sample-rate = 0.5
 """
     run = make_run(private)
-    check_floors(run, LimitsConfig(epsilon=1.0, delta=1e-3, public_subjects=100))
-    check_floors(run, LimitsConfig(smallest_batch=1, smallest_steps=1))
+    check_floors(run.train, run.patient_dp, LimitsConfig(epsilon=1.0, delta=1e-3, public_subjects=100))
+    check_floors(run.train, run.patient_dp, LimitsConfig(smallest_batch=1, smallest_steps=1))
     for one_floor in ({"smallest_batch": 1}, {"smallest_steps": 1}, {"delta": 1e-3, "public_subjects": 100}):
         with pytest.raises(LimitError, match=r"expected limits\.epsilon, delta and public-subjects"):
-            check_floors(run, LimitsConfig(**one_floor))
+            check_floors(run.train, run.patient_dp, LimitsConfig(**one_floor))

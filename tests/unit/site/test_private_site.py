@@ -21,7 +21,7 @@ from panfm.privacy.private_step import PrivateGradient
 from panfm.sharing.frames import Frame, Kind, encode, receive
 from panfm.sharing.groups import GroupManifest
 from panfm.sharing.messages import Invitation, RoundReply, RoundTask
-from panfm.sharing.weights import weight_limits
+from panfm.sharing.weights import GroupWeights
 from panfm.site import Site, answer
 from panfm.site.budget import PatientBudget
 from panfm.site.state import StateStore
@@ -301,8 +301,9 @@ def test_the_server_accepts_the_weights_of_private_experts(site, rate):
     model = build_model(run)
     manifest = GroupManifest.of(model.parameter_groups(), model.state_dict())
     streams = dict.fromkeys(run.streams, 40)
+    rule = GroupWeights(run.sharing, run.train, run.site_dp, manifest)
     for group, weights in reply.weights.items():
-        limits = weight_limits(run, manifest, group, subjects=40, subjects_per_stream=streams)
+        limits = rule.limits(group, subjects=40, subjects_per_stream=streams)
         assert all(0.0 < weight <= limit for weight, limit in zip(weights, limits, strict=True))
 
 

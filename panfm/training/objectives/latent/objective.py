@@ -32,12 +32,14 @@ from panfm.training.objectives.interface import Objective, StudentOutput, Target
 from panfm.training.objectives.latent.config import LatentConfig
 from panfm.training.token_mask import TokenMask
 
+_MOMENTUM = 0.99
+"""Of the running moments, per step."""
+
 
 class RunningMoments:
     """Mean and variance per row and feature, by exponential averages that start as plain averages."""
 
-    def __init__(self, rows: int, width: int, *, momentum: float = 0.99, device: torch.device | None = None) -> None:
-        self.momentum = momentum
+    def __init__(self, rows: int, width: int, *, device: torch.device | None = None) -> None:
         self.count = torch.zeros(rows, 1, device=device)
         self.mean = torch.zeros(rows, width, device=device)
         self.square = torch.zeros(rows, width, device=device)
@@ -48,7 +50,7 @@ class RunningMoments:
         num = weight.sum(dim=0)
         here = num > 0
         self.count = self.count + here
-        rate = torch.where(here, (1.0 / self.count.clamp_min(1)).clamp_min(1.0 - self.momentum), 0.0)
+        rate = torch.where(here, (1.0 / self.count.clamp_min(1)).clamp_min(1.0 - _MOMENTUM), 0.0)
         num = num.clamp_min(1)
         self.mean = self.mean + rate * ((values * weight).sum(dim=0) / num - self.mean)
         self.square = self.square + rate * ((values.square() * weight).sum(dim=0) / num - self.square)
