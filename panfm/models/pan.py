@@ -8,7 +8,7 @@ subject, T tokens of a stream, D width.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
@@ -25,32 +25,44 @@ from panfm.models.backbone import Backbone, Encoded, PerStream, Route, Saliency,
 from panfm.models.director_experts import DirectorExperts, dense_name
 from panfm.models.heads import Heads
 from panfm.models.patch_features import batch_features, num_patch_features, patch_step, patchify
-from panfm.models.tokens import Layout, pack, sincos_positions
+from panfm.models.tokens import Layout, pack, rotary_angles, sincos_positions
 from panfm.registry import BACKBONES
 from panfm.seeds import torch_generator
 from panfm.sharing.groups import split_state
 
-SIZES = {"nano": (48, 2, 3), "tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12)}
-"""Width, depth, heads. tiny, small and base as in DeiT (Touvron et al. 2021); nano for laptops."""
+SIZES = {
+    "nano": (48, 2, 3),
+    "tiny": (192, 12, 3),
+    "small": (384, 12, 6),
+    "base": (768, 12, 12),
+    "large": (1024, 24, 16),
+}
+"""Width, depth, heads. tiny, small and base as in DeiT (Touvron et al. 2021), large as in ViT (Dosovitskiy et al.
+2021); nano for laptops."""
 _POSITION_SCALE = 0.2
 """Positions are small beside what a token holds, so that the first norm does not drown it."""
 
 
 class StreamTokenizer(nn.Module):
-    """Projects the patches of one stream's features linearly, and adds the stream's embedding and fixed positions."""
+    """Projects the patches of one stream's features linearly, and adds the stream's embedding and its positions."""
 
     position: Tensor
 
-    def __init__(self, stream: StreamConfig, tokenizer: str, width: int) -> None:
+    def __init__(self, stream: StreamConfig, config: ModelConfig, width: int) -> None:
         super().__init__()
-        self.step = patch_step(stream, tokenizer)
-        self.project = nn.Linear(num_patch_features(stream, tokenizer), width)
+        self.step = patch_step(stream, config.tokenizer)
+        self.project = nn.Linear(num_patch_features(stream, config.tokenizer), width)
         self.embedding = nn.Parameter(torch.zeros(width))
-        self.register_buffer("position", _POSITION_SCALE * sincos_positions(stream.grid, width), persistent=False)
+        self.adds_position = config.positions != "rotary"
+        if config.positions == "learned":
+            self.position = nn.Parameter(torch.zeros(math.prod(stream.grid), width))
+        else:
+            self.register_buffer("position", _POSITION_SCALE * sincos_positions(stream.grid, width), persistent=False)
 
     def forward(self, features: Tensor) -> Tensor:
         """Project patch features [P, C, *coarse] to tokens [P, T, D]."""
-        return self.project(patchify(features, self.step)) + self.embedding + self.position
+        tokens = self.project(patchify(features, self.step)) + self.embedding
+        return tokens + self.position if self.adds_position else tokens
 
 
 class PanModel(nn.Module):
@@ -70,10 +82,10 @@ class PanModel(nn.Module):
         self.stream_configs = streams
         self.tokenizer = config.tokenizer
         self.width = width
-        self.streams = PerStream(
-            {name: StreamTokenizer(stream, config.tokenizer, width) for name, stream in streams.items()}
-        )
+        self.streams = PerStream({name: StreamTokenizer(stream, config, width) for name, stream in streams.items()})
         self.backbone: Backbone = BACKBONES.load(config.backbone)(width, depth, heads, config)
+        if config.positions == "rotary":
+            self.backbone.turn_by(_angles(streams, width // heads))
         features = {name: num_patch_features(stream, config.tokenizer) for name, stream in streams.items()}
         self.heads = Heads(width, heads, features, objective)
         self.register_buffer("stream_of_patch", _stream_of_patch(streams), persistent=False)
@@ -190,16 +202,29 @@ def describe_model(run: RunConfig) -> PanModel:
         return PanModel(dict(run.streams), run.model, run.objective)
 
 
+def _angles(streams: Mapping[str, StreamConfig], width: int) -> Tensor:
+    """Rotary angles [M, width] of all patches. Raises ConfigError for volumes."""
+    if volumes := [name for name, stream in streams.items() if stream.is_volume]:
+        raise ConfigError(f'model.positions: "rotary" is for images, {volumes[0]} has volumes')
+    return torch.cat([rotary_angles(stream.grid, width) for stream in streams.values()])
+
+
 def _stream_of_patch(streams: dict[str, StreamConfig]) -> Tensor:
     """Index of the stream of every patch, int64 [M]."""
     sizes = [math.prod(stream.grid) for stream in streams.values()]
     return torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes), output_size=sum(sizes))
 
 
+def is_tokens(name: str) -> bool:
+    """Whether a parameter of two axes holds tokens, one in each row, and is no matrix."""
+    return name.endswith((".registers", ".position"))
+
+
 @torch.no_grad()
 def _initialise(name: str, parameter: Tensor, generator: torch.Generator) -> None:
-    """Matrices: Xavier normal; biases zero and norms one; CLS, embeddings and queries: normal, sd 0.02."""
-    if parameter.dim() > 1:
+    """Matrices: Xavier normal; biases zero, norms and scales one; CLS, embeddings, queries and other tokens: normal,
+    sd 0.02."""
+    if parameter.dim() > 1 and not is_tokens(name):
         nn.init.xavier_normal_(parameter, generator=generator)
     elif name.endswith(".bias"):
         parameter.zero_()

@@ -5,7 +5,9 @@
     director_run, director_state      run and weights of the dense model that the directors of a Director-Experts model
                                       make up
     start_from_dense                  experts and directors as copies of a dense model's MLPs
-    read_start, start_state           warm start: the shared part of a model that was trained before
+    read_start, start_state           warm start: the shared part of a model that was trained before, or what public
+                                      weights make of it
+    start_model                       the model that a run starts from
 
 State-dict names: `<block>.mlp.director.*` of a Director-Experts model stands for `<block>.mlp.*` of a dense one.
 
@@ -28,6 +30,8 @@ from panfm.config.sharing import SharingConfig
 from panfm.errors import DataError
 from panfm.models.director_experts import dense_name
 from panfm.models.pan import PanModel, build_model, describe_model
+from panfm.models.public_start import check_public_fit, dense_state
+from panfm.models.public_weights import read_public
 from panfm.sharing.groups import DIRECTOR, EXPERTS, ROUTER, GroupManifest, is_shared, parameter_hashes, split_state
 
 
@@ -86,7 +90,8 @@ def start_from_dense(model: PanModel, state: Mapping[str, Tensor]) -> None:
 
 
 def read_start(run: RunConfig) -> bytes:
-    """The weights file that `run.start.model` names, checked.
+    """The shared parameters that a run starts from, as a weights file, checked: the own model's file that
+    `run.start.model` names, or what public weights make of the run's shared part.
 
     Raises:
         ConfigError: the folder's `run.toml` is absent or does not hold.
@@ -96,6 +101,8 @@ def read_start(run: RunConfig) -> bytes:
     if run.start.model is None:
         raise DataError("start.model: missing, expected the folder of the model that start.sha256 tells of")
     folder = Path(run.start.model)
+    if run.start.public:
+        return _read_public_start(run, folder)
     before = load_run(folder / "run.toml")
     if differing := [name for name, stream in run.streams.items() if before.streams.get(name) != stream]:
         raise DataError(f"start.model: {folder} was trained on another {differing[0]}, expected the run's streams")
@@ -107,6 +114,31 @@ def read_start(run: RunConfig) -> bytes:
         raise DataError(f"start.model: {folder}/model.safetensors cannot be read ({error.strerror})") from error
     start_state(run, content)
     return content
+
+
+def _read_public_start(run: RunConfig, path: Path) -> bytes:
+    """The shared parameters that public weights make of a run, as a weights file."""
+    assert run.start is not None
+    public = read_public(path)
+    _check_digest(public.sha256, run.start.sha256)
+    check_public_fit(run, public)
+    state = dense_state(run, public)
+    model = describe_model(director_run(run) if describe_model(run).director_experts() else run)
+    _check_fit(state, {name: value for name, value in model.state_dict().items() if not name.startswith("heads.")})
+    return safetensors.torch.save(_with_experts(run, state))
+
+
+def start_model(run: RunConfig) -> PanModel:
+    """The model that a run starts from, at the machine of the server: as `build_model`, with its start loaded.
+
+    Raises:
+        ConfigError, DataError: as `read_start` does.
+    """
+    model = build_model(run)
+    if run.start is not None:
+        seeded = {name: value.clone() for name, value in model.state_dict().items()}
+        load_with_fresh_private(model, run.sharing, start_state(run, read_start(run)), seeded)
+    return model
 
 
 def with_start_parameters(run: RunConfig, content: bytes) -> RunConfig:
@@ -143,9 +175,8 @@ def _hashes(run: RunConfig, state: Mapping[str, Tensor]) -> dict[str, str]:
 
 def _read_state(run: RunConfig, content: bytes) -> dict[str, Tensor]:
     assert run.start is not None
-    digest = hashlib.sha256(content).hexdigest()
-    if digest != run.start.sha256:
-        raise DataError(f"start.sha256: the weights have {digest}, expected {run.start.sha256}")
+    if not run.start.public:  # what is made of public weights is known by `start.parameters`
+        _check_digest(hashlib.sha256(content).hexdigest(), run.start.sha256)
     try:
         state = safetensors.torch.load(content)
     except (ValueError, SafetensorError) as error:
@@ -160,6 +191,11 @@ def _read_state(run: RunConfig, content: bytes) -> dict[str, Tensor]:
     return state
 
 
+def _check_digest(digest: str, expected: str | None) -> None:
+    if digest != expected:
+        raise DataError(f"start.sha256: the weights have {digest}, expected {expected}")
+
+
 def _is_its_dense_model(before: RunConfig, run: RunConfig) -> bool:
     """Whether the directors of a run's model alone make up such a model."""
     dense = before.model.model_copy(update={"experts": run.model.experts})
@@ -167,7 +203,7 @@ def _is_its_dense_model(before: RunConfig, run: RunConfig) -> bool:
 
 
 def _with_experts(run: RunConfig, dense: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Turn what a dense run shared into the shared part of a run with experts."""
+    """Turn parameters of a dense model into the shared part of a run; what they do not hold is as the seed has it."""
     model = build_model(run)
     start_from_dense(model, director_state(model) | dict(dense))
     return model.split_state(run.sharing)[0]
