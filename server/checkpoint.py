@@ -48,6 +48,7 @@ def save_state(folder: Path, state: ServerState) -> None:
         "cosines": state.memory.cosines,
         "voters": state.memory.voters,
         "holders": state.memory.holders,
+        "frozen-holders": state.memory.frozen_holders,
     }
     memory = state.memory
     parts = {_GLOBAL: state.groups, **{name: getattr(memory, name) for name in _ARRAYS}}
@@ -93,6 +94,7 @@ def _restored(words: dict[str, Any], tensors: dict[str, Flat]) -> ServerState:
         norms,
         dict(slots),
         holders=tuple(words["holders"]),
+        frozen_holders=tuple(words["frozen-holders"]),
         cosines=words["cosines"],
         voters={group: tuple(sites) for group, sites in words["voters"].items()},
         **arrays_by_name,

@@ -18,12 +18,14 @@ from panfm.anatomy import parse_stream
 from panfm.config import RunConfig, StreamConfig
 from panfm.config.model import ModelConfig
 from panfm.config.objective import ObjectiveConfig
+from panfm.config.parts import PartsConfig
 from panfm.config.sharing import SharingConfig
 from panfm.data.store import Batch
 from panfm.errors import ConfigError
 from panfm.models.backbone import Backbone, Encoded, PerStream, Route, Saliency, parameter_groups
 from panfm.models.director_experts import DirectorExperts, dense_name
 from panfm.models.heads import Heads
+from panfm.models.parts import add_lora, trained_names
 from panfm.models.patch_features import batch_features, num_patch_features, patch_step, patchify
 from panfm.models.tokens import Layout, pack, rotary_angles, sincos_positions
 from panfm.registry import BACKBONES
@@ -89,6 +91,8 @@ class PanModel(nn.Module):
         features = {name: num_patch_features(stream, config.tokenizer) for name, stream in streams.items()}
         self.heads = Heads(width, heads, features, objective)
         self.register_buffer("stream_of_patch", _stream_of_patch(streams), persistent=False)
+        self.trained = frozenset(dict(self.named_parameters()))
+        """Names of the parameters that a run trains."""
 
     @property
     def stream_names(self) -> tuple[str, ...]:
@@ -157,6 +161,22 @@ class PanModel(nn.Module):
         """The state dict in two: parameters that a run shares, and those that stay at the site."""
         return split_state(sharing, self.parameter_groups(), self.state_dict())
 
+    def choose_parts(self, parts: PartsConfig) -> None:
+        """Train a part of the parameters; the others get no gradient."""
+        add_lora(self.backbone, parts)
+        self.trained = trained_names(self, parts)
+        for name, parameter in self.named_parameters():
+            if name not in self.trained:
+                parameter.requires_grad_(False)
+
+    def travelling_state(self, sharing: SharingConfig) -> dict[str, Tensor]:
+        """The shared parameters that are trained: a round's updates, by name."""
+        return {name: value for name, value in self.split_state(sharing)[0].items() if name in self.trained}
+
+    def frozen_state(self, sharing: SharingConfig) -> dict[str, Tensor]:
+        """The shared parameters that are not trained, by name."""
+        return {name: value for name, value in self.split_state(sharing)[0].items() if name not in self.trained}
+
     @property
     def dtype(self) -> torch.dtype:
         """Data type of the parameters."""
@@ -181,11 +201,13 @@ def build_model(run: RunConfig, streams: Sequence[str] | None = None) -> PanMode
         experts: a director starts as the dense model's MLP, and its experts as copies of it.
 
     Raises:
-        ConfigError: `model.experts` has not one number per block, or more experts active than there are.
+        ConfigError: `model.experts` has not one number per block, or more experts active than there are;
+            `train.parts` names more blocks than there are.
     """
     names = [name for name in run.streams if streams is None or name in streams]
     with torch.random.fork_rng(devices=[]):
         model = PanModel({name: run.streams[name] for name in names}, run.model, run.objective)
+        model.choose_parts(run.train.parts)
     layers = model.director_experts().values()
     of_experts = {parameter for layer in layers for parameter in layer.experts.parameters()}
     for name, parameter in model.named_parameters():
@@ -199,7 +221,9 @@ def build_model(run: RunConfig, streams: Sequence[str] | None = None) -> PanMode
 def describe_model(run: RunConfig) -> PanModel:
     """Model of a run without memory for its parameters: names, shapes and sharing groups are those of `build_model`."""
     with torch.device("meta"):
-        return PanModel(dict(run.streams), run.model, run.objective)
+        model = PanModel(dict(run.streams), run.model, run.objective)
+        model.choose_parts(run.train.parts)
+        return model
 
 
 def _angles(streams: Mapping[str, StreamConfig], width: int) -> Tensor:
@@ -224,7 +248,9 @@ def is_tokens(name: str) -> bool:
 def _initialise(name: str, parameter: Tensor, generator: torch.Generator) -> None:
     """Matrices: Xavier normal; biases zero, norms and scales one; CLS, embeddings, queries and other tokens: normal,
     sd 0.02."""
-    if parameter.dim() > 1 and not is_tokens(name):
+    if name.endswith(".lora_b"):
+        parameter.zero_()
+    elif parameter.dim() > 1 and not is_tokens(name):
         nn.init.xavier_normal_(parameter, generator=generator)
     elif name.endswith(".bias"):
         parameter.zero_()

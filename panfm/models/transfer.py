@@ -29,10 +29,12 @@ from panfm.config import RunConfig, load_run
 from panfm.config.sharing import SharingConfig
 from panfm.errors import DataError
 from panfm.models.director_experts import dense_name
+from panfm.models.packing import shared_hashes
 from panfm.models.pan import PanModel, build_model, describe_model
+from panfm.models.parts import fit_lora, is_lora
 from panfm.models.public_start import check_public_fit, dense_state
 from panfm.models.public_weights import read_public
-from panfm.sharing.groups import DIRECTOR, EXPERTS, ROUTER, GroupManifest, is_shared, parameter_hashes, split_state
+from panfm.sharing.groups import DIRECTOR, EXPERTS, ROUTER, is_shared, split_state
 
 
 def load_with_fresh_private(
@@ -124,7 +126,8 @@ def _read_public_start(run: RunConfig, path: Path) -> bytes:
     check_public_fit(run, public)
     state = dense_state(run, public)
     model = describe_model(director_run(run) if describe_model(run).director_experts() else run)
-    _check_fit(state, {name: value for name, value in model.state_dict().items() if not name.startswith("heads.")})
+    expected = {name: value for name, value in model.state_dict().items() if not name.startswith("heads.")}
+    _check_fit(state, {name: value for name, value in expected.items() if not is_lora(name)})
     return safetensors.torch.save(_with_experts(run, state))
 
 
@@ -169,8 +172,7 @@ def start_state(run: RunConfig, content: bytes) -> dict[str, Tensor]:
 
 def _hashes(run: RunConfig, state: Mapping[str, Tensor]) -> dict[str, str]:
     """Hash the groups of a run's shared parameters."""
-    tensors = {name: value.numpy() for name, value in state.items()}
-    return parameter_hashes(GroupManifest.of(describe_model(run).parameter_groups(), tensors).pack_all(tensors))
+    return shared_hashes(describe_model(run), run.sharing, state)
 
 
 def _read_state(run: RunConfig, content: bytes) -> dict[str, Tensor]:
@@ -185,15 +187,25 @@ def _read_state(run: RunConfig, content: bytes) -> dict[str, Tensor]:
     directors = {name for name, group in model.parameter_groups().items() if group == DIRECTOR}
     if directors and not directors & state.keys():
         dense = director_run(run)
-        _check_fit(state, describe_model(dense).split_state(dense.sharing)[0])
+        expected = describe_model(dense).split_state(dense.sharing)[0]
+        _check_fit(state := fit_lora(state, expected), _without_lora(expected))
         return _with_experts(run, state)
-    _check_fit(state, model.split_state(run.sharing)[0])
+    expected = model.split_state(run.sharing)[0]
+    state = fit_lora(state, expected)
+    if any(map(is_lora, expected)) and not any(map(is_lora, state)):
+        _check_fit(state, _without_lora(expected))
+        return _with_experts(run, state)
+    _check_fit(state, expected)
     return state
 
 
 def _check_digest(digest: str, expected: str | None) -> None:
     if digest != expected:
         raise DataError(f"start.sha256: the weights have {digest}, expected {expected}")
+
+
+def _without_lora(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in state.items() if not is_lora(name)}
 
 
 def _is_its_dense_model(before: RunConfig, run: RunConfig) -> bool:

@@ -152,7 +152,7 @@ class Trainer(TrainingState):
         config = self.run.train
         rate = config.learning_rate * warmup_cosine(progress, warmup=config.warmup)
         for group in self.optimiser.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["scale"]
         self.optimiser.step()
         self.proximal_step(rate * config.proximal_mu)
         self.experts.after_step(gate_mass, progress)
