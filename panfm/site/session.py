@@ -132,14 +132,11 @@ class Session:
         Raises:
             ProtocolError: they are not the run's, are of other parts of the model, or are not there.
         """
-        came = task.frozen or not self.frozen.groups
-        if not came and self.trainer.has_frozen:
+        if not task.frozen and self.trainer.has_frozen:
             return
-        groups = task.frozen if came else states.load_frozen()
+        groups = task.frozen or states.load_frozen()
         if groups is None:
-            raise ProtocolError(
-                f"round {task.round_number}: this site lacks the parameters that the run does not train"
-            )
+            raise ProtocolError(f"round {task.round_number}: this site lacks the parameters that are not trained")
         tensors = _tensors(self.frozen, groups)
         check_frozen(self.run, self.trained, task.round_number, groups)
         if task.frozen:
