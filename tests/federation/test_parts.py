@@ -45,6 +45,7 @@ def test_what_is_not_trained_travels_once_and_keeps_its_bits(federation):
             assert line["bytes_down"][group] == sites * (flat.nbytes + once)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [(), ("sharing.coding=int8", "train.teacher-start=server-ema")])
 def test_a_run_that_was_killed_goes_on_with_the_same_bits(federation, more):
     expected = tensors(federation.run("whole", LAST, *more))
@@ -81,7 +82,7 @@ def test_a_site_that_lost_what_is_frozen_says_so_and_gets_it_again(asked, federa
     content = kept.read_bytes()
     kept.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     _forget(federation)
-    with pytest.raises(DataError, match="frozen.safetensors"):
+    with pytest.raises(DataError, match=r"frozen\.safetensors"):
         Site(federation.sites / "alpha").train_round(ask(3, frozen={}))
     kept.unlink()
     with pytest.raises(ProtocolError, match=r"^round 3: this site lacks the parameters that are not trained$"):
