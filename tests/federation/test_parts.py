@@ -6,15 +6,18 @@ import shutil
 import numpy as np
 import pytest
 import safetensors.numpy
+import safetensors.torch
 
 from panfm.config import dump_toml
 from panfm.errors import DataError, ProtocolError
 from panfm.models import build_model
+from panfm.models.transfer import start_model
 from panfm.sharing.messages import RoundTask
 from panfm.site.site import Site
 from server.rounds import frozen_groups, initial_state
 from server.run_folder import RunFolder
 from simulations.engines.local import run as run_local
+from tests.unit.models.test_public_weights import random_dinov2
 
 LAST = 'train.parts={ kind = "last-blocks", blocks = 1 }'
 
@@ -112,3 +115,24 @@ def test_other_parts_than_the_runs_are_refused(asked, number):
     whole = np.concatenate([groups["backbone"], frozen["backbone"]])
     with pytest.raises(ProtocolError, match=r"^backbone: got float32"):
         site.train_round(ask(number, groups=groups | {"backbone": whole, "stream:liver-mr": whole}))
+
+
+def test_a_public_start_reaches_the_sites_and_its_additions_the_next_run(federation):
+    """Volumes from an RGB kernel of another patch, LoRA on frozen blocks; then a run that has them in its weights."""
+    public = federation.folder / "w.safetensors"
+    safetensors.torch.save_file(random_dinov2(), public)
+    model = ("model.tokenizer=patch", "model.positions=learned", "model.layer-scale=true", "train.rounds=2")
+    lora = 'train.parts={ kind = "lora", rank = 2, blocks = 1 }'
+    folder = federation.run("public", f"start.model={public}", "start.inflate=mean", lora, *model)
+    run = RunFolder.resume(folder).run
+    started, after = start_model(run).state_dict(), tensors(folder)
+    assert all(len(line["sites"]) == 3 for line in rounds(folder))
+    trained = build_model(run).trained
+    assert all(np.array_equal(value, started[name]) == (name not in trained) for name, value in after.items())
+    assert np.array_equal(after["backbone.blocks.0.mlp.0.weight"], random_dinov2()["blocks.0.mlp.fc1.weight"])
+    assert run.start.parameters.keys() >= {"backbone", "backbone/frozen"}
+    merged = tensors(federation.run("next", f"start.model={folder}/model", *model, "train.learning-rate=1e-9"))
+    name = "backbone.blocks.1.attention.out"
+    assert f"{name}.lora_a" not in merged
+    wanted = after[f"{name}.weight"] + after[f"{name}.lora_b"] @ after[f"{name}.lora_a"]
+    np.testing.assert_allclose(merged[f"{name}.weight"], wanted, atol=1e-6)
