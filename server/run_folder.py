@@ -27,7 +27,7 @@ from panfm.errors import DataError, PanfmError, RunError
 from panfm.files import append_json_line, json_text, locked, read_checked, read_json_lines, write_atomic, write_checked
 from panfm.models import describe_model
 from panfm.models.packing import frozen_manifest
-from panfm.models.transfer import read_start, start_state, with_start_parameters
+from panfm.models.warm_start import read_start, start_state, with_start_parameters
 from panfm.privacy.guarantees import checked_run, load_checked_run, privacy_label
 from panfm.sharing.groups import Flat, GroupManifest
 from server.checkpoint import ServerState, load_latest, save_state

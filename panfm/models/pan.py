@@ -25,9 +25,9 @@ from panfm.errors import ConfigError
 from panfm.models.backbone import Backbone, Encoded, PerStream, Route, Saliency, parameter_groups
 from panfm.models.director_experts import DirectorExperts, dense_name
 from panfm.models.heads import Heads
-from panfm.models.parts import add_lora, trained_names
 from panfm.models.patch_features import batch_features, num_patch_features, patch_step, patchify
 from panfm.models.tokens import Layout, pack, rotary_angles, sincos_positions
+from panfm.models.trained_parts import add_lora, trained_names
 from panfm.registry import BACKBONES
 from panfm.seeds import torch_generator
 from panfm.sharing.groups import split_state

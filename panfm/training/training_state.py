@@ -18,7 +18,7 @@ from panfm.data.store import Batch, ImageStore
 from panfm.errors import ConfigError
 from panfm.models import PanModel, build_model
 from panfm.models.pan import is_tokens
-from panfm.models.parts import layers_above
+from panfm.models.trained_parts import layers_above
 from panfm.models.transfer import load_with_fresh_private
 from panfm.privacy.guarantees import checked_run
 from panfm.training.objectives.interface import build_objective

@@ -39,7 +39,7 @@ from panfm.data.cache import open_store
 from panfm.data.store import ImageStore, join_stores
 from panfm.data.tables import write_table
 from panfm.models import PanModel, build_model
-from panfm.models.transfer import start_model
+from panfm.models.warm_start import start_model
 from panfm.privacy.audit_inversion import Attacked
 from panfm.privacy.audit_membership import Place, audit_membership
 from panfm.privacy.mechanisms import noise_for, planned

@@ -11,7 +11,7 @@ import safetensors.torch
 from panfm.config import dump_toml
 from panfm.errors import DataError, ProtocolError
 from panfm.models import build_model
-from panfm.models.transfer import start_model
+from panfm.models.warm_start import start_model
 from panfm.sharing.messages import RoundTask
 from panfm.site.site import Site
 from server.rounds import frozen_groups, initial_state

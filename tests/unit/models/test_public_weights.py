@@ -13,7 +13,7 @@ from panfm.data.store import Batch
 from panfm.errors import DataError
 from panfm.models import build_model
 from panfm.models.public_weights import read_public
-from panfm.models.transfer import start_model
+from panfm.models.warm_start import start_model
 
 SHAPE = {
     "hidden_size": 48,

@@ -11,7 +11,7 @@ from rich.console import Console
 from panfm.config import dump_toml, load_run, site_folders
 from panfm.data.cache import open_store
 from panfm.models import build_model
-from panfm.models.transfer import start_model
+from panfm.models.warm_start import start_model
 from panfm.privacy.guarantees import NO_CLAIM, claim
 from panfm.privacy.mechanisms import epsilon, planned
 from simulations.harness import QUICKSTART, CohortJob, StudyOptions

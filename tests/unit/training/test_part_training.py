@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from panfm.training.trainer import Trainer
-from tests.unit.models.test_parts import DEX, run_of
+from tests.unit.models.test_trained_parts import DEX, run_of
 
 CASES = [("attention-projections", ""), ("lora", ""), ("last-blocks", DEX), ("norms", DEX)]
 

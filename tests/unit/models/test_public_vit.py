@@ -8,9 +8,9 @@ from PIL import Image
 
 from panfm.config import load_run
 from panfm.data.store import Batch
-from panfm.models.transfer import start_model
+from panfm.models.warm_start import start_model
 from simulations.cohorts.real_images import real_data
-from simulations.public_vit import dinov2_state, onnx_path
+from tests.public_vit import dinov2_state, onnx_path
 
 RUN = """
 name = "public"

@@ -9,7 +9,7 @@ from panfm.config import RunConfig, parse_run
 from panfm.errors import ConfigError
 from panfm.models import build_model, describe_model
 from panfm.models.packing import frozen_manifest, trained_manifest
-from panfm.models.parts import fit_lora, layers_above
+from panfm.models.trained_parts import fit_lora, layers_above
 from tests.conftest import SMALL_RUN
 
 PARTS = {
