@@ -20,7 +20,7 @@ help:  ## What can be made
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --disable-pip-version-check --progress-bar on --constraint constraints.txt --editable ".[simulation,onnx,dev,accounting]"
+	$(PY) -m pip install --disable-pip-version-check --progress-bar on --constraint constraints.txt --editable ".[simulation,onnx,weights,dev,accounting]"
 	@touch $@
 
 install: $(INSTALLED)  ## Set up .venv

@@ -50,6 +50,8 @@ def save_state(folder: Path, state: ServerState) -> None:
         "holders": state.memory.holders,
     }
     memory = state.memory
+    if memory.frozen_holders:
+        words["frozen-holders"] = memory.frozen_holders
     parts = {_GLOBAL: state.groups, **{name: getattr(memory, name) for name in _ARRAYS}}
     tensors = {f"{part}/{name}": array for part, arrays in parts.items() for name, array in arrays.items()}
     tensors |= {f"{slot}/{group}": flat for group, slots in memory.slots.items() for slot, flat in slots.items()}
@@ -93,6 +95,7 @@ def _restored(words: dict[str, Any], tensors: dict[str, Flat]) -> ServerState:
         norms,
         dict(slots),
         holders=tuple(words["holders"]),
+        frozen_holders=tuple(words.get("frozen-holders", ())),
         cosines=words["cosines"],
         voters={group: tuple(sites) for group, sites in words["voters"].items()},
         **arrays_by_name,

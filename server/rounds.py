@@ -27,9 +27,10 @@ from panfm.config import RunConfig, dump_toml
 from panfm.config.site_dp import SiteDpConfig
 from panfm.errors import RunError
 from panfm.models import build_model, describe_model
+from panfm.models.packing import frozen_manifest, trained_manifest
 from panfm.privacy.guarantees import privacy_label
 from panfm.privacy.ledger import Limits, run_ledger
-from panfm.sharing.groups import GroupManifest
+from panfm.sharing.groups import Flat, GroupManifest
 from panfm.sharing.messages import Handshake, RoundTask
 from server.checkpoint import ServerState
 from server.console import Progress
@@ -57,11 +58,12 @@ def run_federation(grid: Grid, folder: RunFolder, progress: Progress, *, num_sit
     """
     run = folder.shared_run
     num_sites = needed_sites(run.site_dp, num_sites)
-    first, manifest = initial_state(run, folder.start())
+    first, manifest = initial_state(run, start := folder.start())
+    frozen = folder.frozen() or folder.keep_frozen(frozen_groups(run, start))
     attendance = _gather_sites(grid, folder, manifest, progress, num_sites=num_sites)
     if not (state := folder.latest_state()):
         folder.save_state(state := first)
-    strategy = make_strategy(folder, manifest, attendance.roster, state)
+    strategy = make_strategy(folder, manifest, attendance.roster, state, frozen)
     membership = Membership(grid, run, manifest, attendance)
     costs = PlannedCosts(run, folder.rounds())
     with Tracking(folder) as tracking:
@@ -78,7 +80,7 @@ def run_federation(grid: Grid, folder: RunFolder, progress: Progress, *, num_sit
             require_quorum(run.federation.min_sites, line)
             folder.save_state(state)
             progress.round(run.train.rounds, line)
-    folder.save_model(state, manifest, [handshake.site for handshake in attendance.roster.values()])
+    folder.save_model(state, manifest, frozen, [handshake.site for handshake in attendance.roster.values()])
 
 
 def train_round(grid: Grid, strategy: GroupedMean, state: ServerState) -> tuple[ServerState, dict[str, Any]]:
@@ -130,17 +132,21 @@ def needed_sites(site_dp: SiteDpConfig | None, num_sites: int | None) -> int | N
 
 
 def make_strategy(
-    folder: RunFolder, manifest: GroupManifest, roster: Mapping[int, Handshake], state: ServerState
+    folder: RunFolder,
+    manifest: GroupManifest,
+    roster: Mapping[int, Handshake],
+    state: ServerState,
+    frozen: Mapping[str, Flat],
 ) -> GroupedMean:
     """Create the strategy of a run. Raises BudgetError if site-level privacy does not cover the rounds to come."""
     run = folder.shared_run
     if run.site_dp is None:
-        return GroupedMean(run, manifest, roster, state.memory)
+        return GroupedMean(run, manifest, roster, state.memory, frozen=frozen)
     if len(roster) != run.site_dp.num_sites:
         raise RunError(f"{len(roster)} sites, expected {run.site_dp.num_sites} (site-dp.num-sites)")
     budget = SiteDpBudget(run, folder.path, state.run_id, [handshake.site for handshake in roster.values()])
     budget.check_ahead(run.train.rounds - state.round_number)
-    return SiteDpMean(run, manifest, roster, state.memory, pay=budget.pay)
+    return SiteDpMean(run, manifest, roster, state.memory, pay=budget.pay, frozen=frozen)
 
 
 def require_quorum(min_sites: int, line: Mapping[str, Any]) -> None:
@@ -155,15 +161,30 @@ def require_quorum(min_sites: int, line: Mapping[str, Any]) -> None:
 
 
 def initial_state(run: RunConfig, start: Mapping[str, Tensor] | None = None) -> tuple[ServerState, GroupManifest]:
-    """Return the shared parameters before round 1, under a new run id, and the layout of their groups.
+    """Return the trained shared parameters before round 1, under a new run id, and the layout of their groups.
 
     Args:
         start: The shared parameters of a warm start.
     """
+    manifest = trained_manifest(describe_model(run), run.sharing)
+    groups = manifest.pack_all(_shared(run, start))
+    return ServerState(f"{run.name[:48]}-{secrets.token_hex(4)}", 0, groups), manifest
+
+
+def frozen_groups(run: RunConfig, start: Mapping[str, Tensor] | None = None) -> dict[str, Flat]:
+    """Return the shared parameters that the run does not train, packed by group; empty if it trains all.
+
+    Args:
+        start: The shared parameters of a warm start.
+    """
+    manifest = frozen_manifest(describe_model(run), run.sharing)
+    return manifest.pack_all(_shared(run, start)) if manifest.groups else {}
+
+
+def _shared(run: RunConfig, start: Mapping[str, Tensor] | None) -> dict[str, Flat]:
+    """The shared parameters before round 1, by name."""
     shared = start or build_model(run).split_state(run.sharing)[0]
-    tensors = {name: tensor.numpy() for name, tensor in shared.items()}
-    manifest = GroupManifest.of(describe_model(run).parameter_groups(), tensors)
-    return ServerState(f"{run.name[:48]}-{secrets.token_hex(4)}", 0, manifest.pack_all(tensors)), manifest
+    return {name: tensor.detach().numpy() for name, tensor in shared.items()}
 
 
 class SiteDpBudget:

@@ -1,7 +1,8 @@
 """The run folder: all files of one run.
 
 run.toml           the resolved description
-start.safetensors  the weights that it starts from, where it is a warm start
+start.safetensors  the shared parameters that it starts from, where it is a warm start
+frozen.safetensors the shared parameters that it does not train, packed by group, where there are any
 expected-sites.csv    the coordinator's table of expected sites, if there is one
 sites.json         handshakes, coverage, and who cannot take part
 rounds.jsonl       one line per round
@@ -24,10 +25,21 @@ from torch import Tensor
 from panfm import __version__
 from panfm.config import RunConfig, as_told, dump_toml
 from panfm.errors import DataError, PanfmError, RunError
-from panfm.files import append_json_line, json_text, locked, read_json_lines, write_atomic, write_json
-from panfm.models.transfer import read_start, start_state, with_start_parameters
+from panfm.files import (
+    append_json_line,
+    json_text,
+    locked,
+    read_checked,
+    read_json_lines,
+    write_atomic,
+    write_checked,
+    write_json,
+)
+from panfm.models import describe_model
+from panfm.models.packing import frozen_manifest
+from panfm.models.warm_start import read_start, start_state, with_start_parameters
 from panfm.privacy.guarantees import checked_run, load_checked_run, privacy_label
-from panfm.sharing.groups import GroupManifest
+from panfm.sharing.groups import Flat, GroupManifest
 from panfm.sharing.messages import Handshake
 from server.checkpoint import ServerState, load_latest, save_state
 from server.expected_sites import FILE as EXPECTED_SITES
@@ -35,6 +47,7 @@ from server.expected_sites import ExpectedSites
 from server.handshake import Attendance
 
 _START = "start.safetensors"
+_FROZEN = "frozen.safetensors"
 ENDED = "ended.json"
 LOCK = ".lock"
 """Held by the process that is at work in the folder."""
@@ -112,6 +125,19 @@ class RunFolder:
             raise DataError(f"{path}: cannot be read ({error.strerror}), expected the weights of the start") from error
         return start_state(self.run, content)
 
+    def frozen(self) -> dict[str, Flat]:
+        """Packed parameters that the run does not train; empty before they are kept. Raises DataError if damaged."""
+        path = self.path / _FROZEN
+        return safetensors.numpy.load(read_checked(path)) if path.exists() else {}
+
+    def keep_frozen(self, groups: Mapping[str, Flat]) -> dict[str, Flat]:
+        """Write and return packed parameters that the run does not train; nothing if there are none. Raises RunError as
+        `save_state` does."""
+        if groups:
+            with _written(self.path / _FROZEN):
+                write_checked(self.path / _FROZEN, safetensors.numpy.save(dict(groups)))
+        return dict(groups)
+
     def expect(self, sites: ExpectedSites) -> None:
         """Keep the coordinator's table of sites."""
         write_atomic(self.path / EXPECTED_SITES, sites.to_csv().encode())
@@ -183,9 +209,12 @@ class RunFolder:
         }
         write_json(self.path / "sites.json", content, indent=2)
 
-    def save_model(self, state: ServerState, manifest: GroupManifest, sites: list[str]) -> None:
-        """Write model/: the global parameters by name, and what they are."""
-        tensors = manifest.unpack_all(state.groups)
+    def save_model(
+        self, state: ServerState, manifest: GroupManifest, frozen: Mapping[str, Flat], sites: list[str]
+    ) -> None:
+        """Write model/: the global parameters by name, those that the run did not train included, and what they are."""
+        untrained = frozen_manifest(describe_model(self.run), self.run.sharing)
+        tensors = manifest.unpack_all(state.groups) | untrained.unpack_all(frozen)
         write_atomic(self.path / "model" / "model.safetensors", safetensors.numpy.save(tensors))
         write_atomic(self.path / "model" / "run.toml", dump_toml(self.shared_run).encode())
         metadata = {
@@ -195,6 +224,7 @@ class RunFolder:
             "sites": sites,
             "streams": {name: stream.model_dump(mode="json") for name, stream in self.run.streams.items()},
             "parameters": {group: manifest.size(group) for group in manifest.groups},
+            "frozen-parameters": {group: untrained.size(group) for group in untrained.groups},
             "privacy": privacy_label(self.run),
             "start": self.run.start and self.run.start.sha256,
             "panfm": __version__,

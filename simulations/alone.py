@@ -32,6 +32,7 @@ def train_alone(
     """
     trainer = Trainer(run, [stream for stream in run.streams if stream in store.images])
     if start:
+        trainer.load_frozen({name: start[name] for name in trainer.frozen_state()})
         trainer.load_shared({name: start[name] for name in trainer.shared_state()})
         trainer.reset_private()
     for round_number in range(1, run.train.rounds + 1):

@@ -59,7 +59,13 @@ class GroupedMean(Strategy):
     """Flower strategy that averages each group over the sites that trained it."""
 
     def __init__(
-        self, run: RunConfig, manifest: GroupManifest, roster: Mapping[int, Handshake], memory: Memory | None = None
+        self,
+        run: RunConfig,
+        manifest: GroupManifest,
+        roster: Mapping[int, Handshake],
+        memory: Memory | None = None,
+        *,
+        frozen: Mapping[str, Flat] | None = None,
     ) -> None:
         """Create the strategy of a run.
 
@@ -68,11 +74,13 @@ class GroupedMean(Strategy):
             manifest: Layout of the groups.
             roster: Node id -> handshake of the sites that take part; may be replaced between rounds.
             memory: Memory of the round before; empty before the first.
+            frozen: Group -> its parameters that the run does not train.
         """
         self.run = run
         self.manifest = manifest
         self.roster = roster
         self.memory = memory or Memory()
+        self.frozen = frozen or {}
         self.asked: dict[int, Handshake] = {}
         """Sites of the roster that are asked in this round."""
         self.outcome = RoundOutcome()
@@ -91,7 +99,7 @@ class GroupedMean(Strategy):
         self.asked = draw_sites(self.run.federation, self.run.seed, self.roster, server_round)
         self._global = arrays
         self._run_id = str(config["run-id"])
-        downlink = Downlink(arrays, self.memory, teacher=self._teacher_average())
+        downlink = Downlink(arrays, self.memory, teacher=self._teacher_average(), frozen=self.frozen)
         self.bytes_down = downlink.bytes
         for node_id, handshake in self.asked.items():
             yield Message(
@@ -263,7 +271,11 @@ class GroupedMean(Strategy):
         accepted = sorted(self.outcome.accepted)
         norms = add_norms(self.memory.norms, server_round, {site: self.outcome.norms[site] for site in accepted})
         holders = tuple(accepted) if self._sends_steps else ()
-        memory = Memory(norms, lost=dict(self.memory.lost), holders=holders)
+        asked = {handshake.site for handshake in self.asked.values()}
+        frozen_holders = (set(self.memory.frozen_holders) - asked) | set(accepted) if self.frozen else ()
+        memory = Memory(
+            norms, lost=dict(self.memory.lost), holders=holders, frozen_holders=tuple(sorted(frozen_holders))
+        )
         self._directions.remember(memory)
         return memory
 

@@ -10,7 +10,15 @@ from panfm.errors import ProtocolError
 from panfm.seeds import numpy_generator
 from panfm.sharing.coding import Arrays, digests
 from panfm.sharing.groups import Flat
-from panfm.sharing.messages import Handshake, Records, check_count, check_words, digest_words, teacher_name
+from panfm.sharing.messages import (
+    Handshake,
+    Records,
+    check_count,
+    check_words,
+    digest_words,
+    frozen_name,
+    teacher_name,
+)
 from panfm.sharing.npy import NpySpace, to_npy, view_npy
 from strategies.server_step import Memory
 
@@ -37,13 +45,21 @@ class Downlink:
     Every array is packed once and shared by all messages that hold it.
     """
 
-    def __init__(self, groups: ArrayRecord, memory: Memory, *, teacher: Mapping[str, Flat]) -> None:
+    def __init__(
+        self,
+        groups: ArrayRecord,
+        memory: Memory,
+        *,
+        teacher: Mapping[str, Flat],
+        frozen: Mapping[str, Flat] | None = None,
+    ) -> None:
         """Pack the arrays of a round.
 
         Args:
             groups: Global parameters.
-            memory: Holds the last step, and which sites have the parameters it starts from.
+            memory: Holds the last step, and which sites have the parameters it starts from and those not trained.
             teacher: Group -> where teachers start; empty if they do not start at the server's EMA.
+            frozen: Group -> its parameters that the run does not train.
         """
         self.bytes: dict[str, int] = {}
         """Group -> bytes sent so far, over all sites."""
@@ -51,12 +67,15 @@ class Downlink:
         self._whole = {group: (array, view_array(array).nbytes) for group, array in groups.items()}
         self._step = _packed(memory.step)
         self._teacher = _packed({teacher_name(group): flat for group, flat in teacher.items()})
+        self._frozen = _packed({frozen_name(group): flat for group, flat in (frozen or {}).items()})
+        self._frozen_holders = frozenset(memory.frozen_holders)
         self._digests = digests({group: view_array(array) for group, array in groups.items()}) if memory.holders else {}
 
     def content(self, handshake: Handshake, config: ConfigRecord) -> RecordDict:
         """Content of the message to one site, with the groups it trains."""
         is_holder = handshake.site in self._holders
         arrays = (self._step if is_holder else self._whole) | self._teacher
+        arrays |= {} if handshake.site in self._frozen_holders else self._frozen
         sent = {name: packed for name, packed in arrays.items() if name.partition("/")[0] in handshake.group_hashes}
         for name, (_, size) in sent.items():
             group = name.partition("/")[0]

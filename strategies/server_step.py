@@ -100,6 +100,8 @@ class Memory:
     """Group -> what the coding of its last step rounded away."""
     holders: tuple[str, ...] = ()
     """Sites that have the parameters from which the last step starts."""
+    frozen_holders: tuple[str, ...] = ()
+    """Sites that have the parameters that the run does not train; empty where it trains all."""
     average: dict[str, Flat] = field(default_factory=dict)
     """Group -> EMA of its global parameters; empty unless teachers start there."""
     votes: dict[str, NDArray[Any]] = field(default_factory=dict)

@@ -77,14 +77,16 @@ class SiteDpMean(GroupedMean):
         memory: Memory | None = None,
         *,
         pay: Callable[[int], None],
+        frozen: Mapping[str, Flat] | None = None,
     ) -> None:
         """Create the strategy of a run.
 
         Args:
             roster: As for `GroupedMean`; its sites are those of all rounds.
             pay: Called with the round number before noise is drawn; raises if the budget does not cover it.
+            frozen: As for `GroupedMean`.
         """
-        super().__init__(run, manifest, roster, memory)
+        super().__init__(run, manifest, roster, memory, frozen=frozen)
         assert run.site_dp is not None
         self._site_dp = run.site_dp
         self._pay = pay

@@ -7,7 +7,7 @@ with exit status 1; a traceback is always a bug.
 
 import typer
 
-from panfm.cli import audit_commands, ledger_commands, model_commands, site_commands
+from panfm.cli import audit_commands, ledger_commands, model_commands, site_commands, weights_commands
 from panfm.cli.common import ErrorLines
 
 main = typer.Typer(
@@ -20,6 +20,7 @@ main = typer.Typer(
 main.add_typer(site_commands.app, name="site")
 main.add_typer(ledger_commands.app, name="ledger")
 main.add_typer(audit_commands.app, name="audit")
+main.add_typer(weights_commands.app, name="weights")
 main.command("embed")(model_commands.embed)
 main.command("probe")(model_commands.probe)
 main.command("report")(model_commands.report)

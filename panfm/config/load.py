@@ -13,6 +13,7 @@ from panfm.config.base import Config
 from panfm.config.complaints import complaints
 from panfm.config.run_description import RunConfig
 from panfm.config.site_description import SiteConfig
+from panfm.config.start import is_public, weights_file
 from panfm.errors import ConfigError
 from panfm.texts import check_text, parse_toml, read_text
 
@@ -79,14 +80,15 @@ def experiment_hash(run: RunConfig) -> str:
 def _with_start_hash(run: RunConfig) -> RunConfig:
     if run.start is None or run.start.model is None or run.start.sha256 is not None:
         return run
-    path = Path(run.start.model) / "model.safetensors"
+    path = weights_file(Path(run.start.model))
     try:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
         raise ConfigError(
             f"start.model: {path} cannot be read ({error.strerror}), expected a model's weights"
         ) from error
-    return run.model_copy(update={"start": run.start.model_copy(update={"sha256": digest})})
+    known = {"sha256": digest, "public": is_public(Path(run.start.model))}
+    return run.model_copy(update={"start": run.start.model_copy(update=known)})
 
 
 def _read(path: Path) -> dict[str, Any]:

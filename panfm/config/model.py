@@ -45,8 +45,8 @@ class ExpertsConfig(Config):
 class ModelConfig(Config):
     """The pan-organ transformer."""
 
-    size: Literal["nano", "tiny", "small", "base"] = "nano"
-    """nano: 48 wide, 2 blocks, for laptops; tiny, small, base: the widths, depths and heads of ViT-T/S/B."""
+    size: Literal["nano", "tiny", "small", "base", "large"] = "nano"
+    """nano: 48 wide, 2 blocks, for laptops; tiny, small, base, large: the widths, depths and heads of ViT-T/S/B/L."""
     tokenizer: Literal["statistics", "patch"] = "statistics"
     """statistics: mean, log-sd and mean gradient of sub-blocks, then linear (learns fastest on small cohorts);
     patch: linear on raw voxels, as in ViT."""
@@ -55,6 +55,15 @@ class ModelConfig(Config):
     hidden_multiple: Annotated[int, Field(gt=0, le=64)] = 4
     """Hidden width of an MLP (dense, expert or director) over the model's width. A pool of which K experts are active
     costs as much as a dense MLP at 1/K of its multiple."""
+    positions: Literal["fixed", "learned", "rotary"] = "fixed"
+    """Of a stream's patches. fixed: sin-cos; learned: parameters of the stream, as public ViTs have them; rotary:
+    queries and keys are turned by place, as in DINOv3 (streams of images alone)."""
+    registers: Annotated[int, Field(ge=0, le=64)] = 0
+    """Tokens that stand for no patch (arXiv 2309.16588), beside CLS."""
+    layer_scale: bool = False
+    """Whether what attention and MLP add is scaled, number by number, by a learned factor (arXiv 2103.17239)."""
+    norm_epsilon: Annotated[float, Field(ge=1e-12, le=1e-2)] = 1e-6
+    """Added to the variance in the backbone's layer norms."""
     experts: ExpertsConfig = ExpertsConfig()
     """Only for `director-experts`."""
 

@@ -4,7 +4,7 @@ Privacy unit: a patient. Relation: add or remove one. N and q are public numbers
 """
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
@@ -15,6 +15,7 @@ class PatientDpConfig(Uncoupled):
     """Patient-level differential privacy of all that leaves a site. Leave the table out to train without."""
 
     habits: ClassVar[Mapping[str, str]] = {
+        "trained": "what is trained is named alike in all runs; set train.parts",
         "seed": "noise and sampling come from the system, a known seed lets anybody subtract them; leave it out",
         "sampling": "batches are Poisson samples, the only kind that is accounted here; leave it out",
         "shuffle": "batches are Poisson samples, not a shuffled pass over the patients; leave it out",
@@ -36,10 +37,8 @@ class PatientDpConfig(Uncoupled):
     sample_rate: Annotated[float, Field(ge=1e-4, le=1.0)]
     """Chance of each patient to be in a step, independently of all others."""
     clip_norm: ClipNorm = 1.0
-    """Largest L2 norm of one patient's gradient, over all trained parameters together."""
-    trained: Literal["all", "vectors", "last-block"] = "all"
-    """all parameters; vectors: norms, biases, embeddings and queries; last-block: the last block, last norm and heads.
-    The noise grows with the square root of their number. The others stay as the run started them."""
+    """Largest L2 norm of one patient's gradient, over all trained parameters together (`train.parts`): the noise grows
+    with the square root of their number."""
     statistics_noise: Annotated[float, Field(ge=1e-12, le=1e4)] = 20.0
     """Standard deviation of the noise on a site's saliency, in its sensitivities, at least 0.3; entered only if masking
     needs it."""

@@ -14,6 +14,7 @@ from panfm.config.federation import FederationConfig
 from panfm.config.masking import MaskingConfig
 from panfm.config.model import ModelConfig
 from panfm.config.objective import ObjectiveConfig
+from panfm.config.parts import LoraConfig
 from panfm.config.patient_dp import PatientDpConfig
 from panfm.config.probe import ProbeConfig
 from panfm.config.sharing import SharingConfig
@@ -72,6 +73,13 @@ class RunConfig(Config):
             travel |= BACKBONES.load(self.model.backbone).sharing_groups - kept
         if unknown := sorted(set(self.sharing.groups) - travel):
             raise ValueError(f"sharing.groups: {unknown[0]!r} does not travel in this run, expected {sorted(travel)}")
+        return self
+
+    @model_validator(mode="after")
+    def _private_lora_trains_one_factor(self) -> Self:
+        parts = self.train.parts
+        if self.patient_dp and isinstance(parts, LoraConfig) and not parts.frozen_a:
+            raise ValueError("train.parts.frozen-a: a private run multiplies no noise with noise, set true")
         return self
 
     @model_validator(mode="after")

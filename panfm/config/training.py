@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from panfm.config.base import BelowOne, ClipNorm, Fraction, Positive, Uncoupled
+from panfm.config.parts import PartsConfig, PlainPartsConfig
 
 
 class TrainConfig(Uncoupled):
@@ -17,6 +18,11 @@ class TrainConfig(Uncoupled):
     """Rounds between a site's validations of its own model, on its val split; the last round always ends with one."""
     batch_size: Annotated[int, Field(gt=0, le=65_536)] = 32
     """Patients per step."""
+    parts: PartsConfig = PlainPartsConfig()
+    """The part of the model that is trained; the rest stays as the run started it, and does not travel."""
+    layer_decay: Annotated[float, Field(ge=0.01, le=1.0)] = 1.0
+    """Factor on the learning rate per layer downwards: heads and last norm 1, the last block this, the one before it
+    this squared (arXiv 2106.08254)."""
     learning_rate: Annotated[float, Field(ge=1e-9, le=10.0)] = 3e-3
     weight_decay: Annotated[float, Field(ge=0.0, le=10.0)] = 0.05
     betas: Annotated[tuple[BelowOne, BelowOne], Field(strict=False)] = (0.9, 0.95)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from panfm.data.store import Batch
-from panfm.errors import ProtocolError
+from panfm.errors import ConfigError, ProtocolError
 from panfm.models.tokens import Layout
 from panfm.sharing.groups import BACKBONE, stream_group
 
@@ -111,6 +111,10 @@ class Backbone(nn.Module, ABC):
             route: Through the experts or through the directors alone.
             exploration: Noise for the routers, in training.
         """
+
+    def turn_by(self, angles: Tensor) -> None:
+        """Turn queries and keys of every patch by angles [M, d]. Raises ConfigError if the backbone cannot."""
+        raise ConfigError('model.positions: this backbone knows no "rotary", expected "fixed" or "learned"')
 
     @abstractmethod
     def last_layers(self, count: int) -> list[nn.Module]:

@@ -151,10 +151,11 @@ class DirectorExperts(nn.Module):
         return list(zip(self.experts.stacked, self.director.parameters(), strict=True))
 
     def alignment_loss(self, routed: Routed, valid: Tensor, kind: Alignment) -> Tensor:
-        """Distance of each subject's experts from the director [B]: mean over its valid tokens (bool [B, L])."""
+        """Distance of each subject's experts from the director [B]: mean over its valid tokens, bool [B, 1 + N];
+        registers do not count."""
         with torch.no_grad():
             target = self.director(routed.inputs)
-        distance = alignment_distance(routed.outputs, target, kind)
+        distance = alignment_distance(routed.outputs, target, kind)[:, : valid.shape[1]]
         return (distance * valid).sum(dim=1) / valid.sum(dim=1)
 
 
@@ -199,7 +200,7 @@ class DirectorExpertsBackbone(VisionTransformer):
             self.router_class(width, num_experts=count, num_active=active, temperature=temperature)
             for count, active in zip(counts, actives, strict=True)
         ]
-        return [ExpertsBlock(width, heads, self.layer_class(width, hidden, router)) for router in routers]
+        return [ExpertsBlock(width, heads, self.layer_class(width, hidden, router), config) for router in routers]
 
     @staticmethod
     def couplings(config: ModelConfig) -> Iterator[str]:

@@ -8,7 +8,7 @@ subject, T tokens of a stream, D width.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
@@ -18,6 +18,7 @@ from panfm.anatomy import parse_stream
 from panfm.config import RunConfig, StreamConfig
 from panfm.config.model import ModelConfig
 from panfm.config.objective import ObjectiveConfig
+from panfm.config.parts import PartsConfig
 from panfm.config.sharing import SharingConfig
 from panfm.data.store import Batch
 from panfm.errors import ConfigError
@@ -25,32 +26,45 @@ from panfm.models.backbone import Backbone, Encoded, PerStream, Route, Saliency,
 from panfm.models.director_experts import DirectorExperts, dense_name
 from panfm.models.heads import Heads
 from panfm.models.patch_features import batch_features, num_patch_features, patch_step, patchify
-from panfm.models.tokens import Layout, pack, sincos_positions
+from panfm.models.tokens import Layout, pack, rotary_angles, sincos_positions
+from panfm.models.trained_parts import add_lora, trained_names
 from panfm.registry import BACKBONES
 from panfm.seeds import torch_generator
 from panfm.sharing.groups import split_state
 
-SIZES = {"nano": (48, 2, 3), "tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12)}
-"""Width, depth, heads. tiny, small and base as in DeiT (Touvron et al. 2021); nano for laptops."""
+SIZES = {
+    "nano": (48, 2, 3),
+    "tiny": (192, 12, 3),
+    "small": (384, 12, 6),
+    "base": (768, 12, 12),
+    "large": (1024, 24, 16),
+}
+"""Width, depth, heads. tiny, small and base as in DeiT (Touvron et al. 2021), large as in ViT (Dosovitskiy et al.
+2021); nano for laptops."""
 _POSITION_SCALE = 0.2
 """Positions are small beside what a token holds, so that the first norm does not drown it."""
 
 
 class StreamTokenizer(nn.Module):
-    """Projects the patches of one stream's features linearly, and adds the stream's embedding and fixed positions."""
+    """Projects the patches of one stream's features linearly, and adds the stream's embedding and its positions."""
 
     position: Tensor
 
-    def __init__(self, stream: StreamConfig, tokenizer: str, width: int) -> None:
+    def __init__(self, stream: StreamConfig, config: ModelConfig, width: int) -> None:
         super().__init__()
-        self.step = patch_step(stream, tokenizer)
-        self.project = nn.Linear(num_patch_features(stream, tokenizer), width)
+        self.step = patch_step(stream, config.tokenizer)
+        self.project = nn.Linear(num_patch_features(stream, config.tokenizer), width)
         self.embedding = nn.Parameter(torch.zeros(width))
-        self.register_buffer("position", _POSITION_SCALE * sincos_positions(stream.grid, width), persistent=False)
+        self.adds_position = config.positions != "rotary"
+        if config.positions == "learned":
+            self.position = nn.Parameter(torch.zeros(math.prod(stream.grid), width))
+        else:
+            self.register_buffer("position", _POSITION_SCALE * sincos_positions(stream.grid, width), persistent=False)
 
     def forward(self, features: Tensor) -> Tensor:
         """Project patch features [P, C, *coarse] to tokens [P, T, D]."""
-        return self.project(patchify(features, self.step)) + self.embedding + self.position
+        tokens = self.project(patchify(features, self.step)) + self.embedding
+        return tokens + self.position if self.adds_position else tokens
 
 
 class PanModel(nn.Module):
@@ -70,13 +84,15 @@ class PanModel(nn.Module):
         self.stream_configs = streams
         self.tokenizer = config.tokenizer
         self.width = width
-        self.streams = PerStream(
-            {name: StreamTokenizer(stream, config.tokenizer, width) for name, stream in streams.items()}
-        )
+        self.streams = PerStream({name: StreamTokenizer(stream, config, width) for name, stream in streams.items()})
         self.backbone: Backbone = BACKBONES.load(config.backbone)(width, depth, heads, config)
+        if config.positions == "rotary":
+            self.backbone.turn_by(_angles(streams, width // heads))
         features = {name: num_patch_features(stream, config.tokenizer) for name, stream in streams.items()}
         self.heads = Heads(width, heads, features, objective)
         self.register_buffer("stream_of_patch", _stream_of_patch(streams), persistent=False)
+        self.trained = frozenset(dict(self.named_parameters()))
+        """Names of the parameters that a run trains."""
 
     @property
     def stream_names(self) -> tuple[str, ...]:
@@ -145,6 +161,22 @@ class PanModel(nn.Module):
         """The state dict in two: parameters that a run shares, and those that stay at the site."""
         return split_state(sharing, self.parameter_groups(), self.state_dict())
 
+    def choose_parts(self, parts: PartsConfig) -> None:
+        """Train a part of the parameters; the others get no gradient."""
+        add_lora(self.backbone, parts)
+        self.trained = trained_names(self, parts)
+        for name, parameter in self.named_parameters():
+            if name not in self.trained:
+                parameter.requires_grad_(False)
+
+    def travelling_state(self, sharing: SharingConfig) -> dict[str, Tensor]:
+        """The shared parameters that are trained: a round's updates, by name."""
+        return {name: value for name, value in self.split_state(sharing)[0].items() if name in self.trained}
+
+    def frozen_state(self, sharing: SharingConfig) -> dict[str, Tensor]:
+        """The shared parameters that are not trained, by name."""
+        return {name: value for name, value in self.split_state(sharing)[0].items() if name not in self.trained}
+
     @property
     def dtype(self) -> torch.dtype:
         """Data type of the parameters."""
@@ -169,11 +201,13 @@ def build_model(run: RunConfig, streams: Sequence[str] | None = None) -> PanMode
         experts: a director starts as the dense model's MLP, and its experts as copies of it.
 
     Raises:
-        ConfigError: `model.experts` has not one number per block, or more experts active than there are.
+        ConfigError: `model.experts` has not one number per block, or more experts active than there are;
+            `train.parts` names more blocks than there are.
     """
     names = [name for name in run.streams if streams is None or name in streams]
     with torch.random.fork_rng(devices=[]):
         model = PanModel({name: run.streams[name] for name in names}, run.model, run.objective)
+        model.choose_parts(run.train.parts)
     layers = model.director_experts().values()
     of_experts = {parameter for layer in layers for parameter in layer.experts.parameters()}
     for name, parameter in model.named_parameters():
@@ -187,7 +221,16 @@ def build_model(run: RunConfig, streams: Sequence[str] | None = None) -> PanMode
 def describe_model(run: RunConfig) -> PanModel:
     """Model of a run without memory for its parameters: names, shapes and sharing groups are those of `build_model`."""
     with torch.device("meta"):
-        return PanModel(dict(run.streams), run.model, run.objective)
+        model = PanModel(dict(run.streams), run.model, run.objective)
+        model.choose_parts(run.train.parts)
+        return model
+
+
+def _angles(streams: Mapping[str, StreamConfig], width: int) -> Tensor:
+    """Rotary angles [M, width] of all patches. Raises ConfigError for volumes."""
+    if volumes := [name for name, stream in streams.items() if stream.is_volume]:
+        raise ConfigError(f'model.positions: "rotary" is for images, {volumes[0]} has volumes')
+    return torch.cat([rotary_angles(stream.grid, width) for stream in streams.values()])
 
 
 def _stream_of_patch(streams: dict[str, StreamConfig]) -> Tensor:
@@ -196,10 +239,18 @@ def _stream_of_patch(streams: dict[str, StreamConfig]) -> Tensor:
     return torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes), output_size=sum(sizes))
 
 
+def is_tokens(name: str) -> bool:
+    """Whether a parameter of two axes holds tokens, one in each row, and is no matrix."""
+    return name.endswith((".registers", ".position"))
+
+
 @torch.no_grad()
 def _initialise(name: str, parameter: Tensor, generator: torch.Generator) -> None:
-    """Matrices: Xavier normal; biases zero and norms one; CLS, embeddings and queries: normal, sd 0.02."""
-    if parameter.dim() > 1:
+    """Matrices: Xavier normal; biases zero, norms and scales one; CLS, embeddings, queries and other tokens: normal,
+    sd 0.02."""
+    if name.endswith(".lora_b"):
+        parameter.zero_()
+    elif parameter.dim() > 1 and not is_tokens(name):
         nn.init.xavier_normal_(parameter, generator=generator)
     elif name.endswith(".bias"):
         parameter.zero_()

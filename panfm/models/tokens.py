@@ -68,6 +68,18 @@ def gather_tokens(tokens: Tensor, column: Tensor) -> Tensor:
     return tokens[torch.arange(tokens.shape[0], device=tokens.device)[:, None], column]
 
 
+def rotary_angles(grid: tuple[int, ...], width: int) -> Tensor:
+    """Angles [T, width] of a 2D grid's patches, row-major, for one head of attention; width is a multiple of 4.
+
+    A patch's centre lies at y, x in [-1, 1]; each turns by 2 pi over periods from 1 to 100, in geometric steps.
+    Source: DINOv3 (arXiv 2508.10104), in its released code.
+    """
+    places = [(torch.arange(size) + 0.5) / size * 2.0 - 1.0 for size in grid]
+    centres = torch.stack(torch.meshgrid(*places, indexing="ij"), dim=-1).flatten(0, 1)
+    rates = 100.0 ** -torch.arange(0, 1, 4 / width)
+    return (2 * math.pi * centres[:, :, None] * rates).flatten(1).tile(2)
+
+
 def sincos_positions(grid: tuple[int, ...], width: int) -> Tensor:
     """Fixed sin-cos positions of a 2D or 3D grid, float32 [T, width], row-major.
 

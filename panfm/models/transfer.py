@@ -1,34 +1,23 @@
-"""Models whose weights come from elsewhere: from a shared part, a dense model, or a run that ended before.
+"""Models whose weights come from elsewhere: from a shared part, or a dense model.
 
     load_with_fresh_private           a whole model where only its shared part is known: at a site that joins, or read
                                       from the folder of a run
     director_run, director_state      run and weights of the dense model that the directors of a Director-Experts model
                                       make up
     start_from_dense                  experts and directors as copies of a dense model's MLPs
-    read_start, start_state           warm start: the shared part of a model that was trained before
 
 State-dict names: `<block>.mlp.director.*` of a Director-Experts model stands for `<block>.mlp.*` of a dense one.
-
-A warm start is checked: the description names the file of weights by its hash; streams, model and every parameter must
-be the run's own, since a model that fits by chance (another voxel size, another order of channels) would train on
-without a word. A Director-Experts run may also start from a dense model of the same size; its routers are then as the
-run's seed has them.
 """
 
-import hashlib
 from collections.abc import Mapping
-from pathlib import Path
 
-import safetensors.torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from panfm.config import RunConfig, load_run
+from panfm.config import RunConfig
 from panfm.config.sharing import SharingConfig
-from panfm.errors import DataError
 from panfm.models.director_experts import dense_name
-from panfm.models.pan import PanModel, build_model, describe_model
-from panfm.sharing.groups import DIRECTOR, EXPERTS, ROUTER, GroupManifest, is_shared, parameter_hashes, split_state
+from panfm.models.pan import PanModel
+from panfm.sharing.groups import DIRECTOR, EXPERTS, ROUTER, is_shared, split_state
 
 
 def load_with_fresh_private(
@@ -83,105 +72,3 @@ def start_from_dense(model: PanModel, state: Mapping[str, Tensor]) -> None:
     model.load_state_dict(kept | {named.get(name, name): value for name, value in state.items()})
     for layer in model.director_experts().values():
         layer.start_experts()
-
-
-def read_start(run: RunConfig) -> bytes:
-    """The weights file that `run.start.model` names, checked.
-
-    Raises:
-        ConfigError: the folder's `run.toml` is absent or does not hold.
-        DataError: the weights are absent, or do not fit the run.
-    """
-    assert run.start is not None
-    if run.start.model is None:
-        raise DataError("start.model: missing, expected the folder of the model that start.sha256 tells of")
-    folder = Path(run.start.model)
-    before = load_run(folder / "run.toml")
-    if differing := [name for name, stream in run.streams.items() if before.streams.get(name) != stream]:
-        raise DataError(f"start.model: {folder} was trained on another {differing[0]}, expected the run's streams")
-    if before.model != run.model and not _is_its_dense_model(before, run):
-        raise DataError(f"start.model: {folder} has another [model], expected the run's")
-    try:
-        content = (folder / "model.safetensors").read_bytes()
-    except OSError as error:
-        raise DataError(f"start.model: {folder}/model.safetensors cannot be read ({error.strerror})") from error
-    start_state(run, content)
-    return content
-
-
-def with_start_parameters(run: RunConfig, content: bytes) -> RunConfig:
-    """The run with the hashes of what it starts from, group by group, by which sites know them.
-
-    Raises:
-        DataError: as `start_state` does.
-    """
-    assert run.start is not None
-    hashes = _hashes(run, start_state(run, content))
-    return run.model_copy(update={"start": run.start.model_copy(update={"parameters": hashes})})
-
-
-def start_state(run: RunConfig, content: bytes) -> dict[str, Tensor]:
-    """The shared parameters in a weights file, by name.
-
-    Raises:
-        DataError: it is not the file that the run's description tells of, or not what the run shares.
-    """
-    assert run.start is not None
-    state = _read_state(run, content)
-    expected, hashes = run.start.parameters, _hashes(run, state)
-    if expected is not None and expected != hashes:
-        groups = [group for group in sorted(hashes | expected) if hashes.get(group) != expected.get(group)]
-        raise DataError(f"start.parameters: the weights have another {groups[0]}, expected the one of this hash")
-    return state
-
-
-def _hashes(run: RunConfig, state: Mapping[str, Tensor]) -> dict[str, str]:
-    """Hash the groups of a run's shared parameters."""
-    tensors = {name: value.numpy() for name, value in state.items()}
-    return parameter_hashes(GroupManifest.of(describe_model(run).parameter_groups(), tensors).pack_all(tensors))
-
-
-def _read_state(run: RunConfig, content: bytes) -> dict[str, Tensor]:
-    assert run.start is not None
-    digest = hashlib.sha256(content).hexdigest()
-    if digest != run.start.sha256:
-        raise DataError(f"start.sha256: the weights have {digest}, expected {run.start.sha256}")
-    try:
-        state = safetensors.torch.load(content)
-    except (ValueError, SafetensorError) as error:
-        raise DataError("start.model: expected weights as a run exports them") from error
-    model = describe_model(run)
-    directors = {name for name, group in model.parameter_groups().items() if group == DIRECTOR}
-    if directors and not directors & state.keys():
-        dense = director_run(run)
-        _check_fit(state, describe_model(dense).split_state(dense.sharing)[0])
-        return _with_experts(run, state)
-    _check_fit(state, model.split_state(run.sharing)[0])
-    return state
-
-
-def _is_its_dense_model(before: RunConfig, run: RunConfig) -> bool:
-    """Whether the directors of a run's model alone make up such a model."""
-    dense = before.model.model_copy(update={"experts": run.model.experts})
-    return bool(describe_model(run).director_experts()) and dense == director_run(run).model
-
-
-def _with_experts(run: RunConfig, dense: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Turn what a dense run shared into the shared part of a run with experts."""
-    model = build_model(run)
-    start_from_dense(model, director_state(model) | dict(dense))
-    return model.split_state(run.sharing)[0]
-
-
-def _check_fit(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Raises DataError at the first parameter that is missing, too many, of another shape, or not finite float32."""
-    for name in sorted(state.keys() | expected.keys()):
-        if name not in state:
-            raise DataError(f"start.model: holds no {name}, which this run shares")
-        if name not in expected:
-            raise DataError(f"start.model: holds {name}, which this run does not share")
-        value, shape = state[name], list(expected[name].shape)
-        if list(value.shape) != shape or value.dtype != expected[name].dtype:
-            raise DataError(f"start.model: {name} is {value.dtype} {list(value.shape)}, expected float32 {shape}")
-        if not bool(value.isfinite().all()):
-            raise DataError(f"start.model: {name} holds NaN or inf, expected finite numbers")

@@ -20,6 +20,16 @@ from panfm.config.model import ModelConfig
 from panfm.models.backbone import Backbone, Encoded, Exploration, Route, Routed, Saliency
 from panfm.models.tokens import Layout
 
+Rotation = tuple[Tensor, Tensor]
+"""Cosine and sine [B, 1, L, d] of the angles by which queries and keys are turned."""
+
+
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """Turn queries or keys [B, H, L, d]: numbers i and i + d / 2 as a pair (arXiv 2104.09864)."""
+    cosine, sine = rotation
+    first, second = x.chunk(2, dim=-1)
+    return x * cosine + torch.cat([-second, first], dim=-1) * sine
+
 
 class Mlp(nn.Sequential):
     """Two linear layers around GELU: the MLP of a dense block or of a director."""
@@ -39,25 +49,47 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, mask: Tensor | None, saliency: "ClsSaliency | None" = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        saliency: "ClsSaliency | None" = None,
+        rotation: Rotation | None = None,
+    ) -> Tensor:
         """Attend; add what CLS attends to, if `saliency` is given."""
         batch, length, width = x.shape
         q, k, v = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=2))
+        if rotation:
+            q, k = rotate(q, rotation), rotate(k, rotation)
         if saliency:
             saliency.add(q[:, :, :1], k, v)
         mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out(mixed.transpose(1, 2).reshape(batch, length, width))
 
 
+class LayerScale(nn.Module):
+    """Learned factor per number of the width."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale x [..., D]."""
+        return x * self.weight
+
+
 class Block(nn.Module):
     """Pre-norm transformer block."""
 
-    def __init__(self, width: int, heads: int, feed_forward: nn.Module) -> None:
+    def __init__(self, width: int, heads: int, feed_forward: nn.Module, config: ModelConfig) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.norm1 = nn.LayerNorm(width, eps=config.norm_epsilon)
         self.attention = Attention(width, heads)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.scale1 = LayerScale(width) if config.layer_scale else nn.Identity()
+        self.norm2 = nn.LayerNorm(width, eps=config.norm_epsilon)
         self.mlp = feed_forward
+        self.scale2 = LayerScale(width) if config.layer_scale else nn.Identity()
 
     def forward(
         self,
@@ -65,13 +97,14 @@ class Block(nn.Module):
         mask: Tensor | None,
         *,
         saliency: "ClsSaliency | None" = None,
+        rotation: Rotation | None = None,
         route: Route = "experts",
         exploration: Exploration | None = None,
     ) -> tuple[Tensor, Routed | None]:
         """Transform x [B, L, D]; also return how the experts were chosen, if there are any."""
-        x = x + self.attention(self.norm1(x), mask, saliency)
+        x = x + self.scale1(self.attention(self.norm1(x), mask, saliency, rotation))
         change, routed = self.feed_forward(self.norm2(x), route, exploration)
-        return x + change, routed
+        return x + self.scale2(change), routed
 
     def feed_forward(self, x: Tensor, route: Route, exploration: Exploration | None) -> tuple[Tensor, Routed | None]:
         """Apply the MLP, for which there is one route."""
@@ -86,16 +119,20 @@ class VisionTransformer(Backbone):
     """Transformer with a dense MLP in every block."""
 
     has_saliency = True
+    angles: Tensor | None
+    """[1 + M, d] by which queries and keys of patches are turned, row 0 for tokens of no patch; None if none are."""
 
     def __init__(self, width: int, depth: int, heads: int, config: ModelConfig) -> None:
         super().__init__()
         self.cls = nn.Parameter(torch.zeros(width))
+        self.registers = nn.Parameter(torch.zeros(config.registers, width)) if config.registers else None
         self.blocks = nn.ModuleList(self.make_blocks(width, depth, heads, config))
-        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.norm = nn.LayerNorm(width, eps=config.norm_epsilon)
+        self.register_buffer("angles", None, persistent=False)
 
     def make_blocks(self, width: int, depth: int, heads: int, config: ModelConfig) -> list[Block]:
         """Make the blocks, first to last."""
-        return [Block(width, heads, Mlp(width, config.hidden_multiple * width)) for _ in range(depth)]
+        return [Block(width, heads, Mlp(width, config.hidden_multiple * width), config) for _ in range(depth)]
 
     @staticmethod
     def couplings(_config: ModelConfig) -> Iterator[str]:
@@ -113,21 +150,42 @@ class VisionTransformer(Backbone):
         exploration: Exploration | None = None,
     ) -> Encoded:
         """Encode tokens [B, N, D]; see `Backbone.forward`."""
-        x = torch.cat([self.cls.expand(tokens.shape[0], 1, -1), tokens], dim=1)
-        mask = layout.key_mask()
+        length = 1 + tokens.shape[1]
+        x, mask = self._with_registers(torch.cat([self.cls.expand(tokens.shape[0], 1, -1), tokens], dim=1), layout)
+        rotation = self._rotation(layout)
         outputs: list[Tensor] = []
         routings: list[Routed] = []
         attended = ClsSaliency(layout, saliency) if saliency else None
         for depth, block in enumerate(self.blocks):
             watched = attended if saliency == "value" or depth == len(self.blocks) - 1 else None
-            x, routed = block(x, mask, saliency=watched, route=route, exploration=exploration)
+            x, routed = block(x, mask, saliency=watched, rotation=rotation, route=route, exploration=exploration)
             if routed is not None:
                 routings.append(routed)
             if keep_blocks:
-                outputs.append(x[:, 1:])
-        x = self.norm(x)
+                outputs.append(x[:, 1:length])
+        x = self.norm(x)[:, :length]
         shares = attended.shares() if attended else None
         return Encoded(x[:, 0], x[:, 1:], layout, tuple(outputs), shares, tuple(routings))
+
+    def _with_registers(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
+        """Add the registers behind CLS and tokens [B, L, D]; also return what attention may look at."""
+        mask = layout.key_mask()
+        if self.registers is None:
+            return x, mask
+        if mask is not None:
+            mask = functional.pad(mask, (0, len(self.registers)), value=True)
+        return torch.cat([x, self.registers.expand(x.shape[0], -1, -1)], dim=1), mask
+
+    def turn_by(self, angles: Tensor) -> None:
+        """Turn queries and keys of every patch by angles [M, d], those of other tokens not at all."""
+        self.angles = functional.pad(angles, (0, 0, 1, 0))
+
+    def _rotation(self, layout: Layout) -> Rotation | None:
+        if self.angles is None:
+            return None
+        others = 0 if self.registers is None else len(self.registers)
+        angles = self.angles[functional.pad(layout.patch_index + 1, (1, others))][:, None]
+        return angles.cos(), angles.sin()
 
     def last_layers(self, count: int) -> list[nn.Module]:
         """Return the last `count` blocks and the last norm."""
@@ -142,12 +200,14 @@ class ClsSaliency:
     """Saliency of one forward pass, from the queries, keys and values of its blocks."""
 
     def __init__(self, layout: Layout, kind: Saliency) -> None:
+        self._length = 1 + layout.valid.shape[1]
         self._padding = None if bool(layout.valid.all()) else ~layout.valid[:, None]
         self._logits: list[Tensor] = []
         self._norms = CentredNorms(layout) if kind == "value" else None
 
     def add(self, query: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Add a block: CLS query [B, H, 1, d], keys and values [B, H, L, d]."""
+        """Add a block: CLS query [B, H, 1, d], keys and values [B, H, L, d], with those of registers behind."""
+        keys, values = keys[:, :, : self._length], values[:, :, : self._length]
         self._logits.append((query * query.shape[-1] ** -0.5 * keys).sum(dim=-1))
         if self._norms:
             self._norms.add(values)

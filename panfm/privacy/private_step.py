@@ -12,7 +12,6 @@ experts alike.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Literal, assert_never
 
 import numpy as np
 import torch
@@ -92,7 +91,7 @@ class PrivateGradient:
         """
         assert trainer.run.patient_dp is not None
         self.private = trainer.run.patient_dp
-        self.parameters = trained_parameters(trainer.model, self.private.trained)
+        self.parameters = gradient_parameters(trainer.model)
         self._trainer, self._store, self._indices, self._draws = trainer, store, indices, draws
         self._total: dict[str, Tensor] = {}
 
@@ -149,24 +148,13 @@ def clipped_sum(
     return source.total()
 
 
-def trained_parameters(model: PanModel, which: Literal["all", "vectors", "last-block"]) -> dict[str, nn.Parameter]:
-    """The parameters that a private run trains, by name, in the model's order.
+def gradient_parameters(model: PanModel) -> dict[str, nn.Parameter]:
+    """The parameters that a private run moves by gradients, by name, in the model's order.
 
     The others stay as the run started them, for instance pre-trained on public data: the fewer are trained, the less
     noise there is in all.
     """
-    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    match which:
-        case "all":
-            return trainable
-        case "vectors":
-            return {name: parameter for name, parameter in trainable.items() if parameter.dim() <= 1}
-        case "last-block":
-            modules = (*model.backbone.last_layers(1), model.heads)
-            last = {parameter for module in modules for parameter in module.parameters()}
-            return {name: parameter for name, parameter in trainable.items() if parameter in last}
-        case _:
-            assert_never(which)
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def _result(trainer: Trainer, num_steps: int) -> TrainResult:

@@ -6,6 +6,7 @@ without knowing what they mean.
     down   arrays   <group>                float32 [size], parameters; or, to a site that holds those of the round
                                            before, the step since, coded as updates are (coding.py)
                     <group>/teacher        float32 [size], the server's EMA, if teachers start there
+                    <group>/frozen         float32 [size], parameters that are not trained; to a site that lacks them
            config   run-id, round, run, profile, digests (of the parameters that a step leads to)
     up     arrays   <group>                float32, uint16 (bf16) or int8 [size], update (coding.py)
                     <group>/scale          float32 [rows], only with int8
@@ -34,6 +35,7 @@ Metric = float | int | list[float]
 _WEIGHT = "weight/"
 _SALIENCY = "saliency/"
 _TEACHER = "/teacher"
+_FROZEN = "/frozen"
 _MAX_ENTRIES = 4096
 """Arrays, metrics and words of one message, together."""
 _MAX_NAME = 256
@@ -128,6 +130,8 @@ class RoundTask:
     """Group -> digest of its global parameters, where `groups` holds a step."""
     teacher: Mapping[str, Flat] = field(default_factory=dict)
     """Group -> the server's EMA of its parameters, if teachers start there."""
+    frozen: Mapping[str, Flat] = field(default_factory=dict)
+    """Group -> its parameters that the run does not train; empty for a site that has them."""
 
     def to_records(self) -> Records:
         """Convert to records."""
@@ -135,7 +139,8 @@ class RoundTask:
         config |= _parallel("profile", self.profile) if self.profile else {}
         config |= digest_words(self.digests) if self.digests else {}
         teacher = {teacher_name(group): flat for group, flat in self.teacher.items()}
-        return Records({**self.groups, **teacher}, {}, config)
+        frozen = {frozen_name(group): flat for group, flat in self.frozen.items()}
+        return Records({**self.groups, **teacher, **frozen}, {}, config)
 
     @classmethod
     def from_records(cls, records: Records) -> Self:
@@ -145,12 +150,11 @@ class RoundTask:
             run_id=_get(config, "run-id", str),
             round_number=_get(config, "round", int),
             run_toml=_get(config, "run", str),
-            groups={name: array for name, array in records.arrays.items() if not name.endswith(_TEACHER)},
+            groups={n: array for n, array in records.arrays.items() if not n.endswith((_TEACHER, _FROZEN))},
             profile=_profile(config) if "profile-names" in config else None,
             digests=_table(config, "digests", str) if "digests-names" in config else {},
-            teacher={
-                name.removesuffix(_TEACHER): array for name, array in records.arrays.items() if name.endswith(_TEACHER)
-            },
+            teacher=_named(records.arrays, _TEACHER),
+            frozen=_named(records.arrays, _FROZEN),
         )
 
 
@@ -244,6 +248,15 @@ def digest_words(digests: Mapping[str, str]) -> dict[str, list[str]]:
 def teacher_name(group: str) -> str:
     """Name of the array of a task that holds a group of the teacher's parameters."""
     return group + _TEACHER
+
+
+def frozen_name(group: str) -> str:
+    """Name of the array of a task that holds a group's parameters that are not trained."""
+    return group + _FROZEN
+
+
+def _named(arrays: Arrays, suffix: str) -> dict[str, Any]:
+    return {name.removesuffix(suffix): array for name, array in arrays.items() if name.endswith(suffix)}
 
 
 def _parallel(key: str, table: Mapping[str, Any]) -> dict[str, list[Any]]:

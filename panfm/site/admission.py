@@ -27,8 +27,10 @@ from panfm.config.training import TrainConfig
 from panfm.errors import DataError, LimitError, ProtocolError
 from panfm.files import write_atomic
 from panfm.models import build_model
+from panfm.models.packing import shared_hashes
 from panfm.models.sizes import sizes_of, tokens_per_patient
-from panfm.sharing.groups import Flat, GroupManifest, parameter_hashes
+from panfm.sharing.groups import Flat, parameter_hashes
+from panfm.sharing.messages import frozen_name
 from panfm.site.budget import check_privacy, with_public_subjects
 from panfm.site.state import ASKED, RUNS, AskedRounds, StateStore, read_asked
 
@@ -229,15 +231,37 @@ def check_start(run: RunConfig, streams: Sequence[str], groups: Mapping[str, Fla
     Raises:
         ProtocolError: they are not what `start.parameters` names or, without a start, the seed gives.
     """
+    expected, source = _start_hashes(run, streams)
+    _compare(1, parameter_hashes(groups), expected, source)
+
+
+def check_frozen(run: RunConfig, streams: Sequence[str], round_number: int, frozen: Mapping[str, Flat]) -> None:
+    """Check the parameters that a run does not train against its description, in whichever round they come.
+
+    Args:
+        streams: Those that this site trains.
+        frozen: Group -> its parameters that are not trained.
+    Raises:
+        ProtocolError: they are not what `start.parameters` names or, without a start, the seed gives.
+    """
+    expected, source = _start_hashes(run, streams)
+    found = {frozen_name(group): digest for group, digest in parameter_hashes(frozen).items()}
+    _compare(round_number, found, expected, source)
+
+
+def _start_hashes(run: RunConfig, streams: Sequence[str]) -> tuple[Mapping[str, str], str]:
+    """Expected hashes of what a run starts from, and where they come from."""
     if run.start is not None and run.start.parameters is None:
         raise ProtocolError("start.parameters: missing, expected the hashes that the server's run.toml has")
     if run.start is not None and run.start.parameters is not None:
-        expected, source = run.start.parameters, "start.parameters names"
-    else:
-        expected, source = _seeded_hashes(dump_toml(run), tuple(streams)), _SEEDED
-    for group, digest in sorted(parameter_hashes(groups).items()):
+        return run.start.parameters, "start.parameters names"
+    return _seeded_hashes(dump_toml(run), tuple(streams)), _SEEDED
+
+
+def _compare(round_number: int, found: Mapping[str, str], expected: Mapping[str, str], source: str) -> None:
+    for group, digest in sorted(found.items()):
         if digest != expected.get(group):
-            raise ProtocolError(f"round 1: {group} is not what {source}")
+            raise ProtocolError(f"round {round_number}: {group} is not what {source}")
 
 
 @lru_cache(maxsize=32)
@@ -245,10 +269,7 @@ def _seeded_hashes(run_toml: str, streams: tuple[str, ...]) -> dict[str, str]:
     """Hashes of the shared parameters that a run's seed gives."""
     run = parse_run(run_toml)
     model = build_model(run, streams)
-    shared, _ = model.split_state(run.sharing)
-    tensors = {name: value.numpy() for name, value in shared.items()}
-    manifest = GroupManifest.of(model.parameter_groups(), tensors)
-    return parameter_hashes(manifest.pack_all(tensors))
+    return shared_hashes(model, run.sharing, {name: value.detach() for name, value in model.state_dict().items()})
 
 
 def _is_ended(folder: Path) -> bool:

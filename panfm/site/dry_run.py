@@ -11,9 +11,9 @@ import torch
 from panfm.config import RunConfig, dump_toml, experiment_hash
 from panfm.config.start import start_hash
 from panfm.models import build_model
+from panfm.models.packing import frozen_manifest, trained_manifest
 from panfm.privacy.guarantees import checked_run
 from panfm.sharing.frames import Frame, Kind, encode
-from panfm.sharing.groups import GroupManifest
 from panfm.sharing.messages import Handshake, Invitation, RoundReply, RoundTask
 from panfm.site.admission import check_floors, check_sizes
 from panfm.site.budget import with_public_subjects
@@ -80,6 +80,9 @@ def dry_run(folder: Path, run: RunConfig) -> DryRun:
 
 def _first_task(run: RunConfig, handshake: Handshake) -> RoundTask:
     model = build_model(run)
-    tensors = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
-    groups = GroupManifest.of(model.parameter_groups(), tensors).pack_all(tensors)
-    return RoundTask("dry-run", 1, dump_toml(run), {name: groups[name] for name in handshake.group_hashes})
+    tensors = {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
+    groups, frozen = (
+        {name: flat for name, flat in manifest.pack_all(tensors).items() if name in handshake.group_hashes}
+        for manifest in (trained_manifest(model, run.sharing), frozen_manifest(model, run.sharing))
+    )
+    return RoundTask("dry-run", 1, dump_toml(run), groups, frozen=frozen)

@@ -17,6 +17,7 @@ from torch import Tensor
 from panfm.config import RunConfig, dump_toml, experiment_hash, parse_run
 from panfm.data.store import ImageStore
 from panfm.errors import ProtocolError
+from panfm.models.packing import frozen_manifest, trained_manifest
 from panfm.privacy.guarantees import privacy_label
 from panfm.privacy.private_step import train_privately
 from panfm.sharing.coding import Arrays, digests, encode_with_feedback, take_step
@@ -24,7 +25,7 @@ from panfm.sharing.groups import Flat, GroupManifest
 from panfm.sharing.messages import RoundTask
 from panfm.sharing.release import RoundResult
 from panfm.sharing.weights import GroupWeights, Trained, Weights
-from panfm.site.admission import check_finite, check_start
+from panfm.site.admission import check_finite, check_frozen, check_start
 from panfm.site.budget import PatientBudget
 from panfm.site.floors import Floors
 from panfm.site.state import Origin, StateStore, fingerprint, note_question, question_digest
@@ -60,7 +61,8 @@ class Session:
         self.streams = trained_streams(run.streams, store)
         self.trained = tuple(run.streams) if run.sharing.rule == "plain" else tuple(self.streams)
         self.trainer = _trainers(dump_toml(run))(self.trained)
-        self.manifest = GroupManifest.of(self.trainer.model.parameter_groups(), self.trainer.shared_state())
+        self.manifest = trained_manifest(self.trainer.model, run.sharing)
+        self.frozen = frozen_manifest(self.trainer.model, run.sharing)
         self._group_weights = GroupWeights(run.sharing, run.train, run.site_dp, self.manifest)
         self._mine = object()
         """Marks what this session has put into the trainer."""
@@ -79,6 +81,7 @@ class Session:
             BudgetError, LedgerError: the run is private, and the site cannot pay for the round.
         """
         torch.set_num_threads(self.run.train.threads)
+        self._load_frozen(task, states)
         state_round = self._load_private(task.round_number, states)
         self._load_global(task, state_round)
         digest = question_digest(dump_toml(self.run), task, self._global, states.digest(state_round))
@@ -113,11 +116,28 @@ class Session:
         self.floors.check_round(train, first_step, result)
         return result
 
+    def _load_frozen(self, task: RoundTask, states: StateStore) -> None:
+        """Put the parameters that the run does not train in place: those that came, or else those kept.
+
+        Raises:
+            ProtocolError: they are not the run's, are of other parts of the model, or are not there.
+        """
+        if not task.frozen and self.trainer.has_frozen:
+            return
+        groups = task.frozen or states.load_frozen()
+        if groups is None:
+            raise ProtocolError(f"round {task.round_number}: this site lacks the parameters that are not trained")
+        tensors = _tensors(self.frozen, groups)
+        check_frozen(self.run, self.trained, task.round_number, groups)
+        if task.frozen:
+            states.save_frozen(groups)
+        self.trainer.load_frozen(tensors)
+
     def _load_global(self, task: RoundTask, state_round: int) -> None:
         """Start from the server's parameters; without private state, afresh."""
         groups = self._arrived(task, state_round) if task.digests else task.groups
         check_finite(task.round_number, groups, task.teacher, task.profile)
-        tensors = self._tensors(groups)
+        tensors = _tensors(self.manifest, groups)
         if task.round_number == 1:
             for parameters in (groups, task.teacher):
                 check_start(self.run, self.trained, parameters)
@@ -129,7 +149,7 @@ class Session:
         if self.run.train.teacher_start == "global":
             self.trainer.restart_teacher()
         elif self.run.train.teacher_start == "server-ema":
-            self.trainer.load_teacher(self._tensors(task.teacher))
+            self.trainer.load_teacher(_tensors(self.manifest, task.teacher))
 
     def _arrived(self, task: RoundTask, state_round: int) -> dict[str, Flat]:
         """The global parameters that a step leads to. Raises ProtocolError if they are not the server's."""
@@ -138,9 +158,6 @@ class Session:
             if digests(groups) == task.digests:
                 return groups
         raise ProtocolError(f"round {task.round_number}: no step leads from this site's parameters to the server's")
-
-    def _tensors(self, groups: Mapping[str, Flat]) -> dict[str, Tensor]:
-        return {name: torch.from_numpy(array) for name, array in self.manifest.unpack_all(groups).items()}
 
     def _load_private(self, round_number: int, states: StateStore) -> int:
         """Returns the round whose private state is now in place; 0: a fresh one."""
@@ -201,6 +218,10 @@ class Session:
             return None
         validation = self.trainer.validate(self.store, indices, site=self.site)
         return validation.loss if self.floors.is_enough(validation.subjects) else None
+
+
+def _tensors(manifest: GroupManifest, groups: Mapping[str, Flat]) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(array) for name, array in manifest.unpack_all(groups).items()}
 
 
 def _without(groups: Mapping[str, Flat], withheld: Mapping[str, NDArray[np.bool_]]) -> dict[str, Flat]:

@@ -1,6 +1,7 @@
 """A site's own files of a run: its private training states, and the questions it was asked.
 
     <folder>/runs/<run id>/round-000007.state     private state after round 7, checksummed
+    <folder>/runs/<run id>/frozen.safetensors     shared parameters that the run does not train, checksummed
     <folder>/runs/<run id>/asked.json             digests of the questions, by round; on disk before a round is trained
 
 A round starts from the newest state of an earlier round, so a repeated round starts where it started the first time. It
@@ -35,6 +36,7 @@ from panfm.texts import PLAIN_NAME
 RUNS = "runs"
 """A folder of their own: a run id comes over the wire, and may be named like a file of the site's."""
 ASKED = "asked.json"
+_FROZEN = "frozen.safetensors"
 _ORIGIN = "origin"
 _SIZE_BYTES = 8
 """A safetensors file starts with the length of its header."""
@@ -102,6 +104,15 @@ class StateStore:
     def digest(self, round_number: int) -> str:
         """Digest of the state after a round, as written at the head of its file; empty if absent."""
         return read_digest(self._files.path(round_number))
+
+    def save_frozen(self, groups: Mapping[str, Flat]) -> None:
+        """Keep the shared parameters that the run does not train, packed by group."""
+        write_checked(self.folder / _FROZEN, safetensors.numpy.save(dict(groups)))
+
+    def load_frozen(self) -> dict[str, Flat] | None:
+        """What `save_frozen` kept; None if nothing is there. Raises DataError if it is corrupted."""
+        path = self.folder / _FROZEN
+        return safetensors.numpy.load(read_checked(path)) if path.exists() else None
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,8 @@ class ExpertTraining:
         """
         momentum = _at(self.config.director_momentum, progress)
         for name, layer in self.layers.items():
+            if f"{name}.director.0.weight" not in self.model.trained:
+                continue
             if gate_mass is None:
                 layer.move_director(torch.ones_like(layer.router.activation), momentum=momentum)
             else:

@@ -153,7 +153,7 @@ class Trainer(TrainingState):
         config = self.run.train
         rate = learning_rate(config, progress)
         for group in self.optimiser.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["scale"]
         self.optimiser.step()
         self.proximal_step(rate * config.proximal_mu)
         self.experts.after_step(gate_mass, progress)

@@ -4,7 +4,7 @@ The state comes in two parts: shared (parameters of the student, by the run's `[
 else), so that a site can send the one and keep the other. `trainer.py` moves it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
 from weakref import WeakKeyDictionary
 
@@ -17,6 +17,8 @@ from panfm.config.training import TrainConfig
 from panfm.data.store import Batch, ImageStore
 from panfm.errors import ConfigError
 from panfm.models import PanModel, build_model
+from panfm.models.pan import is_tokens
+from panfm.models.trained_parts import layers_above
 from panfm.models.transfer import load_with_fresh_private
 from panfm.privacy.guarantees import checked_run
 from panfm.training.objectives.interface import build_objective
@@ -39,13 +41,16 @@ class TrainingState:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = build_model(run, streams).to(self.device)
         _check_buffers(run, self.model)
-        self.parameters = list(self.model.parameters())
+        self.parameters = _trained(self.model, self.model.trained)
+        """Those that the run trains, and their order in the optimiser's packed state."""
         self._start = {name: value.clone() for name, value in self._private_parameters().items()}
-        self.teacher = deepcopy(self.model).requires_grad_(requires_grad=False)
-        self._teacher_parameters = list(self.teacher.parameters())
+        self.teacher = _teacher_of(self.model)
+        self._teacher_parameters = _trained(self.teacher, self.model.trained)
         self.reset_private()
         self.holds: tuple[object, str] | None = None
         """Whose private state is in place, and its digest: a note of those who take turns at the trainer."""
+        self.has_frozen = not self.frozen_state()
+        """Whether the shared parameters that are not trained are the run's; nothing moves them."""
         self._anchor: dict[str, Tensor] = {}
         self._feature_stores: WeakKeyDictionary[ImageStore, ImageStore] = WeakKeyDictionary()
 
@@ -81,12 +86,26 @@ class TrainingState:
         get_ema_multi_avg_fn(momentum)(self._teacher_parameters, self.parameters, 0)
 
     def shared_state(self) -> dict[str, Tensor]:
-        """The student's shared parameters, by name; copies."""
-        return {name: value.detach().cpu().clone() for name, value in self._shared_parameters().items()}
+        """The student's shared parameters that are trained, by name; copies."""
+        state = self.model.travelling_state(self.run.sharing)
+        return {name: value.detach().cpu().clone() for name, value in state.items()}
+
+    def frozen_state(self) -> dict[str, Tensor]:
+        """The shared parameters that are not trained, by name; copies."""
+        state = self.model.frozen_state(self.run.sharing)
+        return {name: value.detach().cpu().clone() for name, value in state.items()}
+
+    def load_frozen(self, state: Mapping[str, Tensor]) -> None:
+        """Load the shared parameters that are not trained, which student and teacher have in common; names must match
+        exactly."""
+        others = self._private_parameters() | self.model.travelling_state(self.run.sharing)
+        self.model.load_state_dict(others | dict(state), strict=True)
+        self.has_frozen = True
 
     def load_shared(self, state: Mapping[str, Tensor]) -> None:
-        """Load the student's shared parameters; names must match exactly."""
-        self.model.load_state_dict(self._private_parameters() | dict(state), strict=True)
+        """Load the student's shared parameters that are trained; names must match exactly."""
+        others = self._private_parameters() | self.model.frozen_state(self.run.sharing)
+        self.model.load_state_dict(others | dict(state), strict=True)
         if self.run.train.proximal_mu:
             self._anchor = {name: value.to(self.device, copy=True) for name, value in state.items()}
 
@@ -103,14 +122,16 @@ class TrainingState:
         self.teacher.load_state_dict(self.model.state_dict())
 
     def load_teacher(self, state: Mapping[str, Tensor]) -> None:
-        """Load the teacher's shared parameters; its private ones stay."""
+        """Load the teacher's shared parameters that are trained; its private ones stay."""
         self.teacher.load_state_dict(self.teacher.state_dict() | dict(state))
 
     def private_state(self) -> dict[str, Tensor]:
         """Everything else that training depends on: the student's private parameters, teacher, optimiser, statistics,
         experts' activation, saliency profile."""
         state = {f"student.{name}": value for name, value in self._private_parameters().items()}
-        state |= {f"teacher.{name}": value for name, value in self.teacher.state_dict().items()}
+        state |= {
+            f"teacher.{name}": value for name, value in self.teacher.state_dict().items() if name in self.model.trained
+        }
         state |= {f"optimiser.{slot}": packed for slot, packed in self._optimiser_state().items()}
         state |= {f"objective.{name}": value for name, value in self.objective.state().items()}
         layers = self.model.director_experts()
@@ -121,7 +142,8 @@ class TrainingState:
     def load_private(self, state: Mapping[str, Tensor]) -> None:
         """Restore what `private_state` returned."""
         self.model.load_state_dict(self._shared_parameters() | _under(state, "student."), strict=True)
-        self.teacher.load_state_dict(_under(state, "teacher."), strict=True)
+        frozen = {name: value for name, value in self.model.state_dict().items() if name not in self.model.trained}
+        self.teacher.load_state_dict(frozen | _under(state, "teacher."), strict=True)
         self._load_optimiser_state(_under(state, "optimiser."))
         self.objective.load_state(_under(state, "objective."))
         for name, layer in self.model.director_experts().items():
@@ -129,7 +151,8 @@ class TrainingState:
         self.profile = state["saliency.profile"].to(self.device, copy=True)
 
     def _optimiser_state(self) -> dict[str, Tensor]:
-        """AdamW's slots of all parameters, packed one after the other; zeros for one that it has not moved yet."""
+        """AdamW's slots of all trained parameters, packed one after the other; zeros for one that it has not moved
+        yet."""
         slots = [self.optimiser.state.get(parameter, {}) for parameter in self.parameters]
         never = torch.zeros((), device=self.device)
         packed = {"step": torch.stack([slot.get("step", never) for slot in slots])}
@@ -157,6 +180,16 @@ class TrainingState:
         return self.model.split_state(self.run.sharing)[1]
 
 
+def _trained(model: PanModel, names: Collection[str]) -> list[nn.Parameter]:
+    return [parameter for name, parameter in model.named_parameters() if name in names]
+
+
+def _teacher_of(model: PanModel) -> PanModel:
+    """A copy of a student, which shares the memory of the parameters that are not trained."""
+    shared = {id(value): value for name, value in model.named_parameters() if name not in model.trained}
+    return deepcopy(model, shared).requires_grad_(requires_grad=False)
+
+
 def _check_buffers(run: RunConfig, model: PanModel) -> None:
     """Refuse a private run whose model would send or keep numbers that are no parameters, and so never get noise."""
     buffers = sorted(model.state_dict().keys() - dict(model.named_parameters()).keys())
@@ -169,18 +202,22 @@ def _under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _build_optimiser(model: PanModel, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW; weight decay on matrices only."""
-    matrices: list[nn.Parameter] = []
-    vectors: list[nn.Parameter] = []
+    """AdamW; weight decay on matrices only, and a group with its `scale` of the learning rate for every layer."""
+    above = layers_above(model) if config.layer_decay < 1.0 else {}
+    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            is_vector = parameter.dim() <= 1 or ".experts.bias_" in name
-            (vectors if is_vector else matrices).append(parameter)
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+            is_vector = parameter.dim() <= 1 or ".experts.bias_" in name or is_tokens(name)
+            groups.setdefault((above.get(name, 0), is_vector), []).append(parameter)
+    settings = [
+        {
+            "params": parameters,
+            "weight_decay": 0.0 if is_vector else config.weight_decay,
+            "scale": config.layer_decay**layers,
+        }
+        for (layers, is_vector), parameters in sorted(groups.items())
     ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
+    return torch.optim.AdamW(settings, lr=config.learning_rate, betas=config.betas, fused=True)
 
 
 def _feature_store(store: ImageStore, model: PanModel, *, chunk: int) -> ImageStore:

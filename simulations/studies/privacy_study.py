@@ -3,7 +3,7 @@
 Five phantom hospitals with unequal organs, as many steps over the same patients in every arm:
 
     cold-<epsilon>   from the seed's parameters; all of them are trained
-    warm-<epsilon>   from a public model; norms, biases, embeddings and queries are trained (`patient-dp.trained`)
+    warm-<epsilon>   from a public model; norms, biases, embeddings and queries are trained (`train.parts`)
     untrained        what `cold` starts from
     public           what `warm` starts from: the quickstart's model, trained in one place on another phantom draw
     warm-ordinary    from the public model, all parameters, by the ordinary loop
@@ -39,7 +39,7 @@ from panfm.data.cache import open_store
 from panfm.data.store import ImageStore
 from panfm.data.tables import write_table
 from panfm.models import PanModel, build_model
-from panfm.models.transfer import load_with_fresh_private, read_start, start_state
+from panfm.models.warm_start import start_model
 from panfm.privacy.audit_inversion import Attacked
 from panfm.privacy.audit_membership import Place, audit_membership
 from panfm.privacy.mechanisms import noise_for, planned
@@ -129,16 +129,17 @@ def arm_run(arm: str, seed: int, public: Path) -> RunConfig:
     changes = [f"seed={seed}", f"train.rounds={_ROUNDS}", f"train.local-steps={_LOCAL_STEPS}"]
     changes += [f"train.batch-size={round(_RATE * _MEMBERS)}"]
     start, _, epsilon = arm.partition("-")
+    if start == "warm" and epsilon in EPSILONS:
+        changes.append("train.parts.kind=vectors")
     if start in ("warm", "public"):
         changes.append(f"start.model={str(public)!r}")
-    run = load_simulation(_PRIVATE, [*changes, *_privacy(start, epsilon)])
+    run = load_simulation(_PRIVATE, [*changes, *_privacy(epsilon)])
     return run if epsilon in EPSILONS else run.model_copy(update={"patient_dp": None})
 
 
-def _privacy(start: str, epsilon: str) -> list[str]:
+def _privacy(epsilon: str) -> list[str]:
     """Changes of an arm in the table `patient-dp`."""
-    trained = "vectors" if start == "warm" else "all"
-    changes: dict[str, object] = {"public-subjects": _MEMBERS, "sample-rate": _RATE, "trained": f"'{trained}'"}
+    changes: dict[str, object] = {"public-subjects": _MEMBERS, "sample-rate": _RATE}
     if target := EPSILONS.get(epsilon):
         noise = noise_of(target, _ROUNDS, _LOCAL_STEPS)
         changes |= {"epsilon": target, "delta": _DELTA, "noise-multiplier": noise}
@@ -192,21 +193,13 @@ def train_public(job: PublicJob) -> Path:
 def measure(job: RunJob) -> dict[str, float]:
     """Train one arm, probe and attack its model."""
     run, cohort = job.run, OpenedCohort.open(job.cohort, job.run)
-    before = started(run)
+    before = start_model(run)
     after = before if job.arm in ("untrained", "public") else train(job)
     members = [Place.of(store) for store in cohort.stores.values()]
     origin = build_model(run) if job.arm == "public" else before
     attack = audit_membership(run, origin.state_dict(), after.state_dict(), members, masks=_MASKS)
     inverted = _inverted(run, after, list(cohort.stores.values()))
     return {"auc": cohort.auc(run, after), "mia_auc": attack.auc.value, **inverted}
-
-
-def started(run: RunConfig) -> PanModel:
-    """The model that a run starts from."""
-    model = build_model(run)
-    if run.start:
-        load_with_fresh_private(model, run.sharing, start_state(run, read_start(run)), model.state_dict())
-    return model
 
 
 def train(job: RunJob) -> PanModel:

@@ -26,14 +26,21 @@ from tests.attacks.private_steps import (
 )
 
 KINDS = list(itertools.product(("latent", "mae"), ("dense", "dex")))
-PARTS = ("all", "vectors", "last-block")
+PARTS = {
+    "all": {"kind": "all"},
+    "vectors": {"kind": "vectors"},
+    "last-blocks": {"kind": "last-blocks", "blocks": 1},
+    "attention-projections": {"kind": "attention-projections", "blocks": 2},
+    "lora": {"kind": "lora", "rank": 2, "blocks": 1, "frozen-a": True},
+}
 HELD = [[True, True], [True, False], [False, True]]
 
 
 @pytest.mark.parametrize("trained", PARTS)
 @pytest.mark.parametrize(("objective", "backbone"), KINDS)
 def test_hostile_parameters_move_the_sum_by_no_more_than_c(objective, backbone, trained):
-    run = private_run(objective, backbone, extra=f'trained = "{trained}"\n')
+    lines = "".join(f"{key} = {_toml(value)}\n" for key, value in PARTS[trained].items())
+    run = private_run(objective, backbone, extra=f"[train.parts]\n{lines}")
     trainer, features = trainer_and_features(run, HELD)
     for seed, kind in enumerate(HOSTILE):
         trainer.reset_private()
@@ -55,7 +62,7 @@ ORDINARY = {
     "model.experts.active": [1, 2],
     "model.experts.balance-weight": [[0.0, 0.0]] * 5 + [[0.1, 0.0]],
     "model.experts.alignment": ["cosine", "softmax"],
-    "patient-dp.trained": list(PARTS),
+    "train.parts": list(PARTS.values()),
     "patient-dp.public-subjects": [10, 50],
     "objective.name": ["latent"] * 4 + ["mae"] * 4 + ["dino"],
 }
@@ -96,6 +103,8 @@ def hostile_description(draw, outside):
 
 
 def _toml(value):
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {_toml(inner)}" for key, inner in value.items()) + " }"
     return str(value).lower() if isinstance(value, bool) else repr(value)
 
 

@@ -50,9 +50,9 @@ def imported(*packages: str) -> set[str]:
 @pytest.mark.parametrize(
     ("packages", "extras"),
     [
-        (("panfm",), ("evaluate", "report", "server", "onnx")),
+        (("panfm",), ("evaluate", "report", "server", "onnx", "weights")),
         (("client",), ("client",)),
-        (("panfm", "strategies", "server"), ("evaluate", "report", "server", "onnx")),
+        (("panfm", "strategies", "server"), ("evaluate", "report", "server", "onnx", "weights")),
         (("simulations",), ("simulation",)),
         (("tests",), tuple(EXTRAS)),
     ],
@@ -62,7 +62,7 @@ def test_what_is_imported_is_declared(packages, extras):
 
 
 def test_all_that_is_declared_is_imported():
-    assert of_extras("client", "server", "evaluate", "report") == imported(*HOUSE[:4])
+    assert of_extras("client", "server", "evaluate", "report", "weights") == imported(*HOUSE[:4])
 
 
 def test_the_base_is_what_a_site_runs():

@@ -9,7 +9,7 @@ import safetensors.numpy
 
 from panfm.errors import DataError
 from panfm.models import build_model
-from panfm.privacy.private_step import trained_parameters
+from panfm.privacy.private_step import gradient_parameters
 from server.run_folder import RunFolder
 from simulations.engines.local import run as run_local
 from simulations.finish import train_site_alone
@@ -28,12 +28,12 @@ def public(federation):
     return federation.run("public", "train.rounds=1") / "model"
 
 
-@pytest.mark.parametrize("trained", ["vectors", "last-block"])
-def test_what_a_private_run_does_not_train_keeps_the_bits_of_its_start(federation, public, trained):
-    warm = (f"start.model={public}", f"patient-dp.trained={trained}", "train.rounds=2")
+@pytest.mark.parametrize("parts", ['{ kind = "vectors" }', '{ kind = "last-blocks", blocks = 1 }'])
+def test_what_a_private_run_does_not_train_keeps_the_bits_of_its_start(federation, public, parts):
+    warm = (f"start.model={public}", f"train.parts={parts}", "train.rounds=2")
     folder = federation.run("private", *ROOMY, *warm, "sharing.coding=int8")
     run = RunFolder.resume(folder).run
-    moving = trained_parameters(build_model(run), trained)
+    moving = gradient_parameters(build_model(run))
     before, after = tensors(public.parent), tensors(folder)
     assert len(json.loads((folder / "rounds.jsonl").read_text().splitlines()[-1])["sites"]) == 3
     for name, value in after.items():

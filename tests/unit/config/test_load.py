@@ -102,7 +102,7 @@ BAD_VALUES = {
     "streams.brain-mr.channels=2": "streams.brain-mr.channels: found 2, expected one of 1, 3",
     "train=3": "train: found 3, expected a table",
     "streams=3": "streams: found 3, expected a table",
-    "model.size='huge'": "model.size: found 'huge', expected one of nano, tiny, small, base",
+    "model.size='huge'": "model.size: found 'huge', expected one of nano, tiny, small, base, large",
     "federation={min-sites=true}": "federation.min-sites: found true, expected a whole number",
     "objective.standardise=1": "objective.standardise: found 1, expected true or false",
     "name={}": "name: found a table, expected text",

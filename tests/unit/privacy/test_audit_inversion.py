@@ -64,7 +64,7 @@ def test_clipping_does_not_help_and_noise_does(make_private, make_store):
 
 def test_what_is_frozen_gives_nothing_away(make_private, make_store):
     """Without gradients of the patch layers there is nothing to invert; the guess is a grey."""
-    run = make_private(more='trained = "last-block"')
+    run = make_private(extra='[train.parts]\nkind = "last-blocks"\nblocks = 1\n')
     attacked = Attacked(build_model(run), run, [pictures(run, make_store)])
     assert invert(attacked.trainer.model, attacked.gradient([(0, 1)])) == {}
     first, *_ = audit_inversion(build_model(run), run, [pictures(run, make_store)], patients=2)

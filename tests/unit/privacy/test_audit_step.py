@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
+from panfm.config.parts import BlockPartsConfig, PlainPartsConfig
 from panfm.errors import ConfigError
 from panfm.privacy import private_step
 from panfm.privacy.audit_step import audit_step, guess, lower_bound
@@ -54,8 +55,14 @@ def test_the_largest_and_the_smallest_are_guessed():
 @pytest.mark.parametrize("trained", ["all", "vectors", "last-block"])
 def test_a_correct_step_stays_under_its_claim(run, trained):
     """67 of 80 guesses would refute it: 4.7 standard deviations more than it gives. Without noise, 78 are right."""
-    private = run.patient_dp.model_copy(update={"trained": trained, "noise_multiplier": 3.0})
-    found = audit_step(run.model_copy(update={"patient_dp": private}), canaries=160, steps=8)
+    private = run.patient_dp.model_copy(update={"noise_multiplier": 3.0})
+    parts = {
+        "all": PlainPartsConfig(),
+        "vectors": PlainPartsConfig(kind="vectors"),
+        "last-block": BlockPartsConfig(kind="last-blocks", blocks=1),
+    }
+    train = run.train.model_copy(update={"parts": parts[trained]})
+    found = audit_step(run.model_copy(update={"patient_dp": private, "train": train}), canaries=160, steps=8)
     assert (found.canaries, found.steps, found.guesses) == (160, 8, 80)
     assert found.lower_bound <= found.claim
 

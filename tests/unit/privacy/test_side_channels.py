@@ -11,7 +11,7 @@ from torch import nn
 
 from panfm.data.store import ImageStore
 from panfm.privacy.patient_sums import add_clipped, patient_gradient
-from panfm.privacy.private_step import PrivateGradient, clipped_sum, trained_parameters
+from panfm.privacy.private_step import PrivateGradient, clipped_sum, gradient_parameters
 from panfm.training.trainer import Trainer
 
 NUM = 24
@@ -71,7 +71,7 @@ def read_of_batch(kind, trainer, patients):
 
 def total(kind, trainer, store, indices, clip):
     """Sum of clipped per-patient gradients with a term switched on."""
-    trained = trained_parameters(trainer.model, "all")
+    trained = gradient_parameters(trainer.model)
     summed = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in trained.items()}
     source = PrivateGradient(trainer, store, indices, lambda _: torch.Generator().manual_seed(0))
     patients = [trainer.forward(batch, 0) for batch in source.patients(indices)]

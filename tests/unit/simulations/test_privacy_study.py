@@ -11,6 +11,7 @@ from rich.console import Console
 from panfm.config import dump_toml, load_run, site_folders
 from panfm.data.cache import open_store
 from panfm.models import build_model
+from panfm.models.warm_start import start_model
 from panfm.privacy.guarantees import NO_CLAIM, claim
 from panfm.privacy.mechanisms import epsilon, planned
 from simulations.harness import QUICKSTART, CohortJob, StudyOptions
@@ -76,16 +77,18 @@ def test_arms_differ_in_noise_clipping_and_start_alone(public):
     for start, trained in (("cold", "all"), ("warm", "vectors")):
         same = [runs[f"{start}-{each}"] for each in ("inf", "8", "2")]
         assert len({dump_toml(run.model_copy(update={"patient_dp": None})) for run in same}) == 1
-        kept = {(run.patient_dp.trained, run.patient_dp.sample_rate, run.patient_dp.public_subjects) for run in same}
+        kept = {(run.train.parts.kind, run.patient_dp.sample_rate, run.patient_dp.public_subjects) for run in same}
         assert kept == {(trained, 0.5, 100)}
         assert claim(same[0]) == NO_CLAIM
     assert {arm for arm, run in runs.items() if run.start} == {"public", *(arm for arm in runs if "warm" in arm)}
     assert {arm for arm, run in runs.items() if run.patient_dp is None} == set(REFERENCES)
-    assert {run.train for run in runs.values()} == {runs["cold-8"].train}
+    parts = runs["cold-8"].train.parts
+    assert {run.train.model_copy(update={"parts": parts}) for run in runs.values()} == {runs["cold-8"].train}
+    assert {arm for arm, run in runs.items() if run.train.parts != parts} == {"warm-inf", "warm-8", "warm-2"}
 
 
 def test_references_are_what_the_arms_start_from(public):
-    cold, warm = (privacy.started(privacy.arm_run(arm, 1, public)).state_dict() for arm in ("cold-8", "warm-8"))
+    cold, warm = (start_model(privacy.arm_run(arm, 1, public)).state_dict() for arm in ("cold-8", "warm-8"))
     first = build_model(load_run(QUICKSTART, ["seed=3"])).state_dict()
     assert all(torch.equal(warm[name], value) for name, value in first.items())
     assert not all(torch.equal(cold[name], value) for name, value in first.items())
