@@ -93,3 +93,14 @@ def test_a_second_accountant_agrees_on_a_mixed_history():
 def test_what_a_round_is_planned_to_release(make_private):
     run = make_private(clip=0.5)
     assert planned(run) == (Mechanism("gradients", ("updates",), 0.5, 1.0, 0.25, 4),)
+
+
+def test_saliency_is_booked_over_all_patients_with_the_sensitivity_of_two_unit_vectors(make_private):
+    """Shares and equal split of one patient have a norm of 1 at most, each."""
+    run = make_private()
+    statistics = Mechanism("saliency", ("saliency",), 2.0**0.5, run.patient_dp.statistics_noise, 1.0, 1)
+    for scope in ("site", "federation"):
+        masking = run.masking.model_copy(update={"policy": "sgm", "scope": scope})
+        assert planned(run.model_copy(update={"masking": masking}))[1:] == (statistics,)
+    masking = run.masking.model_copy(update={"policy": "sgm", "scope": "subject"})
+    assert len(planned(run.model_copy(update={"masking": masking}))) == 1
