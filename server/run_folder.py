@@ -193,6 +193,7 @@ class RunFolder:
                 "streams": {name: stream.model_dump(mode="json") for name, stream in self.run.streams.items()},
                 "parameters": {group: manifest.size(group) for group in manifest.groups},
                 "privacy": privacy_label(self.run),
+                "pooling": self.run.features.pooling_text,
                 "start": self.run.start and self.run.start.sha256,
                 "panfm": __version__,
                 "intended-use": "research; not a medical device",

@@ -16,12 +16,19 @@ def embed(
     model: Model,
     site: Annotated[Path, typer.Argument(help="Site folder.")],
     out: Annotated[Path, typer.Option(help="Feature file to write (.npz).")],
+    pooling: Annotated[
+        str | None,
+        typer.Option(help="Instead of the run's: cls, cls+mean, per-stream, layers, or layers:8,10,12."),
+    ] = None,
 ) -> None:
     """Write the frozen features of a site's subjects."""
     check_model(model)
+    from panfm.config.features import parse_pooling
+
+    features = None if pooling is None else parse_pooling(pooling)
     from panfm.evaluate.embed import embed_site, load_model, write_features
 
-    network, run = load_model(model)
+    network, run = load_model(model, features)
     [store] = open_stores([site], run.streams)
     done = 0
     with progress_bar("embedding subjects") as progress:

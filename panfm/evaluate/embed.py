@@ -1,6 +1,6 @@
 """Frozen features: a trained model read back from disk, applied to a store, written as `.npz`.
 
-`features.npz` holds `subjects`, `splits`, `features` [N, dim], `streams` (names), `present` [N, streams] and
+`features.npz` holds `subjects`, `splits`, `features` [N, dim], `streams` (names), `present` [N, streams], `pooling` and
 `model_hash`, and no pickled object.
 """
 
@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from panfm.config import RunConfig, load_run
+from panfm.config.features import FeaturesConfig
 from panfm.data.store import Batch, ImageStore
 from panfm.errors import DataError
 from panfm.files import write_atomic
@@ -72,12 +73,14 @@ class Features:
     """[N, streams]: which streams the features were computed from."""
     features: NDArray[np.float32]
     """[N, dim]"""
+    pooling: str
+    """How they were read off the model, as `--pooling` says it."""
     model_hash: str
     """SHA-256 of the weights file."""
 
 
 def embed_site(
-    folder: Path, model: Embedder, store: ImageStore, on_batch: Callable[[int], None] = lambda _: None
+    folder: Path, model: PanModel, store: ImageStore, on_batch: Callable[[int], None] = lambda _: None
 ) -> Features:
     """Features of all subjects of a store by the model that was read from `folder`."""
     everybody, streams = np.arange(len(store.subjects)), tuple(store.images)
@@ -86,7 +89,7 @@ def embed_site(
         present[store.rows[stream], column] = True
     features = embed_store(model, store, everybody, streams, on_batch=on_batch)
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    return Features(store.subjects, store.splits, streams, present, features, digest)
+    return Features(store.subjects, store.splits, streams, present, features, model.pooling.pooling_text, digest)
 
 
 def write_features(path: Path, table: Features) -> None:
@@ -103,6 +106,7 @@ def write_features(path: Path, table: Features) -> None:
         streams=np.array(table.streams, dtype=np.str_),
         present=table.present,
         features=table.features,
+        pooling=np.array(table.pooling),
         model_hash=np.array(table.model_hash),
     )
     try:
@@ -120,7 +124,8 @@ def read_features(path: Path) -> Features:
     try:
         with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
             names = [tuple(str(name) for name in file[key]) for key in ("subjects", "splits", "streams")]
-            table = Features(names[0], names[1], names[2], file["present"], file["features"], str(file["model_hash"]))
+            pooling, digest = (str(file[key]) for key in ("pooling", "model_hash"))
+            table = Features(names[0], names[1], names[2], file["present"], file["features"], pooling, digest)
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file, expected features written by `panfm embed`") from error
     except (OSError, EOFError, KeyError, ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:
@@ -131,16 +136,20 @@ def read_features(path: Path) -> Features:
     return table
 
 
-def load_model(folder: Path) -> tuple[PanModel, RunConfig]:
+def load_model(folder: Path, pooling: FeaturesConfig | None = None) -> tuple[PanModel, RunConfig]:
     """The model of a run's `model/` folder, and the run that made it.
 
     What sites kept to themselves is not there: private experts are copies of the director.
 
+    Args:
+        pooling: How embeddings are read off the model, instead of as the run says.
     Raises:
-        ConfigError: `run.toml` is absent or does not hold.
+        ConfigError: `run.toml` is absent or does not hold, or the model does not have the pooling's layers.
         DataError: the weights are absent or unreadable, or do not fit the run's model.
     """
     run, path = load_run(folder / "run.toml"), folder / "model.safetensors"
+    if pooling is not None:
+        run = run.model_copy(update={"features": pooling})
     try:
         weights = load_file(path)
     except (OSError, ValueError, SafetensorError) as error:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from panfm.anatomy import parse_stream
 from panfm.config import RunConfig, StreamConfig
+from panfm.config.features import FeaturesConfig
 from panfm.config.model import ModelConfig
 from panfm.config.objective import ObjectiveConfig
 from panfm.config.sharing import SharingConfig
@@ -25,6 +26,7 @@ from panfm.models.backbone import Backbone, Encoded, PerStream, Route, Saliency,
 from panfm.models.director_experts import DirectorExperts, dense_name
 from panfm.models.heads import Heads
 from panfm.models.patch_features import batch_features, num_patch_features, patch_step, patchify
+from panfm.models.pooling import check_layers, embedding_size, pool
 from panfm.models.tokens import Layout, pack, sincos_positions
 from panfm.registry import BACKBONES
 from panfm.seeds import torch_generator
@@ -64,18 +66,27 @@ class PanModel(nn.Module):
 
     stream_of_patch: Tensor
 
-    def __init__(self, streams: dict[str, StreamConfig], config: ModelConfig, objective: ObjectiveConfig) -> None:
+    def __init__(
+        self,
+        streams: dict[str, StreamConfig],
+        config: ModelConfig,
+        objective: ObjectiveConfig,
+        features: FeaturesConfig,
+    ) -> None:
         super().__init__()
         width, depth, heads = SIZES[config.size]
+        check_layers(features, depth)
         self.stream_configs = streams
         self.tokenizer = config.tokenizer
         self.width = width
+        self.pooling = features
+        self.embedding_size = embedding_size(features, width=width, streams=len(streams), depth=depth)
         self.streams = PerStream(
             {name: StreamTokenizer(stream, config.tokenizer, width) for name, stream in streams.items()}
         )
         self.backbone: Backbone = BACKBONES.load(config.backbone)(width, depth, heads, config)
-        features = {name: num_patch_features(stream, config.tokenizer) for name, stream in streams.items()}
-        self.heads = Heads(width, heads, features, objective)
+        sizes = {name: num_patch_features(stream, config.tokenizer) for name, stream in streams.items()}
+        self.heads = Heads(width, heads, sizes, objective)
         self.register_buffer("stream_of_patch", _stream_of_patch(streams), persistent=False)
 
     @property
@@ -134,8 +145,14 @@ class PanModel(nn.Module):
         return encoded
 
     def embed(self, batch: Batch, *, route: Route = "experts") -> Tensor:
-        """Embedding [B, D] of a batch of images, wherever it lies: the CLS token after the last norm."""
-        return self.encode(self.patch_features(batch.to(self.stream_of_patch.device)), route=route).cls
+        """Embedding [B, E] of a batch of images, wherever it lies, pooled as `[features]` says.
+
+        Raises:
+            ConfigError: the pooling is not possible with this backbone.
+        """
+        patches = self.patch_features(batch.to(self.stream_of_patch.device))
+        encoded = self.encode(patches, keep_blocks=self.pooling.pooling == "layers", route=route)
+        return pool(encoded, self.pooling, self.stream_of_patch[encoded.layout.patch_index], len(self.streams))
 
     def parameter_groups(self) -> dict[str, str]:
         """Sharing group of every tensor in the state dict, by its name."""
@@ -173,7 +190,7 @@ def build_model(run: RunConfig, streams: Sequence[str] | None = None) -> PanMode
     """
     names = [name for name in run.streams if streams is None or name in streams]
     with torch.random.fork_rng(devices=[]):
-        model = PanModel({name: run.streams[name] for name in names}, run.model, run.objective)
+        model = PanModel({name: run.streams[name] for name in names}, run.model, run.objective, run.features)
     layers = model.director_experts().values()
     of_experts = {parameter for layer in layers for parameter in layer.experts.parameters()}
     for name, parameter in model.named_parameters():
@@ -187,7 +204,7 @@ def build_model(run: RunConfig, streams: Sequence[str] | None = None) -> PanMode
 def describe_model(run: RunConfig) -> PanModel:
     """Model of a run without memory for its parameters: names, shapes and sharing groups are those of `build_model`."""
     with torch.device("meta"):
-        return PanModel(dict(run.streams), run.model, run.objective)
+        return PanModel(dict(run.streams), run.model, run.objective, run.features)
 
 
 def _stream_of_patch(streams: dict[str, StreamConfig]) -> Tensor:

@@ -116,6 +116,7 @@ class VisionTransformer(Backbone):
         x = torch.cat([self.cls.expand(tokens.shape[0], 1, -1), tokens], dim=1)
         mask = layout.key_mask()
         outputs: list[Tensor] = []
+        cls_outputs: list[Tensor] = []
         routings: list[Routed] = []
         attended = ClsSaliency(layout, saliency) if saliency else None
         for depth, block in enumerate(self.blocks):
@@ -125,9 +126,10 @@ class VisionTransformer(Backbone):
                 routings.append(routed)
             if keep_blocks:
                 outputs.append(x[:, 1:])
+                cls_outputs.append(x[:, 0])
         x = self.norm(x)
         shares = attended.shares() if attended else None
-        return Encoded(x[:, 0], x[:, 1:], layout, tuple(outputs), shares, tuple(routings))
+        return Encoded(x[:, 0], x[:, 1:], layout, tuple(outputs), shares, tuple(routings), tuple(cls_outputs))
 
     def last_layers(self, count: int) -> list[nn.Module]:
         """Return the last `count` blocks and the last norm."""
