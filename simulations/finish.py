@@ -5,6 +5,7 @@ run, since nothing leaves; then all frozen models are probed on the same held-ou
 written.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,10 +16,12 @@ from panfm.config import RunConfig, dump_toml, load_site, parse_run, site_folder
 from panfm.data.cache import open_store
 from panfm.errors import DataError
 from panfm.evaluate.embed import load_model
+from panfm.evaluate.fit_whitening import fit_whitening
 from panfm.evaluate.probe_cohort import evaluate_cohort
 from panfm.evaluate.result import ProbeResult, write_result
 from panfm.models import PanModel, build_model
 from panfm.models.transfer import load_with_fresh_private
+from panfm.models.whitening import save_whitening
 from panfm.privacy.guarantees import privacy_label
 from panfm.report.console_tables import print_tables
 from panfm.report.report_page import write_report
@@ -69,18 +72,28 @@ def _labelled(run: RunConfig, result: ProbeResult) -> ProbeResult:
     return result if label == "none" else replace(result, notes=(*result.notes, f"privacy: {label}"))
 
 
+def whiten(run: RunConfig, models: Mapping[str, PanModel], opened: OpenedCohort, folder: Path) -> None:
+    """Whiten the embeddings of every arm by the training images of all sites; keep the federated model's in a folder."""
+    for arm, model in models.items():
+        model.whitening = fit_whitening(model, opened.stores, run.features, run.seed)
+        if arm == "federated":
+            save_whitening(folder, model.whitening, run.features.pooling_text)
+
+
 def probe_run(run: RunConfig, cohort: Path, run_dir: Path, console: Console) -> ProbeResult:
     """Probe `federated`, `site:<name>` alone, `untrained`, `start` in a warm start, and the references."""
     folders = site_folders(cohort / "sites")
     console.print(f"training each of {len(folders)} sites alone, for comparison")
     alone = run_jobs(train_site_alone, [AloneJob(dump_toml(run), folder, run_dir) for folder in folders])
-    models = {"federated": load_model(run_dir / "model")[0]}
+    models = {"federated": load_model(run_dir / "model", whitened=False)[0]}
     models |= {f"site:{load_site(folder).name}": model for folder, model in zip(folders, alone, strict=True)}
     models["untrained"] = build_model(run)
     if start := RunFolder(run_dir, run).start():
         models["start"] = build_model(run)
         load_with_fresh_private(models["start"], run.sharing, start, models["start"].state_dict())
     opened = OpenedCohort.open(cohort, run)
+    if run.features.whitening:
+        whiten(run, models, opened, run_dir / "model")
     if not opened.labels:
         raise DataError(f"{cohort / 'cohort.toml'}: no [labels.<name>], expected at least one to probe")
     with Progress(console=console) as bar:

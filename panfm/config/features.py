@@ -1,14 +1,14 @@
 """`[features]`: how a patient's embedding is read off the model."""
 
 from collections.abc import Iterator
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, ValidationError, model_validator
 
 from panfm.config.base import Config
 from panfm.errors import ConfigError
 
-Pooling = Literal["cls", "cls+mean", "per-stream", "layers"]
+Pooling = Literal["cls", "cls+mean", "per-stream", "layers", "per-stream-layers"]
 
 
 class FeaturesConfig(Config):
@@ -16,9 +16,11 @@ class FeaturesConfig(Config):
 
     pooling: Pooling = "cls"
     """cls: the CLS token; cls+mean: and the mean of all tokens; per-stream: CLS and the mean of each stream's tokens,
-    zeros where a patient lacks the stream; layers: CLS, mean and standard deviation of the tokens of several blocks."""
+    zeros where a patient lacks the stream; layers: CLS, mean and standard deviation of the tokens of several blocks;
+    per-stream-layers: the same with mean and deviation of each stream's tokens."""
     layers: Annotated[tuple[Annotated[int, Field(ge=1, le=1024)], ...], Field(strict=False, max_length=64)] = ()
-    """Blocks of `layers`, ascending, the first is 1; all when left out. Of a ViT-S with public weights: [8, 10, 12]."""
+    """Blocks of the last two poolings, ascending, the first is 1; all when left out. Of a ViT-S with public weights:
+    [8, 10, 12]."""
     whitening: bool = False
     """Whether features are multiplied by a within-image whitening, which is fitted from training images after the last
     round: directions in which a crop of an image differs from the whole count for less."""
@@ -29,16 +31,21 @@ class FeaturesConfig(Config):
 
     @model_validator(mode="after")
     def _layers_belong_to_the_pooling(self) -> Self:
-        if self.layers and self.pooling != "layers":
-            raise ValueError(f'layers: only for pooling = "layers" (got "{self.pooling}")')
+        if self.layers and not self.reads_blocks:
+            raise ValueError(f'layers: only for pooling = "layers" or "per-stream-layers" (got "{self.pooling}")')
         if list(self.layers) != sorted(set(self.layers)):
             raise ValueError(f"layers: expected ascending numbers, none twice (got {list(self.layers)})")
         return self
 
     @property
+    def reads_blocks(self) -> bool:
+        """Whether the outputs of blocks are read, and not those of the last norm alone."""
+        return self.pooling in ("layers", "per-stream-layers")
+
+    @property
     def pooling_text(self) -> str:
         """The pooling as `--pooling` takes it: `cls`, `layers`, `layers:8,10,12`."""
-        return f"layers:{','.join(map(str, self.layers))}" if self.layers else self.pooling
+        return f"{self.pooling}:{','.join(map(str, self.layers))}" if self.layers else self.pooling
 
     def couplings(self) -> Iterator[str]:
         """Yield what lets numbers of patients out of a private run without noise."""
@@ -47,7 +54,7 @@ class FeaturesConfig(Config):
 
 
 def parse_pooling(text: str) -> FeaturesConfig:
-    """Read `--pooling`: cls, cls+mean, per-stream, layers, or layers:8,10,12; without whitening.
+    """Read `--pooling`: the name of a pooling, with `:` and block numbers where it reads blocks; without whitening.
 
     Raises:
         ConfigError: the text is none of these.
@@ -60,5 +67,5 @@ def parse_pooling(text: str) -> FeaturesConfig:
             )
         return FeaturesConfig.model_validate({"pooling": name})
     except (ValidationError, ValueError):
-        expected = "cls, cls+mean, per-stream, layers, or layers:8,10,12 with ascending block numbers"
+        expected = f"one of {', '.join(get_args(Pooling))}; of layers perhaps some, ascending: layers:8,10,12"
         raise ConfigError(f"--pooling: found {text!r:.80}, expected {expected}") from None

@@ -26,6 +26,7 @@ from panfm.errors import DataError
 from panfm.files import write_atomic
 from panfm.models import PanModel, build_model
 from panfm.models.transfer import load_with_fresh_private
+from panfm.models.whitening import read_whitening
 
 
 class Embedder(Protocol):
@@ -74,7 +75,7 @@ class Features:
     features: NDArray[np.float32]
     """[N, dim]"""
     pooling: str
-    """How they were read off the model, as `--pooling` says it."""
+    """How they were read off the model: as `--pooling` says it, and whether they are whitened."""
     model_hash: str
     """SHA-256 of the weights file."""
 
@@ -89,7 +90,8 @@ def embed_site(
         present[store.rows[stream], column] = True
     features = embed_store(model, store, everybody, streams, on_batch=on_batch)
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    return Features(store.subjects, store.splits, streams, present, features, model.pooling.pooling_text, digest)
+    pooling = model.pooling.pooling_text + (", whitened" if model.whitening else "")
+    return Features(store.subjects, store.splits, streams, present, features, pooling, digest)
 
 
 def write_features(path: Path, table: Features) -> None:
@@ -136,15 +138,19 @@ def read_features(path: Path) -> Features:
     return table
 
 
-def load_model(folder: Path, pooling: FeaturesConfig | None = None) -> tuple[PanModel, RunConfig]:
+def load_model(
+    folder: Path, pooling: FeaturesConfig | None = None, *, whitened: bool = True
+) -> tuple[PanModel, RunConfig]:
     """The model of a run's `model/` folder, and the run that made it.
 
     What sites kept to themselves is not there: private experts are copies of the director.
 
     Args:
-        pooling: How embeddings are read off the model, instead of as the run says.
+        pooling: How embeddings are read off the model, instead of as the run says; they are then not whitened.
+        whitened: Whether the model gets the whitening that lies in its folder, if there is one.
     Raises:
-        ConfigError: `run.toml` is absent or does not hold, or the model does not have the pooling's layers.
+        ConfigError: `run.toml` is absent or does not hold, the model does not have the pooling's layers, or its
+            whitening was fitted under another pooling.
         DataError: the weights are absent or unreadable, or do not fit the run's model.
     """
     run, path = load_run(folder / "run.toml"), folder / "model.safetensors"
@@ -160,4 +166,7 @@ def load_model(folder: Path, pooling: FeaturesConfig | None = None) -> tuple[Pan
     except RuntimeError as error:
         first = " ".join(str(error).split())[:120]
         raise DataError(f"{path}: does not fit the model of run.toml: {first}") from error
+    if pooling is None and whitened:
+        text, streams = run.features.pooling_text, len(model.stream_names)
+        model.whitening = read_whitening(folder, streams=streams, size=model.embedding_size, pooling=text)
     return model, run

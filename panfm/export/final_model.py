@@ -36,6 +36,7 @@ class _Written(BaseModel):
     rounds: int
     sites: list[str]
     intended_use: str
+    whitening: str | None = None
 
 
 @dataclass(frozen=True)

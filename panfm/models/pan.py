@@ -28,6 +28,7 @@ from panfm.models.heads import Heads
 from panfm.models.patch_features import batch_features, num_patch_features, patch_step, patchify
 from panfm.models.pooling import check_layers, embedding_size, pool
 from panfm.models.tokens import Layout, pack, sincos_positions
+from panfm.models.whitening import Whitening
 from panfm.registry import BACKBONES
 from panfm.seeds import torch_generator
 from panfm.sharing.groups import split_state
@@ -81,6 +82,8 @@ class PanModel(nn.Module):
         self.width = width
         self.pooling = features
         self.embedding_size = embedding_size(features, width=width, streams=len(streams), depth=depth)
+        self.whitening: Whitening | None = None
+        """Of embeddings; set after training, by `panfm whiten` or the end of a run."""
         self.streams = PerStream(
             {name: StreamTokenizer(stream, config.tokenizer, width) for name, stream in streams.items()}
         )
@@ -105,11 +108,15 @@ class PanModel(nn.Module):
 
     def layout(self, batch: Batch) -> Layout:
         """Layout of a batch's tokens."""
+        return pack(self.present(batch), self.stream_of_patch)
+
+    def present(self, batch: Batch) -> Tensor:
+        """Which subject has which of the model's streams, bool [B, S]."""
         present = torch.zeros(batch.size, len(self.streams), dtype=torch.bool, device=self.stream_of_patch.device)
         for index, name in enumerate(self.streams):
             if name in batch.rows:
                 present[batch.rows[name], index] = True
-        return pack(present, self.stream_of_patch)
+        return present
 
     def tokenize(self, features: Batch, layout: Layout) -> Tensor:
         """Tokens [B, N, D] of a batch of features, standing as `layout` says; zero where padded."""
@@ -145,14 +152,17 @@ class PanModel(nn.Module):
         return encoded
 
     def embed(self, batch: Batch, *, route: Route = "experts") -> Tensor:
-        """Embedding [B, E] of a batch of images, wherever it lies, pooled as `[features]` says.
+        """Embedding [B, E] of a batch of images, wherever it lies, pooled as `[features]` says, and whitened if
+        the model has a whitening.
 
         Raises:
             ConfigError: the pooling is not possible with this backbone.
         """
         patches = self.patch_features(batch.to(self.stream_of_patch.device))
-        encoded = self.encode(patches, keep_blocks=self.pooling.pooling == "layers", route=route)
-        return pool(encoded, self.pooling, self.stream_of_patch[encoded.layout.patch_index], len(self.streams))
+        encoded = self.encode(patches, keep_blocks=self.pooling.reads_blocks, route=route)
+        stream_of_token = self.stream_of_patch[encoded.layout.patch_index]
+        pooled = pool(encoded, self.pooling, stream_of_token, len(self.streams))
+        return pooled if self.whitening is None else self.whitening(pooled, self.present(batch))
 
     def parameter_groups(self) -> dict[str, str]:
         """Sharing group of every tensor in the state dict, by its name."""

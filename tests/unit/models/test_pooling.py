@@ -22,6 +22,8 @@ POOLINGS = [
     {"pooling": "per-stream"},
     {"pooling": "layers"},
     {"pooling": "layers", "layers": [2]},
+    {"pooling": "per-stream-layers"},
+    {"pooling": "per-stream-layers", "layers": [1]},
 ]
 
 
@@ -82,6 +84,18 @@ def test_the_model_pools_as_a_slow_loop_does(make_run, make_store, table):
 
 def slow(encoded, subject, places, streams, pooling, layers=(1, 2)):
     parts = []
+    if pooling == "per-stream-layers":
+        for layer in layers:
+            parts.append(functional.layer_norm(encoded.block_cls[layer - 1][subject], (48,), eps=1e-6))
+            for wanted in range(3):
+                rows = [
+                    functional.layer_norm(encoded.blocks[layer - 1][subject, place], (48,), eps=1e-6)
+                    for place, stream in zip(places, streams, strict=True)
+                    if stream == wanted
+                ]
+                of_stream = torch.stack(rows) if rows else torch.zeros(1, 48, dtype=torch.float64)
+                parts += [of_stream.mean(0), of_stream.std(0, correction=0)]
+        return torch.cat(parts)
     if pooling == "layers":
         for layer in layers:
             cls, *rows = (
@@ -167,8 +181,8 @@ def test_a_block_that_is_not_there_and_a_backbone_without_cls_are_one_line(make_
 
 
 def test_pooling_flags_are_read_and_mistakes_are_one_line():
-    texts = ["cls", "cls+mean", "per-stream", "layers", "layers:8,10,12"]
+    texts = ["cls", "cls+mean", "per-stream", "layers", "layers:8,10,12", "per-stream-layers:1,2"]
     assert [parse_pooling(text).pooling_text for text in texts] == texts
     for wrong in ("", "mean", "layers:", "layers:2,1", "layers:0", "cls:1", "layers:1,1", "layers:1.5", "layers:9999"):
-        with pytest.raises(ConfigError, match=r"^--pooling: found .*, expected cls, cls\+mean"):
+        with pytest.raises(ConfigError, match=r"^--pooling: found .*, expected one of cls, cls\+mean"):
             parse_pooling(wrong)
