@@ -5,7 +5,6 @@ run, since nothing leaves; then all frozen models are probed on the same held-ou
 written.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,8 +15,8 @@ from panfm.config import RunConfig, dump_toml, load_site, parse_run, site_folder
 from panfm.data.cache import open_store
 from panfm.errors import DataError
 from panfm.evaluate.embed import load_model
-from panfm.evaluate.fit_whitening import fit_whitening
 from panfm.evaluate.probe_cohort import evaluate_cohort
+from panfm.evaluate.probe_sites import probe_sites
 from panfm.evaluate.result import ProbeResult, write_result
 from panfm.models import PanModel, build_model
 from panfm.models.transfer import load_with_fresh_private
@@ -72,14 +71,6 @@ def _labelled(run: RunConfig, result: ProbeResult) -> ProbeResult:
     return result if label == "none" else replace(result, notes=(*result.notes, f"privacy: {label}"))
 
 
-def whiten(run: RunConfig, models: Mapping[str, PanModel], opened: OpenedCohort, folder: Path) -> None:
-    """Whiten the embeddings of every arm by the training images of all sites; keep the federated model's in a folder."""
-    for arm, model in models.items():
-        model.whitening = fit_whitening(model, opened.stores, run.features, run.seed)
-        if arm == "federated":
-            save_whitening(folder, model.whitening, run.features.pooling_text)
-
-
 def probe_run(run: RunConfig, cohort: Path, run_dir: Path, console: Console) -> ProbeResult:
     """Probe `federated`, `site:<name>` alone, `untrained`, `start` in a warm start, and the references."""
     folders = site_folders(cohort / "sites")
@@ -92,8 +83,6 @@ def probe_run(run: RunConfig, cohort: Path, run_dir: Path, console: Console) -> 
         models["start"] = build_model(run)
         load_with_fresh_private(models["start"], run.sharing, start, models["start"].state_dict())
     opened = OpenedCohort.open(cohort, run)
-    if run.features.whitening:
-        whiten(run, models, opened, run_dir / "model")
     if not opened.labels:
         raise DataError(f"{cohort / 'cohort.toml'}: no [labels.<name>], expected at least one to probe")
     with Progress(console=console) as bar:
@@ -104,4 +93,7 @@ def probe_run(run: RunConfig, cohort: Path, run_dir: Path, console: Console) -> 
 
         result = evaluate_cohort(opened.task(run), models, grid_arms=_GRID_ARMS, on_arm=show)
         bar.update(shown, description="probing", completed=bar.tasks[shown].total)
-    return result
+    if whitening := models["federated"].whitening:
+        save_whitening(run_dir / "model", whitening, run.features.pooling_text)
+    together = probe_sites(opened.task(run), models["federated"], [load_site(folder) for folder in folders])
+    return replace(result, scores=result.scores + together.scores, notes=result.notes + together.notes)

@@ -107,7 +107,8 @@ class FederatedProbes:
 
     probes: Mapping[str, LinearProbe]
     """Task -> its probe; without tasks to which no site contributed."""
-    notes: tuple[str, ...]
+    withheld: Mapping[str, tuple[str, ...]]
+    """Site -> one line for each task, or class of a task, that it gave nothing of."""
 
 
 def probe_together(sites: Sequence[LabelledSite]) -> FederatedProbes:
@@ -117,7 +118,6 @@ def probe_together(sites: Sequence[LabelledSite]) -> FederatedProbes:
         ProtocolError: a message does not hold.
     """
     answers = [site_sums(site.features, site.targets, floor=site.floor) for site in sites]
-    notes = [f"{site.name}: {line}" for site, answer in zip(sites, answers, strict=True) for line in answer.withheld]
     paths = {}
     for task in dict.fromkeys(task for site in sites for task in site.targets):
         messages = [answer.tasks[task].to_arrays() for answer in answers if task in answer.tasks]
@@ -131,4 +131,5 @@ def probe_together(sites: Sequence[LabelledSite]) -> FederatedProbes:
         task: choose_penalty(path, [{"errors": given[task]} for given in errors if task in given])[0]
         for task, path in paths.items()
     }
-    return FederatedProbes(probes, tuple(notes))
+    withheld = {site.name: answer.withheld for site, answer in zip(sites, answers, strict=True) if answer.withheld}
+    return FederatedProbes(probes, withheld)

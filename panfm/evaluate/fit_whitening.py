@@ -71,22 +71,19 @@ def crop_and_resize(images: Tensor, generator: torch.Generator) -> Tensor:
     return functional.grid_sample(images, grid, align_corners=False, padding_mode="border")
 
 
-def difference_sums(
-    model: PanModel, store: ImageStore, crops: int, seed: int, *, floor: int = 1
-) -> dict[str, DifferenceSums]:
+def difference_sums(model: PanModel, store: ImageStore, crops: int, seed: int) -> dict[str, DifferenceSums]:
     """Sum over crops of the training images of one site, by stream.
 
     Args:
         model: Without a whitening.
         crops: Of every stream; patients are taken in turn, in random order.
         seed: Of the crops.
-        floor: Fewest patients behind the sums of a stream; streams with fewer are left out.
     """
     model.eval()
     train, sums = store.indices("train"), {}
     for stream in model.stream_names:
         holders = np.intersect1d(store.rows[stream], train) if stream in store.images else train[:0]
-        if len(holders) < max(floor, 1):
+        if not len(holders):
             continue
         generator = torch_generator(seed, "crops", stream)
         order = torch.randperm(len(holders), generator=generator).numpy()
@@ -124,10 +121,10 @@ def whitening_of(streams: Iterable[str], sums: Mapping[str, DifferenceSums], lam
     """Turn the sums of every stream, of all sites together, into the whitening of a model with these streams.
 
     Raises:
-        DataError: no stream has enough patients.
+        DataError: there are no sums.
     """
     if not sums:
-        raise DataError("whitening: no stream has enough training images, expected some")
+        raise DataError("whitening: found no training image of the model's streams, expected some")
     every = reduce(add, sums.values())
     parts = [_part(sums.get(stream, every), lambda_) for stream in streams]
     return Whitening(*(torch.from_numpy(np.stack(part)).float() for part in zip(*parts, strict=True)))
@@ -140,9 +137,7 @@ def _part(sums: DifferenceSums, lambda_: float) -> tuple[Floats, Floats, Floats]
     return centre, scale, whitening_matrix(sums.dd / np.outer(scale, scale), lambda_)
 
 
-def fit_whitening(
-    model: PanModel, stores: Mapping[str, ImageStore], features: FeaturesConfig, seed: int, *, floor: int = 1
-) -> Whitening:
+def fit_whitening(model: PanModel, stores: Mapping[str, ImageStore], features: FeaturesConfig, seed: int) -> Whitening:
     """Fit the whitening of a model from the training images of one site, or summed over several.
 
     Args:
@@ -150,13 +145,12 @@ def fit_whitening(
         stores: Site -> its images.
         features: Its lambda and number of crops.
         seed: Of the run.
-        floor: Fewest patients of a site behind the sums of a stream.
     Raises:
-        DataError: no stream has enough patients.
+        DataError: nobody has a training image.
     """
     total: dict[str, DifferenceSums] = {}
     for site, store in stores.items():
         own_seed = derive_seed(seed, "whitening", site)
-        for stream, sums in difference_sums(model, store, features.whitening_crops, own_seed, floor=floor).items():
+        for stream, sums in difference_sums(model, store, features.whitening_crops, own_seed).items():
             total[stream] = total[stream] + sums if stream in total else sums
     return whitening_of(model.stream_names, total, features.whitening_lambda)

@@ -149,7 +149,7 @@ def test_several_tasks_and_sites_that_lack_some():
     two = replace(second, targets={"b": second.targets[TASK][:, 1:]})
     together = probe_together([one, two])
     assert list(together.probes) == ["a", "b"]
-    assert together.notes == ()
+    assert together.withheld == {}
     assert_allclose(together.probes["b"].score(features), pooled(features, targets[:, 1:])[0](features), atol=1e-6)
     assert_allclose(
         together.probes["a"].score(features), pooled(first.features, targets[:30, :1])[0](features), atol=1e-6
@@ -161,7 +161,7 @@ def test_sites_without_a_known_label_give_nothing():
     known, unknown = split(features, targets, 2)
     nothing = replace(unknown, targets={TASK: np.full_like(unknown.targets[TASK], np.nan)})
     together = probe_together([known, nothing])
-    assert together.notes == ("site1: task: nothing is given, fewer than 1 labelled patients",)
+    assert together.withheld == {"site1": ("task: nothing is given, fewer than 1 labelled patients",)}
     assert_allclose(together.probes[TASK].score(features), fitted([known])[0].score(features))
     assert probe_together([nothing]).probes == {}
 
