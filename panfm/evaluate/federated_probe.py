@@ -13,7 +13,7 @@ Shape legend: D features, C labels of a task, P penalties.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from operator import add
 
 import numpy as np
@@ -119,13 +119,12 @@ def probe_together(sites: Sequence[LabelledSite]) -> FederatedProbes:
     """
     answers = [site_sums(site.features, site.targets, floor=site.floor) for site in sites]
     paths = {}
-    for task in dict.fromkeys(task for site in sites for task in site.targets):
+    sizes = {task: values.shape[1] for site in sites for task, values in site.targets.items()}
+    for task, labels in sizes.items():
         messages = [answer.tasks[task].to_arrays() for answer in answers if task in answer.tasks]
+        read = partial(LabelSums.from_arrays, features=sites[0].features.shape[1], labels=labels)
         if messages:
-            features, labels = messages[0]["xy"].shape
-            paths[task] = ridge_path(
-                [LabelSums.from_arrays(each, features=features, labels=labels) for each in messages]
-            )
+            paths[task] = ridge_path([read(message) for message in messages])
     errors = [site_errors(site.features, site.targets, paths, floor=site.floor) for site in sites]
     probes = {
         task: choose_penalty(path, [{"errors": given[task]} for given in errors if task in given])[0]

@@ -54,6 +54,8 @@ TASKS = {"ultrasound": "breast-ultrasound", "xray": "chest-xray", "ct": "abdomen
 LABELS = (10, 20, 40)
 """Labels of every site."""
 _SITES, _HELD_OUT = 4, 0.2
+_CONCENTRATION = 1.0
+"""Of the Dirichlet distribution of a site's classes; the larger, the more alike sites are."""
 _FLOOR = LimitsConfig().smallest_batch
 _EXPERIMENT = QUICKSTART.with_name("real-modalities.toml")
 
@@ -109,7 +111,9 @@ def targets(result: StudyResult) -> list[Target]:
     gains = [result.ratios[f"auc_mean_{labels}/federated-minus-local"] for labels in LABELS]
     gaps = [value for (metric, _), values in result.values.items() if metric.startswith("gap_") for value in values]
     return [
-        Target("federated minus mean local AUC, over tasks and numbers of labels", float(np.mean(gains)), 0.05),
+        Target(
+            "federated minus mean local AUC over the tasks, at the least of the numbers of labels", min(gains), 0.05
+        ),
         Target("minus the largest difference of a federated score from pooled", -max(gaps), -1e-6),
     ]
 
@@ -158,8 +162,8 @@ def measure_task(pictures: LabelledPictures, task: str, draw: int, seed: int) ->
         scores = score_arms(sites, task, features[held_out])
         name = f"{task}_{labels}"
         measured |= {f"{arm}/auc_{name}": _auc(scores[arm], truth[held_out]) for arm in ARMS[1:]}
-        locals_ = [_auc(_scores(task, [site], features[held_out]), truth[held_out]) for site in sites]
-        measured[f"local/auc_{name}"] = float(np.mean(locals_))
+        own = [_auc(_scores(task, [site], features[held_out]), truth[held_out]) for site in sites]
+        measured[f"local/auc_{name}"] = float(np.mean(own))
         measured[f"federated/gap_{name}"] = float(np.abs(scores["federated"] - scores["pooled"]).max())
     return measured
 
@@ -177,7 +181,7 @@ def draw_sites(
     pools = [list(generator.permutation(np.flatnonzero(~is_held_out & (column == 1)))) for column in pictures.classes.T]
     sites = []
     for _ in range(_SITES):
-        shares = generator.dirichlet(np.ones(len(pools)))
+        shares = generator.dirichlet(np.full(len(pools), _CONCENTRATION))
         chosen: list[int] = []
         while len(chosen) < max(LABELS):
             left = shares * [len(pool) > 0 for pool in pools]
