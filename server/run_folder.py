@@ -226,6 +226,7 @@ class RunFolder:
             "parameters": {group: manifest.size(group) for group in manifest.groups},
             "frozen-parameters": {group: untrained.size(group) for group in untrained.groups},
             "privacy": privacy_label(self.run),
+            "pooling": self.run.features.pooling_text,
             "start": self.run.start and self.run.start.sha256,
             "panfm": __version__,
             "intended-use": "research; not a medical device",

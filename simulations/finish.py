@@ -16,9 +16,11 @@ from panfm.data.cache import open_store
 from panfm.errors import DataError
 from panfm.evaluate.embed import load_model
 from panfm.evaluate.probe_cohort import evaluate_cohort
+from panfm.evaluate.probe_sites import probe_sites
 from panfm.evaluate.result import ProbeResult, write_result
 from panfm.models import PanModel, build_model
 from panfm.models.transfer import load_with_fresh_private
+from panfm.models.whitening import save_whitening
 from panfm.privacy.guarantees import privacy_label
 from panfm.report.console_tables import print_tables
 from panfm.report.report_page import write_report
@@ -73,7 +75,7 @@ def probe_run(run: RunConfig, cohort: Path, run_dir: Path, console: Console) -> 
     folders = site_folders(cohort / "sites")
     console.print(f"training each of {len(folders)} sites alone, for comparison")
     alone = run_jobs(train_site_alone, [AloneJob(dump_toml(run), folder, run_dir) for folder in folders])
-    models = {"federated": load_model(run_dir / "model")[0]}
+    models = {"federated": load_model(run_dir / "model", whitened=False)[0]}
     models |= {f"site:{load_site(folder).name}": model for folder, model in zip(folders, alone, strict=True)}
     models["untrained"] = build_model(run)
     if start := RunFolder(run_dir, run).start():
@@ -90,4 +92,7 @@ def probe_run(run: RunConfig, cohort: Path, run_dir: Path, console: Console) -> 
 
         result = evaluate_cohort(opened.task(run), models, grid_arms=_GRID_ARMS, on_arm=show)
         bar.update(shown, description="probing", completed=bar.tasks[shown].total)
-    return result
+    if whitening := models["federated"].whitening:
+        save_whitening(run_dir / "model", whitening, run.features.pooling_text)
+    together = probe_sites(opened.task(run), models["federated"], [load_site(folder) for folder in folders])
+    return replace(result, scores=result.scores + together.scores, notes=result.notes + together.notes)

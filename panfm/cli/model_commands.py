@@ -1,4 +1,4 @@
-"""`panfm embed|probe|report|export`: commands for a run and its model."""
+"""`panfm embed|whiten|probe|report|export`: commands for a run and its model."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from panfm.cli.common import Model, check_model, open_stores, progress_bar
+from panfm.errors import ConfigError
 
 if TYPE_CHECKING:
     from panfm.evaluate.result import Score
@@ -16,12 +17,19 @@ def embed(
     model: Model,
     site: Annotated[Path, typer.Argument(help="Site folder.")],
     out: Annotated[Path, typer.Option(help="Feature file to write (.npz).")],
+    pooling: Annotated[
+        str | None,
+        typer.Option(help="Instead of the run's, unwhitened: e.g. cls, per-stream, layers, layers:8,10,12."),
+    ] = None,
 ) -> None:
     """Write the frozen features of a site's subjects."""
     check_model(model)
+    from panfm.config.features import parse_pooling
+
+    features = None if pooling is None else parse_pooling(pooling)
     from panfm.evaluate.embed import embed_site, load_model, write_features
 
-    network, run = load_model(model)
+    network, run = load_model(model, features)
     [store] = open_stores([site], run.streams)
     done = 0
     with progress_bar("embedding subjects") as progress:
@@ -34,6 +42,33 @@ def embed(
         table = embed_site(model, network, store, on_batch)
     write_features(out, table)
     typer.echo(f"{out}: {len(table.subjects)} subjects, {table.features.shape[1]} features")
+
+
+def whiten(
+    model: Model,
+    sites: Annotated[list[Path], typer.Argument(help="Site folders, whose training images it is fitted from.")],
+) -> None:
+    """Fit the within-image whitening of a model's embeddings from sites on this machine, and keep it beside the model.
+
+    `embed` and `export` use it from then on; sums of several sites are added. It tells of the training images as a
+    covariance does, so a model with a privacy claim gets none.
+    """
+    check_model(model)
+    from panfm.config import load_run, load_site
+    from panfm.privacy.guarantees import privacy_label
+
+    if (label := privacy_label(load_run(model / "run.toml"))) != "none":
+        raise ConfigError(f"{model}: a whitening is fitted without noise, expected a model without a claim ({label})")
+    from panfm.evaluate.embed import load_model
+    from panfm.evaluate.fit_whitening import fit_whitening
+    from panfm.models.whitening import save_whitening
+
+    network, run = load_model(model, whitened=False)
+    names = [load_site(site).name for site in sites]
+    stores = dict(zip(names, open_stores(sites, run.streams), strict=True))
+    whitening = fit_whitening(network, stores, run.features, run.seed)
+    digest = save_whitening(model, whitening, run.features.pooling_text)
+    typer.echo(f"{model}: whitening of {network.embedding_size} numbers, SHA-256 {digest}")
 
 
 def probe(

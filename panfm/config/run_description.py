@@ -10,6 +10,7 @@ from pydantic import Field, SerializeAsAny, model_validator
 
 from panfm.anatomy import DEFAULT_ORGANS, parse_stream
 from panfm.config.base import Config, Name, Seed, TomlTable
+from panfm.config.features import FeaturesConfig
 from panfm.config.federation import FederationConfig
 from panfm.config.masking import MaskingConfig
 from panfm.config.model import ModelConfig
@@ -41,6 +42,7 @@ class RunConfig(Config):
     train: TrainConfig = TrainConfig()
     sharing: SharingConfig = SharingConfig()
     federation: FederationConfig = FederationConfig()
+    features: FeaturesConfig = FeaturesConfig()
     probe: ProbeConfig = ProbeConfig()
     patient_dp: PatientDpConfig | None = None
     """Differential privacy of patients; off when left out."""

@@ -1,6 +1,6 @@
 """Frozen features: a trained model read back from disk, applied to a store, written as `.npz`.
 
-`features.npz` holds `subjects`, `splits`, `features` [N, dim], `streams` (names), `present` [N, streams] and
+`features.npz` holds `subjects`, `splits`, `features` [N, dim], `streams` (names), `present` [N, streams], `pooling` and
 `model_hash`, and no pickled object.
 """
 
@@ -20,11 +20,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from panfm.config import RunConfig, load_run
+from panfm.config.features import FeaturesConfig
 from panfm.data.store import Batch, ImageStore
 from panfm.errors import DataError
 from panfm.files import write_atomic
 from panfm.models import PanModel, build_model
 from panfm.models.transfer import load_with_fresh_private
+from panfm.models.whitening import read_whitening
 
 
 class Embedder(Protocol):
@@ -72,12 +74,14 @@ class Features:
     """[N, streams]: which streams the features were computed from."""
     features: NDArray[np.float32]
     """[N, dim]"""
+    pooling: str
+    """How they were read off the model: as `--pooling` says it, and whether they are whitened."""
     model_hash: str
     """SHA-256 of the weights file."""
 
 
 def embed_site(
-    folder: Path, model: Embedder, store: ImageStore, on_batch: Callable[[int], None] = lambda _: None
+    folder: Path, model: PanModel, store: ImageStore, on_batch: Callable[[int], None] = lambda _: None
 ) -> Features:
     """Features of all subjects of a store by the model that was read from `folder`."""
     everybody, streams = np.arange(len(store.subjects)), tuple(store.images)
@@ -86,7 +90,8 @@ def embed_site(
         present[store.rows[stream], column] = True
     features = embed_store(model, store, everybody, streams, on_batch=on_batch)
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    return Features(store.subjects, store.splits, streams, present, features, digest)
+    pooling = model.pooling.pooling_text + (", whitened" if model.whitening else "")
+    return Features(store.subjects, store.splits, streams, present, features, pooling, digest)
 
 
 def write_features(path: Path, table: Features) -> None:
@@ -103,6 +108,7 @@ def write_features(path: Path, table: Features) -> None:
         streams=np.array(table.streams, dtype=np.str_),
         present=table.present,
         features=table.features,
+        pooling=np.array(table.pooling),
         model_hash=np.array(table.model_hash),
     )
     try:
@@ -120,7 +126,8 @@ def read_features(path: Path) -> Features:
     try:
         with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
             names = [tuple(str(name) for name in file[key]) for key in ("subjects", "splits", "streams")]
-            table = Features(names[0], names[1], names[2], file["present"], file["features"], str(file["model_hash"]))
+            pooling, digest = (str(file[key]) for key in ("pooling", "model_hash"))
+            table = Features(names[0], names[1], names[2], file["present"], file["features"], pooling, digest)
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file, expected features written by `panfm embed`") from error
     except (OSError, EOFError, KeyError, ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:
@@ -131,16 +138,24 @@ def read_features(path: Path) -> Features:
     return table
 
 
-def load_model(folder: Path) -> tuple[PanModel, RunConfig]:
+def load_model(
+    folder: Path, pooling: FeaturesConfig | None = None, *, whitened: bool = True
+) -> tuple[PanModel, RunConfig]:
     """The model of a run's `model/` folder, and the run that made it.
 
     What sites kept to themselves is not there: private experts are copies of the director.
 
+    Args:
+        pooling: How embeddings are read off the model, instead of as the run says; they are then not whitened.
+        whitened: Whether the model gets the whitening that lies in its folder, if there is one.
     Raises:
-        ConfigError: `run.toml` is absent or does not hold.
+        ConfigError: `run.toml` is absent or does not hold, the model does not have the pooling's layers, or its
+            whitening was fitted under another pooling.
         DataError: the weights are absent or unreadable, or do not fit the run's model.
     """
     run, path = load_run(folder / "run.toml"), folder / "model.safetensors"
+    if pooling is not None:
+        run = run.model_copy(update={"features": pooling})
     try:
         weights = load_file(path)
     except (OSError, ValueError, SafetensorError) as error:
@@ -151,4 +166,7 @@ def load_model(folder: Path) -> tuple[PanModel, RunConfig]:
     except RuntimeError as error:
         first = " ".join(str(error).split())[:120]
         raise DataError(f"{path}: does not fit the model of run.toml: {first}") from error
+    if pooling is None and whitened:
+        text, streams = run.features.pooling_text, len(model.stream_names)
+        model.whitening = read_whitening(folder, streams=streams, size=model.embedding_size, pooling=text)
     return model, run

@@ -21,6 +21,7 @@ from panfm.anatomy import parse_stream
 from panfm.config import RunConfig
 from panfm.errors import DataError
 from panfm.evaluate.embed import embed_store
+from panfm.evaluate.fit_whitening import fit_whitening
 from panfm.evaluate.linear_probe import (
     MIN_SUBJECTS,
     LinearProbe,
@@ -219,7 +220,11 @@ def _per_stream(task: Task, arm: Arm, names: Sequence[str]) -> dict[str, float]:
 
 
 def _model_arm(task: Task, model: PanModel) -> Arm:
+    """Features of a model, which gets a whitening if the run wants one: of its own, from all fit places' images."""
     known = set(model.stream_names)
+    if task.run.features.whitening and model.whitening is None:
+        stores = {str(number): place.store for number, place in enumerate(task.fit_places)}
+        model.whitening = fit_whitening(model, stores, task.run.features, task.run.seed)
 
     def fit() -> Features:
         pairs = zip(task.fit_places, task.fit_indices, strict=True)

@@ -29,10 +29,12 @@ def probe_features(
     Returns:
         One score per label, in the order of the tables, and a note for each that could not be told.
     Raises:
-        DataError: files of different models, a subject twice, or too few labelled subjects in a split.
+        DataError: files of different models or poolings, a subject twice, or too few labelled subjects in a split.
     """
     if len({table.model_hash for table in features}) > 1:
         raise DataError("features of different models, expected one model")
+    if len(poolings := {table.pooling for table in features}) > 1:
+        raise DataError(f"features of different poolings ({', '.join(sorted(poolings))}), expected one")
     names = list(dict.fromkeys(name for table in labels for name in table.names))
     known = _by_subject(labels, names)
     fit, fit_targets = _rows(features, known, fit_split)

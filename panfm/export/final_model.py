@@ -35,6 +35,7 @@ class _Written(BaseModel):
     rounds: int
     sites: list[str]
     intended_use: str
+    whitening: str | None = None
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,8 @@ def _describe(folder: Path, model: PanModel, run: RunConfig, written: _Written, 
         "epsilon": NOT_PRIVATE if (label := privacy_label(run)) == "none" else label,
         "start": run.start and run.start.sha256,
         "streams": {name: _describe_stream(name, stream) for name, stream in run.streams.items()},
-        "embedding": model.width,
+        "pooling": run.features.pooling_text,
+        "embedding": model.embedding_size,
         "experts": _describe_experts(model, run.sharing),
         "model-hash": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
         "panfm": __version__,

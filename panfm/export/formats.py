@@ -20,12 +20,13 @@ from panfm.export.network import batch_of, random_inputs, require_equal
 from panfm.export.onnx import write_onnx
 from panfm.files import new_folder, write_json
 from panfm.models.transfer import director_run, director_state
+from panfm.models.whitening import FILE as WHITENING
 
 
 def write_safetensors(source: Source, out: Path) -> float:
     """Write weights, `run.toml` and `metadata.json` into a new folder; returns and raises as `export_run`."""
     with new_folder(out) as folder:
-        for name in ("model.safetensors", "run.toml"):
+        for name in ("model.safetensors", "run.toml", *_whitening(source)):
             shutil.copyfile(source.folder / name, folder / name)
         write_json(folder / "metadata.json", source.metadata, indent=2)
         batch = batch_of(tuple(source.run.streams), random_inputs(source.run.streams))
@@ -35,7 +36,13 @@ def write_safetensors(source: Source, out: Path) -> float:
 
 def write_dense_vit(source: Source, out: Path) -> float:
     """Write weights, `run.toml` and `metadata.json` into a new folder; returns and raises as `export_run`."""
+    if source.model.whitening and source.model.director_experts():
+        raise ConfigError(
+            "--to dense-vit: the whitening is of embeddings by way of the experts, expected a model without"
+        )
     with new_folder(out) as folder:
+        for name in _whitening(source):
+            shutil.copyfile(source.folder / name, folder / name)
         state = {name: value.contiguous() for name, value in director_state(source.model).items()}
         save_file(state, folder / "model.safetensors")
         (folder / "run.toml").write_text(dump_toml(director_run(source.run)), encoding="utf-8")
@@ -44,6 +51,10 @@ def write_dense_vit(source: Source, out: Path) -> float:
         with torch.inference_mode():
             expected = source.model.embed(batch, route="director")
             return require_equal(expected, load_model(folder)[0].eval().embed(batch))
+
+
+def _whitening(source: Source) -> tuple[str, ...]:
+    return (WHITENING,) if source.model.whitening else ()
 
 
 _WHOLE: Mapping[str, Callable[[Source, Path], float]] = {

@@ -77,6 +77,8 @@ class Encoded:
     """[B, N] share of the CLS token's attention, sums to 1 over a subject's tokens; None unless asked for."""
     routed: tuple[Routed, ...] = ()
     """Routing of every layer with experts; empty unless the batch went through experts."""
+    block_cls: tuple[Tensor, ...] = ()
+    """CLS output [B, D] of every block, as `blocks`; empty for a backbone whose blocks have none."""
 
 
 class Backbone(nn.Module, ABC):

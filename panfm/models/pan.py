@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from panfm.anatomy import parse_stream
 from panfm.config import RunConfig, StreamConfig
+from panfm.config.features import FeaturesConfig
 from panfm.config.model import ModelConfig
 from panfm.config.objective import ObjectiveConfig
 from panfm.config.parts import PartsConfig
@@ -26,8 +27,10 @@ from panfm.models.backbone import Backbone, Encoded, PerStream, Route, Saliency,
 from panfm.models.director_experts import DirectorExperts, dense_name
 from panfm.models.heads import Heads
 from panfm.models.patch_features import batch_features, num_patch_features, patch_step, patchify
+from panfm.models.pooling import check_layers, embedding_size, pool
 from panfm.models.tokens import Layout, pack, rotary_angles, sincos_positions
 from panfm.models.trained_parts import add_lora, trained_names
+from panfm.models.whitening import Whitening
 from panfm.registry import BACKBONES
 from panfm.seeds import torch_generator
 from panfm.sharing.groups import split_state
@@ -78,18 +81,29 @@ class PanModel(nn.Module):
 
     stream_of_patch: Tensor
 
-    def __init__(self, streams: dict[str, StreamConfig], config: ModelConfig, objective: ObjectiveConfig) -> None:
+    def __init__(
+        self,
+        streams: dict[str, StreamConfig],
+        config: ModelConfig,
+        objective: ObjectiveConfig,
+        features: FeaturesConfig,
+    ) -> None:
         super().__init__()
         width, depth, heads = SIZES[config.size]
+        check_layers(features, depth)
         self.stream_configs = streams
         self.tokenizer = config.tokenizer
         self.width = width
+        self.pooling = features
+        self.embedding_size = embedding_size(features, width=width, streams=len(streams), depth=depth)
+        self.whitening: Whitening | None = None
+        """Of embeddings; set after training, by `panfm whiten` or the end of a run."""
         self.streams = PerStream({name: StreamTokenizer(stream, config, width) for name, stream in streams.items()})
         self.backbone: Backbone = BACKBONES.load(config.backbone)(width, depth, heads, config)
         if config.positions == "rotary":
             self.backbone.turn_by(_angles(streams, width // heads))
-        features = {name: num_patch_features(stream, config.tokenizer) for name, stream in streams.items()}
-        self.heads = Heads(width, heads, features, objective)
+        sizes = {name: num_patch_features(stream, config.tokenizer) for name, stream in streams.items()}
+        self.heads = Heads(width, heads, sizes, objective)
         self.register_buffer("stream_of_patch", _stream_of_patch(streams), persistent=False)
         self.trained = frozenset(dict(self.named_parameters()))
         """Names of the parameters that a run trains."""
@@ -110,11 +124,15 @@ class PanModel(nn.Module):
 
     def layout(self, batch: Batch) -> Layout:
         """Layout of a batch's tokens."""
+        return pack(self.present(batch), self.stream_of_patch)
+
+    def present(self, batch: Batch) -> Tensor:
+        """Which subject has which of the model's streams, bool [B, S]."""
         present = torch.zeros(batch.size, len(self.streams), dtype=torch.bool, device=self.stream_of_patch.device)
         for index, name in enumerate(self.streams):
             if name in batch.rows:
                 present[batch.rows[name], index] = True
-        return pack(present, self.stream_of_patch)
+        return present
 
     def tokenize(self, features: Batch, layout: Layout) -> Tensor:
         """Tokens [B, N, D] of a batch of features, standing as `layout` says; zero where padded."""
@@ -150,8 +168,17 @@ class PanModel(nn.Module):
         return encoded
 
     def embed(self, batch: Batch, *, route: Route = "experts") -> Tensor:
-        """Embedding [B, D] of a batch of images, wherever it lies: the CLS token after the last norm."""
-        return self.encode(self.patch_features(batch.to(self.stream_of_patch.device)), route=route).cls
+        """Embedding [B, E] of a batch of images, wherever it lies, pooled as `[features]` says, and whitened if
+        the model has a whitening.
+
+        Raises:
+            ConfigError: the pooling is not possible with this backbone.
+        """
+        patches = self.patch_features(batch.to(self.stream_of_patch.device))
+        encoded = self.encode(patches, keep_blocks=self.pooling.reads_blocks, route=route)
+        stream_of_token = self.stream_of_patch[encoded.layout.patch_index]
+        pooled = pool(encoded, self.pooling, stream_of_token, len(self.streams))
+        return pooled if self.whitening is None else self.whitening(pooled, self.present(batch))
 
     def parameter_groups(self) -> dict[str, str]:
         """Sharing group of every tensor in the state dict, by its name."""
@@ -206,7 +233,7 @@ def build_model(run: RunConfig, streams: Sequence[str] | None = None) -> PanMode
     """
     names = [name for name in run.streams if streams is None or name in streams]
     with torch.random.fork_rng(devices=[]):
-        model = PanModel({name: run.streams[name] for name in names}, run.model, run.objective)
+        model = PanModel({name: run.streams[name] for name in names}, run.model, run.objective, run.features)
         model.choose_parts(run.train.parts)
     layers = model.director_experts().values()
     of_experts = {parameter for layer in layers for parameter in layer.experts.parameters()}
@@ -221,7 +248,7 @@ def build_model(run: RunConfig, streams: Sequence[str] | None = None) -> PanMode
 def describe_model(run: RunConfig) -> PanModel:
     """Model of a run without memory for its parameters: names, shapes and sharing groups are those of `build_model`."""
     with torch.device("meta"):
-        model = PanModel(dict(run.streams), run.model, run.objective)
+        model = PanModel(dict(run.streams), run.model, run.objective, run.features)
         model.choose_parts(run.train.parts)
         return model
 

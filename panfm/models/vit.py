@@ -154,6 +154,7 @@ class VisionTransformer(Backbone):
         x, mask = self._with_registers(torch.cat([self.cls.expand(tokens.shape[0], 1, -1), tokens], dim=1), layout)
         rotation = self._rotation(layout)
         outputs: list[Tensor] = []
+        cls_outputs: list[Tensor] = []
         routings: list[Routed] = []
         attended = ClsSaliency(layout, saliency) if saliency else None
         for depth, block in enumerate(self.blocks):
@@ -163,9 +164,10 @@ class VisionTransformer(Backbone):
                 routings.append(routed)
             if keep_blocks:
                 outputs.append(x[:, 1:length])
+                cls_outputs.append(x[:, 0])
         x = self.norm(x)[:, :length]
         shares = attended.shares() if attended else None
-        return Encoded(x[:, 0], x[:, 1:], layout, tuple(outputs), shares, tuple(routings))
+        return Encoded(x[:, 0], x[:, 1:], layout, tuple(outputs), shares, tuple(routings), tuple(cls_outputs))
 
     def _with_registers(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
         """Add the registers behind CLS and tokens [B, L, D]; also return what attention may look at."""

@@ -102,6 +102,8 @@ def site_dp_faults(run: RunConfig) -> Iterator[str]:
         yield 'sharing.experts: "pooled" weighs sites by their patients\' gates, set "private" or "naive"'
     if sharing.guards.direction is not None:
         yield "sharing.guards.direction: refuses sites by what their updates say, leave it out"
+    if run.features.whitening:
+        yield "features.whitening: is fitted from the sites' images without noise, set false"
     if run.federation.participation < 1.0:
         yield "federation.participation: the mean is over all sites in every round, set 1.0"
     if run.masking.steered_by == "federation":

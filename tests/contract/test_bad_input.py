@@ -220,7 +220,7 @@ def test_labels(site, tmp_path):
     splits = ("train",) * 25 + ("test",) * 15
     features, path = tmp_path / "features.npz", tmp_path / "labels.csv"
     write_features(
-        features, Features(subjects, splits, ("brain-mr",), np.ones((40, 1), bool), random_features, "0" * 64)
+        features, Features(subjects, splits, ("brain-mr",), np.ones((40, 1), bool), random_features, "cls", "0" * 64)
     )
     text = "subject,age,sick\n" + "".join(f"{name},{20.5 + i},{i % 2}\n" for i, name in enumerate(subjects))
     path.write_text(text)

@@ -58,6 +58,8 @@ MISTAKES = {
     "panfm audit membership": ("panfm", "audit", "membership", "{folder}", "{site}"),
     "panfm audit inversion": ("panfm", "audit", "inversion", "{folder}", "{site}"),
     "panfm embed": ("panfm", "embed", "{folder}", "{site}", "--out", "x.npz"),
+    "panfm embed --pooling": ("panfm", "embed", "{folder}", "{site}", "--out", "x.npz", "--pooling", "mean"),
+    "panfm whiten": ("panfm", "whiten", "{folder}", "{site}"),
     "panfm report": ("panfm", "report", "{folder}"),
     "panfm export": ("panfm", "export", "{folder}", "--to", "onnx", "--out", "x.onnx"),
     "panfm site start": ("panfm", "site", "start", "{folder}"),
@@ -83,7 +85,7 @@ SITE_MISTAKES = ("panfm site start", "panfm site status", "panfm site log", "pan
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_in_a_description_is_told_before_anything_heavy_is_imported(name, tmp_path):
-    folder = tmp_path / ("model" if MISTAKES[name][-1] == "{site}" or "embed" in name else "")
+    folder = tmp_path / ("model" if "{site}" in MISTAKES[name] and "{run}" not in MISTAKES[name] else "")
     write(tmp_path, RUN.replace("rounds = 3", "rounds = 0"))
     expected = "train.rounds: found 0"
     if name in SITE_MISTAKES:

@@ -1,6 +1,7 @@
 """`panfm embed`, `panfm probe` and `panfm report` as a person types them."""
 
 import json
+import shutil
 
 import nibabel as nib
 import numpy as np
@@ -10,6 +11,7 @@ from typer.testing import CliRunner
 
 from panfm.cli import main
 from panfm.config import RunConfig, StreamConfig, dump_toml
+from panfm.evaluate.embed import read_features
 from panfm.models import build_model
 
 STREAM = StreamConfig(shape=(8, 8, 8), patch=(4, 4, 4), spacing_mm=(2.0, 2.0, 2.0))
@@ -42,6 +44,46 @@ def place(tmp_path_factory):
     (folder / "manifest.csv").write_text("\n".join(rows) + "\n")
     (folder / "labels.csv").write_text("\n".join(labels) + "\n")
     return folder
+
+
+def test_pooling_flag_and_whitening_change_what_is_embedded(place, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(place / "model", model)
+
+    def embedded(*flags):
+        assert panfm("embed", model, place, "--out", tmp_path / "out.npz", *flags).exit_code == 0
+        return read_features(tmp_path / "out.npz")
+
+    plain, layers = embedded(), embedded("--pooling", "layers:2")
+    assert (plain.pooling, plain.features.shape) == ("cls", (36, 48))
+    assert (layers.pooling, layers.features.shape) == ("layers:2", (36, 144))
+    refused = panfm("embed", model, place, "--out", tmp_path / "out.npz", "--pooling", "layers:3")
+    assert (refused.exit_code, refused.stderr) == (1, "features.layers: found block 3, expected 1 to 2\n")
+    refused = panfm("embed", model, place, "--out", tmp_path / "out.npz", "--pooling", "mean")
+    assert refused.stderr.startswith("--pooling: found 'mean', expected one of cls, cls+mean")
+    written = panfm("whiten", model, place)
+    assert written.exit_code == 0
+    digest = json.loads((model / "metadata.json").read_text())["whitening"]
+    assert written.output.replace("\n", "").endswith(f"whitening of 48 numbers, SHA-256 {digest}")
+    whitened = embedded()
+    assert whitened.pooling == "cls, whitened"
+    assert not np.allclose(whitened.features, plain.features)
+    assert np.array_equal(embedded("--pooling", "cls").features, plain.features)
+    (model / "whitening.safetensors").write_bytes(b"other")
+    refused = panfm("embed", model, place, "--out", tmp_path / "out.npz")
+    assert refused.stderr.startswith(f"{model}/whitening.safetensors: is not the whitening that metadata.json tells of")
+
+
+def test_a_model_with_a_claim_gets_no_whitening(place, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(place / "model", model)
+    private = {"epsilon": 8.0, "delta": 1e-3, "public-subjects": 100, "noise-multiplier": 1.5, "sample-rate": 0.1}
+    run = RunConfig.model_validate(RUN.model_dump(by_alias=True, exclude_none=True) | {"patient-dp": private})
+    (model / "run.toml").write_text(dump_toml(run))
+    refused = panfm("whiten", model, place)
+    assert refused.exit_code == 1
+    assert refused.stderr.startswith(f"{model}: a whitening is fitted without noise, expected a model without a claim")
+    assert not (model / "whitening.safetensors").exists()
 
 
 def test_embed_then_probe_then_report(place):

@@ -9,10 +9,10 @@ from panfm.evaluate.embed import Features
 from panfm.evaluate.probe_features import probe_features
 
 
-def make_features(prefix, split, n=40, seed=0, model="abc"):
+def make_features(prefix, split, n=40, seed=0, model="abc", pooling="cls"):
     values = np.random.default_rng(seed).normal(size=(n, 3)).astype(np.float32)
     names = tuple(f"{prefix}{i}" for i in range(n))
-    return Features(names, (split,) * n, ("brain-mr",), np.ones((n, 1), bool), values, model)
+    return Features(names, (split,) * n, ("brain-mr",), np.ones((n, 1), bool), values, pooling, model)
 
 
 def label(table, names=("sick", "size", "never")):
@@ -55,6 +55,10 @@ def test_a_label_that_does_not_vary_in_the_test_set_is_noted():
         (lambda fit, test: ([fit], [label(fit)]), "split test: found 0 labelled subjects, expected at least 10"),
         (lambda fit, test: ([fit, test], [label(fit), label(fit)]), "'a0' stands in two tables"),
         (lambda fit, test: ([fit, make_features("b", "test", model="x")], [label(fit)]), "different models"),
+        (
+            lambda fit, test: ([fit, make_features("b", "test", pooling="layers")], [label(fit)]),
+            r"features of different poolings \(cls, layers\), expected one",
+        ),
     ],
 )
 def test_what_does_not_fit_is_one_line(change, message):

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from panfm.config import RunConfig, dump_toml
 from panfm.models import build_model
+from panfm.models.whitening import Whitening, save_whitening
 
 METADATA = {
     "name": "small",
@@ -21,10 +22,11 @@ METADATA = {
 
 
 @pytest.fixture
-def write_run(tmp_path) -> Callable[[RunConfig], Path]:
-    """Writes a run folder; its experts, if they are shared, differ from one another and from the director."""
+def write_run(tmp_path) -> Callable[..., Path]:
+    """Writes a run folder, with a whitening if one is given; experts that are shared differ from one another and from
+    the director."""
 
-    def write(run: RunConfig) -> Path:
+    def write(run: RunConfig, whitening: Whitening | None = None) -> Path:
         model, generator = build_model(run), torch.Generator().manual_seed(3)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -36,6 +38,8 @@ def write_run(tmp_path) -> Callable[[RunConfig], Path]:
         save_file(dict(shared), folder / "model.safetensors")
         (folder / "run.toml").write_text(dump_toml(run))
         (folder / "metadata.json").write_text(json.dumps(METADATA))
+        if whitening:
+            save_whitening(folder, whitening, run.features.pooling_text)
         return folder.parent
 
     return write

@@ -18,6 +18,7 @@ from panfm.export.monai_bundle import ReadStreams
 from panfm.export.monai_network import Embedder
 from panfm.export.network import batch_of, random_inputs
 from panfm.models import build_model
+from panfm.models.whitening import Whitening
 
 DEX = '[model]\nbackbone = "director-experts"\n'
 POOLED = DEX + '[sharing]\nexperts = "pooled"\n[sharing.groups]\ndirector = { mean = "median" }\n'
@@ -87,6 +88,45 @@ def test_dense_vit_goes_through_the_directors(tmp_path, make_run, write_run, bac
         torch.testing.assert_close(dense.eval().embed(batch_of(streams, inputs)), expected, atol=1e-5, rtol=0)
     if backbone == POOLED:  # its experts are not its directors, or the test could not fail
         assert (own_embedding(run_folder, streams)[1] - expected).abs().max() > 1e-3
+
+
+def whitening_of(run):
+    """A whitening of random numbers for a run's model."""
+    model, generator = build_model(run), torch.Generator().manual_seed(0)
+    size = model.embedding_size
+    matrix = torch.randn(3, size, size, generator=generator) / size**0.5
+    return Whitening(torch.randn(3, size, generator=generator), torch.full((3, size), 2.0), matrix + matrix.mT)
+
+
+@pytest.mark.parametrize("to", ["safetensors", "dense-vit", SLOW_BUNDLE, SLOW_ONNX])
+@pytest.mark.parametrize("pooling", ["layers", "per-stream"])
+def test_exports_pool_and_whiten_as_the_model(tmp_path, make_run, write_run, to, pooling):
+    run = make_run(f'[features]\npooling = "{pooling}"\n')
+    run_folder, out = write_run(run, whitening_of(run)), tmp_path / "out"
+    streams = ("eye-fundus", "brain-mr") if to in ("monai-bundle", "onnx") else ()
+    assert export_run(run_folder, to, out, streams=streams) < 1e-3
+    told = json.loads((run_folder / "model" / "metadata.json").read_text())["whitening"]
+    if to == "onnx":
+        session = onnxruntime.InferenceSession(out, providers=["CPUExecutionProvider"])
+        inputs, expected = own_embedding(run_folder, streams)
+        fed = {name: value.numpy() for name, value in zip((*streams, "present"), inputs, strict=True)}
+        np.testing.assert_allclose(session.run(None, fed)[0], expected, atol=1e-4)
+        assert session.get_modelmeta().custom_metadata_map["whitening"] == told
+        return
+    path = out / "configs" / "metadata.json" if to == "monai-bundle" else out / "metadata.json"
+    metadata = json.loads(path.read_text())
+    metadata = metadata["panfm"] if to == "monai-bundle" else metadata
+    assert (metadata["pooling"], metadata["whitening"]) == (pooling, told)
+    assert metadata["embedding"] == build_model(run).embedding_size
+    if to != "monai-bundle":
+        assert torch.equal(load_model(out)[0].whitening.matrix, whitening_of(run).matrix)
+
+
+def test_a_whitening_of_experts_has_no_dense_export(tmp_path, make_run, write_run):
+    run = make_run(DEX)
+    with pytest.raises(PanfmError, match="--to dense-vit: the whitening is of embeddings by way of the experts"):
+        export_run(write_run(run, whitening_of(run)), "dense-vit", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_metadata_tell_what_the_model_is(tmp_path, make_run, write_run):

@@ -47,6 +47,17 @@ def test_the_network_embeds_as_the_model(make_run, backbone, tokenizer, streams)
         assert require_equal(model.embed(batch_of(streams, inputs)), network(*inputs)) < 1e-5
 
 
+@pytest.mark.parametrize("pooling", ["cls+mean", "per-stream", "layers", "per-stream-layers"])
+@pytest.mark.parametrize("streams", [("brain-mr", "heart-ct", "eye-fundus"), ("eye-fundus", "brain-mr")])
+def test_the_network_pools_as_the_model(make_run, pooling, streams):
+    model = model_with_spread_experts(make_run(f'[features]\npooling = "{pooling}"\n'))
+    network = EmbeddingNetwork(model, streams).eval()
+    inputs = random_inputs(network.configs)
+    with torch.inference_mode():
+        assert require_equal(model.embed(batch_of(streams, inputs)), network(*inputs)) < 1e-5
+        assert network(*inputs).shape[1] == model.embedding_size
+
+
 def test_what_is_absent_changes_nothing(make_run):
     network = EmbeddingNetwork(model_with_spread_experts(make_run(DEX)), ("brain-mr", "heart-ct", "eye-fundus"))
     *images, present = random_inputs(network.configs)

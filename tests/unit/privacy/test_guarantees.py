@@ -54,6 +54,7 @@ BROKEN = [
         "patient-dp.delta: 0.00101 is above 1 / (10 public-subjects), set at most 0.001",
     ),
     (SOUND + '[model]\nbackbone = "director-experts"\n', PRIVACY, "model.experts.balance-weight: "),
+    (SOUND + "[features]\nwhitening = true\n", PRIVACY, "features.whitening: "),
 ]
 
 
@@ -95,6 +96,7 @@ def test_a_sound_run_with_site_level_privacy_says_what_it_promises():
         (ALL + "participation = 0.5\n", "federation.participation: "),
         ("[federation]\nmin-sites = 9\n", "federation.min-sites: "),
         ('[masking]\nscope = "federation"\n', "masking.scope: "),
+        ("[features]\nwhitening = true\n", "features.whitening: "),
     ],
 )
 def test_what_breaks_the_site_level_guarantee_is_refused_in_one_line(tables, complaint):
