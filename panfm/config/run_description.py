@@ -9,6 +9,7 @@ from typing import Annotated, Self
 from pydantic import Field, SerializeAsAny, model_validator
 
 from panfm.anatomy import DEFAULT_ORGANS, parse_stream
+from panfm.config.augment import AugmentConfig
 from panfm.config.base import Config, Name, Seed, TomlTable
 from panfm.config.federation import FederationConfig
 from panfm.config.masking import MaskingConfig
@@ -35,6 +36,8 @@ class RunConfig(Config):
     """Where a simulation takes its sites from: a table that it checks itself. No site is told of it."""
     model: ModelConfig = ModelConfig()
     objective: SerializeAsAny[ObjectiveConfig] = Field(default_factory=lambda: ObjectiveConfig.model_validate({}))
+    augment: AugmentConfig | None = None
+    """How images are varied; they are trained on as they are when left out."""
     masking: MaskingConfig = MaskingConfig()
     train: TrainConfig = TrainConfig()
     sharing: SharingConfig = SharingConfig()
@@ -70,6 +73,19 @@ class RunConfig(Config):
             travel |= {"director"} | ({"experts", "router"} if self.sharing.experts != "private" else set())
         if unknown := sorted(set(self.sharing.groups) - travel):
             raise ValueError(f"sharing.groups: {unknown[0]!r} does not travel in this run, expected {sorted(travel)}")
+        return self
+
+    @model_validator(mode="after")
+    def _augmentation_fits(self) -> Self:
+        """Refuse tables of streams that are not there, and an objective that compares views without augmentation."""
+        if self.augment is None:
+            if self.objective.num_views > 1:
+                raise ValueError(f'objective.name: "{self.objective.name}" compares views, expected a table [augment]')
+            return self
+        for name in self.augment.streams:
+            if name not in self.streams:
+                raise ValueError(f"augment.streams: found {name!r}, expected some of {', '.join(self.streams)}")
+            self.augment.check_stream(name, self.streams[name])
         return self
 
     @model_validator(mode="after")

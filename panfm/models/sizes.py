@@ -92,7 +92,7 @@ def step_bytes(run: RunConfig) -> int:
     tokens = tokens_per_patient(run) + 1
     visible = min((1.0 - run.masking.ratio) * tokens + 1 + len(run.streams), tokens)
     patient = visible * sum(per_block) + tokens * (max(per_block) + depth * width + target)
-    batch = math.ceil(run.train.batch_size * patient)
+    batch = math.ceil(run.train.batch_size * run.objective.num_views * patient)
     return 4 * (batch + _TRAINED_COPIES * measures.parameters + _running_moments(run))
 
 
