@@ -76,6 +76,17 @@ class RunConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _inputs_have_their_constants(self) -> Self:
+        """Refuse more or fewer constants than a stream's tokenizer has inputs."""
+        for name, stream in self.streams.items():
+            inputs = stream.channels * (3 if self.model.tokenizer == "statistics" else 1)
+            for key, numbers in (("centre", stream.input_centre), ("scale", stream.input_scale)):
+                if numbers is not None and len(numbers) != inputs:
+                    tokenizer = f'the tokenizer "{self.model.tokenizer}" has {inputs} inputs'
+                    raise ValueError(f"streams.{name}.input-{key}: {len(numbers)} numbers, {tokenizer}")
+        return self
+
+    @model_validator(mode="after")
     def _augmentation_fits(self) -> Self:
         """Refuse tables of streams that are not there, and an objective that compares views without augmentation."""
         if self.augment is None:
