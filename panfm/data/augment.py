@@ -108,7 +108,7 @@ def _varied_intensities(images: Tensor, strengths: Strengths, draws: Mapping[str
 
     if strengths.blur:
         share = strengths.blur * draws["blur"].reshape(-1, *(1,) * (images.dim() - 1))
-        kernel = gaussian_1d(torch.tensor(1.0, device=images.device), truncated=2.0)
+        kernel = gaussian_1d(torch.tensor(1.0, device=images.device), truncated=2.0, normalize=True)
         images = images.lerp(separable_filtering(images, [kernel] * len(images.shape[2:]), mode="reflect"), share)
     if strengths.bias_field:
         images = images * _field(strengths.bias_field * _signed(draws["field"]), images.shape[2:])
