@@ -14,7 +14,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from panfm.config import RunConfig
 from panfm.config.training import TrainConfig
-from panfm.data.augment import Augmentation
+from panfm.data.augmentation import Augmentation
 from panfm.data.store import Batch, ImageStore
 from panfm.errors import ConfigError
 from panfm.models import PanModel, build_model

@@ -48,7 +48,7 @@ from simulations.study_result import StudyResult, Target
 
 EXPERIMENT = QUICKSTART.with_name("real-pictures.toml")
 ARMS = ("statistics", "untrained", "views", "views-alone")
-ROUNDS = {"short": 15, "long": 60}
+ROUNDS = {"short": 10, "long": 40}
 LABEL_DRAWS = {5: 10, 20: 5, 100: 1}
 """Per cent of the labels -> number of draws of them."""
 _LEAST_OF_A_CLASS = 2

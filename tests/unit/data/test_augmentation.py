@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from panfm.config import StreamConfig, parse_run
 from panfm.config.augment import Strengths
-from panfm.data.augment import Augmentation, _affine, _field, _moved, _varied_intensities
+from panfm.data.augmentation import Augmentation, _affine, _field, _moved, _varied_intensities
 from panfm.data.store import Batch
 
 PICTURE = StreamConfig(shape=(6, 8), patch=(2, 2))
