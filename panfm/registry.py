@@ -64,6 +64,8 @@ OBJECTIVES = Registry(
         "latent": "panfm.training.objectives.latent.config:LatentConfig",
         "dino": "panfm.training.objectives.dino.config:DinoConfig",
         "mae": "panfm.training.objectives.mae.config:MaeConfig",
+        "views": "panfm.training.objectives.views.config:ViewsConfig",
+        "view-regression": "panfm.training.objectives.view_regression.config:ViewRegressionConfig",
     },
 )
 """Config classes of the self-supervised objectives (`panfm.config.objective`)."""

@@ -1,4 +1,4 @@
-"""`python -m simulations run|cohort|study|bench|same-bits`: federations, claims and speed on one machine."""
+"""`python -m simulations run|cohort|inputs|study|bench|same-bits`: federations, claims and speed on one machine."""
 
 import ast
 import itertools
@@ -76,6 +76,23 @@ def cohort_make(
     console = Console(stderr=True, quiet=not sys.stderr.isatty())
     write_cohort(cohort_of(description, str(run)), folder, description.streams, console)
     typer.echo(f"{folder}: {len(list((folder / 'sites').iterdir()))} sites and held-out subjects")
+
+
+@app.command()
+def inputs(
+    experiment: Annotated[Path, typer.Argument(help="Run description (TOML).")],
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value, e.g. train.rounds=3.")] = None,
+) -> None:
+    """Print `input-centre` and `input-scale` of every stream, from the training images of a cohort's sites."""
+    from rich.console import Console
+
+    from simulations.cohorts.opened import OpenedCohort
+    from simulations.cohorts.prepare import load_simulation, prepare_cohort
+
+    described = load_simulation(experiment, overrides or ())
+    cohort = OpenedCohort.open(prepare_cohort(described, Console(stderr=True)), described)
+    for name, (centre, scale) in cohort.input_constants(described).items():
+        typer.echo(f"{name}: input-centre = {centre}, input-scale = {scale}")
 
 
 @app.command(context_settings=_PASS_ON)

@@ -5,7 +5,7 @@ class also declares, as `couplings`, what in it couples patients; without this d
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import ModelWrapValidatorHandler, model_validator
 
@@ -18,6 +18,8 @@ class ObjectiveConfig(Config):
 
     implementation: ClassVar[str | type]
     """The objective's class, or `package.module:Class`."""
+    num_views: ClassVar[int] = 1
+    """Views of each patient in a step, drawn by `[augment]`; objectives that compare views ask for two."""
     name: str
 
     @classmethod
@@ -34,6 +36,11 @@ class ObjectiveConfig(Config):
     def _read_by_chosen_class(cls, table: Any, handler: ModelWrapValidatorHandler[Self]) -> Any:
         chosen = cls.chosen(table)
         return handler(table) if chosen is cls else chosen.model_validate(table, by_alias=True, by_name=False)
+
+    @property
+    def streams_per_batch(self) -> Literal["all", "one", "one-or-pair"]:
+        """Streams that a batch shows: all that its patients hold; one that they all hold; or also two, one per view."""
+        return "all"
 
     def without_running_statistics(self) -> Self:
         """The same objective without statistics over the patients of a batch, where it can do without them."""

@@ -9,6 +9,7 @@ from typing import Annotated, Self
 from pydantic import Field, SerializeAsAny, model_validator
 
 from panfm.anatomy import DEFAULT_ORGANS, parse_stream
+from panfm.config.augment import AugmentConfig
 from panfm.config.base import Config, Name, Seed, TomlTable
 from panfm.config.features import FeaturesConfig
 from panfm.config.federation import FederationConfig
@@ -38,6 +39,8 @@ class RunConfig(Config):
     """Where a simulation takes its sites from: a table that it checks itself. No site is told of it."""
     model: ModelConfig = ModelConfig()
     objective: SerializeAsAny[ObjectiveConfig] = Field(default_factory=lambda: ObjectiveConfig.model_validate({}))
+    augment: AugmentConfig | None = None
+    """How images are varied; they are trained on as they are when left out."""
     masking: MaskingConfig = MaskingConfig()
     train: TrainConfig = TrainConfig()
     sharing: SharingConfig = SharingConfig()
@@ -82,6 +85,30 @@ class RunConfig(Config):
         parts = self.train.parts
         if self.patient_dp and isinstance(parts, LoraConfig) and not parts.frozen_a:
             raise ValueError("train.parts.frozen-a: a private run multiplies no noise with noise, set true")
+        return self
+
+    @model_validator(mode="after")
+    def _inputs_have_their_constants(self) -> Self:
+        """Refuse more or fewer constants than a stream's tokenizer has inputs."""
+        for name, stream in self.streams.items():
+            inputs = stream.channels * (3 if self.model.tokenizer == "statistics" else 1)
+            for key, numbers in (("centre", stream.input_centre), ("scale", stream.input_scale)):
+                if numbers is not None and len(numbers) != inputs:
+                    tokenizer = f'the tokenizer "{self.model.tokenizer}" has {inputs} inputs'
+                    raise ValueError(f"streams.{name}.input-{key}: {len(numbers)} numbers, {tokenizer}")
+        return self
+
+    @model_validator(mode="after")
+    def _augmentation_fits(self) -> Self:
+        """Refuse tables of streams that are not there, and an objective that compares views without augmentation."""
+        if self.augment is None:
+            if self.objective.num_views > 1:
+                raise ValueError(f'objective.name: "{self.objective.name}" compares views, expected a table [augment]')
+            return self
+        for name in self.augment.streams:
+            if name not in self.streams:
+                raise ValueError(f"augment.streams: found {name!r}, expected some of {', '.join(self.streams)}")
+            self.augment.check_stream(name, self.streams[name])
         return self
 
     @model_validator(mode="after")

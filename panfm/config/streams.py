@@ -7,6 +7,8 @@ from pydantic import Field, model_validator
 from panfm.config.base import Uncoupled
 
 Voxels = Annotated[int, Field(gt=0, le=65_536)]
+Centre = Annotated[float, Field(ge=-1e3, le=1e3)]
+Scale = Annotated[float, Field(ge=1e-3, le=1e6)]
 Millimetres = Annotated[float, Field(ge=1e-3, le=1e3)]
 
 
@@ -21,6 +23,13 @@ class StreamConfig(Uncoupled):
     """Voxel size in mm on each axis of a volume; left out for 2D images, which are resized to `shape`."""
     channels: Literal[1, 3] = 1
     """1 for grey, 3 for colour (2D only)."""
+    input_centre: Annotated[tuple[Centre, ...], Field(strict=False, min_length=1, max_length=9)] | None = None
+    """What the tokenizer takes from its inputs before it multiplies them by `input-scale`: of the patch tokenizer one
+    number per channel; of the statistics tokenizer the means, then the log standard deviations, then the gradients of
+    all channels. Constants of the run, known to everybody; `python -m simulations inputs` computes them from a cohort.
+    Left out, inputs are as they are (patch), or centred and scaled alike in all streams (statistics)."""
+    input_scale: Annotated[tuple[Scale, ...], Field(strict=False, min_length=1, max_length=9)] | None = None
+    """Factors of the centred inputs, in the same order."""
 
     @model_validator(mode="after")
     def _axes_agree(self) -> Self:
@@ -35,6 +44,8 @@ class StreamConfig(Uncoupled):
             raise ValueError("channels: a volume has one channel")
         if not self.is_volume and self.spacing_mm:
             raise ValueError("spacing-mm: only for volumes")
+        if (self.input_centre is None) != (self.input_scale is None):
+            raise ValueError("input-centre and input-scale: expected both or neither")
         return self
 
     @property

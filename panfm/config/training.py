@@ -29,8 +29,9 @@ class TrainConfig(Uncoupled):
     warmup: Fraction = 0.1
     """Share of the whole run over which the learning rate grows; then cosine to 0."""
     clip_norm: ClipNorm = 3.0
-    teacher_momentum: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.99, 0.999)
-    """EMA momentum of the teacher at the start and the end, by cosine."""
+    teacher_momentum: Annotated[tuple[Fraction, Fraction], Field(strict=False)] | Literal["auto"] = (0.99, 0.999)
+    """EMA momentum of the teacher at the start and the end, by cosine. auto: 1 - 10 / n and 1 - 1 / n in a run of n
+    local steps, so that the teacher forgets its start in a short run as in a long one; [1, 1] keeps it as it starts."""
     teacher_start: Literal["own", "global", "server-ema"] = "own"
     """Where a site's teacher starts a round. own: where it ended the site's last one; global: at the parameters that
     the server sends, as the student does; server-ema: at the server's EMA of these, which is sent as well."""
@@ -43,6 +44,13 @@ class TrainConfig(Uncoupled):
     """auto: bf16 autocast on CUDA, float32 on CPU."""
     threads: Annotated[int, Field(gt=0, le=256)] = 1
     """CPU threads per site; part of the run because it decides the last bits."""
+
+    @property
+    def teacher_momenta(self) -> tuple[float, float]:
+        """EMA momentum of the teacher at the start and the end."""
+        if self.teacher_momentum == "auto":
+            return max(0.0, 1.0 - 10.0 / self.total_steps), 1.0 - 1.0 / self.total_steps
+        return self.teacher_momentum
 
     @property
     def total_steps(self) -> int:

@@ -3,7 +3,7 @@
 Shape legend: P subjects that hold a stream, C channels, `*shape` voxels of the stream.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +27,11 @@ class Batch:
         """The same batch on another device."""
         images = {stream: image.to(device) for stream, image in self.images.items()}
         return Batch(self.size, images, {stream: rows.to(device) for stream, rows in self.rows.items()})
+
+    def only(self, streams: Collection[str]) -> "Batch":
+        """The same subjects with the images of some streams."""
+        images = {stream: image for stream, image in self.images.items() if stream in streams}
+        return Batch(self.size, images, {stream: self.rows[stream] for stream in images})
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,3 +83,18 @@ class ImageStore:
         position = np.full(len(self.subjects), -1, dtype=np.int64)
         position[self.rows[stream]] = np.arange(len(self.rows[stream]))
         return position
+
+
+def join_batches(batches: Sequence[Batch]) -> Batch:
+    """Join batches into one: the subjects of the first, then those of the second, and so on."""
+    if len(batches) == 1:
+        return batches[0]
+    offsets = np.cumsum([0, *(batch.size for batch in batches)]).tolist()
+    images: dict[str, list[Tensor]] = {}
+    rows: dict[str, list[Tensor]] = {}
+    for batch, offset in zip(batches, offsets, strict=False):
+        for stream, image in batch.images.items():
+            images.setdefault(stream, []).append(image)
+            rows.setdefault(stream, []).append(batch.rows[stream] + offset)
+    joined = {stream: torch.cat(parts) for stream, parts in images.items()}
+    return Batch(offsets[-1], joined, {stream: torch.cat(parts) for stream, parts in rows.items()})

@@ -25,7 +25,20 @@ not lost beside a token's constant parts: a model takes hundreds of steps to gro
 
 def image_features(images: Tensor, stream: StreamConfig, tokenizer: str) -> Tensor:
     """Compute the features [P, C', *coarse] of images [P, C, *shape]; `tokenizer` is `statistics` or `patch`."""
-    return block_statistics(images, _block(stream)) if tokenizer == "statistics" else images
+    if stream.input_centre is None or stream.input_scale is None:
+        return block_statistics(images, _block(stream)) if tokenizer == "statistics" else images
+    inputs = tokenizer_inputs(images, stream, tokenizer)
+    per_channel = (-1, *(1,) * len(stream.shape))
+    centre, scale = (
+        inputs.new_tensor(numbers).view(per_channel) for numbers in (stream.input_centre, stream.input_scale)
+    )
+    return (inputs - centre) * scale
+
+
+def tokenizer_inputs(images: Tensor, stream: StreamConfig, tokenizer: str) -> Tensor:
+    """What is centred and scaled before it is cut into tokens, [P, C', *coarse]: block statistics, or images as they
+    are."""
+    return torch.cat(_raw_statistics(images, _block(stream)), dim=1) if tokenizer == "statistics" else images
 
 
 def patch_step(stream: StreamConfig, tokenizer: str) -> tuple[int, ...]:
@@ -59,12 +72,15 @@ def block_statistics(images: Tensor, block: tuple[int, ...]) -> Tensor:
     Returns:
         float32 [P, 3 C, *coarse], each statistic centred and scaled, the same for all streams.
     """
+    statistics = zip(_raw_statistics(images, block), _CENTRES, _SCALES, strict=True)
+    return torch.cat([(value - centre) * scale for value, centre, scale in statistics], dim=1)
+
+
+def _raw_statistics(images: Tensor, block: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
     mean = _block_mean(images, block)
     variance = (_block_mean(images.square(), block) - mean.square()).clamp_min(0.0)
     log_sd = (variance.sqrt() + _SD_FLOOR).log()
-    gradient = _block_mean(_absolute_gradient(images), block)
-    statistics = zip((mean, log_sd, gradient), _CENTRES, _SCALES, strict=True)
-    return torch.cat([(value - centre) * scale for value, centre, scale in statistics], dim=1)
+    return mean, log_sd, _block_mean(_absolute_gradient(images), block)
 
 
 def patchify(features: Tensor, step: tuple[int, ...]) -> Tensor:
@@ -79,12 +95,15 @@ def patchify(features: Tensor, step: tuple[int, ...]) -> Tensor:
     return ordered.reshape(images, -1, channels * torch.Size(step).numel())
 
 
-def intensities(patches: Tensor, tokenizer: str) -> Tensor:
+def intensities(patches: Tensor, stream: StreamConfig, tokenizer: str) -> Tensor:
     """Convert patches [..., F] back to the image's own units: voxels, or the means of blocks [..., F / 3]."""
-    if tokenizer == "patch":
-        return patches
-    means = patches[..., : patches.shape[-1] // 3]
-    return means / _SCALES[0] + _CENTRES[0]
+    means = patches[..., : patches.shape[-1] // 3] if tokenizer == "statistics" else patches
+    if stream.input_centre is None or stream.input_scale is None:
+        return means / _SCALES[0] + _CENTRES[0] if tokenizer == "statistics" else means
+    per_channel = means.unflatten(-1, (stream.channels, -1))
+    constants = (numbers[: stream.channels] for numbers in (stream.input_centre, stream.input_scale))
+    centre, scale = (means.new_tensor(numbers)[:, None] for numbers in constants)
+    return (per_channel / scale + centre).flatten(-2)
 
 
 def _block(stream: StreamConfig) -> tuple[int, ...]:

@@ -87,7 +87,7 @@ def _sizes_once(described: _Description) -> Sizes:
     tokens = tokens_per_patient(run.streams) + 1
     visible = min((1.0 - run.masking.ratio) * tokens + 1 + len(run.streams), tokens)
     patient = visible * sum(per_block) + tokens * (max(per_block) + depth * width + target)
-    batch = math.ceil(run.train.batch_size * patient)
+    batch = math.ceil(run.train.batch_size * run.objective.num_views * patient)
     moments = run.objective.num_running_values(width, tokens - 1, len(run.streams))
     return Sizes(
         parameters,

@@ -200,7 +200,7 @@ class Attacked:
             at = slice(None) if seen is None else seen[name]
             own, other = truths[0][name][at], self._other(patients, name)[at]
             if inverted:
-                patches = self.intensities(inverted[name][0])[at]
+                patches = self.intensities(name, inverted[name][0])[at]
                 squares = [(patches - truth[name][at]).square().mean(dim=1) for truth in truths if name in truth]
                 errors.append(torch.stack(squares).min(dim=0).values)
             true.append(own)
@@ -228,12 +228,13 @@ class Attacked:
         for name, tokenizer in self.trainer.model.streams.items():
             if name in batch.images:
                 assert isinstance(tokenizer, StreamTokenizer)
-                patches[name] = self.intensities(patchify(batch.images[name], tokenizer.step)[0])
+                patches[name] = self.intensities(name, patchify(batch.images[name], tokenizer.step)[0])
         return patches
 
-    def intensities(self, patches: Tensor) -> Tensor:
-        """Image intensities of patches [T, F], in [0, 1]."""
-        return intensities(patches.double(), self.run.model.tokenizer).clamp(0.0, 1.0)
+    def intensities(self, name: str, patches: Tensor) -> Tensor:
+        """Image intensities of patches [T, F] of a stream, in [0, 1]."""
+        stream = self.run.streams[name]
+        return intensities(patches.double(), stream, self.run.model.tokenizer).clamp(0.0, 1.0)
 
 
 def _psnr(squares: Tensor) -> float:

@@ -123,7 +123,8 @@ def _trainer(run: RunConfig, canaries: int, steps: int) -> tuple[Trainer, ImageS
     private = run.patient_dp.model_copy(update={"sample_rate": _RATE})
     train = run.train.model_copy(update={"rounds": 1, "local_steps": steps})
     stream = next(iter(run.streams))
-    trainer = Trainer(run.model_copy(update={"patient_dp": private, "train": train}), [stream])
+    changed = {"patient_dp": private, "train": train, "augment": None}  # canaries are known by their patch features
+    trainer = Trainer(run.model_copy(update=changed), [stream])
     trainer.model.heads.register_parameter(_NAME, nn.Parameter(torch.zeros(canaries, device=trainer.device)))
     config = run.streams[stream]
     pictures = numpy_generator(run.seed, "canary pictures").random((canaries, config.channels, *config.shape))
@@ -141,6 +142,7 @@ class _WithCanaries(Objective):
     def __init__(self, objective: Objective, stream: str, pictures: Tensor, clip_norm: float) -> None:
         self.inner = objective
         self.needs_teacher = objective.needs_teacher
+        self.needs_predictions = objective.needs_predictions
         self.stream = stream
         self.pictures = pictures.flatten(1)
         self.length = _LENGTH * clip_norm
@@ -159,7 +161,8 @@ class _WithCanaries(Objective):
         """Loss of each subject [B]."""
         inner = {name: value for name, value in targets.items() if name != "canary"}
         coordinates = student.heads.get_parameter(_NAME)
-        return self.inner.loss(student, output, inner) + self.length * (targets["canary"] @ coordinates)
+        losses = self.inner.loss(student, output, inner)
+        return losses + self.length * (targets["canary"][: len(losses)] @ coordinates)
 
     def state(self) -> dict[str, Tensor]:
         """State of the run's objective."""

@@ -58,12 +58,11 @@ def train_privately(
     if planned(run) != permit.mechanisms or num_steps != run.train.local_steps:
         raise LedgerError("permit: for other mechanisms than this run's, expected one from Ledger.spend for this round")
     permit.use()
-    store = trainer.patch_features(store)
-    source = PrivateGradient(trainer, store, indices)
+    source = PrivateGradient(trainer, trainer.training_inputs(store), indices)
     for taken in range(num_steps):
         trainer.step(source, first_step + taken, profile)
     if needs_saliency(run.masking):
-        trainer.profile = noisy_profile(trainer, store, indices)
+        trainer.profile = noisy_profile(trainer, trainer.patch_features(store), indices)
     return _result(trainer, num_steps)
 
 
@@ -84,7 +83,7 @@ class PrivateGradient:
         indices: NDArray[np.int64],
         draws: Callable[[int], torch.Generator] = _secret_draws,
     ) -> None:
-        """Take the patients to sample from, of a store of patch features.
+        """Take the patients to sample from, of a store of training inputs (`TrainingState.training_inputs`).
 
         Args:
             draws: The generator of a patient's mask and routers' noise; other than by default in tests alone.
@@ -102,10 +101,12 @@ class PrivateGradient:
     def patients(self, sample: NDArray[np.int64]) -> Iterator[DrawnBatch]:
         """Begin a sum, of these patients; those without a stream of the model are left out."""
         self._total = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in self.parameters.items()}
-        for index in self._store.holders(sample, self._trainer.model.stream_names):
+        streams = self._trainer.model.stream_names
+        views = [streams] * self._trainer.run.objective.num_views
+        for index in self._store.holders(sample, streams):
             generator = self._draws(int(index))
-            features = one_patient(self._store, int(index), self._trainer.device)
-            yield DrawnBatch(np.array([index]), features, masks=generator, routing=generator)
+            inputs = one_patient(self._store, int(index), self._trainer.device)
+            yield DrawnBatch(np.array([index]), inputs, views, generator, generator, [generator])
 
     def add(self, output: StepOutput) -> None:
         """Add the clipped gradient of one patient's loss to the sum."""

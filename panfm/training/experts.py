@@ -54,7 +54,8 @@ class ExpertTraining:
         """Add alignment to the loss of each subject [B]: the regulariser that reads one subject alone."""
         if not self.layers:
             return losses
-        return losses + self.config.alignment_weight * self.alignment(encoded)
+        alignment = self.alignment(encoded).reshape(-1, len(losses)).mean(dim=0)  # over the views of a subject
+        return losses + self.config.alignment_weight * alignment
 
     def alignment(self, encoded: Encoded) -> Tensor:
         """Alignment of each subject [B], weighted over the layers."""

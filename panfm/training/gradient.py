@@ -6,8 +6,9 @@ batch's mean loss, clipped as a whole. `panfm.privacy.private_step` has the othe
 Shape legend: B subjects.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -16,7 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from panfm.data.store import Batch, ImageStore
-from panfm.seeds import numpy_generator, torch_generator
+from panfm.seeds import torch_generator
+from panfm.training.draw_order import draw_order
 from panfm.training.experts import ExpertTraining
 from panfm.training.objectives.interface import StudentOutput
 from panfm.training.token_mask import Contributors, has_loss
@@ -29,10 +31,14 @@ class DrawnBatch:
 
     subjects: NDArray[np.int64]
     """[B], as indices into the store."""
-    features: Batch
-    """Their patch features."""
+    inputs: Batch
+    """Their images where the run augments them, else their patch features."""
+    views: Sequence[Collection[str]]
+    """The streams that each view of the subjects shows, one or more views."""
     masks: torch.Generator
     routing: torch.Generator
+    augmentation: Sequence[torch.Generator] = ()
+    """One for each subject, where the run augments."""
 
 
 @dataclass(frozen=True)
@@ -116,11 +122,12 @@ class BatchGradient:
         site: str,
         round_number: int,
     ) -> None:
-        """Start a round on some subjects of a store of patch features."""
+        """Start a round on some subjects of a store of training inputs (`TrainingState.training_inputs`)."""
         seed, model = state.run.seed, state.model
         self._state, self._store, self._indices = state, store, indices
         self._experts = experts
-        self._order = batches(indices, state.run.train.batch_size, numpy_generator(seed, site, round_number, "order"))
+        self._order = draw_order(state.run, model.stream_names, store, indices, site, round_number)
+        self._augmentation = partial(torch_generator, seed, site, round_number, "augmentation")
         self._masks = torch_generator(seed, site, round_number, "masking")
         self._routing = torch_generator(seed, site, round_number, "routing")
         layers = model.director_experts()
@@ -139,13 +146,17 @@ class BatchGradient:
 
     def draw(self) -> Iterator[DrawnBatch]:
         """Draw one batch."""
-        subjects = next(self._order)
-        features = self._store.batch(subjects).to(self._state.device)
-        yield DrawnBatch(subjects, features, self._masks, self._routing)
+        subjects, views = next(self._order)
+        shown = [name for name in self._store.images if any(name in view for view in views)]
+        inputs = self._store.batch(subjects, shown).to(self._state.device)
+        step, augments = len(self._batches), self._state.run.augment is not None
+        generators = [self._augmentation(step, int(subject)) for subject in subjects] if augments else []
+        yield DrawnBatch(subjects, inputs, views, self._masks, self._routing, generators)
 
     def add(self, output: StepOutput) -> None:
         """Take the mean of the batch's losses, and add the experts' regularisers."""
-        self._batches.append(output.batch.subjects[has_loss(output.student.mask)].tolist())
+        has_hidden = has_loss(output.student.mask, len(output.batch.views))
+        self._batches.append(output.batch.subjects[has_hidden].tolist())
         self.output, self.loss = output, output.losses.mean()
         self._total = self._experts.regularise(self.loss, output.student.encoded, output.progress)
 
@@ -165,8 +176,9 @@ class BatchGradient:
         return True
 
     def gate_mass(self) -> Mapping[str, Tensor]:
-        """Gate mass of the batch by layer."""
-        self._mass_of_step = self._experts.gate_mass(self.output.student.encoded)
+        """Gate mass of the batch by layer; that of a subject is the mean over its views."""
+        mass = self._experts.gate_mass(self.output.student.encoded)
+        self._mass_of_step = {name: sums / len(self.output.batch.views) for name, sums in mass.items()}
         return self._mass_of_step
 
     def count(self) -> None:
@@ -194,12 +206,3 @@ class BatchGradient:
             contributors_per_stream=dict(zip(names, self._contributors.per_stream(), strict=True)),
             contributors_per_expert=self._contributors.per_expert(),
         )
-
-
-def batches(indices: NDArray[np.int64], size: int, generator: np.random.Generator) -> Iterator[NDArray[np.int64]]:
-    """Endless shuffled batches: passes over the subjects, each in a new order; a rest smaller than a batch is left for
-    another pass."""
-    while True:
-        order = generator.permutation(indices)
-        for start in range(0, max(len(order) - size, 0) + 1, size):
-            yield order[start : start + size]

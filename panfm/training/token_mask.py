@@ -88,10 +88,10 @@ def _gumbel(shape: torch.Size, generator: torch.Generator) -> Tensor:
     return -(-uniform.log()).log()
 
 
-def has_loss(mask: TokenMask) -> NDArray[np.bool_]:
-    """Which subjects of a batch have hidden tokens to predict, bool [B]."""
+def has_loss(mask: TokenMask, num_views: int = 1) -> NDArray[np.bool_]:
+    """Which subjects of a batch have hidden tokens to predict in any of their views, bool [B]."""
     has_hidden: NDArray[np.bool_] = mask.hidden.valid.any(dim=1).cpu().numpy()
-    return has_hidden
+    return np.asarray(has_hidden.reshape(num_views, -1).any(axis=0))
 
 
 class Contributors:
@@ -111,11 +111,13 @@ class Contributors:
     def add(
         self, subjects: NDArray[np.int64], mask: TokenMask, encoded: Encoded, stream_of_patch: torch.Tensor
     ) -> None:
-        """Count a step's subjects [B], as indices into the store."""
+        """Count a step's subjects [B], as indices into the store; mask and encoding have one view after another."""
         counting = has_loss(mask)
+        subjects = np.tile(subjects, len(counting) // len(subjects))
         for marks, layout in ((self._hidden, mask.hidden), (self._visible, mask.visible)):
             present = streams_present(layout, stream_of_patch, len(marks)).cpu().numpy()
-            marks[:, subjects[counting]] |= present[counting].T
+            stream, row = np.nonzero(present[counting].T)
+            marks[stream, subjects[counting][row]] = True
         for marks, routed in zip(self._experts.values(), encoded.routed, strict=True):
             chosen = routed.chosen.cpu().numpy().reshape(len(subjects), -1)  # by subject, or by each of its tokens
             marks[chosen[counting], subjects[counting, None]] = True

@@ -1,8 +1,8 @@
 """The trainer: the local training that one site does between two messages of the server.
 
-`Trainer.step` and `Trainer.forward` have one step in its order: draw patients, teacher forward, mask, student forward,
-loss, gradient, optimiser, teacher update. A gradient source draws the patients and turns their losses into a gradient
-(`gradient.py`). Schedules run over the whole federation, not over the round.
+`Trainer.step` and `Trainer.forward` have one step in its order: draw patients, draw views of them, teacher forward,
+mask, student forward, loss, gradient, optimiser, teacher update. A gradient source draws the patients and turns their
+losses into a gradient (`gradient.py`). Schedules run over the whole federation, not over the round.
 
 Shape legend: B subjects, S streams.
 """
@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from panfm.config import RunConfig
-from panfm.data.store import Batch, ImageStore
+from panfm.data.store import Batch, ImageStore, join_batches
 from panfm.errors import ConfigError
-from panfm.models.backbone import Encoded
+from panfm.models.backbone import Encoded, Exploration
 from panfm.seeds import torch_generator
+from panfm.training.draw_order import validation_order
 from panfm.training.experts import ExpertTraining
 from panfm.training.gradient import BatchGradient, DrawnBatch, GradientSource, StepOutput, TrainResult
 from panfm.training.objectives.interface import StudentOutput, student_output
@@ -78,14 +79,14 @@ class Trainer(TrainingState):
             raise ConfigError(
                 "patient-dp: a private run trains by panfm.privacy.private_step.train_privately, with a ledger's permit"
             )
-        features = self.patch_features(store)
-        source = BatchGradient(self, self.experts, features, indices, site=site, round_number=round_number)
+        inputs = self.training_inputs(store)
+        source = BatchGradient(self, self.experts, inputs, indices, site=site, round_number=round_number)
         for taken in range(num_steps):
             if self.step(source, first_step + taken, profile):
                 source.count()
             if on_step is not None:
                 on_step(taken + 1, source.loss.item())
-        return source.result(self._batch_saliency(source.output.batch.features))
+        return source.result(self._batch_saliency(source.output.student.features))
 
     def step(self, source: GradientSource, number: int, profile: Mapping[str, float] | None = None) -> bool:
         """Take local step `number`, counted from the start of the run.
@@ -96,7 +97,6 @@ class Trainer(TrainingState):
         """
         statistics, own_profile = self.objective.state(), self.profile
         for batch in source.draw():
-            # A transform of the batch's images (augmentation) belongs here.
             with _autocast(self):
                 source.add(self.forward(batch, number, profile, moves_profile=source.moves_profile))
         if not source.finish():
@@ -115,13 +115,23 @@ class Trainer(TrainingState):
             moves_profile: Whether the batch's saliency moves the site's profile.
         """
         progress, steered_by = self.progress(number), self.run.masking.steered_by
+        features = self.views(batch)
         reads_saliency = steered_by is not None if moves_profile else steered_by == "subject"
-        full = self.teacher_forward(batch.features, reads_saliency=reads_saliency)
+        full = self.teacher_forward(features, reads_saliency=reads_saliency)
         relative = self._steering(full, profile, moves_profile=moves_profile)
-        mask = self.mask(batch.features, full, relative, number, batch.masks)
+        mask = self.mask(features, full, relative, number, batch.masks)
         exploration = self.experts.exploration(progress, batch.routing)
-        output = student_output(self.model, batch.features, mask, exploration)
+        output = self.student_forward(features, mask, exploration)
         return StepOutput(batch, output, self.losses(output, full), progress)
+
+    def views(self, batch: DrawnBatch) -> Batch:
+        """Patch features of the views of a batch's subjects, all of the first view, then all of the second."""
+        shown = (batch.inputs.only(streams) for streams in batch.views)
+        if self.augmentation is None:
+            return join_batches(list(shown))
+        with torch.autocast(self.device.type, enabled=False):
+            varied = [self.augmentation.vary(view, batch.augmentation) for view in shown]
+            return self.model.patch_features(join_batches(varied))
 
     @torch.no_grad()
     def teacher_forward(self, features: Batch, *, reads_saliency: bool) -> Encoded | None:
@@ -138,6 +148,13 @@ class Trainer(TrainingState):
         ([B, S] or [1, S])."""
         layout = full.layout if full else self.model.layout(features)
         return draw_mask(self.policy, relative, layout, self.model.stream_of_patch, step=number, generator=generator)
+
+    def student_forward(
+        self, features: Batch, mask: TokenMask, exploration: Exploration | None = None
+    ) -> StudentOutput:
+        """The student's encoding of the visible tokens and, if the objective asks for them, its predictions."""
+        predicts = self.objective.needs_predictions
+        return student_output(self.model, features, mask, exploration, predicts=predicts)
 
     def losses(self, output: StudentOutput, full: Encoded | None) -> Tensor:
         """The objective's loss of each subject [B]."""
@@ -157,7 +174,7 @@ class Trainer(TrainingState):
         self.optimiser.step()
         self.proximal_step(rate * config.proximal_mu)
         self.experts.after_step(gate_mass, progress)
-        start, end = config.teacher_momentum
+        start, end = config.teacher_momenta
         self.update_teacher(cosine(progress, start=start, end=end))
 
     def progress(self, number: int) -> float:
@@ -171,25 +188,24 @@ class Trainer(TrainingState):
         Subjects that hold none of the trained streams are left out.
         """
         store = self.patch_features(store)
-        indices = store.holders(indices, self.model.stream_names)
-        if not len(indices):
-            return Validation(float("nan"), 0)
         masks, statistics = torch_generator(self.run.seed, site, "validation"), self.objective.state()
-        losses, num_with_loss = [], 0
-        for start in range(0, len(indices), self.run.train.batch_size):
-            features = store.batch(indices[start : start + self.run.train.batch_size]).to(self.device)
+        losses, has_hidden = [], np.zeros(len(store.subjects), dtype=bool)
+        for subjects, streams in validation_order(self.run, self.model.stream_names, store, indices):
+            features = store.batch(subjects, streams).to(self.device)
             with _autocast(self):
                 mask, batch_losses = self.unguided_losses(features, masks)
             losses.append(batch_losses)
-            num_with_loss += int(has_loss(mask).sum())
+            has_hidden[subjects] |= has_loss(mask, self.run.objective.num_views)
         self.objective.load_state(statistics)
-        return Validation(float(torch.cat(losses).mean()), num_with_loss)
+        return Validation(float(torch.cat(losses).mean()) if losses else float("nan"), int(has_hidden.sum()))
 
     def unguided_losses(self, features: Batch, masks: torch.Generator) -> tuple[TokenMask, Tensor]:
-        """A mask that no saliency steers, and each subject's loss [B] under it; the routers do not explore."""
+        """A mask that no saliency steers, and each subject's loss [B] under it; nothing is augmented, the routers do
+        not explore."""
+        features = join_batches([features] * self.run.objective.num_views)
         full = self.teacher_forward(features, reads_saliency=False)
         mask = self.mask(features, full, torch.ones_like(self.profile)[None], 0, masks)
-        return mask, self.losses(student_output(self.model, features, mask), full)
+        return mask, self.losses(self.student_forward(features, mask), full)
 
     def stream_saliency(self, full: Encoded) -> tuple[Tensor, Tensor]:
         """Saliency of every stream [B, S], and which streams each subject has [B, S]."""

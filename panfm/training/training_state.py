@@ -14,6 +14,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from panfm.config import RunConfig
 from panfm.config.training import TrainConfig
+from panfm.data.augmentation import Augmentation
 from panfm.data.store import Batch, ImageStore
 from panfm.errors import ConfigError
 from panfm.models import PanModel, build_model
@@ -41,6 +42,7 @@ class TrainingState:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = build_model(run, streams).to(self.device)
         _check_buffers(run, self.model)
+        self.augmentation = Augmentation(run.augment, self.model.stream_configs) if run.augment else None
         self.parameters = _trained(self.model, self.model.trained)
         """Those that the run trains, and their order in the optimiser's packed state."""
         self._start = {name: value.clone() for name, value in self._private_parameters().items()}
@@ -67,6 +69,10 @@ class TrainingState:
         self.profile = torch.ones(len(self.model.stream_names), device=self.device)
         for layer in self.model.director_experts().values():
             layer.router.reset_activation()
+
+    def training_inputs(self, store: ImageStore) -> ImageStore:
+        """What steps are drawn from: the images where the run augments them, else their patch features."""
+        return store if self.augmentation else self.patch_features(store)
 
     def patch_features(self, store: ImageStore) -> ImageStore:
         """The store's patch features, computed once per store and kept in memory as long as the store lives."""

@@ -12,6 +12,7 @@ from panfm.data.store import ImageStore
 from panfm.evaluate.probe_cohort import Task, evaluate_cohort
 from panfm.evaluate.probe_labels import LabelInfo, LabelledStore, read_label_info
 from panfm.models import PanModel
+from panfm.models.input_moments import InputMoments
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,19 @@ class OpenedCohort:
     def task(self, run: RunConfig) -> Task:
         """The probing of a run's models: fitted on the sites, tested on held-out patients."""
         return Task(run, list(self.sites.values()), self.holdout, self.labels)
+
+    def input_constants(self, run: RunConfig) -> dict[str, tuple[list[float], list[float]]]:
+        """`input-centre` and `input-scale` of every stream at a site, from sums over the sites' training images."""
+        constants = {}
+        for name, stream in run.streams.items():
+            holders = [store for store in self.stores.values() if name in store.images]
+            parts = [
+                InputMoments.measure(store, name, stream, run.model.tokenizer, store.indices("train"))
+                for store in holders
+            ]
+            if parts:
+                constants[name] = InputMoments.sum(parts).constants()
+        return constants
 
     def auc(self, run: RunConfig, model: PanModel) -> float:
         """AUC of a model's frozen features, over all labels and all held-out patients, as a run probes it."""

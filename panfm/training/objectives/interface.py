@@ -43,7 +43,7 @@ class StudentOutput:
     encoded: Encoded
     """The student's encoding of the visible tokens."""
     predictions: Tensor
-    """[B, K, D], the predictor's features of the hidden tokens."""
+    """[B, K, D], the predictor's features of the hidden tokens; [B, 0, D] if the objective needs none."""
 
 
 class Objective(ABC):
@@ -51,6 +51,8 @@ class Objective(ABC):
 
     needs_teacher: bool = True
     """Whether `targets` reads the teacher's encoding."""
+    needs_predictions: bool = True
+    """Whether `loss` reads predictions of the hidden tokens."""
 
     @abstractmethod
     def __init__(self, config: Any, model: PanModel, seed: int) -> None:
@@ -72,7 +74,7 @@ class Objective(ABC):
 
     @abstractmethod
     def loss(self, student: PanModel, output: StudentOutput, targets: Targets) -> Tensor:
-        """Loss of each subject [B]."""
+        """Loss of each subject [B]; output and targets have a row for each view, [views x B], first views first."""
 
     def state(self) -> dict[str, Tensor]:
         """Running statistics, by name, in tensors that are replaced and never changed in place."""
@@ -90,13 +92,29 @@ def build_objective(config: ObjectiveConfig, model: PanModel, *, seed: int) -> O
 
 
 def student_output(
-    student: PanModel, features: Batch, mask: TokenMask, exploration: Exploration | None = None
+    student: PanModel,
+    features: Batch,
+    mask: TokenMask,
+    exploration: Exploration | None = None,
+    *,
+    predicts: bool = True,
 ) -> StudentOutput:
     """Encode the visible tokens and predict the hidden ones; the student's routers, if it has any, may explore."""
     tokens = student.tokenize(features, mask.layout)
     encoded = student.backbone(gather_tokens(tokens, mask.visible_column), mask.visible, exploration=exploration)
+    if not predicts:
+        return StudentOutput(features, mask, encoded, encoded.tokens[:, :0])
     predictions = student.heads.predict(encoded, mask.hidden, student.hidden_queries())
     return StudentOutput(features, mask, encoded, predictions)
+
+
+def cls_and_mean(encoded: Encoded) -> Tensor:
+    """CLS token and mean of the tokens of each subject, [B, 2 D]; the mean of no token is 0."""
+    valid = encoded.layout.valid[..., None]
+    mean = torch.where(valid, encoded.tokens, torch.zeros_like(encoded.tokens)).sum(dim=1) / valid.sum(dim=1).clamp_min(
+        1
+    )
+    return torch.cat([encoded.cls, mean], dim=1)
 
 
 def mean_over(values: Tensor, valid: Tensor) -> Tensor:

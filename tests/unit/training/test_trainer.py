@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from panfm.training.gradient import batches
+from panfm.training.draw_order import batches
 from panfm.training.policies import SaliencyPolicy
 from panfm.training.trainer import Trainer
 

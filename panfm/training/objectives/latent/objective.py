@@ -70,6 +70,7 @@ class LatentObjective(Objective):
 
     def __init__(self, config: LatentConfig, model: PanModel, seed: int) -> None:
         self.config = config
+        self.needs_teacher = config.content_share < 1.0
         num_patches, device = len(model.stream_of_patch), model.stream_of_patch.device
         self.patches = RunningMoments(num_patches, model.width, device=device)
         self.contents = RunningMoments(num_patches, model.width, device=device)
@@ -79,8 +80,7 @@ class LatentObjective(Objective):
     @torch.no_grad()
     def targets(self, teacher: PanModel, features: Batch, mask: TokenMask, full: Encoded | None) -> Targets:
         """Features of the hidden patches [B, K, D], summaries of streams [B, S, D], which streams are there [B, S]."""
-        assert full is not None
-        tokens, summaries, present = self._features(teacher, full, features)
+        tokens, summaries, present = self._features(teacher, mask.layout, full, features)
         return {"patches": gather_tokens(tokens, mask.hidden_column), "summaries": summaries, "present": present}
 
     def loss(self, student: PanModel, output: StudentOutput, targets: Targets) -> Tensor:
@@ -90,21 +90,26 @@ class LatentObjective(Objective):
         summary = mean_over(self._distance(summaries, targets["summaries"]), targets["present"])
         return tokens + self.config.summary_weight * summary
 
-    def _features(self, model: PanModel, full: Encoded, features: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    def _features(
+        self, model: PanModel, layout: Layout, full: Encoded | None, features: Batch
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Targets of all patches [B, N, D], of all streams [B, S, D], and which streams are present [B, S]."""
-        blocks = full.blocks[-self.config.top_blocks :]
-        targets = torch.stack([functional.layer_norm(block.float(), block.shape[-1:]) for block in blocks]).mean(0)
-        contents = self._contents(model, features, full.layout)
-        if self.config.standardise:
-            targets = _standardise_patches(self.patches, targets, full.layout)
-            contents = _standardise_patches(self.contents, contents, full.layout)
         share = self.config.content_share
-        targets = (1.0 - share) ** 0.5 * targets + share**0.5 * contents
-        summaries, present = _stream_means(targets, full.layout, model)
+        targets = self._standardised(self.contents, self._contents(model, features, layout), layout)
+        if self.needs_teacher:
+            assert full is not None
+            blocks = full.blocks[-self.config.top_blocks :]
+            taught = torch.stack([functional.layer_norm(block.float(), block.shape[-1:]) for block in blocks]).mean(0)
+            taught = self._standardised(self.patches, taught, layout)
+            targets = (1.0 - share) ** 0.5 * taught + share**0.5 * targets
+        summaries, present = _stream_means(targets, layout, model)
         if self.config.standardise:
             self.summaries.update(summaries, present)
             summaries = self.summaries.standardise(summaries)
         return targets, summaries, present
+
+    def _standardised(self, moments: RunningMoments, targets: Tensor, layout: Layout) -> Tensor:
+        return _standardise_patches(moments, targets, layout) if self.config.standardise else targets
 
     def _contents(self, model: PanModel, features: Batch, layout: Layout) -> Tensor:
         """Projected patch features [B, N, D]."""

@@ -1,0 +1,1 @@
+"""The objective `view-regression`."""

@@ -1,0 +1,37 @@
+"""`[objective]` named `views`."""
+
+from collections.abc import Iterator
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from panfm.config.base import Weight
+from panfm.config.objective import ObjectiveConfig
+
+
+class ViewsConfig(ObjectiveConfig):
+    """Make two augmented, masked views of a patient alike, and the features of a batch unlike (VICReg).
+
+    A batch shows one stream; the streams of a site take turns."""
+
+    implementation: ClassVar[str | type] = "panfm.training.objectives.views.objective:ViewsObjective"
+    num_views: ClassVar[int] = 2
+    name: Literal["views"] = "views"
+    invariance_weight: Weight = 25.0
+    variance_weight: Weight = 25.0
+    covariance_weight: Weight = 1.0
+    hidden_width: Annotated[int, Field(gt=0, le=65_536)] = 256
+    """Of the projector."""
+    projected_width: Annotated[int, Field(gt=1, le=65_536)] = 128
+    """Features of a projection."""
+    pairs: bool = False
+    """Pairs of streams take turns too: the two views of a patient then show two of its streams."""
+
+    @property
+    def streams_per_batch(self) -> Literal["all", "one", "one-or-pair"]:
+        """One stream, or two where `pairs` says so."""
+        return "one-or-pair" if self.pairs else "one"
+
+    def couplings(self) -> Iterator[str]:
+        """Yield what couples patients, as `key: why, remedy`, one line each."""
+        yield 'name: "views" compares the patients of a batch, set "view-regression", "latent" or "mae"'
