@@ -47,8 +47,9 @@ class ModelConfig(Config):
 
     size: Literal["nano", "tiny", "small", "base"] = "nano"
     """nano: 48 wide, 2 blocks, for laptops; tiny, small, base: the widths, depths and heads of ViT-T/S/B."""
-    tokenizer: Literal["statistics", "patch"] = "statistics"
+    tokenizer: Literal["statistics", "texture", "patch"] = "statistics"
     """statistics: mean, log-sd and mean gradient of sub-blocks, then linear (learns fastest on small cohorts);
+    texture: mean, log-sd and log mean difference in four directions of the plane, then linear;
     patch: linear on raw voxels, as in ViT."""
     backbone: Annotated[str, plug_in(BACKBONES)] = "dense"
     """dense: a ViT; director-experts: every block's MLP is a pool of experts and one director."""

@@ -2,7 +2,9 @@
 
 Patch features have no parameters, so they are computed once per image and kept. `statistics` turns every half-patch
 block into its mean, log standard deviation and mean absolute gradient; small cohorts learn several times faster from it
-than from raw voxels. `patch` leaves the image as it is, as in ViT.
+than from raw voxels. `texture` reads, besides mean and log standard deviation, how fast intensity changes in four
+directions of the plane, so that it tells a texture that runs one way from one that runs another way. `patch` leaves
+the image as it is, as in ViT.
 
 Shape legend: P images, C channels, `*shape` voxels, `*coarse` blocks, T tokens, F features per token.
 """
@@ -17,15 +19,34 @@ _SD_FLOOR = 0.01
 """Added to the standard deviation before the logarithm; intensities lie in [0, 1]."""
 _CENTRES = (0.2, -3.0, 0.03)
 """Typical mean, log standard deviation and gradient of a block."""
+_DIFFERENCE_FLOOR = 0.001
+"""Added to the mean absolute difference before the logarithm."""
+_TEXTURE_CENTRES = (0.3, -3.0, -3.5, -3.5, -3.5, -3.5)
+"""Typical mean, log standard deviation and four log mean absolute differences of a block."""
+_TEXTURE_SCALES = (16.0, 4.0, 8.0, 8.0, 8.0, 8.0)
+"""Factors of these."""
+DIRECTIONS = ((1, 0), (0, 1), (1, 1), (1, -1))
+"""Steps along the first two axes of an image, over which `texture` takes differences: for a volume along R, A, R + A
+and R - A."""
+_NUM_STATISTICS = {"statistics": 3, "texture": 2 + len(DIRECTIONS), "patch": 1}
+"""Tokenizer -> numbers per channel and block, or voxel."""
 _SCALES = (32.0, 4.0, 160.0)
 """Factors of mean, log standard deviation and gradient. Large, so that the few hundredths by which patients differ are
 not lost beside a token's constant parts: a model takes hundreds of steps to grow a scale that it lacks
 (simulations/studies/LOG.md)."""
 
 
+def has_block_features(tokenizer: str) -> bool:
+    """Whether a tokenizer reads statistics of blocks, not the voxels themselves."""
+    return tokenizer != "patch"
+
+
 def image_features(images: Tensor, stream: StreamConfig, tokenizer: str) -> Tensor:
-    """Compute the features [P, C', *coarse] of images [P, C, *shape]; `tokenizer` is `statistics` or `patch`."""
-    return block_statistics(images, _block(stream)) if tokenizer == "statistics" else images
+    """Compute the features [P, C', *coarse] of images [P, C, *shape]; `tokenizer` is `statistics`, `texture` or
+    `patch`."""
+    if tokenizer == "patch":
+        return images
+    return (block_texture if tokenizer == "texture" else block_statistics)(images, _block(stream))
 
 
 def patch_step(stream: StreamConfig, tokenizer: str) -> tuple[int, ...]:
@@ -37,8 +58,7 @@ def patch_step(stream: StreamConfig, tokenizer: str) -> tuple[int, ...]:
 
 def num_patch_features(stream: StreamConfig, tokenizer: str) -> int:
     """F: numbers per token that the tokenizer's linear layer reads."""
-    channels = stream.channels * (3 if tokenizer == "statistics" else 1)
-    features = channels
+    features = stream.channels * _NUM_STATISTICS[tokenizer]
     for step in patch_step(stream, tokenizer):
         features *= step
     return features
@@ -59,11 +79,27 @@ def block_statistics(images: Tensor, block: tuple[int, ...]) -> Tensor:
     Returns:
         float32 [P, 3 C, *coarse], each statistic centred and scaled, the same for all streams.
     """
-    mean = _block_mean(images, block)
-    variance = (_block_mean(images.square(), block) - mean.square()).clamp_min(0.0)
-    log_sd = (variance.sqrt() + _SD_FLOOR).log()
+    mean, log_sd = _mean_and_log_sd(images, block)
     gradient = _block_mean(_absolute_gradient(images), block)
     statistics = zip((mean, log_sd, gradient), _CENTRES, _SCALES, strict=True)
+    return torch.cat([(value - centre) * scale for value, centre, scale in statistics], dim=1)
+
+
+def block_texture(images: Tensor, block: tuple[int, ...]) -> Tensor:
+    """Mean, log standard deviation, and log mean absolute differences in four directions, of every block.
+
+    A difference in direction d is |I(x + d) - I(x)| at x; it is 0 where x + d lies outside of the image.
+
+    Args:
+        images: float32 [P, C, *shape], intensities in [0, 1].
+        block: Voxels per block and axis; divides `shape`.
+    Returns:
+        float32 [P, 6 C, *coarse], each statistic centred and scaled, the same for all streams.
+    """
+    mean, log_sd = _mean_and_log_sd(images, block)
+    differences = [_block_mean(_absolute_difference(images, step), block) for step in DIRECTIONS]
+    logs = [(difference + _DIFFERENCE_FLOOR).log() for difference in differences]
+    statistics = zip((mean, log_sd, *logs), _TEXTURE_CENTRES, _TEXTURE_SCALES, strict=True)
     return torch.cat([(value - centre) * scale for value, centre, scale in statistics], dim=1)
 
 
@@ -80,10 +116,13 @@ def patchify(features: Tensor, step: tuple[int, ...]) -> Tensor:
 
 
 def intensities(patches: Tensor, tokenizer: str) -> Tensor:
-    """Convert patches [..., F] back to the image's own units: voxels, or the means of blocks [..., F / 3]."""
+    """Convert patches [..., F] back to the image's own units: voxels, or the means of blocks [..., F / 3] of
+    `statistics`, [..., F / 6] of `texture`."""
     if tokenizer == "patch":
         return patches
-    means = patches[..., : patches.shape[-1] // 3]
+    means = patches[..., : patches.shape[-1] // _NUM_STATISTICS[tokenizer]]
+    if tokenizer == "texture":
+        return means / _TEXTURE_SCALES[0] + _TEXTURE_CENTRES[0]
     return means / _SCALES[0] + _CENTRES[0]
 
 
@@ -96,6 +135,23 @@ def _block_mean(images: Tensor, block: tuple[int, ...]) -> Tensor:
     for size, width in zip(images.shape[2:], block, strict=True):
         split += [size // width, width]
     return images.reshape(split).mean(dim=[3 + 2 * axis for axis in range(len(block))])
+
+
+def _mean_and_log_sd(images: Tensor, block: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    mean = _block_mean(images, block)
+    variance = (_block_mean(images.square(), block) - mean.square()).clamp_min(0.0)
+    return mean, (variance.sqrt() + _SD_FLOOR).log()
+
+
+def _absolute_difference(images: Tensor, step: tuple[int, int]) -> Tensor:
+    """|I(x + step) - I(x)| at x [P, C, *shape], over the first two axes; 0 where x + step lies outside."""
+    rows, columns = images.shape[2:4]
+    first, second = step
+    here = (slice(None), slice(None), slice(0, rows - first), slice(max(0, -second), columns - max(0, second)))
+    there = (slice(None), slice(None), slice(first, rows), slice(max(0, second), columns - max(0, -second)))
+    total = torch.zeros_like(images)
+    total[here] = (images[there] - images[here]).abs()
+    return total
 
 
 def _absolute_gradient(images: Tensor) -> Tensor:
