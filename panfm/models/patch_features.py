@@ -96,10 +96,7 @@ def block_texture(images: Tensor, block: tuple[int, ...]) -> Tensor:
     Returns:
         float32 [P, 6 C, *coarse], each statistic centred and scaled, the same for all streams.
     """
-    mean, log_sd = _mean_and_log_sd(images, block)
-    differences = [_block_mean(_absolute_difference(images, step), block) for step in DIRECTIONS]
-    logs = [(difference + _DIFFERENCE_FLOOR).log() for difference in differences]
-    statistics = zip((mean, log_sd, *logs), _TEXTURE_CENTRES, _TEXTURE_SCALES, strict=True)
+    statistics = zip(_raw_texture(images, block), _TEXTURE_CENTRES, _TEXTURE_SCALES, strict=True)
     return torch.cat([(value - centre) * scale for value, centre, scale in statistics], dim=1)
 
 
@@ -141,6 +138,11 @@ def _mean_and_log_sd(images: Tensor, block: tuple[int, ...]) -> tuple[Tensor, Te
     mean = _block_mean(images, block)
     variance = (_block_mean(images.square(), block) - mean.square()).clamp_min(0.0)
     return mean, (variance.sqrt() + _SD_FLOOR).log()
+
+
+def _raw_texture(images: Tensor, block: tuple[int, ...]) -> tuple[Tensor, ...]:
+    differences = (_block_mean(_absolute_difference(images, step), block) for step in DIRECTIONS)
+    return *_mean_and_log_sd(images, block), *((difference + _DIFFERENCE_FLOOR).log() for difference in differences)
 
 
 def _absolute_difference(images: Tensor, step: tuple[int, int]) -> Tensor:

@@ -72,11 +72,11 @@ PRESETS = {
         scan_odds=dict.fromkeys(ORGANS, 0.8) | {"heart": 5.0, "adipose": 5.0},
     ),
     "textured": Preset(
-        amplitude=dict.fromkeys(ORGANS, 0.11) | {"heart": 0.22, "adipose": 0.24},
+        amplitude=dict.fromkeys(ORGANS, 0.15) | {"heart": 0.22, "adipose": 0.24},
         nuisance=dict.fromkeys(ORGANS, 1.0),
         redundancy=0.0,
         noise=0.02,
-        scan_odds=dict.fromkeys(ORGANS, 0.4) | {"heart": 1.5, "adipose": 1.5},
+        scan_odds=dict.fromkeys(ORGANS, 0.9) | {"heart": 1.5, "adipose": 1.5},
         signal=0.4,
         code_nuisance=0.35,
     ),

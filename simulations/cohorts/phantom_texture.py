@@ -33,10 +33,10 @@ CODES: dict[str, tuple[dict[str, float], dict[str, float]]] = {
 """Organ -> factors that its two codes show, with weights: of the pair R and A, and of the pair R + A and R - A."""
 
 _SURROUNDINGS = 0.3
-_MEAN, _GRADIENT, _TEXTURE, _SPREAD = 0.12, 0.2, 0.45, 0.1
+_MEAN, _GRADIENT, _TEXTURE, _SPREAD = 0.12, 0.2, 0.45, 0.05
 _SIZE, _ELONGATION = 0.02, 0.02
 _STEEPNESS = 2.6
-_PERIOD, _FREQUENCY = 5 / 8, 0.12
+_PERIOD, _FREQUENCY = 5 / 8, 0.06
 """Period of a wave in half views, and its log-sd over patients. 5/8 are 5 voxels of 16 across the view."""
 _LEAN = 0.6
 """Sd of the radians along S per radian in the plane."""
