@@ -106,10 +106,10 @@ WITH_SITES = replace(
 
 def test_two_sentences_say_what_the_federation_gained():
     assert summary(WITH_SITES) == [
-        "With all labels, the model of all sites together tells diseases of patients it never saw with an AUC of .712: "
-        "+.062 to plain statistics, the better reference, and -.008 to the best site alone, north.",
-        "With labels of 100 patients, the model of all sites together tells diseases of patients it never saw with an "
-        "AUC of .600: +.050 to the untrained model, the better reference, and +.010 to the best site alone, north.",
+        "With all labels, the federated model tells diseases of patients it never saw with an AUC of .712: +.062 to "
+        "plain statistics, the better reference, and -.008 to the best site alone, north.",
+        "With labels of 100 patients, the federated model tells diseases of patients it never saw with an AUC of .600: "
+        "+.050 to the untrained model, the better reference, and +.010 to the best site alone, north.",
     ]
 
 
