@@ -30,7 +30,7 @@ from simulations.alone import train_alone
 from simulations.cohorts.opened import OpenedCohort
 from simulations.harness import run_jobs
 
-_GRID_ARMS = ("federated", "untrained", "statistics")
+_GRID_ARMS = ("federated", "untrained", "statistics", "tokenizer")
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,14 @@ def _labelled(label: str, result: ProbeResult) -> ProbeResult:
     return result if label == "none" else replace(result, notes=(*result.notes, f"privacy: {label}"))
 
 
-def probe_run(run: RunConfig, cohort: Path, run_dir: Path, console: Console) -> ProbeResult:
-    """Probe `federated`, `site:<name>` alone, `untrained`, `start` in a warm start, and the references."""
+def probe_run(
+    run: RunConfig, cohort: Path, run_dir: Path, console: Console, *, with_all_grids: bool = False
+) -> ProbeResult:
+    """Probe `federated`, `site:<name>` alone, `untrained`, `start` in a warm start, and the references.
+
+    Args:
+        with_all_grids: Take organs away for every arm, instead of for the federated model and the references.
+    """
     folders = site_folders(cohort / "sites")
     console.print(f"training each of {len(folders)} sites alone, for comparison")
     alone = run_jobs(train_site_alone, [AloneJob(dump_toml(run), folder, run_dir) for folder in folders])
@@ -90,7 +96,8 @@ def probe_run(run: RunConfig, cohort: Path, run_dir: Path, console: Console) -> 
         def show(arm: str, number: int, total: int) -> None:
             bar.update(shown, description=f"probing {arm}", completed=number, total=total)
 
-        result = evaluate_cohort(opened.task(run), models, grid_arms=_GRID_ARMS, on_arm=show)
+        grid_arms = (*_GRID_ARMS, *models) if with_all_grids else _GRID_ARMS
+        result = evaluate_cohort(opened.task(run), models, grid_arms=grid_arms, on_arm=show)
         bar.update(shown, description="probing", completed=bar.tasks[shown].total)
     if whitening := models["federated"].whitening:
         save_whitening(run_dir / "model", whitening, run.features.pooling_text)

@@ -30,8 +30,11 @@ J = TypeVar("J")
 R = TypeVar("R")
 
 WORKERS = 2
-QUICKSTART = Path(__file__).resolve().parents[1] / "configs" / "experiments" / "quickstart.toml"
-"""The run that studies and benches start from."""
+_EXPERIMENTS = Path(__file__).resolve().parents[1] / "configs" / "experiments"
+QUICKSTART = _EXPERIMENTS / "quickstart.toml"
+"""The run of `make demo`."""
+TRANSIENT = _EXPERIMENTS / "transient.toml"
+"""The run that studies and benches of masking, sharing, coding and privacy start from."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,8 @@ class StudyOptions:
 
     seeds: int = 5
     """Training seeds per phantom draw."""
-    draws: int = 1
-    """Phantom draws."""
+    draws: int | None = 1
+    """Phantom draws; None where every seed trains on a draw of its own."""
     first_seed: int = 0
     """First training seed and first phantom draw."""
     workers: int = WORKERS
@@ -50,11 +53,14 @@ class StudyOptions:
 
     def pairs(self) -> list[tuple[int, int]]:
         """All (draw, seed), in the one order that every arm keeps."""
-        return list(itertools.product(self.draw_numbers(), range(self.first_seed, self.first_seed + self.seeds)))
+        seeds = range(self.first_seed, self.first_seed + self.seeds)
+        if self.draws is None:
+            return [(seed, seed) for seed in seeds]
+        return list(itertools.product(self.draw_numbers(), seeds))
 
     def draw_numbers(self) -> list[int]:
         """Every phantom draw, once."""
-        return list(range(self.first_seed, self.first_seed + self.draws))
+        return list(range(self.first_seed, self.first_seed + (self.seeds if self.draws is None else self.draws)))
 
 
 @dataclass(frozen=True)
@@ -88,7 +94,7 @@ class ArmJob:
 
 
 def study(
-    *, seeds: int, draws: int = 1, budgets: Mapping[str, int] | None = None, unit: str = ""
+    *, seeds: int, draws: int | None = 1, budgets: Mapping[str, int] | None = None, unit: str = ""
 ) -> Callable[[Callable[..., StudyResult]], Callable[..., None]]:
     """Decorate the command of a study, which takes StudyOptions and options of its own, and returns its result.
 
@@ -96,13 +102,13 @@ def study(
 
     Args:
         seeds: Default of --seeds.
-        draws: Default of --draws.
+        draws: Default of --draws; None if every seed trains on a draw of its own, and there is no --draws.
         budgets: Steps or rounds by name; the command gets --budget with these names, and the name as `budget`.
         unit: What budgets count.
     """
     shared = [
         _option("seeds", int, seeds, min=1, help="Training seeds per draw."),
-        _option("draws", int, draws, min=1, help="Phantom draws."),
+        *([] if draws is None else [_option("draws", int, draws, min=1, help="Phantom draws.")]),
         _option("first_seed", int, 0, help="First training seed and first draw."),
     ]
     if budgets:
@@ -110,7 +116,7 @@ def study(
         shared.append(_option("budget", str, next(iter(budgets)), help=f"Number of {unit}: {sizes}."))
 
     def decorate(command: Callable[..., StudyResult]) -> Callable[..., None]:
-        def work(path: Path | None, seeds: int, draws: int, first_seed: int, **own: Any) -> StudyResult:
+        def work(path: Path | None, seeds: int, first_seed: int, draws: int | None = None, **own: Any) -> StudyResult:
             return command(StudyOptions(seeds, draws, first_seed, json=path), **own)
 
         def check(arguments: Mapping[str, Any]) -> None:

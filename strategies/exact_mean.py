@@ -16,7 +16,7 @@ Error, for n sites, against exact arithmetic with the rounded weights; products 
 
     |mean - exact| <= n 2^-(F+1) / sum(w) + 2^-23 (sum_k w_k |u_k| / sum(w) + |exact|)
 
-For five sites of 3,000 subject-steps at the quickstart's learning rate (W = 2^14, U = 2^-3) the first term is below
+For five sites of 3,000 subject-steps at a learning rate of .003 (W = 2^14, U = 2^-3) the first term is below
 3e-10; a float32 sum of five has an error of about 2^-22 |exact|, which changes with the order.
 
 Caps: in the end no contribution has more than `max_share` of the weight (weight_caps.py). The integers of one that

@@ -27,7 +27,7 @@ Direction, for each group in which three other sites or more have voted:
 Every site has one vote on each number, whatever its weight and the length of its update. No update has to be kept, and
 a reply is judged as it arrives.
 
-Why not simply c_k < 0: unlike sites agree at first, later each pulls back to its own data. On the quickstart's five
+Why not simply c_k < 0: unlike sites agree at first, later each pulls back to its own data. On five phantom
 sites c of the backbone is 0.2 in round 2, near 0 in round 7 and -0.35 in round 20; a site with its sign flipped has
 about -c. So it stands out early and late; in between directions say nothing. To agree more than usual is no fault where
 sites agree, nor is to agree little: a site that comes back after some rounds does (c 0.07 where 0.48 was usual). Of

@@ -20,6 +20,9 @@ PerBlock = Annotated[
 ]
 """One number for all blocks, or a list with one for each."""
 
+TOKENIZER_INPUTS = {"statistics": 3, "texture": 6, "patch": 1}
+"""Tokenizer -> numbers that it reads of every channel and block, or voxel."""
+
 
 class ExpertsConfig(Config):
     """Director-Experts (DEX, arXiv 2605.21861). Pairs are values at the start and the end of the run, by cosine."""
@@ -47,8 +50,9 @@ class ModelConfig(Config):
 
     size: Literal["nano", "tiny", "small", "base", "large"] = "nano"
     """nano: 48 wide, 2 blocks, for laptops; tiny, small, base, large: the widths, depths and heads of ViT-T/S/B/L."""
-    tokenizer: Literal["statistics", "patch"] = "statistics"
+    tokenizer: Literal["statistics", "texture", "patch"] = "statistics"
     """statistics: mean, log-sd and mean gradient of sub-blocks, then linear (learns fastest on small cohorts);
+    texture: mean, log-sd and log mean difference in four directions of the plane, then linear;
     patch: linear on raw voxels, as in ViT."""
     backbone: Annotated[str, plug_in(BACKBONES)] = "dense"
     """dense: a ViT; director-experts: every block's MLP is a pool of experts and one director."""

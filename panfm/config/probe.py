@@ -14,3 +14,7 @@ class ProbeConfig(Uncoupled):
     """Resamples of the test subjects for the interval."""
     missing_draws: Annotated[int, Field(gt=0, le=1_000)] = 3
     """Random organ subsets per number of missing organs."""
+    few_labels: Annotated[tuple[Annotated[int, Field(ge=10, le=1_000_000)], ...], Field(strict=False)] = ()
+    """Numbers of labelled patients on which further probes are fitted."""
+    few_draws: Annotated[int, Field(gt=0, le=1_000)] = 3
+    """Random draws of these patients; their AUC is averaged."""

@@ -14,7 +14,7 @@ from panfm.config.base import Config, Name, Seed, TomlTable
 from panfm.config.features import FeaturesConfig
 from panfm.config.federation import FederationConfig
 from panfm.config.masking import MaskingConfig
-from panfm.config.model import ModelConfig
+from panfm.config.model import TOKENIZER_INPUTS, ModelConfig
 from panfm.config.objective import ObjectiveConfig
 from panfm.config.parts import LoraConfig
 from panfm.config.patient_dp import PatientDpConfig
@@ -91,7 +91,7 @@ class RunConfig(Config):
     def _inputs_have_their_constants(self) -> Self:
         """Refuse more or fewer constants than a stream's tokenizer has inputs."""
         for name, stream in self.streams.items():
-            inputs = stream.channels * (3 if self.model.tokenizer == "statistics" else 1)
+            inputs = stream.channels * TOKENIZER_INPUTS[self.model.tokenizer]
             for key, numbers in (("centre", stream.input_centre), ("scale", stream.input_scale)):
                 if numbers is not None and len(numbers) != inputs:
                     tokenizer = f'the tokenizer "{self.model.tokenizer}" has {inputs} inputs'

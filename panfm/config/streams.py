@@ -23,12 +23,13 @@ class StreamConfig(Uncoupled):
     """Voxel size in mm on each axis of a volume; left out for 2D images, which are resized to `shape`."""
     channels: Literal[1, 3] = 1
     """1 for grey, 3 for colour (2D only)."""
-    input_centre: Annotated[tuple[Centre, ...], Field(strict=False, min_length=1, max_length=9)] | None = None
+    input_centre: Annotated[tuple[Centre, ...], Field(strict=False, min_length=1, max_length=18)] | None = None
     """What the tokenizer takes from its inputs before it multiplies them by `input-scale`: of the patch tokenizer one
     number per channel; of the statistics tokenizer the means, then the log standard deviations, then the gradients of
-    all channels. Constants of the run, known to everybody; `python -m simulations inputs` computes them from a cohort.
+    all channels (of the texture tokenizer: four logarithms of mean differences). Constants of the run, known to
+    everybody; `python -m simulations inputs` computes them from a cohort.
     Left out, inputs are as they are (patch), or centred and scaled alike in all streams (statistics)."""
-    input_scale: Annotated[tuple[Scale, ...], Field(strict=False, min_length=1, max_length=9)] | None = None
+    input_scale: Annotated[tuple[Scale, ...], Field(strict=False, min_length=1, max_length=18)] | None = None
     """Factors of the centred inputs, in the same order."""
 
     @model_validator(mode="after")

@@ -37,6 +37,7 @@ from panfm.evaluate.result import ProbeResult, Score
 from panfm.evaluate.scores import Floats, draw_counts, interval
 from panfm.evaluate.statistics import StatisticsReference, measure_store
 from panfm.models import PanModel
+from panfm.models.patch_features import has_block_features
 from panfm.seeds import numpy_generator
 
 Features = NDArray[np.float32]
@@ -118,7 +119,10 @@ def evaluate_cohort(
     grid_arms: Sequence[str] = ("federated",),
     on_arm: Callable[[str, int, int], None] = lambda *_: None,
 ) -> ProbeResult:
-    """Probe each model and, beside them, the arm `statistics` (and `training-mean`, where numbers are probed).
+    """Probe each model and, beside them, the references.
+
+    `statistics` reads plain statistics of the images; `tokenizer`, where the run's tokenizer computes statistics of
+    blocks, exactly these; `training-mean`, where numbers are probed, nothing.
 
     Args:
         models: Arm -> trained model: federated, site:<name>, untrained.
@@ -130,7 +134,9 @@ def evaluate_cohort(
     if not task.places or not len(task.test_indices) or task.labelled.sum() < MIN_SUBJECTS:
         raise DataError(f"probe: expected held-out subjects and sites with {MIN_SUBJECTS} labelled training subjects")
     makers = {arm: partial(_model_arm, task, model) for arm, model in models.items()}
-    makers["statistics"] = partial(_statistics_arm, task)
+    makers["statistics"] = partial(_measured_arm, task)
+    if has_block_features(task.run.model.tokenizer):
+        makers["tokenizer"] = partial(_measured_arm, task, task.run.model.tokenizer)
     if any(info.is_number for info in task.info.values()):
         makers["training-mean"] = partial(_constant_arm, task)
     readings: dict[str, _Reading] = {}
@@ -141,6 +147,7 @@ def evaluate_cohort(
         scores=tuple(score for reading in readings.values() for score in reading.scores),
         missing={name: reading.grid for name, reading in readings.items() if reading.grid},
         streams={name: reading.streams for name, reading in readings.items() if reading.streams},
+        few_labels={name: reading.few_labels for name, reading in readings.items() if reading.few_labels},
         balance={
             name: {"effective_rank": reading.effective_rank} for name, reading in readings.items() if reading.scores
         },
@@ -158,6 +165,7 @@ class _Reading:
     notes: list[str] = field(default_factory=list)
     grid: dict[str, float] = field(default_factory=dict)
     streams: dict[str, float] = field(default_factory=dict)
+    few_labels: dict[str, float] = field(default_factory=dict)
 
 
 def _read(task: Task, name: str, arm: Arm, *, with_grid: bool) -> _Reading:
@@ -165,7 +173,8 @@ def _read(task: Task, name: str, arm: Arm, *, with_grid: bool) -> _Reading:
     if usable.sum() < MIN_SUBJECTS:
         note = f"not probed, {usable.sum()} labelled training subjects hold its streams, expected {MIN_SUBJECTS}"
         return _Reading(float("nan"), notes=[note])
-    fit, test = arm.fit()[usable], arm.test(task.streams)
+    everyone, test = arm.fit(), arm.test(task.streams)
+    fit = everyone[usable]
     reading = _Reading(effective_rank(test))
     yes_no, numbers = task.names(is_number=False), task.names(is_number=True)
     if yes_no:
@@ -175,6 +184,7 @@ def _read(task: Task, name: str, arm: Arm, *, with_grid: bool) -> _Reading:
         for group, members in label_groups(task.info).items():
             reading.scores.append(_score(name, group, "auc", values[:, [yes_no.index(label) for label in members]]))
         reading.notes += [*probe.notes, *one_class_notes(truth_test, yes_no)]
+        reading.few_labels = _few_labels(task, everyone, usable, test, yes_no)
         if with_grid and task.is_one_stream_each:
             reading.streams = _per_stream(task, arm, yes_no)
         elif with_grid:
@@ -186,6 +196,27 @@ def _read(task: Task, name: str, arm: Arm, *, with_grid: bool) -> _Reading:
         reading.scores += [_score(name, label, "r2", values[:, [column]]) for column, label in enumerate(numbers)]
         reading.notes += probe.notes
     return reading
+
+
+def _few_labels(
+    task: Task, fit: Features, usable: NDArray[np.bool_], test: Features, names: Sequence[str]
+) -> dict[str, float]:
+    """Mean AUC `auc_<n>` of probes fitted on n random labelled patients, the same ones for every arm; an arm is fitted
+    on those of them that it can read, and NaN where they are too few."""
+    truth_fit, truth_test = task.targets(names)
+    once, labelled = np.ones((1, len(test))), np.flatnonzero(task.labelled)
+    found = {}
+    for number in task.run.probe.few_labels:
+        values = []
+        for draw in range(task.run.probe.few_draws):
+            generator = numpy_generator(task.run.seed, "few-labels", number, draw)
+            chosen = generator.choice(labelled, min(number, len(labelled)), replace=False)
+            chosen = np.sort(chosen[usable[chosen]])
+            if len(chosen) >= MIN_SUBJECTS:
+                scores = fit_classifiers(fit[chosen], truth_fit[chosen], names).score(test)
+                values.append(interval(auc_per_label(scores, truth_test, once)).value)
+        found[f"auc_{number}"] = float(np.mean(values)) if values else float("nan")
+    return found
 
 
 def _score(arm: str, group: str, metric: str, values: Floats) -> Score:
@@ -238,10 +269,11 @@ def _model_arm(task: Task, model: PanModel) -> Arm:
     return Arm(fit, test, _holders(task, known))
 
 
-def _statistics_arm(task: Task) -> Arm:
-    measured = [measure_store(place.store, task.run.streams) for place in task.fit_places]
+def _measured_arm(task: Task, tokenizer: str | None = None) -> Arm:
+    """What is measured of the images without a model: plain statistics, or the patch features of a tokenizer."""
+    measured = [measure_store(place.store, task.run.streams, tokenizer=tokenizer) for place in task.fit_places]
     reference = StatisticsReference.fit(zip(measured, task.fit_indices, strict=True))
-    held_out = measure_store(task.holdout.store, task.run.streams)
+    held_out = measure_store(task.holdout.store, task.run.streams, tokenizer=tokenizer)
 
     def fit() -> Features:
         pairs = zip(measured, task.fit_indices, strict=True)

@@ -5,7 +5,8 @@
  "missing": {arm: {"auc", "auc_missing_1", ..., "auc_drop_<organ>", "auc_only_<organ>", "auc_no_dominant"}},
  "balance": {arm: {"effective_rank"}},
  "subjects": {"fit", "test"}, "notes": [line],
- "streams": {arm: {stream: AUC of a probe on this stream alone}}}
+ "streams": {arm: {stream: AUC of a probe on this stream alone}},
+ "few_labels": {arm: {"auc_<n>": mean AUC of probes fitted on n patients}}}
 ```
 `group` is a group of labels (`all`, `weak`, `category`, `disease`) or, for a number, the label itself. Intervals are
 95 % bootstrap over test subjects. What cannot be told is null.
@@ -62,6 +63,7 @@ class ProbeResult:
     subjects: Mapping[str, int]
     notes: tuple[str, ...] = ()
     streams: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    few_labels: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def find(self, arm: str, group: str, metric: str) -> Score | None:
         """One cell of the table; None when it was not measured."""

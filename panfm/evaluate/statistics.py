@@ -1,11 +1,13 @@
-"""The reference that a learned embedding has to beat: plain statistics of every stream, read by the same linear probe.
+"""References that a learned embedding is compared to: measurements of every stream, read by the same linear probe.
 
-Per volume: mean, standard deviation, seven percentiles, mean absolute gradient. Per token block: mean, log standard
-deviation, mean absolute gradient. Streams that a subject lacks are filled with the fit subjects' means.
+`statistics`, per volume: mean, standard deviation, seven percentiles, mean absolute gradient; per token block: mean,
+log standard deviation, mean absolute gradient. `tokenizer`: the patch features that the model itself reads, of every
+block. Streams that a subject lacks are filled with the fit subjects' means.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,7 +15,7 @@ from numpy.typing import NDArray
 
 from panfm.config import StreamConfig
 from panfm.data.store import ImageStore
-from panfm.models.patch_features import block_statistics
+from panfm.models.patch_features import block_statistics, image_features
 
 _PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 _CHUNK = 128
@@ -29,12 +31,19 @@ class StreamStatistics:
     """[P, F]"""
 
 
-def measure_store(store: ImageStore, streams: Mapping[str, StreamConfig]) -> dict[str, StreamStatistics]:
-    """Statistics of all images of a store."""
+def measure_store(
+    store: ImageStore, streams: Mapping[str, StreamConfig], *, tokenizer: str | None = None
+) -> dict[str, StreamStatistics]:
+    """Statistics of all images of a store.
+
+    Args:
+        tokenizer: Instead of plain statistics, the patch features of this tokenizer, block by block.
+    """
+    measure = _measure if tokenizer is None else partial(_patch_features, tokenizer=tokenizer)
     measured = {}
     for stream, images in store.images.items():
         starts = range(0, len(images), _CHUNK)
-        chunks = [_measure(np.asarray(images[start : start + _CHUNK]), streams[stream]) for start in starts]
+        chunks = [measure(np.asarray(images[start : start + _CHUNK]), streams[stream]) for start in starts]
         if chunks:
             measured[stream] = StreamStatistics(np.asarray(store.rows[stream]), np.concatenate(chunks))
     return measured
@@ -86,3 +95,8 @@ def _measure(images: NDArray[np.float32], stream: StreamConfig) -> NDArray[np.fl
     ranks = np.round(np.array(_PERCENTILES) / 100 * (voxels.shape[-1] - 1)).astype(np.int64)
     percentiles = voxels[..., ranks].reshape(len(images), -1)
     return np.concatenate([whole.numpy(), percentiles, blocks.numpy()], axis=1).astype(np.float32)
+
+
+def _patch_features(images: NDArray[np.float32], stream: StreamConfig, tokenizer: str) -> NDArray[np.float32]:
+    """Patch features [P, F] of images [P, C, *shape], one number per block and statistic."""
+    return image_features(torch.from_numpy(np.array(images)), stream, tokenizer).flatten(1).numpy()

@@ -18,6 +18,8 @@ def print_tables(run: Run, console: Console) -> None:
     for table in (site_table(run), *(probe_tables(run.probe) if run.probe else ())):
         table.caption = None if label == "none" else f"privacy: {label}"
         console.print(table)
+    for sentence in summary(run.probe) if run.probe else ():
+        console.print(sentence)
     for note in run.probe.notes if run.probe else ():
         console.print(f"note: {note}", style="dim")
 
@@ -27,6 +29,8 @@ def probe_tables(probe: ProbeResult) -> Iterator[Table]:
     for metric in ("auc", "r2"):
         if any(score.metric == metric for score in probe.scores):
             yield score_table(probe, metric)
+    if probe.few_labels:
+        yield few_labels_table(probe.few_labels)
     if probe.missing:
         yield missing_table(probe.missing)
     if probe.streams:
@@ -68,6 +72,47 @@ def missing_table(missing: Mapping[str, Mapping[str, float]]) -> Table:
         cells = [grid.get(f"auc_missing_{count}" if count else "auc", math.nan) for count in counts]
         table.add_row(arm, *map(number_text, [*cells, grid.get("auc_no_dominant", math.nan)]))
     return table
+
+
+def few_labels_table(few_labels: Mapping[str, Mapping[str, float]]) -> Table:
+    """AUC of probes fitted on few patients: one row per arm, one column per number of patients."""
+    metrics = list(dict.fromkeys(metric for row in few_labels.values() for metric in row))
+    table = Table("labelled patients", *(_right(metric.removeprefix("auc_")) for metric in metrics), title="AUC")
+    for arm, row in few_labels.items():
+        table.add_row(arm, *(number_text(row.get(metric, math.nan)) for metric in metrics))
+    return table
+
+
+def summary(probe: ProbeResult) -> list[str]:
+    """What the tables say of the federation, a sentence for all labels and one for each smaller number of labels; none
+    where there is no federated model, no reference or no site alone."""
+    arms = arms_of(probe, "auc")
+    sentences = [_compared("With all labels", {arm: probe.value(arm) for arm in arms})]
+    for metric in dict.fromkeys(metric for row in probe.few_labels.values() for metric in row):
+        values = {arm: probe.few_labels.get(arm, {}).get(metric, math.nan) for arm in arms}
+        sentences.append(_compared(f"With labels of {metric.removeprefix('auc_')} patients", values))
+    return [sentence for sentence in sentences if sentence]
+
+
+def _compared(where: str, values: Mapping[str, float]) -> str:
+    """A sentence on the federated model beside the better reference and the best site alone."""
+    known = {arm: value for arm, value in values.items() if not math.isnan(value)}
+    references = {arm: value for arm, value in known.items() if arm in ("untrained", "statistics")}
+    sites = {arm: value for arm, value in known.items() if arm.startswith("site:")}
+    if "federated" not in known or not references or not sites:
+        return ""
+    ours = known["federated"]
+    reference, site = max(references, key=references.__getitem__), max(sites, key=sites.__getitem__)
+    words = {"untrained": "the untrained model", "statistics": "plain statistics"}
+    return (
+        f"{where}, the federated model tells diseases of patients it never saw with an AUC of "
+        f"{number_text(ours)}: {_signed(ours - known[reference])} to {words[reference]}, the better reference, and "
+        f"{_signed(ours - known[site])} to the best site alone, {site.removeprefix('site:')}."
+    )
+
+
+def _signed(value: float) -> str:
+    return f"{'-' if round(value, 3) < 0 else '+'}{number_text(abs(value))}"
 
 
 def stream_table(streams: Mapping[str, Mapping[str, float]]) -> Table:

@@ -13,7 +13,7 @@ from panfm.config import config_hash, dump_toml
 from panfm.errors import needs_extra
 from panfm.files import write_atomic
 from panfm.privacy.guarantees import privacy_label
-from panfm.report.console_tables import arms_of, missing_counts, number_text, organs_of, score_text
+from panfm.report.console_tables import arms_of, missing_counts, number_text, organs_of, score_text, summary
 from panfm.report.html_parts import STYLE, Rows, section, table
 from panfm.report.run_files import Run
 
@@ -84,6 +84,11 @@ def _scores(run: Run) -> str:
                 for arm in arms_of(run.probe, metric)
             ]
             tables.append(table((words, *groups), rows))
+    if few := run.probe.few_labels:
+        metrics = list(dict.fromkeys(metric for row in few.values() for metric in row))
+        rows = [(arm, *(number_text(row.get(metric, math.nan)) for metric in metrics)) for arm, row in few.items()]
+        tables.append(table(("AUC", *(f"{metric.removeprefix('auc_')} labelled" for metric in metrics)), rows))
+    tables += [f"<p>{html.escape(sentence)}</p>" for sentence in summary(run.probe)]
     counts = f"{run.probe.subjects.get('fit', 0)} subjects fitted, {run.probe.subjects.get('test', 0)} held out"
     lines = [f"{counts}; in brackets 95 % bootstrap intervals over held-out subjects.", *run.probe.notes]
     return "".join(tables) + "".join(f'<p class="quiet">{html.escape(line)}</p>' for line in lines)

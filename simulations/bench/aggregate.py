@@ -35,7 +35,7 @@ from panfm.sharing.groups import Flat, GroupManifest
 from panfm.sharing.messages import Handshake, RoundReply
 from simulations.cohorts.prepare import load_simulation
 from simulations.engines.local import LocalGrid
-from simulations.harness import QUICKSTART, Experiment, bench
+from simulations.harness import TRANSIENT, Experiment, bench
 from simulations.study_result import StudyResult
 from strategies import GroupedMean
 from strategies.round_messages import make_array
@@ -75,7 +75,7 @@ class Updates:
 @bench
 def main(
     turns: Annotated[int, typer.Option(min=1, help="Aggregations per arm and number of sites.")] = 3,
-    experiment: Experiment = QUICKSTART,
+    experiment: Experiment = TRANSIENT,
 ) -> StudyResult:
     """Seconds and memory of one aggregation, over Flower's and over the floor."""
     console = Console(soft_wrap=True, highlight=False)

@@ -41,7 +41,7 @@ from simulations.bench._steps import Clock
 from simulations.cohorts.prepare import load_simulation, prepare_cohort
 from simulations.engines import Job
 from simulations.engines.local import LocalGrid
-from simulations.harness import QUICKSTART, Experiment, bench
+from simulations.harness import TRANSIENT, Experiment, bench
 from simulations.study_result import StudyResult
 from strategies import GroupedMean
 
@@ -50,7 +50,7 @@ from strategies import GroupedMean
 def main(
     cycles: Annotated[int, typer.Option(min=1, help="Cycles per arm and process, after one round to warm up.")] = 2,
     processes: Annotated[int, typer.Option(min=1, help="Fresh processes, one after the other.")] = 6,
-    experiment: Experiment = QUICKSTART,
+    experiment: Experiment = TRANSIENT,
 ) -> StudyResult:
     """Seconds per round: federation in one process against a plain loop."""
     console = Console(soft_wrap=True, highlight=False)

@@ -16,7 +16,7 @@ from panfm.config import RunConfig
 from panfm.training.trainer import Trainer
 from simulations.bench._steps import in_turns, noise_store, step_seconds
 from simulations.cohorts.prepare import load_simulation
-from simulations.harness import QUICKSTART, Experiment, bench
+from simulations.harness import TRANSIENT, Experiment, bench
 from simulations.study_result import StudyResult
 
 ARMS: dict[str, dict[str, object]] = {
@@ -31,7 +31,7 @@ _NUM_SUBJECTS = 32
 @bench
 def main(
     turns: Annotated[int, typer.Option(min=1, help="Steps per arm and size, after one to warm up.")] = 100,
-    experiment: Experiment = QUICKSTART,
+    experiment: Experiment = TRANSIENT,
 ) -> StudyResult:
     """CPU seconds of a step with saliency-guided masking over one with random masking."""
     torch.set_num_threads(1)

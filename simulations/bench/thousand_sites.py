@@ -1,7 +1,7 @@
 """Cost of 1,000 sites beyond their training: a whole run of `--engine local` over the training alone.
 
-Each site is a small hospital of its own on disk: ten phantom patients, scans of two of the quickstart's seven organs, a
-`nano` model. A tenth of the sites is asked in a round, and takes the quickstart's 20 local steps. As most sites come
+Each site is a small hospital of its own on disk: ten phantom patients, scans of two of seven organs, a
+`nano` model. A tenth of the sites is asked in a round, and takes 20 local steps. As most sites come
 back after many rounds, hardly one is warm when it is asked.
 
     local   the real run from its handshakes to its model: everything that a round takes
@@ -43,7 +43,7 @@ from simulations.cohorts.prepare import load_simulation, prepare_cohort, with_co
 from simulations.engines import Job
 from simulations.engines.local import LocalGrid
 from simulations.engines.logs import logged_to
-from simulations.harness import QUICKSTART, bench
+from simulations.harness import TRANSIENT, bench
 from simulations.study_result import StudyResult
 
 _SUBJECTS = 10
@@ -85,9 +85,9 @@ def main(
 
 
 def describe(num_sites: int, rounds: int) -> RunConfig:
-    """The quickstart with many small hospitals in place of its five."""
+    """The run `transient` with many small hospitals in place of its five."""
     overrides = [f"train.rounds={rounds}", "federation.participation=0.1", "model.size=nano"]
-    run = load_simulation(QUICKSTART, overrides)
+    run = load_simulation(TRANSIENT, overrides)
     organs = [parse_stream(stream)[0] for stream in run.streams]
     sites = {
         f"site-{number:04d}": PhantomSiteConfig(

@@ -45,8 +45,9 @@ class PhantomCohort(CohortSource):
     """A cohort of whole-body phantoms."""
 
     kind: Literal["phantom"]
-    preset: Literal["transient", "lasting"] = "transient"
-    """Which dominance: `transient` (training outgrows it) or `lasting` (it does not)."""
+    preset: Literal["transient", "lasting", "textured"] = "transient"
+    """`transient`: training outgrows the dominance of heart and adipose; `lasting`: it does not; `textured`: factors
+    show in the direction of a texture, which plain statistics cannot read."""
     seed: Seed = 0
     """The draw of the cohort, apart from the run's seed."""
     holdout_subjects: Positive = 300

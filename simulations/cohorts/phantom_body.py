@@ -5,6 +5,7 @@ elongation, mean, texture, frequency, gradient) each read one or two factors. He
 vascular and metabolic side of a patient; what brain, kidney, spleen and pancreas show is written nowhere else.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -186,8 +187,13 @@ def mixing() -> NDArray[np.float64]:
 
 def loadings(organ: str) -> NDArray[np.float64]:
     """[F, T]: how much each trait of an organ shows of each factor; every trait has unit variance over patients."""
-    matrix = np.zeros((len(FACTORS), len(TRAITS)))
-    for trait, factors in ORGANS[organ].traits.items():
+    return unit_loadings([ORGANS[organ].traits[trait] for trait in TRAITS])
+
+
+def unit_loadings(shown: Sequence[Mapping[str, float]]) -> NDArray[np.float64]:
+    """[F, K]: weights of the factors in K sums of factors, scaled so that every sum has unit variance over patients."""
+    matrix = np.zeros((len(FACTORS), len(shown)))
+    for column, factors in enumerate(shown):
         for factor, weight in factors.items():
-            matrix[FACTORS.index(factor), TRAITS.index(trait)] = weight
+            matrix[FACTORS.index(factor), column] = weight
     return matrix / np.linalg.norm(mixing().T @ matrix, axis=0)

@@ -5,6 +5,10 @@ all; a model that trains longer outgrows it. `lasting`: besides, stature and adi
 that a hidden piece of a weak organ is cheaply guessed from heart and adipose, and heart and adipose are scanned in
 nearly everyone, so that no batch forces a model to do without them.
 
+`textured` asks for features that have to be learned: the factors show in the direction of a texture
+(`phantom_texture.py`), to which mean, spread and percentiles are blind; the traits show little of them. Weak organs are
+scanned in fewer patients, so that few patients are complete.
+
 Shape legend: N patients, F factors, L labels, O organs.
 """
 
@@ -21,6 +25,7 @@ from panfm.seeds import numpy_generator
 from simulations.cohorts.phantom_body import FACTORS, ORGANS, TRAITS, loadings, mixing
 from simulations.cohorts.phantom_image import affine, render
 from simulations.cohorts.phantom_labels import draw_labels
+from simulations.cohorts.phantom_texture import code_loadings, render_texture
 
 _SEVERITY = 0.7
 _AGE = 0.3
@@ -42,6 +47,11 @@ class Preset:
     """Sd of the voxel noise, as a share of the scanner's range."""
     scan_odds: dict[str, float]
     """Organ -> log-odds that it is scanned in an average patient of a site that has the scanner."""
+    signal: float = 1.0
+    """Sd of what traits show of the factors."""
+    code_nuisance: float | None = None
+    """Sd of what the codes of the texture show of nothing else, against a signal of unit variance; None for a texture
+    that has no direction."""
 
 
 _NUISANCE = dict.fromkeys(ORGANS, 0.9) | {"heart": 1.3, "adipose": 1.5}
@@ -60,6 +70,15 @@ PRESETS = {
         redundancy=1.0,
         noise=0.025,
         scan_odds=dict.fromkeys(ORGANS, 0.8) | {"heart": 5.0, "adipose": 5.0},
+    ),
+    "textured": Preset(
+        amplitude=dict.fromkeys(ORGANS, 0.15) | {"heart": 0.22, "adipose": 0.24},
+        nuisance=dict.fromkeys(ORGANS, 1.0),
+        redundancy=0.0,
+        noise=0.02,
+        scan_odds=dict.fromkeys(ORGANS, 0.9) | {"heart": 1.5, "adipose": 1.5},
+        signal=0.4,
+        code_nuisance=0.35,
     ),
 }
 
@@ -123,15 +142,29 @@ class Phantom:
         """One organ of one patient as the scanner stores it: int16 voxels and the 4 x 4 affine to RAS millimetres."""
         rng = numpy_generator(self.seed, "phantom", "image", subjects.names[index], organ)
         traits = self._traits(subjects.latents[index], organ, rng)
-        voxels = render(ORGANS[organ], traits, self.preset.amplitude[organ], self.preset.noise, rng)
+        amplitude, noise = self.preset.amplitude[organ], self.preset.noise
+        if self.preset.code_nuisance is None:
+            voxels = render(ORGANS[organ], traits, amplitude, noise, rng)
+        else:
+            codes = self._codes(subjects.latents[index], organ, self.preset.code_nuisance, rng)
+            voxels = render_texture(ORGANS[organ], traits, codes, amplitude, noise, rng)
         return voxels, affine(ORGANS[organ])
 
     def _traits(self, latents: NDArray[np.float64], organ: str, rng: np.random.Generator) -> NDArray[np.float64]:
         """Signal, shared build and private nuisance of an organ, [T] of unit variance."""
         build = (latents[FACTORS.index("stature")] + latents[FACTORS.index("adiposity")]) / np.sqrt(2.0)
         nuisance, redundancy = self.preset.nuisance[organ], self.preset.redundancy
-        raw = latents @ _LOADINGS[organ] + redundancy * build + nuisance * rng.standard_normal(len(TRAITS))
-        scaled: NDArray[np.float64] = raw / np.sqrt(1.0 + redundancy**2 + nuisance**2)
+        signal = self.preset.signal
+        raw = signal * (latents @ _LOADINGS[organ]) + redundancy * build + nuisance * rng.standard_normal(len(TRAITS))
+        scaled: NDArray[np.float64] = raw / np.sqrt(signal**2 + redundancy**2 + nuisance**2)
+        return scaled
+
+    def _codes(
+        self, latents: NDArray[np.float64], organ: str, nuisance: float, rng: np.random.Generator
+    ) -> NDArray[np.float64]:
+        """Codes of an organ's texture, [2] of unit variance."""
+        raw = latents @ _CODE_LOADINGS[organ] + nuisance * rng.standard_normal(2)
+        scaled: NDArray[np.float64] = raw / np.sqrt(1.0 + nuisance**2)
         return scaled
 
     def _scan(self, latents: NDArray[np.float64], organs: Sequence[str], rng: np.random.Generator) -> NDArray[np.bool_]:
@@ -146,6 +179,7 @@ class Phantom:
 
 
 _LOADINGS = {organ: loadings(organ) for organ in ORGANS}
+_CODE_LOADINGS = {organ: code_loadings(organ) for organ in ORGANS}
 
 
 def organs_of(streams: Mapping[str, StreamConfig]) -> dict[str, str]:

@@ -47,20 +47,43 @@ def render(
         int16 voxels, axes as the scanner stores them.
     """
     size, elongation, mean, texture, frequency, gradient = traits
-    axes = [axis - shift for axis, shift in zip(_axes(organ), _JITTER * rng.standard_normal(3), strict=True)]
-    radii = organ.radius * np.exp(_SIZE * size + _ELONGATION * elongation * np.array([1.0, -0.5, -0.5]))
-    distance = np.sqrt(_outer_sum([(axis / radius) ** 2 for axis, radius in zip(axes, radii, strict=True)]))
-    inside = 1.0 / (1.0 + np.exp(_EDGE * (distance - 1.0)))
+    axes, inside = place(organ, _SIZE * size, _ELONGATION * elongation, rng)
     cycles = np.pi * organ.cycles * np.exp(_FREQUENCY * frequency)
     waves = [np.cos(cycles * axis + phase) for axis, phase in zip(axes, rng.uniform(0, 2 * np.pi, 3), strict=True)]
     content = 1.0 + _MEAN * mean + _GRADIENT * gradient * axes[2].astype(np.float32)
     content = content.astype(np.float32) + np.float32(_TEXTURE * np.exp(texture / 2)) * _outer_sum(waves)
-    image = SURROUNDINGS + np.float32(amplitude) * inside * content
+    return stored(organ, SURROUNDINGS + np.float32(amplitude) * inside * content, noise, rng)
+
+
+def place(
+    organ: Organ, size: float, elongation: float, rng: np.random.Generator
+) -> tuple[list[NDArray[np.float64]], NDArray[np.floating]]:
+    """Draw where an organ lies.
+
+    Args:
+        organ: its look and its scanner.
+        size: log of its radius over the organ's mean radius.
+        elongation: log of its stretch along R; A and S shrink by half as much.
+        rng: position.
+
+    Returns:
+        Positions of the voxels along R, A and S from the organ's middle, in half views, and how far each voxel
+        [R, A, S] lies inside the organ, 0 to 1.
+    """
+    axes = [axis - shift for axis, shift in zip(_axes(organ), _JITTER * rng.standard_normal(3), strict=True)]
+    radii = organ.radius * np.exp(size + elongation * np.array([1.0, -0.5, -0.5]))
+    distance = np.sqrt(_outer_sum([(axis / radius) ** 2 for axis, radius in zip(axes, radii, strict=True)]))
+    inside: NDArray[np.floating] = 1.0 / (1.0 + np.exp(_EDGE * (distance - 1.0)))
+    return axes, inside
+
+
+def stored(organ: Organ, image: NDArray[np.floating], noise: float, rng: np.random.Generator) -> NDArray[np.int16]:
+    """Add noise of this sd and the vials to an image [R, A, S], and turn it into int16 voxels in the scanner's axes."""
     image += np.float32(noise) * rng.standard_normal(image.shape, dtype=np.float32)
     bright, dark = _vials(organ)
     image[bright], image[dark] = 1.0, 0.0
-    stored = np.rint(TOP * np.clip(image, 0.0, 1.0)).astype(np.int16)
-    return np.ascontiguousarray(_orientations().apply_orientation(stored, _from_ras(organ)))
+    voxels = np.rint(TOP * np.clip(image, 0.0, 1.0)).astype(np.int16)
+    return np.ascontiguousarray(_orientations().apply_orientation(voxels, _from_ras(organ)))
 
 
 @cache

@@ -25,13 +25,13 @@ from panfm.training.trainer import Trainer
 from simulations.alone import train_round
 from simulations.cohorts.opened import OpenedCohort
 from simulations.cohorts.prepare import cohort_of, load_simulation
-from simulations.harness import QUICKSTART, CohortJob
+from simulations.harness import TRANSIENT, CohortJob
 from simulations.studies._cohorts import FrozenReader, resized, write_files
 from simulations.studies._routing import seed_routing
 from simulations.studies._tables import mean_sd, print_study
 from simulations.study_result import StudyResult
 
-EXPERIMENT = QUICKSTART.with_name("dex-ten-modalities.toml")
+EXPERIMENT = TRANSIENT.with_name("dex-ten-modalities.toml")
 """The run that these studies start from."""
 DENSE_MULTIPLE = 4
 """Hidden width of a dense MLP over the model's; experts get this over the number that is active, so that a picture

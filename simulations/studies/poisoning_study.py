@@ -36,7 +36,7 @@ from panfm.training.trainer import Trainer
 from simulations.cohorts.opened import OpenedCohort
 from simulations.cohorts.phantom import PhantomSiteConfig
 from simulations.cohorts.prepare import cohort_of, load_simulation, with_cohort
-from simulations.harness import QUICKSTART, ArmJob, CohortJob, StudyOptions, run_arms, study
+from simulations.harness import TRANSIENT, ArmJob, CohortJob, StudyOptions, run_arms, study
 from simulations.studies._cohorts import write_files
 from simulations.studies._federations import Federated, federate
 from simulations.studies._hostile import GUARDS_OFF, federate_with
@@ -112,7 +112,7 @@ def study_run(arm: str, draw: int, seed: int, rounds: int) -> RunConfig:
     if "/" in arm:
         _, mean, guards = arm.split("/")
         changes += [f"sharing.mean={mean}", *(GUARDS_OFF if guards == "off" else ())]
-    base = load_simulation(QUICKSTART, changes)
+    base = load_simulation(TRANSIENT, changes)
     cohort = cohort_of(base)
     sites = {
         f"site-{index + 1:02}": PhantomSiteConfig(

@@ -5,7 +5,7 @@ Five phantom hospitals with unequal organs, as many steps over the same patients
     cold-<epsilon>   from the seed's parameters; all of them are trained
     warm-<epsilon>   from a public model; norms, biases, embeddings and queries are trained (`train.parts`)
     untrained        what `cold` starts from
-    public           what `warm` starts from: the quickstart's model, trained in one place on another phantom draw
+    public           what `warm` starts from: the model of `transient`, trained in one place on another phantom draw
     warm-ordinary    from the public model, all parameters, by the ordinary loop
 
 `inf` is the private loop with the same Poisson samples, steps and trained parameters, a clip norm that nobody reaches
@@ -46,7 +46,7 @@ from panfm.privacy.mechanisms import noise_for, planned
 from simulations.alone import train_alone
 from simulations.cohorts.opened import OpenedCohort, join_stores
 from simulations.cohorts.prepare import cohort_of, load_simulation
-from simulations.harness import QUICKSTART, CohortJob, StudyOptions, run_jobs, study
+from simulations.harness import TRANSIENT, CohortJob, StudyOptions, run_jobs, study
 from simulations.studies._cohorts import resized
 from simulations.studies._federations import RunJob, federate
 from simulations.studies._tables import mean_sd, print_study
@@ -56,7 +56,7 @@ EPSILONS = {"inf": None, "8": 8.0, "2": 2.0}
 ARMS = tuple(f"{start}-{epsilon}" for start in ("cold", "warm") for epsilon in EPSILONS)
 REFERENCES = ("untrained", "public", "warm-ordinary")
 METRICS = ("auc", "mia_auc", "psnr", "psnr_grey")
-_PRIVATE = QUICKSTART.with_name("private.toml")
+_PRIVATE = TRANSIENT.with_name("private.toml")
 _PUBLIC_DRAW = 1000
 """Public patients are of the draw that lies so far ahead."""
 _MEMBERS, _HOLDOUT, _ATTACKED, _MASKS = 100, 400, 10, 4
@@ -179,9 +179,9 @@ def halve(manifest: Path) -> None:
 
 
 def train_public(job: PublicJob) -> Path:
-    """Train the quickstart's model in one place; returns its folder, as `start.model` reads it."""
+    """Train the model of `transient` in one place; returns its folder, as `start.model` reads it."""
     changes = [f"train.rounds={_PUBLIC_ROUNDS}", f"train.local-steps={_PUBLIC_STEPS}"]
-    run = load_simulation(QUICKSTART, [f"seed={job.seed}", f"train.batch-size={_PUBLIC_BATCH}", *changes])
+    run = load_simulation(TRANSIENT, [f"seed={job.seed}", f"train.batch-size={_PUBLIC_BATCH}", *changes])
     stores = [open_store(folder, run.streams) for folder in site_folders(job.cohort / "sites")]
     shared, _ = train_alone(run, join_stores(stores), "public").split_state(run.sharing)
     job.folder.mkdir()

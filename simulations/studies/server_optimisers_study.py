@@ -1,4 +1,4 @@
-"""Comparison of server optimisers: the quickstart, with as many rounds and local steps in every arm.
+"""Comparison of server optimisers: the run `transient`, with as many rounds and local steps in every arm.
 
     mean      go where the weighted mean points (the default)
     nesterov  DiLoCo's outer step
@@ -9,7 +9,7 @@
 nesterov's rates are the better of two tried on development draw 100, adam's rate is the best of three (LOG.md).
 """
 
-from simulations.harness import QUICKSTART, Experiment, StudyOptions, study
+from simulations.harness import TRANSIENT, Experiment, StudyOptions, study
 from simulations.studies._federations import compare, show
 from simulations.study_result import StudyResult
 
@@ -23,7 +23,7 @@ ARMS = {
 
 
 @study(seeds=3)
-def main(options: StudyOptions, experiment: Experiment = QUICKSTART) -> StudyResult:
+def main(options: StudyOptions, experiment: Experiment = TRANSIENT) -> StudyResult:
     """AUC of a federation at equal budget, by server optimiser."""
     result = compare("server-optimisers", experiment, ARMS, options)
     show(result, ARMS)

@@ -27,15 +27,16 @@ from panfm.models import PanModel
 from panfm.training.saliency import stream_shares
 from panfm.training.trainer import Trainer
 from simulations.alone import train_round
-from simulations.cohorts.phantom_draw import PRESETS, Phantom
+from simulations.cohorts.phantom_draw import Phantom
 from simulations.cohorts.phantom_labels import LABELS
 from simulations.cohorts.prepare import load_simulation
-from simulations.harness import QUICKSTART, ArmJob, CohortJob, StudyOptions, chosen_arms, run_arms, study
+from simulations.harness import TRANSIENT, ArmJob, CohortJob, StudyOptions, chosen_arms, run_arms, study
 from simulations.studies._cohorts import FrozenReader
 from simulations.studies._phantoms import Cohort, open_draw, render_draw
 from simulations.studies._tables import print_study
 from simulations.study_result import StudyResult, Target
 
+PRESETS = ("transient", "lasting")
 STEPS = {"short": 500, "medium": 3000, "long": 8000}
 _CONSTANT = {"settle_steps": 10**9, "limit": 20.0}
 MASKING: dict[str, dict[str, Any]] = {
@@ -106,8 +107,8 @@ def _cell(result: StudyResult, metric: str, arm: str) -> str:
 
 
 def study_run(seed: int, arm: str, steps: int) -> RunConfig:
-    """The run of one arm: the quickstart's model and streams, one place, one round."""
-    base = load_simulation(QUICKSTART)
+    """The run of one arm: the model and streams of `transient`, one place, one round."""
+    base = load_simulation(TRANSIENT)
     masking = base.masking.model_copy(update=MASKING.get(arm, {}))
     train = base.train.model_copy(update={"rounds": 1, "local_steps": steps, "batch_size": _BATCH_SIZE})
     return base.model_copy(update={"seed": seed, "masking": masking, "train": train})

@@ -27,7 +27,7 @@ from panfm.models import PanModel
 from simulations.alone import train_alone, train_together
 from simulations.cohorts.opened import OpenedCohort
 from simulations.cohorts.prepare import cohort_of, load_simulation, with_cohort
-from simulations.harness import QUICKSTART, ArmJob, CohortJob, StudyOptions, run_arms, study
+from simulations.harness import TRANSIENT, ArmJob, CohortJob, StudyOptions, run_arms, study
 from simulations.studies._cohorts import resized, write_files
 from simulations.studies._federations import federate
 from simulations.studies._tables import mean_sd, print_study
@@ -71,8 +71,8 @@ def targets(result: StudyResult) -> list[Target]:
 
 
 def study_run(draw: int, seed: int, rounds: int) -> RunConfig:
-    """The quickstart with larger sites."""
-    base = load_simulation(QUICKSTART)
+    """The run `transient` with larger sites."""
+    base = load_simulation(TRANSIENT)
     cohort = resized(cohort_of(base), draw, subjects=_SUBJECTS_PER_SITE, holdout=_HOLDOUT)
     train = base.train.model_copy(update={"rounds": rounds})
     return with_cohort(base, cohort).model_copy(update={"seed": seed, "train": train})

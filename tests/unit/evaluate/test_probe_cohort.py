@@ -53,7 +53,7 @@ def result():
     models = {"federated": build_model(RUN), "site:liver": build_model(RUN, ["liver-mr"])}
     found = evaluate_cohort(make_task(), models, on_arm=lambda *step: steps.append(step))
     assert steps == [
-        (name, at, 4) for at, name in enumerate(["federated", "site:liver", "statistics", "training-mean"])
+        (name, at, 5) for at, name in enumerate(["federated", "site:liver", "statistics", "tokenizer", "training-mean"])
     ]
     return found
 
@@ -64,6 +64,32 @@ def test_statistics_read_what_is_there_and_the_mean_reads_nothing(result):
     assert result.value("statistics", "brain-mean", "r2") > 0.8
     assert result.value("training-mean", "all") == 0.5
     assert -0.1 < result.value("training-mean", "brain-mean", "r2") <= 0.0
+
+
+def test_the_reference_tokenizer_reads_the_patch_features(result):
+    assert result.value("tokenizer", "disease") > 0.9
+    task = make_task()
+    voxels = RUN.model_copy(update={"model": RUN.model.model_copy(update={"tokenizer": "patch"})})
+    probed = evaluate_cohort(Task(voxels, task.places, task.holdout, INFO), {})
+    assert {score.arm for score in probed.scores} == {"statistics", "training-mean"}
+
+
+def with_few_labels(numbers, draws=2):
+    return RUN.model_copy(update={"probe": RUN.probe.model_copy(update={"few_labels": numbers, "few_draws": draws})})
+
+
+def test_probes_of_few_labels_are_fitted_on_the_same_patients_in_every_arm(result):
+    assert result.few_labels == {}
+    task = make_task()
+    models = {"site:liver": build_model(RUN, ["liver-mr"])}
+    probed = evaluate_cohort(Task(with_few_labels((12, 500)), task.places, task.holdout, INFO), models)
+    assert set(probed.few_labels) == {"site:liver", "statistics", "tokenizer", "training-mean"}
+    few = probed.few_labels["statistics"]
+    assert list(few) == ["auc_12", "auc_500"]
+    assert few["auc_12"] < few["auc_500"]
+    assert few["auc_500"] == pytest.approx(probed.value("statistics"))  # there are 120
+    assert np.isnan(probed.few_labels["site:liver"]["auc_12"])  # too few of twelve hold a liver
+    assert probed.value("statistics") == result.value("statistics")
 
 
 def test_an_arm_without_the_organ_cannot_read_its_label(result):
@@ -108,7 +134,7 @@ def test_an_arm_with_too_few_labelled_subjects_is_left_out_with_a_note():
     few = make_place(4, ["heart-mr"], n=6)
     task = Task(RUN, [task.places[1], few], task.holdout, INFO)
     found = evaluate_cohort(task, {"site:heart": build_model(RUN, ["heart-mr"])}, grid_arms=("site:heart",))
-    assert {score.arm for score in found.scores} == {"statistics", "training-mean"}
+    assert {score.arm for score in found.scores} == {"statistics", "tokenizer", "training-mean"}
     assert found.notes[0].startswith("site:heart: not probed, 6 labelled training subjects")
     assert "site:heart" not in {*found.missing, *found.balance}
 

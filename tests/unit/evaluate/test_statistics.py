@@ -1,8 +1,10 @@
 import numpy as np
+import torch
 
 from panfm.config import StreamConfig
 from panfm.data.store import ImageStore
 from panfm.evaluate.statistics import StatisticsReference, measure_store
+from panfm.models.patch_features import image_features
 
 STREAM = StreamConfig(shape=(4, 4, 4), patch=(2, 2, 2), spacing_mm=(1.0, 1.0, 1.0))
 STREAMS = {"brain-mr": STREAM, "liver-mr": STREAM}
@@ -36,6 +38,15 @@ def test_statistics_by_a_slow_loop():
     for column, expected in slow.items():
         np.testing.assert_allclose(standardised(values[:, column]), standardised(expected), atol=1e-4)
     assert values.shape == (4, 3 + 7 + 3 * 8)
+
+
+def test_patch_features_stand_block_by_block():
+    store = make_store()
+    features = measure_store(store, STREAMS, tokenizer="texture")["brain-mr"]
+    expected = image_features(torch.from_numpy(store.images["brain-mr"]), STREAM, "texture")
+    np.testing.assert_array_equal(features.rows, store.rows["brain-mr"])
+    np.testing.assert_array_equal(features.values, expected.flatten(1).numpy())
+    assert features.values.shape == (4, 6 * 4**3)  # blocks of one voxel
 
 
 def test_absent_streams_become_the_mean_of_the_fit_subjects():

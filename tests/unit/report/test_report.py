@@ -1,6 +1,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -8,7 +9,7 @@ from rich.console import Console
 from panfm.config import RunConfig, StreamConfig, dump_toml
 from panfm.errors import ConfigError, DataError
 from panfm.evaluate.result import ProbeResult, Score, write_result
-from panfm.report.console_tables import number_text, print_tables
+from panfm.report.console_tables import number_text, print_tables, summary
 from panfm.report.report_page import figures, write_report
 from panfm.report.run_files import read_run
 
@@ -83,6 +84,47 @@ def test_tables_show_sites_scores_and_notes(finished):
     assert "<never>: not probed" in text
     assert re.search(r"brain-mr +│ +.800", text)
     assert re.search(r"liver-mr +│ +- +│", text)
+
+
+WITH_SITES = replace(
+    PROBE,
+    scores=(
+        *PROBE.scores,
+        Score("statistics", "all", "auc", 0.65, 0.6, 0.7, 27),
+        Score("site:north", "all", "auc", 0.72, 0.6, 0.8, 27),
+        Score("site:south", "all", "auc", math.nan, math.nan, math.nan, 0),
+    ),
+    few_labels={
+        "federated": {"auc_100": 0.6},
+        "untrained": {"auc_100": 0.55},
+        "statistics": {"auc_100": 0.52},
+        "site:north": {"auc_100": 0.59},
+        "site:south": {"auc_100": math.nan},
+    },
+)
+
+
+def test_two_sentences_say_what_the_federation_gained():
+    assert summary(WITH_SITES) == [
+        "With all labels, the federated model tells diseases of patients it never saw with an AUC of .712: +.062 to "
+        "plain statistics, the better reference, and -.008 to the best site alone, north.",
+        "With labels of 100 patients, the federated model tells diseases of patients it never saw with an AUC of .600: "
+        "+.050 to the untrained model, the better reference, and +.010 to the best site alone, north.",
+    ]
+
+
+def test_nothing_is_said_of_a_gain_that_was_not_measured():
+    assert summary(PROBE) == []  # no site alone
+
+
+def test_few_labels_and_sentences_are_in_tables_and_report(finished):
+    write_result(finished / "probe.json", WITH_SITES)
+    text, page = text_of(read_run(finished)), write_report(read_run(finished)).read_text()
+    assert re.search(r"site:north +│ +.590", text)
+    assert "100 labelled" in page
+    for sentence in summary(WITH_SITES):
+        assert sentence.split(": ")[1] in " ".join(text.split())
+        assert sentence in page
 
 
 def test_a_run_that_has_just_begun_is_reported(folder):

@@ -9,7 +9,7 @@ from rich.console import Console
 from panfm.config import load_run
 from panfm.evaluate.result import read_result
 from simulations.cohorts.prepare import prepare_cohort
-from simulations.harness import QUICKSTART, StudyOptions
+from simulations.harness import TRANSIENT, StudyOptions
 from simulations.simulate import simulate
 from simulations.studies import coding_study as coding
 from simulations.studies import server_optimisers_study as server_optimisers
@@ -93,8 +93,8 @@ def test_pairs_differ_in_seed_and_draw(experiment, monkeypatch):
 
 @pytest.mark.parametrize("arms", [coding.ARMS, server_optimisers.ARMS], ids=["coding", "server-optimisers"])
 def test_arms_are_different_runs(arms):
-    runs = [load_run(QUICKSTART, changes) for changes in arms.values()]
-    assert runs[0] == load_run(QUICKSTART)
+    runs = [load_run(TRANSIENT, changes) for changes in arms.values()]
+    assert runs[0] == load_run(TRANSIENT)
     assert all(run not in runs[:index] for index, run in enumerate(runs))
 
 

@@ -6,7 +6,7 @@ from typer.testing import CliRunner
 
 from panfm.errors import ConfigError
 from simulations.__main__ import app
-from simulations.harness import QUICKSTART, StudyOptions, check_writable, run_jobs
+from simulations.harness import QUICKSTART, TRANSIENT, StudyOptions, check_writable, run_jobs
 from simulations.study_result import StudyResult
 
 
@@ -79,9 +79,10 @@ def test_a_result_path_is_tried_before_the_work(tmp_path):
             check_writable(path)
 
 
-def test_the_quickstart_is_found_from_anywhere(tmp_path, monkeypatch):
+def test_the_runs_of_demo_and_studies_are_found_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert QUICKSTART.is_file()
+    assert TRANSIENT.is_file()
 
 
 @pytest.mark.parametrize(

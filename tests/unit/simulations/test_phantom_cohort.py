@@ -56,7 +56,7 @@ def test_same_description_same_bytes(cohort, tmp_path):
     assert _digest(tmp_path / "again") == _digest(cohort[0])
 
 
-@pytest.mark.parametrize("changes", [{"seed": 8}, {"preset": "lasting"}])
+@pytest.mark.parametrize("changes", [{"seed": 8}, {"preset": "lasting"}, {"preset": "textured"}])
 def test_another_seed_or_preset_changes_the_images(cohort, tmp_path, changes):
     _config(**changes).write(tmp_path / "other", STREAMS)
     image = "holdout/images/holdout-00000_brain-mr.nii.gz"

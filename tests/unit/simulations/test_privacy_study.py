@@ -14,7 +14,7 @@ from panfm.models import build_model
 from panfm.models.warm_start import start_model
 from panfm.privacy.guarantees import NO_CLAIM, claim
 from panfm.privacy.mechanisms import epsilon, planned
-from simulations.harness import QUICKSTART, CohortJob, StudyOptions
+from simulations.harness import TRANSIENT, CohortJob, StudyOptions
 from simulations.studies import privacy_study as privacy
 from simulations.studies._federations import RunJob
 from simulations.studies.privacy_study import ARMS, METRICS, REFERENCES, PublicJob, answers, targets
@@ -25,8 +25,8 @@ NOISE_OF = privacy.noise_of
 
 @pytest.fixture(scope="module")
 def public(tmp_path_factory) -> Path:
-    """The quickstart's model at seed 3, as if it had been trained."""
-    folder, run = tmp_path_factory.mktemp("public"), load_run(QUICKSTART, ["seed=3"])
+    """The model of `transient` at seed 3, as if it had been trained."""
+    folder, run = tmp_path_factory.mktemp("public"), load_run(TRANSIENT, ["seed=3"])
     shared, _ = build_model(run).split_state(run.sharing)
     safetensors.torch.save_file(dict(shared), folder / "model.safetensors")
     (folder / "run.toml").write_text(dump_toml(run))
@@ -89,7 +89,7 @@ def test_arms_differ_in_noise_clipping_and_start_alone(public):
 
 def test_references_are_what_the_arms_start_from(public):
     cold, warm = (start_model(privacy.arm_run(arm, 1, public)).state_dict() for arm in ("cold-8", "warm-8"))
-    first = build_model(load_run(QUICKSTART, ["seed=3"])).state_dict()
+    first = build_model(load_run(TRANSIENT, ["seed=3"])).state_dict()
     assert all(torch.equal(warm[name], value) for name, value in first.items())
     assert not all(torch.equal(cold[name], value) for name, value in first.items())
 

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from panfm.config import load_run
 from panfm.data.store import ImageStore
-from simulations.harness import QUICKSTART, ArmJob
+from simulations.harness import TRANSIENT, ArmJob
 from simulations.studies import sharing_study as sharing
 from simulations.studies.sharing_study import ARMS, show, study_run, targets, train_arm
 from simulations.study_result import StudyResult
@@ -17,7 +17,7 @@ from simulations.study_result import StudyResult
 def test_the_table_fits_80_columns():
     result = StudyResult("sharing", {})
     for arm in ARMS:
-        for metric in (*load_run(QUICKSTART).cohort["sites"], "mean", "all-organs"):
+        for metric in (*load_run(TRANSIENT).cohort["sites"], "mean", "all-organs"):
             result.values[f"{metric}/auc", arm] = [0.561, 0.585]
     console = Console(width=80, soft_wrap=True, file=io.StringIO())
     show(result, console)
