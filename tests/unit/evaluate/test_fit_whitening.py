@@ -7,7 +7,6 @@ from numpy.testing import assert_allclose
 from torch.testing import assert_close
 
 from panfm.config.features import FeaturesConfig
-from panfm.data.store import join_stores
 from panfm.errors import DataError
 from panfm.evaluate.fit_whitening import (
     DifferenceSums,
@@ -18,6 +17,7 @@ from panfm.evaluate.fit_whitening import (
     whitening_of,
 )
 from panfm.models import build_model
+from simulations.cohorts.opened import join_stores
 
 
 def generator(seed=0):

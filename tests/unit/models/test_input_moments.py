@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from panfm.data.store import join_stores
 from panfm.models.input_moments import InputMoments
 from panfm.models.patch_features import image_features, intensities, patch_step, patchify, tokenizer_inputs
+from simulations.cohorts.opened import join_stores
 
 
 def everyone(store):

@@ -36,7 +36,7 @@ clip-norm = 1000.0
 
 def source_of(trainer, store, round_number=1):
     inputs, everyone = trainer.training_inputs(store), np.arange(len(store.subjects))
-    return BatchGradient(trainer, inputs, everyone, site="a", round_number=round_number)
+    return BatchGradient(trainer, trainer.experts, inputs, everyone, site="a", round_number=round_number)
 
 
 def step_output(trainer, store):
