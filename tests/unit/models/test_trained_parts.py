@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from panfm.config import RunConfig, parse_run
+from panfm.config import RunConfig, dump_toml, parse_run
 from panfm.errors import ConfigError
 from panfm.models import build_model, describe_model
 from panfm.models.packing import frozen_manifest, trained_manifest
@@ -76,6 +76,14 @@ def test_the_experts_of_the_last_block_are_trained_with_it_and_others_rest():
     model = build_model(run_of("last-blocks", DEX))
     layers = {name.split(".")[2] for name in model.trained if ".experts." in name or ".director." in name}
     assert layers == {"1"}
+
+
+def test_a_kind_that_needs_no_number_may_stand_alone():
+    short = parse_run(f'{SMALL_RUN}parts = "norms"\n')
+    assert short == run_of("norms")
+    assert parse_run(dump_toml(short)) == short
+    with pytest.raises(ConfigError, match=r"train\.parts\.blocks: missing"):
+        parse_run(f'{SMALL_RUN}parts = "last-blocks"\n')
 
 
 def test_more_blocks_than_there_are_is_told():
