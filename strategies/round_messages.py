@@ -1,6 +1,7 @@
 """Draws the sites of a round and packs their messages; converts Flower's records to plain values and back."""
 
 from collections.abc import Mapping
+from functools import cached_property
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
@@ -9,7 +10,7 @@ from panfm.config.federation import FederationConfig
 from panfm.errors import ProtocolError
 from panfm.seeds import numpy_generator
 from panfm.sharing.coding import Arrays, digests
-from panfm.sharing.groups import Flat
+from panfm.sharing.groups import Flat, has_group
 from panfm.sharing.messages import (
     Handshake,
     Records,
@@ -67,7 +68,7 @@ class Downlink:
         self._whole = {group: (array, view_array(array).nbytes) for group, array in groups.items()}
         self._step = _packed(memory.step)
         self._teacher = _packed({teacher_name(group): flat for group, flat in teacher.items()})
-        self._frozen = _packed({frozen_name(group): flat for group, flat in (frozen or {}).items()})
+        self._frozen = frozen or {}
         self._frozen_holders = frozenset(memory.frozen_holders)
         self._digests = digests({group: view_array(array) for group, array in groups.items()}) if memory.holders else {}
 
@@ -75,8 +76,13 @@ class Downlink:
         """Content of the message to one site, with the groups it trains."""
         is_holder = handshake.site in self._holders
         arrays = (self._step if is_holder else self._whole) | self._teacher
-        arrays |= {} if handshake.site in self._frozen_holders else self._frozen
         sent = {name: packed for name, packed in arrays.items() if name.partition("/")[0] in handshake.group_hashes}
+        if handshake.site not in self._frozen_holders:
+            sent |= {
+                frozen_name(group): packed
+                for group, packed in self._packed_frozen.items()
+                if has_group(handshake.group_hashes, group)
+            }
         for name, (_, size) in sent.items():
             group = name.partition("/")[0]
             self.bytes[group] = self.bytes.get(group, 0) + size
@@ -84,6 +90,11 @@ class Downlink:
             words = digest_words({group: self._digests[group] for group in handshake.group_hashes})
             config = ConfigRecord({**config, **words})
         return RecordDict({"arrays": ArrayRecord({name: array for name, (array, _) in sent.items()}), "config": config})
+
+    @cached_property
+    def _packed_frozen(self) -> dict[str, tuple[Array, int]]:
+        """Packed when the first site that lacks it is asked: in most rounds none does."""
+        return _packed(self._frozen)
 
 
 def _packed(arrays: Arrays) -> dict[str, tuple[Array, int]]:

@@ -31,6 +31,7 @@ def show(
         typer.echo(f"{key} = {toml_value(value)}")
     typer.echo("[streams.<name>]  # another patch is possible: the kernel is then resized")
     typer.echo(f"patch = {patch}\nchannels = {channels}  # or 1")
+    typer.echo('[train]\nparts = { kind = "last-blocks", blocks = 2 }  # or another part, or "all"')
     typer.echo(f'[start]\nmodel = "{path}"')
     if public.normalisation is None:
         typer.echo('normalisation = "imagenet"  # or "half" or "none": these weights do not tell')

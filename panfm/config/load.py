@@ -24,8 +24,8 @@ def load_run(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
     """Read a run description and apply `key.sub-key=value` overrides.
 
     Raises:
-        ConfigError: the file is absent or not TOML, a key is unknown, a value is out of range, or a model to start from
-            cannot be read.
+        ConfigError: the file is absent or not TOML, a key is unknown, a value is out of range, a model to start from
+            cannot be read, or the run starts from public weights and does not say which part it trains.
     """
     run = _with_start_hash(_validate(RunConfig, _override(_read(path), overrides), str(path)))
     check_text(dump_toml(run), f"{path}: with all defaults")
@@ -88,6 +88,8 @@ def _with_start_hash(run: RunConfig) -> RunConfig:
             f"start.model: {path} cannot be read ({error.strerror}), expected a model's weights"
         ) from error
     known = {"sha256": digest, "public": is_public(Path(run.start.model))}
+    if known["public"] and "parts" not in run.train.model_fields_set:
+        raise ConfigError('train.parts: missing, expected the part of public weights to train, e.g. { kind = "norms" }')
     return run.model_copy(update={"start": run.start.model_copy(update=known)})
 
 

@@ -12,9 +12,9 @@
 Tokenizers are trained by `all` alone, and their vectors by `vectors`.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from panfm.config.base import Config
 
@@ -48,4 +48,11 @@ class LoraConfig(Config):
     noise is not multiplied with noise; private runs need it."""
 
 
-PartsConfig = Annotated[PlainPartsConfig | BlockPartsConfig | LoraConfig, Field(discriminator="kind")]
+def _of_kind(value: Any) -> Any:
+    return {"kind": value} if isinstance(value, str) else value
+
+
+PartsConfig = Annotated[
+    PlainPartsConfig | BlockPartsConfig | LoraConfig, Field(discriminator="kind"), BeforeValidator(_of_kind)
+]
+"""A table; or its kind alone, where that needs no number."""

@@ -53,13 +53,20 @@ def is_lora(name: str) -> bool:
 
 
 def fit_lora(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Add the low-rank additions of a trained model to its weights, W + B A, where a model of other names has none."""
+    """Add the low-rank additions of a trained model to its weights, W + B A, where a model of other names has none;
+    factors that do not fit a weight stay as they are."""
     fitted = dict(state)
     for name in [name for name in state if name.endswith(_A) and name not in expected]:
         layer = name.removesuffix(_A)
-        if {layer + _B, f"{layer}.weight"} <= state.keys():
-            addition = fitted.pop(layer + _B) @ fitted.pop(name)
-            fitted[f"{layer}.weight"] = fitted[f"{layer}.weight"] + addition
+        a, b, weight = state[name], state.get(layer + _B), state.get(f"{layer}.weight")
+        if (
+            b is None
+            or weight is None
+            or (*b.shape, *a.shape) != (len(weight), len(a), *a.shape[:1], *weight.shape[1:])
+        ):
+            continue
+        fitted[f"{layer}.weight"] = weight + b @ a
+        del fitted[name], fitted[layer + _B]
     return fitted
 
 

@@ -26,7 +26,7 @@ Rotation = tuple[Tensor, Tensor]
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     """Turn queries or keys [B, H, L, d]: numbers i and i + d / 2 as a pair (arXiv 2104.09864)."""
-    cosine, sine = rotation
+    cosine, sine = (part.to(x.dtype) for part in rotation)
     first, second = x.chunk(2, dim=-1)
     return x * cosine + torch.cat([-second, first], dim=-1) * sine
 

@@ -18,7 +18,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol, Self, TypeVar
 
@@ -60,6 +60,11 @@ def stream_group(stream: str) -> str:
 def stream_of(group: str) -> str | None:
     """The stream of a `stream:<s>` group; None for any other group."""
     return group.removeprefix(_STREAM) if group.startswith(_STREAM) else None
+
+
+def has_group(trained: Collection[str], group: str) -> bool:
+    """Whether a site's model has a group, given the groups that the site trains: all but those of streams it lacks."""
+    return group in trained or stream_of(group) is None
 
 
 def layer_of(name: str) -> str:

@@ -14,6 +14,7 @@ from panfm.models import build_model
 from panfm.models.packing import frozen_manifest, trained_manifest
 from panfm.privacy.guarantees import checked_run
 from panfm.sharing.frames import Frame, Kind, encode
+from panfm.sharing.groups import has_group
 from panfm.sharing.messages import Handshake, Invitation, RoundReply, RoundTask
 from panfm.site.admission import check_floors, check_sizes
 from panfm.site.budget import with_public_subjects
@@ -82,7 +83,7 @@ def _first_task(run: RunConfig, handshake: Handshake) -> RoundTask:
     model = build_model(run)
     tensors = {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
     groups, frozen = (
-        {name: flat for name, flat in manifest.pack_all(tensors).items() if name in handshake.group_hashes}
+        {name: flat for name, flat in manifest.pack_all(tensors).items() if has_group(handshake.group_hashes, name)}
         for manifest in (trained_manifest(model, run.sharing), frozen_manifest(model, run.sharing))
     )
     return RoundTask("dry-run", 1, dump_toml(run), groups, frozen=frozen)

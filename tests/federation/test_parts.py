@@ -136,3 +136,20 @@ def test_a_public_start_reaches_the_sites_and_its_additions_the_next_run(federat
     assert f"{name}.lora_a" not in merged
     wanted = after[f"{name}.weight"] + after[f"{name}.lora_b"] @ after[f"{name}.lora_a"]
     np.testing.assert_allclose(merged[f"{name}.weight"], wanted, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experts", ["private", "pooled"])
+def test_directors_and_experts_that_are_not_trained_keep_their_bits(federation, experts):
+    dex = ("model.backbone=director-experts", "model.experts.count=2", "model.experts.active=1")
+    folder = federation.run("dex", "train.parts=norms", *dex, f"sharing.experts={experts}", "train.rounds=2")
+    run = RunFolder.resume(folder).run
+    model, after = build_model(run), tensors(folder)
+    assert all(len(line["sites"]) == 3 for line in rounds(folder))
+    for name, value in after.items():
+        assert np.array_equal(value, model.state_dict()[name]) == (name not in model.trained), name
+    assert any(".director." in name for name in after)
+    assert any(".experts." in name for name in after) == (experts == "pooled")
+    trained = federation.run("last", LAST, *dex, f"sharing.experts={experts}", "train.rounds=2")
+    moved = {name for name, value in tensors(trained).items() if not np.array_equal(value, model.state_dict()[name])}
+    assert {name.split(".")[2] for name in moved if ".director." in name} == {"1"}

@@ -3,10 +3,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from panfm.cli import main
-from panfm.config import load_site
+from panfm.config import load_run, load_site
+from panfm.models.warm_start import read_start
+from tests.unit.models.test_public_weights import random_dinov2
 
 ROOT = Path(__file__).parents[2]
 RUN = """
@@ -128,3 +131,35 @@ def test_a_slip_in_a_noted_end_is_not_called_tampering(tmp_path, command, noted)
     result = panfm(*command.split(), folder, "--noted", noted)
     assert result.exit_code == 1
     assert result.stderr.startswith(f"--noted '{noted}': expected the 64 characters 0-9 and a-f")
+
+
+def test_weights_show_prints_a_description_that_fits(tmp_path):
+    torch.save(random_dinov2(), tmp_path / "w.pth")
+    shown = panfm("weights", "show", tmp_path / "w.pth").output
+    assert "# dinov2: 48 wide, 2 blocks, 3 channels, positions learned on 4 x 4 patches" in shown
+    text = f'name = "shown"\norgans = ["eye"]\n{shown}'.replace("streams.<name>", "streams.eye-fundus")
+    text = text.replace("patch = [8, 8]", "shape = [32, 32]\npatch = [8, 8]")
+    (tmp_path / "run.toml").write_text(text)
+    read_start(load_run(tmp_path / "run.toml"))
+    plain = {name: value for name, value in random_dinov2().items() if ".ls" not in name}
+    torch.save(plain, tmp_path / "w.pth")
+    assert 'normalisation = "imagenet"' in panfm("weights", "show", tmp_path / "w.pth").output
+    assert panfm("weights", "show", tmp_path / "none.pth").output == (
+        f"start.model: {tmp_path}/none.pth cannot be read (No such file or directory)\n"
+    )
+
+
+def test_weights_fetch_without_a_network_is_one_line(tmp_path, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+
+    def nowhere(*_, **__):
+        raise hub.errors.LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr(hub, "snapshot_download", nowhere)
+    result = panfm("weights", "fetch", "facebook/dinov2-small", "--out", tmp_path / "new")
+    assert (result.exit_code, result.output) == (
+        1,
+        "facebook/dinov2-small: no way to huggingface.co; bring config.json, preprocessor_config.json, "
+        "model.safetensors into a folder\n",
+    )
+    assert panfm("weights", "fetch", "a/b", "--out", tmp_path).output == f"{tmp_path}: exists, expected a new folder\n"

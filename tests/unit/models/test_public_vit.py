@@ -22,6 +22,8 @@ size = "small"
 tokenizer = "patch"
 positions = "learned"
 layer-scale = true
+[train]
+parts = "norms"
 [start]
 """
 _LAST_NORM = "/backbone/layernorm/Add_1_output_0"

@@ -10,7 +10,7 @@ import torch
 
 from panfm.config import load_run
 from panfm.data.store import Batch
-from panfm.errors import DataError
+from panfm.errors import ConfigError, DataError
 from panfm.models import build_model
 from panfm.models.public_weights import read_public
 from panfm.models.warm_start import start_model
@@ -44,6 +44,8 @@ organs = ["eye", "brain"]
 [streams]
 eye-fundus = { shape = [32, 32], patch = [8, 8], channels = 3 }
 eye-oct = { shape = [48, 40], patch = [8, 8] }
+[train]
+parts = "all"
 [model]
 tokenizer = "patch"
 """
@@ -256,6 +258,12 @@ def test_a_model_that_does_not_fit_is_told_what_to_set(tmp_path, start):
     torch.save(random_dinov2(width=40), tmp_path / "w.pth")
     with pytest.raises(DataError, match=r"an encoder of 40 x 2, expected width x depth x heads of nano 48 x 2 x 3"):
         start_model(start(tmp_path / "w.pth", FIELDS["dinov2"]))
+
+
+def test_which_part_of_public_weights_is_trained_must_be_said(tmp_path, start):
+    torch.save(random_dinov2(), tmp_path / "w.pth")
+    with pytest.raises(ConfigError, match=r"^train\.parts: missing, expected the part of public weights to train"):
+        start(tmp_path / "w.pth", FIELDS["dinov2"], run=RUN.replace('parts = "all"', ""))
 
 
 def test_plain_timm_needs_its_pixels_declared(tmp_path, start):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from panfm.config import RunConfig, parse_run
+from panfm.config import RunConfig, dump_toml, parse_run
 from panfm.errors import ConfigError
 from panfm.models import build_model, describe_model
 from panfm.models.packing import frozen_manifest, trained_manifest
@@ -78,6 +78,14 @@ def test_the_experts_of_the_last_block_are_trained_with_it_and_others_rest():
     assert layers == {"1"}
 
 
+def test_a_kind_that_needs_no_number_may_stand_alone():
+    short = parse_run(f'{SMALL_RUN}parts = "norms"\n')
+    assert short == run_of("norms")
+    assert parse_run(dump_toml(short)) == short
+    with pytest.raises(ConfigError, match=r"train\.parts\.blocks: missing"):
+        parse_run(f'{SMALL_RUN}parts = "last-blocks"\n')
+
+
 def test_more_blocks_than_there_are_is_told():
     run = parse_run(f'{SMALL_RUN}parts = {{ kind = "last-blocks", blocks = 3 }}\n')
     with pytest.raises(ConfigError, match=r"^train\.parts\.blocks: 3, the model has 2$"):
@@ -115,6 +123,8 @@ def test_low_rank_additions_start_at_nothing_and_can_be_added_to_the_weights(mak
     plain.load_state_dict(fit_lora(lora.state_dict(), plain.state_dict()))
     torch.testing.assert_close(plain.embed(batch), lora.embed(batch))
     assert fit_lora(lora.state_dict(), lora.state_dict()).keys() == lora.state_dict().keys()
+    torn = lora.state_dict() | {"backbone.blocks.1.attention.qkv.lora_b": torch.zeros(144, 3)}
+    assert "backbone.blocks.1.attention.qkv.lora_a" in fit_lora(torn, plain.state_dict())
 
 
 def test_layers_are_counted_from_the_heads_down():

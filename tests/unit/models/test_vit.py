@@ -4,9 +4,13 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from panfm.config import parse_run
 from panfm.config.model import ModelConfig
+from panfm.errors import ConfigError
+from panfm.models import describe_model
 from panfm.models.tokens import pack
-from panfm.models.vit import VisionTransformer
+from panfm.models.vit import VisionTransformer, rotate
+from tests.conftest import SMALL_RUN
 
 STREAM_OF_PATCH = torch.tensor([0, 0, 1, 1, 1, 2])
 
@@ -25,7 +29,8 @@ def layout():
 def slow_saliency(backbone, tokens, layout, kind):
     """One subject at a time, full attention matrices, no padding."""
     inputs = [tokens[b][layout.valid[b]] for b in range(len(tokens))]
-    streams = [torch.cat([backbone.cls[None], x])[None] for x in inputs]
+    registers = [] if backbone.registers is None else [backbone.registers]
+    streams = [torch.cat([backbone.cls[None], x, *registers])[None] for x in inputs]
     scores = [torch.zeros(len(x)) for x in inputs]
     for block in backbone.blocks:
         attention, values = [], []
@@ -34,7 +39,8 @@ def slow_saliency(backbone, tokens, layout, kind):
             attention.append((q @ k.transpose(-1, -2) / 2.0).softmax(-1)[:, 0])
             values.append(v[:, 1:])
         for b in range(len(inputs)):
-            row = attention[b][:, 1:] / attention[b][:, 1:].sum(-1, keepdim=True)
+            row = attention[b][:, 1 : 1 + len(inputs[b])]
+            row = row / row.sum(-1, keepdim=True)
             if kind == "attention":
                 scores[b] = row.sum(0)
                 continue
@@ -106,3 +112,39 @@ def test_last_layers_are_the_last_blocks_and_the_norm(backbone):
     first, second = backbone.blocks
     assert backbone.last_layers(1) == [second, backbone.norm]
     assert backbone.last_layers(2) == [first, second, backbone.norm]
+
+
+@pytest.mark.parametrize("kind", ["attention", "value"])
+@torch.no_grad()
+def test_registers_are_attended_to_and_take_no_share_of_saliency(layout, kind):
+    torch.manual_seed(0)
+    backbone = VisionTransformer(12, 2, 3, ModelConfig(registers=2))
+    backbone.registers.normal_()
+    tokens = torch.randn(3, layout.patch_index.shape[1], 12, generator=torch.Generator().manual_seed(1))
+    encoded = backbone(tokens, layout, saliency=kind, keep_blocks=True)
+    assert encoded.tokens.shape == encoded.blocks[0].shape == tokens.shape
+    for b, expected in enumerate(slow_saliency(backbone, tokens, layout, kind)):
+        assert_close(encoded.saliency[b][layout.valid[b]], expected, atol=1e-5, rtol=1e-4)
+    before = encoded.cls
+    backbone.registers.neg_()
+    assert not torch.allclose(backbone(tokens, layout).cls, before)
+
+
+@torch.no_grad()
+def test_rotary_attention_depends_on_places_by_their_differences_alone():
+    """Turning all patches by the same angles changes nothing but how CLS and registers, which stay, look at them."""
+    x = torch.randn(1, 3, 5, 8, generator=torch.Generator().manual_seed(0))
+    angles = torch.rand(5, 4, generator=torch.Generator().manual_seed(1)).tile(2)
+
+    def products(moved):
+        turned = rotate(x, ((angles + moved).cos(), (angles + moved).sin()))
+        return turned @ turned.transpose(-1, -2)
+
+    assert_close(products(torch.zeros(8)), products(torch.tensor([0.3, -1.0, 2.0, 0.1]).tile(2)))
+    assert not torch.allclose(products(torch.zeros(8)), x @ x.transpose(-1, -2))
+
+
+def test_rotary_positions_are_for_images():
+    run = parse_run(f'{SMALL_RUN}[model]\npositions = "rotary"\n')
+    with pytest.raises(ConfigError, match=r'^model\.positions: "rotary" is for images, brain-mr has volumes$'):
+        describe_model(run)

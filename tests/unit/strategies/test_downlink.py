@@ -51,6 +51,16 @@ def test_the_teacher_goes_to_all_and_is_counted(arrays):
     assert downlink.bytes == {"backbone": 8 + 4 + 32 + 32 + 32}
 
 
+def test_what_is_frozen_goes_once_to_sites_that_have_its_group(arrays):
+    """Also a group of which nothing is trained, such as the directors of a run that trains norms."""
+    frozen = GROUPS | {"director": np.ones(3, np.float32)}
+    downlink = Downlink(arrays, Memory(frozen_holders=("a",)), teacher={}, frozen=frozen)
+    assert sent(downlink, shaken("a", "backbone"))[0].keys() == {"backbone"}
+    assert downlink.bytes == {"backbone": 32}
+    assert sent(downlink, shaken("b", "backbone"))[0].keys() == {"backbone", "backbone/frozen", "director/frozen"}
+    assert downlink.bytes == {"backbone": 3 * 32, "director": 12}
+
+
 def test_messages_share_their_arrays(arrays):
     downlink = Downlink(arrays, Memory(), teacher={})
     one, other = (downlink.content(shaken(site, "backbone"), ConfigRecord()) for site in "ab")
