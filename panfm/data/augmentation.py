@@ -46,12 +46,20 @@ class Augmentation:
 
     @torch.no_grad()
     def vary(self, batch: Batch, generators: Sequence[torch.Generator]) -> Batch:
-        """Draw one view of a batch of images; `generators` has one for each of its subjects, on the CPU."""
+        """Draw one view of a batch of images.
+
+        Args:
+            generators: One for each of its subjects, on the CPU.
+        Raises:
+            ValueError: images of another shape than their stream's, such as patch features.
+        """
         drawn = torch.stack([torch.rand(len(self._streams), sum(_DRAWS.values()), generator=one) for one in generators])
         images = {}
         for index, (name, (stream, strengths)) in enumerate(self._streams.items()):
             if name in batch.images:
                 own, rows = batch.images[name], batch.rows[name].cpu()
+                if own.shape[2:] != stream.shape:
+                    raise ValueError(f"stream {name}: found {tuple(own.shape[2:])}, expected images of {stream.shape}")
                 draws = _named(drawn[rows, index].to(own.device))
                 varied = _varied_intensities(_moved(own, stream, strengths, draws), strengths, draws)
                 images[name] = _noisy(varied, strengths, draws, [generators[row] for row in rows.tolist()])

@@ -139,7 +139,12 @@ class Attacked:
     def __init__(self, model: PanModel, run: RunConfig, stores: Sequence[ImageStore]) -> None:
         self.privacy = run.patient_dp or _PLAIN
         one_step = run.train.model_copy(update={"weight_decay": 0.0, "proximal_mu": 0.0, "rounds": 1, "local_steps": 1})
-        self.run = run.model_copy(update={"patient_dp": self.privacy, "train": one_step})
+        changed = {
+            "patient_dp": self.privacy,
+            "train": one_step,
+            "augment": None,
+        }  # images as they are: easiest to find
+        self.run = run.model_copy(update=changed)
         self.trainer = Trainer(self.run, model.stream_names)
         self.trainer.model.load_state_dict(model.state_dict())
         self.trainer.reset_private()

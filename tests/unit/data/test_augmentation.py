@@ -161,6 +161,12 @@ def test_a_subject_is_varied_alike_whoever_else_is_in_the_batch():
     assert_close(again.images["skin-photo"][0], varied.images["skin-photo"][1], atol=1e-6, rtol=0.0)
 
 
+def test_patch_features_are_not_taken_for_images():
+    features = Batch(1, {"skin-photo": torch.zeros(1, 9, 4, 4)}, {"skin-photo": torch.tensor([0])})
+    with pytest.raises(ValueError, match="skin-photo"):
+        augmentation().vary(features, generators(0))
+
+
 def test_the_generators_decide_and_go_on():
     """The same seed gives the same bits; a second view differs from the first."""
     one = generators(1, 2, 3)

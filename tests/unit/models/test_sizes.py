@@ -43,6 +43,20 @@ def test_tokens_and_activations(make_run):
     assert sizes_of(run).step_bytes == 4 * (3 * patient + 8 * sizes_of(run).parameters + moments)
 
 
+def test_each_view_of_a_patient_counts(make_run):
+    def per_patient(objective):
+        run = make_run(f'[masking]\nratio = 0.5\n[objective]\nname = "{objective}"\n[augment]\n')
+        sizes = (1, 2)
+        trains = (run.train.model_copy(update={"batch_size": size}) for size in sizes)
+        one, two = (step_bytes(run.model_copy(update={"train": train})) for train in trains)
+        return two - one
+
+    block = 10 * 48 + 2 * 4 * 48 + 2 * 48
+    view = (0.5 * 11 + 1 + 3) * 2 * block + 11 * (block + 2 * 48 + 8 * 48)
+    assert per_patient("view-regression") == 4 * 2 * view
+    assert per_patient("latent") == 4 * view
+
+
 @pytest.mark.parametrize("active", [1, 8])
 def test_experts_that_are_active_count_in_the_teacher_too(make_run, active):
     """Nearly all is hidden, so that little is left to the student."""
