@@ -71,10 +71,10 @@ def audit_membership(
     from panfm.models import build_model
     from panfm.privacy.audit_membership import Place, audit_membership
 
-    network, run = load_model(model)
+    network, run = load_model(model, whitened=False)
     if run.start and not before:
         raise DataError(f"{model}: was started from another model, expected its folder as --before")
-    start = load_model(before)[0] if before else build_model(run)
+    start = load_model(before, whitened=False)[0] if before else build_model(run)
     places = [Place.of(store) for store in open_stores(sites, run.streams)]
     attack = audit_membership(run, start.state_dict(), network.state_dict(), places, masks=masks)
     _write_json(json, asdict(attack))
@@ -101,7 +101,7 @@ def audit_inversion(
     from panfm.evaluate.embed import load_model
     from panfm.privacy.audit_inversion import audit_inversion
 
-    network, run = load_model(model)
+    network, run = load_model(model, whitened=False)
     scenarios = audit_inversion(network, run, open_stores(sites, run.streams), patients=patients)
     _write_json(json, [asdict(scenario) for scenario in scenarios])
     _print_inversion(scenarios)

@@ -147,11 +147,11 @@ def load_model(
 
     Args:
         pooling: How embeddings are read off the model, instead of as the run says; they are then not whitened.
-        whitened: Whether the model gets the whitening that lies in its folder, if there is one.
+        whitened: Whether the model gets the whitening of its folder, where there is one or the run asks for one.
     Raises:
         ConfigError: `run.toml` is absent or does not hold, the model does not have the pooling's layers, or its
             whitening was fitted under another pooling.
-        DataError: the weights are absent or unreadable, or do not fit the run's model.
+        DataError: the weights or the whitening are absent or unreadable, or do not fit the run's model.
     """
     run, path = load_run(folder / "run.toml"), folder / "model.safetensors"
     if pooling is not None:
@@ -169,4 +169,8 @@ def load_model(
     if pooling is None and whitened:
         text, streams = run.features.pooling_text, len(model.stream_names)
         model.whitening = read_whitening(folder, streams=streams, size=model.embedding_size, pooling=text)
+        if run.features.whitening and model.whitening is None:
+            raise DataError(
+                f"{folder}: holds no whitening, which run.toml asks for, expected: panfm whiten {folder} SITE"
+            )
     return model, run

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from panfm.errors import DataError, needs_extra
+from panfm.evaluate.label_sums import PENALTIES
 from panfm.evaluate.scores import Floats, auc, r2
 from panfm.seeds import numpy_generator
 
@@ -31,7 +32,6 @@ Features = NDArray[np.floating]
 MIN_SUBJECTS = 10
 """Fewer subjects than this tell nothing; a probe is refused."""
 _INVERSE_PENALTIES = (0.001, 0.01, 0.1, 1.0)
-_RIDGE_PENALTIES = np.logspace(-1, 5, 13)
 _NEWTON_UP_TO = 128
 """Features up to which Newton's method is the faster solver; both find the same optimum."""
 
@@ -93,7 +93,7 @@ def fit_regressors(features: Features, targets: Floats, names: Sequence[str]) ->
         known = np.isfinite(targets[:, column])
         centre, scale = targets[known, column].mean(), targets[known, column].std() or 1.0
         with threadpool_limits(limits=1):
-            ridge = RidgeCV(alphas=_RIDGE_PENALTIES).fit(standard[known], (targets[known, column] - centre) / scale)
+            ridge = RidgeCV(alphas=PENALTIES).fit(standard[known], (targets[known, column] - centre) / scale)
         weights[:, column], bias[column] = ridge.coef_ * scale, ridge.intercept_ * scale + centre
     notes = [f"{name}: not probed, known for fewer than {MIN_SUBJECTS} fit subjects" for name in _others(names, usable)]
     return LinearProbe(scaler.mean_, scaler.scale_, weights, bias, tuple(notes))

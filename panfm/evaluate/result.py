@@ -39,7 +39,7 @@ class Score:
     """One score of one arm, with its interval."""
 
     arm: str
-    """federated, site:<name>, untrained, statistics, ..."""
+    """federated, site:<name>, untrained, statistics, federated-probe, local-probe, ..."""
     group: str
     metric: str
     value: float

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
-import safetensors
 import safetensors.torch
 import torch
 from safetensors import SafetensorError

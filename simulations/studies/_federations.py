@@ -76,7 +76,7 @@ def federate(run: RunConfig, cohort: Path) -> Federated:
 
 def outcome(folder: RunFolder) -> Federated:
     """Read the outcome of a federation off its run folder."""
-    return Federated(load_model(folder.path / "model")[0], folder.rounds())
+    return Federated(load_model(folder.path / "model", whitened=False)[0], folder.rounds())
 
 
 def compare(name: str, experiment: Path, arms: Arms, options: StudyOptions) -> StudyResult:

@@ -48,7 +48,7 @@ def test_each_view_of_a_patient_counts(make_run):
         run = make_run(f'[masking]\nratio = 0.5\n[objective]\nname = "{objective}"\n[augment]\n')
         sizes = (1, 2)
         trains = (run.train.model_copy(update={"batch_size": size}) for size in sizes)
-        one, two = (step_bytes(run.model_copy(update={"train": train})) for train in trains)
+        one, two = (sizes_of(run.model_copy(update={"train": train})).step_bytes for train in trains)
         return two - one
 
     block = 10 * 48 + 2 * 4 * 48 + 2 * 48

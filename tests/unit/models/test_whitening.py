@@ -89,6 +89,12 @@ def test_a_model_is_read_with_its_whitening(folder, make_run, make_store):
         whitened = load_model(folder)[0].eval().embed(store.batch(np.arange(12)))
         again = load_model(folder, whitened=False)[0].eval().embed(store.batch(np.arange(12)))
         other = load_model(folder, run.features)[0].eval().embed(store.batch(np.arange(12)))
+    (folder / "metadata.json").write_text("{}")
+    (folder / FILE).unlink()
+    wanting = run.model_copy(update={"features": run.features.model_copy(update={"whitening": True})})
+    (folder / "run.toml").write_text(dump_toml(wanting))
+    with pytest.raises(DataError, match=r"holds no whitening, which run\.toml asks for, expected: panfm whiten"):
+        load_model(folder)
     assert torch.equal(again, plain)
     assert torch.equal(other, plain)
     assert not torch.allclose(whitened, plain)
