@@ -56,7 +56,7 @@ ORDINARY = {
     "masking.ratio": [0.01, 0.3, 0.6, 0.99],
     "masking.static-organs": [["eye"]],
     "model.backbone": ["dense", "director-experts"],
-    "model.tokenizer": ["statistics", "patch"],
+    "model.tokenizer": ["statistics", "texture", "patch"],
     "model.hidden-multiple": [1, 2],
     "model.experts.count": [1, 3, [2, 4]],
     "model.experts.active": [1, 2],

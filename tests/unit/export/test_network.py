@@ -34,7 +34,7 @@ def test_a_batch_holds_what_is_present_by_hand(make_run):
     assert {name: image.flatten().tolist() for name, image in batch.images.items()} == {"a": [0, 1], "b": [11, 12]}
 
 
-@pytest.mark.parametrize("tokenizer", ["statistics", "patch"])
+@pytest.mark.parametrize("tokenizer", ["statistics", "texture", "patch"])
 @pytest.mark.parametrize("backbone", ["", DEX])
 @pytest.mark.parametrize("streams", [("brain-mr", "heart-ct", "eye-fundus"), ("eye-fundus", "brain-mr"), ("heart-ct",)])
 def test_the_network_embeds_as_the_model(make_run, backbone, tokenizer, streams):

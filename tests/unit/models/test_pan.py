@@ -16,7 +16,7 @@ STREAMS = ("brain-mr", "heart-ct", "eye-fundus")
 SUBSETS = [subset for size in (1, 2, 3) for subset in itertools.combinations(STREAMS, size)]
 
 
-@pytest.fixture(params=["statistics", "patch"])
+@pytest.fixture(params=["statistics", "texture", "patch"])
 def run(request, make_run):
     return make_run(f'[model]\ntokenizer = "{request.param}"\n')
 

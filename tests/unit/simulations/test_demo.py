@@ -1,4 +1,6 @@
+import contextlib
 import io
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -34,6 +36,26 @@ def test_scores_of_a_probe_are_by_arm_and_metric():
     grid = {"auc": 0.7, "auc_missing_1": 0.65, "auc_drop_heart": 0.1, "auc_no_dominant": 0.5}
     probe = ProbeResult((), {"federated": grid}, {}, {}, few_labels={"federated": {"auc_100": 0.6}})
     assert scores(probe) == {"federated": {"auc": 0.7, "auc_missing_1": 0.65, "auc_100": 0.6}}
+
+
+def test_a_job_is_the_demo_with_its_seeds(monkeypatch):
+    """Cohort, federation and probes are those of the job's run; organs are taken away in every arm."""
+    seen = []
+
+    @contextlib.contextmanager
+    def federated(run, cohort):
+        seen.append((run.seed, run.cohort["seed"], cohort))
+        yield SimpleNamespace(path="run folder")
+
+    def probe_run(run, cohort, folder, console, *, with_all_grids):
+        assert (cohort, folder, with_all_grids) == ("cohort 4", "run folder", True)
+        return ProbeResult((), {"federated": {"auc": 0.7}}, {}, {}, few_labels={"federated": {"auc_100": 0.6}})
+
+    monkeypatch.setattr(demo, "prepare_cohort", lambda run, console: f"cohort {run.cohort['seed']}")
+    monkeypatch.setattr(demo, "federated", federated)
+    monkeypatch.setattr(demo, "probe_run", probe_run)
+    assert demo.measure(DemoJob(4, 5)) == {"federated/auc": 0.7, "federated/auc_100": 0.6}
+    assert seen == [(5, 4, "cohort 4")]
 
 
 def test_the_best_site_is_the_best_in_each_metric():
