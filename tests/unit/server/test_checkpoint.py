@@ -58,7 +58,7 @@ def test_the_memory_of_the_strategy_comes_back(tmp_path):
     kept = {"backbone": np.array([-0.0, 1e-9], np.float32)}
     norms = {"backbone": {"a": ((1, 0.1), (2, 1 / 3))}, "stream:a-mr": {}}
     votes = {"backbone": np.array([3, -128], np.int8), "stream:a-mr": np.array([300], np.int16)}
-    memory = Memory(norms, slots, step, kept, ("a", "b"), kept, votes)
+    memory = Memory(norms, slots, step, kept, holders=("a", "b"), average=kept, votes=votes)
     memory.cosines, memory.voters = {"backbone": {"a": 0.1, "b": -1 / 3}}, {"backbone": ("a", "b")}
     save_state(tmp_path, replace(state(1), memory=memory))
     back = load_latest(tmp_path)
