@@ -18,8 +18,6 @@ import itertools
 from collections.abc import Mapping, Sequence
 
 import torch
-from monai.networks.layers.convutils import gaussian_1d
-from monai.networks.layers.simplelayers import separable_filtering
 from torch import Tensor
 from torch.nn import functional
 
@@ -108,6 +106,15 @@ def _rotation(angles: Tensor, axes: int) -> Tensor:
     return turned
 
 
+def _blurred(images: Tensor) -> Tensor:
+    """Blur images [P, C, *shape] by a Gaussian of standard deviation 1 voxel, cut off at 2."""
+    from monai.networks.layers.convutils import gaussian_1d  # a second to import, so only where images are varied
+    from monai.networks.layers.simplelayers import separable_filtering
+
+    kernel = gaussian_1d(torch.tensor(1.0, device=images.device), truncated=2.0, normalize=True)
+    return separable_filtering(images, [kernel] * len(images.shape[2:]), mode="reflect")
+
+
 def _varied_intensities(images: Tensor, strengths: Strengths, draws: Mapping[str, Tensor]) -> Tensor:
     """Blur, bias field, gamma, contrast and brightness of images [P, C, *shape]."""
 
@@ -116,8 +123,7 @@ def _varied_intensities(images: Tensor, strengths: Strengths, draws: Mapping[str
 
     if strengths.blur:
         share = strengths.blur * draws["blur"].reshape(-1, *(1,) * (images.dim() - 1))
-        kernel = gaussian_1d(torch.tensor(1.0, device=images.device), truncated=2.0, normalize=True)
-        images = images.lerp(separable_filtering(images, [kernel] * len(images.shape[2:]), mode="reflect"), share)
+        images = images.lerp(_blurred(images), share)
     if strengths.bias_field:
         images = images * _field(strengths.bias_field * _signed(draws["field"]), images.shape[2:])
     if strengths.gamma:
