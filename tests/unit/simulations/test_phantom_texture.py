@@ -85,7 +85,7 @@ def test_few_patients_are_complete():
     assert 0.0 < subjects.scanned.all(axis=1).mean() < 0.15
     weak = [DEFAULT_ORGANS.index(organ) for organ in ("brain", "kidney", "spleen", "pancreas")]
     assert 0.4 < subjects.scanned[:, weak].mean() < 0.75
-    assert PRESETS["textured"].amplitude["pancreas"] <= 0.5 * PRESETS["textured"].amplitude["heart"]
+    assert PRESETS["textured"].amplitude["pancreas"] < 0.7 * PRESETS["textured"].amplitude["heart"]
 
 
 @pytest.fixture(scope="module")
