@@ -222,7 +222,9 @@ class RunFolder:
             "run-id": state.run_id,
             "rounds": state.round_number,
             "sites": sites,
-            "streams": {name: stream.model_dump(mode="json") for name, stream in self.run.streams.items()},
+            "streams": {
+                name: stream.model_dump(mode="json", exclude_none=True) for name, stream in self.run.streams.items()
+            },
             "parameters": {group: manifest.size(group) for group in manifest.groups},
             "frozen-parameters": {group: untrained.size(group) for group in untrained.groups},
             "privacy": privacy_label(self.run),

@@ -114,7 +114,7 @@ def _describe_stream(name: str, config: StreamConfig) -> dict[str, Any]:
         "organ": organ,
         "modality": str(modality),
         "axes": "C, R, A, S" if config.is_volume else "C, height, width",
-        **config.model_dump(mode="json", by_alias=True),
+        **config.model_dump(mode="json", by_alias=True, exclude_none=True),
         "intensity": intensity_rule(modality if config.is_volume else Modality.PHOTO),
     }
 

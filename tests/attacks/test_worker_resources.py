@@ -27,7 +27,7 @@ from panfm.config import dump_toml, parse_run, parse_site
 from panfm.data import cache, read
 from panfm.data.cache import open_store
 from panfm.data.readers import ImageError, picture
-from panfm.data.readers.nifti import decode_volume
+from panfm.data.readers.nifti import NiftiReader, decode_volume
 from panfm.data.readers.picture import decode_picture
 from panfm.data.store import Batch, ImageStore
 from panfm.errors import DataError, LimitError, ProtocolError
@@ -234,7 +234,8 @@ def test_images_are_not_read_far_ahead_of_what_is_written(folder, monkeypatch):
 
 def _cached(folder: Path) -> "cache._Cached":
     config = parse_run(RUN).streams["brain-mr"]
-    return cache._Cached(folder, "brain-mr", config, [folder / f"{number}.nii.gz" for number in range(40)])
+    sources = [(folder / f"{number}.nii.gz", NiftiReader()) for number in range(40)]
+    return cache._Cached(folder, "brain-mr", config, sources)
 
 
 def test_a_cache_beyond_the_limit_is_refused_before_it_is_built(folder):
