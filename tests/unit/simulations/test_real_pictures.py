@@ -72,7 +72,7 @@ def test_an_arm_without_training(cohort, one_draw, arm):
 @pytest.mark.slow
 def test_trained_arms_after_one_short_round(cohort, one_draw, monkeypatch):
     short = study.load_simulation(study.EXPERIMENT, ["train.rounds=1", "train.local-steps=2"])
-    monkeypatch.setattr(study, "arm_run", lambda seed, rounds: short)
+    monkeypatch.setattr(study, "arm_run", lambda arm, seed, rounds: short)
     models = {arm: study.measure(ArmJob(0, 0, arm, 1, cohort)) for arm in ("untrained", "views", "views-alone")}
     assert models["untrained"] != models["views"] != models["views-alone"]
     opened = OpenedCohort.open(cohort, short)
