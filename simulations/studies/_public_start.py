@@ -42,7 +42,7 @@ CHANGES = (
     'train.parts={ kind = "last-blocks", blocks = 2 }',
     "train.rounds=3",
     "train.local-steps=10",
-    "train.batch-size=32",
+    "train.batch-size=16",
     "train.learning-rate=1e-4",
     "masking.ratio=0.6",
     'sharing.head="private"',
