@@ -7,7 +7,7 @@ Five sites with the pictures of six modalities (`configs/experiments/real-pictur
     views        the federated model
     views-alone  each site's own model, after as many local steps on its own pictures
 
-With a public start, where $PANFM_WEIGHTS names its weights (`_public_start.py`): `start`, `start-readout`, `adapted`,
+With a public start, where $PANFM_WEIGHTS names its weights (`_start_arms.py`): `start`, `start-readout`, `adapted`,
 `adapted-readout`.
 
 Models from scratch are read in the same way (`pooled`), and all features by the same probe: ridge regressions of the
@@ -46,7 +46,7 @@ from simulations.alone import train_alone
 from simulations.cohorts.opened import OpenedCohort
 from simulations.cohorts.prepare import cohort_of, load_simulation
 from simulations.harness import QUICKSTART, ArmJob, CohortJob, StudyOptions, chosen_arms, run_arms, study
-from simulations.studies import _public_start as public
+from simulations.studies import _start_arms as public
 from simulations.studies._cohorts import FrozenReader, write_files
 from simulations.studies._federations import federate
 from simulations.studies._tables import mean_sd, print_study
