@@ -7,7 +7,10 @@ Five sites with the pictures of six modalities (`configs/experiments/real-pictur
     views        the federated model
     views-alone  each site's own model, after as many local steps on its own pictures
 
-The models of all arms are read in the same way (`pooled`), and all features by the same probe: ridge regressions of the
+With a public start, where $PANFM_WEIGHTS names its weights (`_start_arms.py`): `start`, `start-readout`, `adapted`,
+`adapted-readout`.
+
+Models from scratch are read in the same way (`pooled`), and all features by the same probe: ridge regressions of the
 classes within a modality, penalty by leave-one-out. They are fitted on 5, 20 and 100 per cent of the labelled training
 pictures, at least two of a class, drawn alike for all arms, and tested on the data's own test split. Modalities of one
 class have no metric. `auc_<stream>_<percent>` is the mean AUC of the classes, over several draws of the labels,
@@ -17,9 +20,11 @@ class have no metric. `auc_<stream>_<percent>` is the mean AUC of the classes, o
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
+import typer
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
@@ -40,17 +45,40 @@ from panfm.seeds import numpy_generator
 from simulations.alone import train_alone
 from simulations.cohorts.opened import OpenedCohort
 from simulations.cohorts.prepare import cohort_of, load_simulation
-from simulations.harness import QUICKSTART, ArmJob, CohortJob, StudyOptions, run_arms, study
+from simulations.harness import QUICKSTART, ArmJob, CohortJob, StudyOptions, chosen_arms, run_arms, study
+from simulations.studies import _start_arms as public
 from simulations.studies._cohorts import FrozenReader, write_files
 from simulations.studies._federations import federate
 from simulations.studies._tables import mean_sd, print_study
 from simulations.study_result import StudyResult, Target
 
 EXPERIMENT = QUICKSTART.with_name("real-pictures.toml")
-ARMS = ("statistics", "untrained", "views", "views-alone")
+SCRATCH_ARMS = ("statistics", "untrained", "views", "views-alone")
+ARMS = (*SCRATCH_ARMS, *public.ARMS)
+ROWS = (*SCRATCH_ARMS, *(f"{arm}{reading}" for arm in public.ARMS for reading in public.READINGS))
 ROUNDS = {"short": 10, "long": 40}
 LABEL_DRAWS = {5: 10, 20: 5, 100: 1}
 """Per cent of the labels -> number of draws of them."""
+COMPARED = (
+    ("views", "untrained"),
+    ("views", "statistics"),
+    ("views", "views-alone"),
+    ("start", "statistics"),
+    ("start-readout", "start"),
+    ("start-readout", "statistics"),
+    ("adapted", "start"),
+    ("adapted-readout", "start-readout"),
+)
+"""Arm and baseline of every gain."""
+TARGETS = (
+    ("AUC, mean over cells, views minus untrained", "cells/views-minus-untrained", 0.02),
+    ("share of cells with views at least untrained", "cells/views-at-least-untrained", 0.8),
+    ("AUC, mean over cells, start-readout minus start", "cells/start-readout-minus-start", 0.02),
+    ("AUC, mean over cells, start-readout minus statistics", "cells/start-readout-minus-statistics", 0.05),
+    ("AUC, mean over cells, adapted-readout minus start-readout", "cells/adapted-readout-minus-start-readout", -0.002),
+    ("the same of the worst stream", "worst-stream/adapted-readout-minus-start-readout", -0.005),
+)
+"""Claim, ratio that it is about, least value."""
 _LEAST_OF_A_CLASS = 2
 _PENALTIES = np.logspace(-1, 5, 13)
 
@@ -59,46 +87,89 @@ Read = Callable[[ImageStore, str, Indices], NDArray[np.floating]]
 """Features [n, D] of one stream of the subjects at some indices of a store."""
 
 
+Arms = Annotated[str, typer.Option(help="Only these arms, with commas between; each public one is read in two ways.")]
+
+_ALL = ",".join(ARMS)
+_READING = ":"
+"""Between the reading and the metric, in what a job of a public start measures."""
+
+
 @study(seeds=3, budgets=ROUNDS, unit="rounds of 20 steps")
-def main(options: StudyOptions, budget: str) -> StudyResult:
+def main(options: StudyOptions, budget: str, arms: Arms = _ALL) -> StudyResult:
     """Features of real pictures at 5, 20 and 100 per cent of the labels."""
-    result = run(options, ROUNDS[budget])
+    result = run(options, ROUNDS[budget], possible_arms(chosen_arms(arms, ARMS)))
     show(result)
     return result
 
 
-def run(options: StudyOptions, rounds: int) -> StudyResult:
-    """Run the study."""
-    described = arm_run(0, rounds).model_dump(mode="json", by_alias=True, exclude_none=True)
-    result = StudyResult("real-pictures", {"pairs": options.pairs(), "rounds": rounds, "run": described})
-    for job, measured in run_arms(options, list(ARMS), rounds, write_draw, measure):
-        result.add(job.arm, measured)
+def possible_arms(arms: Sequence[str]) -> list[str]:
+    """The arms without those of a public start, if no weights are named; says so in one line.
+
+    Raises:
+        typer.BadParameter: no arm is left.
+    """
+    left = [arm for arm in arms if arm in SCRATCH_ARMS or public.weights()]
+    if not left:
+        raise typer.BadParameter(f"{', '.join(arms)}: need {public.ENVIRONMENT}, expected a file of weights in it")
+    if len(left) < len(arms):
+        rows = [row for row in ROWS if row not in SCRATCH_ARMS]
+        Console(stderr=True, soft_wrap=True).print(f"{public.ENVIRONMENT} is not set: left out {', '.join(rows)}")
+    return left
+
+
+def run(options: StudyOptions, rounds: int, arms: Sequence[str] = SCRATCH_ARMS) -> StudyResult:
+    """Run the study with some of the arms; questions are answered where all arms are there that they name."""
+    described = {arm: arm_run(arm, 0, rounds).model_dump(mode="json", by_alias=True, exclude_none=True) for arm in arms}
+    result = StudyResult("real-pictures", {"pairs": options.pairs(), "rounds": rounds, "runs": described})
+    write = partial(write_draw, arms=tuple(arms))
+    for job, measured in run_arms(options, arms, rounds, write, measure):
+        for name, value in measured.items():
+            reading, _, metric = name.rpartition(_READING)
+            result.add(job.arm + reading, {metric: value})
     add_answers(result)
     result.targets += targets(result)
     return result
 
 
-def arm_run(seed: int, rounds: int) -> RunConfig:
-    """The run that all arms share."""
+def arm_run(arm: str, seed: int, rounds: int) -> RunConfig:
+    """The run of one arm; arms from scratch share one, and so do those with a public start."""
+    if arm in public.ARMS:
+        return public.start_run(EXPERIMENT, seed)
     return load_simulation(EXPERIMENT, [f"seed={seed}", f"train.rounds={rounds}"])
 
 
-def write_draw(job: CohortJob) -> Path:
-    """Write the sites' folders, which are the same in every draw; returns their folder."""
-    described = arm_run(0, 1)
-    return write_files(cohort_of(described), job.folder, described)
+def write_draw(job: CohortJob, arms: Sequence[str] = SCRATCH_ARMS) -> Path:
+    """Write the sites' folders, which are the same in every draw, and pictures as the arms read them."""
+    runs = [arm_run(arm, 0, 1) for arm in arms]
+    write_files(cohort_of(runs[0]), job.folder, runs[0])
+    for run in runs[1:]:
+        OpenedCohort.open(job.folder, run)
+    return job.folder
 
 
 def measure(job: ArmJob) -> dict[str, float]:
-    """Train one arm and probe its features of every stream that has several classes."""
-    described = arm_run(job.seed, job.length)
+    """Train one arm and probe its features; metrics of a reading of a public start other than the first begin with it
+    (`-readout:`)."""
+    described = arm_run(job.arm, job.seed, job.length)
     cohort = OpenedCohort.open(job.cohort, described)
-    read, measured = trained_arm(job.arm, described, cohort, job.cohort), {}
+    if job.arm not in public.ARMS:
+        return probe(trained_arm(job.arm, described, cohort, job.cohort), cohort, job.seed)
+    model = public.model_of(job.arm, described, job.cohort)
+    measured: dict[str, float] = {}
+    for reading, features in public.READINGS.items():
+        values = probe(public.StreamReader(model, described, features, cohort), cohort, job.seed)
+        measured |= {f"{reading}{_READING}{metric}" if reading else metric: value for metric, value in values.items()}
+    return measured
+
+
+def probe(read: Read, cohort: OpenedCohort, seed: int) -> dict[str, float]:
+    """Probe features of every stream that has several classes."""
+    measured = {}
     for stream in probed_streams(cohort):
         [site] = [site for site in cohort.sites.values() if stream in site.store.images]
         fit, test = (_classed(cohort, read, stream, *place) for place in ((site, "train"), (cohort.holdout, "test")))
         for percent, draws in LABEL_DRAWS.items():
-            chosen = (label_draw(fit[1], percent, job.seed, stream, draw) for draw in range(draws))
+            chosen = (label_draw(fit[1], percent, seed, stream, draw) for draw in range(draws))
             values = [class_auc(fit[0][rows], fit[1][rows], *test) for rows in chosen]
             measured[f"auc_{stream}_{percent}"] = float(np.mean(values))
     means = {
@@ -135,7 +206,7 @@ def read_own_model(
 
 
 def trained_arm(arm: str, run: RunConfig, cohort: OpenedCohort, folder: Path) -> Read:
-    """Train an arm; returns how it reads pictures."""
+    """Train an arm from scratch; returns how it reads pictures."""
     match arm:
         case "statistics":
             return partial(read_statistics, run)
@@ -147,7 +218,7 @@ def trained_arm(arm: str, run: RunConfig, cohort: OpenedCohort, folder: Path) ->
             probed = [name for name, store in cohort.stores.items() if set(store.images) & {*probed_streams(cohort)}]
             return partial(read_own_model, {name: train_alone(run, cohort.stores[name], name) for name in probed})
         case _:
-            raise ValueError(f"arm {arm!r}: expected one of {', '.join(ARMS)}")
+            raise ValueError(f"arm {arm!r}: expected one of {', '.join(SCRATCH_ARMS)}")
 
 
 def probed_streams(cohort: OpenedCohort) -> list[str]:
@@ -190,13 +261,26 @@ def class_auc(
 
 
 def add_answers(result: StudyResult) -> None:
-    """Add the gains of the federated model on the other arms, and the share of cells in which it is not behind."""
-    for percent in LABEL_DRAWS:
-        for baseline in ("untrained", "statistics", "views-alone"):
-            result.add_gain(f"auc_mean_{percent}", "views", baseline, with_interval=True)
-    gains = np.concatenate([result.gain(metric, "views", "untrained") for metric in _cells(result)])
-    result.ratios["cells/views-minus-untrained"] = float(gains.mean())
-    result.ratios["cells/views-at-least-untrained"] = float((gains >= 0.0).mean())
+    """Add gains in every mean, and over the cells: the mean, the worst stream's, and the share that is not behind."""
+    rows = measured_rows(result)
+    for arm, baseline in COMPARED:
+        if not {arm, baseline} <= {*rows}:
+            continue
+        for percent in LABEL_DRAWS:
+            result.add_gain(f"auc_mean_{percent}", arm, baseline, with_interval=True)
+        cells = _cells(result)
+        gains = {metric: np.array(result.gain(metric, arm, baseline)) for metric in cells}
+        every = np.concatenate(list(gains.values()))
+        streams = {metric.rpartition("_")[0] for metric in cells}
+        worst = min(np.mean([gains[f"{stream}_{percent}"] for percent in LABEL_DRAWS]) for stream in streams)
+        result.ratios[f"cells/{arm}-minus-{baseline}"] = float(every.mean())
+        result.ratios[f"cells/{arm}-at-least-{baseline}"] = float((every >= 0.0).mean())
+        result.ratios[f"worst-stream/{arm}-minus-{baseline}"] = float(worst)
+
+
+def measured_rows(result: StudyResult) -> list[str]:
+    """Arms that were measured, in the order of the table."""
+    return [row for row in ROWS if row in {arm for _, arm in result.values}]
 
 
 def _cells(result: StudyResult) -> list[str]:
@@ -206,18 +290,16 @@ def _cells(result: StudyResult) -> list[str]:
 
 
 def targets(result: StudyResult) -> list[Target]:
-    """Targets of the federated model against the untrained one."""
+    """Targets of the arms that were measured."""
     ratios = result.ratios
-    return [
-        Target("AUC, mean over cells, views minus untrained", ratios["cells/views-minus-untrained"], 0.02),
-        Target("share of cells with views at least untrained", ratios["cells/views-at-least-untrained"], 0.8),
-    ]
+    return [Target(claim, ratios[name], least) for claim, name, least in TARGETS if name in ratios]
 
 
 def show(result: StudyResult, console: Console | None = None) -> None:
     """Print mean and standard deviation of every metric and arm, the answers, and the targets."""
     metrics: Sequence[str] = [*_cells(result), *(f"auc_mean_{percent}" for percent in LABEL_DRAWS)]
-    table = Table("", *ARMS, title="real-pictures: mean ± sd over seeds")
+    rows = measured_rows(result)
+    table = Table("", *rows, title="real-pictures: mean ± sd over seeds")
     for metric in metrics:
-        table.add_row(metric, *(mean_sd(result.values[metric, arm]) for arm in ARMS))
+        table.add_row(metric, *(mean_sd(result.values[metric, row]) for row in rows))
     print_study(result, table, console=console)

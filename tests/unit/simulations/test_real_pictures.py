@@ -72,7 +72,7 @@ def test_an_arm_without_training(cohort, one_draw, arm):
 @pytest.mark.slow
 def test_trained_arms_after_one_short_round(cohort, one_draw, monkeypatch):
     short = study.load_simulation(study.EXPERIMENT, ["train.rounds=1", "train.local-steps=2"])
-    monkeypatch.setattr(study, "arm_run", lambda seed, rounds: short)
+    monkeypatch.setattr(study, "arm_run", lambda arm, seed, rounds: short)
     models = {arm: study.measure(ArmJob(0, 0, arm, 1, cohort)) for arm in ("untrained", "views", "views-alone")}
     assert models["untrained"] != models["views"] != models["views-alone"]
     opened = OpenedCohort.open(cohort, short)
@@ -98,4 +98,27 @@ def test_answers_and_targets_of_the_whole_study(monkeypatch):
     assert result.ratios["cells/views-at-least-untrained"] == 1.0
     assert result.ratios["auc_mean_20/views-minus-views-alone"] == pytest.approx(0.02)
     assert len(result.targets) == 2
+    study.show(result)
+
+
+def test_rows_of_a_public_start_and_their_targets(monkeypatch):
+    """The readout gains .03; adaptation loses .02 in one of two streams."""
+
+    def run_arms(options, arms, length, write_draw, measure):
+        level = {"statistics": 0.6, "start": 0.7, "adapted": 0.7}
+        for draw, seed in options.pairs():
+            for arm in arms:
+                cells = {f"auc_{name}_{percent}": level[arm] for name in ("ct", "xray") for percent in (5, 20, 100)}
+                cells |= {f"auc_mean_{percent}": level[arm] for percent in (5, 20, 100)}
+                loss = {name: 0.02 * (arm == "adapted" and name.startswith("auc_ct")) for name in cells}
+                readout = {f"-readout:{name}": value + 0.03 - loss[name] for name, value in cells.items()}
+                yield ArmJob(draw, seed, arm, length, None), cells | (readout if arm != "statistics" else {})
+
+    monkeypatch.setattr(study, "run_arms", run_arms)
+    monkeypatch.setattr(study, "arm_run", lambda arm, seed, rounds: study.load_simulation(study.EXPERIMENT))
+    result = study.run(StudyOptions(seeds=2), 1, ["statistics", "start", "adapted"])
+    assert study.measured_rows(result) == ["statistics", "start", "start-readout", "adapted", "adapted-readout"]
+    assert result.values["auc_ct_5", "adapted-readout"] == pytest.approx([0.71, 0.71])
+    assert [target.value for target in result.targets] == pytest.approx([0.03, 0.13, -0.01, -0.02])
+    assert [target.is_met for target in result.targets] == [True, True, False, False]
     study.show(result)
