@@ -1,28 +1,43 @@
 """`panfm ...`: one file per group of commands.
 
-Commands import what they need when they run, so that `panfm --help` answers at once, and read descriptions before they
-import torch, so that a mistake is told at once. An error meant for the user is printed line by line on stderr and ends
-with exit status 1; a traceback is always a bug.
+A group is imported when one of its commands is asked for, and commands import what they need when they run: `panfm
+--help` answers at once, and a worker holds no more code than it uses. Descriptions are read before torch is imported,
+so that a mistake is told at once. An error meant for the user is printed line by line on stderr and ends with exit
+status 1; a traceback is always a bug.
 """
 
+from importlib import import_module
+from typing import Any
+
+import click
 import typer
 
-from panfm.cli import audit_commands, ledger_commands, model_commands, site_commands, weights_commands
 from panfm.cli.common import ErrorLines
 
-main = typer.Typer(
-    cls=ErrorLines,
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help="Pan-organ foundation models, federated.",
-)
-main.add_typer(site_commands.app, name="site")
-main.add_typer(ledger_commands.app, name="ledger")
-main.add_typer(audit_commands.app, name="audit")
-main.add_typer(weights_commands.app, name="weights")
-main.command("embed")(model_commands.embed)
-main.command("whiten")(model_commands.whiten)
-main.command("probe")(model_commands.probe)
-main.command("report")(model_commands.report)
-main.command("export")(model_commands.export)
+_GROUPS = ("site", "ledger", "audit", "weights")
+_MODEL_COMMANDS = ("embed", "whiten", "probe", "report", "export")
+
+
+class CommandsOnDemand(ErrorLines):
+    """Imports the file of a group when one of its commands is asked for."""
+
+    def __init__(self, **options: Any) -> None:
+        """Name the commands, in the order of the help."""
+        super().__init__(**options)
+        self.commands = {name: click.Command(name) for name in (*_MODEL_COMMANDS, *_GROUPS)}
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import a command or group; None for an unknown name."""
+        if cmd_name not in self.commands:
+            return None
+        file = f"{cmd_name}_commands" if cmd_name in _GROUPS else "model_commands"
+        group = typer.main.get_group(import_module(f"panfm.cli.{file}").app)
+        return group if cmd_name in _GROUPS else group.get_command(ctx, cmd_name)
+
+
+main = typer.Typer(cls=CommandsOnDemand, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+@main.callback()
+def _panfm() -> None:
+    """Pan-organ foundation models, federated."""

@@ -12,7 +12,10 @@ from panfm.errors import ConfigError
 if TYPE_CHECKING:
     from panfm.evaluate.result import Score
 
+app = typer.Typer(no_args_is_help=True)
 
+
+@app.command()
 def embed(
     model: Model,
     site: Annotated[Path, typer.Argument(help="Site folder.")],
@@ -44,6 +47,7 @@ def embed(
     typer.echo(f"{out}: {len(table.subjects)} subjects, {table.features.shape[1]} features")
 
 
+@app.command()
 def whiten(
     model: Model,
     sites: Annotated[list[Path], typer.Argument(help="Site folders, whose training images it is fitted from.")],
@@ -71,6 +75,7 @@ def whiten(
     typer.echo(f"{model}: whitening of {network.embedding_size} numbers, SHA-256 {digest}")
 
 
+@app.command()
 def probe(
     features: Annotated[list[Path], typer.Argument(help="Feature files written by `panfm embed`.")],
     labels: Annotated[list[Path], typer.Option(help="Label table; may be given again, e.g. one per site.")],
@@ -96,6 +101,7 @@ def probe(
         typer.echo(note)
 
 
+@app.command()
 def export(
     run_folder: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
     to: Annotated[str, typer.Option(help="safetensors, monai-bundle, dense-vit or onnx.")],
@@ -133,6 +139,7 @@ def _print_scores(scores: Sequence["Score"]) -> None:
     Console().print(table)
 
 
+@app.command()
 def report(run_folder: Annotated[Path, typer.Argument(help="Run folder; the run may still be going on.")]) -> None:
     """Print a run's tables and write report.html into its folder."""
     from panfm.report.run_files import read_run

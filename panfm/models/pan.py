@@ -9,7 +9,7 @@ subject, T tokens of a stream, D width.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,10 +30,12 @@ from panfm.models.patch_features import batch_features, num_patch_features, patc
 from panfm.models.pooling import check_layers, embedding_size, pool
 from panfm.models.tokens import Layout, pack, rotary_angles, sincos_positions
 from panfm.models.trained_parts import add_lora, trained_names
-from panfm.models.whitening import Whitening
 from panfm.registry import BACKBONES
 from panfm.seeds import torch_generator
 from panfm.sharing.groups import split_state
+
+if TYPE_CHECKING:
+    from panfm.models.whitening import Whitening
 
 SIZES = {
     "nano": (48, 2, 3),

@@ -20,7 +20,9 @@ def commands(tool: str) -> dict[str, click.Command]:
     while open_:
         name, command = open_.popitem()
         if isinstance(command, click.Group):
-            open_ |= {f"{name} {word}".strip(): each for word, each in command.commands.items()}
+            context = context_of(command)
+            words = command.list_commands(context)
+            open_ |= {f"{name} {word}".strip(): command.get_command(context, word) for word in words}
         if not context_of(command).ignore_unknown_options:
             found[name] = command
     return found
