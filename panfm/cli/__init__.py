@@ -32,7 +32,10 @@ class CommandsOnDemand(ErrorLines):
             return None
         file = f"{cmd_name}_commands" if cmd_name in _GROUPS else "model_commands"
         group = typer.main.get_group(import_module(f"panfm.cli.{file}").app)
-        return group if cmd_name in _GROUPS else group.get_command(ctx, cmd_name)
+        if cmd_name not in _GROUPS:
+            return group.get_command(ctx, cmd_name)
+        group.name = cmd_name
+        return group
 
 
 main = typer.Typer(cls=CommandsOnDemand, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
