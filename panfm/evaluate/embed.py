@@ -130,7 +130,16 @@ def read_features(path: Path) -> Features:
             table = Features(names[0], names[1], names[2], file["present"], file["features"], pooling, digest)
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file, expected features written by `panfm embed`") from error
-    except (OSError, EOFError, KeyError, ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+    except (
+        OSError,
+        EOFError,
+        KeyError,
+        RuntimeError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        zipfile.BadZipFile,
+    ) as error:
         raise DataError(f"{path}: not a feature file written by `panfm embed` ({type(error).__name__})") from error
     lengths = {len(table.subjects), len(table.splits), len(table.features), len(table.present)}
     if len(lengths) != 1 or table.features.ndim != 2:
