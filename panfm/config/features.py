@@ -12,7 +12,7 @@ Pooling = Literal["cls", "cls+mean", "per-stream", "layers", "per-stream-layers"
 
 
 class FeaturesConfig(Config):
-    """What `embed`, probes and exports read off a model. It changes no training."""
+    """Pooling and whitening of the embeddings that `embed`, probes and exports give; training does not use them."""
 
     pooling: Pooling = "cls"
     """cls: the CLS token; cls+mean: and the mean of all tokens; per-stream: CLS and the mean of each stream's tokens,

@@ -126,7 +126,7 @@ def write_quarantine(folder: Path, faults: Sequence[Fault]) -> Path:
 
 
 Complaint = tuple[str, str]
-"""What is given and what is expected."""
+"""Description of a faulty entry, and of a sound one, for `found ..., expected ...`."""
 
 
 class _Complaints:

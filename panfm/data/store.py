@@ -71,7 +71,7 @@ class ImageStore:
         return np.flatnonzero(np.asarray(self.splits, dtype=object) == split)
 
     def holders(self, indices: NDArray[np.int64], streams: Iterable[str]) -> NDArray[np.int64]:
-        """Those of some subjects that hold one of the streams, in their order."""
+        """Filter subjects, given as indices: keep those that hold at least one of the streams, in the order given."""
         rows = [self.rows[stream] for stream in streams if stream in self.rows]
         return indices[np.isin(indices, np.concatenate(rows))] if rows else indices[:0]
 

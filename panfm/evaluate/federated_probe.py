@@ -6,7 +6,7 @@ The sites' part, and the messages, are in `label_sums.py`.
 
     A = (sum x x' - n m m') / s s' = V diag(e) V'       w_p = V (V' b) / (e + p),   b = (sum x y' - n m ybar') / s
 
-Penalised LDA would come of the same sums; for two classes it has the direction of this ridge, so there is none.
+There is no LDA: the same sums would give it, but for two classes it has the direction of this ridge regression.
 
 Shape legend: D features, C labels of a task, P penalties.
 """
@@ -91,7 +91,7 @@ def choose_penalty(path: RidgePath, errors: Sequence[Mapping[str, NDArray[np.gen
 
 @dataclass(frozen=True)
 class LabelledSite:
-    """What one site computes its answers from."""
+    """Features and labels of one site's patients, and its floor."""
 
     name: str
     features: NDArray[np.floating]

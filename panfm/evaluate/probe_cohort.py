@@ -205,7 +205,7 @@ def _few_labels(
     on those of them that it can read, and NaN where they are too few."""
     truth_fit, truth_test = task.targets(names)
     once, labelled = np.ones((1, len(test))), np.flatnonzero(task.labelled)
-    found = {}
+    means = {}
     for number in task.run.probe.few_labels:
         values = []
         for draw in range(task.run.probe.few_draws):
@@ -215,8 +215,8 @@ def _few_labels(
             if len(chosen) >= MIN_SUBJECTS:
                 scores = fit_classifiers(fit[chosen], truth_fit[chosen], names).score(test)
                 values.append(interval(auc_per_label(scores, truth_test, once)).value)
-        found[f"auc_{number}"] = float(np.mean(values)) if values else float("nan")
-    return found
+        means[f"auc_{number}"] = float(np.mean(values)) if values else float("nan")
+    return means
 
 
 def _score(arm: str, group: str, metric: str, values: Floats) -> Score:
@@ -270,7 +270,7 @@ def _model_arm(task: Task, model: PanModel) -> Arm:
 
 
 def _measured_arm(task: Task, tokenizer: str | None = None) -> Arm:
-    """What is measured of the images without a model: plain statistics, or the patch features of a tokenizer."""
+    """Arm of a reference without a model: plain statistics of the images, or the patch features of a tokenizer."""
     measured = [measure_store(place.store, task.run.streams, tokenizer=tokenizer) for place in task.fit_places]
     reference = StatisticsReference.fit(zip(measured, task.fit_indices, strict=True))
     held_out = measure_store(task.holdout.store, task.run.streams, tokenizer=tokenizer)

@@ -49,8 +49,8 @@ def image_features(images: Tensor, stream: StreamConfig, tokenizer: str) -> Tens
 
 
 def tokenizer_inputs(images: Tensor, stream: StreamConfig, tokenizer: str) -> Tensor:
-    """What is centred and scaled before it is cut into tokens, [P, C', *coarse]: block statistics, or images as they
-    are."""
+    """Compute the numbers [P, C', *coarse] of images [P, C, *shape] that are centred and scaled: block statistics, or
+    the voxels themselves."""
     return torch.cat(_RAW[tokenizer](images, _block(stream)), dim=1) if has_block_features(tokenizer) else images
 
 

@@ -60,13 +60,18 @@ def pool(encoded: Encoded, features: FeaturesConfig, stream_of_token: Tensor, st
         case "cls":
             return encoded.cls
         case "cls+mean":
-            return torch.cat([encoded.cls, _mean(encoded.tokens, valid)], dim=1)
+            return cls_and_mean(encoded)
         case "per-stream":
             return torch.cat([encoded.cls, *(_mean(encoded.tokens, chosen) for chosen in of_streams())], dim=1)
         case "layers":
             return _pool_layers(encoded, features, [valid])
         case "per-stream-layers":
             return _pool_layers(encoded, features, of_streams())
+
+
+def cls_and_mean(encoded: Encoded) -> Tensor:
+    """CLS token and mean of the tokens of each subject [B, 2 D]; the mean of no token is 0."""
+    return torch.cat([encoded.cls, _mean(encoded.tokens, encoded.layout.valid)], dim=1)
 
 
 def _pool_layers(encoded: Encoded, features: FeaturesConfig, sets: Sequence[Tensor]) -> Tensor:

@@ -38,6 +38,10 @@ def check_public_fit(run: RunConfig, public: PublicWeights) -> None:
         remedies.append('start.normalisation = "imagenet", "half" or "none", as these weights were trained')
     if run.start.inflate is None and any(stream.is_volume for stream in run.streams.values()):
         remedies.append('start.inflate = "mean" or "centre"')
+    if scaled := [name for name, stream in run.streams.items() if stream.input_centre is not None]:
+        remedies.append(
+            f"no input-centre and input-scale of {', '.join(scaled)}: the patch embedding standardises pixels"
+        )
     if remedies:
         raise DataError(f"start.model: {public.family} weights fit another run, set {', '.join(remedies)}")
 

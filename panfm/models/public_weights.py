@@ -133,8 +133,8 @@ class PublicWeights:
         size = next((name for name, (*fits, _) in SIZES.items() if tuple(fits) == shape), None)
         if size is None or self.heads not in (None, SIZES[size][2]):
             sizes = ", ".join(f"{name} {' x '.join(map(str, dims))}" for name, dims in SIZES.items())
-            found = " x ".join(str(number) for number in (*shape, self.heads) if number)
-            raise DataError(f"start.model: an encoder of {found}, expected width x depth x heads of {sizes}")
+            given = " x ".join(str(number) for number in (*shape, self.heads) if number)
+            raise DataError(f"start.model: an encoder of {given}, expected width x depth x heads of {sizes}")
         registers = self.backbone.get("backbone.registers")
         return {
             "size": size,
@@ -159,9 +159,14 @@ def read_public(path: Path) -> PublicWeights:
     except OSError as error:
         raise DataError(f"start.model: {file} cannot be read ({error.strerror})") from error
     config = _read_json(path / "config.json") if path.is_dir() else {}
-    state = _canonical(_tensors(file, content))
-    family = _family(config, state)
-    return _converted(family, state, config, _normalisation(path, family, config), hashlib.sha256(content).hexdigest())
+    tensors, digest = _tensors(file, content), hashlib.sha256(content).hexdigest()
+    try:
+        state = _canonical(tensors)
+        family = _family(config, state)
+        return _converted(family, state, config, _normalisation(path, family, config), digest)
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise DataError(f"start.model: {path} is no encoder of a ViT as its family publishes it ({reason})") from error
 
 
 def _tensors(file: Path, content: bytes) -> dict[str, Tensor]:

@@ -59,15 +59,16 @@ def fit_lora(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dic
     for name in [name for name in state if name.endswith(_A) and name not in expected]:
         layer = name.removesuffix(_A)
         a, b, weight = state[name], state.get(layer + _B), state.get(f"{layer}.weight")
-        if (
-            b is None
-            or weight is None
-            or (*b.shape, *a.shape) != (len(weight), len(a), *a.shape[:1], *weight.shape[1:])
-        ):
-            continue
-        fitted[f"{layer}.weight"] = weight + b @ a
-        del fitted[name], fitted[layer + _B]
+        if b is not None and weight is not None and _are_factors(a, b, weight):
+            fitted[f"{layer}.weight"] = weight + b @ a
+            del fitted[name], fitted[layer + _B]
     return fitted
+
+
+def _are_factors(a: Tensor, b: Tensor, weight: Tensor) -> bool:
+    """Whether b @ a has the shape of a weight."""
+    is_product = a.dim() == b.dim() == 2 and b.shape[1] == a.shape[0]
+    return is_product and (b.shape[0], a.shape[1]) == tuple(weight.shape)
 
 
 def trained_names(model: nn.Module, parts: PartsConfig) -> frozenset[str]:
@@ -113,9 +114,9 @@ def _of_backbone(backbone: Backbone, parts: PartsConfig) -> Iterator[nn.Paramete
 def _attentions(backbone: Backbone, blocks: int) -> list[Attention]:
     """Attention of the last blocks."""
     modules = [inner for module in _last_layers(backbone, blocks) for inner in module.modules()]
-    if not (found := [module for module in modules if isinstance(module, Attention)]):
+    if not (attentions := [module for module in modules if isinstance(module, Attention)]):
         raise ConfigError("train.parts: this backbone has no attention of ours, expected last-blocks, norms or vectors")
-    return found
+    return attentions
 
 
 def _last_layers(backbone: Backbone, blocks: int) -> list[nn.Module]:

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from panfm.errors import ConfigError, DataError
-from panfm.files import json_text, write_atomic
+from panfm.files import write_atomic, write_json
 from panfm.texts import parse_json, read_text
 
 FILE = "whitening.safetensors"
@@ -78,7 +78,7 @@ def save_whitening(folder: Path, whitening: Whitening, pooling: str) -> str:
     digest = hashlib.sha256(content).hexdigest()
     try:
         write_atomic(folder / FILE, content)
-        write_atomic(folder / _METADATA, (json_text(metadata | {_KEY: digest}, indent=2) + "\n").encode())
+        write_json(folder / _METADATA, metadata | {_KEY: digest}, indent=2)
     except OSError as error:
         raise DataError(f"{folder}: cannot be written ({error.strerror})") from error
     return digest

@@ -105,9 +105,9 @@ def _compared(where: str, values: Mapping[str, float]) -> str:
     reference, site = max(references, key=references.__getitem__), max(sites, key=sites.__getitem__)
     words = {"untrained": "the untrained model", "statistics": "plain statistics"}
     return (
-        f"{where}, the federated model tells diseases of patients it never saw with an AUC of "
-        f"{number_text(ours)}: {_signed(ours - known[reference])} to {words[reference]}, the better reference, and "
-        f"{_signed(ours - known[site])} to the best site alone, {site.removeprefix('site:')}."
+        f"{where}, probes of the federated model reach an AUC of {number_text(ours)} on held-out patients: "
+        f"{_signed(ours - known[reference])} against {words[reference]}, the better reference, and "
+        f"{_signed(ours - known[site])} against the best site alone, {site.removeprefix('site:')}."
     )
 
 

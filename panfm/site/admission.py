@@ -245,8 +245,8 @@ def check_frozen(run: RunConfig, streams: Sequence[str], round_number: int, froz
         ProtocolError: they are not what `start.parameters` names or, without a start, the seed gives.
     """
     expected, source = _start_hashes(run, streams)
-    found = {frozen_name(group): digest for group, digest in parameter_hashes(frozen).items()}
-    _compare(round_number, found, expected, source)
+    hashes = {frozen_name(group): digest for group, digest in parameter_hashes(frozen).items()}
+    _compare(round_number, hashes, expected, source)
 
 
 def _start_hashes(run: RunConfig, streams: Sequence[str]) -> tuple[Mapping[str, str], str]:
@@ -258,8 +258,8 @@ def _start_hashes(run: RunConfig, streams: Sequence[str]) -> tuple[Mapping[str, 
     return _seeded_hashes(dump_toml(run), tuple(streams)), _SEEDED
 
 
-def _compare(round_number: int, found: Mapping[str, str], expected: Mapping[str, str], source: str) -> None:
-    for group, digest in sorted(found.items()):
+def _compare(round_number: int, hashes: Mapping[str, str], expected: Mapping[str, str], source: str) -> None:
+    for group, digest in sorted(hashes.items()):
         if digest != expected.get(group):
             raise ProtocolError(f"round {round_number}: {group} is not what {source}")
 

@@ -247,6 +247,6 @@ def _trainers(run_toml: str) -> Callable[[tuple[str, ...]], Trainer]:
 
 
 def trained_streams(streams: Iterable[str], store: ImageStore) -> dict[str, int]:
-    """Those of a run's streams that the store's train split holds, in order -> subjects with it."""
+    """Count the training subjects of each of a run's streams; streams that no training subject holds are left out."""
     counts = {stream: store.num_holding(stream, "train") for stream in streams if stream in store.images}
     return {stream: count for stream, count in counts.items() if count}

@@ -110,7 +110,8 @@ class StateStore:
         write_checked(self.folder / _FROZEN, safetensors.numpy.save(dict(groups)))
 
     def load_frozen(self) -> dict[str, Flat] | None:
-        """What `save_frozen` kept; None if nothing is there. Raises DataError if it is corrupted."""
+        """Read the parameters that `save_frozen` wrote, packed by group; None if there are none. Raises DataError if
+        they are corrupted."""
         path = self.folder / _FROZEN
         return safetensors.numpy.load(read_checked(path)) if path.exists() else None
 

@@ -44,7 +44,7 @@ class TrainingState:
         _check_buffers(run, self.model)
         self.augmentation = Augmentation(run.augment, self.model.stream_configs) if run.augment else None
         self.parameters = _trained(self.model, self.model.trained)
-        """Those that the run trains, and their order in the optimiser's packed state."""
+        """Parameters that the run trains, in the order in which the optimiser's state is packed."""
         self._start = {name: value.clone() for name, value in self._private_parameters().items()}
         self.teacher = _teacher_of(self.model)
         self._teacher_parameters = _trained(self.teacher, self.model.trained)
@@ -71,7 +71,7 @@ class TrainingState:
             layer.router.reset_activation()
 
     def training_inputs(self, store: ImageStore) -> ImageStore:
-        """What steps are drawn from: the images where the run augments them, else their patch features."""
+        """The store that training steps draw from: images if the run augments them, else their patch features."""
         return store if self.augmentation else self.patch_features(store)
 
     def patch_features(self, store: ImageStore) -> ImageStore:

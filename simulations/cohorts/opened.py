@@ -12,7 +12,7 @@ from panfm.data.store import ImageStore
 from panfm.evaluate.probe_cohort import Task, evaluate_cohort
 from panfm.evaluate.probe_labels import LabelInfo, LabelledStore, read_label_info
 from panfm.models import PanModel
-from panfm.models.input_moments import InputMoments
+from simulations.input_moments import InputMoments
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ READINGS = {
     "": FeaturesConfig(pooling="cls+mean"),
     "-readout": FeaturesConfig(pooling="layers", layers=(8, 10, 12), whitening=True, whitening_lambda=1.0),
 }
-"""What follows the model's name in the name of an arm -> how features are read."""
+"""Suffix of an arm's name -> pooling and whitening of its features."""
 STREAM_CHANGES = ("shape=[84, 84]", "patch=[14, 14]")
 """Of every stream."""
 CHANGES = (

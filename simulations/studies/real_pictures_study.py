@@ -37,6 +37,7 @@ from panfm.anatomy import parse_stream
 from panfm.config import RunConfig
 from panfm.data.store import Batch, ImageStore
 from panfm.evaluate.embed import embed_store
+from panfm.evaluate.label_sums import PENALTIES
 from panfm.evaluate.probe_labels import LabelledStore
 from panfm.evaluate.scores import auc
 from panfm.evaluate.statistics import StatisticsReference, measure_store
@@ -80,7 +81,6 @@ TARGETS = (
 )
 """Claim, ratio that it is about, least value."""
 _LEAST_OF_A_CLASS = 2
-_PENALTIES = np.logspace(-1, 5, 13)
 
 Indices = NDArray[np.int64]
 Read = Callable[[ImageStore, str, Indices], NDArray[np.floating]]
@@ -254,7 +254,7 @@ def class_auc(
     """Mean AUC over the classes, each against the others, of ridge regressions of their indicators."""
     scaler, known = StandardScaler().fit(features.astype(np.float64)), np.unique(classes)
     with threadpool_limits(limits=1):
-        ridge = RidgeCV(alphas=_PENALTIES).fit(scaler.transform(features), (classes[:, None] == known).astype(float))
+        ridge = RidgeCV(alphas=PENALTIES).fit(scaler.transform(features), (classes[:, None] == known).astype(float))
         scores = ridge.predict(scaler.transform(test_features))
     once = np.ones((1, len(test_classes)))
     return float(np.mean([auc(scores[:, at], test_classes == one, once)[0] for at, one in enumerate(known)]))

@@ -108,15 +108,6 @@ def student_output(
     return StudentOutput(features, mask, encoded, predictions)
 
 
-def cls_and_mean(encoded: Encoded) -> Tensor:
-    """CLS token and mean of the tokens of each subject, [B, 2 D]; the mean of no token is 0."""
-    valid = encoded.layout.valid[..., None]
-    mean = torch.where(valid, encoded.tokens, torch.zeros_like(encoded.tokens)).sum(dim=1) / valid.sum(dim=1).clamp_min(
-        1
-    )
-    return torch.cat([encoded.cls, mean], dim=1)
-
-
 def mean_over(values: Tensor, valid: Tensor) -> Tensor:
     """Mean of values [B, K] over each subject's valid entries [B]; 0 where there is none."""
     return torch.where(valid, values, torch.zeros_like(values)).sum(dim=1) / valid.sum(dim=1).clamp_min(1)

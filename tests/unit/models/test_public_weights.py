@@ -260,6 +260,16 @@ def test_a_model_that_does_not_fit_is_told_what_to_set(tmp_path, start):
         start_model(start(tmp_path / "w.pth", FIELDS["dinov2"]))
 
 
+def test_pixels_are_not_standardised_twice(tmp_path, start):
+    torch.save(random_dinov2(), tmp_path / "w.pth")
+    run = start(tmp_path / "w.pth", FIELDS["dinov2"])
+    name, stream = next(iter(run.streams.items()))
+    numbers = (0.5,) * stream.channels
+    scaled = stream.model_copy(update={"input_centre": numbers, "input_scale": numbers})
+    with pytest.raises(DataError, match=f"set no input-centre and input-scale of {name}: the patch embedding"):
+        start_model(run.model_copy(update={"streams": run.streams | {name: scaled}}))
+
+
 def test_which_part_of_public_weights_is_trained_must_be_said(tmp_path, start):
     torch.save(random_dinov2(), tmp_path / "w.pth")
     with pytest.raises(ConfigError, match=r"^train\.parts: missing, expected the part of public weights to train"):
@@ -291,6 +301,8 @@ def test_plain_timm_needs_its_pixels_declared(tmp_path, start):
         (lambda state: state | {"norm.bias": torch.full((48,), torch.nan)}, "backbone.norm.bias holds NaN or inf"),
         (lambda state: state | {"norm.bias": torch.zeros(47)}, r"backbone.norm.bias is torch.float32 \[47\], expected"),
         (lambda state: [1, 2], "holds no state dict"),
+        (lambda state: state | {"patch_embed.proj.weight": torch.zeros(())}, "is no encoder of a ViT as its family"),
+        (lambda state: state | {"pos_embed": torch.zeros(())}, "is no encoder of a ViT as its family"),
     ],
 )
 def test_what_is_no_encoder_is_refused(change, complaint, tmp_path, start):
@@ -310,6 +322,16 @@ def test_a_file_that_runs_code_is_not_read(tmp_path, start):
     (tmp_path / "w.safetensors").write_bytes(b"none")
     with pytest.raises(DataError, match="is no weights file of safetensors or torch"):
         start_model(start(tmp_path / "w.safetensors"))
+
+
+@pytest.mark.parametrize("entry", ['"layer_norm_eps": "small"', '"pretrained_cfg": 1'])
+def test_a_faulty_config_of_a_folder_is_one_line(entry, tmp_path, start):
+    folder = tmp_path / "vit"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "dinov2", ' + entry + "}")
+    safetensors.torch.save_file(random_dinov2(), folder / "model.safetensors")
+    with pytest.raises(DataError, match=r"^start.model: \S+ is no encoder of a ViT as its family publishes it \("):
+        start_model(start(folder, FIELDS["dinov2"]))
 
 
 def test_a_folder_of_an_unknown_model_is_refused(tmp_path, start):

@@ -123,8 +123,9 @@ def test_low_rank_additions_start_at_nothing_and_can_be_added_to_the_weights(mak
     plain.load_state_dict(fit_lora(lora.state_dict(), plain.state_dict()))
     torch.testing.assert_close(plain.embed(batch), lora.embed(batch))
     assert fit_lora(lora.state_dict(), lora.state_dict()).keys() == lora.state_dict().keys()
-    torn = lora.state_dict() | {"backbone.blocks.1.attention.qkv.lora_b": torch.zeros(144, 3)}
-    assert "backbone.blocks.1.attention.qkv.lora_a" in fit_lora(torn, plain.state_dict())
+    for other in (torch.zeros(144, 3), torch.zeros(())):
+        torn = lora.state_dict() | {"backbone.blocks.1.attention.qkv.lora_b": other}
+        assert "backbone.blocks.1.attention.qkv.lora_a" in fit_lora(torn, plain.state_dict())
 
 
 def test_layers_are_counted_from_the_heads_down():

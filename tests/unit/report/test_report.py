@@ -106,10 +106,10 @@ WITH_SITES = replace(
 
 def test_two_sentences_say_what_the_federation_gained():
     assert summary(WITH_SITES) == [
-        "With all labels, the federated model tells diseases of patients it never saw with an AUC of .712: +.062 to "
-        "plain statistics, the better reference, and -.008 to the best site alone, north.",
-        "With labels of 100 patients, the federated model tells diseases of patients it never saw with an AUC of .600: "
-        "+.050 to the untrained model, the better reference, and +.010 to the best site alone, north.",
+        "With all labels, probes of the federated model reach an AUC of .712 on held-out patients: +.062 "
+        "against plain statistics, the better reference, and -.008 against the best site alone, north.",
+        "With labels of 100 patients, probes of the federated model reach an AUC of .600 on held-out patients: "
+        "+.050 against the untrained model, the better reference, and +.010 against the best site alone, north.",
     ]
 
 

@@ -19,7 +19,7 @@ ARMS = ("federated", *SITES, "untrained", "statistics", "tokenizer")
 
 
 def measured(**auc):
-    """What a job gives: every metric of every arm; `auc` where it is not .6."""
+    """Measurements of one job, for every arm and metric: .6, or the `auc` that is given."""
     known = {name.replace("_", "-"): value for name, value in auc.items()}
     return {f"{arm}/{metric}": known.get(arm.removeprefix("site:"), 0.6) for arm in ARMS for metric in METRICS}
 

@@ -10,11 +10,12 @@ from torch.testing import assert_close
 
 from panfm.data.store import ImageStore, join_batches
 from panfm.errors import DataError
+from panfm.models.pooling import cls_and_mean
 from panfm.privacy.patient_sums import patient_gradient
 from panfm.privacy.private_step import clipped_sum
 from panfm.training.draw_order import draw_order, stream_turns
 from panfm.training.gradient import BatchGradient
-from panfm.training.objectives.interface import cls_and_mean, student_output
+from panfm.training.objectives.interface import student_output
 from panfm.training.objectives.views.objective import correlation, low_deviation
 from panfm.training.token_mask import draw_mask
 from panfm.training.trainer import Trainer

@@ -21,7 +21,8 @@ from panfm.data.store import Batch
 from panfm.models import PanModel
 from panfm.models.backbone import Encoded
 from panfm.models.heads import ObjectiveHeads
-from panfm.training.objectives.interface import Objective, StudentOutput, Targets, cls_and_mean
+from panfm.models.pooling import cls_and_mean
+from panfm.training.objectives.interface import Objective, StudentOutput, Targets
 from panfm.training.objectives.view_regression.config import ViewRegressionConfig
 from panfm.training.token_mask import TokenMask
 

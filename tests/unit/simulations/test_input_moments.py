@@ -5,16 +5,17 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from panfm.models.input_moments import InputMoments
+from panfm.config.model import TOKENIZER_INPUTS
 from panfm.models.patch_features import image_features, intensities, patch_step, patchify, tokenizer_inputs
 from simulations.cohorts.opened import join_stores
+from simulations.input_moments import InputMoments
 
 
 def everyone(store):
     return np.arange(len(store.subjects))
 
 
-@pytest.mark.parametrize("tokenizer", ["statistics", "patch"])
+@pytest.mark.parametrize("tokenizer", ["statistics", "texture", "patch"])
 @pytest.mark.parametrize("name", ["brain-mr", "eye-fundus"])
 def test_sums_over_sites_make_inputs_standard(make_run, make_store, name, tokenizer):
     run = make_run()
@@ -32,7 +33,7 @@ def test_sums_over_sites_make_inputs_standard(make_run, make_store, name, tokeni
     assert_close(standard.std(1), torch.ones(len(centre)), atol=1e-2, rtol=0.0)
     patches = patchify(image_features(images, declared, tokenizer), patch_step(stream, tokenizer))
     raw = patchify(tokenizer_inputs(images, stream, tokenizer), patch_step(stream, tokenizer))
-    size = raw.shape[-1] // (3 if tokenizer == "statistics" else 1)
+    size = raw.shape[-1] // TOKENIZER_INPUTS[tokenizer]
     assert_close(intensities(patches, declared, tokenizer), raw[..., :size], atol=1e-5, rtol=1e-5)
 
 
