@@ -120,7 +120,7 @@ class Session:
         """Put the parameters that the run does not train in place: those that came, or else those kept.
 
         Raises:
-            ProtocolError: they are not the run's, are of other parts of the model, or are not there.
+            ProtocolError: they are not the run's, are of other parts of the model, not finite, or not there.
         """
         if not task.frozen and self.trainer.has_frozen:
             return
@@ -128,6 +128,7 @@ class Session:
         if groups is None:
             raise ProtocolError(f"round {task.round_number}: this site lacks the parameters that are not trained")
         tensors = _tensors(self.frozen, groups)
+        check_finite(task.round_number, groups, {}, None)
         check_frozen(self.run, self.trained, task.round_number, groups)
         if task.frozen:
             states.save_frozen(groups)

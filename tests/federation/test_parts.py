@@ -9,10 +9,12 @@ import safetensors.numpy
 import safetensors.torch
 
 from panfm.config import dump_toml
+from panfm.config.start import StartConfig
 from panfm.errors import DataError, ProtocolError
 from panfm.models import build_model
 from panfm.models.warm_start import start_model
-from panfm.sharing.messages import RoundTask
+from panfm.sharing.groups import parameter_hashes
+from panfm.sharing.messages import RoundTask, frozen_name
 from panfm.site.site import Site
 from server.rounds import frozen_groups, initial_state
 from server.run_folder import RunFolder
@@ -115,6 +117,17 @@ def test_other_parts_than_the_runs_are_refused(asked, number):
     whole = np.concatenate([groups["backbone"], frozen["backbone"]])
     with pytest.raises(ProtocolError, match=r"^backbone: got float32"):
         site.train_round(ask(number, groups=groups | {"backbone": whole, "stream:liver-mr": whole}))
+
+
+def test_parts_that_are_not_finite_are_refused_though_the_run_names_them(federation):
+    run = federation.describe(LAST)
+    groups = {name: flat for name, flat in initial_state(run)[0].groups.items() if name != "stream:liver-mr"}
+    frozen = {name: flat for name, flat in frozen_groups(run).items() if name != "stream:liver-mr"}
+    frozen["backbone"] = np.full_like(frozen["backbone"], np.nan)
+    hashes = parameter_hashes(groups) | {frozen_name(name): one for name, one in parameter_hashes(frozen).items()}
+    run = run.model_copy(update={"start": StartConfig(parameters=hashes)})
+    with pytest.raises(ProtocolError, match=r"^round 1: global parameters of group backbone hold NaN or infinity$"):
+        Site(federation.sites / "alpha").train_round(RoundTask("run-1", 1, dump_toml(run), groups, frozen=frozen))
 
 
 def test_a_public_start_reaches_the_sites_and_its_additions_the_next_run(federation):
