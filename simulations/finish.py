@@ -5,6 +5,8 @@ run, since nothing leaves; then all frozen models are probed on the same held-ou
 written.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,7 +30,7 @@ from panfm.report.run_files import read_run
 from server.run_folder import RunFolder
 from simulations.alone import train_alone
 from simulations.cohorts.opened import OpenedCohort
-from simulations.harness import run_jobs
+from simulations.harness import background_jobs, run_jobs
 
 _GRID_ARMS = ("federated", "untrained", "statistics", "tokenizer")
 
@@ -52,17 +54,40 @@ def train_site_alone(job: AloneJob) -> PanModel:
     return train_alone(run, open_store(job.folder, run.streams), load_site(job.folder).name, start=start)
 
 
-def finish(run: RunConfig, cohort: Path, run_dir: Path, console: Console) -> None:
+@contextmanager
+def sites_alone(run: RunConfig, cohort: Path, run_dir: Path) -> Iterator[Callable[[], list[PanModel]]]:
+    """Train each site by itself in worker processes, while this process does other work.
+
+    Yields:
+        A function that waits for the models, and returns them in the order of the site folders; no models where the
+        cohort has no held-out subjects to probe them on.
+    """
+    folders = site_folders(cohort / "sites") if _has_holdout(cohort) else []
+    jobs = [AloneJob(dump_toml(run), folder, run_dir) for folder in folders]
+    with background_jobs(train_site_alone, jobs) as models:
+        yield models
+
+
+def finish(
+    run: RunConfig, cohort: Path, run_dir: Path, console: Console, alone: Callable[[], list[PanModel]] | None = None
+) -> None:
     """Probe the federation's model and its baselines if the cohort has held-out subjects; print and write the report.
 
+    Args:
+        alone: Waits for the models of `sites_alone`; they are trained now when left out.
     Raises:
         DataError: the cohort's label table or held-out folder does not hold.
     """
-    if (cohort / "holdout" / "site.toml").is_file():
-        write_result(run_dir / "probe.json", _labelled(privacy_label(run), probe_run(run, cohort, run_dir, console)))
+    if _has_holdout(cohort):
+        result = probe_run(run, cohort, run_dir, console, alone=alone)
+        write_result(run_dir / "probe.json", _labelled(privacy_label(run), result))
     files = read_run(run_dir)
     print_tables(files, console)
     console.print(f"report: {write_report(files)}")
+
+
+def _has_holdout(cohort: Path) -> bool:
+    return (cohort / "holdout" / "site.toml").is_file()
 
 
 def _labelled(label: str, result: ProbeResult) -> ProbeResult:
@@ -71,18 +96,28 @@ def _labelled(label: str, result: ProbeResult) -> ProbeResult:
 
 
 def probe_run(
-    run: RunConfig, cohort: Path, run_dir: Path, console: Console, *, with_all_grids: bool = False
+    run: RunConfig,
+    cohort: Path,
+    run_dir: Path,
+    console: Console,
+    *,
+    alone: Callable[[], list[PanModel]] | None = None,
+    with_all_grids: bool = False,
 ) -> ProbeResult:
     """Probe `federated`, `site:<name>` alone, `untrained`, `start` in a warm start, and the references.
 
     Args:
+        alone: Waits for the models of `sites_alone`; they are trained now when left out.
         with_all_grids: Take organs away for every arm, instead of for the federated model and the references.
     """
     folders = site_folders(cohort / "sites")
     console.print(f"training each of {len(folders)} sites alone, for comparison")
-    alone = run_jobs(train_site_alone, [AloneJob(dump_toml(run), folder, run_dir) for folder in folders])
+    if alone is None:
+        site_models = run_jobs(train_site_alone, [AloneJob(dump_toml(run), folder, run_dir) for folder in folders])
+    else:
+        site_models = alone()
     models = {"federated": load_model(run_dir / "model", whitened=False)[0]}
-    models |= {f"site:{load_site(folder).name}": model for folder, model in zip(folders, alone, strict=True)}
+    models |= {f"site:{load_site(folder).name}": model for folder, model in zip(folders, site_models, strict=True)}
     models["untrained"] = build_model(run)
     if start := RunFolder(run_dir, run).start():
         models["start"] = build_model(run)

@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import Parameter, Signature, signature
 from pathlib import Path
@@ -257,12 +258,39 @@ def _with_nan(measured: Mapping[str, float | None]) -> dict[str, float]:
     return {metric: math.nan if value is None else value for metric, value in measured.items()}
 
 
+@contextmanager
+def background_jobs(work: Callable[[J], R], jobs: Sequence[J], *, workers: int = 1) -> Iterator[Callable[[], list[R]]]:
+    """Do jobs in worker processes of one torch thread each, while this process does other work.
+
+    Workers are terminated where the block fails.
+
+    Args:
+        work: A module-level function.
+        jobs: Picklable.
+    Yields:
+        A function that waits for all jobs, and returns their results in the order of the jobs.
+    """
+    with _worker_pool(workers) as pool:
+        futures = [pool.submit(work, job) for job in jobs]
+        try:
+            yield lambda: [future.result() for future in futures]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
+
+
+def _worker_pool(workers: int) -> ProcessPoolExecutor:
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,))
+
+
 def _as_they_finish(work: Callable[[J], R], jobs: Mapping[int, J], workers: int) -> Iterator[tuple[int, R]]:
     if workers == 1:
         yield from ((index, work(job)) for index, job in jobs.items())
         return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with _worker_pool(workers) as pool:
         futures = {pool.submit(work, job): index for index, job in jobs.items()}
         try:
             for future in as_completed(futures):

@@ -9,7 +9,7 @@ from panfm.errors import ConfigError
 from server.run_folder import RunFolder, default_path
 from simulations.cohorts.prepare import cohort_folder, load_simulation, prepare_cohort
 from simulations.engines import Job, run_job
-from simulations.finish import finish
+from simulations.finish import finish, sites_alone
 
 
 def simulate(
@@ -37,8 +37,14 @@ def simulate(
     console = console or Console(soft_wrap=True, highlight=False)
     folder = _resume(resume, overrides, out) if resume else _create(experiment, overrides, out)
     cohort = prepare_cohort(folder.run, console)
-    run_job(Job(cohort / "sites", folder.path), engine)
-    finish(folder.run, cohort, folder.path, console)
+    job = Job(cohort / "sites", folder.path)
+    if engine == "local":  # one process, which leaves the other cores to the sites' training alone
+        with sites_alone(folder.run, cohort, folder.path) as alone:
+            run_job(job, engine)
+            finish(folder.run, cohort, folder.path, console, alone)
+    else:
+        run_job(job, engine)
+        finish(folder.run, cohort, folder.path, console)
     console.print(f"run folder: {folder.path}")
     return folder.path
 

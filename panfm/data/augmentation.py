@@ -23,6 +23,7 @@ from torch.nn import functional
 
 from panfm.config import StreamConfig
 from panfm.config.augment import AugmentConfig, Strengths, axis_names
+from panfm.data.resample import blur, gaussian_kernel
 from panfm.data.store import Batch
 
 _DRAWS = {"area": 1, "offset": 3, "angle": 3, "flip": 3, "blur": 1, "field": 9, "gamma": 1, "contrast": 1} | {
@@ -108,11 +109,8 @@ def _rotation(angles: Tensor, axes: int) -> Tensor:
 
 def _blurred(images: Tensor) -> Tensor:
     """Blur images [P, C, *shape] by a Gaussian of standard deviation 1 voxel, cut off at 2."""
-    from monai.networks.layers.convutils import gaussian_1d  # a second to import, so only where images are varied
-    from monai.networks.layers.simplelayers import separable_filtering
-
-    kernel = gaussian_1d(torch.tensor(1.0, device=images.device), truncated=2.0, normalize=True)
-    return separable_filtering(images, [kernel] * len(images.shape[2:]), mode="reflect")
+    kernel = gaussian_kernel(1.0, cut_off=2.0)
+    return blur(images, [kernel / kernel.sum()] * len(images.shape[2:]), "reflect")
 
 
 def _varied_intensities(images: Tensor, strengths: Strengths, draws: Mapping[str, Tensor]) -> Tensor:

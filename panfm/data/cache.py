@@ -199,7 +199,7 @@ def _write(part: IO[bytes], cached: _Cached, progress: Progress | None) -> None:
 def _read_all(cached: _Cached) -> Generator[NDArray[np.float32]]:
     """Images in order, read by threads, a few ahead. Closed early, it reads no further one; one that a thread is at is
     read to its end."""
-    from panfm.data.read import read_image  # MONAI takes seconds to import, and a warm cache does not need it
+    from panfm.data.read import read_image  # a warm cache does not need it
 
     waiting: deque[Future[NDArray[np.float32]]] = deque()
     pool = ThreadPoolExecutor(_THREADS)

@@ -16,15 +16,13 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import torch
-from monai.networks.layers.convutils import gaussian_1d
-from monai.networks.layers.simplelayers import separable_filtering
-from monai.networks.layers.spatial_transforms import AffineTransform
 from numpy.typing import NDArray
 from PIL import Image
 
 from panfm.anatomy import Modality, parse_stream
 from panfm.config import StreamConfig
 from panfm.data.readers import ImageError, ImageReader, Picture, Volume, read_source, voxel_sizes
+from panfm.data.resample import blur, gaussian_kernel, resample
 from panfm.errors import DataError
 
 _SAME_SPACING = 1e-3
@@ -93,8 +91,7 @@ def _resample(volume: NDArray[np.float32], spacing: NDArray[np.float64], config:
     to_input = np.eye(4)
     to_input[:3, :3], to_input[:3, 3] = np.diag(factor), offset
     image = _smooth(torch.from_numpy(np.ascontiguousarray(volume))[None, None], factor)
-    resample = AffineTransform(config.shape, normalized=False, reverse_indexing=True, align_corners=False)
-    resampled = resample(image, torch.from_numpy(to_input).float())[0]
+    resampled = resample(image, to_input, config.shape)[0]
     return np.asarray(resampled.clamp_(0.0, 1.0).numpy(), dtype=np.float32)
 
 
@@ -103,8 +100,8 @@ def _smooth(image: torch.Tensor, factor: NDArray[np.float64]) -> torch.Tensor:
     sigmas = np.maximum((np.minimum(factor, _COARSEST) - 1) / 2, 0.0)
     if not sigmas.any():
         return image
-    kernels = [gaussian_1d(torch.tensor(sigma)).float() if sigma else torch.ones(1) for sigma in sigmas]
-    return torch.as_tensor(separable_filtering(image, kernels, mode="replicate"))
+    kernels = [gaussian_kernel(sigma) if sigma else torch.ones(1) for sigma in sigmas]
+    return blur(image, kernels, "replicate")
 
 
 HU_WINDOW = (-200.0, 400.0)

@@ -17,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import monai
 import numpy as np
 import torch
 from torch import Tensor
@@ -33,6 +32,8 @@ from panfm.files import new_folder, write_json
 
 SCHEMA = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
 """What `verify_metadata` checks against."""
+MONAI_VERSION = "1.6.1"
+"""The one that tests load bundles with. Writing a bundle needs none."""
 _MODEL_VERSION = "1.0.0"
 
 
@@ -97,7 +98,7 @@ def _metadata(metadata: Mapping[str, Any], network: EmbeddingNetwork) -> dict[st
         "schema": SCHEMA,
         "version": _MODEL_VERSION,
         "changelog": {_MODEL_VERSION: f"run {metadata['run-id']} after {metadata['rounds']} rounds"},
-        "monai_version": monai.__version__,
+        "monai_version": MONAI_VERSION,
         "pytorch_version": torch.__version__,
         "numpy_version": np.__version__,
         "required_packages_version": {"panfm": __version__},

@@ -97,8 +97,6 @@ def _largest(kind: Kind, config: Mapping[str, Any]) -> int:
 
 def _load_libraries() -> None:
     """Import what the first question would import: a limit on time that ends an import leaves half a module behind."""
-    import monai.networks.layers  # noqa: F401
-
     import panfm.data.read  # noqa: F401
 
     for registry in (READERS, MASKING_POLICIES, BACKBONES):

@@ -159,6 +159,7 @@ def test_metadata_claim_no_more_privacy_than_there_is(tmp_path, make_run, write_
     assert json.loads((tmp_path / "out" / "metadata.json").read_text())["epsilon"] == claim
 
 
+@pytest.mark.slow
 def test_monai_bundle_loads_and_embeds(tmp_path, make_run, write_run, write_site):
     run_folder, out = write_run(make_run(DEX)), tmp_path / "out"
     streams = ("heart-ct", "brain-mr")
