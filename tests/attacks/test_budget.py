@@ -13,6 +13,7 @@ from panfm.privacy import mechanisms as mechanisms_module
 from panfm.privacy.ledger import Ledger, Limits, mechanisms_of
 from panfm.privacy.mechanisms import Mechanism, epsilon
 from panfm.site import Site
+from tests.cases import quick
 from tests.unit.site.test_private_site import GUIDED, PRIVACY, RANDOM, RUN, spent, task
 
 LIMITS = "[limits]\nepsilon = 4.0\ndelta = 1e-3\npublic-subjects = 40\n"
@@ -86,7 +87,7 @@ SERVERS = [
 ]
 
 
-@pytest.mark.parametrize("limits", [LIMITS, "[limits]\ndelta = 1e-3\n", "[limits]\npublic-subjects = 100\n"])
+@pytest.mark.parametrize("limits", quick([LIMITS, "[limits]\ndelta = 1e-3\n", "[limits]\npublic-subjects = 100\n"], 1))
 def test_server_chooses_delta_and_patients_and_the_site_books_under_its_own(tmp_path, write_site, limits):
     """Whatever the server says, an entry's epsilon is the accountant's at a delta that is no larger than the site's."""
     folder = write_site(tmp_path / "alpha", "alpha", ("brain", "heart"), extra=limits)
@@ -144,7 +145,7 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("history", HOSTILE.values(), ids=HOSTILE)
+@pytest.mark.parametrize("history", quick(HOSTILE.values(), 2), ids=HOSTILE)
 def test_server_chooses_numbers_that_take_an_accountant_a_minute_and_gets_seconds(history):
     """0.3, 0.01, 10,000 steps and a delta of 1e-12 took 48 s and 2.6 GiB, before the budget was looked at."""
     mechanisms = [Mechanism("gradients", (), 1.0, *numbers) for numbers in history]

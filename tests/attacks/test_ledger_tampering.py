@@ -177,6 +177,7 @@ def long_ledger(folder: Path) -> Ledger:
     return open_ledger(folder)
 
 
+@pytest.mark.slow
 def test_a_long_ledger_costs_a_round_no_more_than_a_short_one(folder, composed):
     """The server asks for many rounds: each next one would have read and composed all before it."""
     ledger = long_ledger(folder)
@@ -207,6 +208,7 @@ def answer(number: int) -> Frame:
     return Frame(Kind.ANSWER, Records({"backbone": np.ones(3, np.float32)}, {}, {"run-id": "run-1", "round": number}))
 
 
+@pytest.mark.slow
 def test_a_long_record_of_departures_costs_a_message_no_more_than_a_short_one(tmp_path, caplog):
     record = AuditLog(tmp_path)
     record.append(answer(1), encode(answer(1)))

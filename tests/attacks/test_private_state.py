@@ -14,6 +14,7 @@ from panfm.sharing.frames import Frame, Kind
 from panfm.sharing.messages import RoundTask
 from panfm.site import Site, answer
 from panfm.site.admission import end_run
+from tests.cases import quick
 from tests.unit.site.test_private_site import PRIVACY, spent, task
 
 BROKEN = PRIVACY + "acknowledge-broken-guarantee = true\n"
@@ -49,7 +50,7 @@ def test_server_goes_on_privately_from_five_rounds_without_privacy(folder):
     assert spent(site) == []
 
 
-@pytest.mark.parametrize("number", [1, 4])
+@pytest.mark.parametrize("number", quick([1, 4], 1))
 @pytest.mark.parametrize(
     ("first", "then"),
     [("", PRIVACY), (PRIVACY, ""), (BROKEN, PRIVACY), (PRIVACY.replace("1.5", "3.0"), PRIVACY)],

@@ -387,6 +387,7 @@ def test_a_question_holds_no_more_than_the_model_of_its_own_description(folder, 
     assert b"ProtocolError: frame: 419430400 bytes of arrays, a " + kind.encode() in told
 
 
+@pytest.mark.slow
 def test_arrays_that_do_not_fit_their_list_are_refused_before_they_are_read():
     here, there = socket.socketpair()
     words = json.dumps({"kind": "round", "arrays": [["x", "int8", 3]], "metrics": {}, "config": {}}).encode()
@@ -448,6 +449,7 @@ def test_a_header_that_announces_more_than_there_is_fills_nothing():
         assert _peak(unpack) < 10
 
 
+@pytest.mark.slow
 def test_a_sound_volume_under_a_memory_limit_is_read_or_told_as_memory(tmp_path):
     """Under a limit, every `.nii.gz` was said to be a broken gzip stream."""
     content = gzip.compress(_nifti((64, 64, 64)))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cases import quick
 from tests.federation.conftest import RUN
 
 ROOT = Path(__file__).parents[2]
@@ -80,10 +81,11 @@ MISTAKES = {
     "simulations bench": ("simulations", "bench", "aggregate", "--experiment={run}"),
 }
 
+IN_THE_DEFAULT_SUITE = ("panfm site check", "panfm embed", "panfm site start", "server start", "simulations run")
 SITE_MISTAKES = ("panfm site start", "panfm site status", "panfm site log", "panfm site end", "panfm ledger show")
 
 
-@pytest.mark.parametrize("name", MISTAKES)
+@pytest.mark.parametrize("name", quick(MISTAKES, IN_THE_DEFAULT_SUITE))
 def test_a_mistake_in_a_description_is_told_before_anything_heavy_is_imported(name, tmp_path):
     folder = tmp_path / ("model" if "{site}" in MISTAKES[name] and "{run}" not in MISTAKES[name] else "")
     write(tmp_path, RUN.replace("rounds = 3", "rounds = 0"))

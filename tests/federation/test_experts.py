@@ -20,6 +20,7 @@ from server.app import app as server_app
 from server.run_folder import RunFolder
 from simulations.engines.local import run as run_local
 from simulations.engines.local import run_apps
+from tests.cases import quick
 
 DEX = ("model.backbone=director-experts", "model.experts.count=[3, 2]", "model.experts.active=1", "train.rounds=2")
 POOLED, NAIVE = "sharing.experts=pooled", "sharing.experts=naive"
@@ -213,7 +214,7 @@ def client_app_forgets() -> None:
     resident_site.cache_clear()
 
 
-@pytest.mark.parametrize("rule", ["sharing.experts=private", POOLED])
+@pytest.mark.parametrize("rule", quick(["sharing.experts=private", POOLED], 1))
 def test_resuming_gives_the_bits_of_an_undisturbed_run(federation, rule):
     undisturbed = exported(federation.run("undisturbed", *DEX, rule))
     job = federation.job("killed", *DEX, rule)

@@ -32,6 +32,7 @@ from simulations.engines.local import LocalGrid, run_apps
 from simulations.engines.local import run as run_local
 from strategies import Memory
 from strategies.round_messages import Downlink
+from tests.cases import quick
 
 
 def lines(run_dir: Path) -> list[dict]:
@@ -128,7 +129,7 @@ class Forgetful(Downlink):
         super().__init__(groups, Memory(), teacher=teacher, frozen=frozen)
 
 
-@pytest.mark.parametrize("coding", ["bf16", "int8"])
+@pytest.mark.parametrize("coding", quick(["int8", "bf16"], 1))
 def test_steps_go_down_to_those_that_were_there_and_all_parameters_to_the_others(federation, monkeypatch, coding):
     """A site that fails in round 2 is sent everything in round 3; who gets what makes no difference to a bit."""
     real, failing = Session.train_round, {("gamma", 2)}
@@ -343,7 +344,7 @@ LOADED = ("sharing.coding=int8", "train.teacher-start=server-ema", "sharing.opti
 """All that the server's memory may hold."""
 
 
-@pytest.mark.parametrize(("rounds_before", "overrides"), [(0, ()), (2, ()), (2, LOADED)])
+@pytest.mark.parametrize(("rounds_before", "overrides"), quick([(2, LOADED), (0, ()), (2, ())], 1))
 def test_resuming_gives_the_bits_of_an_undisturbed_run(federation, rounds_before, overrides):
     undisturbed = model_bytes(federation.run("undisturbed", *overrides))
     answered = []

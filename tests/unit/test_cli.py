@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from panfm.cli import main
 from panfm.config import load_run, load_site
 from panfm.models.warm_start import read_start
+from tests.cases import quick
 from tests.unit.models.test_public_weights import random_dinov2
 
 ROOT = Path(__file__).parents[2]
@@ -95,15 +96,18 @@ def test_site_init_into_a_file(run_file):
 
 @pytest.mark.parametrize(
     "words",
-    [
-        "-m simulations run RUN",
-        "-m server start RUN --connection none",
-        "-m panfm site check . --run RUN",
-        "-m panfm site dry-run . --run RUN",
-        "-m panfm ledger plan RUN",
-        "-m panfm audit step RUN",
-        "-m simulations cohort make new --run RUN",
-    ],
+    quick(
+        [
+            "-m simulations run RUN",
+            "-m server start RUN --connection none",
+            "-m panfm site check . --run RUN",
+            "-m panfm site dry-run . --run RUN",
+            "-m panfm ledger plan RUN",
+            "-m panfm audit step RUN",
+            "-m simulations cohort make new --run RUN",
+        ],
+        2,
+    ),
 )
 def test_a_mistake_in_a_run_description_is_told_before_torch_is_imported(tmp_path, words):
     description = tmp_path / "run.toml"

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from monai.bundle import verify_metadata
 
 from panfm.data.cache import open_store
 from panfm.evaluate.embed import embed_store, load_model
@@ -49,6 +48,8 @@ def test_monai_verifies_the_bundle_where_panfm_is_not_installed(bundle):
 
 @pytest.mark.slow
 def test_monai_refuses_metadata_that_lack_something(bundle):
+    from monai.bundle import verify_metadata  # five CPU-seconds
+
     path = bundle / "configs" / "metadata.json"
     schema = {"filepath": SCHEMA, "hash_val": hashlib.sha256(SCHEMA.read_bytes()).hexdigest(), "hash_type": "sha256"}
     verify_metadata(meta_file=path, **schema)

@@ -8,6 +8,7 @@ from panfm.config.parts import BlockPartsConfig, PlainPartsConfig
 from panfm.errors import ConfigError
 from panfm.privacy import private_step
 from panfm.privacy.audit_step import audit_step, guess, lower_bound
+from tests.cases import quick
 
 CANARIES, STEPS = 300, 20
 
@@ -39,6 +40,7 @@ def test_a_large_delta_explains_everything():
     assert lower_bound(500, 500, 1000, delta=0.1, confidence=0.95) == 0.0
 
 
+@pytest.mark.slow
 def test_a_correct_mechanism_is_refuted_no_more_often_than_stated():
     """Randomised response of epsilon 1: the bound exceeds 1 in at most one of twenty audits."""
     random = np.random.default_rng(0)
@@ -52,7 +54,7 @@ def test_the_largest_and_the_smallest_are_guessed():
     assert guess(seen, present) == (3, 4)
 
 
-@pytest.mark.parametrize("trained", ["all", "vectors", "last-block"])
+@pytest.mark.parametrize("trained", quick(["all", "vectors", "last-block"], 1))
 def test_a_correct_step_stays_under_its_claim(run, trained):
     """67 of 80 guesses would refute it: 4.7 standard deviations more than it gives. Without noise, 78 are right."""
     private = run.patient_dp.model_copy(update={"noise_multiplier": 3.0})

@@ -15,6 +15,7 @@ from panfm.privacy.private_step import clipped_sum, gradient_parameters
 from panfm.training.experts import ExpertTraining
 from panfm.training.objectives.interface import student_output
 from panfm.training.trainer import Trainer
+from tests.cases import quick
 
 KINDS = [(objective, backbone) for objective in ("latent", "mae") for backbone in ("dense", "dex")]
 PARTS = ('kind = "vectors"\n', 'kind = "last-blocks"\nblocks = 1\n')
@@ -60,7 +61,7 @@ def one_at_a_time(trainer, store, indices, hide, clip):
 
 
 @pytest.mark.parametrize(("objective", "backbone"), KINDS)
-@pytest.mark.parametrize("clip", [0.05, 100.0])
+@pytest.mark.parametrize("clip", quick([0.05, 100.0], 1))
 def test_the_sum_equals_a_loop_over_patients(make_private, every_subset, fixed_masks, objective, backbone, clip):
     run = make_private(objective, backbone, clip=clip)
     trainer = Trainer(run)
@@ -121,7 +122,9 @@ def leave_one_out(trainer, store):
 SUBSETS = [held for size in (1, 2, 3) for held in itertools.combinations(("brain-mr", "heart-ct", "eye-fundus"), size)]
 
 
-@pytest.mark.parametrize("streams", SUBSETS, ids="+".join)
+@pytest.mark.parametrize(
+    "streams", [pytest.param(one, marks=() if len(one) != 2 else pytest.mark.slow) for one in SUBSETS], ids="+".join
+)
 @pytest.mark.parametrize("backbone", ["dense", "dex"])
 def test_a_site_of_any_subset_of_streams(make_private, every_subset, fixed_masks, backbone, streams):
     """Its model has these streams' parts only, and its patients any of them or none."""

@@ -13,6 +13,7 @@ from panfm.data.store import ImageStore
 from panfm.privacy.patient_sums import add_clipped, patient_gradient
 from panfm.privacy.private_step import PrivateGradient, clipped_sum, gradient_parameters
 from panfm.training.trainer import Trainer
+from tests.cases import quick
 
 NUM = 24
 LEVEL = 1 + 1e-5
@@ -103,7 +104,7 @@ def changes(summed, clip, leaving):
 
 
 @pytest.mark.parametrize(
-    ("kind", "at_least"), [("none", 0.0), ("load-balance", 1.05), ("koleo", 1.3), ("batch-norm", 2.0)]
+    ("kind", "at_least"), quick([("none", 0.0), ("load-balance", 1.05), ("koleo", 1.3), ("batch-norm", 2.0)], 2)
 )
 def test_a_term_that_reads_the_batch(make_private, odd_one_out, fixed_masks, kind, at_least):
     clip = 1e-3
@@ -164,7 +165,7 @@ def test_a_mean_over_all_hidden_tokens_of_the_batch(make_private, make_store, fi
     check(change(*sums, clip), at_least)
 
 
-@pytest.mark.parametrize(("num_steps", "at_least"), [(0, 0.0), (5, 1.5)])
+@pytest.mark.parametrize(("num_steps", "at_least"), quick([(0, 0.0), (5, 1.5)], 1))
 def test_experts_trained_outside_the_private_step(make_private, odd_one_out, fixed_masks, num_steps, at_least):
     """They never leave the site, but every shared gradient goes through them."""
     clip = 1e-3

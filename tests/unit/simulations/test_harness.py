@@ -8,6 +8,7 @@ from panfm.errors import ConfigError
 from simulations.__main__ import app
 from simulations.harness import QUICKSTART, TRANSIENT, StudyOptions, check_writable, run_jobs
 from simulations.study_result import StudyResult
+from tests.cases import quick
 
 
 def halve(number):
@@ -20,7 +21,7 @@ def test_pairs_are_draws_times_seeds_in_one_order():
     assert StudyOptions(seeds=2, draws=2, first_seed=3).pairs() == [(3, 3), (3, 4), (4, 3), (4, 4)]
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", quick([1, 2], 1))
 def test_results_come_in_the_order_of_the_jobs(workers):
     assert run_jobs(halve, [3, 1, 2], workers=workers) == [{"half": 1.5}, {"half": 0.5}, {"half": 1.0}]
 

@@ -67,6 +67,7 @@ def test_no_alarm_stays_behind():
         assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
+@pytest.mark.slow
 def test_memory_is_limited_and_the_process_stays():
     code = (
         "from panfm.site.handler import limit_memory; limit_memory(0.25)\n"
