@@ -17,6 +17,9 @@ def model_folder(place: Path) -> Path:
         return place / "model"
     if not place.is_dir():
         raise DataError(f"{place}: no such folder, expected the folder of a finished run, or of a model")
+    if (place / "config.json").exists() and not (place / "run.toml").exists():
+        expected = "the folder of a finished run, or an export of the whole model"
+        raise DataError(f"{place}: holds one stream's encoder for timm or transformers, expected {expected}")
     if (place / "rounds.jsonl").exists() or not (place / "run.toml").exists():
         raise DataError(f"{place}: found no model/, expected the folder of a finished run")
     return place
