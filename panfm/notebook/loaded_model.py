@@ -4,7 +4,8 @@ Shape legend: B subjects, P subjects that have a stream, C channels, `*shape` vo
 E numbers of an embedding, D width.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -19,9 +20,11 @@ from panfm.config.features import parse_pooling
 from panfm.data.read import read_image
 from panfm.data.store import Batch
 from panfm.errors import ConfigError, needs_extra
-from panfm.evaluate.embed import embed_store, load_model
+from panfm.evaluate.embed import embed_store
 from panfm.export.final_model import Source
 from panfm.models import PanModel
+from panfm.models.pan import SIZES
+from panfm.models.pooling import check_layers
 from panfm.notebook.image_files import FilesByStream, Images, Place, check_streams, files_of, stores_of
 from panfm.notebook.token_grid import TokenGrid, stream_tokens, token_affines
 
@@ -58,7 +61,8 @@ class Encoder(nn.Module):
         return self.model.embed(self._batch(images, present or {}))
 
     def _batch(self, images: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> Batch:
-        check_streams(self.model.stream_configs, [*images, *present])
+        check_streams(self.model.stream_configs, images)
+        check_streams(images, present or images)
         sizes = {len(image) for image in images.values()}
         if len(sizes) != 1:
             raise ConfigError(f"images: found batches of {sorted(sizes)} subjects, expected one size for all streams")
@@ -67,8 +71,8 @@ class Encoder(nn.Module):
         for name, image in images.items():
             config = self.model.stream_configs[name]
             if image.shape[1:] != (config.channels, *config.shape):
-                expected = ["B", config.channels, *config.shape]
-                raise ConfigError(f"{name}: found images {list(image.shape)}, expected {expected}".replace("'", ""))
+                expected = f"[B, {', '.join(map(str, (config.channels, *config.shape)))}]"
+                raise ConfigError(f"{name}: found images {list(image.shape)}, expected {expected}")
             rows[name] = torch.nonzero(present.get(name, torch.ones(size))).squeeze(1)
         present_images = {name: image[rows[name]] for name, image in images.items() if len(rows[name])}
         return Batch(size, present_images, {name: rows[name] for name in present_images})
@@ -133,20 +137,18 @@ class Model:
         Raises:
             ConfigError, DataError: a stream, the pooling, a file or the site folder does not hold.
         """
-        network = self.encoder.model if pooling is None else load_model(self.folder, parse_pooling(pooling))[0]
         subjects: list[str] = []
         features = []
-        for store in stores_of(images, self.streams):
-            subjects += store.subjects
-            device = self.encoder.model.stream_of_patch.device
-            features.append(embed_store(network.to(device), store, range(len(store.subjects))))
+        with self._pooled(pooling) as network:
+            for store in stores_of(images, self.streams):
+                subjects += store.subjects
+                features.append(embed_store(network, store, range(len(store.subjects))))
         table = np.concatenate(features)
         if not frame:
             return table
         with needs_extra("evaluate"):
             import pandas
-
-            return pandas.DataFrame(table, index=pandas.Index(subjects, name="subject"))
+        return pandas.DataFrame(table, index=pandas.Index(subjects, name="subject"))
 
     def tokens(self, images: FilesByStream | Place) -> dict[str, TokenGrid]:
         """Encode the images of one or more subjects to patch tokens, on the grid of each stream's patches.
@@ -170,6 +172,20 @@ class Model:
                 affines = token_affines(paths.values(), self.streams[name])
                 grids[name] = TokenGrid(np.concatenate(chunks), np.array([*paths]), affines)
         return grids
+
+    @contextmanager
+    def _pooled(self, pooling: str | None) -> Iterator[PanModel]:
+        """The network with another pooling, unwhitened, until the block ends; None leaves it as it is."""
+        network = self.encoder.model
+        before = network.pooling, network.whitening
+        if pooling is not None:
+            features = parse_pooling(pooling)
+            check_layers(features, SIZES[self.run.model.size][1])
+            network.pooling, network.whitening = features, None
+        try:
+            yield network
+        finally:
+            network.pooling, network.whitening = before
 
 
 def load(place: Place) -> Model:

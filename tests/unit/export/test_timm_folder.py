@@ -1,6 +1,7 @@
 """timm's names and features, against a forward pass written from its code, and against timm where it is installed."""
 
 import json
+from importlib import import_module
 from importlib.util import find_spec
 
 import pytest
@@ -169,8 +170,7 @@ def test_timm_needs_a_stream(tmp_path, write_run):
 @pytest.mark.skipif(not (find_spec("timm") and find_spec("torchvision")), reason="timm is not installed")
 @pytest.mark.parametrize(("model", "stream"), CASES)
 def test_timm_loads_the_export_strictly_and_gives_the_same_features(export, model, stream):
-    import timm
-
+    timm = import_module("timm")
     out, images, expected = export(MODELS[model], stream)
     told = json.loads((out / "metadata.json").read_text())["timm"]
     network = timm.create_model(told["architecture"], **told["arguments"]).eval()

@@ -76,8 +76,19 @@ def test_another_pooling_is_read_off_the_same_model(run_folder, files):
     layers = model.embed(files, pooling="layers:1,2")
     assert layers.shape == (2, 3 * 2 * 48)
     assert model.embed(files).shape == (2, 48)
-    with pytest.raises(ConfigError, match="--pooling: found 'mean'"):
-        model.embed(files, pooling="mean")
+    for wrong, complaint in (("mean", "--pooling: found 'mean'"), ("layers:3", "features.layers: found block 3")):
+        with pytest.raises(ConfigError, match=complaint):
+            model.embed(files, pooling=wrong)
+
+
+def test_another_pooling_is_read_off_an_encoder_that_was_fine_tuned(run_folder, files):
+    model = panfm.load(run_folder)
+    norm = model.encoder.model.backbone.norm
+    with torch.no_grad():
+        norm.weight.zero_()
+    cls_and_mean = model.embed(files, pooling="cls+mean")
+    np.testing.assert_allclose(cls_and_mean, np.tile(norm.bias.detach().numpy(), (2, 2)), atol=1e-6)
+    assert model.embed(files).shape == (2, 48)
 
 
 def test_a_data_frame_names_the_subjects(run_folder, files, tmp_path, write_site):

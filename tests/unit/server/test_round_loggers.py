@@ -1,6 +1,7 @@
 """`[tracking]`: loggers by name, from outside, that fail, and MLflow and Weights & Biases."""
 
 import sys
+from importlib import import_module
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -199,9 +200,7 @@ def test_the_library_itself_offline(folder_with, library, monkeypatch, caplog):
     if library == "wandb":
         assert list((folder.path / "wandb").rglob("*.wandb"))
         return
-    import mlflow
-
-    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{folder.path.resolve()}/mlflow.db")
+    client = import_module("mlflow").MlflowClient(tracking_uri=f"sqlite:///{folder.path.resolve()}/mlflow.db")
     [run] = client.search_runs([client.get_experiment_by_name("mine").experiment_id])
     history = client.get_metric_history(run.info.run_id, "update-norm/backbone")
     assert [(metric.step, metric.value) for metric in history] == [(1, 2.0), (2, 2.0)]
