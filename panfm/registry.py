@@ -1,7 +1,11 @@
 """The plug-in points: for each, the known names and where the class of each name is defined.
 
-A class is imported when it is first asked for, so that reading a run description imports no torch. To add a plug-in,
-write its file and add a line to its table here, or call `register` before the run description is read.
+A class is imported when it is first asked for, so that reading a run description imports no torch. Plug-ins come from
+
+    the tables in this file     those of this library
+    installed packages          entry points (panfm/installed_plug_ins.py), read when a name is asked for that no table
+                                has, or an image that no reader of ours accepts
+    a notebook or a script      `@panfm.objective("mine")` and the like, or `register`
 """
 
 import difflib
@@ -31,23 +35,42 @@ class Registry:
         return tuple(self._targets)
 
     def register(self, name: str, target: str | type) -> None:
-        """Add a plug-in: a class, or `package.module:Class`. Raises ConfigError if the name is taken."""
-        if name in self._targets:
-            raise ConfigError(f"{self.key}: {name!r} is registered already, expected another name")
+        """Add a plug-in: a class, or `package.module:Class`. Raises ConfigError if another class has the name."""
+        if _place(self._targets.get(name, target)) != _place(target):
+            raise ConfigError(f"{self.key}: {name!r} is registered already, expected another name for {_place(target)}")
         self._targets[name] = target
+
+    def add_installed(self) -> list[str]:
+        """Learn the plug-ins of installed packages; returns the names that are new, and imports no plug-in.
+
+        Raises:
+            ConfigError: a package has the name of another plug-in.
+        """
+        from panfm.installed_plug_ins import installed_plug_ins
+
+        known = self.names
+        for name, target in installed_plug_ins(self.key).items():
+            self.register(name, target)
+        return [name for name in self.names if name not in known]
 
     def check(self, name: str) -> str:
         """Return a known name. Raises ConfigError, naming the nearest known one, for any other."""
-        if not isinstance(name, str) or name not in self._targets:
-            near = difflib.get_close_matches(str(name)[:64], self._targets, n=1, cutoff=0.4)
-            hint = f", did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"{self.key}: found {name!r:.80}, expected one of {', '.join(self.names)}{hint}")
-        return name
+        if isinstance(name, str) and (name in self._targets or name in self.add_installed()):
+            return name
+        near = difflib.get_close_matches(str(name)[:64], self._targets, n=1, cutoff=0.4)
+        hint = f", did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"{self.key}: found {name!r:.80}, expected one of {', '.join(self.names)}{hint}")
 
     def load(self, name: str) -> Any:
-        """Import and return the class of a name. Raises ConfigError for an unknown name."""
-        self._targets[name] = target = import_class(self._targets[self.check(name)])
-        return target
+        """Import and return the class of a name. Raises ConfigError for an unknown name, or an installed plug-in that
+        cannot be imported."""
+        try:
+            return import_class(self._targets[self.check(name)])
+        except Exception as error:
+            from panfm.installed_plug_ins import check_import
+
+            check_import(self.key, name, error)
+            raise
 
 
 def import_class(target: str | type) -> Any:
@@ -56,6 +79,11 @@ def import_class(target: str | type) -> Any:
         return target
     module, _, attribute = target.partition(":")
     return getattr(importlib.import_module(module), attribute)
+
+
+def _place(target: str | type) -> str:
+    """`package.module:Class` of a plug-in."""
+    return target if isinstance(target, str) else f"{target.__module__}:{target.__qualname__}"
 
 
 OBJECTIVES = Registry(

@@ -66,7 +66,7 @@ def run_federation(grid: Grid, folder: RunFolder, progress: Progress, *, num_sit
     strategy = make_strategy(folder, manifest, attendance.roster, state, frozen)
     membership = Membership(grid, run, manifest, attendance)
     costs = PlannedCosts(run, folder.rounds())
-    with Tracking(folder) as tracking:
+    with Tracking(folder, state.run_id) as tracking:
         while state.round_number < run.train.rounds:
             strategy.roster = _choose_sites(folder, membership, state.round_number + 1)
             state, line = train_round(grid, strategy, state)

@@ -9,7 +9,7 @@ rounds.jsonl       one line per round
 ended.json         how and why the run ended without a model
 checkpoint/        the server's state after the last rounds
 model/             model.safetensors, metadata.json, run.toml
-status.html, tensorboard/   for people (tracking.py)
+status.html, tensorboard/, mlflow.db, wandb/   for people (tracking.py)
 flower.json        where Flower runs it (server/coordinator.py)
 """
 
@@ -45,6 +45,7 @@ from server.checkpoint import ServerState, load_latest, save_state
 from server.expected_sites import FILE as EXPECTED_SITES
 from server.expected_sites import ExpectedSites
 from server.handshake import Attendance
+from server.tracking_config import tracking_of
 
 _START = "start.safetensors"
 _FROZEN = "frozen.safetensors"
@@ -78,10 +79,11 @@ class RunFolder:
 
         Raises:
             RunError: the folder holds one already, or cannot be written to.
-            ConfigError: the run cannot keep the privacy that it promises.
+            ConfigError: the run cannot keep the privacy that it promises, or `[tracking]` does not hold.
             ConfigError, DataError: the model that the run starts from does not fit.
         """
         run = checked_run(run)
+        tracking_of(run)
         weights = read_start(run) if run.start else None
         try:
             if (path / "checkpoint").exists():

@@ -1,61 +1,73 @@
-"""Status page and TensorBoard events of a run, kept in the run folder while it goes on.
+"""Status page and loggers of a run's rounds, kept while it goes on.
 
-It is made from rounds.jsonl, so a resumed run shows every round once. Nothing in a run depends on it: a disk that does
-not take it is a line in the log.
+The page is made from rounds.jsonl, so a resumed run shows every round once. Nothing in a run depends on a logger: a
+disk that does not take it, or a library that fails, is a line in the log.
+
+To add a logger, write a class with the methods of `RoundLogger` and a line in `LOGGERS` (tracking_config.py), or an
+entry point of the group `panfm.loggers`.
 """
 
 import logging
-import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from statistics import fmean
+from typing import Any, Protocol, Self
 
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar, text
-
-from panfm.errors import PanfmError
-from panfm.privacy.guarantees import privacy_label
+from panfm.errors import PanfmError, one_line
 from panfm.report.status_page import write_status
 from server.run_folder import RunFolder
+from server.tracking_config import LOGGERS, tracking_of
 
 logger = logging.getLogger(__name__)
 _PAGE_EVERY_S = 5.0
 """Rounds of a simulation may take milliseconds; nobody sees that many pages. Those of real sites take longer."""
 
 
-class Tracking:
-    """Status page and events of one run; a context that closes the events file at its end."""
+class RoundLogger(Protocol):
+    """Shows the rounds of a run somewhere, or does anything else after each of them. It may raise any error."""
 
-    def __init__(self, folder: RunFolder) -> None:
-        """Write events and page anew, with the rounds done before."""
+    def __init__(self, folder: RunFolder, run_id: str) -> None:
+        """Begin; where the run is resumed, with the rounds that the run folder has."""
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        """Add a round that has ended: its line of rounds.jsonl (`scalars` are its numbers)."""
+
+    def close(self) -> None:
+        """End, when the run has ended or was interrupted."""
+
+
+class Tracking:
+    """Status page and loggers of one run; a context that closes the loggers at its end."""
+
+    def __init__(self, folder: RunFolder, run_id: str = "") -> None:
+        """Write the page anew, with the rounds done before, and begin the loggers of the run's `[tracking]`.
+
+        Raises:
+            ConfigError: the table does not hold.
+        """
         self._folder = folder
-        self._events: EventsWriter | None = None
         self._page_at = 0.0
-        try:
-            self._begin_events()
-        except OSError as error:
-            logger.warning("tensorboard: cannot be written (%s)", error.strerror)
+        self._loggers: dict[str, RoundLogger] = {}
+        for name in tracking_of(folder.run).loggers:
+            with _told(name):
+                self._loggers[name] = LOGGERS.load(name)(folder, run_id)
         self._refresh()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._events:
-            with suppress(OSError):
-                self._events.close()
+        for name, known in self._loggers.items():
+            with _told(name):
+                known.close()
 
     def round(self, line: Mapping[str, Any]) -> None:
         """Add a round that has ended."""
-        if self._events:
-            try:
-                self._add(line)
-                self._events.flush()
-            except OSError as error:
-                logger.warning("round %s: tensorboard: cannot be written (%s)", line["round"], error.strerror)
+        for name, known in self._loggers.items():
+            with _told(f"round {line['round']}: {name}"):
+                known.add(line)
         if time.monotonic() - self._page_at >= _PAGE_EVERY_S:
             self._refresh()
 
@@ -63,24 +75,16 @@ class Tracking:
         refresh_page(self._folder.path)
         self._page_at = time.monotonic()
 
-    def _begin_events(self) -> None:
-        folder = self._folder.path / "tensorboard"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        self._events = EventsWriter(str(folder / "events"))
-        # A TensorBoard that has read the file before forgets what it held.
-        restart = SessionLog(status=SessionLog.START)
-        self._events.write_event(Event(wall_time=time.time(), step=0, session_log=restart))
-        if (label := privacy_label(self._folder.run)) != "none":
-            self._events.write_event(Event(wall_time=time.time(), step=0, summary=text("privacy", label)))
-        for line in self._folder.rounds():
-            self._add(line)
-        self._events.flush()
 
-    def _add(self, line: Mapping[str, Any]) -> None:
-        assert self._events
-        for name, value in scalars(line):
-            self._events.write_event(Event(wall_time=time.time(), step=line["round"], summary=scalar(name, value)))
+@contextmanager
+def _told(name: str) -> Iterator[None]:
+    """Turn an error of a logger into a line in the log."""
+    try:
+        yield
+    except OSError as error:
+        logger.warning("%s: cannot be written (%s)", name, error.strerror or one_line(str(error)))
+    except Exception as error:
+        logger.warning("%s: %s", name, one_line(f"{type(error).__name__}: {error}"))
 
 
 def refresh_page(run_dir: Path) -> None:
@@ -103,8 +107,18 @@ def scalars(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
         **{f"saliency/{stream}": share for stream, share in (line["profile"] or {}).items()},
         **{f"coverage/{stream}": len(sites) for stream, sites in line["coverage"].items()},
         **{f"epsilon/{site}": cost for site, cost in line.get("epsilon", {}).items()},
+        **{f"update-norm/{group}": fmean(norms) for group, norms in update_norms(line).items()},
     }
     for site, reply in line["sites"].items():
         values |= {f"loss/{site}": reply["loss"], f"validation-loss/{site}": reply["validation_loss"]}
         values |= {f"seconds/{site}": reply["seconds"]}
     yield from ((name, float(value)) for name, value in values.items() if value is not None)
+
+
+def update_norms(line: Mapping[str, Any]) -> dict[str, list[float]]:
+    """Group -> L2 norms of the sites' updates in a round's line."""
+    norms: dict[str, list[float]] = {}
+    for reply in line["sites"].values():
+        for group, norm in reply.get("norms", {}).items():
+            norms.setdefault(group, []).append(norm)
+    return norms

@@ -104,10 +104,14 @@ def probe(
 @app.command()
 def export(
     run_folder: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
-    to: Annotated[str, typer.Option(help="safetensors, monai-bundle, dense-vit or onnx.")],
+    to: Annotated[str, typer.Option(help="safetensors, dense-vit, timm, huggingface, monai-bundle or onnx.")],
     out: Annotated[Path, typer.Option(help="New folder; for onnx, new file.")],
     streams: Annotated[
-        str, typer.Option(help="For monai-bundle and onnx: the inputs, e.g. brain-mr,heart-ct; all when left out.")
+        str,
+        typer.Option(
+            help="For monai-bundle and onnx: the inputs, e.g. brain-mr,heart-ct; all when left out. For timm, and "
+            "huggingface in the form of transformers: one stream of pictures."
+        ),
     ] = "",
     licence: Annotated[str | None, typer.Option(help="Licence of the weights, for the metadata.")] = None,
 ) -> None:
@@ -115,8 +119,9 @@ def export(
 
     safetensors: the weights as they are, read by `panfm embed`. dense-vit: a plain ViT of this library; a
     Director-Experts model goes through its directors. monai-bundle: a folder for MONAI. onnx: one file, one input per
-    stream and `present`, needs the extra `onnx` of panfm. Each says streams, spacing, intensity rules, sites, rounds,
-    epsilon, licence and intended use.
+    stream and `present`, needs the extra `onnx` of panfm. timm: one stream's encoder under the names of timm's ViT.
+    huggingface: the whole model with a model card, read by `panfm.load`; of one stream as transformers' DINOv2. Each
+    says streams, spacing, intensity rules, sites, rounds, epsilon, licence and intended use.
     """
     if (run_folder / "model").is_dir():
         check_model(run_folder / "model")

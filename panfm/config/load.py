@@ -66,10 +66,10 @@ def config_hash(config: Config) -> str:
 
 
 def as_told(run: RunConfig) -> RunConfig:
-    """Return the description that sites are sent: without the cohort and the path of the start, which may name folders
-    of one machine."""
+    """Return the description that sites are sent: without the coordinator's loggers, the cohort, and the path of the
+    start, which may name folders of one machine."""
     start = run.start and run.start.model_copy(update={"model": None})
-    return run.model_copy(update={"cohort": None, "start": start})
+    return run.model_copy(update={"cohort": None, "start": start, "tracking": None})
 
 
 def experiment_hash(run: RunConfig) -> str:

@@ -37,6 +37,9 @@ class RunConfig(Config):
     streams: Annotated[dict[str, StreamConfig], Field(min_length=1)]
     cohort: TomlTable | None = None
     """Where a simulation takes its sites from: a table that it checks itself. No site is told of it."""
+    tracking: TomlTable | None = None
+    """Loggers of the rounds at the coordinator, TensorBoard when left out: a table that the server checks itself. No
+    site is told of it."""
     model: ModelConfig = ModelConfig()
     objective: SerializeAsAny[ObjectiveConfig] = Field(default_factory=lambda: ObjectiveConfig.model_validate({}))
     augment: AugmentConfig | None = None

@@ -81,16 +81,22 @@ def prepare_picture(image: Picture, config: StreamConfig) -> NDArray[np.float32]
     return np.ascontiguousarray(apply_intensity(pixels, Modality.PHOTO).transpose(2, 0, 1))
 
 
-def _resample(volume: NDArray[np.float32], spacing: NDArray[np.float64], config: StreamConfig) -> NDArray[np.float32]:
-    """Trilinear resampling that maps the centre of the scan to the centre of the result."""
+def to_scan(shape: tuple[int, ...], spacing: NDArray[np.float64], config: StreamConfig) -> NDArray[np.float64]:
+    """Affine [4, 4] from voxel indices of a prepared volume to those of the scan, whose axes run R, A, S."""
     factor = np.asarray(config.spacing_mm) / spacing
     same = np.abs(factor - 1) < _SAME_SPACING
     factor[same] = 1.0
-    offset = (np.asarray(volume.shape) - 1) / 2 - factor * (np.asarray(config.shape) - 1) / 2
+    offset = (np.asarray(shape) - 1) / 2 - factor * (np.asarray(config.shape) - 1) / 2
     offset[same] = np.floor(offset[same])
     to_input = np.eye(4)
     to_input[:3, :3], to_input[:3, 3] = np.diag(factor), offset
-    image = _smooth(torch.from_numpy(np.ascontiguousarray(volume))[None, None], factor)
+    return to_input
+
+
+def _resample(volume: NDArray[np.float32], spacing: NDArray[np.float64], config: StreamConfig) -> NDArray[np.float32]:
+    """Trilinear resampling that maps the centre of the scan to the centre of the result."""
+    to_input = to_scan(volume.shape, spacing, config)
+    image = _smooth(torch.from_numpy(np.ascontiguousarray(volume))[None, None], np.diag(to_input)[:3])
     resampled = resample(image, to_input, config.shape)[0]
     return np.asarray(resampled.clamp_(0.0, 1.0).numpy(), dtype=np.float32)
 

@@ -1,6 +1,7 @@
 """Reads what is exported: the final model of a run folder, and the metadata that go with it."""
 
 import hashlib
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,11 @@ from panfm.config.sharing import SharingConfig
 from panfm.data.read import intensity_rule
 from panfm.errors import ConfigError, DataError
 from panfm.evaluate.embed import load_model
+from panfm.evaluate.model_folder import model_folder
+from panfm.export.network import batch_of, random_inputs, require_equal
+from panfm.files import write_json
 from panfm.models import PanModel
+from panfm.models.whitening import FILE as WHITENING
 from panfm.privacy.guarantees import privacy_label
 from panfm.sharing.groups import EXPERTS, is_shared
 from panfm.texts import parse_json, read_text
@@ -43,7 +48,7 @@ class Source:
     """A run's final model."""
 
     folder: Path
-    """`<run folder>/model`."""
+    """That holds the weights and run.toml."""
     model: PanModel
     """In inference mode. Experts that their sites kept are copies of the director."""
     run: RunConfig
@@ -51,18 +56,17 @@ class Source:
     """Of the whole model, ready for JSON."""
 
     @classmethod
-    def read(cls, run_folder: Path, licence: str | None = None) -> "Source":
-        """Read a run folder.
+    def read(cls, place: Path, licence: str | None = None) -> "Source":
+        """Read a run's final model.
 
         Args:
+            place: The run folder, its `model/`, or an export that holds a run.toml.
             licence: Of the weights, as it shall stand in the metadata.
         Raises:
             ConfigError: the model's run.toml is absent or does not hold.
             DataError: the run has no final model, or a file of it is damaged.
         """
-        folder = run_folder / "model"
-        if not folder.is_dir():
-            raise DataError(f"{run_folder}: found no model/, expected the folder of a finished run")
+        folder = model_folder(place)
         written = _read_metadata(folder / "metadata.json")
         model, run = load_model(folder)
         metadata = _describe(folder, model, run, written, licence or LICENCE_UNKNOWN)
@@ -77,6 +81,16 @@ class Source:
     def metadata_of(self, streams: Sequence[str]) -> dict[str, Any]:
         """The metadata of an export that reads these streams only."""
         return self.metadata | {"streams": {name: self.metadata["streams"][name] for name in streams}}
+
+    def copy_to(self, folder: Path) -> float:
+        """Write weights, `run.toml`, whitening and `metadata.json` into a folder; return the largest difference of the
+        embeddings once it is read back. Raises RunError: they differ."""
+        for name in ("model.safetensors", "run.toml", *((WHITENING,) if self.model.whitening else ())):
+            shutil.copyfile(self.folder / name, folder / name)
+        write_json(folder / "metadata.json", self.metadata, indent=2)
+        batch = batch_of(tuple(self.run.streams), random_inputs(self.run.streams))
+        with torch.inference_mode():
+            return require_equal(self.model.embed(batch), load_model(folder)[0].eval().embed(batch))
 
 
 def _read_metadata(path: Path) -> _Written:

@@ -74,7 +74,7 @@ _RENAMES = (
     (r"^(blocks\.\d+)\.layer_scale([12])\.lambda1$", r"\1.ls\2.gamma"),
 )
 """In this order: names of `transformers` -> those of timm and DINOv2."""
-_OURS = {
+OUR_LAYERS = {
     "norm1": "norm1",
     "norm2": "norm2",
     "attn.qkv": "attention.qkv",
@@ -275,9 +275,9 @@ def _our_name(name: str) -> str:
     number, layer, kind = block.groups() if block else ("", "", "")
     if kind == "gamma" and layer in ("ls1", "ls2"):
         return f"backbone.blocks.{number}.scale{layer[-1]}.weight"
-    if layer not in _OURS or kind == "gamma":
+    if layer not in OUR_LAYERS or kind == "gamma":
         raise DataError(f"start.model: holds {name:.80}, which no ViT of a known family has")
-    return f"backbone.blocks.{number}.{_OURS[layer]}.{kind}"
+    return f"backbone.blocks.{number}.{OUR_LAYERS[layer]}.{kind}"
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -19,11 +19,11 @@ ALLOWED = {
     "simulations": set(HOUSE),
 }
 LEVELS = (
-    ("errors", "seeds", "anatomy", "registry", "config", "files", "hash_chain", "texts"),
+    ("errors", "seeds", "anatomy", "registry", "installed_plug_ins", "config", "files", "hash_chain", "texts"),
     ("data", "models", "sharing"),
     ("training", "privacy", "evaluate"),
     ("site", "report", "export"),
-    ("cli",),
+    ("cli", "notebook"),
     ("__main__", "superlink_database"),
 )
 """Parts of panfm, from the bottom; a part imports its own level and those below."""

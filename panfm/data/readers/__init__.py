@@ -62,9 +62,13 @@ class ImageReader(Protocol):
 
 
 def find_reader(path: Path) -> ImageReader:
-    """The first registered reader that accepts a path. Raises ImageError: none does, or there is no such path."""
-    readers: list[ImageReader] = [READERS.load(name)() for name in READERS.names]
-    for reader in readers:
+    """The first registered reader that accepts a path; those of installed packages come last.
+
+    Raises:
+        ImageError: none does, or there is no such path.
+        ConfigError: an installed reader cannot be imported.
+    """
+    for reader in _readers():
         if reader.accepts(path):
             return reader
     try:
@@ -73,7 +77,12 @@ def find_reader(path: Path) -> ImageReader:
         raise ImageError("no such file", "an image") from error
     except (OSError, ValueError) as error:
         raise _unreadable(error) from error
-    raise ImageError("a kind of image that no reader accepts", " or ".join(reader.kind for reader in readers))
+    raise ImageError("a kind of image that no reader accepts", " or ".join(reader.kind for reader in _readers()))
+
+
+def _readers() -> Iterator[ImageReader]:
+    yield from (READERS.load(name)() for name in READERS.names)
+    yield from (READERS.load(name)() for name in READERS.add_installed())
 
 
 def read_source(path: Path, *, is_volume: bool | None = None, reader: ImageReader | None = None) -> Volume | Picture:

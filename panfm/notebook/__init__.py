@@ -1,0 +1,1 @@
+"""A trained model and the tables of runs for Python: what `panfm.load` and `panfm.runs` return."""

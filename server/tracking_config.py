@@ -1,0 +1,48 @@
+"""`[tracking]` of a run description: where the coordinator sees the numbers of the rounds. No site is told of it."""
+
+from importlib.util import find_spec
+from typing import Annotated
+
+from pydantic import Field
+
+from panfm.config import RunConfig, parse_table
+from panfm.config.base import Config, Name, plug_in
+from panfm.errors import ConfigError
+from panfm.registry import Registry
+
+LOGGERS = Registry(
+    "tracking.loggers",
+    {
+        "tensorboard": "server.tensorboard_logger:TensorBoardLogger",
+        "mlflow": "server.mlflow_logger:MlflowLogger",
+        "wandb": "server.wandb_logger:WandbLogger",
+    },
+)
+"""Loggers of rounds (`server.tracking.RoundLogger`)."""
+_LIBRARIES = ("mlflow", "wandb")
+"""Of the extras of the same name."""
+
+
+class TrackingConfig(Config):
+    """Loggers of a run's rounds."""
+
+    loggers: Annotated[tuple[Annotated[str, plug_in(LOGGERS)], ...], Field(strict=False)] = ("tensorboard",)
+    """tensorboard: events in the run folder; mlflow: a run in the folder `mlflow`, or where MLFLOW_TRACKING_URI says;
+    wandb: a run in the folder `wandb`, sent nowhere unless WANDB_MODE is `online`."""
+    project: Name = "panfm"
+    """Experiment of MLflow, project of Weights & Biases."""
+
+
+def tracking_of(run: RunConfig) -> TrackingConfig:
+    """The table of a run, or its defaults.
+
+    Raises:
+        ConfigError: it does not hold, or names a logger whose library is not installed.
+    """
+    if run.tracking is None:
+        return TrackingConfig()
+    tracking = parse_table(TrackingConfig, run.tracking, run.name, key="tracking")
+    for library in _LIBRARIES:
+        if library in tracking.loggers and find_spec(library) is None:
+            raise ConfigError(f"tracking.loggers: {library} is not installed, expected: pip install 'panfm[{library}]'")
+    return tracking
