@@ -24,15 +24,26 @@ _SPLITS = ("train", "val", "test")
 @app.command("init")
 def site_init(
     folder: Annotated[Path, typer.Argument(help="New or existing folder of the site.")],
-    name: Annotated[
-        str, typer.Option(prompt="Stable name of the site", help="Known to the coordinator; asked for when left out.")
-    ],
+    name: Annotated[str | None, typer.Option(help="Stable name, known to the coordinator; asked for.")] = None,
+    source: Annotated[
+        Path | None, typer.Option("--from", help="Folder of images (BIDS or any), or table (.csv, .tsv) of them.")
+    ] = None,
+    stream: Annotated[list[str] | None, typer.Option(help="With --from: STREAM='PATTERN', once per pattern.")] = None,
+    subject: Annotated[str | None, typer.Option(help="With --from: expression that finds the patient.")] = None,
+    split: Annotated[str | None, typer.Option(help="With --from: of all new patients; test for a hold-out.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="With --from: write without asking.")] = False,
 ) -> None:
-    """Write a commented site.toml and an empty manifest.csv."""
-    from panfm.data.template import init_site
+    """Write a commented site.toml and manifest.csv: an empty one, or with --from the images that are there.
 
-    init_site(folder, name)
-    typer.echo(f"{folder}: fill in manifest.csv, then run: panfm site check {folder}")
+    With --from, subjects, streams and splits are read from file names or a table and shown, and nothing is written
+    before you agree. A site that exists is completed: its rows stay as they are. Images stay where they are.
+    """
+    from panfm.cli.data_commands import init_empty, init_from
+
+    if source is None:
+        init_empty(folder, name)
+    else:
+        init_from(folder, name, source, streams=stream or (), subject=subject, split=split or "", yes=yes)
 
 
 @app.command("check")

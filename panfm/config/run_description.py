@@ -4,7 +4,7 @@ One TOML file of this shape describes a run (`configs/experiments/*.toml`). The 
 resolved text to the sites, so every part of a federation reads the same words.
 """
 
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, SerializeAsAny, model_validator
 
@@ -25,6 +25,7 @@ from panfm.config.start import StartConfig
 from panfm.config.streams import StreamConfig
 from panfm.config.training import TrainConfig
 from panfm.registry import BACKBONES
+from panfm.texts import toml_key
 
 
 class RunConfig(Config):
@@ -54,6 +55,19 @@ class RunConfig(Config):
     start: StartConfig | None = None
     """A trained model to start from; parameters are drawn by `seed` when left out."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _suffixes_stand_in_quotes(cls, table: Any) -> Any:
+        """Refuse `[streams.brain-mr.t1]`, which TOML reads as a table `t1` of the stream `brain-mr`."""
+        streams = table.get("streams") if isinstance(table, dict) else None
+        for name, stream in streams.items() if isinstance(streams, dict) else ():
+            for key, value in stream.items() if isinstance(stream, dict) else ():
+                expected = toml_key("streams", f"{name}.{key}")
+                if isinstance(value, dict):
+                    complaint = f"streams.{name}.{key}: a table in a stream, expected [{expected}], in quotes"
+                    raise ValueError(complaint)  # noqa: TRY004 (pydantic turns a ValueError into a fault)
+        return table
+
     @property
     def organs(self) -> tuple[str, ...]:
         """Organs that a site may have images of: as named, else those of the streams and the seven of Pan-FM."""
@@ -65,7 +79,7 @@ class RunConfig(Config):
         for stream in self.streams:
             organ, _ = parse_stream(stream)
             if organ not in self.organs:
-                raise ValueError(f"streams.{stream}: organ {organ!r} is not in organs {list(self.organs)}")
+                raise ValueError(f"{toml_key('streams', stream)}: organ {organ!r} is not in organs {list(self.organs)}")
         return self
 
     @model_validator(mode="after")
@@ -95,7 +109,8 @@ class RunConfig(Config):
             for key, numbers in (("centre", stream.input_centre), ("scale", stream.input_scale)):
                 if numbers is not None and len(numbers) != inputs:
                     tokenizer = f'the tokenizer "{self.model.tokenizer}" has {inputs} inputs'
-                    raise ValueError(f"streams.{name}.input-{key}: {len(numbers)} numbers, {tokenizer}")
+                    where = toml_key("streams", name, f"input-{key}")
+                    raise ValueError(f"{where}: {len(numbers)} numbers, {tokenizer}")
         return self
 
     @model_validator(mode="after")

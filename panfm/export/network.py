@@ -19,7 +19,7 @@ from panfm.config import StreamConfig
 from panfm.data.store import Batch
 from panfm.errors import RunError
 from panfm.models import PanModel
-from panfm.models.backbone import Encoded
+from panfm.models.backbone import Encoded, PerStream
 from panfm.models.pan import StreamTokenizer
 from panfm.models.patch_features import image_features
 from panfm.models.pooling import pool
@@ -44,7 +44,7 @@ class EmbeddingNetwork(nn.Module):
         super().__init__()
         self.configs = {name: model.stream_configs[name] for name in streams}
         self.tokenizer = model.tokenizer
-        self.streams = nn.ModuleDict({name: model.streams[name] for name in streams})
+        self.streams = PerStream({name: model.streams[name] for name in streams})
         self.backbone = model.backbone
         self.pooling = model.pooling
         self.num_model_streams = len(model.stream_names)

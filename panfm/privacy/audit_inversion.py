@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from panfm.anatomy import module_name
 from panfm.config import RunConfig
 from panfm.config.patient_dp import PatientDpConfig
 from panfm.data.store import ImageStore
@@ -78,7 +79,7 @@ def invert(model: PanModel, gradient: Gradient) -> dict[str, tuple[Tensor, Tenso
     centred = (outside * gamma) @ (torch.eye(model.width, dtype=torch.float64) - 1.0 / model.width)
     solved = {}
     for name, tokenizer in model.streams.items():
-        part = gradient.get(f"streams.{name}.project.weight")
+        part = gradient.get(f"streams.{module_name(name)}.project.weight")
         if part is not None and bool(part.any()):
             assert isinstance(tokenizer, StreamTokenizer)
             solved[name] = _solve(tokenizer, _row_space(part), centred, outside @ beta)
