@@ -44,7 +44,8 @@ def embed(
 
         table = embed_site(model, network, store, on_batch)
     write_features(out, table)
-    typer.echo(f"{out}: {len(table.subjects)} subjects, {table.features.shape[1]} features")
+    subjects, sessions = len(set(table.subjects)), f" in {len(table.sessions)} sessions" if table.sessions else ""
+    typer.echo(f"{out}: {subjects} subjects{sessions}, {table.features.shape[1]} features")
 
 
 @app.command()

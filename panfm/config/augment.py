@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from panfm.anatomy import Modality, parse_stream
 from panfm.config.base import Fraction, Uncoupled
 from panfm.config.streams import StreamConfig
+from panfm.texts import toml_key
 
 Axis = Literal["height", "width", "R", "A", "S"]
 Flips = Annotated[tuple[Axis, ...], Field(strict=False, max_length=3)]
@@ -90,7 +91,7 @@ class AugmentConfig(Uncoupled):
     def _crops_are_in_order(self) -> Self:
         for key, crop in {
             "": self.crop,
-            **{f"streams.{name}.": own.crop for name, own in self.streams.items()},
+            **{f"{toml_key('streams', name)}.": own.crop for name, own in self.streams.items()},
         }.items():
             if crop and crop[0] > crop[1]:
                 raise ValueError(f"{key}crop: least share {crop[0]:g} is above the greatest, {crop[1]:g}")
@@ -108,7 +109,8 @@ class AugmentConfig(Uncoupled):
         axes = axis_names(stream)
         for axis in self.streams.get(name, StreamAugmentConfig()).flips or ():
             if axis not in axes:
-                raise ValueError(f"augment.streams.{name}.flips: found {axis!r}, expected some of {', '.join(axes)}")
+                key = toml_key("augment", "streams", name, "flips")
+                raise ValueError(f"{key}: found {axis!r}, expected some of {', '.join(axes)}")
 
 
 def axis_names(stream: StreamConfig) -> tuple[Axis, ...]:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from panfm.config.base import UnknownNameError
 from panfm.errors import one_line
+from panfm.texts import toml_key
 
 _MAX_COMPLAINTS = 20
 _MAX_KEY = 64
@@ -61,12 +62,15 @@ def complaints(kind: type[BaseModel], error: ValidationError, table: Any) -> lis
 def _complaint(kind: type[BaseModel], fault: Any, table: Any) -> str:
     context = fault.get("ctx", {})
     if isinstance(cause := context.get("error"), UnknownNameError):
-        return _unknown_name(".".join(map(str, fault["loc"])), cause)
+        return _unknown_name(toml_key(*map(str, fault["loc"])), cause)
     keys, around, here = _locate(kind, fault["loc"], table)
-    key = ".".join(keys)
+    key = toml_key(*keys)
     match fault["type"]:
         case "missing":
             return f"{key}: missing, expected a value"
+        case "extra_forbidden" if keys[0] == "streams" and isinstance(fault["input"], dict):
+            quoted = toml_key("streams", ".".join(keys[1:]))
+            return f"{'.'.join(keys)}: a table in a stream, expected [{quoted}], in quotes"
         case "extra_forbidden":
             return f"{key}: unknown key, {_known_keys(keys, around)}"
         case "union_tag_invalid" | "union_tag_not_found":
@@ -106,7 +110,7 @@ def _known_keys(keys: list[str], around: list[Any]) -> str:
     known = sorted({name for member in around for name in _fields(member)})
     key = _RENAMED.get(keys[-1], keys[-1][:_MAX_KEY])
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
-    return f"did you mean {'.'.join([*keys[:-1], near[0]])}?" if near else f"known: {', '.join(known)}"
+    return f"did you mean {toml_key(*keys[:-1], near[0])}?" if near else f"known: {', '.join(known)}"
 
 
 def _locate(kind: type[BaseModel], location: Iterable[object], table: Any) -> tuple[list[str], list[Any], list[Any]]:

@@ -15,7 +15,7 @@ from panfm.config.run_description import RunConfig
 from panfm.config.site_description import SiteConfig
 from panfm.config.start import is_public, weights_file
 from panfm.errors import ConfigError
-from panfm.texts import check_text, parse_toml, read_text
+from panfm.texts import check_text, parse_toml, read_text, toml_names
 
 C = TypeVar("C", bound=Config)
 
@@ -107,7 +107,7 @@ def _override(table: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]
         key, equals, value = override.partition("=")
         if not equals or not key.strip():
             raise ConfigError(f"override {override!r}: expected key=value, e.g. train.rounds=3")
-        *parents, last = key.strip().split(".")
+        *parents, last = toml_names(key)
         node = table
         for parent in parents:
             node = node.setdefault(parent, {})

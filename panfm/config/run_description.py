@@ -25,6 +25,7 @@ from panfm.config.start import StartConfig
 from panfm.config.streams import StreamConfig
 from panfm.config.training import TrainConfig
 from panfm.registry import BACKBONES
+from panfm.texts import toml_key
 
 
 class RunConfig(Config):
@@ -68,7 +69,7 @@ class RunConfig(Config):
         for stream in self.streams:
             organ, _ = parse_stream(stream)
             if organ not in self.organs:
-                raise ValueError(f"streams.{stream}: organ {organ!r} is not in organs {list(self.organs)}")
+                raise ValueError(f"{toml_key('streams', stream)}: organ {organ!r} is not in organs {list(self.organs)}")
         return self
 
     @model_validator(mode="after")
@@ -98,7 +99,8 @@ class RunConfig(Config):
             for key, numbers in (("centre", stream.input_centre), ("scale", stream.input_scale)):
                 if numbers is not None and len(numbers) != inputs:
                     tokenizer = f'the tokenizer "{self.model.tokenizer}" has {inputs} inputs'
-                    raise ValueError(f"streams.{name}.input-{key}: {len(numbers)} numbers, {tokenizer}")
+                    where = toml_key("streams", name, f"input-{key}")
+                    raise ValueError(f"{where}: {len(numbers)} numbers, {tokenizer}")
         return self
 
     @model_validator(mode="after")

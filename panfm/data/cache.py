@@ -74,16 +74,19 @@ def open_store(folder: Path, streams: Mapping[str, StreamConfig], *, progress: P
     wanted = {row.subject for row in rows}
     splits = {row.subject: row.split for row in manifest if row.subject in wanted}
     position = {subject: index for index, subject in enumerate(splits)}
-    cached, holders = {}, {}
+    cached, holders, sessions = {}, {}, {}
     for stream, config in streams.items():
-        stream_rows = sorted((row for row in rows if row.stream == stream), key=lambda row: position[row.subject])
+        own = (row for row in rows if row.stream == stream)
+        stream_rows = sorted(own, key=lambda row: (position[row.subject], row.session))
         if stream_rows:
             sources = [_source(folder, site, row) for row in stream_rows]
             cached[stream] = _Cached(site_path(folder, site.cache_dir), stream, config, sources)
             holders[stream] = np.array([position[row.subject] for row in stream_rows], dtype=np.int64)
+            if any(row.session for row in stream_rows):
+                sessions[stream] = [row.session for row in stream_rows]
     _make_room(list(cached.values()), site.limits.cache_gib)
     images = {stream: _open(prepared, progress) for stream, prepared in cached.items()}
-    return ImageStore(tuple(splits), tuple(splits.values()), images, holders)
+    return ImageStore(tuple(splits), tuple(splits.values()), images, holders, sessions)
 
 
 @dataclass(frozen=True)

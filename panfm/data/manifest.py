@@ -1,7 +1,8 @@
-"""The manifest of a site: one row per subject and stream.
+"""The manifest of a site: one row per subject, session and stream.
 
-Columns `subject,stream,path` and optionally `split` (train, val or test; train when empty) and `mask`. Paths are
-relative to the manifest's folder, and name a file or a folder that one of the readers accepts. Rows that
+Columns `subject,stream,path` and optionally `split` (train, val or test; train when empty), `mask` and `session` (a
+visit of the subject; of subjects with one visit it may be empty). Paths are absolute, or relative to the manifest's
+folder, and name a file or a folder that one of the readers accepts. Rows that
 `quarantine.csv` lists are left out; that file is written by `panfm site check --quarantine`.
 """
 
@@ -22,7 +23,7 @@ SPLITS = ("train", "val", "test")
 QUARANTINE = "quarantine.csv"
 """In the site folder: rows to leave out, each with the reason."""
 _NEEDED = ("subject", "stream", "path")
-_OPTIONAL = ("split", "mask")
+_OPTIONAL = ("split", "mask", "session")
 COLUMNS = (*_NEEDED, *_OPTIONAL)
 """Of a manifest, in their usual order."""
 
@@ -39,6 +40,8 @@ class Row:
     split: str = "train"
     mask: str = ""
     """Empty when there is none."""
+    session: str = ""
+    """Visit of the subject; a subject is one patient, whatever the number of its sessions."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,7 @@ class _Complaints:
     """Finds the fault of a row, by itself or beside the rows before it."""
 
     def __init__(self) -> None:
-        self._images: dict[tuple[str, str], int] = {}
+        self._images: dict[tuple[str, str, str], int] = {}
         self._paths: dict[str, int] = {}
         self._splits: dict[str, str] = {}
 
@@ -142,9 +145,11 @@ class _Complaints:
         return next((complaint for check in checks if (complaint := check(row))), None)
 
     def _repeated(self, row: Row) -> Complaint | None:
-        first = self._images.setdefault((row.subject, row.stream), row.line)
+        first = self._images.setdefault((row.subject, row.session, row.stream), row.line)
         if first != row.line:
-            return f"subject {row.subject!r} with {row.stream} again (line {first})", "one row per subject and stream"
+            given = f"subject {row.subject!r} with {row.stream} again (line {first})"
+            remedy = "a column session for a further visit, or a suffix as in brain-mr.t1 for another kind of image"
+            return given, f"one row per subject and stream; {remedy}"
         first = self._paths.setdefault(os.path.normpath(row.path), row.line)
         if first != row.line:
             return f"file {row.path!r} again (line {first})", "a file of its own"
@@ -166,7 +171,10 @@ def _alone(row: Row) -> Complaint | None:
     try:
         parse_stream(row.stream)
     except ValueError:
-        return f"unknown stream {row.stream!r}", "<organ>-<modality> with a known modality, e.g. brain-mr"
+        return (
+            f"unknown stream {row.stream!r}",
+            "<organ>-<modality> with a known modality, e.g. brain-mr, or brain-mr.t1 with a suffix",
+        )
     return None
 
 

@@ -3,13 +3,21 @@
 Shape legend: P subjects that hold a stream, C channels, `*shape` voxels of the stream.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+PickSession = Callable[[int, int], int]
+"""(index of a subject, number of its images of a stream) -> index of the one to show."""
+
+
+def first_session(_: int, __: int) -> int:
+    """Choose the first session of every subject."""
+    return 0
 
 
 @dataclass(frozen=True)
@@ -38,8 +46,10 @@ class Batch:
 class ImageStore:
     """Images of all subjects of one site or folder, in memory or memory-mapped.
 
+    A subject that came for several sessions has several images of a stream; a batch shows one of them.
+
     Guarantees:
-        order: subjects keep the order of the manifest; rows of a stream ascend.
+        order: subjects keep the order of the manifest; rows of a stream ascend, sessions of a subject by name.
     """
 
     subjects: tuple[str, ...]
@@ -49,17 +59,27 @@ class ImageStore:
     """Stream -> float32 [P, C, *shape]."""
     rows: Mapping[str, NDArray[np.int64]]
     """Stream -> int64 [P], index into `subjects`."""
+    sessions: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Stream -> [P], session of each image; of streams with sessions only."""
 
-    def batch(self, indices: Sequence[int] | NDArray[np.int64], streams: Iterable[str] | None = None) -> Batch:
+    def batch(
+        self,
+        indices: Sequence[int] | NDArray[np.int64],
+        streams: Iterable[str] | None = None,
+        pick: PickSession = first_session,
+    ) -> Batch:
         """Images of the subjects at `indices` (into `subjects`), of all streams or only those named.
 
         A subject may come out without any stream; the model then sees its CLS token alone.
+
+        Args:
+            pick: Chooses among the sessions of a subject; the first when left out.
         """
         wanted = np.asarray(indices, dtype=np.int64)
         images: dict[str, Tensor] = {}
         rows: dict[str, Tensor] = {}
         for stream in self.images if streams is None else streams:
-            where = self._position(stream)[wanted]
+            where = self._position(stream, wanted, pick)
             holders = np.flatnonzero(where >= 0)
             if len(holders):
                 images[stream] = torch.from_numpy(np.ascontiguousarray(self.images[stream][where[holders]]))
@@ -77,12 +97,14 @@ class ImageStore:
 
     def num_holding(self, stream: str, split: str) -> int:
         """Subjects of a split that hold a stream."""
-        return int(np.isin(self.rows.get(stream, []), self.indices(split)).sum())
+        return len(self.holders(self.indices(split), [stream]))
 
-    def _position(self, stream: str) -> NDArray[np.int64]:
-        position = np.full(len(self.subjects), -1, dtype=np.int64)
-        position[self.rows[stream]] = np.arange(len(self.rows[stream]))
-        return position
+    def _position(self, stream: str, wanted: NDArray[np.int64], pick: PickSession) -> NDArray[np.int64]:
+        """Image of each wanted subject, as index into the stream's images; -1 where there is none."""
+        first, end = (np.searchsorted(self.rows[stream], wanted, side) for side in ("left", "right"))
+        for at in np.flatnonzero(end > first + 1):
+            first[at] += pick(int(wanted[at]), int(end[at] - first[at]))
+        return np.where(end > first, first, -1)
 
 
 def join_batches(batches: Sequence[Batch]) -> Batch:

@@ -11,7 +11,7 @@ Line = tuple[int, dict[str, str]]
 
 
 def read_table(
-    path: Path, needed: Sequence[str], optional: Sequence[str] | None = None
+    path: Path, needed: Sequence[str], optional: Sequence[str] | None = None, *, delimiter: str = ","
 ) -> tuple[list[str], list[Line]]:
     """Columns and rows of a CSV file; blank lines are skipped.
 
@@ -19,10 +19,11 @@ def read_table(
         path: The file.
         needed: Columns it must have.
         optional: Columns it may have besides; any when None.
+        delimiter: Between cells.
     Raises:
         DataError: what is wrong, without the path.
     """
-    columns, rows = _cells(path)
+    columns, rows = _cells(path, delimiter)
     missing = [name for name in needed if name not in columns]
     if missing:
         raise DataError(f"no column {', '.join(missing)}")
@@ -46,10 +47,10 @@ def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[objec
         writer.writerows(rows)
 
 
-def _cells(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
+def _cells(path: Path, delimiter: str) -> tuple[list[str], list[tuple[int, list[str]]]]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, strict=True)
+            reader = csv.reader(file, strict=True, delimiter=delimiter)
             rows = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader if cells]
     except FileNotFoundError as error:
         raise DataError("no such file") from error

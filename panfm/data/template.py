@@ -1,12 +1,16 @@
-"""A new site folder to fill in, with a commented `site.toml`."""
+"""A new site folder to fill in, with a commented `site.toml`; and rows added to the manifest of one."""
 
+import csv
+import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import tomli_w
 
-from panfm.config import parse_site
-from panfm.data.manifest import COLUMNS
+from panfm.config import SiteConfig, parse_site, site_path
+from panfm.data.manifest import COLUMNS, Row, scan_manifest
 from panfm.errors import DataError
+from panfm.files import write_atomic
 
 _SITE = """\
 # One hospital. What is forbidden here stays forbidden, whatever a run asks for.
@@ -15,8 +19,8 @@ _SITE = """\
 name = "{name}"
 
 # Table of images, relative to this file: {columns}
-# One row per subject and stream (`<organ>-<modality>`, e.g. brain-mr); paths are relative to the table; split is train,
-# val or test (train when empty); mask is optional.
+# One row per subject and stream (`<organ>-<modality>`, e.g. brain-mr; brain-mr.t1 where there are several); paths are
+# absolute or relative to the table; split is train, val or test (train when empty); mask and session are optional.
 manifest = "manifest.csv"
 
 # Labels for probes, relative to this file: `subject` and one column per label. They never leave the site.
@@ -70,6 +74,43 @@ key = "supernode.key"
 """
 
 
+def read_rows(folder: Path, site: SiteConfig) -> tuple[Row, ...]:
+    """All rows of a manifest, faulty ones too; none if there is no manifest. Raises DataError: it is no table."""
+    path = site_path(folder, site.manifest)
+    if not path.exists() or not _lines(path)[1:]:
+        return ()
+    rows, faults = scan_manifest(folder, site)
+    if whole := [fault for fault in faults if fault.row is None]:
+        raise DataError(f"{folder}: {whole[0]}")
+    return (*rows, *(fault.row for fault in faults if fault.row))
+
+
+def add_rows(folder: Path, site: SiteConfig, rows: Sequence[Row]) -> None:
+    """Add rows to a site's manifest, and the columns that they need.
+
+    Guarantees:
+        kept: rows that are there keep their line and cells.
+    Raises:
+        DataError: the manifest is no table, or cannot be written.
+    """
+    path = site_path(folder, site.manifest)
+    lines = _lines(path) if path.exists() else []
+    header, *before = lines or [list(COLUMNS[:4])]
+    columns = [name.strip() for name in header]
+    if "subject" not in columns:
+        raise DataError(f"{path}: found {','.join(header)!r:.80}, expected a header with commas to add rows to")
+    new = [name for name in COLUMNS if name not in columns and any(getattr(row, name) for row in rows)]
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow([*columns, *new])
+    table.writerows([*cells, *("" for _ in new)] if cells else [] for cells in before)
+    table.writerows([getattr(row, name) for name in [*columns, *new]] for row in rows)
+    try:
+        write_atomic(path, text.getvalue().encode())
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error.strerror}), expected a writable site folder") from error
+
+
 def init_site(folder: Path, name: str) -> None:
     """Write `site.toml` and an empty `manifest.csv` into a folder, which is made if need be, for its owner alone.
 
@@ -77,9 +118,7 @@ def init_site(folder: Path, name: str) -> None:
         ConfigError: the name is not one.
         DataError: one of the files is there already, or cannot be written.
     """
-    parse_site(tomli_w.dumps({"name": name}), "--name")
-    columns = ",".join(COLUMNS)
-    text = _SITE.format(name=name, columns=columns)
+    columns, text = ",".join(COLUMNS), site_text(name)
     files = {folder / "site.toml": text, folder / "manifest.csv": f"{columns}\n"}
     for path in files:
         if path.exists():
@@ -90,3 +129,19 @@ def init_site(folder: Path, name: str) -> None:
             path.write_text(content, encoding="utf-8")
     except OSError as error:
         raise DataError(f"{folder}: cannot be written to ({error.strerror}), expected a folder") from error
+
+
+def site_text(name: str, *, has_labels: bool = False) -> str:
+    """The commented `site.toml` of a new site. Raises ConfigError: the name is not one."""
+    parse_site(tomli_w.dumps({"name": name}), "--name")
+    text = _SITE.format(name=name, columns=",".join(COLUMNS))
+    return text.replace("# labels =", "labels =") if has_labels else text
+
+
+def _lines(path: Path) -> list[list[str]]:
+    """Cells of every line of a manifest, blank lines too. Raises DataError: it is no UTF-8 CSV file."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            return list(csv.reader(file, strict=True))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: no UTF-8 CSV file ({error})") from error

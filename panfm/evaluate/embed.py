@@ -1,16 +1,16 @@
 """Frozen features: a trained model read back from disk, applied to a store, written as `.npz`.
 
 `features.npz` holds `subjects`, `splits`, `features` [N, dim], `streams` (names), `present` [N, streams], `pooling` and
-`model_hash`, and no pickled object.
+`model_hash`, of subjects with sessions also `sessions`, and no pickled object.
 """
 
 import hashlib
 import io
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -78,12 +78,49 @@ class Features:
     """How they were read off the model: as `--pooling` says it, and whether they are whitened."""
     model_hash: str
     """SHA-256 of the weights file."""
+    sessions: tuple[str, ...] = ()
+    """Session of each row; empty where no subject has one, and there is one row per subject."""
+
+
+def by_session(store: ImageStore) -> tuple[ImageStore, tuple[str, ...]]:
+    """The store with every session as a subject of its own, and the session of each; as it is without sessions.
+
+    Images without a session, of a store that has some, are a session of their own.
+    """
+    if not store.sessions:
+        return store, ()
+    names = {stream: store.sessions.get(stream, [""] * len(rows)) for stream, rows in store.rows.items()}
+    pairs = {stream: list(zip(rows.tolist(), names[stream], strict=True)) for stream, rows in store.rows.items()}
+    visits = sorted({pair for of_stream in pairs.values() for pair in of_stream})
+    at = {visit: index for index, visit in enumerate(visits)}
+    rows = {stream: np.array([at[pair] for pair in of_stream]) for stream, of_stream in pairs.items()}
+    subjects, splits = ([table[row] for row, _ in visits] for table in (store.subjects, store.splits))
+    return ImageStore(tuple(subjects), tuple(splits), store.images, rows), tuple(session for _, session in visits)
+
+
+def mean_of_sessions(table: Features) -> Features:
+    """The features with one row per subject: the mean of its sessions; as they are without sessions."""
+    if not table.sessions:
+        return table
+    rows_of: dict[str, list[int]] = {}
+    for row, subject in enumerate(table.subjects):
+        rows_of.setdefault(subject, []).append(row)
+    rows = list(rows_of.values())
+    return replace(
+        table,
+        subjects=tuple(rows_of),
+        splits=tuple(table.splits[own[0]] for own in rows),
+        present=np.array([table.present[own].any(axis=0) for own in rows]),
+        features=np.array([table.features[own].mean(axis=0) for own in rows]),
+        sessions=(),
+    )
 
 
 def embed_site(
     folder: Path, model: PanModel, store: ImageStore, on_batch: Callable[[int], None] = lambda _: None
 ) -> Features:
-    """Features of all subjects of a store by the model that was read from `folder`."""
+    """Features of all subjects of a store, session by session, by the model that was read from `folder`."""
+    store, sessions = by_session(store)
     everybody, streams = np.arange(len(store.subjects)), tuple(store.images)
     present = np.zeros((len(everybody), len(streams)), dtype=bool)
     for column, stream in enumerate(streams):
@@ -91,7 +128,7 @@ def embed_site(
     features = embed_store(model, store, everybody, streams, on_batch=on_batch)
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     pooling = model.pooling.pooling_text + (", whitened" if model.whitening else "")
-    return Features(store.subjects, store.splits, streams, present, features, pooling, digest)
+    return Features(store.subjects, store.splits, streams, present, features, pooling, digest, sessions)
 
 
 def write_features(path: Path, table: Features) -> None:
@@ -101,6 +138,7 @@ def write_features(path: Path, table: Features) -> None:
         DataError: the file cannot be written.
     """
     buffer = io.BytesIO()
+    sessions: dict[str, Any] = {"sessions": np.array(table.sessions, dtype=np.str_)} if table.sessions else {}
     np.savez(
         buffer,
         subjects=np.array(table.subjects, dtype=np.str_),
@@ -110,6 +148,7 @@ def write_features(path: Path, table: Features) -> None:
         features=table.features,
         pooling=np.array(table.pooling),
         model_hash=np.array(table.model_hash),
+        **sessions,
     )
     try:
         write_atomic(path, buffer.getvalue())
@@ -127,7 +166,9 @@ def read_features(path: Path) -> Features:
         with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
             names = [tuple(str(name) for name in file[key]) for key in ("subjects", "splits", "streams")]
             pooling, digest = (str(file[key]) for key in ("pooling", "model_hash"))
-            table = Features(names[0], names[1], names[2], file["present"], file["features"], pooling, digest)
+            sessions = tuple(str(name) for name in file["sessions"]) if "sessions" in file else ()
+            present, features = file["present"], file["features"]
+            table = Features(names[0], names[1], names[2], present, features, pooling, digest, sessions)
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file, expected features written by `panfm embed`") from error
     except (
@@ -141,7 +182,13 @@ def read_features(path: Path) -> Features:
         zipfile.BadZipFile,
     ) as error:
         raise DataError(f"{path}: not a feature file written by `panfm embed` ({type(error).__name__})") from error
-    lengths = {len(table.subjects), len(table.splits), len(table.features), len(table.present)}
+    lengths = {
+        len(table.sessions or table.subjects),
+        len(table.subjects),
+        len(table.splits),
+        len(table.features),
+        len(table.present),
+    }
     if len(lengths) != 1 or table.features.ndim != 2:
         raise DataError(f"{path}: subjects, splits and features disagree in length ({sorted(lengths)})")
     return table

@@ -1,4 +1,4 @@
-"""`panfm probe`: feature files and label tables in, one score per label out."""
+"""`panfm probe`: feature files and label tables in, one score per label out. A subject's sessions count as one."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ import numpy as np
 
 from panfm.data.labels import Labels
 from panfm.errors import DataError
-from panfm.evaluate.embed import Features
+from panfm.evaluate.embed import Features, mean_of_sessions
 from panfm.evaluate.linear_probe import MIN_SUBJECTS, auc_per_label, fit_classifiers, fit_regressors, r2_per_label
 from panfm.evaluate.result import Score
 from panfm.evaluate.scores import Floats, draw_counts, interval
@@ -35,6 +35,7 @@ def probe_features(
         raise DataError("features of different models, expected one model")
     if len(poolings := {table.pooling for table in features}) > 1:
         raise DataError(f"features of different poolings ({', '.join(sorted(poolings))}), expected one")
+    features = [mean_of_sessions(table) for table in features]
     names = list(dict.fromkeys(name for table in labels for name in table.names))
     known = _by_subject(labels, names)
     fit, fit_targets = _rows(features, known, fit_split)

@@ -17,6 +17,7 @@ from typing import ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
+from panfm.anatomy import stream_of_module
 from panfm.data.store import Batch
 from panfm.errors import ConfigError, ProtocolError
 from panfm.models.tokens import Layout
@@ -131,7 +132,7 @@ class Backbone(nn.Module, ABC):
 
 
 class PerStream(nn.ModuleDict):
-    """Modules by stream name; a module belongs to the sharing group of its stream."""
+    """Modules by `module_name` of their stream; a module belongs to the sharing group of its stream."""
 
 
 def parameter_groups(model: nn.Module) -> dict[str, str]:
@@ -145,7 +146,7 @@ def parameter_groups(model: nn.Module) -> dict[str, str]:
         if hasattr(module, "sharing_group"):
             tags[path] = module.sharing_group
         if isinstance(module, PerStream):
-            tags |= {f"{path}.{name}": stream_group(name) for name in module}
+            tags |= {f"{path}.{name}": stream_group(stream_of_module(name)) for name in module}
     return {name: _innermost_tag(name, tags) for name in model.state_dict()}
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from panfm.anatomy import module_name
 from panfm.config import RunConfig, StreamConfig
 from panfm.config.start import StartConfig
 from panfm.errors import DataError
@@ -57,13 +58,14 @@ def dense_state(run: RunConfig, public: PublicWeights) -> dict[str, Tensor]:
     state = dict(public.backbone)
     for name, stream in run.streams.items():
         kernel, bias = stream_kernel(stream, run.start, public)
+        tokenizer = f"streams.{module_name(name)}"
         state |= {
-            f"streams.{name}.project.weight": kernel.flatten(1),
-            f"streams.{name}.project.bias": bias,
-            f"streams.{name}.embedding": torch.zeros(public.width),
+            f"{tokenizer}.project.weight": kernel.flatten(1),
+            f"{tokenizer}.project.bias": bias,
+            f"{tokenizer}.embedding": torch.zeros(public.width),
         }
         if public.positions is not None:
-            state[f"streams.{name}.position"] = stream_positions(stream, run.start, public)
+            state[f"{tokenizer}.position"] = stream_positions(stream, run.start, public)
     return state
 
 

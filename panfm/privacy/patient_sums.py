@@ -43,13 +43,20 @@ from panfm.privacy.randomness import with_noise
 from panfm.training.trainer import Trainer
 
 
-def one_patient(store: ImageStore, index: int, device: torch.device) -> Batch:
+def one_patient(store: ImageStore, index: int, device: torch.device, generator: torch.Generator | None = None) -> Batch:
     """A batch of one subject, in memory that torch allocated: kernels may round by how their input is aligned.
 
     Shapes follow from the streams that the patient holds; nobody else's data, number or order decides a path through
     the code.
+
+    Args:
+        generator: The patient's own, which draws one of several sessions; the first is shown when left out.
     """
-    batch = store.batch([index])
+
+    def pick(_: int, count: int) -> int:
+        return int(torch.randint(count, (), generator=generator)) if generator else 0
+
+    batch = store.batch([index], pick=pick)
     return Batch(1, {name: image.clone() for name, image in batch.images.items()}, batch.rows).to(device)
 
 

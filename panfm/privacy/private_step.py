@@ -105,7 +105,7 @@ class PrivateGradient:
         views = [streams] * self._trainer.run.objective.num_views
         for index in self._store.holders(sample, streams):
             generator = self._draws(int(index))
-            inputs = one_patient(self._store, int(index), self._trainer.device)
+            inputs = one_patient(self._store, int(index), self._trainer.device, generator)
             yield DrawnBatch(np.array([index]), inputs, views, generator, generator, [generator])
 
     def add(self, output: StepOutput) -> None:

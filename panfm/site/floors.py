@@ -134,8 +134,8 @@ class Floors:
         """Streams that too few subjects of these batches hold."""
         if self.batch == 1:
             return set()
-        subjects = [subject for batch in batches for subject in batch]
-        return {name for name, rows in store.rows.items() if np.isin(rows, subjects).sum() < self.batch}
+        subjects = np.unique(np.array([subject for batch in batches for subject in batch], dtype=np.int64))
+        return {name for name in store.rows if len(store.holders(subjects, [name])) < self.batch}
 
 
 def step_weights(train: TrainConfig, steps: Sequence[int], decay: float) -> list[float]:

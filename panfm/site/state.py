@@ -196,8 +196,8 @@ def fingerprint(store: ImageStore) -> str:
     for stream in sorted(store.images):
         images, rows = store.images[stream], store.rows[stream]
         digest.update(f"{stream} {images.shape[1:]}\0".encode())
-        positions = {store.subjects[rows[position]]: position for position in np.flatnonzero(np.isin(rows, train))}
-        for subject, position in sorted(positions.items()):
+        positions = [(store.subjects[rows[position]], position) for position in np.flatnonzero(np.isin(rows, train))]
+        for subject, position in sorted(positions):
             image = images[position].reshape(-1)
             start = max(len(image) - _SAMPLE, 0) // 2
             digest.update(subject.encode() + b"\0" + image[start : start + _SAMPLE].tobytes())

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from panfm.data.store import Batch, ImageStore
-from panfm.seeds import torch_generator
+from panfm.seeds import derive_seed, torch_generator
 from panfm.training.draw_order import draw_order
 from panfm.training.experts import ExpertTraining
 from panfm.training.objectives.interface import StudentOutput
@@ -128,6 +128,7 @@ class BatchGradient:
         self._experts = experts
         self._order = draw_order(state.run, model.stream_names, store, indices, site, round_number)
         self._augmentation = partial(torch_generator, seed, site, round_number, "augmentation")
+        self._sessions = partial(derive_seed, seed, site, round_number, "sessions")
         self._masks = torch_generator(seed, site, round_number, "masking")
         self._routing = torch_generator(seed, site, round_number, "routing")
         layers = model.director_experts()
@@ -148,8 +149,12 @@ class BatchGradient:
         """Draw one batch."""
         subjects, views = next(self._order)
         shown = [name for name in self._store.images if any(name in view for view in views)]
-        inputs = self._store.batch(subjects, shown).to(self._state.device)
         step, augments = len(self._batches), self._state.run.augment is not None
+
+        def pick(subject: int, count: int) -> int:
+            return self._sessions(step, subject) % count
+
+        inputs = self._store.batch(subjects, shown, pick).to(self._state.device)
         generators = [self._augmentation(step, int(subject)) for subject in subjects] if augments else []
         yield DrawnBatch(subjects, inputs, views, self._masks, self._routing, generators)
 
@@ -199,7 +204,7 @@ class BatchGradient:
             loss=float(np.mean(self._losses)) if self._losses else float("nan"),
             saliency=saliency,
             subjects=len(self._indices),
-            subjects_per_stream={name: int(np.isin(store.rows[name], self._indices).sum()) for name in store.images},
+            subjects_per_stream={name: len(store.holders(self._indices, [name])) for name in store.images},
             gate_mass={name: mass.tolist() for name, mass in self._mass.items()},
             batches=self._batches,
             counted=self._counted,

@@ -245,4 +245,5 @@ def _feature_store(store: ImageStore, model: PanModel, *, chunk: int) -> ImageSt
             for start in range(0, len(images), num)
         ]
         features[stream] = torch.cat(parts).numpy()
-    return ImageStore(store.subjects, store.splits, features, {stream: store.rows[stream] for stream in features})
+    rows = {stream: store.rows[stream] for stream in features}
+    return ImageStore(store.subjects, store.splits, features, rows, store.sessions)

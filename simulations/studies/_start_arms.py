@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from panfm.anatomy import module_name
 from panfm.config import RunConfig
 from panfm.config.features import FeaturesConfig
 from panfm.data.store import ImageStore
@@ -58,7 +59,7 @@ def weights() -> str | None:
 def start_run(experiment: Path, seed: int) -> RunConfig:
     """The run that adapts the public start. Raises ConfigError: the weights cannot be read."""
     streams = load_simulation(experiment).streams
-    of_streams = [f"streams.{stream}.{change}" for stream in streams for change in STREAM_CHANGES]
+    of_streams = [f"streams.{module_name(stream)}.{change}" for stream in streams for change in STREAM_CHANGES]
     return load_simulation(experiment, [*of_streams, *CHANGES, f"seed={seed}", f"start.model={weights()}"])
 
 

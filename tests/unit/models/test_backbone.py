@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from panfm.anatomy import module_name
 from panfm.errors import ConfigError, ProtocolError
 from panfm.models import build_model, describe_model
 from panfm.models.backbone import PerStream, parameter_groups
@@ -104,3 +105,12 @@ def test_an_unknown_backbone_is_refused(make_run):
     ):
         make_run('[model]\nbackbone = "director-expert"\n')
     assert BACKBONES.names[:2] == ("dense", "director-experts")
+
+
+def test_a_stream_with_a_suffix_has_a_module_without_a_dot():
+    streams = ("brain-mr.t1", "brain-mr")
+    modules = PerStream({module_name(stream): nn.Linear(1, 1, bias=False) for stream in streams})
+    assert parameter_groups(nn.ModuleDict({"streams": modules})) == {
+        "streams.brain-mr_t1.weight": "stream:brain-mr.t1",
+        "streams.brain-mr.weight": "stream:brain-mr",
+    }

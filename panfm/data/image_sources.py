@@ -1,0 +1,183 @@
+"""Finds the images of a new site: in a folder, or in a table of them. Nothing is read but names."""
+
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePath
+
+from panfm.anatomy import parse_stream
+from panfm.data.image_names import NamedImage, NameRules, UnclearNameError, image_of_mask, read_name, stem
+from panfm.data.manifest import SPLITS
+from panfm.data.readers import ImageReader
+from panfm.data.tables import read_table
+from panfm.errors import DataError
+from panfm.registry import READERS
+
+_NOT_ENTERED = {"derivatives", "sourcedata", "code", "stimuli"}
+"""Folders of a BIDS data set that hold no original images."""
+_COLUMNS = {
+    "subject": ("subject", "participant_id", "participant", "subject_id", "patient", "patient_id"),
+    "path": ("path", "file", "filename", "image", "image_path"),
+    "stream": ("stream",),
+    "session": ("session", "session_id", "visit"),
+    "split": ("split",),
+    "mask": ("mask",),
+}
+"""Column of the manifest -> names that a table may give it."""
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A file, or column of a table, that becomes no row."""
+
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An image, and what is known of it."""
+
+    path: Path
+    """Absolute."""
+    name: NamedImage
+    mask: str = ""
+
+
+def images_of_folder(root: Path, rules: NameRules, site_folder: Path, left_out: list[LeftOut]) -> list[Candidate]:
+    """The images below a folder, in order of their paths; files that become none are added to `left_out`."""
+    images: list[Path] = []
+    masks: list[tuple[Path, tuple[str, str]]] = []
+    for path in _images_below(root, site_folder, left_out):
+        mask = image_of_mask(PurePath(path.relative_to(root)))
+        masks += [(path, mask)] if mask else []
+        images += [] if mask else [path]
+    mask_of = _pair(root, images, masks, left_out)
+    candidates = []
+    for path in images:
+        relative = path.relative_to(root)
+        try:
+            candidates.append(Candidate(path, read_name(PurePath(relative), rules), mask_of.get(path, "")))
+        except UnclearNameError as error:
+            left_out.append(LeftOut(relative.as_posix(), str(error)))
+    return candidates
+
+
+def _images_below(root: Path, site_folder: Path, left_out: list[LeftOut]) -> Iterator[Path]:
+    """Images in order of their names; what is no image is told."""
+    readers = [READERS.load(name)() for name in READERS.names]
+    own = {site_folder / name for name in ("site.toml", "manifest.csv", "labels.csv", "quarantine.csv")}
+    for place, folders, files in os.walk(root):
+        folder = Path(place)
+        for name in sorted(folders):
+            path = folder / name
+            if _is_image(path, readers):
+                yield path
+            elif not (reason := _reason_to_pass(path, root)):
+                continue
+            else:
+                left_out.append(LeftOut(f"{path.relative_to(root).as_posix()}/", reason))
+            folders.remove(name)
+        folders.sort()
+        for name in sorted(files):
+            path = folder / name
+            if name.startswith(".") or path in own:
+                continue
+            if not _can_be_written(path):
+                left_out.append(LeftOut(path.relative_to(root).as_posix(), "a name that a table cannot hold"))
+            elif not path.is_file():
+                left_out.append(LeftOut(path.relative_to(root).as_posix(), "a link to nothing"))
+            elif _is_image(path, readers):
+                yield path
+            else:
+                left_out.append(LeftOut(path.relative_to(root).as_posix(), "no image that a reader accepts"))
+
+
+def _can_be_written(path: Path) -> bool:
+    """Whether the path is UTF-8 text without blanks at its ends, which tables strip, or line breaks."""
+    text = str(path)
+    return text == text.strip() and text.isprintable() and text.encode(errors="ignore") == os.fsencode(text)
+
+
+def _is_image(path: Path, readers: Iterable[ImageReader]) -> bool:
+    return any(reader.accepts(path) for reader in readers)
+
+
+def _reason_to_pass(folder: Path, root: Path) -> str:
+    """Why a folder is not looked into; empty if it is."""
+    if folder.is_symlink():
+        return "a link to a folder, which is not followed"
+    if folder.name.startswith("."):
+        return "a hidden folder"
+    is_bids = (root / "dataset_description.json").exists() and folder.parent == root
+    return "a folder of BIDS without original images" if is_bids and folder.name in _NOT_ENTERED else ""
+
+
+def _pair(
+    root: Path, images: Sequence[Path], masks: Sequence[tuple[Path, tuple[str, str]]], left_out: list[LeftOut]
+) -> dict[Path, str]:
+    """Image -> its mask; a mask that belongs to no image, or to several, is told."""
+    named_alike: dict[tuple[str, str], list[Path]] = defaultdict(list)
+    for image in images:
+        folder, name = image.parent.relative_to(root).as_posix(), stem(PurePath(image))
+        for key in ((folder, name), (folder, ""), ("", name)):
+            named_alike[key].append(image)
+    mask_of: dict[Path, str] = {}
+    for path, key in masks:
+        named = named_alike[key]
+        if len(named) == 1 and named[0] not in mask_of:
+            mask_of[named[0]] = str(path)
+        else:
+            reason = f"a mask by its name, of {len(named) or 'no'} images"
+            left_out.append(LeftOut(path.relative_to(root).as_posix(), reason))
+    return mask_of
+
+
+def images_of_table(table: Path, rules: NameRules, left_out: list[LeftOut]) -> list[Candidate]:
+    """The images that a table names; columns and lines that become none are added to `left_out`.
+
+    Raises:
+        DataError: it is no table, or has no columns for subject and path.
+    """
+    try:
+        delimiter = "\t" if table.suffix.lower() == ".tsv" else ","
+        columns, lines = read_table(table, (), delimiter=delimiter)
+    except DataError as error:
+        raise DataError(f"{table}: {error}, expected a folder of images or a table of subject and path") from error
+    column_of = {name: next((one for one in columns if one.lower() in known), "") for name, known in _COLUMNS.items()}
+    for needed in ("subject", "path"):
+        if not column_of[needed]:
+            given, expected = ", ".join(columns) or "nothing", " or ".join(_COLUMNS[needed])
+            raise DataError(f"{table}: found columns {given}, expected one for the {needed}: {expected}")
+    unused = [column for column in columns if column not in column_of.values()]
+    left_out += [LeftOut(f"column {name}", "no column of a manifest; labels go into labels.csv") for name in unused]
+    candidates = []
+    for line, cells in lines:
+        row = {name: cells[column] if column else "" for name, column in column_of.items()}
+        try:
+            candidates.append(_read_line(table, row, rules))
+        except UnclearNameError as error:
+            left_out.append(LeftOut(f"{table.name}:{line}: {row['path']}", str(error)))
+    return candidates
+
+
+def _read_line(table: Path, row: Mapping[str, str], rules: NameRules) -> Candidate:
+    """An image of a table; what the table leaves open is read from the path."""
+    if not row["path"] or not row["subject"]:
+        raise UnclearNameError(f"no {'path' if row['subject'] else 'subject'}")
+    path = table.parent.absolute() / row["path"]
+    if not path.exists():
+        raise UnclearNameError("no such file")
+    if row["split"] and row["split"] not in SPLITS:
+        raise UnclearNameError(f"split {row['split']!r}, expected {' or '.join(SPLITS)}")
+    stream = row["stream"]
+    if stream:
+        try:
+            parse_stream(stream)
+        except ValueError as error:
+            raise UnclearNameError(str(error)) from error
+    else:
+        stream = read_name(PurePath(row["path"]), replace(rules, subject=None)).stream
+    mask = str(table.parent.absolute() / row["mask"]) if row["mask"] else ""
+    return Candidate(path, NamedImage(row["subject"], stream, row["session"], row["split"]), mask)

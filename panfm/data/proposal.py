@@ -1,0 +1,144 @@
+"""Proposes the manifest of a site from a folder of images, or from a table of them; nothing is read but names.
+
+A proposal never changes or drops a row that the manifest has. New rows take the split of their subject where it has
+one, else that of their folder (`train/`, `val/`, `test/`), else one drawn from the subject's name alone: the same
+whenever it is drawn, so that subjects who are added later move nobody.
+"""
+
+import os
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePath
+
+from panfm.anatomy import parse_stream
+from panfm.config import SiteConfig
+from panfm.data.image_names import NameRules, stem
+from panfm.data.image_sources import Candidate, LeftOut, images_of_folder, images_of_table
+from panfm.data.manifest import Row, image_path
+from panfm.seeds import derive_seed
+
+VAL_SHARE, TEST_SHARE = 0.1, 0.1
+"""Of the subjects, on average."""
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Rows of a manifest, before they are written."""
+
+    kept: tuple[Row, ...]
+    """Rows that the manifest has already."""
+    added: tuple[Row, ...]
+    """New rows; their line numbers mean nothing."""
+    left_out: tuple[LeftOut, ...]
+    unclear: tuple[str, ...]
+    """One line for each thing that must be told apart before anything is written."""
+
+
+def propose(
+    source: Path,
+    rules: NameRules,
+    site_folder: Path,
+    site: SiteConfig,
+    kept: Sequence[Row] = (),
+    *,
+    split: str = "",
+) -> Proposal:
+    """Propose rows for the images of a folder or table.
+
+    Args:
+        source: Folder of images, or table of subjects and paths (.csv, .tsv).
+        rules: What the user says of names.
+        site_folder: The folder of the site, whose own files are no images.
+        kept: Rows that its manifest has.
+        split: Of all new subjects; drawn for each of them when empty.
+    Raises:
+        DataError: the source cannot be read, or the table has no columns of subject and path.
+        ValueError: a pattern names no stream.
+    """
+    for stream in rules.patterns.values():
+        parse_stream(stream)
+    left_out: list[LeftOut] = []
+    source, site_folder = (Path(os.path.realpath(path)) for path in (source, site_folder))
+    if source.is_dir():
+        candidates = images_of_folder(source, rules, site_folder, left_out)
+    else:
+        candidates = images_of_table(source, rules, left_out)
+    known = {os.path.realpath(image_path(site_folder, site, row.path)) for row in kept if "\0" not in row.path}
+    new = list({path: one for one in candidates if (path := os.path.realpath(one.path)) not in known}.values())
+    if split:
+        new = [replace(one, name=replace(one.name, split=split)) for one in new]
+    unclear = [*_repeated(new), *_torn(new, kept)]
+    taken = {(row.subject, row.session, row.stream): row.line for row in kept}
+    rows = []
+    for row in _rows(new, kept, image_path(site_folder, site, ".")):
+        if line := taken.get((row.subject, row.session, row.stream)):
+            reason = f"line {line} of the manifest has another image of {row.subject} and {row.stream}"
+            left_out.append(LeftOut(row.path, reason))
+        else:
+            rows.append(row)
+    return Proposal(tuple(kept), tuple(rows), tuple(left_out), tuple(unclear))
+
+
+def draw_split(subject: str) -> str:
+    """Split of a subject, from its name alone: one in ten val, one in ten test, the rest train."""
+    place = derive_seed(0, "split", subject) / 2**63
+    return "val" if place < VAL_SHARE else "test" if place < VAL_SHARE + TEST_SHARE else "train"
+
+
+def _repeated(candidates: Sequence[Candidate]) -> Iterator[str]:
+    """A line for each subject with several images of one stream and session, and what tells them apart."""
+    together: dict[tuple[str, str, str], list[PurePath]] = defaultdict(list)
+    for one in candidates:
+        together[one.name.subject, one.name.session, one.name.stream].append(PurePath(one.path))
+    for (subject, session, stream), paths in together.items():
+        if len(paths) > 1:
+            names = ", ".join(path.name if len({p.name for p in paths}) > 1 else path.as_posix() for path in paths)
+            visit = f", {session}," if session else ""
+            yield f"subject {subject!r}{visit} has {len(paths)} images of {stream}: {names}; {_remedy(stream, paths)}"
+
+
+def _remedy(stream: str, paths: Sequence[PurePath]) -> str:
+    """What to write so that the images of a subject become streams, or subjects, of their own."""
+    words = [set(stem(path).split("_")) for path in paths]
+    own = [min(mine.difference(*(other for other in words if other is not mine)), default="") for mine in words]
+    plain = stream.partition(".")[0]
+    if all(own):
+        several = " ".join(f"--stream {plain}.{_slug(word)}='*{word}*'" for word in own)
+        return f"write {several} if they are different images, or --subject 'EXPRESSION' if they are different patients"
+    return "write --subject 'EXPRESSION' that finds the patient in the path, or a table with subject, stream and path"
+
+
+def _slug(word: str) -> str:
+    return "-".join("".join(letter if letter.isalnum() else " " for letter in word.lower()).split())
+
+
+def _torn(candidates: Sequence[Candidate], kept: Sequence[Row]) -> Iterator[str]:
+    """A line for each subject whose images lie in folders, or stand on lines, of different splits."""
+    splits: dict[str, set[str]] = defaultdict(set)
+    known = [(row.subject, row.split) for row in kept] + [(one.name.subject, one.name.split) for one in candidates]
+    for subject, split in known:
+        if split:
+            splits[subject].add(split)
+    for subject, several in splits.items():
+        if len(several) > 1:
+            remedy = "if these are different patients, write --subject 'EXPRESSION' that tells them apart"
+            yield f"subject {subject!r} is in split {' and '.join(sorted(several))}, expected one; {remedy}"
+
+
+def _rows(candidates: Sequence[Candidate], kept: Sequence[Row], base: Path) -> Iterator[Row]:
+    """Rows in the order of subject, session and stream; paths are relative where they lie below the manifest."""
+    splits = {row.subject: row.split for row in kept}
+    for candidate in candidates:
+        if candidate.name.split:
+            splits.setdefault(candidate.name.subject, candidate.name.split)
+    for one in sorted(candidates, key=lambda one: (one.name.subject, one.name.session, one.name.stream, str(one.path))):
+        name = one.name
+        split = splits.get(name.subject) or draw_split(name.subject)
+        mask = _written(Path(one.mask), base) if one.mask else ""
+        yield Row(0, name.subject, name.stream, _written(one.path, base), split, mask, name.session)
+
+
+def _written(path: Path, base: Path) -> str:
+    """A path as the manifest holds it: relative if it lies below the manifest's folder, else absolute."""
+    return path.relative_to(base).as_posix() if path.is_relative_to(base) else path.as_posix()
