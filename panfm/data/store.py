@@ -4,12 +4,14 @@ Shape legend: P subjects that hold a stream, C channels, `*shape` voxels of the 
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from panfm.errors import NoSubjectsError
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class ImageStore:
     """Stream -> float32 [P, C, *shape]."""
     rows: Mapping[str, NDArray[np.int64]]
     """Stream -> int64 [P], index into `subjects`."""
+    digests: Mapping[str, Sequence[bytes]] = field(default_factory=dict)
+    """Stream -> hash of the content of each image; none where images were made in memory."""
 
     def batch(self, indices: Sequence[int] | NDArray[np.int64], streams: Iterable[str] | None = None) -> Batch:
         """Images of the subjects at `indices` (into `subjects`), of all streams or only those named.
@@ -69,6 +73,20 @@ class ImageStore:
     def indices(self, split: str) -> NDArray[np.int64]:
         """Subjects of one split, as indices into `subjects`."""
         return np.flatnonzero(np.asarray(self.splits, dtype=object) == split)
+
+    def members(self, split: str, place: str, streams: Iterable[str] | None = None) -> NDArray[np.int64]:
+        """Subjects of one split that hold an image, as indices into `subjects`.
+
+        Args:
+            place: Site or folder, for the error.
+            streams: Those of which they hold at least one; any when None.
+        Raises:
+            NoSubjectsError: there are none.
+        """
+        names = list(self.images) if streams is None else list(streams)
+        if not len(indices := self.holders(self.indices(split), names)):
+            raise NoSubjectsError.of(place, split, names)
+        return indices
 
     def holders(self, indices: NDArray[np.int64], streams: Iterable[str]) -> NDArray[np.int64]:
         """Filter subjects, given as indices: keep those that hold at least one of the streams, in the order given."""
