@@ -3,6 +3,7 @@
 PanfmError
 |-- ConfigError     a run or site description is wrong
 |-- DataError       a file, manifest or label table is wrong
+|   `-- NoSubjectsError  nobody is left to train on, or to test
 |-- ProtocolError   a message between server and site is wrong
 |-- LimitError      what was asked goes beyond what a site allows
 |-- LedgerError     the record of privacy spent is missing, foreign or changed
@@ -12,7 +13,7 @@ PanfmError
 The text says what was found, where, and what was expected, on one line: tools print it and exit with status 1.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 
@@ -26,6 +27,22 @@ class ConfigError(PanfmError):
 
 class DataError(PanfmError):
     """A data file does not hold what its manifest promises."""
+
+
+class NoSubjectsError(DataError):
+    """A split of a site or folder has no subject that holds one of the streams that are asked for."""
+
+    @classmethod
+    def of(cls, place: str, split: str, streams: Iterable[str]) -> "NoSubjectsError":
+        """Tell the place, the split and the streams."""
+        given, expected = cls.words(split, streams)
+        return cls(f"{place}: found {given}, expected {expected}")
+
+    @staticmethod
+    def words(split: str, streams: Iterable[str]) -> tuple[str, str]:
+        """What was found, and what was expected."""
+        given = f"no subject in the {split} split that holds one of {', '.join(streams) or 'no streams'}"
+        return given, "at least one (see the split column of the manifest)"
 
 
 class ProtocolError(PanfmError):
@@ -70,6 +87,12 @@ def one_line(text: str, limit: int = 300) -> str:
     """Turn another party's text into one line that is safe to print: printable characters only, cut at `limit`."""
     line = "".join(each if each.isprintable() else "?" for each in " ".join(text[: 4 * limit].split()))
     return line if len(line) <= limit else f"{line[: limit - 3]}..."
+
+
+def reason(error: BaseException) -> str:
+    """Say why a file could not be read or written: the kind of error, and the system's or parser's own words."""
+    text = one_line((error.strerror if isinstance(error, OSError) else None) or str(error), 120)
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 _OURS = {"panfm", "strategies", "server", "client", "simulations"}

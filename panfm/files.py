@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any, Self
 
-from panfm.errors import DataError
+from panfm.errors import DataError, reason
 
 KEPT_ROUNDS = 3
 """Files of `RoundFiles` that are kept."""
@@ -41,6 +41,9 @@ def open_atomic(path: Path, *, mode: int = 0o666) -> Iterator[IO[bytes]]:
             yield file
             sync(file)
         part.replace(path)
+    except OSError as error:
+        error.filename = str(path)  # a full disk has none
+        raise
     finally:
         part.unlink(missing_ok=True)
     _sync_folder(path.parent)
@@ -112,7 +115,7 @@ def read_json_lines(path: Path, parse: Callable[[bytes], Any] = json.loads) -> l
     try:
         lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({type(error).__name__})") from error
+        raise DataError(f"{path}: cannot be read ({reason(error)})") from error
     values = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -197,7 +200,7 @@ def read_checked(path: Path) -> bytes:
     try:
         stored = path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({type(error).__name__})") from error
+        raise DataError(f"{path}: cannot be read ({reason(error)})") from error
     content = stored[_DIGEST_BYTES:]
     if hashlib.sha256(content).hexdigest().encode() != stored[:_DIGEST_BYTES]:
         raise DataError(f"{path}: corrupted, its checksum does not match; delete it to fall back to the one before")
@@ -211,7 +214,7 @@ def read_checked_start(path: Path, size: int) -> bytes:
             file.seek(_DIGEST_BYTES)
             return file.read(size)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({type(error).__name__})") from error
+        raise DataError(f"{path}: cannot be read ({reason(error)})") from error
 
 
 def read_digest(path: Path) -> str:

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from panfm.cli.model_commands import export
-from panfm.errors import RunError
+from panfm.errors import RunError, reason
 from panfm.files import write_atomic, write_json
 from server.flower_cli import FlowerRun, flower_environment, submit
 
@@ -221,7 +221,7 @@ def _flower_run(run_dir: Path) -> FlowerRun | None:
         words = json.loads(path.read_text(encoding="utf-8"))
         return FlowerRun(str(int(words["run-id"])), str(words["connection"]))
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise RunError(f"{path}: expected the run-id and the connection of a run ({type(error).__name__})") from error
+        raise RunError(f"{path}: expected the run-id and the connection of a run ({reason(error)})") from error
 
 
 def _watch_unless(detach: bool, run_dir: Path) -> None:

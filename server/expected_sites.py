@@ -19,7 +19,7 @@ from typing import Self
 
 from panfm.anatomy import parse_stream
 from panfm.data.tables import Line, read_table
-from panfm.errors import DataError, ProtocolError
+from panfm.errors import DataError, ProtocolError, reason
 from panfm.sharing.messages import Handshake
 from panfm.texts import PLAIN_NAME
 
@@ -54,7 +54,7 @@ class ExpectedSites:
         except DataError as error:
             raise DataError(f"{path}: {error}") from error
         except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{path}: cannot be read ({type(error).__name__}), expected a table of sites") from error
+            raise DataError(f"{path}: cannot be read ({reason(error)}), expected a table of sites") from error
 
     @classmethod
     def _parsed(cls, columns: Sequence[str], lines: Sequence[Line]) -> Self:
@@ -90,7 +90,7 @@ class ExpectedSites:
                 site: ExpectedSite(int(one[_SUBJECTS]), dict(one["streams"])) for site, one in sorted(stated.items())
             }
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{path}: does not tell the subjects of each site ({type(error).__name__})") from error
+            raise DataError(f"{path}: does not tell the subjects of each site ({reason(error)})") from error
         return cls(sites, tuple(dict.fromkeys(stream for one in sites.values() for stream in one.streams)))
 
     def to_csv(self) -> str:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from panfm import __version__
 from panfm.config import RunConfig, as_told, dump_toml
-from panfm.errors import DataError, PanfmError, RunError
+from panfm.errors import DataError, PanfmError, RunError, reason
 from panfm.files import (
     append_json_line,
     json_text,
@@ -96,7 +96,7 @@ class RunFolder:
                 write_atomic(path / "run.toml", dump_toml(run).encode())
                 (path / "rounds.jsonl").write_bytes(b"")
         except OSError as error:
-            raise RunError(f"{path}: cannot be made a run folder ({type(error).__name__})") from error
+            raise RunError(f"{path}: cannot be made a run folder ({reason(error)})") from error
         return cls(path, run)
 
     @classmethod

@@ -29,7 +29,10 @@ def train_alone(
         start: Shared parameters of a warm start.
     Returns:
         The model, over the store's streams only.
+    Raises:
+        NoSubjectsError: nobody in the train split holds one of the run's streams.
     """
+    store.members("train", name, run.streams)
     trainer = Trainer(run, [stream for stream in run.streams if stream in store.images])
     if start:
         trainer.load_frozen({name: start[name] for name in trainer.frozen_state()})

@@ -7,6 +7,7 @@ from rich.console import Console
 
 from panfm.errors import ConfigError
 from server.run_folder import RunFolder, default_path
+from simulations.cohorts.leaks import check_cohort
 from simulations.cohorts.prepare import cohort_folder, load_simulation, prepare_cohort
 from simulations.engines import Job, run_job
 from simulations.finish import finish, sites_alone
@@ -37,6 +38,8 @@ def simulate(
     console = console or Console(soft_wrap=True, highlight=False)
     folder = _resume(resume, overrides, out) if resume else _create(experiment, overrides, out)
     cohort = prepare_cohort(folder.run, console)
+    if folder.run.cohort and folder.run.cohort["kind"] == "folder":
+        check_cohort(cohort, folder.run)
     job = Job(cohort / "sites", folder.path)
     if engine == "local":  # one process, which leaves the other cores to the sites' training alone
         with sites_alone(folder.run, cohort, folder.path) as alone:

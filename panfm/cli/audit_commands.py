@@ -75,7 +75,7 @@ def audit_membership(
     if run.start and not before:
         raise DataError(f"{model}: was started from another model, expected its folder as --before")
     start = load_model(before, whitened=False)[0] if before else build_model(run)
-    places = [Place.of(store) for store in open_stores(sites, run.streams)]
+    places = [Place.of(store) for store in open_stores(sites, run.streams, split="train")]
     attack = audit_membership(run, start.state_dict(), network.state_dict(), places, masks=masks)
     _write_json(json, asdict(attack))
     low, high = attack.auc.low, attack.auc.high
@@ -102,7 +102,7 @@ def audit_inversion(
     from panfm.privacy.audit_inversion import audit_inversion
 
     network, run = load_model(model, whitened=False)
-    scenarios = audit_inversion(network, run, open_stores(sites, run.streams), patients=patients)
+    scenarios = audit_inversion(network, run, open_stores(sites, run.streams, split="train"), patients=patients)
     _write_json(json, [asdict(scenario) for scenario in scenarios])
     _print_inversion(scenarios)
 

@@ -1,5 +1,6 @@
 """Parts that several groups of commands share: errors as lines, progress bars, common arguments."""
 
+import errno
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from panfm.errors import DataError, PanfmError
+from panfm.errors import DataError, PanfmError, reason
 
 if TYPE_CHECKING:
     import click
@@ -25,7 +26,7 @@ NotedEnd = Annotated[
 
 
 class ErrorLines(TyperGroup):
-    """Turns a PanfmError into its text and exit status 1."""
+    """Turns a PanfmError, or an error of the file system, into one line and exit status 1."""
 
     def invoke(self, ctx: "click.Context") -> Any:
         """Run the command that was asked for."""
@@ -33,6 +34,11 @@ class ErrorLines(TyperGroup):
             return super().invoke(ctx)
         except PanfmError as error:
             typer.echo(str(error), err=True)
+            raise typer.Exit(1) from error
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                raise
+            typer.echo(f"{error.filename}: {reason(error)}" if error.filename else reason(error), err=True)
             raise typer.Exit(1) from error
 
 
@@ -48,12 +54,23 @@ def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def open_stores(sites: Sequence[Path], streams: Mapping[str, "StreamConfig"]) -> list["ImageStore"]:
-    """The images of site folders for a run's streams, read under a progress bar."""
+def open_stores(
+    sites: Sequence[Path], streams: Mapping[str, "StreamConfig"], *, split: str | None = None
+) -> list["ImageStore"]:
+    """The images of site folders for a run's streams, read under a progress bar.
+
+    Raises:
+        NoSubjectsError: a site has nobody in `split`, if that is given.
+        DataError: as `open_store`.
+    """
     from panfm.data.cache import open_store
 
     with progress_bar("reading images") as progress:
-        return [open_store(site, streams, progress=lambda _, done, total: progress(done, total)) for site in sites]
+        stores = [open_store(site, streams, progress=lambda _, done, total: progress(done, total)) for site in sites]
+    for site, store in zip(sites, stores, strict=True):
+        if split:
+            store.members(split, str(site))
+    return stores
 
 
 def check_model(folder: Path) -> None:

@@ -70,7 +70,7 @@ def whiten(
 
     network, run = load_model(model, whitened=False)
     names = [load_site(site).name for site in sites]
-    stores = dict(zip(names, open_stores(sites, run.streams), strict=True))
+    stores = dict(zip(names, open_stores(sites, run.streams, split="train"), strict=True))
     whitening = fit_whitening(network, stores, run.features, run.seed)
     digest = save_whitening(model, whitening, run.features.pooling_text)
     typer.echo(f"{model}: whitening of {network.embedding_size} numbers, SHA-256 {digest}")

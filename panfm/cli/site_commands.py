@@ -7,15 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from panfm.cli.common import NotedEnd, chain_end, progress_bar
-from panfm.errors import DataError
+from panfm.cli.common import NotedEnd, chain_end
 
 if TYPE_CHECKING:
     from panfm.config import SiteConfig
-    from panfm.data.check import SiteReport
 
 app = typer.Typer(no_args_is_help=True, help="For the operator of one site.")
-_SPLITS = ("train", "val", "test")
 
 
 @app.command("init")
@@ -45,59 +42,25 @@ def site_init(
 
 @app.command("check")
 def site_check(
-    site: Annotated[Path, typer.Argument(help="Site folder.")],
+    sites: Annotated[list[Path], typer.Argument(metavar="SITE...", help="Site folder; several are compared as well.")],
     run: Annotated[Path | None, typer.Option("--run", help="Description of the run (TOML).")] = None,
+    holdout: Annotated[Path | None, typer.Option("--holdout", help="Folder of patients who are at no site.")] = None,
     quarantine: Annotated[bool, typer.Option("--quarantine", help="List faulty rows and go on without them.")] = False,
 ) -> None:
-    """Read every image, print who has what, then each fault on one line.
+    """Prepare every image as the run does, print who has what, then each fault on one line.
 
-    With --quarantine the faulty rows are listed in SITE/quarantine.csv, and every run leaves them out until the list is
-    written anew; exit status 0.
+    Lines that begin with `note:` tell of images that are unusual, not faulty. With --quarantine the faulty rows are
+    listed in quarantine.csv of their folder, and every run leaves them out until the list is written anew; exit status
+    0.
     """
     from panfm.privacy.guarantees import load_checked_run
 
     description = load_checked_run(run) if run else None
-    from panfm.data.check import check_site
-    from panfm.data.manifest import read_quarantine
+    from panfm.cli.check_output import check_folders
 
     streams, organs = (description.streams, description.organs) if description else (None, None)
-    with progress_bar("reading images") as progress:
-        report = check_site(site, streams, organs=organs, progress=progress)
-    _print_coverage(report)
-    for fault in report.faults:
-        typer.echo(str(fault))
-    if quarantine:
-        _quarantine(site, report)
-        return
-    if listed := read_quarantine(site):
-        typer.echo(f"quarantine.csv: {len(listed)} rows are left out of every run; --quarantine writes the list anew")
-    if report.faults:
+    if not check_folders(sites, holdout, streams, organs, quarantine=quarantine):
         raise typer.Exit(1)
-
-
-def _quarantine(site: Path, report: "SiteReport") -> None:
-    from panfm.data.manifest import write_quarantine
-
-    if not report.rows:
-        raise DataError(f"{site}: found no sound row, expected at least one")
-    path = write_quarantine(site, report.faults)
-    typer.echo(f"{path}: {len(report.faults)} rows left out, {len(report.rows)} stay")
-
-
-def _print_coverage(report: "SiteReport") -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("stream", *_SPLITS, title=f"{report.site}: subjects")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for stream in sorted({row.stream for row in report.rows}):
-        note = " (not in this run)" if stream in report.unused else ""
-        table.add_row(stream + note, *(str(report.coverage[stream, split]) for split in _SPLITS))
-    table.add_section()
-    subjects = {(row.subject, row.split) for row in report.rows}
-    table.add_row("any", *(str(sum(split == own for _, own in subjects)) for split in _SPLITS))
-    Console().print(table)
 
 
 @app.command("start")

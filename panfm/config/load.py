@@ -14,7 +14,7 @@ from panfm.config.complaints import complaints
 from panfm.config.run_description import RunConfig
 from panfm.config.site_description import SiteConfig
 from panfm.config.start import is_public, weights_file
-from panfm.errors import ConfigError
+from panfm.errors import ConfigError, reason
 from panfm.texts import check_text, parse_toml, read_text, toml_names
 
 C = TypeVar("C", bound=Config)
@@ -99,7 +99,7 @@ def _read(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such file, expected a TOML description") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as UTF-8 text ({type(error).__name__})") from error
+        raise ConfigError(f"{path}: cannot be read as UTF-8 text ({reason(error)})") from error
 
 
 def _override(table: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:

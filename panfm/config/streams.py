@@ -9,6 +9,7 @@ from panfm.config.base import Uncoupled
 Voxels = Annotated[int, Field(gt=0, le=65_536)]
 Centre = Annotated[float, Field(ge=-1e3, le=1e3)]
 Scale = Annotated[float, Field(ge=1e-3, le=1e6)]
+GreyLevel = Annotated[float, Field(ge=-32_768, le=65_535)]
 Millimetres = Annotated[float, Field(ge=1e-3, le=1e3)]
 
 
@@ -23,6 +24,12 @@ class StreamConfig(Uncoupled):
     """Voxel size in mm on each axis of a volume; left out for 2D images, which are resized to `shape`."""
     channels: Literal[1, 3] = 1
     """1 for grey, 3 for colour (2D only)."""
+    nan: Literal["zero"] | None = None
+    """`zero`: a volume's NaN are background, as after brain extraction, and come out as 0. Left out, an image with NaN
+    is refused."""
+    window: Annotated[tuple[GreyLevel, GreyLevel], Field(strict=False)] | None = None
+    """Of pictures with 16-bit grey: levels shown as 0 and as 1, e.g. [0, 4095]. Left out, the 1st and 99th percentile
+    of each picture's own pixels."""
     input_centre: Annotated[tuple[Centre, ...], Field(strict=False, min_length=1, max_length=18)] | None = None
     """What the tokenizer takes from its inputs before it multiplies them by `input-scale`: of the patch tokenizer one
     number per channel; of the statistics tokenizer the means, then the log standard deviations, then the gradients of
@@ -45,6 +52,10 @@ class StreamConfig(Uncoupled):
             raise ValueError("channels: a volume has one channel")
         if not self.is_volume and self.spacing_mm:
             raise ValueError("spacing-mm: only for volumes")
+        if self.nan and not self.is_volume:
+            raise ValueError("nan: only for volumes")
+        if self.window and (self.is_volume or not self.window[0] < self.window[1]):
+            raise ValueError("window: only for 2D images, the lower grey level first")
         if (self.input_centre is None) != (self.input_scale is None):
             raise ValueError("input-centre and input-scale: expected both or neither")
         return self

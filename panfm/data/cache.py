@@ -7,6 +7,9 @@ processes that build the same one write the same bytes, and the last rename wins
 
 A run decides how large its images are, so their size is counted before the first is read, and the files of other runs
 make room: those longest unused go first.
+
+Behind the images a file holds a hash of each one's content before it was prepared, so that an image that stands under
+two subjects, or twice under one, is refused wherever data is opened.
 """
 
 import hashlib
@@ -29,13 +32,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from panfm.config import SiteConfig, StreamConfig, dump_toml, load_site, site_path
+from panfm.data.content import DIGEST_BYTES
 from panfm.data.manifest import Row, image_path, read_manifest
 from panfm.data.readers import ImageError, ImageReader, find_reader
 from panfm.data.store import ImageStore
-from panfm.errors import DataError, LimitError
+from panfm.errors import DataError, LimitError, reason
 from panfm.files import open_atomic
 
-PREPROCESSING_VERSION = 1
+PREPROCESSING_VERSION = 2
 """To be raised whenever `panfm.data.read` would give other values for the same file."""
 _THREADS = 2
 _AHEAD = 2 * _THREADS
@@ -63,7 +67,8 @@ def open_store(folder: Path, streams: Mapping[str, StreamConfig], *, progress: P
         atomic: a build that fails or is killed leaves nothing that a later one would read.
     Raises:
         ConfigError: `site.toml` does not hold.
-        DataError: the manifest or an image does not hold, no row is left, or the cache cannot be written.
+        DataError: the manifest or an image does not hold, two images are one, no row is left, or the cache cannot be
+            written.
         LimitError: the images would fill more than the site's `limits.cache-gib`.
     """
     site = load_site(folder)
@@ -86,7 +91,9 @@ def open_store(folder: Path, streams: Mapping[str, StreamConfig], *, progress: P
                 sessions[stream] = [row.session for row in stream_rows]
     _make_room(list(cached.values()), site.limits.cache_gib)
     images = {stream: _open(prepared, progress) for stream, prepared in cached.items()}
-    return ImageStore(tuple(splits), tuple(splits.values()), images, holders, sessions)
+    digests = {stream: _digests(prepared) for stream, prepared in cached.items()}
+    _refuse_twins(cached, digests)
+    return ImageStore(tuple(splits), tuple(splits.values()), images, holders, sessions, digests)
 
 
 @dataclass(frozen=True)
@@ -189,26 +196,49 @@ def _open(cached: _Cached, progress: Progress | None) -> NDArray[np.float32]:
     return images
 
 
+def _digests(cached: _Cached) -> tuple[bytes, ...]:
+    """Hashes of the content of a stream's images, which stand at the end of its file."""
+    try:
+        with cached.file.open("rb") as file:
+            file.seek(-DIGEST_BYTES * len(cached.sources), os.SEEK_END)
+            return tuple(file.read(DIGEST_BYTES) for _ in cached.sources)
+    except OSError as error:
+        raise DataError(f"{cached.file}: cannot be read ({reason(error)})") from error
+
+
+def _refuse_twins(cached: Mapping[str, _Cached], digests: Mapping[str, Sequence[bytes]]) -> None:
+    """Raise DataError if two images have the same content."""
+    seen: dict[bytes, Path] = {}
+    for stream, prepared in cached.items():
+        for (path, _), digest in zip(prepared.sources, digests[stream], strict=True):
+            if (first := seen.setdefault(digest, path)) is not path:
+                remedy = "an image of its own (panfm site check --quarantine leaves it out)"
+                raise DataError(f"{path}: found the same content as {first}, expected {remedy}")
+
+
 def _write(part: IO[bytes], cached: _Cached, progress: Progress | None) -> None:
     header = {"descr": "<f4", "fortran_order": False, "shape": cached.shape}
     np.lib.format.write_array_header_1_0(part, header)
+    digests = []
     with closing(_read_all(cached)) as images:
-        for done, image in enumerate(images, start=1):
+        for done, (image, digest) in enumerate(images, start=1):
             part.write(image.astype("<f4").tobytes())
+            digests.append(digest)
             if progress:
                 progress(cached.stream, done, len(cached.sources))
+    part.write(b"".join(digests))
 
 
-def _read_all(cached: _Cached) -> Generator[NDArray[np.float32]]:
+def _read_all(cached: _Cached) -> Generator[tuple[NDArray[np.float32], bytes]]:
     """Images in order, read by threads, a few ahead. Closed early, it reads no further one; one that a thread is at is
     read to its end."""
-    from panfm.data.read import read_image  # a warm cache does not need it
+    from panfm.data.read import read_with_digest  # a warm cache does not need it
 
-    waiting: deque[Future[NDArray[np.float32]]] = deque()
+    waiting: deque[Future[tuple[NDArray[np.float32], bytes]]] = deque()
     pool = ThreadPoolExecutor(_THREADS)
     try:
         for path, reader in cached.sources:
-            waiting.append(pool.submit(read_image, path, cached.stream, cached.config, reader))
+            waiting.append(pool.submit(read_with_digest, path, cached.stream, cached.config, reader))
             if len(waiting) > _AHEAD:
                 yield waiting.popleft().result()
         while waiting:

@@ -1,21 +1,22 @@
 """The check a site runs before anything is trained: every row of the manifest, every image, every mask.
 
 It reads the manifest, then all of each image once, header and voxels (a truncated file or a NaN hides behind a sound
-header), then each mask. It resamples and writes nothing. Two images are the same if their decoded content is, however
-they are packed.
+header), prepares it as the run would, and reads each mask. It writes nothing. Two images are the same if their decoded
+content is, however they are packed.
 """
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from panfm.anatomy import parse_stream
 from panfm.config import SiteConfig, StreamConfig, load_site
+from panfm.data.check_outputs import Output, inspect_output, out_of_line
+from panfm.data.content import content_digest
 from panfm.data.manifest import Fault, Row, image_path, scan_manifest
 from panfm.data.readers import ImageError, Picture, Volume, find_reader, read_source
 from panfm.errors import LimitError
@@ -33,6 +34,12 @@ class SiteReport:
     """Sound rows, of all streams."""
     unused: tuple[str, ...]
     """Streams of sound rows that the run does not read."""
+    notes: tuple[tuple[str, str], ...] = ()
+    """(path of an image that is not at fault, what is unusual about it)"""
+    contents: Mapping[bytes, Row] = field(default_factory=dict)
+    """Hash of an image's content -> its row."""
+    all_rows: tuple[Row, ...] = ()
+    """Rows of the manifest whose images were read, sound or not."""
 
     @property
     def coverage(self) -> Mapping[tuple[str, str], int]:
@@ -40,6 +47,15 @@ class SiteReport:
         return Counter(
             (stream, split) for _, stream, split in {(row.subject, row.stream, row.split) for row in self.rows}
         )
+
+
+@dataclass(frozen=True)
+class _Inspected:
+    """One sound image."""
+
+    digest: bytes
+    output: Output
+    notes: tuple[str, ...]
 
 
 def check_site(
@@ -51,10 +67,12 @@ def check_site(
 ) -> SiteReport:
     """Check everything a site would train on; faults come back as data.
 
+    Guarantees:
+        seen: an image that comes out constant, or not finite, is at fault.
     Args:
         folder: The site folder.
-        streams: Streams of the run to check against, which decide whether an image must be a volume or a picture.
-            Without it, either passes.
+        streams: Streams of the run to check against, as which the images are prepared. Without it, an image may be a
+            volume or a picture, and is scaled but not resampled.
         organs: Organs of the run; a stream of another organ is a fault, while a stream of a known organ that the run
             does not read is only `unused`. Without it, any `<organ>-<modality>` passes.
         progress: Called with (images done, images in all).
@@ -64,19 +82,27 @@ def check_site(
     site = load_site(folder)
     rows, faults = scan_manifest(folder, site)
     all_faults = [*faults]
-    digests: dict[bytes, Row] = {}
+    contents: dict[bytes, Row] = {}
+    sound: dict[Row, _Inspected] = {}
     for done, (row, outcome) in enumerate(_inspect_all(folder, site, rows, streams or {}, organs), start=1):
-        twin = row if isinstance(outcome, Fault) else digests.setdefault(outcome, row)
         if isinstance(outcome, Fault):
             all_faults.append(outcome)
-        elif twin is not row:
+        elif (twin := contents.setdefault(outcome.digest, row)) is not row:
             all_faults.append(Fault(row.path, f"the same content as {twin.path}", "an image of its own", row))
+        else:
+            sound[row] = outcome
         if progress:
             progress(done, len(rows))
-    condemned = {fault.row for fault in all_faults}
-    sound = tuple(row for row in rows if row not in condemned)
     unused = sorted({row.stream for row in sound} - set(streams or {})) if streams else []
-    return SiteReport(site.name, tuple(all_faults), sound, tuple(unused))
+    return SiteReport(site.name, tuple(all_faults), tuple(sound), tuple(unused), _notes(sound), contents, rows)
+
+
+def _notes(sound: Mapping[Row, _Inspected]) -> tuple[tuple[str, str], ...]:
+    notes = [(row.path, note) for row, inspected in sound.items() for note in inspected.notes]
+    for stream in sorted({row.stream for row in sound}):
+        outputs = {row: inspected.output for row, inspected in sound.items() if row.stream == stream}
+        notes += [(row.path, note) for row, note in out_of_line(outputs)]
+    return tuple(notes)
 
 
 def _inspect_all(
@@ -85,29 +111,30 @@ def _inspect_all(
     rows: tuple[Row, ...],
     streams: Mapping[str, StreamConfig],
     organs: Collection[str] | None,
-) -> Iterator[tuple[Row, Fault | bytes]]:
-    def inspect(row: Row) -> Fault | bytes:
+) -> Iterator[tuple[Row, Fault | _Inspected]]:
+    def inspect(row: Row) -> Fault | _Inspected:
         organ, _ = parse_stream(row.stream)
         if organs is not None and organ not in organs:
             return Fault(row.path, f"unknown stream {row.stream!r}", f"an organ of {', '.join(organs)}", row)
-        config = streams.get(row.stream)
-        return _inspect(folder, site, row, is_volume=config.is_volume if config else None)
+        return _inspect(folder, site, row, streams.get(row.stream))
 
     with ThreadPoolExecutor(_THREADS) as pool:
         yield from zip(rows, pool.map(inspect, rows), strict=True)
 
 
-def _inspect(folder: Path, site: SiteConfig, row: Row, *, is_volume: bool | None) -> Fault | bytes:
-    """The first fault of one row's image and mask, or the digest of the image."""
+def _inspect(folder: Path, site: SiteConfig, row: Row, config: StreamConfig | None) -> Fault | _Inspected:
+    """The first fault of one row's image and mask, or what there is to know of the image."""
     path, file = image_path(folder, site, row.path), f"{Path(site.manifest).name}:{row.line}: {row.path}"
     try:
         reader = find_reader(path)
         file = row.path
-        image = read_source(path, is_volume=is_volume, reader=reader)
+        is_volume, nan = (config.is_volume, config.nan) if config else (None, None)
+        image = read_source(path, is_volume=is_volume, reader=reader, nan=nan)
+        output, notes = inspect_output(image, row.stream, config)
         if row.mask:
             file = row.mask
             _check_mask(image_path(folder, site, row.mask), image)
-        return _digest(image)
+        return _Inspected(content_digest(image), output, notes)
     except ImageError as error:
         return Fault(file, error.given, error.expected, row)
     except MemoryError as error:
@@ -125,14 +152,3 @@ def _check_mask(path: Path, image: Volume | Picture) -> None:
         )
     if not mask.any():
         raise ImageError("an empty mask", "at least one voxel above 0")
-
-
-def _digest(image: Volume | Picture) -> bytes:
-    """Hash of an image's voxels, or pixels, and of how they are to be read."""
-    if isinstance(image, Volume):
-        digest = hashlib.blake2b(np.ascontiguousarray(image.voxels.T).data, digest_size=16)
-        digest.update(image.affine.tobytes() + repr(image.voxels.shape).encode())
-    else:
-        digest = hashlib.blake2b(image.tobytes(), digest_size=16)
-        digest.update(repr((image.mode, image.size, image.getpalette())).encode())
-    return digest.digest()

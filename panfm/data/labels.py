@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from panfm.config import SiteConfig, site_path
+from panfm.data.subjects import subject_key
 from panfm.data.tables import read_table
 from panfm.errors import DataError
 
@@ -43,17 +44,22 @@ def read_label_table(path: Path) -> Labels:
     for line, cells in lines:
         if not cells["subject"]:
             raise DataError(f"{path}:{line}: found no subject, expected one")
-        if subjects.setdefault(cells["subject"], line) != line:
+        if subjects.setdefault(subject_key(cells["subject"]), line) != line:
             raise DataError(f"{path}:{line}: found subject {cells['subject']!r} again, expected one row per subject")
     values = [[_value(cells[name], f"{path}:{line}: {name}") for name in names] for line, cells in lines]
-    return Labels(tuple(subjects), names, np.array(values, dtype=np.float64).reshape(len(lines), len(names)))
+    return Labels(
+        tuple(cells["subject"] for _, cells in lines),
+        names,
+        np.array(values, dtype=np.float64).reshape(len(lines), len(names)),
+    )
 
 
 def _value(text: str, where: str) -> float:
     try:
-        value = float(text or "nan")
+        value = float(text.replace("_", "no number") or "nan")
     except ValueError as error:
-        raise DataError(f"{where}: found {text!r}, expected a number or nothing") from error
+        hint = " (with a decimal point)" if "," in text else ""
+        raise DataError(f"{where}: found {text!r}, expected a number or nothing{hint}") from error
     if np.isinf(value):
         raise DataError(f"{where}: found {text!r}, expected a finite number or nothing")
     return value

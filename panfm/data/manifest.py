@@ -2,22 +2,21 @@
 
 Columns `subject,stream,path` and optionally `split` (train, val or test; train when empty), `mask` and `session` (a
 visit of the subject; of subjects with one visit it may be empty). Paths are absolute, or relative to the manifest's
-folder, and name a file or a folder that one of the readers accepts. Rows that
-`quarantine.csv` lists are left out; that file is written by `panfm site check --quarantine`.
+folder, and name a file or a folder that one of the readers accepts. Rows that `quarantine.csv` lists are left out; that
+file is written by `panfm site check --quarantine`. It knows a row by subject and stream, and by its path or, where
+another path has it now, the content of its image.
 """
 
-import csv
-import io
 import os.path
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from panfm.anatomy import parse_stream
 from panfm.config import SiteConfig, site_path
+from panfm.data.subjects import subject_key
 from panfm.data.tables import read_table
 from panfm.errors import DataError
-from panfm.files import write_atomic
 
 SPLITS = ("train", "val", "test")
 QUARANTINE = "quarantine.csv"
@@ -66,22 +65,30 @@ def read_manifest(folder: Path, site: SiteConfig) -> tuple[Row, ...]:
     Raises:
         DataError: the table does not hold; one line per fault, each with file and line number.
     """
-    rows, faults = scan_manifest(folder, site, leave_out=read_quarantine(folder))
+    rows, faults = scan_manifest(folder, site, with_quarantine=True)
     if faults:
         raise DataError("\n".join(str(fault) for fault in faults))
     return rows
 
 
 def scan_manifest(
-    folder: Path, site: SiteConfig, *, leave_out: Iterable[Row] = ()
+    folder: Path, site: SiteConfig, *, with_quarantine: bool = False
 ) -> tuple[tuple[Row, ...], tuple[Fault, ...]]:
-    """Sound rows and faults of a manifest; no image is opened. Of two rows that conflict, the later is at fault."""
+    """Sound rows and faults of a manifest. Of two rows that conflict, the later is at fault.
+
+    Args:
+        with_quarantine: Whether to leave out the rows that `quarantine.csv` lists; an image is opened only to look for
+            one whose path has gone. Raises DataError: the list does not hold.
+    """
     path = site_path(folder, site.manifest)
-    out = {_key(row) for row in leave_out}
     try:
-        rows = [row for row in _parse(path) if _key(row) not in out]
+        rows = parse_manifest(folder, site)
     except DataError as error:
         return (), (Fault(path.name, str(error), f"a table of {','.join(_NEEDED)}"),)
+    if with_quarantine and (folder / QUARANTINE).exists():
+        from panfm.data.left_out import without_listed  # few sites have a list
+
+        rows = without_listed(rows, folder / QUARANTINE, lambda row: image_path(folder, site, row.path))
     if not rows:
         return (), (Fault(path.name, "no rows", "one row per subject and stream"),)
     complaints = _Complaints()
@@ -95,39 +102,6 @@ def image_path(folder: Path, site: SiteConfig, relative: str) -> Path:
     return site_path(folder, site.manifest).parent / relative
 
 
-def read_quarantine(folder: Path) -> tuple[Row, ...]:
-    """Rows listed in a site folder's quarantine; none when there is no such file. Raises DataError: unreadable."""
-    path = folder / QUARANTINE
-    if not path.exists():
-        return ()
-    try:
-        _, lines = read_table(path, ("line", *_NEEDED, "reason"))
-        return tuple(Row(int(cells["line"]), *(cells[name] for name in _NEEDED)) for _, cells in lines)
-    except (DataError, ValueError) as error:
-        raise DataError(f"{path}: not a quarantine list, run `panfm site check --quarantine` again") from error
-
-
-def write_quarantine(folder: Path, faults: Sequence[Fault]) -> Path:
-    """List the rows that faults condemn; a row listed here is left out until the list is written anew.
-
-    Raises:
-        DataError: the file cannot be written.
-    """
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(("line", *_NEEDED, "reason"))
-    for fault in faults:
-        if fault.row:
-            reason = f"found {fault.given}, expected {fault.expected}"
-            table.writerow((fault.row.line, fault.row.subject, fault.row.stream, fault.row.path, reason))
-    path = folder / QUARANTINE
-    try:
-        write_atomic(path, text.getvalue().encode())
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error.strerror}), expected a writable site folder") from error
-    return path
-
-
 Complaint = tuple[str, str]
 """Description of a faulty entry, and of a sound one, for `found ..., expected ...`."""
 
@@ -139,13 +113,18 @@ class _Complaints:
         self._images: dict[tuple[str, str, str], int] = {}
         self._paths: dict[str, int] = {}
         self._splits: dict[str, str] = {}
+        self._spelled: dict[str, Row] = {}
 
     def __call__(self, row: Row) -> Complaint | None:
         checks: tuple[Callable[[Row], Complaint | None], ...] = (_alone, self._repeated, self._split)
         return next((complaint for check in checks if (complaint := check(row))), None)
 
     def _repeated(self, row: Row) -> Complaint | None:
-        first = self._images.setdefault((row.subject, row.session, row.stream), row.line)
+        key = subject_key(row.subject)
+        if (spelled := self._spelled.setdefault(key, row)).subject != row.subject:
+            again = f"subject {row.subject!r}, which line {spelled.line} spells {spelled.subject!r}"
+            return again, "one spelling of a subject, or identifiers that differ in more than case and leading zeros"
+        first = self._images.setdefault((key, row.session, row.stream), row.line)
         if first != row.line:
             given = f"subject {row.subject!r} with {row.stream} again (line {first})"
             remedy = "a column session for a further visit, or a suffix as in brain-mr.t1 for another kind of image"
@@ -178,14 +157,11 @@ def _alone(row: Row) -> Complaint | None:
     return None
 
 
-def _parse(path: Path) -> list[Row]:
-    _, lines = read_table(path, _NEEDED, _OPTIONAL)
+def parse_manifest(folder: Path, site: SiteConfig) -> list[Row]:
+    """Rows of a manifest, sound or not. Raises DataError: it is no table; the text does not name it."""
+    _, lines = read_table(site_path(folder, site.manifest), _NEEDED, _OPTIONAL)
     rows = [
         Row(line, *(cells[name] for name in _NEEDED), *(cells.get(name, "") for name in _OPTIONAL))
         for line, cells in lines
     ]
     return [row if row.split else replace(row, split=SPLITS[0]) for row in rows]
-
-
-def _key(row: Row) -> tuple[int, str, str, str]:
-    return row.line, row.subject, row.stream, row.path

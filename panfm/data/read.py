@@ -3,11 +3,7 @@
 Volumes: intensity rule -> axes to R, A, S -> one resampling to the stream's spacing and shape about the centre of the
 scan. What lies outside the scan is 0, the bottom of the intensity range. Where the target voxels are coarser than the
 scan's, the scan is smoothed first, so that fine texture does not alias. Pictures: grey or colour, resized, / 255
-whatever the modality, because an 8-bit picture has been windowed already.
-
-Intensities are brought to [0, 1]. CT and grey-level pictures have a fixed scale; MR and raw PET do not, so their scale
-is the scan's own 1st and 99th percentile. The rules are those of DEX (arXiv 2605.21861, Methods); its z-score of raw
-PET is dropped because the min-max that follows undoes it. PET must be raw counts: SUV are not recognised.
+whatever the modality, because an 8-bit picture has been windowed already; 16-bit grey is windowed, then resized.
 """
 
 from pathlib import Path
@@ -21,6 +17,8 @@ from PIL import Image
 
 from panfm.anatomy import Modality, parse_stream
 from panfm.config import StreamConfig
+from panfm.data.content import content_digest
+from panfm.data.intensity import apply_intensity, picture_levels
 from panfm.data.readers import ImageError, ImageReader, Picture, Volume, read_source, voxel_sizes
 from panfm.data.resample import blur, gaussian_kernel, resample
 from panfm.errors import DataError
@@ -39,13 +37,29 @@ def read_image(path: Path, stream: str, config: StreamConfig, reader: ImageReade
     Returns:
         float32 [C, *config.shape] in [0, 1]; a volume's axes run R, A, S.
     Raises:
-        DataError: the image is absent, unreadable, or of another kind than the stream's; the text begins with the path.
+        DataError: the image is absent, unreadable, of another kind than the stream's, or does not come out finite; the
+            text begins with the path.
     """
+    return read_with_digest(path, stream, config, reader)[0]
+
+
+def read_with_digest(
+    path: Path, stream: str, config: StreamConfig, reader: ImageReader | None = None
+) -> tuple[NDArray[np.float32], bytes]:
+    """Read one image as `read_image` does, with the hash of its content as it was before it was prepared."""
     try:
-        image = read_source(path, is_volume=config.is_volume, reader=reader)
+        image = read_source(path, is_volume=config.is_volume, reader=reader, nan=config.nan)
+        return prepare(image, stream, config), content_digest(image)
     except ImageError as error:
         raise DataError(f"{path}: {error}") from error
-    return prepare_volume(*image, stream, config) if isinstance(image, Volume) else prepare_picture(image, config)
+
+
+def prepare(image: Volume | Picture, stream: str, config: StreamConfig) -> NDArray[np.float32]:
+    """Bring one decoded image to the stream's input. Raises ImageError: it does not come out finite."""
+    prepared = prepare_volume(*image, stream, config) if isinstance(image, Volume) else prepare_picture(image, config)
+    if not np.isfinite(prepared).all():
+        raise ImageError("an image that does not come out finite when it is scaled and resampled", "finite numbers")
+    return prepared
 
 
 def prepare_volume(
@@ -57,14 +71,14 @@ def prepare_volume(
         exact: where the spacing matches already, voxels are cropped and padded, not interpolated (to 1e-5).
         like files: a volume in memory gives the same bits as the NIfTI file it is written to.
     Args:
-        voxels: [X, Y, Z], finite; HU for CT, raw values otherwise.
+        voxels: [X, Y, Z], finite, or NaN where the stream's `nan` allows it; HU for CT, raw values otherwise.
         affine: [4, 4], voxel index to mm in R, A, S; must have an inverse. Only its axes and voxel sizes are used.
         stream: Its modality decides the intensity rule.
         config: Spacing in mm and shape wanted.
     Returns:
         float32 [1, *config.shape] in [0, 1].
     """
-    scaled = apply_intensity(voxels, parse_stream(stream)[1])
+    scaled = apply_intensity(voxels, parse_stream(stream)[1], nan_to_zero=config.nan == "zero")
     affine = affine.astype(np.float32)  # as NIfTI stores it
     axes = nib.orientations.io_orientation(affine)  # type: ignore[no-untyped-call]
     oriented = nib.orientations.apply_orientation(scaled, axes)  # type: ignore[no-untyped-call]
@@ -76,9 +90,10 @@ def prepare_volume(
 def prepare_picture(image: Picture, config: StreamConfig) -> NDArray[np.float32]:
     """Bring one picture, from a file or from memory, to the stream's shape: float32 [C, height, width] in [0, 1]."""
     height, width = config.shape
-    picture = image.convert("L" if config.channels == 1 else "RGB").resize((width, height), Image.Resampling.BILINEAR)
-    pixels = np.asarray(picture).reshape(height, width, config.channels)
-    return np.ascontiguousarray(apply_intensity(pixels, Modality.PHOTO).transpose(2, 0, 1))
+    picture = picture_levels(image, config.channels, config.window).resize((width, height), Image.Resampling.BILINEAR)
+    pixels = np.asarray(picture).reshape(height, width, -1)
+    scaled = pixels if picture.mode == "F" else apply_intensity(pixels, Modality.PHOTO)
+    return np.ascontiguousarray(np.broadcast_to(scaled, (height, width, config.channels)).transpose(2, 0, 1))
 
 
 def to_scan(shape: tuple[int, ...], spacing: NDArray[np.float64], config: StreamConfig) -> NDArray[np.float64]:
@@ -108,53 +123,3 @@ def _smooth(image: torch.Tensor, factor: NDArray[np.float64]) -> torch.Tensor:
         return image
     kernels = [gaussian_kernel(sigma) if sigma else torch.ones(1) for sigma in sigmas]
     return blur(image, kernels, "replicate")
-
-
-HU_WINDOW = (-200.0, 400.0)
-"""CT: Hounsfield units shown as 0 and as 1."""
-PERCENTILES = (1.0, 99.0)
-"""MR and PET: share of the scan's voxels, in per cent, below 0 and 1."""
-GREY_LEVELS = (0.0, 255.0)
-"""Everything else: the range of 8-bit grey levels."""
-
-
-def apply_intensity(image: NDArray[Any], modality: Modality) -> NDArray[np.float32]:
-    """Scale one image to [0, 1] by the rule of its modality.
-
-    Guarantees:
-        bounded: every value lies in [0, 1].
-        monotone: a brighter voxel never comes out darker.
-        constant: an MR or PET image of one value comes out as zeros.
-    Args:
-        image: Any shape with at least one voxel; HU for CT, grey levels 0-255 for pictures, raw values for MR and PET.
-        modality: Decides the rule.
-    Raises:
-        ValueError: a voxel is NaN or infinite.
-    """
-    raw = np.asarray(image, dtype=np.float32)
-    if not np.isfinite(raw).all():
-        raise ValueError(f"{(~np.isfinite(raw)).sum()} voxels are NaN or infinite")
-    low, high = _range(raw, modality)
-    if high <= low:
-        return np.zeros(raw.shape, dtype=np.float32)
-    return np.clip((raw - np.float32(low)) / np.float32(high - low), 0.0, 1.0)
-
-
-def intensity_rule(modality: Modality) -> str:
-    """The rule of a modality, in words."""
-    if modality is Modality.CT:
-        return f"{HU_WINDOW[0]:g} to {HU_WINDOW[1]:g} HU to 0 to 1, clipped"
-    if modality not in (Modality.MR, Modality.PET):
-        return f"grey levels {GREY_LEVELS[0]:g} to {GREY_LEVELS[1]:g} to 0 to 1"
-    return f"the scan's own {PERCENTILES[0]:g}st to {PERCENTILES[1]:g}th percentile to 0 to 1, clipped"
-
-
-def _range(image: NDArray[np.float32], modality: Modality) -> tuple[float, float]:
-    if modality is Modality.CT:
-        return HU_WINDOW
-    if modality not in (Modality.MR, Modality.PET):
-        return GREY_LEVELS
-    low, high = np.percentile(image, PERCENTILES)
-    if high > low:
-        return float(low), float(high)
-    return float(image.min()), float(image.max())

@@ -11,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from panfm.errors import NoSubjectsError
+
 PickSession = Callable[[int, int], int]
 """(index of a subject, number of its images of a stream) -> index of the one to show."""
 
@@ -61,6 +63,8 @@ class ImageStore:
     """Stream -> int64 [P], index into `subjects`."""
     sessions: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """Stream -> [P], session of each image; of streams with sessions only."""
+    digests: Mapping[str, Sequence[bytes]] = field(default_factory=dict)
+    """Stream -> hash of the content of each image; none where images were made in memory."""
 
     def batch(
         self,
@@ -89,6 +93,20 @@ class ImageStore:
     def indices(self, split: str) -> NDArray[np.int64]:
         """Subjects of one split, as indices into `subjects`."""
         return np.flatnonzero(np.asarray(self.splits, dtype=object) == split)
+
+    def members(self, split: str, place: str, streams: Iterable[str] | None = None) -> NDArray[np.int64]:
+        """Subjects of one split that hold an image, as indices into `subjects`.
+
+        Args:
+            place: Site or folder, for the error.
+            streams: Those of which they hold at least one; any when None.
+        Raises:
+            NoSubjectsError: there are none.
+        """
+        names = list(self.images) if streams is None else list(streams)
+        if not len(indices := self.holders(self.indices(split), names)):
+            raise NoSubjectsError.of(place, split, names)
+        return indices
 
     def holders(self, indices: NDArray[np.int64], streams: Iterable[str]) -> NDArray[np.int64]:
         """Filter subjects, given as indices: keep those that hold at least one of the streams, in the order given."""

@@ -1,11 +1,14 @@
 """CSV tables as a site writes them: a header, then rows; UTF-8, with or without the mark that Excel adds."""
 
 import csv
+import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from panfm.errors import DataError
+from panfm.errors import DataError, reason
 
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")
+_SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars", ":": "colons"}
 Line = tuple[int, dict[str, str]]
 """Line number, counted from 1, and the stripped cells by column."""
 
@@ -23,10 +26,10 @@ def read_table(
     Raises:
         DataError: what is wrong, without the path.
     """
-    columns, rows = _cells(path, delimiter)
+    columns, rows = _cells(path, needed, delimiter)
     missing = [name for name in needed if name not in columns]
     if missing:
-        raise DataError(f"no column {', '.join(missing)}")
+        raise DataError(f"no column {', '.join(missing)}{_separator_hint(columns, needed)}")
     allowed = columns if optional is None else [*needed, *optional]
     for name in columns:
         if name not in allowed or not name:
@@ -35,7 +38,8 @@ def read_table(
             raise DataError(f"column {name!r} twice")
     for line, cells in rows:
         if len(cells) != len(columns):
-            raise DataError(f"{len(cells)} cells on line {line} under {len(columns)} columns")
+            hint = " (a comma in a number, or in a text without quotes?)" if len(cells) > len(columns) else ""
+            raise DataError(f"{len(cells)} cells on line {line} under {len(columns)} columns{hint}")
     return columns, [(line, dict(zip(columns, cells, strict=True))) for line, cells in rows]
 
 
@@ -47,15 +51,32 @@ def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[objec
         writer.writerows(rows)
 
 
-def _cells(path: Path, delimiter: str) -> tuple[list[str], list[tuple[int, list[str]]]]:
+def _separator_hint(columns: Sequence[str], needed: Sequence[str]) -> str:
+    """Name the separator of a table that has other ones than commas."""
+    header = ",".join(columns)
+    for separator, name in _SEPARATORS.items():
+        if {*needed} <= {cell.strip(' "') for cell in header.split(separator)} or header == f"sep={separator}":
+            return f" (cells separated by {name}; save it with commas, and points in numbers)"
+    return ""
+
+
+def _cells(path: Path, needed: Sequence[str], delimiter: str) -> tuple[list[str], list[tuple[int, list[str]]]]:
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        content = path.read_bytes()
+        if content.startswith(_UTF16) or b"\0" in content[:2]:
+            raise DataError("no UTF-8 CSV file (it is UTF-16; save it as CSV UTF-8)")
+        with io.StringIO(content.decode("utf-8-sig"), newline="") as file:
             reader = csv.reader(file, strict=True, delimiter=delimiter)
             rows = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader if cells]
     except FileNotFoundError as error:
         raise DataError("no such file") from error
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        byte = f"byte {content[error.start]:#x} on line {line}"
+        raise DataError(f"no UTF-8 CSV file ({byte}; save it as CSV UTF-8)") from error
     except csv.Error as error:
-        raise DataError(f"no UTF-8 CSV file ({error})") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"no UTF-8 CSV file ({type(error).__name__})") from error
+        hint = _separator_hint([content.partition(b"\n")[0].decode("utf-8-sig").strip()], needed)
+        raise DataError(f"no UTF-8 CSV file ({error}){hint}") from error
+    except OSError as error:
+        raise DataError(f"no UTF-8 CSV file ({reason(error)})") from error
     return (rows[0][1] if rows else []), rows[1:]

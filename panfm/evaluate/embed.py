@@ -22,7 +22,7 @@ from torch import Tensor
 from panfm.config import RunConfig, load_run
 from panfm.config.features import FeaturesConfig
 from panfm.data.store import Batch, ImageStore
-from panfm.errors import DataError
+from panfm.errors import DataError, reason
 from panfm.files import write_atomic
 from panfm.models import PanModel, build_model
 from panfm.models.transfer import load_with_fresh_private
@@ -181,7 +181,7 @@ def read_features(path: Path) -> Features:
         AttributeError,
         zipfile.BadZipFile,
     ) as error:
-        raise DataError(f"{path}: not a feature file written by `panfm embed` ({type(error).__name__})") from error
+        raise DataError(f"{path}: not a feature file written by `panfm embed` ({reason(error)})") from error
     lengths = {
         len(table.sessions or table.subjects),
         len(table.subjects),
@@ -215,7 +215,7 @@ def load_model(
     try:
         weights = load_file(path)
     except (OSError, ValueError, SafetensorError) as error:
-        raise DataError(f"{path}: expected a model's weights ({type(error).__name__})") from error
+        raise DataError(f"{path}: expected a model's weights ({reason(error)})") from error
     model = build_model(run)
     try:
         load_with_fresh_private(model, run.sharing, weights, model.state_dict())

@@ -16,7 +16,8 @@ from panfm.config import StreamConfig, load_site
 from panfm.data.cache import open_store
 from panfm.data.labels import read_labels
 from panfm.data.store import ImageStore
-from panfm.errors import ConfigError, DataError
+from panfm.data.subjects import subject_key
+from panfm.errors import ConfigError, DataError, reason
 from panfm.texts import parse_toml, read_text
 
 _MAX_COHORT_BYTES = 1 << 20
@@ -55,9 +56,9 @@ class LabelledStore:
         if site.labels is None:
             return cls(store, {})
         table = read_labels(folder, site)
-        row = {subject: index for index, subject in enumerate(table.subjects)}
+        row = {subject_key(subject): index for index, subject in enumerate(table.subjects)}
         padded = np.vstack([table.values, np.full((1, len(table.names)), np.nan)])
-        values = padded[[row.get(subject, -1) for subject in store.subjects]]
+        values = padded[[row.get(subject_key(subject), -1) for subject in store.subjects]]
         return cls(store, dict(zip(table.names, values.T, strict=True)))
 
     def values(self, names: Sequence[str], indices: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -90,7 +91,7 @@ def read_label_info(cohort_folder: Path) -> dict[str, LabelInfo]:
         text = read_text(path, max_bytes=_MAX_COHORT_BYTES)
         tables = parse_toml(text, str(path), max_bytes=_MAX_COHORT_BYTES).get("labels", {})
     except (OSError, UnicodeDecodeError, ConfigError) as error:
-        raise DataError(f"{path}: expected a readable TOML file ({type(error).__name__})") from error
+        raise DataError(f"{path}: expected a readable TOML file ({reason(error)})") from error
     return {name: _label_info(table, f"{path}: labels.{name}") for name, table in tables.items()}
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from panfm.errors import DataError
+from panfm.errors import DataError, reason
 from panfm.files import write_json
 
 
@@ -90,7 +90,7 @@ def read_result(path: Path) -> ProbeResult:
     try:
         return TypeAdapter(ProbeResult).validate_python(_with_nan(json.loads(path.read_text(encoding="utf-8"))))
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not a probe result written by a run ({type(error).__name__})") from error
+        raise DataError(f"{path}: not a probe result written by a run ({reason(error)})") from error
 
 
 def _with_nan(value: Any) -> Any:

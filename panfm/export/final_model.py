@@ -14,8 +14,8 @@ from panfm import __version__
 from panfm.anatomy import Modality, parse_stream
 from panfm.config import RunConfig, StreamConfig
 from panfm.config.sharing import SharingConfig
-from panfm.data.read import intensity_rule
-from panfm.errors import ConfigError, DataError
+from panfm.data.intensity import intensity_rule
+from panfm.errors import ConfigError, DataError, reason
 from panfm.evaluate.embed import load_model
 from panfm.evaluate.model_folder import model_folder
 from panfm.export.network import batch_of, random_inputs, require_equal
@@ -103,7 +103,7 @@ def _read_metadata(path: Path) -> _Written:
         first = error.errors(include_url=False)[0]
         raise DataError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
     except (OSError, ValueError, ConfigError) as error:
-        raise DataError(f"{path}: not valid JSON ({type(error).__name__})") from error
+        raise DataError(f"{path}: not valid JSON ({reason(error)})") from error
 
 
 def _describe(folder: Path, model: PanModel, run: RunConfig, written: _Written, licence: str) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from panfm.config.start import weights_file
-from panfm.errors import DataError
+from panfm.errors import DataError, reason
 from panfm.models.pan import SIZES
 
 Family = Literal["timm", "dinov2", "dinov3", "vit", "vit-mae"]
@@ -284,7 +284,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         read = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"start.model: {path} cannot be read as JSON ({type(error).__name__})") from error
+        raise DataError(f"start.model: {path} cannot be read as JSON ({reason(error)})") from error
     if not isinstance(read, dict):
         raise DataError(f"start.model: {path} holds no JSON object")
     return read

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from panfm.errors import ConfigError, DataError
+from panfm.errors import ConfigError, DataError, reason
 from panfm.files import write_atomic, write_json
 from panfm.texts import parse_json, read_text
 
@@ -121,7 +121,7 @@ def _parse(path: Path, content: bytes) -> tuple[str, dict[str, Tensor]]:
         header = json.loads(content[8 : 8 + length])
         return str(header["__metadata__"]["pooling"]), safetensors.torch.load(content)
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise DataError(f"{path}: not a whitening ({type(error).__name__})") from error
+        raise DataError(f"{path}: not a whitening ({reason(error)})") from error
 
 
 def _metadata(folder: Path) -> dict[str, Any] | None:
@@ -131,4 +131,4 @@ def _metadata(folder: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, ConfigError) as error:
-        raise DataError(f"{path}: not valid JSON ({type(error).__name__})") from error
+        raise DataError(f"{path}: not valid JSON ({reason(error)})") from error

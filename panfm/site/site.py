@@ -19,7 +19,7 @@ from panfm.config import RunConfig, dump_toml, experiment_hash, load_site, parse
 from panfm.config.streams import StreamConfig
 from panfm.data.cache import open_store
 from panfm.data.store import ImageStore
-from panfm.errors import ConfigError, DataError, LedgerError, ProtocolError
+from panfm.errors import ConfigError, LedgerError, ProtocolError
 from panfm.models.sizes import sizes_of
 from panfm.privacy.guarantees import checked_run, claim
 from panfm.sharing.messages import Handshake, Invitation, RoundReply, RoundTask
@@ -69,8 +69,6 @@ class Site:
         """
         check_may_take_part(self.config.limits.may_leave)
         session = self._session(invitation.run_toml)
-        if not session.streams:
-            raise DataError(f"{self.folder}: no subject in the train split holds a stream of this run")
         subjects, streams = self._counts(session)
         return build_handshake(
             self.config.name,
@@ -154,6 +152,7 @@ class Site:
     def _open_store(self, streams: Mapping[str, StreamConfig], floors: Floors) -> ImageStore:
         """Images of a run's streams; without those that too few training subjects hold."""
         store = open_store(self.folder, streams)
+        store.members("train", str(self.folder))
         few = floors.streams_below(store, [store.indices("train")])
         if not few:
             return store

@@ -18,6 +18,7 @@ from pydantic import Field, model_validator
 
 from panfm.config import StreamConfig
 from panfm.config.base import Config, Name
+from panfm.data.readers import file_fingerprint
 from panfm.errors import ConfigError
 
 Streams = Mapping[str, StreamConfig]
@@ -141,6 +142,5 @@ def texts_of(paths: Iterable[Path]) -> list[object]:
 
 
 def listing_of(folder: Path, pattern: str) -> list[object]:
-    """All files under a folder with size and time of their last change, for a fingerprint."""
-    files = sorted(path for path in folder.rglob(pattern) if path.is_file())
-    return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    """All files under a folder with what changes when they do, for a fingerprint."""
+    return [file_fingerprint(path) for path in sorted(folder.rglob(pattern)) if path.is_file()]

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from panfm.errors import DataError, PanfmError
+from panfm.errors import DataError, PanfmError, reason
 from panfm.registry import READERS
 
 LARGEST_BYTES = 4 * 2**30
@@ -37,7 +37,7 @@ class Volume(NamedTuple):
     """A decoded volume."""
 
     voxels: NDArray[np.float32]
-    """[X, Y, Z] as stored, in HU for CT and raw values otherwise; finite."""
+    """[X, Y, Z] as stored, in HU for CT and raw values otherwise; finite, or NaN where nothing is known."""
     affine: NDArray[np.float64]
     """[4, 4], voxel index to mm in R, A, S; has an inverse."""
 
@@ -68,16 +68,16 @@ def find_reader(path: Path) -> ImageReader:
         ImageError: none does, or there is no such path.
         ConfigError: an installed reader cannot be imported.
     """
+    kinds = []
     for reader in _readers():
         if reader.accepts(path):
             return reader
-    try:
+        kinds.append(reader.kind)
+    with _told():
+        if path.is_file():
+            path.open("rb").close()
         path.stat()
-    except FileNotFoundError as error:
-        raise ImageError("no such file", "an image") from error
-    except (OSError, ValueError) as error:
-        raise _unreadable(error) from error
-    raise ImageError("a kind of image that no reader accepts", " or ".join(reader.kind for reader in _readers()))
+    raise ImageError("a kind of image that no reader accepts", " or ".join(kinds))
 
 
 def _readers() -> Iterator[ImageReader]:
@@ -85,19 +85,27 @@ def _readers() -> Iterator[ImageReader]:
     yield from (READERS.load(name)() for name in READERS.add_installed())
 
 
-def read_source(path: Path, *, is_volume: bool | None = None, reader: ImageReader | None = None) -> Volume | Picture:
+def read_source(
+    path: Path, *, is_volume: bool | None = None, reader: ImageReader | None = None, nan: str | None = None
+) -> Volume | Picture:
     """Read an image.
 
     Args:
         path: File or folder.
         reader: The one that accepts it; looked for when None.
         is_volume: Whether it must be a volume or a picture; either when None.
+        nan: `zero` if a volume's NaN are background.
     Raises:
-        ImageError: as the reader's, or it is the other of the two.
+        ImageError: as the reader's, it is the other of the two, or a voxel is infinite, or NaN and not background.
     """
     image = (reader or find_reader(path)).read(path)
     if is_volume is not None and isinstance(image, Volume) != is_volume:
         raise ImageError(*(("a picture", "a volume") if is_volume else ("a volume", "a picture")))
+    if isinstance(image, Volume):
+        is_broken = np.isinf(image.voxels) if nan == "zero" else ~np.isfinite(image.voxels)
+        if is_broken.any():
+            hint = "" if np.isinf(image.voxels).any() else ' (nan = "zero" of the stream takes NaN as background)'
+            raise ImageError(f"{is_broken.sum()} voxels that are NaN or infinite", f"finite voxels{hint}")
     return image
 
 
@@ -108,16 +116,12 @@ def voxel_sizes(affine: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def read_bytes(path: Path) -> bytes:
     """Content of a file. Raises ImageError: absent, unreadable, or no file (reading a pipe would never end)."""
-    try:
+    with _told():
         if path.exists() and not path.is_file():
             raise ImageError("a folder or device", "an image")
         if path.stat().st_size > LARGEST_BYTES:
             raise ImageError(f"more than {LARGEST_BYTES / 2**30:g} GiB", "one image")
         return path.read_bytes()
-    except FileNotFoundError as error:
-        raise ImageError("no such file", "an image") from error
-    except (OSError, ValueError) as error:
-        raise _unreadable(error) from error
 
 
 def first_bytes(path: Path, number: int) -> bytes:
@@ -132,12 +136,14 @@ def first_bytes(path: Path, number: int) -> bytes:
 
 
 def file_fingerprint(path: Path) -> str:
-    """Path, size and time of change of a file. Raises ImageError: it is not there."""
-    try:
+    """Path, size, times of change and inode of a file: another content shows though its size and time are put back.
+
+    Raises:
+        ImageError: it is not there, or cannot be looked at.
+    """
+    with _told():
         status = path.stat()
-    except (OSError, ValueError) as error:
-        raise ImageError("no such file", "an image") from error
-    return f"{path} {status.st_size} {status.st_mtime_ns}"
+    return f"{path} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
 
 
 @contextmanager
@@ -152,9 +158,16 @@ def file_at_fault(given: str, expected: str) -> Iterator[None]:
             raise
         if isinstance(error, zlib.error) and str(error).startswith(_ZLIB_NO_MEMORY):
             raise MemoryError from error
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
-        raise ImageError(f"{given} ({reason})", expected) from error
+        told = " ".join(str(error).split())[:120] or type(error).__name__
+        raise ImageError(f"{given} ({told})", expected) from error
 
 
-def _unreadable(error: Exception) -> ImageError:
-    return ImageError(f"a path that cannot be read ({type(error).__name__})", "an image")
+@contextmanager
+def _told() -> Iterator[None]:
+    """Turn an error of the file system into an ImageError that gives the reason."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise ImageError("no such file", "an image") from error
+    except (OSError, ValueError) as error:
+        raise ImageError(f"a path that cannot be read ({reason(error)})", "an image") from error

@@ -30,6 +30,10 @@ SPACING_RANGE_MM = (0.01, 100.0)
 """A voxel size outside is a broken header."""
 _LEAST_SINE = 0.5
 """Volume of a voxel over that of a box with its edges; a CT's tilted gantry leaves more than 0.8."""
+_SAME_SIZE = 0.01
+"""Relative difference of two statements of a voxel size that is rounding."""
+_UNITS_MM = {0: 1.0, 1: 1e3, 2: 1.0, 3: 1e-3}
+"""Codes of NIfTI: unknown (taken for mm, as everybody does), m, mm, um."""
 _BLOCK_BYTES = 1 << 20
 _MOST_BEHIND = 1 << 20
 """Bytes that may follow the voxels."""
@@ -54,7 +58,7 @@ class NiftiReader:
         return _header_class(_unzipped_start(first_bytes(path, _PACKED_BYTES))) is not None
 
     def fingerprint(self, path: Path) -> str:
-        """Path, size and time of change."""
+        """Path, size, times of change and inode."""
         return file_fingerprint(path)
 
     def read(self, path: Path) -> Volume:
@@ -77,21 +81,21 @@ def decode_volume(content: bytes) -> Volume:
 
     Guarantees:
         whole: the gzip checksum and the number of voxels have been verified.
-        finite: no voxel and no affine entry is NaN or infinite.
-        placed: the header states one orientation; the affine has an inverse, axes far from parallel, and voxel sizes in
-            SPACING_RANGE_MM.
+        finite: no affine entry is NaN or infinite; voxels may be, see `read_source`.
+        placed: the header states one orientation and, in sform, qform and pixdim, one voxel size; the affine is in mm,
+            has an inverse, axes far from parallel, and voxel sizes in SPACING_RANGE_MM.
     Raises:
         ImageError: any of it does not hold.
     """
     raw = _unzip(content)
     image = _parse(raw)
     _check_shape(image.shape)
-    _check_affine(image)
+    affine = _affine_mm(image, _raw_header(raw))
     if (announced := _announced_bytes(raw)) > len(raw):
         raise ImageError(f"voxels that cannot be read ({len(raw)} of {announced} bytes)", "a whole NIfTI file")
     with file_at_fault("voxels that cannot be read", "a whole NIfTI file"):
         stored = np.asanyarray(image.dataobj).reshape(image.shape[:3])
-    return Volume(_real(stored), np.asarray(image.affine, dtype=np.float64))
+    return Volume(_real(stored), affine)
 
 
 def _unzip(content: bytes) -> bytes:
@@ -112,12 +116,19 @@ def _unzip(content: bytes) -> bytes:
 
 def _announced_bytes(start: bytes) -> int:
     """Size of a NIfTI file, by the header at its start."""
-    kind = _kind(start)
     with file_at_fault("a broken NIfTI header", "a NIfTI-1 or NIfTI-2 file"):
-        header = kind.header_class(start[: kind.header_class.template_dtype.itemsize])
-        shape, offset = header.get_data_shape(), int(header["vox_offset"])
+        header = _raw_header(start)
+        shape, offset, least = header.get_data_shape(), int(header["vox_offset"]), header.single_vox_offset
         _check_shape(shape)
-        return max(offset, 0) + math.prod(map(int, shape)) * header.get_data_dtype().itemsize
+        if offset < least:
+            raise ImageError(f"voxels that begin in the header (vox_offset {offset})", f"{least} or more")
+        return offset + math.prod(map(int, shape)) * header.get_data_dtype().itemsize
+
+
+def _raw_header(start: bytes) -> Any:
+    """The header at the start of a file, as it is written: nibabel would mend what it can, and tell nobody."""
+    header_class = _kind(start).header_class
+    return header_class(start[: header_class.template_dtype.itemsize], check=False)
 
 
 def _kind(start: bytes) -> Any:
@@ -145,38 +156,44 @@ def _check_shape(shape: tuple[int, ...]) -> None:
         raise ImageError(f"{len(shape)}D of shape {'x'.join(map(str, shape))}", "one 3D volume")
 
 
-def _check_affine(image: Any) -> None:
-    header, affine = image.header, image.affine
+def _affine_mm(image: Any, raw_header: Any) -> NDArray[np.float64]:
+    """The affine in mm. Raises ImageError: it is not to be trusted."""
+    header, affine = image.header, np.array(image.affine, dtype=np.float64)
     if not (header["sform_code"] or header["qform_code"]):
         raise ImageError("no orientation (qform and sform codes are 0)", "a header that states one")
     if not np.isfinite(affine).all() or np.linalg.matrix_rank(affine[:3, :3]) < 3:
         raise ImageError("a singular affine", "an affine that has an inverse")
     if header["sform_code"] and header["qform_code"]:
         _check_agreement(image)
+    if (unit := int(header["xyzt_units"]) & 7) not in _UNITS_MM:
+        raise ImageError(f"a unit of length that NIfTI does not have ({unit})", "m, mm or um")
+    affine[:3] *= _UNITS_MM[unit]
+    stated = _UNITS_MM[unit] * np.asarray(raw_header["pixdim"][1:4], dtype=np.float64)
     sizes, (low, high) = voxel_sizes(affine), SPACING_RANGE_MM
     if abs(np.linalg.det(affine[:3, :3])) < _LEAST_SINE * sizes.prod():
         raise ImageError("axes that are nearly parallel", "axes at right angles, or tilted")
     if sizes.min() < low or sizes.max() > high:
-        raise ImageError(f"voxels of {' x '.join(f'{size:.4g}' for size in sizes)} mm", f"{low:g} to {high:g} mm")
+        raise ImageError(f"voxels of {_sizes(sizes)} mm", f"{low:g} to {high:g} mm")
+    if not np.allclose(stated, sizes, rtol=_SAME_SIZE, atol=0.0):
+        raise ImageError(f"voxels of {_sizes(sizes)} mm by the affine, {_sizes(stated)} by pixdim", "one voxel size")
+    return affine
 
 
 def _check_agreement(image: Any) -> None:
     """Two statements of the orientation may differ by a tilt, not by an axis."""
     with file_at_fault("a broken qform", "a header that states one orientation"):
         sform, qform = image.get_sform(), image.get_qform()
-        if np.allclose(sform[:3, :3], qform[:3, :3], atol=1e-3):
-            return
         axes = ["".join(nib.orientations.aff2axcodes(form)) for form in (sform, qform)]  # type: ignore[no-untyped-call]
     if axes[0] != axes[1]:
         raise ImageError(f"two orientations (sform {axes[0]}, qform {axes[1]})", "one orientation")
+
+
+def _sizes(sizes: NDArray[np.float64]) -> str:
+    return " x ".join(f"{size:.4g}" for size in sizes)
 
 
 def _real(stored: NDArray[Any]) -> NDArray[np.float32]:
     if stored.dtype.kind not in "buif":
         raise ImageError(f"voxels of type {stored.dtype}", "real numbers")
     with np.errstate(over="ignore"):
-        voxels = stored.astype(np.float32)
-    broken = int((~np.isfinite(voxels)).sum())
-    if broken:
-        raise ImageError(f"{broken} voxels that are NaN or infinite", "finite voxels")
-    return voxels
+        return stored.astype(np.float32)

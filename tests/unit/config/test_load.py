@@ -178,7 +178,9 @@ def test_files_that_are_no_toml(tmp_path):
     for content in (b"\xff\xfe", b"name = ", b"a = " + b"[" * 9999, b"seed = " + b"9" * 9999):
         (tmp_path / "run.toml").write_bytes(content)
         assert len(complaints(load_run, tmp_path / "run.toml")) == 1
-    assert complaints(load_run, tmp_path) == [f"{tmp_path}: cannot be read as UTF-8 text (IsADirectoryError)"]
+    assert complaints(load_run, tmp_path) == [
+        f"{tmp_path}: cannot be read as UTF-8 text (IsADirectoryError: Is a directory)"
+    ]
 
 
 def test_hash_follows_the_content():

@@ -46,6 +46,7 @@ class SiteFolder:
         affine = np.diag([2.0, 2.0, 2.0, 1.0]) if affine is None else affine
         image = nib.Nifti1Image(voxels, None)
         image.header.set_sform(affine, code=1)
+        image.header.set_zooms(np.linalg.norm(affine[:3, :3], axis=0))
         nib.save(image, self.folder / name)
 
     def check(self, *options):

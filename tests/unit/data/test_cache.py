@@ -7,7 +7,8 @@ import pytest
 
 from panfm.data import cache
 from panfm.data.cache import open_store
-from panfm.data.manifest import Fault, Row, write_quarantine
+from panfm.data.manifest import Fault, Row
+from panfm.data.quarantine import write_quarantine
 from panfm.data.read import read_image
 from panfm.errors import DataError
 

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from panfm.anatomy import Modality
-from panfm.data.read import apply_intensity
+from panfm.data.intensity import apply_intensity
 
 
 def test_ct_shows_minus_200_to_400_hu():

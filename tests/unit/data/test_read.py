@@ -7,7 +7,8 @@ from PIL import Image
 
 from panfm.anatomy import Modality
 from panfm.config import StreamConfig
-from panfm.data.read import apply_intensity, prepare_volume, read_image
+from panfm.data.intensity import apply_intensity
+from panfm.data.read import prepare_volume, read_image
 from panfm.errors import DataError
 
 
@@ -111,6 +112,7 @@ def test_file_equals_memory_to_the_bit(tmp_path, dtype, kind, suffix):
     affine = affine_of("LPS", (1.7, 2.3, 3.1))
     image = kind(voxels, None)
     image.header.set_sform(affine, code=1)
+    image.header.set_zooms((1.7, 2.3, 3.1))
     nib.save(image, tmp_path / f"scan{suffix}")
     config = stream((6, 6, 6), (2.5, 2.5, 2.5))
     read = read_image(tmp_path / f"scan{suffix}", "brain-mr", config)

@@ -49,7 +49,8 @@ def test_a_picture_by_any_name(files, name):
 def test_a_fingerprint_changes_with_size_and_time(files):
     path = files / "scan.nii.gz"
     before = find_reader(path).fingerprint(path)
-    assert before == f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}"
+    status = path.stat()
+    assert before == f"{path} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
     path.write_bytes(path.read_bytes() + b"x")
     assert find_reader(path).fingerprint(path) != before
     path.unlink()
@@ -106,14 +107,13 @@ def test_the_same_volume_packed_otherwise_is_the_same(site):
     site.assert_one_fault("b.nii: found the same content as a_brain-mr.nii.gz")
 
 
-@pytest.mark.parametrize("change", ["one voxel", "another place", "another shape"])
+@pytest.mark.parametrize("change", ["one voxel", "another shape"])
 def test_another_volume_is_another(site, change):
-    voxels = np.zeros((4, 4, 6), np.int16)
+    voxels = np.arange(96, dtype=np.int16).reshape(4, 4, 6)
     site.nifti("a.nii", voxels)
-    affine = np.diag([2.0, 2.0, 2.5, 1.0]) if change == "another place" else None
     other = voxels.reshape(4, 6, 4) if change == "another shape" else voxels.copy()
     other[0, 0, 0] = change == "one voxel"
-    site.nifti("b.nii", other, affine)
+    site.nifti("b.nii", other)
     site.row("a", path="a.nii")
     site.row("b", path="b.nii")
     assert site.check().exit_code == 0

@@ -52,10 +52,12 @@ def table(name):
         return list(csv.DictReader(file))
 
 
-def assert_sound(folder, streams, num_rows):
+def assert_sound(folder, streams, num_rows, blank=()):
+    """All rows are sound but the blank ones; the store holds all."""
     report = check_site(folder, streams, organs={parse_stream(stream)[0] for stream in streams})
-    assert [str(fault) for fault in report.faults] == []
-    assert len(report.rows) == num_rows
+    assert [Path(fault.file).name for fault in report.faults] == list(blank)
+    assert all("one value all over" in str(fault) for fault in report.faults)
+    assert len(report.rows) == num_rows - len(blank)
     store = open_store(folder, streams)
     assert sum(len(images) for images in store.images.values()) == num_rows
     for stream, images in store.images.items():
@@ -135,7 +137,7 @@ def test_pictures_of_six_modalities(tmp_path):
     ]
     streams = dict.fromkeys((stream for _, stream, *_ in rows), PICTURE)
     assert len(streams) == 6
-    assert_sound(write_site(tmp_path / "site", rows), streams, len(rows))
+    assert_sound(write_site(tmp_path / "site", rows), streams, len(rows), blank=["CT_0190.jpg"])
 
 
 def test_whole_bodies(tmp_path):

@@ -42,8 +42,8 @@ def test_a_broken_cohort_file_is_one_line(tmp_path, text):
 
 
 def test_labels_are_aligned_to_the_images(tmp_path):
-    for name in ("p", "q"):
-        volume = np.random.default_rng(0).random((4, 4, 4)).astype(np.float32)
+    for seed, name in enumerate(("p", "q")):
+        volume = np.random.default_rng(seed).random((4, 4, 4)).astype(np.float32)
         nib.save(nib.Nifti1Image(volume, np.eye(4)), tmp_path / f"{name}.nii.gz")
     (tmp_path / "site.toml").write_text('name = "s"\nlabels = "labels.csv"\n')
     (tmp_path / "manifest.csv").write_text("subject,stream,path\nq,brain-mr,q.nii.gz\np,brain-mr,p.nii.gz\n")

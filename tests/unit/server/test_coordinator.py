@@ -260,7 +260,10 @@ def test_a_run_at_work_is_not_resumed(superlink, begun):
     [
         (["--connection", "lab", "--set", "train.round=3"], r"train\.round: unknown key, did you mean train\.rounds\?"),
         (["--connection", "lab", "--set", "train.rounds"], "expected key=value"),
-        (["--connection", "lab", "--out", "EXPERIMENT/x"], r"cannot be made a run folder \(NotADirectoryError\)"),
+        (
+            ["--connection", "lab", "--out", "EXPERIMENT/x"],
+            r"cannot be made a run folder \(NotADirectoryError: Not a directory\)",
+        ),
     ],
 )
 def test_start_refuses_bad_words(superlink, experiment, words, why):

@@ -1,0 +1,19 @@
+"""Subject identifiers: one rule by which two spellings are one subject."""
+
+import re
+import unicodedata
+
+_LEADING_ZEROS = re.compile(r"(?<!\d)0+(?=\d)")
+_INVISIBLE = {"\u034f", "\u115f", "\u1160", "\u3164", *map(chr, range(0xFE00, 0xFE10))}
+"""Characters without width that Unicode does not call format characters (Cf)."""
+
+
+def subject_key(subject: str) -> str:
+    """Normalise an identifier: equal keys are one subject.
+
+    Neither case, Unicode form (NFC, NFD, full width), characters without width, space around it nor leading zeros of a
+    number tell subjects apart: `S-007` is `s-7`.
+    """
+    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", subject).casefold())
+    shown = "".join(letter for letter in text if unicodedata.category(letter) != "Cf" and letter not in _INVISIBLE)
+    return _LEADING_ZEROS.sub("", " ".join(unicodedata.normalize("NFKC", shown).split()))
