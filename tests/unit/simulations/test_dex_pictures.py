@@ -24,7 +24,7 @@ def small_weights(nano_weights, monkeypatch):
     experts = (backbone, "model.experts.count=[1, 4]", "model.experts.active=[1, 2]")
     monkeypatch.setattr(study, "EXPERTS", experts)
     monkeypatch.setattr(study, "_LOCAL_STEPS", 2)
-    monkeypatch.setattr(_class_probe, "LABEL_DRAWS", {100: 1})
+    monkeypatch.setattr(_class_probe, "LABEL_DRAWS", dict.fromkeys((5, 20, 100), 1))
 
 
 def test_experts_begin_as_the_public_mlps(small_weights):
@@ -51,10 +51,13 @@ def test_the_momentum_of_directors_is_tied_to_the_length(small_weights, monkeypa
 def test_the_arms_end_to_end(small_weights, tmp_path):
     cohort = study.write_draw(CohortJob(0, tmp_path / "cohort"))
     measured = {arm: study.measure(ArmJob(0, 3, arm, 1, cohort)) for arm in ("start", "private", "local")}
-    assert {"own_100", "heldout_100", "bytes_round"} == measured["start"].keys()
+    own, held_out, director = (
+        {f"{family}_{percent}" for percent in (5, 20, 100)} for family in ("own", "heldout", "own_director")
+    )
+    assert measured["start"].keys() == own | held_out | {"bytes_round"}
     for arm in ("private", "local"):
-        assert measured[arm].keys() == measured["start"].keys() | {"own_director_100"}
-        assert measured[arm]["own_100"] != measured["start"]["own_100"]
+        assert measured[arm].keys() == measured["start"].keys() | director
+        assert any(measured[arm][name] != measured["start"][name] for name in own)
     opened = OpenedCohort.open(public.folder_without(cohort, public.HELD_OUT), study.arm_run(3, "dense", 1))
     assert all(public.HELD_OUT not in store.images for store in opened.stores.values())
 
