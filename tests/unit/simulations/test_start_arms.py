@@ -41,7 +41,9 @@ def small_weights(nano_weights, monkeypatch):
     """A nano model, which is read by both of its blocks and adapted for two steps."""
     nano = 'model={ size = "nano", tokenizer = "patch", positions = "learned", layer-scale = true }'
     parts = 'train.parts={ kind = "last-blocks", blocks = 1 }'
-    monkeypatch.setitem(arms.ADAPTATIONS, "adapted", ("train.rounds=1", "train.local-steps=2"))
+    for arm in ("adapted", arms.PRIVATE):
+        short = (*arms.ADAPTATIONS[arm], "train.rounds=1", "train.local-steps=2")
+        monkeypatch.setitem(arms.ADAPTATIONS, arm, short)
     change_start_runs(monkeypatch, nano, parts, 'features.pooling="cls+mean"', "features.layers=[]")
     monkeypatch.setattr(arms, "FROZEN_BLOCKS", 1)
     readout = FeaturesConfig(pooling="layers", layers=(1, 2), whitening=True, whitening_crops=20)
