@@ -60,15 +60,18 @@ def save_state(folder: Path, state: ServerState) -> None:
 
 
 def load_latest(folder: Path) -> ServerState | None:
-    """The state after the last round that was saved; None if there is none.
+    """The state after the last round that was saved; None if there is none. Raises DataError as `load_round`."""
+    rounds = RoundFiles(folder).rounds()
+    return load_round(folder, rounds[-1]) if rounds else None
+
+
+def load_round(folder: Path, round_number: int) -> ServerState:
+    """The state after one of the rounds that `RoundFiles` keeps.
 
     Raises:
         DataError: its file is corrupted; the line names it.
     """
-    files = RoundFiles(folder)
-    if not (rounds := files.rounds()):
-        return None
-    path = files.path(rounds[-1])
+    path = RoundFiles(folder).path(round_number)
     text, _, tensors = read_checked(path).partition(b"\n")
     try:
         return _restored(json.loads(text), safetensors.numpy.load(tensors))

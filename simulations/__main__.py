@@ -34,14 +34,14 @@ def run(
     engine: Annotated[str, typer.Option(help="local, ray, flower or deployment.")] = "local",
 ) -> None:
     """Run a federation, probe its model, write a report."""
-    from simulations.cohorts.prepare import load_simulation
+    from simulations.cohorts.prepare import load_simulation, public_weights
     from simulations.engines import ENGINES
 
     if engine not in ENGINES:
         raise ConfigError(f"--engine {engine}: expected one of {', '.join(ENGINES)}")
     # A mistake is told before torch is imported, which takes seconds.
     if not resume:
-        load_simulation(experiment, overrides or ())
+        load_simulation(experiment, overrides or (), weights=public_weights())
     elif not overrides and not out:  # else `simulate` refuses the words, whatever the run folder holds
         load_simulation(resume / "run.toml")
     from simulations.simulate import simulate

@@ -8,7 +8,7 @@ from rich.console import Console
 from panfm.errors import ConfigError
 from server.run_folder import RunFolder, default_path
 from simulations.cohorts.leaks import check_cohort
-from simulations.cohorts.prepare import cohort_folder, load_simulation, prepare_cohort
+from simulations.cohorts.prepare import cohort_folder, load_simulation, prepare_cohort, public_weights
 from simulations.engines import Job, run_job
 from simulations.finish import finish, sites_alone
 
@@ -53,7 +53,7 @@ def simulate(
 
 
 def _create(experiment: Path, overrides: Sequence[str], out: Path | None) -> RunFolder:
-    run = load_simulation(experiment, overrides)
+    run = load_simulation(experiment, overrides, weights=public_weights())
     cohort_folder(run)
     return RunFolder.create(out or default_path(run.name), run)
 

@@ -5,7 +5,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,22 +20,33 @@ from simulations.cohorts.cohort_source import CohortSource, Streams
 if TYPE_CHECKING:
     from rich.console import Console
 
+WEIGHTS = "PANFM_WEIGHTS"
+"""Environment variable that names a file of public weights."""
 FOLDER = Path("cohorts")
 """Where cohorts are kept, so that a second run finds them."""
 
 
-def load_simulation(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
+def load_simulation(path: Path, overrides: Sequence[str] = (), *, weights: str | None = None) -> RunConfig:
     """Read a run description as `load_checked_run` does; its cohort, if it has one, is checked and its defaults are
     filled in.
 
+    Args:
+        weights: Public weights that a run starts from if its cohort says with which changes, `cohort.with-weights`.
     Raises:
         ConfigError: as `load_checked_run`, or the cohort does not hold or does not go with the run's streams.
     """
     run = load_checked_run(path, overrides)
+    if weights and run.start is None and (changes := (run.cohort or {}).get("with-weights")):
+        run = load_checked_run(path, [*changes, f"start.model={weights}", *overrides])
     if run.cohort is not None:
         run = with_cohort(run, cohort_of(run, str(path)))
         check_text(dump_toml(run), f"{path}: with all defaults")
     return run
+
+
+def public_weights() -> str | None:
+    """Path of the public weights that the environment names; None if it names none."""
+    return os.environ.get(WEIGHTS) or None
 
 
 def with_cohort(run: RunConfig, cohort: CohortSource) -> RunConfig:

@@ -3,6 +3,8 @@
 import contextlib
 import hashlib
 import io
+import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -72,6 +74,13 @@ def federate(run: RunConfig, cohort: Path) -> Federated:
     """Run a federation over a cohort's sites by the in-process engine."""
     with federated(run, cohort) as folder:
         return outcome(folder)
+
+
+def federate_on_copies(run: RunConfig, cohort: Path) -> Federated:
+    """As `federate`, over copies of the sites, whose privacy ledgers are their own."""
+    with tempfile.TemporaryDirectory(dir=cohort.parent) as scratch:
+        shutil.copytree(cohort / "sites", Path(scratch) / "sites", copy_function=os.link)
+        return federate(run, Path(scratch))
 
 
 def outcome(folder: RunFolder) -> Federated:

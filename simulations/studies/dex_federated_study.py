@@ -17,6 +17,7 @@ Five hospitals without a modality in common, the same pictures and the same tota
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -117,9 +118,14 @@ def train_arm(job: ArmJob, run: RunConfig, pictures: Pictures) -> Trained:
     if job.arm == "centralised":
         model = train_together(run, list(stores.values()))
         return Trained(dict.fromkeys(stores, model), [model])
-    with federated(run, job.cohort) as folder:
+    return train_federation(run, job.cohort, list(stores))
+
+
+def train_federation(run: RunConfig, cohort: Path, sites: Sequence[str]) -> Trained:
+    """Run a federation over the sites of a cohort's folder, and read the model of each."""
+    with federated(run, cohort) as folder:
         shared, rounds = outcome(folder).model, folder.rounds()
-        models = {site: _at_site(folder, shared, site) for site in stores}
+        models = {site: _at_site(folder, shared, site) for site in sites}
     sent = [sum(line["bytes_up"].values()) + sum(line["bytes_down"].values()) for line in rounds]
     return Trained(models, [shared], float(np.mean(sent)))
 

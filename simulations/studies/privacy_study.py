@@ -22,8 +22,6 @@ The gradients of `warm` hold no part that the closed-form inversion needs: there
 """
 
 import csv
-import os
-import shutil
 import tempfile
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -48,7 +46,7 @@ from simulations.cohorts.opened import OpenedCohort, join_stores
 from simulations.cohorts.prepare import cohort_of, load_simulation
 from simulations.harness import TRANSIENT, CohortJob, StudyOptions, run_jobs, study
 from simulations.studies._cohorts import resized
-from simulations.studies._federations import RunJob, federate
+from simulations.studies._federations import RunJob, federate_on_copies
 from simulations.studies._tables import mean_sd, print_study
 from simulations.study_result import StudyResult, Target
 
@@ -194,19 +192,12 @@ def measure(job: RunJob) -> dict[str, float]:
     """Train one arm, probe and attack its model."""
     run, cohort = job.run, OpenedCohort.open(job.cohort, job.run)
     before = start_model(run)
-    after = before if job.arm in ("untrained", "public") else train(job)
+    after = before if job.arm in ("untrained", "public") else federate_on_copies(run, job.cohort).model
     members = [Place.of(store) for store in cohort.stores.values()]
     origin = build_model(run) if job.arm == "public" else before
     attack = audit_membership(run, origin.state_dict(), after.state_dict(), members, masks=_MASKS)
     inverted = _inverted(run, after, list(cohort.stores.values()))
     return {"auc": cohort.auc(run, after), "mia_auc": attack.auc.value, **inverted}
-
-
-def train(job: RunJob) -> PanModel:
-    """The federation's model, over copies of the sites: every arm has ledgers of its own."""
-    with tempfile.TemporaryDirectory(dir=job.cohort.parent) as scratch:
-        shutil.copytree(job.cohort / "sites", Path(scratch) / "sites", copy_function=os.link)
-        return federate(job.run, Path(scratch)).model
 
 
 def _inverted(run: RunConfig, model: PanModel, stores: list[ImageStore]) -> dict[str, float]:

@@ -7,17 +7,21 @@ Five sites with the pictures of six modalities (`configs/experiments/real-pictur
     views        the federated model
     views-alone  each site's own model, after as many local steps on its own pictures
 
-With a public start, where $PANFM_WEIGHTS names its weights (`_start_arms.py`): `start`, `start-readout`, `adapted`,
-`adapted-readout`.
+With a public start, where $PANFM_WEIGHTS names its weights (`_start_arms.py`), each read in two ways: `start`,
+`adapted`, `adapted-attention`, `adapted-private`, and the same with `-readout`; `adapted-heldout` and
+`adapted-attention-heldout` add to `adapted` and `adapted-attention` what these show on a stream that no site has.
 
-Models from scratch are read in the same way (`pooled`), and all features by the same probe: ridge regressions of the
-classes within a modality, penalty by leave-one-out. They are fitted on 5, 20 and 100 per cent of the labelled training
-pictures, at least two of a class, drawn alike for all arms, and tested on the data's own test split. Modalities of one
-class have no metric. `auc_<stream>_<percent>` is the mean AUC of the classes, over several draws of the labels,
-`auc_mean_<percent>` the mean over the streams.
+Models from scratch are read in the same way (`pooled`), and all features by the same probe (`_class_probe.py`), with
+the same draws of labels.
+
+    auc_<stream>_<percent>      mean AUC of the classes, over several draws of so many per cent of the labels
+    auc_mean_<percent>          mean over the streams
+    heldout_<stream>_<percent>  public start: the same where no site has trained on the stream
+    rounds_kept                 adaptations: the last round that the gate keeps, 0 for the start
+    rounds_kept_heldout         the same where no site has trained on the stream
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -28,38 +32,30 @@ import typer
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
-from sklearn.linear_model import RidgeCV
-from sklearn.preprocessing import StandardScaler
-from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from torch import Tensor
 
-from panfm.anatomy import parse_stream
 from panfm.config import RunConfig
 from panfm.data.store import Batch, ImageStore
 from panfm.evaluate.embed import embed_store
-from panfm.evaluate.label_sums import PENALTIES
-from panfm.evaluate.probe_labels import LabelledStore
-from panfm.evaluate.scores import auc
 from panfm.evaluate.statistics import StatisticsReference, measure_store
 from panfm.models import PanModel, build_model
-from panfm.seeds import numpy_generator
 from simulations.alone import train_alone
 from simulations.cohorts.opened import OpenedCohort
-from simulations.cohorts.prepare import cohort_of, load_simulation
-from simulations.harness import QUICKSTART, ArmJob, CohortJob, StudyOptions, chosen_arms, run_arms, study
+from simulations.cohorts.prepare import WEIGHTS, cohort_of, load_simulation, public_weights
+from simulations.harness import ArmJob, CohortJob, StudyOptions, chosen_arms, run_arms, study
 from simulations.studies import _start_arms as public
+from simulations.studies._class_probe import LABEL_DRAWS, Indices, Read, probe_streams, probed_streams
 from simulations.studies._cohorts import FrozenReader, write_files
 from simulations.studies._federations import federate
+from simulations.studies._frozen_prefix import memory_of
 from simulations.studies._tables import mean_sd, print_study
 from simulations.study_result import StudyResult, Target
 
-EXPERIMENT = QUICKSTART.with_name("real-pictures.toml")
 SCRATCH_ARMS = ("statistics", "untrained", "views", "views-alone")
-ARMS = (*SCRATCH_ARMS, *public.ARMS)
+PUBLIC_ARMS = (*public.ARMS, *public.HELD_OUT_ARMS)
+ARMS = (*SCRATCH_ARMS, *PUBLIC_ARMS)
 ROWS = (*SCRATCH_ARMS, *(f"{arm}{reading}" for arm in public.ARMS for reading in public.READINGS))
 ROUNDS = {"short": 10, "long": 40}
-LABEL_DRAWS = {5: 10, 20: 5, 100: 1}
-"""Per cent of the labels -> number of draws of them."""
 COMPARED = (
     ("views", "untrained"),
     ("views", "statistics"),
@@ -67,8 +63,7 @@ COMPARED = (
     ("start", "statistics"),
     ("start-readout", "start"),
     ("start-readout", "statistics"),
-    ("adapted", "start"),
-    ("adapted-readout", "start-readout"),
+    *((f"{arm}{reading}", f"start{reading}") for arm in public.ADAPTATIONS for reading in public.READINGS),
 )
 """Arm and baseline of every gain."""
 TARGETS = (
@@ -76,15 +71,22 @@ TARGETS = (
     ("share of cells with views at least untrained", "cells/views-at-least-untrained", 0.8),
     ("AUC, mean over cells, start-readout minus start", "cells/start-readout-minus-start", 0.02),
     ("AUC, mean over cells, start-readout minus statistics", "cells/start-readout-minus-statistics", 0.05),
-    ("AUC, mean over cells, adapted-readout minus start-readout", "cells/adapted-readout-minus-start-readout", -0.002),
-    ("the same of the worst stream", "worst-stream/adapted-readout-minus-start-readout", -0.005),
+    *(
+        (f"AUC, {where}, {arm}-readout minus start-readout", f"{name}/{arm}-readout-minus-start-readout", least)
+        for arm in ("adapted", "adapted-attention")
+        for where, name, least in (
+            ("mean over cells", "cells", -0.002),
+            ("the worst stream", "worst-stream", -0.005),
+            ("stream that no site trained on", "heldout", -0.002),
+        )
+    ),
+    (
+        f"AUC, mean over cells, {public.PRIVATE} minus start",
+        f"cells/{public.PRIVATE}-minus-start",
+        -0.01,
+    ),
 )
 """Claim, ratio that it is about, least value."""
-_LEAST_OF_A_CLASS = 2
-
-Indices = NDArray[np.int64]
-Read = Callable[[ImageStore, str, Indices], NDArray[np.floating]]
-"""Features [n, D] of one stream of the subjects at some indices of a store."""
 
 
 Arms = Annotated[str, typer.Option(help="Only these arms, with commas between; each public one is read in two ways.")]
@@ -108,12 +110,12 @@ def possible_arms(arms: Sequence[str]) -> list[str]:
     Raises:
         typer.BadParameter: no arm is left.
     """
-    left = [arm for arm in arms if arm in SCRATCH_ARMS or public.weights()]
+    left = [arm for arm in arms if arm in SCRATCH_ARMS or public_weights()]
     if not left:
-        raise typer.BadParameter(f"{', '.join(arms)}: need {public.ENVIRONMENT}, expected a file of weights in it")
+        raise typer.BadParameter(f"{', '.join(arms)}: need {WEIGHTS}, expected a file of weights in it")
     if len(left) < len(arms):
         rows = [row for row in ROWS if row not in SCRATCH_ARMS]
-        Console(stderr=True, soft_wrap=True).print(f"{public.ENVIRONMENT} is not set: left out {', '.join(rows)}")
+        Console(stderr=True, soft_wrap=True).print(f"{WEIGHTS} is not set: left out {', '.join(rows)}")
     return left
 
 
@@ -125,17 +127,17 @@ def run(options: StudyOptions, rounds: int, arms: Sequence[str] = SCRATCH_ARMS) 
     for job, measured in run_arms(options, arms, rounds, write, measure):
         for name, value in measured.items():
             reading, _, metric = name.rpartition(_READING)
-            result.add(job.arm + reading, {metric: value})
+            result.add(public.HELD_OUT_ARMS.get(job.arm, job.arm) + reading, {metric: value})
     add_answers(result)
     result.targets += targets(result)
     return result
 
 
 def arm_run(arm: str, seed: int, rounds: int) -> RunConfig:
-    """The run of one arm; arms from scratch share one, and so do those with a public start."""
-    if arm in public.ARMS:
-        return public.start_run(EXPERIMENT, seed)
-    return load_simulation(EXPERIMENT, [f"seed={seed}", f"train.rounds={rounds}"])
+    """The run of one arm; arms from scratch share one."""
+    if arm in PUBLIC_ARMS:
+        return public.start_run(seed, arm)
+    return load_simulation(public.EXPERIMENT, [f"seed={seed}", f"train.rounds={rounds}"])
 
 
 def write_draw(job: CohortJob, arms: Sequence[str] = SCRATCH_ARMS) -> Path:
@@ -144,6 +146,8 @@ def write_draw(job: CohortJob, arms: Sequence[str] = SCRATCH_ARMS) -> Path:
     write_files(cohort_of(runs[0]), job.folder, runs[0])
     for run in runs[1:]:
         OpenedCohort.open(job.folder, run)
+    if {*arms} & {*public.HELD_OUT_ARMS}:
+        public.write_without(job.folder, runs[-1], public.HELD_OUT)
     return job.folder
 
 
@@ -152,28 +156,50 @@ def measure(job: ArmJob) -> dict[str, float]:
     (`-readout:`)."""
     described = arm_run(job.arm, job.seed, job.length)
     cohort = OpenedCohort.open(job.cohort, described)
-    if job.arm not in public.ARMS:
+    if job.arm not in PUBLIC_ARMS:
         return probe(trained_arm(job.arm, described, cohort, job.cohort), cohort, job.seed)
-    model = public.model_of(job.arm, described, job.cohort)
+    return measure_public(job, described, cohort)
+
+
+def measure_public(job: ArmJob, run: RunConfig, cohort: OpenedCohort) -> dict[str, float]:
+    """Adapt a public start, unless the arm is the start itself, and probe its features by every reading."""
+    memory = memory_of(job.seed)
+    is_held_out = job.arm in public.HELD_OUT_ARMS
+    folder = public.folder_without(job.cohort, public.HELD_OUT) if is_held_out else job.cohort
+    trained = public.adapt(job.arm, run, folder, memory)
     measured: dict[str, float] = {}
+    if job.arm != "start":
+        measured["rounds_kept_heldout" if is_held_out else "rounds_kept"] = trained.number
     for reading, features in public.READINGS.items():
-        values = probe(public.StreamReader(model, described, features, cohort), cohort, job.seed)
-        measured |= {f"{reading}{_READING}{metric}" if reading else metric: value for metric, value in values.items()}
-    return measured
+        read = public.StreamReader(trained.model, run, features, cohort, memory)
+        if is_held_out:
+            values = probe_streams(read, cohort, job.seed, [public.HELD_OUT], "heldout")
+        else:
+            values = probe(read, cohort, job.seed)
+        measured |= _of_reading(reading, values)
+    return measured | _as_held_out(measured) if job.arm == "start" else measured
+
+
+def _of_reading(reading: str, values: Mapping[str, float]) -> dict[str, float]:
+    return {f"{reading}{_READING}{metric}" if reading else metric: value for metric, value in values.items()}
+
+
+def _as_held_out(measured: Mapping[str, float]) -> dict[str, float]:
+    """What a model that nobody has trained shows on the held-out stream: the same as on any."""
+    of_stream = f"auc_{public.HELD_OUT}"
+    return {
+        name.replace(of_stream, f"heldout_{public.HELD_OUT}"): value
+        for name, value in measured.items()
+        if of_stream in name
+    }
 
 
 def probe(read: Read, cohort: OpenedCohort, seed: int) -> dict[str, float]:
-    """Probe features of every stream that has several classes."""
-    measured = {}
-    for stream in probed_streams(cohort):
-        [site] = [site for site in cohort.sites.values() if stream in site.store.images]
-        fit, test = (_classed(cohort, read, stream, *place) for place in ((site, "train"), (cohort.holdout, "test")))
-        for percent, draws in LABEL_DRAWS.items():
-            chosen = (label_draw(fit[1], percent, seed, stream, draw) for draw in range(draws))
-            values = [class_auc(fit[0][rows], fit[1][rows], *test) for rows in chosen]
-            measured[f"auc_{stream}_{percent}"] = float(np.mean(values))
+    """Probe features of every stream that has several classes, and their mean over the streams."""
+    streams = probed_streams(cohort)
+    measured = probe_streams(read, cohort, seed, streams)
     means = {
-        f"auc_mean_{percent}": float(np.mean([measured[f"auc_{name}_{percent}"] for name in probed_streams(cohort)]))
+        f"auc_mean_{percent}": float(np.mean([measured[f"auc_{name}_{percent}"] for name in streams]))
         for percent in LABEL_DRAWS
     }
     return measured | means
@@ -221,47 +247,9 @@ def trained_arm(arm: str, run: RunConfig, cohort: OpenedCohort, folder: Path) ->
             raise ValueError(f"arm {arm!r}: expected one of {', '.join(SCRATCH_ARMS)}")
 
 
-def probed_streams(cohort: OpenedCohort) -> list[str]:
-    """Streams whose pictures are of several classes."""
-    return [stream for stream in cohort.holdout.store.images if len(class_names(cohort, stream)) > 1]
-
-
-def class_names(cohort: OpenedCohort, stream: str) -> list[str]:
-    """Labels that are the classes of a stream's modality."""
-    return [name for name in cohort.labels if name.startswith(f"{parse_stream(stream)[1]}-")]
-
-
-def _classed(
-    cohort: OpenedCohort, read: Read, stream: str, place: LabelledStore, split: str
-) -> tuple[NDArray[np.floating], Indices]:
-    """Features [n, D] and classes [n] of the pictures of a stream in one split of a place."""
-    rows = np.intersect1d(place.store.rows[stream], place.store.indices(split))
-    return read(place.store, stream, rows), place.values(class_names(cohort, stream), rows).argmax(axis=1)
-
-
-def label_draw(classes: Indices, percent: int, seed: int, stream: str, draw: int) -> Indices:
-    """Rows of a share of each class, at least two of it, or all that there are."""
-    generator, rows = numpy_generator(seed, "labels", stream, percent, draw), []
-    for one in np.unique(classes):
-        members = generator.permutation(np.flatnonzero(classes == one))
-        rows.append(members[: max(_LEAST_OF_A_CLASS, round(percent / 100 * len(members)))])
-    return np.sort(np.concatenate(rows))
-
-
-def class_auc(
-    features: NDArray[np.floating], classes: Indices, test_features: NDArray[np.floating], test_classes: Indices
-) -> float:
-    """Mean AUC over the classes, each against the others, of ridge regressions of their indicators."""
-    scaler, known = StandardScaler().fit(features.astype(np.float64)), np.unique(classes)
-    with threadpool_limits(limits=1):
-        ridge = RidgeCV(alphas=PENALTIES).fit(scaler.transform(features), (classes[:, None] == known).astype(float))
-        scores = ridge.predict(scaler.transform(test_features))
-    once = np.ones((1, len(test_classes)))
-    return float(np.mean([auc(scores[:, at], test_classes == one, once)[0] for at, one in enumerate(known)]))
-
-
 def add_answers(result: StudyResult) -> None:
-    """Add gains in every mean, and over the cells: the mean, the worst stream's, and the share that is not behind."""
+    """Add gains in every mean, and over the cells: the mean, the worst stream's, and the share that is not behind; and
+    in the held-out stream."""
     rows = measured_rows(result)
     for arm, baseline in COMPARED:
         if not {arm, baseline} <= {*rows}:
@@ -276,6 +264,9 @@ def add_answers(result: StudyResult) -> None:
         result.ratios[f"cells/{arm}-minus-{baseline}"] = float(every.mean())
         result.ratios[f"cells/{arm}-at-least-{baseline}"] = float((every >= 0.0).mean())
         result.ratios[f"worst-stream/{arm}-minus-{baseline}"] = float(worst)
+        if held_out := _held_out_cells(result, arm, baseline):
+            gains_there = [result.gain(metric, arm, baseline) for metric in held_out]
+            result.ratios[f"heldout/{arm}-minus-{baseline}"] = float(np.mean(gains_there))
 
 
 def measured_rows(result: StudyResult) -> list[str]:
@@ -285,8 +276,14 @@ def measured_rows(result: StudyResult) -> list[str]:
 
 def _cells(result: StudyResult) -> list[str]:
     """Metrics of one stream at one share of labels."""
-    named = dict.fromkeys(metric for metric, _ in result.values)
+    named = dict.fromkeys(metric for metric, _ in result.values if metric.startswith("auc_"))
     return [metric for metric in named if not metric.startswith("auc_mean_")]
+
+
+def _held_out_cells(result: StudyResult, *arms: str) -> list[str]:
+    """Metrics of the held-out stream that some arms have."""
+    named = dict.fromkeys(metric for metric, _ in result.values if metric.startswith("heldout_"))
+    return [metric for metric in named if all((metric, arm) in result.values for arm in arms)]
 
 
 def targets(result: StudyResult) -> list[Target]:
@@ -297,9 +294,8 @@ def targets(result: StudyResult) -> list[Target]:
 
 def show(result: StudyResult, console: Console | None = None) -> None:
     """Print mean and standard deviation of every metric and arm, the answers, and the targets."""
-    metrics: Sequence[str] = [*_cells(result), *(f"auc_mean_{percent}" for percent in LABEL_DRAWS)]
-    rows = measured_rows(result)
+    rows, metrics = measured_rows(result), dict.fromkeys(metric for metric, _ in result.values)
     table = Table("", *rows, title="real-pictures: mean ± sd over seeds")
     for metric in metrics:
-        table.add_row(metric, *(mean_sd(result.values[metric, row]) for row in rows))
+        table.add_row(metric, *(mean_sd(result.values.get((metric, row), [])) for row in rows))
     print_study(result, table, console=console)

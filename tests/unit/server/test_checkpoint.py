@@ -5,7 +5,7 @@ import pytest
 
 from panfm.errors import DataError
 from panfm.files import write_checked
-from server.checkpoint import ServerState, load_latest, save_state
+from server.checkpoint import ServerState, load_latest, load_round, save_state
 from strategies import Memory
 
 
@@ -33,6 +33,7 @@ def test_the_last_three_are_kept_and_the_newest_is_loaded(tmp_path):
     assert len(list(tmp_path.iterdir())) == 3
     assert load_latest(tmp_path).round_number == 11
     assert load_latest(tmp_path).profile is None
+    assert load_round(tmp_path, 9).round_number == 9
 
 
 def test_a_corrupted_checkpoint_is_named(tmp_path):

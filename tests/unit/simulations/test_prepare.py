@@ -1,5 +1,6 @@
 """The `[cohort]` table of a run: a mistake in it is one line with its dotted key, told before any work."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 from panfm.config import dump_toml, load_run, parse_run
 from panfm.errors import ConfigError
 from simulations.cohorts import COHORTS
-from simulations.cohorts.prepare import cohort_of, load_simulation
+from simulations.cohorts.prepare import WEIGHTS, cohort_of, load_simulation
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 RUN = """
@@ -150,6 +151,26 @@ def test_a_real_modality_is_at_one_place(tmp_path):
     for name in ("chest-xray", "skin-xray"):
         (line,) = complaints(load_simulation, path, [f"cohort.sites.b={{ streams = ['{name}'] }}"])
         assert "modality 'xray' stands at two places, expected one" in line
+
+
+def test_a_run_starts_from_weights_as_its_cohort_says(tmp_path, nano_weights):
+    path = tmp_path / "run.toml"
+    path.write_text(STREAMS_COHORT.format(kind="real-modalities", subjects=""))
+    weights = os.environ[WEIGHTS]
+    assert load_simulation(path, weights=weights) == load_simulation(path)
+    changes = 'cohort.with-weights=["train.parts=norms", "train.rounds=3"]'
+    plain, started = (load_simulation(path, [changes], weights=named) for named in (None, weights))
+    assert plain.start is None
+    assert (started.start.model, started.train.parts.kind, started.train.rounds) == (weights, "norms", 3)
+    assert load_simulation(path, [changes, "train.rounds=1"], weights=weights).train.rounds == 1
+    own = load_simulation(path, [changes, f"start.model={weights}", "train.parts=all"], weights="elsewhere")
+    assert (own.start.model, own.train.parts.kind) == (weights, "all")
+
+
+def test_the_shipped_pictures_start_from_public_weights_where_the_environment_names_them(nano_weights):
+    run = load_simulation(CONFIGS / "experiments/real-pictures.toml", weights=os.environ[WEIGHTS])
+    assert (run.start.public, run.train.parts.kind, run.features.layers) == (True, "last-blocks", (8, 10, 12))
+    assert {(stream.shape, stream.patch) for stream in run.streams.values()} == {((84, 84), (14, 14))}
 
 
 def test_the_held_out_patients_name_is_no_sites(tmp_path):
