@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from panfm import __version__
 from panfm.errors import DataError, PanfmError
 
 if TYPE_CHECKING:
@@ -16,8 +17,28 @@ if TYPE_CHECKING:
     from panfm.config import StreamConfig
     from panfm.data.store import ImageStore
 
-Model = Annotated[Path, typer.Argument(help="Folder of a model: <run folder>/model.")]
+
+def model_folder(path: Path) -> Path:
+    """The folder of a model: that of a run folder, or the path itself."""
+    return path / "model" if (path / "model").is_dir() or (path / "rounds.jsonl").exists() else path
+
+
+Model = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, or folder of a model.", callback=model_folder)]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="key=value, e.g. train.rounds=3.")]
+
+
+def _print_version(*, wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"panfm {__version__}")
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool,
+    typer.Option(
+        "--version", callback=lambda wanted: _print_version(wanted=wanted), is_eager=True, help="Print the version."
+    ),
+]
 NotedEnd = Annotated[
     str | None,
     typer.Option(help="An end of the chain that you wrote down earlier: it must still be in the file."),

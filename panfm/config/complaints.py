@@ -20,6 +20,8 @@ _MAX_KEY = 64
 _MAX_FOUND = 80
 _RENAMED = {"privacy": "patient-dp", "server-privacy": "site-dp"}
 """Keys of earlier versions."""
+_WANTED = {"streams": "a table for each stream, as `panfm plan SITE ... --out run.toml` writes them"}
+"""Missing key -> its value, where that is not plain."""
 _EXPECTED = {
     "bool_type": "true or false",
     "dict_type": "a table",
@@ -66,7 +68,7 @@ def _complaint(kind: type[BaseModel], fault: Any, table: Any) -> str:
     key = ".".join(keys)
     match fault["type"]:
         case "missing":
-            return f"{key}: missing, expected a value"
+            return f"{key}: missing, expected {_WANTED.get(key, 'a value')}"
         case "extra_forbidden":
             return f"{key}: unknown key, {_known_keys(keys, around)}"
         case "union_tag_invalid" | "union_tag_not_found":

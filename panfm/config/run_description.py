@@ -65,7 +65,10 @@ class RunConfig(Config):
         for stream in self.streams:
             organ, _ = parse_stream(stream)
             if organ not in self.organs:
-                raise ValueError(f"streams.{stream}: organ {organ!r} is not in organs {list(self.organs)}")
+                known = list(self.organs)
+                raise ValueError(
+                    f"streams.{stream}: organ {organ!r} is not in organs {known}, add it or leave organs out"
+                )
         return self
 
     @model_validator(mode="after")

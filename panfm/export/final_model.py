@@ -52,7 +52,7 @@ class Source:
 
     @classmethod
     def read(cls, run_folder: Path, licence: str | None = None) -> "Source":
-        """Read a run folder.
+        """Read a run folder, or the folder of its model.
 
         Args:
             licence: Of the weights, as it shall stand in the metadata.
@@ -60,7 +60,7 @@ class Source:
             ConfigError: the model's run.toml is absent or does not hold.
             DataError: the run has no final model, or a file of it is damaged.
         """
-        folder = run_folder / "model"
+        folder = run_folder if (run_folder / "model.safetensors").exists() else run_folder / "model"
         if not folder.is_dir():
             raise DataError(f"{run_folder}: found no model/, expected the folder of a finished run")
         written = _read_metadata(folder / "metadata.json")

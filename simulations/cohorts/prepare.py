@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from panfm.config import RunConfig, dump_toml, parse_table, site_folders
+from panfm.config.load import read_description, run_of_table
 from panfm.errors import ConfigError, DataError
-from panfm.privacy.guarantees import load_checked_run
+from panfm.privacy.guarantees import checked_run
 from panfm.texts import check_text
 from simulations.cohorts import COHORTS
+from simulations.cohorts.auto_streams import with_streams
 from simulations.cohorts.cohort_source import CohortSource, Streams
 
 if TYPE_CHECKING:
@@ -24,13 +26,14 @@ FOLDER = Path("cohorts")
 
 
 def load_simulation(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
-    """Read a run description as `load_checked_run` does; its cohort, if it has one, is checked and its defaults are
-    filled in.
+    """Read a run description as `load_checked_run` does; streams of `size = "auto"` get their shapes from the sites'
+    images; its cohort, if it has one, is checked and its defaults are filled in.
 
     Raises:
         ConfigError: as `load_checked_run`, or the cohort does not hold or does not go with the run's streams.
     """
-    run = load_checked_run(path, overrides)
+    table = read_description(path, overrides)
+    run = checked_run(run_of_table(with_streams(table, str(path)), str(path)), str(path))
     if run.cohort is not None:
         run = with_cohort(run, cohort_of(run, str(path)))
         check_text(dump_toml(run), f"{path}: with all defaults")
