@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from panfm.cli.common import Version
 from panfm.cli.model_commands import export
 from panfm.errors import RunError, reason
 from panfm.files import write_atomic, write_json
@@ -29,7 +30,7 @@ _POLL_S = 1.0
 
 
 @app.callback()
-def main() -> None:
+def main(version: Version = False) -> None:
     """For the coordinator: start a run over real sites, watch it, go on with it after a failure, export its model."""
 
 

@@ -7,7 +7,7 @@ expected-sites.csv    the coordinator's table of expected sites, if there is one
 sites.json         handshakes, coverage, and who cannot take part
 rounds.jsonl       one line per round
 ended.json         how and why the run ended without a model
-checkpoint/        the server's state after the last rounds
+checkpoint/        the server's state after the last rounds, and run.toml as it was in its first round
 model/             model.safetensors, metadata.json, run.toml
 status.html, tensorboard/, mlflow.db, wandb/   for people (tracking.py)
 flower.json        where Flower runs it (server/coordinator.py)
@@ -23,7 +23,8 @@ import safetensors.numpy
 from torch import Tensor
 
 from panfm import __version__
-from panfm.config import RunConfig, as_told, dump_toml
+from panfm.config import RunConfig, as_told, dump_toml, load_run
+from panfm.config.differences import check_same_run
 from panfm.errors import DataError, PanfmError, RunError, reason
 from panfm.files import (
     append_json_line,
@@ -104,10 +105,13 @@ class RunFolder:
         """Open a run to go on with it, as it was described.
 
         Raises:
-            ConfigError: the folder holds none, or one that cannot keep the privacy that it promises.
+            ConfigError: the folder holds none, one that cannot keep the privacy that it promises, or one that was
+                edited since the run began.
             RunError: another process is at work in it.
         """
         folder = cls(path, load_checked_run(path / "run.toml"))
+        if (bound := path / "checkpoint" / "run.toml").exists():
+            check_same_run(path / "run.toml", folder.run, load_run(bound))
         with _alone_in(path):
             done = state.round_number if (state := folder.latest_state()) else 0
             rounds = path / "rounds.jsonl"
@@ -172,6 +176,12 @@ class RunFolder:
         with suppress(OSError):
             write_json(self.path / ENDED, {"state": state, "reason": reason}, indent=2)
 
+    def describe(self) -> None:
+        """Write the description anew, for a run that has begun. Raises RunError as `save_state` does."""
+        for path in (self.path / "checkpoint" / "run.toml", self.path / "run.toml"):
+            with _written(path):
+                write_atomic(path, dump_toml(self.run).encode())
+
     def latest_state(self) -> ServerState | None:
         """The last checkpoint, if there is one."""
         return load_latest(self.path / "checkpoint")
@@ -179,6 +189,8 @@ class RunFolder:
     def save_state(self, state: ServerState) -> None:
         """Write a checkpoint. Raises RunError if the disk does not take it."""
         with _written(self.path / "checkpoint" / f"round-{state.round_number:06d}.state"):
+            if not (bound := self.path / "checkpoint" / "run.toml").exists():
+                write_atomic(bound, dump_toml(self.run).encode())
             save_state(self.path / "checkpoint", state)
 
     def append_round(self, line: Mapping[str, Any]) -> None:

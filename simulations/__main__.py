@@ -13,11 +13,13 @@ go_offline()
 
 import typer  # noqa: E402
 
+from panfm.cli.common import Version  # noqa: E402
 from panfm.errors import (  # noqa: E402
     ConfigError,
     PanfmError,
     needs_extra,
 )
+from simulations.simulate_command import simulate  # noqa: E402
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 cohort_app = typer.Typer(no_args_is_help=True, help="Data sets of simulated federations.")
@@ -25,28 +27,12 @@ app.add_typer(cohort_app, name="cohort")
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 
-@app.command()
-def run(
-    experiment: Annotated[Path, typer.Argument(help="Run description (TOML).")],
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value, e.g. train.rounds=3.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder; default runs/<name>-<time>.")] = None,
-    resume: Annotated[Path | None, typer.Option(help="Go on with this run folder.")] = None,
-    engine: Annotated[str, typer.Option(help="local, ray, flower or deployment.")] = "local",
-) -> None:
-    """Run a federation, probe its model, write a report."""
-    from simulations.cohorts.prepare import load_simulation, public_weights
-    from simulations.engines import ENGINES
+@app.callback()
+def main(version: Version = False) -> None:
+    """Federations, claims and speed on one machine."""
 
-    if engine not in ENGINES:
-        raise ConfigError(f"--engine {engine}: expected one of {', '.join(ENGINES)}")
-    # A mistake is told before torch is imported, which takes seconds.
-    if not resume:
-        load_simulation(experiment, overrides or (), weights=public_weights())
-    elif not overrides and not out:  # else `simulate` refuses the words, whatever the run folder holds
-        load_simulation(resume / "run.toml")
-    from simulations.simulate import simulate
 
-    simulate(experiment, overrides or (), out=out, resume=resume, engine=engine)
+app.command("run")(simulate)
 
 
 @cohort_app.command("make")

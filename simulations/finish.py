@@ -124,7 +124,9 @@ def probe_run(
         load_with_fresh_private(models["start"], run.sharing, start, models["start"].state_dict())
     opened = OpenedCohort.open(cohort, run)
     if not opened.labels:
-        raise DataError(f"{cohort / 'cohort.toml'}: no [labels.<name>], expected at least one to probe")
+        raise DataError(
+            f"{cohort}: no label to probe, expected a label table at the sites and of the held-out subjects"
+        )
     with Progress(console=console) as bar:
         shown = bar.add_task("probing")
 

@@ -5,30 +5,42 @@ from pathlib import Path
 
 from rich.console import Console
 
-from panfm.errors import ConfigError
+from panfm.config import RunConfig, site_folders
+from panfm.config.differences import check_same_run
+from panfm.errors import ConfigError, RunError
+from panfm.files import write_json
+from panfm.texts import parse_json, read_text
 from server.run_folder import RunFolder, default_path
 from simulations.cohorts.leaks import check_cohort
 from simulations.cohorts.prepare import cohort_folder, load_simulation, prepare_cohort, public_weights
 from simulations.engines import Job, run_job
+from simulations.extension import extend
 from simulations.finish import finish, sites_alone
+from simulations.preflight import check_before, check_disk
+from simulations.site_errors import SiteErrors
+
+_COMMAND = "command.json"
+"""The overrides that a run was started with, in its folder."""
 
 
 def simulate(
-    experiment: Path,
+    experiment: Path | None,
     overrides: Sequence[str] = (),
     *,
     out: Path | None = None,
     resume: Path | None = None,
+    rounds: int | None = None,
     engine: str = "local",
     console: Console | None = None,
 ) -> Path:
-    """Make the cohort if it is not there, run the federation, probe and report.
+    """Make the cohort if it is not there, check it, run the federation, probe and report.
 
     Args:
-        experiment: The run description; under `resume`, only for its name: the run goes on as it was described.
+        experiment: The run description. Under `resume` it must be the one that the run began with, or None.
         overrides: `key=value`, not under `resume`.
         out: Run folder; `runs/<name>-<time>` when left out.
         resume: Run folder to go on with, instead of `out`.
+        rounds: Under `resume`, rounds of the whole run from now on.
         engine: local, ray, flower or deployment.
     Returns:
         The run folder.
@@ -36,31 +48,75 @@ def simulate(
         PanfmError: the run did not do what was asked; the line says why.
     """
     console = console or Console(soft_wrap=True, highlight=False)
-    folder = _resume(resume, overrides, out) if resume else _create(experiment, overrides, out)
-    cohort = prepare_cohort(folder.run, console)
-    if folder.run.cohort and folder.run.cohort["kind"] == "folder":
-        check_cohort(cohort, folder.run)
+    if resume:
+        folder = _resume(resume, experiment, overrides, out)
+        if rounds is not None:
+            folder = extend(folder, rounds)
+            _keep_overrides(resume, [*_overrides(resume), f"train.rounds={rounds}"])
+        cohort = _checked_cohort(folder.run, console)
+    else:
+        run = load_simulation(_required(experiment), overrides, weights=public_weights())
+        cohort_folder(run)
+        cohort = _checked_cohort(run, console)
+        path = out or default_path(run.name)
+        check_disk(run, path, len(site_folders(cohort / "sites")))
+        folder = RunFolder.create(path, run)
+        _keep_overrides(path, overrides)
     job = Job(cohort / "sites", folder.path)
     if engine == "local":  # one process, which leaves the other cores to the sites' training alone
         with sites_alone(folder.run, cohort, folder.path) as alone:
-            run_job(job, engine)
+            _run(job, engine, console)
             finish(folder.run, cohort, folder.path, console, alone)
     else:
-        run_job(job, engine)
+        _run(job, engine, console)
         finish(folder.run, cohort, folder.path, console)
     console.print(f"run folder: {folder.path}")
     return folder.path
 
 
-def _create(experiment: Path, overrides: Sequence[str], out: Path | None) -> RunFolder:
-    run = load_simulation(experiment, overrides, weights=public_weights())
-    cohort_folder(run)
-    return RunFolder.create(out or default_path(run.name), run)
+def _run(job: Job, engine: str, console: Console) -> None:
+    """Run a federation, and print the errors of its sites in their own words. Raises RunError with them if it fails."""
+    errors = SiteErrors(job.run_dir)
+    try:
+        run_job(job, engine)
+    except RunError as error:
+        raise RunError("\n".join([str(error), *errors.lines()])) from error
+    for line in errors.lines():
+        console.print(line, markup=False)
 
 
-def _resume(folder: Path, overrides: Sequence[str], out: Path | None) -> RunFolder:
+def _required(experiment: Path | None) -> Path:
+    if experiment is None:
+        raise ConfigError("expected a run description (TOML), or --resume with a run folder")
+    return experiment
+
+
+def _checked_cohort(run: RunConfig, console: Console) -> Path:
+    """The folder of a run's cohort, after all that can be checked before the first round; prints what is left out."""
+    cohort = prepare_cohort(run, console)
+    if run.cohort and run.cohort["kind"] == "folder":
+        check_cohort(cohort, run)
+    for line in check_before(run, cohort):
+        console.print(line, markup=False)
+    return cohort
+
+
+def _resume(path: Path, experiment: Path | None, overrides: Sequence[str], out: Path | None) -> RunFolder:
     if overrides:
         raise ConfigError("--set does not go with --resume: a run goes on as it was described")
     if out:
         raise ConfigError("--out does not go with --resume: a run goes on in its own folder")
-    return RunFolder.resume(folder)
+    folder = RunFolder.resume(path)
+    if experiment and (path / _COMMAND).exists():
+        check_same_run(experiment, load_simulation(experiment, _overrides(path), weights=public_weights()), folder.run)
+    return folder
+
+
+def _keep_overrides(folder: Path, overrides: Sequence[str]) -> None:
+    write_json(folder / _COMMAND, {"overrides": list(overrides)})
+
+
+def _overrides(folder: Path) -> list[str]:
+    """The overrides that a run was started with, and how it was extended; none of a run of an earlier version."""
+    path = folder / _COMMAND
+    return list(parse_json(read_text(path), str(path))["overrides"]) if path.exists() else []

@@ -12,11 +12,14 @@ from typing import Any
 import click
 import typer
 
-from panfm.cli.common import ErrorLines
+from panfm.cli.common import ErrorLines, Version
+from panfm.errors import ConfigError
 
 _GROUPS = ("site", "ledger", "audit", "weights")
-_MODEL_COMMANDS = ("embed", "whiten", "probe", "report", "export")
-_DATA_COMMANDS = ("split",)
+_SIMULATE = "simulations.simulate_command"
+"""Outside this package: a hospital has no simulations."""
+_COMMANDS = {"split": "panfm.cli.data_commands", "plan": "panfm.cli.plan_commands", "simulate": _SIMULATE}
+_COMMANDS |= dict.fromkeys(("embed", "whiten", "probe", "report", "export"), "panfm.cli.model_commands")
 
 
 class CommandsOnDemand(ErrorLines):
@@ -25,24 +28,38 @@ class CommandsOnDemand(ErrorLines):
     def __init__(self, **options: Any) -> None:
         """Name the commands, in the order of the help."""
         super().__init__(**options)
-        self.commands = {name: click.Command(name) for name in (*_DATA_COMMANDS, *_MODEL_COMMANDS, *_GROUPS)}
+        self.commands = {name: click.Command(name) for name in (*_COMMANDS, *_GROUPS)}
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import a command or group; None for an unknown name."""
         if cmd_name not in self.commands:
             return None
-        of_data = "data_commands" if cmd_name in _DATA_COMMANDS else "model_commands"
-        file = f"{cmd_name}_commands" if cmd_name in _GROUPS else of_data
-        group = typer.main.get_group(import_module(f"panfm.cli.{file}").app)
+        try:
+            file = import_module(_COMMANDS.get(cmd_name, f"panfm.cli.{cmd_name}_commands"))
+        except ModuleNotFoundError as error:
+            if error.name != _SIMULATE.partition(".")[0]:
+                raise
+            return _not_installed(cmd_name)
+        group = typer.main.get_group(file.app)
         if cmd_name not in _GROUPS:
             return group.get_command(ctx, cmd_name)
         group.name = cmd_name
         return group
 
 
+def _not_installed(name: str) -> click.Command:
+    """A command in the place of one whose package is not there."""
+
+    def refuse(**_: object) -> None:
+        raise ConfigError(f"{name}: not installed, expected: pip install 'panfm[simulation]' panfm-simulation")
+
+    settings = {"allow_extra_args": True, "ignore_unknown_options": True}
+    return click.Command(name, callback=refuse, help="Needs panfm-simulation.", context_settings=settings)
+
+
 main = typer.Typer(cls=CommandsOnDemand, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
 @main.callback()
-def _panfm() -> None:
+def _panfm(version: Version = False) -> None:
     """Pan-organ foundation models, federated."""

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from panfm import __version__
 from panfm.errors import DataError, PanfmError, reason
+from panfm.evaluate.model_folder import model_folder
 
 if TYPE_CHECKING:
     import click
@@ -17,8 +19,23 @@ if TYPE_CHECKING:
     from panfm.config import StreamConfig
     from panfm.data.store import ImageStore
 
-Model = Annotated[Path, typer.Argument(help="Folder of a model: <run folder>/model.")]
+
+Model = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, or folder of a model.", callback=model_folder)]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="key=value, e.g. train.rounds=3.")]
+
+
+def _print_version(*, wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"panfm {__version__}")
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool,
+    typer.Option(
+        "--version", callback=lambda wanted: _print_version(wanted=wanted), is_eager=True, help="Print the version."
+    ),
+]
 NotedEnd = Annotated[
     str | None,
     typer.Option(help="An end of the chain that you wrote down earlier: it must still be in the file."),

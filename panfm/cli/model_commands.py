@@ -7,9 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from panfm.cli.common import Model, check_model, open_stores, progress_bar
-from panfm.errors import ConfigError
+from panfm.errors import ConfigError, DataError
+from panfm.evaluate.model_folder import model_folder
 
 if TYPE_CHECKING:
+    from panfm.config import RunConfig
+    from panfm.data.store import ImageStore
+    from panfm.evaluate.embed import Features
     from panfm.evaluate.result import Score
 
 app = typer.Typer(no_args_is_help=True)
@@ -18,14 +22,17 @@ app = typer.Typer(no_args_is_help=True)
 @app.command()
 def embed(
     model: Model,
-    site: Annotated[Path, typer.Argument(help="Site folder.")],
+    sources: Annotated[list[Path], typer.Argument(metavar="SITE|FILE...", help="A site folder, or image files.")],
     out: Annotated[Path, typer.Option(help="Feature file to write (.npz).")],
     pooling: Annotated[
         str | None,
         typer.Option(help="Instead of the run's, unwhitened: e.g. cls, per-stream, layers, layers:8,10,12."),
     ] = None,
+    stream: Annotated[
+        str | None, typer.Option(help="Of image files; may be left out where the model has one stream.")
+    ] = None,
 ) -> None:
-    """Write the frozen features of a site's subjects."""
+    """Write the frozen features of a site's subjects, or of image files: each file is a subject of its own."""
     check_model(model)
     from panfm.config.features import parse_pooling
 
@@ -33,7 +40,7 @@ def embed(
     from panfm.evaluate.embed import embed_site, load_model, write_features
 
     network, run = load_model(model, features)
-    [store] = open_stores([site], run.streams)
+    store = _opened(sources, run, stream)
     done = 0
     with progress_bar("embedding subjects") as progress:
 
@@ -46,6 +53,23 @@ def embed(
     write_features(out, table)
     subjects, sessions = len(set(table.subjects)), f" in {len(table.sessions)} sessions" if table.sessions else ""
     typer.echo(f"{out}: {subjects} subjects{sessions}, {table.features.shape[1]} features")
+
+
+def _opened(sources: Sequence[Path], run: "RunConfig", stream: str | None) -> "ImageStore":
+    """The images of one site folder, or of some files of one stream."""
+    is_site = [(source / "site.toml").is_file() for source in sources]
+    if is_site == [True]:
+        return open_stores(sources, run.streams)[0]
+    if any(is_site):
+        raise ConfigError(f"{sources[is_site.index(True)]}: a site beside others, expected one site, or image files")
+    stream = stream or (next(iter(run.streams)) if len(run.streams) == 1 else None)
+    if stream not in run.streams:
+        given = "nothing" if stream is None else repr(stream)
+        raise ConfigError(f"--stream: found {given}, expected one of {', '.join(run.streams)}")
+    from panfm.data.image_files import store_of_files
+
+    with progress_bar("reading images") as progress:
+        return store_of_files(sources, stream, run.streams[stream], progress)
 
 
 @app.command()
@@ -78,21 +102,41 @@ def whiten(
 
 @app.command()
 def probe(
-    features: Annotated[list[Path], typer.Argument(help="Feature files written by `panfm embed`.")],
-    labels: Annotated[list[Path], typer.Option(help="Label table; may be given again, e.g. one per site.")],
+    sources: Annotated[
+        list[Path],
+        typer.Argument(metavar="FEATURES... | RUN SITE...", help="Feature files, or a run and site folders to embed."),
+    ],
+    labels: Annotated[
+        list[Path] | None,
+        typer.Option(help="Label table; may be given again, e.g. one per site. Sites bring their own."),
+    ] = None,
     fit_split: Annotated[str, typer.Option(help="Split to fit on.")] = "train",
     test_split: Annotated[str, typer.Option(help="Split to test on.")] = "test",
     bootstrap: Annotated[int, typer.Option(min=0, help="Resamples of the test subjects.")] = 1000,
 ) -> None:
-    """Fit a linear probe of each label on frozen features: AUC, or R2 of a number, with 95 % interval."""
-    from panfm.data.labels import read_label_table
+    """Fit a linear probe of each label on frozen features: AUC, or R2 of a number, with 95 % interval.
+
+    Whether a label is yes or no, one of several classes, or a number is told by its values; a file labels.toml beside
+    the table can say otherwise.
+    """
+    from panfm.data.label_kinds import encode, infer_kinds, read_rules
+    from panfm.data.labels import read_cells
     from panfm.evaluate.embed import read_features
     from panfm.evaluate.probe_features import probe_features
 
-    tables = [read_label_table(path) for path in labels]
+    is_run = sources[0].is_dir()
+    tables = [read_cells(path) for path in labels or (_tables_of(sources[1:]) if is_run else ())]
+    if not tables:
+        raise ConfigError("--labels: missing, expected a label table, or sites whose site.toml names one")
+    kinds = infer_kinds(tables, read_rules(tables))
+    for note in kinds.notes:
+        typer.echo(note)
+    if all(kind.kind == "ignore" for kind in kinds.by_column.values()):
+        raise DataError(f"{tables[0].path}: no label to probe, expected a column whose values vary")
+    features = _embedded(model_folder(sources[0]), sources[1:]) if is_run else [read_features(path) for path in sources]
     scores, notes = probe_features(
-        [read_features(path) for path in features],
-        tables,
+        features,
+        [encode(table, kinds.by_column) for table in tables],
         fit_split=fit_split,
         test_split=test_split,
         bootstrap=bootstrap,
@@ -102,9 +146,26 @@ def probe(
         typer.echo(note)
 
 
+def _tables_of(sites: Sequence[Path]) -> list[Path]:
+    """The label tables that sites name."""
+    from panfm.config import load_site, site_path
+
+    named = [(site, load_site(site).labels) for site in sites]
+    return [site_path(site, labels) for site, labels in named if labels is not None]
+
+
+def _embedded(model: Path, sites: Sequence[Path]) -> list["Features"]:
+    """Features of the subjects of some sites."""
+    check_model(model)
+    from panfm.evaluate.embed import embed_site, load_model
+
+    network, run = load_model(model)
+    return [embed_site(model, network, store) for store in open_stores(sites, run.streams)]
+
+
 @app.command()
 def export(
-    run_folder: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run, or of its model.")],
     to: Annotated[str, typer.Option(help="safetensors, dense-vit, timm, huggingface, monai-bundle or onnx.")],
     out: Annotated[Path, typer.Option(help="New folder; for onnx, new file.")],
     streams: Annotated[
@@ -124,8 +185,8 @@ def export(
     huggingface: the whole model with a model card, read by `panfm.load`; of one stream as transformers' DINOv2. Each
     says streams, spacing, intensity rules, sites, rounds, epsilon, licence and intended use.
     """
-    if (run_folder / "model").is_dir():
-        check_model(run_folder / "model")
+    if (model_folder(run_folder) / "run.toml").exists():
+        check_model(model_folder(run_folder))
     from panfm.export.formats import export_run
 
     names = [name.strip() for name in streams.split(",") if name.strip()]

@@ -21,6 +21,8 @@ _MAX_KEY = 64
 _MAX_FOUND = 80
 _RENAMED = {"privacy": "patient-dp", "server-privacy": "site-dp"}
 """Keys of earlier versions."""
+_WANTED = {"streams": "a table for each stream, as `panfm plan SITE ... --out run.toml` writes them"}
+"""Missing key -> its value, where that is not plain."""
 _EXPECTED = {
     "bool_type": "true or false",
     "dict_type": "a table",
@@ -67,7 +69,7 @@ def _complaint(kind: type[BaseModel], fault: Any, table: Any) -> str:
     key = toml_key(*keys)
     match fault["type"]:
         case "missing":
-            return f"{key}: missing, expected a value"
+            return f"{key}: missing, expected {_WANTED.get(key, 'a value')}"
         case "extra_forbidden" if keys[0] == "streams" and isinstance(fault["input"], dict):
             quoted = toml_key("streams", ".".join(keys[1:]))
             return f"{'.'.join(keys)}: a table in a stream, expected [{quoted}], in quotes"

@@ -27,8 +27,18 @@ def load_run(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
         ConfigError: the file is absent or not TOML, a key is unknown, a value is out of range, a model to start from
             cannot be read, or the run starts from public weights and does not say which part it trains.
     """
-    run = _with_start_hash(_validate(RunConfig, _override(_read(path), overrides), str(path)))
-    check_text(dump_toml(run), f"{path}: with all defaults")
+    return run_of_table(read_description(path, overrides), str(path))
+
+
+def read_description(path: Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """Read a run description as TOML has it, with overrides. Raises ConfigError: it is absent or not TOML."""
+    return _override(_read(path), overrides)
+
+
+def run_of_table(table: Mapping[str, Any], where: str) -> RunConfig:
+    """Check a run description that `read_description` read. Raises ConfigError as `load_run` does."""
+    run = _with_start_hash(_validate(RunConfig, table, where))
+    check_text(dump_toml(run), f"{where}: with all defaults")
     return run
 
 

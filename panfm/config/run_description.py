@@ -69,7 +69,8 @@ class RunConfig(Config):
         for stream in self.streams:
             organ, _ = parse_stream(stream)
             if organ not in self.organs:
-                raise ValueError(f"{toml_key('streams', stream)}: organ {organ!r} is not in organs {list(self.organs)}")
+                where, known = toml_key("streams", stream), list(self.organs)
+                raise ValueError(f"{where}: organ {organ!r} is not in organs {known}, add it or leave organs out")
         return self
 
     @model_validator(mode="after")

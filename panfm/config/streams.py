@@ -1,6 +1,7 @@
 """`[streams.<name>]`: how the images of a stream are brought to one size and cut into tokens."""
 
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -16,6 +17,9 @@ Millimetres = Annotated[float, Field(ge=1e-3, le=1e3)]
 class StreamConfig(Uncoupled):
     """Size to which the images of one stream are brought, and of the patches into which they are cut."""
 
+    habits: ClassVar[Mapping[str, str]] = {
+        "size": '"auto" is for `panfm simulate`, which asks the images; `panfm plan` writes shape and patch for all'
+    }
     shape: Annotated[tuple[Voxels, ...], Field(strict=False, min_length=2, max_length=3)]
     """Voxels after resampling and crop/pad: [R, A, S] for a volume, [height, width] for an image."""
     patch: Annotated[tuple[Voxels, ...], Field(strict=False, min_length=2, max_length=3)]
@@ -43,9 +47,9 @@ class StreamConfig(Uncoupled):
     def _axes_agree(self) -> Self:
         if len(self.patch) != len(self.shape):
             raise ValueError(f"patch has {len(self.patch)} axes, shape has {len(self.shape)}")
-        for size, step in zip(self.shape, self.patch, strict=True):
-            if size % step:
-                raise ValueError(f"patch {list(self.patch)} does not divide shape {list(self.shape)}")
+        if any(size % step for size, step in zip(self.shape, self.patch, strict=True)):
+            nearest = [_nearest_divisor(size, step) for size, step in zip(self.shape, self.patch, strict=True)]
+            raise ValueError(f"patch {list(self.patch)} does not divide shape {list(self.shape)}, {nearest} does")
         if self.is_volume and len(self.spacing_mm) != 3:
             raise ValueError("spacing-mm: a volume needs three numbers, in mm")
         if self.is_volume and self.channels != 1:
@@ -69,3 +73,7 @@ class StreamConfig(Uncoupled):
     def grid(self) -> tuple[int, ...]:
         """Number of tokens along each axis."""
         return tuple(size // step for size, step in zip(self.shape, self.patch, strict=True))
+
+
+def _nearest_divisor(size: int, wanted: int) -> int:
+    return min((number for number in range(1, size + 1) if size % number == 0), key=lambda number: abs(number - wanted))

@@ -1,5 +1,6 @@
 """Labels of a site's subjects, for probes: a table of `subject` and one column per label. It never leaves the site."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,18 @@ from panfm.errors import DataError
 
 
 @dataclass(frozen=True)
+class LabelTable:
+    """A label table as it is written: one row per subject, in the order of the file."""
+
+    path: Path
+    subjects: tuple[str, ...]
+    lines: tuple[int, ...]
+    """Line of each subject, counted from 1."""
+    cells: Mapping[str, tuple[str, ...]]
+    """Column -> text of every subject; empty where unknown."""
+
+
+@dataclass(frozen=True)
 class Labels:
     """One row per subject, in the order of the file."""
 
@@ -23,18 +36,38 @@ class Labels:
 
 
 def read_labels(folder: Path, site: SiteConfig) -> Labels:
-    """Read the label table that `site.toml` names; an empty cell is unknown.
+    """Read the label table that `site.toml` names, all of numbers; an empty cell is unknown.
 
     Raises:
         DataError: there is none, or a line of it does not hold.
     """
+    return read_label_table(_table_path(folder, site))
+
+
+def read_site_cells(folder: Path, site: SiteConfig) -> LabelTable:
+    """Read the label table that `site.toml` names as it is written. Raises DataError: there is none, or no table."""
+    return read_cells(_table_path(folder, site))
+
+
+def _table_path(folder: Path, site: SiteConfig) -> Path:
     if site.labels is None:
         raise DataError(f'{folder / "site.toml"}: names no label table, expected labels = "labels.csv"')
-    return read_label_table(site_path(folder, site.labels))
+    return site_path(folder, site.labels)
 
 
 def read_label_table(path: Path) -> Labels:
-    """Read one label table; an empty cell is unknown. Raises DataError: a line of it does not hold."""
+    """Read one label table of numbers; an empty cell is unknown. Raises DataError: a line of it does not hold."""
+    table = read_cells(path)
+    values = [
+        [_value(text, f"{path}:{line}: {name}") for line, text in zip(table.lines, column, strict=True)]
+        for name, column in table.cells.items()
+    ]
+    shape = (len(table.cells), len(table.subjects))
+    return Labels(table.subjects, tuple(table.cells), np.array(values, dtype=np.float64).reshape(shape).T)
+
+
+def read_cells(path: Path) -> LabelTable:
+    """Read one label table as it is written. Raises DataError: no table, or a row without a subject of its own."""
     try:
         columns, lines = read_table(path, ("subject",))
     except DataError as error:
@@ -46,12 +79,9 @@ def read_label_table(path: Path) -> Labels:
             raise DataError(f"{path}:{line}: found no subject, expected one")
         if subjects.setdefault(subject_key(cells["subject"]), line) != line:
             raise DataError(f"{path}:{line}: found subject {cells['subject']!r} again, expected one row per subject")
-    values = [[_value(cells[name], f"{path}:{line}: {name}") for name in names] for line, cells in lines]
-    return Labels(
-        tuple(cells["subject"] for _, cells in lines),
-        names,
-        np.array(values, dtype=np.float64).reshape(len(lines), len(names)),
-    )
+    columns_of_cells = {name: tuple(cells[name] for _, cells in lines) for name in names}
+    spelled = tuple(cells["subject"] for _, cells in lines)
+    return LabelTable(path, spelled, tuple(line for line, _ in lines), columns_of_cells)
 
 
 def _value(text: str, where: str) -> float:

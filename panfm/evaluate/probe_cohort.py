@@ -11,7 +11,7 @@ the held-out folder has some to train on.
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 
 import numpy as np
@@ -153,7 +153,20 @@ def evaluate_cohort(
         },
         subjects={"fit": sum(len(at) for at in task.fit_indices), "test": len(task.test_indices)},
         notes=tuple(f"{name}: {note}" for name, reading in readings.items() for note in reading.notes),
+        labels=tuple(score for reading in readings.values() for score in reading.labels),
+        known=_known(task),
+        unmatched={
+            place.name: {name: len(subjects) for name, subjects in asdict(place.unmatched).items()}
+            for place in (*task.places, task.holdout)
+        },
     )
+
+
+def _known(task: Task) -> dict[str, dict[str, int]]:
+    """Label -> fit and test subjects for whom it is known."""
+    names = list(task.info)
+    fit, test = (np.isfinite(values).sum(axis=0).tolist() for values in task.targets(names))
+    return {name: {"fit": fit[column], "test": test[column]} for column, name in enumerate(names)}
 
 
 @dataclass
@@ -162,6 +175,7 @@ class _Reading:
 
     effective_rank: float
     scores: list[Score] = field(default_factory=list)
+    labels: list[Score] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     grid: dict[str, float] = field(default_factory=dict)
     streams: dict[str, float] = field(default_factory=dict)
@@ -183,6 +197,7 @@ def _read(task: Task, name: str, arm: Arm, *, with_grid: bool) -> _Reading:
         values = auc_per_label(probe.score(test), truth_test, task.counts)
         for group, members in label_groups(task.info).items():
             reading.scores.append(_score(name, group, "auc", values[:, [yes_no.index(label) for label in members]]))
+        reading.labels += [_score(name, label, "auc", values[:, [column]]) for column, label in enumerate(yes_no)]
         reading.notes += [*probe.notes, *one_class_notes(truth_test, yes_no)]
         reading.few_labels = _few_labels(task, everyone, usable, test, yes_no)
         if with_grid and task.is_one_stream_each:
@@ -193,7 +208,9 @@ def _read(task: Task, name: str, arm: Arm, *, with_grid: bool) -> _Reading:
         truth_fit, truth_test = task.targets(numbers)
         probe = fit_regressors(fit, truth_fit[usable], numbers)
         values = r2_per_label(probe.score(test), truth_test, task.counts)
-        reading.scores += [_score(name, label, "r2", values[:, [column]]) for column, label in enumerate(numbers)]
+        own = [_score(name, label, "r2", values[:, [column]]) for column, label in enumerate(numbers)]
+        reading.scores += own
+        reading.labels += own
         reading.notes += probe.notes
     return reading
 

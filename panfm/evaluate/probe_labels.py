@@ -4,7 +4,7 @@
 labels are what tables show: `all`, `weak`, one per kind.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 
 from panfm.config import StreamConfig, load_site
 from panfm.data.cache import open_store
-from panfm.data.labels import read_labels
+from panfm.data.joins import Join
+from panfm.data.label_kinds import LabelKind, encode
+from panfm.data.labels import read_labels, read_site_cells
 from panfm.data.store import ImageStore
 from panfm.data.subjects import subject_key
 from panfm.errors import ConfigError, DataError, reason
@@ -42,24 +44,52 @@ class LabelInfo:
 
 
 @dataclass(frozen=True)
+class Unmatched:
+    """Subjects of one place that stand on one side only."""
+
+    without_row: tuple[str, ...] = ()
+    """Subjects with images, but without a row in the label table."""
+    without_images: tuple[str, ...] = ()
+    """Subjects of the label table without an image of the run."""
+
+    @classmethod
+    def of(cls, with_images: Collection[str], with_row: Collection[str]) -> "Unmatched":
+        """Compare the subjects of a manifest with those of a label table."""
+        join = Join.of(with_images, with_row)
+        return cls(join.left, join.right)
+
+
+@dataclass(frozen=True)
 class LabelledStore:
     """One place's images and labels."""
 
     store: ImageStore
     labels: Mapping[str, NDArray[np.float64]]
     """Label -> float64 [subjects of the store], NaN where unknown."""
+    name: str = ""
+    """The site's."""
+    unmatched: Unmatched = Unmatched()
 
     @classmethod
-    def open(cls, folder: Path, streams: Mapping[str, StreamConfig]) -> "LabelledStore":
-        """A site folder's images and, where it has them, labels. Raises as `open_store` and `read_labels`."""
+    def open(
+        cls, folder: Path, streams: Mapping[str, StreamConfig], kinds: Mapping[str, LabelKind] | None = None
+    ) -> "LabelledStore":
+        """A site folder's images and, where it has them, labels.
+
+        Args:
+            kinds: How its label table is read; as numbers when None.
+        Raises:
+            PanfmError: as `open_store` and `read_labels`, or a label is none of its column's values.
+        """
         store, site = open_store(folder, streams), load_site(folder)
         if site.labels is None:
-            return cls(store, {})
-        table = read_labels(folder, site)
+            return cls(store, {}, site.name)
+        table = read_labels(folder, site) if kinds is None else encode(read_site_cells(folder, site), kinds)
         row = {subject_key(subject): index for index, subject in enumerate(table.subjects)}
         padded = np.vstack([table.values, np.full((1, len(table.names)), np.nan)])
         values = padded[[row.get(subject_key(subject), -1) for subject in store.subjects]]
-        return cls(store, dict(zip(table.names, values.T, strict=True)))
+        labels = dict(zip(table.names, values.T, strict=True))
+        return cls(store, labels, site.name, Unmatched.of(store.subjects, table.subjects))
 
     def values(self, names: Sequence[str], indices: NDArray[np.int64]) -> NDArray[np.float64]:
         """Values [len(indices), len(names)]; a label this place does not record is unknown for all."""

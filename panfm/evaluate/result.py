@@ -6,7 +6,10 @@
  "balance": {arm: {"effective_rank"}},
  "subjects": {"fit", "test"}, "notes": [line],
  "streams": {arm: {stream: AUC of a probe on this stream alone}},
- "few_labels": {arm: {"auc_<n>": mean AUC of probes fitted on n patients}}}
+ "few_labels": {arm: {"auc_<n>": mean AUC of probes fitted on n patients}},
+ "labels":  [a score for each label: {"arm", "group": the label, "metric", "value", "low", "high", "num_labels": 1}],
+ "known":   {label: {"fit", "test"}},                      subjects for whom a label is known
+ "unmatched": {place: {"without_row", "without_images"}}}  subjects on one side of a label table only
 ```
 `group` is a group of labels (`all`, `weak`, `category`, `disease`) or, for a number, the label itself. Intervals are
 95 % bootstrap over test subjects. What cannot be told is null.
@@ -64,6 +67,10 @@ class ProbeResult:
     notes: tuple[str, ...] = ()
     streams: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     few_labels: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    labels: tuple[Score, ...] = ()
+    """Every label by itself; `group` is the label."""
+    known: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    unmatched: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     def find(self, arm: str, group: str, metric: str) -> Score | None:
         """One cell of the table; None when it was not measured."""

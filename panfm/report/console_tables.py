@@ -11,6 +11,10 @@ from panfm.evaluate.result import ProbeResult, Score
 from panfm.privacy.guarantees import privacy_label
 from panfm.report.run_files import Run
 
+_MOST_LABELS = 20
+"""Labels up to which the console shows each; the HTML report always does."""
+_LABEL_ARMS = ("federated", "untrained", "statistics")
+
 
 def print_tables(run: Run, console: Console) -> None:
     """Print all tables for which there are data, each with the run's privacy label below it."""
@@ -20,7 +24,7 @@ def print_tables(run: Run, console: Console) -> None:
         console.print(table)
     for sentence in summary(run.probe) if run.probe else ():
         console.print(sentence)
-    for note in run.probe.notes if run.probe else ():
+    for note in [*unmatched_lines(run.probe), *run.probe.notes] if run.probe else ():
         console.print(f"note: {note}", style="dim")
 
 
@@ -29,6 +33,8 @@ def probe_tables(probe: ProbeResult) -> Iterator[Table]:
     for metric in ("auc", "r2"):
         if any(score.metric == metric for score in probe.scores):
             yield score_table(probe, metric)
+    if probe.labels and len(probe.known) <= _MOST_LABELS:
+        yield label_table(probe)
     if probe.few_labels:
         yield few_labels_table(probe.few_labels)
     if probe.missing:
@@ -62,6 +68,36 @@ def score_table(probe: ProbeResult, metric: str) -> Table:
             arm, score_text(first), *(number_text(math.nan if score is None else score.value) for score in rest)
         )
     return table
+
+
+def label_table(probe: ProbeResult) -> Table:
+    """One row per label: its subjects, and the scores of the federated and untrained models and of plain statistics."""
+    arms = [arm for arm in _LABEL_ARMS if any(score.arm == arm for score in probe.labels)]
+    table = Table(Column("label", no_wrap=True), "", _right("fit"), _right("test"), *map(_right, arms))
+    table.title = "Every label, and the subjects for whom it is known"
+    for label, metric, cells in label_rows(probe, arms):
+        known = probe.known.get(label, {})
+        table.add_row(label, metric, str(known.get("fit", "-")), str(known.get("test", "-")), *cells)
+    return table
+
+
+def label_rows(probe: ProbeResult, arms: Sequence[str]) -> Iterator[tuple[str, str, list[str]]]:
+    """Label, metric, and the scores of some arms, the first with its interval."""
+    by_cell = {(score.group, score.arm): score for score in probe.labels}
+    for label, metric in dict.fromkeys((score.group, score.metric) for score in probe.labels):
+        first, *rest = (by_cell.get((label, arm)) for arm in arms)
+        values = [number_text(math.nan if score is None else score.value) for score in rest]
+        yield label, {"auc": "AUC", "r2": "R2"}[metric], [score_text(first), *values]
+
+
+def unmatched_lines(probe: ProbeResult) -> list[str]:
+    """One line for each place whose label table and images do not tell of the same subjects."""
+    return [
+        f"{place}: {counts.get('without_row', 0)} subjects with images have no row in the label table, "
+        f"{counts.get('without_images', 0)} rows no image of the run"
+        for place, counts in probe.unmatched.items()
+        if any(counts.values())
+    ]
 
 
 def missing_table(missing: Mapping[str, Mapping[str, float]]) -> Table:

@@ -13,7 +13,16 @@ from panfm.config import config_hash, dump_toml
 from panfm.errors import needs_extra
 from panfm.files import write_atomic
 from panfm.privacy.guarantees import privacy_label
-from panfm.report.console_tables import arms_of, missing_counts, number_text, organs_of, score_text, summary
+from panfm.report.console_tables import (
+    arms_of,
+    label_rows,
+    missing_counts,
+    number_text,
+    organs_of,
+    score_text,
+    summary,
+    unmatched_lines,
+)
 from panfm.report.html_parts import STYLE, Rows, section, table
 from panfm.report.run_files import Run
 
@@ -33,6 +42,7 @@ def render(run: Run) -> str:
         section("Sites", table(("site", "organs", "subjects", "rounds", "loss"), _site_rows(run))),
         section("Coverage", _coverage(run)),
         section("What frozen features are worth", _scores(run)),
+        section("Every label", _labels(run)),
         section("AUC of each stream alone", _streams(run)),
         *(section(title, figure.to_html(full_html=False, include_plotlyjs=False)) for title, figure in drawn.items()),
         section("Provenance", _provenance(run)),
@@ -90,8 +100,21 @@ def _scores(run: Run) -> str:
         tables.append(table(("AUC", *(f"{metric.removeprefix('auc_')} labelled" for metric in metrics)), rows))
     tables += [f"<p>{html.escape(sentence)}</p>" for sentence in summary(run.probe)]
     counts = f"{run.probe.subjects.get('fit', 0)} subjects fitted, {run.probe.subjects.get('test', 0)} held out"
-    lines = [f"{counts}; in brackets 95 % bootstrap intervals over held-out subjects.", *run.probe.notes]
+    lines = [f"{counts}; in brackets 95 % bootstrap intervals over held-out subjects."]
+    lines += [*unmatched_lines(run.probe), *run.probe.notes]
     return "".join(tables) + "".join(f'<p class="quiet">{html.escape(line)}</p>' for line in lines)
+
+
+def _labels(run: Run) -> str:
+    """One row per label: subjects for whom it is known, and one column per arm."""
+    if run.probe is None or not run.probe.labels:
+        return ""
+    arms, known = list(dict.fromkeys(score.arm for score in run.probe.labels)), run.probe.known
+    rows = (
+        (label, metric, *(str(known.get(label, {}).get(side, "-")) for side in ("fit", "test")), *cells)
+        for label, metric, cells in label_rows(run.probe, arms)
+    )
+    return table(("label", "metric", "fitted", "held out", *arms), rows)
 
 
 def _streams(run: Run) -> str:

@@ -76,7 +76,7 @@ class StateStore:
         assert self._origin is not None
         remedy = f"move {self.folder} away to start run {self.folder.name} afresh"
         for path in map(self._files.path, self._files.rounds()):
-            origin = _read_origin(path)
+            origin = read_origin(path)
             if origin is None:
                 read_checked(path)
                 raise DataError(f"{path}: does not say which experiment it comes from; {remedy}")
@@ -204,7 +204,7 @@ def fingerprint(store: ImageStore) -> str:
     return digest.hexdigest()[:16]
 
 
-def _read_origin(path: Path) -> dict[str, str] | None:
+def read_origin(path: Path) -> dict[str, str] | None:
     """The origin that a state names; None if it names none."""
     size = int.from_bytes(read_checked_start(path, _SIZE_BYTES), "little")
     header = read_checked_start(path, _SIZE_BYTES + min(size, path.stat().st_size))[_SIZE_BYTES:]

@@ -16,10 +16,11 @@ from typing import Annotated, Any, Literal, Self
 import tomli_w
 from pydantic import Field, model_validator
 
-from panfm.config import StreamConfig
+from panfm.config import StreamConfig, load_site
 from panfm.config.base import Config, Name
 from panfm.data.readers import file_fingerprint
 from panfm.errors import ConfigError
+from panfm.files import new_folder
 
 Streams = Mapping[str, StreamConfig]
 Progress = Callable[[int, int], None]
@@ -66,23 +67,67 @@ class CohortSource(Config):
 
 
 class FolderCohort(CohortSource):
-    """Sites that exist already: `sites/<name>/` and optionally `holdout/` under one folder."""
+    """Sites that exist already: `sites/<name>/` and optionally `holdout/` under one folder, or a list of site folders.
+
+    A list becomes a cohort folder of links, so that sites may lie anywhere; nothing is copied.
+    """
 
     kind: Literal["folder"]
-    path: str
+    path: str | None = None
+    """Folder that holds `sites/` and `holdout/`."""
+    sites: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] | None = None
+    """Site folders, wherever they are; instead of `path`."""
+    holdout: str | None = None
+    """Folder of the held-out subjects, beside `sites`; the model is not probed without."""
+
+    @model_validator(mode="after")
+    def _one_way_to_name_sites(self) -> Self:
+        if (self.path is None) == (self.sites is None) or (self.holdout and self.sites is None):
+            raise ValueError('expected either path = "FOLDER" or sites = ["SITE", ...], the latter maybe with holdout')
+        return self
 
     def write(self, folder: Path, streams: Streams, progress: Progress = lambda *_: None) -> None:
-        """Raise ConfigError: such a cohort is not written."""
-        raise ConfigError(f"cohort.path: {self.path} exists already, expected a cohort to write")
+        """Write the links to a list of sites. Raises ConfigError: `path` names a cohort that exists already."""
+        if self.sites is None:
+            raise ConfigError(f"cohort.path: {self.path} exists already, expected a cohort to write")
+        with new_folder(folder) as made:
+            (made / "sites").mkdir()
+            for name, site in self._by_name().items():
+                (made / "sites" / name).symlink_to(site)
+            if self.holdout:
+                (made / "holdout").symlink_to(Path(self.holdout).resolve())
+            self.write_description(made)
+
+    def check(self, streams: Streams) -> None:
+        """Raise ConfigError if a folder of the list is no site, or two have one name."""
+        self._by_name()
+        if self.holdout:
+            require_site(Path(self.holdout))
 
     def fingerprint(self) -> list[object]:
-        """Return no values: the folder is used as it is."""
-        return []
+        """Return where the sites of a list lie; the folders are used as they are."""
+        return [(name, str(site)) for name, site in self._by_name().items()]
 
     @property
-    def existing(self) -> Path:
-        """The folder."""
-        return Path(self.path)
+    def existing(self) -> Path | None:
+        """The folder under which all sites lie; None of a list of sites."""
+        return None if self.path is None else Path(self.path)
+
+    def _by_name(self) -> dict[str, Path]:
+        """Name of each site of the list -> its folder."""
+        folders = [Path(site).resolve() for site in self.sites or ()]
+        for folder in folders:
+            require_site(folder)
+        by_name = {load_site(folder).name: folder for folder in folders}
+        if len(by_name) < len(folders):
+            raise ConfigError("sites: two of the folders have the same name in site.toml, expected a name for each")
+        return by_name
+
+
+def require_site(folder: Path) -> None:
+    """Raise ConfigError if a folder has no `site.toml`."""
+    if not (folder / "site.toml").is_file():
+        raise ConfigError(f"{folder}: holds no site.toml, expected a site folder; `panfm site init {folder}` makes one")
 
 
 class StreamSiteConfig(Config):

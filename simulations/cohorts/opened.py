@@ -9,8 +9,9 @@ import numpy as np
 
 from panfm.config import RunConfig, site_folders
 from panfm.data.store import ImageStore
+from panfm.evaluate.cohort_labels import read_cohort_labels
 from panfm.evaluate.probe_cohort import Task, evaluate_cohort
-from panfm.evaluate.probe_labels import LabelInfo, LabelledStore, read_label_info
+from panfm.evaluate.probe_labels import LabelInfo, LabelledStore
 from panfm.models import PanModel
 from simulations.input_moments import InputMoments
 
@@ -27,8 +28,11 @@ class OpenedCohort:
     @classmethod
     def open(cls, folder: Path, run: RunConfig) -> Self:
         """Open a cohort's folder, and build the caches of its images where there are none."""
-        sites = {site.name: LabelledStore.open(site, run.streams) for site in site_folders(folder / "sites")}
-        return cls(sites, LabelledStore.open(folder / "holdout", run.streams), read_label_info(folder))
+        labels = read_cohort_labels(folder)
+        sites = {
+            site.name: LabelledStore.open(site, run.streams, labels.kinds) for site in site_folders(folder / "sites")
+        }
+        return cls(sites, LabelledStore.open(folder / "holdout", run.streams, labels.kinds), labels.info)
 
     @property
     def stores(self) -> dict[str, ImageStore]:

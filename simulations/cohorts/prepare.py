@@ -6,15 +6,17 @@
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from panfm.config import RunConfig, dump_toml, parse_table, site_folders
+from panfm.config.load import read_description, run_of_table
 from panfm.errors import ConfigError, DataError
-from panfm.privacy.guarantees import load_checked_run
+from panfm.privacy.guarantees import checked_run
 from panfm.texts import check_text
 from simulations.cohorts import COHORTS
+from simulations.cohorts.auto_streams import with_streams
 from simulations.cohorts.cohort_source import CohortSource, Streams
 
 if TYPE_CHECKING:
@@ -26,22 +28,28 @@ FOLDER = Path("cohorts")
 """Where cohorts are kept, so that a second run finds them."""
 
 
-def load_simulation(path: Path, overrides: Sequence[str] = (), *, weights: str | None = None) -> RunConfig:
-    """Read a run description as `load_checked_run` does; its cohort, if it has one, is checked and its defaults are
-    filled in.
+def load_simulation(path: Path, overrides: Iterable[str] = (), *, weights: str | None = None) -> RunConfig:
+    """Read a run description as `load_checked_run` does; streams of `size = "auto"` get their shapes from the sites'
+    images; its cohort, if it has one, is checked and its defaults are filled in.
 
     Args:
         weights: Public weights that a run starts from if its cohort says with which changes, `cohort.with-weights`.
     Raises:
         ConfigError: as `load_checked_run`, or the cohort does not hold or does not go with the run's streams.
     """
-    run = load_checked_run(path, overrides)
+    given = list(overrides)
+    run = _checked(path, given)
     if weights and run.start is None and (changes := (run.cohort or {}).get("with-weights")):
-        run = load_checked_run(path, [*changes, f"start.model={weights}", *overrides])
+        run = _checked(path, [*changes, f"start.model={weights}", *given])
     if run.cohort is not None:
         run = with_cohort(run, cohort_of(run, str(path)))
         check_text(dump_toml(run), f"{path}: with all defaults")
     return run
+
+
+def _checked(path: Path, overrides: Sequence[str]) -> RunConfig:
+    table = read_description(path, overrides)
+    return checked_run(run_of_table(with_streams(table, str(path)), str(path)), str(path))
 
 
 def public_weights() -> str | None:

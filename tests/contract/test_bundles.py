@@ -36,3 +36,14 @@ def test_the_wheel_has_the_library_only(tmp_path):
     [wheel] = tmp_path.glob("*.whl")
     assert {name.split("/")[0] for name in members(wheel)} == {"panfm", "panfm-0.1.0.dist-info"}
     assert {"panfm/py.typed", "panfm/__init__.pyi"} <= members(wheel)
+
+
+@pytest.mark.slow
+def test_the_wheel_of_simulations_has_the_rest(tmp_path):
+    folder = ROOT / "distributions" / "simulation"
+    words = ["-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path), str(folder)]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    [wheel] = tmp_path.glob("*.whl")
+    kinds = {name.split("/")[0] for name in members(wheel)}
+    assert kinds == {"simulations", "server", "client", "strategies", "panfm_simulation-0.1.0.dist-info"}

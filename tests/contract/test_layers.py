@@ -22,7 +22,7 @@ LEVELS = (
     ("errors", "seeds", "anatomy", "registry", "installed_plug_ins", "config", "files", "hash_chain", "texts"),
     ("data", "models", "sharing"),
     ("training", "privacy", "evaluate"),
-    ("site", "report", "export"),
+    ("site", "report", "export", "planning"),
     ("cli", "notebook"),
     ("__main__", "superlink_database"),
 )
@@ -133,3 +133,6 @@ def test_every_package_that_is_imported_has_an_init():
 def test_one_version():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert panfm.__version__ == project["version"]
+    simulation = tomllib.loads((ROOT / "distributions" / "simulation" / "pyproject.toml").read_text(encoding="utf-8"))
+    assert simulation["project"]["version"] == project["version"]
+    assert simulation["project"]["dependencies"] == [f"panfm[simulation]=={project['version']}"]

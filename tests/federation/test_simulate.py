@@ -12,12 +12,14 @@ from typer.testing import CliRunner
 from panfm.config import dump_toml
 from panfm.errors import ConfigError, RunError
 from panfm.files import read_json_lines
+from server.run_folder import RunFolder
 from simulations.__main__ import app
 from simulations.cohorts import phantom, real_images
 from simulations.cohorts.phantom import PhantomCohort
 from simulations.cohorts.prepare import cohort_folder, load_simulation, prepare_cohort, with_cohort
 from simulations.cohorts.real_images import RealImagesCohort
 from simulations.engines.offline import go_offline
+from simulations.extension import extend
 from simulations.simulate import simulate
 
 
@@ -84,6 +86,69 @@ def test_overrides_do_not_go_with_resume(experiment, tmp_path):
     simulate(experiment, ["train.rounds=1"], out=tmp_path / "run")
     with pytest.raises(ConfigError, match="--set does not go with --resume"):
         simulate(experiment, ["train.rounds=2"], resume=tmp_path / "run")
+
+
+def test_an_edited_description_is_refused(experiment, tmp_path):
+    """That of the run folder, and the one that the run was started with; `--set` of its start stays."""
+    simulate(experiment, ["train.rounds=1"], out=tmp_path / "run")
+    experiment.write_text(experiment.read_text().replace("seed = 3", "seed = 4"))
+    with pytest.raises(
+        ConfigError, match=r"experiment\.toml: differs from the run that began: seed: found 4, expected 3;"
+    ):
+        simulate(experiment, resume=tmp_path / "run")
+    path = tmp_path / "run" / "run.toml"
+    path.write_text(path.read_text().replace("rounds = 1", "rounds = 7"))
+    done = call("run", "--resume", tmp_path / "run")
+    assert done.exit_code == 1
+    assert str(done.exception) == (
+        f"{path}: differs from the run that began: train.rounds: found 7, expected 1; "
+        "start a new run, or go on with more rounds by --extend rounds=N"
+    )
+
+
+def test_a_finished_run_is_extended(experiment, tmp_path):
+    """It goes on from its model and its sites' private states, and can be resumed as it is described from then on."""
+    folder = simulate(experiment, ["train.rounds=1"], out=tmp_path / "run")
+    first = read_json_lines(folder / "rounds.jsonl")
+    done = call("run", "--resume", folder, "--extend", "rounds=3")
+    assert done.exit_code == 0, done.exception
+    rounds = read_json_lines(folder / "rounds.jsonl")
+    assert [line["round"] for line in rounds] == [1, 2, 3]
+    assert rounds[:1] == first
+    assert json.loads((folder / "model" / "metadata.json").read_text())["rounds"] == 3
+    model = (folder / "model" / "model.safetensors").read_bytes()
+    simulate(experiment, resume=folder)
+    assert (folder / "model" / "model.safetensors").read_bytes() == model
+
+
+def test_what_cannot_be_extended_is_one_line(experiment, tmp_path):
+    folder = simulate(experiment, ["train.rounds=1", "train.local-steps=1"], out=tmp_path / "run")
+    for words, why in {
+        (): "expected a run description",
+        ("--extend", "rounds=3"): "--extend: goes with --resume RUN",
+        ("--resume", folder, "--extend", "seed=4"): "--extend 'seed=4': expected rounds=N",
+        ("--resume", folder, "--extend", "rounds=1"): "--extend rounds=1: the run has 1 rounds already, expected more",
+        ("--resume", folder, "--extend", "rounds=2000000"): "--extend rounds=2000000: expected at most 1000000",
+    }.items():
+        done = call("run", *words)
+        assert done.exit_code == 1
+        assert isinstance(done.exception, ConfigError)
+        assert why in str(done.exception)
+
+
+def test_an_unfinished_run_is_not_extended(experiment, tmp_path):
+    folder = RunFolder.create(tmp_path / "run", load_simulation(experiment))
+    with pytest.raises(ConfigError, match="0 of 2 rounds are done; finish them first, without --extend"):
+        extend(folder, 5)
+
+
+def test_the_owner_of_the_data_is_told_a_sites_error(experiment, federation, tmp_path):
+    (federation.sites / "beta" / "beta-0-heart.nii.gz").write_bytes(b"no image")
+    with pytest.raises(RunError) as caught:
+        simulate(experiment, out=tmp_path / "run")
+    told, own = str(caught.value).splitlines()
+    assert told.endswith("site beta: DataError: this site's data or private state is faulty; its log tells more")
+    assert own.startswith(f"site beta: DataError: {federation.sites}/beta/beta-0-heart.nii.gz: found ")
 
 
 def test_a_run_without_a_cohort_cannot_be_simulated(federation):

@@ -1,3 +1,4 @@
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -6,9 +7,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from panfm import __version__
 from panfm.cli import main
 from panfm.config import load_run, load_site
 from panfm.models.warm_start import read_start
+from server.coordinator import app as server
+from simulations.__main__ import app as simulations
 from tests.cases import quick
 from tests.unit.models.test_public_weights import random_dinov2
 
@@ -167,3 +171,24 @@ def test_weights_fetch_without_a_network_is_one_line(tmp_path, monkeypatch):
         "model.safetensors into a folder\n",
     )
     assert panfm("weights", "fetch", "a/b", "--out", tmp_path).output == f"{tmp_path}: exists, expected a new folder\n"
+
+
+def test_simulate_without_its_package_is_one_line(monkeypatch):
+    """As in a hospital, whose wheel has no simulations."""
+
+    def absent(name):
+        if name.startswith("simulations"):
+            raise ModuleNotFoundError("No module named 'simulations'", name="simulations")
+        return importlib.import_module(name)
+
+    monkeypatch.setattr("panfm.cli.import_module", absent)
+    result = panfm("simulate", "run.toml", "--out", "x")
+    expected = "simulate: not installed, expected: pip install 'panfm[simulation]' panfm-simulation\n"
+    assert (result.exit_code, result.stderr) == (1, expected)
+    assert "simulate" in panfm("--help").output
+
+
+@pytest.mark.parametrize("app", [main, server, simulations])
+def test_every_tool_tells_its_version(app):
+    result = CliRunner().invoke(app, ["--version"])
+    assert (result.exit_code, result.output) == (0, f"panfm {__version__}\n")

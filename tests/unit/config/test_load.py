@@ -115,10 +115,11 @@ BAD_VALUES = {
         "masking.policy: found 'rando', expected one of random, organ, sgm, inverse, static, did you mean 'random'?"
     ),
     "masking.policy=3": "masking.policy: found 3, expected text",
-    "streams.brain-mr.patch=[3, 4, 4]": "streams.brain-mr: patch [3, 4, 4] does not divide shape [8, 8, 8]",
+    "streams.brain-mr.patch=[3, 4, 4]": "streams.brain-mr: patch [3, 4, 4] does not divide shape [8, 8, 8], "
+    "[2, 4, 4] does",
     "streams.brain-mr.patch=[4, 4]": "streams.brain-mr: patch has 2 axes, shape has 3",
     "streams.heart-xray.spacing-mm=[1.0, 1.0]": "streams.heart-xray: spacing-mm: only for volumes",
-    "organs=['heart']": "streams.brain-mr: organ 'brain' is not in organs ['heart']",
+    "organs=['heart']": "streams.brain-mr: organ 'brain' is not in organs ['heart'], add it or leave organs out",
     "train.betas=[0.9, 1.0]": "train.betas.1: found 1.0, expected a number below 1.0",
     "masking.policy='static'": "masking.static-organs: no stream has organ 'adipose', expected ['brain', 'heart']",
     "masking.static-organs=['haert']": (

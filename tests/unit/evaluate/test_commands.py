@@ -100,6 +100,54 @@ def test_embed_then_probe_then_report(place):
     assert (place / "report.html").exists()
 
 
+def test_a_run_folder_stands_for_its_model(place, tmp_path):
+    by_run, by_model = tmp_path / "run.npz", tmp_path / "model.npz"
+    assert panfm("embed", place, place, "--out", by_run).exit_code == 0
+    assert panfm("embed", place / "model", place, "--out", by_model).exit_code == 0
+    assert by_run.read_bytes() == by_model.read_bytes()
+    unfinished = tmp_path / "unfinished"
+    unfinished.mkdir()
+    (unfinished / "rounds.jsonl").touch()
+    refused = panfm("embed", unfinished, place, "--out", by_run)
+    assert refused.stderr == f"{unfinished}/model/run.toml: no such file, expected a TOML description\n"
+
+
+def test_files_are_embedded_as_a_site_is(place, tmp_path):
+    out = tmp_path / "files.npz"
+    assert panfm("embed", place, place / "3.nii.gz", place / "5.nii.gz", "--out", out).exit_code == 0
+    files = read_features(out)
+    panfm("embed", place, place, "--out", tmp_path / "site.npz")
+    site = read_features(tmp_path / "site.npz")
+    assert (files.subjects, files.splits) == (("3", "5"), ("test", "test"))
+    np.testing.assert_allclose(files.features, site.features[[3, 5]], atol=1e-5)
+    for words, why in {
+        (place / "3.nii.gz", "--stream", "brain-ct"): "--stream: found 'brain-ct', expected one of brain-mr",
+        (place / "3.nii.gz", place): f"{place}: a site beside others, expected one site, or image files",
+        (tmp_path / "none.nii.gz",): f"{tmp_path}/none.nii.gz: found no such file, expected an image",
+    }.items():
+        refused = panfm("embed", place, *words, "--out", out)
+        assert (refused.exit_code, refused.stderr) == (1, f"{why}\n")
+
+
+def test_a_run_and_a_site_are_probed_in_one_step(place, tmp_path):
+    """As with a feature file and the label table; labels may be words."""
+    out = tmp_path / "features.npz"
+    panfm("embed", place, place, "--out", out)
+    two_steps = panfm("probe", out, "--labels", place / "labels.csv")
+    one_step = panfm("probe", place, place)
+    assert one_step.exit_code == 0
+    assert one_step.output == two_steps.output
+    words = (place / "labels.csv").read_text().replace(",1,", ",M,").replace(",0,", ",F,")
+    (tmp_path / "labels.csv").write_text(words)
+    told = panfm("probe", out, "--labels", tmp_path / "labels.csv").output
+    assert "bright: f is read as 0, m as 1" in told
+    assert told.partition("\n")[2] == two_steps.output
+    (tmp_path / "labels.csv").write_text("subject,bright\np1,1\n")
+    refused = panfm("probe", out, "--labels", tmp_path / "labels.csv")
+    assert refused.stderr == f"{tmp_path}/labels.csv: no label to probe, expected a column whose values vary\n"
+    assert panfm("probe", out).stderr.startswith("--labels: missing, expected a label table")
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -202,3 +202,25 @@ def test_a_damaged_file_is_named(folder, content):
 )
 def test_numbers_are_short(value, text):
     assert number_text(value) == text
+
+
+def test_every_label_has_its_own_row(finished):
+    """With the subjects for whom it is known; a label table that does not match the images is told."""
+    scores = (
+        Score("federated", "sex", "auc", 0.81, 0.7, 0.9, 1),
+        Score("untrained", "sex", "auc", 0.6, 0.5, 0.7, 1),
+        Score("federated", "<age>", "r2", 0.25, 0.1, 0.3, 1),
+    )
+    known = {"sex": {"fit": 90, "test": 30}, "<age>": {"fit": 88, "test": 29}}
+    unmatched = {"a-site": {"without_row": 2, "without_images": 1}, "b-site": {"without_row": 0, "without_images": 0}}
+    write_result(finished / "probe.json", replace(PROBE, labels=scores, known=known, unmatched=unmatched))
+    run, console = read_run(finished), Console(record=True, width=80)
+    print_tables(run, console)
+    rows = [line.replace("\u2502", " ").split() for line in console.export_text().splitlines()]
+    assert ["sex", "AUC", "90", "30", ".810", "[.700,", ".900]", ".600"] in rows
+    assert ["<age>", "R2", "88", "29", ".250", "[.100,", ".300]", "-"] in rows
+    told = "a-site: 2 subjects with images have no row in the label table, 1 rows no image of the run"
+    page = write_report(run).read_text()
+    assert "<tr><td>&lt;age&gt;</td><td>R2</td><td>88</td><td>29</td><td>.250 [.100, .300]</td><td>-</td></tr>" in page
+    assert told in page
+    assert "b-site: 0" not in page

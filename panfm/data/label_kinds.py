@@ -1,0 +1,236 @@
+"""Kinds of labels, inferred from their values over all places: yes or no, classes, or a number.
+
+A file `labels.toml` beside a label table overrules, one table for each column:
+
+    [age]
+    unknown = ["-999"]          # cells that mean "not known", besides empty ones
+    [sex]
+    yes = "f"                   # of two words, the one that is 1
+    [grade]
+    kind = "classes"            # yes-no, classes, number or ignore
+
+What cannot be told is a question: the column is left out until `labels.toml` answers it.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from panfm.config import parse_table
+from panfm.config.base import Config
+from panfm.data.labels import Labels, LabelTable
+from panfm.errors import ConfigError, DataError, one_line
+from panfm.texts import parse_toml, read_text
+
+RULES = "labels.toml"
+_UNKNOWN = frozenset(("", "na", "n/a", "nan", "null", "unknown", "?"))
+"""Cells, in lower case, that mean "not known" everywhere."""
+_CODES = frozenset((-1.0, -8.0, -9.0, -88.0, -99.0, -999.0, -9999.0, 9.0, 99.0, 999.0, 9999.0))
+"""Numbers that tables have in the place of "not known"."""
+_FAR = 3.0
+"""A code is this many times as large as any other value."""
+_TWO_SIDES: tuple[set[float], ...] = ({0.0, 1.0}, {1.0, 2.0}, {-1.0, 1.0})
+_MOST_CLASSES = 20
+_GRADES = frozenset(map(float, range(10)))
+"""Few of these may be numbers or names."""
+_FEW_NUMBERS = 5
+_YES = frozenset(("yes", "y", "true", "t", "positive", "pos", "present", "case", "1"))
+
+Kind = Literal["yes-no", "classes", "number", "ignore"]
+
+
+class LabelRule(Config):
+    """A column of `labels.toml`."""
+
+    kind: Kind | None = None
+    unknown: Annotated[tuple[str, ...], Field(strict=False)] | None = None
+    """Cells that mean "not known"; an empty list says that no number of the column is a code."""
+    yes: str | None = None
+    """Of two values, the one that is 1."""
+
+
+@dataclass(frozen=True)
+class LabelKind:
+    """How the cells of a column are read."""
+
+    kind: Kind
+    values: tuple[str, ...] = ()
+    """In lower case: of yes-no first the no, then the yes; of classes all of them."""
+    unknown: frozenset[str] = _UNKNOWN
+    """Cells, in lower case, that mean "not known"."""
+
+
+@dataclass(frozen=True)
+class LabelKinds:
+    """Kinds of all columns, and what a person should know or answer."""
+
+    by_column: Mapping[str, LabelKind]
+    notes: tuple[str, ...]
+    """One line for each column that was not plain."""
+
+
+def read_rules(tables: Iterable[LabelTable]) -> dict[str, LabelRule]:
+    """The rules of all `labels.toml` beside some tables, by column.
+
+    Raises:
+        ConfigError: a file does not hold, or two have different rules for a column.
+    """
+    rules: dict[str, LabelRule] = {}
+    for path in dict.fromkeys(table.path.with_name(RULES) for table in tables):
+        for name, rule in _read_rules(path).items():
+            if rules.setdefault(name, rule) != rule:
+                raise ConfigError(f"{path}: {name}: differs from another place's {RULES}, expected the same everywhere")
+    return rules
+
+
+def infer_kinds(tables: Sequence[LabelTable], rules: Mapping[str, LabelRule]) -> LabelKinds:
+    """Kinds of all columns, from the values of all places together.
+
+    Raises:
+        ConfigError: a rule does not go with the values, or names a column that no table has.
+    """
+    columns = dict.fromkeys(name for table in tables for name in table.cells)
+    if unknown := [name for name in rules if name not in columns]:
+        raise ConfigError(f"{RULES}: {unknown[0]}: no label table has this column, known: {', '.join(columns)}")
+    kinds, notes = {}, []
+    for name in columns:
+        cells = [_plain(cell) for table in tables for cell in table.cells.get(name, ())]
+        kinds[name], note = _infer(cells, rules.get(name, LabelRule()), name)
+        notes += [one_line(f"{name}: {note}")] if note else []
+    return LabelKinds(kinds, tuple(notes))
+
+
+def encode(table: LabelTable, kinds: Mapping[str, LabelKind]) -> Labels:
+    """A table as numbers: 0 and 1 for yes-no, a column `<name>=<class>` of 0 and 1 for each class, numbers as they are.
+
+    Raises:
+        DataError: a cell is none of its column's values.
+    """
+    columns: dict[str, NDArray[np.float64]] = {}
+    for name, kind in kinds.items():
+        cells = [_plain(cell) for cell in table.cells.get(name, ("",) * len(table.subjects))]
+        _check_cells(table, name, kind)
+        if kind.kind == "number":
+            columns[name] = np.array([np.nan if cell in kind.unknown else float(cell) for cell in cells])
+        elif kind.kind != "ignore":
+            chosen = {name: kind.values[1]} if kind.kind == "yes-no" else {f"{name}={one}": one for one in kind.values}
+            for label, value in chosen.items():
+                columns[label] = np.array([np.nan if cell in kind.unknown else float(cell == value) for cell in cells])
+    values = np.array(list(columns.values())).reshape(len(columns), len(table.subjects)).T
+    return Labels(table.subjects, tuple(columns), values)
+
+
+def _check_cells(table: LabelTable, name: str, kind: LabelKind) -> None:
+    for line, cell in zip(table.lines, table.cells.get(name, ()), strict=False):
+        plain = _plain(cell)
+        is_sound = _number(plain) is not None if kind.kind == "number" else plain in kind.values
+        if kind.kind != "ignore" and plain not in kind.unknown and not is_sound:
+            wanted = "a number" if kind.kind == "number" else _listed(kind.values)
+            raise DataError(f"{table.path}:{line}: {name}: found {cell!r:.60}, expected {wanted} or nothing")
+
+
+def _read_rules(path: Path) -> dict[str, LabelRule]:
+    if not path.exists():
+        return {}
+    try:
+        tables = parse_toml(read_text(path), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({type(error).__name__}), expected a TOML file") from error
+    return {name: parse_table(LabelRule, table, str(path), key=name) for name, table in tables.items()}
+
+
+def _infer(cells: Sequence[str], rule: LabelRule, name: str) -> tuple[LabelKind, str]:
+    """The kind of a column, and a note on it; an empty one where it is plain.
+
+    Args:
+        cells: In lower case, of all places.
+    """
+    unknown = _UNKNOWN | frozenset(map(_plain, rule.unknown or ()))
+    counts = Counter(cell for cell in cells if cell not in unknown)
+    numbers = {cell: number for cell in counts if (number := _number(cell)) is not None}
+    if rule.kind == "ignore":
+        return LabelKind("ignore"), ""
+    if len(counts) < 2:
+        same = f"all subjects have {next(iter(counts))!r:.40}" if counts else "no subject has a value"
+        return LabelKind("ignore"), f"{same}, left out"
+    if rule.kind == "classes" or (rule.kind is None and not numbers and len(counts) > 2):
+        return _classes(counts, unknown, asked=rule.kind is not None)
+    if rule.kind == "yes-no" or (rule.kind is None and len(counts) == 2 and _are_two_sides(numbers)):
+        return _yes_no(counts, numbers, unknown, rule, name)
+    if len(numbers) < len(counts):
+        odd = next(cell for cell in counts if cell not in numbers)
+        why = f"{sum(counts[cell] for cell in counts if cell not in numbers)} cells are no number, e.g. {odd!r:.40}"
+        return LabelKind("ignore"), f"{why}; left out until {RULES} says: [{name}] unknown = [{odd!r:.40}]"
+    if rule.unknown is None and (code := _code(numbers)):
+        rest = [number for cell, number in numbers.items() if cell != code]
+        why = f"{counts[code]} subjects have {code}, far from the others ({min(rest):g} to {max(rest):g}): not known?"
+        return LabelKind("ignore"), f'{why} left out until {RULES} says: [{name}] unknown = ["{code}"], or unknown = []'
+    few = rule.kind is None and len(numbers) <= _FEW_NUMBERS and {*numbers.values()} <= _GRADES
+    note = f'{_listed(numbers)}: read as a number; if they are names, {RULES}: [{name}] kind = "classes"' if few else ""
+    return LabelKind("number", unknown=unknown), note
+
+
+def _are_two_sides(numbers: Mapping[str, float]) -> bool:
+    """Whether two values are a yes and a no: two texts, or numbers as tables code them."""
+    return not numbers or (len(numbers) == 2 and {*numbers.values()} in _TWO_SIDES)
+
+
+def _yes_no(
+    counts: Mapping[str, int], numbers: Mapping[str, float], unknown: frozenset[str], rule: LabelRule, name: str
+) -> tuple[LabelKind, str]:
+    if len(counts) > 2:
+        found = one_line(f"found {len(counts)} values ({_listed(counts)}), expected two")
+        raise ConfigError(f'{RULES}: {name}: {found}; write kind = "classes"')
+    yes = None if rule.yes is None else _plain(rule.yes)
+    if yes is not None and yes not in counts:
+        raise ConfigError(
+            one_line(f"{RULES}: {name}: yes = {rule.yes!r}: no subject has it, expected {_listed(counts)}")
+        )
+    ordered = sorted(counts, key=lambda cell: (numbers.get(cell, 0.0), cell in _YES, cell))
+    no, one = ordered if yes is None else sorted(counts, key=lambda cell: cell == yes)
+    plain = yes is not None or one in _YES or (numbers.get(no), numbers.get(one)) == (0.0, 1.0)
+    note = "" if plain else f'{no} is read as 0, {one} as 1; the other way round, {RULES}: [{name}] yes = "{no}"'
+    return LabelKind("yes-no", (no, one), unknown), note
+
+
+def _classes(counts: Mapping[str, int], unknown: frozenset[str], *, asked: bool) -> tuple[LabelKind, str]:
+    if not asked and (len(counts) > _MOST_CLASSES or 2 * len(counts) > sum(counts.values())):
+        return LabelKind("ignore"), f"{len(counts)} different texts, left out"
+    values = tuple(sorted(counts))
+    return LabelKind("classes", values, unknown), f"classes {_listed(values)}, each probed against the others"
+
+
+def _code(numbers: Mapping[str, float]) -> str | None:
+    """The cell whose number stands apart as codes for "not known" do; None if there is none."""
+    if {*numbers.values()} == {-1.0, 1.0}:
+        return None
+    for cell, number in numbers.items():
+        rest = [other for other in numbers.values() if other != number]
+        if number in _CODES and rest and (min(rest) >= 0 if number < 0 else 0 <= max(map(abs, rest)) <= number / _FAR):
+            return cell
+    return None
+
+
+def _plain(cell: str) -> str:
+    """A cell in lower case; a number as it is usually written."""
+    number = _number(cell)
+    return cell.casefold() if number is None else f"{number:.15g}"
+
+
+def _number(cell: str) -> float | None:
+    try:
+        number = float(cell)
+    except ValueError:
+        return None
+    return number if np.isfinite(number) else None
+
+
+def _listed(values: Iterable[str], most: int = 6) -> str:
+    values = list(values)
+    return ", ".join(values[:most]) + (", ..." if len(values) > most else "")

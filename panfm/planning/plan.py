@@ -1,0 +1,195 @@
+"""Writes a short run description over given sites that fits a time budget.
+
+Streams come from the images' sizes (proposal.py); the batch from the smallest site; the model's size is the largest one
+with which the budget still holds enough rounds; the number of rounds fills the budget, by the time of a step that is
+tried here.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from panfm.config import RunConfig, StreamConfig, load_site, parse_run
+from panfm.data.manifest import read_manifest
+from panfm.errors import DataError, LimitError
+from panfm.models.sizes import sizes_of
+from panfm.planning.cost import Cost, measure_cost
+from panfm.planning.image_sizes import Survey, survey_sites
+from panfm.planning.proposal import propose_streams
+from panfm.site.admission import check_sizes
+
+_SIZES = ("nano", "tiny", "small", "base")
+_ENOUGH_ROUNDS = 100
+"""A model grows to the next size only where the budget would hold so many rounds of it."""
+_MOST_ROUNDS = 200
+_LARGEST_BATCH = 32
+_MOST_STEP_GIB = 4.0
+"""Memory of one step, above which batches are halved."""
+_ALONE = 1.5
+"""A simulation trains each site once more by itself, two at a time."""
+_TIMED_SHARE = 10
+"""Of the step that is next in size, at most so many times as slow as the one before, as ViT sizes are."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A proposed run."""
+
+    text: str
+    """TOML."""
+    run: RunConfig
+    survey: Survey
+    cost: Cost
+    notes: tuple[str, ...]
+    """One line for each thing that a person should know."""
+
+
+def make_plan(
+    folders: Sequence[Path],
+    *,
+    name: str,
+    holdout: Path | None = None,
+    minutes: float = 10.0,
+    progress: Callable[[int, int], None] = lambda *_: None,
+) -> Plan:
+    """Propose a run over some sites.
+
+    Args:
+        folders: Site folders.
+        name: Of the run, and of its file; letters that a name may not have become dashes.
+        holdout: Folder of held-out subjects.
+        minutes: Time for all rounds and the sites' training alone, on this machine.
+        progress: Called with (images surveyed, images in all).
+    Raises:
+        ConfigError, DataError: a site or the hold-out does not hold.
+    """
+    if holdout is not None:
+        _check_holdout(holdout)
+    survey = survey_sites(folders, progress)
+    streams = propose_streams(survey.streams)
+    describe = _Description(folders, _plain_name(name), holdout, streams, survey)
+    train = _fitting_batch(describe)
+    size, cost = _fitting_size(describe, train, minutes)
+    rounds = max(1, min(_MOST_ROUNDS, round(60 * minutes / (_ALONE * cost.round_seconds))))
+    text = describe.text(size, train | {"rounds": rounds})
+    run = parse_run(text)
+    notes = (*_notes(survey, rounds, minutes, cost), *_refusals(survey, run))
+    return Plan(text, run, survey, cost, notes)
+
+
+@dataclass(frozen=True)
+class _Description:
+    """What is settled of a description before its size and its rounds are."""
+
+    folders: Sequence[Path]
+    name: str
+    holdout: Path | None
+    streams: Mapping[str, StreamConfig]
+    survey: Survey
+
+    def text(self, size: str, train: Mapping[str, int]) -> str:
+        """The whole description; what is as the defaults have it is left out."""
+        defaults = RunConfig.model_fields["train"].default
+        sites = ",\n".join(f"    {_quoted(folder)}" for folder in self.folders)
+        lines = [f'name = "{self.name}"', "", "[cohort]", 'kind = "folder"', f"sites = [\n{sites},\n]"]
+        lines += [f"holdout = {_quoted(self.holdout)}"] if self.holdout else []
+        lines += ["", "[streams]", *(f"{name} = {_inline(stream)}" for name, stream in self.streams.items())]
+        lines += ["", "[model]", f'size = "{size}"'] if size != _SIZES[0] else []
+        changed = {key: value for key, value in train.items() if value != getattr(defaults, key.replace("-", "_"))}
+        lines += ["", "[train]", *(f"{key} = {value}" for key, value in changed.items())] if changed else []
+        lines += ["", "[federation]", "min-sites = 1"] if len(self.folders) == 1 else []
+        return "\n".join(lines) + "\n"
+
+    def run(self, size: str, train: Mapping[str, int]) -> RunConfig:
+        """The description, read back."""
+        return parse_run(self.text(size, train))
+
+    def holders(self) -> dict[str, dict[str, float]]:
+        """Site -> stream -> share of its subjects who have it."""
+        return {
+            site: {
+                name: min(1.0, stream.by_site[site] / subjects)
+                for name, stream in self.survey.streams.items()
+                if stream.by_site[site]
+            }
+            for site, subjects in self.survey.train_subjects.items()
+        }
+
+
+def _fitting_batch(describe: _Description) -> dict[str, int]:
+    """Batch size and local steps: as large as the smallest site and the memory allow, as the sites' floors ask."""
+    limits = [site.limits for site in describe.survey.sites.values()]
+    floor, steps = max(each.smallest_batch for each in limits), max(each.smallest_steps for each in limits)
+    smallest = min(describe.survey.train_subjects.values())
+    batch = _LARGEST_BATCH
+    while batch > max(1, floor) and (batch > smallest or _step_gib(describe, batch) > _MOST_STEP_GIB):
+        batch //= 2
+    return {"batch-size": max(batch, floor), "local-steps": max(20, steps)}
+
+
+def _step_gib(describe: _Description, batch: int) -> float:
+    return sizes_of(describe.run(_SIZES[0], {"batch-size": batch})).step_bytes / 2**30
+
+
+def _fitting_size(describe: _Description, train: Mapping[str, int], minutes: float) -> tuple[str, Cost]:
+    """The largest size with which the budget holds enough rounds; sizes that cannot be are not tried."""
+    chosen, cost = _SIZES[0], measure_cost(describe.run(_SIZES[0], train), describe.holders())
+    for size in _SIZES[1:]:
+        if 60 * minutes < _ENOUGH_ROUNDS * _ALONE * cost.round_seconds * _TIMED_SHARE / 2:
+            break
+        run = describe.run(size, train)
+        if sizes_of(run).step_bytes / 2**30 > _MOST_STEP_GIB:
+            break
+        larger = measure_cost(run, describe.holders())
+        if 60 * minutes < _ENOUGH_ROUNDS * _ALONE * larger.round_seconds:
+            break
+        chosen, cost = size, larger
+    return chosen, cost
+
+
+def _notes(survey: Survey, rounds: int, minutes: float, cost: Cost) -> list[str]:
+    notes = [*survey.faults[:3]]
+    if len(survey.faults) > len(notes):
+        notes.append(f"{len(survey.faults) - len(notes)} more images cannot be read; see `panfm site check`")
+    if len(survey.sites) == 1:
+        notes.append("one site: federation.min-sites = 1 is written, and nothing is averaged; name more sites for more")
+    if 60 * minutes < _ALONE * rounds * cost.round_seconds:
+        notes.append(f"one round takes longer than {minutes:g} minutes; give --minutes, or images of fewer voxels")
+    return notes
+
+
+def _refusals(survey: Survey, run: RunConfig) -> Iterator[str]:
+    """One line for each site whose own limits such a run exceeds."""
+    for name, site in survey.sites.items():
+        try:
+            check_sizes(run, site.limits)
+        except LimitError as error:
+            yield f"site {name}: {error}"
+
+
+def _check_holdout(folder: Path) -> None:
+    """Raise DataError if nobody could be tested."""
+    if not (folder / "site.toml").is_file():
+        raise DataError(f"{folder}: holds no site.toml, expected a site folder; `panfm site init {folder}` makes one")
+    site = load_site(folder)
+    if not any(row.split == "test" for row in read_manifest(folder, site)):
+        raise DataError(f"{folder / site.manifest}: no row in split test, expected the held-out subjects' to be")
+
+
+def _plain_name(name: str) -> str:
+    return re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-._")[:64] or "run"
+
+
+def _quoted(folder: Path) -> str:
+    """A path as a TOML string, which a JSON string is."""
+    return json.dumps(str(folder.resolve()), ensure_ascii=False)
+
+
+def _inline(stream: StreamConfig) -> str:
+    """A stream as a TOML table on one line."""
+    parts = [f"spacing-mm = {list(stream.spacing_mm)}"] if stream.spacing_mm else []
+    parts += [f"shape = {list(stream.shape)}", f"patch = {list(stream.patch)}"]
+    parts += [f"channels = {stream.channels}"] if stream.channels > 1 else []
+    return f"{{ {', '.join(parts)} }}"

@@ -1,0 +1,105 @@
+"""`panfm plan` as a person types it."""
+
+import pytest
+from typer.testing import CliRunner
+
+from panfm.cli import main
+from panfm.config import load_run
+from panfm.planning import plan as planning
+from panfm.planning.cost import Cost
+
+
+def panfm(*words):
+    result = CliRunner().invoke(main, [str(word) for word in words], env={"COLUMNS": "200"})
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+@pytest.fixture
+def sites(tmp_path, write_site):
+    return [write_site(tmp_path / name, name, organs, 9) for name, organs in {"a": ("brain",), "b": ("heart",)}.items()]
+
+
+@pytest.fixture
+def holdout(tmp_path, write_site):
+    folder = write_site(tmp_path / "held", "held", ("brain",), 3)
+    text = (folder / "manifest.csv").read_text()
+    (folder / "manifest.csv").write_text(text.replace(",train", ",test").replace(",val", ",test"))
+    return folder
+
+
+def test_a_short_description_that_holds(tmp_path, sites, holdout):
+    out = tmp_path / "My run.toml"
+    done = panfm("plan", *sites, "--holdout", holdout, "--out", out, "--minutes", "0.1")
+    assert done.exit_code == 0, done.output
+    run = load_run(out)
+    assert (run.name, set(run.streams)) == ("my-run", {"brain-mr", "heart-mr"})
+    assert run.streams["brain-mr"].shape == (8, 8, 8)
+    assert run.train.batch_size == 8
+    assert 1 <= run.train.rounds <= 200
+    assert run.cohort["holdout"] == str(holdout)
+    assert len(out.read_text().splitlines()) <= 18
+    for words in ("8x8x8", "parameters; batches of 8", "bytes from them", "training subjects: a 8, b 8"):
+        assert words in done.output
+    again = panfm("plan", *sites, "--out", out)
+    assert (again.exit_code, again.stderr) == (1, f"{out}: exists, expected a new file\n")
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Steps that cost a second in the smallest model, and ten times as much in every larger one."""
+    seconds = {"nano": 1.0, "tiny": 10.0, "small": 100.0, "base": 1000.0}
+
+    def cost(run, holders):
+        step = seconds[run.model.size]
+        return Cost(step, step * run.train.local_steps * len(holders), 1.0, 1, 1)
+
+    monkeypatch.setattr(planning, "measure_cost", cost)
+
+
+@pytest.mark.parametrize(
+    ("minutes", "size", "rounds"), [(1, "nano", 1), (60, "nano", 60), (600, "nano", 200), (1100, "tiny", 110)]
+)
+def test_the_budget_decides_size_and_rounds(quick, sites, minutes, size, rounds):
+    plan = planning.make_plan(sites, name="x", minutes=minutes)
+    assert (plan.run.model.size, plan.run.train.rounds) == (size, rounds)
+    assert any("one round takes longer than 1 minutes" in note for note in plan.notes) == (minutes < 1)
+
+
+def test_one_site_is_planned_and_told(quick, sites):
+    plan = planning.make_plan(sites[:1], name="x")
+    assert plan.run.federation.min_sites == 1
+    assert plan.notes[0].startswith("one site: federation.min-sites = 1 is written")
+
+
+def test_a_sites_floors_are_kept(quick, tmp_path, write_site):
+    strict = write_site(
+        tmp_path / "s", "s", ("brain",), 5, extra="[limits]\nsmallest-batch = 12\nsmallest-steps = 30\n"
+    )
+    train = planning.make_plan([strict], name="x").run.train
+    assert (train.batch_size, train.local_steps) == (12, 30)
+
+
+def test_a_site_that_would_refuse_is_told(quick, tmp_path, write_site):
+    strict = write_site(tmp_path / "s", "s", ("brain",), 5, extra="[limits]\nrounds = 3\n")
+    notes = planning.make_plan([strict], name="x").notes
+    assert notes[-1] == "site s: this run asks for 20, this site's limits.rounds is 3"
+
+
+@pytest.mark.parametrize("what", ["no site.toml", "no site.toml in the hold-out", "wrong split"])
+def test_a_mistake_is_one_line_and_nothing_is_written(tmp_path, sites, holdout, what):
+    (tmp_path / "empty").mkdir()
+    words = [tmp_path / "empty"] if what == "no site.toml" else sites
+    held = tmp_path / "empty" if "hold-out" in what else holdout
+    if what == "wrong split":
+        text = (holdout / "manifest.csv").read_text()
+        (holdout / "manifest.csv").write_text(text.replace(",test", ",train"))
+    done = panfm("plan", *words, "--holdout", held, "--out", tmp_path / "run.toml")
+    expected = {
+        "no site.toml": "empty/site.toml: no such file, expected a TOML description",
+        "no site.toml in the hold-out": "empty: holds no site.toml, expected a site folder; `panfm site init",
+        "wrong split": "manifest.csv: no row in split test, expected the held-out subjects' to be",
+    }
+    assert expected[what] in done.stderr
+    assert (done.exit_code, len(done.stderr.splitlines())) == (1, 1)
+    assert not (tmp_path / "run.toml").exists()
