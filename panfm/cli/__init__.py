@@ -16,6 +16,7 @@ from panfm.cli.common import ErrorLines
 
 _GROUPS = ("site", "ledger", "audit", "weights")
 _MODEL_COMMANDS = ("embed", "whiten", "probe", "report", "export")
+_DATA_COMMANDS = ("split",)
 
 
 class CommandsOnDemand(ErrorLines):
@@ -24,13 +25,14 @@ class CommandsOnDemand(ErrorLines):
     def __init__(self, **options: Any) -> None:
         """Name the commands, in the order of the help."""
         super().__init__(**options)
-        self.commands = {name: click.Command(name) for name in (*_MODEL_COMMANDS, *_GROUPS)}
+        self.commands = {name: click.Command(name) for name in (*_DATA_COMMANDS, *_MODEL_COMMANDS, *_GROUPS)}
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import a command or group; None for an unknown name."""
         if cmd_name not in self.commands:
             return None
-        file = f"{cmd_name}_commands" if cmd_name in _GROUPS else "model_commands"
+        of_data = "data_commands" if cmd_name in _DATA_COMMANDS else "model_commands"
+        file = f"{cmd_name}_commands" if cmd_name in _GROUPS else of_data
         group = typer.main.get_group(import_module(f"panfm.cli.{file}").app)
         if cmd_name not in _GROUPS:
             return group.get_command(ctx, cmd_name)

@@ -3,24 +3,64 @@
 import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from panfm.errors import ConfigError, DataError
+from panfm.errors import ConfigError, DataError, one_line
 
 if TYPE_CHECKING:
     from panfm.data.image_names import NameRules
     from panfm.data.image_sources import LeftOut
     from panfm.data.manifest import Row
+    from panfm.data.partition import By
     from panfm.data.proposal import Proposal
 
 app = typer.Typer(no_args_is_help=True)
+_BY = ("stream", "label", "size", "iid")
 _SPLITS = ("train", "val", "test")
 _MOST_NAMED = 10
 """Files that are named for one reason; further ones are counted."""
+
+
+@app.callback()
+def _data() -> None:
+    """Keep `split` a command of a group, alone as it is."""
+
+
+@app.command()
+def split(
+    folder: Annotated[Path, typer.Argument(help="Site folder with the pooled images.")],
+    out: Annotated[Path, typer.Option(help="New folder for sites/ and holdout/.")],
+    sites: Annotated[int, typer.Option(min=1, max=1000, help="Number of sites.")] = 5,
+    by: Annotated[str, typer.Option(help="stream, label, size or iid.")] = "iid",
+    label: Annotated[str | None, typer.Option(help="With --by label: column of labels.csv, e.g. a scanner.")] = None,
+    alpha: Annotated[
+        float, typer.Option(min=0.001, max=1e6, help="Of the Dirichlet distribution: small for sites that differ.")
+    ] = 0.3,
+    holdout: Annotated[float, typer.Option(min=0.0, max=0.9, help="Share of subjects that no site gets.")] = 0.2,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="The same seed gives the same split.")] = 0,
+) -> None:
+    """Part one pooled site folder into simulated sites and a hold-out; every patient goes to one place, whole.
+
+    iid deals out equal parts, size unequal ones; label and stream deal out the patients of each class, or of each set
+    of streams, unequally. Images stay where they are; the folder is a cohort for simulations.
+    """
+    if by not in _BY:
+        raise ConfigError(f"--by: found {by!r:.40}, expected one of {', '.join(_BY)}")
+    if (by == "label") != (label is not None):
+        raise ConfigError("--label: names the column of --by label, expected both or neither")
+    from panfm.data.partition import PooledSite, draw_places, write_places
+
+    if out.exists():
+        raise DataError(f"{out}: exists already, expected a new folder")
+    way, pooled = cast("By", by), PooledSite.open(folder)
+    places = draw_places(pooled, way, sites=sites, holdout=holdout, alpha=alpha, seed=seed, label=label)
+    write_places(pooled, places, out)
+    _print_places(places, pooled.rows, pooled.kinds(way, label) if label else None)
+    typer.echo(f'{out}: {len(places)} folders; for a run: [cohort] kind = "folder", path = "{out}"')
 
 
 def init_empty(folder: Path, name: str | None) -> None:
@@ -48,14 +88,22 @@ def init_from(
     if split and split not in _SPLITS:
         raise ConfigError(f"--split: found {split!r:.40}, expected one of {', '.join(_SPLITS)}")
     is_new = not (folder / "site.toml").exists()
-    text = site_text(folder.absolute().name if name is None else name) if is_new else ""
+    own_name, has_labels = folder.absolute().name if name is None else name, (folder / "labels.csv").is_file()
+    text = site_text(own_name, has_labels=has_labels) if is_new else ""
     site = parse_site(text) if is_new else load_site(folder)
     if name is not None and name != site.name:
         raise ConfigError(f"--name: found {name!r:.80}, expected {site.name}, as site.toml has it")
     proposal = propose(source, rules, folder, site, read_rows(folder, site), split=split)
     show(proposal, site.name)
     if proposal.unclear:
-        raise DataError("\n".join([*proposal.unclear, "nothing is written until these are told apart"]))
+        raise DataError(
+            "\n".join(
+                [
+                    *(one_line(line, limit=1000) for line in proposal.unclear),
+                    "nothing is written until these are told apart",
+                ]
+            )
+        )
     if not proposal.added:
         raise DataError(f"{source}: found no new image, expected some that the manifest lacks (see what is left out)")
     if not yes and not (sys.stdin.isatty() and typer.confirm(f"Write {len(proposal.added)} rows to {folder}?")):
@@ -105,7 +153,7 @@ def show(proposal: "Proposal", name: str) -> None:
         own = [row for row in rows if row.stream == stream]
         is_new = sum(row.stream == stream for row in proposal.added)
         table.add_row(stream, *_numbers(own), str(is_new), *_splits(own))
-        examples.append(f"{stream}: e.g. subject {own[-1].subject!r}, {own[-1].path}")
+        examples.append(one_line(f"{stream}: e.g. subject {own[-1].subject!r}, {own[-1].path}", limit=1000))
     table.add_section()
     table.add_row("any", *_numbers(rows), str(len(proposal.added)), *_splits(rows))
     Console().print(table)
@@ -133,5 +181,27 @@ def left_out_lines(left_out: Iterable["LeftOut"]) -> list[str]:
     lines = []
     for reason, paths in by_reason.items():
         more = f" and {len(paths) - _MOST_NAMED} more" if len(paths) > _MOST_NAMED else ""
-        lines.append(f"left out, {reason}: {len(paths)}: {', '.join(paths[:_MOST_NAMED])}{more}")
+        lines.append(one_line(f"left out, {reason}: {len(paths)}: {', '.join(paths[:_MOST_NAMED])}{more}", limit=1000))
     return lines
+
+
+def _print_places(
+    places: Mapping[str, Sequence[str]], rows: Sequence["Row"], classes: Mapping[str, str] | None
+) -> None:
+    """Print who got what: subjects by split, by stream, and by class where sites were drawn by a label."""
+    from rich.console import Console
+    from rich.table import Table
+
+    streams = sorted({row.stream for row in rows})
+    values = sorted(set(classes.values())) if classes else []
+    table = Table("site", "subjects", "train", "val", *streams, *(value or "(unknown)" for value in values))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, subjects in places.items():
+        names = set(subjects)
+        own = [row for row in rows if row.subject in names]
+        of_split = _splits(own)[:2] if name != "holdout" else ["-", "-"]
+        holders = [str(len({row.subject for row in own if row.stream == stream})) for stream in streams]
+        of_class = [str(sum(classes[subject] == value for subject in subjects)) for value in values] if classes else []
+        table.add_row(name, str(len(subjects)), *of_split, *holders, *of_class)
+    Console().print(table)

@@ -37,7 +37,9 @@ class SiteReport:
     @property
     def coverage(self) -> Mapping[tuple[str, str], int]:
         """(stream, split) -> subjects among the sound rows."""
-        return Counter((row.stream, row.split) for row in self.rows)
+        return Counter(
+            (stream, split) for _, stream, split in {(row.subject, row.stream, row.split) for row in self.rows}
+        )
 
 
 def check_site(

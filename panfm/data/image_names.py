@@ -149,8 +149,10 @@ def _subject(path: PurePath, pattern: re.Pattern[str] | None) -> str:
 def _without_words(name: str) -> str:
     """A name less the parts that are nothing but organ, modality, sequence or split."""
     known = ORGANS | MODALITIES.keys() | SEQUENCES.keys() | MASKS | SPLITS.keys() | {"image", "images", "imagestr"}
-    parts = [part for part in re.split(r"[_\s.]+", name) if part and not known.issuperset(_words(part))]
-    return "_".join(part for part in parts if not _SESSION.fullmatch(part))
+    every = [part for part in re.split(r"[_\s.]+", name) if part]
+    parts = [part for part in every if not known.issuperset(_words(part))]
+    own = [part for part in parts if not _SESSION.fullmatch(part)]
+    return "_".join(own) if len(own) < len(every) else name
 
 
 def _words(text: str) -> list[str]:

@@ -1,6 +1,7 @@
 """Finds the images of a new site: in a folder, or in a table of them. Nothing is read but names."""
 
 import os
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
@@ -83,12 +84,20 @@ def _images_below(root: Path, site_folder: Path, left_out: list[LeftOut]) -> Ite
             path = folder / name
             if name.startswith(".") or path in own:
                 continue
-            if not path.is_file():
+            if not _can_be_written(path):
+                left_out.append(LeftOut(path.relative_to(root).as_posix(), "a name that a table cannot hold"))
+            elif not path.is_file():
                 left_out.append(LeftOut(path.relative_to(root).as_posix(), "a link to nothing"))
             elif _is_image(path, readers):
                 yield path
             else:
                 left_out.append(LeftOut(path.relative_to(root).as_posix(), "no image that a reader accepts"))
+
+
+def _can_be_written(path: Path) -> bool:
+    """Whether the path is UTF-8 text without blanks at its ends, which tables strip, or line breaks."""
+    text = str(path)
+    return text == text.strip() and text.isprintable() and text.encode(errors="ignore") == os.fsencode(text)
 
 
 def _is_image(path: Path, readers: Iterable[ImageReader]) -> bool:
@@ -109,10 +118,14 @@ def _pair(
     root: Path, images: Sequence[Path], masks: Sequence[tuple[Path, tuple[str, str]]], left_out: list[LeftOut]
 ) -> dict[Path, str]:
     """Image -> its mask; a mask that belongs to no image, or to several, is told."""
+    named_alike: dict[tuple[str, str], list[Path]] = defaultdict(list)
+    for image in images:
+        folder, name = image.parent.relative_to(root).as_posix(), stem(PurePath(image))
+        for key in ((folder, name), (folder, ""), ("", name)):
+            named_alike[key].append(image)
     mask_of: dict[Path, str] = {}
-    for path, (folder, name) in masks:
-        near = [image for image in images if not folder or image.parent.relative_to(root).as_posix() == folder]
-        named = [image for image in near if not name or stem(PurePath(image)) == name]
+    for path, key in masks:
+        named = named_alike[key]
         if len(named) == 1 and named[0] not in mask_of:
             mask_of[named[0]] = str(path)
         else:

@@ -59,12 +59,12 @@ def propose(
     for stream in rules.patterns.values():
         parse_stream(stream)
     left_out: list[LeftOut] = []
-    source = Path(os.path.realpath(source))
+    source, site_folder = (Path(os.path.realpath(path)) for path in (source, site_folder))
     if source.is_dir():
         candidates = images_of_folder(source, rules, site_folder, left_out)
     else:
         candidates = images_of_table(source, rules, left_out)
-    known = {os.path.realpath(image_path(site_folder, site, row.path)) for row in kept}
+    known = {os.path.realpath(image_path(site_folder, site, row.path)) for row in kept if "\0" not in row.path}
     new = list({path: one for one in candidates if (path := os.path.realpath(one.path)) not in known}.values())
     if split:
         new = [replace(one, name=replace(one.name, split=split)) for one in new]

@@ -129,10 +129,11 @@ def init_site(folder: Path, name: str) -> None:
         raise DataError(f"{folder}: cannot be written to ({error.strerror}), expected a folder") from error
 
 
-def site_text(name: str) -> str:
+def site_text(name: str, *, has_labels: bool = False) -> str:
     """The commented `site.toml` of a new site. Raises ConfigError: the name is not one."""
     parse_site(tomli_w.dumps({"name": name}), "--name")
-    return _SITE.format(name=name, columns=",".join(COLUMNS))
+    text = _SITE.format(name=name, columns=",".join(COLUMNS))
+    return text.replace("# labels =", "labels =") if has_labels else text
 
 
 def _lines(path: Path) -> list[list[str]]:

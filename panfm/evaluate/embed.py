@@ -102,11 +102,13 @@ def mean_of_sessions(table: Features) -> Features:
     """The features with one row per subject: the mean of its sessions; as they are without sessions."""
     if not table.sessions:
         return table
-    subjects = tuple(dict.fromkeys(table.subjects))
-    rows = [[at for at, subject in enumerate(table.subjects) if subject == one] for one in subjects]
+    rows_of: dict[str, list[int]] = {}
+    for row, subject in enumerate(table.subjects):
+        rows_of.setdefault(subject, []).append(row)
+    rows = list(rows_of.values())
     return replace(
         table,
-        subjects=subjects,
+        subjects=tuple(rows_of),
         splits=tuple(table.splits[own[0]] for own in rows),
         present=np.array([table.present[own].any(axis=0) for own in rows]),
         features=np.array([table.features[own].mean(axis=0) for own in rows]),

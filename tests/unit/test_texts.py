@@ -98,3 +98,20 @@ def _too_deep(text: str, depth: int) -> bool:
         return texts._is_too_deep(text)
     finally:
         texts.MAX_DEPTH = before
+
+
+@pytest.mark.parametrize(
+    ("names", "key"),
+    [
+        (["streams", "brain-mr", "shape"], "streams.brain-mr.shape"),
+        (["streams", "brain-mr.t1"], 'streams."brain-mr.t1"'),
+    ],
+)
+def test_a_name_with_a_dot_is_quoted_in_a_dotted_key(names, key):
+    assert texts.toml_key(*names) == key
+    assert texts.toml_names(f" {key} ") == names
+
+
+@pytest.mark.parametrize("key", ["", "a", "a..b", ".", "stream:brain-mr.mean", "a. b"])
+def test_a_key_without_quotes_is_cut_at_every_dot(key):
+    assert texts.toml_names(key) == key.strip().split(".")

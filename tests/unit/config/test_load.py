@@ -286,3 +286,22 @@ def test_an_unknown_mean_is_told_by_the_groups_own_key():
     (line,) = complaints(parse_run, RUN + '[sharing.groups.head]\nmean = "medain"\n')
     assert line.startswith("run description: sharing.groups.head.mean: found 'medain', expected one of weighted, ")
     assert line.endswith("did you mean 'median'?")
+
+
+def test_a_suffix_needs_quotes_and_messages_show_them(run_file):
+    table = "{ spacing-mm = [2.0, 2.0, 2.0], shape = [8, 8, 8], patch = [4, 4, 4] }"
+    text = f'name = "run"\n[streams]\n"brain-mr.t1" = {table}\n"brain-mr.flair" = {table}\n'
+    run = parse_run(text)
+    assert list(run.streams) == ["brain-mr.t1", "brain-mr.flair"]
+    assert run.organs[0] == "brain"
+    assert parse_run(dump_toml(run)) == run
+    (line,) = complaints(parse_run, text.replace('"brain-mr.t1"', "brain-mr.t1"))
+    expected = 'streams.brain-mr.t1: a table in a stream, expected [streams."brain-mr.t1"], in quotes'
+    assert line == f"run description: {expected}"
+    (line,) = complaints(parse_run, text.replace("patch = [4, 4, 4]", "patch = [3, 4, 4]", 1))
+    assert line.startswith('run description: streams."brain-mr.t1": patch [3, 4, 4] does not divide')
+    (line,) = complaints(parse_run, text.replace("[streams]", 'organs = ["heart"]\n[streams]'))
+    assert "streams.\"brain-mr.t1\": organ 'brain' is not in organs" in line
+    run_file.write_text(text)
+    changed = load_run(run_file, ['streams."brain-mr.t1".patch=[8, 8, 8]'])
+    assert [stream.patch for stream in changed.streams.values()] == [(8, 8, 8), (4, 4, 4)]

@@ -168,3 +168,17 @@ def test_several_may_build_at_once(clinic, streams):
     for store in stores:
         for stream, images in store.images.items():
             np.testing.assert_array_equal(images, open_store(clinic.folder, streams).images[stream])
+
+
+def test_sessions_of_a_subject_stand_together_in_their_order(site, streams):
+    site.header = "subject,stream,path,session"
+    for number, (subject, session) in enumerate([("b", "2"), ("a", ""), ("b", "1")]):
+        site.nifti(f"{number}.nii.gz", np.full((8, 8, 8), number, np.int16) + np.arange(8, dtype=np.int16))
+        site.lines.append(f"{subject},brain-mr,{number}.nii.gz,{session}")
+    store = open_store(site.write(), streams)
+    assert store.subjects == ("b", "a")
+    assert store.rows["brain-mr"].tolist() == [0, 0, 1]
+    assert store.sessions == {"brain-mr": ["1", "2", ""]}
+    for image, number in zip(store.images["brain-mr"], (2, 0, 1), strict=True):
+        expected = read_image(site.folder / f"{number}.nii.gz", "brain-mr", streams["brain-mr"])
+        np.testing.assert_array_equal(image, expected)

@@ -79,3 +79,29 @@ def test_any_table_is_read_or_refused_in_one_line_per_fault(site, content):
     rows, faults = scan_manifest(site.folder, load_site(site.folder))
     assert rows or faults
     assert all(len(str(fault).splitlines()) == 1 for fault in faults)
+
+
+def test_a_session_is_a_row_of_its_own_and_a_repeated_row_says_what_to_write(site):
+    site.header = "subject,session,stream,path"
+    site.lines = ["a,2,brain-mr,x", "a,1,brain-mr,y", "a,1,brain-mr.t1,z"]
+    site.write()
+    assert [(row.session, row.stream) for row in rows_of(site)] == [
+        ("2", "brain-mr"),
+        ("1", "brain-mr"),
+        ("1", "brain-mr.t1"),
+    ]
+    site.lines.append("a,1,brain-mr,w")
+    site.write()
+    (fault,) = scan_manifest(site.folder, load_site(site.folder))[1]
+    assert str(fault) == (
+        "manifest.csv:5: found subject 'a' with brain-mr again (line 3), expected one row per subject and stream; a "
+        "column session for a further visit, or a suffix as in brain-mr.t1 for another kind of image"
+    )
+
+
+def test_sessions_of_a_subject_are_in_one_split(site):
+    site.header = "subject,session,stream,path,split"
+    site.lines = ["a,1,brain-mr,x,train", "a,2,brain-mr,y,test"]
+    site.write()
+    with pytest.raises(DataError, match="subject 'a' in split test and in train"):
+        rows_of(site)

@@ -66,3 +66,27 @@ def test_holders_of_streams(store):
         expected = [index for index in (3, 2, 1, 0) if any(index in store.rows.get(name, ()) for name in streams)]
         assert store.holders(everyone, streams).tolist() == expected
     assert store.holders(everyone[:0], ["brain-mr"]).tolist() == []
+
+
+@pytest.fixture
+def visits():
+    """Subject 0 has one image, 1 none, 2 three sessions."""
+    images, rows = np.arange(4, dtype=np.float32).reshape(4, 1, 1, 1), np.array([0, 2, 2, 2])
+    return ImageStore(
+        ("a", "b", "c"), ("train",) * 3, {"eye-oct": images}, {"eye-oct": rows}, {"eye-oct": ["", "1", "2", "3"]}
+    )
+
+
+def test_a_batch_shows_one_session_of_a_subject(visits):
+    batch = visits.batch([2, 1, 0, 2])
+    assert batch.images["eye-oct"].ravel().tolist() == [1.0, 0.0, 1.0]
+    assert batch.rows["eye-oct"].tolist() == [0, 2, 3]
+    asked = []
+    picked = visits.batch([2, 1, 0], pick=lambda subject, count: asked.append((subject, count)) or 2)
+    assert picked.images["eye-oct"].ravel().tolist() == [3.0, 0.0]
+    assert asked == [(2, 3)]
+
+
+def test_a_patient_counts_once(visits):
+    assert visits.num_holding("eye-oct", "train") == 2
+    assert visits.holders(np.arange(3), ["eye-oct"]).tolist() == [0, 2]

@@ -7,7 +7,14 @@ from panfm.config import RunConfig, StreamConfig
 from panfm.config.load import dump_toml
 from panfm.data.store import ImageStore
 from panfm.errors import DataError, PanfmError
-from panfm.evaluate.embed import embed_site, embed_store, load_model, read_features, write_features
+from panfm.evaluate.embed import (
+    embed_site,
+    embed_store,
+    load_model,
+    mean_of_sessions,
+    read_features,
+    write_features,
+)
 from panfm.models import build_model
 
 STREAM = StreamConfig(shape=(4, 4, 4), patch=(2, 2, 2), spacing_mm=(1.0, 1.0, 1.0))
@@ -98,3 +105,26 @@ def test_a_foreign_array_file_is_refused(tmp_path):
     np.savez(path, x=np.zeros(3))
     with pytest.raises(DataError, match="not a feature file"):
         read_features(path)
+
+
+def test_every_session_is_embedded_and_a_patient_is_their_mean(folder):
+    model, store = build_model(RUN), make_store(3)
+    random = np.random.default_rng(1)
+    images = {name: random.random((3, 1, 4, 4, 4), dtype=np.float32) for name in RUN.streams}
+    rows = {"brain-mr": np.array([0, 1, 1]), "liver-mr": np.array([1, 1, 2])}
+    sessions = {"brain-mr": ["", "1", "2"], "liver-mr": ["2", "3", ""]}
+    store = ImageStore(store.subjects, ("train", "val", "test"), images, rows, sessions)
+    table = embed_site(folder, model, store)
+    assert table.subjects == ("p0", "p1", "p1", "p1", "p2")
+    assert table.splits == ("train", "val", "val", "val", "test")
+    assert table.sessions == ("", "1", "2", "3", "")
+    assert table.present.tolist() == [[1, 0], [1, 0], [1, 1], [0, 1], [0, 1]]
+    first = embed_store(model, store, [1], ["brain-mr"])
+    np.testing.assert_allclose(table.features[1:2], first, atol=1e-6)
+    write_features(folder / "features.npz", table)
+    back = read_features(folder / "features.npz")
+    assert back.sessions == table.sessions
+    mean = mean_of_sessions(back)
+    assert (mean.subjects, mean.splits, mean.sessions) == (("p0", "p1", "p2"), ("train", "val", "test"), ())
+    assert mean.present.tolist() == [[1, 0], [1, 1], [0, 1]]
+    np.testing.assert_allclose(mean.features[1], table.features[1:4].mean(axis=0))

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -65,3 +66,19 @@ def test_what_does_not_fit_is_one_line(change, message):
     features, labels = change(make_features("a", "train"), make_features("b", "test", seed=1))
     with pytest.raises(DataError, match=message):
         probe_features(features, labels)
+
+
+def test_sessions_of_a_subject_count_as_one():
+    fit, test = make_features("a", "train"), make_features("b", "test", seed=1)
+    twice = replace(
+        fit,
+        subjects=fit.subjects * 2,
+        splits=fit.splits * 2,
+        present=np.concatenate([fit.present] * 2),
+        features=np.concatenate([fit.features + 0.5, fit.features - 0.5]),
+        sessions=("1",) * 40 + ("2",) * 40,
+    )
+    labels = [label(fit), label(test)]
+    once, _ = probe_features([fit, test], labels, bootstrap=0)
+    mean, _ = probe_features([twice, test], labels, bootstrap=0)
+    assert [score.value for score in mean[:2]] == pytest.approx([score.value for score in once[:2]], abs=1e-4)

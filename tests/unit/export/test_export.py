@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from panfm.cli import main
-from panfm.config import load_run
+from panfm.config import load_run, parse_run
 from panfm.errors import PanfmError
 from panfm.evaluate.embed import load_model, read_features
 from panfm.export import network as comparison
@@ -285,3 +285,26 @@ def test_missing_packages_are_one_line(tmp_path, make_run, write_run, monkeypatc
     result = panfm("export", write_run(make_run()), "--to", "onnx", "--out", tmp_path / "out")
     assert result.exit_code == 1
     assert result.stderr == "--to onnx: onnxscript is not installed, expected: pip install 'panfm[onnx]'\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["safetensors", "dense-vit", "monai-bundle", "onnx"])
+def test_streams_with_a_suffix_are_exported_by_their_names(tmp_path, write_run, to):
+    table = "{ spacing-mm = [2.0, 2.0, 2.0], shape = [8, 8, 4], patch = [4, 4, 4] }"
+    run = parse_run(
+        f'name = "small"\n[streams]\n"brain-mr.t1" = {table}\n"brain-mr.flair" = {table}\nheart-ct = {table}\n'
+    )
+    run_folder, out = write_run(run), tmp_path / "out"
+    chosen = {"streams": ("brain-mr.flair", "brain-mr.t1")} if to in ("monai-bundle", "onnx") else {}
+    assert export_run(run_folder, to, out, **chosen) <= 1e-5
+    if to == "onnx":
+        names = [entry.name for entry in onnxruntime.InferenceSession(out).get_inputs()]
+        assert names == ["brain-mr.flair", "brain-mr.t1", "present"]
+    if to == "monai-bundle":
+        metadata = json.loads((out / "configs" / "metadata.json").read_text())
+        assert metadata["panfm"]["streams"]["brain-mr.t1"]["organ"] == "brain"
+        (flair, t1, present), expected = own_embedding(run_folder, ("brain-mr.flair", "brain-mr.t1"))
+        config = json.loads((out / "configs" / "inference.json").read_text())
+        network = Embedder(str(out / "models" / "model.pt2"), config["network_def"]["shapes"]).eval()
+        with torch.inference_mode():
+            torch.testing.assert_close(network(flair, present, **{"brain-mr.t1": t1}), expected, atol=1e-5, rtol=0)

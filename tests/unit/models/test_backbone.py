@@ -104,3 +104,18 @@ def test_an_unknown_backbone_is_refused(make_run):
     ):
         make_run('[model]\nbackbone = "director-expert"\n')
     assert BACKBONES.names[:2] == ("dense", "director-experts")
+
+
+def test_a_stream_with_a_suffix_has_a_module_without_a_dot():
+    modules = PerStream({"brain-mr.t1": nn.Linear(1, 1), "brain-mr": nn.Linear(1, 1)})
+    assert list(modules) == [name for name, _ in modules.items()] == ["brain-mr.t1", "brain-mr"]
+    assert len(modules) == 2
+    assert modules["brain-mr.t1"] is modules.values()[0]
+    assert parameter_groups(nn.ModuleDict({"streams": modules})) == {
+        "streams.brain-mr_t1.weight": "stream:brain-mr.t1",
+        "streams.brain-mr_t1.bias": "stream:brain-mr.t1",
+        "streams.brain-mr.weight": "stream:brain-mr",
+        "streams.brain-mr.bias": "stream:brain-mr",
+    }
+    with pytest.raises(AttributeError):
+        modules["brain-ct"]

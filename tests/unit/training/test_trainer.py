@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from panfm.data.store import ImageStore
+from panfm.seeds import derive_seed
 from panfm.training.draw_order import batches
+from panfm.training.gradient import BatchGradient
 from panfm.training.policies import SaliencyPolicy
 from panfm.training.trainer import Trainer
 
@@ -328,3 +331,35 @@ def test_a_run_of_one_step_moves_the_model(make_run, make_store):
     before = trainer.shared_state()
     train(trainer, make_store(run), num_steps=1)
     assert not equal_states(before, trainer.shared_state())
+
+
+def test_a_step_draws_one_session_of_each_patient_by_seed_site_and_round(make_run):
+    """The drawn sessions by hand from the seeds; another round draws others."""
+    run = make_run()
+    rows = np.repeat(np.arange(6), 3)
+    images = np.random.default_rng(0).random((18, 3, 8, 8), dtype=np.float32)
+    store = ImageStore(tuple("abcdef"), ("train",) * 6, {"eye-fundus": images}, {"eye-fundus": rows})
+    drawn = {number: drawn_images(run, store, number) for number in (1, 2)}
+    for number, (subjects, batch) in drawn.items():
+        picks = [derive_seed(7, "a", number, "sessions", 0, int(subject)) % 3 for subject in subjects]
+        np.testing.assert_array_equal(batch, images[3 * subjects + np.array(picks)])
+    assert not np.array_equal(drawn[1][1], drawn[2][1])
+
+
+def drawn_images(run, store, round_number):
+    trainer = Trainer(run, ["eye-fundus"])
+    everyone = np.arange(6)
+    source = BatchGradient(trainer, trainer.experts, store, everyone, site="a", round_number=round_number)
+    (batch,) = source.draw()
+    return batch.subjects, batch.inputs.images["eye-fundus"].numpy()
+
+
+def test_sessions_count_as_one_patient_in_a_rounds_result(make_run, make_store):
+    run = make_run()
+    single = make_store(run, complete=True)
+    images = {name: np.repeat(image, 2, axis=0) for name, image in single.images.items()}
+    rows = {name: np.repeat(row, 2) for name, row in single.rows.items()}
+    store = ImageStore(single.subjects, single.splits, images, rows)
+    once, twice = (train(Trainer(run), one) for one in (single, store))
+    assert twice == once  # the two sessions are alike
+    assert twice.subjects_per_stream == dict.fromkeys(run.streams, 12)

@@ -1,0 +1,211 @@
+"""`panfm site init --from`: what it shows, writes and keeps. Images are empty files: nothing is read but names."""
+
+from collections import Counter
+
+import pytest
+from typer.testing import CliRunner
+
+from panfm.cli import main
+from panfm.config import load_site
+from panfm.data.manifest import read_manifest
+from panfm.data.proposal import draw_split
+
+
+def init(site, source, *options):
+    words = ["site", "init", site, "--from", source, *options]
+    result = CliRunner().invoke(main, [str(word) for word in words])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def touch(root, *paths):
+    for path in paths:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(b"")
+    return root
+
+
+def rows_of(site):
+    return read_manifest(site, load_site(site))
+
+
+@pytest.fixture
+def bids(tmp_path):
+    root = touch(
+        tmp_path / "bids",
+        "dataset_description.json",
+        "participants.tsv",
+        "derivatives/x/sub-01_T1w.nii.gz",
+        ".git/x.nii",
+        "sub-01/func/sub-01_task-rest_bold.nii.gz",
+        "sub-01/anat/sub-01_T1w.json",
+        *(f"sub-0{n}/anat/sub-0{n}_{kind}.nii.gz" for n in (1, 2) for kind in ("T1w", "FLAIR")),
+        *(f"sub-03/ses-{n}/anat/sub-03_ses-{n}_T1w.nii.gz" for n in (1, 2)),
+        "sub-02/anat/sub-02_T1w_mask.nii.gz",
+    )
+    (root / "sub-04").symlink_to(root / "sub-03")
+    return root
+
+
+def test_nothing_is_written_before_it_is_agreed_to(tmp_path, bids):
+    result = init(tmp_path / "site", bids)
+    assert result.exit_code == 1
+    assert result.stderr == "nothing is written; give --yes to write it\n"
+    assert not (tmp_path / "site").exists()
+
+
+def test_a_bids_folder_becomes_a_site(tmp_path, bids):
+    result = init(tmp_path / "clinic", bids, "--yes")
+    assert result.exit_code == 0, result.output
+    rows = rows_of(tmp_path / "clinic")
+    assert load_site(tmp_path / "clinic").name == "clinic"
+    assert [(row.subject, row.session, row.stream) for row in rows] == [
+        ("sub-01", "", "brain-mr.flair"),
+        ("sub-01", "", "brain-mr.t1"),
+        ("sub-02", "", "brain-mr.flair"),
+        ("sub-02", "", "brain-mr.t1"),
+        ("sub-03", "ses-1", "brain-mr.t1"),
+        ("sub-03", "ses-2", "brain-mr.t1"),
+    ]
+    assert rows[0].path == str(bids / "sub-01/anat/sub-01_FLAIR.nii.gz")
+    assert [row.mask for row in rows if row.mask] == [str(bids / "sub-02/anat/sub-02_T1w_mask.nii.gz")]
+    assert all(row.split == draw_split(row.subject) for row in rows)
+    lines = result.output.splitlines()
+    names = "dataset_description.json, participants.tsv, sub-01/anat/sub-01_T1w.json"
+    assert f"left out, no image that a reader accepts: 3: {names}" in lines
+    assert "left out, a folder of BIDS without original images: 1: derivatives/" in lines
+    assert "left out, a hidden folder: 1: .git/" in lines
+    assert "left out, a link to a folder, which is not followed: 1: sub-04/" in lines
+    assert any("suffix bold of BIDS" in line and "sub-01_task-rest_bold.nii.gz" in line for line in lines)
+    (row,) = [line for line in lines if line.startswith("│ brain-mr.t1 ")]
+    assert row.replace("│", " ").split()[:5] == ["brain-mr.t1", "3", "4", "4", "4"]
+
+
+def test_a_site_is_completed_and_keeps_its_rows(tmp_path):
+    site = touch(tmp_path / "clinic", *(f"data/{n}_brain_T1.nii.gz" for n in (1, 2)))
+    (site / "site.toml").write_text('name = "own-name"\n')
+    text = 'path,subject,stream\ndata/1_brain_T1.nii.gz,One,brain-mr\n\n"x, y.nii",Two,heart-ct\n'
+    (site / "manifest.csv").write_text(text)
+    assert init(site, site, "--yes").exit_code == 0
+    split = draw_split("2")
+    expected = (
+        text.replace("stream\n", "stream,split\n")
+        .replace("brain-mr\n", "brain-mr,\n")
+        .replace("heart-ct\n", "heart-ct,\n")
+    )
+    assert (site / "manifest.csv").read_text() == f"{expected}data/2_brain_T1.nii.gz,2,brain-mr.t1,{split}\n"
+    assert (site / "site.toml").read_text() == 'name = "own-name"\n'
+    again = init(site, site, "--yes")
+    assert again.exit_code == 1
+    assert "found no new image" in again.stderr
+    touch(site, "more/2_brain_T1.nii.gz")
+    other = init(site, site, "--yes")
+    assert other.exit_code == 1
+    assert (
+        "left out, line 5 of the manifest has another image of 2 and brain-mr.t1: 1: more/2_brain_T1.nii.gz"
+        in other.output
+    )
+    assert init(site, site, "--yes", "--name", "other").stderr.startswith("--name: found 'other', expected own-name")
+
+
+def test_an_empty_manifest_of_site_init_is_filled(tmp_path):
+    site = tmp_path / "clinic"
+    assert CliRunner().invoke(main, ["site", "init", str(site), "--name", "c"]).exit_code == 0
+    images = touch(tmp_path / "images", "liver/a1_CT.nii.gz")
+    assert init(site, images, "--yes").exit_code == 0
+    assert [(row.subject, row.stream) for row in rows_of(site)] == [("a1", "liver-ct")]
+
+
+def test_two_images_of_one_subject_and_stream_are_told_apart_by_what_is_written(tmp_path):
+    images = touch(tmp_path / "images", "sub-1/anat/sub-1_run-1_T1w.nii", "sub-1/anat/sub-1_run-2_T1w.nii")
+    result = init(tmp_path / "clinic", images, "--yes")
+    assert result.exit_code == 1
+    assert not (tmp_path / "clinic").exists()
+    first = result.stderr.splitlines()[0]
+    options = "--stream brain-mr.run-1='*run-1*' --stream brain-mr.run-2='*run-2*'"
+    assert first.startswith(
+        "subject 'sub-1' has 2 images of brain-mr.t1: sub-1_run-1_T1w.nii, sub-1_run-2_T1w.nii; write"
+    )
+    assert options in first
+    said = [word.replace("'", "") for word in options.split()]
+    assert init(tmp_path / "clinic", images, "--yes", *said).exit_code == 0
+    assert [row.stream for row in rows_of(tmp_path / "clinic")] == ["brain-mr.run-1", "brain-mr.run-2"]
+
+
+def test_folders_named_after_a_split_are_believed_and_must_agree(tmp_path):
+    images = touch(tmp_path / "images", "train/a1_brain_T1.nii", "test/a2_brain_T1.nii", "val/a3_brain_CT.nii")
+    assert init(tmp_path / "clinic", images, "--yes").exit_code == 0
+    assert {row.subject: row.split for row in rows_of(tmp_path / "clinic")} == {
+        "a1": "train",
+        "a2": "test",
+        "a3": "val",
+    }
+    touch(images, "test/a1_brain_CT.nii")
+    result = init(tmp_path / "clinic", images, "--yes")
+    assert "subject 'a1' is in split test and train, expected one" in result.stderr
+    assert (
+        init(tmp_path / "hold-out", touch(tmp_path / "h", "b1_brain_T1.nii"), "--yes", "--split", "test").exit_code == 0
+    )
+    assert [row.split for row in rows_of(tmp_path / "hold-out")] == ["test"]
+
+
+@pytest.mark.parametrize(("name", "tab"), [("t.csv", ","), ("t.tsv", "\t")])
+def test_a_table_becomes_a_site(tmp_path, name, tab):
+    touch(tmp_path, "i/a.png", "i/b.png", "i/brain_ct.png", "m.png")
+    lines = [["Participant_ID", "file", "stream", "age", "mask"], ["007", "i/a.png", "chest-xray", "9", "m.png"]]
+    lines += [["008", "i/b.png", "chest", "9", ""], ["9", "i/brain_ct.png", "", "", ""], ["9", "gone.png", "", "", ""]]
+    lines += [["", "i/b.png", "chest-xray", "", ""]]
+    (tmp_path / name).write_text("".join(f"{tab.join(line)}\n" for line in lines))
+    result = init(tmp_path / "clinic", tmp_path / name, "--yes")
+    assert result.exit_code == 0, result.output
+    rows = rows_of(tmp_path / "clinic")
+    assert [(row.subject, row.stream) for row in rows] == [("007", "chest-xray"), ("9", "brain-ct")]
+    assert rows[0].mask == str(tmp_path / "m.png")
+    assert f"left out, no such file: 1: {name}:5: gone.png" in result.output
+    assert f"left out, no subject: 1: {name}:6: i/b.png" in result.output
+    assert "left out, no column of a manifest; labels go into labels.csv: 1: column age" in result.output
+    assert "stream 'chest': expected <organ>-<modality>" in result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--stream", "brain-mr"], "--stream: found 'brain-mr', expected STREAM='PATTERN', e.g. brain-mr='*T1w*'"),
+        (["--stream", "brain=*"], "--stream: stream 'brain': expected <organ>-<modality>"),
+        (["--subject", "("], "--subject: '(' is no regular expression"),
+        (["--split", "training"], "--split: found 'training', expected one of train, val, test"),
+        (["--name", "A b"], "--name: name: found 'A b', expected text that matches"),
+    ],
+)
+def test_a_mistake_in_an_option_is_one_line(tmp_path, bids, options, complaint):
+    result = init(tmp_path / "clinic", bids, "--yes", *options)
+    assert result.exit_code == 1
+    assert result.stderr.startswith(complaint)
+    assert len(result.stderr.splitlines()) == 1
+    assert not (tmp_path / "clinic").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (None, "no such file, expected a folder of images or a table of subject and path"),
+        ("a,b\n1,2\n", "found columns a, b, expected one for the subject: subject or participant_id"),
+        ("", "found columns nothing, expected one for the subject"),
+        ("subject,path,stream\n1,x.nii,brain-mr\n", "found no new image"),
+    ],
+)
+def test_a_source_that_does_not_do_is_one_line(tmp_path, content, complaint):
+    if content is not None:
+        (tmp_path / "t.csv").write_text(content)
+    result = init(tmp_path / "clinic", tmp_path / "t.csv", "--yes")
+    assert result.exit_code == 1
+    assert complaint in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_subjects_split_is_drawn_from_its_name_alone():
+    counts = Counter(draw_split(f"P{number}") for number in range(2000))
+    assert counts["train"] + counts["val"] + counts["test"] == 2000
+    assert abs(counts["val"] - 200) < 50
+    assert abs(counts["test"] - 200) < 50
+    assert [draw_split(name) for name in ("sub-01", "sub-02", "sub-03")] == [draw_split(f"sub-0{n}") for n in (1, 2, 3)]
