@@ -52,3 +52,8 @@ def module_name(stream: str) -> str:
         distinct: no stream name has an underscore, so two streams never share a module name.
     """
     return stream.replace(".", "_")
+
+
+def stream_of_module(name: str) -> str:
+    """The stream of a module name."""
+    return name.replace("_", ".")

@@ -68,6 +68,9 @@ def _complaint(kind: type[BaseModel], fault: Any, table: Any) -> str:
     match fault["type"]:
         case "missing":
             return f"{key}: missing, expected a value"
+        case "extra_forbidden" if keys[0] == "streams" and isinstance(fault["input"], dict):
+            quoted = toml_key("streams", ".".join(keys[1:]))
+            return f"{'.'.join(keys)}: a table in a stream, expected [{quoted}], in quotes"
         case "extra_forbidden":
             return f"{key}: unknown key, {_known_keys(keys, around)}"
         case "union_tag_invalid" | "union_tag_not_found":

@@ -4,7 +4,7 @@ One TOML file of this shape describes a run (`configs/experiments/*.toml`). The 
 resolved text to the sites, so every part of a federation reads the same words.
 """
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
 from pydantic import Field, SerializeAsAny, model_validator
 
@@ -54,19 +54,6 @@ class RunConfig(Config):
     """Differential privacy of sites, at the server; off when left out."""
     start: StartConfig | None = None
     """A trained model to start from; parameters are drawn by `seed` when left out."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _suffixes_stand_in_quotes(cls, table: Any) -> Any:
-        """Refuse `[streams.brain-mr.t1]`, which TOML reads as a table `t1` of the stream `brain-mr`."""
-        streams = table.get("streams") if isinstance(table, dict) else None
-        for name, stream in streams.items() if isinstance(streams, dict) else ():
-            for key, value in stream.items() if isinstance(stream, dict) else ():
-                expected = toml_key("streams", f"{name}.{key}")
-                if isinstance(value, dict):
-                    complaint = f"streams.{name}.{key}: a table in a stream, expected [{expected}], in quotes"
-                    raise ValueError(complaint)  # noqa: TRY004 (pydantic turns a ValueError into a fault)
-        return table
 
     @property
     def organs(self) -> tuple[str, ...]:

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from panfm.anatomy import module_name
 from panfm.config import StreamConfig
 from panfm.data.store import Batch
 from panfm.errors import RunError
 from panfm.models import PanModel
-from panfm.models.backbone import Encoded, PerStream
+from panfm.models.backbone import Encoded
 from panfm.models.pan import StreamTokenizer
 from panfm.models.patch_features import image_features
 from panfm.models.pooling import pool
@@ -44,7 +45,7 @@ class EmbeddingNetwork(nn.Module):
         super().__init__()
         self.configs = {name: model.stream_configs[name] for name in streams}
         self.tokenizer = model.tokenizer
-        self.streams = PerStream({name: model.streams[name] for name in streams})
+        self.streams = nn.ModuleDict({module_name(name): model.streams[module_name(name)] for name in streams})
         self.backbone = model.backbone
         self.pooling = model.pooling
         self.num_model_streams = len(model.stream_names)
@@ -57,7 +58,7 @@ class EmbeddingNetwork(nn.Module):
     def forward(self, *inputs: Tensor) -> Tensor:
         """Images of every stream, then `present` -> embedding [B, E]."""
         *images, present = inputs
-        tokens = torch.cat([self._tokenize(*pair) for pair in zip(self.streams, images, strict=True)], dim=1)
+        tokens = torch.cat([self._tokenize(*pair) for pair in zip(self.configs, images, strict=True)], dim=1)
         valid = present[:, self.stream_of_patch]
         layout = Layout(torch.arange(valid.shape[1]).expand_as(valid), valid)
         encoded: Encoded = self.backbone(
@@ -69,7 +70,7 @@ class EmbeddingNetwork(nn.Module):
 
     def _tokenize(self, name: str, images: Tensor) -> Tensor:
         features = image_features(images, self.configs[name], self.tokenizer)
-        return cast(StreamTokenizer, self.streams[name])(features)
+        return cast(StreamTokenizer, self.streams[module_name(name)])(features)
 
 
 def trace(network: EmbeddingNetwork) -> ExportedProgram:

@@ -10,14 +10,14 @@ D width.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
-from panfm.anatomy import module_name
+from panfm.anatomy import stream_of_module
 from panfm.data.store import Batch
 from panfm.errors import ConfigError, ProtocolError
 from panfm.models.tokens import Layout
@@ -131,34 +131,8 @@ class Backbone(nn.Module, ABC):
         """Look at a batch's whole images before `forward` gets their visible tokens; does nothing by default."""
 
 
-class PerStream(nn.Module):
-    """Modules by stream name; a module belongs to the sharing group of its stream.
-
-    A module is registered under `module_name` of its stream, because torch cuts names at dots.
-    """
-
-    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
-        super().__init__()
-        self._streams = tuple(modules)
-        for stream, module in modules.items():
-            self.add_module(module_name(stream), module)
-
-    def __getitem__(self, stream: str) -> nn.Module:
-        return self.get_submodule(module_name(stream))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._streams)
-
-    def __len__(self) -> int:
-        return len(self._streams)
-
-    def values(self) -> list[nn.Module]:
-        """The modules, in the order of their streams."""
-        return list(self.children())
-
-    def items(self) -> list[tuple[str, nn.Module]]:
-        """The streams and their modules, in order."""
-        return list(zip(self, self.children(), strict=True))
+class PerStream(nn.ModuleDict):
+    """Modules by `module_name` of their stream; a module belongs to the sharing group of its stream."""
 
 
 def parameter_groups(model: nn.Module) -> dict[str, str]:
@@ -172,7 +146,7 @@ def parameter_groups(model: nn.Module) -> dict[str, str]:
         if hasattr(module, "sharing_group"):
             tags[path] = module.sharing_group
         if isinstance(module, PerStream):
-            tags |= {f"{path}.{module_name(name)}": stream_group(name) for name in module}
+            tags |= {f"{path}.{name}": stream_group(stream_of_module(name)) for name in module}
     return {name: _innermost_tag(name, tags) for name in model.state_dict()}
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from panfm.anatomy import module_name
 from panfm.config.objective import ObjectiveConfig
 from panfm.errors import ConfigError
 from panfm.models.backbone import Encoded, PerStream
@@ -75,7 +76,9 @@ class Heads(nn.Module):
     def __init__(self, width: int, heads: int, features: Mapping[str, int], objective: ObjectiveConfig) -> None:
         super().__init__()
         added: ObjectiveHeads = import_class(objective.implementation).build_heads(objective, width, features)
-        self.streams = PerStream({name: StreamHead(width, added.per_stream.get(name, {})) for name in features})
+        self.streams = PerStream(
+            {module_name(name): StreamHead(width, added.per_stream.get(name, {})) for name in features}
+        )
         self.predictor = CrossBlock(width, heads)
         self.project = nn.Sequential(nn.LayerNorm(width, eps=1e-6), nn.Linear(width, width))
         self.summary = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from panfm.anatomy import parse_stream
+from panfm.anatomy import module_name, parse_stream
 from panfm.config import RunConfig, StreamConfig
 from panfm.config.features import FeaturesConfig
 from panfm.config.model import ModelConfig
@@ -100,7 +100,9 @@ class PanModel(nn.Module):
         self.embedding_size = embedding_size(features, width=width, streams=len(streams), depth=depth)
         self.whitening: Whitening | None = None
         """Of embeddings; set after training, by `panfm whiten` or the end of a run."""
-        self.streams = PerStream({name: StreamTokenizer(stream, config, width) for name, stream in streams.items()})
+        self.streams = PerStream(
+            {module_name(name): StreamTokenizer(own, config, width) for name, own in streams.items()}
+        )
         self.backbone: Backbone = BACKBONES.load(config.backbone)(width, depth, heads, config)
         if config.positions == "rotary":
             self.backbone.turn_by(_angles(streams, width // heads))
@@ -131,7 +133,7 @@ class PanModel(nn.Module):
     def present(self, batch: Batch) -> Tensor:
         """Which subject has which of the model's streams, bool [B, S]."""
         present = torch.zeros(batch.size, len(self.streams), dtype=torch.bool, device=self.stream_of_patch.device)
-        for index, name in enumerate(self.streams):
+        for index, name in enumerate(self.stream_names):
             if name in batch.rows:
                 present[batch.rows[name], index] = True
         return present
@@ -141,7 +143,7 @@ class PanModel(nn.Module):
         self.backbone.see(features)
         start = layout.valid.new_full((features.size, len(self.stream_of_patch)), 0, dtype=torch.long)
         flat, offset = [self.stream_of_patch.new_zeros(1, self.width, dtype=self.dtype)], 1
-        for index, (name, tokenizer) in enumerate(self.streams.items()):
+        for index, (name, tokenizer) in enumerate(zip(self.stream_names, self.streams.values(), strict=True)):
             if name not in features.images:
                 continue
             tokens = tokenizer(features.images[name])

@@ -78,7 +78,7 @@ def invert(model: PanModel, gradient: Gradient) -> dict[str, tuple[Tensor, Tenso
     gamma, beta = (value.detach().cpu().double() for value in (block.norm1.weight, block.norm1.bias))
     centred = (outside * gamma) @ (torch.eye(model.width, dtype=torch.float64) - 1.0 / model.width)
     solved = {}
-    for name, tokenizer in model.streams.items():
+    for name, tokenizer in zip(model.stream_names, model.streams.values(), strict=True):
         part = gradient.get(f"streams.{module_name(name)}.project.weight")
         if part is not None and bool(part.any()):
             assert isinstance(tokenizer, StreamTokenizer)
@@ -231,7 +231,7 @@ class Attacked:
     def truth(self, patient: Patient) -> dict[str, Tensor]:
         """Intensities of a patient's patches [T, F], by stream."""
         batch, patches = self.features[patient[0]].batch([patient[1]]), {}
-        for name, tokenizer in self.trainer.model.streams.items():
+        for name, tokenizer in zip(self.trainer.model.stream_names, self.trainer.model.streams.values(), strict=True):
             if name in batch.images:
                 assert isinstance(tokenizer, StreamTokenizer)
                 patches[name] = self.intensities(name, patchify(batch.images[name], tokenizer.step)[0])

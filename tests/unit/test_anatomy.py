@@ -1,6 +1,6 @@
 import pytest
 
-from panfm.anatomy import DEFAULT_ORGANS, Modality, module_name, parse_stream
+from panfm.anatomy import DEFAULT_ORGANS, Modality, module_name, parse_stream, stream_of_module
 
 
 @pytest.mark.parametrize("organ", [*DEFAULT_ORGANS, "chest", "left-lung", "l4-vertebra"])
@@ -29,3 +29,4 @@ def test_no_two_streams_share_a_module_name():
     assert len({module_name(stream) for stream in streams}) == len(streams)
     assert all("." not in module_name(stream) for stream in streams)
     assert module_name("brain-mr") == "brain-mr"
+    assert [stream_of_module(module_name(stream)) for stream in streams] == streams

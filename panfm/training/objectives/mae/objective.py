@@ -16,6 +16,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from panfm.anatomy import module_name
 from panfm.data.store import Batch
 from panfm.models import PanModel
 from panfm.models.backbone import Encoded
@@ -75,7 +76,7 @@ class MaeObjective(Objective):
 
 def _patches(model: PanModel, features: Batch, name: str, patch_index: Tensor) -> Tensor:
     """Normalised patches [P, W, F] of one stream at indices [P, W] into the vocabulary."""
-    tokenizer = model.streams[name]
+    tokenizer = model.streams[module_name(name)]
     assert isinstance(tokenizer, StreamTokenizer)
     first = int((model.stream_of_patch < model.stream_names.index(name)).sum())
     chosen = gather_tokens(patchify(features.images[name], tokenizer.step), (patch_index - first).clamp_min(0))
