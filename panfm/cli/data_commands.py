@@ -106,7 +106,7 @@ def init_from(
         )
     if not proposal.added:
         raise DataError(f"{source}: found no new image, expected some that the manifest lacks (see what is left out)")
-    if not yes and not (sys.stdin.isatty() and typer.confirm(f"Write {len(proposal.added)} rows to {folder}?")):
+    if not yes and not (_can_ask() and typer.confirm(f"Write {len(proposal.added)} rows to {folder}?")):
         raise DataError("nothing is written; give --yes to write it")
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -116,6 +116,11 @@ def init_from(
         raise DataError(f"{folder}: cannot be written to ({error.strerror}), expected a folder") from error
     add_rows(folder, site, proposal.added)
     typer.echo(f"{folder}: {len(proposal.added)} rows written; now run: panfm site check {folder}")
+
+
+def _can_ask() -> bool:
+    """Whether somebody sits at the terminal."""
+    return sys.stdin.isatty()
 
 
 def name_rules(streams: Sequence[str], subject: str | None) -> "NameRules":

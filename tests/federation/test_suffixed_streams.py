@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pytest
 import safetensors.numpy
 from typer.testing import CliRunner
 
@@ -19,12 +20,13 @@ name = "contrasts"
 "brain-mr.t1" = { spacing-mm = [8.0, 8.0, 8.0], shape = [8, 8, 8], patch = [4, 4, 8] }
 "brain-mr.flair" = { spacing-mm = [8.0, 8.0, 8.0], shape = [8, 8, 8], patch = [4, 4, 8] }
 [train]
-rounds = 2
+rounds = 1
 local-steps = 2
 batch-size = 3
 """
 
 
+@pytest.mark.slow
 def test_contrasts_and_sessions_train_and_embed(tmp_path, write_site):
     write_site(tmp_path / "sites" / "one", "one", ("brain", "head"), 4)
     rename(tmp_path / "sites" / "one", ("brain-mr.t1", "brain-mr.flair"))

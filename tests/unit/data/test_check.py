@@ -164,3 +164,11 @@ def test_every_fault_is_listed_and_an_excel_table_is_read(site):
     manifest = site.folder / "manifest.csv"
     manifest.write_bytes(b"\xef\xbb\xbf" + manifest.read_text().replace("\n", "\r\n").encode() + b"\r\n")
     assert [line.split(":")[0] for line in site.faults()] == ["b_brain-mr.nii.gz", "d_brain-mr.nii.gz"]
+
+
+def test_a_subject_with_two_sessions_counts_once(site):
+    site.header = "subject,stream,path,session"
+    for session in ("1", "2"):
+        site.nifti(f"{session}.nii.gz", np.random.default_rng(int(session)).integers(0, 99, (4, 4, 4)).astype(np.int16))
+        site.lines.append(f"a,brain-mr,{session}.nii.gz,{session}")
+    assert check_site(site.write()).coverage == {("brain-mr", "train"): 1}

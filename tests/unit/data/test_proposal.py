@@ -1,5 +1,6 @@
 """`panfm site init --from`: what it shows, writes and keeps. Images are empty files: nothing is read but names."""
 
+import os
 from collections import Counter
 
 import pytest
@@ -209,3 +210,23 @@ def test_a_subjects_split_is_drawn_from_its_name_alone():
     assert abs(counts["val"] - 200) < 50
     assert abs(counts["test"] - 200) < 50
     assert [draw_split(name) for name in ("sub-01", "sub-02", "sub-03")] == [draw_split(f"sub-0{n}") for n in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(("answer", "rows"), [("y", 6), ("n", 0)])
+def test_somebody_at_a_terminal_is_asked(tmp_path, bids, monkeypatch, answer, rows):
+    monkeypatch.setattr("panfm.cli.data_commands._can_ask", lambda: True)
+    words = ["site", "init", str(tmp_path / "clinic"), "--from", str(bids)]
+    result = CliRunner().invoke(main, words, input=f"{answer}\n")
+    assert f"Write 6 rows to {tmp_path / 'clinic'}?" in result.output
+    assert result.exit_code == (0 if rows else 1)
+    assert len(rows_of(tmp_path / "clinic") if rows else []) == rows
+
+
+def test_names_that_a_table_cannot_hold_are_left_out(tmp_path):
+    images = touch(tmp_path / "images", "1_brain_T1.nii", "2_brain_T1.nii", "3_brain\n_T1.nii", "4_brain_T1.png ")
+    (tmp_path / "images" / os.fsdecode(b"5_brain_T1\xff.nii")).touch()
+    (images / "gone_brain_T1.nii").symlink_to(images / "nowhere")
+    result = init(tmp_path / "clinic", images, "--yes")
+    assert [row.subject for row in rows_of(tmp_path / "clinic")] == ["1", "2"]
+    assert "left out, a name that a table cannot hold: 3: " in result.output
+    assert "left out, a link to nothing: 1: gone_brain_T1.nii" in result.output

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from panfm.data.store import ImageStore
 from panfm.errors import LedgerError
 from panfm.privacy import patient_sums
 from panfm.privacy.ledger import Ledger, Limits
@@ -210,3 +211,22 @@ def test_the_profile_tends_to_one_where_noise_rules_and_to_the_truth_where_not(m
         if expected is not None:
             torch.testing.assert_close(found, expected.float(), atol=1e-4, rtol=1e-4)
         assert ((found > 0) & torch.isfinite(found)).all()
+
+
+def test_a_patients_session_is_drawn_by_the_patients_own_generator(make_private):
+    """Nobody else's sessions decide which one a patient shows."""
+    images = np.random.default_rng(0).random((5, 3, 8, 8), dtype=np.float32)
+    alone = ImageStore(("a",), ("train",), {"eye-fundus": images[:3]}, {"eye-fundus": np.array([0, 0, 0])})
+    among = ImageStore(
+        ("x", "a"), ("train",) * 2, {"eye-fundus": images[[3, 4, 0, 1, 2]]}, {"eye-fundus": np.array([0, 0, 1, 1, 1])}
+    )
+    cpu, shown = torch.device("cpu"), set()
+    for seed in range(12):
+        first, second = (
+            patient_sums.one_patient(store, index, cpu, torch.Generator().manual_seed(seed)).images["eye-fundus"]
+            for store, index in ((alone, 0), (among, 1))
+        )
+        assert torch.equal(first, second)
+        shown |= {at for at in range(3) if np.array_equal(first[0], images[at])}
+    assert shown == {0, 1, 2}
+    assert np.array_equal(patient_sums.one_patient(alone, 0, cpu).images["eye-fundus"][0], images[0])
