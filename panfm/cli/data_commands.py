@@ -95,17 +95,7 @@ def init_from(
         raise ConfigError(f"--name: found {name!r:.80}, expected {site.name}, as site.toml has it")
     proposal = propose(source, rules, folder, site, read_rows(folder, site), split=split)
     show(proposal, site.name)
-    if proposal.unclear:
-        raise DataError(
-            "\n".join(
-                [
-                    *(one_line(line, limit=1000) for line in proposal.unclear),
-                    "nothing is written until these are told apart",
-                ]
-            )
-        )
-    if not proposal.added:
-        raise DataError(f"{source}: found no new image, expected some that the manifest lacks (see what is left out)")
+    _require_clear(proposal, source)
     if not yes and not (_can_ask() and typer.confirm(f"Write {len(proposal.added)} rows to {folder}?")):
         raise DataError("nothing is written; give --yes to write it")
     try:
@@ -116,6 +106,15 @@ def init_from(
         raise DataError(f"{folder}: cannot be written to ({error.strerror}), expected a folder") from error
     add_rows(folder, site, proposal.added)
     typer.echo(f"{folder}: {len(proposal.added)} rows written; now run: panfm site check {folder}")
+
+
+def _require_clear(proposal: "Proposal", source: Path) -> None:
+    """Raises DataError: something must be told apart first, or there is nothing to write."""
+    if proposal.unclear:
+        lines = [one_line(line, limit=1000) for line in proposal.unclear]
+        raise DataError("\n".join([*lines, "nothing is written until these are told apart"]))
+    if not proposal.added:
+        raise DataError(f"{source}: found no new image, expected some that the manifest lacks (see what is left out)")
 
 
 def _can_ask() -> bool:

@@ -97,6 +97,8 @@ def add_rows(folder: Path, site: SiteConfig, rows: Sequence[Row]) -> None:
     lines = _lines(path) if path.exists() else []
     header, *before = lines or [list(COLUMNS[:4])]
     columns = [name.strip() for name in header]
+    if "subject" not in columns:
+        raise DataError(f"{path}: found {','.join(header)!r:.80}, expected a header with commas to add rows to")
     new = [name for name in COLUMNS if name not in columns and any(getattr(row, name) for row in rows)]
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")

@@ -230,3 +230,13 @@ def test_names_that_a_table_cannot_hold_are_left_out(tmp_path):
     assert [row.subject for row in rows_of(tmp_path / "clinic")] == ["1", "2"]
     assert "left out, a name that a table cannot hold: 3: " in result.output
     assert "left out, a link to nothing: 1: gone_brain_T1.nii" in result.output
+
+
+def test_a_manifest_of_another_form_is_not_written_to(tmp_path):
+    site = touch(tmp_path / "clinic", "data/1_brain_T1.nii.gz")
+    (site / "site.toml").write_text('name = "clinic"\n')
+    (site / "manifest.csv").write_text("subject;stream;path\n")
+    result = init(site, site, "--yes")
+    assert result.exit_code == 1
+    assert "found 'subject;stream;path', expected a header with commas" in result.stderr
+    assert (site / "manifest.csv").read_text() == "subject;stream;path\n"
