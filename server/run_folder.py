@@ -8,7 +8,7 @@ sites.json         handshakes, coverage, and who cannot take part
 rounds.jsonl       one line per round
 ended.json         how and why the run ended without a model
 checkpoint/        the server's state after the last rounds
-model/             model.safetensors, metadata.json, run.toml
+model/             model.safetensors, metadata.json, run.toml, and probe.safetensors in a run with probe.tasks
 status.html, tensorboard/   for people (tracking.py)
 flower.json        where Flower runs it (server/coordinator.py)
 """
@@ -25,6 +25,7 @@ from torch import Tensor
 from panfm import __version__
 from panfm.config import RunConfig, as_told, dump_toml
 from panfm.errors import DataError, PanfmError, RunError
+from panfm.evaluate.probe_file import save_probes
 from panfm.files import (
     append_json_line,
     json_text,
@@ -45,6 +46,7 @@ from server.checkpoint import ServerState, load_latest, save_state
 from server.expected_sites import FILE as EXPECTED_SITES
 from server.expected_sites import ExpectedSites
 from server.handshake import Attendance
+from server.label_probe import LabelProbes
 
 _START = "start.safetensors"
 _FROZEN = "frozen.safetensors"
@@ -112,6 +114,12 @@ class RunFolder:
             kept = [line for line in read_json_lines(rounds) if line["round"] <= done]
             write_atomic(rounds, "".join(f"{json_text(line)}\n" for line in kept).encode())
         return folder
+
+    def redescribe(self, run: RunConfig) -> Self:
+        """Replace the description of a run that has not begun; returns its folder."""
+        assert not (self.path / "checkpoint").exists()
+        write_atomic(self.path / "run.toml", dump_toml(run).encode())
+        return type(self)(self.path, run)
 
     def start(self) -> dict[str, Tensor] | None:
         """The shared parameters that the run starts from, by name; None without a warm start. Raises DataError if they
@@ -210,13 +218,21 @@ class RunFolder:
         write_json(self.path / "sites.json", content, indent=2)
 
     def save_model(
-        self, state: ServerState, manifest: GroupManifest, frozen: Mapping[str, Flat], sites: list[str]
+        self,
+        state: ServerState,
+        manifest: GroupManifest,
+        frozen: Mapping[str, Flat],
+        sites: list[str],
+        probes: LabelProbes | None = None,
     ) -> None:
-        """Write model/: the global parameters by name, those that the run did not train included, and what they are."""
+        """Write model/: the global parameters by name, those that the run did not train included, probes of labels
+        where there are any, and what they are."""
         untrained = frozen_manifest(describe_model(self.run), self.run.sharing)
         tensors = manifest.unpack_all(state.groups) | untrained.unpack_all(frozen)
         write_atomic(self.path / "model" / "model.safetensors", safetensors.numpy.save(tensors))
         write_atomic(self.path / "model" / "run.toml", dump_toml(self.shared_run).encode())
+        if probes and probes.probes:
+            save_probes(self.path / "model", probes.probes, self.run.features.pooling_text)
         metadata = {
             "name": self.run.name,
             "run-id": state.run_id,
@@ -233,6 +249,10 @@ class RunFolder:
             "panfm": __version__,
             "intended-use": "research; not a medical device",
         }
+        if state.measure:
+            metadata["gate"] = {"measure": state.measure.value, "round": state.measure.round_number}
+        if self.run.probe.tasks and probes:
+            metadata["probe"] = probes.summary()
         write_json(self.path / "model" / "metadata.json", metadata, indent=2)
 
 

@@ -103,6 +103,7 @@ def scalars(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
         **{f"saliency/{stream}": share for stream, share in (line["profile"] or {}).items()},
         **{f"coverage/{stream}": len(sites) for stream, sites in line["coverage"].items()},
         **{f"epsilon/{site}": cost for site, cost in line.get("epsilon", {}).items()},
+        **({"gate/measure": gate["measure"], "gate/kept": int(gate["kept"])} if (gate := line.get("gate")) else {}),
     }
     for site, reply in line["sites"].items():
         values |= {f"loss/{site}": reply["loss"], f"validation-loss/{site}": reply["validation_loss"]}

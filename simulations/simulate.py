@@ -8,6 +8,7 @@ from rich.console import Console
 from panfm.errors import ConfigError
 from server.run_folder import RunFolder, default_path
 from simulations.cohorts.prepare import cohort_folder, load_simulation, prepare_cohort
+from simulations.cohorts.shared_labels import with_shared_labels
 from simulations.engines import Job, run_job
 from simulations.finish import finish
 
@@ -37,6 +38,8 @@ def simulate(
     console = console or Console(soft_wrap=True, highlight=False)
     folder = _resume(resume, overrides, out) if resume else _create(experiment, overrides, out)
     cohort = prepare_cohort(folder.run, console)
+    if not resume:
+        folder = folder.redescribe(with_shared_labels(folder.run, cohort))
     run_job(Job(cohort / "sites", folder.path), engine)
     finish(folder.run, cohort, folder.path, console)
     console.print(f"run folder: {folder.path}")

@@ -1,8 +1,7 @@
-"""`panfm site ...`: for the operator of one site, and the lines that these commands print."""
+"""`panfm site ...`: for the operator of one site."""
 
 import json
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,8 +13,6 @@ from panfm.errors import DataError
 if TYPE_CHECKING:
     from panfm.config import SiteConfig
     from panfm.data.check import SiteReport
-    from panfm.hash_chain import Entry
-    from panfm.site.dry_run import DryRun
 
 app = typer.Typer(no_args_is_help=True, help="For the operator of one site.")
 _SPLITS = ("train", "val", "test")
@@ -128,6 +125,7 @@ def site_dry_run(
     from panfm.privacy.guarantees import load_checked_run
 
     description = load_checked_run(run)
+    from panfm.cli.site_lines import dry_run_lines
     from panfm.site.dry_run import dry_run
 
     for line in dry_run_lines(dry_run(site, description)):
@@ -140,6 +138,7 @@ def site_status(site: Annotated[Path, typer.Argument(help="Site folder.")]) -> N
     from panfm.config import load_site, site_path
 
     config = load_site(site)
+    from panfm.cli.site_lines import status_lines
 
     for line in status_lines(site, config, site_path(site, config.state_dir)):
         typer.echo(line)
@@ -176,6 +175,7 @@ def site_log(
     from panfm.config import load_site, site_path
 
     state_dir = site_path(site, load_site(site).state_dir)
+    from panfm.cli.site_lines import message_line
     from panfm.site.audit_log import AuditLog
 
     audit_log, count, end = AuditLog(state_dir), 0, "nothing yet"
@@ -186,60 +186,6 @@ def site_log(
     if noted is not None:
         audit_log.check_noted(chain_end(noted))
     typer.echo(f"{count} messages, unbroken; the chain ends with: {end}")
-
-
-def dry_run_lines(trial: "DryRun") -> Iterator[str]:
-    """The cost of a run, and everything that would leave."""
-    handshake, reply = trial.handshake, trial.reply
-    yield f"experiment {trial.experiment} (for limits.experiments in site.toml)"
-    if not trial.is_named:
-        yield "limits.experiments does not name it: the worker would refuse this run"
-    if trial.start:
-        yield f"starts from the model {trial.start} (for limits.starts in site.toml)"
-    gpu = "" if trial.gpu_gib is None else f", {trial.gpu_gib:.2f} GiB of the GPU"
-    yield f"one local step: {trial.seconds:.3f} s; at most {trial.memory_gib:.2f} GiB of memory{gpu}"
-    yield "before round 1 leave:"
-    streams = ", ".join(f"{stream} {count}" for stream, count in handshake.streams.items())
-    yield f"  name {handshake.site}; subjects {handshake.subjects}; with {streams}"
-    yield f"  versions {', '.join(f'{name} {version}' for name, version in handshake.versions.items())}"
-    yield f"every round leave {trial.bytes_up} bytes:"
-    for name, array in reply.updates.items():
-        yield f"  {name}: {array.dtype} {list(array.shape)}, {array.nbytes} bytes"
-    for name, value in reply.to_records().metrics.items():
-        yield f"  {name}: {'a number' if isinstance(value, int | float) else f'{len(value)} numbers'}"
-    for name in reply.to_records().config:
-        yield f"  {name}: the server's own words, or the round this site started from"
-
-
-def status_lines(folder: Path, site: "SiteConfig", state_dir: Path) -> Iterator[str]:
-    """Whether the worker is at work, the runs that it knows, and the messages that left."""
-    from panfm.files import RoundFiles
-    from panfm.site.admission import active_runs
-    from panfm.site.audit_log import AuditLog
-    from panfm.site.state import RUNS
-    from panfm.site.worker import is_running
-
-    yield f"{site.name}: the worker is {'at work' if is_running(folder, site) else 'not running'}"
-    for run_folder in sorted(state_dir.glob(f"{RUNS}/*")):
-        for number in RoundFiles(run_folder).rounds():
-            yield f"run {run_folder.name}: private state after round {number}"
-    for name, asked in active_runs(state_dir, site.limits).items():
-        yield f"run {name}: not finished, asked for round {max(asked.digests)} of {asked.rounds}"
-    lines = list(AuditLog(state_dir).lines())
-    yield f"messages that left: {len(lines)}, {sum(line['bytes'] for line in lines)} bytes"
-    if lines:
-        yield f"last: {message_line(lines[-1])}"
-
-
-def message_line(line: "Entry") -> str:
-    """One message of the audit log."""
-    groups = ", ".join(f"{name} {dtype}[{length}]" for name, dtype, length in line["arrays"]) or "no arrays"
-    asked = "" if line["round"] is None else f" of round {line['round']} of {line['run']}"
-    numbers = f"; numbers: {', '.join(line['numbers'])}" if line["numbers"] else ""
-    privacy = "" if line.get("privacy", "none") == "none" else f"; privacy: {line['privacy']}"
-    spent = "" if line.get("epsilon") is None else f"; epsilon {line['epsilon']:.3f} spent so far"
-    message = f"{line['kind']}{asked}: {line['bytes']} bytes, sha256 {line['sha256'][:16]}"
-    return f"{line['time']} {message}; {groups}{numbers}{privacy}{spent}"
 
 
 def supernode_command(folder: Path, site: "SiteConfig") -> str:

@@ -5,8 +5,9 @@ from typing import Annotated
 
 from pydantic import Field
 
-from panfm.config.base import Config, Name
+from panfm.config.base import Config
 
+TaskName = Annotated[str, Field(pattern=r"^[^/]{1,128}$")]
 LabelName = Annotated[str, Field(min_length=1, max_length=128)]
 
 
@@ -14,7 +15,7 @@ class ProbeConfig(Config):
     """Frozen-feature probes after training."""
 
     tasks: Annotated[
-        dict[Name, Annotated[tuple[LabelName, ...], Field(strict=False, min_length=1, max_length=64)]],
+        dict[TaskName, Annotated[tuple[LabelName, ...], Field(strict=False, min_length=1, max_length=64)]],
         Field(max_length=256),
     ] = Field(default_factory=dict)
     """Task -> its labels, columns of the sites' label tables. After the last round the sites are asked for sums of

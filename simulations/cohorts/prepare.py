@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 FOLDER = Path("cohorts")
 """Where cohorts are kept, so that a second run finds them."""
+_LAYOUT = 2
+"""To be raised whenever site folders are written otherwise (site_folder.py)."""
 
 
 def load_simulation(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
@@ -103,7 +105,7 @@ def _folder_of(cohort: CohortSource, streams: Streams) -> Path:
         return cohort.existing
     described = [(name, stream.model_dump(mode="json")) for name, stream in streams.items()]
     table = cohort.table()
-    content = json.dumps([table, described, cohort.fingerprint()])
+    content = json.dumps([table, described, cohort.fingerprint(), _LAYOUT])
     return FOLDER / f"{table['kind']}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
 
 
