@@ -20,7 +20,11 @@ from panfm.sharing.frames import Frame, Kind
 
 SITE_ERROR = 1000
 """Code of our own error replies; Flower's are below 100."""
-_KINDS = {MessageType.QUERY: Kind.HANDSHAKE, MessageType.TRAIN: Kind.ROUND}
+_KINDS = {
+    MessageType.QUERY: Kind.HANDSHAKE,
+    MessageType.TRAIN: Kind.ROUND,
+    MessageType.EVALUATE: Kind.SUMS,
+}
 
 logger = logging.getLogger(__name__)
 app = ClientApp()
@@ -28,8 +32,9 @@ app = ClientApp()
 
 @app.query()
 @app.train()
+@app.evaluate()
 def relay_message(message: Message, context: Context) -> Message:
-    """Answer the handshake before round 1 (a query), or a round (train)."""
+    """Answer the handshake before round 1 (a query), a round (train), or a question for sums (evaluate)."""
     kind = message.metadata.message_type
     try:
         answer = _site(context)(Frame(_KINDS[kind], unpack(message.content)))

@@ -5,7 +5,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,18 @@ optimisers."""
 
 
 @dataclass(frozen=True)
+class Measure:
+    """Measure of a model by which a gate keeps rounds (round_gate.py)."""
+
+    value: float
+    """Lower is better."""
+    round_number: int
+    """The round that made the model; 0: the start."""
+    patients: Mapping[str, Mapping[str, int]]
+    """Site -> task of labels, or `val` -> number of its patients that are behind it."""
+
+
+@dataclass(frozen=True)
 class ServerState:
     """State of a run between rounds. Resuming from it gives the bits of an undisturbed run."""
 
@@ -36,6 +48,8 @@ class ServerState:
     """Federation's saliency per stream, relative to an equal split."""
     memory: Memory = field(default_factory=Memory)
     """Memory of the strategy: usual norms and directions, server optimisers."""
+    measure: Measure | None = None
+    """Of this model, in a run with a gate."""
 
 
 def save_state(folder: Path, state: ServerState) -> None:
@@ -52,6 +66,8 @@ def save_state(folder: Path, state: ServerState) -> None:
     memory = state.memory
     if memory.frozen_holders:
         words["frozen-holders"] = memory.frozen_holders
+    if state.measure:
+        words["measure"] = asdict(state.measure)
     parts = {_GLOBAL: state.groups, **{name: getattr(memory, name) for name in _ARRAYS}}
     tensors = {f"{part}/{name}": array for part, arrays in parts.items() for name, array in arrays.items()}
     tensors |= {f"{slot}/{group}": flat for group, slots in memory.slots.items() for slot, flat in slots.items()}
@@ -103,4 +119,5 @@ def _restored(words: dict[str, Any], tensors: dict[str, Flat]) -> ServerState:
         voters={group: tuple(sites) for group, sites in words["voters"].items()},
         **arrays_by_name,
     )
-    return ServerState(words["run-id"], words["round"], groups, words["profile"], memory)
+    measure = Measure(**words["measure"]) if "measure" in words else None
+    return ServerState(words["run-id"], words["round"], groups, words["profile"], memory, measure)

@@ -4,11 +4,12 @@ Words that come from sites are shown as they are: no markup, no escape codes.
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -17,9 +18,12 @@ from rich.text import Text
 
 from panfm.errors import RunError, one_line
 from panfm.report.run_files import Run, read_run
-from panfm.report.status import headline, left_out, number, privacy_line, site_statuses, stream_statuses
+from panfm.report.status import gate_line, headline, left_out, number, privacy_line, site_statuses, stream_statuses
 from panfm.sharing.messages import Handshake
 from server.flower_cli import FlowerRun
+
+if TYPE_CHECKING:
+    from server.label_probe import LabelProbes
 
 logger = logging.getLogger(__name__)
 View = Callable[[Run], None]
@@ -59,10 +63,31 @@ class Progress:
             f"round {line['round']}/{num_rounds}  loss {loss}  {len(line['sites'])} sites"
             f"  {line['seconds']:.1f} s  {megabytes:.1f} MB up{_epsilon(line)}"
         )
+        if gate := line.get("gate"):
+            self._gate(line["round"], gate)
         for site, reason in line["rejected"].items():
             self._note(f"round {line['round']}: {site} left out: {reason}")
         for site, reason in [*line.get("away", {}).items(), *line.get("moved", {}).items()]:
             self._note(f"round {line['round']}: {site} {reason}")
+
+    def probes(self, probes: "LabelProbes") -> None:
+        """Print the probes of labels that all sites' patients gave, and what is left out."""
+        for task, shared in probes.probes.items():
+            known = [value for value in shared.r2 if not math.isnan(value)]
+            r2 = f"{sum(known) / len(known):.3f}" if known else "-"
+            sites = f"{len(shared.sites)} site" + "s" * (len(shared.sites) > 1)
+            self._console.print(
+                f"probe {task}: {shared.patients} patients of {sites}, leave-one-out R2 {r2}", markup=False
+            )
+        for name, reason in probes.failed.items():
+            self._note(f"probe: {name} left out: {reason}")
+
+    def _gate(self, round_number: int, gate: Mapping[str, Any]) -> None:
+        """Print whether a round was kept, and by which measure."""
+        compared = f"measure {number(gate['measure'], 4)}, before {number(gate['before'], 4)}"
+        self._console.print(f"round {round_number}: {'kept' if gate['kept'] else 'not kept'}: {compared}")
+        for site, reason in gate["missing"].items():
+            self._note(f"round {round_number}: {site} is not in the measure: {reason}")
 
     def _note(self, words: str) -> None:
         self._console.print(one_line(words), style="yellow", markup=False)
@@ -83,6 +108,8 @@ def screen(run: Run) -> RenderableType:
     ]
     if privacy := privacy_line(run):
         parts.append(_text(privacy))
+    if gate := gate_line(run):
+        parts.append(_text(gate))
     for site, rounds, reason in left_out(run, _MOST_LEFT_OUT):
         parts.append(_text(f"{rounds}: {site} {reason}" if site else f"{rounds}: {reason}", style="yellow"))
     return Group(*parts)

@@ -4,9 +4,11 @@
     2. each round     choose the sites that are asked                                   membership.py, expected_sites.py
                       send each its groups, read replies until the deadline             exchange.py
                       refuse bad replies, average the others, step                      strategies/
+                      keep the model only if it is not worse, in a run with a gate      round_gate.py
                       write a line in rounds.jsonl and a checkpoint                     round_line.py, checkpoint.py
                       show it to people                                                 console.py, tracking.py
-    3. save           the final model                                                   run_folder.py
+    3. probe          fit probes of labels on the patients of all sites, if asked for   label_probe.py
+    4. save           the final model                                                   run_folder.py
 
 A round with fewer good replies than `federation.min-sites` ends the run with an error; it can be resumed.
 """
@@ -36,9 +38,12 @@ from server.checkpoint import ServerState
 from server.console import Progress
 from server.exchange import Exchange
 from server.handshake import Attendance, shake_hands
+from server.label_probe import LabelProbes, fit_probes
 from server.membership import Membership
+from server.round_gate import RoundGate
 from server.round_line import round_line
 from server.run_folder import RunFolder
+from server.sums_exchange import check_sums_fit
 from server.tracking import Tracking
 from strategies import GroupedMean, SiteDpMean
 from strategies.round_messages import make_array, view_arrays
@@ -58,6 +63,8 @@ def run_federation(grid: Grid, folder: RunFolder, progress: Progress, *, num_sit
     """
     run = folder.shared_run
     num_sites = needed_sites(run.site_dp, num_sites)
+    embedding_size = describe_model(run).embedding_size
+    check_sums_fit(run, embedding_size)
     first, manifest = initial_state(run, start := folder.start())
     frozen = folder.frozen() or folder.keep_frozen(frozen_groups(run, start))
     attendance = _gather_sites(grid, folder, manifest, progress, num_sites=num_sites)
@@ -65,11 +72,19 @@ def run_federation(grid: Grid, folder: RunFolder, progress: Progress, *, num_sit
         folder.save_state(state := first)
     strategy = make_strategy(folder, manifest, attendance.roster, state, frozen)
     membership = Membership(grid, run, manifest, attendance)
+    gate = RoundGate(grid, run, frozen, embedding_size) if run.gate else None
+    if gate and state.measure is None:
+        folder.save_state(state := gate.start(state, _choose_sites(folder, membership, state.round_number + 1)))
+        strategy.memory = state.memory
     costs = PlannedCosts(run, folder.rounds())
     with Tracking(folder, state.run_id) as tracking:
         while state.round_number < run.train.rounds:
             strategy.roster = _choose_sites(folder, membership, state.round_number + 1)
-            state, line = train_round(grid, strategy, state)
+            before = state
+            state, line = train_round(grid, strategy, before)
+            if gate and len(line["sites"]) >= run.federation.min_sites:
+                state, line["gate"] = gate.decide(before, state, strategy.roster)
+                strategy.memory = state.memory
             line |= {"away": membership.away(line["round"], line["asked"]), "moved": membership.moved}
             line["epsilon"] = costs.after(line["asked"])
             folder.append_round(line)
@@ -80,7 +95,13 @@ def run_federation(grid: Grid, folder: RunFolder, progress: Progress, *, num_sit
             require_quorum(run.federation.min_sites, line)
             folder.save_state(state)
             progress.round(run.train.rounds, line)
-    folder.save_model(state, manifest, frozen, [handshake.site for handshake in attendance.roster.values()])
+    probes = LabelProbes()
+    if run.probe.tasks:
+        roster = _choose_sites(folder, membership, state.round_number + 1)
+        probes = fit_probes(grid, run, state, roster, frozen=frozen, embedding_size=embedding_size)
+        progress.probes(probes)
+    sites = [handshake.site for handshake in attendance.roster.values()]
+    folder.save_model(state, manifest, frozen, sites, probes)
 
 
 def train_round(grid: Grid, strategy: GroupedMean, state: ServerState) -> tuple[ServerState, dict[str, Any]]:

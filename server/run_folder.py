@@ -8,7 +8,7 @@ sites.json         handshakes, coverage, and who cannot take part
 rounds.jsonl       one line per round
 ended.json         how and why the run ended without a model
 checkpoint/        the server's state after the last rounds, and run.toml as it was in its first round
-model/             model.safetensors, metadata.json, run.toml
+model/             model.safetensors, metadata.json, run.toml, and probe.safetensors in a run with probe.tasks
 status.html, tensorboard/, mlflow.db, wandb/   for people (tracking.py)
 flower.json        where Flower runs it (server/coordinator.py)
 """
@@ -26,6 +26,7 @@ from panfm import __version__
 from panfm.config import RunConfig, as_told, dump_toml, load_run
 from panfm.config.differences import check_same_run
 from panfm.errors import DataError, PanfmError, RunError, reason
+from panfm.evaluate.probe_file import save_probes
 from panfm.files import (
     append_json_line,
     json_text,
@@ -46,6 +47,7 @@ from server.checkpoint import ServerState, load_latest, save_state
 from server.expected_sites import FILE as EXPECTED_SITES
 from server.expected_sites import ExpectedSites
 from server.handshake import Attendance
+from server.label_probe import LabelProbes
 from server.tracking_config import tracking_of
 
 _START = "start.safetensors"
@@ -224,13 +226,21 @@ class RunFolder:
         write_json(self.path / "sites.json", content, indent=2)
 
     def save_model(
-        self, state: ServerState, manifest: GroupManifest, frozen: Mapping[str, Flat], sites: list[str]
+        self,
+        state: ServerState,
+        manifest: GroupManifest,
+        frozen: Mapping[str, Flat],
+        sites: list[str],
+        probes: LabelProbes | None = None,
     ) -> None:
-        """Write model/: the global parameters by name, those that the run did not train included, and what they are."""
+        """Write model/: the global parameters by name, those that the run did not train included, probes of labels
+        where there are any, and what they are."""
         untrained = frozen_manifest(describe_model(self.run), self.run.sharing)
         tensors = manifest.unpack_all(state.groups) | untrained.unpack_all(frozen)
         write_atomic(self.path / "model" / "model.safetensors", safetensors.numpy.save(tensors))
         write_atomic(self.path / "model" / "run.toml", dump_toml(self.shared_run).encode())
+        if probes and probes.probes:
+            save_probes(self.path / "model", probes.probes, self.run.features.pooling_text)
         metadata = {
             "name": self.run.name,
             "run-id": state.run_id,
@@ -247,6 +257,10 @@ class RunFolder:
             "panfm": __version__,
             "intended-use": "research; not a medical device",
         }
+        if state.measure:
+            metadata["gate"] = {"measure": state.measure.value, "round": state.measure.round_number}
+        if self.run.probe.tasks and probes:
+            metadata["probe"] = probes.summary()
         write_json(self.path / "model" / "metadata.json", metadata, indent=2)
 
 

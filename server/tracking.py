@@ -108,6 +108,7 @@ def scalars(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
         **{f"coverage/{stream}": len(sites) for stream, sites in line["coverage"].items()},
         **{f"epsilon/{site}": cost for site, cost in line.get("epsilon", {}).items()},
         **{f"update-norm/{group}": fmean(norms) for group, norms in update_norms(line).items()},
+        **({"gate/measure": gate["measure"], "gate/kept": int(gate["kept"])} if (gate := line.get("gate")) else {}),
     }
     for site, reply in line["sites"].items():
         values |= {f"loss/{site}": reply["loss"], f"validation-loss/{site}": reply["validation_loss"]}

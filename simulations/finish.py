@@ -18,6 +18,7 @@ from panfm.data.cache import open_store
 from panfm.errors import DataError
 from panfm.evaluate.embed import load_model
 from panfm.evaluate.probe_cohort import evaluate_cohort
+from panfm.evaluate.probe_file import read_probes
 from panfm.evaluate.probe_sites import probe_sites
 from panfm.evaluate.result import ProbeResult, write_result
 from panfm.models import PanModel, build_model
@@ -138,5 +139,6 @@ def probe_run(
         bar.update(shown, description="probing", completed=bar.tasks[shown].total)
     if whitening := models["federated"].whitening:
         save_whitening(run_dir / "model", whitening, run.features.pooling_text)
-    together = probe_sites(opened.task(run), models["federated"], [load_site(folder) for folder in folders])
+    probes = read_probes(run_dir / "model")
+    together = probe_sites(opened.task(run), load_model(run_dir / "model", whitened=False)[0], probes)
     return replace(result, scores=result.scores + together.scores, notes=result.notes + together.notes)

@@ -183,8 +183,8 @@ def _labelled(place: _Place, table: Labels | None, names: set[str], split: str) 
     if table is None or not columns:
         return 0
     wanted = {subject_key(subject) for subject in place.in_split(split)}
-    known: list[bool] = np.isfinite(table.values[:, columns]).any(axis=1).tolist()
-    return sum(subject_key(subject) in wanted for subject, has in zip(table.subjects, known, strict=True) if has)
+    known = np.isfinite(table.values[:, columns]).any(axis=1)
+    return sum(subject_key(table.subjects[row]) in wanted for row in np.flatnonzero(known))
 
 
 def _manifest(place: _Place) -> Path:

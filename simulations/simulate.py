@@ -13,6 +13,7 @@ from panfm.texts import parse_json, read_text
 from server.run_folder import RunFolder, default_path
 from simulations.cohorts.leaks import check_cohort
 from simulations.cohorts.prepare import cohort_folder, load_simulation, prepare_cohort, public_weights
+from simulations.cohorts.shared_labels import with_shared_labels
 from simulations.engines import Job, run_job
 from simulations.extension import extend
 from simulations.finish import finish, sites_alone
@@ -60,7 +61,7 @@ def simulate(
         cohort = _checked_cohort(run, console)
         path = out or default_path(run.name)
         check_disk(run, path, len(site_folders(cohort / "sites")))
-        folder = RunFolder.create(path, run)
+        folder = RunFolder.create(path, with_shared_labels(run, cohort))
         _keep_overrides(path, overrides)
     job = Job(cohort / "sites", folder.path)
     if engine == "local":  # one process, which leaves the other cores to the sites' training alone
@@ -108,7 +109,10 @@ def _resume(path: Path, experiment: Path | None, overrides: Sequence[str], out: 
         raise ConfigError("--out does not go with --resume: a run goes on in its own folder")
     folder = RunFolder.resume(path)
     if experiment and (path / _COMMAND).exists():
-        check_same_run(experiment, load_simulation(experiment, _overrides(path), weights=public_weights()), folder.run)
+        given = load_simulation(experiment, _overrides(path), weights=public_weights())
+        if not given.probe.tasks:  # filled in from the cohort's labels
+            given = given.model_copy(update={"probe": given.probe.model_copy(update={"tasks": folder.run.probe.tasks})})
+        check_same_run(experiment, given, folder.run)
     return folder
 
 

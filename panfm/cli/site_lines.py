@@ -1,16 +1,19 @@
-"""Lines that `panfm site dry-run|status|log` print."""
+"""Lines that `panfm site dry-run`, `status` and `log` print; the worker does without them."""
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from panfm.config import SiteConfig
-    from panfm.hash_chain import Entry
-    from panfm.site.dry_run import DryRun
+from panfm.config import SiteConfig
+from panfm.files import RoundFiles
+from panfm.hash_chain import Entry
+from panfm.site.admission import active_runs
+from panfm.site.audit_log import AuditLog
+from panfm.site.dry_run import DryRun
+from panfm.site.state import RUNS
+from panfm.site.worker import is_running
 
 
-def dry_run_lines(trial: "DryRun") -> Iterator[str]:
+def dry_run_lines(trial: DryRun) -> Iterator[str]:
     """The cost of a run, and everything that would leave."""
     handshake, reply = trial.handshake, trial.reply
     yield f"experiment {trial.experiment} (for limits.experiments in site.toml)"
@@ -31,29 +34,25 @@ def dry_run_lines(trial: "DryRun") -> Iterator[str]:
         yield f"  {name}: {'a number' if isinstance(value, int | float) else f'{len(value)} numbers'}"
     for name in reply.to_records().config:
         yield f"  {name}: the server's own words, or the round this site started from"
+    if trial.sums:
+        yield trial.sums
 
 
-def status_lines(folder: Path, site: "SiteConfig", state_dir: Path) -> Iterator[str]:
+def status_lines(folder: Path, site: SiteConfig, state_dir: Path) -> Iterator[str]:
     """Whether the worker is at work, the runs that it knows, and the messages that left."""
-    from panfm.files import RoundFiles
-    from panfm.site.admission import active_runs
-    from panfm.site.audit_log import AuditLog
-    from panfm.site.state import RUNS
-    from panfm.site.worker import is_running
-
     yield f"{site.name}: the worker is {'at work' if is_running(folder, site) else 'not running'}"
     for run_folder in sorted(state_dir.glob(f"{RUNS}/*")):
         for number in RoundFiles(run_folder).rounds():
             yield f"run {run_folder.name}: private state after round {number}"
     for name, asked in active_runs(state_dir, site.limits).items():
-        yield f"run {name}: not finished, asked for round {max(asked.digests)} of {asked.rounds}"
+        yield f"run {name}: not finished, asked for round {max(asked.digests, default=0)} of {asked.rounds}"
     lines = list(AuditLog(state_dir).lines())
     yield f"messages that left: {len(lines)}, {sum(line['bytes'] for line in lines)} bytes"
     if lines:
         yield f"last: {message_line(lines[-1])}"
 
 
-def message_line(line: "Entry") -> str:
+def message_line(line: Entry) -> str:
     """One message of the audit log."""
     groups = ", ".join(f"{name} {dtype}[{length}]" for name, dtype, length in line["arrays"]) or "no arrays"
     asked = "" if line["round"] is None else f" of round {line['round']} of {line['run']}"

@@ -1,14 +1,26 @@
 """`[probe]`: frozen-feature probes after training."""
 
+from collections.abc import Iterator
 from typing import Annotated
 
 from pydantic import Field
 
-from panfm.config.base import Uncoupled
+from panfm.config.base import Config
+
+TaskName = Annotated[str, Field(pattern=r"^[^/]{1,128}$")]
+LabelName = Annotated[str, Field(min_length=1, max_length=128)]
 
 
-class ProbeConfig(Uncoupled):
+class ProbeConfig(Config):
     """Frozen-feature probes after training."""
+
+    tasks: Annotated[
+        dict[TaskName, Annotated[tuple[LabelName, ...], Field(strict=False, min_length=1, max_length=64)]],
+        Field(max_length=256),
+    ] = Field(default_factory=dict)
+    """Task -> its labels, columns of the sites' label tables. After the last round the sites are asked for sums of
+    features and labels, and one ridge regression of all sites is written into the model's folder; a patient knows all
+    labels of a task or is left out. A simulation without tasks takes each yes/no label of its cohort as one."""
 
     bootstrap: Annotated[int, Field(ge=0, le=1_000_000)] = 200
     """Resamples of the test subjects for the interval."""
@@ -18,3 +30,8 @@ class ProbeConfig(Uncoupled):
     """Numbers of labelled patients on which further probes are fitted."""
     few_draws: Annotated[int, Field(gt=0, le=1_000)] = 3
     """Random draws of these patients; their AUC is averaged."""
+
+    def couplings(self) -> Iterator[str]:
+        """Yield what lets numbers of patients out of a private run without noise."""
+        if self.tasks:
+            yield "tasks: labels are summed over patients without noise, leave it out"

@@ -13,6 +13,7 @@ from panfm.config.augment import AugmentConfig
 from panfm.config.base import Config, Name, Seed, TomlTable
 from panfm.config.features import FeaturesConfig
 from panfm.config.federation import FederationConfig
+from panfm.config.gate import GateConfig
 from panfm.config.masking import MaskingConfig
 from panfm.config.model import TOKENIZER_INPUTS, ModelConfig
 from panfm.config.objective import ObjectiveConfig
@@ -51,6 +52,8 @@ class RunConfig(Config):
     federation: FederationConfig = FederationConfig()
     features: FeaturesConfig = FeaturesConfig()
     probe: ProbeConfig = ProbeConfig()
+    gate: GateConfig | None = None
+    """Rounds that make the model worse are not kept; every round is when left out."""
     patient_dp: PatientDpConfig | None = None
     """Differential privacy of patients; off when left out."""
     site_dp: SiteDpConfig | None = None
@@ -90,6 +93,12 @@ class RunConfig(Config):
         parts = self.train.parts
         if self.patient_dp and isinstance(parts, LoraConfig) and not parts.frozen_a:
             raise ValueError("train.parts.frozen-a: a private run multiplies no noise with noise, set true")
+        return self
+
+    @model_validator(mode="after")
+    def _gate_has_labels(self) -> Self:
+        if self.gate and self.gate.measure == "labels" and not self.probe.tasks:
+            raise ValueError('gate.measure: "labels" needs probe.tasks, e.g. { stroke = ["stroke"] }')
         return self
 
     @model_validator(mode="after")

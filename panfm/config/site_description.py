@@ -31,15 +31,22 @@ class Releasable(StrEnum):
     """Mean training and validation loss of the round, skipped steps."""
     SALIENCY = "saliency"
     """Mean saliency per stream."""
+    LABEL_SUMS = "label-sums"
+    """Sums of features and labels over the labelled training patients, for a probe of all sites or the measure of a
+    gate (panfm/evaluate/label_sums.py)."""
 
 
 class LimitsConfig(Config):
     """Limits of the site, which win over whatever a run asks for."""
 
-    may_leave: Annotated[tuple[Annotated[Releasable, Field(strict=False)], ...], Field(strict=False)] = tuple(
-        Releasable
+    may_leave: Annotated[tuple[Annotated[Releasable, Field(strict=False)], ...], Field(strict=False)] = (
+        Releasable.UPDATES,
+        Releasable.COUNTS,
+        Releasable.LOSS,
+        Releasable.SALIENCY,
     )
-    """Kinds of content that may leave; updates and counts are needed to take part."""
+    """Kinds of content that may leave; updates and counts are needed to take part. `label-sums` leaves only where it
+    is named here."""
     epsilon: Annotated[float, Field(gt=0.0)] | None = None
     """Set it to take part in differentially private runs only, and to spend at most this over all of them. It says
     nothing without `delta` and `public-subjects`, which the server would choose otherwise."""

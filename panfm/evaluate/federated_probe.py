@@ -6,6 +6,12 @@ The sites' part, and the messages, are in `label_sums.py`.
 
     A = (sum x x' - n m m') / s s' = V diag(e) V'       w_p = V (V' b) / (e + p),   b = (sum x y' - n m ybar') / s
 
+The gate of a run (server/round_gate.py) has no second message: its error comes from the sums alone, by generalised
+cross-validation (Golub, Heath and Wahba 1979), which puts the mean leverage in the place of each patient's.
+
+    n |y - H_p y|^2 / (n - tr H_p)^2 / variance
+    |y - H_p y|^2 = |y - ybar|^2 - sum_r (V' b)_r^2 (e_r + 2 p) / (e_r + p)^2
+
 There is no LDA: the same sums would give it, but for two classes it has the direction of this ridge regression.
 
 Shape legend: D features, C labels of a task, P penalties.
@@ -30,7 +36,7 @@ from panfm.evaluate.label_sums import (
     site_errors,
     site_sums,
 )
-from panfm.evaluate.linear_probe import LinearProbe
+from panfm.evaluate.probe_file import LinearProbe
 
 _NO_VARIANCE = 1e-12
 """Share of a feature's mean square below which its variance is rounding: the feature is constant."""
@@ -66,6 +72,29 @@ def ridge_path(sums: Sequence[LabelSums]) -> RidgePath:
     return RidgePath(np.array(count), centre, scale, axes, eigenvalues[kept], axes.T @ products, target_mean)
 
 
+def cross_validated_error(sums: Sequence[LabelSums]) -> float:
+    """Error of the ridge regression on all sites' patients by generalised cross-validation, under the best penalty.
+
+    Returns:
+        Mean over the labels of the mean squared error over the label's variance: 1 is no better than the mean. NaN if
+        no label varies.
+    Raises:
+        ProtocolError: as `ridge_path`.
+    """
+    path, total = ridge_path(sums), reduce(add, sums)
+    count = float(path.count)
+    spread = total.yy - count * path.target_mean**2
+    varies = spread > _NO_VARIANCE * total.yy
+    if not varies.any():
+        return float("nan")
+    damped = path.eigenvalues + PENALTIES[:, None]
+    free = count - 1 - (path.eigenvalues / damped).sum(axis=1)
+    explained = ((path.eigenvalues + 2 * PENALTIES[:, None]) / damped**2) @ path.slopes[:, varies] ** 2
+    residual = (spread[varies] - explained).clip(min=0.0)
+    errors = count**2 * residual / spread[varies] / free[:, None] ** 2
+    return float(errors.mean(axis=1).min())
+
+
 def choose_penalty(path: RidgePath, errors: Sequence[Mapping[str, NDArray[np.generic]]]) -> tuple[LinearProbe, float]:
     """Add the leave-one-out errors of the sites and take the penalty with the least, the strongest of equals.
 
@@ -86,7 +115,7 @@ def choose_penalty(path: RidgePath, errors: Sequence[Mapping[str, NDArray[np.gen
     least = summed.sum(axis=1)
     penalty = float(PENALTIES[len(least) - 1 - int(least[::-1].argmin())])
     weights = path.axes @ (path.slopes / (path.eigenvalues + penalty)[:, None])
-    return LinearProbe(path.centre, path.scale, weights, path.target_mean, ()), penalty
+    return LinearProbe(path.centre, path.scale, weights, path.target_mean), penalty
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ sums are not differentially private, and no private run gives any.
 Shape legend: N patients, D features, C labels of a task, P penalties, R axes kept.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Self
@@ -130,8 +131,7 @@ class RidgePath:
         Raises:
             ProtocolError: an array is missing, of another shape or type, not finite, or out of its range.
         """
-        axes = arrays.get("axes", np.empty(0))
-        d, c, r = features, labels, axes.shape[1] if axes.ndim == 2 else 0
+        d, c, r = features, labels, arrays.get("eigenvalues", np.empty(0)).size
         shapes = {"count": (), "centre": (d,), "scale": (d,), "axes": (d, r), "eigenvalues": (r,), "slopes": (r, c)}
         path = cls(**checked_arrays(arrays, shapes | {"target_mean": (c,)}))
         if not (path.count >= 1 and (path.scale > 0).all() and (path.eigenvalues > 0).all()):
@@ -229,7 +229,7 @@ def _without_small_classes(values: Floats, floor: int) -> NDArray[np.bool_]:
 def checked_arrays(
     arrays: Mapping[str, NDArray[np.generic]], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Floats]:
-    """The arrays of a message, if they are as expected.
+    """The arrays of a message, in their shapes; they may have come flat.
 
     Raises:
         ProtocolError: one is missing, not expected, not finite float64, or of another shape.
@@ -239,9 +239,9 @@ def checked_arrays(
     checked = {}
     for name, shape in shapes.items():
         array = arrays[name]
-        if array.dtype != np.float64 or array.shape != shape:
+        if array.dtype != np.float64 or array.shape not in (shape, (math.prod(shape),)):
             raise ProtocolError(f"message: {name} is {array.dtype} {list(array.shape)}, expected float64 {list(shape)}")
-        checked[name] = array.astype(np.float64, copy=False)
+        checked[name] = array.astype(np.float64, copy=False).reshape(shape)
         if not np.isfinite(checked[name]).all():
             raise ProtocolError(f"message: {name} holds NaN or inf, expected finite numbers")
     return checked

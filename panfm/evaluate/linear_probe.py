@@ -10,7 +10,6 @@ Shape legend: N subjects, D features, L labels, R resamples.
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 
 from panfm.errors import DataError, needs_extra
 from panfm.evaluate.label_sums import PENALTIES
+from panfm.evaluate.probe_file import LinearProbe
 from panfm.evaluate.scores import Floats, auc, r2
 from panfm.seeds import numpy_generator
 
@@ -34,28 +34,6 @@ MIN_SUBJECTS = 10
 _INVERSE_PENALTIES = (0.001, 0.01, 0.1, 1.0)
 _NEWTON_UP_TO = 128
 """Features up to which Newton's method is the faster solver; both find the same optimum."""
-
-
-@dataclass(frozen=True)
-class LinearProbe:
-    """One linear score per label; NaN for labels that could not be fitted."""
-
-    centre: Floats
-    """[D]"""
-    scale: Floats
-    """[D]"""
-    weights: Floats
-    """[D, L]"""
-    bias: Floats
-    """[L]"""
-    notes: tuple[str, ...]
-    """Labels that could not be fitted, one line each."""
-
-    def score(self, features: Features) -> Floats:
-        """Scores [N, L] of features [N, D]: log-odds of a yes, or the number itself."""
-        standard = (np.asarray(features, dtype=np.float64) - self.centre) / self.scale
-        scores: Floats = standard @ self.weights + self.bias
-        return scores
 
 
 def fit_classifiers(features: Features, targets: Floats, names: Sequence[str]) -> LinearProbe:

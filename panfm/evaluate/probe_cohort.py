@@ -24,13 +24,13 @@ from panfm.evaluate.embed import embed_store
 from panfm.evaluate.fit_whitening import fit_whitening
 from panfm.evaluate.linear_probe import (
     MIN_SUBJECTS,
-    LinearProbe,
     auc_per_label,
     fit_classifiers,
     fit_regressors,
     one_class_notes,
     r2_per_label,
 )
+from panfm.evaluate.probe_file import LinearProbe
 from panfm.evaluate.probe_labels import LabelInfo, LabelledStore, label_groups
 from panfm.evaluate.representation import effective_rank
 from panfm.evaluate.result import ProbeResult, Score

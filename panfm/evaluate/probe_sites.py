@@ -1,10 +1,10 @@
 """Probes of the federated model by the labels that sites hold: each site by itself, and all by summed statistics.
 
     local-probe       a ridge probe of every site's own labels; mean over the sites that hold both classes
-    federated-probe   one ridge probe from the sums of all sites (federated_probe.py), with their floors
+    federated-probe   the probes that the run fitted from the sums of all sites (server/label_probe.py)
 
-Both are tested on the held-out subjects, beside the arm `federated`, whose probe has all labels in one place. Sums of
-labels are covered by no privacy claim: a private run gets neither.
+Both are tested on the held-out subjects, beside the arm `federated`, whose probe has all labels in one place. Features
+are not whitened.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,45 +12,43 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from panfm.config import SiteConfig
 from panfm.evaluate.embed import embed_store
 from panfm.evaluate.federated_probe import LabelledSite, probe_together
 from panfm.evaluate.label_sums import Floats
-from panfm.evaluate.linear_probe import LinearProbe, auc_per_label
+from panfm.evaluate.linear_probe import auc_per_label
 from panfm.evaluate.probe_cohort import Task
+from panfm.evaluate.probe_file import LinearProbe, SharedProbe
 from panfm.evaluate.probe_labels import LabelledStore, label_groups
 from panfm.evaluate.result import ProbeResult, Score
 from panfm.evaluate.scores import interval
 from panfm.models import PanModel
-from panfm.privacy.guarantees import privacy_label
 
 FEDERATED, LOCAL = "federated-probe", "local-probe"
-MAX_FEATURES = 512
-"""Embeddings with more numbers take too long, label by label, at the end of every run."""
 
 
-def probe_sites(task: Task, model: PanModel, configs: Sequence[SiteConfig]) -> ProbeResult:
-    """Probe the yes/no labels that at least two sites hold.
+def probe_sites(task: Task, model: PanModel, shared: Mapping[str, SharedProbe]) -> ProbeResult:
+    """Test the probes of a run's tasks, and each site's own probes of their yes/no labels.
 
     Args:
         task: Its places are the sites.
-        model: The federated model.
-        configs: Descriptions of the sites, for names and floors.
+        model: The federated model, not whitened.
+        shared: Task of labels -> its probe.
     Returns:
-        Scores of the two arms by group of labels, and notes; empty where there is nothing to share.
+        Scores of the two arms by group of labels, and notes; empty without probes.
     """
-    names = [name for name in task.names(is_number=False) if sum(_knows(place, name) for place in task.places) > 1]
-    if not names:
+    by_label = {
+        label: _of_label(probe.probe, index)
+        for probe in shared.values()
+        for index, label in enumerate(probe.labels)
+        if label in task.names(is_number=False)
+    }
+    if not by_label:
         return _result()
-    if (label := privacy_label(task.run)) != "none":
-        return _result(notes=[f"{FEDERATED}: left out, sums of labels are not covered by the run's claim ({label})"])
-    if model.embedding_size > MAX_FEATURES:
-        return _result(notes=[f"{FEDERATED}: left out, embeddings have more than {MAX_FEATURES} numbers"])
-    sites = [_labelled(task, index, model, names, config) for index, config in enumerate(configs)]
+    names = list(by_label)
+    sites = [_labelled(place, model, names) for place in task.places]
     test = _embed(model, task.holdout, task.test_indices)
-    together = probe_together(sites)
     aucs = {
-        FEDERATED: _auc(task, together.probes, names, test),
+        FEDERATED: _auc(task, by_label, names, test),
         LOCAL: _mean([_auc(task, _own_probes(site), names, test) for site in sites]),
     }
     groups = {group: [name for name in members if name in names] for group, members in label_groups(task.info).items()}
@@ -60,23 +58,20 @@ def probe_sites(task: Task, model: PanModel, configs: Sequence[SiteConfig]) -> P
         for group, members in groups.items()
         if members
     ]
-    notes = [
-        f"{FEDERATED}: {name}: {len(lines)} of {len(names)} labels given in part or not at all, too few patients"
-        for name, lines in together.withheld.items()
-    ]
-    return _result(scores, notes)
+    return _result(scores)
 
 
-def _knows(place: LabelledStore, name: str) -> bool:
-    """Whether any training subject of a place has a label."""
-    return bool(np.isfinite(place.values([name], place.store.indices("train"))).any())
+def _of_label(probe: LinearProbe, index: int) -> LinearProbe:
+    """The part of a probe that tells one of its labels."""
+    return LinearProbe(probe.centre, probe.scale, probe.weights[:, [index]], probe.bias[[index]])
 
 
-def _labelled(task: Task, index: int, model: PanModel, names: Sequence[str], config: SiteConfig) -> LabelledSite:
+def _labelled(place: LabelledStore, model: PanModel, names: Sequence[str]) -> LabelledSite:
     """Features and labels of a site's training subjects."""
-    place, at = task.places[index], task.places[index].store.indices("train")
-    targets = {name: place.values([name], at) for name in names if _knows(place, name)}
-    return LabelledSite(config.name, _embed(model, place, at), targets, config.limits.smallest_batch)
+    at = place.store.indices("train")
+    targets = {name: place.values([name], at) for name in names}
+    known = {name: values for name, values in targets.items() if np.isfinite(values).any()}
+    return LabelledSite("", _embed(model, place, at), known, 1)
 
 
 def _embed(model: PanModel, place: LabelledStore, at: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -109,5 +104,5 @@ def _score(arm: str, group: str, values: Floats) -> Score:
     return Score.of(arm, group, "auc", interval(values), int(np.isfinite(values[0]).sum()))
 
 
-def _result(scores: Sequence[Score] = (), notes: Sequence[str] = ()) -> ProbeResult:
-    return ProbeResult(tuple(scores), {}, {}, {}, tuple(notes))
+def _result(scores: Sequence[Score] = ()) -> ProbeResult:
+    return ProbeResult(tuple(scores), {}, {}, {})

@@ -39,6 +39,8 @@ class Sizes:
     one block of the teacher at work on all tokens and the outputs of the others, targets, guesses, and running moments.
     Not counted: images and their patch features.
     """
+    probe_bytes: int = 0
+    """Bytes of the sums, or of the ridge paths, of all tasks of `probe.tasks` in one message, at most."""
 
     @property
     def kept_bytes(self) -> int:
@@ -89,8 +91,10 @@ def _sizes_once(described: _Description) -> Sizes:
     patient = visible * sum(per_block) + tokens * (max(per_block) + depth * width + target)
     batch = math.ceil(run.train.batch_size * run.objective.num_views * patient)
     moments = run.objective.num_running_values(width, tokens - 1, len(run.streams))
+    size, labels = model.embedding_size, map(len, run.probe.tasks.values())
     return Sizes(
         parameters,
         state_bytes=4 * (_KEPT_COPIES * parameters + moments) + _STATE_HEADER_BYTES,
         step_bytes=4 * (batch + _TRAINED_COPIES * parameters + moments),
+        probe_bytes=sum(8 * (1 + 2 * num + size * (size + num + 3)) for num in labels),
     )

@@ -104,6 +104,10 @@ def site_dp_faults(run: RunConfig) -> Iterator[str]:
         yield "sharing.guards.direction: refuses sites by what their updates say, leave it out"
     if run.features.whitening:
         yield "features.whitening: is fitted from the sites' images without noise, set false"
+    if run.probe.tasks:
+        yield "probe.tasks: labels are summed at the sites without noise, leave it out"
+    if run.gate:
+        yield "gate.measure: is summed at the sites without noise, leave the table out"
     if run.federation.participation < 1.0:
         yield "federation.participation: the mean is over all sites in every round, set 1.0"
     if run.masking.steered_by == "federation":

@@ -25,6 +25,7 @@ from panfm.report.console_tables import (
 )
 from panfm.report.html_parts import STYLE, Rows, section, table
 from panfm.report.run_files import Run
+from panfm.report.status import gate_line
 
 
 def write_report(run: Run) -> Path:
@@ -44,6 +45,7 @@ def render(run: Run) -> str:
         section("What frozen features are worth", _scores(run)),
         section("Every label", _labels(run)),
         section("AUC of each stream alone", _streams(run)),
+        section("Probes from the labels of all sites", _label_probes(run)),
         *(section(title, figure.to_html(full_html=False, include_plotlyjs=False)) for title, figure in drawn.items()),
         section("Provenance", _provenance(run)),
     ]
@@ -53,7 +55,7 @@ def render(run: Run) -> str:
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f"<style>{STYLE}</style><script>{script}</script></head><body><h1>{title}</h1>"
         f'<p class="quiet">{len(run.rounds)} of {run.config.train.rounds} rounds, {state}</p>'
-        f"<p>Privacy: {html.escape(privacy_label(run.config))}</p>"
+        f"<p>Privacy: {html.escape(privacy_label(run.config))}</p><p>{html.escape(gate_line(run))}</p>"
         f"{''.join(sections)}</body></html>\n"
     )
 
@@ -123,6 +125,23 @@ def _streams(run: Run) -> str:
     names = dict.fromkeys(name for row in by_arm.values() for name in row)
     rows = [(name, *(number_text(row.get(name, math.nan)) for row in by_arm.values())) for name in names]
     return table(("stream", *by_arm), rows) if rows else ""
+
+
+def _label_probes(run: Run) -> str:
+    """Probes that all sites' labelled patients gave at the end of the run."""
+    told = run.metadata.get("probe", {})
+    rows = [
+        (
+            task,
+            str(probe["patients"]),
+            ", ".join(probe["sites"]),
+            " ".join(number_text(math.nan if value is None else value) for value in probe["r2"]),
+        )
+        for task, probe in told.get("tasks", {}).items()
+    ]
+    left_out = [f"{name}: {reason}" for name, reason in told.get("left-out", {}).items()]
+    lines = "".join(f'<p class="quiet">{html.escape(line)} (left out)</p>' for line in left_out)
+    return (table(("task", "patients", "sites", "leave-one-out R2"), rows) if rows else "") + lines
 
 
 def _provenance(run: Run) -> str:

@@ -23,6 +23,15 @@ class _SiteLine(BaseModel):
     saliency: dict[str, float | None] = {}
 
 
+class _GateLine(BaseModel):
+    """Whether a round was kept, in a run with a gate."""
+
+    measure: float | None = None
+    before: float
+    kept: bool
+    missing: dict[str, str] = {}
+
+
 class _RoundLine(BaseModel):
     """Values of one round that a report shows."""
 
@@ -40,6 +49,7 @@ class _RoundLine(BaseModel):
     profile: dict[str, float | None] | None = None
     bytes_up: dict[str, int] = {}
     bytes_down: dict[str, int] = {}
+    gate: _GateLine | None = None
 
 
 class _Holdings(BaseModel):

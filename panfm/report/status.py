@@ -100,6 +100,19 @@ def privacy_line(run: Run) -> str:
     return "" if promised == "none" else f"privacy: {promised}; epsilon below is the plan's, each ledger decides"
 
 
+def gate_line(run: Run) -> str:
+    """Which rounds a run with a gate has kept, and the measure of the start and of the model that is kept; empty
+    without a gate."""
+    gates = {line["round"]: line["gate"] for line in run.rounds if line.get("gate")}
+    if not gates:
+        return ""
+    kept = [number for number, gate in gates.items() if gate["kept"]]
+    first, last = next(iter(gates.values())), list(gates.values())[-1]
+    now = last["measure"] if last["kept"] else last["before"]
+    words = f"{ranges(kept)} kept" if kept else "no round kept"
+    return f"gate: {words} of {len(gates)}; measure {first['before']:.4f} at the start, {now:.4f} now"
+
+
 def ranges(numbers: Sequence[int]) -> str:
     """`rounds 1-3, 7` for 1, 2, 3, 7, in ascending order."""
     runs: list[list[int]] = []

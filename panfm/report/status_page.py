@@ -14,6 +14,7 @@ from panfm.report.html_parts import STYLE, line_chart, section, table
 from panfm.report.run_files import Run, read_run
 from panfm.report.status import (
     clock,
+    gate_line,
     headline,
     left_out,
     number,
@@ -43,6 +44,7 @@ def render_status(run: Run) -> str:
     refresh = f'<meta http-equiv="refresh" content="{_REFRESH_S}">' if run.state == "running" else ""
     guard = "default-src 'none'; style-src 'unsafe-inline'"
     total, done = run.config.train.rounds, len(run.rounds)
+    notes = " ".join(filter(None, (privacy_line(run), gate_line(run))))
     sections = [
         section(
             "Sites", table(("site", "subjects", "rounds", "seconds", "loss", "epsilon", "last round"), _sites(run))
@@ -59,7 +61,7 @@ def render_status(run: Run) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{guard}"><title>{name}</title>'
         f"<style>{STYLE}{_MORE_STYLE}</style></head><body><h1>{name}</h1><p>{html.escape(headline(run))}</p>"
         f'<progress max="{total}" value="{done}"></progress>'
-        f'<p class="quiet">as of {told}. {html.escape(privacy_line(run))}</p>{"".join(sections)}</body></html>\n'
+        f'<p class="quiet">as of {told}. {html.escape(notes)}</p>{"".join(sections)}</body></html>\n'
     )
 
 

@@ -36,7 +36,7 @@ _BLOCK_BYTES = 1 << 18
 _ADDRESS_BYTES = 107
 _MAGIC = b"PANFM/1\n"
 _HEADER = struct.Struct("<8sQQ")
-_DTYPES = {"float32": "<f4", "uint16": "<u2", "int8": "|i1"}
+_DTYPES = {"float32": "<f4", "uint16": "<u2", "int8": "|i1", "float64": "<f8"}
 _FIELDS = {"kind", "arrays", "metrics", "config"}
 
 
@@ -49,6 +49,8 @@ class Kind(StrEnum):
 
     HANDSHAKE = "handshake"
     ROUND = "round"
+    SUMS = "sums"
+    """Sums over patients, for a probe of all sites or a gate."""
     ANSWER = "answer"
     ERROR = "error"
     """Its config holds one line, `reason`."""

@@ -68,7 +68,7 @@ class Invitation:
     @classmethod
     def from_records(cls, records: Records) -> Self:
         """Read it back. Raises ProtocolError if it is missing."""
-        return cls(run_toml=_get(records.config, "run", str))
+        return cls(run_toml=config_value(records.config, "run", str))
 
 
 @dataclass(frozen=True)
@@ -104,11 +104,11 @@ class Handshake:
         """Read it back. Raises ProtocolError if something is missing or of the wrong type."""
         config = records.config
         return cls(
-            site=_get(config, "site", str),
-            subjects=_get(config, "subjects", int),
+            site=config_value(config, "site", str),
+            subjects=config_value(config, "subjects", int),
             streams=_table(config, "streams", int),
             versions=_versions(config),
-            experiment=_get(config, "experiment", str),
+            experiment=config_value(config, "experiment", str),
             group_hashes=_table(config, "groups", str),
         )
 
@@ -147,9 +147,9 @@ class RoundTask:
         """Read it back. Raises ProtocolError if something is missing or of the wrong type."""
         config = records.config
         return cls(
-            run_id=_get(config, "run-id", str),
-            round_number=_get(config, "round", int),
-            run_toml=_get(config, "run", str),
+            run_id=config_value(config, "run-id", str),
+            round_number=config_value(config, "round", int),
+            run_toml=config_value(config, "run", str),
             groups={n: array for n, array in records.arrays.items() if not n.endswith((_TEACHER, _FROZEN))},
             profile=_profile(config) if "profile-names" in config else None,
             digests=_table(config, "digests", str) if "digests-names" in config else {},
@@ -191,9 +191,9 @@ class RoundReply:
         metrics, config = records.metrics, records.config
         skipped = metrics.get("num-skipped")
         return cls(
-            run_id=_get(config, "run-id", str),
-            round_number=_get(config, "round", int),
-            state_round=_get(config, "state-round", int),
+            run_id=config_value(config, "run-id", str),
+            round_number=config_value(config, "round", int),
+            state_round=config_value(config, "state-round", int),
             updates=records.arrays,
             weights={group: tuple(_numbers(metrics, _WEIGHT + group)) for group in _under(metrics, _WEIGHT)},
             loss=_optional(metrics, "loss"),
@@ -277,14 +277,15 @@ def _profile(config: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _table(config: Mapping[str, Any], key: str, kind: type[Any]) -> dict[str, Any]:
-    names, values = _get(config, f"{key}-names", list), _get(config, f"{key}-values", list)
+    names, values = config_value(config, f"{key}-names", list), config_value(config, f"{key}-values", list)
     are_sound = all(isinstance(name, str) for name in names) and all(isinstance(value, kind) for value in values)
     if len(names) != len(values) or not are_sound:
         raise ProtocolError(f"message: {key} is not a table of {kind.__name__}")
     return dict(zip(names, values, strict=True))
 
 
-def _get(config: Mapping[str, Any], key: str, kind: type[Any]) -> Any:
+def config_value(config: Mapping[str, Any], key: str, kind: type[Any]) -> Any:
+    """The word or number under a key. Raises ProtocolError if it is missing or of another type."""
     value = config.get(key)
     if not isinstance(value, kind) or isinstance(value, bool):
         raise ProtocolError(f"message: {key} is {type(value).__name__}, expected {kind.__name__}")

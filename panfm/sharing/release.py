@@ -1,17 +1,18 @@
-"""Builds the messages that leave a site. There are three ways out:
+"""Builds the messages that leave a site. There are four ways out:
 
     build_handshake             the answer to an invitation
     build_reply                 the answer to a round's task
+    build_sums_reply            the answer to a question for sums over patients
     panfm.site.handler.scrub    an error: its kind, and nothing that was written at the site
 
-Every field of the first two is either the server's own words sent back (which run, which round, whether private state
+Every field of the first three is either the server's own words sent back (which run, which round, whether private state
 was at hand), what the site is (its public name, its software), or is released under one name of `Releasable`. What the
 site's `limits.may-leave` does not name stays.
 """
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from panfm.config import Releasable
 from panfm.errors import ProtocolError
@@ -19,6 +20,9 @@ from panfm.sharing.coding import Arrays
 from panfm.sharing.groups import GroupManifest
 from panfm.sharing.messages import Handshake, RoundReply, RoundTask
 from panfm.sharing.weights import Weights
+
+if TYPE_CHECKING:
+    from panfm.sharing.sums_messages import SumsReply
 
 HANDSHAKE_RELEASED_UNDER = {
     "subjects": Releasable.COUNTS,
@@ -35,6 +39,13 @@ RELEASED_UNDER = {
     "saliency": Releasable.SALIENCY,
 }
 """Field of a reply -> the name under which the site allows it."""
+SUMS_RELEASED_UNDER = {
+    "sums": Releasable.LABEL_SUMS,
+    "errors": Releasable.LABEL_SUMS,
+    "loss": Releasable.LOSS,
+    "loss_subjects": Releasable.COUNTS,
+}
+"""Field of the answer to a question for sums -> the name under which the site allows it."""
 NEEDED = (Releasable.UPDATES, Releasable.COUNTS)
 """Without these a site cannot take part."""
 
@@ -102,3 +113,20 @@ def build_reply(task: RoundTask, result: RoundResult, *, may_leave: Collection[R
         field: getattr(result, field) for field, name in RELEASED_UNDER.items() if name in may_leave
     }
     return RoundReply(task.run_id, task.round_number, result.state_round, **allowed)
+
+
+def build_sums_reply(task: RoundTask, result: Mapping[str, Any], *, may_leave: Collection[Releasable]) -> "SumsReply":
+    """Build the answer to a question for sums over patients.
+
+    Guarantees:
+        closed: the answer holds nothing but `SUMS_RELEASED_UNDER`, restricted to `may_leave`, and the two words of the
+            protocol (run, round).
+    Args:
+        result: Field of the answer -> its value.
+    """
+    from panfm.sharing.sums_messages import SumsReply  # a worker that is never asked does without
+
+    allowed = {
+        field: result[field] for field, name in SUMS_RELEASED_UNDER.items() if field in result and name in may_leave
+    }
+    return SumsReply(task.run_id, task.round_number, **allowed)

@@ -90,7 +90,7 @@ def check_sizes(run: RunConfig, limits: LimitsConfig) -> None:
     _check("parameters", sizes.parameters, limits.parameters)
     _check("local-steps", run.train.local_steps, limits.local_steps)
     _check("rounds", run.train.rounds, limits.rounds)
-    _check("step-gib", sizes.step_bytes / 2**30, limits.step_gib)
+    _check("step-gib", max(sizes.step_bytes, sizes.probe_bytes) / 2**30, limits.step_gib)
     _check("state-gib", sizes.kept_bytes / 2**30, limits.state_gib)
 
 

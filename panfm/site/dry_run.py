@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from panfm.config import RunConfig, dump_toml, experiment_hash
+from panfm.config import Releasable, RunConfig, dump_toml, experiment_hash
+from panfm.config.site_description import LimitsConfig
 from panfm.config.start import start_hash
 from panfm.models import build_model
 from panfm.models.packing import frozen_manifest, trained_manifest
@@ -41,6 +42,8 @@ class DryRun:
     """Most memory that this process filled so far."""
     gpu_gib: float | None
     """Most memory of the GPU, if there is one."""
+    sums: str = ""
+    """What the run asks for besides rounds, and whether the site's limits let it leave; empty if nothing."""
 
 
 def dry_run(folder: Path, run: RunConfig) -> DryRun:
@@ -76,7 +79,20 @@ def dry_run(folder: Path, run: RunConfig) -> DryRun:
         seconds=seconds,
         memory_gib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         gpu_gib=torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None,
+        sums=_sums(run, site.config.limits),
     )
+
+
+def _sums(run: RunConfig, limits: LimitsConfig) -> str:
+    """What a run asks for besides rounds, and whether the limits of a site let it leave."""
+    asked = []
+    if run.probe.tasks:
+        asked.append(f"after the last round for sums of features and labels: {', '.join(run.probe.tasks)}")
+    if run.gate:
+        asked.append(f"after every round for the measure of its gate ({run.gate.measure})")
+    needed = Releasable.LOSS if not run.probe.tasks else Releasable.LABEL_SUMS
+    given = "they leave" if needed in limits.may_leave else f"nothing leaves, limits.may-leave lacks {needed.value}"
+    return f"asks {' and '.join(asked)}; {given}" if asked else ""
 
 
 def _first_task(run: RunConfig, handshake: Handshake) -> RoundTask:

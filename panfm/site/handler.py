@@ -1,7 +1,7 @@
 """Answers a question to a site: a frame comes in, and a frame always goes out, if only with an error.
 
-Only two questions are known, and each has a limit on time and memory. An error goes out as one scrubbed line under the
-site's public name; its whole story stays in the site's log.
+Only three questions are known, and each has a limit on time and memory. An error goes out as one scrubbed line under
+the site's public name; its whole story stays in the site's log.
 
 The server may learn of an error at a site its kind, and no word that was written at the site. A ProtocolError is about
 what the server itself sent, so its text passes. Of a LimitError passes the text that it declares as public, since a
@@ -54,6 +54,8 @@ def answer(site: Site, question: Frame) -> Frame:
                     records = site.handshake(Invitation.from_records(question.records)).to_records()
                 case Kind.ROUND:
                     records = site.train_round(RoundTask.from_records(question.records)).to_records()
+                case Kind.SUMS:
+                    records = site.give_sums(question.records)
                 case kind:
                     _refuse(kind)
         return Frame(Kind.ANSWER, records)
@@ -64,7 +66,7 @@ def answer(site: Site, question: Frame) -> Frame:
 
 
 def _refuse(kind: Kind) -> NoReturn:
-    raise ProtocolError(f"{kind}: no question, expected {Kind.HANDSHAKE} or {Kind.ROUND}")
+    raise ProtocolError(f"{kind}: no question, expected {Kind.HANDSHAKE}, {Kind.ROUND} or {Kind.SUMS}")
 
 
 def scrub(error: BaseException) -> str:

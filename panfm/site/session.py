@@ -81,9 +81,9 @@ class Session:
             BudgetError, LedgerError: the run is private, and the site cannot pay for the round.
         """
         torch.set_num_threads(self.run.train.threads)
-        self._load_frozen(task, states)
-        state_round = self._load_private(task.round_number, states)
-        self._load_global(task, state_round)
+        self.load_frozen(task, states)
+        state_round = self.load_private(task.round_number, states)
+        self.load_global(task, state_round)
         digest = question_digest(dump_toml(self.run), task, self._global, states.digest(state_round))
         note_question(states, self.run.train.rounds, task.round_number, digest)
         result = self._train(task)
@@ -116,7 +116,7 @@ class Session:
         self.floors.check_round(train, first_step, result)
         return result
 
-    def _load_frozen(self, task: RoundTask, states: StateStore) -> None:
+    def load_frozen(self, task: RoundTask, states: StateStore) -> None:
         """Put the parameters that the run does not train in place: those that came, or else those kept.
 
         Raises:
@@ -134,8 +134,12 @@ class Session:
             states.save_frozen(groups)
         self.trainer.load_frozen(tensors)
 
-    def _load_global(self, task: RoundTask, state_round: int) -> None:
-        """Start from the server's parameters; without private state, afresh."""
+    def load_global(self, task: RoundTask, state_round: int) -> None:
+        """Start from the server's parameters; without private state, afresh.
+
+        Raises:
+            ProtocolError: they do not fit this site's model, are not finite, or not where the run starts.
+        """
         groups = self._arrived(task, state_round) if task.digests else task.groups
         check_finite(task.round_number, groups, task.teacher, task.profile)
         tensors = _tensors(self.manifest, groups)
@@ -160,8 +164,9 @@ class Session:
                 return groups
         raise ProtocolError(f"round {task.round_number}: no step leads from this site's parameters to the server's")
 
-    def _load_private(self, round_number: int, states: StateStore) -> int:
-        """Returns the round whose private state is now in place; 0: a fresh one."""
+    def load_private(self, round_number: int, states: StateStore) -> int:
+        """Load the private state of the round before; returns its round, 0 for a fresh one. Raises DataError as
+        `train_round` does."""
         in_memory, self.trainer.holds = self.trainer.holds, None
         states.check_origin()
         before = states.round_before(round_number)

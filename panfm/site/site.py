@@ -1,7 +1,7 @@
-"""One site's answers to an invitation and to a round, without Flower.
+"""One site's answers to an invitation, to a round, and to a question for sums over its patients, without Flower.
 
 The ClientApp calls it in a simulation, the resident worker in a hospital. It reads the site's own folder; from outside
-come one `Invitation` and one `RoundTask` per round.
+come one `Invitation`, one `RoundTask` per round, and what a run with `probe.tasks` or `[gate]` asks besides.
 """
 
 import contextlib
@@ -22,8 +22,8 @@ from panfm.data.store import ImageStore
 from panfm.errors import ConfigError, LedgerError, ProtocolError
 from panfm.models.sizes import sizes_of
 from panfm.privacy.guarantees import checked_run, claim
-from panfm.sharing.messages import Handshake, Invitation, RoundReply, RoundTask
-from panfm.sharing.release import build_handshake, build_reply, check_may_take_part
+from panfm.sharing.messages import Handshake, Invitation, Records, RoundReply, RoundTask
+from panfm.sharing.release import build_handshake, build_reply, build_sums_reply, check_may_take_part
 from panfm.site.admission import admit, check_other_runs, make_room
 from panfm.site.budget import PatientBudget
 from panfm.site.floors import Floors
@@ -95,15 +95,40 @@ class Site:
             DataError: the private state is corrupted.
             BudgetError, LedgerError: the run is private, and the site cannot pay for the round.
         """
+        session, states = self._opened(task)
+        result = session.train_round(task, states)
+        return build_reply(task, result, may_leave=self.config.limits.may_leave)
+
+    def give_sums(self, question: Records) -> Records:
+        """Answer a question for sums over patients (sums_answer.py).
+
+        Raises:
+            ProtocolError: the question does not fit, or the run or this site allows no such sums.
+            DataError: the label table or the private state is faulty.
+        """
+        from panfm.sharing.sums_messages import SumsTask  # a worker that is never asked does without
+        from panfm.site.sums_answer import sum_patients
+
+        task = SumsTask.from_records(question)
+        session, states = self._opened(task.model, more_rounds=1)
+        result = sum_patients(session, task, states, folder=self.folder, site=self.config)
+        return build_sums_reply(task.model, result, may_leave=self.config.limits.may_leave).to_records()
+
+    def _opened(self, task: RoundTask, *, more_rounds: int = 0) -> tuple[Session, StateStore]:
+        """Session and private states of a task's run, if the site takes part in it.
+
+        Args:
+            more_rounds: Rounds after the run's last one that the task may name.
+        """
         check_may_take_part(self.config.limits.may_leave)
         session = self._session(task.run_toml)
-        if not 1 <= task.round_number <= session.run.train.rounds:
-            raise ProtocolError(f"round {task.round_number}: expected 1 to {session.run.train.rounds}")
+        last = session.run.train.rounds + more_rounds
+        if not 1 <= task.round_number <= last:
+            raise ProtocolError(f"round {task.round_number}: expected 1 to {last}")
         states = StateStore(self.state_dir, task.run_id, session.origin)
         check_other_runs(self.state_dir, task.run_id, self.config.limits)
         make_room(states.folder, sizes_of(session.run).kept_bytes, self.config.limits)
-        result = session.train_round(task, states)
-        return build_reply(task, result, may_leave=self.config.limits.may_leave)
+        return session, states
 
     @property
     def privacy(self) -> str:

@@ -2,7 +2,7 @@
 
     <folder>/runs/<run id>/round-000007.state     private state after round 7, checksummed
     <folder>/runs/<run id>/frozen.safetensors     shared parameters that the run does not train, checksummed
-    <folder>/runs/<run id>/asked.json             digests of the questions, by round; on disk before a round is trained
+    <folder>/runs/<run id>/asked.json             digests of the questions, by round; on disk before one is worked on
 
 A round starts from the newest state of an earlier round, so a repeated round starts where it started the first time. It
 may be asked again with the same bytes, as a resumed server does, and is then trained from the same private state: the
@@ -126,6 +126,8 @@ class AskedRounds:
     """Time of the newest question, in seconds since 1970."""
     digests: Mapping[int, str] = field(default_factory=dict)
     """Round -> digest of its question."""
+    sums: Mapping[str, str] = field(default_factory=dict)
+    """Purpose and round -> digest of the question for sums over patients."""
 
     @property
     def is_finished(self) -> bool:
@@ -172,8 +174,13 @@ def note_question(states: StateStore, num_rounds: int, round_number: int, digest
         raise ProtocolError(
             f"round {round_number}: asked after round {newest}; to go on from an earlier model, start a new run from it"
         )
-    note = {"rounds": num_rounds, "newest": time.time(), "digests": digests}
-    write_checked(states.folder / ASKED, json.dumps(note).encode())
+    write_asked(states.folder, num_rounds, digests, known.sums if known else {})
+
+
+def write_asked(folder: Path, num_rounds: int, digests: Mapping[int, str], sums: Mapping[str, str]) -> None:
+    """Note the questions of a run as of now."""
+    note = {"rounds": num_rounds, "newest": time.time(), "digests": digests} | ({"sums": sums} if sums else {})
+    write_checked(folder / ASKED, json.dumps(note).encode())
 
 
 def read_asked(folder: Path) -> AskedRounds | None:
@@ -182,7 +189,7 @@ def read_asked(folder: Path) -> AskedRounds | None:
         return None
     note = json.loads(read_checked(folder / ASKED))
     digests = {int(number): digest for number, digest in note["digests"].items()}
-    return AskedRounds(note["rounds"], note["newest"], digests)
+    return AskedRounds(note["rounds"], note["newest"], digests, note.get("sums", {}))
 
 
 def fingerprint(store: ImageStore) -> str:

@@ -1,8 +1,8 @@
 """The resident worker: a process of the site that answers at a local socket, with model, images and state in memory.
 
-Flower's client process, and the code in it that came from the server, can ask it for a handshake or a round and gets
-nothing else. One question at a time. Every answer is in the audit log before it leaves, and all that the worker needs
-is on disk: killed at any point and started again, it gives the same bits.
+Flower's client process, and the code in it that came from the server, can ask it for a handshake, a round or sums over
+patients, and gets nothing else. One question at a time. Every answer is in the audit log before it leaves, and all that
+the worker needs is on disk: killed at any point and started again, it gives the same bits.
 """
 
 import grp
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from panfm.config import SiteConfig, site_path
+from panfm.config import Releasable, SiteConfig, site_path
 from panfm.errors import ConfigError, PanfmError
 from panfm.files import is_locked, locked
 from panfm.models.sizes import sizes_of
@@ -49,7 +49,7 @@ class Worker:
 
     def serve_forever(self) -> None:
         """Answer one question after the other."""
-        _load_libraries()
+        _load_libraries(self.site.config)
         while True:
             self.serve_one()
 
@@ -88,16 +88,20 @@ class Worker:
 
 
 def _largest(kind: Kind, config: Mapping[str, Any]) -> int:
-    """Bytes of arrays that a question may hold: in a round, those of its model's parameters and its teacher's."""
-    if kind is not Kind.ROUND:
+    """Bytes of arrays that a question may hold: in a round, those of its model's parameters and its teacher's; in one
+    for sums, those of the probe's as well."""
+    if kind not in (Kind.ROUND, Kind.SUMS):
         return 0
-    run = read_run(Invitation.from_records(Records(config=config)).run_toml)
-    return _BYTES_PER_PARAMETER * sizes_of(run).parameters
+    sizes = sizes_of(read_run(Invitation.from_records(Records(config=config)).run_toml))
+    return _BYTES_PER_PARAMETER * sizes.parameters + (sizes.probe_bytes if kind is Kind.SUMS else 0)
 
 
-def _load_libraries() -> None:
+def _load_libraries(site: SiteConfig) -> None:
     """Import what the first question would import: a limit on time that ends an import leaves half a module behind."""
-    import panfm.data.read  # noqa: F401
+    import panfm.data.read
+
+    if Releasable.LABEL_SUMS in site.limits.may_leave:
+        import panfm.site.sums_answer  # noqa: F401
 
     for registry in (READERS, MASKING_POLICIES, BACKBONES):
         for name in registry.names:

@@ -26,6 +26,8 @@ WEIGHTS = "PANFM_WEIGHTS"
 """Environment variable that names a file of public weights."""
 FOLDER = Path("cohorts")
 """Where cohorts are kept, so that a second run finds them."""
+_LAYOUT = 2
+"""To be raised whenever site folders are written otherwise (site_folder.py)."""
 
 
 def load_simulation(path: Path, overrides: Iterable[str] = (), *, weights: str | None = None) -> RunConfig:
@@ -123,7 +125,7 @@ def _folder_of(cohort: CohortSource, streams: Streams) -> Path:
         return cohort.existing
     described = [(name, stream.model_dump(mode="json")) for name, stream in streams.items()]
     table = cohort.table()
-    content = json.dumps([table, described, cohort.fingerprint()])
+    content = json.dumps([table, described, cohort.fingerprint(), _LAYOUT])
     return FOLDER / f"{table['kind']}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
 
 

@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from panfm.config import SiteConfig, dump_toml
+from panfm.config import Releasable, SiteConfig, dump_toml
 from panfm.config.site_description import LimitsConfig
 from panfm.data.manifest import COLUMNS
 from panfm.data.tables import write_table
 
-_SIMULATED = LimitsConfig(smallest_batch=1, smallest_steps=1)
-"""No patient needs a floor where they are drawn or public; what is studied may be as small as it likes."""
+_SIMULATED = LimitsConfig(may_leave=tuple(Releasable), smallest_batch=1, smallest_steps=1)
+"""No patient needs a floor where they are drawn or public; everything may leave, and be as small as it likes."""
 
 
 def write_site_folder(

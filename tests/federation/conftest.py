@@ -3,7 +3,9 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tomli_w
 
 from panfm.config import RunConfig, load_run
 from server.run_folder import RunFolder
@@ -58,3 +60,33 @@ def federation(tmp_path: Path, write_site: Callable[..., Path]) -> Federation:
     for name, organs in HOLDINGS.items():
         write_site(tmp_path / "sites" / name, name, organs)
     return Federation(tmp_path)
+
+
+GATED = 'gate={ measure = "labels" }'
+TASKS = 'probe.tasks={ old = ["old"], shape = ["round", "flat"] }'
+LIMITS = {
+    "may-leave": ["updates", "counts", "loss", "saliency", "label-sums"],
+    "smallest-batch": 1,
+    "smallest-steps": 1,
+}
+
+
+@pytest.fixture
+def labelled(tmp_path: Path, write_site: Callable[..., Path]) -> Federation:
+    """The three hospitals with twelve patients each, and a table of labels; gamma knows one of them."""
+    for name, organs in HOLDINGS.items():
+        folder = write_site(tmp_path / "sites" / name, name, organs, subjects=12)
+        label(folder, name, ("old", "round", "flat") if name != "gamma" else ("old",))
+    return Federation(tmp_path)
+
+
+def label(folder: Path, name: str, names: tuple[str, ...]) -> None:
+    """Write a table of drawn labels, and let their sums leave."""
+    random = np.random.default_rng(len(name))
+    rows = [f"subject,{','.join(names)}"]
+    for number in range(12):
+        old, is_round = random.integers(0, 2, 2).tolist()
+        values = {"old": old, "round": is_round, "flat": 1 - is_round}
+        rows.append(",".join([f"{name}-{number}", *(str(values[label]) for label in names)]))
+    (folder / "labels.csv").write_text("\n".join(rows) + "\n")
+    (folder / "site.toml").write_text(tomli_w.dumps({"name": name, "labels": "labels.csv", "limits": LIMITS}))

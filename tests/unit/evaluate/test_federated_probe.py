@@ -11,7 +11,13 @@ from sklearn.linear_model import Ridge, RidgeCV
 from sklearn.preprocessing import StandardScaler
 
 from panfm.errors import ProtocolError
-from panfm.evaluate.federated_probe import LabelledSite, choose_penalty, probe_together, ridge_path
+from panfm.evaluate.federated_probe import (
+    LabelledSite,
+    choose_penalty,
+    cross_validated_error,
+    probe_together,
+    ridge_path,
+)
 from panfm.evaluate.label_sums import PENALTIES, LabelSums, RidgePath, contributing_rows, site_errors, site_sums
 
 TASK = "task"
@@ -301,3 +307,30 @@ def test_of_equal_errors_the_strongest_penalty_is_taken():
     probe, penalty = choose_penalty(path, [{"errors": np.zeros((13, 1))}])
     assert penalty == PENALTIES[-1]
     assert_allclose(probe.score(features), 1.0)
+
+
+@pytest.mark.parametrize(("n", "d"), [(30, 4), (24, 60)])
+def test_the_error_of_a_gate_is_generalised_cross_validation_on_all_patients(n, d):
+    """By the hat matrix of everybody in one place."""
+    features, targets = draw(n, d, labels=2)
+    parts = split(features, targets, 3)
+    sums = [site_sums(site.features, site.targets, floor=1).tasks[TASK] for site in parts]
+    standard = StandardScaler().fit_transform(features.astype(np.float64))
+    centred = targets - targets.mean(axis=0)
+    errors = []
+    for penalty in PENALTIES:
+        hat = standard @ np.linalg.solve(standard.T @ standard + penalty * np.eye(d), standard.T) + 1 / n
+        residual = ((targets - hat @ targets) ** 2).sum(axis=0)
+        errors.append((n * residual / (n - np.trace(hat)) ** 2 / (centred**2).mean(axis=0)).mean())
+    assert_allclose(cross_validated_error(sums), min(errors), rtol=1e-7)
+
+
+def test_the_error_of_a_gate_without_use_or_variance():
+    features, targets = draw(40, 3)
+    noise = np.random.default_rng(5).integers(0, 2, (40, 1)).astype(np.float64)
+    [useful, useless] = [cross_validated_error([LabelSums.of(features, given)]) for given in (targets, noise)]
+    assert useful < 0.9 < useless < 1.2
+    constant = LabelSums.of(features, np.ones((40, 1)))
+    assert np.isnan(cross_validated_error([constant]))
+    with_constant = LabelSums.of(features, np.hstack([targets, np.ones((40, 1))]))
+    assert_allclose(cross_validated_error([with_constant]), useful)

@@ -1,17 +1,21 @@
 """Probes at the end of a run: each site's own labels against the sums of all."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from panfm.config import RunConfig, SiteConfig, StreamConfig
+from panfm.config import RunConfig, StreamConfig
 from panfm.config.features import FeaturesConfig
 from panfm.config.probe import ProbeConfig
 from panfm.data.store import ImageStore
+from panfm.errors import DataError
 from panfm.evaluate.embed import embed_store
+from panfm.evaluate.federated_probe import LabelledSite, probe_together
 from panfm.evaluate.linear_probe import auc_per_label, fit_regressors
 from panfm.evaluate.probe_cohort import Task, evaluate_cohort
+from panfm.evaluate.probe_file import LinearProbe, SharedProbe, read_probes, save_probes
 from panfm.evaluate.probe_labels import LabelInfo, LabelledStore
 from panfm.evaluate.probe_sites import FEDERATED, LOCAL, probe_sites
 from panfm.models import build_model
@@ -36,18 +40,27 @@ def make_task(run=RUN, sizes=(12, 14, 16)):
     return Task(run, places, make_place(9, "brain-mr", 60, "test", ("bright", "size", "lone")), INFO)
 
 
-def configs(floor=1, count=3):
-    limits = {"smallest-batch": floor, "smallest-steps": 1}
-    return [SiteConfig.model_validate({"name": f"site{number}", "limits": limits}) for number in range(count)]
+def shared(task, model, names=("bright",)):
+    """Probes of all places' sums, as the end of a run fits them."""
+    sites = [
+        LabelledSite(
+            f"site{number}",
+            embed_store(model, place.store, place.store.indices("train")),
+            {name: place.values([name], place.store.indices("train")) for name in names},
+            1,
+        )
+        for number, place in enumerate(task.places)
+    ]
+    probes = probe_together(sites).probes
+    return {name: SharedProbe((name,), 9, ("site0",), 1.0, (0.5,), probe) for name, probe in probes.items()}
 
 
-def test_the_federated_probe_is_the_ridge_on_all_labels_and_labels_of_one_site_are_left_out():
+def test_the_federated_probe_is_tested_beside_the_sites_own():
     task, model = make_task(), build_model(RUN)
-    result = probe_sites(task, model, configs())
+    result = probe_sites(task, model, shared(task, model))
     assert {(score.arm, score.group) for score in result.scores} == {
         (arm, group) for arm in (FEDERATED, LOCAL) for group in ("all", "disease")
     }
-    assert result.notes == ()
     fit = np.concatenate(
         [embed_store(model, place.store, np.arange(len(place.store.subjects))) for place in task.places]
     )
@@ -59,45 +72,35 @@ def test_the_federated_probe_is_the_ridge_on_all_labels_and_labels_of_one_site_a
     assert result.value(FEDERATED) > result.value(LOCAL)
 
 
-def test_floors_of_the_sites_hold_and_are_told():
-    result = probe_sites(make_task(), build_model(RUN), configs(floor=60))
-    assert math.isnan(result.value(FEDERATED))
-    assert result.value(LOCAL) > 0.5
-    assert result.notes[0] == "federated-probe: site0: 1 of 1 labels given in part or not at all, too few patients"
-    assert len(result.notes) == 3
-
-
-def test_a_site_of_one_class_has_no_probe_of_its_own_and_gives_its_sums():
-    task = make_task()
+def test_a_site_of_one_class_has_no_probe_of_its_own():
+    task, model = make_task(), build_model(RUN)
     task.places[2].labels["bright"][:] = 1.0
-    both = probe_sites(task, build_model(RUN), configs())
+    probes = shared(task, model)
     without = Task(RUN, task.places[:2], task.holdout, INFO)
-    assert both.value(LOCAL) == probe_sites(without, build_model(RUN), configs(count=2)).value(LOCAL)
-    assert both.value(FEDERATED) != probe_sites(without, build_model(RUN), configs(count=2)).value(FEDERATED)
+    assert probe_sites(task, model, probes).value(LOCAL) == probe_sites(without, model, probes).value(LOCAL)
 
 
-def test_a_run_with_a_claim_and_large_embeddings_get_one_line(monkeypatch):
-    monkeypatch.setattr("panfm.evaluate.probe_sites.privacy_label", lambda run: "(8, 0.001)-DP")
-    result = probe_sites(make_task(), build_model(RUN), configs())
-    assert result.scores == ()
-    assert result.notes == (
-        "federated-probe: left out, sums of labels are not covered by the run's claim ((8, 0.001)-DP)",
-    )
-    monkeypatch.undo()
-    monkeypatch.setattr("panfm.evaluate.probe_sites.MAX_FEATURES", 47)
-    [note] = probe_sites(make_task(), build_model(RUN), configs()).notes
-    assert note == "federated-probe: left out, embeddings have more than 47 numbers"
+def test_a_probe_of_several_labels_is_tested_label_by_label_and_others_are_left_out():
+    task, model = make_task(), build_model(RUN)
+    [one] = shared(task, model).values()
+    twice = LinearProbe(one.probe.centre, one.probe.scale, np.repeat(one.probe.weights, 2, 1), np.zeros(2))
+    both = {"pair": SharedProbe(("size", "bright"), 9, ("site0",), 1.0, (0.5, 0.5), twice)}
+    assert probe_sites(task, model, both).value(FEDERATED) == probe_sites(task, model, {"b": one}).value(FEDERATED)
+    assert probe_sites(task, model, {}).scores == ()
 
 
-def test_nothing_is_shared_where_sites_hold_labels_of_other_names():
-    task = make_task()
-    apart = [LabelledStore(place.store, {f"own{i}": place.labels["bright"]}) for i, place in enumerate(task.places)]
-    info = {f"own{i}": LabelInfo("disease") for i in range(3)}
-    result = probe_sites(Task(RUN, apart, task.holdout, info), build_model(RUN), configs())
-    assert (result.scores, result.notes) == ((), ())
-    task.places[1].labels["bright"][:] = np.nan
-    task.places[2].labels["bright"][:] = np.nan
-    assert probe_sites(task, build_model(RUN), configs()).scores == ()
+def test_probes_are_read_back_as_they_were_written(tmp_path):
+    task, model = make_task(), build_model(RUN)
+    [one] = shared(task, model).values()
+    assert read_probes(tmp_path) == {}
+    save_probes(tmp_path, {"bright": replace(one, r2=(math.nan,))}, "cls")
+    [again] = read_probes(tmp_path).values()
+    assert math.isnan(again.r2[0])
+    assert replace(again, r2=one.r2, probe=one.probe) == one
+    np.testing.assert_array_equal(again.probe.weights, one.probe.weights)
+    (tmp_path / "probe.safetensors").write_bytes(b"12345678{}")
+    with pytest.raises(DataError, match="not the probes of a run"):
+        read_probes(tmp_path)
 
 
 @pytest.mark.parametrize("pooling", ["cls", "layers"])

@@ -12,9 +12,10 @@ from panfm.errors import DataError
 from panfm.files import locked
 from panfm.report.html_parts import line_chart
 from panfm.report.run_files import read_run
-from panfm.report.status import clock, headline, left_out, ranges, site_statuses, stream_statuses
+from panfm.report.status import clock, gate_line, headline, left_out, ranges, site_statuses, stream_statuses
 from panfm.report.status_page import render_status, write_status
 from server.console import screen
+from server.tracking import scalars
 
 STREAM = StreamConfig(shape=(4, 4, 4), patch=(2, 2, 2), spacing_mm=(1.0, 1.0, 1.0))
 RUN = RunConfig(name="toy", streams={"brain-mr": STREAM, "liver-mr": STREAM})
@@ -184,3 +185,19 @@ def test_lengths_of_time(seconds, text):
 
 def test_ranges_of_rounds():
     assert [ranges([1]), ranges([1, 2, 3]), ranges([1, 3, 4])] == ["round 1", "rounds 1-3", "rounds 1, 3-4"]
+
+
+def test_the_gate_tells_which_rounds_were_kept(tmp_path):
+    gates = [(0.8, 0.9, True), (0.85, 0.8, False), (None, 0.8, False)]
+    lines = [
+        line(number, gate={"measure": measure, "before": before, "kept": kept, "missing": {}, "seconds": 1.0})
+        for number, (measure, before, kept) in enumerate(gates, start=1)
+    ]
+    run = write(tmp_path, *lines)
+    expected = "gate: round 1 kept of 3; measure 0.9000 at the start, 0.8000 now"
+    assert gate_line(run) == expected
+    assert expected in render_status(run)
+    assert dict(scalars(lines[0]))["gate/measure"] == 0.8
+    assert "gate/measure" not in dict(scalars(lines[2]))
+    assert gate_line(write(tmp_path, line(1))) == ""
+    assert "no round kept" in gate_line(write(tmp_path, *lines[1:]))

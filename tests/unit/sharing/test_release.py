@@ -10,10 +10,13 @@ from panfm.sharing.release import (
     HANDSHAKE_RELEASED_UNDER,
     NEEDED,
     RELEASED_UNDER,
+    SUMS_RELEASED_UNDER,
     RoundResult,
     build_handshake,
     build_reply,
+    build_sums_reply,
 )
+from panfm.sharing.sums_messages import SumsReply
 from tests.conftest import manifest_of
 
 TASK = RoundTask("run-1", 2, "", {"backbone": np.array([1, 2], np.float32)})
@@ -74,3 +77,14 @@ def test_what_is_not_allowed_is_absent(withheld):
 def test_without_updates_and_counts_there_is_no_reply(needed):
     with pytest.raises(ProtocolError, match=f"lacks {needed}"):
         build_reply(TASK, RESULT, may_leave=[name for name in Releasable if name != needed])
+
+
+def test_every_field_of_an_answer_with_sums_is_released_under_a_name():
+    assert {field.name for field in fields(SumsReply)} == set(SUMS_RELEASED_UNDER) | {"run_id", "round_number"}
+
+
+def test_sums_leave_under_their_own_names():
+    result = {"sums": {"old": {"x": np.ones(2)}}, "errors": {"old": np.ones(3)}, "loss": 2.5, "loss_subjects": 4}
+    assert build_sums_reply(TASK, result, may_leave=tuple(Releasable)) == SumsReply("run-1", 2, **result)
+    assert build_sums_reply(TASK, result, may_leave=(Releasable.LOSS,)) == SumsReply("run-1", 2, loss=2.5)
+    assert build_sums_reply(TASK, result, may_leave=NEEDED) == SumsReply("run-1", 2, loss_subjects=4)

@@ -10,9 +10,11 @@ from typer.testing import CliRunner
 
 from panfm.cli import main
 from panfm.cli.site_commands import supernode_command
-from panfm.config import dump_toml, experiment_hash, load_site, parse_run
+from panfm.config import Releasable, dump_toml, experiment_hash, load_site, parse_run
+from panfm.config.site_description import LimitsConfig
 from panfm.sharing.frames import Frame, encode
 from panfm.site.audit_log import AuditLog
+from panfm.site.dry_run import _sums
 from tests.conftest import NO_FLOORS
 from tests.unit.site.test_site import RUN, task
 
@@ -40,6 +42,18 @@ def test_a_dry_run_tells_all_that_would_leave_and_leaves_nothing(folder, tmp_pat
     assert re.search(r"one local step: [\d.]+ s; at most [\d.]+ GiB", text)
     assert "liver" not in text
     assert not (folder / ".panfm" / "state").exists()
+
+
+def test_a_dry_run_tells_what_a_run_asks_for_besides_rounds():
+    limits = LimitsConfig()
+    assert _sums(parse_run(RUN), limits) == ""
+    asked = parse_run(RUN + '[probe]\ntasks = { old = ["old"], big = ["big"] }\n[gate]\n')
+    labels = "asks after the last round for sums of features and labels: old, big"
+    both = f"{labels} and after every round for the measure of its gate (labels)"
+    assert _sums(asked, limits) == f"{both}; nothing leaves, limits.may-leave lacks label-sums"
+    assert _sums(asked, LimitsConfig(may_leave=tuple(Releasable))) == f"{both}; they leave"
+    loss = _sums(parse_run(RUN + '[gate]\nmeasure = "validation-loss"\n'), limits)
+    assert loss == "asks after every round for the measure of its gate (validation-loss); they leave"
 
 
 def test_status(folder):

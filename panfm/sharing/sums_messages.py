@@ -1,0 +1,122 @@
+"""The server's question for sums over a site's patients, and the answer, as plain values (messages.py).
+
+down   as the task of a round, whose number is that of the round which would start from the parameters; and
+       config   purpose
+       arrays   path/<task>/<part>     float64, a ridge path (panfm/evaluate/label_sums.py), to ask for errors
+up     arrays   sums/<task>/<part>     float64, sums of features and labels
+                errors/<task>          float64, summed squared leave-one-out errors
+       metrics  loss, loss-subjects    summed validation loss, and of how many subjects
+       config   run-id, round
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Self
+
+from numpy.typing import NDArray
+
+from panfm.errors import ProtocolError
+from panfm.sharing.coding import Arrays
+from panfm.sharing.messages import Metric, Records, RoundTask, config_value
+
+Parts = Mapping[str, NDArray[Any]]
+"""Part -> array."""
+_PATH, _SUMS, _ERRORS = "path", "sums", "errors"
+
+
+class Purpose(StrEnum):
+    """What sums are asked for."""
+
+    GATE = "gate"
+    """The measure by which a round is kept."""
+    PROBE = "probe"
+    """Sums of features and labels for the probe of all sites."""
+    ERRORS = "errors"
+    """Leave-one-out errors of this probe, by which its penalty is chosen."""
+
+
+@dataclass(frozen=True)
+class SumsTask:
+    """The server's question to a site."""
+
+    model: RoundTask
+    """Run, parameters, and the round that would start from them; 1: the start of the run."""
+    purpose: Purpose
+    paths: Mapping[str, Parts] = field(default_factory=dict)
+    """Task of labels -> its ridge path, to ask for errors."""
+
+    def to_records(self) -> Records:
+        """Convert to records."""
+        records = self.model.to_records()
+        arrays = {**records.arrays, **path_arrays(self.paths)}
+        return Records(arrays, {}, {**records.config, "purpose": str(self.purpose)})
+
+    @classmethod
+    def from_records(cls, records: Records) -> Self:
+        """Read it back. Raises ProtocolError if something is missing or of the wrong type."""
+        purpose = config_value(records.config, "purpose", str)
+        if purpose not in list(Purpose):
+            raise ProtocolError(f"message: purpose is {purpose!r:.40}, expected one of {', '.join(Purpose)}")
+        parameters = {name: array for name, array in records.arrays.items() if not name.startswith(f"{_PATH}/")}
+        model = RoundTask.from_records(Records(parameters, {}, records.config))
+        return cls(model, Purpose(purpose), _nested(records.arrays, _PATH))
+
+
+@dataclass(frozen=True)
+class SumsReply:
+    """A site's answer. Only `panfm.sharing.release.build_sums_reply` makes one."""
+
+    run_id: str
+    round_number: int
+    sums: Mapping[str, Parts] = field(default_factory=dict)
+    """Task of labels -> sums over the patients who know them."""
+    errors: Arrays = field(default_factory=dict)
+    """Task of labels -> summed squared errors per penalty and label."""
+    loss: float | None = None
+    """Summed over the subjects of the val split."""
+    loss_subjects: int | None = None
+
+    def to_records(self) -> Records:
+        """Convert to records."""
+        arrays = _flat(_SUMS, self.sums) | {f"{_ERRORS}/{task}": array.ravel() for task, array in self.errors.items()}
+        numbers: dict[str, Metric | None] = {"loss": self.loss, "loss-subjects": self.loss_subjects}
+        metrics = {key: value for key, value in numbers.items() if value is not None}
+        return Records(arrays, metrics, {"run-id": self.run_id, "round": self.round_number})
+
+    @classmethod
+    def from_records(cls, records: Records) -> Self:
+        """Read it back. Raises ProtocolError if something is missing or of the wrong type."""
+        errors = {
+            name.removeprefix(f"{_ERRORS}/"): array
+            for name, array in records.arrays.items()
+            if name.startswith(f"{_ERRORS}/")
+        }
+        loss, subjects = records.metrics.get("loss"), records.metrics.get("loss-subjects")
+        return cls(
+            config_value(records.config, "run-id", str),
+            config_value(records.config, "round", int),
+            _nested(records.arrays, _SUMS),
+            errors,
+            float(loss) if isinstance(loss, int | float) else None,
+            subjects if isinstance(subjects, int) else None,
+        )
+
+
+def path_arrays(paths: Mapping[str, Parts]) -> dict[str, NDArray[Any]]:
+    """The arrays of a question that hold ridge paths, by their names in it."""
+    return _flat(_PATH, paths)
+
+
+def _flat(kind: str, tasks: Mapping[str, Parts]) -> dict[str, NDArray[Any]]:
+    return {f"{kind}/{task}/{name}": part.ravel() for task, parts in tasks.items() for name, part in parts.items()}
+
+
+def _nested(arrays: Arrays, kind: str) -> dict[str, dict[str, NDArray[Any]]]:
+    """Arrays `<kind>/<task>/<part>` by task and part."""
+    tasks: dict[str, dict[str, NDArray[Any]]] = {}
+    for name, array in arrays.items():
+        if name.startswith(f"{kind}/"):
+            _, task, part = [*name.split("/", 2), ""][:3]
+            tasks.setdefault(task, {})[part] = array
+    return tasks

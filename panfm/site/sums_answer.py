@@ -1,0 +1,168 @@
+"""A site's answer to a question for sums over its patients: for the probe of all sites, or the measure of a gate.
+
+    gate, probe   sums of features and labels over the training patients, task by task
+    errors        their summed leave-one-out errors under the ridge path that the server found from all sites' sums
+    gate          with `gate.measure = "validation-loss"` instead: the summed loss of the val split
+
+Features are those of the model as whoever gets it would read them: shared parameters as the server sent them, private
+experts as copies of the director, pooled as `[features]` says, not whitened. Floors are those of label_sums.py.
+
+One answer to each question: purpose and round are noted with a digest of everything that decides the answer, and
+another question under them is refused (`asked.json` beside the private states).
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from panfm.config import Releasable, SiteConfig, dump_toml
+from panfm.config.site_description import LimitsConfig
+from panfm.data.labels import read_labels
+from panfm.data.store import ImageStore
+from panfm.errors import LimitError, ProtocolError
+from panfm.evaluate.embed import embed_store
+from panfm.evaluate.label_sums import RidgePath, contributing_rows, site_errors, site_sums
+from panfm.models import build_model
+from panfm.privacy.guarantees import privacy_label
+from panfm.sharing.groups import parameter_hashes
+from panfm.sharing.sums_messages import Purpose, SumsTask, path_arrays
+from panfm.site.session import Session
+from panfm.site.state import AskedRounds, StateStore, question_digest, read_asked, write_asked
+
+_BATCH = 256
+
+
+def sum_patients(
+    session: Session, task: SumsTask, states: StateStore, *, folder: Path, site: SiteConfig
+) -> dict[str, Any]:
+    """Answer a question for sums; returns the fields of the answer (`panfm.sharing.release.build_sums_reply`).
+
+    Raises:
+        ProtocolError: the run does not ask for such sums, is private, or asked for others before; the parameters do not
+            fit or are not where the run starts.
+        LimitError: this site does not let such sums leave, or too few patients stand behind them.
+        DataError: the label table or the private state is faulty.
+    """
+    with_labels = _check_asked(session, task, site.limits)
+    torch.set_num_threads(session.run.train.threads)
+    states.check_origin()
+    session.load_frozen(task.model, states)
+    if session.run.train.teacher_start == "server-ema":
+        task = replace(task, model=replace(task.model, teacher=task.model.groups))
+    if not with_labels:
+        return _validation_loss(session, task, states)
+    session.trainer.holds = None
+    session.load_global(task.model, 0)
+    _note(states, session, task, "")
+    at = session.store.indices("train")
+    targets = read_targets(folder, site, session.store, session.run.probe.tasks, at)
+    floor, rows = session.floors.batch, contributing_rows(targets, session.floors.batch)[0]
+    if not rows:
+        raise LimitError.of_question("probe.tasks: too few patients of this site know the labels of any")
+    features = _embed(session, at)
+    if task.purpose is Purpose.ERRORS:
+        paths = read_paths(task, features.shape[1], session.run.probe.tasks)
+        return {"errors": site_errors(features, targets, paths, floor=floor)}
+    sums = site_sums(features, targets, floor=floor).tasks
+    return {"sums": {name: of_task.to_arrays() for name, of_task in sums.items()}}
+
+
+def _check_asked(session: Session, task: SumsTask, limits: LimitsConfig) -> bool:
+    """Whether the question is about labels. Raises as `sum_patients`."""
+    run = session.run
+    if (label := privacy_label(run)) != "none":
+        raise ProtocolError(f"sums are not covered by the run's claim ({label})")
+    if task.purpose is Purpose.GATE and run.gate is None:
+        raise ProtocolError("gate: the run has none")
+    with_labels = task.purpose is not Purpose.GATE or (run.gate is not None and run.gate.measure == "labels")
+    if with_labels and not run.probe.tasks:
+        raise ProtocolError("probe.tasks: the run has none")
+    needed = Releasable.LABEL_SUMS if with_labels else Releasable.LOSS
+    if needed not in limits.may_leave:
+        raise LimitError.of_question(f"this site's limits.may-leave lacks {needed.value}")
+    return with_labels
+
+
+def _validation_loss(session: Session, task: SumsTask, states: StateStore) -> dict[str, Any]:
+    """Summed loss of the val split under the server's parameters, and heads and teacher of this site."""
+    state_round = session.load_private(task.model.round_number, states)
+    session.load_global(task.model, state_round)
+    _note(states, session, task, states.digest(state_round))
+    indices = session.store.indices("val")
+    validation = session.trainer.validate(session.store, indices, site=session.site)
+    if not validation.subjects or not session.floors.is_enough(min(len(indices), validation.subjects)):
+        raise LimitError.of_question("gate.measure: this site has too few patients for validation")
+    return {"loss": validation.loss * len(indices), "loss_subjects": len(indices)}
+
+
+def _embed(session: Session, at: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Features [n, D] of subjects of a site by the model with all streams of the run; those it lacks are zero."""
+    trainer, run = session.trainer, session.run
+    model = build_model(run)
+    state = {name: value.to("cpu") for name, value in trainer.model.state_dict().items()}
+    model.load_state_dict(model.state_dict() | state)
+    size = min(_BATCH, run.train.batch_size)
+    return embed_store(model.to(trainer.device), session.store, at, list(session.streams), batch_size=size)
+
+
+def read_targets(
+    folder: Path,
+    site: SiteConfig,
+    store: ImageStore,
+    tasks: Mapping[str, tuple[str, ...]],
+    at: NDArray[np.int64],
+) -> dict[str, NDArray[np.float64]]:
+    """Label values [n, C] of the tasks whose labels are all columns of the site's table, NaN where unknown.
+
+    Args:
+        at: Indices of the n subjects in the store.
+    Raises:
+        DataError: the table does not hold.
+    """
+    if site.labels is None:
+        return {}
+    table = read_labels(folder, site)
+    rows = {subject: row for row, subject in enumerate(table.subjects)}
+    padded = np.vstack([table.values, np.full((1, len(table.names)), np.nan)])
+    values = padded[[rows.get(store.subjects[index], -1) for index in at]]
+    columns = {name: column for column, name in enumerate(table.names)}
+    return {
+        task: values[:, [columns[name] for name in names]]
+        for task, names in tasks.items()
+        if all(name in columns for name in names)
+    }
+
+
+def read_paths(task: SumsTask, features: int, tasks: Mapping[str, tuple[str, ...]]) -> dict[str, RidgePath]:
+    """The ridge paths of a question. Raises ProtocolError: one does not hold, or is of no task of the run."""
+    if unknown := sorted(set(task.paths) - set(tasks)):
+        raise ProtocolError(f"ridge path of {unknown[0]!r:.80}, which the run does not name")
+    return {
+        name: RidgePath.from_arrays(parts, features=features, labels=len(tasks[name]))
+        for name, parts in task.paths.items()
+    }
+
+
+def _note(states: StateStore, session: Session, task: SumsTask, state: str) -> None:
+    """Note a question on disk before it is answered. Raises ProtocolError if it was asked otherwise before.
+
+    Args:
+        state: Digest of the private state that decides the answer, if any does.
+    """
+    model, run = task.model, session.run
+    paths = sorted(parameter_hashes(path_arrays(task.paths)).items())
+    more = hashlib.sha256(json.dumps([paths, state]).encode()).hexdigest()
+    digest = question_digest(dump_toml(run), model, model.groups, more)
+    key = f"{task.purpose} before round {model.round_number}"
+    known = read_asked(states.folder) or AskedRounds(run.train.rounds, 0.0)
+    sums = {key: digest, **known.sums}
+    if sums[key] != digest:
+        raise ProtocolError(f"{key}: asked before with other parameters")
+    write_asked(states.folder, run.train.rounds, known.digests, sums)
