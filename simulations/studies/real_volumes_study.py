@@ -58,7 +58,7 @@ SLICES = (
 )
 """Changes of the run, as `--set` would make them."""
 CHOSEN, UNTRAINED = "views-in-place", "untrained-in-place"
-"""The row that targets are about, chosen on seeds 100 to 103, and the untrained model in the same reading."""
+"""The row of the targets, and the untrained model read alike; chosen on seeds 100 to 103 (views on 100 alone)."""
 RESAMPLES = 1000
 COMPARED = (("views", "untrained"), ("views-in-place", "untrained-in-place"), ("views-in-place", "statistics"))
 METRICS = ("r2_anterior", "r2_posterior", "r2_mean", "r2_mean_low", "r2_mean_high")
