@@ -39,7 +39,9 @@ app.command("run")(simulate)
 def cohort_make(
     folder: Annotated[Path, typer.Argument(help="New folder of the cohort.")],
     run: Annotated[Path, typer.Option("--run", help="Run description (TOML); its cohort table is written.")],
-    preset: Annotated[str | None, typer.Option(help="Instead of the run's: transient, lasting or textured.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Instead of the run's: transient, lasting, shortcut or textured.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Instead of the run's draw.")] = None,
     subjects: Annotated[int | None, typer.Option(min=1, help="Patients per site, instead of the run's.")] = None,
 ) -> None:

@@ -168,10 +168,10 @@ def _command(
     return main
 
 
-def chosen_arms(names: str, known: Collection[str]) -> list[str]:
+def chosen_arms(names: str, known: Collection[str], option: str = "--arms") -> list[str]:
     """Arms by their names, with commas between, in the order of `known`. Raises typer.BadParameter for others."""
     if unknown := sorted({*names.split(",")} - {*known}):
-        raise typer.BadParameter(f"{unknown[0]}: expected some of {', '.join(known)}", param_hint="--arms")
+        raise typer.BadParameter(f"{unknown[0]}: expected some of {', '.join(known)}", param_hint=option)
     return [arm for arm in known if arm in names.split(",")]
 
 

@@ -18,8 +18,6 @@ class ObjectiveConfig(Config):
 
     implementation: ClassVar[str | type]
     """The objective's class, or `package.module:Class`."""
-    num_views: ClassVar[int] = 1
-    """Views of each patient in a step, drawn by `[augment]`; objectives that compare views ask for two."""
     name: str
 
     @classmethod
@@ -36,6 +34,11 @@ class ObjectiveConfig(Config):
     def _read_by_chosen_class(cls, table: Any, handler: ModelWrapValidatorHandler[Self]) -> Any:
         chosen = cls.chosen(table)
         return handler(table) if chosen is cls else chosen.model_validate(table, by_alias=True, by_name=False)
+
+    @property
+    def num_views(self) -> int:
+        """Views of each patient in a step, drawn by `[augment]`; objectives that compare views ask for two."""
+        return 1
 
     @property
     def streams_per_batch(self) -> Literal["all", "one", "one-or-pair"]:

@@ -45,9 +45,10 @@ class PhantomCohort(CohortSource):
     """A cohort of whole-body phantoms."""
 
     kind: Literal["phantom"]
-    preset: Literal["transient", "lasting", "textured"] = "transient"
-    """`transient`: training outgrows the dominance of heart and adipose; `lasting`: it does not; `textured`: factors
-    show in the direction of a texture, which plain statistics cannot read."""
+    preset: Literal["transient", "lasting", "shortcut", "textured"] = "transient"
+    """`transient`: training outgrows the dominance of heart and adipose; `lasting`: it does not; `shortcut`: neither
+    does scaling of the inputs take it away; `textured`: factors show in the direction of a texture, which plain
+    statistics cannot read."""
     seed: Seed = 0
     """The draw of the cohort, apart from the run's seed."""
     holdout_subjects: Positive = 300

@@ -1,9 +1,13 @@
 """Patients of a phantom cohort: their factors, their labels, and which organs were scanned.
 
-Heart and adipose dominate a body in one of two ways. `transient`: they are drawn with far more contrast, and that is
+Heart and adipose dominate a body in one of three ways. `transient`: they are drawn with far more contrast, and that is
 all; a model that trains longer outgrows it. `lasting`: besides, stature and adiposity are written into every organ, so
 that a hidden piece of a weak organ is cheaply guessed from heart and adipose, and heart and adipose are scanned in
 nearly everyone, so that no batch forces a model to do without them.
+
+`shortcut`: all organs have the same contrast, so that scaled inputs take no dominance away, but heart and adipose show
+stature and adiposity almost purely, these are written strongly into every organ, and heart and adipose are scanned in
+nearly everyone: what a weak organ has in common with them stays the cheapest guess, however long a model trains.
 
 `textured` asks for features that have to be learned: the factors show in the direction of a texture
 (`phantom_texture.py`), to which mean, spread and percentiles are blind; the traits show little of them. Weak organs are
@@ -68,6 +72,13 @@ PRESETS = {
         amplitude=dict.fromkeys(ORGANS, 0.035) | {"heart": 0.3, "adipose": 0.33, "liver": 0.045, "pancreas": 0.04},
         nuisance=_NUISANCE,
         redundancy=1.0,
+        noise=0.025,
+        scan_odds=dict.fromkeys(ORGANS, 0.8) | {"heart": 5.0, "adipose": 5.0},
+    ),
+    "shortcut": Preset(
+        amplitude=dict.fromkeys(ORGANS, 0.15),
+        nuisance=_NUISANCE | {"heart": 0.3, "adipose": 0.3},
+        redundancy=2.0,
         noise=0.025,
         scan_odds=dict.fromkeys(ORGANS, 0.8) | {"heart": 5.0, "adipose": 5.0},
     ),

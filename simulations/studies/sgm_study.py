@@ -1,12 +1,17 @@
-"""Gain of saliency-guided masking over other policies, by number of steps and by phantom.
+"""Gain of saliency-guided masking over other policies, by number of steps, by phantom and by recipe of training.
 
-Two phantoms (`transient` and `lasting` dominance), three budgets, seven masking arms at one mask ratio, and two
-references: the untrained model and plain organ statistics. Frozen embeddings are read by linear probes fitted on the
-training subjects as they were scanned, and tested on complete subjects and on the same subjects with organs removed.
-Metric names begin with the preset: `transient/auc`, `lasting/auc_no_dominant`, ...
+Three phantoms (`transient` and `lasting` dominance, `shortcut`), three budgets, seven masking arms at one mask ratio,
+and two references: the untrained model and plain organ statistics. Frozen embeddings are read by linear probes fitted
+on the training subjects as they were scanned, and tested on complete subjects and on the same subjects with organs
+removed. Metric names begin with the phantom: `transient/auc`, `lasting/auc_no_dominant`, ...
+
+Recipes are `plain` (objective `latent`, the same input constants for all streams, images as they are), and others with
+inputs centred and scaled per stream, a teacher tied to the run's length, and two augmented views or one. The objective
+`views` is not among them: its batches show one stream, so that guided masks are random ones.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,12 +36,13 @@ from simulations.cohorts.phantom_draw import Phantom
 from simulations.cohorts.phantom_labels import LABELS
 from simulations.cohorts.prepare import load_simulation
 from simulations.harness import TRANSIENT, ArmJob, CohortJob, StudyOptions, chosen_arms, run_arms, study
+from simulations.input_moments import InputMoments
 from simulations.studies._cohorts import FrozenReader
 from simulations.studies._phantoms import Cohort, open_draw, render_draw
 from simulations.studies._tables import print_study
 from simulations.study_result import StudyResult, Target
 
-PRESETS = ("transient", "lasting")
+PHANTOMS = ("transient", "lasting", "shortcut")
 STEPS = {"short": 500, "medium": 3000, "long": 8000}
 _CONSTANT = {"settle_steps": 10**9, "limit": 20.0}
 MASKING: dict[str, dict[str, Any]] = {
@@ -50,50 +56,80 @@ MASKING: dict[str, dict[str, Any]] = {
 }
 """What sets an arm apart from the default masking, which is `sgm`. `sgm-attention`, `sgm-value` and `inverse` keep
 their full strength to the end."""
+_SCALED = ("train.batch-size=32", 'train.teacher-momentum="auto"', "augment={ blur = 0.0, noise = 0.0 }")
+RECIPES: dict[str, tuple[str, ...]] = {
+    "plain": ("train.batch-size=64",),
+    "latent": _SCALED,
+    "dino": (*_SCALED, 'objective={ name = "dino", views = 2 }'),
+    "view-regression": (*_SCALED, 'objective={ name = "view-regression" }'),
+}
+"""Changes of the run, as `--set` would make them. All recipes but `plain` also scale the inputs of each stream. They
+leave blur and noise out, which would take half of the time of a step."""
+_MEASURED = 256
+"""Patients whose images give the constants of scaled inputs."""
 REFERENCES = ("untrained", "statistics")
 ARMS = (*MASKING, *REFERENCES)
 SHOWN = ("auc", "auc_weak", "auc_no_dominant", "saliency_entropy")
-_BATCH_SIZE = 64
 
 
 Arms = Annotated[str, typer.Option(help="Only these arms, with commas between; random is always run.")]
+Phantoms = Annotated[str, typer.Option(help=f"Only these phantoms, with commas between: {', '.join(PHANTOMS)}.")]
+Recipe = Annotated[str, typer.Option(help=f"How all arms are trained: {', '.join(RECIPES)}.")]
 
 _ALL = ",".join(ARMS)
 
 
 @study(seeds=5, draws=3, budgets=STEPS, unit="steps")
-def main(options: StudyOptions, budget: str, arms: Arms = _ALL) -> StudyResult:
-    """Masking policies on two phantoms: what saliency-guided masking gains, and for how long."""
-    result = run(options, budget, chosen_arms(f"random,{arms}", ARMS))
+def main(
+    options: StudyOptions,
+    budget: str,
+    arms: Arms = _ALL,
+    phantoms: Phantoms = "transient,lasting",
+    recipe: Recipe = "plain",
+) -> StudyResult:
+    """Masking policies on phantoms: what saliency-guided masking gains, and for how long."""
+    if recipe not in RECIPES:
+        raise typer.BadParameter(f"{recipe}: expected one of {', '.join(RECIPES)}", param_hint="--recipe")
+    chosen = chosen_arms(phantoms, PHANTOMS, "--phantoms")
+    result = run(options, budget, chosen_arms(f"random,{arms}", ARMS), chosen, recipe)
     show(result)
     return result
 
 
-def run(options: StudyOptions, budget: str, arms: Sequence[str]) -> StudyResult:
-    """Run the study, with some of the arms."""
+def run(
+    options: StudyOptions, budget: str, arms: Sequence[str], phantoms: Sequence[str], recipe: str = "plain"
+) -> StudyResult:
+    """Run the study, with some of the arms on some of the phantoms."""
     steps = STEPS[budget]
-    result = StudyResult("sgm", {"budget": budget, "steps": steps, "pairs": options.pairs(), **_settings()})
-    jobs = [f"{preset}/{arm}" for preset in PRESETS for arm in arms]
-    for job, measured in run_arms(options, jobs, steps, write_draw, measure):
-        preset, _, arm = job.arm.partition("/")
-        result.add(arm, {f"{preset}/{metric}": value for metric, value in measured.items()})
+    config = {"budget": budget, "steps": steps, "pairs": options.pairs(), "recipe": recipe, "phantoms": [*phantoms]}
+    result = StudyResult("sgm", config | _settings(recipe))
+    jobs = [f"{recipe}/{phantom}/{arm}" for phantom in phantoms for arm in arms]
+    for job, measured in run_arms(options, jobs, steps, partial(write_draw, phantoms=tuple(phantoms)), measure):
+        _, phantom, arm = job.arm.split("/")
+        result.add(arm, {f"{phantom}/{metric}": value for metric, value in measured.items()})
     result.ratios.update(_gains(result))
     result.targets += targets(result, budget) if "sgm" in arms else []
     return result
 
 
 def show(result: StudyResult) -> None:
-    """Print a table per preset: mean of every arm, and its gain over random masking with the share of pairs won."""
+    """Print a table per phantom: mean of every arm, and its gain over random masking with the share of pairs won."""
     tables = []
-    for preset in PRESETS:
+    for phantom in phantoms_of(result):
         tables.append(
-            Table("arm", title=f"{preset}, {result.config['steps']} steps, {len(result.config['pairs'])} pairs")
+            Table("arm", title=f"{phantom}, {result.config['steps']} steps, {len(result.config['pairs'])} pairs")
         )
         for metric in SHOWN:
             tables[-1].add_column(metric, justify="right")
         for arm in ARMS:
-            tables[-1].add_row(arm, *(_cell(result, f"{preset}/{metric}", arm) for metric in SHOWN))
+            tables[-1].add_row(arm, *(_cell(result, f"{phantom}/{metric}", arm) for metric in SHOWN))
     print_study(result, *tables, with_ratios=False)
+
+
+def phantoms_of(result: StudyResult) -> list[str]:
+    """The phantoms that were measured."""
+    measured = {metric.partition("/")[0] for metric, _ in result.values}
+    return [phantom for phantom in PHANTOMS if phantom in measured]
 
 
 def _cell(result: StudyResult, metric: str, arm: str) -> str:
@@ -106,27 +142,38 @@ def _cell(result: StudyResult, metric: str, arm: str) -> str:
     return f"{mean} ({gain:+.3f}, {result.share_won(metric, arm, 'random'):.0%})"
 
 
-def study_run(seed: int, arm: str, steps: int) -> RunConfig:
+def study_run(seed: int, arm: str, steps: int, recipe: str = "plain") -> RunConfig:
     """The run of one arm: the model and streams of `transient`, one place, one round."""
-    base = load_simulation(TRANSIENT)
+    base = load_simulation(TRANSIENT, RECIPES[recipe])
     masking = base.masking.model_copy(update=MASKING.get(arm, {}))
-    train = base.train.model_copy(update={"rounds": 1, "local_steps": steps, "batch_size": _BATCH_SIZE})
+    train = base.train.model_copy(update={"rounds": 1, "local_steps": steps})
     return base.model_copy(update={"seed": seed, "masking": masking, "train": train})
 
 
-def write_draw(job: CohortJob) -> Path:
-    """Render both phantoms of one draw, each under its preset's name; returns their folder."""
+def scaled(run: RunConfig, store: ImageStore) -> RunConfig:
+    """The same run, with constants that centre and scale what the tokenizer of each stream reads in a store."""
+    streams, some = {}, np.arange(min(_MEASURED, len(store.subjects)))
+    for name, stream in run.streams.items():
+        centre, scale = InputMoments.measure(store, name, stream, run.model.tokenizer, some).constants()
+        streams[name] = stream.model_copy(update={"input_centre": tuple(centre), "input_scale": tuple(scale)})
+    return run.model_copy(update={"streams": streams})
+
+
+def write_draw(job: CohortJob, phantoms: Sequence[str] = PHANTOMS) -> Path:
+    """Render the phantoms of one draw, each under its own name; returns their folder."""
     run = study_run(0, "random", 1)
-    for preset in PRESETS:
-        render_draw(job.folder / preset, Phantom(preset, job.draw), run.streams, run.organs)
+    for phantom in phantoms:
+        render_draw(job.folder / phantom, Phantom(phantom, job.draw), run.streams, run.organs)
     return job.folder
 
 
 def measure(job: ArmJob) -> dict[str, float]:
-    """Train one arm, `<preset>/<arm>`, and measure it."""
-    preset, _, arm = job.arm.partition("/")
-    run = study_run(job.seed, arm, job.length)
-    cohort = open_draw(job.cohort / preset, run.streams)
+    """Train one arm, `<recipe>/<phantom>/<arm>`, and measure it."""
+    recipe, phantom, arm = job.arm.split("/")
+    run = study_run(job.seed, arm, job.length, recipe)
+    cohort = open_draw(job.cohort / phantom, run.streams)
+    if recipe != "plain":
+        run = scaled(run, cohort.train)
     if arm == "statistics":
         return _probe(cohort, run, *_statistics_features(cohort, run.streams), draw=job.draw)
     trainer = Trainer(run)
@@ -195,14 +242,14 @@ def _saliency_entropy(model: PanModel, features: ImageStore) -> float:
 def _gains(result: StudyResult) -> dict[str, float]:
     """Mean gain over random masking, and the share of pairs in which it is positive."""
     gains: dict[str, float] = {}
-    for preset in PRESETS:
+    for phantom in phantoms_of(result):
         for metric in SHOWN:
             for arm in ARMS:
-                if arm == "random" or (f"{preset}/{metric}", arm) not in result.values:
+                if arm == "random" or (f"{phantom}/{metric}", arm) not in result.values:
                     continue
-                gain = result.gain(f"{preset}/{metric}", arm, "random")
-                gains[f"{preset}/{metric}/{arm}-minus-random"] = float(np.mean(gain))
-                gains[f"{preset}/{metric}/{arm}-wins"] = result.share_won(f"{preset}/{metric}", arm, "random")
+                gain = result.gain(f"{phantom}/{metric}", arm, "random")
+                gains[f"{phantom}/{metric}/{arm}-minus-random"] = float(np.mean(gain))
+                gains[f"{phantom}/{metric}/{arm}-wins"] = result.share_won(f"{phantom}/{metric}", arm, "random")
     return gains
 
 
@@ -217,18 +264,22 @@ def targets(result: StudyResult, budget: str) -> list[Target]:
         share = result.share_won(metric, "sgm", "random")
         return Target(f"{budget}: {metric}, share of pairs that sgm wins", share, 0.8)
 
-    targets = [ahead(f"{preset}/saliency_entropy", 0.0) for preset in PRESETS]
+    phantoms = phantoms_of(result)
+    targets = [ahead(f"{phantom}/saliency_entropy", 0.0) for phantom in phantoms]
     if budget == "short":
-        for preset in PRESETS:
+        for phantom in phantoms:
             for metric, least in (("auc", 0.02), ("auc_no_dominant", 0.03)):
-                targets += [ahead(f"{preset}/{metric}", least), won(f"{preset}/{metric}")]
+                targets += [ahead(f"{phantom}/{metric}", least), won(f"{phantom}/{metric}")]
     if budget == "long":
-        targets += [ahead("transient/auc", -0.003), ahead("lasting/auc_no_dominant", 0.01)]
-        against = [preset for preset in PRESETS if (f"{preset}/auc", "statistics") in result.values]
-        targets += [ahead(f"{preset}/auc", 0.0, "statistics") for preset in against]
+        of_phantom = {"transient": ("auc", -0.003)}
+        for phantom in phantoms:
+            metric, least = of_phantom.get(phantom, ("auc_no_dominant", 0.01))
+            targets.append(ahead(f"{phantom}/{metric}", least))
+        against = [phantom for phantom in phantoms if (f"{phantom}/auc", "statistics") in result.values]
+        targets += [ahead(f"{phantom}/auc", 0.0, "statistics") for phantom in against]
     return targets
 
 
-def _settings() -> dict[str, Any]:
-    described = study_run(0, "sgm", 1).model_dump(mode="json", by_alias=True)
+def _settings(recipe: str) -> dict[str, Any]:
+    described = study_run(0, "sgm", 1, recipe).model_dump(mode="json", by_alias=True)
     return {"arms": MASKING} | {name: described[name] for name in ("masking", "model", "objective", "train")}

@@ -3,14 +3,20 @@
 import json
 import math
 
+import numpy as np
 import pytest
+import torch
 
-from simulations.cohorts.phantom_draw import PRESETS, Phantom
+from panfm.models.patch_features import image_features
+from panfm.training.gradient import BatchGradient
+from panfm.training.trainer import Trainer
+from simulations.cohorts.phantom_draw import Phantom
 from simulations.harness import ArmJob
 from simulations.studies import sgm_study as sgm
-from simulations.studies._phantoms import render_draw
+from simulations.studies._phantoms import phantom_store, render_draw
 from simulations.study_result import StudyResult, Target
 
+BOTH = ("transient", "lasting")
 ORGANS = ("brain", "heart", "adipose", "liver", "kidney", "spleen", "pancreas")
 
 
@@ -23,8 +29,8 @@ def folder(tmp_path_factory):
     return folder
 
 
-def measure(folder, arm):
-    return sgm.measure(ArmJob(100, 100, f"transient/{arm}", 2, folder))
+def measure(folder, arm, recipe="plain"):
+    return sgm.measure(ArmJob(100, 100, f"{recipe}/transient/{arm}", 2, folder))
 
 
 @pytest.mark.slow
@@ -41,6 +47,42 @@ def test_every_metric_is_measured(folder):
         assert measured["auc_drop_heart"] == pytest.approx(
             measured["auc"] - 7 * measured["auc_missing_1"] + sum(_without(measured, "heart"))
         )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["latent", "dino", "view-regression"])
+def test_every_recipe_trains_on_scaled_inputs(folder, recipe):
+    found = [measure(folder, arm, recipe) for arm in ("untrained", "sgm")]
+    assert found[0] != found[1]
+    assert found[0] != measure(folder, "untrained")
+    assert all(math.isfinite(value) for measured in found for value in measured.values())
+
+
+def test_scaled_inputs_have_mean_zero_and_deviation_one():
+    run = sgm.study_run(0, "random", 1, "latent")
+    phantom = Phantom("shortcut", 100)
+    store = phantom_store(phantom, phantom.draw("train", 6, run.organs, complete=True), run.streams)
+    changed = sgm.scaled(run, store)
+    for name, stream in changed.streams.items():
+        features = image_features(torch.from_numpy(store.images[name]), stream, run.model.tokenizer).transpose(0, 1)
+        assert features.flatten(1).mean(dim=1).abs().max() < 1e-2
+        assert (features.flatten(1).std(dim=1) - 1.0).abs().max() < 1e-2
+    assert changed.augment is not None
+    assert changed.train.teacher_momentum == "auto"
+
+
+def test_under_views_saliency_changes_no_mask(make_run, make_store):
+    """A batch shows one stream, so all of its tokens have one score."""
+    views = '[objective]\nname = "views"\n[augment]\n[masking]\npolicy = "{}"\n'
+    masks = {}
+    for policy in ("random", "sgm"):
+        trainer = Trainer(make_run(views.format(policy)))
+        trainer.profile = torch.tensor([4.0, 0.5, 0.2])
+        store = make_store(trainer.run)
+        source = BatchGradient(trainer, trainer.experts, store, np.arange(12), site="a", round_number=1)
+        outputs = [trainer.forward(next(source.draw()), step, moves_profile=True) for step in range(3)]
+        masks[policy] = [output.student.mask.hidden.patch_index for output in outputs]
+    assert all(torch.equal(*pair) for pair in zip(masks["random"], masks["sgm"], strict=True))
 
 
 def _without(measured, organ):
@@ -74,7 +116,7 @@ def verdicts(result, budget):
 
 
 def test_targets_at_short():
-    gains = {f"{preset}/{metric}": [0.04] * 4 + [-0.01] for preset in PRESETS for metric in sgm.SHOWN}
+    gains = {f"{phantom}/{metric}": [0.04] * 4 + [-0.01] for phantom in BOTH for metric in sgm.SHOWN}
     gains["lasting/auc"] = [0.1] * 3 + [-0.01] * 2
     gains["transient/saliency_entropy"] = [-0.01] * 5
     missed = {claim for claim, met in verdicts(made_up(gains), "short").items() if not met}
@@ -87,8 +129,8 @@ def test_targets_at_short():
 
 @pytest.mark.parametrize(("gain", "met"), [(-0.004, 1), (-0.002, 2), (0.006, 4), (0.011, 5)])
 def test_targets_at_long(gain, met):
-    gains = {f"{preset}/{metric}": [gain] for preset in PRESETS for metric in ("auc", "auc_no_dominant")}
-    gains |= {f"{preset}/saliency_entropy": [0.0 if preset == "lasting" else -0.1] for preset in PRESETS}
+    gains = {f"{phantom}/{metric}": [gain] for phantom in BOTH for metric in ("auc", "auc_no_dominant")}
+    gains |= {f"{phantom}/saliency_entropy": [0.0 if phantom == "lasting" else -0.1] for phantom in BOTH}
     found = verdicts(made_up(gains), "long")
     assert len(found) == 6
     assert sum(found.values()) == met

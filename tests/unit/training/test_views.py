@@ -9,21 +9,23 @@ from torch.nn import functional
 from torch.testing import assert_close
 
 from panfm.data.store import ImageStore, join_batches
-from panfm.errors import DataError
+from panfm.errors import ConfigError, DataError
 from panfm.models.pooling import cls_and_mean
 from panfm.privacy.patient_sums import patient_gradient
 from panfm.privacy.private_step import clipped_sum
 from panfm.training.draw_order import draw_order, stream_turns
 from panfm.training.gradient import BatchGradient
+from panfm.training.objectives.dino.objective import assign
 from panfm.training.objectives.interface import student_output
 from panfm.training.objectives.views.objective import correlation, low_deviation
-from panfm.training.token_mask import draw_mask
+from panfm.training.token_mask import TokenMask, draw_mask
 from panfm.training.trainer import Trainer
 
 AUGMENT = "[augment]\n"
 RANDOM = '[masking]\npolicy = "random"\n'
 VIEWS = '[objective]\nname = "views"\n' + RANDOM + AUGMENT
 REGRESSION = '[objective]\nname = "view-regression"\n' + RANDOM + AUGMENT
+DINO = '[objective]\nname = "dino"\nprototypes = 16\nviews = 2\n' + RANDOM + AUGMENT
 LATENT = '[objective]\nname = "latent"\ncontent-share = {}\n' + RANDOM
 PRIVATE = """[patient-dp]
 epsilon = 8.0
@@ -105,6 +107,84 @@ def test_the_loss_of_view_regression_equals_a_slow_loop(make_run, make_store):
         assert_close(output.losses[subject], torch.stack(distances).mean(), atol=1e-5, rtol=1e-5)
 
 
+def test_dino_compares_cls_across_views_by_hand(make_run, make_store):
+    """Prototypes lie along the axes, so an assignment is the softmax of a projected CLS of length one."""
+    trainer = Trainer(make_run(DINO.replace("prototypes = 16", "prototypes = 48\nteacher-temperature = 1.0")))
+    for heads in (trainer.model.heads, trainer.teacher.heads):
+        heads.prototypes.weight.data = torch.eye(48)
+        heads.project = torch.nn.Identity()
+    store = make_store(trainer.run, 2, complete=True)
+    features = trainer.model.patch_features(join_batches([store.batch([0, 1])] * 2))
+    full = trainer.teacher.encode(features, keep_blocks=True)
+    full.cls[:] = torch.eye(48)[:4]
+    mask = TokenMask.of(full.layout, full.layout.valid & (full.layout.patch_index == 0))
+    found = trainer.objective.targets(trainer.teacher, features, mask, full)["cls"]
+    one, other = np.e / (np.e + 47), 1 / (np.e + 47)
+    for row, axis in enumerate((2, 3, 0, 1)):
+        expected = torch.full((48,), other)
+        expected[axis] = one
+        assert_close(found[row], expected)
+    assert_close(trainer.objective.centres["cls"], torch.tensor([0.025] * 4 + [0.0] * 44))
+
+
+@torch.no_grad()
+def test_the_loss_of_dino_with_two_views_equals_a_slow_loop(make_run, make_store):
+    trainer = Trainer(make_run(DINO))
+    trainer.objective.load_state(
+        {f"centre.{kind}": torch.linspace(-0.1, 0.1, 16) * scale for kind, scale in (("cls", 1), ("token", 2))}
+    )
+    centre = trainer.objective.state()
+    output = step_output(trainer, make_store(trainer.run))
+    student, full = output.student, trainer.teacher.encode(output.student.features)
+
+    def entropy(prediction, target, kind):
+        scores = assign(trainer.teacher, trainer.teacher.heads.project(target)) - centre[f"centre.{kind}"]
+        log_q = (assign(trainer.model, prediction) / 0.1).log_softmax(-1)
+        return -((scores / 0.04).softmax(-1) * log_q).sum(-1)
+
+    for subject in range(6):
+        of_views = []
+        for row, other in ((subject, 6 + subject), (6 + subject, subject)):
+            kept = student.mask.hidden.valid[row]
+            tokens = entropy(
+                student.predictions[row][kept], full.tokens[row][student.mask.hidden_column[row][kept]], "token"
+            )
+            cls = entropy(trainer.model.heads.project(student.encoded.cls[row]), full.cls[other], "cls")
+            of_views.append(cls + (tokens.mean() if kept.any() else 0.0))
+        assert_close(output.losses[subject], torch.stack(of_views).mean(), atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_dino_does_not_mind_which_view_is_first_and_of_two_alike_it_sees_one(make_run, make_store):
+    two, one = Trainer(make_run(DINO)), Trainer(make_run(DINO.replace("views = 2", "views = 1")))
+    store = make_store(two.run, 4)
+    batch = store.batch(np.arange(4))
+    views = [two.augmentation.vary(batch, [torch.Generator().manual_seed(n) for n in range(4)]) for _ in range(2)]
+    views[1] = two.augmentation.vary(views[1], [torch.Generator().manual_seed(n) for n in range(4, 8)])
+
+    def losses(trainer, shown):
+        features = trainer.model.patch_features(join_batches(shown))
+        full = trainer.teacher.encode(features, keep_blocks=True)
+        mask = TokenMask.of(full.layout, (full.layout.patch_index % 2 == 0) & full.layout.valid)
+        trainer.objective.load_state({f"centre.{kind}": torch.zeros(16) for kind in ("cls", "token")})
+        return trainer.losses(trainer.student_forward(features, mask), full)
+
+    assert_close(losses(two, views), losses(two, views[::-1]))
+    assert_close(losses(two, views[:1] * 2), losses(one, views[:1]))
+    assert not torch.allclose(losses(two, views), losses(two, views[:1] * 2))
+
+
+def test_two_views_of_dino_ask_for_augmentation_and_still_couple_patients(make_run):
+    with pytest.raises(ConfigError, match=r'"dino" compares views, expected a table \[augment\]'):
+        make_run(DINO.removesuffix(AUGMENT))
+    with pytest.raises(ConfigError, match=r"objective\.views"):
+        make_run(DINO.replace("views = 2", "views = 3"))
+    [coupling] = make_run(DINO).objective.couplings()
+    assert coupling.startswith('name: "dino" centres its targets over the batch')
+    with pytest.raises(ConfigError, match="centres its targets over the batch"):
+        Trainer(make_run(DINO + PRIVATE))
+
+
 def test_a_batch_of_views_shows_one_stream_and_streams_take_turns(make_run, make_store):
     trainer = Trainer(make_run(VIEWS))
     source, shown = source_of(trainer, make_store(trainer.run)), []
@@ -144,7 +224,7 @@ def test_subjects_that_share_no_stream_cannot_be_compared():
 
 @pytest.mark.parametrize(
     "extra",
-    [VIEWS, REGRESSION, AUGMENT, '[objective]\nname = "mae"\n' + AUGMENT],
+    [VIEWS, REGRESSION, DINO, AUGMENT, '[objective]\nname = "mae"\n' + AUGMENT],
 )
 def test_a_saved_round_goes_on_with_the_same_bits(make_run, make_store, extra):
     run = make_run(extra)

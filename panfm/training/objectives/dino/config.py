@@ -14,10 +14,18 @@ class DinoConfig(ObjectiveConfig):
 
     implementation: ClassVar[str | type] = "panfm.training.objectives.dino.objective:DinoObjective"
     name: Literal["dino"] = "dino"
+    views: Literal[1, 2] = 1
+    """Views of each patient in a step. 1: the student's CLS is compared with the teacher's of the same images. 2: with
+    the teacher's of another augmented view; hidden tokens are still compared within their view."""
     prototypes: Annotated[int, Field(gt=0, le=65_536)] = 256
     student_temperature: Temperature = 0.1
     teacher_temperature: Temperature = 0.04
     centre_momentum: Fraction = 0.9
+
+    @property
+    def num_views(self) -> int:
+        """Views of each patient in a step."""
+        return self.views
 
     def couplings(self) -> Iterator[str]:
         """Yield what couples patients, as `key: why, remedy`, one line each."""

@@ -4,11 +4,14 @@
     student  q = softmax(assign(prediction) / student-temperature), from the visible patches
     loss     H(p, q) of CLS + mean over hidden patches of H(p, q)
 
+With two views of a patient, p of CLS comes from the other view than q (DINO, equation 3), p of a hidden patch from the
+same view (iBOT, equations 1 and 2), and the loss is the mean over the views.
+
 The centre is a running mean of teacher assignments over the batch; it couples subjects, so this objective is not for
 private training.
 
 Source: DINO (Caron et al. 2021), iBOT (Zhou et al. 2022).
-Shape legend: B subjects, K hidden patches, Q prototypes, D width.
+Shape legend: B subjects, V views of each, K hidden patches, Q prototypes, D width.
 """
 
 from collections.abc import Mapping
@@ -43,17 +46,20 @@ class DinoObjective(Objective):
 
     @torch.no_grad()
     def targets(self, teacher: PanModel, features: Batch, mask: TokenMask, full: Encoded | None) -> Targets:
-        """Centred assignments of CLS [B, Q] and of the hidden patches [B, K, Q]. Moves the centres."""
+        """Centred assignments of CLS of the other view [V B, Q], if there is one, and of the hidden patches
+        [V B, K, Q]. Moves the centres."""
         assert full is not None
         cls = self._assign(teacher, full.cls, "cls", full.layout.valid.any(dim=1))
         hidden = gather_tokens(full.tokens, mask.hidden_column)
-        return {"cls": cls, "patches": self._assign(teacher, hidden, "token", mask.hidden.valid)}
+        other = cls.roll(len(cls) // self.config.views, dims=0)
+        return {"cls": other, "patches": self._assign(teacher, hidden, "token", mask.hidden.valid)}
 
     def loss(self, student: PanModel, output: StudentOutput, targets: Targets) -> Tensor:
         """Loss of each subject [B]."""
         cls = self._cross_entropy(student, student.heads.project(output.encoded.cls), targets["cls"])
         tokens = self._cross_entropy(student, output.predictions, targets["patches"])
-        return cls + mean_over(tokens, output.mask.hidden.valid)
+        of_views: Tensor = cls + mean_over(tokens, output.mask.hidden.valid)
+        return of_views.unflatten(0, (self.config.views, -1)).mean(dim=0)
 
     def _assign(self, teacher: PanModel, features: Tensor, kind: str, valid: Tensor) -> Tensor:
         scores = assign(teacher, teacher.heads.project(features)).float()

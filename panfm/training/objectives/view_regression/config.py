@@ -15,12 +15,16 @@ class ViewRegressionConfig(ObjectiveConfig):
     where it is a trained model."""
 
     implementation: ClassVar[str | type] = "panfm.training.objectives.view_regression.objective:ViewRegressionObjective"
-    num_views: ClassVar[int] = 2
     name: Literal["view-regression"] = "view-regression"
     hidden_width: Annotated[int, Field(gt=0, le=65_536)] = 256
     """Of the predictor."""
     beta: Annotated[float, Field(ge=1e-3, le=1e3)] = 0.5
     """Smooth-L1 corner."""
+
+    @property
+    def num_views(self) -> int:
+        """Two views of each patient."""
+        return 2
 
     def couplings(self) -> Iterator[str]:
         """Yield nothing: a patient is compared with itself alone."""

@@ -15,7 +15,6 @@ class ViewsConfig(ObjectiveConfig):
     A batch shows one stream; the streams of a site take turns."""
 
     implementation: ClassVar[str | type] = "panfm.training.objectives.views.objective:ViewsObjective"
-    num_views: ClassVar[int] = 2
     name: Literal["views"] = "views"
     invariance_weight: Weight = 25.0
     variance_weight: Weight = 25.0
@@ -26,6 +25,11 @@ class ViewsConfig(ObjectiveConfig):
     """Features of a projection."""
     pairs: bool = False
     """Pairs of streams take turns too: the two views of a patient then show two of its streams."""
+
+    @property
+    def num_views(self) -> int:
+        """Two views of each patient."""
+        return 2
 
     @property
     def streams_per_batch(self) -> Literal["all", "one", "one-or-pair"]:
