@@ -112,6 +112,7 @@ def checkpoint(run_dir, number):
     return safetensors.numpy.load(content.partition(b"\n")[2])
 
 
+@pytest.mark.slow
 def test_without_a_gate_or_with_one_that_keeps_all_rounds_the_model_has_the_same_bits(labelled, monkeypatch):
     plain = tensors(labelled.run("plain"))
     monkeypatch.setattr("server.round_gate.cross_validated_error", lambda sums: 1.0)
@@ -119,6 +120,7 @@ def test_without_a_gate_or_with_one_that_keeps_all_rounds_the_model_has_the_same
     assert all(np.array_equal(plain[name], gated[name]) for name in plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("measure", ["labels", "validation-loss"])
 def test_a_gated_run_that_is_resumed_has_the_bits_of_an_undisturbed_one(labelled, monkeypatch, measure):
     """The server dies after a round that was not kept, before the gate of the next one has decided."""
@@ -139,6 +141,7 @@ def test_a_gated_run_that_is_resumed_has_the_bits_of_an_undisturbed_one(labelled
     assert metadata(job.run_dir)["gate"] == {"measure": 0.3, "round": 3}
 
 
+@pytest.mark.slow
 def test_a_site_whose_operator_names_no_label_sums_gives_none_and_trains(labelled):
     toml = labelled.sites / "beta" / "site.toml"
     toml.write_text(toml.read_text().replace('    "label-sums",\n', ""))
