@@ -206,12 +206,12 @@ def test_the_time_limit_holds_for_a_handshake(folder, monkeypatch):
 def test_threads_that_read_images_stop_with_the_question(folder, monkeypatch):
     begun: list[Path] = []
 
-    def slow(path: Path, *_: object) -> np.ndarray:
+    def slow(path: Path, *_: object) -> tuple[np.ndarray, bytes]:
         begun.append(path)
         time.sleep(0.3)
-        return np.zeros((1, 8, 8, 8), np.float32)
+        return np.zeros((1, 8, 8, 8), np.float32), b""
 
-    monkeypatch.setattr(read, "read_image", slow)
+    monkeypatch.setattr(read, "read_with_digest", slow)
     set_limit(folder, "seconds-per-round", 0.1)
     assert "seconds-per-round" in asked(Site(folder), task().run_toml)
     alive = [thread for thread in threading.enumerate() if thread.name.startswith("ThreadPoolExecutor")]
@@ -225,7 +225,7 @@ def test_threads_that_read_images_stop_with_the_question(folder, monkeypatch):
 
 def test_images_are_not_read_far_ahead_of_what_is_written(folder, monkeypatch):
     done = []
-    monkeypatch.setattr(read, "read_image", lambda *_: done.append(1) or np.zeros((1, 8, 8, 8), np.float32))
+    monkeypatch.setattr(read, "read_with_digest", lambda *_: done.append(1) or (np.zeros((1, 8, 8, 8)), b""))
     written = cache._read_all(_cached(folder))
     for number, _ in enumerate(written, start=1):
         time.sleep(0.01)

@@ -78,7 +78,9 @@ def test_a_cohort_that_is_not_there_leaves_no_run_folder(experiment, tmp_path):
 
 
 def test_a_run_folder_inside_a_file(experiment, tmp_path):
-    with pytest.raises(RunError, match=r"experiment\.toml/x: cannot be made a run folder \(NotADirectoryError\)"):
+    with pytest.raises(
+        RunError, match=r"experiment\.toml/x: cannot be made a run folder \(NotADirectoryError: Not a directory\)"
+    ):
         simulate(experiment, out=experiment / "x")
 
 

@@ -42,7 +42,7 @@ def source(tmp_path, monkeypatch):
         voxels = generator.random((6, 7, 8)).astype(np.float32)
         save(folder / "hippocampus" / "images" / f"hippocampus_{number:03}.nii.gz", voxels)
     for name in ("liver/A-1_CT", "liver/A-1_CT_mask", "liver/B_MR", "heart/A-1_CT", "spleen/A-1_CT"):
-        voxels = generator.integers(1, 3, size=(5, 5, 5)).astype(np.int16)
+        voxels = generator.integers(1, 300, size=(5, 5, 5)).astype(np.int16)
         save(folder / "organs3d" / f"{name}.nii.gz", voxels)
     monkeypatch.setenv("PANFM_REAL_DATA", str(folder))
     return folder
