@@ -182,7 +182,7 @@ def _labelled(place: _Place, table: Labels | None, names: set[str], split: str) 
     if table is None or not columns:
         return 0
     wanted = set(place.in_split(split))
-    known = np.isfinite(table.values[:, columns]).any(axis=1)
+    known = np.asarray(np.isfinite(table.values[:, columns]).any(axis=1))
     return sum(subject in wanted for subject, has in zip(table.subjects, known, strict=True) if has)
 
 
