@@ -61,6 +61,8 @@ def simulate(
         cohort = _checked_cohort(run, console)
         path = out or default_path(run.name)
         check_disk(run, path, len(site_folders(cohort / "sites")))
+        if run.cohort and run.cohort["kind"] == "folder":
+            check_cohort(cohort, run)
         folder = RunFolder.create(path, with_shared_labels(run, cohort))
         _keep_overrides(path, overrides)
     job = Job(cohort / "sites", folder.path)
@@ -95,8 +97,6 @@ def _required(experiment: Path | None) -> Path:
 def _checked_cohort(run: RunConfig, console: Console) -> Path:
     """The folder of a run's cohort, after all that can be checked before the first round; prints what is left out."""
     cohort = prepare_cohort(run, console)
-    if run.cohort and run.cohort["kind"] == "folder":
-        check_cohort(cohort, run)
     for line in check_before(run, cohort):
         console.print(line, markup=False)
     return cohort

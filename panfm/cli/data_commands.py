@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from panfm.data.image_names import NameRules
     from panfm.data.image_sources import LeftOut
     from panfm.data.manifest import Row
+    from panfm.data.manifest_proposal import Proposal
     from panfm.data.partition import By
-    from panfm.data.proposal import Proposal
 
 app = typer.Typer(no_args_is_help=True)
 _BY = ("stream", "label", "size", "iid")
@@ -81,7 +81,7 @@ def init_from(
         DataError: nothing is to be written, or something must be told apart first.
     """
     from panfm.config import load_site, parse_site
-    from panfm.data.proposal import propose
+    from panfm.data.manifest_proposal import propose
     from panfm.data.template import add_rows, read_rows, site_text
 
     rules = name_rules(streams, subject)

@@ -51,7 +51,7 @@ def _print(plan: "Plan") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from panfm.planning.proposal import PERCENTILES, percentiles
+    from panfm.planning.stream_proposal import PERCENTILES, percentiles
 
     headings = [f"{number} %" for number in PERCENTILES]
     table = Table("stream", "images", *headings, "spacing mm", "shape", "patch", "tokens", title="voxels of the images")

@@ -25,7 +25,7 @@ from panfm.export.final_model import Source
 from panfm.models import PanModel
 from panfm.models.pan import SIZES
 from panfm.models.pooling import check_layers
-from panfm.notebook.image_files import FilesByStream, Images, Place, check_streams, files_of, stores_of
+from panfm.notebook.notebook_images import FilesByStream, Images, Place, check_streams, files_of, stores_of
 from panfm.notebook.token_grid import TokenGrid, stream_tokens, token_affines
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from panfm.errors import DataError, needs_extra
 from panfm.evaluate.result import Score
-from panfm.notebook.image_files import Place
+from panfm.notebook.notebook_images import Place
 from panfm.report.run_files import Run, read_run
 
 if TYPE_CHECKING:

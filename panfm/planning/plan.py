@@ -17,7 +17,7 @@ from panfm.errors import DataError, LimitError
 from panfm.models.sizes import sizes_of
 from panfm.planning.cost import Cost, measure_cost
 from panfm.planning.image_sizes import Survey, survey_sites
-from panfm.planning.proposal import propose_streams
+from panfm.planning.stream_proposal import propose_streams
 from panfm.site.admission import check_sizes
 
 _SIZES = ("nano", "tiny", "small", "base")

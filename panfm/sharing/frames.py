@@ -78,8 +78,9 @@ def encode(frame: Frame) -> bytes:
         "metrics": dict(frame.records.metrics),
         "config": dict(frame.records.config),
     }
-    if unknown := {array.dtype.name for array in arrays.values()} - set(_DTYPES):
-        raise ProtocolError(f"frame: arrays of {', '.join(sorted(unknown))}, expected {', '.join(_DTYPES)}")
+    known = [name for name in _DTYPES if name != "float64" or frame.kind in (Kind.SUMS, Kind.ANSWER)]
+    if unknown := {array.dtype.name for array in arrays.values()} - set(known):
+        raise ProtocolError(f"frame: arrays of {', '.join(sorted(unknown))}, expected {', '.join(known)}")
     try:
         text = json.dumps(words).encode()
     except TypeError as error:

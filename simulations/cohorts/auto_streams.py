@@ -45,7 +45,7 @@ def _proposed(table: Mapping[str, Any], where: str) -> dict[str, dict[str, Any]]
     described = parse_table(FolderCohort, cohort, where, key="cohort")
     described.check({})
     from panfm.planning.image_sizes import survey_sites  # brings nibabel
-    from panfm.planning.proposal import propose_streams
+    from panfm.planning.stream_proposal import propose_streams
 
     sites = [Path(site) for site in described.sites or ()] or site_folders(Path(described.path or "") / "sites")
     streams = propose_streams(survey_sites(sites).streams)

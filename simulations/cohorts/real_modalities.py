@@ -38,7 +38,7 @@ class RealModalitiesCohort(StreamCohort):
     @model_validator(mode="after")
     def _modalities_are_disjoint(self) -> Self:
         streams = [stream for site in self.sites.values() for stream in site.streams] + list(self.held_out)
-        modalities = [parse_stream(stream)[1] for stream in streams]
+        modalities = [parse_stream(stream)[1].value for stream in streams]
         if twice := [modality for modality in modalities if modalities.count(modality) > 1]:
             raise ValueError(f"sites: modality {twice[0]!r} stands at two places, expected one")
         return self

@@ -34,10 +34,9 @@ from panfm.evaluate.statistics import measure_store
 from panfm.models import build_model
 from panfm.models.warm_start import start_model
 from simulations.cohorts.opened import OpenedCohort
-from simulations.cohorts.prepare import cohort_of, load_simulation
+from simulations.cohorts.prepare import WEIGHTS, cohort_of, load_simulation, public_weights
 from simulations.cohorts.real_images import CLINICS, HIPPOCAMPUS, LABELS
 from simulations.harness import QUICKSTART, ArmJob, CohortJob, StudyOptions, chosen_arms, run_arms, study
-from simulations.studies import _start_arms as public
 from simulations.studies._cohorts import write_files
 from simulations.studies._federations import federate
 from simulations.studies._tables import mean_sd, print_study
@@ -84,11 +83,11 @@ def possible_arms(arms: Sequence[str]) -> list[str]:
     Raises:
         typer.BadParameter: no arm is left.
     """
-    left = [arm for arm in arms if arm != "start-slices" or public.weights()]
+    left = [arm for arm in arms if arm != "start-slices" or public_weights()]
     if not left:
-        raise typer.BadParameter(f"start-slices: needs {public.ENVIRONMENT}, expected a file of weights in it")
+        raise typer.BadParameter(f"start-slices: needs {WEIGHTS}, expected a file of weights in it")
     if len(left) < len(arms):
-        Console(stderr=True, soft_wrap=True).print(f"{public.ENVIRONMENT} is not set: left out start-slices")
+        Console(stderr=True, soft_wrap=True).print(f"{WEIGHTS} is not set: left out start-slices")
     return left
 
 
@@ -117,7 +116,7 @@ def arm_run(arm: str, seed: int, rounds: int) -> RunConfig:
 
 def slices_run() -> RunConfig:
     """The run whose start is the public model of slices."""
-    return load_run(EXPERIMENT, [*SLICES, f"start.model={public.weights()}"])
+    return load_run(EXPERIMENT, [*SLICES, f"start.model={public_weights()}"])
 
 
 def write_draw(job: CohortJob) -> Path:

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from panfm.config import dump_toml
-from panfm.errors import ConfigError, RunError
+from panfm.errors import ConfigError, DataError, RunError
 from panfm.files import read_json_lines
 from server.run_folder import RunFolder
 from simulations.__main__ import app
@@ -144,8 +144,13 @@ def test_an_unfinished_run_is_not_extended(experiment, tmp_path):
         extend(folder, 5)
 
 
-def test_the_owner_of_the_data_is_told_a_sites_error(experiment, federation, tmp_path):
-    (federation.sites / "beta" / "beta-0-heart.nii.gz").write_bytes(b"no image")
+def test_the_owner_of_the_data_is_told_a_sites_error(experiment, federation, tmp_path, monkeypatch):
+    path = federation.sites / "beta" / "beta-0-heart.nii.gz"
+    path.write_bytes(b"no image")
+    with pytest.raises(DataError, match=f"^{path}: found no NIfTI header"):
+        simulate(experiment, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr("simulations.simulate.check_cohort", lambda *_: None)  # as where a file breaks in a run
     with pytest.raises(RunError) as caught:
         simulate(experiment, out=tmp_path / "run")
     told, own = str(caught.value).splitlines()

@@ -60,7 +60,7 @@ def test_damage_is_noticed_and_named(tmp_path, damage):
 
 
 def test_an_absent_file_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"absent: cannot be read \(FileNotFoundError\)"):
+    with pytest.raises(DataError, match=r"absent: cannot be read \(FileNotFoundError: No such file or directory\)"):
         read_checked(tmp_path / "absent")
 
 
@@ -137,7 +137,7 @@ def test_a_json_line_that_does_not_hold_is_named(tmp_path, line):
         read_json_lines(tmp_path / "lines.jsonl")
     (tmp_path / "lines.jsonl").unlink()
     (tmp_path / "lines.jsonl").mkdir()
-    with pytest.raises(DataError, match=r"lines\.jsonl: cannot be read \(IsADirectoryError\)"):
+    with pytest.raises(DataError, match=r"lines\.jsonl: cannot be read \(IsADirectoryError: Is a directory\)"):
         read_json_lines(tmp_path / "lines.jsonl")
 
 

@@ -109,7 +109,7 @@ def test_a_run_folder_stands_for_its_model(place, tmp_path):
     unfinished.mkdir()
     (unfinished / "rounds.jsonl").touch()
     refused = panfm("embed", unfinished, place, "--out", by_run)
-    assert refused.stderr == f"{unfinished}/model/run.toml: no such file, expected a TOML description\n"
+    assert refused.stderr == f"{unfinished}: found no model/, expected the folder of a finished run\n"
 
 
 def test_files_are_embedded_as_a_site_is(place, tmp_path):

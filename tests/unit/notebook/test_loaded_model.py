@@ -66,7 +66,7 @@ def test_a_subject_is_embedded_from_the_streams_that_it_has(run_folder, files):
 def test_more_subjects_than_are_read_at_once(run_folder, files, monkeypatch):
     model = panfm.load(run_folder)
     expected = model.embed(files)
-    monkeypatch.setattr("panfm.notebook.image_files._AT_ONCE", 1)
+    monkeypatch.setattr("panfm.notebook.notebook_images._AT_ONCE", 1)
     np.testing.assert_allclose(model.embed(files), expected, atol=1e-6)
     assert model.tokens(files)["brain-mr"].values.shape == (2, 2, 2, 1, 48)
 

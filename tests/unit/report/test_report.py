@@ -160,7 +160,7 @@ def test_a_line_that_is_whole_but_no_round_is_named(finished, damage):
 
 def test_rounds_that_are_a_folder_are_one_line(folder):
     (folder / "rounds.jsonl").mkdir()
-    with pytest.raises(DataError, match=r"rounds.jsonl: cannot be read \(IsADirectoryError\)"):
+    with pytest.raises(DataError, match=r"rounds.jsonl: cannot be read \(IsADirectoryError: Is a directory\)"):
         read_run(folder)
 
 

@@ -43,10 +43,10 @@ def test_cohort_make_and_check(tmp_path, run_file):
     )
     assert (result.exit_code, result.stderr) == (0, "")
     assert 'preset = "lasting"' in (tmp_path / "cohort/cohort.toml").read_text()
-    for site in ("sites/one", "sites/two", "holdout"):
-        checked = panfm("site", "check", tmp_path / "cohort" / site, "--run", run_file)
-        assert (checked.exit_code, checked.stderr) == (0, "")
-        assert "brain-mr" in checked.output
+    sites, holdout = (tmp_path / "cohort/sites/one", tmp_path / "cohort/sites/two"), tmp_path / "cohort/holdout"
+    checked = panfm("site", "check", *sites, "--holdout", holdout, "--run", run_file)
+    assert (checked.exit_code, checked.stderr) == (0, "")
+    assert checked.output.count("brain-mr") == 3
 
 
 def test_cohort_make_of_modalities(tmp_path, run_file):

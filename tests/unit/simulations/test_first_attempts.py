@@ -199,8 +199,8 @@ def test_what_is_left_out_is_told_by_name(attempt):
         "stream liver-mr: no site has images of it",
         "hold-out: 1 subject (held-0) in split val: left out",
         "a/labels.csv: 2 subjects (a-3, a-4) with a row, but without an image of the run",
-        "b/labels.csv: 2 subjects (b-1, b-2) with images without a row",
-        "b/labels.csv: 2 subjects (B-1, other) with a row, but without an image of the run",
+        "b/labels.csv: 1 subject (b-2) with images without a row",
+        "b/labels.csv: 1 subject (other) with a row, but without an image of the run",
     ):
         assert line in told
     assert len(told) == 9  # and how sex is read

@@ -9,9 +9,9 @@ import torch
 import typer
 
 from panfm.models import build_model
+from simulations.cohorts.prepare import WEIGHTS
 from simulations.cohorts.real_images import HIPPOCAMPUS
 from simulations.harness import ArmJob, CohortJob, StudyOptions
-from simulations.studies import _start_arms as public
 from simulations.studies import _volume_readings as readings
 from simulations.studies import real_volumes_study as study
 from simulations.studies._volume_readings import Reading
@@ -59,7 +59,7 @@ def test_a_volume_is_read_pooled_and_by_its_tokens(make_run, make_store):
 
 
 def test_without_weights_the_other_arms_go_on(monkeypatch, capsys):
-    monkeypatch.delenv(public.ENVIRONMENT, raising=False)
+    monkeypatch.delenv(WEIGHTS, raising=False)
     assert study.possible_arms(study.ARMS) == list(study.ARMS[:-1])
     assert capsys.readouterr().err == "PANFM_WEIGHTS is not set: left out start-slices\n"
     with pytest.raises(typer.BadParameter, match="start-slices: needs PANFM_WEIGHTS"):
@@ -88,7 +88,7 @@ def test_answers_and_targets(monkeypatch):
 def test_arms_on_a_few_volumes(tmp_path, monkeypatch):
     """Random public weights of two blocks; two local steps."""
     safetensors.torch.save_file(random_dinov2(patch=14), tmp_path / "vit.safetensors")
-    monkeypatch.setenv(public.ENVIRONMENT, str(tmp_path / "vit.safetensors"))
+    monkeypatch.setenv(WEIGHTS, str(tmp_path / "vit.safetensors"))
     nano = 'model={ size = "nano", tokenizer = "patch", positions = "learned", layer-scale = true }'
     monkeypatch.setattr(study, "SLICES", (*study.SLICES, nano, 'features={ pooling = "layers" }'))
     monkeypatch.setattr(readings, "TOKEN_BLOCK", 2)

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from panfm.planning.image_sizes import ImageSize
-from panfm.planning.proposal import percentiles, propose_stream
+from panfm.planning.stream_proposal import percentiles, propose_stream
 
 
 def volumes(shape, spacing, count=3):

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from panfm.cli import main
 from panfm.config import load_site
 from panfm.data.manifest import read_manifest
-from panfm.data.proposal import draw_split
+from panfm.data.manifest_proposal import draw_split
 
 
 def init(site, source, *options):
