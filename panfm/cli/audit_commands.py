@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from panfm.cli.common import Model, Overrides, check_model, open_stores
+from panfm.cli.common import Overrides
+from panfm.cli.model_arguments import Model, check_model, open_stores
 from panfm.errors import DataError
 
 if TYPE_CHECKING:

@@ -1,9 +1,8 @@
 """Parts that several groups of commands share: errors as lines, progress bars, common arguments."""
 
 import errno
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,16 +10,11 @@ from typer.core import TyperGroup
 
 from panfm import __version__
 from panfm.errors import DataError, PanfmError, reason
-from panfm.evaluate.model_folder import model_folder
 
 if TYPE_CHECKING:
     import click
 
-    from panfm.config import StreamConfig
-    from panfm.data.store import ImageStore
 
-
-Model = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, or folder of a model.", callback=model_folder)]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="key=value, e.g. train.rounds=3.")]
 
 
@@ -69,32 +63,6 @@ def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(label, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def open_stores(
-    sites: Sequence[Path], streams: Mapping[str, "StreamConfig"], *, split: str | None = None
-) -> list["ImageStore"]:
-    """The images of site folders for a run's streams, read under a progress bar.
-
-    Raises:
-        NoSubjectsError: a site has nobody in `split`, if that is given.
-        DataError: as `open_store`.
-    """
-    from panfm.data.cache import open_store
-
-    with progress_bar("reading images") as progress:
-        stores = [open_store(site, streams, progress=lambda _, done, total: progress(done, total)) for site in sites]
-    for site, store in zip(sites, stores, strict=True):
-        if split:
-            store.members(split, str(site))
-    return stores
-
-
-def check_model(folder: Path) -> None:
-    """Tell a mistake in the description of a model folder before torch is imported. Raises ConfigError."""
-    from panfm.config import load_run
-
-    load_run(folder / "run.toml")
 
 
 def chain_end(text: str) -> str:

@@ -10,7 +10,6 @@ import tomli_w
 from pydantic import ValidationError, create_model
 
 from panfm.config.base import Config
-from panfm.config.complaints import complaints
 from panfm.config.run_description import RunConfig
 from panfm.config.site_description import SiteConfig
 from panfm.config.start import is_public, weights_file
@@ -138,5 +137,7 @@ def _validate(kind: type[C], table: Mapping[str, Any], where: str) -> C:
     try:
         return kind.model_validate(table, by_alias=True, by_name=False)
     except ValidationError as error:
+        from panfm.config.complaints import complaints  # a description that holds does without
+
         lines = complaints(kind, error, table)
     raise ConfigError("\n".join(f"{where}: {line}" for line in lines))  # not `from`: pydantic's text has no end

@@ -19,7 +19,6 @@ from panfm.data.store import ImageStore
 from panfm.errors import ProtocolError
 from panfm.models.packing import frozen_manifest, trained_manifest
 from panfm.privacy.guarantees import privacy_label
-from panfm.privacy.private_step import train_privately
 from panfm.sharing.coding import Arrays, digests, encode_with_feedback, take_step
 from panfm.sharing.groups import Flat, GroupManifest
 from panfm.sharing.messages import RoundTask
@@ -110,6 +109,8 @@ class Session:
         }
         if self.run.patient_dp:
             assert self.budget is not None
+            from panfm.privacy.private_step import train_privately  # a site without private runs does without
+
             permit = self.budget.pay(self.run, task, self.origin.patients)
             return train_privately(self.trainer, self.store, indices, permit=permit, **steps)
         result = self.trainer.train(self.store, indices, site=self.site, round_number=task.round_number, **steps)

@@ -100,6 +100,8 @@ def _load_libraries(site: SiteConfig) -> None:
     """Import what the first question would import: a limit on time that ends an import leaves half a module behind."""
     import panfm.data.read
 
+    if site.limits.epsilon is not None:
+        import panfm.privacy.private_step
     if Releasable.LABEL_SUMS in site.limits.may_leave:
         import panfm.site.sums_answer  # noqa: F401
 

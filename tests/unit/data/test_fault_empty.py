@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from panfm.cli import main
-from panfm.cli.common import open_stores
+from panfm.cli.model_arguments import open_stores
 from panfm.config import parse_run
 from panfm.data.store import ImageStore
 from panfm.errors import NoSubjectsError

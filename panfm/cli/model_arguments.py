@@ -1,0 +1,42 @@
+"""Arguments of commands that need a trained model and images: RUN, and site folders."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from panfm.cli.common import progress_bar
+from panfm.evaluate.model_folder import model_folder
+
+if TYPE_CHECKING:
+    from panfm.config import StreamConfig
+    from panfm.data.store import ImageStore
+
+Model = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, or folder of a model.", callback=model_folder)]
+
+
+def open_stores(
+    sites: Sequence[Path], streams: Mapping[str, "StreamConfig"], *, split: str | None = None
+) -> list["ImageStore"]:
+    """The images of site folders for a run's streams, read under a progress bar.
+
+    Raises:
+        NoSubjectsError: a site has nobody in `split`, if that is given.
+        DataError: as `open_store`.
+    """
+    from panfm.data.cache import open_store
+
+    with progress_bar("reading images") as progress:
+        stores = [open_store(site, streams, progress=lambda _, done, total: progress(done, total)) for site in sites]
+    for site, store in zip(sites, stores, strict=True):
+        if split:
+            store.members(split, str(site))
+    return stores
+
+
+def check_model(folder: Path) -> None:
+    """Tell a mistake in the description of a model folder before torch is imported. Raises ConfigError."""
+    from panfm.config import load_run
+
+    load_run(folder / "run.toml")
