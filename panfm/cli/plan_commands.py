@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from panfm.planning.plan import Plan
 
 app = typer.Typer(no_args_is_help=True)
+_WIDEST = 400
+"""Columns of the table, at most."""
 
 
 @app.command()
@@ -61,7 +63,7 @@ def _print(plan: "Plan") -> None:
         tokens = str(math.prod(config.grid))
         shape = [_axes(config.spacing_mm), _axes(config.shape), _axes(config.patch), tokens]
         table.add_row(name, str(len(stream.sizes)), *sizes, *shape)
-    Console().print(table)
+    Console(width=Console(width=_WIDEST).measure(table).maximum).print(table)  # no column is cut off
     train, cost = plan.run.train, plan.cost
     subjects = ", ".join(f"{site} {count}" for site, count in plan.survey.train_subjects.items())
     typer.echo(f"training subjects: {subjects}")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+import panfm
 from panfm.cli import main
 from panfm.evaluate.embed import read_features
 from simulations.__main__ import app as simulations
@@ -63,7 +64,7 @@ def run_and_embed(folder, run, outside):
 
 
 def test_three_folders_of_hippocampus_volumes_end_with_probes_and_a_report(tmp_path):
-    """Both sides of a person, volumes 2k - 1 and 2k, are one patient: the expression of --subject could not tell."""
+    """Five commands, and the same embedding in Python. Volumes 2k - 1 and 2k are one person, which no name tells."""
     volumes = sorted(Path(REAL, "hippocampus", "images").glob("*.nii.gz"))[:62]
     parts = {"north": volumes[:16], "south": volumes[16:32], "east": volumes[32:48], "holdout": volumes[48:]}
     for name, part in parts.items():
@@ -75,19 +76,26 @@ def test_three_folders_of_hippocampus_volumes_end_with_probes_and_a_report(tmp_p
             main, "site", "init", site, "--from", images, "--stream", "hippocampus-mr=hippocampus_*", "--yes", *options
         )
         assert f"{len(part)} rows written" in shown
-    stream = "hippocampus-mr = { spacing-mm = [2.0, 2.0, 2.0], shape = [20, 28, 20], patch = [10, 14, 10] }"
-    run = write_run(tmp_path, stream)
-    (tmp_path / "cohort.toml").write_text('[labels.bright]\nkind = "class"\n')
-    for name in parts:
-        tool(main, "site", "check", tmp_path / ("" if name == "holdout" else "sites") / name, "--run", run)
-    table = run_and_embed(tmp_path, run, tmp_path / "holdout")
-    assert len(table.subjects) == 14
-    assert np.isfinite(table.features).all()
-    arms = {score["arm"] for score in json.loads((tmp_path / "run" / "probe.json").read_text())["scores"]}
-    assert {"federated", "site:north", "site:south", "site:east", "untrained"} <= arms
-    probed = tool(main, "probe", tmp_path / "outside.npz", "--labels", tmp_path / "holdout" / "labels.csv",
-                  "--fit-split", "test")  # fmt: skip
-    assert "bright" in probed
+    sites, holdout, run = sorted((tmp_path / "sites").iterdir()), tmp_path / "holdout", tmp_path / "run.toml"
+    told = tool(main, "plan", *sites, "--holdout", holdout, "--out", run, "--minutes", 1)
+    assert "hippocampus-mr" in told
+    tool(main, "site", "check", *sites, "--holdout", holdout, "--run", run)
+    small = ["model.size=nano", "train.rounds=1", "train.local-steps=5", "probe.bootstrap=20"]
+    shown = tool(
+        main, "simulate", run, "--out", tmp_path / "run", *(word for text in small for word in ("--set", text))
+    )
+    assert "bright" in shown
+    assert (tmp_path / "run" / "report.html").stat().st_size > 0
+    written = json.loads((tmp_path / "run" / "probe.json").read_text())
+    assert {"federated", "site:north", "site:south", "site:east", "untrained"} <= {
+        score["arm"] for score in written["scores"]
+    }
+    new = [Path(REAL, "hippocampus", "images", volumes[-1].name), Path(REAL, "hippocampus", "images", volumes[-2].name)]
+    tool(main, "embed", tmp_path / "run", *new, "--out", tmp_path / "new.npz")
+    table = read_features(tmp_path / "new.npz")
+    assert len(table.subjects) == 2
+    in_a_notebook = panfm.load(tmp_path / "run").embed({"hippocampus-mr": new})
+    np.testing.assert_allclose(in_a_notebook, table.features, atol=1e-5)
 
 
 def write_labels(site, volumes):
