@@ -83,11 +83,13 @@ def fit_probes(
     errors, refused = _errors(run, answers)
     probes = {}
     for task, path in paths.items():
-        if missing := sorted(set(of_task[task]) - {site for site, given in errors.items() if task in given}):
-            failed[task] = f"no leave-one-out errors of {', '.join(missing)}"
+        gave = {site: given[task] for site, given in errors.items() if task in given and site in of_task[task]}
+        if missing := sorted(set(of_task[task]) - set(gave)):
+            failed[f"errors of {task}"] = f"none of {', '.join(missing)}: the penalty is chosen without"
+        if not gave:
+            failed[task] = "no site gave leave-one-out errors"
             continue
-        of_sites = [errors[site][task] for site in of_task[task]]
-        probes[task] = _probe(run.probe.tasks[task], path, of_task[task], of_sites)
+        probes[task] = _probe(run.probe.tasks[task], path, of_task[task], gave)
     for name, reason in sorted({**failed, **answers.failed, **refused}.items()):
         logger.warning("probe: %s left out: %s", name, reason)
     return LabelProbes(probes, {**failed, **answers.failed, **refused})
@@ -111,11 +113,13 @@ def _errors(run: RunConfig, answers: Answers) -> tuple[dict[str, dict[str, Float
 
 
 def _probe(
-    labels: tuple[str, ...], path: RidgePath, sums: Mapping[str, LabelSums], errors: list[Floats]
+    labels: tuple[str, ...], path: RidgePath, sums: Mapping[str, LabelSums], errors: Mapping[str, Floats]
 ) -> SharedProbe:
-    probe, penalty = choose_penalty(path, [{"errors": given} for given in errors])
-    squares = np.sum([of_site.yy for of_site in sums.values()], axis=0)
-    spread = squares - path.count * path.target_mean**2
-    left = np.sum(errors, axis=0)[list(PENALTIES).index(penalty)]
+    """The probe of a task, its R2 over the patients of the sites that gave errors."""
+    probe, penalty = choose_penalty(path, [{"errors": given} for given in errors.values()])
+    squares = np.sum([sums[site].yy for site in errors], axis=0)
+    count, total = (np.sum([getattr(sums[site], part) for site in errors], axis=0) for part in ("count", "y"))
+    spread = squares - total**2 / count
+    left = np.sum(list(errors.values()), axis=0)[list(PENALTIES).index(penalty)]
     r2 = 1.0 - np.divide(left, spread, out=np.full(len(labels), np.nan), where=spread > _NO_VARIANCE * squares)
     return SharedProbe(labels, int(path.count), tuple(sums), penalty, tuple(r2.tolist()), probe)

@@ -31,6 +31,9 @@ from server.checkpoint import Measure, ServerState
 from server.sums_exchange import Answers, ask_sums, label_sums
 
 logger = logging.getLogger(__name__)
+_MOST_VALIDATION = 10
+"""Patients of a val split over those that the site trains on."""
+_LARGEST_LOSS = 1e6
 Contributions = Mapping[str, Any]
 """Site -> what it gave: sums of each task of labels, or summed loss and number of subjects."""
 
@@ -97,6 +100,9 @@ class RoundGate:
             sums = label_sums(self.run, self.embedding_size, subjects, answers)
             return sums.by_site, replace(answers, failed=sums.failed)
         losses, refused = answers.read(_loss)
+        most = {handshake.site: handshake.subjects for handshake in roster.values()}
+        for site in [site for site, (_, subjects) in losses.items() if subjects > most[site] * _MOST_VALIDATION]:
+            refused[site] = f"validation loss: of {losses.pop(site)[1]} patients, the site trains on {most[site]}"
         return losses, replace(answers, failed={**answers.failed, **refused})
 
     def _value(self, contributions: Contributions) -> float:
@@ -124,8 +130,10 @@ class RoundGate:
 
 def _loss(reply: SumsReply) -> tuple[float, int]:
     loss, subjects = reply.loss, reply.loss_subjects
-    if loss is None or subjects is None or not math.isfinite(loss) or not 0 < subjects <= 1_000_000_000:
+    if loss is None or subjects is None or not math.isfinite(loss) or subjects <= 0:
         raise ProtocolError("validation loss: missing, not finite, or of no patients")
+    if abs(loss) > _LARGEST_LOSS * subjects:
+        raise ProtocolError(f"validation loss: more than {_LARGEST_LOSS:g} a patient")
     return loss, subjects
 
 

@@ -22,6 +22,7 @@ from panfm.evaluate.cohort_labels import CohortLabels, read_cohort_labels
 from panfm.evaluate.linear_probe import MIN_SUBJECTS
 from panfm.evaluate.probe_labels import Unmatched
 from panfm.models.sizes import sizes_of
+from panfm.planning.plan import too_few_to_train
 from simulations.cohorts.cohort_source import require_site
 
 _MOST_NAMED = 3
@@ -66,6 +67,7 @@ def check_before(run: RunConfig, cohort: Path) -> list[str]:
     sites = [_Place.read(folder, run) for folder in site_folders(cohort / "sites")]
     _check_number_of_sites(run, sites)
     lines = [line for site in sites for line in _of_site(site, run)]
+    lines += _too_small(run, sites)
     held = {row.stream for site in sites for row in site.rows}
     lines += [f"stream {name}: no site has images of it" for name in run.streams if name not in held]
     if not (cohort / "holdout").is_dir():
@@ -93,6 +95,17 @@ def _check_number_of_sites(run: RunConfig, sites: Sequence[_Place]) -> None:
         raise ConfigError(f"federation.min-sites: {least}, found {found}; {remedy}")
     if run.site_dp and run.site_dp.num_sites != len(sites):
         raise ConfigError(f"site-dp.num-sites: {run.site_dp.num_sites}, found {len(sites)} sites ({', '.join(names)})")
+
+
+def _too_small(run: RunConfig, sites: Sequence[_Place]) -> list[str]:
+    """A line for each site below its own floor. Raises DataError with them if too few others are left."""
+    if run.patient_dp:
+        return []
+    reasons = {place.site.name: too_few_to_train(place.site, len(place.in_split("train"))) for place in sites}
+    lines = [f"site {name}: {reason}" for name, reason in reasons.items() if reason]
+    if len(sites) - len(lines) < run.federation.min_sites:
+        raise DataError("\n".join(lines))
+    return lines
 
 
 def _of_site(place: _Place, run: RunConfig) -> Iterator[str]:

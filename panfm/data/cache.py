@@ -13,6 +13,7 @@ two subjects, or twice under one, is refused wherever data is opened.
 """
 
 import hashlib
+import io
 import logging
 import math
 import os
@@ -26,7 +27,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import starmap
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -185,7 +186,7 @@ def _nearest(folder: Path) -> Path:
 
 def _open(cached: _Cached, progress: Progress | None) -> NDArray[np.float32]:
     """Memory-mapped float32 [P, C, *shape], read-only."""
-    if not cached.file.exists():
+    if not _is_whole(cached):
         with _atomic(cached.file) as part:
             _write(part, cached, progress)
         for stale in set(cached.folder.glob(f"{cached.family}.*.npy")) - {cached.file}:
@@ -194,6 +195,24 @@ def _open(cached: _Cached, progress: Progress | None) -> NDArray[np.float32]:
         os.utime(cached.file, ns=(time.time_ns(), cached.file.stat().st_mtime_ns))
     images: NDArray[np.float32] = np.load(cached.file, mmap_mode="r")
     return images
+
+
+def _is_whole(cached: _Cached) -> bool:
+    """Whether the file is there with all that belongs in it; a disk that was full leaves a shorter one."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, _header(cached))
+    size = len(header.getvalue()) + 4 * math.prod(cached.shape) + DIGEST_BYTES * len(cached.sources)
+    try:
+        with cached.file.open("rb") as file:
+            return file.read(len(header.getvalue())) == header.getvalue() and cached.file.stat().st_size == size
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise DataError(f"{cached.file}: cannot be read ({reason(error)})") from error
+
+
+def _header(cached: _Cached) -> dict[str, Any]:
+    return {"descr": "<f4", "fortran_order": False, "shape": cached.shape}
 
 
 def _digests(cached: _Cached) -> tuple[bytes, ...]:
@@ -217,8 +236,7 @@ def _refuse_twins(cached: Mapping[str, _Cached], digests: Mapping[str, Sequence[
 
 
 def _write(part: IO[bytes], cached: _Cached, progress: Progress | None) -> None:
-    header = {"descr": "<f4", "fortran_order": False, "shape": cached.shape}
-    np.lib.format.write_array_header_1_0(part, header)
+    np.lib.format.write_array_header_1_0(part, _header(cached))
     digests = []
     with closing(_read_all(cached)) as images:
         for done, (image, digest) in enumerate(images, start=1):

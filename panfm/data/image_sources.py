@@ -66,7 +66,7 @@ def images_of_folder(root: Path, rules: NameRules, site_folder: Path, left_out: 
 
 def _images_below(root: Path, site_folder: Path, left_out: list[LeftOut]) -> Iterator[Path]:
     """Images in order of their names; what is no image is told."""
-    readers = [READERS.load(name)() for name in READERS.names]
+    readers = [READERS.load(name)() for name in dict.fromkeys([*READERS.names, *READERS.add_installed()])]
     own = {site_folder / name for name in ("site.toml", "manifest.csv", "labels.csv", "quarantine.csv")}
     for place, folders, files in os.walk(root):
         folder = Path(place)

@@ -1,6 +1,6 @@
 """Labels of a site's subjects, for probes: a table of `subject` and one column per label. It never leaves the site."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,12 +58,18 @@ def _table_path(folder: Path, site: SiteConfig) -> Path:
 def read_label_table(path: Path) -> Labels:
     """Read one label table of numbers; an empty cell is unknown. Raises DataError: a line of it does not hold."""
     table = read_cells(path)
+    return numbers_of(table, table.cells)
+
+
+def numbers_of(table: LabelTable, names: Collection[str]) -> Labels:
+    """Read some columns of a table as numbers. Raises DataError: a cell of them is none."""
+    columns = {name: column for name, column in table.cells.items() if name in names}
     values = [
-        [_value(text, f"{path}:{line}: {name}") for line, text in zip(table.lines, column, strict=True)]
-        for name, column in table.cells.items()
+        [_value(text, f"{table.path}:{line}: {name}") for line, text in zip(table.lines, column, strict=True)]
+        for name, column in columns.items()
     ]
-    shape = (len(table.cells), len(table.subjects))
-    return Labels(table.subjects, tuple(table.cells), np.array(values, dtype=np.float64).reshape(shape).T)
+    shape = (len(columns), len(table.subjects))
+    return Labels(table.subjects, tuple(columns), np.array(values, dtype=np.float64).reshape(shape).T)
 
 
 def read_cells(path: Path) -> LabelTable:

@@ -65,7 +65,13 @@ def propose(
     else:
         candidates = images_of_table(source, rules, left_out)
     known = {os.path.realpath(image_path(site_folder, site, row.path)) for row in kept if "\0" not in row.path}
-    new = list({path: one for one in candidates if (path := os.path.realpath(one.path)) not in known}.values())
+    by_path: dict[str, Candidate] = {}
+    for one in candidates:
+        if (path := os.path.realpath(one.path)) in known:
+            continue
+        if (first := by_path.setdefault(path, one)) is not one:
+            left_out.append(LeftOut(str(one.path), f"the file of subject {first.name.subject!r} again"))
+    new = list(by_path.values())
     if split:
         new = [replace(one, name=replace(one.name, split=split)) for one in new]
     unclear = [*_repeated(new), *_torn(new, kept)]

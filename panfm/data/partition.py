@@ -21,8 +21,10 @@ import numpy as np
 
 from panfm.config import SiteConfig, dump_toml, load_site, site_path
 from panfm.config.site_description import LimitsConfig
+from panfm.data.labels import read_cells
 from panfm.data.manifest import COLUMNS, Row, image_path, read_manifest
-from panfm.data.tables import read_table, write_table
+from panfm.data.subjects import subject_key
+from panfm.data.tables import write_table
 from panfm.errors import DataError
 from panfm.files import new_folder
 from panfm.seeds import numpy_generator
@@ -50,12 +52,16 @@ class PooledSite:
         if site.labels is None:
             return cls(rows, {})
         path = site_path(folder, site.labels)
-        try:
-            columns, lines = read_table(path, ("subject",))
-        except DataError as error:
-            raise DataError(f"{path}: {error}") from error
-        names = [name for name in columns if name != "subject"]
-        return cls(rows, {cells["subject"]: {name: cells[name] for name in names} for _, cells in lines})
+        table = read_cells(path)
+        spelled = {subject_key(row.subject): row.subject for row in rows}
+        columns = table.cells.items()
+        return cls(
+            rows,
+            {
+                spelled.get(subject_key(subject), subject): {name: cells[number] for name, cells in columns}
+                for number, subject in enumerate(table.subjects)
+            },
+        )
 
     @property
     def label_names(self) -> tuple[str, ...]:

@@ -63,7 +63,10 @@ def ridge_path(sums: Sequence[LabelSums]) -> RidgePath:
     scatter[~varies], scatter[:, ~varies] = 0.0, 0.0
     products = (total.xy - count * np.outer(centre, target_mean)) / scale[:, None]
     products[~varies] = 0.0
-    eigenvalues, axes = np.linalg.eigh(scatter)
+    try:
+        eigenvalues, axes = np.linalg.eigh(scatter)
+    except np.linalg.LinAlgError as error:
+        raise ProtocolError("label sums: found a scatter without eigenvalues, which no patients have") from error
     largest = max(float(eigenvalues[-1]), 0.0)
     if float(eigenvalues[0]) < -_NEGATIVE * max(largest, 1.0):
         raise ProtocolError("label sums: found a scatter with a negative eigenvalue, which no patients have")

@@ -8,13 +8,15 @@ A task is one or more labels, of which a patient knows all or is left out. Both 
 features and labels, and are all that leaves. Needs numpy alone.
 
 Sums of few patients show them. So a class of a task with fewer patients at the site than its floor is left out, and a
-task with fewer patients in all; and since the sums of two tasks can be subtracted, so is a task whose patients differ
-from an earlier one's by fewer. This does not cover other combinations of three or more tasks, nor runs on changed data;
-sums are not differentially private, and no private run gives any.
+task with fewer patients in all. Since sums of several tasks can be combined, a task is withheld if membership and
+classes of all tasks up to it would tell a group of fewer patients than the floor from all others; whole numbers of at
+most ten values are classes. Of other numbers, one that is the same for all but few patients is withheld. An outlier in
+a number still dominates its sums. Sums are not differentially private, and no private run gives any.
 
 Shape legend: N patients, D features, C labels of a task, P penalties, R axes kept.
 """
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -83,19 +85,43 @@ class LabelSums:
         count, squares = float(self.count), self.xx.diagonal()
         if not (1 <= count <= 1e9 and count == round(count)):
             raise ProtocolError(f"label sums: count is {count:g}, expected a number of patients")
+        if not ((squares <= count * _LARGEST_SQUARE).all() and (self.yy <= count * _LARGEST_SQUARE**2).all()):
+            raise ProtocolError("label sums: found squares beyond all measure")
         largest = np.sqrt(np.outer(squares.clip(min=0), self.yy.clip(min=0)))
         is_possible = (
             np.allclose(self.xx, self.xx.T, rtol=1e-9, atol=1e-12 * max(squares.max(initial=0.0), 1e-300))
             and (squares >= 0).all()
+            and (np.abs(self.xx) <= np.sqrt(np.outer(squares, squares)) * _ROUNDING).all()
             and (self.x**2 <= count * squares * _ROUNDING).all()
             and (self.y**2 <= count * self.yy * _ROUNDING).all()
             and (np.abs(self.xy) <= largest * _ROUNDING).all()
         )
-        if not is_possible:
+        if not (is_possible and self._is_gram_matrix()):
             raise ProtocolError("label sums: found sums and sums of products that no patients have together")
+
+    def _is_gram_matrix(self) -> bool:
+        """Whether the products of ones, features and each label can be those of patients: no negative square."""
+        products = np.block([[self.count.reshape(1, 1), self.x[None]], [self.x[:, None], self.xx]])
+        scale = np.sqrt(products.diagonal())
+        scale[scale == 0] = 1.0
+        with_labels = np.vstack([self.y, self.xy]) / scale[:, None] / np.sqrt(np.where(self.yy > 0, self.yy, 1.0))
+        try:
+            values, axes = np.linalg.eigh(products / np.outer(scale, scale))
+        except np.linalg.LinAlgError:
+            return False
+        if not np.isfinite(values).all() or values[0] < -_ROUNDED * values[-1]:
+            return False
+        along = (axes.T @ with_labels) ** 2
+        has_axis = values > _ROUNDED * values[-1]
+        explained = (along[has_axis] / values[has_axis, None]).sum(axis=0)
+        return bool((explained <= 1 + 1e-3).all() and (along[~has_axis].sum(axis=0) <= 1e-4).all())
 
 
 _ROUNDING = 1 + 1e-9
+_ROUNDED = 1e-9
+"""Eigenvalues below this share of the largest are rounding."""
+_LARGEST_SQUARE = 1e12
+"""Mean square of a feature; of a label its square."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +159,8 @@ class RidgePath:
         """
         d, c, r = features, labels, arrays.get("eigenvalues", np.empty(0)).size
         shapes = {"count": (), "centre": (d,), "scale": (d,), "axes": (d, r), "eigenvalues": (r,), "slopes": (r, c)}
+        if r > d:
+            raise ProtocolError(f"ridge path: found {r} axes of {d} features")
         path = cls(**checked_arrays(arrays, shapes | {"target_mean": (c,)}))
         if not (path.count >= 1 and (path.scale > 0).all() and (path.eigenvalues > 0).all()):
             raise ProtocolError("ridge path: expected count, scale and eigenvalues above 0")
@@ -208,20 +236,73 @@ def contributing_rows(targets: Targets, floor: int) -> tuple[dict[str, NDArray[n
         if kept.any() and not kept.all():
             notes.append(f"{task}: patients of a class with fewer than {floor} patients are left out")
         at = at[kept]
-        if len(at) < max(floor, 1):
-            notes.append(f"{task}: nothing is given, fewer than {floor} labelled patients")
-        elif near := [other for other, those in rows.items() if 0 < len(np.setxor1d(at, those)) < floor]:
-            notes.append(f"{task}: nothing is given, its patients differ from those of {near[0]} by fewer than {floor}")
+        if reason := _reason_to_withhold(targets, rows, task, at, floor):
+            notes.append(f"{task}: nothing is given, {reason}")
         else:
             rows[task] = at
     return rows, notes
 
 
+def _reason_to_withhold(
+    targets: Targets, accepted: Mapping[str, NDArray[np.int64]], task: str, at: NDArray[np.int64], floor: int
+) -> str:
+    """Why the sums of a task over some patients would show fewer than the floor; empty if they do not."""
+    if len(at) < max(floor, 1):
+        return f"fewer than {floor} labelled patients"
+    if floor <= 1:
+        return ""
+    numbers = [column for column in targets[task][at].T if not _is_class(column)]
+    if any(0 < _off_the_most_common(column) < floor for column in numbers):
+        return f"a number is the same for all but fewer than {floor} patients"
+    before = [column for name, those in accepted.items() for column in _on(targets[name], those)]
+    others = [column for column in before if not _is_class(column)]
+    for column, other in itertools.product(_on(targets[task], at), others):
+        both = np.isfinite(column) & np.isfinite(other)
+        if not _is_class(column) and 0 < _off_the_most_common((column - other)[both]) < floor:
+            return f"a number differs from another task's for fewer than {floor} patients"
+    tasks = {**accepted, task: at}
+    told = np.hstack([_partition(targets[name], those) for name, those in tasks.items()])
+    _, sizes = np.unique(told[np.unique(np.concatenate(list(tasks.values())))], axis=0, return_counts=True)
+    if sizes.min() < floor:
+        return f"together with the tasks before it, it tells fewer than {floor} patients from all others"
+    return ""
+
+
+_MOST_CLASSES = 10
+"""Different whole numbers that a column of classes has at most."""
+
+
+def _is_class(column: Floats) -> bool:
+    """Whether the known values of a column are classes rather than numbers."""
+    known = column[np.isfinite(column)]
+    values = np.unique(known)
+    return 2 * len(values) <= len(known) and len(values) <= _MOST_CLASSES and bool((values == np.round(values)).all())
+
+
+def _off_the_most_common(column: Floats) -> int:
+    return len(column) - int(np.unique(column, return_counts=True)[1].max(initial=0))
+
+
+def _on(values: Floats, at: NDArray[np.int64]) -> list[Floats]:
+    """Columns [N] of a task, NaN for patients that are not behind its sums."""
+    masked = np.full(values.shape, np.nan)
+    masked[at] = values[at]
+    return list(masked.T)
+
+
+def _partition(values: Floats, at: NDArray[np.int64]) -> Floats:
+    """What sums of a task tell of every patient [N, 1 + classes]: whether it is behind them, and its classes."""
+    classes = [column for column in _on(values, at) if _is_class(column)]
+    behind = np.isin(np.arange(len(values)), at)
+    return np.column_stack([behind, *(np.where(behind, column, -1.0) for column in classes)]).astype(np.float64)
+
+
 def _without_small_classes(values: Floats, floor: int) -> NDArray[np.bool_]:
-    """Which patients [N] show a class that enough others show; all of them where the targets are not 0 and 1."""
-    if floor <= 1 or not len(values) or not np.isin(values, (0.0, 1.0)).all():
+    """Which patients [N] show classes together that enough others show."""
+    classes = [column for column in values.T if _is_class(column)]
+    if floor <= 1 or not len(values) or not classes:
         return np.ones(len(values), dtype=bool)
-    _, of_patient, sizes = np.unique(values, axis=0, return_inverse=True, return_counts=True)
+    _, of_patient, sizes = np.unique(np.column_stack(classes), axis=0, return_inverse=True, return_counts=True)
     is_enough: NDArray[np.bool_] = (sizes >= floor)[of_patient.reshape(-1)]
     return is_enough
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from panfm.config import RunConfig, StreamConfig, load_site, parse_run
+from panfm.config import RunConfig, SiteConfig, StreamConfig, load_site, parse_run
 from panfm.data.manifest import read_manifest
 from panfm.errors import DataError, LimitError
 from panfm.models.sizes import sizes_of
@@ -19,6 +19,7 @@ from panfm.planning.cost import Cost, measure_cost
 from panfm.planning.image_sizes import Survey, survey_sites
 from panfm.planning.stream_proposal import propose_streams
 from panfm.site.admission import check_sizes
+from panfm.texts import toml_key
 
 _SIZES = ("nano", "tiny", "small", "base")
 _ENOUGH_ROUNDS = 100
@@ -75,7 +76,7 @@ def make_plan(
     rounds = max(1, min(_MOST_ROUNDS, round(60 * minutes / (_ALONE * cost.round_seconds))))
     text = describe.text(size, train | {"rounds": rounds})
     run = parse_run(text)
-    notes = (*_notes(survey, rounds, minutes, cost), *_refusals(survey, run))
+    notes = (*_notes(survey, minutes, cost), *_refusals(survey, run))
     return Plan(text, run, survey, cost, notes)
 
 
@@ -95,7 +96,7 @@ class _Description:
         sites = ",\n".join(f"    {_quoted(folder)}" for folder in self.folders)
         lines = [f'name = "{self.name}"', "", "[cohort]", 'kind = "folder"', f"sites = [\n{sites},\n]"]
         lines += [f"holdout = {_quoted(self.holdout)}"] if self.holdout else []
-        lines += ["", "[streams]", *(f"{name} = {_inline(stream)}" for name, stream in self.streams.items())]
+        lines += ["", "[streams]", *(f"{toml_key(name)} = {_inline(stream)}" for name, stream in self.streams.items())]
         lines += ["", "[model]", f'size = "{size}"'] if size != _SIZES[0] else []
         changed = {key: value for key, value in train.items() if value != getattr(defaults, key.replace("-", "_"))}
         lines += ["", "[train]", *(f"{key} = {value}" for key, value in changed.items())] if changed else []
@@ -149,20 +150,30 @@ def _fitting_size(describe: _Description, train: Mapping[str, int], minutes: flo
     return chosen, cost
 
 
-def _notes(survey: Survey, rounds: int, minutes: float, cost: Cost) -> list[str]:
+def _notes(survey: Survey, minutes: float, cost: Cost) -> list[str]:
     notes = [*survey.faults[:3]]
     if len(survey.faults) > len(notes):
         notes.append(f"{len(survey.faults) - len(notes)} more images cannot be read; see `panfm site check`")
     if len(survey.sites) == 1:
         notes.append("one site: federation.min-sites = 1 is written, and nothing is averaged; name more sites for more")
-    if 60 * minutes < _ALONE * rounds * cost.round_seconds:
+    if 60 * minutes < _ALONE * cost.round_seconds:
         notes.append(f"one round takes longer than {minutes:g} minutes; give --minutes, or images of fewer voxels")
     return notes
+
+
+def too_few_to_train(site: SiteConfig, subjects: int) -> str:
+    """Why a site takes part in no run without privacy; empty if it does."""
+    if subjects >= (least := site.limits.smallest_batch):
+        return ""
+    found = f"{subjects} training subjects, fewer than its limits.smallest-batch ({least}): it cannot take part"
+    return f"{found}; add patients, or, where a folder only stands for a hospital, set smallest-batch = 1 in site.toml"
 
 
 def _refusals(survey: Survey, run: RunConfig) -> Iterator[str]:
     """One line for each site whose own limits such a run exceeds."""
     for name, site in survey.sites.items():
+        if line := too_few_to_train(site, survey.train_subjects.get(name, 0)):
+            yield f"site {name}: {line}"
         try:
             check_sizes(run, site.limits)
         except LimitError as error:
@@ -172,10 +183,14 @@ def _refusals(survey: Survey, run: RunConfig) -> Iterator[str]:
 def _check_holdout(folder: Path) -> None:
     """Raise DataError if nobody could be tested."""
     if not (folder / "site.toml").is_file():
-        raise DataError(f"{folder}: holds no site.toml, expected a site folder; `panfm site init {folder}` makes one")
+        remedy = f"`panfm site init {folder} --from FILES --split test` makes one"
+        raise DataError(f"{folder}: holds no site.toml, expected a site folder; {remedy}")
     site = load_site(folder)
     if not any(row.split == "test" for row in read_manifest(folder, site)):
-        raise DataError(f"{folder / site.manifest}: no row in split test, expected the held-out subjects' to be")
+        remedy = f"delete it and run `panfm site init {folder} --from FILES --split test`"
+        raise DataError(
+            f"{folder / site.manifest}: no row in split test, expected the held-out subjects' to be; {remedy}"
+        )
 
 
 def _plain_name(name: str) -> str:

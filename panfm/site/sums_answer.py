@@ -24,12 +24,14 @@ from numpy.typing import NDArray
 
 from panfm.config import Releasable, SiteConfig, dump_toml
 from panfm.config.site_description import LimitsConfig
-from panfm.data.labels import read_labels
+from panfm.data.labels import numbers_of, read_site_cells
 from panfm.data.store import ImageStore
+from panfm.data.subjects import subject_key
 from panfm.errors import LimitError, ProtocolError
 from panfm.evaluate.embed import embed_store
 from panfm.evaluate.label_sums import RidgePath, contributing_rows, site_errors, site_sums
-from panfm.models import build_model
+from panfm.files import locked, read_checked, write_checked
+from panfm.models import build_model, describe_model
 from panfm.privacy.guarantees import privacy_label
 from panfm.sharing.groups import parameter_hashes
 from panfm.sharing.sums_messages import Purpose, SumsTask, path_arrays
@@ -37,6 +39,9 @@ from panfm.site.session import Session
 from panfm.site.state import AskedRounds, StateStore, question_digest, read_asked, write_asked
 
 _BATCH = 256
+_LOCK_WAIT_S = 10.0
+SUMMED = "label-sums.digest"
+"""Beside the runs: what this site sums. An operator who accepts that sums of two sets can be subtracted removes it."""
 
 
 def sum_patients(
@@ -58,17 +63,18 @@ def sum_patients(
         task = replace(task, model=replace(task.model, teacher=task.model.groups))
     if not with_labels:
         return _validation_loss(session, task, states)
-    session.trainer.holds = None
-    session.load_global(task.model, 0)
-    _note(states, session, task, "")
     at = session.store.indices("train")
     targets = read_targets(folder, site, session.store, session.run.probe.tasks, at)
+    paths = read_paths(task, describe_model(session.run).embedding_size, session.run.probe.tasks)
+    session.trainer.holds = None
+    session.load_global(task.model, 0)
+    _pin(states.folder.parents[1], session, targets)
+    _note(states, session, task, "")
     floor, rows = session.floors.batch, contributing_rows(targets, session.floors.batch)[0]
     if not rows:
         raise LimitError.of_question("probe.tasks: too few patients of this site know the labels of any")
     features = _embed(session, at)
     if task.purpose is Purpose.ERRORS:
-        paths = read_paths(task, features.shape[1], session.run.probe.tasks)
         return {"errors": site_errors(features, targets, paths, floor=floor)}
     sums = site_sums(features, targets, floor=floor).tasks
     return {"sums": {name: of_task.to_arrays() for name, of_task in sums.items()}}
@@ -87,6 +93,8 @@ def _check_asked(session: Session, task: SumsTask, limits: LimitsConfig) -> bool
     needed = Releasable.LABEL_SUMS if with_labels else Releasable.LOSS
     if needed not in limits.may_leave:
         raise LimitError.of_question(f"this site's limits.may-leave lacks {needed.value}")
+    if task.purpose is not Purpose.GATE and task.model.round_number != run.train.rounds + 1:
+        raise ProtocolError(f"{task.purpose}: asked before round {task.model.round_number}, expected after the last")
     return with_labels
 
 
@@ -128,10 +136,11 @@ def read_targets(
     """
     if site.labels is None:
         return {}
-    table = read_labels(folder, site)
-    rows = {subject: row for row, subject in enumerate(table.subjects)}
+    named = {name for names in tasks.values() for name in names}
+    table = numbers_of(read_site_cells(folder, site), named)
+    rows = {subject_key(subject): row for row, subject in enumerate(table.subjects)}
     padded = np.vstack([table.values, np.full((1, len(table.names)), np.nan)])
-    values = padded[[rows.get(store.subjects[index], -1) for index in at]]
+    values = padded[[rows.get(subject_key(store.subjects[index]), -1) for index in at]]
     columns = {name: column for column, name in enumerate(table.names)}
     return {
         task: values[:, [columns[name] for name in names]]
@@ -150,6 +159,26 @@ def read_paths(task: SumsTask, features: int, tasks: Mapping[str, tuple[str, ...
     }
 
 
+def _pin(state_dir: Path, session: Session, targets: Mapping[str, NDArray[np.float64]]) -> None:
+    """Note what this site sums: tasks, patients and their labels. Answers about others could be subtracted from it.
+
+    Raises:
+        LimitError: the site has summed other tasks, patients or labels before, in any run.
+        DataError: the note is corrupted.
+    """
+    subjects = [session.store.subjects[index] for index in session.store.indices("train")]
+    digest = hashlib.sha256(json.dumps([session.floors.batch, subjects]).encode())
+    for task, values in sorted(targets.items()):
+        digest.update(json.dumps([task, session.run.probe.tasks[task]]).encode() + values.tobytes())
+    path, text = state_dir / SUMMED, digest.hexdigest().encode()
+    state_dir.mkdir(parents=True, exist_ok=True)
+    with locked(state_dir / f".{SUMMED}.lock", wait_s=_LOCK_WAIT_S):
+        if not path.exists():
+            write_checked(path, text)
+        if read_checked(path) != text:
+            raise LimitError.of_question("this site has summed other tasks, patients or labels before")
+
+
 def _note(states: StateStore, session: Session, task: SumsTask, state: str) -> None:
     """Note a question on disk before it is answered. Raises ProtocolError if it was asked otherwise before.
 
@@ -165,4 +194,7 @@ def _note(states: StateStore, session: Session, task: SumsTask, state: str) -> N
     sums = {key: digest, **known.sums}
     if sums[key] != digest:
         raise ProtocolError(f"{key}: asked before with other parameters")
+    newest = max(int(other.rpartition(" ")[2]) for other in sums)
+    if key not in known.sums and model.round_number < newest:
+        raise ProtocolError(f"{key}: asked after one before round {newest}")
     write_asked(states.folder, run.train.rounds, known.digests, sums)

@@ -25,8 +25,10 @@ def with_shared_labels(run: RunConfig, cohort: Path) -> RunConfig:
         return run
     if describe_model(run).embedding_size > MAX_FEATURES:
         return run
-    known = [_known_labels(folder) for folder in site_folders(cohort / "sites")]
     yes_no = [name for name, label in read_label_info(cohort).items() if not label.is_number]
+    if not yes_no:
+        return run
+    known = [_known_labels(folder) for folder in site_folders(cohort / "sites")]
     tasks = {name: (name,) for name in yes_no if sum(name in names for names in known) > 1}
     return run.model_copy(update={"probe": run.probe.model_copy(update={"tasks": tasks})})
 

@@ -73,12 +73,12 @@ def test_three_folders_of_hippocampus_volumes_end_with_probes_and_a_report(tmp_p
         write_labels(site, part)
         options = ["--split", "test"] if name == "holdout" else []
         shown = tool(
-            main, "site", "init", site, "--from", images, "--stream", "hippocampus-mr=hippocampus_*", "--yes", *options
+            main, "site", "init", site, "--from", images, "--stream", "brain-mr.t1=hippocampus_*", "--yes", *options
         )
         assert f"{len(part)} rows written" in shown
     sites, holdout, run = sorted((tmp_path / "sites").iterdir()), tmp_path / "holdout", tmp_path / "run.toml"
     told = tool(main, "plan", *sites, "--holdout", holdout, "--out", run, "--minutes", 1)
-    assert "hippocampus-mr" in told
+    assert "brain-mr.t1" in told
     tool(main, "site", "check", *sites, "--holdout", holdout, "--run", run)
     small = ["model.size=nano", "train.rounds=1", "train.local-steps=5", "probe.bootstrap=20"]
     shown = tool(
@@ -94,7 +94,7 @@ def test_three_folders_of_hippocampus_volumes_end_with_probes_and_a_report(tmp_p
     tool(main, "embed", tmp_path / "run", *new, "--out", tmp_path / "new.npz")
     table = read_features(tmp_path / "new.npz")
     assert len(table.subjects) == 2
-    in_a_notebook = panfm.load(tmp_path / "run").embed({"hippocampus-mr": new})
+    in_a_notebook = panfm.load(tmp_path / "run").embed({"brain-mr.t1": new})
     np.testing.assert_allclose(in_a_notebook, table.features, atol=1e-5)
 
 

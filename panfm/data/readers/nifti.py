@@ -184,7 +184,8 @@ def _check_agreement(image: Any) -> None:
     with file_at_fault("a broken qform", "a header that states one orientation"):
         sform, qform = image.get_sform(), image.get_qform()
         axes = ["".join(nib.orientations.aff2axcodes(form)) for form in (sform, qform)]  # type: ignore[no-untyped-call]
-    if axes[0] != axes[1]:
+        turn = nib.orientations.io_orientation(np.linalg.inv(qform) @ sform)  # type: ignore[no-untyped-call]
+    if not np.array_equal(turn, [[0, 1], [1, 1], [2, 1]]):
         raise ImageError(f"two orientations (sform {axes[0]}, qform {axes[1]})", "one orientation")
 
 

@@ -57,7 +57,7 @@ def decode_picture(content: bytes) -> Picture:
         if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema() != (255, 255):
             raise ImageError("transparent pixels", "an opaque picture")
         ImageOps.exif_transpose(image, in_place=True)
-    if 2 <= orientation <= 8:
+    if orientation in range(2, 9):
         image.info["applied"] = f"turned as its EXIF orientation ({orientation}) says"
     return image
 

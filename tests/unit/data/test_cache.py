@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from panfm.config import StreamConfig
 from panfm.data import cache
 from panfm.data.cache import open_store
 from panfm.data.manifest import Fault, Row
@@ -183,3 +184,16 @@ def test_sessions_of_a_subject_stand_together_in_their_order(site, streams):
     for image, number in zip(store.images["brain-mr"], (2, 0, 1), strict=True):
         expected = read_image(site.folder / f"{number}.nii.gz", "brain-mr", streams["brain-mr"])
         np.testing.assert_array_equal(image, expected)
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda content: b"", lambda content: content[:-5], lambda content: b"x" + content[1:]]
+)
+def test_a_damaged_file_is_written_anew(tmp_path, write_site, damage):
+    folder = write_site(tmp_path / "alpha", "alpha", ("brain",))
+    streams = {"brain-mr": StreamConfig(spacing_mm=(8.0, 8.0, 8.0), shape=(8, 8, 8), patch=(4, 4, 4))}
+    before = np.array(open_store(folder, streams).images["brain-mr"])
+    [path] = (folder / ".panfm" / "cache").glob("*.npy")
+    content = path.read_bytes()
+    path.write_bytes({"empty": b"", "short": content[:-5], "head": b"x" + content[1:]}[damage])
+    assert np.array_equal(open_store(folder, streams).images["brain-mr"], before)

@@ -205,8 +205,48 @@ def test_sums_of_two_tasks_do_not_differ_by_a_few_patients():
     but_two[[4, 9]] = np.nan
     rows, notes = contributing_rows({"a": every, "b": but_two, "c": every}, 8)
     assert list(rows) == ["a", "c"]
-    assert notes == ["b: nothing is given, its patients differ from those of a by fewer than 8"]
+    told = "together with the tasks before it, it tells fewer than 8 patients from all others"
+    assert notes == [f"b: nothing is given, {told}"]
     assert list(contributing_rows({"a": every, "b": but_two}, 1)[0]) == ["a", "b"]
+
+
+def test_labels_of_two_tasks_do_not_differ_for_a_few_patients():
+    every = np.array([1.0, 0.0] * 20)[:, None]
+    but_one = every.copy()
+    but_one[4] = 1.0 - but_one[4]
+    assert list(contributing_rows({"a": every, "b": but_one}, 8)[0]) == ["a"]
+    assert list(contributing_rows({"a": every, "b": 1.0 - every}, 8)[0]) == ["a", "b"]
+    numbers = np.arange(40.0)[:, None] + 0.5
+    assert list(contributing_rows({"a": numbers, "b": numbers + np.eye(40)[:, 9:10]}, 8)[0]) == ["a"]
+
+
+@pytest.mark.parametrize("rare", [[1.0] * 39 + [2.0], [-1.0] * 39 + [1.0], [0.0] * 38 + [1.0, 2.0]])
+def test_a_rare_class_is_left_out_whatever_its_number_and_beside_numbers(rare):
+    rare, ages = np.array(rare)[:, None], np.linspace(20.0, 80.0, 40)[:, None]
+    for targets in (rare, np.hstack([rare, ages])):
+        rows, _ = contributing_rows({TASK: targets}, 8)
+        assert np.unique(targets[rows[TASK], 0]).size == 1
+    almost_constant = np.full((40, 1), 36.6)
+    almost_constant[3] = 41.2
+    assert contributing_rows({TASK: almost_constant}, 8)[0] == {}
+
+
+@pytest.mark.parametrize(("row", "column", "value"), [(0, 1, 1e4), (0, 1, 1.7e308), (2, 2, 0.0), (1, 1, 1e300)])
+def test_products_that_no_patients_have_are_refused_by_site(row, column, value):
+    features, targets = draw(30, 4)
+    arrays = {name: array.copy() for name, array in LabelSums.of(features, targets).to_arrays().items()}
+    LabelSums.from_arrays(arrays, features=4, labels=targets.shape[1])
+    arrays["xx"][row, column] = arrays["xx"][column, row] = value
+    with pytest.raises(ProtocolError, match=r"that no patients have together|beyond all measure"):
+        LabelSums.from_arrays(arrays, features=4, labels=targets.shape[1])
+
+
+def test_labels_that_features_explain_more_than_wholly_are_refused():
+    features, targets = draw(6, 4)
+    sums = LabelSums.of(features, targets)
+    arrays = sums.to_arrays() | {"xy": np.sqrt(np.outer(sums.xx.diagonal(), sums.yy)) * 0.99}
+    with pytest.raises(ProtocolError, match="that no patients have together"):
+        LabelSums.from_arrays(arrays, features=4, labels=targets.shape[1])
 
 
 def test_what_a_site_answers_is_its_sums_and_nothing_else():

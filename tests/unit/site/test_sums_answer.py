@@ -44,7 +44,11 @@ def labelled(tmp_path, write_site):
     return make
 
 
-def question(number=1, extra=TASKS, purpose=Purpose.PROBE, run_id="run-1", paths=None):
+LAST = 7
+"""Before this round, which a run of six does not have, probes are asked for."""
+
+
+def question(number=LAST, extra=TASKS, purpose=Purpose.PROBE, run_id="run-1", paths=None):
     return SumsTask(task(number, run_id=run_id, extra=extra), purpose, paths or {})
 
 
@@ -80,10 +84,10 @@ def test_errors_are_given_for_the_paths_that_came(labelled):
     assert reply.errors["old"].size == 13
     assert (reply.errors["old"] > 11 * 0.25).all()
     with pytest.raises(ProtocolError, match="ridge path of 'height', which the run does not name"):
-        ask(Site(site.folder), question(2, purpose=Purpose.ERRORS, paths={"height": path.to_arrays()}))
+        ask(Site(site.folder), question(purpose=Purpose.ERRORS, paths={"height": path.to_arrays()}))
     wrong = replace(path, centre=np.zeros(size - 1))
     with pytest.raises(ProtocolError, match="message: centre is float64"):
-        ask(site, question(3, purpose=Purpose.ERRORS, paths={"old": wrong.to_arrays()}))
+        ask(site, question(purpose=Purpose.ERRORS, paths={"old": wrong.to_arrays()}))
 
 
 def test_sums_leave_only_where_the_operator_names_them(labelled):
@@ -114,10 +118,9 @@ def test_few_patients_give_nothing(labelled):
         ask(site, question(extra='[probe]\ntasks = { rare = ["rare"] }\n'))
 
 
-@pytest.mark.parametrize("purpose", [Purpose.PROBE, Purpose.GATE])
-def test_a_question_has_one_answer(labelled, purpose):
-    site = labelled()
-    first, asked = question(extra=GATED, purpose=purpose), question(2, extra=GATED, purpose=purpose)
+def test_a_question_has_one_answer(labelled):
+    site, purpose = labelled(), Purpose.GATE
+    first, asked = question(1, extra=GATED, purpose=purpose), question(2, extra=GATED, purpose=purpose)
     sums = ask(site, first).sums["old"]["x"]
     assert ask(Site(site.folder), first).sums["old"]["x"].tobytes() == sums.tobytes()
     ask(site, asked)
@@ -127,7 +130,38 @@ def test_a_question_has_one_answer(labelled, purpose):
         ask(Site(site.folder), again)
     with pytest.raises(ProtocolError, match=r"^round 1: \w+ is not what the run's seed gives"):
         ask(site, replace(first, model=replace(first.model, groups=moved)))
-    assert len(read_asked(site.state_dir / "runs" / "run-1").sums) == 2
+    ask(site, question(4, extra=GATED, purpose=purpose))
+    with pytest.raises(ProtocolError, match=r"^gate before round 3: asked after one before round 4$"):
+        ask(site, question(3, extra=GATED, purpose=purpose))
+    assert len(read_asked(site.state_dir / "runs" / "run-1").sums) == 3
+
+
+def test_probes_are_asked_for_after_the_last_round_only(labelled):
+    with pytest.raises(ProtocolError, match=r"^probe: asked before round 3, expected after the last$"):
+        ask(labelled(), question(3))
+
+
+@pytest.mark.parametrize("run_id", ["run-1", "run-2"])
+def test_other_tasks_patients_or_labels_are_not_summed(labelled, run_id):
+    """Sums of two sets that differ in one patient would show that patient."""
+    site = labelled(**{"runs-at-once": 2})
+    ask(site, question())
+    other = '[probe]\ntasks = { tall = ["tall"] }\n'
+    with pytest.raises(LimitError, match="this site has summed other tasks, patients or labels before") as caught:
+        ask(Site(site.folder), question(run_id="run-2", extra=other))
+    assert caught.value.public == str(caught.value)
+    table = site.folder / "labels.csv"
+    table.write_text(table.read_text().replace("alpha-3,1,,", "alpha-3,1,1,"))
+    with pytest.raises(LimitError, match="this site has summed other tasks, patients or labels before"):
+        ask(Site(site.folder), question(run_id=run_id))
+
+
+def test_subjects_are_matched_by_one_rule_and_other_columns_are_not_read(labelled):
+    site = labelled()
+    expected = ask(site, question()).sums["old"]["xy"]
+    table = site.folder / "labels.csv"
+    table.write_text(table.read_text().replace("rare", "sex").replace("alpha-10,1,0,", "ALPHA-010,1,0,F"))
+    assert ask(Site(site.folder), question()).sums["old"]["xy"].tobytes() == expected.tobytes()
 
 
 def test_a_run_that_asks_for_sums_is_at_work(labelled):
@@ -157,7 +191,7 @@ def test_training_goes_on_with_the_same_bits_after_a_question(labelled, tmp_path
 
 def test_the_loss_of_the_val_split(labelled):
     site = labelled()
-    reply = ask(site, question(extra='[gate]\nmeasure = "validation-loss"\n', purpose=Purpose.GATE))
+    reply = ask(site, question(1, extra='[gate]\nmeasure = "validation-loss"\n', purpose=Purpose.GATE))
     assert (reply.loss_subjects, reply.sums) == (1, {})
     assert np.isfinite(reply.loss)
 
@@ -185,11 +219,11 @@ def test_a_site_without_a_table_gives_nothing(tmp_path, write_site):
 
 
 def test_sums_are_named_in_the_audit_log(labelled, tmp_path):
-    found = answer(labelled(), Frame(Kind.SUMS, question(2).to_records()))
+    found = answer(labelled(), Frame(Kind.SUMS, question().to_records()))
     audit_log = AuditLog(tmp_path / "log")
     audit_log.append(found, encode(found))
     [line] = audit_log.lines()
-    assert (line["round"], line["numbers"], line["words"]) == (2, [], ["round", "run-id"])
+    assert (line["round"], line["numbers"], line["words"]) == (LAST, [], ["round", "run-id"])
     assert {(name.split("/")[1], kind) for name, kind, _ in line["arrays"]} == {("old", "float64"), ("pair", "float64")}
 
 
