@@ -186,9 +186,7 @@ def test_sessions_of_a_subject_stand_together_in_their_order(site, streams):
         np.testing.assert_array_equal(image, expected)
 
 
-@pytest.mark.parametrize(
-    "damage", [lambda content: b"", lambda content: content[:-5], lambda content: b"x" + content[1:]]
-)
+@pytest.mark.parametrize("damage", ["empty", "short", "head"])
 def test_a_damaged_file_is_written_anew(tmp_path, write_site, damage):
     folder = write_site(tmp_path / "alpha", "alpha", ("brain",))
     streams = {"brain-mr": StreamConfig(spacing_mm=(8.0, 8.0, 8.0), shape=(8, 8, 8), patch=(4, 4, 4))}

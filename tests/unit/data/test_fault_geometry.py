@@ -77,6 +77,16 @@ def test_voxel_sizes_that_disagree(forms, kind):
     assert told.endswith(" by pixdim, expected one voxel size")
 
 
+@pytest.mark.parametrize("tilt", [0.0, 0.3, 1.1, 2.0])
+def test_oblique_scans_at_45_degrees_are_sound(tilt):
+    turned = MM.copy()
+    half, cosine, sine = np.sqrt(0.5), np.cos(tilt), np.sin(tilt)
+    about_z = np.array([[half, -half, 0.0], [half, half, 0.0], [0.0, 0.0, 1.0]])
+    about_x = np.array([[1.0, 0.0, 0.0], [0.0, cosine, -sine], [0.0, sine, cosine]])
+    turned[:3, :3] = about_x @ about_z @ MM[:3, :3]
+    decode_volume(content(sform=turned, qform=turned))
+
+
 def test_orientations_that_disagree():
     told = refused(content(sform=affine_of((-2, 2, 3)), qform=MM))
     assert told == "found two orientations (sform LAS, qform RAS), expected one orientation"

@@ -127,6 +127,13 @@ def test_an_orientation_is_applied_and_told(name, orientation):
     )
 
 
+@pytest.mark.parametrize("orientation", [0, 9, "6", b"6"])
+def test_an_orientation_that_exif_does_not_have_is_none(monkeypatch, orientation):
+    monkeypatch.setattr("panfm.data.readers.picture.ImageOps.exif_transpose", lambda *_, **__: None)
+    monkeypatch.setattr(Image.Image, "getexif", lambda _: {0x0112: orientation})
+    assert decode_picture(saved(RGB, "PNG")).info.get("applied") is None
+
+
 @pytest.mark.parametrize("name", ["PNG", "TIFF", "JPEG2000", "PGM"])
 def test_16_bit_grey_is_windowed(name):
     content = b"P5 8 8 65535\n" + DEEP.astype(">u2").tobytes() if name == "PGM" else saved(Image.fromarray(DEEP), name)

@@ -134,6 +134,14 @@ def split(*words):
     return result
 
 
+def test_labels_are_joined_whatever_the_spelling(clinic, tmp_path):
+    table = clinic / "labels.csv"
+    table.write_text(table.read_text().replace("s01,", "S1,").replace("s02,", "s002,"))
+    assert split(clinic, "--out", tmp_path / "out", "--sites", 2, "--holdout", 0).exit_code == 0
+    written = "".join(path.read_text() for path in (tmp_path / "out" / "sites").glob("*/labels.csv"))
+    assert {"s01", "s02"} <= {line.partition(",")[0] for line in written.splitlines()}
+
+
 def test_sites_are_written_with_paths_that_lead_to_the_images(clinic, tmp_path):
     out = tmp_path / "fed"
     result = split(
