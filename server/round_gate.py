@@ -44,7 +44,7 @@ class RoundGate:
 
     grid: Grid
     run: RunConfig
-    """As sites are told of it; has a gate."""
+    """The description that sites get; it has a table `[gate]`."""
     frozen: Mapping[str, Flat]
     embedding_size: int
 

@@ -10,15 +10,12 @@ than one that was described with as many rounds from the start.
 from dataclasses import replace
 from pathlib import Path
 
-from panfm.config import experiment_hash
+from panfm.config import dump_toml, experiment_hash, parse_run
 from panfm.errors import ConfigError, DataError
 from panfm.files import RoundFiles
 from panfm.privacy.guarantees import privacy_label
 from panfm.site.state import RUNS, Origin, StateStore, read_origin
 from server.run_folder import RunFolder
-
-_MOST_ROUNDS = 1_000_000
-"""As `train.rounds` has it."""
 
 
 def extend(folder: RunFolder, rounds: int) -> RunFolder:
@@ -43,9 +40,8 @@ def extend(folder: RunFolder, rounds: int) -> RunFolder:
     if rounds <= known:
         raise ConfigError(f"--extend rounds={rounds}: the run has {known} rounds already, expected more")
     train = folder.run.train.model_copy(update={"rounds": rounds})
-    if rounds > _MOST_ROUNDS:
-        raise ConfigError(f"--extend rounds={rounds}: expected at most {_MOST_ROUNDS}")
-    extended = RunFolder(folder.path, folder.run.model_copy(update={"train": train}))
+    longer = parse_run(dump_toml(folder.run.model_copy(update={"train": train})))
+    extended = RunFolder(folder.path, longer)
     for states in sorted(folder.path.glob(f"sites/*/{RUNS}/{state.run_id}")):
         _name_experiment(states, experiment_hash(extended.run))
     extended.describe()

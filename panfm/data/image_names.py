@@ -61,7 +61,7 @@ class NameRules:
 
 @dataclass(frozen=True)
 class NamedImage:
-    """What a name says of an image."""
+    """Subject, stream, session and split of an image, read from its file name and folders."""
 
     subject: str
     stream: str

@@ -18,7 +18,7 @@ PERCENTILES = (5, 50, 95)
 _MOST_VOXELS = 64
 _PATCH = 8
 _SPACING_MM = (1e-3, 1e3)
-"""As a stream may have."""
+"""Least and largest spacing that a run description allows (`panfm/config/streams.py`)."""
 _SMALL_PICTURE = 64
 """Pictures with a shorter long side are cut into patches of half the size."""
 

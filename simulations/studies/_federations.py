@@ -77,7 +77,7 @@ def federate(run: RunConfig, cohort: Path) -> Federated:
 
 
 def federate_on_copies(run: RunConfig, cohort: Path) -> Federated:
-    """As `federate`, over copies of the sites, whose privacy ledgers are their own."""
+    """Run a federation over copies of the site folders, so that each run has privacy ledgers of its own."""
     with tempfile.TemporaryDirectory(dir=cohort.parent) as scratch:
         shutil.copytree(cohort / "sites", Path(scratch) / "sites", copy_function=os.link)
         return federate(run, Path(scratch))

@@ -17,11 +17,13 @@ pictures, read as `-readout`. Errors leave a site without noise: the private arm
     adapted-attention-heldout  likewise, reported with `adapted-attention`
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import typer
 from numpy.typing import NDArray
+from rich.console import Console
 
 from panfm.config import RunConfig
 from panfm.config.features import FeaturesConfig
@@ -76,6 +78,22 @@ def require_weights() -> None:
     """Raises ConfigError if the environment names no weights."""
     if not public_weights():
         raise ConfigError(f"{WEIGHTS}: missing, expected a file of public weights in it")
+
+
+def possible_arms(arms: Sequence[str], without_weights: Collection[str]) -> list[str]:
+    """Leave out the arms of a public start if the environment names no weights; says so in one line.
+
+    Args:
+        without_weights: Arms that need none.
+    Raises:
+        typer.BadParameter: no arm is left.
+    """
+    left = [arm for arm in arms if arm in without_weights or public_weights()]
+    if not left:
+        raise typer.BadParameter(f"{', '.join(arms)}: need {WEIGHTS}, expected a file of weights in it")
+    if dropped := [arm for arm in arms if arm not in left]:
+        Console(stderr=True, soft_wrap=True).print(f"{WEIGHTS} is not set: left out {', '.join(dropped)}")
+    return left
 
 
 def start_run(seed: int, arm: str = "start", more: Sequence[str] = ()) -> RunConfig:

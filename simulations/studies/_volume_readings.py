@@ -40,7 +40,7 @@ class Reading:
     """[P, T, D]"""
 
     def __getitem__(self, rows: NDArray[np.int64]) -> "Reading":
-        """Those of some of the volumes."""
+        """Select the features of some volumes by their rows."""
         return Reading(self.pooled[rows], self.tokens[rows])
 
 

@@ -41,7 +41,7 @@ from panfm.evaluate.statistics import StatisticsReference, measure_store
 from panfm.models import PanModel, build_model
 from simulations.alone import train_alone
 from simulations.cohorts.opened import OpenedCohort
-from simulations.cohorts.prepare import WEIGHTS, cohort_of, load_simulation, public_weights
+from simulations.cohorts.prepare import cohort_of, load_simulation
 from simulations.harness import ArmJob, CohortJob, StudyOptions, chosen_arms, run_arms, study
 from simulations.studies import _start_arms as public
 from simulations.studies._class_probe import LABEL_DRAWS, Indices, Read, probe_streams, probed_streams
@@ -99,24 +99,9 @@ _READING = ":"
 @study(seeds=3, budgets=ROUNDS, unit="rounds of 20 steps")
 def main(options: StudyOptions, budget: str, arms: Arms = _ALL) -> StudyResult:
     """Features of real pictures at 5, 20 and 100 per cent of the labels."""
-    result = run(options, ROUNDS[budget], possible_arms(chosen_arms(arms, ARMS)))
+    result = run(options, ROUNDS[budget], public.possible_arms(chosen_arms(arms, ARMS), SCRATCH_ARMS))
     show(result)
     return result
-
-
-def possible_arms(arms: Sequence[str]) -> list[str]:
-    """The arms without those of a public start, if no weights are named; says so in one line.
-
-    Raises:
-        typer.BadParameter: no arm is left.
-    """
-    left = [arm for arm in arms if arm in SCRATCH_ARMS or public_weights()]
-    if not left:
-        raise typer.BadParameter(f"{', '.join(arms)}: need {WEIGHTS}, expected a file of weights in it")
-    if len(left) < len(arms):
-        rows = [row for row in ROWS if row not in SCRATCH_ARMS]
-        Console(stderr=True, soft_wrap=True).print(f"{WEIGHTS} is not set: left out {', '.join(rows)}")
-    return left
 
 
 def run(options: StudyOptions, rounds: int, arms: Sequence[str] = SCRATCH_ARMS) -> StudyResult:
@@ -185,7 +170,7 @@ def _of_reading(reading: str, values: Mapping[str, float]) -> dict[str, float]:
 
 
 def _as_held_out(measured: Mapping[str, float]) -> dict[str, float]:
-    """What a model that nobody has trained shows on the held-out stream: the same as on any."""
+    """Measurements of the held-out stream for a model that no arm has trained: those of the stream itself."""
     of_stream = f"auc_{public.HELD_OUT}"
     return {
         name.replace(of_stream, f"heldout_{public.HELD_OUT}"): value

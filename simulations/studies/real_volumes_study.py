@@ -34,9 +34,10 @@ from panfm.evaluate.statistics import measure_store
 from panfm.models import build_model
 from panfm.models.warm_start import start_model
 from simulations.cohorts.opened import OpenedCohort
-from simulations.cohorts.prepare import WEIGHTS, cohort_of, load_simulation, public_weights
+from simulations.cohorts.prepare import cohort_of, load_simulation, public_weights
 from simulations.cohorts.real_images import CLINICS, HIPPOCAMPUS, LABELS
 from simulations.harness import QUICKSTART, ArmJob, CohortJob, StudyOptions, chosen_arms, run_arms, study
+from simulations.studies import _start_arms as public
 from simulations.studies._cohorts import write_files
 from simulations.studies._federations import federate
 from simulations.studies._tables import mean_sd, print_study
@@ -72,23 +73,9 @@ _ALL = ",".join(ARMS)
 @study(seeds=3, draws=None, budgets=ROUNDS, unit="rounds of 20 steps")
 def main(options: StudyOptions, budget: str, arms: Arms = _ALL) -> StudyResult:
     """R2 of two volumes of the hippocampus, from frozen features of 3D models and of a public 2D model."""
-    result = run(options, ROUNDS[budget], possible_arms(chosen_arms(arms, ARMS)))
+    result = run(options, ROUNDS[budget], public.possible_arms(chosen_arms(arms, ARMS), without_weights=ARMS[:-1]))
     show(result)
     return result
-
-
-def possible_arms(arms: Sequence[str]) -> list[str]:
-    """The arms without that of a public start, if no weights are named; says so in one line.
-
-    Raises:
-        typer.BadParameter: no arm is left.
-    """
-    left = [arm for arm in arms if arm != "start-slices" or public_weights()]
-    if not left:
-        raise typer.BadParameter(f"start-slices: needs {WEIGHTS}, expected a file of weights in it")
-    if len(left) < len(arms):
-        Console(stderr=True, soft_wrap=True).print(f"{WEIGHTS} is not set: left out start-slices")
-    return left
 
 
 def run(options: StudyOptions, rounds: int, arms: Sequence[str]) -> StudyResult:

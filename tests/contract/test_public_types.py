@@ -1,4 +1,4 @@
-"""What a type checker sees of the package's own names."""
+"""mypy knows the types of `panfm.load`, `panfm.runs` and the registration decorators."""
 
 import subprocess
 import sys

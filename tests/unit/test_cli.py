@@ -174,7 +174,7 @@ def test_weights_fetch_without_a_network_is_one_line(tmp_path, monkeypatch):
 
 
 def test_simulate_without_its_package_is_one_line(monkeypatch):
-    """As in a hospital, whose wheel has no simulations."""
+    """`panfm simulate` where the package `simulations` is not installed, as at a hospital."""
 
     def absent(name):
         if name.startswith("simulations"):

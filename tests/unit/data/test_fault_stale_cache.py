@@ -33,7 +33,7 @@ def rename_over(path, content):
 
 
 def copy_with_times(path, content):
-    """As `cp --preserve` and `rsync --times` do."""
+    """Replace a file by another of the same size and times, as `cp --preserve` and `rsync --times` can."""
     other = path.parent / "backup"
     other.write_bytes(content)
     shutil.copystat(path, other)

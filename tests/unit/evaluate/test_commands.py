@@ -130,7 +130,7 @@ def test_files_are_embedded_as_a_site_is(place, tmp_path):
 
 
 def test_a_run_and_a_site_are_probed_in_one_step(place, tmp_path):
-    """As with a feature file and the label table; labels may be words."""
+    """`panfm probe RUN SITE` gives the scores of `panfm embed` and `panfm probe FILE --labels`; labels may be words."""
     out = tmp_path / "features.npz"
     panfm("embed", place, place, "--out", out)
     two_steps = panfm("probe", out, "--labels", place / "labels.csv")

@@ -12,6 +12,7 @@ from panfm.models import build_model
 from simulations.cohorts.prepare import WEIGHTS
 from simulations.cohorts.real_images import HIPPOCAMPUS
 from simulations.harness import ArmJob, CohortJob, StudyOptions
+from simulations.studies import _start_arms as public
 from simulations.studies import _volume_readings as readings
 from simulations.studies import real_volumes_study as study
 from simulations.studies._volume_readings import Reading
@@ -60,10 +61,10 @@ def test_a_volume_is_read_pooled_and_by_its_tokens(make_run, make_store):
 
 def test_without_weights_the_other_arms_go_on(monkeypatch, capsys):
     monkeypatch.delenv(WEIGHTS, raising=False)
-    assert study.possible_arms(study.ARMS) == list(study.ARMS[:-1])
+    assert public.possible_arms(study.ARMS, study.ARMS[:-1]) == list(study.ARMS[:-1])
     assert capsys.readouterr().err == "PANFM_WEIGHTS is not set: left out start-slices\n"
-    with pytest.raises(typer.BadParameter, match="start-slices: needs PANFM_WEIGHTS"):
-        study.possible_arms(["start-slices"])
+    with pytest.raises(typer.BadParameter, match="start-slices: need PANFM_WEIGHTS"):
+        public.possible_arms(["start-slices"], study.ARMS[:-1])
 
 
 def test_answers_and_targets(monkeypatch):

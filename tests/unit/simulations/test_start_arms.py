@@ -52,22 +52,20 @@ def small_weights(nano_weights, monkeypatch):
 
 
 def test_without_weights_the_other_arms_go_on_and_one_line_says_so(no_weights, capsys):
-    assert study.possible_arms(study.ARMS) == ["statistics", "untrained", "views", "views-alone"]
+    assert arms.possible_arms(study.ARMS, study.SCRATCH_ARMS) == ["statistics", "untrained", "views", "views-alone"]
     [line] = capsys.readouterr().err.splitlines()
-    left_out = "start, start-readout, adapted, adapted-readout, adapted-attention, adapted-attention-readout"
-    private = "adapted-private, adapted-private-readout"
-    assert line == f"PANFM_WEIGHTS is not set: left out {left_out}, {private}"
-    assert study.possible_arms(["views"]) == ["views"]
+    assert line == f"PANFM_WEIGHTS is not set: left out {', '.join(study.ARMS[len(study.SCRATCH_ARMS) :])}"
+    assert arms.possible_arms(["views"], study.SCRATCH_ARMS) == ["views"]
     assert capsys.readouterr().err == ""
 
 
 def test_without_weights_nothing_is_left_of_public_arms_alone(no_weights):
     with pytest.raises(typer.BadParameter, match="start, adapted: need PANFM_WEIGHTS"):
-        study.possible_arms(["start", "adapted"])
+        arms.possible_arms(["start", "adapted"], study.SCRATCH_ARMS)
 
 
 def test_with_weights_all_arms_are_possible(nano_weights):
-    assert study.possible_arms(study.ARMS) == [*study.ARMS]
+    assert arms.possible_arms(study.ARMS, study.SCRATCH_ARMS) == [*study.ARMS]
 
 
 def test_the_readings():
