@@ -138,16 +138,17 @@ def _unused_streams(where: str, place: _Place) -> Iterator[str]:
         yield f"{where}: {count} images of {stream}: left out, the run has no such stream"
 
 
-def _of_labels(labels: CohortLabels, sites: Sequence[_Place], holdout: _Place) -> Iterator[str]:
-    """Read all label tables as the probes will. Raises DataError if none of them could be probed."""
-    yield from labels.notes
+def _of_labels(labels: CohortLabels, sites: Sequence[_Place], holdout: _Place) -> list[str]:
+    """Read all label tables as the probes will. Raises DataError, with what is left out, if none could be probed."""
+    told = list(labels.notes)
     known = {place.folder: _read(place, labels) for place in (*sites, holdout)}
     for place, table in ((place, known[place.folder]) for place in (*sites, holdout)):
         if table is not None:
-            yield from _unmatched(place, Unmatched.of(place.splits, table.subjects))
+            told += _unmatched(place, Unmatched.of(place.splits, table.subjects))
     if not labels.info:
+        missing = f"{holdout.folder}: no label to probe"
         raise DataError(
-            f'{holdout.folder}: no label to probe, expected labels = "labels.csv" in site.toml of sites and hold-out'
+            "\n".join([*told, f'{missing}, expected labels = "labels.csv" in site.toml of sites and hold-out'])
         )
     places = (*sites, holdout)
     fit = {
@@ -156,12 +157,13 @@ def _of_labels(labels: CohortLabels, sites: Sequence[_Place], holdout: _Place) -
     test = {name: _labelled(holdout, known[holdout.folder], {name}, "test") for name in labels.info}
     fit_subjects = sum(_labelled(place, known[place.folder], set(labels.info), "train") for place in places)
     if fit_subjects < MIN_SUBJECTS:
-        raise DataError(
-            f"labels: {fit_subjects} training subjects of the sites have any, expected at least {MIN_SUBJECTS} to probe"
-        )
-    for name in labels.info:
-        if not test[name] or not fit[name]:
-            yield f"label {name}: {fit[name]} training and {test[name]} held-out subjects have it: is not told"
+        few = f"labels: {fit_subjects} training subjects of the sites have any"
+        raise DataError("\n".join([*told, f"{few}, expected at least {MIN_SUBJECTS} to probe"]))
+    return told + [
+        f"label {name}: {fit[name]} training and {test[name]} held-out subjects have it: is not told"
+        for name in labels.info
+        if not test[name] or not fit[name]
+    ]
 
 
 def _read(place: _Place, labels: CohortLabels) -> Labels | None:

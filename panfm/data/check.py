@@ -21,6 +21,8 @@ from panfm.data.manifest import Fault, Row, image_path, scan_manifest
 from panfm.data.readers import ImageError, Picture, Volume, find_reader, read_source
 from panfm.errors import LimitError
 
+_SAME_PLACE_MM = 0.01
+
 _THREADS = 4
 
 
@@ -141,6 +143,10 @@ def _inspect(folder: Path, site: SiteConfig, row: Row, config: StreamConfig | No
         raise LimitError(f"{file}: needs more memory than there is") from error
 
 
+def _are_at_one_place(mask: Volume, image: Volume) -> bool:
+    return np.allclose(mask.affine, image.affine, atol=_SAME_PLACE_MM)
+
+
 def _check_mask(path: Path, image: Volume | Picture) -> None:
     """Raise ImageError for a mask that is empty or does not lie on its image's grid."""
     source = read_source(path, is_volume=isinstance(image, Volume))
@@ -150,5 +156,7 @@ def _check_mask(path: Path, image: Volume | Picture) -> None:
         raise ImageError(
             f"a mask of shape {'x'.join(map(str, mask.shape))}", f"{'x'.join(map(str, shape))} as its image"
         )
-    if not mask.any():
+    if isinstance(source, Volume) and isinstance(image, Volume) and not _are_at_one_place(source, image):
+        raise ImageError("a mask at another place than its image", "the affine of its image")
+    if not (mask > 0).any():
         raise ImageError("an empty mask", "at least one voxel above 0")

@@ -23,6 +23,12 @@ _LEAST_RANGE = 0.01
 """Of [0, 1]; an image within less shows nothing."""
 _MOST_CLIPPED = 0.99
 _MOST_WHITE_CT, _WHITE_CT_WITHOUT_AIR = 0.25, 0.05
+_LEAST_PADDING, _LEAST_AIR, _MOST_SHIFTED = 0.005, 0.001, 0.8
+"""Shares of voxels: of a repeated least value that is padding, below -200 HU where there is air, of those above the
+window that lie where soft tissue does with 1024 added."""
+_FLAT = 1e-3
+"""Range of an MR or PET over its median, below which it is flat."""
+_MANY_SLICES = 8
 _MASK_VALUES, _FEW_VALUES, _FEWEST_VOXELS = 4, 16, 64
 _SQUEEZED, _MUCH_WHITE = 0.05, 0.5
 _LEAST_FILLED = 0.1
@@ -100,7 +106,7 @@ def _scaled_picture(image: Picture, config: StreamConfig | None) -> NDArray[np.f
 
 def _check_scaled(scaled: NDArray[np.float32], image: Volume | Picture, modality: Modality) -> None:
     output, low, high = Output.of(scaled), float(scaled.min()), float(scaled.max())
-    if modality is Modality.CT and output.white >= (_WHITE_CT_WITHOUT_AIR if _no_air(image) else _MOST_WHITE_CT):
+    if modality is Modality.CT and (output.white >= _MOST_WHITE_CT or _is_offset_ct(image, output.white)):
         raise ImageError(f"{output.white:.0%} of a CT above {HU_WINDOW[1]:g}", "Hounsfield units (was 1024 added?)")
     if not high - low >= _LEAST_RANGE:
         expected = {Modality.CT: "Hounsfield units", Modality.PHOTO: "grey levels of 0 to 255"}
@@ -113,6 +119,20 @@ def _check_scaled(scaled: NDArray[np.float32], image: Volume | Picture, modality
         raise ImageError(f"{share} of its voxels at the ends of the range", "an image, not a mask or an empty scan")
     if scaled.size >= _FEWEST_VOXELS and (values := _distinct(scaled)) <= _MASK_VALUES:
         raise ImageError(f"{values} different values", "an image, not a mask or a map of labels")
+    if isinstance(image, Volume):
+        _check_variation(image.voxels, modality)
+
+
+def _check_variation(voxels: NDArray[Any], modality: Modality) -> None:
+    """Raise ImageError for one slice that is repeated, or values that hardly differ."""
+    for axis in range(3):
+        slices = np.moveaxis(voxels, axis, 0)
+        if len(slices) >= _MANY_SLICES and (slices == slices[0]).all():
+            raise ImageError(f"one slice, {len(slices)} times", "a volume of several slices")
+    if modality in (Modality.MR, Modality.PET):
+        least, middle, most = np.nanpercentile(voxels, (1, 50, 99))
+        if least < most < least + _FLAT * abs(middle):
+            raise ImageError(f"voxels within {most - least:.3g} of {middle:.6g}", "voxels that differ")
 
 
 def _notes(
@@ -140,6 +160,18 @@ def _notes(
         yield "16-bit grey, scaled by its own 1st to 99th percentile: the stream gives no window"
     if not isinstance(image, Volume) and "applied" in image.info:
         yield str(image.info["applied"])
+
+
+def _is_offset_ct(image: Volume | Picture, white: float) -> bool:
+    """Whether tissue lies where Hounsfield units have bone, and nothing where they have air, as with 1024 added."""
+    if not isinstance(image, Volume) or white < _WHITE_CT_WITHOUT_AIR:
+        return False
+    voxels = image.voxels.ravel()
+    if np.mean(voxels == voxels.min()) >= _LEAST_PADDING:
+        voxels = voxels[voxels != voxels.min()]
+    above = voxels[voxels >= HU_WINDOW[1]]
+    shifted = np.mean((above >= 1024 + HU_WINDOW[0]) & (above <= 1024 + HU_WINDOW[1])) if above.size else 0.0
+    return _no_air(image) or bool(np.mean(voxels < HU_WINDOW[0]) < _LEAST_AIR and shifted >= _MOST_SHIFTED)
 
 
 def _no_air(image: Volume | Picture) -> bool:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 from panfm.config import StreamConfig, load_site, site_path
 from panfm.data.check import SiteReport
 from panfm.data.joins import Join, by_key, named
+from panfm.data.labels import read_cells
 from panfm.data.manifest import Fault, Row
 from panfm.data.subjects import subject_key
-from panfm.data.tables import read_table
 from panfm.errors import DataError, NoSubjectsError
 
 if TYPE_CHECKING:
@@ -103,10 +103,7 @@ def label_lines(folder: Path, report: SiteReport) -> list[str]:
     if site.labels is None:
         return []
     path = site_path(folder, site.labels)
-    try:
-        subjects = [cells["subject"] for _, cells in read_table(path, ("subject",))[1]]
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from error
+    subjects = read_cells(path).subjects
     return Join.of((row.subject for row in report.rows), subjects).lines(f"the images of {site.name}", site.labels)
 
 

@@ -12,6 +12,7 @@ A file `labels.toml` beside a label table overrules, one table for each column:
 What cannot be told is a question: the column is left out until `labels.toml` answers it.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +32,9 @@ from panfm.texts import parse_toml, read_text
 RULES = "labels.toml"
 _UNKNOWN = frozenset(("", "na", "n/a", "nan", "null", "unknown", "?"))
 """Cells, in lower case, that mean "not known" everywhere."""
-_CODES = frozenset((-1.0, -8.0, -9.0, -88.0, -99.0, -999.0, -9999.0, 9.0, 99.0, 999.0, 9999.0))
+_CODES = frozenset(
+    sign * value for sign in (-1.0, 1.0) for value in (8, 9, 88, 98, 99, 888, 998, 999, 8888, 9998, 9999, 99999)
+) | {-1.0, -2.0, -7.0, -32768.0}
 """Numbers that tables have in the place of "not known"."""
 _FAR = 3.0
 """A code is this many times as large as any other value."""
@@ -167,7 +170,7 @@ def _infer(cells: Sequence[str], rule: LabelRule, name: str) -> tuple[LabelKind,
         odd = next(cell for cell in counts if cell not in numbers)
         why = f"{sum(counts[cell] for cell in counts if cell not in numbers)} cells are no number, e.g. {odd!r:.40}"
         return LabelKind("ignore"), f"{why}; left out until {RULES} says: [{name}] unknown = [{odd!r:.40}]"
-    if rule.unknown is None and (code := _code(numbers)):
+    if rule.unknown != () and (code := _code(numbers)):
         rest = [number for cell, number in numbers.items() if cell != code]
         why = f"{counts[code]} subjects have {code}, far from the others ({min(rest):g} to {max(rest):g}): not known?"
         return LabelKind("ignore"), f'{why} left out until {RULES} says: [{name}] unknown = ["{code}"], or unknown = []'
@@ -211,8 +214,12 @@ def _code(numbers: Mapping[str, float]) -> str | None:
     if {*numbers.values()} == {-1.0, 1.0}:
         return None
     for cell, number in numbers.items():
-        rest = [other for other in numbers.values() if other != number]
-        if number in _CODES and rest and (min(rest) >= 0 if number < 0 else 0 <= max(map(abs, rest)) <= number / _FAR):
+        if number not in _CODES:
+            continue
+        others = [other for other in numbers.values() if other != number]
+        rest = [other for other in others if other not in _CODES] or others
+        largest = max(map(abs, rest), default=math.inf)
+        if (number < 0 and rest and min(rest) >= 0) or largest <= abs(number) / _FAR:
             return cell
     return None
 

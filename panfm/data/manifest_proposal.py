@@ -16,6 +16,7 @@ from panfm.config import SiteConfig
 from panfm.data.image_names import NameRules, stem
 from panfm.data.image_sources import Candidate, LeftOut, images_of_folder, images_of_table
 from panfm.data.manifest import Row, image_path
+from panfm.data.subjects import subject_key
 from panfm.seeds import derive_seed
 
 VAL_SHARE, TEST_SHARE = 0.1, 0.1
@@ -74,7 +75,7 @@ def propose(
     new = list(by_path.values())
     if split:
         new = [replace(one, name=replace(one.name, split=split)) for one in new]
-    unclear = [*_repeated(new), *_torn(new, kept)]
+    unclear = [*_respelled(new, kept), *_repeated(new), *_torn(new, kept)]
     taken = {(row.subject, row.session, row.stream): row.line for row in kept}
     rows = []
     for row in _rows(new, kept, image_path(site_folder, site, ".")):
@@ -113,6 +114,16 @@ def _remedy(stream: str, paths: Sequence[PurePath]) -> str:
         several = " ".join(f"--stream {plain}.{_slug(word)}='*{word}*'" for word in own)
         return f"write {several} if they are different images, or --subject 'EXPRESSION' if they are different patients"
     return "write --subject 'EXPRESSION' that finds the patient in the path, or a table with subject, stream and path"
+
+
+def _respelled(candidates: Sequence[Candidate], kept: Sequence[Row]) -> Iterator[str]:
+    """A line for each subject that is spelled in two ways."""
+    spelled: dict[str, str] = {}
+    for subject in [row.subject for row in kept] + [one.name.subject for one in candidates]:
+        first = spelled.setdefault(subject_key(subject), subject)
+        if first != subject:
+            remedy = "write one spelling in a table, or --subject 'EXPRESSION' if they are different patients"
+            yield f"subjects {first!r} and {subject!r} differ in case, zeros or form only; {remedy}"
 
 
 def _slug(word: str) -> str:

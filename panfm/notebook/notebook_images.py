@@ -66,8 +66,12 @@ def stores_of(images: Images, streams: Mapping[str, StreamConfig]) -> Iterator[I
         subjects = len(next(iter(files.values())))
         for first in range(0, subjects, _AT_ONCE):
             yield _store({name: paths[first : first + _AT_ONCE] for name, paths in files.items()}, streams)
-    else:
+    elif isinstance(images, str | os.PathLike) and not Path(images).is_file():
         yield open_store(Path(images), streams)
+    else:
+        given = f"a file ({images})" if isinstance(images, str | os.PathLike) else type(images).__name__
+        expected = f"a site folder, or {{{next(iter(streams))!r}: [PATH, ...]}}"
+        raise ConfigError(f"images: found {given:.200}, expected {expected}")
 
 
 def _store(files: Mapping[str, Sequence[Path | None]], streams: Mapping[str, StreamConfig]) -> ImageStore:

@@ -37,7 +37,7 @@ def probe_tables(probe: ProbeResult) -> Iterator[Table]:
         yield label_table(probe)
     if probe.few_labels:
         yield few_labels_table(probe.few_labels)
-    if probe.missing:
+    if len(missing_counts(probe.missing)) > 1:
         yield missing_table(probe.missing)
     if probe.streams:
         yield stream_table(probe.streams)
@@ -124,6 +124,8 @@ def summary(probe: ProbeResult) -> list[str]:
     where there is no federated model, no reference or no site alone."""
     arms = arms_of(probe, "auc")
     sentences = [_compared("With all labels", {arm: probe.value(arm) for arm in arms})]
+    if sentences[0]:
+        sentences.append(_uncertain(probe, arms))
     for metric in dict.fromkeys(metric for row in probe.few_labels.values() for metric in row):
         values = {arm: probe.few_labels.get(arm, {}).get(metric, math.nan) for arm in arms}
         sentences.append(_compared(f"With labels of {metric.removeprefix('auc_')} patients", values))
@@ -145,6 +147,17 @@ def _compared(where: str, values: Mapping[str, float]) -> str:
         f"{_signed(ours - known[reference])} against {words[reference]}, the better reference, and "
         f"{_signed(ours - known[site])} against the best site alone, {site.removeprefix('site:')}."
     )
+
+
+def _uncertain(probe: ProbeResult, arms: Sequence[str]) -> str:
+    """A sentence where the interval of the federated model holds others; empty where it holds none."""
+    ours = probe.find("federated", "all", "auc")
+    compared = [arm for arm in arms if arm in ("untrained", "statistics") or arm.startswith("site:")]
+    within = [arm for arm in compared if ours and ours.low <= probe.value(arm) <= ours.high]
+    if not ours or not within:
+        return ""
+    interval = f"{number_text(ours.low)} to {number_text(ours.high)}"
+    return f"Its 95 % interval, {interval}, holds {', '.join(within)}: these patients are too few to tell them apart."
 
 
 def _signed(value: float) -> str:

@@ -15,6 +15,9 @@ HU = np.random.default_rng(0).normal(0.0, 300.0, (8, 9, 10)).round().clip(-1000,
 HU[:4] = -1000.0
 MR = np.random.default_rng(1).integers(0, 1000, (8, 9, 10)).astype(np.float32)
 MASK = (np.indices((8, 9, 10)).sum(0) % 5 == 0).astype(np.float32)
+LABELS = np.minimum(np.indices((8, 9, 10)).sum(0) // 3, 7)
+TISSUE = np.random.default_rng(2).normal(40.0, 30.0, (8, 9, 10))
+ABDOMEN = np.where(np.indices((8, 9, 10))[0] < 6, np.random.default_rng(3).normal(-1000.0, 10.0, (8, 9, 10)), TISSUE)
 CONFIG = StreamConfig(shape=(8, 8, 8), patch=(4, 4, 4), spacing_mm=(2.0, 2.0, 2.0))
 
 FAULTY = {
@@ -26,6 +29,14 @@ FAULTY = {
     "a CT of -1 to 1": ("liver-ct", (HU - 250) / 1250, "one value all over"),
     "a CT with 1024 added": ("liver-ct", HU + 1024, "of a CT above 400, expected Hounsfield units (was 1024 added?)"),
     "a CT with 1000 added, an organ alone": ("liver-ct", HU[4:] / 10 + 1060, "of a CT above 400"),
+    "a CT with 1024 added, noise below 0": ("liver-ct", ABDOMEN + 1024, "of a CT above 400"),
+    "a CT with 1024 added, and padding": (
+        "liver-ct",
+        np.where(np.indices((8, 9, 10))[1] < 1, -2000, ABDOMEN + 1024),
+        "of a CT above 400",
+    ),
+    "one slice, repeated": ("brain-mr", np.repeat(MR[:1], 8, axis=0), "one slice, 8 times"),
+    "values that hardly differ": ("brain-mr", 1000 + MR / 1e5, "voxels within "),
     "a CT that was stored without its sign": ("liver-ct", np.where(HU < 0, HU + 65536, HU), "of a CT above 400"),
     "a CT of air alone": ("lung-ct", HU / 100 - 900, "one value all over"),
     "a mask": ("brain-mr", MASK, "100.0% of its voxels at the ends of the range"),
@@ -111,7 +122,7 @@ def test_a_bright_constant_is_no_padding(bright):
 def test_few_values_a_squeezed_scale_and_a_thin_scan_are_noted():
     affine = np.diag([2.0, 2.0, 2.0, 1.0])
     noted = {
-        "8 different values": (np.arange(720).reshape(8, 9, 10) // 90, CONFIG),
+        "8 different values": (LABELS, CONFIG),
         "most grey levels lie within": (np.where(MR < 25, 1e6 + MR, MR), CONFIG),
         "fills 6% of the run's shape": (MR[..., :2], CONFIG.model_copy(update={"shape": (8, 8, 32)})),
     }
@@ -150,7 +161,7 @@ def test_the_command_tells_faults_and_notes_by_file(site, streams):
     for subject in "abcdefgh":
         site.add(subject)
     site.add("thin", voxels=np.random.default_rng(9).integers(0, 900, (8, 8, 1)).astype(np.int16))
-    site.add("labels", voxels=(np.arange(720).reshape(8, 9, 10) // 90).astype(np.int16))
+    site.add("labels", voxels=LABELS.astype(np.int16))
     result = site.check()
     assert result.exit_code == 1
     assert "thin_brain-mr.nii.gz: found a single slice (8x8x1), expected a volume of several slices" in result.output

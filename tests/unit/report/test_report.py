@@ -104,10 +104,11 @@ WITH_SITES = replace(
 )
 
 
-def test_two_sentences_say_what_the_federation_gained():
+def test_sentences_say_what_the_federation_gained_and_whether_the_interval_holds_others():
     assert summary(WITH_SITES) == [
         "With all labels, probes of the federated model reach an AUC of .712 on held-out patients: +.062 "
         "against plain statistics, the better reference, and -.008 against the best site alone, north.",
+        "Its 95 % interval, .680 to .740, holds site:north: these patients are too few to tell them apart.",
         "With labels of 100 patients, probes of the federated model reach an AUC of .600 on held-out patients: "
         "+.050 against the untrained model, the better reference, and +.010 against the best site alone, north.",
     ]

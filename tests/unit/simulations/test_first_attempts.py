@@ -57,11 +57,12 @@ class Attempt:
         path.write_text(change(path.read_text()))
 
     def told(self, *words):
-        """The one line of a refusal."""
+        """The one line of a refusal, after what is told of the label tables where these are its reason."""
         done = CliRunner().invoke(main, ["simulate", "run.toml", "--out", "out", *map(str, words)])
         assert done.exit_code == 1, done.output
         assert not (self.folder / "out").exists()
-        [line] = done.stderr.splitlines()
+        *notes, line = done.stderr.splitlines()
+        assert not notes or "label" in line
         return line
 
     def lines(self):
