@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from panfm.anatomy import Modality, parse_stream
 from panfm.config import StreamConfig
 from panfm.data.intensity import HU_WINDOW, apply_intensity, picture_levels
+from panfm.data.read import prepare
 from panfm.data.readers import ImageError, Picture, Volume
 
 K = TypeVar("K")
@@ -76,8 +77,6 @@ def inspect_output(image: Volume | Picture, stream: str, config: StreamConfig | 
     _check_scaled(scaled, image, modality)
     prepared = scaled
     if config:
-        from panfm.data.read import prepare  # MONAI takes seconds to import
-
         prepared = prepare(image, stream, config)
         if not np.ptp(prepared) >= _LEAST_RANGE:
             raise ImageError("one value all over the part that the run's shape and spacing show", "voxels that differ")
