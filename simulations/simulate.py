@@ -83,7 +83,8 @@ def _run(job: Job, engine: str, console: Console) -> None:
     try:
         run_job(job, engine)
     except RunError as error:
-        raise RunError("\n".join([str(error), *errors.lines()])) from error
+        new = [line for line in errors.lines() if line not in str(error)]
+        raise RunError("\n".join([str(error), *new])) from error
     for line in errors.lines():
         console.print(line, markup=False)
 

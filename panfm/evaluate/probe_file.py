@@ -82,7 +82,8 @@ def save_probes(folder: Path, probes: Mapping[str, SharedProbe], pooling: str) -
         for name in _PARTS
     }
     told = {task: shared.summary() for task, shared in probes.items()}
-    metadata = {"pooling": pooling, "tasks": json.dumps(told)}
+    # One entry: safetensors writes several in an order that differs from process to process.
+    metadata = {"probes": json.dumps({"pooling": pooling, "tasks": told}, sort_keys=True)}
     write_atomic(folder / FILE, safetensors.numpy.save(tensors, metadata))
 
 
@@ -92,7 +93,7 @@ def read_probes(folder: Path) -> dict[str, SharedProbe]:
     try:
         content = path.read_bytes()
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        tasks = json.loads(header["__metadata__"]["tasks"])
+        tasks = json.loads(header["__metadata__"]["probes"])["tasks"]
         tensors = safetensors.numpy.load(content)
         return {
             task: SharedProbe(

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from panfm.config import Releasable, SiteConfig, site_path
+from panfm.config.site_description import LimitsConfig
 from panfm.errors import ConfigError, PanfmError
 from panfm.files import is_locked, locked
 from panfm.models.sizes import sizes_of
@@ -49,7 +50,7 @@ class Worker:
 
     def serve_forever(self) -> None:
         """Answer one question after the other."""
-        _load_libraries(self.site.config)
+        load_libraries(self.site.config.limits)
         while True:
             self.serve_one()
 
@@ -96,13 +97,13 @@ def _largest(kind: Kind, config: Mapping[str, Any]) -> int:
     return _BYTES_PER_PARAMETER * sizes.parameters + (sizes.probe_bytes if kind is Kind.SUMS else 0)
 
 
-def _load_libraries(site: SiteConfig) -> None:
+def load_libraries(limits: LimitsConfig) -> None:
     """Import what the first question would import: a limit on time that ends an import leaves half a module behind."""
     import panfm.data.read
 
-    if site.limits.epsilon is not None:
+    if limits.epsilon is not None:
         import panfm.privacy.private_step
-    if Releasable.LABEL_SUMS in site.limits.may_leave:
+    if Releasable.LABEL_SUMS in limits.may_leave:
         import panfm.site.sums_answer  # noqa: F401
 
     for registry in (READERS, MASKING_POLICIES, BACKBONES):

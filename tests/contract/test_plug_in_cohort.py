@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = '''
-"""Cohorts of stripes: one site whose pictures are grey levels."""
+"""Cohorts of stripes: one site whose pictures are ramps of grey."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -36,7 +36,8 @@ class StripesCohort(CohortSource):
             site = partial / "sites" / "zoo"
             site.mkdir(parents=True)
             for subject in range(self.subjects):
-                Image.fromarray(np.full((8, 8), subject, dtype=np.uint8)).save(site / f"{subject}.png")
+                ramp = np.arange(subject, 64 + subject, dtype=np.uint8).reshape(8, 8)
+                Image.fromarray(ramp).save(site / f"{subject}.png")
                 progress(subject + 1, self.subjects)
             rows = [(f"subject-{subject}", stream, f"{subject}.png", "train") for subject in range(self.subjects)]
             write_site_folder(site, rows)

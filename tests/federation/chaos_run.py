@@ -30,6 +30,7 @@ from flwr.clientapp import ClientApp  # noqa: E402
 
 from client.app import app as client_app  # noqa: E402
 from panfm.config import site_folders  # noqa: E402
+from panfm.config.site_description import LimitsConfig  # noqa: E402
 from panfm.errors import PanfmError  # noqa: E402
 from panfm.site import worker  # noqa: E402
 from server.app import app as server_app  # noqa: E402
@@ -132,7 +133,7 @@ def compile_mean() -> None:
 
 def serve() -> None:
     """Fork a server for each job. Libraries are imported and the mean is compiled once, before any fork."""
-    worker._load_libraries()
+    worker.load_libraries(LimitsConfig())
     compile_mean()
     for line in sys.stdin:
         if not (pid := os.fork()):

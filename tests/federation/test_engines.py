@@ -3,9 +3,11 @@
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+import tomli_w
 
 from panfm.config import dump_toml
 from tests.federation.conftest import GATED, TASKS
@@ -59,14 +61,15 @@ def test_engines_agree_on_gate_and_probe_to_the_bit(labelled, engine):
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["local", "ray", "flower"])
 def test_a_broken_site_is_one_line(federation, engine):
-    """Site and reason on the console; the whole story, with the file, in the run folder."""
-    manifest = federation.sites / "beta" / "manifest.csv"
-    manifest.write_text(manifest.read_text().replace("beta-0-heart", "absent"))
+    """Site and reason on the console; the whole story in the run folder. A fault of data is told before the engine."""
+    description = tomllib.loads((federation.sites / "beta" / "site.toml").read_text())
+    description["limits"]["experiments"] = ["0" * 64]
+    (federation.sites / "beta" / "site.toml").write_text(tomli_w.dumps(description))
     done = simulate(federation, engine, engine)
     assert done.returncode == 1, done.stdout + done.stderr
     [line] = done.stderr.splitlines()
-    assert re.search(r"2 of at least 3 sites can take part: node \d+: site beta: DataError: ", line)
-    assert "absent.nii.gz" in (federation.folder / engine / "sites" / "beta" / "site.log").read_text()
+    assert re.search(r"2 of at least 3 sites can take part: node \d+: site beta: LimitError: ", line)
+    assert "limits.experiments" in (federation.folder / engine / "sites" / "beta" / "site.log").read_text()
     assert not (federation.folder / engine / "model").exists()
 
 

@@ -73,9 +73,11 @@ def test_a_round_of_a_model_that_cannot_be_built_is_answered(serving):
 def test_a_first_question_imports_no_plug_in(folder):
     """An import that a limit on time ends would leave half a module behind."""
     script = (
-        "import sys\nfrom panfm.site import worker\nworker._load_libraries()\nbefore = set(sys.modules)\n"
+        "import sys\nfrom panfm.config.site_description import LimitsConfig\nfrom panfm.site import worker\n"
+        "worker.load_libraries(LimitsConfig())\nbefore = set(sys.modules)\n"
         "from panfm import registry\n"
-        "for table in (registry.OBJECTIVES, registry.MASKING_POLICIES, registry.BACKBONES, registry.READERS):\n"
+        "tables = (registry.OBJECTIVES, registry.MASKING_POLICIES, registry.BACKBONES, registry.READERS)\n"
+        "for table in tables:\n"
         "    for name in table.names:\n"
         "        loaded = table.load(name)\n"
         "        registry.import_class(getattr(loaded, 'implementation', loaded))\n"
