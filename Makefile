@@ -14,7 +14,7 @@ export OMP_NUM_THREADS := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all same-bits flower federation lint clean
+.PHONY: help install demo test test-all same-bits flower federation docs reference figures lint clean
 
 help:  ## What can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -22,7 +22,7 @@ help:  ## What can be made
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --disable-pip-version-check --progress-bar on --constraint constraints.txt --editable ".[simulation,onnx,weights,dev,accounting]"
+	$(PY) -m pip install --disable-pip-version-check --progress-bar on --constraint constraints.txt --editable ".[simulation,onnx,weights,docs,dev,accounting]"
 	@touch $@
 
 install: $(INSTALLED)  ## Set up .venv
@@ -45,10 +45,20 @@ test-all: $(INSTALLED)  ## The default suite and the slow tests
 same-bits: $(INSTALLED)  ## Does this tree give the bits of an earlier commit? make same-bits BASE=<commit>
 	$(PY) -m simulations same-bits $(BASE)
 
+docs: $(INSTALLED)  ## The documentation as a web site, in site/
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict
+	@echo "site/index.html"
+
+reference: $(INSTALLED)  ## Write docs/reference anew, from the code
+	$(PY) -m simulations.documents reference
+
+figures: $(INSTALLED)  ## Draw the figures of README and docs anew, from the results in docs/results/data
+	$(PY) -m simulations.documents figures
+
 lint: $(INSTALLED)  ## Format check, lint, strict types
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 
 clean:  ## Remove .venv and everything made
-	rm -rf $(VENV) runs cohorts
+	rm -rf $(VENV) runs cohorts site

@@ -112,8 +112,7 @@ def same_bits(
 
 def _pass_on(verb: str, package: str, name: str, words: list[str]) -> None:
     """Hand the rest of the command line to `main` of the file of a study or bench."""
-    paths = (Path(__file__).parent / package).glob("[a-z]*.py")
-    known = dict(sorted((path.stem.removesuffix("_study").replace("_", "-"), path) for path in paths))
+    known = files_of(package)
     if name in ("--help", "-h"):
         typer.echo(f"python -m simulations {verb} NAME [--help]\n")
         typer.echo("\n".join(f"  {other:20} {_first_line(path)}" for other, path in known.items()))
@@ -121,9 +120,21 @@ def _pass_on(verb: str, package: str, name: str, words: list[str]) -> None:
     if name not in known:
         raise ConfigError(f"{name}: unknown, expected one of {', '.join(known)}")
     _check_experiment(words)
-    command = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    command.command()(import_module(f"simulations.{package}.{known[name].stem}").main)
+    command = command_of(package, known[name])
     command(args=_with_json_path(words, f"{name}.json"), prog_name=f"python -m simulations {verb} {name}")
+
+
+def files_of(package: str) -> dict[str, Path]:
+    """Name of each study (package `studies`) or bench (`bench`) -> its file."""
+    paths = (Path(__file__).parent / package).glob("[a-z]*.py")
+    return dict(sorted((path.stem.removesuffix("_study").replace("_", "-"), path) for path in paths))
+
+
+def command_of(package: str, path: Path) -> typer.Typer:
+    """The command of a study's or bench's file."""
+    command = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    command.command()(import_module(f"simulations.{package}.{path.stem}").main)
+    return command
 
 
 def _check_experiment(words: list[str]) -> None:

@@ -33,10 +33,13 @@ class RunConfig(Config):
     """One run."""
 
     name: Name
+    """Name of the run; its folder is `runs/<name>-<time>` unless `--out` says otherwise."""
     seed: Seed = 0
+    """Of parameters, batches and masks."""
     named_organs: Annotated[tuple[str, ...], Field(strict=False)] | None = Field(default=None, alias="organs")
-    """`organs`, only to name others than the property `organs` has."""
+    """Organs that a site may have images of; those of the streams and the seven of Pan-FM when left out."""
     streams: Annotated[dict[str, StreamConfig], Field(min_length=1)]
+    """Stream (`<organ>-<modality>`, e.g. brain-mr or brain-mr.t1) -> how its images are prepared."""
     cohort: TomlTable | None = None
     """Where a simulation takes its sites from: a table that it checks itself. No site is told of it."""
     tracking: TomlTable | None = None

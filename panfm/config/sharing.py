@@ -9,8 +9,6 @@ from panfm.registry import MEANS
 
 Mean = Annotated[str, plug_in(MEANS)]
 GroupName = Annotated[str, Field(pattern=r"^(backbone|head|director|experts|router|stream(:[a-z0-9._-]+)?)$")]
-
-
 NormLimit = Annotated[float, Field(ge=1e-3, le=1e6)]
 ServerRate = Annotated[float, Field(ge=1e-9, le=10.0)]
 
@@ -44,8 +42,11 @@ class MomentumConfig(Config):
 
     kind: Literal["momentum"]
     learning_rate: ServerRate = 1.0
+    """Factor on the step that momentum makes of the mean updates."""
     momentum: BelowOne = 0.9
+    """Share of the sum of earlier updates that is kept in each round."""
     nesterov: bool = True
+    """Whether the step is the mean update plus momentum times that sum, or the sum alone."""
 
 
 class AdaptiveConfig(Config):
@@ -55,6 +56,7 @@ class AdaptiveConfig(Config):
     learning_rate: ServerRate = 0.01
     """About what a number moves in a round."""
     betas: Annotated[tuple[BelowOne, BelowOne], Field(strict=False)] = (0.9, 0.99)
+    """Decay of the means of updates and of their squares."""
     epsilon: Annotated[float, Field(ge=1e-12, le=1e3)] = 1e-3
     """The paper's tau: an update that is small against it moves little."""
 
@@ -68,6 +70,7 @@ class GroupConfig(Config):
     mean: Mean | None = None
     optimiser: OptimiserConfig | None = None
     norm_limit: NormLimit | None = None
+    """As `sharing.guards.norm-limit`, for this group."""
 
 
 class SharingConfig(Uncoupled):

@@ -52,6 +52,7 @@ class LabelRule(Config):
     """A column of `labels.toml`."""
 
     kind: Kind | None = None
+    """How the column is read; inferred from its values when left out."""
     unknown: Annotated[tuple[str, ...], Field(strict=False)] | None = None
     """Cells that mean "not known"; an empty list says that no number of the column is a code."""
     yes: str | None = None

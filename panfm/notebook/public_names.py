@@ -19,6 +19,8 @@ _POINTS = {
     "mean": MEANS,
     "reader": READERS,
 }
+PUBLIC_NAMES = (*_TARGETS, *_POINTS)
+"""All names that the package has beside its modules."""
 
 
 def public_name(name: str) -> Any:

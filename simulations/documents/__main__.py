@@ -1,0 +1,36 @@
+"""`python -m simulations.documents reference|figures`: writes docs/reference, or docs/figures from kept results."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from simulations.documents.figures import figures as all_figures
+from simulations.documents.reference import pages as all_pages
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+_Out = Annotated[Path, typer.Option(help="Folder to write into.")]
+
+
+@app.command()
+def reference(out: _Out = DOCS / "reference") -> None:
+    """Write the reference pages: descriptions, commands, Python names, tables and files."""
+    _write(out, all_pages())
+
+
+@app.command()
+def figures(out: _Out = DOCS / "figures") -> None:
+    """Draw the figures of README and docs from the results kept in docs/results/data."""
+    _write(out, all_figures(DOCS / "results" / "data"))
+
+
+def _write(folder: Path, texts: dict[str, str]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+        typer.echo(folder / name)
+
+
+if __name__ == "__main__":
+    app()
