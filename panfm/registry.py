@@ -129,9 +129,9 @@ MEANS = Registry(
     "sharing.mean",
     {
         "weighted": "strategies.group_means:WeightedMean",
-        "median": "strategies.robust_means:CoordinateMedian",
-        "trimmed": "strategies.robust_means:TrimmedMean",
-        "geometric-median": "strategies.robust_means:GeometricMedian",
+        "median": "strategies.group_means:CoordinateMedian",
+        "trimmed": "strategies.group_means:TrimmedMean",
+        "geometric-median": "strategies.group_means:GeometricMedian",
         "l-dawa": "strategies.group_means:LayerwiseMean",
     },
 )

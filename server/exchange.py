@@ -1,14 +1,32 @@
-"""Exchange: messages to many sites, replies as they arrive until a deadline, and why the others failed."""
+"""Questions to many sites: messages go out, replies come in until a deadline, and the others are named with a reason.
+
+`Exchange` does this for the messages of a round or an invitation. `ask_sums` asks sites for sums over their patients
+under given global parameters (panfm/sharing/sums_messages.py) and returns the answers in the order of the sites' names,
+so that their sums have the same bits in any order of arrival.
+"""
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
 
-from flwr.app import Message
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from panfm.errors import one_line
+from panfm.config import RunConfig, dump_toml
+from panfm.errors import ConfigError, ProtocolError, one_line
+from panfm.evaluate.label_sums import MAX_FEATURES, LabelSums
+from panfm.models.sizes import sizes_of
+from panfm.sharing.frames import MAX_ARRAYS
+from panfm.sharing.groups import Flat
+from panfm.sharing.messages import Handshake, RoundTask
+from panfm.sharing.sums_messages import Parts, Purpose, SumsReply, SumsTask, path_arrays
+from server.checkpoint import ServerState
+from strategies import Memory
+from strategies.round_messages import Downlink, make_array, unpack
 
+R = TypeVar("R")
 logger = logging.getLogger(__name__)
 _PUSHES = 3
 _MAX_PAUSE_S = 2.0
@@ -97,3 +115,132 @@ def _copy(message: Message) -> Message:
     """Same message under another id."""
     about = message.metadata
     return Message(message.content, about.dst_node_id, about.message_type, ttl=about.ttl, group_id=about.group_id)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Answers of the sites to one question, and why others have none."""
+
+    replies: Mapping[str, SumsReply]
+    """Site -> its answer, in the order of names."""
+    failed: Mapping[str, str]
+    """Site -> why it has none."""
+    seconds: float
+
+    def read(self, reader: Callable[[SumsReply], R]) -> tuple[dict[str, R], dict[str, str]]:
+        """Read every answer; returns what was read, and why answers were refused, by site."""
+        read: dict[str, R] = {}
+        refused: dict[str, str] = {}
+        for site, reply in self.replies.items():
+            try:
+                read[site] = reader(reply)
+            except ProtocolError as error:
+                refused[site] = one_line(str(error))
+        return read, refused
+
+
+def check_sums_fit(run: RunConfig, embedding_size: int) -> None:
+    """Raise ConfigError if the sums of the run's tasks are too large to be solved, or for one message."""
+    if not run.probe.tasks:
+        return
+    if embedding_size > MAX_FEATURES:
+        raise ConfigError(
+            f"probe.tasks: embeddings have {embedding_size} numbers, expected at most {MAX_FEATURES}; set "
+            'features.pooling, e.g. "cls+mean"'
+        )
+    if (size := sizes_of(run).probe_bytes) > MAX_ARRAYS:
+        raise ConfigError(f"probe.tasks: sums of {size:,} bytes, expected at most {MAX_ARRAYS:,}: fewer tasks")
+
+
+def ask_sums(
+    grid: Grid,
+    run: RunConfig,
+    state: ServerState,
+    roster: Mapping[int, Handshake],
+    purpose: Purpose,
+    *,
+    frozen: Mapping[str, Flat],
+    paths: Mapping[str, Parts] | None = None,
+) -> Answers:
+    """Ask sites for sums under the global parameters of a state.
+
+    Args:
+        run: As sites are told of it.
+        roster: Node id -> handshake of the sites to ask.
+        frozen: Group -> its parameters that the run does not train.
+        paths: Task of labels -> its ridge path, to ask for errors.
+    """
+    start, timeout_s = time.monotonic(), run.federation.round_timeout_s
+    model = RoundTask(state.run_id, state.round_number + 1, dump_toml(run), {})
+    config = ConfigRecord(dict(SumsTask(model, purpose).to_records().config))
+    groups = ArrayRecord({group: make_array(flat) for group, flat in state.groups.items()})
+    downlink = Downlink(groups, Memory(frozen_holders=state.memory.frozen_holders), teacher={}, frozen=frozen)
+    more = ArrayRecord({name: make_array(array) for name, array in path_arrays(paths or {}).items()})
+
+    def message(node_id: int, handshake: Handshake) -> Message:
+        content = downlink.content(handshake, config)
+        content = RecordDict({**content, "paths": more}) if paths else content
+        group_id = f"{purpose}-{model.round_number}"
+        return Message(content, node_id, MessageType.EVALUATE, ttl=timeout_s, group_id=group_id)
+
+    exchange = Exchange(grid, (message(*entry) for entry in roster.items()), timeout_s)
+    names = {node_id: handshake.site for node_id, handshake in roster.items()}
+    replies: dict[str, SumsReply] = {}
+    failed: dict[str, str] = {}
+    for reply in exchange:
+        site = names[reply.metadata.src_node_id]
+        try:
+            replies[site] = _read(reply, model)
+        except ProtocolError as error:
+            failed[site] = one_line(str(error))
+    failed |= {
+        names[node_id]: reason.removeprefix(f"site {names[node_id]}: ") for node_id, reason in exchange.failed.items()
+    }
+    return Answers(dict(sorted(replies.items())), dict(sorted(failed.items())), time.monotonic() - start)
+
+
+def label_sums(run: RunConfig, embedding_size: int, subjects: Mapping[str, int], answers: Answers) -> "SiteSums":
+    """Read the sums of features and labels from answers.
+
+    Args:
+        subjects: Site -> most training subjects that it may have.
+    """
+
+    def read(reply: SumsReply) -> dict[str, LabelSums]:
+        if unknown := sorted(set(reply.sums) - set(run.probe.tasks)):
+            raise ProtocolError(f"label sums of {unknown[0]!r:.80}, which the run does not name")
+        if not reply.sums:
+            raise ProtocolError("label sums: of no task")
+        return {
+            task: LabelSums.from_arrays(parts, features=embedding_size, labels=len(run.probe.tasks[task]))
+            for task, parts in reply.sums.items()
+        }
+
+    sums, refused = answers.read(read)
+    for site in list(sums):
+        most = max(float(of_task.count) for of_task in sums[site].values())
+        if most > subjects[site]:
+            del sums[site]
+            refused[site] = f"label sums: of {most:g} patients, the site has {subjects[site]}"
+    return SiteSums(sums, {**answers.failed, **refused})
+
+
+@dataclass(frozen=True)
+class SiteSums:
+    """Sums of features and labels of several sites."""
+
+    by_site: Mapping[str, Mapping[str, LabelSums]]
+    """Site -> task -> its sums, in the order of names."""
+    failed: Mapping[str, str]
+    """Site -> why it gave none."""
+
+    def of_task(self, task: str) -> dict[str, LabelSums]:
+        """Site -> its sums of a task; without sites that gave none."""
+        return {site: sums[task] for site, sums in self.by_site.items() if task in sums}
+
+
+def _read(reply: Message, model: RoundTask) -> SumsReply:
+    answer = SumsReply.from_records(unpack(reply.content))
+    if (answer.run_id, answer.round_number) != (model.run_id, model.round_number):
+        raise ProtocolError(f"answers {answer.run_id} before round {answer.round_number}, not the question")
+    return answer

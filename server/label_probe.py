@@ -1,6 +1,6 @@
 """The last step of a run with `probe.tasks`: one ridge probe of each task on the labelled patients of all sites.
 
-    1. ask the sites that are there for sums of features and labels               sums_exchange.py
+    1. ask the sites that are there for sums of features and labels               exchange.py
     2. solve the ridge regression of each task under every penalty                panfm/evaluate/federated_probe.py
     3. send the sites these, ask for summed leave-one-out errors, and choose the penalty with the least
     4. write the probes into the model's folder (`probe.safetensors`), and tell of them in its metadata
@@ -25,7 +25,7 @@ from panfm.sharing.groups import Flat
 from panfm.sharing.messages import Handshake
 from panfm.sharing.sums_messages import Purpose, SumsReply
 from server.checkpoint import ServerState
-from server.sums_exchange import Answers, ask_sums, label_sums
+from server.exchange import Answers, ask_sums, label_sums
 
 logger = logging.getLogger(__name__)
 _NO_VARIANCE = 1e-12

@@ -28,7 +28,7 @@ from panfm.sharing.groups import Flat
 from panfm.sharing.messages import Handshake
 from panfm.sharing.sums_messages import Purpose, SumsReply
 from server.checkpoint import Measure, ServerState
-from server.sums_exchange import Answers, ask_sums, label_sums
+from server.exchange import Answers, ask_sums, label_sums
 
 logger = logging.getLogger(__name__)
 _MOST_VALIDATION = 10

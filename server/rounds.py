@@ -36,14 +36,13 @@ from panfm.sharing.groups import Flat, GroupManifest
 from panfm.sharing.messages import Handshake, RoundTask
 from server.checkpoint import ServerState
 from server.console import Progress
-from server.exchange import Exchange
+from server.exchange import Exchange, check_sums_fit
 from server.handshake import Attendance, shake_hands
 from server.label_probe import LabelProbes, fit_probes
 from server.membership import Membership
 from server.round_gate import RoundGate
 from server.round_line import round_line
 from server.run_folder import RunFolder
-from server.sums_exchange import check_sums_fit
 from server.tracking import Tracking
 from strategies import GroupedMean, SiteDpMean
 from strategies.round_messages import make_array, view_arrays

@@ -13,9 +13,9 @@ from panfm.registry import Registry
 LOGGERS = Registry(
     "tracking.loggers",
     {
-        "tensorboard": "server.tensorboard_logger:TensorBoardLogger",
-        "mlflow": "server.mlflow_logger:MlflowLogger",
-        "wandb": "server.wandb_logger:WandbLogger",
+        "tensorboard": "server.loggers:TensorBoardLogger",
+        "mlflow": "server.loggers:MlflowLogger",
+        "wandb": "server.loggers:WandbLogger",
     },
 )
 """Loggers of rounds (`server.tracking.RoundLogger`)."""

@@ -1,26 +1,43 @@
-"""The mean of one group: its interface, the choice by `sharing.mean`, and the means that stream.
+"""The means of a group: their interface, the choice by `sharing.mean`, and the five that come with it.
 
-    weighted    weight of site k = w_k
-    l-dawa      weight of layer l of site k = w_k max(0, cos(g_l, g_l + u_kl))      g: global parameters, u: update
+    weighted           weight of site k = w_k
+    l-dawa             weight of layer l of site k = w_k max(0, cos(g_l, g_l + u_kl))
+    median             the middle value of each number; one vote per site
+    trimmed            each number: without the share `trim` of the sites at each end, rounded up; the rest by weight
+    geometric-median   the point with the least weighted distance to the updates, each as a whole
+
+with g the global parameters, u the update of a site, w its weight.
 
 To add a mean, write a class with the methods of `GroupMean` and a line in `MEANS` (panfm/registry.py). A mean that
-needs all updates of a round at once subclasses `BufferedMean` (robust_means.py); others add them to a sum as they
-arrive, like `WeightedMean`.
+needs all updates of a round at once subclasses `BufferedMean`; others add them to a sum as they arrive, like
+`WeightedMean`.
 
-In L-DAWA a layer of a site counts less the further its parameters have turned from the global ones. A layer is one
+L-DAWA: a layer of a site counts less the further its parameters have turned from the global ones. A layer is one
 parameter tensor, or one expert of it. Weights are divided by their sum, layer by layer; the paper leaves that sum below
 1, which shrinks the parameters a little each round. A layer of zeros has no direction; its cosine is 1. The server
 computes the cosines as a reply arrives, so sites send nothing more and no update is kept.
 
+Robust means: a minority of wrong updates cannot move the last three far. They keep all updates of a round in memory. A
+site states its own weight, so sites are cut by one vote each. No site has more than `federation.max-share` of the
+weight (weight_caps.py): of the total in the geometric median, which withstands wrong updates below half of it, and of
+what remains of each number in the trimmed mean. With few and unlike sites an honest one looks like an outlier. None of
+these changes anything with fewer than three sites; with two the median is their plain mean. Flower's FedMedian and
+FedTrimmedAvg want the same arrays from all sites, take no weights, and are methods rather than functions.
+
 Source:
-    Rehman et al. 2023 (arXiv 2307.07393).
+    Rehman et al. 2023 (arXiv 2307.07393), L-DAWA; Yin et al. 2018 (arXiv 1803.01498), median and trimmed mean; Pillutla
+    et al. 2022 (arXiv 1912.13445), Algorithm 2 (smoothed Weiszfeld), geometric median.
 """
 
+import hashlib
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from panfm.config.sharing import SharingConfig
 from panfm.config.site_dp import SiteDpConfig
@@ -30,6 +47,11 @@ from panfm.registry import MEANS
 from panfm.sharing.groups import Flat, Segments
 from panfm.sharing.weights import Weights
 from strategies.exact_mean import USUAL, ExactMean, Votes, check_size
+from strategies.weight_caps import FEWEST, capped_weights
+
+_CHUNK = 1 << 14
+_SMOOTHING = 1e-6
+_ITERATIONS = 100
 
 
 @dataclass(frozen=True)
@@ -147,3 +169,135 @@ def _cosine(one: Flat, other: Flat) -> float:
     """Cosine of two layers, at least 0; 1 if one is zero or not finite."""
     norms = float(np.linalg.norm(one)) * float(np.linalg.norm(other))
     return min(max(float(np.dot(one, other)) / norms, 0.0), 1.0) if 0.0 < norms < math.inf else 1.0
+
+
+class BufferedMean(ABC):
+    """Mean that is computed once all updates of a round are there; a subclass says how, in `combine`.
+
+    Guarantees:
+        order: contributions are sorted by content first, so their order of arrival does not matter.
+    """
+
+    uses_weights: ClassVar[bool] = True
+
+    def __init__(self, setup: GroupSetup) -> None:
+        """Create a mean without contributions."""
+        self.setup = setup
+        self._guard = ExactMean(setup.segments, weight_limit=setup.weight_limit, space=setup.space, votes=setup.votes)
+        """Checks contributions, takes their norms, counts their signs."""
+        self._contributions: list[tuple[Weights, bytes, Flat]] = []
+
+    @abstractmethod
+    def combine(self, updates: Sequence[Flat], weights: Sequence[float]) -> Flat:
+        """Return the mean of the updates, float32; all weights are above 0."""
+
+    def add(self, update: Flat, weights: Weights) -> float:
+        """Keep one site's update. Raises ProtocolError as `ExactMean.add` does."""
+        norm = self._guard.add(update, weights)
+        self._contributions.append((weights, hashlib.sha256(update.data).digest(), update))
+        return norm
+
+    def remove(self, update: Flat, weights: Weights) -> None:
+        """Undo the last `add`."""
+        self._guard.remove(update, weights)
+        self._contributions.pop()
+
+    def mean(self) -> Flat | None:
+        """Return the mean, segment by segment; None if no weight was above 0, and -0.0 in segments that have none."""
+        contributions = sorted(self._contributions, key=lambda contribution: contribution[:2])
+        if not any(any(weights) for weights, _, _ in contributions):
+            return None
+        parts, start = [], 0
+        for length, which in self.setup.segments:
+            segment = slice(start, start := start + length)
+            pairs = [(update[segment], weights[which]) for weights, _, update in contributions if weights[which]]
+            parts.append(self.combine(*zip(*pairs, strict=True)) if pairs else np.full(length, -0.0, np.float32))
+        return np.concatenate(parts)
+
+
+class CoordinateMedian(BufferedMean):
+    """Median of each number."""
+
+    uses_weights = False
+
+    def combine(self, updates: Sequence[Flat], weights: Sequence[float]) -> Flat:
+        """Return `coordinate_median` of the updates."""
+        return coordinate_median(updates)
+
+
+class TrimmedMean(BufferedMean):
+    """Mean of each number without the extreme sites."""
+
+    def combine(self, updates: Sequence[Flat], weights: Sequence[float]) -> Flat:
+        """Return `trimmed_mean` of the updates."""
+        return trimmed_mean(updates, weights, trim=self.setup.trim, max_share=self.setup.max_share)
+
+
+class GeometricMedian(BufferedMean):
+    """Point with the least weighted distance to the updates."""
+
+    def combine(self, updates: Sequence[Flat], weights: Sequence[float]) -> Flat:
+        """Return `geometric_median` of the updates, under capped weights."""
+        return geometric_median(updates, capped_weights(weights, self.setup.max_share))
+
+
+def coordinate_median(updates: Sequence[Flat]) -> Flat:
+    """Median of each number, float32."""
+    return np.concatenate([np.median(stack, axis=0) for stack in _stacks(updates)]).astype(np.float32)
+
+
+def trimmed_mean(updates: Sequence[Flat], weights: Sequence[float], *, trim: float, max_share: float = 1.0) -> Flat:
+    """Mean of each number without the extreme sites, float32; at least one is left."""
+    num = len(updates)
+    max_share = max_share if num >= FEWEST else 1.0
+    cut = min(math.ceil(trim * num), (num - 1) // 2)
+    shares = np.asarray(weights, np.float64)
+    parts = []
+    for stack in _stacks(updates):
+        kept = np.argsort(stack, axis=0, kind="stable")[cut : num - cut]
+        lowered = _capped(shares[kept], max_share)
+        parts.append(np.average(np.take_along_axis(stack, kept, axis=0), axis=0, weights=lowered))
+    return np.concatenate(parts).astype(np.float32)
+
+
+def _capped(weights: NDArray[np.float64], max_share: float) -> NDArray[np.float64]:
+    """Weights [sites, numbers], for each number lowered to its water level."""
+    num = len(weights)
+    share = max(max_share, 1.0 / num)
+    largest_first = -np.sort(-weights, axis=0)
+    level = np.full(weights.shape[1:], np.inf)
+    for num_lowered in range(1, num):
+        rest = largest_first[num_lowered:].sum(axis=0)
+        if num_lowered * share < 1.0:
+            level = np.minimum(
+                level, np.maximum(share * rest / (1.0 - num_lowered * share), largest_first[num_lowered])
+            )
+    return np.minimum(weights, level)
+
+
+def geometric_median(updates: Sequence[Flat], weights: Sequence[float]) -> Flat:
+    """Point z that minimises sum_k w_k |z - u_k|, to a millionth of the spread of the updates."""
+    shares = np.asarray(weights, np.float64) / sum(weights)
+    centre = _combine(updates, shares)
+    spread = float(_distances(updates, centre) @ shares)
+    for _ in range(_ITERATIONS if spread else 0):
+        pull = shares / np.maximum(_distances(updates, centre), _SMOOTHING * spread)
+        moved = _combine(updates, pull / pull.sum())
+        centre, step = moved, float(np.linalg.norm(moved - centre))
+        if step <= _SMOOTHING * spread:
+            break
+    return centre.astype(np.float32)
+
+
+def _stacks(updates: Sequence[Flat]) -> Iterator[NDArray[np.float64]]:
+    """Yield all updates, some numbers at a time: [sites, numbers]."""
+    for start in range(0, max(len(updates[0]), 1), _CHUNK):
+        yield np.stack([update[start : start + _CHUNK] for update in updates]).astype(np.float64)
+
+
+def _combine(updates: Sequence[Flat], shares: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.concatenate([shares @ stack for stack in _stacks(updates)])
+
+
+def _distances(updates: Sequence[Flat], centre: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.asarray([np.linalg.norm(update - centre) for update in updates])

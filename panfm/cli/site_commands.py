@@ -127,7 +127,7 @@ def site_end(
     from panfm.config import load_site, site_path
 
     state_dir = site_path(site, load_site(site).state_dir)
-    from panfm.site.admission import end_run
+    from panfm.site.state import end_run
 
     end_run(state_dir, run)
     typer.echo(f"run {run}: ended at this site")

@@ -6,10 +6,9 @@ from pathlib import Path
 from panfm.config import SiteConfig
 from panfm.files import RoundFiles
 from panfm.hash_chain import Entry
-from panfm.site.admission import active_runs
 from panfm.site.audit_log import AuditLog
 from panfm.site.dry_run import DryRun
-from panfm.site.state import RUNS
+from panfm.site.state import RUNS, active_runs
 from panfm.site.worker import is_running
 
 

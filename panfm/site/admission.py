@@ -1,15 +1,11 @@
-"""Decides which runs a site takes part in: those within the limits of its `site.toml`, one at a time, from the start
-that the description names.
-
-    <state folder>/runs/<run id>/ended         the operator has ended the run
+"""Decides which runs a site takes part in: those within the limits of its `site.toml`, as private as it asks, from the
+start that the description names; pays for private ones from its patients' budget.
 
 Parameters that are not finite are refused as well: training from them gives nothing of use, and under privacy a
 patient's gradient would be there or not, depending on which parts of the model the patient's images go through.
 """
 
-import logging
 import math
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -18,24 +14,23 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from panfm.config import RunConfig, SiteConfig, dump_toml, experiment_hash, parse_run
+from panfm.config import RunConfig, SiteConfig, dump_toml, experiment_hash, parse_run, site_path
 from panfm.config.patient_dp import PatientDpConfig
 from panfm.config.site_description import LimitsConfig
 from panfm.config.start import StartConfig, start_hash
 from panfm.config.streams import StreamConfig
 from panfm.config.training import TrainConfig
-from panfm.errors import DataError, LimitError, ProtocolError
-from panfm.files import write_atomic
+from panfm.errors import ConfigError, LimitError, ProtocolError
 from panfm.models import build_model
 from panfm.models.packing import shared_hashes
 from panfm.models.sizes import sizes_of, tokens_per_patient
+from panfm.privacy.guarantees import NO_CLAIM, broken_guarantees, claim
+from panfm.privacy.ledger import Ledger, Limits, Permit
 from panfm.sharing.groups import Flat, parameter_hashes
-from panfm.sharing.messages import frozen_name
-from panfm.site.budget import check_privacy, with_public_subjects
-from panfm.site.state import ASKED, RUNS, AskedRounds, StateStore, read_asked
+from panfm.sharing.messages import RoundTask, frozen_name
+from panfm.site.audit_log import AuditLog
+from panfm.site.state import RUNS, active_runs, is_ended
 
-_ENDED = "ended"
-logger = logging.getLogger(__name__)
 _SEEDED = f"the run's seed gives with torch {torch.__version__}; another torch at the server may draw others"
 
 
@@ -75,6 +70,41 @@ def check_start_known(start: StartConfig | None, patient_dp: PatientDpConfig | N
         raise LimitError.of_question(
             f"[start]: parameters that this site has not named; its operator may add {parameters} to limits.starts"
         )
+
+
+def check_privacy(run: RunConfig, site: SiteConfig) -> None:
+    """Check that a run is as private as the site asks.
+
+    A private run without a claim voids the ledger of all later ones, so only a site without a floor takes part in it.
+
+    Raises:
+        ProtocolError: it is less private.
+        LimitError: it has noise and no claim, and the site sets a floor.
+    """
+    if site.limits.epsilon is None:
+        if claim(run) == NO_CLAIM and site.limits.smallest_batch > 1:
+            raise LimitError(
+                "patient-dp: this run has noise but makes no claim, which would void this site's ledger, expected one"
+            )
+        return
+    if run.patient_dp is None or run.patient_dp.acknowledge_broken_guarantee or claim(run) == NO_CLAIM:
+        raise ProtocolError("this site's limits.epsilon allows private runs only, with their guarantee whole")
+
+
+def with_public_subjects(run: RunConfig, site: SiteConfig) -> RunConfig:
+    """Put the site's own public number of patients into a private run.
+
+    Raises:
+        ConfigError: with that number the run's guarantee does not hold.
+    """
+    if run.patient_dp is None or site.limits.public_subjects is None:
+        return run
+    private = run.patient_dp.model_copy(update={"public_subjects": site.limits.public_subjects})
+    local = run.model_copy(update={"patient_dp": private})
+    if claim(run) != NO_CLAIM:
+        for fault in broken_guarantees(local):
+            raise ConfigError(f"limits.public-subjects: {site.limits.public_subjects} patients: {fault}")
+    return local
 
 
 def check_sizes(run: RunConfig, limits: LimitsConfig) -> None:
@@ -145,7 +175,7 @@ def check_floors(train: TrainConfig, patient_dp: PatientDpConfig | None, limits:
 
 def check_other_runs(state_dir: Path, run_id: str, limits: LimitsConfig) -> None:
     """Raises LimitError if this run was ended here, or other runs that go on are as many as the site allows."""
-    if _is_ended(state_dir / RUNS / run_id):
+    if is_ended(state_dir / RUNS / run_id):
         raise LimitError.of_question(f"run {run_id}: the operator of this site has ended it")
     active = {name: asked for name, asked in active_runs(state_dir, limits).items() if name != run_id}
     if len(active) >= limits.runs_at_once:
@@ -155,51 +185,6 @@ def check_other_runs(state_dir: Path, run_id: str, limits: LimitsConfig) -> None
         raise LimitError(
             f"run {name} is not finished, last asked {since}, {rule}", public=f"another run is not finished, {rule}"
         )
-
-
-def active_runs(state_dir: Path, limits: LimitsConfig) -> dict[str, AskedRounds]:
-    """Runs that have asked for rounds and may go on asking, by id."""
-    folders = [path.parent for path in sorted(state_dir.glob(f"{RUNS}/*/{ASKED}"))]
-    notes = {folder.name: asked for folder in folders if not _is_ended(folder) and (asked := read_asked(folder))}
-    oldest = time.time() - 3600.0 * limits.idle_hours
-    return {name: asked for name, asked in notes.items() if not asked.is_finished and asked.newest >= oldest}
-
-
-def end_run(state_dir: Path, run_id: str) -> None:
-    """Refuse a run's questions from now on. Raises DataError if the site knows no such run."""
-    folder = StateStore(state_dir, run_id).folder
-    if not (folder / ASKED).exists():
-        raise DataError(f"{folder.parent}: run {run_id} has asked for no round here, see: panfm site status")
-    write_atomic(folder / _ENDED, b"")
-
-
-def make_room(run_folder: Path, kept_bytes: int, limits: LimitsConfig) -> None:
-    """Remove the private states of the runs longest idle, until those of a run have room beside the others.
-
-    A new run's are one of `limits.kept-runs`, and all of them stay within `limits.state-gib`.
-
-    Args:
-        kept_bytes: Of the run's private states on disk, at most.
-    Raises:
-        LimitError: one of the others has been at work within `limits.idle-hours`, and may still go on.
-    """
-    if not run_folder.parent.exists():
-        return
-    others = sorted(
-        (path for path in run_folder.parent.iterdir() if path.is_dir() and path != run_folder), key=_last_change
-    )
-    most = math.inf if run_folder.exists() else limits.kept_runs - 1
-    room = limits.state_gib * 2**30 - kept_bytes
-    while others and (len(others) > most or sum(map(_folder_bytes, others)) > room):
-        if time.time() - _last_change(others[0]) < 3600.0 * limits.idle_hours:
-            full = (
-                f"limits.kept-runs is {limits.kept_runs}, and as many"
-                if len(others) > most
-                else f"limits.state-gib is {limits.state_gib:g}, and runs that fill it"
-            )
-            raise LimitError.of_question(f"{full} were at work within limits.idle-hours ({limits.idle_hours:g})")
-        logger.warning("private state of run %s, the longest idle, is removed for another run", others[0].name)
-        shutil.rmtree(others.pop(0))
 
 
 def check_finite(
@@ -272,14 +257,35 @@ def _seeded_hashes(run_toml: str, streams: tuple[str, ...]) -> dict[str, str]:
     return shared_hashes(model, run.sharing, {name: value.detach() for name, value in model.state_dict().items()})
 
 
-def _is_ended(folder: Path) -> bool:
-    return (folder / _ENDED).exists()
+class PatientBudget:
+    """A site's ledger, and the most that the site lets its patients spend."""
 
+    def __init__(self, folder: Path, site: SiteConfig, state_dir: Path) -> None:
+        self.ledger = Ledger(
+            site_path(folder, site.ledger_dir),
+            site.name,
+            anchor_dir=state_dir,
+            answered=AuditLog(state_dir).private_rounds,
+        )
+        self._site = site
 
-def _last_change(folder: Path) -> float:
-    """Time of the last change of a run's folder or a file in it, in seconds since 1970."""
-    return max(path.stat().st_mtime for path in (folder, *folder.glob("*")))
+    def pay(self, run: RunConfig, task: RoundTask, dataset: str) -> Permit:
+        """Write a round into the ledger, under the stricter of the run's limits and the site's.
 
-
-def _folder_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("*"))
+        Args:
+            dataset: Fingerprint of the patients.
+        Raises:
+            ProtocolError: the run is less private than the site asks, or has mechanisms that cannot be accounted for.
+            LimitError: the run makes no claim, and the site sets a floor.
+            BudgetError, LedgerError: the site cannot pay.
+        """
+        assert run.patient_dp is not None
+        check_privacy(run, self._site)
+        site = self._site.limits
+        epsilons = (run.patient_dp.epsilon, site.epsilon)
+        deltas = (run.patient_dp.delta, site.delta, site.largest_delta)
+        limits = Limits(
+            min(epsilon for epsilon in epsilons if epsilon is not None),
+            min(delta for delta in deltas if delta is not None),
+        )
+        return self.ledger.spend(run, task.run_id, task.round_number, limits=limits, dataset=dataset)

@@ -17,8 +17,7 @@ from panfm.privacy.guarantees import checked_run
 from panfm.sharing.frames import Frame, Kind, encode
 from panfm.sharing.groups import has_group
 from panfm.sharing.messages import Handshake, Invitation, RoundReply, RoundTask
-from panfm.site.admission import check_floors, check_sizes
-from panfm.site.budget import with_public_subjects
+from panfm.site.admission import check_floors, check_sizes, with_public_subjects
 from panfm.site.site import Site
 
 

@@ -1,8 +1,9 @@
-"""A site's own files of a run: its private training states, and the questions it was asked.
+"""A site's own files of a run: its private training states, and the questions it was asked; which runs go on.
 
     <folder>/runs/<run id>/round-000007.state     private state after round 7, checksummed
     <folder>/runs/<run id>/frozen.safetensors     shared parameters that the run does not train, checksummed
     <folder>/runs/<run id>/asked.json             digests of the questions, by round; on disk before one is worked on
+    <folder>/runs/<run id>/ended                  the operator has ended the run
 
 A round starts from the newest state of an earlier round, so a repeated round starts where it started the first time. It
 may be asked again with the same bytes, as a resumed server does, and is then trained from the same private state: the
@@ -16,6 +17,9 @@ without privacy has learned would come out in one that claims it.
 
 import hashlib
 import json
+import logging
+import math
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -26,9 +30,10 @@ import safetensors.numpy
 import torch
 from torch import Tensor
 
+from panfm.config.site_description import LimitsConfig
 from panfm.data.store import ImageStore
-from panfm.errors import DataError, ProtocolError
-from panfm.files import RoundFiles, read_checked, read_checked_start, read_digest, write_checked
+from panfm.errors import DataError, LimitError, ProtocolError
+from panfm.files import RoundFiles, read_checked, read_checked_start, read_digest, write_atomic, write_checked
 from panfm.sharing.groups import Flat, parameter_hashes
 from panfm.sharing.messages import RoundTask
 from panfm.texts import PLAIN_NAME
@@ -36,12 +41,14 @@ from panfm.texts import PLAIN_NAME
 RUNS = "runs"
 """A folder of their own: a run id comes over the wire, and may be named like a file of the site's."""
 ASKED = "asked.json"
+_ENDED = "ended"
 _FROZEN = "frozen.safetensors"
 _ORIGIN = "origin"
 _SIZE_BYTES = 8
 """A safetensors file starts with the length of its header."""
 _SAMPLE = 1024
 """Numbers from the middle of an image that tell it from others."""
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -219,3 +226,62 @@ def read_origin(path: Path) -> dict[str, str] | None:
         return dict(json.loads(json.loads(header)["__metadata__"][_ORIGIN]))
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
+
+
+def active_runs(state_dir: Path, limits: LimitsConfig) -> dict[str, AskedRounds]:
+    """Runs that have asked for rounds and may go on asking, by id."""
+    folders = [path.parent for path in sorted(state_dir.glob(f"{RUNS}/*/{ASKED}"))]
+    notes = {folder.name: asked for folder in folders if not is_ended(folder) and (asked := read_asked(folder))}
+    oldest = time.time() - 3600.0 * limits.idle_hours
+    return {name: asked for name, asked in notes.items() if not asked.is_finished and asked.newest >= oldest}
+
+
+def end_run(state_dir: Path, run_id: str) -> None:
+    """Refuse a run's questions from now on. Raises DataError if the site knows no such run."""
+    folder = StateStore(state_dir, run_id).folder
+    if not (folder / ASKED).exists():
+        raise DataError(f"{folder.parent}: run {run_id} has asked for no round here, see: panfm site status")
+    write_atomic(folder / _ENDED, b"")
+
+
+def make_room(run_folder: Path, kept_bytes: int, limits: LimitsConfig) -> None:
+    """Remove the private states of the runs longest idle, until those of a run have room beside the others.
+
+    A new run's are one of `limits.kept-runs`, and all of them stay within `limits.state-gib`.
+
+    Args:
+        kept_bytes: Of the run's private states on disk, at most.
+    Raises:
+        LimitError: one of the others has been at work within `limits.idle-hours`, and may still go on.
+    """
+    if not run_folder.parent.exists():
+        return
+    others = sorted(
+        (path for path in run_folder.parent.iterdir() if path.is_dir() and path != run_folder), key=_last_change
+    )
+    most = math.inf if run_folder.exists() else limits.kept_runs - 1
+    room = limits.state_gib * 2**30 - kept_bytes
+    while others and (len(others) > most or sum(map(_folder_bytes, others)) > room):
+        if time.time() - _last_change(others[0]) < 3600.0 * limits.idle_hours:
+            full = (
+                f"limits.kept-runs is {limits.kept_runs}, and as many"
+                if len(others) > most
+                else f"limits.state-gib is {limits.state_gib:g}, and runs that fill it"
+            )
+            raise LimitError.of_question(f"{full} were at work within limits.idle-hours ({limits.idle_hours:g})")
+        logger.warning("private state of run %s, the longest idle, is removed for another run", others[0].name)
+        shutil.rmtree(others.pop(0))
+
+
+def is_ended(folder: Path) -> bool:
+    """Whether the operator has ended the run of this folder."""
+    return (folder / _ENDED).exists()
+
+
+def _last_change(folder: Path) -> float:
+    """Time of the last change of a run's folder or a file in it, in seconds since 1970."""
+    return max(path.stat().st_mtime for path in (folder, *folder.glob("*")))
+
+
+def _folder_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*"))

@@ -13,7 +13,7 @@ from panfm.files import read_checked, write_checked
 from panfm.sharing.frames import Frame, Kind
 from panfm.sharing.messages import RoundTask
 from panfm.site import Site, answer
-from panfm.site.admission import end_run
+from panfm.site.state import end_run
 from tests.cases import quick
 from tests.unit.site.test_private_site import PRIVACY, spent, task
 

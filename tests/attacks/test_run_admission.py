@@ -276,7 +276,7 @@ def test_an_operator_ends_a_run_for_good(folder):
 
 
 def test_a_run_that_asks_for_nothing_for_a_day_gives_way(folder):
-    from panfm.site.admission import active_runs
+    from panfm.site.state import active_runs
 
     site = Site(folder)
     site.train_round(task())

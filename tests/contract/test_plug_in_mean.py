@@ -10,7 +10,7 @@ import pytest
 
 from panfm.errors import ConfigError
 from panfm.registry import MEANS, Registry
-from strategies.robust_means import BufferedMean
+from strategies.group_means import BufferedMean
 
 ROOT = Path(__file__).resolve().parents[2]
 HOUSE = ("panfm", "strategies", "server", "client", "simulations")
@@ -22,7 +22,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from panfm.sharing.groups import Flat
-from strategies.robust_means import BufferedMean
+from strategies.group_means import BufferedMean
 
 
 class Midrange(BufferedMean):

@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 
 from panfm.errors import ProtocolError
 from panfm.registry import MEANS
-from strategies.group_means import GroupSetup
-from strategies.robust_means import coordinate_median, geometric_median, trimmed_mean
+from strategies.group_means import GroupSetup, coordinate_median, geometric_median, trimmed_mean
 
 FOUR = [np.array(row, np.float32) for row in ([1, 2], [2, 4], [3, 6], [50, -50])]
 

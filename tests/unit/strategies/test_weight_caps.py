@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from strategies.exact_mean import ExactMean
-from strategies.robust_means import _capped, trimmed_mean
+from strategies.group_means import _capped, trimmed_mean
 from strategies.weight_caps import capped_shares, capped_weights, water_level
 
 

@@ -10,8 +10,8 @@ from panfm.errors import ConfigError
 from panfm.evaluate.label_sums import LabelSums
 from panfm.sharing.sums_messages import SumsReply
 from server.checkpoint import Measure, ServerState, load_latest, save_state
+from server.exchange import Answers, check_sums_fit, label_sums
 from server.round_gate import RoundGate, _loss
-from server.sums_exchange import Answers, check_sums_fit, label_sums
 
 STREAM = StreamConfig(shape=(8, 8), patch=(4, 4))
 RUN = RunConfig(

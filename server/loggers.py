@@ -1,0 +1,135 @@
+"""Loggers of rounds: TensorBoard, MLflow and Weights & Biases.
+
+    tensorboard   an events file in the run folder, written anew when a run goes on
+    mlflow        a run in the folder `mlflow` of the run folder, or at the server that MLFLOW_TRACKING_URI names
+    wandb         a run in the folder `wandb` of the run folder, sent nowhere unless WANDB_MODE is `online`;
+                  `wandb sync` sends it later
+
+A resumed run continues its run of MLflow, which is known by the tag `panfm.run-id`, and its run of wandb by its id.
+"""
+
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.summary import histogram, scalar, text
+
+from panfm.config import dump_toml
+from panfm.errors import needs_extra
+from panfm.privacy.guarantees import privacy_label
+from server.run_folder import RunFolder
+from server.tracking import scalars, update_norms
+from server.tracking_config import tracking_of
+
+_MLFLOW_TAG = "panfm.run-id"
+
+
+class TensorBoardLogger:
+    """Scalars of every round, and histograms of the sites' update norms by group."""
+
+    def __init__(self, folder: RunFolder, run_id: str) -> None:
+        """Begin the events anew with the rounds done before, so that a resumed run shows every round once."""
+        place = folder.path / "tensorboard"
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir()
+        self._events = EventsWriter(str(place / "events"))
+        # A TensorBoard that has read the file before forgets what it held.
+        restart = SessionLog(status=SessionLog.START)
+        self._events.write_event(Event(wall_time=time.time(), step=0, session_log=restart))
+        if (label := privacy_label(folder.run)) != "none":
+            self._write(0, text("privacy", label))
+        for line in folder.rounds():
+            self._add(line)
+        self._events.flush()
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        """Add a round that has ended."""
+        self._add(line)
+        self._events.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._events.close()
+
+    def _add(self, line: Mapping[str, Any]) -> None:
+        for name, value in scalars(line):
+            self._write(line["round"], scalar(name, value))
+        for group, norms in update_norms(line).items():
+            self._write(line["round"], histogram(f"update-norms/{group}", np.array(norms), "auto"))
+
+    def _write(self, step: int, summary: Summary) -> None:
+        self._events.write_event(Event(wall_time=time.time(), step=step, summary=summary))
+
+
+class MlflowLogger:
+    """Numbers of every round as metrics whose step is the round, and the description as `run.toml`."""
+
+    def __init__(self, folder: RunFolder, run_id: str) -> None:
+        """Begin a run of MLflow, or go on with it."""
+        with needs_extra("mlflow"):
+            mlflow = import_module("mlflow")
+        self._metric = mlflow.entities.Metric
+        uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder.path.resolve()}/mlflow.db"
+        self._client = mlflow.MlflowClient(tracking_uri=uri)
+        project = tracking_of(folder.run).project
+        known = self._client.get_experiment_by_name(project)
+        experiment = known.experiment_id if known else self._client.create_experiment(project)
+        begun = self._client.search_runs([experiment], f"tags.`{_MLFLOW_TAG}` = '{run_id}'")
+        if begun:
+            self._run = begun[0].info.run_id
+            return
+        tags = {_MLFLOW_TAG: run_id, "panfm.privacy": privacy_label(folder.run)}
+        self._run = self._client.create_run(experiment, run_name=folder.path.name, tags=tags).info.run_id
+        self._client.log_text(self._run, dump_toml(folder.shared_run), "run.toml")
+        for line in folder.rounds():
+            self.add(line)
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        """Add a round that has ended."""
+        now = int(time.time() * 1000)
+        metrics = [self._metric(name, value, now, line["round"]) for name, value in scalars(line)]
+        self._client.log_batch(self._run, metrics=metrics)
+
+    def close(self) -> None:
+        """Mark the run as ended."""
+        self._client.set_terminated(self._run)
+
+
+class WandbLogger:
+    """Numbers of every round at the step of the round, and histograms of the sites' update norms by group."""
+
+    def __init__(self, folder: RunFolder, run_id: str) -> None:
+        """Begin a run, or go on with it. Nothing of the machine, of the code or of the console goes into it."""
+        with needs_extra("wandb"):
+            self._wandb = import_module("wandb")
+        run = folder.shared_run.model_dump(mode="json", by_alias=True, exclude_none=True)
+        self._run = self._wandb.init(
+            project=tracking_of(folder.run).project,
+            id=run_id,
+            name=folder.path.name,
+            dir=str(folder.path),
+            mode=os.environ.get("WANDB_MODE", "offline"),
+            resume="allow",
+            config=run | {"privacy": privacy_label(folder.run)},
+            settings=self._wandb.Settings(
+                console="off", disable_code=True, disable_git=True, x_disable_meta=True, x_disable_stats=True
+            ),
+        )
+        for line in folder.rounds():
+            self.add(line)
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        """Add a round that has ended."""
+        norms = {f"update-norms/{group}": self._wandb.Histogram(norms) for group, norms in update_norms(line).items()}
+        self._run.log(dict(scalars(line)) | norms, step=line["round"])
+
+    def close(self) -> None:
+        """End the run."""
+        self._run.finish()
