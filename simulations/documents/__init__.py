@@ -1,1 +1,1 @@
-"""`python -m simulations.documents reference|figures`: the pages and figures of docs/ that are made from code and data."""
+"""`python -m simulations.documents reference|figures`: pages and figures of docs/ from code and data."""

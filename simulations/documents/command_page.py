@@ -62,7 +62,7 @@ def page() -> str:
     """The page."""
     parts = [
         "# Commands\n",
-        "Every command answers `--help` with the same text. Commands are those of `.venv/bin` (`make install` makes it). "
+        "Every command answers `--help` with the same text. Commands are in `.venv/bin`, which `make install` makes. "
         "A command ends with status 0 only if what it was asked for is so; an error is one line and status 1.\n",
     ]
     for command in commands():

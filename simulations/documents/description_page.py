@@ -59,17 +59,17 @@ class Section:
 
 def run_sections() -> list[Section]:
     """All tables of a run description."""
-    return list(_sections(RunConfig, "", {}))
+    return _sections(RunConfig)
 
 
 def site_sections() -> list[Section]:
     """All tables of site.toml."""
-    return list(_sections(SiteConfig, "", {}))
+    return _sections(SiteConfig)
 
 
 def label_rule_sections() -> list[Section]:
     """All tables of labels.toml."""
-    return list(_sections(LabelRule, "COLUMN", {}))
+    return _sections(LabelRule, "COLUMN")
 
 
 def page(title: str, about: str, sections: list[Section]) -> str:
@@ -84,11 +84,18 @@ def page(title: str, about: str, sections: list[Section]) -> str:
     return "\n".join(parts)
 
 
-def _sections(model: Model, path: str, around: Mapping[str, str], form: str = "") -> Iterator[Section]:
+def _sections(model: Model, path: str = "") -> list[Section]:
+    """A model's table, and the tables in it; one that stands at two places is told once."""
+    return list(_walk(model, path, "", {}, {}))
+
+
+def _walk(model: Model, path: str, form: str, around: Mapping[str, str], places: dict[Model, str]) -> Iterator[Section]:
     """A model's table, then the tables in it.
 
     Args:
+        form: What chooses this form of the table.
         around: Meanings of the keys of the table that holds this one.
+        places: Model -> path of its table, of those that were told; grows.
     """
     schema = model.model_json_schema(by_alias=True)
     meanings: dict[str, str] = {}
@@ -98,12 +105,15 @@ def _sections(model: Model, path: str, around: Mapping[str, str], form: str = ""
         where = f"{path}.{key}".lstrip(".")
         forms = list(_forms(where, field))
         meanings[key] = _meaning(key, field, forms, around)
-        values = f"table `[{forms[0][0]}]`" if forms else _values(key, schema["properties"][key], schema)
-        keys.append(Key(key, values, _default(field, forms), meanings[key]))
+        for place, inner_model, _ in forms:
+            places.setdefault(inner_model, place)
+        values = f"table `[{places[forms[0][1]]}]`" if forms else _values(key, schema["properties"][key], schema)
+        keys.append(Key(key, values, _default(field), meanings[key]))
         inner += forms
     yield Section(path, form, _first_paragraphs(model), tuple(keys))
     for where, form_model, chosen in inner:
-        yield from _sections(form_model, where, around | meanings, chosen)
+        if places[form_model] == where:
+            yield from _walk(form_model, where, chosen, around | meanings, places)
 
 
 def _forms(where: str, field: FieldInfo) -> Iterator[tuple[str, Model, str]]:
@@ -158,7 +168,7 @@ def _first_paragraphs(model: Model) -> str:
     return " ".join((model.__doc__ or "").split())
 
 
-def _default(field: FieldInfo, forms: list[tuple[str, Model, str]]) -> str:
+def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "needed"
     value = field.get_default(call_default_factory=True)  # type: ignore[call-arg]

@@ -18,7 +18,7 @@ _STYLE = """\
     .dot { fill: #0e141b; stroke: #eef3f8; } text { fill: #eef3f8; } .note { fill: #b2bfcc; }
   }
 </style>"""
-_NAMES, _PANEL, _GAP, _ROW, _TOP = 270, 300, 50, 30, 84
+_NAMES, _PANEL, _GAP, _ROW, _TOP = 290, 300, 50, 30, 84
 """Pixels: width of the names and of a panel, space between panels, height of a row, height above the rows."""
 _LEAST, _MOST = 0.5, 0.75
 """Range of the axis: .5 is an AUC of chance."""

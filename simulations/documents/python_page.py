@@ -20,8 +20,7 @@ from panfm.training.policies import MaskingPolicy
 from server.tracking import RoundLogger
 from simulations.cohorts.cohort_source import CohortSource
 from simulations.documents.markdown import paragraphs, prose
-from strategies.group_means import GroupMean
-from strategies.robust_means import BufferedMean
+from strategies.group_means import BufferedMean, GroupMean
 
 RETURNED = (Encoder, TokenGrid, RunTables)
 """Classes that the functions return, besides `panfm.Model`."""

@@ -8,8 +8,8 @@ _RUN = (
     "known one. Examples are in `configs/experiments/`."
 )
 _SITE = (
-    "The description of a site, TOML, which belongs to the hospital: what it forbids stays forbidden, whatever a run asks "
-    "for. `panfm site init` writes one; `configs/sites/example.toml` has every key with its default."
+    "The description of a site, TOML, which belongs to the hospital: what it forbids stays forbidden, whatever a run "
+    "asks for. `panfm site init` writes one; `configs/sites/example.toml` has every key with its default."
 )
 _RULES = (
     "Beside a label table; a table for each column that needs one. What it leaves out is told from the values of the "

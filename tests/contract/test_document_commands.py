@@ -111,5 +111,5 @@ def test_mistakes_are_found(line, told):
 
 
 def test_lines_are_found_in_blocks():
-    text = "panfm a\n\n    panfm b \\\n        c   # why\n```\nX=1 .venv/bin/panfm d     what it does\nother\n```\nmake e\n"
+    text = "panfm a\n\n    panfm b \\\n        c   # why\n```\nX=1 .venv/bin/panfm d     what\nother\n```\nmake e\n"
     assert list(lines_of(text)) == ["panfm b c", "X=1 .venv/bin/panfm d"]

@@ -79,7 +79,7 @@ def test_a_key_without_a_meaning_is_found():
         """What it is."""
         untold: int = Field(default=2, gt=0, le=5)
 
-    [section] = description_page._sections(Described, "", {})
+    [section] = description_page._sections(Described)
     assert [(key.name, key.values, key.default, key.meaning) for key in section.keys] == [
         ("told", "whole number", "`1`", "What it is."),
         ("untold", "whole number, 1 to 5", "`2`", ""),
