@@ -94,6 +94,6 @@ def _default(parameter: click.Parameter) -> str:
     if parameter.required:
         return "needed"
     value = parameter.default
-    if value is None or value is False or callable(value) or value in ((), []):
+    if value is None or value is False or callable(value) or value in ((), [], ""):
         return ""
     return f"`{value}`"

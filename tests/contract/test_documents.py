@@ -2,19 +2,25 @@
 
 import ast
 import itertools
+import json
 import re
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 import torch
+import yaml
 
+import panfm
 from panfm.config.masking import MaskingConfig
 from panfm.training.policies import MaskingPolicy
+from simulations.documents.figures import figures
 from tests.contract.test_layers import LEVELS
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+ANCHOR = re.compile(r"\]\((?!https?:)([^)#\s]*)#([^)\s]+)\)")
 LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)[^)]*\)")
 TEST = re.compile(r"`(tests/[\w/]+\.py)(?:::(\w+))?`")
 FILE = re.compile(r"`((?:panfm|strategies|server|client|simulations|tests|configs|docs)/[\w/.-]*)`")
@@ -31,6 +37,44 @@ def test_readme_is_at_most_150_lines() -> None:
 def test_every_relative_link_leads_to_a_file(page: Path) -> None:
     targets = LINK.findall(page.read_text())
     assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_anchor_is_a_heading(page: Path) -> None:
+    links = [(page.parent / path if path else page, name) for path, name in ANCHOR.findall(page.read_text())]
+    assert [name for path, name in links if name not in _anchors(path.read_text())] == []
+
+
+def test_every_figure_is_shown_on_a_page() -> None:
+    shown = {name for page in PAGES for name in re.findall(r"!\[[^]]*\]\([^)]*figures/([^)]+)\)", page.read_text())}
+    assert {path.name for path in (ROOT / "docs" / "figures").iterdir()} == shown
+    for path in (ROOT / "docs" / "figures").glob("*.svg"):
+        root = ElementTree.parse(path).getroot()
+        assert root.find("{http://www.w3.org/2000/svg}title") is not None, path.name
+
+
+def test_the_figures_are_those_of_the_kept_results() -> None:
+    """`make figures` draws them anew."""
+    for name, text in figures(ROOT / "docs" / "results" / "data").items():
+        assert (ROOT / "docs" / "figures" / name).read_text() == text
+
+
+def test_the_readme_tells_what_the_kept_results_say() -> None:
+    result = json.loads((ROOT / "docs" / "results" / "data" / "demo.json").read_text())
+    values = {(row["metric"], row["arm"]): row["values"] for row in result["results"]}
+    readme = (ROOT / "README.md").read_text()
+    for arm in ("federated", "best-site", "untrained", "statistics"):
+        cells = [f"{values[metric, arm][0]:.3f}"[1:] for metric in ("auc", "auc_100")]
+        assert re.search(rf"^\| .*\| \**{cells[0]}\** \| \**{cells[1]}\** \|$", readme, re.MULTILINE), (arm, cells)
+    for arm in ("federated", "best-site", "untrained", "tokenizer"):
+        assert f"{np.mean(values['auc', arm]):.2f}"[1:] in readme.partition("## Try it")[0], arm
+
+
+def test_the_citation_has_what_its_format_needs() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)
+    assert citation["version"] == panfm.__version__
+    assert citation["license"] == "Apache-2.0"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -99,6 +143,12 @@ def test_links_and_names_are_found_in_a_text() -> None:
     assert "lock" in _definitions(["panfm/files.py"])
     assert "RoundFiles.write" in _definitions(["panfm/files.py"])
     assert "HashChain.append" not in _definitions(["panfm/files.py"])
+
+
+def _anchors(text: str) -> set[str]:
+    """Anchors of a page's headings, as GitHub and the site make them."""
+    headings = re.findall(r"^#+ (.*)$", _without_code(text), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
 
 def _has_test(path: Path, name: str) -> bool:

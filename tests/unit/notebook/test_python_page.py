@@ -2,7 +2,9 @@
 
 import doctest
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
@@ -45,6 +47,24 @@ def test_the_page(workplace):
     done = doctest.testfile(str(ROOT / "docs" / "python.md"), module_relative=False, optionflags=FLAGS)
     assert done.attempted > 15
     assert done.failed == 0
+
+
+def test_the_readme(workplace):
+    """With the run, the stream and the scans that are there."""
+    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len([line for line in code.splitlines() if line]) <= 8
+    for named, there in {
+        "runs/own": "runs/demo",
+        "brain-mr.t1": "brain-mr",
+        "new/": "scans/",
+        ".nii.gz": "-t1.nii.gz",
+    }.items():
+        assert named in code
+        code = code.replace(named, there)
+    names: dict[str, Any] = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["features"].shape == (2, 48)
+    assert names["logits"].shape == (1, 2)
 
 
 @pytest.mark.parametrize("module", [loaded_model, run_tables])
