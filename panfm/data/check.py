@@ -11,17 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
 from panfm.anatomy import parse_stream
 from panfm.config import SiteConfig, StreamConfig, load_site
 from panfm.data.check_outputs import Output, inspect_output, out_of_line
 from panfm.data.content import content_digest
 from panfm.data.manifest import Fault, Row, image_path, scan_manifest
-from panfm.data.readers import ImageError, Picture, Volume, find_reader, read_source
+from panfm.data.readers import ImageError, find_reader, read_source
 from panfm.errors import LimitError
-
-_SAME_PLACE_MM = 0.01
 
 _THREADS = 4
 
@@ -135,28 +131,11 @@ def _inspect(folder: Path, site: SiteConfig, row: Row, config: StreamConfig | No
         output, notes = inspect_output(image, row.stream, config)
         if row.mask:
             file = row.mask
-            _check_mask(image_path(folder, site, row.mask), image)
+            from panfm.data.masks import check_mask  # few sites have masks
+
+            check_mask(image_path(folder, site, row.mask), image)
         return _Inspected(content_digest(image), output, notes)
     except ImageError as error:
         return Fault(file, error.given, error.expected, row)
     except MemoryError as error:
         raise LimitError(f"{file}: needs more memory than there is") from error
-
-
-def _are_at_one_place(mask: Volume, image: Volume) -> bool:
-    return np.allclose(mask.affine, image.affine, atol=_SAME_PLACE_MM)
-
-
-def _check_mask(path: Path, image: Volume | Picture) -> None:
-    """Raise ImageError for a mask that is empty or does not lie on its image's grid."""
-    source = read_source(path, is_volume=isinstance(image, Volume))
-    mask = source.voxels if isinstance(source, Volume) else np.asarray(source.convert("L")).T
-    shape = image.voxels.shape if isinstance(image, Volume) else image.size
-    if mask.shape != shape:
-        raise ImageError(
-            f"a mask of shape {'x'.join(map(str, mask.shape))}", f"{'x'.join(map(str, shape))} as its image"
-        )
-    if isinstance(source, Volume) and isinstance(image, Volume) and not _are_at_one_place(source, image):
-        raise ImageError("a mask at another place than its image", "the affine of its image")
-    if not (mask > 0).any():
-        raise ImageError("an empty mask", "at least one voxel above 0")

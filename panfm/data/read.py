@@ -79,11 +79,17 @@ def prepare_volume(
         float32 [1, *config.shape] in [0, 1].
     """
     scaled = apply_intensity(voxels, parse_stream(stream)[1], nan_to_zero=config.nan == "zero")
-    affine = affine.astype(np.float32)  # as NIfTI stores it
-    axes = nib.orientations.io_orientation(affine)  # type: ignore[no-untyped-call]
-    oriented = nib.orientations.apply_orientation(scaled, axes)  # type: ignore[no-untyped-call]
+    return to_stream_grid(scaled, affine, config)
+
+
+def to_stream_grid(
+    voxels: NDArray[np.float32], affine: NDArray[np.float64], config: StreamConfig
+) -> NDArray[np.float32]:
+    """Turn voxels [X, Y, Z] in [0, 1] to R, A, S and resample them: float32 [1, *config.shape]; 0 outside the scan."""
+    axes = nib.orientations.io_orientation(affine.astype(np.float32))  # type: ignore[no-untyped-call]
+    oriented = nib.orientations.apply_orientation(voxels, axes)  # type: ignore[no-untyped-call]
     spacing = np.empty(3)
-    spacing[axes[:, 0].astype(int)] = voxel_sizes(affine)
+    spacing[axes[:, 0].astype(int)] = voxel_sizes(affine.astype(np.float32))  # as NIfTI stores it
     return _resample(oriented, spacing, config)
 
 

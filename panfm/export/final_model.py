@@ -20,6 +20,7 @@ from panfm.evaluate.embed import load_model
 from panfm.evaluate.model_folder import model_folder
 from panfm.export.network import batch_of, random_inputs, require_equal
 from panfm.files import write_json
+from panfm.finetune.task_description import TASK_FILE, TASK_FILES
 from panfm.models import PanModel
 from panfm.models.whitening import FILE as WHITENING
 from panfm.privacy.guarantees import privacy_label
@@ -83,9 +84,10 @@ class Source:
         return self.metadata | {"streams": {name: self.metadata["streams"][name] for name in streams}}
 
     def copy_to(self, folder: Path) -> float:
-        """Write weights, `run.toml`, whitening and `metadata.json` into a folder; return the largest difference of the
-        embeddings once it is read back. Raises RunError: they differ."""
-        for name in ("model.safetensors", "run.toml", *((WHITENING,) if self.model.whitening else ())):
+        """Write weights, `run.toml`, whitening, a task's head and `metadata.json` into a folder; return the largest
+        difference of the embeddings once it is read back. Raises RunError: they differ."""
+        head = TASK_FILES if (self.folder / TASK_FILE).exists() else ()
+        for name in ("model.safetensors", "run.toml", *((WHITENING,) if self.model.whitening else ()), *head):
             shutil.copyfile(self.folder / name, folder / name)
         write_json(folder / "metadata.json", self.metadata, indent=2)
         batch = batch_of(tuple(self.run.streams), random_inputs(self.run.streams))

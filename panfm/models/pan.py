@@ -243,7 +243,7 @@ def build_model(run: RunConfig, streams: Sequence[str] | None = None) -> PanMode
     of_experts = {parameter for layer in layers for parameter in layer.experts.parameters()}
     for name, parameter in model.named_parameters():
         if parameter not in of_experts:
-            _initialise(name, parameter, torch_generator(run.seed, "init", dense_name(name)))
+            initialise(name, parameter, torch_generator(run.seed, "init", dense_name(name)))
     for layer in layers:
         layer.start_experts()
     return model
@@ -276,7 +276,7 @@ def is_tokens(name: str) -> bool:
 
 
 @torch.no_grad()
-def _initialise(name: str, parameter: Tensor, generator: torch.Generator) -> None:
+def initialise(name: str, parameter: Tensor, generator: torch.Generator) -> None:
     """Matrices: Xavier normal; biases zero, norms and scales one; CLS, embeddings, queries and other tokens: normal,
     sd 0.02."""
     if name.endswith(".lora_b"):

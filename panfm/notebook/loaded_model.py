@@ -22,6 +22,7 @@ from panfm.data.store import Batch
 from panfm.errors import ConfigError, needs_extra
 from panfm.evaluate.embed import embed_store
 from panfm.export.final_model import Source
+from panfm.finetune.task_description import TASK_FILE, TaskDescription
 from panfm.models import PanModel
 from panfm.models.pan import SIZES
 from panfm.models.pooling import check_layers
@@ -30,6 +31,8 @@ from panfm.notebook.token_grid import TokenGrid, stream_tokens, token_affines
 
 if TYPE_CHECKING:
     import pandas
+
+    from panfm.finetune.finetuned_model import SegmentedImage, TaskModel
 
 
 class Encoder(nn.Module):
@@ -90,6 +93,8 @@ class Model:
     """What the model is: sites, rounds, epsilon, streams, licence, intended use."""
     encoder: Encoder
     """The network, in inference mode. Experts that their sites kept are copies of the director."""
+    task_model: "TaskModel | None" = None
+    """The head of a fine-tuned model; None of any other."""
 
     @property
     def streams(self) -> Mapping[str, StreamConfig]:
@@ -150,6 +155,40 @@ class Model:
             import pandas
         return pandas.DataFrame(table, index=pandas.Index(subjects, name="subject"))
 
+    @property
+    def task(self) -> TaskDescription | None:
+        """What `predict` tells: kind, names of the outputs, classes; None of a model that was not fine-tuned."""
+        return None if self.task_model is None else self.task_model.task
+
+    def predict(self, images: FilesByStream | Place) -> "NDArray[np.float32] | list[SegmentedImage | None]":
+        """Predict the task of a fine-tuned model, from any of the streams that a subject has.
+
+        Args:
+            images: As for `embed`, files or a site folder.
+        Returns:
+            Of labels float32 [B, K]: the probability of yes, or of each class, or the number, as `task.outputs` names
+            them. Of a segmentation a mask per subject: a NIfTI image with the scan's own affine and shape, or a
+            picture; None where a subject lacks the stream.
+        Raises:
+            ConfigError: the model was not fine-tuned, or a stream is unknown or missing.
+            DataError: as `embed`.
+        """
+        if self.task_model is None:
+            raise ConfigError(f"{self.folder}: was not fine-tuned, expected the folder of: panfm finetune")
+        files = files_of(images, self.streams)
+        if (stream := self.task_model.task.stream) is None:
+            network = self.encoder.model
+            return np.concatenate([self.task_model.predict(network, store) for store in stores_of(files, self.streams)])
+        if stream not in files:
+            raise ConfigError(f"images: found {', '.join(files)}, expected {stream}, which the model segments")
+        masks: list[SegmentedImage | None] = []
+        for store in stores_of(files, self.streams):
+            part = files[stream][len(masks) : len(masks) + len(store.subjects)]
+            paths = {row: path for row, path in enumerate(part) if path is not None}
+            of_row = dict(zip(paths, self.task_model.segment(self.encoder.model, store, paths), strict=True))
+            masks += [of_row.get(row) for row in range(len(part))]
+        return masks
+
     def tokens(self, images: FilesByStream | Place) -> dict[str, TokenGrid]:
         """Encode the images of one or more subjects to patch tokens, on the grid of each stream's patches.
 
@@ -205,4 +244,9 @@ def load(place: Place) -> Model:
     (1, 2, 2, 48)
     """
     source = Source.read(Path(place))
-    return Model(source.folder, source.run, source.metadata, Encoder(source.model))
+    encoder, task_model = Encoder(source.model), None
+    if (source.folder / TASK_FILE).exists():
+        from panfm.finetune.finetuned_model import read_task_model
+
+        task_model = read_task_model(source.folder, source.model)
+    return Model(source.folder, source.run, source.metadata, encoder, task_model)

@@ -64,7 +64,7 @@ class TrainingState:
         """
         load_with_fresh_private(self.model, self.run.sharing, self._shared_parameters(), self._start)
         self.restart_teacher()
-        self.optimiser = _build_optimiser(self.model, self.run.train)
+        self.optimiser = build_optimiser(self.model, self.run.train)
         self.objective = build_objective(self.run.objective, self.model, seed=self.run.seed)
         self.profile = torch.ones(len(self.model.stream_names), device=self.device)
         for layer in self.model.director_experts().values():
@@ -169,7 +169,7 @@ class TrainingState:
         return packed
 
     def _load_optimiser_state(self, packed: Mapping[str, Tensor]) -> None:
-        self.optimiser = _build_optimiser(self.model, self.run.train)
+        self.optimiser = build_optimiser(self.model, self.run.train)
         sizes = [parameter.numel() for parameter in self.parameters]
         moments = zip(*(packed[slot].split(sizes) for slot in _MOMENTS), strict=True)
         for parameter, step, values in zip(self.parameters, packed["step"], moments, strict=True):
@@ -207,7 +207,7 @@ def _under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
-def _build_optimiser(model: PanModel, config: TrainConfig) -> torch.optim.AdamW:
+def build_optimiser(model: PanModel, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW; weight decay on matrices only, and a group with its `scale` of the learning rate for every layer."""
     above = layers_above(model) if config.layer_decay < 1.0 else {}
     groups: dict[tuple[int, bool], list[nn.Parameter]] = {}

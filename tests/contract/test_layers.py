@@ -22,7 +22,7 @@ LEVELS = (
     ("errors", "seeds", "anatomy", "registry", "installed_plug_ins", "config", "files", "hash_chain", "texts"),
     ("data", "models", "sharing"),
     ("training", "privacy", "evaluate"),
-    ("site", "report", "export", "planning"),
+    ("site", "report", "export", "planning", "finetune"),
     ("cli", "notebook"),
     ("__main__", "superlink_database"),
 )

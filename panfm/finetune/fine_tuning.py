@@ -1,0 +1,240 @@
+"""The loop of a fine-tuning: a task's head in the place of the pre-training heads, and parts of the encoder with it.
+
+    step        batch of examples -> head(encoder) -> loss -> AdamW with layer-wise decay of the learning rate
+    validation  every `validate_every` steps; the parameters with the smallest loss are kept, and training stops after
+                `patience` validations without a smaller one
+
+Every draw follows from the seed and the number of the step, and each validation writes a checkpoint, so that a
+fine-tuning that was interrupted ends with the same bits.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from panfm.config import dump_toml
+from panfm.config.parts import LoraConfig
+from panfm.errors import DataError, RunError
+from panfm.evaluate.embed import embed_store
+from panfm.files import read_checked, write_checked
+from panfm.finetune.finetune_settings import FinetuneParts, FinetuneSettings, HeadPartsConfig
+from panfm.finetune.task_data import Indices, TaskData
+from panfm.finetune.task_heads import LabelHead, TaskHead, build_head
+from panfm.models import PanModel
+from panfm.models.pan import initialise
+from panfm.models.trained_parts import add_lora, is_lora, trained_names
+from panfm.seeds import numpy_generator, torch_generator
+from panfm.training.schedules import learning_rate, progress_of
+from panfm.training.training_state import build_optimiser
+
+CHECKPOINT = "checkpoint.state"
+_HEADS = "heads."
+_BEST, _MODEL, _OPTIMISER = "best.", "model.", "optimiser."
+
+
+@dataclass(frozen=True)
+class FinetuneProgress:
+    """How far a fine-tuning has come."""
+
+    step: int = 0
+    """Steps taken."""
+    best_step: int = 0
+    """Steps behind the parameters with the smallest validation loss."""
+    best_loss: float = float("inf")
+    since_best: int = 0
+    """Validations since then."""
+    losses: tuple[tuple[int, float], ...] = ()
+    """Steps taken and validation loss, of every validation."""
+
+
+class FineTuning:
+    """A model with a task's head in training.
+
+    Guarantees:
+        exact: one that is interrupted and resumed ends with the same bits as one that is not.
+        best: after `run`, the parameters are those of the validation with the smallest loss.
+    """
+
+    def __init__(self, model: PanModel, data: TaskData, settings: FinetuneSettings) -> None:
+        """Put the task's head in place and choose the trained parts.
+
+        Args:
+            model: Its heads are replaced.
+        Raises:
+            ConfigError: the parts name more blocks than there are, or blocks without attention of ours.
+        """
+        self.settings, self.data = settings, data
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.head: TaskHead = build_head(model, data.task, settings.seed)
+        model.add_module("heads", self.head)
+        choose_parts(model, settings.parts, settings.seed)
+        self.model = model.to(self.device).eval()
+        self._targets = torch.from_numpy(np.asarray(data.targets, dtype=_target_dtype(data)))
+        if isinstance(self.head, LabelHead):
+            embeddings = embed_store(self.model, data.store, data.train, batch_size=settings.batch_size)
+            self.head.standardise(torch.from_numpy(embeddings).to(self.device), self._on_device(data.train))
+        self.optimiser = build_optimiser(self.model, settings.training())
+        self.progress = FinetuneProgress()
+        self._best = self._kept_state()
+
+    def run(self, folder: Path | None = None, on_step: Callable[[int, int], None] = lambda *_: None) -> None:
+        """Train until the steps are done or validation gets no better, then load the best parameters.
+
+        Args:
+            folder: Where a checkpoint is written at every validation.
+            on_step: Called with (steps taken, steps in all).
+        Raises:
+            RunError: a loss is not finite.
+        """
+        settings = self.settings
+        while self.progress.step < settings.steps and self.progress.since_best < settings.patience:
+            if self.progress.step % settings.validate_every == 0 and not self._is_validated():
+                self._validate(folder)
+                continue
+            self._step(self.progress.step)
+            self.progress = replace(self.progress, step=self.progress.step + 1)
+            on_step(self.progress.step, settings.steps)
+        if not self._is_validated():
+            self._validate(folder)
+        self.model.load_state_dict(self.model.state_dict() | self._best)
+
+    def _is_validated(self) -> bool:
+        return bool(self.progress.losses) and self.progress.losses[-1][0] == self.progress.step
+
+    def _step(self, number: int) -> None:
+        chosen = batch_of_step(self.data.train, self.settings.batch_size, number, self.settings.seed)
+        loss = self.head.loss(self._outputs(chosen), self._on_device(chosen))
+        self.optimiser.zero_grad()
+        loss.backward()
+        training = self.settings.training()
+        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+        norm = nn.utils.clip_grad_norm_(parameters, training.clip_norm)
+        if not bool(torch.isfinite(loss) & torch.isfinite(norm)):
+            raise RunError(f"step {number + 1}: loss or gradient is not finite, expected a smaller --learning-rate")
+        rate = learning_rate(training, progress_of(training, number))
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate * group["scale"]
+        self.optimiser.step()
+
+    @torch.no_grad()
+    def _validate(self, folder: Path | None) -> None:
+        size, validation = self.settings.batch_size, self.data.validation
+        total = 0.0
+        for start in range(0, len(validation), size):
+            chosen = validation[start : start + size]
+            total += len(chosen) * float(self.head.loss(self._outputs(chosen), self._on_device(chosen)))
+        loss, before = total / len(validation), self.progress
+        losses = (*before.losses, (before.step, loss))
+        if loss < before.best_loss:
+            self._best = self._kept_state()
+            self.progress = replace(before, best_step=before.step, best_loss=loss, since_best=0, losses=losses)
+        else:
+            self.progress = replace(before, since_best=before.since_best + 1, losses=losses)
+        if folder is not None:
+            self.save(folder)
+
+    def _outputs(self, chosen: Indices) -> Tensor:
+        outputs: Tensor = self.head(self.model, self.data.store.batch(chosen))
+        return outputs
+
+    def _on_device(self, chosen: Indices) -> Tensor:
+        return self._targets[torch.from_numpy(chosen)].to(self.device)
+
+    def _kept_state(self) -> dict[str, Tensor]:
+        """Copies of the trained parameters and of all of the head, by name."""
+        state = self.model.state_dict()
+        return {
+            name: value.detach().cpu().clone()
+            for name, value in state.items()
+            if name in self.model.trained or name.startswith(_HEADS)
+        }
+
+    def save(self, folder: Path) -> None:
+        """Write the checkpoint."""
+        tensors = {f"{_MODEL}{name}": value for name, value in self._kept_state().items()}
+        tensors |= {f"{_BEST}{name}": value for name, value in self._best.items()}
+        for index, slots in self.optimiser.state_dict()["state"].items():
+            tensors |= {f"{_OPTIMISER}{index}.{slot}": value.cpu().clone() for slot, value in slots.items()}
+        told = {"progress": json.dumps(asdict(self.progress)), "plan": self._plan()}
+        write_checked(folder / CHECKPOINT, safetensors.torch.save(tensors, told))
+
+    def load(self, folder: Path) -> None:
+        """Go on from the checkpoint, if there is one.
+
+        Raises:
+            DataError: it does not hold, or model, images, labels or settings are others than when it was written.
+        """
+        path = folder / CHECKPOINT
+        if not path.exists():
+            return
+        tensors, told = _read_tensors(path)
+        if told["plan"] != self._plan():
+            raise DataError(f"{path}: the model, the patients or the settings have changed since, expected the same")
+        progress = json.loads(told["progress"])
+        losses = tuple((step, loss) for step, loss in progress.pop("losses"))
+        self.progress = FinetuneProgress(**progress, losses=losses)
+        self.model.load_state_dict(self.model.state_dict() | _under(tensors, _MODEL))
+        self._best = _under(tensors, _BEST)
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, value in _under(tensors, _OPTIMISER).items():
+            index, slot = name.split(".", 1)
+            state.setdefault(int(index), {})[slot] = value
+        self.optimiser.load_state_dict(self.optimiser.state_dict() | {"state": state})
+
+    def _plan(self) -> str:
+        """Hash of everything that decides the result: frozen parameters, patients, targets and settings."""
+        digest = hashlib.sha256(dump_toml(self.settings).encode())
+        for name, value in sorted(self.model.state_dict().items()):
+            if name not in self.model.trained and not name.startswith(_HEADS):
+                digest.update(value.detach().cpu().numpy().tobytes())
+        for part in (self.data.train, self.data.validation, self.data.test):
+            digest.update(json.dumps(self.data.patients(part)).encode())
+        digest.update(self._targets.numpy().tobytes())
+        return digest.hexdigest()
+
+
+def choose_parts(model: PanModel, parts: FinetuneParts, seed: int) -> None:
+    """Train the head and some parts of the encoder; the rest gets no gradient."""
+    named = dict(model.named_parameters())
+    trained = {name for name in named if name.startswith(_HEADS)}
+    if not isinstance(parts, HeadPartsConfig):
+        if isinstance(parts, LoraConfig):
+            add_lora(model.backbone, parts)
+            for name, parameter in model.named_parameters():
+                if is_lora(name):
+                    initialise(name, parameter, torch_generator(seed, "fine-tuning", name))
+        trained |= trained_names(model, parts)
+    model.trained = frozenset(trained)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
+
+
+def batch_of_step(indices: Indices, size: int, step: int, seed: int) -> Indices:
+    """The examples of one step: passes over all of them, each in a new seeded order; a rest smaller than a batch is
+    left for another pass."""
+    per_pass = max(len(indices) // size, 1)
+    number, at = divmod(step, per_pass)
+    order = numpy_generator(seed, "fine-tuning", "order", number).permutation(indices)
+    return order[at * size : (at + 1) * size]
+
+
+def _target_dtype(data: TaskData) -> type[np.generic]:
+    return np.uint8 if data.task.kind == "segmentation" else np.float32
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    content = read_checked(path)
+    length = int.from_bytes(content[:8], "little")
+    return safetensors.torch.load(content), json.loads(content[8 : 8 + length])["__metadata__"]
+
+
+def _under(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

@@ -1,0 +1,97 @@
+"""One fine-tuning from folders to a folder.
+
+finetune.toml       the settings
+checkpoint.state    where `--resume` goes on
+model/              encoder and head of the best validation, for `panfm.load`
+masks/              of a segmentation: the predicted masks of the test images, and masks.csv
+result.json         scores with 95 % intervals, patients, losses
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from panfm.config.features import parse_pooling
+from panfm.data.tables import write_table
+from panfm.errors import DataError
+from panfm.export.final_model import Source
+from panfm.finetune.fine_tuning import FineTuning
+from panfm.finetune.finetune_settings import FinetuneSettings, write_settings
+from panfm.finetune.finetuned_model import SegmentedImage, TaskModel, write_finetuned, write_mask
+from panfm.finetune.starting_model import starting_model
+from panfm.finetune.task_data import TaskData, read_task_data
+from panfm.finetune.task_result import RESULT_FILE, FrozenFeatures, TaskResult, score_labels, score_segmentation
+
+Progress = Callable[[int, int], None]
+"""Called with (done, total)."""
+
+
+@dataclass(frozen=True)
+class FinetuneJob:
+    """A fine-tuning whose files have been read and checked, and nothing trained."""
+
+    settings: FinetuneSettings
+    folder: Path
+    data: TaskData
+
+    @classmethod
+    def open(cls, settings: FinetuneSettings, folder: Path, progress: Progress = lambda *_: None) -> "FinetuneJob":
+        """Read and check model, images, labels and masks.
+
+        Raises:
+            ConfigError, DataError: one of them does not hold.
+        """
+        run = Source.read(Path(settings.model)).run
+        data = read_task_data(settings, run, progress)
+        return cls(settings, folder, data)
+
+    def run(self, progress: Progress = lambda *_: None) -> TaskResult:
+        """Train from the start or from the checkpoint, score, and write everything.
+
+        Raises:
+            ConfigError: the model claims privacy, or does not have the parts.
+            DataError: the folder holds a finished fine-tuning, or one of other settings or data.
+            RunError: a loss is not finite.
+        """
+        settings, folder, data = self.settings, self.folder, self.data
+        source = Source.read(Path(settings.model))
+        pooling = None if settings.pooling is None else parse_pooling(settings.pooling)
+        model, run = starting_model(source.folder, pooling=pooling, from_scratch=settings.from_scratch)
+        heads = {name: value.clone() for name, value in model.state_dict().items() if name.startswith("heads.")}
+        frozen = None if data.masked else FrozenFeatures.of(model, data)
+        tuning = FineTuning(model, data, settings)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_settings(folder, settings)
+        tuning.load(folder)
+        tuning.run(folder, progress)
+        task_model = TaskModel(data.task, tuning.head)
+        if frozen is None:
+            result = self._score_masks(task_model, tuning)
+        else:
+            result = score_labels(task_model, tuning.model, data, frozen)
+        metadata = source.metadata | {"task": data.task.name, "fine-tuned-on": data.num_patients()["train"]}
+        write_finetuned(folder / "model", tuning.model, run, data.task, heads=heads, metadata=metadata)
+        result.write(folder / RESULT_FILE, tuning.progress)
+        return result
+
+    def _score_masks(self, task_model: TaskModel, tuning: FineTuning) -> TaskResult:
+        """Score a segmentation, and write the predicted masks."""
+        masks, rows = self.folder / "masks", list[tuple[str, str, str, str]]()
+        masks.mkdir(exist_ok=True)
+        stream = self.data.task.stream or ""
+
+        def keep(index: int, mask: SegmentedImage) -> None:
+            path = write_mask(masks / f"{len(rows) + 1:04d}", mask)
+            image = self.data.masked[index].image
+            rows.append((self.data.store.subjects[index], stream, str(image), path.name))
+
+        result = score_segmentation(task_model, tuning.model, self.data, keep)
+        write_table(masks / "masks.csv", ("subject", "stream", "image", "mask"), rows)
+        return result
+
+
+def new_folder_for(folder: Path) -> Path:
+    """The folder of a new fine-tuning. Raises DataError: it exists."""
+    if folder.exists():
+        raise DataError(f"{folder}: exists already, expected a new folder (--resume {folder} goes on with it)")
+    return folder

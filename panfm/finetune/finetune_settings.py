@@ -1,0 +1,142 @@
+"""Settings of a fine-tuning, and their file `finetune.toml` in its folder. Imports no torch."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
+
+from panfm.config import dump_toml
+from panfm.config.base import Config, Positive, Seed
+from panfm.config.parts import BlockPartsConfig, LoraConfig, PlainPartsConfig
+from panfm.config.training import TrainConfig
+from panfm.errors import ConfigError, DataError, reason
+from panfm.files import write_atomic
+from panfm.texts import parse_toml, read_text
+
+SETTINGS_FILE = "finetune.toml"
+PARTS_HELP = "head, all, norms, vectors, last-blocks:N, attention-projections:N, lora:N or lora:N:RANK"
+
+
+class HeadPartsConfig(Config):
+    """Train the head alone; the encoder is frozen."""
+
+    kind: Literal["head"] = "head"
+
+
+FinetuneParts = Annotated[
+    HeadPartsConfig | PlainPartsConfig | BlockPartsConfig | LoraConfig, Field(discriminator="kind")
+]
+"""The head, and the parts of the encoder that are trained with it, by the names of `[train.parts]`."""
+
+
+def _read_parts(value: Any) -> Any:
+    """Turn the short form, e.g. `lora:2:8`, into a table."""
+    if not isinstance(value, str):
+        return value
+    kind, *numbers = value.split(":")
+    return {"kind": kind} | dict(zip(("blocks", "rank"), map(int, numbers), strict=False))
+
+
+class FinetuneSettings(Config):
+    """Everything that decides a fine-tuning beside the files that it reads."""
+
+    model: str
+    """Folder of the run, or of its model."""
+    data: Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
+    """Site folders, whose patients are pooled."""
+    task: str
+    """`labels.csv:COLUMN` or `segmentation`."""
+    streams: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Streams that are read; all of the model when empty."""
+    masked_stream: str | None = None
+    """Of a segmentation: the stream whose masks are learned; may be left out where one stream has masks."""
+    parts: Annotated[FinetuneParts, BeforeValidator(_read_parts)] = PlainPartsConfig()
+    pooling: str | None = None
+    """Instead of the run's, as `panfm embed --pooling` takes it; not used by segmentation."""
+    patients: Positive | None = None
+    """Learn from the labels of so many patients, validation included; all when left out."""
+    from_scratch: bool = False
+    """Start from the run's untrained model, for comparison."""
+    steps: Annotated[int, Field(gt=0, le=10_000_000)] = 300
+    batch_size: Annotated[int, Field(gt=0, le=65_536)] = 8
+    """Images, or patients' visits, per step."""
+    learning_rate: Annotated[float, Field(ge=1e-9, le=10.0)] = 1e-3
+    """Of the head; linear warm-up over a tenth of the steps, then cosine to 0."""
+    layer_decay: Annotated[float, Field(ge=0.01, le=1.0)] = 0.75
+    """Factor on the learning rate per layer downwards (arXiv 2106.08254)."""
+    weight_decay: Annotated[float, Field(ge=0.0, le=10.0)] = 0.05
+    validate_every: Positive = 20
+    """Steps between validations; each is a checkpoint."""
+    patience: Positive = 6
+    """Validations without a smaller loss after which training stops."""
+    seed: Seed = 0
+
+    @classmethod
+    def of_options(cls, given: Mapping[str, Any]) -> Self:
+        """Settings by the names of their fields. Raises ConfigError: one does not hold; the text names the option."""
+        try:
+            return cls.model_validate(given)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            option = str(first["loc"][0]).replace("_", "-")
+            raise ConfigError(
+                f"--{option}: found {first['input']!r:.80}, expected {_expected(first['msg'])}"
+            ) from error
+
+    def training(self) -> TrainConfig:
+        """The settings of the optimiser and its schedule."""
+        return TrainConfig(
+            rounds=1,
+            local_steps=self.steps,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            layer_decay=self.layer_decay,
+            weight_decay=self.weight_decay,
+        )
+
+
+def _expected(message: str) -> str:
+    return message.removeprefix("Input should be ")
+
+
+def parse_parts(text: str) -> FinetuneParts:
+    """Read `--parts`. Raises ConfigError: it names no parts."""
+    try:
+        parts: FinetuneParts = TypeAdapter(FinetuneParts).validate_python(_read_parts(text))
+    except (ValidationError, ValueError):
+        raise ConfigError(f"--parts: found {text!r:.80}, expected {PARTS_HELP} (N: blocks, from the last)") from None
+    return parts
+
+
+def write_settings(folder: Path, settings: FinetuneSettings) -> None:
+    """Write `finetune.toml`."""
+    write_atomic(folder / SETTINGS_FILE, dump_toml(settings).encode())
+
+
+def read_settings(folder: Path) -> FinetuneSettings:
+    """Read the settings of a fine-tuning. Raises ConfigError: its folder holds none, or they do not hold."""
+    path = folder / SETTINGS_FILE
+    try:
+        table = parse_toml(read_text(path), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        expected = "the folder of a fine-tuning that was begun"
+        raise ConfigError(f"{path}: cannot be read ({reason(error)}), expected {expected}") from error
+    try:
+        return FinetuneSettings.model_validate(table, by_alias=True, by_name=False)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise ConfigError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+
+
+def settings_to_resume(folder: Path) -> FinetuneSettings:
+    """Settings of a fine-tuning that was interrupted.
+
+    Raises:
+        ConfigError: the folder holds none, or they do not hold.
+        DataError: it has ended.
+    """
+    settings = read_settings(folder)
+    if (folder / "model").exists():
+        raise DataError(f"{folder}: has ended, its model is in {folder / 'model'}; expected one that was interrupted")
+    return settings

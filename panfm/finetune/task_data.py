@@ -1,0 +1,327 @@
+"""Images with labels or masks for a fine-tuning, from site folders, and who trains, validates and tests.
+
+A visit (session) of a patient is an example of its own; patients decide everything else: the split, the draws, and
+later the intervals. Site folders are pooled, and a patient that stands in two of them is refused.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from panfm.config import RunConfig, StreamConfig, load_site
+from panfm.data.cache import open_store
+from panfm.data.label_kinds import encode, infer_kinds, read_rules
+from panfm.data.labels import LabelTable, read_cells
+from panfm.data.manifest import Row, image_path, read_manifest
+from panfm.data.masks import Classes, mask_to_grid, read_mask
+from panfm.data.readers import ImageError, Picture, Volume, read_source
+from panfm.data.store import ImageStore
+from panfm.data.subjects import subject_key
+from panfm.errors import ConfigError, DataError
+from panfm.evaluate.embed import by_session
+from panfm.finetune.finetune_settings import FinetuneSettings
+from panfm.finetune.task_description import SEGMENTATION, TaskDescription, parse_task
+from panfm.seeds import numpy_generator
+
+_MOST_CLASSES = 64
+_VALIDATION_SHARE, _TEST_SHARE = 0.2, 0.25
+"""Of the training patients, where the site has none of the split."""
+
+Indices = NDArray[np.int64]
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class MaskedImage:
+    """An image and its mask on disk."""
+
+    image: Path
+    mask: Path
+
+    def read(self, config: StreamConfig) -> tuple[Volume | Picture, Classes]:
+        """Read both. Raises DataError: one of them does not hold; the text begins with its path."""
+        path = self.image
+        try:
+            image = read_source(path, is_volume=config.is_volume, nan=config.nan)
+            path = self.mask
+            return image, read_mask(path, image)
+        except ImageError as error:
+            raise DataError(f"{path}: {error}") from error
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """Examples of a task."""
+
+    task: TaskDescription
+    store: ImageStore
+    """One row per example; a patient with several visits has several."""
+    targets: NDArray[np.float64] | NDArray[np.uint8]
+    """[N, K] of labels, NaN where unknown; [N, *shape] classes of a segmentation on the stream's grid."""
+    train: Indices
+    validation: Indices
+    test: Indices
+    masked: Sequence[MaskedImage] = ()
+    """Of a segmentation: the files of every example."""
+    notes: tuple[str, ...] = ()
+
+    def patients(self, indices: Indices) -> list[str]:
+        """Patient of each example."""
+        return [self.store.subjects[index] for index in indices]
+
+    def num_patients(self) -> dict[str, int]:
+        """Patients who train, validate and test."""
+        parts = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {name: len(set(self.patients(indices))) for name, indices in parts.items()}
+
+
+def read_task_data(settings: FinetuneSettings, run: RunConfig, progress: Progress = lambda *_: None) -> TaskData:
+    """Read and check everything that a fine-tuning needs.
+
+    Raises:
+        ConfigError: a stream or a site description does not hold.
+        DataError: a manifest, image, label or mask does not hold, or too few patients have one.
+    """
+    streams = chosen_streams(settings.streams, run.streams)
+    folders = [Path(folder) for folder in settings.data]
+    label = parse_task(settings.task)
+    if label is None:
+        data = _read_segmentation(settings, streams, folders, progress)
+    else:
+        data = _read_labels(label, streams, folders, progress)
+    return divided(data, settings)
+
+
+def chosen_streams(names: Sequence[str], streams: Mapping[str, StreamConfig]) -> dict[str, StreamConfig]:
+    """The streams named, all when none is. Raises ConfigError: the model does not have one."""
+    if unknown := [name for name in names if name not in streams]:
+        raise ConfigError(f"--streams: found {unknown[0]!r:.80}, expected some of {', '.join(streams)}")
+    return {name: config for name, config in streams.items() if name in names or not names}
+
+
+def _read_labels(
+    label: tuple[str, str], streams: Mapping[str, StreamConfig], folders: Sequence[Path], progress: Progress
+) -> TaskData:
+    """Examples of the patients whose label is known."""
+    tables = [read_cells(_table_path(label[0], folder)) for folder in folders]
+    task, values, notes = _task_of_labels(label[1], tables)
+    stores = [_visits(folder, streams, progress) for folder in folders]
+    targets = np.full((sum(len(store.subjects) for store, _ in stores), len(task.outputs)), np.nan)
+    at = 0
+    for (store, _), known in zip(stores, values, strict=True):
+        for subject in store.subjects:
+            targets[at] = known.get(subject_key(subject), np.nan)
+            at += 1
+    store = _joined(folders, [store for store, _ in stores])
+    labelled = np.flatnonzero(np.isfinite(targets).all(axis=1))
+    if not len(labelled):
+        raise DataError(f"{tables[0].path}: found no label of a patient of the site, expected the manifest's subjects")
+    missing = len(set(store.subjects)) - len({store.subjects[index] for index in labelled})
+    notes += [f"{label[1]}: {missing} patients without a label are left out"] if missing else []
+    nobody = np.empty(0, dtype=np.int64)
+    return TaskData(task, store, targets, labelled, nobody, nobody, notes=tuple(notes))
+
+
+def _table_path(named: str, folder: Path) -> Path:
+    """A label table: in the site folder, else as a path from here."""
+    inside = folder / named
+    return inside if inside.exists() or not Path(named).exists() else Path(named)
+
+
+def _task_of_labels(
+    column: str, tables: Sequence[LabelTable]
+) -> tuple[TaskDescription, list[dict[str, NDArray[np.float64]]], list[str]]:
+    """The task of a column, the labels of each table by `subject_key`, and a note if the column is not plain."""
+    for table in tables:
+        if column not in table.cells:
+            known = ", ".join(table.cells) or "none"
+            raise DataError(f"{table.path}: found no column {column!r:.80}, expected one of {known}")
+    tables = [replace(table, cells={column: table.cells[column]}) for table in tables]
+    rules = {name: rule for name, rule in read_rules(tables).items() if name == column}
+    kinds = infer_kinds(tables, rules)
+    kind = kinds.by_column[column]
+    if kind.kind == "ignore":
+        raise DataError(f"{tables[0].path}: {kinds.notes[0] if kinds.notes else f'{column}: is to be ignored'}")
+    labels = [encode(table, kinds.by_column) for table in tables]
+    values = [{subject_key(name): row for name, row in zip(own.subjects, own.values, strict=True)} for own in labels]
+    return TaskDescription(kind=kind.kind, name=column, outputs=labels[0].names), values, list(kinds.notes)
+
+
+def _read_segmentation(
+    settings: FinetuneSettings, streams: Mapping[str, StreamConfig], folders: Sequence[Path], progress: Progress
+) -> TaskData:
+    """Examples of the images that have a mask."""
+    stream = _masked_stream(settings.masked_stream, streams, folders)
+    stores, masked = [], []
+    for folder in folders:
+        store, sessions = _visits(folder, streams, progress)
+        files = _masked_files(folder, stream)
+        visits = [files.get(visit) for visit in zip(store.subjects, sessions, strict=True)]
+        with_image = np.isin(np.arange(len(visits)), store.rows.get(stream, ()))
+        kept = np.flatnonzero(with_image & np.array([visit is not None for visit in visits]))
+        stores.append(only(store, kept))
+        masked += [visit for index in kept if (visit := visits[index]) is not None]
+    values, targets = _read_masks(masked, streams[stream], progress)
+    outputs = tuple(str(value) for value in values)
+    task = TaskDescription(kind="segmentation", name=SEGMENTATION, outputs=outputs, values=values, stream=stream)
+    nobody = np.empty(0, dtype=np.int64)
+    return TaskData(task, _joined(folders, stores), targets, np.arange(len(masked)), nobody, nobody, masked)
+
+
+def _masked_stream(named: str | None, streams: Mapping[str, StreamConfig], folders: Sequence[Path]) -> str:
+    """The stream that is segmented. Raises ConfigError: it cannot be told."""
+    rows = [row for folder in folders for row in read_manifest(folder, load_site(folder))]
+    masked = sorted({row.stream for row in rows if row.mask and row.stream in streams})
+    if named is not None and named not in masked:
+        raise ConfigError(f"--stream: found {named!r:.80}, expected a stream with masks: {', '.join(masked) or 'none'}")
+    if named is None and len(masked) != 1:
+        given = f"masks of {', '.join(masked)}" if masked else "no mask of the run's streams"
+        remedy = "--stream to say which" if masked else "the column mask of the manifest to name some"
+        raise ConfigError(f"{folders[0]}: found {given}, expected {remedy}")
+    return named or masked[0]
+
+
+def _masked_files(folder: Path, stream: str) -> dict[tuple[str, str], MaskedImage]:
+    """Image and mask of each visit of a site that has a mask, by (subject, session)."""
+    site = load_site(folder)
+    rows: list[Row] = [row for row in read_manifest(folder, site) if row.stream == stream and row.mask]
+    return {
+        (row.subject, row.session): MaskedImage(image_path(folder, site, row.path), image_path(folder, site, row.mask))
+        for row in rows
+    }
+
+
+def _read_masks(
+    masked: Sequence[MaskedImage], config: StreamConfig, progress: Progress
+) -> tuple[tuple[int, ...], NDArray[np.uint8]]:
+    """Numbers of all classes, background first, and the masks on the stream's grid [N, *shape]."""
+    values: set[int] = {0}
+    for done, files in enumerate(masked, start=1):
+        values |= set(np.unique(files.read(config)[1]).tolist())
+        if len(values) > _MOST_CLASSES:
+            raise DataError(
+                f"{files.mask}: found more than {_MOST_CLASSES} classes, expected few, with 0 as background"
+            )
+        progress(done, 2 * len(masked))
+    if len(values) == 1:
+        raise DataError(f"{masked[0].mask}: found nothing but background in all masks, expected a class above 0")
+    ordered = tuple(sorted(values))
+    grids = np.empty((len(masked), *config.shape), dtype=np.uint8)
+    for number, files in enumerate(masked):
+        image, mask = files.read(config)
+        grids[number] = mask_to_grid(mask, image, ordered, config)
+        progress(len(masked) + number + 1, 2 * len(masked))
+    return ordered, grids
+
+
+def _visits(
+    folder: Path, streams: Mapping[str, StreamConfig], progress: Progress
+) -> tuple[ImageStore, tuple[str, ...]]:
+    """The images of a site with every visit as a row, and the session of each; empty where a site has none."""
+    store = open_store(folder, streams, progress=lambda _, done, total: progress(done, total))
+    visits, sessions = by_session(store)
+    return visits, sessions or ("",) * len(visits.subjects)
+
+
+def only(store: ImageStore, kept: Indices) -> ImageStore:
+    """The store with some of its rows, in ascending order."""
+    place = {int(index): at for at, index in enumerate(kept)}
+    images, rows = {}, {}
+    for name, of_stream in store.rows.items():
+        chosen = [at for at, row in enumerate(of_stream.tolist()) if row in place]
+        if chosen:
+            whole = len(chosen) == len(of_stream)
+            images[name] = store.images[name] if whole else store.images[name][chosen]
+            rows[name] = np.array([place[int(of_stream[at])] for at in chosen], dtype=np.int64)
+    subjects, splits = (tuple(table[index] for index in kept) for table in (store.subjects, store.splits))
+    return ImageStore(subjects, splits, images, rows)
+
+
+def _joined(folders: Sequence[Path], stores: Sequence[ImageStore]) -> ImageStore:
+    """The rows of all sites, one after the other. Raises DataError: a patient stands in two of them."""
+    seen: dict[str, int] = {}
+    for number, store in enumerate(stores):
+        for subject in store.subjects:
+            if (first := seen.setdefault(subject_key(subject), number)) != number:
+                given = f"subject {subject!r}, which stands in {folders[first]}"
+                raise DataError(f"{folders[number]}: found {given}, expected each patient in one --data")
+    if len(stores) == 1:
+        return stores[0]
+    offsets = np.cumsum([0, *(len(store.subjects) for store in stores)])
+    names = dict.fromkeys(name for store in stores for name in store.images)
+    parts = {
+        name: [(store, offset) for store, offset in zip(stores, offsets, strict=False) if name in store.images]
+        for name in names
+    }
+    return ImageStore(
+        tuple(subject for store in stores for subject in store.subjects),
+        tuple(split for store in stores for split in store.splits),
+        {name: np.concatenate([store.images[name] for store, _ in own]) for name, own in parts.items()},
+        {name: np.concatenate([store.rows[name] + offset for store, offset in own]) for name, own in parts.items()},
+    )
+
+
+def divided(data: TaskData, settings: FinetuneSettings) -> TaskData:
+    """Part the examples into training, validation and test, patient by patient.
+
+    The site's own splits are used. Where nobody is in `test`, a quarter of the patients is drawn for it; where nobody
+    is in `val`, or few labels are asked for, a fifth of the training patients validates. Every class of a label is
+    drawn for training first.
+
+    Raises:
+        DataError: fewer than two patients are left to train and validate, or `--patients` asks for more than there are.
+    """
+    split_of: dict[str, str] = {}
+    class_of: dict[str, object] = {}
+    for index in data.train.tolist():
+        subject = data.store.subjects[index]
+        split_of.setdefault(subject, data.store.splits[index])
+        class_of.setdefault(subject, _class(data, index))
+    by_split = {name: [one for one, split in split_of.items() if split == name] for name in ("train", "val", "test")}
+    notes = [*data.notes]
+
+    def draw(pool: Sequence[str], count: int, purpose: str) -> list[str]:
+        return draw_patients(pool, class_of, count, seed=settings.seed, purpose=purpose)
+
+    train, validation, test = by_split.values()
+    if not test:
+        kept = draw(train, len(train) - round(_TEST_SHARE * len(train)), "kept")
+        test = [one for one in train if one not in set(kept)]
+        train = [one for one in train if one in set(kept)]
+        notes.append(f"no patient in the split test: {len(test)} of {len(test) + len(train)} drawn for it")
+    if settings.patients is not None:
+        if settings.patients > len(train):
+            raise DataError(
+                f"--patients: found {settings.patients}, expected at most {len(train)} (in the split train)"
+            )
+        train, validation = draw(train, settings.patients, "few labels"), []
+    if not validation and len(train) > 1:
+        kept = draw(train, len(train) - max(1, round(_VALIDATION_SHARE * len(train))), "training")
+        validation = [one for one in train if one not in set(kept)]
+        train = kept
+    for name, patients in (("train", train), ("validation", validation), ("test", test)):
+        if not patients:
+            raise DataError(f"{settings.data[0]}: found no patient to {name} on, expected a few labelled ones")
+    parts = [np.array([i for i in data.train if data.store.subjects[i] in {*who}]) for who in (train, validation, test)]
+    return replace(data, train=parts[0], validation=parts[1], test=parts[2], notes=tuple(notes))
+
+
+def _class(data: TaskData, index: int) -> object:
+    """The class of an example by which draws are balanced; the same for all where the task has none."""
+    is_class = data.task.kind in ("yes-no", "classes")
+    return tuple(data.targets[index].tolist()) if is_class else None
+
+
+def draw_patients(
+    pool: Sequence[str], class_of: Mapping[str, object], count: int, *, seed: int, purpose: str
+) -> list[str]:
+    """Draw patients, one of each class first, then whoever the seed names."""
+    shuffled = [str(one) for one in numpy_generator(seed, "fine-tuning", purpose).permutation(sorted(pool))]
+    firsts: dict[object, str] = {}
+    for one in shuffled:
+        firsts.setdefault(class_of[one], one)
+    rest = [one for one in shuffled if one not in set(firsts.values())]
+    return [*firsts.values(), *rest][:count]

@@ -1,0 +1,232 @@
+"""Scores of a fine-tuned model on the test patients, with 95 % intervals by patient, and frozen probes beside it.
+
+    fine-tuned      the model
+    linear-probe    a linear probe on the frozen embeddings of the model that fine-tuning started from
+    knn             the weighted mean of the labels of the 10 most similar training patients, on the same embeddings
+    grid            of a segmentation: the true masks, brought to the stream's grid and back, as a model without error
+                    would predict them
+
+All learn from the same patients: the probes are fitted on those that fine-tuning trains and validates on.
+
+Shape legend: N test patients, K outputs, R resamples, E numbers of an embedding.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from panfm.data.masks import mask_from_grid
+from panfm.data.readers import Volume, voxel_sizes
+from panfm.data.store import ImageStore
+from panfm.errors import DataError, needs_extra
+from panfm.evaluate.embed import embed_store
+from panfm.evaluate.result import Score
+from panfm.evaluate.scores import Floats, auc, draw_counts, interval, r2
+from panfm.files import write_json
+from panfm.finetune.fine_tuning import FinetuneProgress
+from panfm.finetune.finetuned_model import SegmentedImage, TaskModel, mask_image
+from panfm.finetune.segmentation_scores import dice, hausdorff_95
+from panfm.finetune.task_data import TaskData
+from panfm.finetune.task_heads import predict_rows
+from panfm.models import PanModel
+
+RESULT_FILE = "result.json"
+TUNED, LINEAR, KNN, GRID = "fine-tuned", "linear-probe", "knn", "grid"
+_RESAMPLES = 1000
+_NEIGHBOURS, _TEMPERATURE = 10, 0.07
+
+WriteMask = Callable[[int, SegmentedImage], None]
+"""Called with the row of a test example and its predicted mask."""
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """Result of a fine-tuning."""
+
+    scores: tuple[Score, ...]
+    patients: Mapping[str, int]
+    streams: Mapping[str, float]
+    """Stream -> score of the fine-tuned model on test patients of whom it sees this stream alone; of labels, where
+    there are several streams."""
+    notes: tuple[str, ...]
+
+    def write(self, path: Path, progress: FinetuneProgress) -> None:
+        """Write `result.json`."""
+        write_json(path, asdict(self) | {"training": asdict(progress)}, indent=1)
+
+    def find(self, arm: str, metric: str, group: str = "all") -> Score:
+        """One score. Raises KeyError: there is none."""
+        for score in self.scores:
+            if (score.arm, score.metric, score.group) == (arm, metric, group):
+                return score
+        raise KeyError((arm, metric, group))
+
+
+@dataclass(frozen=True)
+class FrozenFeatures:
+    """Embeddings by the model that fine-tuning starts from."""
+
+    fit: Floats
+    """[patients, E] of those who train or validate."""
+    fit_targets: Floats
+    test: Floats
+    """[N, E]"""
+
+    @classmethod
+    def of(cls, model: PanModel, data: TaskData) -> "FrozenFeatures":
+        """Embed the patients of a task of labels."""
+        fit = np.sort(np.concatenate([data.train, data.validation]))
+        embedded = (by_patient(embed_store(model, data.store, rows), data.patients(rows)) for rows in (fit, data.test))
+        features, test = embedded
+        return cls(features, by_patient(data.targets[fit], data.patients(fit)), test)
+
+
+def by_patient(values: NDArray[np.floating], patients: Sequence[str]) -> Floats:
+    """Mean of the examples of each patient, in order of first appearance; of what is known (not NaN)."""
+    rows_of: dict[str, list[int]] = {}
+    for row, patient in enumerate(patients):
+        rows_of.setdefault(patient, []).append(row)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # the mean of nothing is NaN
+        return np.stack([np.nanmean(values[rows], axis=0, dtype=np.float64) for rows in rows_of.values()])
+
+
+def score_labels(task_model: TaskModel, model: PanModel, data: TaskData, frozen: FrozenFeatures) -> TaskResult:
+    """Score a fine-tuned model of labels, and the probes."""
+    patients = data.patients(data.test)
+    truth = by_patient(data.targets[data.test], patients)
+    counts = draw_counts(len(truth), _RESAMPLES, 0)
+
+    def scores_of(arm: str, predicted: Floats) -> Iterator[Score]:
+        return label_scores(arm, data.task.kind, predicted, truth, counts)
+
+    predicted = np.concatenate(list(predict_rows(task_model.head, model, data.store, data.test)))
+    scores = [*scores_of(TUNED, by_patient(predicted, patients)), *scores_of(KNN, nearest_neighbours(frozen))]
+    notes = [*data.notes]
+    try:
+        scores += scores_of(LINEAR, _linear_probe(frozen, data))
+    except DataError as error:
+        notes.append(f"{LINEAR}: left out ({error})")
+    notes += [f"{one.metric}: cannot be told of the test patients" for one in scores[:1] if np.isnan(one.value)]
+    return TaskResult(tuple(scores), data.num_patients(), _streams_alone(task_model, model, data), tuple(notes))
+
+
+def label_scores(arm: str, kind: str, predicted: Floats, truth: Floats, counts: Floats) -> Iterator[Score]:
+    """AUC and accuracy of yes/no and classes, R2 and mean absolute error of numbers, over patients.
+
+    Args:
+        predicted: Probabilities or numbers [N, K].
+        truth: [N, K], of labels 0 and 1.
+        counts: [R, N], see `draw_counts`.
+    """
+    outputs = range(truth.shape[1])
+    if kind == "number":
+        yield _score(arm, "r2", np.stack([r2(predicted[:, one], truth[:, one], counts) for one in outputs], axis=1))
+        yield _score(arm, "mae", _mean(np.abs(predicted - truth), counts))
+        return
+    areas = [auc(predicted[:, one], truth[:, one] == 1.0, counts) for one in outputs]
+    yield _score(arm, "auc", np.stack(areas, axis=1))
+    if kind == "classes":
+        correct = predicted.argmax(axis=1) == truth.argmax(axis=1)
+    else:
+        correct = (predicted[:, 0] > 0.5) == (truth[:, 0] == 1.0)
+    yield _score(arm, "accuracy", _mean(correct[:, None].astype(np.float64), counts))
+
+
+def nearest_neighbours(frozen: FrozenFeatures) -> Floats:
+    """Predict by the fit patients with the most similar standardised embeddings, weighted by softmax of the cosine."""
+    centre, scale = frozen.fit.mean(axis=0), np.maximum(frozen.fit.std(axis=0), 1e-6)
+    fit, test = (_unit((features - centre) / scale) for features in (frozen.fit, frozen.test))
+    similar = test @ fit.T
+    nearest = np.argsort(-similar, axis=1, kind="stable")[:, :_NEIGHBOURS]
+    weights = np.exp((np.take_along_axis(similar, nearest, axis=1) - 1.0) / _TEMPERATURE)
+    weighted: Floats = np.einsum("nk,nko->no", weights, frozen.fit_targets[nearest])
+    return weighted / weights.sum(axis=1, keepdims=True)
+
+
+def _unit(features: NDArray[np.floating]) -> Floats:
+    lengths = np.linalg.norm(features, axis=1, keepdims=True)
+    return np.asarray(features / np.maximum(lengths, 1e-12), dtype=np.float64)
+
+
+def _linear_probe(frozen: FrozenFeatures, data: TaskData) -> Floats:
+    """Scores [N, K] of a linear probe; those of yes/no as probabilities."""
+    with needs_extra("evaluate"):
+        from panfm.evaluate.linear_probe import fit_classifiers, fit_regressors
+    is_number = data.task.kind == "number"
+    fit = fit_regressors if is_number else fit_classifiers
+    scores = fit(frozen.fit, frozen.fit_targets, data.task.outputs).score(frozen.test)
+    return scores if is_number else 1.0 / (1.0 + np.exp(-np.clip(scores, -30.0, 30.0)))
+
+
+def _streams_alone(task_model: TaskModel, model: PanModel, data: TaskData) -> dict[str, float]:
+    """The first score of the fine-tuned model by stream, over the test patients who have it and with it alone."""
+    if len(data.store.images) < 2:
+        return {}
+    alone = {}
+    for name, rows in data.store.rows.items():
+        store = ImageStore(data.store.subjects, data.store.splits, {name: data.store.images[name]}, {name: rows})
+        if len(test := store.holders(data.test, [name])):
+            patients = data.patients(test)
+            predicted = np.concatenate(list(predict_rows(task_model.head, model, store, test)))
+            truth = by_patient(data.targets[test], patients)
+            counts = np.ones((1, len(truth)))
+            mean = by_patient(predicted, patients)
+            alone[name] = next(label_scores(TUNED, data.task.kind, mean, truth, counts)).value
+    return alone
+
+
+def score_segmentation(
+    task_model: TaskModel, model: PanModel, data: TaskData, write_mask: WriteMask = lambda *_: None
+) -> TaskResult:
+    """Score a segmentation on the grids of the test images themselves."""
+    task = data.task
+    assert task.stream is not None
+    config, measured = model.stream_configs[task.stream], []
+    maps = (own for chunk in predict_rows(task_model.head, model, data.store, data.test, 8) for own in chunk)
+    for index, probabilities in zip(data.test.tolist(), maps, strict=True):
+        image, mask = data.masked[index].read(config)
+        spacing = voxel_sizes(image.affine).tolist() if isinstance(image, Volume) else [1.0, 1.0]
+        classes = mask_from_grid(probabilities, image, config)
+        write_mask(index, mask_image(classes, image, task))
+        one_hot = np.eye(len(task.values), dtype=np.float32)[data.targets[index]]
+        at_best = mask_from_grid(np.ascontiguousarray(np.moveaxis(one_hot, -1, 0)), image, config)
+        measured.append(
+            [
+                _compare(classes == number, mask == value, at_best == number, spacing)
+                for number, value in enumerate(task.values)
+                if number
+            ]
+        )
+    values = by_patient(np.array(measured), data.patients(data.test))
+    counts = draw_counts(len(values), _RESAMPLES, 0)
+    scores = []
+    for column, (arm, metric) in enumerate(((TUNED, "dice"), (TUNED, "hd95"), (GRID, "dice"))):
+        means = _mean(values[:, :, column], counts)
+        scores.append(_score(arm, metric, means))
+        pairs = zip(task.outputs[1:], means.T, strict=True)
+        scores += [replace(_score(arm, metric, mean[:, None]), group=name) for name, mean in pairs]
+    notes = (*data.notes, *(() if isinstance(image, Volume) else ("hd95 is in pixels",)))
+    return TaskResult(tuple(scores), data.num_patients(), {}, notes)
+
+
+def _compare(
+    predicted: NDArray[np.bool_], true: NDArray[np.bool_], at_best: NDArray[np.bool_], spacing: Sequence[float]
+) -> tuple[float, float, float]:
+    return dice(predicted, true), hausdorff_95(predicted, true, spacing), dice(at_best, true)
+
+
+def _mean(values: Floats, counts: Floats) -> Floats:
+    """Mean over patients of known values [N, K] in every resample [R, K]; NaN where none is known."""
+    known = np.isfinite(values)
+    total, weight = counts @ np.where(known, values, 0.0), counts @ known
+    mean: Floats = np.divide(total, weight, out=np.full(total.shape, np.nan), where=weight > 0)
+    return mean
+
+
+def _score(arm: str, metric: str, values: Floats) -> Score:
+    return Score.of(arm, "all", metric, interval(values), int(np.isfinite(values[0]).sum()))

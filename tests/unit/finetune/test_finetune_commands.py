@@ -1,0 +1,60 @@
+"""`panfm finetune`: a whole way on a tiny site, and mistakes in one line."""
+
+import json
+from functools import partial
+
+import pytest
+from typer.testing import CliRunner
+
+import panfm
+from panfm.cli import main
+
+invoke = partial(CliRunner().invoke, main)
+
+
+@pytest.fixture
+def words(make_run, write_run, labelled_site, tmp_path):
+    run, site = write_run(make_run()), labelled_site()
+    return ["finetune", str(run), "--data", str(site), "--task", "labels.csv:bright", "--out", str(tmp_path / "out")]
+
+
+def test_labels_to_a_folder(words, tmp_path):
+    done = invoke([*words, "--steps", "4", "--parts", "norms", "--batch-size", "4"])
+    assert done.exit_code == 0, done.output
+    assert "bright: yes-no; patients: 6 train, 3 validation, 3 test" in done.output
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert {(score["arm"], score["metric"]) for score in result["scores"]} >= {("fine-tuned", "auc"), ("knn", "auc")}
+    assert panfm.load(tmp_path / "out").task.name == "bright"
+    again = invoke([*words, "--steps", "4"])
+    assert (again.exit_code, "exists already" in again.output) == (1, True)
+    ended = invoke(["finetune", "--resume", str(tmp_path / "out")])
+    assert (ended.exit_code, "has ended" in ended.output) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (["--parts", "toes"], "--parts: found 'toes', expected head, all, norms"),
+        (["--parts", "last-blocks"], "--parts: found 'last-blocks'"),
+        (["--parts", "last-blocks:9"], "train.parts.blocks: 9, the model has 2"),
+        (["--steps", "0"], "--steps: found 0, expected greater than 0"),
+        (["--task", "labels.csv"], "--task: found 'labels.csv', expected labels.csv:COLUMN"),
+        (["--pooling", "mean"], "--pooling: found 'mean'"),
+        (["--data", "absent"], "absent/site.toml: no such file"),
+        (["--streams", "leg-mr"], "--streams: found 'leg-mr'"),
+        (["--resume", "absent"], "--resume: found RUN, --data, --task or --out beside it"),
+    ],
+)
+def test_mistakes_are_told_before_training(words, changes, told, tmp_path):
+    done = invoke([*words, *changes])
+    assert done.exit_code == 1
+    assert told in done.output
+    assert len(done.output.strip().splitlines()[-1:]) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_missing_is_told():
+    done = invoke(["finetune", "run"])
+    assert "--data: missing, expected: panfm finetune RUN --data SITE --task TASK --out FOLDER" in done.output
+    done = invoke(["finetune", "--resume", "absent"])
+    assert "absent/finetune.toml: cannot be read" in done.output

@@ -1,0 +1,113 @@
+"""Who trains, validates and tests; and every mistake in labels and masks in one line before anything is trained."""
+
+import nibabel
+import numpy as np
+import pytest
+
+from panfm.config import load_run
+from panfm.errors import ConfigError, DataError
+from panfm.finetune.task_data import draw_patients, read_task_data
+
+
+@pytest.fixture
+def read(make_run, write_run, labelled_site, settings_of):
+    run = write_run(make_run())
+
+    def of(site, task="labels.csv:bright", **changes):
+        return read_task_data(settings_of(run, site, task, **changes), load_run(run / "model" / "run.toml"))
+
+    return of
+
+
+def test_visits_are_examples_and_patients_are_parted(read, labelled_site):
+    data = read(labelled_site())
+    assert (data.task.kind, data.task.outputs) == ("yes-no", ("bright",))
+    assert data.num_patients() == {"train": 6, "validation": 3, "test": 3}
+    assert data.patients(data.train).count("clinic-0") == 2
+    assert data.notes == ()
+
+
+def test_who_is_not_split_is_drawn_by_patient(read, labelled_site):
+    site = labelled_site(splits=False)
+    data, again, other = read(site), read(site), read(site, seed=1)
+    assert data.num_patients() == {"train": 7, "validation": 2, "test": 3}
+    assert "no patient in the split test: 3 of 12 drawn" in data.notes[0]
+    people = [set(data.patients(part)) for part in (data.train, data.validation, data.test)]
+    assert sum(map(len, people)) == len(set.union(*people)) == 12
+    assert data.test.tolist() == again.test.tolist() != other.test.tolist()
+
+
+def test_few_labels(read, labelled_site):
+    data = read(labelled_site(), patients=4)
+    assert data.num_patients() == {"train": 3, "validation": 1, "test": 3}
+    classes = {float(data.targets[index, 0]) for index in data.train}
+    assert classes == {0.0, 1.0}
+    with pytest.raises(DataError, match="--patients: found 40, expected at most 6"):
+        read(labelled_site("other"), patients=40)
+
+
+def test_draws_begin_with_one_of_each_class():
+    pool = [f"p{number}" for number in range(20)]
+    classes = {name: int(name == "p13") for name in pool}
+    assert all("p13" in draw_patients(pool, classes, 2, seed=seed, purpose="x") for seed in range(5))
+
+
+def test_kinds_of_labels(read, labelled_site):
+    site = labelled_site()
+    assert read(site, "labels.csv:grade").task.outputs == ("grade=high", "grade=low", "grade=mid")
+    assert read(site, "labels.csv:size").task.kind == "number"
+
+
+def test_sites_are_pooled(read, labelled_site, settings_of):
+    one, two = labelled_site("one"), labelled_site("two", 8)
+    data = read(one, data=(str(one), str(two)))
+    assert data.num_patients() == {"train": 10, "validation": 5, "test": 5}
+    assert len(data.store.images["brain-mr"]) == len(data.store.subjects) == 22
+    with pytest.raises(DataError, match="expected each patient in one --data"):
+        read(one, data=(str(one), str(one) + "/."))
+
+
+def test_masks_of_the_site(read, labelled_site):
+    data = read(labelled_site(), "segmentation")
+    assert (data.task.values, data.task.stream) == ((0, 7), "brain-mr")
+    assert data.targets.shape == (13, 8, 8, 4)
+    assert set(np.unique(data.targets)) == {0, 1}
+
+
+def test_mistakes_are_told_in_one_line(read, labelled_site):
+    site = labelled_site()
+    for task, kind, told in [
+        ("labels.csv:age", DataError, "found no column 'age', expected one of bright, size, grade"),
+        ("absent.csv:age", DataError, "no such file"),
+        ("labels.csv", ConfigError, "expected labels.csv:COLUMN, or segmentation"),
+    ]:
+        with pytest.raises(kind, match=told) as caught:
+            read(site, task)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match="--streams: found 'leg-mr'"):
+        read(site, streams=("leg-mr",))
+    with pytest.raises(ConfigError, match="--stream: found 'heart-ct', expected a stream with masks: brain-mr"):
+        read(site, "segmentation", masked_stream="heart-ct")
+
+
+@pytest.mark.parametrize(
+    ("mask", "told"),
+    [
+        (np.full((9, 8, 6), 0.5, np.float32), "seg.nii.gz: found a mask that holds 0.5, expected whole numbers"),
+        (np.zeros((9, 8, 5), np.uint8), "a mask of shape 9x8x5, expected 9x8x6"),
+        (np.arange(432, dtype=np.int16).reshape(9, 8, 6), "more than 64 classes"),
+    ],
+)
+def test_a_faulty_mask_is_named(read, labelled_site, mask, told):
+    site = labelled_site()
+    nibabel.save(nibabel.Nifti1Image(mask, np.diag([2.0, 2, 2, 1])), site / "clinic-5-only-seg.nii.gz")
+    with pytest.raises(DataError, match=told):
+        read(site, "segmentation")
+
+
+def test_a_site_without_masks(read, labelled_site):
+    site = labelled_site()
+    rows = (site / "manifest.csv").read_text().splitlines()
+    (site / "manifest.csv").write_text("\n".join(",".join(row.split(",")[:4]) for row in rows) + "\n")
+    with pytest.raises((ConfigError, DataError)):
+        read(site, "segmentation")

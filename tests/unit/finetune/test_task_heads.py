@@ -1,0 +1,94 @@
+"""Heads: what they put out, what they ask for, and what a patient's own streams decide."""
+
+import numpy as np
+import pytest
+import torch
+
+from panfm.config import StreamConfig, parse_run
+from panfm.finetune.task_description import TaskDescription
+from panfm.finetune.task_heads import LabelHead, SegmentationHead, build_head, predict_rows, upsampling_steps
+from panfm.models import build_model
+
+SEGMENTATION = TaskDescription(
+    kind="segmentation", name="segmentation", outputs=("0", "7"), values=(0, 7), stream="brain-mr"
+)
+
+
+@pytest.mark.parametrize(
+    ("patch", "steps"),
+    [
+        ((4, 4, 4), [(2, 2, 2), (2, 2, 2)]),
+        ((16, 8, 4), [(2, 1, 1), (2, 2, 1), (2, 2, 2), (2, 2, 2)]),
+        ((14, 14), [(7, 7), (2, 2)]),
+        ((5, 6), [(1, 3), (5, 2)]),
+        ((1, 1), [(1, 1)]),
+    ],
+)
+def test_upsampling_steps(patch, steps):
+    assert upsampling_steps(patch) == steps
+    assert tuple(np.prod(steps, axis=0)) == patch
+
+
+@pytest.mark.parametrize(
+    ("shape", "patch"),
+    [((8, 8, 4), (4, 4, 4)), ((10, 7, 6), (5, 7, 2)), ((28, 28), (14, 14)), ((4, 4), (1, 1)), ((4, 4), (4, 4))],
+)
+def test_a_decoder_fits_any_patch(shape, patch):
+    spacing = (1.0,) * 3 if len(shape) == 3 else ()
+    name = "brain-mr" if spacing else "eye-fundus"
+    stream = StreamConfig(shape=shape, patch=patch, spacing_mm=spacing)
+    run = parse_run(
+        f'name = "x"\n[streams]\n{name} = {{ shape = {list(shape)}, patch = {list(patch)}'
+        + (f", spacing-mm = {list(spacing)}" if spacing else "")
+        + ' }\n[model]\ntokenizer = "patch"\n'
+    )
+    model = build_model(run)
+    head = SegmentationHead(name, stream, model.width, 3)
+    from panfm.data.store import Batch
+
+    batch = Batch(2, {name: torch.rand(2, 1, *shape)}, {name: torch.arange(2)})
+    outputs = head(model, batch)
+    assert outputs.shape == (2, 3, *shape)
+    head.loss(outputs, torch.zeros(2, *shape, dtype=torch.uint8)).backward()
+    assert all(parameter.grad is not None for parameter in head.parameters())
+    assert model.backbone.blocks[0].attention.qkv.weight.grad.abs().sum() > 0
+
+
+def test_tokens_stand_in_their_places(make_run, make_store):
+    """Whoever else is in the batch, and whatever other streams a patient has."""
+    run = make_run()
+    model, store = build_model(run).eval(), make_store(run, 6)
+    head = build_head(model, SEGMENTATION, 0)
+    rows = store.rows["brain-mr"]
+    together = np.concatenate(list(predict_rows(head, model, store, rows)))
+    alone = np.concatenate(list(predict_rows(head, model, store, rows, 1)))
+    assert together.shape == (len(rows), 2, 8, 8, 4)
+    assert together.sum(axis=1) == pytest.approx(np.ones((len(rows), 8, 8, 4)), abs=1e-5)
+    assert together == pytest.approx(alone, abs=1e-5)
+
+
+def test_the_loss_of_a_segmentation_by_hand():
+    head = SegmentationHead("brain-mr", StreamConfig(shape=(2, 2), patch=(1, 1)), 4, 2)
+    outputs, targets = torch.zeros(1, 2, 2, 2), torch.tensor([[[1, 0], [0, 0]]])
+    dice = (2 * 0.5 + 1) / (4 * 0.5 + 1 + 1)
+    assert head.loss(outputs, targets).item() == pytest.approx(np.log(2) + 1 - dice, abs=1e-6)
+
+
+def test_losses_of_labels_by_hand():
+    outputs = torch.tensor([[0.0], [2.0]])
+    yes_no = LabelHead("yes-no", 3, 1)
+    assert yes_no.loss(outputs, torch.tensor([[1.0], [torch.nan]])).item() == pytest.approx(np.log(2), abs=1e-6)
+    classes = LabelHead("classes", 3, 2)
+    assert classes.loss(torch.zeros(1, 2), torch.tensor([[0.0, 1.0]])).item() == pytest.approx(np.log(2), abs=1e-6)
+    number = LabelHead("number", 3, 1)
+    number.standardise(torch.eye(3), torch.tensor([[10.0], [30.0], [20.0]]))
+    sd = np.sqrt(200 / 3)
+    assert number.loss(torch.zeros(1, 1), torch.tensor([[30.0]])).item() == pytest.approx((10 / sd) ** 2, rel=1e-5)
+    assert number.probabilities(torch.ones(1, 1)).item() == pytest.approx(20 + sd, rel=1e-5)
+
+
+def test_a_head_is_drawn_by_seed(make_run):
+    model = build_model(make_run())
+    first, again, other = (build_head(model, SEGMENTATION, seed).state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["classify.weight"], other["classify.weight"])
