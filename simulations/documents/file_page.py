@@ -106,6 +106,18 @@ RUN_FOLDER: Entries = {
     "wandb/*": "Rounds for Weights & Biases, where `tracking.loggers` names it.",
     ".lock": "Locked while a process is at work in the folder.",
 }
+FINETUNE_FOLDER: Entries = {
+    "finetune.toml": "The settings, as the command's options name them.",
+    "checkpoint.state": "Where `--resume` goes on.",
+    "result.json": "`scores` with 95 % intervals by patient, `patients`, `streams`, `notes` and losses (`training`).",
+    "model/model.safetensors": "Weights of the tuned encoder.",
+    "model/head.safetensors": "Weights of the head.",
+    "model/task.json": "What the head predicts: kind, outputs, classes.",
+    "model/run.toml": "The description of the model that it was tuned from.",
+    "model/metadata.json": "As of a run.",
+    "masks/masks.csv": "Of a segmentation: `subject`, `stream`, `image` and `mask` of each test image.",
+    "masks/*": "The predicted masks, on the grids of their images.",
+}
 SITES_JSON: Entries = {
     "privacy": "What the run promises to patients or sites; `none` without a promise.",
     "sites": "Site -> `subjects`, `streams` (stream -> subjects; null where withheld), `versions` of its software, and "
@@ -194,6 +206,7 @@ FOLDERS = (
         RUN_FOLDER,
         kind="file",
     ),
+    Part("A folder of a fine-tuning", "What `panfm finetune` leaves.", FINETUNE_FOLDER, kind="file"),
     Part("sites.json", "", SITES_JSON, kind="key"),
     Part("rounds.jsonl", "", {**ROUNDS, **SITE_LINE}, kind="key"),
     Part("model/metadata.json", "", METADATA, kind="key"),

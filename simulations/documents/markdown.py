@@ -3,6 +3,9 @@
 import re
 from collections.abc import Iterable, Sequence
 
+_ENTRY = re.compile(r"    [A-Za-z_][\w, ]*: ")
+"""A line that begins an entry of `Args:` and the like."""
+
 
 def cell(text: str) -> str:
     """One line of text, safe inside a table."""
@@ -36,7 +39,7 @@ def _block(block: str) -> str:
     for line in block.splitlines():
         if re.fullmatch(r"[A-Z]\w+:", line):
             parts.append([line])
-        elif re.match(r"    (?! )", line) and parts:
+        elif parts and re.match(r"    (?! )", line) and (_ENTRY.match(line) or parts[-1][0].endswith(":")):
             parts.append([f"* {line.strip()}"])
         elif parts:
             parts[-1].append(line)

@@ -12,6 +12,10 @@ from panfm.evaluate.embed import Features, write_features
 from panfm.evaluate.probe_file import FILE as PROBES
 from panfm.evaluate.result import ProbeResult
 from panfm.files import read_json_lines
+from panfm.finetune.fine_tuning import CHECKPOINT
+from panfm.finetune.finetune_settings import SETTINGS_FILE
+from panfm.finetune.task_description import HEAD_FILE, TASK_FILE
+from panfm.finetune.task_result import RESULT_FILE
 from panfm.models.whitening import FILE as WHITENING
 from panfm.privacy.ledger import ANCHOR
 from panfm.privacy.ledger import FILE as LEDGER
@@ -60,6 +64,8 @@ def test_every_named_file_has_an_entry():
     for name in (EXPECTED_SITES, ENDED, LOCK, "start.safetensors", "frozen.safetensors", "flower.json", "status.html"):
         assert name in file_page.RUN_FOLDER
     assert {f"model/{PROBES}", f"model/{WHITENING}"} <= set(file_page.RUN_FOLDER)
+    tuned = {CHECKPOINT, SETTINGS_FILE, RESULT_FILE, f"model/{TASK_FILE}", f"model/{HEAD_FILE}"}
+    assert tuned <= set(file_page.FINETUNE_FOLDER)
     named = {f".panfm/state/{ANCHOR}", f".panfm/ledger/{LEDGER}", f".panfm/state/{AUDIT_LOG}"}
     assert named <= set(file_page.SITE_FOLDER)
 

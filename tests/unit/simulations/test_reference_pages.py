@@ -117,8 +117,32 @@ def test_every_public_name_and_member_has_a_docstring(pages):
 
 
 def test_markdown_of_a_docstring():
-    text = "Do it to <name>.\n\nArgs:\n    a: One thing,\n        on two lines.\n    b: Two.\n\n>>> f(1)\n2"
-    assert paragraphs(text) == (
-        "Do it to &lt;name>.\n\nArgs:\n\n* a: One thing, on two lines.\n* b: Two.\n\n```python\n>>> f(1)\n2\n```"
-    )
+    text = """Do it to <name>.
+
+Args:
+    a: One thing,
+        on two lines.
+    b: Two.
+Returns:
+    Text
+    on lines.
+
+>>> f(1)
+2"""
+    expected = """Do it to &lt;name>.
+
+Args:
+
+* a: One thing, on two lines.
+* b: Two.
+
+Returns:
+
+* Text on lines.
+
+```python
+>>> f(1)
+2
+```"""
+    assert paragraphs(text) == expected
     assert cell("`<a>` or <b> | c") == r"`<a>` or &lt;b> \| c"
