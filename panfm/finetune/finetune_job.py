@@ -60,8 +60,8 @@ class FinetuneJob:
         frozen = None if data.masked else FrozenFeatures.of(model, data)
         tuning = FineTuning(model, data, settings)
         folder.mkdir(parents=True, exist_ok=True)
-        write_settings(folder, settings)
         tuning.load(folder)
+        write_settings(folder, settings)
         tuning.run(folder, progress)
         task_model = TaskModel(data.task, tuning.head)
         if frozen is None:

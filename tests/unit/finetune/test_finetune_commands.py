@@ -1,6 +1,7 @@
 """`panfm finetune`: a whole way on a tiny site, and mistakes in one line."""
 
 import json
+import shutil
 from functools import partial
 
 import pytest
@@ -27,6 +28,10 @@ def test_labels_to_a_folder(words, tmp_path):
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert {(score["arm"], score["metric"]) for score in result["scores"]} >= {("fine-tuned", "auc"), ("knn", "auc")}
     assert panfm.load(tmp_path / "out").task.name == "bright"
+    weights = (tmp_path / "out" / "model" / "head.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "out" / "model")
+    assert invoke(["finetune", "--resume", str(tmp_path / "out")]).exit_code == 0
+    assert (tmp_path / "out" / "model" / "head.safetensors").read_bytes() == weights
     again = invoke([*words, "--steps", "4"])
     assert (again.exit_code, "exists already" in again.output) == (1, True)
     ended = invoke(["finetune", "--resume", str(tmp_path / "out")])
