@@ -41,6 +41,7 @@ def finetune(
             "attention-projections:N, lora:N or lora:N:RANK; N counts blocks from the last."
         ),
     ] = "all",
+    augment: Annotated[bool, typer.Option(help="Vary the images of every step, and their masks with them.")] = True,
     steps: Annotated[int, typer.Option(help="Steps at most; validation may stop earlier.")] = 300,
     batch_size: Annotated[int, typer.Option(help="Images, or visits of patients, per step.")] = 8,
     learning_rate: Annotated[float, typer.Option(help="Of the head.")] = 1e-3,
@@ -69,7 +70,7 @@ def finetune(
     The folder holds result.json, model/ for panfm.load, embed and export, and the masks of the test images. Fine-tuning
     is local and adds no noise: a model with a privacy claim is refused.
     """
-    from panfm.finetune.finetune_settings import FinetuneSettings, parse_parts
+    from panfm.finetune.finetune_settings import FinetuneSettings, new_folder_for, parse_parts
 
     if resume is not None:
         if run is not None or data or task is not None or out is not None:
@@ -93,6 +94,7 @@ def finetune(
         "pooling": pooling,
         "patients": patients,
         "from_scratch": from_scratch,
+        "augment": augment,
         "steps": steps,
         "batch_size": batch_size,
         "learning_rate": learning_rate,
@@ -100,10 +102,9 @@ def finetune(
         "seed": seed,
     }
     settings = FinetuneSettings.of_options(given)
+    folder = new_folder_for(out)
     _check(settings)
-    from panfm.finetune.finetune_job import new_folder_for
-
-    _train(settings, new_folder_for(out))
+    _train(settings, folder)
 
 
 def _check(settings: "FinetuneSettings") -> None:

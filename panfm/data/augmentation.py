@@ -52,7 +52,7 @@ class Augmentation:
         Raises:
             ValueError: images of another shape than their stream's, such as patch features.
         """
-        drawn = torch.stack([torch.rand(len(self._streams), sum(_DRAWS.values()), generator=one) for one in generators])
+        drawn = self._draw(generators)
         images = {}
         for index, (name, (stream, strengths)) in enumerate(self._streams.items()):
             if name in batch.images:
@@ -63,6 +63,20 @@ class Augmentation:
                 varied = _varied_intensities(_moved(own, stream, strengths, draws), strengths, draws)
                 images[name] = _noisy(varied, strengths, draws, [generators[row] for row in rows.tolist()])
         return Batch(batch.size, images, batch.rows)
+
+    @torch.no_grad()
+    def move(self, name: str, maps: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        """Crop, rotate and flip maps [B, K, *shape] as `vary` does the images of a stream.
+
+        Args:
+            generators: One for each subject, in the state in which `vary` was given them.
+        """
+        drawn = self._draw(generators)[:, list(self._streams).index(name)]
+        return _moved(maps, *self._streams[name], _named(drawn.to(maps.device)))
+
+    def _draw(self, generators: Sequence[torch.Generator]) -> Tensor:
+        """Uniform numbers [B, S, n]."""
+        return torch.stack([torch.rand(len(self._streams), sum(_DRAWS.values()), generator=one) for one in generators])
 
 
 def _named(drawn: Tensor) -> dict[str, Tensor]:

@@ -19,9 +19,13 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from panfm.config import dump_toml
+from panfm.config.augment import AugmentConfig
 from panfm.config.parts import LoraConfig
+from panfm.data.augmentation import Augmentation
+from panfm.data.store import Batch
 from panfm.errors import DataError, RunError
 from panfm.evaluate.embed import embed_store
 from panfm.files import read_checked, write_checked
@@ -36,6 +40,7 @@ from panfm.training.schedules import learning_rate, progress_of
 from panfm.training.training_state import build_optimiser
 
 CHECKPOINT = "checkpoint.state"
+_AUGMENT = AugmentConfig(crop=(0.5, 1.0), rotation=0.2, blur=0.0, noise=0.0)
 _HEADS = "heads."
 _BEST, _MODEL, _OPTIMISER = "best.", "model.", "optimiser."
 
@@ -77,6 +82,7 @@ class FineTuning:
         model.add_module("heads", self.head)
         choose_parts(model, settings.parts, settings.seed)
         self.model = model.to(self.device).eval()
+        self.augmentation = Augmentation(_AUGMENT, model.stream_configs) if settings.augment else None
         self._targets = torch.from_numpy(np.asarray(data.targets, dtype=_target_dtype(data)))
         if isinstance(self.head, LabelHead):
             embeddings = embed_store(self.model, data.store, data.train, batch_size=settings.batch_size)
@@ -106,12 +112,29 @@ class FineTuning:
             self._validate(folder)
         self.model.load_state_dict(self.model.state_dict() | self._best)
 
+    def _augmented(self, number: int, chosen: Indices) -> tuple[Batch, Tensor]:
+        """The images of a step, and their labels, or masks that are moved as the images are."""
+        batch, targets = self.data.store.batch(chosen).to(self.device), self._on_device(chosen)
+        if self.augmentation is None:
+            return batch, targets
+
+        def generators() -> list[torch.Generator]:
+            seed = self.settings.seed
+            return [torch_generator(seed, "fine-tuning", "augmentation", number, int(row)) for row in chosen]
+
+        batch = self.augmentation.vary(batch, generators())
+        if (stream := self.data.task.stream) is not None:
+            is_class = functional.one_hot(targets.long(), len(self.data.task.values)).movedim(-1, 1).float()
+            targets = self.augmentation.move(stream, is_class, generators()).argmax(dim=1).to(targets.dtype)
+        return batch, targets
+
     def _is_validated(self) -> bool:
         return bool(self.progress.losses) and self.progress.losses[-1][0] == self.progress.step
 
     def _step(self, number: int) -> None:
         chosen = batch_of_step(self.data.train, self.settings.batch_size, number, self.settings.seed)
-        loss = self.head.loss(self._outputs(chosen), self._on_device(chosen))
+        batch, targets = self._augmented(number, chosen)
+        loss = self.head.loss(self.head(self.model, batch), targets)
         self.optimiser.zero_grad()
         loss.backward()
         training = self.settings.training()

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from panfm.config.features import parse_pooling
 from panfm.data.tables import write_table
-from panfm.errors import DataError
 from panfm.export.final_model import Source
 from panfm.finetune.fine_tuning import FineTuning
 from panfm.finetune.finetune_settings import FinetuneSettings, write_settings
@@ -61,8 +60,8 @@ class FinetuneJob:
         frozen = None if data.masked else FrozenFeatures.of(model, data)
         tuning = FineTuning(model, data, settings)
         folder.mkdir(parents=True, exist_ok=True)
-        write_settings(folder, settings)
         tuning.load(folder)
+        write_settings(folder, settings)
         tuning.run(folder, progress)
         task_model = TaskModel(data.task, tuning.head)
         if frozen is None:
@@ -88,10 +87,3 @@ class FinetuneJob:
         result = score_segmentation(task_model, tuning.model, self.data, keep)
         write_table(masks / "masks.csv", ("subject", "stream", "image", "mask"), rows)
         return result
-
-
-def new_folder_for(folder: Path) -> Path:
-    """The folder of a new fine-tuning. Raises DataError: it exists."""
-    if folder.exists():
-        raise DataError(f"{folder}: exists already, expected a new folder (--resume {folder} goes on with it)")
-    return folder

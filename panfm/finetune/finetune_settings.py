@@ -58,6 +58,9 @@ class FinetuneSettings(Config):
     """Learn from the labels of so many patients, validation included; all when left out."""
     from_scratch: bool = False
     """Start from the run's untrained model, for comparison."""
+    augment: bool = True
+    """Whether the images of every step are cropped, turned, flipped (and their masks with them) and varied in
+    intensity, mildly, as `[augment]` does."""
     steps: Annotated[int, Field(gt=0, le=10_000_000)] = 300
     batch_size: Annotated[int, Field(gt=0, le=65_536)] = 8
     """Images, or patients' visits, per step."""
@@ -140,3 +143,10 @@ def settings_to_resume(folder: Path) -> FinetuneSettings:
     if (folder / "model").exists():
         raise DataError(f"{folder}: has ended, its model is in {folder / 'model'}; expected one that was interrupted")
     return settings
+
+
+def new_folder_for(folder: Path) -> Path:
+    """The folder of a new fine-tuning. Raises DataError: it exists."""
+    if folder.exists():
+        raise DataError(f"{folder}: exists already, expected a new folder (--resume {folder} goes on with it)")
+    return folder

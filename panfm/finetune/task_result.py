@@ -210,8 +210,12 @@ def score_segmentation(
         scores.append(_score(arm, metric, means))
         pairs = zip(task.outputs[1:], means.T, strict=True)
         scores += [replace(_score(arm, metric, mean[:, None]), group=name) for name, mean in pairs]
-    notes = (*data.notes, *(() if isinstance(image, Volume) else ("hd95 is in pixels",)))
-    return TaskResult(tuple(scores), data.num_patients(), {}, notes)
+    notes = [*data.notes, *([] if isinstance(image, Volume) else ["hd95 is in pixels"])]
+    if missing := int(np.isnan(np.array(measured)[:, :, 1]).sum()):
+        notes.append(
+            f"hd95: leaves out {missing} of {len(measured) * (len(task.values) - 1)} classes of images, not there"
+        )
+    return TaskResult(tuple(scores), data.num_patients(), {}, tuple(notes))
 
 
 def _compare(

@@ -60,6 +60,7 @@ MISTAKES = {
     "panfm audit inversion": ("panfm", "audit", "inversion", "{folder}", "{site}"),
     "panfm embed": ("panfm", "embed", "{folder}", "{site}", "--out", "x.npz"),
     "panfm embed --pooling": ("panfm", "embed", "{folder}", "{site}", "--out", "x.npz", "--pooling", "mean"),
+    "panfm finetune": ("panfm", "finetune", "{folder}", "--data", "{site}", "--task", "a.csv:b", "--out", "x"),
     "panfm whiten": ("panfm", "whiten", "{folder}", "{site}"),
     "panfm report": ("panfm", "report", "{folder}"),
     "panfm export": ("panfm", "export", "{folder}", "--to", "onnx", "--out", "x.onnx"),

@@ -188,3 +188,13 @@ def test_every_strength_changes_images_that_stay_between_0_and_1(key):
     assert torch.isfinite(found).all()
     assert found.min() >= 0.0
     assert found.max() <= 1.0
+
+
+def test_maps_are_moved_as_their_images_are():
+    """A map that equals its image comes out as the image, where only places are varied."""
+    moving = augmentation(OFF.replace("crop = [1.0, 1.0]", "crop = [0.3, 1.0]"))
+    images = batch()
+    varied = moving.vary(images, generators(0, 1, 2)).images["skin-photo"]
+    moved = moving.move("skin-photo", images.images["skin-photo"], generators(1, 2))
+    assert not torch.equal(moved, images.images["skin-photo"])
+    assert torch.allclose(moved.clamp(0.0, 1.0), varied)

@@ -1,6 +1,7 @@
 """`panfm finetune`: a whole way on a tiny site, and mistakes in one line."""
 
 import json
+import shutil
 from functools import partial
 
 import pytest
@@ -8,6 +9,7 @@ from typer.testing import CliRunner
 
 import panfm
 from panfm.cli import main
+from tests.cases import quick
 
 invoke = partial(CliRunner().invoke, main)
 
@@ -18,6 +20,7 @@ def words(make_run, write_run, labelled_site, tmp_path):
     return ["finetune", str(run), "--data", str(site), "--task", "labels.csv:bright", "--out", str(tmp_path / "out")]
 
 
+@pytest.mark.slow
 def test_labels_to_a_folder(words, tmp_path):
     done = invoke([*words, "--steps", "4", "--parts", "norms", "--batch-size", "4"])
     assert done.exit_code == 0, done.output
@@ -25,6 +28,10 @@ def test_labels_to_a_folder(words, tmp_path):
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert {(score["arm"], score["metric"]) for score in result["scores"]} >= {("fine-tuned", "auc"), ("knn", "auc")}
     assert panfm.load(tmp_path / "out").task.name == "bright"
+    weights = (tmp_path / "out" / "model" / "head.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "out" / "model")
+    assert invoke(["finetune", "--resume", str(tmp_path / "out")]).exit_code == 0
+    assert (tmp_path / "out" / "model" / "head.safetensors").read_bytes() == weights
     again = invoke([*words, "--steps", "4"])
     assert (again.exit_code, "exists already" in again.output) == (1, True)
     ended = invoke(["finetune", "--resume", str(tmp_path / "out")])
@@ -33,17 +40,20 @@ def test_labels_to_a_folder(words, tmp_path):
 
 @pytest.mark.parametrize(
     ("changes", "told"),
-    [
-        (["--parts", "toes"], "--parts: found 'toes', expected head, all, norms"),
-        (["--parts", "last-blocks"], "--parts: found 'last-blocks'"),
-        (["--parts", "last-blocks:9"], "train.parts.blocks: 9, the model has 2"),
-        (["--steps", "0"], "--steps: found 0, expected greater than 0"),
-        (["--task", "labels.csv"], "--task: found 'labels.csv', expected labels.csv:COLUMN"),
-        (["--pooling", "mean"], "--pooling: found 'mean'"),
-        (["--data", "absent"], "absent/site.toml: no such file"),
-        (["--streams", "leg-mr"], "--streams: found 'leg-mr'"),
-        (["--resume", "absent"], "--resume: found RUN, --data, --task or --out beside it"),
-    ],
+    quick(
+        [
+            (["--parts", "toes"], "--parts: found 'toes', expected head, all, norms"),
+            (["--steps", "0"], "--steps: found 0, expected greater than 0"),
+            (["--streams", "leg-mr"], "--streams: found 'leg-mr'"),
+            (["--parts", "last-blocks"], "--parts: found 'last-blocks'"),
+            (["--parts", "last-blocks:9"], "train.parts.blocks: 9, the model has 2"),
+            (["--task", "labels.csv"], "--task: found 'labels.csv', expected labels.csv:COLUMN"),
+            (["--pooling", "mean"], "--pooling: found 'mean'"),
+            (["--data", "absent"], "absent/site.toml: no such file"),
+            (["--resume", "absent"], "--resume: found RUN, --data, --task or --out beside it"),
+        ],
+        3,
+    ),
 )
 def test_mistakes_are_told_before_training(words, changes, told, tmp_path):
     done = invoke([*words, *changes])
