@@ -74,9 +74,9 @@ def _layouts(
     """Principal components [N, 2], their shares of the variance, and t-SNE [N, 2]."""
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
-    from threadpoolctl import threadpool_limits
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-    with threadpool_limits(1):
+    with threadpool_limits(limits=1):
         components = PCA(n_components=2, svd_solver="full").fit(features)
         perplexity = min(_PERPLEXITY, (len(features) - 1) // 3)
         tsne = TSNE(perplexity=perplexity, init="pca", max_iter=_STEPS, random_state=seed, n_jobs=1).fit_transform(
