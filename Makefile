@@ -10,6 +10,8 @@ export FLWR_DISABLE_UPDATE_CHECK := 1
 export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
 export RAY_USAGE_STATS_ENABLED := 0
 export OMP_NUM_THREADS := 1
+# The loops of the exact mean are compiled once, not by every process.
+export NUMBA_CACHE_DIR := $(CURDIR)/$(VENV)/numba
 # Dozens of processes import the same files: let the first one keep what it compiled.
 unexport PYTHONDONTWRITEBYTECODE
 

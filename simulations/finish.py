@@ -5,11 +5,14 @@ run, since nothing leaves; then all frozen models are probed on the same held-ou
 written.
 """
 
+import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.progress import Progress
 
@@ -26,11 +29,15 @@ from panfm.models.transfer import load_with_fresh_private
 from panfm.models.whitening import save_whitening
 from panfm.privacy.guarantees import privacy_label
 from panfm.report.console_tables import print_tables
+from panfm.report.report_data import Cost, ReportData, write_report_data
 from panfm.report.report_page import write_report
 from panfm.report.run_files import read_run
 from server.run_folder import RunFolder
 from simulations.alone import train_alone
 from simulations.cohorts.opened import OpenedCohort
+from simulations.embedding_map import embedding_map
+from simulations.example_slices import example_slices
+from simulations.expert_map import expert_map
 from simulations.harness import background_jobs, run_jobs
 
 _GRID_ARMS = ("federated", "untrained", "statistics", "tokenizer")
@@ -70,21 +77,48 @@ def sites_alone(run: RunConfig, cohort: Path, run_dir: Path) -> Iterator[Callabl
 
 
 def finish(
-    run: RunConfig, cohort: Path, run_dir: Path, console: Console, alone: Callable[[], list[PanModel]] | None = None
+    run: RunConfig,
+    cohort: Path,
+    run_dir: Path,
+    console: Console,
+    alone: Callable[[], list[PanModel]] | None = None,
+    *,
+    began_cpu_s: float | None = None,
 ) -> None:
     """Probe the federation's model and its baselines if the cohort has held-out subjects; print and write the report.
 
     Args:
         alone: Waits for the models of `sites_alone`; they are trained now when left out.
+        began_cpu_s: Processor time of this process when the run began; None if other processes have trained.
     Raises:
         DataError: the cohort's label table or held-out folder does not hold.
     """
     if _has_holdout(cohort):
         result = probe_run(run, cohort, run_dir, console, alone=alone)
         write_result(run_dir / "probe.json", _labelled(privacy_label(run), result))
+        write_report_data(run_dir, report_data(run, cohort, run_dir, result, began_cpu_s))
     files = read_run(run_dir)
     print_tables(files, console)
     console.print(f"report: {write_report(files)}")
+
+
+def report_data(
+    run: RunConfig, cohort: Path, run_dir: Path, result: ProbeResult, began_cpu_s: float | None
+) -> ReportData:
+    """What the report shows of the cohort's images and of the processor."""
+    model, opened = load_model(run_dir / "model")[0], OpenedCohort.open(cohort, run)
+    cost = None
+    if began_cpu_s is not None:
+        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+        cost = Cost(round(time.process_time() - began_cpu_s, 1), gpu)
+    aucs = {score.group: score.value for score in result.labels if (score.arm, score.metric) == ("federated", "auc")}
+    best = sorted((label for label, auc in aucs.items() if math.isfinite(auc)), key=aucs.__getitem__, reverse=True)
+    return ReportData(
+        embedding_map(run, model, opened, best),
+        example_slices(run, model, opened),
+        expert_map(run, RunFolder(run_dir, run), model, opened),
+        cost,
+    )
 
 
 def _has_holdout(cohort: Path) -> bool:

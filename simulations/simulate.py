@@ -1,5 +1,6 @@
 """One simulated federation, from a run description to its report."""
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -49,6 +50,7 @@ def simulate(
         PanfmError: the run did not do what was asked; the line says why.
     """
     console = console or Console(soft_wrap=True, highlight=False)
+    began_cpu_s = time.process_time()
     if resume:
         folder = _resume(resume, experiment, overrides, out)
         if rounds is not None:
@@ -69,7 +71,7 @@ def simulate(
     if engine == "local":  # one process, which leaves the other cores to the sites' training alone
         with sites_alone(folder.run, cohort, folder.path) as alone:
             _run(job, engine, console)
-            finish(folder.run, cohort, folder.path, console, alone)
+            finish(folder.run, cohort, folder.path, console, alone, began_cpu_s=began_cpu_s)
     else:
         _run(job, engine, console)
         finish(folder.run, cohort, folder.path, console)

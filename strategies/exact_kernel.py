@@ -9,6 +9,7 @@ numpy, `python -m simulations bench aggregate` for 16 sites goes from .40-.52 of
 .5. Compiling takes a few seconds, at the first round of a server.
 """
 
+import os
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -25,9 +26,12 @@ _Indices = NDArray[np.int64]
 def _compiled(function: _Function) -> _Function:
     """Compile a function at its first call; the compiler may reorder sums of floats, nothing else.
 
-    The code is not cached on disk: a full or read-only disk would end the round, to save a process a few seconds.
+    The code is kept on disk only where $NUMBA_CACHE_DIR names a folder for it, as in tests: a full or read-only disk
+    would end the round, to save a process a few seconds.
     """
-    return cast(_Function, numba.njit(nogil=True, error_model="numpy", fastmath={"reassoc"})(function))
+    is_cached = bool(os.environ.get("NUMBA_CACHE_DIR"))
+    compiled = numba.njit(nogil=True, error_model="numpy", fastmath={"reassoc"}, cache=is_cached)
+    return cast(_Function, compiled(function))
 
 
 @_compiled

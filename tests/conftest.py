@@ -1,22 +1,27 @@
 """Small real objects for all tests: a run with two volumes and an image stream, and stores of random subjects."""
 
+import gc
+import gzip
 import os
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import nibabel
 import numpy as np
 import pytest
 import tomli_w
-import torch
 from hypothesis import HealthCheck, settings
 
 from panfm.config import RunConfig, parse_run
-from panfm.data.store import ImageStore
 from panfm.sharing.groups import GroupManifest
 
-torch.set_num_threads(1)
+if TYPE_CHECKING:
+    from panfm.data.store import ImageStore
+
+os.environ["OMP_NUM_THREADS"] = "1"  # of torch, which the process that hands out the tests does not import
 settings.register_profile(
     "same-everywhere",  # no clock, no chance: a busy machine gives the answers of an idle one
     deadline=None,
@@ -24,6 +29,17 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("same-everywhere")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Keep the garbage collector away from the objects of all tests, of which it would find none to free."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.fixture(autouse=True)
@@ -68,10 +84,11 @@ def make_run() -> Callable[..., RunConfig]:
 
 
 @pytest.fixture
-def make_store() -> Callable[..., ImageStore]:
+def make_store() -> "Callable[..., ImageStore]":
     """A store of random subjects; every stream is held with probability 0.7, every subject holds one."""
+    from panfm.data.store import ImageStore
 
-    def make(run: RunConfig, num_subjects: int = 12, *, seed: int = 0, complete: bool = False) -> ImageStore:
+    def make(run: RunConfig, num_subjects: int = 12, *, seed: int = 0, complete: bool = False) -> "ImageStore":
         random = np.random.default_rng(seed)
         present = (random.random((num_subjects, len(run.streams))) < 0.7) | complete
         present[np.arange(num_subjects), random.integers(0, len(run.streams), num_subjects)] = True
@@ -85,24 +102,33 @@ def make_store() -> Callable[..., ImageStore]:
     return make
 
 
+@cache
+def images_of_noise(name: str, organs: tuple[str, ...], subjects: int) -> Mapping[str, bytes]:
+    """Files of MR noise by name, 8 x 8 x 8 voxels of 8 mm; hundreds of tests write the same."""
+    random, files = np.random.default_rng(list(name.encode())), {}
+    for subject in range(subjects):
+        for organ in organs:
+            volume = random.uniform(0, 1000, size=(8, 8, 8)).astype(np.int16)
+            image = nibabel.Nifti1Image(volume, np.diag([8.0, 8.0, 8.0, 1.0]))
+            files[f"{name}-{subject}-{organ}.nii.gz"] = gzip.compress(image.to_bytes(), compresslevel=1, mtime=0)
+    return files
+
+
 @pytest.fixture(scope="session")
 def write_site() -> Callable[..., Path]:
-    """Writes a site folder of MR noise, 8 x 8 x 8 voxels of 8 mm; the last subject is for validation. No floors."""
+    """Writes a site folder of MR noise; the last subject is for validation. No floors."""
 
     def write(folder: Path, name: str, organs: tuple[str, ...], subjects: int = 6, *, extra: str = "") -> Path:
         folder.mkdir(parents=True)
         table = tomllib.loads(extra)
         table["limits"] = NO_FLOORS | table.get("limits", {})
         (folder / "site.toml").write_text(tomli_w.dumps({"name": name} | table))
+        for path, content in images_of_noise(name, organs, subjects).items():
+            (folder / path).write_bytes(content)
         rows = ["subject,stream,path,split"]
-        random = np.random.default_rng(list(name.encode()))
         for subject in range(subjects):
             split = "val" if subject == subjects - 1 else "train"
-            for organ in organs:
-                path = f"{name}-{subject}-{organ}.nii.gz"
-                volume = random.uniform(0, 1000, size=(8, 8, 8)).astype(np.int16)
-                nibabel.save(nibabel.Nifti1Image(volume, np.diag([8.0, 8.0, 8.0, 1.0])), folder / path)
-                rows.append(f"{name}-{subject},{organ}-mr,{path},{split}")
+            rows += [f"{name}-{subject},{organ}-mr,{name}-{subject}-{organ}.nii.gz,{split}" for organ in organs]
         (folder / "manifest.csv").write_text("\n".join(rows) + "\n")
         return folder
 

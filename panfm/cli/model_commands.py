@@ -208,15 +208,29 @@ def _print_scores(scores: Sequence["Score"]) -> None:
 
 
 @app.command()
-def report(run_folder: Annotated[Path, typer.Argument(help="Run folder; the run may still be going on.")]) -> None:
-    """Print a run's tables and write report.html into its folder."""
+def report(
+    run_folders: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", help="Run folders; a run may still be going on.", show_default=False),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Page to write, instead of report.html in the run's folder, or comparison.html here."),
+    ] = None,
+) -> None:
+    """Print a run's tables and write its page, report.html; of several runs, one page that compares them."""
     from panfm.report.run_files import read_run
 
-    run = read_run(run_folder)
+    runs = [read_run(folder) for folder in run_folders]
     from rich.console import Console
 
     from panfm.report.console_tables import print_tables
-    from panfm.report.report_page import write_report
+    from panfm.report.report_page import write_comparison, write_report
 
-    print_tables(run, Console())
-    typer.echo(f"report: {write_report(run)}")
+    for run in runs:
+        print_tables(run, Console())
+    try:
+        path = write_report(runs[0], out) if len(runs) == 1 else write_comparison(runs, out or Path("comparison.html"))
+    except OSError as error:
+        raise DataError(f"{out or run_folders[0]}: the page cannot be written there ({error.strerror})") from error
+    typer.echo(f"report: {path}")

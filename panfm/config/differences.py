@@ -30,13 +30,18 @@ def check_same_run(path: Path, run: RunConfig, bound: RunConfig) -> None:
 
 def differences(run: RunConfig, bound: RunConfig) -> list[str]:
     """Keys under which two descriptions differ, one line each; what is filled in of a start is left out."""
+    changed = changed_keys(run, bound).items()
+    return [f"{key}: found {given!r:.60}, expected {began!r:.60}" for key, (given, began) in changed]
+
+
+def changed_keys(run: RunConfig, bound: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> its value in either description, of keys that `differences` tells; `nothing` if it is not set."""
     given, began = (_flat(one.model_dump(mode="json", by_alias=True, exclude_none=True)) for one in (run, bound))
-    changed = [key for key in dict.fromkeys([*given, *began]) if given.get(key) != began.get(key)]
-    return [
-        f"{key}: found {given.get(key, 'nothing')!r:.60}, expected {began.get(key, 'nothing')!r:.60}"
-        for key in changed
-        if not key.startswith(_FILLED_IN)
-    ]
+    return {
+        key: (given.get(key, "nothing"), began.get(key, "nothing"))
+        for key in dict.fromkeys([*given, *began])
+        if given.get(key) != began.get(key) and not key.startswith(_FILLED_IN)
+    }
 
 
 def _flat(table: Mapping[str, Any], above: str = "") -> dict[str, Any]:

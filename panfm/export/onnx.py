@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,9 @@ def write_onnx(source: Source, out: Path, streams: tuple[str, ...]) -> float:
         raise ConfigError(f"--to onnx: {', '.join(missing)} is not installed, expected: pip install 'panfm[onnx]'")
     if out.exists():
         raise DataError(f"{out}: exists already, expected a new file")
+    place = next(folder for folder in out.absolute().parents if folder.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        raise DataError(f"{out}: cannot be written, expected {place} to be a folder that may be written to")
     network = EmbeddingNetwork(source.model, streams)
     content = _to_onnx(network, source.metadata_of(streams))
     inputs = random_inputs(network.configs)

@@ -130,7 +130,7 @@ def epsilon(mechanisms: Iterable[Mechanism], delta: float) -> float:
     return _composed(tuple((noise, rate, count) for (noise, rate), count in sorted(history.items())), delta)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=4096)
 def _composed(history: tuple[tuple[float, float, int], ...], delta: float) -> float:
     """Epsilon of (noise, rate, count)."""
     if not history:

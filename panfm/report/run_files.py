@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +12,24 @@ from panfm.config import RunConfig, load_run
 from panfm.errors import DataError, one_line
 from panfm.evaluate.result import ProbeResult, read_result
 from panfm.files import is_locked, read_json_lines
+from panfm.report.report_data import Count, Number, ReportData, read_report_data
 
 
 class _SiteLine(BaseModel):
     """Values of one site in one round that a report shows."""
 
-    loss: float | None = None
-    validation_loss: float | None = None
-    seconds: float | None = None
-    saliency: dict[str, float | None] = {}
+    loss: Number | None = None
+    validation_loss: Number | None = None
+    seconds: Number | None = None
+    saliency: dict[str, Number | None] = {}
+    norms: dict[str, Number | None] = {}
 
 
 class _GateLine(BaseModel):
     """Whether a round was kept, in a run with a gate."""
 
-    measure: float | None = None
-    before: float
+    measure: Number | None = None
+    before: Number
     kept: bool
     missing: dict[str, str] = {}
 
@@ -35,28 +37,28 @@ class _GateLine(BaseModel):
 class _RoundLine(BaseModel):
     """Values of one round that a report shows."""
 
-    round: int
-    seconds: float | None = None
-    loss: float | None = None
+    round: Count
+    seconds: Number | None = None
+    loss: Number | None = None
     asked: list[str] = []
     sites: dict[str, _SiteLine] = {}
     late: list[str] = []
     rejected: dict[str, str] = {}
     away: dict[str, str] = {}
     moved: dict[str, str] = {}
-    epsilon: dict[str, float | None] = {}
+    epsilon: dict[str, Number | None] = {}
     coverage: dict[str, list[str]] = {}
-    profile: dict[str, float | None] | None = None
-    bytes_up: dict[str, int] = {}
-    bytes_down: dict[str, int] = {}
+    profile: dict[str, Number | None] | None = None
+    bytes_up: dict[str, Count] = {}
+    bytes_down: dict[str, Count] = {}
     gate: _GateLine | None = None
 
 
 class _Holdings(BaseModel):
     """Streams and subjects of a site's handshake."""
 
-    subjects: int | None = None
-    streams: dict[str, int | None] = {}
+    subjects: Count | None = None
+    streams: dict[str, Count | None] = {}
 
 
 class _SitesFile(BaseModel):
@@ -88,6 +90,8 @@ class Run:
     """`failed` or `stopped`, if that was written down."""
     failure: str = ""
     """Why the run ended so."""
+    data: ReportData = field(default_factory=ReportData)
+    """Parts of the report that need images; none but of a simulation."""
 
     @property
     def is_finished(self) -> bool:
@@ -148,6 +152,7 @@ def read_run(folder: Path) -> Run:
         is_at_work=is_locked(folder / ".lock"),
         ending=str(ended.get("state", "")),
         failure=str(ended.get("reason", "")),
+        data=read_report_data(folder),
     )
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from panfm.config import config_hash
 from panfm.files import write_atomic
-from panfm.report.html_parts import STYLE, line_chart, section, table
+from panfm.report.charts import Points
+from panfm.report.html_parts import STYLE, chart, section, table
 from panfm.report.run_files import Run, read_run
 from panfm.report.status import (
     clock,
@@ -26,8 +27,11 @@ from panfm.report.status import (
 
 _REFRESH_S = 15
 _MORE_STYLE = """
-progress { width: 100%; height: 1rem } svg { width: 100%; max-width: 48rem; font-size: 11px }
-td:last-child { text-align: left; white-space: normal }
+progress { width: 100%; height: 1rem }
+h2 { margin-top: 1.6rem }
+body > svg { display: block; width: 100%; max-width: 26rem }
+table { display: block; overflow-x: auto }
+td:first-child, td:last-child, th:last-child { text-align: left }
 """
 
 
@@ -58,6 +62,7 @@ def render_status(run: Run) -> str:
     ]
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8">{refresh}'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<meta http-equiv="Content-Security-Policy" content="{guard}"><title>{name}</title>'
         f"<style>{STYLE}{_MORE_STYLE}</style></head><body><h1>{name}</h1><p>{html.escape(headline(run))}</p>"
         f'<progress max="{total}" value="{done}"></progress>'
@@ -101,7 +106,7 @@ def _left_out(run: Run) -> str:
 
 def _charts(run: Run) -> dict[str, str]:
     """Title -> chart; empty where there is nothing to draw."""
-    losses = {"federation": list(series(run, "loss"))}
+    losses: dict[str, Points] = {"federation": list(series(run, "loss"))}
     losses |= {site: list(zip(*run.series(site, "loss"), strict=True)) for site in run.site_names}
     streams = run.config.streams
     told = [(line["round"], line["profile"]) for line in run.rounds if line.get("profile")]
@@ -113,10 +118,10 @@ def _charts(run: Run) -> dict[str, str]:
         for site in run.site_names
     }
     return {
-        "Training loss": line_chart(losses),
-        "Saliency per stream (1 is a fair share)": line_chart(shares),
-        "Seconds per round": line_chart({"round": list(series(run, "seconds"))}),
-        "Planned epsilon": line_chart(costs),
+        "Training loss": chart(losses, y="loss"),
+        "Saliency per stream (1 is a fair share)": chart(shares, y="saliency"),
+        "Seconds per round": chart({"round": list(series(run, "seconds"))}, y="seconds"),
+        "Planned epsilon": chart(costs, y="epsilon"),
     }
 
 

@@ -15,7 +15,6 @@ Five hospitals without a modality in common, the same pictures and the same tota
 """
 
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,9 +24,8 @@ from panfm.config import RunConfig
 from panfm.models import PanModel
 from panfm.models.backbone import Route
 from panfm.models.transfer import director_run, director_state
-from panfm.site.state import StateStore
-from server.run_folder import RunFolder
 from simulations.alone import train_alone, train_together
+from simulations.expert_map import model_at_site
 from simulations.harness import ArmJob, StudyOptions, run_arms, study
 from simulations.studies._federations import federated, outcome
 from simulations.studies._modalities import (
@@ -125,20 +123,9 @@ def train_federation(run: RunConfig, cohort: Path, sites: Sequence[str]) -> Trai
     """Run a federation over the sites of a cohort's folder, and read the model of each."""
     with federated(run, cohort) as folder:
         shared, rounds = outcome(folder).model, folder.rounds()
-        models = {site: _at_site(folder, shared, site) for site in sites}
+        models = {site: model_at_site(folder, shared, site) for site in sites}
     sent = [sum(line["bytes_up"].values()) + sum(line["bytes_down"].values()) for line in rounds]
     return Trained(models, [shared], float(np.mean(sent)))
-
-
-def _at_site(folder: RunFolder, shared: PanModel, site: str) -> PanModel:
-    """The shared model with the parameters that a site keeps to itself."""
-    state = folder.latest_state()
-    assert state is not None
-    kept = StateStore(folder.path / "sites" / site, state.run_id).load(state.round_number)
-    private = {name.removeprefix("student."): value for name, value in kept.items() if name.startswith("student.")}
-    model = deepcopy(shared)
-    model.load_state_dict(shared.state_dict() | private)
-    return model
 
 
 def _add_answers(result: StudyResult) -> None:

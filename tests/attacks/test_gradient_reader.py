@@ -16,6 +16,7 @@ from panfm.sharing.groups import GroupManifest, is_shared
 from panfm.sharing.messages import Invitation, RoundTask
 from panfm.site import Site
 from panfm.training.trainer import Trainer
+from tests.cases import quick
 
 RUN = """
 name = "reader"
@@ -178,7 +179,7 @@ def test_server_waits_for_a_round_whose_batches_hold_a_stream_of_few_patients_an
     assert reply.updates["backbone"].any()
 
 
-@pytest.mark.parametrize("coding", ["bf16", "int8"])
+@pytest.mark.parametrize("coding", quick(["int8", "bf16"], 1))
 def test_a_stream_that_was_withheld_keeps_what_its_coding_owes(hospital, coding):
     site = hospital(subjects=120, hearts=8)
     asked = task(f'{FEWEST}[sharing]\ncoding = "{coding}"\n')

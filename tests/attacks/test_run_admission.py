@@ -21,6 +21,7 @@ from panfm.sharing.messages import Invitation, RoundTask
 from panfm.site import Site
 from server.rounds import initial_state
 from server.run_folder import RunFolder
+from tests.cases import quick
 
 RUN = """
 name = "small"
@@ -160,7 +161,7 @@ def test_server_chooses_the_teacher_of_round_1_and_is_refused(folder):
     assert Site(folder).train_round(replace(asked, teacher=asked.groups)).updates
 
 
-@pytest.mark.parametrize("extra", ["", DEX, DEX + '[sharing]\nexperts = "pooled"\n'])
+@pytest.mark.parametrize("extra", quick(["", DEX, DEX + '[sharing]\nexperts = "pooled"\n'], 1))
 def test_server_names_one_start_and_sends_another_and_is_refused(folder, tmp_path, extra):
     """A start from a dense model; its hashes, group by group, are in the description that sites are told."""
     (tmp_path / "model").mkdir()

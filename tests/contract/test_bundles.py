@@ -35,7 +35,7 @@ def test_the_wheel_has_the_library_only(tmp_path):
     assert done.returncode == 0, done.stderr
     [wheel] = tmp_path.glob("*.whl")
     assert {name.split("/")[0] for name in members(wheel)} == {"panfm", "panfm-0.1.0.dist-info"}
-    assert {"panfm/py.typed", "panfm/__init__.pyi"} <= members(wheel)
+    assert {"panfm/py.typed", "panfm/__init__.pyi", "panfm/report/templates/report.css"} <= members(wheel)
 
 
 @pytest.mark.slow

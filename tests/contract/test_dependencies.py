@@ -67,7 +67,7 @@ def test_all_that_is_declared_is_imported():
 
 def test_the_base_is_what_a_site_runs():
     assert of_extras("site") == of_extras()
-    assert not of_extras() & {"flwr", "numba", "plotly", "scikit-learn", "sqlalchemy", "tensorboardx", "threadpoolctl"}
+    assert not of_extras() & {"flwr", "numba", "jinja2", "scikit-learn", "sqlalchemy", "tensorboardx", "threadpoolctl"}
 
 
 def test_what_is_declared_is_pinned():

@@ -1,12 +1,13 @@
 """A third backbone costs its file and a line of the registry: done in a copy of the tree, which then trains with it."""
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.cases import copy_packages
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("panfm", "strategies", "server", "client", "simulations")
@@ -93,8 +94,7 @@ sample-rate = 0.5
 def tree(tmp_path_factory) -> Path:
     """A copy of the tree with the third backbone in it."""
     copy = tmp_path_factory.mktemp("tree")
-    for package in PACKAGES:
-        shutil.copytree(ROOT / package, copy / package, ignore=shutil.ignore_patterns("__pycache__"))
+    copy_packages(copy, *PACKAGES)
     (copy / "panfm" / "models" / "grid_network.py").write_text(BACKBONE)
     registry = copy / "panfm" / "registry.py"
     first, found, rest = registry.read_text().partition("BACKBONES = Registry(\n")
@@ -118,7 +118,7 @@ def python(tree: Path, program: str, *arguments: str) -> subprocess.CompletedPro
     return subprocess.run(
         [sys.executable, "-c", program, *arguments],
         cwd=tree,
-        env=os.environ | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"},
+        env=os.environ | {"PYTHONPATH": str(tree)},
         capture_output=True,
         text=True,
         check=False,

@@ -1,13 +1,13 @@
 """A cohort of one's own costs its file and a line of the registry."""
 
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.cases import copy_packages
+
 SOURCE = '''
 """Cohorts of stripes: one site whose pictures are ramps of grey."""
 
@@ -81,8 +81,7 @@ def snapshot(folder: Path) -> dict[Path, bytes]:
 
 @pytest.mark.slow
 def test_a_cohort_costs_two_files(tmp_path):
-    for package in ("panfm", "simulations"):
-        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    copy_packages(tmp_path, "panfm", "simulations")
     before = snapshot(tmp_path)
     cohorts = tmp_path / "simulations" / "cohorts"
     (cohorts / "stripes.py").write_text(SOURCE)

@@ -2,13 +2,14 @@
 
 import filecmp
 import os
-import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from tests.cases import copy_packages
 
 ROOT = Path(__file__).resolve().parents[2]
 REGISTRY = "panfm/registry.py"
@@ -166,14 +167,14 @@ def touched(tree: Path) -> set[str]:
 @pytest.mark.parametrize("kind", PLUG_INS)
 def test_a_plug_in_costs_its_files_and_a_line_of_the_registry(tmp_path, kind):
     plug_in = PLUG_INS[kind]
-    shutil.copytree(ROOT / "panfm", tmp_path / "panfm", ignore=shutil.ignore_patterns("__pycache__"))
+    copy_packages(tmp_path, "panfm")
     add(plug_in, tmp_path)
     assert touched(tmp_path) == {*plug_in.files, REGISTRY}
     script = f"ROOT = {str(tmp_path)!r}\n{PRELUDE}{plug_in.use}"
     ended = subprocess.run(
         [sys.executable, "-c", script],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"},
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,
         check=False,

@@ -1,7 +1,6 @@
 """A mean of one's own costs its file and a line of the registry."""
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +10,8 @@ import pytest
 from panfm.errors import ConfigError
 from panfm.registry import MEANS, Registry
 from strategies.group_means import BufferedMean
+from tests.cases import copy_packages
 
-ROOT = Path(__file__).resolve().parents[2]
 HOUSE = ("panfm", "strategies", "server", "client", "simulations")
 MEAN = '''
 """Midrange: the middle between the smallest and the largest of each number."""
@@ -88,8 +87,7 @@ def test_a_mean_costs_two_files(tmp_path, write_site):
     sites, copy = tmp_path / "sites", tmp_path / "copy"
     for name, num_subjects in (("alpha", 3), ("beta", 3), ("gamma", 5)):
         write_site(sites / name, name, ("brain", "heart"), num_subjects)
-    for package in HOUSE:
-        shutil.copytree(ROOT / package, copy / package, ignore=shutil.ignore_patterns("__pycache__"))
+    copy_packages(copy, *HOUSE)
     before = contents(copy)
     (copy / "strategies" / "midrange.py").write_text(MEAN)
     registry = copy / "panfm" / "registry.py"

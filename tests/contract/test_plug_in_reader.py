@@ -1,13 +1,13 @@
 """A reader for a format of one's own, one folder per image, costs its file and a line of the registry."""
 
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.cases import copy_packages
+
 READER = '''
 """Slices of text, one file each: the folder `<name>.slices` is a volume."""
 
@@ -72,7 +72,7 @@ def snapshot(folder: Path) -> dict[Path, bytes]:
 
 @pytest.mark.slow
 def test_a_reader_of_folders_costs_two_files(tmp_path):
-    shutil.copytree(ROOT / "panfm", tmp_path / "panfm", ignore=shutil.ignore_patterns("__pycache__"))
+    copy_packages(tmp_path, "panfm")
     before = snapshot(tmp_path)
     (tmp_path / "panfm" / "data" / "readers" / "slices.py").write_text(READER)
     registry = tmp_path / "panfm" / "registry.py"

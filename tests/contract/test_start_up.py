@@ -11,7 +11,7 @@ from tests.cases import quick
 from tests.federation.conftest import RUN
 
 ROOT = Path(__file__).parents[2]
-HEAVY = ("torch", "monai", "sklearn", "flwr", "plotly", "numba", "scipy", "opacus", "nibabel", "tensorboardX", "ray")
+HEAVY = ("torch", "monai", "sklearn", "flwr", "jinja2", "numba", "scipy", "opacus", "nibabel", "tensorboardX", "ray")
 HELP_S, MISTAKE_S = 0.3, 0.6
 """CPU seconds that were measured on a quiet machine; one that is at work takes up to twice as much."""
 BUSY = 3.0

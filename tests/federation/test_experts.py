@@ -118,7 +118,7 @@ def test_what_leaves_is_to_the_bit_what_shared_parameters_moved_by(federation, m
     assert all(each in moved for each in sent)
 
 
-@pytest.mark.parametrize("rule", [POOLED, NAIVE])
+@pytest.mark.parametrize("rule", quick([POOLED, NAIVE], 1))
 def test_shared_experts_travel(federation, monkeypatch, rule):
     """The negative control of the test above: here the same search finds every update."""
     watched = Watched(monkeypatch)

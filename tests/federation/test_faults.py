@@ -24,15 +24,33 @@ from server.app import app as server_app
 from simulations.engines import Job
 from simulations.engines.local import LocalGrid, run_apps
 from simulations.engines.local import run as run_local
+from tests.federation.conftest import HOLDINGS, Federation
 
 BETA = 1
 pytestmark = pytest.mark.slow
 
 
+def with_four_sites(folder: Path, write_site: Callable[..., Path]) -> Federation:
+    for name, organs in (HOLDINGS | {"delta": ("heart", "liver")}).items():
+        write_site(folder / "sites" / name, name, organs)
+    return Federation(folder)
+
+
 @pytest.fixture
-def four_sites(federation, write_site):
-    write_site(federation.sites / "delta", "delta", ("heart", "liver"))
-    return federation
+def four_sites(tmp_path, write_site):
+    return with_four_sites(tmp_path, write_site)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, write_site) -> bytes:
+    """The model of a run without a fault."""
+    return model(with_four_sites(tmp_path_factory.mktemp("undisturbed"), write_site).run("whole"))
+
+
+@pytest.fixture(scope="module")
+def without_a_reply(tmp_path_factory, write_site) -> bytes:
+    """The model of a run that lost beta's reply of round 2."""
+    return model(run_with(with_four_sites(tmp_path_factory.mktemp("without"), write_site), "lost", lost))
 
 
 class Faulty(ClientApp):
@@ -107,8 +125,7 @@ def run_with(federation, name: str, fault: Callable, *overrides: str) -> Path:
     return job.run_dir
 
 
-def test_every_bad_reply_is_as_if_it_had_been_lost(four_sites, caplog):
-    expected = model(run_with(four_sites, "lost", lost))
+def test_every_bad_reply_is_as_if_it_had_been_lost(four_sites, without_a_reply, caplog):
     for name, (fault, why) in FAULTS.items():
         caplog.clear()
         run_dir = run_with(four_sites, name, fault)
@@ -116,7 +133,7 @@ def test_every_bad_reply_is_as_if_it_had_been_lost(four_sites, caplog):
         with pytest.raises(AssertionError, match=why):
             raise AssertionError(lines(run_dir)[1]["rejected"]["beta"])
         assert "round 2: beta left out: " in caplog.text, name
-        assert model(run_dir) == expected, name
+        assert model(run_dir) == without_a_reply, name
 
 
 def test_a_flipped_sign_is_seen_where_sites_agree(four_sites):
@@ -128,16 +145,15 @@ def test_a_flipped_sign_is_seen_where_sites_agree(four_sites):
     assert model(run_dir) == model(run_with(four_sites, "lost", lost, *overrides))
 
 
-def test_a_lost_reply_moves_the_model_less_than_a_site_that_never_came(four_sites):
+def test_a_lost_reply_moves_the_model_less_than_a_site_that_never_came(four_sites, undisturbed, without_a_reply):
     """The spread of runs without a fault: all four sites, or any three of them."""
-    whole = model(four_sites.run("whole"))
     spread = []
     for site in ("alpha", "beta", "delta", "gamma"):
         away = four_sites.sites / site
         away.rename(four_sites.folder / site)
-        spread.append(distance(whole, model(four_sites.run(f"without-{site}"))))
+        spread.append(distance(undisturbed, model(four_sites.run(f"without-{site}"))))
         (four_sites.folder / site).rename(away)
-    assert 0 < distance(whole, model(run_with(four_sites, "lost", lost))) < max(spread)
+    assert 0 < distance(undisturbed, without_a_reply) < max(spread)
 
 
 class Hangs(LocalGrid):
@@ -160,7 +176,7 @@ class Hangs(LocalGrid):
         return bool(asked) and (asked.dst_node_id, asked.group_id) == (2 + BETA, round_number)
 
 
-def test_a_late_reply_is_dropped_and_the_site_is_back_next_round(four_sites, monkeypatch, caplog):
+def test_a_late_reply_is_dropped_and_the_site_is_back_next_round(four_sites, without_a_reply, monkeypatch, caplog):
     now = [0.0]
     clock = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda seconds: now.__setitem__(0, now[0] + seconds))
     monkeypatch.setattr("server.exchange.time", clock)
@@ -170,7 +186,7 @@ def test_a_late_reply_is_dropped_and_the_site_is_back_next_round(four_sites, mon
     assert [line["late"] for line in lines(job.run_dir)] == [[], ["beta"], []]
     assert "round 2: beta left out: no reply within 3600 s" in caplog.text
     assert lines(job.run_dir)[2]["sites"]["beta"]["state_round"] == 2
-    assert model(job.run_dir) == model(run_with(four_sites, "lost", lost))
+    assert model(job.run_dir) == without_a_reply
 
 
 class Wedged(LocalGrid):
@@ -227,7 +243,7 @@ def test_a_full_disk_at_a_site(four_sites, monkeypatch):
     assert lines(job.run_dir)[2]["sites"]["beta"]["state_round"] == 1
 
 
-def test_a_full_disk_at_the_server(four_sites, monkeypatch):
+def test_a_full_disk_at_the_server(four_sites, undisturbed, monkeypatch):
     """The run stops with one line, and goes on to the same bits when there is space."""
     job = four_sites.job("full")
     with monkeypatch.context() as patch:
@@ -235,7 +251,7 @@ def test_a_full_disk_at_the_server(four_sites, monkeypatch):
         with pytest.raises(RunError, match=r"round-000002.state: cannot be written \(No space left on device\)"):
             run_local(job)
     run_local(job)
-    assert model(job.run_dir) == model(four_sites.run("whole"))
+    assert model(job.run_dir) == undisturbed
 
 
 class StopsIn3(ClientApp):
@@ -266,7 +282,7 @@ def test_a_truncated_state_file_of_a_site(four_sites):
     assert "round-000002.state: corrupted" in (run_dir / "sites" / "beta" / "site.log").read_text()
 
 
-def test_a_truncated_checkpoint(four_sites):
+def test_a_truncated_checkpoint(four_sites, undisturbed):
     """The server stops and names the file; deleted, the run goes on from the round before to the same bits."""
     run_dir = stop_after_round_2(four_sites)
     checkpoint = run_dir / "checkpoint" / "round-000002.state"
@@ -275,11 +291,11 @@ def test_a_truncated_checkpoint(four_sites):
         run_local(Job(four_sites.sites, run_dir))
     checkpoint.unlink()
     run_local(Job(four_sites.sites, run_dir))
-    assert model(run_dir) == model(four_sites.run("whole"))
+    assert model(run_dir) == undisturbed
 
 
 @pytest.mark.parametrize("jump_s", [86_400.0, -86_400.0])
-def test_a_clock_that_jumps(four_sites, monkeypatch, jump_s):
+def test_a_clock_that_jumps(four_sites, undisturbed, monkeypatch, jump_s):
     """The wall clock is moved by a day in the middle of round 2."""
     real, jumped = time.time, []
 
@@ -290,7 +306,7 @@ def test_a_clock_that_jumps(four_sites, monkeypatch, jump_s):
     monkeypatch.setattr("time.time", lambda: real() + jump_s * len(jumped))
     run_dir = run_with(four_sites, "jumps", jump)
     assert [line["rejected"] for line in lines(run_dir)] == [{}, {}, {}]
-    assert model(run_dir) == model(four_sites.run("whole"))
+    assert model(run_dir) == undisturbed
 
 
 @pytest.mark.parametrize("coding", ["float32", "int8"])

@@ -1,6 +1,7 @@
 """A federation with site-level privacy: the server's ledger, its budget, and a run folder without raw numbers."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -72,7 +73,7 @@ def test_a_run_tells_nothing_raw_of_its_sites(federation):
     assert "against the server" in shown
     page = write_report(read_run(folder)).read_text()
     assert f"Privacy: {label}" in page
-    assert "<td>held</td>" in page
+    assert re.search(r">held</td>", page)
 
 
 def test_a_budget_that_does_not_cover_the_rounds_stops_the_run_before_the_first(federation, cheap):

@@ -2,7 +2,6 @@
 
 import math
 
-import dp_accounting
 import pytest
 
 from panfm.privacy.mechanisms import Mechanism, epsilon, noise_for, planned
@@ -51,6 +50,8 @@ def test_checked_noise(target, expected):
 
 def second_opinion(mechanisms, delta):
     """Epsilon by dp-accounting's privacy loss distributions."""
+    import dp_accounting  # two CPU-seconds
+
     accountant = dp_accounting.pld.PLDAccountant()
     for each in mechanisms:
         event = dp_accounting.PoissonSampledDpEvent(each.rate, dp_accounting.GaussianDpEvent(each.noise))

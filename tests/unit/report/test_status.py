@@ -10,7 +10,7 @@ from panfm.config import RunConfig, StreamConfig, dump_toml
 from panfm.config.patient_dp import PatientDpConfig
 from panfm.errors import DataError
 from panfm.files import locked
-from panfm.report.html_parts import line_chart
+from panfm.report.html_parts import chart
 from panfm.report.run_files import read_run
 from panfm.report.status import clock, gate_line, headline, left_out, ranges, site_statuses, stream_statuses
 from panfm.report.status_page import render_status, write_status
@@ -159,20 +159,13 @@ def test_a_damaged_sites_file_is_named(tmp_path):
         read_run(tmp_path)
 
 
-def test_a_chart_keeps_its_points_inside_and_the_last_one():
-    chart = line_chart({"a": [(number, float(number % 7)) for number in range(1, 2001)], "<b>": [(1, float("nan"))]})
-    [points] = re.findall(r'points="([^"]*)"', chart)
-    pairs = [tuple(map(float, pair.split(","))) for pair in points.split()]
-    assert len(pairs) <= 300
-    assert all(60 <= x <= 640 and 8 <= y <= 196 for x, y in pairs)
-    assert pairs[-1][0] == 632.0
-    assert "&lt;b&gt;" not in chart  # it has no finite number
-    assert line_chart({"a": [], "b": [(1, float("inf"))]}) == ""
-
-
-def test_one_point_and_a_level_line_are_drawn():
-    assert line_chart({"a": [(3, 2.0)]}).count("<circle") == 1
-    assert "nan" not in line_chart({"a": [(1, 2.0), (2, 2.0)]})
+def test_a_legend_names_the_lines_that_are_drawn():
+    drawn = chart({"a": [(1, 2.0), (2, 1.0)], "<b>": [(1, 3.0)], "c": []}, y="loss")
+    assert drawn.count('class="line c') == 4  # two lines and their marks
+    assert drawn.count('class="line dot') == 1  # a single point
+    assert "&lt;b&gt;" in drawn
+    assert ">c<" not in drawn
+    assert chart({"a": [], "b": [(1, float("inf"))]}, y="loss") == ""
 
 
 @pytest.mark.parametrize(

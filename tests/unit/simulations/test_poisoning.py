@@ -21,6 +21,20 @@ from simulations.studies.poisoning_study import (
 from simulations.study_result import StudyResult
 
 
+def shrink(patch: pytest.MonkeyPatch) -> None:
+    """Twenty patients at each of five sites, thirty held out."""
+    patch.setattr(poisoning, "_SUBJECTS", (20,) * 5)
+    patch.setattr(poisoning, "_HOLDOUT", 30)
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small draw."""
+    with pytest.MonkeyPatch.context() as patch:
+        shrink(patch)
+        return poisoning.write_draw(CohortJob(0, tmp_path_factory.mktemp("poisoning") / "cohort"))
+
+
 def toy() -> StudyResult:
     """An attack costs 9 of 100 with the defaults, and everything without guards."""
     result = StudyResult("poisoning", {})
@@ -76,10 +90,8 @@ def test_the_largest_share_counts_where_three_sites_contribute():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arm", ["inflated/weighted/default", "gate-mass/weighted/default", "scaling/median/off"])
-def test_an_arm_is_measured_over_real_messages(tmp_path, monkeypatch, arm):
-    monkeypatch.setattr(poisoning, "_SUBJECTS", (20,) * 5)
-    monkeypatch.setattr(poisoning, "_HOLDOUT", 30)
-    cohort = poisoning.write_draw(CohortJob(0, tmp_path / "cohort"))
+def test_an_arm_is_measured_over_real_messages(cohort, monkeypatch, arm):
+    shrink(monkeypatch)
     measured = poisoning.measure(ArmJob(0, 0, arm, 3, cohort))
     assert set(measured) == {"val_loss", "auc", "site_share"}
     assert (measured["site_share"] <= 0.5) == arm.endswith("default") or arm.startswith("scaling")

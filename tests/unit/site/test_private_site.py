@@ -25,6 +25,7 @@ from panfm.sharing.weights import GroupWeights
 from panfm.site import Site, answer
 from panfm.site.admission import PatientBudget
 from panfm.site.state import StateStore
+from tests.cases import quick
 from tests.conftest import NO_FLOORS
 
 RUN = """
@@ -213,7 +214,7 @@ def test_what_is_spent_can_be_told_after_each_round(site):
     assert site.epsilon_spent is None  # this run spends nothing, and its messages say so
 
 
-@pytest.mark.parametrize("limits", ["", f"[limits]\nepsilon = 8.0\n{PUBLIC}"])
+@pytest.mark.parametrize("limits", quick([f"[limits]\nepsilon = 8.0\n{PUBLIC}", ""], 1))
 def test_the_smaller_budget_stops_the_site(tmp_path, write_site, limits):
     site = Site(write_site(tmp_path / "beta", "beta", ("brain", "heart"), extra=limits))
     budget = 8.0 if limits else 9.0

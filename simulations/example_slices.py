@@ -1,0 +1,218 @@
+"""Example slices for the report: a held-out image, the same with hidden patches, and what the model puts there.
+
+A model predicts features of hidden patches, not their pixels. A ridge regression, fitted on training subjects of the
+sites, reads off these features how a patch of the middle slice differs from the mean patch at its place; by how much
+this is better on held-out subjects than the mean patch alone is told beside the pictures. Masks are drawn at random, by
+the run's ratio.
+
+Shape legend: B subjects, K hidden patches, D width, N hidden patches of the middle slice, F pixels of a patch of it.
+"""
+
+import base64
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from panfm.config import RunConfig, StreamConfig
+from panfm.data.store import ImageStore
+from panfm.models import PanModel
+from panfm.models.patch_features import patchify
+from panfm.registry import import_class
+from panfm.report.report_data import Example, Examples
+from panfm.seeds import numpy_generator, torch_generator
+from panfm.sharing.groups import HEAD, is_shared
+from panfm.training.objectives.interface import student_output
+from panfm.training.token_mask import build_policy, draw_mask
+from simulations.cohorts.opened import OpenedCohort
+
+Floats = NDArray[np.float64]
+
+_FIT_SUBJECTS, _TEST_SUBJECTS, _MOST_ROWS, _MOST_STREAMS = 200, 50, 1000, 10
+_SIDE = 128
+_HIDDEN = (64, 112, 168)
+"""Colour of hidden patches."""
+_PENALTIES = (10.0, 100.0, 1e3, 1e4, 1e5)
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """Hidden patches of one stream's middle slices."""
+
+    subject: NDArray[np.int64]
+    """[N] row of the batch."""
+    token: NDArray[np.int64]
+    """[N] patch of the slice, row-major."""
+    features: Floats
+    """[N, D] predicted features; [N, 0] without predictions."""
+    pixels: Floats
+    """[N, F]"""
+
+
+def example_slices(run: RunConfig, model: PanModel, opened: OpenedCohort) -> Examples | None:
+    """One held-out image of each stream, of ten streams at most; None if nobody is held out."""
+    with_predictions = _predicts(run)
+    test = opened.holdout.store
+    held_out = test.holders(test.indices("test"), model.stream_names)
+    streams = [name for name in model.stream_names if len(test.holders(held_out, [name]))][:_MOST_STREAMS]
+    if not streams:
+        return None
+    quota = max(_FIT_SUBJECTS // len(opened.sites), 1)
+    fitted = [
+        _hidden(run, model, store, _some(run, store.holders(store.indices("train"), streams), name, quota), name)
+        for name, store in opened.stores.items()
+    ]
+    rows, error = [], {}
+    for stream in streams:
+        shown = test.holders(held_out, [stream])[:_TEST_SUBJECTS]
+        hidden = _hidden(run, model, test, shown, f"held out {stream}")[stream]
+        known = [place[stream] for place in fitted if stream in place] if with_predictions else []
+        predicted = None
+        if known and len(hidden.token):
+            predicted, mean = _predicted(known, hidden)
+            error[stream] = _mean_square(predicted - hidden.pixels), _mean_square(mean - hidden.pixels)
+        image = test.batch(shown[:1], [stream]).images[stream][0].numpy()
+        rows.append(_example(stream, run.streams[stream], image, hidden, predicted))
+    subjects = sum(len({subject for hidden in place.values() for subject in hidden.subject}) for place in fitted)
+    return Examples(rows, run.masking.ratio, subjects if error else 0, error)
+
+
+def _predicts(run: RunConfig) -> bool:
+    """Whether the shared model predicts features of hidden patches."""
+    needs: bool = import_class(run.objective.implementation).needs_predictions
+    return needs and is_shared(run.sharing, HEAD) and run.model.positions != "rotary"
+
+
+def _some(run: RunConfig, holders: NDArray[np.int64], name: str, most: int) -> NDArray[np.int64]:
+    generator = numpy_generator(run.seed, "report", "slices", name)
+    return np.sort(generator.choice(holders, min(most, len(holders)), replace=False))
+
+
+@torch.inference_mode()
+def _hidden(
+    run: RunConfig, model: PanModel, store: ImageStore, subjects: NDArray[np.int64], purpose: str
+) -> dict[str, Hidden]:
+    """Hide patches of some subjects at random, and return those of each stream's middle slice."""
+    model.eval()
+    batch = store.batch(subjects, [name for name in model.stream_names if name in store.images])
+    features = model.patch_features(batch.to(model.stream_of_patch.device))
+    policy = build_policy(run.masking.model_copy(update={"policy": "random"}), model.stream_organs)
+    equal = torch.ones(1, len(model.stream_names), device=model.stream_of_patch.device)
+    masks = torch_generator(run.seed, "report", "masks", purpose)
+    mask = draw_mask(policy, equal, model.layout(features), model.stream_of_patch, step=0, generator=masks)
+    output = student_output(model, features, mask, predicts=_predicts(run))
+    hidden = {}
+    for number, stream in enumerate(model.stream_names):
+        if stream not in batch.images:
+            continue
+        first = int((model.stream_of_patch < number).sum())
+        is_here = mask.hidden.valid & (model.stream_of_patch[mask.hidden.patch_index] == number)
+        subject, column = (index.cpu().numpy() for index in torch.nonzero(is_here, as_tuple=True))
+        token = mask.hidden.patch_index[subject, column].cpu().numpy() - first
+        is_shown, token = _in_slice(run.streams[stream], token)
+        subject, column, token = subject[is_shown], column[is_shown], token[is_shown]
+        row_of = np.full(len(subjects), -1)
+        row_of[batch.rows[stream].numpy()] = np.arange(len(batch.rows[stream]))
+        patches = _slice_patches(run.streams[stream], batch.images[stream])
+        predicted = output.predictions[subject, column] if output.predictions.shape[1] else torch.empty(len(subject), 0)
+        hidden[stream] = Hidden(
+            subject, token, predicted.double().cpu().numpy(), patches[row_of[subject], token].double().numpy()
+        )
+    return hidden
+
+
+def _in_slice(stream: StreamConfig, token: NDArray[np.int64]) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+    """Which patches of an image lie in its middle slice, and their places in it; all patches of a picture."""
+    if len(stream.shape) == 2:
+        return np.ones(len(token), dtype=np.bool_), token
+    depth, patch = stream.grid[2], stream.patch[2]
+    return token % depth == stream.shape[2] // 2 // patch, token // depth
+
+
+def _middle(stream: StreamConfig, images: torch.Tensor) -> torch.Tensor:
+    """The middle slices [P, C, X, Y] of images, along the last axis of volumes."""
+    return images if len(stream.shape) == 2 else images[..., stream.shape[2] // 2]
+
+
+def _slice_patches(stream: StreamConfig, images: torch.Tensor) -> torch.Tensor:
+    """Patches [P, T, F] of the middle slices."""
+    return patchify(_middle(stream, images), stream.patch[:2])
+
+
+def _predicted(known: Sequence[Hidden], hidden: Hidden) -> tuple[Floats, Floats]:
+    """Pixels [N, F] of hidden patches: by the mean patch at the same places plus what the predicted features tell of
+    the difference, and by the mean patch alone."""
+    from sklearn.linear_model import RidgeCV
+
+    features, pixels, token = (
+        np.concatenate([getattr(part, name) for part in known]) for name in ("features", "pixels", "token")
+    )
+    mean_features, mean_pixels = _at_places(features, token), _at_places(pixels, token)
+    inputs, rest = features - mean_features(token), pixels - mean_pixels(token)
+    scale, step = inputs.std(axis=0) + 1e-6, -(-len(inputs) // _MOST_ROWS) or 1
+    ridge = RidgeCV(alphas=_PENALTIES).fit((inputs / scale)[::step], rest[::step])
+    mean = mean_pixels(hidden.token)
+    return mean + ridge.predict((hidden.features - mean_features(hidden.token)) / scale), mean
+
+
+def _at_places(values: Floats, token: NDArray[np.int64]) -> Callable[[NDArray[np.int64]], Floats]:
+    """A function from places to the mean of the values there; of all values where there is none."""
+    overall = values.mean(axis=0)
+    means = {place: values[token == place].mean(axis=0) for place in np.unique(token).tolist()}
+    return lambda places: np.array([means.get(place, overall) for place in places.tolist()])
+
+
+def _mean_square(values: Floats) -> float:
+    return float(np.square(values).mean())
+
+
+def _example(
+    stream: str, config: StreamConfig, image: NDArray[np.float32], hidden: Hidden, predicted: Floats | None
+) -> Example:
+    """The pictures of the first subject of a batch."""
+    original = _middle(config, torch.from_numpy(image)[None])
+    whole = patchify(original, config.patch[:2])[0].numpy()
+    own = hidden.subject == 0
+    low, high = float(original.min()), float(original.max())
+    is_hidden = np.zeros(len(whole), dtype=np.bool_)
+    is_hidden[hidden.token[own]] = True
+    masked = _png(config, whole, (low, high), is_hidden)
+    if predicted is None:
+        return Example(stream, _png(config, whole, (low, high)), masked, None)
+    filled = whole.copy()
+    filled[hidden.token[own]] = predicted[own]
+    return Example(stream, _png(config, whole, (low, high)), masked, _png(config, filled, (low, high)))
+
+
+def _png(
+    stream: StreamConfig,
+    patches: NDArray[np.float32],
+    span: tuple[float, float],
+    marked: NDArray[np.bool_] | None = None,
+) -> str:
+    """A slice as a PNG in base64, with some patches in one colour.
+
+    Args:
+        patches: [T, F]
+        span: Values that are shown as black and white.
+    """
+    low, high = span
+    grey = np.clip((patches - low) / (high - low if high > low else 1.0), 0.0, 1.0) * 255
+    channels, (rows, columns), (height, width) = stream.channels, stream.grid[:2], stream.patch[:2]
+    by_channel = grey.reshape(len(patches), channels, -1)
+    coloured = by_channel if channels == 3 else np.repeat(by_channel[:, :1], 3, axis=1)
+    if marked is not None:
+        coloured[marked] = np.array(_HIDDEN)[:, None]
+    blocks = coloured.reshape(rows, columns, 3, height, width)
+    picture = blocks.transpose(0, 3, 1, 4, 2).reshape(rows * height, columns * width, 3)
+    if len(stream.shape) == 3:  # right to left, front to back -> as seen from the feet
+        picture = picture.transpose(1, 0, 2)[::-1]
+    shown = Image.fromarray(np.ascontiguousarray(picture.round().astype(np.uint8)))
+    shown.thumbnail((_SIDE, _SIDE))
+    buffer = io.BytesIO()
+    shown.save(buffer, "PNG", optimize=True)
+    return base64.b64encode(buffer.getvalue()).decode()
