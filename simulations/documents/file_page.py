@@ -84,6 +84,9 @@ RUN_FOLDER: Entries = {
     "sites.json": "What the sites said when they joined: [keys](#sitesjson).",
     "rounds.jsonl": "One line per round: [keys](#roundsjsonl).",
     "probe.json": "Scores of all probes, in a simulation with held-out patients: [keys](#probejson).",
+    "command.json": "Of a simulation: what `--set` changed when it was started, and `--extend` since.",
+    "report.json": "Of a simulation with held-out patients: what the report shows besides probes and rounds "
+    "(places of embedded subjects, small example images, routing of experts, CPU seconds).",
     "report.html": "The report, one file; `panfm report` writes it anew.",
     "status.html": "Progress while the run goes on, one file.",
     "checkpoint/round-*.state": "State of the server after a round, from which `--resume` goes on.",

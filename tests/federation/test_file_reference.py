@@ -20,10 +20,12 @@ from panfm.finetune.task_result import RESULT_FILE
 from panfm.models.whitening import FILE as WHITENING
 from panfm.privacy.ledger import ANCHOR
 from panfm.privacy.ledger import FILE as LEDGER
+from panfm.report.report_data import FILE as REPORT_DATA
 from panfm.site.audit_log import FILE as AUDIT_LOG
 from server.expected_sites import FILE as EXPECTED_SITES
 from server.run_folder import ENDED, LOCK
 from simulations.documents import file_page
+from simulations.simulate import _COMMAND
 from tests.federation.conftest import GATED, TASKS
 
 
@@ -67,7 +69,17 @@ def test_every_file_and_key_of_a_run_has_an_entry(run_folder, labelled):
 
 def test_every_named_file_has_an_entry():
     """Of those that the run above does not make."""
-    for name in (EXPECTED_SITES, ENDED, LOCK, "start.safetensors", "frozen.safetensors", "flower.json", "status.html"):
+    for name in (
+        EXPECTED_SITES,
+        ENDED,
+        LOCK,
+        "start.safetensors",
+        "frozen.safetensors",
+        "flower.json",
+        "status.html",
+        _COMMAND,
+        REPORT_DATA,
+    ):
         assert name in file_page.RUN_FOLDER
     assert {f"model/{PROBES}", f"model/{WHITENING}"} <= set(file_page.RUN_FOLDER)
     tuned = {CHECKPOINT, SETTINGS_FILE, RESULT_FILE, f"model/{TASK_FILE}", f"model/{HEAD_FILE}"}
