@@ -25,7 +25,6 @@ from panfm.site.audit_log import FILE as AUDIT_LOG
 from server.expected_sites import FILE as EXPECTED_SITES
 from server.run_folder import ENDED, LOCK
 from simulations.documents import file_page
-from simulations.simulate import _COMMAND
 from tests.federation.conftest import GATED, TASKS
 
 
@@ -77,7 +76,7 @@ def test_every_named_file_has_an_entry():
         "frozen.safetensors",
         "flower.json",
         "status.html",
-        _COMMAND,
+        "command.json",
         REPORT_DATA,
     ):
         assert name in file_page.RUN_FOLDER
