@@ -145,8 +145,11 @@ def check_floors(train: TrainConfig, patient_dp: PatientDpConfig | None, limits:
 
 def check_other_runs(state_dir: Path, run_id: str, limits: LimitsConfig) -> None:
     """Raises LimitError if this run was ended here, or other runs that go on are as many as the site allows."""
-    if _is_ended(state_dir / RUNS / run_id):
+    folder = state_dir / RUNS / run_id
+    if _is_ended(folder):
         raise LimitError.of_question(f"run {run_id}: the operator of this site has ended it")
+    if (known := read_asked(folder)) and known.is_finished:  # asks for its last round again, or for sums of its model
+        return
     active = {name: asked for name, asked in active_runs(state_dir, limits).items() if name != run_id}
     if len(active) >= limits.runs_at_once:
         name, asked = max(active.items(), key=lambda entry: entry[1].newest)
