@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from panfm.config import RunConfig, SiteConfig, load_site, site_folders
+from panfm.data.joins import counted
 from panfm.data.label_kinds import encode
 from panfm.data.labels import Labels, read_labels, read_site_cells
 from panfm.data.manifest import Row, read_manifest
@@ -90,7 +91,7 @@ def check_disk(run: RunConfig, folder: Path, num_sites: int) -> None:
 def _check_number_of_sites(run: RunConfig, sites: Sequence[_Place]) -> None:
     names, least = [place.site.name for place in sites], run.federation.min_sites
     if len(sites) < least:
-        found = f"{len(sites)} site{'s' if len(sites) > 1 else ''} ({', '.join(names)})"
+        found = f"{counted(len(sites), 'site')} ({', '.join(names)})"
         remedy = f"name more sites, or set federation.min-sites = {len(sites)}"
         raise ConfigError(f"federation.min-sites: {least}, found {found}; {remedy}")
     if run.site_dp and run.site_dp.num_sites != len(sites):
@@ -135,7 +136,7 @@ def _of_holdout(place: _Place, run: RunConfig) -> Iterator[str]:
 
 def _unused_streams(where: str, place: _Place) -> Iterator[str]:
     for stream, count in place.left_out.items():
-        yield f"{where}: {count} images of {stream}: left out, the run has no such stream"
+        yield f"{where}: {counted(count, 'image')} of {stream}: left out, the run has no such stream"
 
 
 def _of_labels(labels: CohortLabels, sites: Sequence[_Place], holdout: _Place) -> list[str]:
@@ -159,11 +160,12 @@ def _of_labels(labels: CohortLabels, sites: Sequence[_Place], holdout: _Place) -
     if fit_subjects < MIN_SUBJECTS:
         few = f"labels: {fit_subjects} training subjects of the sites have any"
         raise DataError("\n".join([*told, f"{few}, expected at least {MIN_SUBJECTS} to probe"]))
-    return told + [
-        f"label {name}: {fit[name]} training and {test[name]} held-out subjects have it: is not told"
-        for name in labels.info
-        if not test[name] or not fit[name]
-    ]
+    for name, info in labels.info.items():
+        if not test[name] or not fit[name]:
+            told.append(f"label {name}: {fit[name]} training and {test[name]} held-out subjects have it: is not told")
+        elif len(values := _values(holdout, known[holdout.folder], name, "test")) == 1 and not info.is_number:
+            told.append(f"label {name}: {values.pop():g} for all {test[name]} held-out subjects: its AUC is not told")
+    return told
 
 
 def _read(place: _Place, labels: CohortLabels) -> Labels | None:
@@ -202,6 +204,16 @@ def _labelled(place: _Place, table: Labels | None, names: set[str], split: str) 
     return sum(subject_key(table.subjects[row]) in wanted for row in np.flatnonzero(known))
 
 
+def _values(place: _Place, table: Labels | None, name: str, split: str) -> set[float]:
+    """Different known values of a label in a split."""
+    if table is None or name not in table.names:
+        return set()
+    wanted = {subject_key(subject) for subject in place.in_split(split)}
+    column = table.values[:, table.names.index(name)]
+    of_split = zip(table.subjects, column, strict=True)
+    return {float(value) for subject, value in of_split if subject_key(subject) in wanted and np.isfinite(value)}
+
+
 def _manifest(place: _Place) -> Path:
     return place.folder / place.site.manifest
 
@@ -209,4 +221,4 @@ def _manifest(place: _Place) -> Path:
 def _named(subjects: Sequence[str]) -> str:
     """`12 subjects (a, b, c, ...)`."""
     names = ", ".join(subjects[:_MOST_NAMED]) + (", ..." if len(subjects) > _MOST_NAMED else "")
-    return f"{len(subjects)} subject{'s' if len(subjects) > 1 else ''} ({names})"
+    return f"{counted(len(subjects), 'subject')} ({names})"

@@ -161,8 +161,25 @@ def show(proposal: "Proposal", name: str) -> None:
     table.add_section()
     table.add_row("any", *_numbers(rows), str(len(proposal.added)), *_splits(rows))
     Console().print(table)
-    for line in (*examples, *left_out_lines(proposal.left_out)):
+    for line in (*examples, *_several_modalities(rows), *left_out_lines(proposal.left_out)):
         typer.echo(line)
+
+
+def _several_modalities(rows: Sequence["Row"]) -> list[str]:
+    """A line on subjects with images of several modalities, whose files might be numbered apart; none without any."""
+    from panfm.anatomy import parse_stream
+    from panfm.data.joins import counted
+
+    modalities: dict[str, set[str]] = defaultdict(set)
+    for row in rows:
+        modalities[row.subject].add(parse_stream(row.stream)[1].value)
+    several = {subject: names for subject, names in modalities.items() if len(names) > 1}
+    if not several:
+        return []
+    subject, names = next(iter(several.items()))
+    told = f"{counted(len(several), 'subject')} with images of several modalities, e.g. {subject!r} with"
+    remedy = "if they are different people, --subject 'EXPRESSION' tells them apart"
+    return [one_line(f"{told} {' and '.join(sorted(names))}: each taken for one person; {remedy}", limit=1000)]
 
 
 def _numbers(rows: Sequence["Row"]) -> tuple[str, str, str]:

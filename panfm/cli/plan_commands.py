@@ -1,6 +1,7 @@
 """`panfm plan`: from site folders to a run description."""
 
 import math
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -32,6 +33,8 @@ def plan(
     """
     if out.exists():
         raise DataError(f"{out}: exists, expected a new file")
+    if not os.access(out.absolute().parent, os.W_OK | os.X_OK):
+        raise DataError(f"{out}: cannot be written, expected a file in a folder that is there and may be written to")
     from panfm.config import load_site
 
     for folder in sites:

@@ -6,7 +6,7 @@
 import os.path
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -145,6 +145,8 @@ class SiteConfig(Config):
     """Table of images, relative to this file: one row per subject and stream."""
     labels: RelativePath | None = None
     """Optional table of labels for probes, relative to this file; never leaves the site."""
+    constant_images: Literal["refuse", "take"] = "refuse"
+    """Whether runs refuse an image that shows one value all over, or take it as any other."""
     cache_dir: RelativePath = ".panfm/cache"
     """Preprocessed images, relative to this file."""
     state_dir: RelativePath = ".panfm/state"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from panfm.config import StreamConfig, load_site, site_path
 from panfm.data.check import SiteReport
-from panfm.data.joins import Join, by_key, named
+from panfm.data.joins import Join, by_key, counted, named
 from panfm.data.labels import read_cells
 from panfm.data.manifest import Fault, Row
 from panfm.data.subjects import subject_key
@@ -79,7 +79,8 @@ def same_names(places: Iterable[Place]) -> list[str]:
     pairs = [(one, other) for number, one in enumerate(sites) for other in sites[number + 1 :]]
     both = {(one.name, other.name): one.subjects.keys() & other.subjects.keys() for one, other in pairs}
     return [
-        f"{one} and {other}: {len(keys)} subjects of the same name, taken for different people: {named(sorted(keys))}"
+        f"{one} and {other}: {counted(len(keys), 'subject')} of the same name, taken for different people: "
+        f"{named(sorted(keys))}"
         for (one, other), keys in both.items()
         if keys
     ]

@@ -8,7 +8,7 @@ tried here.
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from panfm.config import RunConfig, SiteConfig, StreamConfig, load_site, parse_run
@@ -17,6 +17,7 @@ from panfm.errors import DataError, LimitError
 from panfm.models.sizes import sizes_of
 from panfm.planning.cost import Cost, measure_cost
 from panfm.planning.image_sizes import Survey, survey_sites
+from panfm.planning.shared_tasks import propose_tasks
 from panfm.planning.stream_proposal import propose_streams
 from panfm.site.admission import check_sizes
 from panfm.texts import toml_key
@@ -70,13 +71,14 @@ def make_plan(
         _check_holdout(holdout)
     survey = survey_sites(folders, progress)
     streams = propose_streams(survey.streams)
-    describe = _Description(folders, _plain_name(name), holdout, streams, survey)
+    tasks, missing = propose_tasks(folders)
+    describe = _Description(folders, _plain_name(name), holdout, streams, survey, tasks)
     train = _fitting_batch(describe)
     size, cost = _fitting_size(describe, train, minutes)
     rounds = max(1, min(_MOST_ROUNDS, round(60 * minutes / (_ALONE * cost.round_seconds))))
     text = describe.text(size, train | {"rounds": rounds})
     run = parse_run(text)
-    notes = (*_notes(survey, minutes, cost), *_refusals(survey, run))
+    notes = (*_notes(survey, minutes, cost), *_refusals(survey, run), *([missing] if missing else []))
     return Plan(text, run, survey, cost, notes)
 
 
@@ -89,6 +91,8 @@ class _Description:
     holdout: Path | None
     streams: Mapping[str, StreamConfig]
     survey: Survey
+    tasks: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Of the probe of all sites' labels."""
 
     def text(self, size: str, train: Mapping[str, int]) -> str:
         """The whole description; what is as the defaults have it is left out."""
@@ -101,6 +105,8 @@ class _Description:
         changed = {key: value for key, value in train.items() if value != getattr(defaults, key.replace("-", "_"))}
         lines += ["", "[train]", *(f"{key} = {value}" for key, value in changed.items())] if changed else []
         lines += ["", "[federation]", "min-sites = 1"] if len(self.folders) == 1 else []
+        tasks = [f"{toml_key(name)} = {json.dumps(labels, ensure_ascii=False)}" for name, labels in self.tasks.items()]
+        lines += ["", "[probe.tasks]", *tasks] if tasks else []
         return "\n".join(lines) + "\n"
 
     def run(self, size: str, train: Mapping[str, int]) -> RunConfig:

@@ -60,7 +60,8 @@ def score_table(probe: ProbeResult, metric: str) -> Table:
     HTML report has them all)."""
     groups = {score.group: score for score in probe.scores if score.metric == metric}
     words = {"auc": "AUC", "r2": "R2"}[metric]
-    title = f"{words} of frozen features, {probe.subjects.get('test', 0)} held-out subjects (95 % interval)"
+    fit, test = (probe.subjects.get(part, 0) for part in ("fit", "test"))
+    title = f"{words} of frozen features, {fit} subjects fitted, {test} held out (95 % interval)"
     table = Table(Column("features", no_wrap=True), *map(_right, groups), title=title)
     for arm in arms_of(probe, metric):
         first, *rest = (probe.find(arm, group, metric) for group in groups)

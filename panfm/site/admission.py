@@ -29,7 +29,7 @@ from panfm.privacy.ledger import Ledger, Limits, Permit
 from panfm.sharing.groups import Flat, parameter_hashes
 from panfm.sharing.messages import RoundTask, frozen_name
 from panfm.site.audit_log import AuditLog
-from panfm.site.state import RUNS, active_runs, is_ended
+from panfm.site.state import RUNS, active_runs, is_ended, read_asked
 
 _SEEDED = f"the run's seed gives with torch {torch.__version__}; another torch at the server may draw others"
 
@@ -175,8 +175,11 @@ def check_floors(train: TrainConfig, patient_dp: PatientDpConfig | None, limits:
 
 def check_other_runs(state_dir: Path, run_id: str, limits: LimitsConfig) -> None:
     """Raises LimitError if this run was ended here, or other runs that go on are as many as the site allows."""
-    if is_ended(state_dir / RUNS / run_id):
+    folder = state_dir / RUNS / run_id
+    if is_ended(folder):
         raise LimitError.of_question(f"run {run_id}: the operator of this site has ended it")
+    if (known := read_asked(folder)) and known.is_finished:  # asks for its last round again, or for sums of its model
+        return
     active = {name: asked for name, asked in active_runs(state_dir, limits).items() if name != run_id}
     if len(active) >= limits.runs_at_once:
         name, asked = max(active.items(), key=lambda entry: entry[1].newest)

@@ -5,6 +5,7 @@
     numbers, words             names of its other entries
     privacy                    what the run that the question names may say of its patients' privacy; none without one
     epsilon                    what this and all private rounds before have spent on these patients; null if not private
+    summed                     of sums over patients: their purpose, and the columns of labels of each task
     bytes, sha256              of the message as it left
     chain                      SHA-256 of the line before's chain and of this line
 
@@ -38,7 +39,15 @@ class AuditLog:
         self._chain = HashChain(self.path, _sealed, key="chain")
         self._position = Position()
 
-    def append(self, frame: Frame, content: bytes, *, privacy: str = "none", epsilon: float | None = None) -> None:
+    def append(
+        self,
+        frame: Frame,
+        content: bytes,
+        *,
+        privacy: str = "none",
+        epsilon: float | None = None,
+        summed: Mapping[str, Any] | None = None,
+    ) -> None:
         """Add a message that is about to leave.
 
         A log that was tampered with is told of, and goes on from its last line.
@@ -51,6 +60,7 @@ class AuditLog:
                 before, self._position = self._chain.snapshot(file)
                 self._warn_of_tampering(before)
             line = _describe(frame, content) | {"privacy": privacy, "epsilon": epsilon}
+            line |= {"summed": summed} if summed else {}
             _, self._position = self._chain.append(file, self._position, line)
 
     def lines(self) -> Iterator[Entry]:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -57,6 +58,8 @@ class Site:
         self.state_dir = state_dir or site_path(folder, self.config.state_dir)
         self.asked_run: RunConfig | None = None
         """The run of the current question; None if it names no valid one."""
+        self.summed: dict[str, Any] | None = None
+        """Purpose and labels of the sums in the current answer; None if it has none."""
         self._warm: tuple[str, Session] | None = None
 
     def handshake(self, invitation: Invitation) -> Handshake:
@@ -111,6 +114,8 @@ class Site:
         task = SumsTask.from_records(question)
         session, states = self._opened(task.model, more_rounds=1)
         result = sum_patients(session, task, states, folder=self.folder, site=self.config)
+        tasks = sorted({**result.get("sums", {}), **result.get("errors", {})})
+        self.summed = {"purpose": task.purpose.value, "labels": {name: session.run.probe.tasks[name] for name in tasks}}
         return build_sums_reply(task.model, result, may_leave=self.config.limits.may_leave).to_records()
 
     def _opened(self, task: RoundTask, *, more_rounds: int = 0) -> tuple[Session, StateStore]:
@@ -163,7 +168,7 @@ class Site:
 
     def _session(self, run_toml: str) -> Session:
         """The warm session of a run description, or a new one in its place."""
-        self.asked_run = None
+        self.asked_run = self.summed = None
         run = self.asked_run = read_run(run_toml)
         if self._warm is None or self._warm[0] != run_toml:
             run = admit(run, self.config)

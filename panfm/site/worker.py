@@ -84,7 +84,8 @@ class Worker:
     def _recorded(self, reply: Frame) -> bytes:
         """The bytes of a reply, once it is in the audit log."""
         content = encode(reply)
-        self._audit_log.append(reply, content, privacy=self.site.privacy, epsilon=self.site.epsilon_spent)
+        spent, summed = self.site.epsilon_spent, self.site.summed
+        self._audit_log.append(reply, content, privacy=self.site.privacy, epsilon=spent, summed=summed)
         return content
 
 
