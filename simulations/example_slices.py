@@ -32,7 +32,8 @@ from simulations.cohorts.opened import OpenedCohort
 
 Floats = NDArray[np.float64]
 
-_FIT_SUBJECTS, _TEST_SUBJECTS, _MOST_ROWS, _MOST_STREAMS = 200, 50, 1000, 10
+_FIT_SUBJECTS, _TEST_SUBJECTS, _MOST_STREAMS = 200, 50, 10
+_LEAST_ROWS, _MOST_ROWS = 20, 1000
 _SIDE, _BATCH = 128, 16
 _HIDDEN = (64, 112, 168)
 """Colour of hidden patches."""
@@ -66,17 +67,23 @@ def example_slices(run: RunConfig, model: PanModel, opened: OpenedCohort) -> Exa
         _hidden(run, model, store, _some(run, store.holders(store.indices("train"), streams), name, quota), name)
         for name, store in opened.stores.items()
     ]
+    shown = np.unique(np.concatenate([test.holders(held_out, [name])[:_TEST_SUBJECTS] for name in streams]))
+    hidden = _hidden(run, model, test, shown, "held out")
     rows, error = [], {}
     for stream in streams:
-        shown = test.holders(held_out, [stream])[:_TEST_SUBJECTS]
-        hidden = _hidden(run, model, test, shown, f"held out {stream}")[stream]
-        known = [place[stream] for place in fitted if stream in place] if with_predictions else []
+        own, known = hidden[stream], [place[stream] for place in fitted if stream in place]
         predicted = None
-        if known and len(hidden.token):
-            predicted, mean = _predicted(known, hidden)
-            error[stream] = _mean_square(predicted - hidden.pixels), _mean_square(mean - hidden.pixels)
-        image = test.batch(shown[:1], [stream]).images[stream][0].numpy()
-        rows.append(_example(stream, run.streams[stream], image, hidden, predicted))
+        if with_predictions and sum(len(part.token) for part in known) >= _LEAST_ROWS and len(own.token):
+            predicted, mean = _predicted(known, own)
+            error[stream] = _mean_square(predicted - own.pixels), _mean_square(mean - own.pixels)
+        row = int(np.flatnonzero(np.isin(shown, test.rows[stream]))[0])
+        image = test.batch(shown[[row]], [stream]).images[stream][0].numpy()
+        here = own.subject == row
+        rows.append(
+            _example(
+                stream, run.streams[stream], image, own.token[here], None if predicted is None else predicted[here]
+            )
+        )
     subjects = sum(len({subject for hidden in place.values() for subject in hidden.subject}) for place in fitted)
     return Examples(rows, run.masking.ratio, subjects if error else 0, error)
 
@@ -182,21 +189,18 @@ def _mean_square(values: Floats) -> float:
 
 
 def _example(
-    stream: str, config: StreamConfig, image: NDArray[np.float32], hidden: Hidden, predicted: Floats | None
+    stream: str, config: StreamConfig, image: NDArray[np.float32], token: NDArray[np.int64], predicted: Floats | None
 ) -> Example:
-    """The pictures of the first subject of a batch."""
-    original = _middle(config, torch.from_numpy(image)[None])
-    whole = patchify(original, config.patch[:2])[0].numpy()
-    own = hidden.subject == 0
-    low, high = float(original.min()), float(original.max())
+    """The pictures of one image, of which the patches at `token` are hidden and, if anything is, predicted [N, F]."""
+    whole = _slice_patches(config, torch.from_numpy(image)[None])[0].numpy()
+    span = float(whole.min()), float(whole.max())
     is_hidden = np.zeros(len(whole), dtype=np.bool_)
-    is_hidden[hidden.token[own]] = True
-    masked = _png(config, whole, (low, high), is_hidden)
-    if predicted is None:
-        return Example(stream, _png(config, whole, (low, high)), masked, None)
+    is_hidden[token] = True
     filled = whole.copy()
-    filled[hidden.token[own]] = predicted[own]
-    return Example(stream, _png(config, whole, (low, high)), masked, _png(config, filled, (low, high)))
+    if predicted is not None:
+        filled[token] = predicted
+    original, masked = _png(config, whole, span), _png(config, whole, span, is_hidden)
+    return Example(stream, original, masked, None if predicted is None else _png(config, filled, span))
 
 
 def _png(
