@@ -27,6 +27,7 @@ class Registry:
             built_in: Name -> `package.module:Class`.
         """
         self.key = key
+        self.built_in = tuple(built_in)
         self._targets: dict[str, str | type] = dict(built_in)
 
     @property

@@ -6,13 +6,12 @@ A key's meaning is the docstring of its field; of a table, that of its model. A 
 
 import json
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 
 from panfm.config import RunConfig, SiteConfig
 from panfm.data.label_kinds import LabelRule
@@ -113,7 +112,7 @@ def _walk(model: Model, path: str, form: str, around: Mapping[str, str], places:
     yield Section(path, form, _first_paragraphs(model), tuple(keys))
     for where, form_model, chosen in inner:
         if places[form_model] == where:
-            yield from _walk(form_model, where, chosen, around | meanings, places)
+            yield from _walk(form_model, where, chosen, {**around, **meanings}, places)
 
 
 def _forms(where: str, field: FieldInfo) -> Iterator[tuple[str, Model, str]]:
@@ -122,7 +121,7 @@ def _forms(where: str, field: FieldInfo) -> Iterator[tuple[str, Model, str]]:
         yield where, TrackingConfig, ""
     for key, registry in _CHOSEN.items():
         if where == key.partition(".")[0]:
-            for name in registry.names:
+            for name in registry.built_in:
                 yield where, registry.load(name), f'{key.partition(".")[2]} = "{name}"'
             return
     models = list(_models(field.annotation))
@@ -171,8 +170,9 @@ def _first_paragraphs(model: Model) -> str:
 def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "needed"
-    value = field.get_default(call_default_factory=True)  # type: ignore[call-arg]
-    if value is PydanticUndefined or value is None or value == {}:
+    factory = cast(Callable[[], Any] | None, field.default_factory)
+    value = factory() if factory else field.default
+    if value is None or value == {}:
         return "left out"
     if isinstance(value, BaseModel):
         return "its defaults"
@@ -191,7 +191,7 @@ def _toml(value: Any) -> str:
 def _values(key: str, schema: Mapping[str, Any], root: Mapping[str, Any]) -> str:
     """What a key may hold, from its JSON schema."""
     if key in _NAMED and ("type" in schema or "anyOf" in schema):
-        names = " ".join(f'`"{name}"`' for name in _NAMED[key].names)
+        names = " ".join(f'`"{name}"`' for name in _NAMED[key].built_in)
         return f"list of {names}" if schema.get("type") == "array" else names
     if "$ref" in schema:
         return _values("", root["$defs"][schema["$ref"].rpartition("/")[2]], root)

@@ -65,19 +65,17 @@ SITE_FOLDER: Entries = {
     "labels.toml": "How columns of the label table are read, where that cannot be told from their values.",
     "quarantine.csv": "Rows of the manifest that every run leaves out; `panfm site check --quarantine` writes it.",
     ".panfm/cache/*.npy": "Prepared images, one file per stream and setting. May be removed; it is made anew.",
-    ".panfm/cache/.*": "Locks of files that are being made.",
     ".panfm/state/runs/<run id>/round-*.state": "The site's private part of a run after a round (teacher, optimiser, "
     "heads or experts that stay); the last three rounds.",
     ".panfm/state/runs/<run id>/frozen.safetensors": "Parameters of the run that are not trained.",
     ".panfm/state/runs/<run id>/asked.json": "Digests of the questions that were asked, by round.",
-    ".panfm/state/runs/<run id>/*": "Locks and marks of a run: when it was last asked for, and whether it has ended.",
+    ".panfm/state/runs/<run id>/ended": "There where `panfm site end` has ended the run.",
     ".panfm/state/departures.jsonl": "Audit log, a chained line for each message that left; see `panfm site log`.",
     ".panfm/state/site.log": "Errors of the site, whole; from 16 MiB on a new file is begun, the old is site.log.1.",
     ".panfm/state/label-sums.digest": "Which tasks, patients and labels were summed; another set is refused.",
     ".panfm/state/ledger.anchor": "End of the ledger's chain; without it the ledger is refused.",
-    ".panfm/state/*": "Locks.",
+    ".panfm/state/.*": "Locks.",
     ".panfm/ledger/ledger.jsonl": "Privacy spent on these patients by all runs. Back it up; never delete it.",
-    ".panfm/ledger/*": "Locks.",
     ".panfm/run/worker.sock": "Where the resident worker is asked; there while it runs.",
     ".panfm/run/worker.lock": "Locked while a worker runs.",
 }
@@ -86,6 +84,9 @@ RUN_FOLDER: Entries = {
     "sites.json": "What the sites said when they joined: [keys](#sitesjson).",
     "rounds.jsonl": "One line per round: [keys](#roundsjsonl).",
     "probe.json": "Scores of all probes, in a simulation with held-out patients: [keys](#probejson).",
+    "command.json": "Of a simulation: what `--set` changed when it was started, and `--extend` since.",
+    "report.json": "Of a simulation with held-out patients: what the report shows besides probes and rounds "
+    "(places of embedded subjects, small example images, routing of experts, CPU seconds).",
     "report.html": "The report, one file; `panfm report` writes it anew.",
     "status.html": "Progress while the run goes on, one file.",
     "checkpoint/round-*.state": "State of the server after a round, from which `--resume` goes on.",
@@ -103,7 +104,8 @@ RUN_FOLDER: Entries = {
     "ledger/*": "Privacy spent by a run with `[site-dp]`.",
     "tensorboard/*": "Events for TensorBoard.",
     "mlflow.db": "Rounds for MLflow, where `tracking.loggers` names it.",
-    "wandb/*": "Rounds for Weights & Biases, where `tracking.loggers` names it.",
+    "wandb/**": "Rounds for Weights & Biases, where `tracking.loggers` names it.",
+    "sites/<site>/**": "In a simulation: the private state of each site, as in `.panfm/state` of its folder.",
     ".lock": "Locked while a process is at work in the folder.",
 }
 FINETUNE_FOLDER: Entries = {
@@ -222,7 +224,10 @@ def tables_page() -> str:
 
 def folders_page() -> str:
     """The page of folders."""
-    about = "`*` stands for any name. Files are written whole or not at all, so any of them may be read during a run."
+    about = (
+        "`*` stands for any name, `**` for any path. Files are written whole or not at all, so that any of them may be "
+        "read during a run."
+    )
     return _page("Files of a site and of a run", about, FOLDERS)
 
 

@@ -47,8 +47,8 @@ def page() -> str:
     for kind in RETURNED:
         parts += _entry(kind.__name__, kind)
     parts.append("## Bases of plug-ins\n")
-    for kind in BASES:
-        parts += _entry(f"{kind.__module__}.{kind.__name__}", kind, with_methods=False)
+    for base in BASES:
+        parts += _entry(f"{base.__module__}.{base.__name__}", base, with_methods=False)
     return "\n".join(parts)
 
 

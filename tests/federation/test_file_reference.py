@@ -1,8 +1,9 @@
 """The reference pages name every file of a run and of a site, and every key of the files that people read."""
 
 import json
+import re
 from collections.abc import Iterable, Mapping
-from fnmatch import fnmatch
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from panfm.finetune.task_result import RESULT_FILE
 from panfm.models.whitening import FILE as WHITENING
 from panfm.privacy.ledger import ANCHOR
 from panfm.privacy.ledger import FILE as LEDGER
+from panfm.report.report_data import FILE as REPORT_DATA
 from panfm.site.audit_log import FILE as AUDIT_LOG
 from server.expected_sites import FILE as EXPECTED_SITES
 from server.run_folder import ENDED, LOCK
@@ -33,8 +35,12 @@ def run_folder(labelled) -> Path:
 
 def untold(paths: Iterable[str], entries: Mapping[str, str]) -> list[str]:
     """Paths and keys that no entry stands for."""
-    patterns = [entry.replace("<run id>", "*") for entry in entries]
-    return sorted(path for path in paths if not any(fnmatch(path, pattern) for pattern in patterns))
+    signs = {r"\*\*": ".*", r"\*": "[^/]*"}
+    patterns = []
+    for entry in entries:
+        pattern = re.sub(r"<[^>]*>", "[^/]+", re.escape(entry).replace("\\ ", " "))
+        patterns.append(re.compile(reduce(lambda text, sign: text.replace(*sign), signs.items(), pattern)))
+    return sorted(path for path in paths if not any(pattern.fullmatch(path) for pattern in patterns))
 
 
 def files_of(folder: Path) -> list[str]:
@@ -55,13 +61,24 @@ def test_every_file_and_key_of_a_run_has_an_entry(run_folder, labelled):
     assert untold(metadata, file_page.METADATA) == []
     for site in sorted(labelled.sites.iterdir()):
         own = [path for path in files_of(site) if not path.endswith(".nii.gz")]
-        assert ".panfm/state/departures.jsonl" in own
+        own += [f".panfm/state/{path}" for path in files_of(run_folder / "sites" / site.name)]
+        assert ".panfm/state/label-sums.digest" in own
         assert untold(own, file_page.SITE_FOLDER) == []
 
 
 def test_every_named_file_has_an_entry():
     """Of those that the run above does not make."""
-    for name in (EXPECTED_SITES, ENDED, LOCK, "start.safetensors", "frozen.safetensors", "flower.json", "status.html"):
+    for name in (
+        EXPECTED_SITES,
+        ENDED,
+        LOCK,
+        "start.safetensors",
+        "frozen.safetensors",
+        "flower.json",
+        "status.html",
+        "command.json",
+        REPORT_DATA,
+    ):
         assert name in file_page.RUN_FOLDER
     assert {f"model/{PROBES}", f"model/{WHITENING}"} <= set(file_page.RUN_FOLDER)
     tuned = {CHECKPOINT, SETTINGS_FILE, RESULT_FILE, f"model/{TASK_FILE}", f"model/{HEAD_FILE}"}
@@ -80,4 +97,5 @@ def test_every_key_of_probes_and_array_of_features_has_an_entry(tmp_path):
 
 
 def test_a_file_without_an_entry_is_found():
-    assert untold(["run.toml", "other.bin", "tensorboard/x"], file_page.RUN_FOLDER) == ["other.bin"]
+    paths = ["run.toml", "other.bin", "tensorboard/x", "tensorboard/x/y", "sites/a/runs/b"]
+    assert untold(paths, file_page.RUN_FOLDER) == ["other.bin", "tensorboard/x/y"]

@@ -39,8 +39,8 @@ def test_every_key_of_every_description_has_an_entry_with_a_meaning(pages):
         "run-toml.md": [
             RunConfig,
             TrackingConfig,
-            *map(OBJECTIVES.load, OBJECTIVES.names),
-            *map(COHORTS.load, COHORTS.names),
+            *map(OBJECTIVES.load, OBJECTIVES.built_in),
+            *map(COHORTS.load, COHORTS.built_in),
         ],
         "site-toml.md": [SiteConfig],
         "labels-toml.md": [LabelRule],
