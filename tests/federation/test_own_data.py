@@ -1,16 +1,12 @@
-"""From own files to a model: the commands of docs/own-data.md on three folders of real images."""
+"""From own files to a model: crops of organs, pictures, one pooled folder. Volumes: tests/docs/test_notebooks.py."""
 
-import csv
-import json
 import os
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-import panfm
 from panfm.cli import main
 from panfm.evaluate.embed import read_features
 from simulations.__main__ import app as simulations
@@ -61,50 +57,6 @@ def run_and_embed(folder, run, outside):
     assert (folder / "run" / "report.html").stat().st_size > 0
     tool(main, "embed", folder / "run" / "model", outside, "--out", folder / "outside.npz")
     return read_features(folder / "outside.npz")
-
-
-def test_three_folders_of_hippocampus_volumes_end_with_probes_and_a_report(tmp_path):
-    """Five commands, and the same embedding in Python. Volumes 2k - 1 and 2k are one person, which no name tells."""
-    volumes = sorted(Path(REAL, "hippocampus", "images").glob("*.nii.gz"))[:62]
-    parts = {"north": volumes[:16], "south": volumes[16:32], "east": volumes[32:48], "holdout": volumes[48:]}
-    for name, part in parts.items():
-        images = copy(part, tmp_path / "files" / name)
-        site = tmp_path / ("" if name == "holdout" else "sites") / name
-        write_labels(site, part)
-        options = ["--split", "test"] if name == "holdout" else []
-        shown = tool(
-            main, "site", "init", site, "--from", images, "--stream", "brain-mr.t1=hippocampus_*", "--yes", *options
-        )
-        assert f"{len(part)} rows written" in shown
-    sites, holdout, run = sorted((tmp_path / "sites").iterdir()), tmp_path / "holdout", tmp_path / "run.toml"
-    told = tool(main, "plan", *sites, "--holdout", holdout, "--out", run, "--minutes", 1)
-    assert "brain-mr.t1" in told
-    tool(main, "site", "check", *sites, "--holdout", holdout, "--run", run)
-    small = ["model.size=nano", "train.rounds=1", "train.local-steps=5", "probe.bootstrap=20"]
-    shown = tool(
-        main, "simulate", run, "--out", tmp_path / "run", *(word for text in small for word in ("--set", text))
-    )
-    assert "bright" in shown
-    assert (tmp_path / "run" / "report.html").stat().st_size > 0
-    written = json.loads((tmp_path / "run" / "probe.json").read_text())
-    assert {"federated", "site:north", "site:south", "site:east", "untrained"} <= {
-        score["arm"] for score in written["scores"]
-    }
-    new = [Path(REAL, "hippocampus", "images", volumes[-1].name), Path(REAL, "hippocampus", "images", volumes[-2].name)]
-    tool(main, "embed", tmp_path / "run", *new, "--out", tmp_path / "new.npz")
-    table = read_features(tmp_path / "new.npz")
-    assert len(table.subjects) == 2
-    in_a_notebook = panfm.load(tmp_path / "run").embed({"brain-mr.t1": new})
-    np.testing.assert_allclose(in_a_notebook, table.features, atol=1e-5)
-
-
-def write_labels(site, volumes):
-    """A label of our own for every volume; `site init` finds the table and names it in site.toml."""
-    site.mkdir(parents=True)
-    with (site / "labels.csv").open("w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["subject", "bright"])
-        table.writerows([volume.name.split("_")[1].split(".")[0], number % 2] for number, volume in enumerate(volumes))
 
 
 def test_three_folders_of_single_organ_crops(tmp_path):
