@@ -59,11 +59,11 @@ def simulate(
     began_cpu_s = time.process_time()
     if resume:
         folder = _resume(resume, experiment, overrides, out)
+        cohort = _checked_cohort(folder.run, console)
+        _check_same_data(folder, _own_data(folder.run, cohort))
         if rounds is not None:
             folder = extend(folder, rounds)
             _keep_overrides(resume, [*_overrides(resume), f"train.rounds={rounds}"])
-        cohort = _checked_cohort(folder.run, console)
-        _check_same_data(folder, _own_data(folder.run, cohort))
     else:
         run = load_simulation(_required(experiment), overrides, weights=public_weights())
         path = out or default_path(run.name)

@@ -56,6 +56,7 @@ def _print(plan: "Plan") -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from panfm.data.joins import counted
     from panfm.planning.stream_proposal import PERCENTILES, percentiles
 
     headings = [f"{number} %" for number in PERCENTILES]
@@ -72,7 +73,7 @@ def _print(plan: "Plan") -> None:
     typer.echo(f"training subjects: {subjects}")
     typer.echo(
         f"model {plan.run.model.size}, {cost.parameters:,} parameters; batches of {train.batch_size}, "
-        f"{train.local_steps} steps a round, {train.rounds} rounds"
+        f"{train.local_steps} steps a round, {counted(train.rounds, 'round')}"
     )
     typer.echo(
         f"a step {cost.step_seconds:.3f} s and at most {cost.memory_gib:.2f} GiB beside images; a round of all sites "

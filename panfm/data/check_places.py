@@ -77,12 +77,15 @@ def same_names(places: Iterable[Place]) -> list[str]:
     """One line for each pair of sites with subjects of the same name."""
     sites = [place for place in places if not place.is_holdout]
     pairs = [(one, other) for number, one in enumerate(sites) for other in sites[number + 1 :]]
-    both = {(one.name, other.name): one.subjects.keys() & other.subjects.keys() for one, other in pairs}
+    both = {
+        (one.name, other.name): [one.subjects[key] for key in sorted(one.subjects.keys() & other.subjects.keys())]
+        for one, other in pairs
+    }
     return [
-        f"{one} and {other}: {counted(len(keys), 'subject')} of the same name, taken for different people: "
-        f"{named(sorted(keys))}"
-        for (one, other), keys in both.items()
-        if keys
+        f"{one} and {other}: {counted(len(names), 'subject')} of the same name, taken for different people: "
+        f"{named(names)}"
+        for (one, other), names in both.items()
+        if names
     ]
 
 

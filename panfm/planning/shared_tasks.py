@@ -43,9 +43,10 @@ _NO_PROBE = "no probe of all sites' labels is proposed"
 
 def _left_out(numbers: Sequence[str], shared: Sequence[str]) -> str:
     """A line on labels that all sites have and that are not proposed; empty if there are none."""
-    if rest := [name for name in shared if name not in numbers[:_MOST]]:
-        return f"probe.tasks: {named(rest)} left out; a task needs numbers, and a person may name more than {_MOST}"
-    return ""
+    if len(numbers) > _MOST:
+        return f"probe.tasks: the first {_MOST} of {len(numbers)} labels are proposed; name others by hand"
+    rest = [name for name in shared if name not in numbers]
+    return f"probe.tasks: {named(rest)} left out: not plain numbers at all sites" if rest else ""
 
 
 def _is_of_numbers(table: LabelTable, name: str, kind: LabelKind) -> bool:

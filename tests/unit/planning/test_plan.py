@@ -130,7 +130,12 @@ NONE = "no probe of all sites' labels is proposed: "
 @pytest.mark.parametrize(
     ("one", "other", "tasks", "note"),
     [
-        ({"old": "01", "sex": "MF"}, {"old": "01", "sex": "FM"}, ["old"], "probe.tasks: sex left out; a task needs"),
+        (
+            {"old": "01", "sex": "MF"},
+            {"old": "01", "sex": "FM"},
+            ["old"],
+            "probe.tasks: sex left out: not plain numbers at all sites",
+        ),
         ({"old": "01", "age": ["61.5", ""]}, {"old": "10", "age": ["48", "7e1"]}, ["old", "age"], ""),
         ({"old": "01"}, {"sick": "01"}, [], NONE + "no label that all sites have as numbers, such as 0 and 1"),
         ({"old": "yn"}, {"old": "ny"}, [], NONE + "no label that all sites have as numbers"),

@@ -134,6 +134,15 @@ def test_other_images_or_labels_are_refused(begun, monkeypatch, name):
     assert "put them back, or start a new run" in str(caught.value)
 
 
+def test_a_refused_extension_changes_nothing(begun):
+    """The description had the new rounds already when the labels were looked at."""
+    before = (begun / "out" / "run.toml").read_bytes(), (begun / "out" / "command.json").read_bytes()
+    edit(begun / "north" / "labels.csv", "north-5,1", "north-5,0")
+    with pytest.raises(ConfigError, match="labels of north differ"):
+        simulate(None, resume=begun / "out", rounds=3)
+    assert ((begun / "out" / "run.toml").read_bytes(), (begun / "out" / "command.json").read_bytes()) == before
+
+
 def test_what_decides_nothing_may_change(begun):
     """The order of rows, the names of files, and limits of a site."""
     manifest = begun / "south" / "manifest.csv"
