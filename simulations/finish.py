@@ -19,7 +19,6 @@ from panfm.errors import DataError
 from panfm.evaluate.embed import load_model
 from panfm.evaluate.probe_cohort import evaluate_cohort
 from panfm.evaluate.probe_file import read_probes
-from panfm.evaluate.probe_sites import probe_sites
 from panfm.evaluate.result import ProbeResult, write_result
 from panfm.models import PanModel, build_model
 from panfm.models.transfer import load_with_fresh_private
@@ -32,6 +31,7 @@ from server.run_folder import RunFolder
 from simulations.alone import train_alone
 from simulations.cohorts.opened import OpenedCohort
 from simulations.harness import background_jobs, run_jobs
+from simulations.probe_sites import probe_sites
 
 _GRID_ARMS = ("federated", "untrained", "statistics", "tokenizer")
 

@@ -73,13 +73,13 @@ def _coverage(run: Run) -> str:
     if not run.sites:
         return ""
     rows = (
-        (stream, *(_held(run.sites.get(site, {}).get("streams", {}), stream) for site in run.site_names))
+        (stream, *(_subject_count(run.sites.get(site, {}).get("streams", {}), stream) for site in run.site_names))
         for stream in run.config.streams
     )
     return table(("stream", *run.site_names), rows)
 
 
-def _held(streams: Mapping[str, int | None], stream: str) -> str:
+def _subject_count(streams: Mapping[str, int | None], stream: str) -> str:
     """Subjects with a stream; only that there are some, where their number is withheld."""
     return str(streams[stream] or "held") if stream in streams else "·"
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from panfm.cli import main
-from panfm.evaluate.cohort_labels import read_cohort_labels
+from simulations.cohorts.cohort_labels import read_cohort_labels
 from simulations.cohorts.prepare import cohort_folder, load_simulation, prepare_cohort
 from simulations.preflight import check_before
 
