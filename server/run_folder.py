@@ -193,7 +193,7 @@ class RunFolder:
                 raise
 
     def note_end(self, reason: str, *, state: str = "failed") -> None:
-        """Write down why the run ended without a model; a disk that is full stays silent."""
+        """Write down why the run ended without a model; a full disk is no error."""
         with suppress(OSError):
             write_json(self.path / ENDED, {"state": state, "reason": reason}, indent=2)
 

@@ -15,7 +15,7 @@ from server.run_folder import RunFolder, default_path
 from simulations.cohorts.leaks import check_cohort
 from simulations.cohorts.prepare import cohort_folder, load_simulation, prepare_cohort, public_weights
 from simulations.cohorts.shared_labels import with_shared_labels
-from simulations.engines import Job, run_job
+from simulations.engines.job import Job, run_job
 from simulations.extension import extend
 from simulations.finish import finish, sites_alone
 from simulations.preflight import check_before, check_disk

@@ -101,7 +101,7 @@ class LimitsConfig(Config):
         needed = {"delta": self.delta, "public-subjects": self.public_subjects}
         missing = " and ".join(key for key, value in needed.items() if value is None)
         if self.epsilon is not None and missing:
-            raise ValueError(f"epsilon: alone it is no limit, the server would choose {missing}; add {missing}")
+            raise ValueError(f"epsilon: limits nothing while the server chooses {missing}; add {missing}")
         if self.largest_delta is not None and self.delta is not None and self.delta > self.largest_delta:
             raise ValueError(
                 f"delta: {self.delta:g} is above 1 / (10 public-subjects), set at most {self.largest_delta:.3g}"

@@ -1,9 +1,9 @@
 """Preprocessed images of a site, one memory-mapped `.npy` file per stream, built once and shared by processes.
 
 A file's name carries two hashes: of the stream's settings with the preprocessing version, and of the fingerprints that
-the images' readers take. Anything changed, and the name is another: a stale file is never read, and is removed when its
-successor is there. Files appear by rename, so that a reader sees a whole one or none; two
-processes that build the same one write the same bytes, and the last rename wins.
+the images' readers take. Whatever changes, the name changes with it: a stale file is never read, and is removed once
+the new one is there. Files appear by rename, so that a reader sees a whole one or none; two processes that build the
+same one write the same bytes, and the last rename wins.
 
 A run decides how large its images are, so their size is counted before the first is read, and the files of other runs
 make room: those longest unused go first.

@@ -1,4 +1,4 @@
-"""Finds the images of a new site: in a folder, or in a table of them. Nothing is read but names."""
+"""Finds the images of a new site: in a folder, or in a table of them. Only names are read, no image."""
 
 import os
 from collections import defaultdict
@@ -67,7 +67,7 @@ def images_of_folder(root: Path, rules: NameRules, site_folder: Path, left_out: 
 
 
 def _images_below(root: Path, site_folder: Path, left_out: list[LeftOut]) -> Iterator[Path]:
-    """Images in order of their names; what is no image is told."""
+    """Yield images in the order of their names; other files are added to `left_out`."""
     readers = _readers()
     own = {site_folder / name for name in ("site.toml", "manifest.csv", "labels.csv", "quarantine.csv")}
     for place, folders, files in os.walk(root):
@@ -123,7 +123,7 @@ def _reason_to_pass(folder: Path, root: Path) -> str:
 def _pair(
     root: Path, images: Sequence[Path], masks: Sequence[tuple[Path, tuple[str, str]]], left_out: list[LeftOut]
 ) -> dict[Path, str]:
-    """Image -> its mask; a mask that belongs to no image, or to several, is told."""
+    """Match images with their masks; a mask that belongs to no image, or to several, is added to `left_out`."""
     named_alike: dict[tuple[str, str], list[Path]] = defaultdict(list)
     for image in images:
         folder, name = image.parent.relative_to(root).as_posix(), stem(PurePath(image))

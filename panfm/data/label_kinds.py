@@ -43,6 +43,7 @@ _FAR = 3.0
 """A code is this many times as large as any other value."""
 _TWO_SIDES: tuple[set[float], ...] = ({0.0, 1.0}, {1.0, 2.0}, {-1.0, 1.0})
 _MOST_CLASSES = 20
+_MOST_LISTED = 6
 _GRADES = frozenset(map(float, range(10)))
 """Few of these may be numbers or names."""
 _FEW_NUMBERS = 5
@@ -213,8 +214,8 @@ def _yes_no(
     counts: Mapping[str, int], numbers: Mapping[str, float], unknown: frozenset[str], rule: LabelRule, name: str
 ) -> tuple[LabelKind, str]:
     if len(counts) > 2:
-        found = one_line(f"found {len(counts)} values ({_listed(counts)}), expected two")
-        raise ConfigError(f'{RULES}: {name}: {found}; write kind = "classes"')
+        fault = one_line(f"found {len(counts)} values ({_listed(counts)}), expected two")
+        raise ConfigError(f'{RULES}: {name}: {fault}; write kind = "classes"')
     yes = None if rule.yes is None else _plain(rule.yes)
     if yes is not None and yes not in counts:
         raise ConfigError(
@@ -264,6 +265,6 @@ def _number(cell: str) -> float | None:
     return number if np.isfinite(number) else None
 
 
-def _listed(values: Iterable[str], most: int = 6) -> str:
+def _listed(values: Iterable[str]) -> str:
     values = list(values)
-    return ", ".join(values[:most]) + (", ..." if len(values) > most else "")
+    return ", ".join(values[:_MOST_LISTED]) + (", ..." if len(values) > _MOST_LISTED else "")

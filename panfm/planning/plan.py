@@ -1,8 +1,8 @@
 """Writes a short run description over given sites that fits a time budget.
 
-Streams come from the images' sizes (proposal.py); the batch from the smallest site; the model's size is the largest one
-with which the budget still holds enough rounds; the number of rounds fills the budget, by the time of a step that is
-tried here.
+Streams follow from the images' sizes (stream_proposal.py), the batch from the smallest site. The model's size is the
+largest one with which the budget still holds enough rounds. The number of rounds fills the budget, by the time of a
+step that is tried here.
 """
 
 import json
@@ -95,7 +95,7 @@ class _Description:
     """Of the probe of all sites' labels."""
 
     def text(self, size: str, train: Mapping[str, int]) -> str:
-        """The whole description; what is as the defaults have it is left out."""
+        """The whole description, without keys that have their default."""
         defaults = RunConfig.model_fields["train"].default
         sites = ",\n".join(f"    {_quoted(folder)}" for folder in self.folders)
         lines = [f'name = "{self.name}"', "", "[cohort]", 'kind = "folder"', f"sites = [\n{sites},\n]"]
@@ -128,7 +128,8 @@ class _Description:
 def _fitting_batch(describe: _Description) -> dict[str, int]:
     """Batch size and local steps: as large as the smallest site and the memory allow, as the sites' floors ask."""
     limits = [site.limits for site in describe.survey.sites.values()]
-    floor, steps = max(each.smallest_batch for each in limits), max(each.smallest_steps for each in limits)
+    floor = max(of_site.smallest_batch for of_site in limits)
+    steps = max(of_site.smallest_steps for of_site in limits)
     smallest = min(describe.survey.train_subjects.values())
     batch = _LARGEST_BATCH
     while batch > max(1, floor) and (batch > smallest or _step_gib(describe, batch) > _MOST_STEP_GIB):
@@ -171,8 +172,10 @@ def too_few_to_train(site: SiteConfig, subjects: int) -> str:
     """Why a site takes part in no run without privacy; empty if it does."""
     if subjects >= (least := site.limits.smallest_batch):
         return ""
-    found = f"{subjects} training subjects, fewer than its limits.smallest-batch ({least}): it cannot take part"
-    return f"{found}; add patients, or, where a folder only stands for a hospital, set smallest-batch = 1 in site.toml"
+    shortage = f"{subjects} training subjects, fewer than its limits.smallest-batch ({least}): it cannot take part"
+    return (
+        f"{shortage}; add patients, or, where a folder only stands for a hospital, set smallest-batch = 1 in site.toml"
+    )
 
 
 def _refusals(survey: Survey, run: RunConfig) -> Iterator[str]:

@@ -9,8 +9,8 @@
     bytes, sha256              of the message as it left
     chain                      SHA-256 of the line before's chain and of this line
 
-No answer goes out that is not on disk here. (A refusal of bytes that were no question says nothing of the site, and is
-not kept.)
+Every answer is on disk here before it goes out. (A refusal of bytes that are not a question tells nothing about the
+site and is not kept.)
 """
 
 import hashlib
@@ -19,12 +19,14 @@ import logging
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from panfm.errors import DataError
 from panfm.hash_chain import Entry, HashChain, Position
-from panfm.privacy.ledger import AnsweredRounds
 from panfm.sharing.frames import Frame, Kind
+
+if TYPE_CHECKING:
+    from panfm.privacy.ledger import AnsweredRounds
 
 FILE = "departures.jsonl"
 logger = logging.getLogger(__name__)
@@ -77,8 +79,10 @@ class AuditLog:
         """Raise DataError if a hash that somebody noted is not in the log."""
         self._chain.check_noted(self.lines(), noted)
 
-    def private_rounds(self) -> AnsweredRounds:
+    def private_rounds(self) -> "AnsweredRounds":
         """Count the answered private rounds. Raises DataError as `lines` does."""
+        from panfm.privacy.ledger import AnsweredRounds  # a site without private runs does without
+
         count, epsilon = 0, None
         for line in self.lines():
             is_round = line.get("kind") == Kind.ANSWER and line.get("round") is not None

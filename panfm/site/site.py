@@ -1,7 +1,7 @@
 """One site's answers to an invitation, to a round, and to a question for sums over its patients, without Flower.
 
-The ClientApp calls it in a simulation, the resident worker in a hospital. It reads the site's own folder; from outside
-come one `Invitation`, one `RoundTask` per round, and what a run with `probe.tasks` or `[gate]` asks besides.
+The ClientApp calls it in a simulation, the resident worker in a hospital. It reads the site's own folder, and
+gets from outside one `Invitation`, one `RoundTask` per round and, in a run with `probe.tasks` or `[gate]`, `SumsTask`s.
 """
 
 import contextlib
@@ -151,7 +151,7 @@ class Site:
             return None
 
     def log_error(self, error: BaseException) -> None:
-        """Add the whole story of an error to `site.log` beside the private state; a disk that is full stays silent."""
+        """Add the whole story of an error to `site.log` beside the private state; a full disk is no error."""
         story = f"{datetime.now().astimezone().isoformat()}\n{''.join(traceback.format_exception(error))}\n"
         path = self.state_dir / "site.log"
         with contextlib.suppress(OSError):
@@ -175,7 +175,8 @@ class Site:
             floors = Floors.of(self.config.limits, run.patient_dp)
             self._warm = None  # lets go of the memory of the run before
             store = self._open_store(run.streams, floors)
-            self._warm = (run_toml, Session(self.config.name, run, store, floors, self._budget))
+            budget = self._budget if run.patient_dp else None
+            self._warm = (run_toml, Session(self.config.name, run, store, floors, budget))
         return self._warm[1]
 
     def _open_store(self, streams: Mapping[str, StreamConfig], floors: Floors) -> ImageStore:

@@ -72,12 +72,12 @@ class Worker:
         return user in self._users
 
     def _receive(self, connection: socket.socket) -> Frame | None:
-        """The question of a connection; None if its bytes are none, which the other end is told."""
+        """Read the question of a connection; None, and an error to the other end, if its bytes are not a question."""
         try:
             most = _BYTES_PER_PARAMETER * self.site.config.limits.parameters
             return receive(connection, timeout_s=TRANSFER_TIMEOUT_S, max_arrays=most, largest=_largest)
         except (PanfmError, MemoryError) as error:
-            logger.warning("a question that is none: %s", error)
+            logger.warning("bytes that are not a question: %s", error)
             send(connection, encode(Frame.error(scrub(error))), timeout_s=TRANSFER_TIMEOUT_S)
             return None
 

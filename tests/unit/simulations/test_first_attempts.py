@@ -9,9 +9,9 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from panfm.cli import main
-from panfm.evaluate.cohort_labels import read_cohort_labels
 from server.checkpoint import ServerState
 from server.run_folder import RunFolder
+from simulations.cohorts.cohort_labels import read_cohort_labels
 from simulations.cohorts.prepare import cohort_folder, load_simulation, prepare_cohort
 from tests.unit.simulations.conftest import STREAM
 

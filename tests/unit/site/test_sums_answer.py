@@ -132,7 +132,7 @@ def test_a_question_has_one_answer(labelled):
     with pytest.raises(ProtocolError, match=r"^round 1: \w+ is not what the run's seed gives"):
         ask(site, replace(first, model=replace(first.model, groups=moved)))
     ask(site, question(4, extra=GATED, purpose=purpose))
-    with pytest.raises(ProtocolError, match=r"^gate before round 3: asked after one before round 4$"):
+    with pytest.raises(ProtocolError, match=r"^gate before round 3: asked after a question before round 4$"):
         ask(site, question(3, extra=GATED, purpose=purpose))
     assert len(read_asked(site.state_dir / "runs" / "run-1").sums) == 3
 
@@ -200,8 +200,8 @@ def test_the_loss_of_the_val_split(labelled):
 @pytest.mark.parametrize(
     ("asked", "reason"),
     [
-        ({"extra": "", "purpose": Purpose.GATE}, "gate: the run has none"),
-        ({"extra": ""}, "probe.tasks: the run has none"),
+        ({"extra": "", "purpose": Purpose.GATE}, "gate: this run has no [gate]"),
+        ({"extra": ""}, "probe.tasks: this run has no tasks"),
         ({"number": 8}, "round 8: expected 1 to 7"),
     ],
 )
