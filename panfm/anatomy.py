@@ -1,4 +1,4 @@
-"""Organs, modalities and streams: the vocabulary every other part speaks.
+"""Organs, modalities and streams: the names that all other parts use.
 
 A stream is one organ in one modality, written `<organ>-<modality>`: `brain-mr`, `chest-xray`. It is the unit that a
 site has or lacks, that a tokenizer reads and that masking balances. Organs are configuration: any lower-case name does.

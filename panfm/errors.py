@@ -85,7 +85,7 @@ class RunError(PanfmError):
 
 def one_line(text: str, limit: int = 300) -> str:
     """Turn another party's text into one line that is safe to print: printable characters only, cut at `limit`."""
-    line = "".join(each if each.isprintable() else "?" for each in " ".join(text[: 4 * limit].split()))
+    line = "".join(letter if letter.isprintable() else "?" for letter in " ".join(text[: 4 * limit].split()))
     return line if len(line) <= limit else f"{line[: limit - 3]}..."
 
 

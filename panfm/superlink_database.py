@@ -1,7 +1,7 @@
 """A SuperLink's database that waits for its lock: `--database "sqlite:////path/superlink.db?plugin=panfm"`.
 
 Flower lets a statement wait five seconds. While a disk is busy for longer, with a large reply or somebody's checkpoint,
-its SuperLink then answers with a server error, and whoever hears it ends for good: SuperNodes, the SuperExec, and with
+its SuperLink then answers with a server error, and every process that gets it ends: SuperNodes, the SuperExec, and with
 it the run. It lies here, and not in `server`, because a SuperLink runs where the wheel is, which holds `panfm` alone.
 """
 

@@ -1,6 +1,6 @@
 """Output of a run on a terminal: a line for each round, one screen of its state, and both while it goes on.
 
-Words that come from sites are shown as they are: no markup, no escape codes.
+Sites' words are shown as plain text, without markup or escape codes.
 """
 
 import logging

@@ -1,6 +1,6 @@
-"""The coordinator's commands. A run is known by its run folder; where Flower runs it stands there in flower.json.
+"""The coordinator's commands. A run is named by its run folder, whose flower.json says where Flower runs it.
 
-Every command ends with status 0 only if what was asked for is so: `start`, `resume` and `watch` if the run finished,
+Every command ends with status 0 only if it has reached its aim: `start`, `resume` and `watch` if the run finished,
 `status` if it runs or has finished, `stop` if it has stopped. Run them under the ServerApp's account, on its machine.
 """
 

@@ -5,18 +5,24 @@ under given global parameters (panfm/sharing/sums_messages.py) and returns the a
 so that their sums have the same bits in any order of arrival.
 """
 
+import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
+import safetensors.numpy
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
+from numpy.typing import NDArray
 
 from panfm.config import RunConfig, dump_toml
 from panfm.errors import ConfigError, ProtocolError, one_line
 from panfm.evaluate.label_sums import MAX_FEATURES, LabelSums
+from panfm.files import read_checked, write_checked
 from panfm.models.sizes import sizes_of
 from panfm.sharing.frames import MAX_ARRAYS
 from panfm.sharing.groups import Flat
@@ -237,6 +243,32 @@ class SiteSums:
     def of_task(self, task: str) -> dict[str, LabelSums]:
         """Site -> its sums of a task; without sites that gave none."""
         return {site: sums[task] for site, sums in self.by_site.items() if task in sums}
+
+
+def keep_sums(path: Path, sums: SiteSums) -> None:
+    """Write sums of several sites to a file."""
+    arrays = {
+        f"{site}/{task}/{part}": array
+        for site, tasks in sums.by_site.items()
+        for task, of_task in tasks.items()
+        for part, array in of_task.to_arrays().items()
+    }
+    write_checked(path, safetensors.numpy.save(arrays, {"failed": json.dumps(dict(sums.failed))}))
+
+
+def read_sums(path: Path) -> SiteSums | None:
+    """Read what `keep_sums` wrote; None if there is no such file. Raises DataError: it is damaged."""
+    if not path.exists():
+        return None
+    content = read_checked(path)
+    size = int.from_bytes(content[:8], "little")
+    failed = json.loads(json.loads(content[8 : 8 + size])["__metadata__"]["failed"])
+    parts: dict[str, dict[str, dict[str, NDArray[np.float64]]]] = {}
+    for name, array in sorted(safetensors.numpy.load(content).items()):
+        site, task, part = name.split("/")
+        parts.setdefault(site, {}).setdefault(task, {})[part] = array
+    by_site = {site: {task: LabelSums(**parts) for task, parts in tasks.items()} for site, tasks in parts.items()}
+    return SiteSums(by_site, failed)
 
 
 def _read(reply: Message, model: RoundTask) -> SumsReply:

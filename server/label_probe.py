@@ -1,6 +1,6 @@
 """The last step of a run with `probe.tasks`: one ridge probe of each task on the labelled patients of all sites.
 
-    1. ask the sites that are there for sums of features and labels               exchange.py
+    1. ask the sites that are there for sums of features and labels, keep them    exchange.py
     2. solve the ridge regression of each task under every penalty                panfm/evaluate/federated_probe.py
     3. send the sites these, ask for summed leave-one-out errors, and choose the penalty with the least
     4. write the probes into the model's folder (`probe.safetensors`), and tell of them in its metadata
@@ -11,6 +11,7 @@ A site that gives nothing, or answers badly, is left out and named. The model is
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from panfm.sharing.groups import Flat
 from panfm.sharing.messages import Handshake
 from panfm.sharing.sums_messages import Purpose, SumsReply
 from server.checkpoint import ServerState
-from server.exchange import Answers, ask_sums, label_sums
+from server.exchange import Answers, ask_sums, keep_sums, label_sums, read_sums
 
 logger = logging.getLogger(__name__)
 _NO_VARIANCE = 1e-12
@@ -56,6 +57,7 @@ def fit_probes(
     *,
     frozen: Mapping[str, Flat],
     embedding_size: int,
+    kept: Path,
 ) -> LabelProbes:
     """Fit the probes of a run's tasks on its final model.
 
@@ -63,10 +65,14 @@ def fit_probes(
         run: As sites are told of it.
         roster: Node id -> handshake of the sites to ask.
         frozen: Group -> its parameters that the run does not train.
+        kept: File for the sums of the first message. A server that was killed after it goes on with them, since a site
+            answers the second message under one ridge path only.
     """
     subjects = {handshake.site: handshake.subjects for handshake in roster.values()}
-    answers = ask_sums(grid, run, state, roster, Purpose.PROBE, frozen=frozen)
-    sums = label_sums(run, embedding_size, subjects, answers)
+    if (sums := read_sums(kept)) is None:
+        answers = ask_sums(grid, run, state, roster, Purpose.PROBE, frozen=frozen)
+        sums = label_sums(run, embedding_size, subjects, answers)
+        keep_sums(kept, sums)
     failed = dict(sums.failed)
     of_task = {task: given for task in run.probe.tasks if (given := sums.of_task(task))}
     paths: dict[str, RidgePath] = {}

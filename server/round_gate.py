@@ -4,10 +4,10 @@
     after each round   the new global parameters are measured over the same sites
                        not worse: they are kept; else the state before the round comes back
 
-What comes back: global parameters, saliency profile, and the strategy's memory (server optimisers, usual norms and
-directions, teacher's average), but for the note which sites have the parameters that are not trained. The number of the
-round, and so the schedules, go on; so does what sites keep to themselves: heads, private experts, teacher, moments. The
-next round is sent whole parameters, no coded step.
+The state that comes back is: global parameters, saliency profile, and the strategy's memory (server optimisers, usual
+norms and directions, teacher's average), but for the note which sites have the parameters that are not trained. The
+number of the round, and so the schedules, go on; so does what sites keep to themselves: heads, private experts,
+teacher, moments. The next round is sent whole parameters, no coded step.
 
 A measure is compared with that of the model that is kept, over the sites that were behind this: what others give is
 left out, and without one of them, or with another number of its patients, the round is not kept.
@@ -60,7 +60,7 @@ class RoundGate:
             reasons = "; ".join(f"{site}: {reason}" for site, reason in answers.failed.items()) or "no label varies"
             raise RunError(f"gate.measure: no site's patients measure the start: {reasons}")
         measure = Measure(value, state.round_number, {site: _patients(given) for site, given in contributions.items()})
-        return replace(self._held(state, answers), measure=measure)
+        return replace(self._with_holders(state, answers), measure=measure)
 
     def decide(
         self, before: ServerState, after: ServerState, roster: Mapping[int, Handshake]
@@ -85,14 +85,14 @@ class RoundGate:
             "missing": {site: answers.failed.get(site, "other patients than before") for site in missing},
             "seconds": round(answers.seconds, 4),
         }
-        after = self._held(after, answers)
+        after = self._with_holders(after, answers)
         if is_kept:
             return replace(after, measure=Measure(value, after.round_number, kept.patients)), line
         memory = replace(before.memory, step={}, holders=(), frozen_holders=after.memory.frozen_holders)
         return replace(before, round_number=after.round_number, memory=memory), line
 
     def _ask(self, state: ServerState, roster: Mapping[int, Handshake]) -> tuple[Contributions, Answers]:
-        """What the sites give for the measure of a model, and their answers with all that failed."""
+        """Ask the sites for the measure of a model; return their sums, and the answers with all failures."""
         answers = ask_sums(self.grid, self.run, state, roster, Purpose.GATE, frozen=self.frozen)
         assert self.run.gate is not None
         if self.run.gate.measure == "labels":
@@ -122,8 +122,8 @@ class RoundGate:
         known = [error for error in errors if math.isfinite(error)]
         return sum(known) / len(known) if known else math.nan
 
-    def _held(self, state: ServerState, answers: Answers) -> ServerState:
-        """The state, in which sites that have answered have the parameters that are not trained."""
+    def _with_holders(self, state: ServerState, answers: Answers) -> ServerState:
+        """Return the state, with the sites that answered among those that have the parameters that are not trained."""
         holders = {*state.memory.frozen_holders, *answers.replies} if self.frozen else ()
         return replace(state, memory=replace(state.memory, frozen_holders=tuple(sorted(holders))))
 

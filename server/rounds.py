@@ -97,10 +97,12 @@ def run_federation(grid: Grid, folder: RunFolder, progress: Progress, *, num_sit
     probes = LabelProbes()
     if run.probe.tasks:
         roster = _choose_sites(folder, membership, state.round_number + 1)
-        probes = fit_probes(grid, run, state, roster, frozen=frozen, embedding_size=embedding_size)
+        kept = folder.kept_sums(state.round_number)
+        probes = fit_probes(grid, run, state, roster, frozen=frozen, embedding_size=embedding_size, kept=kept)
         progress.probes(probes)
     sites = [handshake.site for handshake in attendance.roster.values()]
     folder.save_model(state, manifest, frozen, sites, probes)
+    folder.kept_sums(state.round_number).unlink(missing_ok=True)
 
 
 def train_round(grid: Grid, strategy: GroupedMean, state: ServerState) -> tuple[ServerState, dict[str, Any]]:

@@ -16,6 +16,8 @@ report.html        the report (panfm/report/report_page.py)
 flower.json        where Flower runs it (server/coordinator.py)
 """
 
+import errno
+import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -79,6 +81,22 @@ class RunFolder:
         """The description as sites are told of it."""
         return as_told(self.run)
 
+    @staticmethod
+    def check_new(path: Path, run: RunConfig) -> None:
+        """Check what can be checked before any work for a run: its folder and its loggers.
+
+        Raises:
+            RunError: the folder holds a run already, or is not where anything can be written.
+            ConfigError: `[tracking]` does not hold, or names a logger that is not installed.
+        """
+        tracking_of(run)
+        try:
+            if (path / "checkpoint").exists():
+                raise RunError(f"{path}: holds a run already; resume it or choose another folder")
+            _check_can_hold(path)
+        except OSError as error:
+            raise RunError(f"{path}: cannot be made a run folder ({reason(error)})") from error
+
     @classmethod
     def create(cls, path: Path, run: RunConfig) -> Self:
         """Start a new run.
@@ -89,11 +107,9 @@ class RunFolder:
             ConfigError, DataError: the model that the run starts from does not fit.
         """
         run = checked_run(run)
-        tracking_of(run)
+        cls.check_new(path, run)
         weights = read_start(run) if run.start else None
         try:
-            if (path / "checkpoint").exists():
-                raise RunError(f"{path}: holds a run already; resume it or choose another folder")
             path.mkdir(parents=True, exist_ok=True)
             with _alone_in(path):
                 if weights is not None:
@@ -177,7 +193,7 @@ class RunFolder:
                 raise
 
     def note_end(self, reason: str, *, state: str = "failed") -> None:
-        """Write down why the run ended without a model; a disk that is full stays silent."""
+        """Write down why the run ended without a model; a full disk is no error."""
         with suppress(OSError):
             write_json(self.path / ENDED, {"state": state, "reason": reason}, indent=2)
 
@@ -197,6 +213,10 @@ class RunFolder:
             if not (bound := self.path / "checkpoint" / "run.toml").exists():
                 write_atomic(bound, dump_toml(self.run).encode())
             save_state(self.path / "checkpoint", state)
+
+    def kept_sums(self, round_number: int) -> Path:
+        """File of the sums for probes of the model after a round, until the model is saved."""
+        return self.path / "checkpoint" / f"label-sums-{round_number:06d}.safetensors"
 
     def append_round(self, line: Mapping[str, Any]) -> None:
         """Add a line to rounds.jsonl; numbers that are not finite become null. Raises RunError as `save_state` does."""
@@ -273,6 +293,14 @@ def _written(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise RunError(f"{path}: cannot be written ({error.strerror}); the run can be resumed") from error
+
+
+def _check_can_hold(folder: Path) -> None:
+    """Raise OSError if a folder cannot be made, or nothing can be written into it."""
+    nearest = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+    code = 0 if os.access(nearest, os.W_OK | os.X_OK) else errno.EACCES
+    if code := code if nearest.is_dir() else errno.ENOTDIR:
+        raise OSError(code, os.strerror(code))
 
 
 @contextmanager

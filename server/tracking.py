@@ -1,7 +1,7 @@
 """Status page and loggers of a run's rounds, kept while it goes on.
 
-The page is made from rounds.jsonl, so a resumed run shows every round once. Nothing in a run depends on a logger: a
-disk that does not take it, or a library that fails, is a line in the log.
+The page is made from rounds.jsonl, so a resumed run shows every round once. No run depends on a logger: if
+the disk is full or a library fails, a line in the log says so.
 
 To add a logger, write a class with the methods of `RoundLogger` and a line in `LOGGERS` (tracking_config.py), or an
 entry point of the group `panfm.loggers`.

@@ -11,7 +11,7 @@ Shape legend: B subjects, K hidden patches, D width, N hidden patches of the mid
 import base64
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -19,21 +19,22 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from panfm.config import RunConfig, StreamConfig
-from panfm.data.store import ImageStore
+from panfm.data.store import Batch, ImageStore
 from panfm.models import PanModel
 from panfm.models.patch_features import patchify
 from panfm.registry import import_class
 from panfm.report.report_data import Example, Examples
 from panfm.seeds import numpy_generator, torch_generator
 from panfm.sharing.groups import HEAD, is_shared
-from panfm.training.objectives.interface import student_output
+from panfm.training.objectives.interface import StudentOutput, student_output
 from panfm.training.token_mask import build_policy, draw_mask
 from simulations.cohorts.opened import OpenedCohort
 
 Floats = NDArray[np.float64]
 
-_FIT_SUBJECTS, _TEST_SUBJECTS, _MOST_ROWS, _MOST_STREAMS = 200, 50, 1000, 10
-_SIDE = 128
+_FIT_SUBJECTS, _TEST_SUBJECTS, _MOST_STREAMS = 200, 50, 10
+_LEAST_ROWS, _MOST_ROWS = 20, 1000
+_SIDE, _BATCH = 128, 16
 _HIDDEN = (64, 112, 168)
 """Colour of hidden patches."""
 _PENALTIES = (10.0, 100.0, 1e3, 1e4, 1e5)
@@ -66,17 +67,23 @@ def example_slices(run: RunConfig, model: PanModel, opened: OpenedCohort) -> Exa
         _hidden(run, model, store, _some(run, store.holders(store.indices("train"), streams), name, quota), name)
         for name, store in opened.stores.items()
     ]
+    shown = np.unique(np.concatenate([test.holders(held_out, [name])[:_TEST_SUBJECTS] for name in streams]))
+    hidden = _hidden(run, model, test, shown, "held out")
     rows, error = [], {}
     for stream in streams:
-        shown = test.holders(held_out, [stream])[:_TEST_SUBJECTS]
-        hidden = _hidden(run, model, test, shown, f"held out {stream}")[stream]
-        known = [place[stream] for place in fitted if stream in place] if with_predictions else []
+        own, known = hidden[stream], [place[stream] for place in fitted if stream in place]
         predicted = None
-        if known and len(hidden.token):
-            predicted, mean = _predicted(known, hidden)
-            error[stream] = _mean_square(predicted - hidden.pixels), _mean_square(mean - hidden.pixels)
-        image = test.batch(shown[:1], [stream]).images[stream][0].numpy()
-        rows.append(_example(stream, run.streams[stream], image, hidden, predicted))
+        if with_predictions and sum(len(part.token) for part in known) >= _LEAST_ROWS and len(own.token):
+            predicted, mean = _predicted(known, own)
+            error[stream] = _mean_square(predicted - own.pixels), _mean_square(mean - own.pixels)
+        row = int(np.flatnonzero(np.isin(shown, test.rows[stream]))[0])
+        image = test.batch(shown[[row]], [stream]).images[stream][0].numpy()
+        here = own.subject == row
+        rows.append(
+            _example(
+                stream, run.streams[stream], image, own.token[here], None if predicted is None else predicted[here]
+            )
+        )
     subjects = sum(len({subject for hidden in place.values() for subject in hidden.subject}) for place in fitted)
     return Examples(rows, run.masking.ratio, subjects if error else 0, error)
 
@@ -92,37 +99,48 @@ def _some(run: RunConfig, holders: NDArray[np.int64], name: str, most: int) -> N
     return np.sort(generator.choice(holders, min(most, len(holders)), replace=False))
 
 
-@torch.inference_mode()
 def _hidden(
     run: RunConfig, model: PanModel, store: ImageStore, subjects: NDArray[np.int64], purpose: str
 ) -> dict[str, Hidden]:
     """Hide patches of some subjects at random, and return those of each stream's middle slice."""
+    masks = torch_generator(run.seed, "report", "masks", purpose)
+    streams = [name for name in model.stream_names if name in store.images]
+    parts: dict[str, list[Hidden]] = {}
+    for first in range(0, len(subjects), _BATCH):
+        batch = store.batch(subjects[first : first + _BATCH], streams)
+        for stream, hidden in _hidden_in_batch(run, model, batch, masks).items():
+            parts.setdefault(stream, []).append(replace(hidden, subject=hidden.subject + first))
+    return {stream: _joined(own) for stream, own in parts.items()}
+
+
+def _joined(parts: Sequence[Hidden]) -> Hidden:
+    return Hidden(*(np.concatenate([getattr(part, own.name) for part in parts]) for own in fields(Hidden)))
+
+
+@torch.inference_mode()
+def _hidden_in_batch(run: RunConfig, model: PanModel, batch: Batch, masks: torch.Generator) -> dict[str, Hidden]:
     model.eval()
-    batch = store.batch(subjects, [name for name in model.stream_names if name in store.images])
     features = model.patch_features(batch.to(model.stream_of_patch.device))
     policy = build_policy(run.masking.model_copy(update={"policy": "random"}), model.stream_organs)
     equal = torch.ones(1, len(model.stream_names), device=model.stream_of_patch.device)
-    masks = torch_generator(run.seed, "report", "masks", purpose)
     mask = draw_mask(policy, equal, model.layout(features), model.stream_of_patch, step=0, generator=masks)
     output = student_output(model, features, mask, predicts=_predicts(run))
-    hidden = {}
-    for number, stream in enumerate(model.stream_names):
-        if stream not in batch.images:
-            continue
-        first = int((model.stream_of_patch < number).sum())
-        is_here = mask.hidden.valid & (model.stream_of_patch[mask.hidden.patch_index] == number)
-        subject, column = (index.cpu().numpy() for index in torch.nonzero(is_here, as_tuple=True))
-        token = mask.hidden.patch_index[subject, column].cpu().numpy() - first
-        is_shown, token = _in_slice(run.streams[stream], token)
-        subject, column, token = subject[is_shown], column[is_shown], token[is_shown]
-        row_of = np.full(len(subjects), -1)
-        row_of[batch.rows[stream].numpy()] = np.arange(len(batch.rows[stream]))
-        patches = _slice_patches(run.streams[stream], batch.images[stream])
-        predicted = output.predictions[subject, column] if output.predictions.shape[1] else torch.empty(len(subject), 0)
-        hidden[stream] = Hidden(
-            subject, token, predicted.double().cpu().numpy(), patches[row_of[subject], token].double().numpy()
-        )
-    return hidden
+    return {stream: _of_stream(run, stream, model, batch, output) for stream in batch.images}
+
+
+def _of_stream(run: RunConfig, stream: str, model: PanModel, batch: Batch, output: StudentOutput) -> Hidden:
+    config = run.streams[stream]
+    hidden, number = output.mask.hidden, model.stream_names.index(stream)
+    is_here = hidden.valid & (model.stream_of_patch[hidden.patch_index] == number)
+    rows, columns = torch.nonzero(is_here, as_tuple=True)
+    first = int((model.stream_of_patch < number).sum())
+    is_shown, token = _in_slice(config, (hidden.patch_index[rows, columns] - first).cpu().numpy())
+    subject = rows.cpu().numpy()[is_shown]
+    predicted = output.predictions[rows, columns] if _predicts(run) else output.predictions.new_empty(len(rows), 0)
+    image_of = np.full(batch.size, -1)
+    image_of[batch.rows[stream].numpy()] = np.arange(len(batch.rows[stream]))
+    pixels = _slice_patches(config, batch.images[stream])[image_of[subject], token[is_shown]]
+    return Hidden(subject, token[is_shown], predicted.double().cpu().numpy()[is_shown], pixels.double().numpy())
 
 
 def _in_slice(stream: StreamConfig, token: NDArray[np.int64]) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
@@ -171,21 +189,18 @@ def _mean_square(values: Floats) -> float:
 
 
 def _example(
-    stream: str, config: StreamConfig, image: NDArray[np.float32], hidden: Hidden, predicted: Floats | None
+    stream: str, config: StreamConfig, image: NDArray[np.float32], token: NDArray[np.int64], predicted: Floats | None
 ) -> Example:
-    """The pictures of the first subject of a batch."""
-    original = _middle(config, torch.from_numpy(image)[None])
-    whole = patchify(original, config.patch[:2])[0].numpy()
-    own = hidden.subject == 0
-    low, high = float(original.min()), float(original.max())
+    """The pictures of one image, of which the patches at `token` are hidden and, if anything is, predicted [N, F]."""
+    whole = _slice_patches(config, torch.from_numpy(image)[None])[0].numpy()
+    span = float(whole.min()), float(whole.max())
     is_hidden = np.zeros(len(whole), dtype=np.bool_)
-    is_hidden[hidden.token[own]] = True
-    masked = _png(config, whole, (low, high), is_hidden)
-    if predicted is None:
-        return Example(stream, _png(config, whole, (low, high)), masked, None)
+    is_hidden[token] = True
     filled = whole.copy()
-    filled[hidden.token[own]] = predicted[own]
-    return Example(stream, _png(config, whole, (low, high)), masked, _png(config, filled, (low, high)))
+    if predicted is not None:
+        filled[token] = predicted
+    original, masked = _png(config, whole, span), _png(config, whole, span, is_hidden)
+    return Example(stream, original, masked, None if predicted is None else _png(config, filled, span))
 
 
 def _png(

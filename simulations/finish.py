@@ -22,7 +22,6 @@ from panfm.errors import DataError
 from panfm.evaluate.embed import load_model
 from panfm.evaluate.probe_cohort import evaluate_cohort
 from panfm.evaluate.probe_file import read_probes
-from panfm.evaluate.probe_sites import probe_sites
 from panfm.evaluate.result import ProbeResult, write_result
 from panfm.models import PanModel, build_model
 from panfm.models.transfer import load_with_fresh_private
@@ -39,6 +38,7 @@ from simulations.embedding_map import embedding_map
 from simulations.example_slices import example_slices
 from simulations.expert_map import expert_map
 from simulations.harness import background_jobs, run_jobs
+from simulations.probe_sites import probe_sites
 
 _GRID_ARMS = ("federated", "untrained", "statistics", "tokenizer")
 

@@ -13,16 +13,17 @@ from pathlib import Path
 import numpy as np
 
 from panfm.config import RunConfig, SiteConfig, load_site, site_folders
+from panfm.data.joins import counted
 from panfm.data.label_kinds import encode
 from panfm.data.labels import Labels, read_labels, read_site_cells
 from panfm.data.manifest import Row, read_manifest
 from panfm.data.subjects import subject_key
 from panfm.errors import ConfigError, DataError, RunError
-from panfm.evaluate.cohort_labels import CohortLabels, read_cohort_labels
 from panfm.evaluate.linear_probe import MIN_SUBJECTS
 from panfm.evaluate.probe_labels import Unmatched
 from panfm.models.sizes import sizes_of
 from panfm.planning.plan import too_few_to_train
+from simulations.cohorts.cohort_labels import CohortLabels, read_cohort_labels
 from simulations.cohorts.cohort_source import require_site
 
 _MOST_NAMED = 3
@@ -51,6 +52,10 @@ class _Place:
         """Subject -> split."""
         return {row.subject: row.split for row in self.rows}
 
+    def counts(self) -> str:
+        """Number of subjects in each split, in words."""
+        return ", ".join(f"{count} in {split}" for split, count in Counter(self.splits.values()).items())
+
     def in_split(self, split: str) -> list[str]:
         """Subjects of a split."""
         return [subject for subject, own in self.splits.items() if own == split]
@@ -68,8 +73,8 @@ def check_before(run: RunConfig, cohort: Path) -> list[str]:
     _check_number_of_sites(run, sites)
     lines = [line for site in sites for line in _of_site(site, run)]
     lines += _too_small(run, sites)
-    held = {row.stream for site in sites for row in site.rows}
-    lines += [f"stream {name}: no site has images of it" for name in run.streams if name not in held]
+    at_sites = {row.stream for site in sites for row in site.rows}
+    lines += [f"stream {name}: no site has images of it" for name in run.streams if name not in at_sites]
     if not (cohort / "holdout").is_dir():
         return [*lines, "no hold-out: the model is not probed"]
     require_site(cohort / "holdout")
@@ -90,9 +95,9 @@ def check_disk(run: RunConfig, folder: Path, num_sites: int) -> None:
 def _check_number_of_sites(run: RunConfig, sites: Sequence[_Place]) -> None:
     names, least = [place.site.name for place in sites], run.federation.min_sites
     if len(sites) < least:
-        found = f"{len(sites)} site{'s' if len(sites) > 1 else ''} ({', '.join(names)})"
+        given = f"{counted(len(sites), 'site')} ({', '.join(names)})"
         remedy = f"name more sites, or set federation.min-sites = {len(sites)}"
-        raise ConfigError(f"federation.min-sites: {least}, found {found}; {remedy}")
+        raise ConfigError(f"federation.min-sites: {least}, found {given}; {remedy}")
     if run.site_dp and run.site_dp.num_sites != len(sites):
         raise ConfigError(f"site-dp.num-sites: {run.site_dp.num_sites}, found {len(sites)} sites ({', '.join(names)})")
 
@@ -114,8 +119,9 @@ def _of_site(place: _Place, run: RunConfig) -> Iterator[str]:
         streams = ", ".join(place.left_out)
         raise DataError(f"{where}: has images of {streams} only, expected one of the run's: {', '.join(run.streams)}")
     if not place.in_split("train"):
-        found = ", ".join(f"{count} in {split}" for split, count in Counter(place.splits.values()).items())
-        raise DataError(f"{where}: no subject in split train, found {found}; write split train in {_manifest(place)}")
+        raise DataError(
+            f"{where}: no subject in split train, found {place.counts()}; write split train in {_manifest(place)}"
+        )
     yield from _unused_streams(where, place)
     if others := place.in_split("test"):
         yield f"{where}: {_named(others)} in split test: left out, a site trains on train and validates on val"
@@ -123,9 +129,11 @@ def _of_site(place: _Place, run: RunConfig) -> Iterator[str]:
 
 def _of_holdout(place: _Place, run: RunConfig) -> Iterator[str]:
     if not place.in_split("test"):
-        found = ", ".join(f"{count} in {split}" for split, count in Counter(place.splits.values()).items())
-        what = f"{found} of the run's streams" if found else f"no image of the run's streams {', '.join(run.streams)}"
-        raise DataError(f"hold-out: no subject in split test, found {what}; write split test in {_manifest(place)}")
+        counts = place.counts()
+        given = (
+            f"{counts} of the run's streams" if counts else f"no image of the run's streams {', '.join(run.streams)}"
+        )
+        raise DataError(f"hold-out: no subject in split test, found {given}; write split test in {_manifest(place)}")
     yield from _unused_streams("hold-out", place)
     if others := place.in_split("train"):
         yield f"hold-out: {_named(others)} in split train: probes are fitted on them as well, not tested"
@@ -135,7 +143,7 @@ def _of_holdout(place: _Place, run: RunConfig) -> Iterator[str]:
 
 def _unused_streams(where: str, place: _Place) -> Iterator[str]:
     for stream, count in place.left_out.items():
-        yield f"{where}: {count} images of {stream}: left out, the run has no such stream"
+        yield f"{where}: {counted(count, 'image')} of {stream}: left out, the run has no such stream"
 
 
 def _of_labels(labels: CohortLabels, sites: Sequence[_Place], holdout: _Place) -> list[str]:
@@ -159,11 +167,12 @@ def _of_labels(labels: CohortLabels, sites: Sequence[_Place], holdout: _Place) -
     if fit_subjects < MIN_SUBJECTS:
         few = f"labels: {fit_subjects} training subjects of the sites have any"
         raise DataError("\n".join([*told, f"{few}, expected at least {MIN_SUBJECTS} to probe"]))
-    return told + [
-        f"label {name}: {fit[name]} training and {test[name]} held-out subjects have it: is not told"
-        for name in labels.info
-        if not test[name] or not fit[name]
-    ]
+    for name, info in labels.info.items():
+        if not test[name] or not fit[name]:
+            told.append(f"label {name}: {fit[name]} training and {test[name]} held-out subjects have it: is not told")
+        elif len(values := _values(holdout, known[holdout.folder], name, "test")) == 1 and not info.is_number:
+            told.append(f"label {name}: {values.pop():g} for all {test[name]} held-out subjects: its AUC is not told")
+    return told
 
 
 def _read(place: _Place, labels: CohortLabels) -> Labels | None:
@@ -202,6 +211,16 @@ def _labelled(place: _Place, table: Labels | None, names: set[str], split: str) 
     return sum(subject_key(table.subjects[row]) in wanted for row in np.flatnonzero(known))
 
 
+def _values(place: _Place, table: Labels | None, name: str, split: str) -> set[float]:
+    """Different known values of a label in a split."""
+    if table is None or name not in table.names:
+        return set()
+    wanted = {subject_key(subject) for subject in place.in_split(split)}
+    column = table.values[:, table.names.index(name)]
+    of_split = zip(table.subjects, column, strict=True)
+    return {float(value) for subject, value in of_split if subject_key(subject) in wanted and np.isfinite(value)}
+
+
 def _manifest(place: _Place) -> Path:
     return place.folder / place.site.manifest
 
@@ -209,4 +228,4 @@ def _manifest(place: _Place) -> Path:
 def _named(subjects: Sequence[str]) -> str:
     """`12 subjects (a, b, c, ...)`."""
     names = ", ".join(subjects[:_MOST_NAMED]) + (", ..." if len(subjects) > _MOST_NAMED else "")
-    return f"{len(subjects)} subject{'s' if len(subjects) > 1 else ''} ({names})"
+    return f"{counted(len(subjects), 'subject')} ({names})"

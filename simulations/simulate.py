@@ -1,7 +1,7 @@
 """One simulated federation, from a run description to its report."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -15,7 +15,7 @@ from server.run_folder import RunFolder, default_path
 from simulations.cohorts.leaks import check_cohort
 from simulations.cohorts.prepare import cohort_folder, load_simulation, prepare_cohort, public_weights
 from simulations.cohorts.shared_labels import with_shared_labels
-from simulations.engines import Job, run_job
+from simulations.engines.job import Job, run_job
 from simulations.extension import extend
 from simulations.finish import finish, sites_alone
 from simulations.preflight import check_before, check_disk
@@ -23,6 +23,12 @@ from simulations.site_errors import SiteErrors
 
 _COMMAND = "command.json"
 """The overrides that a run was started with, in its folder."""
+_DATA = "data.json"
+"""Hashes of the images and labels that a run of own folders was started with, by place."""
+_REMEDIES = {
+    "images": "start a new run",
+    "labels": "start a new run (`panfm probe RUN SITE...` tries a finished model on other labels)",
+}
 
 
 def simulate(
@@ -53,20 +59,23 @@ def simulate(
     began_cpu_s = time.process_time()
     if resume:
         folder = _resume(resume, experiment, overrides, out)
+        cohort = _checked_cohort(folder.run, console)
+        _check_same_data(folder, _own_data(folder.run, cohort))
         if rounds is not None:
             folder = extend(folder, rounds)
             _keep_overrides(resume, [*_overrides(resume), f"train.rounds={rounds}"])
-        cohort = _checked_cohort(folder.run, console)
     else:
         run = load_simulation(_required(experiment), overrides, weights=public_weights())
+        path = out or default_path(run.name)
+        RunFolder.check_new(path, run)
         cohort_folder(run)
         cohort = _checked_cohort(run, console)
-        path = out or default_path(run.name)
         check_disk(run, path, len(site_folders(cohort / "sites")))
-        if run.cohort and run.cohort["kind"] == "folder":
-            check_cohort(cohort, run)
+        data = _own_data(run, cohort)
         folder = RunFolder.create(path, with_shared_labels(run, cohort))
         _keep_overrides(path, overrides)
+        if data:
+            write_json(path / _DATA, data)
     job = Job(cohort / "sites", folder.path)
     if engine == "local":  # one process, which leaves the other cores to the sites' training alone
         with sites_alone(folder.run, cohort, folder.path) as alone:
@@ -117,6 +126,22 @@ def _resume(path: Path, experiment: Path | None, overrides: Sequence[str], out: 
             given = given.model_copy(update={"probe": given.probe.model_copy(update={"tasks": folder.run.probe.tasks})})
         check_same_run(experiment, given, folder.run)
     return folder
+
+
+def _own_data(run: RunConfig, cohort: Path) -> dict[str, dict[str, str]]:
+    """Hashes of images and labels of own folders, which are checked for leaks; none of a cohort that was made."""
+    return check_cohort(cohort, run) if run.cohort and run.cohort["kind"] == "folder" else {}
+
+
+def _check_same_data(folder: RunFolder, data: Mapping[str, Mapping[str, str]]) -> None:
+    """Raise ConfigError if images or labels are not those that a run began with."""
+    path = folder.path / _DATA
+    began = parse_json(read_text(path), str(path)) if path.exists() else data  # none of a run of an earlier version
+    for place in {**began, **data}:
+        for part, remedy in _REMEDIES.items():
+            if data.get(place, {}).get(part) != began.get(place, {}).get(part):
+                given = f"{part} of {place} differ from those that the run began with"
+                raise ConfigError(f"{folder.path}: {given}; put them back, or {remedy}")
 
 
 def _keep_overrides(folder: Path, overrides: Sequence[str]) -> None:

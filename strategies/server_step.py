@@ -1,4 +1,4 @@
-"""The server's step: what it makes of a group's mean update d, and what a strategy remembers from round to round.
+"""The server's step from a group's mean update d, and the memory that a strategy keeps from round to round.
 
     none        step = d
     momentum    v <- beta v + d;                            step = lr v,  with Nesterov lr (d + beta v)

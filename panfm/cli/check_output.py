@@ -12,7 +12,7 @@ from panfm.cli.common import progress_bar
 from panfm.config import StreamConfig, load_site, site_path
 from panfm.data.check import SiteReport, check_site
 from panfm.data.check_places import Place, empty_split, label_lines, leaks, same_names
-from panfm.data.joins import named
+from panfm.data.joins import counted, named
 from panfm.data.left_out import read_quarantine
 from panfm.data.manifest import QUARANTINE, SPLITS
 from panfm.data.quarantine import write_quarantine
@@ -96,7 +96,7 @@ def _quarantine(folder: Path, report: SiteReport, split: str) -> None:
     if not any(row.split == split for row in report.rows):
         raise NoSubjectsError.of(str(folder), split, sorted({row.stream for row in report.rows}))
     path = write_quarantine(folder, report.faults)
-    typer.echo(f"{path}: {len(report.faults)} rows left out, {len(report.rows)} stay")
+    typer.echo(f"{path}: {counted(len(report.faults), 'row')} left out, {len(report.rows)} stay")
 
 
 def _print_coverage(report: SiteReport) -> None:

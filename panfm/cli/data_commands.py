@@ -81,6 +81,7 @@ def init_from(
         DataError: nothing is to be written, or something must be told apart first.
     """
     from panfm.config import load_site, parse_site
+    from panfm.data.joins import counted
     from panfm.data.manifest_proposal import propose
     from panfm.data.template import add_rows, read_rows, site_text
 
@@ -96,7 +97,8 @@ def init_from(
     proposal = propose(source, rules, folder, site, read_rows(folder, site), split=split)
     show(proposal, site.name)
     _require_clear(proposal, source)
-    if not yes and not (_can_ask() and typer.confirm(f"Write {len(proposal.added)} rows to {folder}?")):
+    rows = counted(len(proposal.added), "row")
+    if not yes and not (_can_ask() and typer.confirm(f"Write {rows} to {folder}?")):
         raise DataError("nothing is written; give --yes to write it")
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -105,7 +107,7 @@ def init_from(
     except OSError as error:
         raise DataError(f"{folder}: cannot be written to ({error.strerror}), expected a folder") from error
     add_rows(folder, site, proposal.added)
-    typer.echo(f"{folder}: {len(proposal.added)} rows written; now run: panfm site check {folder}")
+    typer.echo(f"{folder}: {rows} written; now run: panfm site check {folder}")
 
 
 def _require_clear(proposal: "Proposal", source: Path) -> None:
@@ -161,8 +163,25 @@ def show(proposal: "Proposal", name: str) -> None:
     table.add_section()
     table.add_row("any", *_numbers(rows), str(len(proposal.added)), *_splits(rows))
     Console().print(table)
-    for line in (*examples, *left_out_lines(proposal.left_out)):
+    for line in (*examples, *_several_modalities(rows), *left_out_lines(proposal.left_out)):
         typer.echo(line)
+
+
+def _several_modalities(rows: Sequence["Row"]) -> list[str]:
+    """A line on subjects with images of several modalities, whose files might be numbered apart; none without any."""
+    from panfm.anatomy import parse_stream
+    from panfm.data.joins import counted
+
+    modalities: dict[str, set[str]] = defaultdict(set)
+    for row in rows:
+        modalities[row.subject].add(parse_stream(row.stream)[1].value)
+    several = {subject: names for subject, names in modalities.items() if len(names) > 1}
+    if not several:
+        return []
+    subject, names = next(iter(several.items()))
+    told = f"{counted(len(several), 'subject')} with images of several modalities, e.g. {subject!r} with"
+    remedy = "if they are different people, --subject 'EXPRESSION' tells them apart"
+    return [one_line(f"{told} {' and '.join(sorted(names))}: each taken for one person; {remedy}", limit=1000)]
 
 
 def _numbers(rows: Sequence["Row"]) -> tuple[str, str, str]:

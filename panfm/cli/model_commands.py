@@ -38,6 +38,7 @@ def embed(
     from panfm.config.features import parse_pooling
 
     features = None if pooling is None else parse_pooling(pooling)
+    from panfm.data.joins import counted
     from panfm.evaluate.embed import embed_site, load_model, write_features
 
     network, run = load_model(model, features)
@@ -52,8 +53,9 @@ def embed(
 
         table = embed_site(model, network, store, on_batch)
     write_features(out, table)
-    subjects, sessions = len(set(table.subjects)), f" in {len(table.sessions)} sessions" if table.sessions else ""
-    typer.echo(f"{out}: {subjects} subjects{sessions}, {table.features.shape[1]} features")
+    subjects = counted(len(set(table.subjects)), "subject")
+    sessions = f" in {len(table.sessions)} sessions" if table.sessions else ""
+    typer.echo(f"{out}: {subjects}{sessions}, {table.features.shape[1]} features")
 
 
 def _opened(sources: Sequence[Path], run: "RunConfig", stream: str | None) -> "ImageStore":

@@ -1,6 +1,7 @@
 """`panfm plan`: from site folders to a run description."""
 
 import math
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -32,6 +33,8 @@ def plan(
     """
     if out.exists():
         raise DataError(f"{out}: exists, expected a new file")
+    if not os.access(out.absolute().parent, os.W_OK | os.X_OK):
+        raise DataError(f"{out}: cannot be written, expected a file in a folder that is there and may be written to")
     from panfm.config import load_site
 
     for folder in sites:
@@ -53,6 +56,7 @@ def _print(plan: "Plan") -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from panfm.data.joins import counted
     from panfm.planning.stream_proposal import PERCENTILES, percentiles
 
     headings = [f"{number} %" for number in PERCENTILES]
@@ -69,7 +73,7 @@ def _print(plan: "Plan") -> None:
     typer.echo(f"training subjects: {subjects}")
     typer.echo(
         f"model {plan.run.model.size}, {cost.parameters:,} parameters; batches of {train.batch_size}, "
-        f"{train.local_steps} steps a round, {train.rounds} rounds"
+        f"{train.local_steps} steps a round, {counted(train.rounds, 'round')}"
     )
     typer.echo(
         f"a step {cost.step_seconds:.3f} s and at most {cost.memory_gib:.2f} GiB beside images; a round of all sites "

@@ -58,5 +58,9 @@ def message_line(line: Entry) -> str:
     numbers = f"; numbers: {', '.join(line['numbers'])}" if line["numbers"] else ""
     privacy = "" if line.get("privacy", "none") == "none" else f"; privacy: {line['privacy']}"
     spent = "" if line.get("epsilon") is None else f"; epsilon {line['epsilon']:.3f} spent so far"
+    summed = "".join(
+        f"; {task}: {', '.join(labels)}" for task, labels in line.get("summed", {}).get("labels", {}).items()
+    )
+    asked += f", sums for {line['summed']['purpose']}{summed}" if "summed" in line else ""
     message = f"{line['kind']}{asked}: {line['bytes']} bytes, sha256 {line['sha256'][:16]}"
     return f"{line['time']} {message}; {groups}{numbers}{privacy}{spent}"

@@ -53,7 +53,9 @@ def fetch(
     try:
         snapshot_download(name, revision=revision, local_dir=out, allow_patterns=_FILES)
     except LocalEntryNotFoundError as error:
-        raise DataError(f"{name}: no way to huggingface.co; bring {', '.join(_FILES[:3])} into a folder") from error
+        raise DataError(
+            f"{name}: huggingface.co cannot be reached; copy {', '.join(_FILES[:3])} into a folder"
+        ) from error
     except (HfHubHTTPError, HFValidationError) as error:
         raise DataError(f"{name}: {str(error).splitlines()[0]:.160}") from error
     show(out)

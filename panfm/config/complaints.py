@@ -77,16 +77,16 @@ def _complaint(kind: type[BaseModel], fault: Any, table: Any) -> str:
             return f"{key}: unknown key, {_known_keys(keys, around)}"
         case "union_tag_invalid" | "union_tag_not_found":
             tag = context["discriminator"].strip("'")
-            found = _shown(context["tag"]) if "tag" in context else "nothing"
-            return f"{key}.{tag}: found {found}, expected one of {', '.join(_tags(here, tag))}"
+            given = _shown(context["tag"]) if "tag" in context else "nothing"
+            return f"{key}.{tag}: found {given}, expected one of {', '.join(_tags(here, tag))}"
         case "literal_error" | "enum":
             return f"{key}: found {_shown(fault['input'])}, expected one of {_choices(context['expected'])}"
         case known if known in _EXPECTED:
             return f"{key}: found {_shown(fault['input'])}, expected {_EXPECTED[known].format(**context)}"
     message = fault["msg"].removeprefix("Value error, ")
     is_whole_table = fault["type"] == "value_error" and isinstance(fault["input"], dict)
-    found = "" if is_whole_table else f" (found {_shown(fault['input'])})"
-    return f"{key}: {message}{found}" if key else message
+    given = "" if is_whole_table else f" (found {_shown(fault['input'])})"
+    return f"{key}: {message}{given}" if key else message
 
 
 def _unknown_name(key: str, cause: UnknownNameError) -> str:

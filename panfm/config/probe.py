@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from panfm.config.base import Config
 
@@ -21,6 +21,16 @@ class ProbeConfig(Config):
     """Task -> its labels, columns of the sites' label tables. After the last round the sites are asked for sums of
     features and labels, and one ridge regression of all sites is written into the model's folder; a patient knows all
     labels of a task or is left out. A simulation without tasks takes each yes/no label of its cohort as one."""
+
+    @field_validator("tasks")
+    @classmethod
+    def _labels_stand_once(cls, tasks: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+        for task, labels in tasks.items():
+            if twice := [label for label in labels if labels.count(label) > 1]:
+                raise ValueError(f"{task}: label {twice[0]!r} stands twice, expected once")
+            if twins := [other for other in tasks if other < task and {*tasks[other]} == {*labels}]:
+                raise ValueError(f"{task}: has the labels of {twins[0]!r}, expected one task of them")
+        return tasks
 
     bootstrap: Annotated[int, Field(ge=0, le=1_000_000)] = 200
     """Resamples of the test subjects for the interval."""

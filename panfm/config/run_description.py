@@ -95,7 +95,7 @@ class RunConfig(Config):
     def _private_lora_trains_one_factor(self) -> Self:
         parts = self.train.parts
         if self.patient_dp and isinstance(parts, LoraConfig) and not parts.frozen_a:
-            raise ValueError("train.parts.frozen-a: a private run multiplies no noise with noise, set true")
+            raise ValueError("train.parts.frozen-a: both factors would get noise in a private run, set true")
         return self
 
     @model_validator(mode="after")

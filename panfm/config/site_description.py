@@ -6,7 +6,7 @@
 import os.path
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -101,7 +101,7 @@ class LimitsConfig(Config):
         needed = {"delta": self.delta, "public-subjects": self.public_subjects}
         missing = " and ".join(key for key, value in needed.items() if value is None)
         if self.epsilon is not None and missing:
-            raise ValueError(f"epsilon: alone it is no limit, the server would choose {missing}; add {missing}")
+            raise ValueError(f"epsilon: limits nothing while the server chooses {missing}; add {missing}")
         if self.largest_delta is not None and self.delta is not None and self.delta > self.largest_delta:
             raise ValueError(
                 f"delta: {self.delta:g} is above 1 / (10 public-subjects), set at most {self.largest_delta:.3g}"
@@ -145,6 +145,8 @@ class SiteConfig(Config):
     """Table of images, relative to this file: one row per subject and stream."""
     labels: RelativePath | None = None
     """Optional table of labels for probes, relative to this file; never leaves the site."""
+    constant_images: Literal["refuse", "take"] = "refuse"
+    """Whether runs refuse an image that shows one value all over, or take it as any other."""
     cache_dir: RelativePath = ".panfm/cache"
     """Preprocessed images, relative to this file."""
     state_dir: RelativePath = ".panfm/state"

@@ -1,12 +1,15 @@
 """Preprocessed images of a site, one memory-mapped `.npy` file per stream, built once and shared by processes.
 
 A file's name carries two hashes: of the stream's settings with the preprocessing version, and of the fingerprints that
-the images' readers take. Anything changed, and the name is another: a stale file is never read, and is removed when its
-successor is there. Files appear by rename, so that a reader sees a whole one or none; two
-processes that build the same one write the same bytes, and the last rename wins.
+the images' readers take. Whatever changes, the name changes with it: a stale file is never read, and is removed once
+the new one is there. Files appear by rename, so that a reader sees a whole one or none; two processes that build the
+same one write the same bytes, and the last rename wins.
 
 A run decides how large its images are, so their size is counted before the first is read, and the files of other runs
 make room: those longest unused go first.
+
+An image that is the same all over is refused. One that is so only in the part that the run shows is told in the log: a
+server that chooses the part could find by refusals what an image shows where.
 
 Behind the images a file holds a hash of each one's content before it was prepared, so that an image that stands under
 two subjects, or twice under one, is refused wherever data is opened.
@@ -34,6 +37,7 @@ from numpy.typing import NDArray
 
 from panfm.config import SiteConfig, StreamConfig, dump_toml, load_site, site_path
 from panfm.data.content import DIGEST_BYTES
+from panfm.data.intensity import EMPTY_PART, is_constant
 from panfm.data.manifest import Row, image_path, read_manifest
 from panfm.data.readers import ImageError, ImageReader, find_reader
 from panfm.data.store import ImageStore
@@ -49,6 +53,7 @@ _MAX_FILES = 1000
 """Files of one cache folder."""
 _SPARE_BYTES = 2 << 30
 """Of the disk that images leave free, for ledger and private state; of a small disk, a twentieth."""
+_LEAVES_OUT = "panfm site check --quarantine leaves it out"
 _STALE_S = 3600.0
 """An unfinished file that nobody has written to for so long was left behind by a process that was killed."""
 
@@ -81,12 +86,13 @@ def open_store(folder: Path, streams: Mapping[str, StreamConfig], *, progress: P
     splits = {row.subject: row.split for row in manifest if row.subject in wanted}
     position = {subject: index for index, subject in enumerate(splits)}
     cached, holders, sessions = {}, {}, {}
+    cache_dir = site_path(folder, site.cache_dir)
     for stream, config in streams.items():
         own = (row for row in rows if row.stream == stream)
         stream_rows = sorted(own, key=lambda row: (position[row.subject], row.session))
         if stream_rows:
             sources = [_source(folder, site, row) for row in stream_rows]
-            cached[stream] = _Cached(site_path(folder, site.cache_dir), stream, config, sources)
+            cached[stream] = _Cached(cache_dir, stream, config, sources, site.constant_images == "take")
             holders[stream] = np.array([position[row.subject] for row in stream_rows], dtype=np.int64)
             if any(row.session for row in stream_rows):
                 sessions[stream] = [row.session for row in stream_rows]
@@ -106,6 +112,8 @@ class _Cached:
     config: StreamConfig
     sources: Sequence[tuple[Path, ImageReader]]
     """Path of every image, and the reader that accepts it."""
+    takes_constant: bool = False
+    """Whether an image of one value is taken as any other."""
 
     @property
     def family(self) -> str:
@@ -231,19 +239,24 @@ def _refuse_twins(cached: Mapping[str, _Cached], digests: Mapping[str, Sequence[
     for stream, prepared in cached.items():
         for (path, _), digest in zip(prepared.sources, digests[stream], strict=True):
             if (first := seen.setdefault(digest, path)) is not path:
-                remedy = "an image of its own (panfm site check --quarantine leaves it out)"
+                remedy = f"an image of its own ({_LEAVES_OUT})"
                 raise DataError(f"{path}: found the same content as {first}, expected {remedy}")
 
 
 def _write(part: IO[bytes], cached: _Cached, progress: Progress | None) -> None:
     np.lib.format.write_array_header_1_0(part, _header(cached))
-    digests = []
-    with closing(_read_all(cached)) as images:
-        for done, (image, digest) in enumerate(images, start=1):
-            part.write(image.astype("<f4").tobytes())
-            digests.append(digest)
-            if progress:
-                progress(cached.stream, done, len(cached.sources))
+    digests: list[bytes] = []
+    try:
+        with closing(_read_all(cached)) as images:
+            for image, digest in images:
+                part.write(image.astype("<f4").tobytes())
+                if is_constant(image):
+                    logger.warning("%s: %s", cached.sources[len(digests)][0], EMPTY_PART)
+                digests.append(digest)
+                if progress:
+                    progress(cached.stream, len(digests), len(cached.sources))
+    except DataError as error:
+        raise DataError(f"{error} ({_LEAVES_OUT})") from error
     part.write(b"".join(digests))
 
 
@@ -256,7 +269,8 @@ def _read_all(cached: _Cached) -> Generator[tuple[NDArray[np.float32], bytes]]:
     pool = ThreadPoolExecutor(_THREADS)
     try:
         for path, reader in cached.sources:
-            waiting.append(pool.submit(read_with_digest, path, cached.stream, cached.config, reader))
+            more = (cached.stream, cached.config, reader, cached.takes_constant)
+            waiting.append(pool.submit(read_with_digest, path, *more))
             if len(waiting) > _AHEAD:
                 yield waiting.popleft().result()
         while waiting:

@@ -15,13 +15,11 @@ from numpy.typing import NDArray
 
 from panfm.anatomy import Modality, parse_stream
 from panfm.config import StreamConfig
-from panfm.data.intensity import HU_WINDOW, apply_intensity, picture_levels
+from panfm.data.intensity import EMPTY_PART, HU_WINDOW, apply_intensity, check_varies, is_constant, picture_levels
 from panfm.data.read import prepare
 from panfm.data.readers import ImageError, Picture, Volume
 
 K = TypeVar("K")
-_LEAST_RANGE = 0.01
-"""Of [0, 1]; an image within less shows nothing."""
 _MOST_CLIPPED = 0.99
 _MOST_WHITE_CT, _WHITE_CT_WITHOUT_AIR = 0.25, 0.05
 _LEAST_PADDING, _LEAST_AIR, _MOST_SHIFTED = 0.005, 0.001, 0.8
@@ -78,8 +76,8 @@ def inspect_output(image: Volume | Picture, stream: str, config: StreamConfig | 
     prepared = scaled
     if config:
         prepared = prepare(image, stream, config)
-        if not np.ptp(prepared) >= _LEAST_RANGE:
-            raise ImageError("one value all over the part that the run's shape and spacing show", "voxels that differ")
+        if is_constant(prepared):
+            raise ImageError(EMPTY_PART, "voxels that differ")
     return Output.of(prepared), tuple(_notes(scaled, prepared, image, modality, config))
 
 
@@ -104,15 +102,10 @@ def _scaled_picture(image: Picture, config: StreamConfig | None) -> NDArray[np.f
 
 
 def _check_scaled(scaled: NDArray[np.float32], image: Volume | Picture, modality: Modality) -> None:
-    output, low, high = Output.of(scaled), float(scaled.min()), float(scaled.max())
+    output = Output.of(scaled)
     if modality is Modality.CT and (output.white >= _MOST_WHITE_CT or _is_offset_ct(image, output.white)):
         raise ImageError(f"{output.white:.0%} of a CT above {HU_WINDOW[1]:g}", "Hounsfield units (was 1024 added?)")
-    if not high - low >= _LEAST_RANGE:
-        expected = {Modality.CT: "Hounsfield units", Modality.PHOTO: "grey levels of 0 to 255"}
-        raise ImageError(
-            f"one value all over ({low:.3g} to {high:.3g}, of 0 to 1) once it is scaled",
-            expected.get(modality, "voxels that differ"),
-        )
+    check_varies(scaled, modality)
     if output.black + output.white >= _MOST_CLIPPED:
         share = f"{output.black + output.white:.1%}"
         raise ImageError(f"{share} of its voxels at the ends of the range", "an image, not a mask or an empty scan")

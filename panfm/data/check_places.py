@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from panfm.config import StreamConfig, load_site, site_path
 from panfm.data.check import SiteReport
-from panfm.data.joins import Join, by_key, named
+from panfm.data.joins import Join, by_key, counted, named
 from panfm.data.labels import read_cells
 from panfm.data.manifest import Fault, Row
 from panfm.data.subjects import subject_key
@@ -77,11 +77,15 @@ def same_names(places: Iterable[Place]) -> list[str]:
     """One line for each pair of sites with subjects of the same name."""
     sites = [place for place in places if not place.is_holdout]
     pairs = [(one, other) for number, one in enumerate(sites) for other in sites[number + 1 :]]
-    both = {(one.name, other.name): one.subjects.keys() & other.subjects.keys() for one, other in pairs}
+    both = {
+        (one.name, other.name): [one.subjects[key] for key in sorted(one.subjects.keys() & other.subjects.keys())]
+        for one, other in pairs
+    }
     return [
-        f"{one} and {other}: {len(keys)} subjects of the same name, taken for different people: {named(sorted(keys))}"
-        for (one, other), keys in both.items()
-        if keys
+        f"{one} and {other}: {counted(len(names), 'subject')} of the same name, taken for different people: "
+        f"{named(names)}"
+        for (one, other), names in both.items()
+        if names
     ]
 
 

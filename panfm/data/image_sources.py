@@ -1,4 +1,4 @@
-"""Finds the images of a new site: in a folder, or in a table of them. Nothing is read but names."""
+"""Finds the images of a new site: in a folder, or in a table of them. Only names are read, no image."""
 
 import os
 from collections import defaultdict
@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 
 from panfm.anatomy import parse_stream
+from panfm.data.image_names import SPLITS as SPLIT_NAMES
 from panfm.data.image_names import NamedImage, NameRules, UnclearNameError, image_of_mask, read_name, stem
 from panfm.data.manifest import SPLITS
 from panfm.data.readers import ImageReader
+from panfm.data.subjects import SHORTENED, is_shortened
 from panfm.data.tables import read_table
 from panfm.errors import DataError
 from panfm.registry import READERS
@@ -65,8 +67,8 @@ def images_of_folder(root: Path, rules: NameRules, site_folder: Path, left_out: 
 
 
 def _images_below(root: Path, site_folder: Path, left_out: list[LeftOut]) -> Iterator[Path]:
-    """Images in order of their names; what is no image is told."""
-    readers = [READERS.load(name)() for name in dict.fromkeys([*READERS.names, *READERS.add_installed()])]
+    """Yield images in the order of their names; other files are added to `left_out`."""
+    readers = _readers()
     own = {site_folder / name for name in ("site.toml", "manifest.csv", "labels.csv", "quarantine.csv")}
     for place, folders, files in os.walk(root):
         folder = Path(place)
@@ -94,6 +96,10 @@ def _images_below(root: Path, site_folder: Path, left_out: list[LeftOut]) -> Ite
                 left_out.append(LeftOut(path.relative_to(root).as_posix(), "no image that a reader accepts"))
 
 
+def _readers() -> list[ImageReader]:
+    return [READERS.load(name)() for name in dict.fromkeys([*READERS.names, *READERS.add_installed()])]
+
+
 def _can_be_written(path: Path) -> bool:
     """Whether the path is UTF-8 text without blanks at its ends, which tables strip, or line breaks."""
     text = str(path)
@@ -117,7 +123,7 @@ def _reason_to_pass(folder: Path, root: Path) -> str:
 def _pair(
     root: Path, images: Sequence[Path], masks: Sequence[tuple[Path, tuple[str, str]]], left_out: list[LeftOut]
 ) -> dict[Path, str]:
-    """Image -> its mask; a mask that belongs to no image, or to several, is told."""
+    """Match images with their masks; a mask that belongs to no image, or to several, is added to `left_out`."""
     named_alike: dict[tuple[str, str], list[Path]] = defaultdict(list)
     for image in images:
         folder, name = image.parent.relative_to(root).as_posix(), stem(PurePath(image))
@@ -145,32 +151,40 @@ def images_of_table(table: Path, rules: NameRules, left_out: list[LeftOut]) -> l
         columns, lines = read_table(table, (), delimiter=delimiter)
     except DataError as error:
         raise DataError(f"{table}: {error}, expected a folder of images or a table of subject and path") from error
-    column_of = {name: next((one for one in columns if one.lower() in known), "") for name, known in _COLUMNS.items()}
+    plain = {one: one.lower().replace(" ", "_").replace("-", "_") for one in columns}
+    column_of = {name: next((one for one in columns if plain[one] in known), "") for name, known in _COLUMNS.items()}
     for needed in ("subject", "path"):
         if not column_of[needed]:
             given, expected = ", ".join(columns) or "nothing", " or ".join(_COLUMNS[needed])
-            raise DataError(f"{table}: found columns {given}, expected one for the {needed}: {expected}")
+            is_one = len(columns) == 1 and any(mark in given for mark in ";|\t")
+            hint = " (save the table with commas between cells)" if is_one else ""
+            raise DataError(f"{table}: found columns {given}, expected one for the {needed}: {expected}{hint}")
     unused = [column for column in columns if column not in column_of.values()]
     left_out += [LeftOut(f"column {name}", "no column of a manifest; labels go into labels.csv") for name in unused]
-    candidates = []
+    candidates, readers = [], _readers()
     for line, cells in lines:
         row = {name: cells[column] if column else "" for name, column in column_of.items()}
         try:
-            candidates.append(_read_line(table, row, rules))
+            candidates.append(_read_line(table, row, rules, readers))
         except UnclearNameError as error:
             left_out.append(LeftOut(f"{table.name}:{line}: {row['path']}", str(error)))
     return candidates
 
 
-def _read_line(table: Path, row: Mapping[str, str], rules: NameRules) -> Candidate:
+def _read_line(table: Path, row: Mapping[str, str], rules: NameRules, readers: Sequence[ImageReader]) -> Candidate:
     """An image of a table; what the table leaves open is read from the path."""
     if not row["path"] or not row["subject"]:
         raise UnclearNameError(f"no {'path' if row['subject'] else 'subject'}")
     path = table.parent.absolute() / row["path"]
     if not path.exists():
         raise UnclearNameError("no such file")
-    if row["split"] and row["split"] not in SPLITS:
-        raise UnclearNameError(f"split {row['split']!r}, expected {' or '.join(SPLITS)}")
+    if not _is_image(path, readers):
+        raise UnclearNameError("no image that a reader accepts")
+    if is_shortened(row["subject"]):
+        raise UnclearNameError(f"subject {row['subject']!r}, expected {SHORTENED}")
+    split = SPLIT_NAMES.get(row["split"].lower(), row["split"])
+    if split and split not in SPLITS:
+        raise UnclearNameError(f"split {split!r}, expected {' or '.join(SPLITS)}")
     stream = row["stream"]
     if stream:
         try:
@@ -180,4 +194,4 @@ def _read_line(table: Path, row: Mapping[str, str], rules: NameRules) -> Candida
     else:
         stream = read_name(PurePath(row["path"]), replace(rules, subject=None)).stream
     mask = str(table.parent.absolute() / row["mask"]) if row["mask"] else ""
-    return Candidate(path, NamedImage(row["subject"], stream, row["session"], row["split"]), mask)
+    return Candidate(path, NamedImage(row["subject"], stream, row["session"], split), mask)

@@ -6,8 +6,8 @@ percentile; so is that of 16-bit grey pictures, unless their stream gives a wind
 counts: SUV are not recognised.
 
 Padding, with which scanners and tools fill what was not scanned (-1, -32768, 65535), counts for no percentile. It is a
-negative whole number where no other voxel of an MR or PET scan is negative, or else a negative constant, or the
-greatest number of an integer type, that is farther from all others than these are from each other.
+negative whole number, or up to three of them, where no other voxel of an MR or PET scan is negative, or else a negative
+constant, or the greatest number of an integer type, that is farther from all others than these are from each other.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from panfm.anatomy import Modality
-from panfm.data.readers import Picture
+from panfm.data.readers import ImageError, Picture
 
 HU_WINDOW = (-200.0, 400.0)
 """CT: Hounsfield units shown as 0 and as 1."""
@@ -25,6 +25,10 @@ PERCENTILES = (1.0, 99.0)
 """MR and PET: share of the scan's voxels, in per cent, below 0 and 1."""
 GREY_LEVELS = (0.0, 255.0)
 """Everything else: the range of 8-bit grey levels."""
+EMPTY_PART = "one value all over the part that the run's shape and spacing show"
+_LEAST_RANGE = 0.01
+"""Of [0, 1]; an image within less shows nothing."""
+_EXPECTED = {Modality.CT: "Hounsfield units", Modality.PHOTO: "grey levels of 0 to 255"}
 _LARGEST = 1e37
 """Beyond it, and below its inverse, float32 arithmetic may end in infinity or NaN; float64 is used instead."""
 _FINEST = 1e-30
@@ -32,6 +36,8 @@ _FILLERS, _FILLER_FROM = (2.0**15 - 1, 2.0**16 - 1, 2.0**31, 2.0**32), 1e30
 """Greatest numbers of integer types, as float32 has them; and numbers that no scanner measures."""
 _LEAST_PADDING = 0.005
 """Share of the voxels that have a value, below which it is no padding: it decides no percentile."""
+_MOST_PADDINGS = 3
+"""Different negative numbers in one image, such as -1024 outside a CT's circle and -2000 beyond."""
 
 
 def apply_intensity(image: NDArray[Any], modality: Modality, *, nan_to_zero: bool = False) -> NDArray[np.float32]:
@@ -54,6 +60,22 @@ def apply_intensity(image: NDArray[Any], modality: Modality, *, nan_to_zero: boo
         raise ValueError(f"{(~np.isfinite(known)).sum()} voxels are NaN or infinite")
     scaled = _scaled(raw, known, modality) if known.size else np.zeros_like(raw)
     return np.nan_to_num(scaled, nan=0.0) if nan_to_zero else scaled
+
+
+def is_constant(scaled: NDArray[Any]) -> bool:
+    """Whether an image in [0, 1] shows one value, up to a hundredth of the range."""
+    return not float(scaled.max()) - float(scaled.min()) >= _LEAST_RANGE
+
+
+def check_varies(scaled: NDArray[Any], modality: Modality) -> None:
+    """Raise ImageError for a whole image in [0, 1] that shows one value: constant, saturated, or in another unit.
+
+    Args:
+        scaled: All of the image, or its least and greatest value.
+    """
+    if is_constant(scaled):
+        given = f"one value all over ({scaled.min():.3g} to {scaled.max():.3g}, of 0 to 1) once it is scaled"
+        raise ImageError(given, _EXPECTED.get(modality, "voxels that differ"))
 
 
 def picture_levels(image: Picture, channels: int, window: tuple[float, float] | None = None) -> Picture:
@@ -111,7 +133,8 @@ def _without_padding(image: NDArray[Any], low: float, high: float) -> NDArray[An
     for extreme, decides in ((voxels.min(), low.__lt__), (voxels.max(), high.__gt__)):
         if extreme == 0 or np.count_nonzero(voxels == extreme) < max(2, _LEAST_PADDING * voxels.size):
             continue
-        rest = voxels[voxels != extreme]
+        several = extreme < 0 and _are_paddings(voxels[voxels < 0], voxels.size)
+        rest = voxels[voxels >= 0] if several else voxels[voxels != extreme]
         if not rest.size or not (extent := float(rest.max()) - float(rest.min())):
             continue
         nearest = float(rest.min()) if extreme < rest[0] else float(rest.max())
@@ -121,6 +144,13 @@ def _without_padding(image: NDArray[Any], low: float, high: float) -> NDArray[An
         if decides(nearest) and (lone_negative or is_apart):
             return rest
     return voxels
+
+
+def _are_paddings(negative: NDArray[Any], size: int) -> bool:
+    """Whether the negative voxels of an image of some size are few whole numbers, each of them repeated."""
+    values, counts = np.unique(negative, return_counts=True)
+    enough = counts.min() >= max(2, _LEAST_PADDING * size)
+    return bool(len(values) <= _MOST_PADDINGS and enough and (values == np.round(values)).all())
 
 
 def _largest(image: NDArray[Any]) -> float:

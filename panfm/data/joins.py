@@ -33,12 +33,12 @@ class Join:
 
     def lines(self, first: str, second: str) -> list[str]:
         """Tell the account of two named tables: what was used, then what was not, by name."""
-        lines = [f"{second}: {self.used} subjects used for {first}"]
+        lines = [f"{second}: {counted(self.used, 'subject')} used for {first}"]
         if self.respelled:
             pairs = named(f"{theirs!r} for {ours!r}" for ours, theirs in self.respelled)
             lines.append(f"{second}: spelled otherwise than in {first}: {pairs}")
         lines += [
-            f"{here}: {len(names)} subjects not in {there}: {named(map(repr, names))}"
+            f"{here}: {counted(len(names), 'subject')} not in {there}: {named(map(repr, names))}"
             for here, there, names in ((first, second, self.left), (second, first, self.right))
             if names
         ]
@@ -51,6 +51,11 @@ def by_key(subjects: Iterable[str]) -> Mapping[str, str]:
     for subject in subjects:
         spelled.setdefault(subject_key(subject), subject)
     return spelled
+
+
+def counted(number: int, noun: str) -> str:
+    """A number and what it counts: `1 subject`, `2 subjects`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def named(texts: Iterable[str]) -> str:

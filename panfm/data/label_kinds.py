@@ -13,6 +13,7 @@ What cannot be told is a question: the column is left out until `labels.toml` an
 """
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,12 +26,14 @@ from pydantic import Field
 
 from panfm.config import parse_table
 from panfm.config.base import Config
+from panfm.data.joins import counted
 from panfm.data.labels import Labels, LabelTable
+from panfm.data.subjects import visible
 from panfm.errors import ConfigError, DataError, one_line
 from panfm.texts import parse_toml, read_text
 
 RULES = "labels.toml"
-_UNKNOWN = frozenset(("", "na", "n/a", "nan", "null", "unknown", "?"))
+_UNKNOWN = frozenset(("", "na", "n/a", "#n/a", "nan", "null", "unknown", "?"))
 """Cells, in lower case, that mean "not known" everywhere."""
 _CODES = frozenset(
     sign * value for sign in (-1.0, 1.0) for value in (8, 9, 88, 98, 99, 888, 998, 999, 8888, 9998, 9999, 99999)
@@ -40,9 +43,16 @@ _FAR = 3.0
 """A code is this many times as large as any other value."""
 _TWO_SIDES: tuple[set[float], ...] = ({0.0, 1.0}, {1.0, 2.0}, {-1.0, 1.0})
 _MOST_CLASSES = 20
+_MOST_LISTED = 6
 _GRADES = frozenset(map(float, range(10)))
 """Few of these may be numbers or names."""
 _FEW_NUMBERS = 5
+_DATES = (20_000.0, 60_000.0)
+"""Days since 1900, as which spreadsheets write the dates of 1954 to 2064."""
+_FAILED = frozenset(("#value!", "#ref!", "#div/0!", "#name?", "#null!", "#num!", "#spill!", "#calc!"))
+"""Cells, in lower case, of formulas of a spreadsheet that failed."""
+_GROUPED = re.compile(r"[+-]?\d{1,3}(?:[.,' _]?\d{3})*(?:[.,]\d+)?")
+"""A number with a decimal comma, or with marks between thousands."""
 _YES = frozenset(("yes", "y", "true", "t", "positive", "pos", "present", "case", "1"))
 
 Kind = Literal["yes-no", "classes", "number", "ignore"]
@@ -163,20 +173,35 @@ def _infer(cells: Sequence[str], rule: LabelRule, name: str) -> tuple[LabelKind,
     if len(counts) < 2:
         same = f"all subjects have {next(iter(counts))!r:.40}" if counts else "no subject has a value"
         return LabelKind("ignore"), f"{same}, left out"
+    if broken := [cell for cell in counts if cell in _FAILED or cell.startswith("=")]:
+        told = counted(sum(counts[cell] for cell in broken), "formula")
+        why = f"{told} of a spreadsheet, e.g. {broken[0]!r:.40}"
+        remedy = f"save their values, or write in {RULES}: [{name}] unknown = [{broken[0]!r:.40}]"
+        return LabelKind("ignore"), f"{why}; left out: {remedy}"
+    marked = [cell for cell in counts if cell not in numbers and _GROUPED.fullmatch(cell)]
+    if rule.kind is None and marked and len(marked) + len(numbers) == len(counts):
+        why = f"{counted(sum(counts[cell] for cell in marked), 'number')} with commas or other marks"
+        remedy = "left out: write them with a point and no other mark, as 1234.5"
+        return LabelKind("ignore"), f"{why}, e.g. {marked[0]!r:.40}; {remedy}"
     if rule.kind == "classes" or (rule.kind is None and not numbers and len(counts) > 2):
         return _classes(counts, unknown, asked=rule.kind is not None)
     if rule.kind == "yes-no" or (rule.kind is None and len(counts) == 2 and _are_two_sides(numbers)):
         return _yes_no(counts, numbers, unknown, rule, name)
     if len(numbers) < len(counts):
         odd = next(cell for cell in counts if cell not in numbers)
-        why = f"{sum(counts[cell] for cell in counts if cell not in numbers)} cells are no number, e.g. {odd!r:.40}"
+        told = counted(sum(counts[cell] for cell in counts if cell not in numbers), "cell")
+        why = f"{told} without a number, e.g. {odd!r:.40}"
         return LabelKind("ignore"), f"{why}; left out until {RULES} says: [{name}] unknown = [{odd!r:.40}]"
     if rule.unknown != () and (code := _code(numbers)):
         rest = [number for cell, number in numbers.items() if cell != code]
-        why = f"{counts[code]} subjects have {code}, far from the others ({min(rest):g} to {max(rest):g}): not known?"
-        return LabelKind("ignore"), f'{why} left out until {RULES} says: [{name}] unknown = ["{code}"], or unknown = []'
+        others = f"({min(rest):g} to {max(rest):g})"
+        why = f"{counted(counts[code], 'subject')} with {code}, far from the others {others}: not known?"
+        remedy = f'{RULES} says: [{name}] unknown = ["{code}"], or unknown = []'
+        return LabelKind("ignore"), f"{why} left out until {remedy}"
     few = rule.kind is None and len(numbers) <= _FEW_NUMBERS and {*numbers.values()} <= _GRADES
     note = f'{_listed(numbers)}: read as a number; if they are names, {RULES}: [{name}] kind = "classes"' if few else ""
+    if all(number.is_integer() and _DATES[0] < number < _DATES[1] for number in numbers.values()):
+        note = f"whole numbers of {min(numbers.values()):.0f} to {max(numbers.values()):.0f}: dates of a spreadsheet?"
     return LabelKind("number", unknown=unknown), note
 
 
@@ -189,8 +214,8 @@ def _yes_no(
     counts: Mapping[str, int], numbers: Mapping[str, float], unknown: frozenset[str], rule: LabelRule, name: str
 ) -> tuple[LabelKind, str]:
     if len(counts) > 2:
-        found = one_line(f"found {len(counts)} values ({_listed(counts)}), expected two")
-        raise ConfigError(f'{RULES}: {name}: {found}; write kind = "classes"')
+        fault = one_line(f"found {len(counts)} values ({_listed(counts)}), expected two")
+        raise ConfigError(f'{RULES}: {name}: {fault}; write kind = "classes"')
     yes = None if rule.yes is None else _plain(rule.yes)
     if yes is not None and yes not in counts:
         raise ConfigError(
@@ -226,19 +251,20 @@ def _code(numbers: Mapping[str, float]) -> str | None:
 
 
 def _plain(cell: str) -> str:
-    """A cell in lower case; a number as it is usually written."""
-    number = _number(cell)
-    return cell.casefold() if number is None else f"{number:.15g}"
+    """A cell in lower case, without characters that have no width; a number as it is usually written."""
+    shown = visible(cell).strip()
+    number = _number(shown)
+    return shown.casefold() if number is None else f"{number:.15g}"
 
 
 def _number(cell: str) -> float | None:
     try:
-        number = float(cell)
+        number = float(cell.replace("_", "no number"))
     except ValueError:
         return None
     return number if np.isfinite(number) else None
 
 
-def _listed(values: Iterable[str], most: int = 6) -> str:
+def _listed(values: Iterable[str]) -> str:
     values = list(values)
-    return ", ".join(values[:most]) + (", ..." if len(values) > most else "")
+    return ", ".join(values[:_MOST_LISTED]) + (", ..." if len(values) > _MOST_LISTED else "")

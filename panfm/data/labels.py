@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from panfm.config import SiteConfig, site_path
-from panfm.data.subjects import subject_key
+from panfm.data.subjects import SHORTENED, is_shortened, subject_key
 from panfm.data.tables import read_table
 from panfm.errors import DataError
 
@@ -83,6 +83,8 @@ def read_cells(path: Path) -> LabelTable:
     for line, cells in lines:
         if not cells["subject"]:
             raise DataError(f"{path}:{line}: found no subject, expected one")
+        if is_shortened(cells["subject"]):
+            raise DataError(f"{path}:{line}: found subject {cells['subject']!r}, expected {SHORTENED}")
         if subjects.setdefault(subject_key(cells["subject"]), line) != line:
             raise DataError(f"{path}:{line}: found subject {cells['subject']!r} again, expected one row per subject")
     columns_of_cells = {name: tuple(cells[name] for _, cells in lines) for name in names}

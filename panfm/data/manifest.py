@@ -14,7 +14,7 @@ from pathlib import Path
 
 from panfm.anatomy import parse_stream
 from panfm.config import SiteConfig, site_path
-from panfm.data.subjects import subject_key
+from panfm.data.subjects import SHORTENED, is_shortened, subject_key
 from panfm.data.tables import read_table
 from panfm.errors import DataError
 
@@ -145,6 +145,8 @@ def _alone(row: Row) -> Complaint | None:
     for name in _NEEDED:
         if not getattr(row, name):
             return f"no {name}", f"a {name}"
+    if is_shortened(row.subject):
+        return f"subject {row.subject!r}", SHORTENED
     if row.split not in SPLITS:
         return f"split {row.split!r}", " or ".join(SPLITS)
     try:

@@ -1,4 +1,4 @@
-"""Proposes the manifest of a site from a folder of images, or from a table of them; nothing is read but names.
+"""Proposes the manifest of a site from a folder of images, or from a table of them, by names alone.
 
 A proposal never changes or drops a row that the manifest has. New rows take the split of their subject where it has
 one, else that of their folder (`train/`, `val/`, `test/`), else one drawn from the subject's name alone: the same

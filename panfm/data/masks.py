@@ -96,7 +96,7 @@ def mask_from_grid(probabilities: NDArray[np.float32], image: Volume | Picture, 
     spacing, shape = np.empty(3), np.empty(3, dtype=int)
     spacing[along_stored] = voxel_sizes(image.affine.astype(np.float32))
     shape[along_stored] = image.voxels.shape
-    to_grid: NDArray[np.float64] = np.linalg.inv(to_scan(tuple(shape), spacing, config))
+    to_grid = np.linalg.inv(to_scan(tuple(shape), spacing, config)).astype(np.float64)
     upright = resample(torch.from_numpy(probabilities)[None], to_grid, shape.tolist())[0].argmax(dim=0).numpy()
     back = nib.orientations.ornt_transform([[0, 1], [1, 1], [2, 1]], axes)  # type: ignore[no-untyped-call]
     return np.ascontiguousarray(nib.orientations.apply_orientation(upright, back))  # type: ignore[no-untyped-call]

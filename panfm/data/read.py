@@ -18,7 +18,7 @@ from PIL import Image
 from panfm.anatomy import Modality, parse_stream
 from panfm.config import StreamConfig
 from panfm.data.content import content_digest
-from panfm.data.intensity import apply_intensity, picture_levels
+from panfm.data.intensity import GREY_LEVELS, apply_intensity, check_varies, picture_levels
 from panfm.data.readers import ImageError, ImageReader, Picture, Volume, read_source, voxel_sizes
 from panfm.data.resample import blur, gaussian_kernel, resample
 from panfm.errors import DataError
@@ -44,14 +44,34 @@ def read_image(path: Path, stream: str, config: StreamConfig, reader: ImageReade
 
 
 def read_with_digest(
-    path: Path, stream: str, config: StreamConfig, reader: ImageReader | None = None
+    path: Path, stream: str, config: StreamConfig, reader: ImageReader | None = None, may_be_constant: bool = True
 ) -> tuple[NDArray[np.float32], bytes]:
-    """Read one image as `read_image` does, with the hash of its content as it was before it was prepared."""
+    """Read one image as `read_image` does, with the hash of its content as it was before it was prepared.
+
+    Args:
+        may_be_constant: Whether an image of one value is read as well.
+    Raises:
+        DataError: as `read_image`; or the image, whichever part of it the stream's shape takes, shows one value.
+    """
     try:
         image = read_source(path, is_volume=config.is_volume, reader=reader, nan=config.nan)
+        if not may_be_constant:
+            _check_varies(image, stream, config)
         return prepare(image, stream, config), content_digest(image)
     except ImageError as error:
         raise DataError(f"{path}: {error}") from error
+
+
+def _check_varies(image: Volume | Picture, stream: str, config: StreamConfig) -> None:
+    """Raise ImageError for an image of one value, judged by its least and greatest."""
+    if isinstance(image, Volume):
+        modality = parse_stream(stream)[1]
+        ends = np.array([limit.reduce(image.voxels, axis=None) for limit in (np.fmin, np.fmax)])
+        check_varies(apply_intensity(ends, modality, nan_to_zero=True), modality)
+    else:
+        levels = picture_levels(image, config.channels, config.window)
+        greatest = 1.0 if levels.mode == "F" else GREY_LEVELS[1]
+        check_varies(np.array(levels.getextrema()) / greatest, Modality.PHOTO)
 
 
 def prepare(image: Volume | Picture, stream: str, config: StreamConfig) -> NDArray[np.float32]:

@@ -4,6 +4,9 @@ import re
 import unicodedata
 
 _LEADING_ZEROS = re.compile(r"(?<!\d)0+(?=\d)")
+_SHORTENED = re.compile(r"\d(?:[.,]\d+)?E\+\d+", re.IGNORECASE)
+SHORTENED = "an identifier that no spreadsheet has shortened: format the column as text, and write it anew"
+"""What is expected in the place of one."""
 _INVISIBLE = {"\u034f", "\u115f", "\u1160", "\u3164", *map(chr, range(0xFE00, 0xFE10))}
 """Characters without width that Unicode does not call format characters (Cf)."""
 
@@ -15,5 +18,14 @@ def subject_key(subject: str) -> str:
     number tell subjects apart: `S-007` is `s-7`.
     """
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", subject).casefold())
-    shown = "".join(letter for letter in text if unicodedata.category(letter) != "Cf" and letter not in _INVISIBLE)
-    return _LEADING_ZEROS.sub("", " ".join(unicodedata.normalize("NFKC", shown).split()))
+    return _LEADING_ZEROS.sub("", " ".join(unicodedata.normalize("NFKC", visible(text)).split()))
+
+
+def is_shortened(subject: str) -> bool:
+    """Whether an identifier is a long number as spreadsheets shorten it, such as 1.23E+05; several may look alike."""
+    return _SHORTENED.fullmatch(subject) is not None
+
+
+def visible(text: str) -> str:
+    """Leave out the characters of a text that have no width."""
+    return "".join(letter for letter in text if unicodedata.category(letter) != "Cf" and letter not in _INVISIBLE)

@@ -2,7 +2,7 @@
 
 import hashlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,3 +139,8 @@ def _describe_experts(model: PanModel, sharing: SharingConfig) -> str:
     if not model.director_experts():
         return "none"
     return "pooled" if is_shared(sharing, EXPERTS) else "kept by their sites; copies of the director in their place"
+
+
+def sizes_text(sizes: Iterable[float]) -> str:
+    """Sizes along axes as text: `8 x 8 x 4`; a dash if there are none."""
+    return " x ".join(f"{size:g}" for size in sizes) or "-"

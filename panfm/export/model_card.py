@@ -2,11 +2,11 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from panfm.evaluate.result import Score
-from panfm.export.final_model import Source
+from panfm.export.final_model import Source, sizes_text
 from panfm.report.run_files import Run, read_run
 
 _USE = {
@@ -105,8 +105,8 @@ def _stream_rows(streams: Mapping[str, Mapping[str, Any]], run: Run | None) -> I
         saliency = profile.get(name)
         cells = (
             f"`{name}`",
-            _times(stream["shape"]),
-            _times(stream.get("spacing-mm", [])),
+            sizes_text(stream["shape"]),
+            sizes_text(stream.get("spacing-mm", [])),
             stream["intensity"],
             str(sites or "not told"),
             "not told" if saliency is None else f"{saliency:.2f}",
@@ -140,7 +140,3 @@ def _interval(score: Score) -> str:
     if math.isnan(score.low) or math.isnan(score.high):
         return f"{score.value:.3f}"
     return f"{score.value:.3f} [{score.low:.3f}, {score.high:.3f}]"
-
-
-def _times(numbers: Iterable[float]) -> str:
-    return " x ".join(f"{number:g}" for number in numbers) or "-"

@@ -26,7 +26,7 @@ from panfm.anatomy import Modality, parse_stream
 from panfm.config import StreamConfig, load_run
 from panfm.data.read import read_image
 from panfm.export import monai_network
-from panfm.export.final_model import Source
+from panfm.export.final_model import Source, sizes_text
 from panfm.export.network import EmbeddingNetwork, batch_of, random_inputs, require_equal, trace
 from panfm.files import new_folder, write_json
 
@@ -172,15 +172,11 @@ def _inference(network: EmbeddingNetwork) -> dict[str, Any]:
 
 def _readme(metadata: Mapping[str, Any]) -> str:
     rows = [
-        f"| `{name}` | {row['channels']} | {_times(row['shape'])} | {_times(row['spacing-mm'])} | {row['axes']} | "
-        f"{row['intensity']} |"
+        f"| `{name}` | {row['channels']} | {sizes_text(row['shape'])} | {sizes_text(row['spacing-mm'])} | "
+        f"{row['axes']} | {row['intensity']} |"
         for name, row in metadata["streams"].items()
     ]
     return _README.format(table="\n".join(rows), first=next(iter(metadata["streams"])), **metadata)
-
-
-def _times(numbers: Sequence[float]) -> str:
-    return " x ".join(f"{number:g}" for number in numbers) or "-"
 
 
 _DESCRIPTION = (

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,7 +86,7 @@ class FrozenFeatures:
         return cls(features, by_patient(data.targets[fit], data.patients(fit)), test)
 
 
-def by_patient(values: NDArray[np.floating], patients: Sequence[str]) -> Floats:
+def by_patient(values: NDArray[Any], patients: Sequence[str]) -> Floats:
     """Mean of the examples of each patient, in order of first appearance; of what is known (not NaN)."""
     rows_of: dict[str, list[int]] = {}
     for row, patient in enumerate(patients):

@@ -22,8 +22,8 @@ Two deviations from the authors' released code:
 Measured by `study dex`, 500 steps, on draw 100 (seeds 100 to 102) and draw 200 (seeds 200 to 204), each alone and both:
 every 95 % interval of the paired difference contains 0. The released start and order together changed nmi by
 -.026 +- .108 and -.001 +- .003, the held-out probe by -.001 +- .012 and +.003 +- .010, and validation loss by less than
-.001. Ours was kept as the simpler: no 0 / 0, and all that moves moves after a successful step. The tables and the
-commands are in `docs/results/director-experts.md`.
+.001. Ours was kept because it is simpler: there is no 0 / 0, and everything moves after a successful step. The tables
+and the commands are in `docs/results/director-experts.md`.
 
 Source: DEX (arXiv 2605.21861); `softmax` is the released code's alignment.
 Shape legend: B subjects, L tokens (CLS first), U units that are routed (subjects), D width, H hidden width, R experts,

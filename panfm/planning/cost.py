@@ -45,9 +45,9 @@ def measure_cost(run: RunConfig, holders: Mapping[str, Mapping[str, float]]) -> 
     sizes, manifest = sizes_of(run), trained_manifest(describe_model(run), run.sharing)
     sent = [
         4 * manifest.size(group)
-        for held in holders.values()
+        for shares in holders.values()
         for group in manifest.groups
-        if has_group(set(map(stream_group, held)), group)
+        if has_group(set(map(stream_group, shares)), group)
     ]
     return Cost(
         step_seconds=seconds,
@@ -58,20 +58,20 @@ def measure_cost(run: RunConfig, holders: Mapping[str, Mapping[str, float]]) -> 
     )
 
 
-def _step_seconds(run: RunConfig, held: Mapping[str, float]) -> float:
-    store = _random_store(run, held)
-    trainer, everyone = Trainer(run, tuple(held)), store.indices("train")
+def _step_seconds(run: RunConfig, shares: Mapping[str, float]) -> float:
+    store = _random_store(run, shares)
+    trainer, everyone = Trainer(run, tuple(shares)), store.indices("train")
     trainer.train(store, everyone, first_step=0, num_steps=1, site="plan", round_number=1)
     start = time.perf_counter()
     trainer.train(store, everyone, first_step=1, num_steps=_STEPS, site="plan", round_number=1)
     return (time.perf_counter() - start) / _STEPS
 
 
-def _random_store(run: RunConfig, held: Mapping[str, float]) -> ImageStore:
+def _random_store(run: RunConfig, shares: Mapping[str, float]) -> ImageStore:
     """A batch of subjects with random images, as many of each stream as at the site."""
     generator, number = numpy_generator(run.seed, "plan"), run.train.batch_size
     images, rows = {}, {}
-    for name, share in held.items():
+    for name, share in shares.items():
         stream = run.streams[name]
         rows[name] = np.arange(max(2, round(share * number)) if number > 1 else 1)
         shape = (len(rows[name]), stream.channels, *stream.shape)

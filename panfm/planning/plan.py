@@ -1,14 +1,14 @@
 """Writes a short run description over given sites that fits a time budget.
 
-Streams come from the images' sizes (proposal.py); the batch from the smallest site; the model's size is the largest one
-with which the budget still holds enough rounds; the number of rounds fills the budget, by the time of a step that is
-tried here.
+Streams follow from the images' sizes (stream_proposal.py), the batch from the smallest site. The model's size is the
+largest one with which the budget still holds enough rounds. The number of rounds fills the budget, by the time of a
+step that is tried here.
 """
 
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from panfm.config import RunConfig, SiteConfig, StreamConfig, load_site, parse_run
@@ -17,6 +17,7 @@ from panfm.errors import DataError, LimitError
 from panfm.models.sizes import sizes_of
 from panfm.planning.cost import Cost, measure_cost
 from panfm.planning.image_sizes import Survey, survey_sites
+from panfm.planning.shared_tasks import propose_tasks
 from panfm.planning.stream_proposal import propose_streams
 from panfm.site.admission import check_sizes
 from panfm.texts import toml_key
@@ -70,13 +71,14 @@ def make_plan(
         _check_holdout(holdout)
     survey = survey_sites(folders, progress)
     streams = propose_streams(survey.streams)
-    describe = _Description(folders, _plain_name(name), holdout, streams, survey)
+    tasks, missing = propose_tasks(folders)
+    describe = _Description(folders, _plain_name(name), holdout, streams, survey, tasks)
     train = _fitting_batch(describe)
     size, cost = _fitting_size(describe, train, minutes)
     rounds = max(1, min(_MOST_ROUNDS, round(60 * minutes / (_ALONE * cost.round_seconds))))
     text = describe.text(size, train | {"rounds": rounds})
     run = parse_run(text)
-    notes = (*_notes(survey, minutes, cost), *_refusals(survey, run))
+    notes = (*_notes(survey, minutes, cost), *_refusals(survey, run), *([missing] if missing else []))
     return Plan(text, run, survey, cost, notes)
 
 
@@ -89,9 +91,11 @@ class _Description:
     holdout: Path | None
     streams: Mapping[str, StreamConfig]
     survey: Survey
+    tasks: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Of the probe of all sites' labels."""
 
     def text(self, size: str, train: Mapping[str, int]) -> str:
-        """The whole description; what is as the defaults have it is left out."""
+        """The whole description, without keys that have their default."""
         defaults = RunConfig.model_fields["train"].default
         sites = ",\n".join(f"    {_quoted(folder)}" for folder in self.folders)
         lines = [f'name = "{self.name}"', "", "[cohort]", 'kind = "folder"', f"sites = [\n{sites},\n]"]
@@ -101,6 +105,8 @@ class _Description:
         changed = {key: value for key, value in train.items() if value != getattr(defaults, key.replace("-", "_"))}
         lines += ["", "[train]", *(f"{key} = {value}" for key, value in changed.items())] if changed else []
         lines += ["", "[federation]", "min-sites = 1"] if len(self.folders) == 1 else []
+        tasks = [f"{toml_key(name)} = {json.dumps(labels, ensure_ascii=False)}" for name, labels in self.tasks.items()]
+        lines += ["", "[probe.tasks]", *tasks] if tasks else []
         return "\n".join(lines) + "\n"
 
     def run(self, size: str, train: Mapping[str, int]) -> RunConfig:
@@ -122,7 +128,8 @@ class _Description:
 def _fitting_batch(describe: _Description) -> dict[str, int]:
     """Batch size and local steps: as large as the smallest site and the memory allow, as the sites' floors ask."""
     limits = [site.limits for site in describe.survey.sites.values()]
-    floor, steps = max(each.smallest_batch for each in limits), max(each.smallest_steps for each in limits)
+    floor = max(of_site.smallest_batch for of_site in limits)
+    steps = max(of_site.smallest_steps for of_site in limits)
     smallest = min(describe.survey.train_subjects.values())
     batch = _LARGEST_BATCH
     while batch > max(1, floor) and (batch > smallest or _step_gib(describe, batch) > _MOST_STEP_GIB):
@@ -165,8 +172,10 @@ def too_few_to_train(site: SiteConfig, subjects: int) -> str:
     """Why a site takes part in no run without privacy; empty if it does."""
     if subjects >= (least := site.limits.smallest_batch):
         return ""
-    found = f"{subjects} training subjects, fewer than its limits.smallest-batch ({least}): it cannot take part"
-    return f"{found}; add patients, or, where a folder only stands for a hospital, set smallest-batch = 1 in site.toml"
+    shortage = f"{subjects} training subjects, fewer than its limits.smallest-batch ({least}): it cannot take part"
+    return (
+        f"{shortage}; add patients, or, where a folder only stands for a hospital, set smallest-batch = 1 in site.toml"
+    )
 
 
 def _refusals(survey: Survey, run: RunConfig) -> Iterator[str]:

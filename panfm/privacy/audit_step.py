@@ -2,15 +2,15 @@
 
 m patients are made up whose gradient points along an axis of its own, longer than the clip norm. A coin decides for
 each whether it is among the patients; then T real steps run: Poisson sample, per-patient gradients, clipping, noise,
-optimiser. Who looks at a canary's coordinate in the sum of what was released guesses whether it was there. The m / 4
-with the largest and the m / 4 with the smallest sums are guessed; v of r guesses right are too many for an
+optimiser. From a canary's coordinate in the sum of all released steps, an attacker guesses whether it was there. The
+m / 4 with the largest and the m / 4 with the smallest sums are guessed; v of r guesses right are too many for an
 (epsilon, delta)-private step if
 
     P[Binomial(r, e^eps / (1 + e^eps)) >= v] + 2 m delta max_i P[v > Binomial >= v - i] / i  <  1 - confidence
 
 so the smallest epsilon for which that is not so is a lower bound. A correct step gives about a fifth of its claim; one
-without noise or clipping gives what r right guesses can prove. A bug that doubles a patient's weight stays unseen: that
-is for the exact tests.
+without noise or clipping gives the most that r right guesses can prove. A bug that doubles a patient's weight stays
+unseen: that is for the exact tests.
 
 Source: Steinke, Nasr & Jagielski 2023, "Privacy Auditing with One (1) Training Run", Theorem 5.2 and Appendix D.
 Shape legend: B patients of a chunk, m canaries.

@@ -1,7 +1,7 @@
 """Which privacy a run may claim, and what would break the claim.
 
-`checked_run` or `load_checked_run` is called wherever a run description is let in: before a run folder is made or gone
-on with, when a site is asked, in a dry run, and when a trainer is built.
+`checked_run` or `load_checked_run` is called wherever a run description comes in: before a run folder is made or
+resumed, when a site is asked, in a dry run, and when a trainer is built.
 
 Patient-level privacy (`[patient-dp]`): add or remove one patient of one site. Site-level privacy (`[site-dp]`): the
 updates of one site as they are, or all zero.

@@ -5,9 +5,9 @@ that adds noise for its sites keeps one per run.)
 
 The file is a hash chain (hash_chain.py), and its anchor is kept with the private state: a ledger without its anchor is
 refused, and so is an anchor without its ledger. Whoever can write both files can cut both: the audit log of the site
-still tells what was spent, and a ledger that holds less is refused. An end of the chain that was noted elsewhere finds
-who cut all three (`panfm ledger verify --noted`). A round is written and synced to disk *before* it runs: a crash
-counts too much, never too little.
+still tells what was spent, and a ledger that holds less is refused. A hash of its end that somebody noted elsewhere
+shows whether all three were cut (`panfm ledger verify --noted`). A round is written and synced to disk *before* it
+runs: a crash counts too much, never too little.
 """
 
 import hashlib
@@ -306,7 +306,7 @@ class Ledger:
         try:
             answered = self._answered()
         except DataError as error:
-            raise LedgerError(f"{self.path}: cannot be held against the audit log: {error}") from error
+            raise LedgerError(f"{self.path}: cannot be compared with the audit log: {error}") from error
         rounds, booked = max(len(entries) - 1, 0), {entry["epsilon"] for entry in entries[1:]}
         if rounds < answered.count or not (answered.epsilon is None or answered.epsilon in booked):
             spent = "" if answered.epsilon is None else f" and epsilon {answered.epsilon:.3f}"

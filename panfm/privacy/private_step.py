@@ -3,7 +3,7 @@
     g = (sum_j clip(g_j, C) + N(0, (z C)^2)) / (q N)
 
 over a Poisson sample of the patients; q and N are public. Then AdamW and the teacher move as in any step: what is
-computed from g alone costs no more privacy. A sample may be empty; its step is noise, and counts. Losses stay unseen.
+computed from g alone costs no more privacy. A sample may be empty; its step is noise, and counts. No loss is released.
 
 Patients are taken one at a time (`patient_sums.py` says why), each with a secret generator of its own for mask and
 routers' noise, and as many hidden tokens as all have who hold the same streams. Masks are steered by the patient's own

@@ -1,6 +1,6 @@
 """Noise and samples that nobody can repeat: every bit comes from the operating system.
 
-A generator with a seed would do as well for the statistics, but who knows the seed can subtract the noise exactly.
+A generator with a seed would do as well for the statistics, but whoever knows the seed can subtract the noise exactly.
 
 Floating-point noise leaks by the numbers it can and cannot reach: a sum x + noise that only some x can give tells x.
 Two things are done about it. Uniform numbers keep 53 significant bits however small they are, so that the tail is as
@@ -8,7 +8,7 @@ dense as the middle, and normal numbers are their exact quantiles: one uniform e
 grid, between a 512th and a 256th of the noise's standard deviation and the same for every value, so that each point
 of the grid stands for billions of sums, and any x reaches all of them.
 
-Its worth. Rounding the exact Gaussian mechanism costs no privacy, so it is enough that each grid point comes
+Guarantee. Rounding the exact Gaussian mechanism costs no privacy, so it is enough that each grid point comes
 up with the right probability. It does up to a relative error of about 1e-11: quantiles are within 3e-15 of the true
 ones (tested), the sum is rounded at some 1e-14 of a standard deviation, both seen over a grid of 1/512. If all errors
 added up, a thousand steps of a million parameters would cost 0.01 in epsilon, which is the accountant's own margin.

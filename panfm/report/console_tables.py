@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from panfm.anatomy import parse_stream
+from panfm.data.joins import counted
 from panfm.evaluate.result import ProbeResult, Score
 from panfm.privacy.guarantees import privacy_label
 from panfm.report.run_files import Run
@@ -60,7 +61,8 @@ def score_table(probe: ProbeResult, metric: str) -> Table:
     HTML report has them all)."""
     groups = {score.group: score for score in probe.scores if score.metric == metric}
     words = {"auc": "AUC", "r2": "R2"}[metric]
-    title = f"{words} of frozen features, {probe.subjects.get('test', 0)} held-out subjects (95 % interval)"
+    fit, test = (probe.subjects.get(part, 0) for part in ("fit", "test"))
+    title = f"{words} of frozen features, {fit} subjects fitted, {test} held out (95 % interval)"
     table = Table(Column("features", no_wrap=True), *map(_right, groups), title=title)
     for arm in arms_of(probe, metric):
         first, *rest = (probe.find(arm, group, metric) for group in groups)
@@ -93,8 +95,8 @@ def label_rows(probe: ProbeResult, arms: Sequence[str]) -> Iterator[tuple[str, s
 def unmatched_lines(probe: ProbeResult) -> list[str]:
     """One line for each place whose label table and images do not tell of the same subjects."""
     return [
-        f"{place}: {counts.get('without_row', 0)} subjects with images have no row in the label table, "
-        f"{counts.get('without_images', 0)} rows no image of the run"
+        f"{place}: {counted(counts.get('without_row', 0), 'subject')} with images and no row in the label table, "
+        f"{counted(counts.get('without_images', 0), 'row')} without an image of the run"
         for place, counts in probe.unmatched.items()
         if any(counts.values())
     ]

@@ -84,7 +84,8 @@ def _row_title(row: Example, error: Mapping[str, tuple[float, float]]) -> str:
     if row.stream not in error:
         return row.stream
     ours, mean = error[row.stream]
-    return f"{row.stream} ({1 - ours / mean if mean else 0.0:.0%})"
+    share = round(1 - ours / mean, 2) + 0.0 if mean else 0.0  # no minus before a 0
+    return f"{row.stream} ({share:.0%})"
 
 
 def _pictures(row: Example) -> Iterable[tuple[str, Picture]]:

@@ -31,7 +31,7 @@ progress { width: 100%; height: 1rem }
 h2 { margin-top: 1.6rem }
 body > svg { display: block; width: 100%; max-width: 26rem }
 table { display: block; overflow-x: auto }
-td:first-child, td:last-child, th:last-child { text-align: left }
+:is(td, th):not(:first-child, :last-child) { text-align: right }
 """
 
 

@@ -1,7 +1,7 @@
 """The report's first screen: whether training together was worth it, in words and in one chart."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from panfm.evaluate.result import ProbeResult, Score
@@ -12,7 +12,8 @@ from panfm.report.run_files import Run
 from panfm.report.status import headline
 
 OURS = "federated"
-_REFERENCES = ("start", "untrained", "statistics", "tokenizer")
+_RIVALS = ("start", "untrained", "statistics")
+_REFERENCES = (*_RIVALS, "tokenizer")
 _WORDS = {
     OURS: "the federated model",
     "start": "the start model",
@@ -118,21 +119,21 @@ def _headline(scored: Sequence[Score]) -> str:
             words = f"Training together did not beat {rivals}; the difference is less than these patients can tell"
         case _:
             words = f"Training together did worse than {rivals}"
+    if behind := [arm for arm in _RIVALS if _values(scored).get(arm, -math.inf) >= ours.value]:
+        words += f"; it is not better than {_listed(list(map(arm_words, behind)), 'or')}"
     return f"{words}."
 
 
+def _values(scored: Sequence[Score]) -> dict[str, float]:
+    """Arm -> its score, without those that are not known."""
+    return {score.arm: score.value for score in scored if not math.isnan(score.value)}
+
+
 def _references(scored: Sequence[Score]) -> list[str]:
-    """A sentence on each side: the references that the federated model is ahead of, and those that it is not."""
-    values = {score.arm: score.value for score in scored if not math.isnan(score.value)}
-    told = [arm for arm in _REFERENCES[:3] if arm in values]
-    if OURS not in values or not told:
-        return []
-    ahead = _listed([arm_words(arm) for arm in told if values[arm] < values[OURS]], "and")
-    behind = _listed([arm_words(arm) for arm in told if values[arm] >= values[OURS]], "or")
-    sentence = f"It is better than {ahead}" if ahead else ""
-    if behind:
-        sentence = f"{sentence}, but not than {behind}" if ahead else f"It is not better than {behind}"
-    return [f"{sentence}."]
+    """A sentence on the references that the federated model is ahead of."""
+    values = _values(scored)
+    ahead = [arm_words(arm) for arm in _RIVALS if values.get(arm, math.inf) < values.get(OURS, -math.inf)]
+    return [f"The federated model is better than {_listed(ahead, 'and')}."] if ahead else []
 
 
 def _listed(words: Sequence[str], last: str) -> str:
@@ -153,7 +154,7 @@ def _compared(ours: Score, value: float) -> str:
 
 def _tokenizer(scored: Sequence[Score]) -> list[str]:
     """A sentence where a linear model on the network's inputs does as well as the network."""
-    values: Mapping[str, float] = {score.arm: score.value for score in scored}
+    values = _values(scored)
     ours, inputs = values.get(OURS, math.nan), values.get("tokenizer", math.nan)
     if not inputs >= ours:
         return []

@@ -10,13 +10,13 @@ sum of what was meant, however many rounds there are.
 
 Error of one decoded number:   float32 0    bf16 2^-8 |u|    int8 s / 2 (1 + 2^-15), that is 0.4 % of the row's largest
 
-Down go the global parameters as they are or, to a site that holds those of the round before, the coded step:
+The server sends the global parameters as they are or, to a site that has those of the round before, the coded step:
 
     g_t = g_(t-1) + decode(encode(step_t + lost_(t-1)))      at the server and at every site, with the same bits
 
 So the global parameters are what the coded steps add up to, for everyone. Digests of the parameters that a step leads
-to travel with it: a site that does not arrive there says so, and is sent all of them next time. float32 would gain
-nothing, and sends no steps.
+to travel with it: a site that arrives at others says so, and is sent all of them the next time. With float32 a step
+would be as large as the parameters, so none is sent.
 
 Source: error feedback, Seide et al. 2014 and Karimireddy et al. 2019 (arXiv 1901.09847); scales by blocks as in QSGD
 (Alistarh et al. 2017, arXiv 1610.02132), without its random rounding, which feedback makes needless.

@@ -65,7 +65,7 @@ class Frame:
 
     @classmethod
     def error(cls, reason: str) -> "Frame":
-        """Make an answer that tells why the question has no other."""
+        """Make an error answer with its reason."""
         return cls(Kind.ERROR, Records(config={"reason": reason}))
 
 
@@ -150,7 +150,7 @@ def receive(
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
     magic, num_words, num_arrays = _HEADER.unpack(_read(connection, _HEADER.size, deadline))
     if magic != _MAGIC:
-        raise ProtocolError("frame: not one of panfm")
+        raise ProtocolError("frame: not a message of panfm")
     most = min(max_arrays, MAX_ARRAYS)
     if num_words > MAX_WORDS or num_arrays > most:
         raise ProtocolError(f"frame: {num_words} + {num_arrays} bytes, at most {MAX_WORDS} + {most} are taken")

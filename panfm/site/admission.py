@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,11 +26,13 @@ from panfm.models import build_model
 from panfm.models.packing import shared_hashes
 from panfm.models.sizes import sizes_of, tokens_per_patient
 from panfm.privacy.guarantees import NO_CLAIM, broken_guarantees, claim
-from panfm.privacy.ledger import Ledger, Limits, Permit
 from panfm.sharing.groups import Flat, parameter_hashes
 from panfm.sharing.messages import RoundTask, frozen_name
 from panfm.site.audit_log import AuditLog
-from panfm.site.state import RUNS, active_runs, is_ended
+from panfm.site.state import RUNS, active_runs, is_ended, read_asked
+
+if TYPE_CHECKING:
+    from panfm.privacy.ledger import Permit
 
 _SEEDED = f"the run's seed gives with torch {torch.__version__}; another torch at the server may draw others"
 
@@ -175,8 +178,11 @@ def check_floors(train: TrainConfig, patient_dp: PatientDpConfig | None, limits:
 
 def check_other_runs(state_dir: Path, run_id: str, limits: LimitsConfig) -> None:
     """Raises LimitError if this run was ended here, or other runs that go on are as many as the site allows."""
-    if is_ended(state_dir / RUNS / run_id):
+    folder = state_dir / RUNS / run_id
+    if is_ended(folder):
         raise LimitError.of_question(f"run {run_id}: the operator of this site has ended it")
+    if (known := read_asked(folder)) and known.is_finished:  # asks for its last round again, or for sums of its model
+        return
     active = {name: asked for name, asked in active_runs(state_dir, limits).items() if name != run_id}
     if len(active) >= limits.runs_at_once:
         name, asked = max(active.items(), key=lambda entry: entry[1].newest)
@@ -261,6 +267,8 @@ class PatientBudget:
     """A site's ledger, and the most that the site lets its patients spend."""
 
     def __init__(self, folder: Path, site: SiteConfig, state_dir: Path) -> None:
+        from panfm.privacy.ledger import Ledger  # a site without private runs does without
+
         self.ledger = Ledger(
             site_path(folder, site.ledger_dir),
             site.name,
@@ -269,7 +277,7 @@ class PatientBudget:
         )
         self._site = site
 
-    def pay(self, run: RunConfig, task: RoundTask, dataset: str) -> Permit:
+    def pay(self, run: RunConfig, task: RoundTask, dataset: str) -> "Permit":
         """Write a round into the ledger, under the stricter of the run's limits and the site's.
 
         Args:
@@ -279,6 +287,8 @@ class PatientBudget:
             LimitError: the run makes no claim, and the site sets a floor.
             BudgetError, LedgerError: the site cannot pay.
         """
+        from panfm.privacy.ledger import Limits
+
         assert run.patient_dp is not None
         check_privacy(run, self._site)
         site = self._site.limits

@@ -5,11 +5,12 @@
     numbers, words             names of its other entries
     privacy                    what the run that the question names may say of its patients' privacy; none without one
     epsilon                    what this and all private rounds before have spent on these patients; null if not private
+    summed                     of sums over patients: their purpose, and the columns of labels of each task
     bytes, sha256              of the message as it left
     chain                      SHA-256 of the line before's chain and of this line
 
-No answer goes out that is not on disk here. (A refusal of bytes that were no question says nothing of the site, and is
-not kept.)
+Every answer is on disk here before it goes out. (A refusal of bytes that are not a question tells nothing about the
+site and is not kept.)
 """
 
 import hashlib
@@ -18,12 +19,14 @@ import logging
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from panfm.errors import DataError
 from panfm.hash_chain import Entry, HashChain, Position
-from panfm.privacy.ledger import AnsweredRounds
 from panfm.sharing.frames import Frame, Kind
+
+if TYPE_CHECKING:
+    from panfm.privacy.ledger import AnsweredRounds
 
 FILE = "departures.jsonl"
 logger = logging.getLogger(__name__)
@@ -38,7 +41,15 @@ class AuditLog:
         self._chain = HashChain(self.path, _sealed, key="chain")
         self._position = Position()
 
-    def append(self, frame: Frame, content: bytes, *, privacy: str = "none", epsilon: float | None = None) -> None:
+    def append(
+        self,
+        frame: Frame,
+        content: bytes,
+        *,
+        privacy: str = "none",
+        epsilon: float | None = None,
+        summed: Mapping[str, Any] | None = None,
+    ) -> None:
         """Add a message that is about to leave.
 
         A log that was tampered with is told of, and goes on from its last line.
@@ -51,6 +62,7 @@ class AuditLog:
                 before, self._position = self._chain.snapshot(file)
                 self._warn_of_tampering(before)
             line = _describe(frame, content) | {"privacy": privacy, "epsilon": epsilon}
+            line |= {"summed": summed} if summed else {}
             _, self._position = self._chain.append(file, self._position, line)
 
     def lines(self) -> Iterator[Entry]:
@@ -67,8 +79,10 @@ class AuditLog:
         """Raise DataError if a hash that somebody noted is not in the log."""
         self._chain.check_noted(self.lines(), noted)
 
-    def private_rounds(self) -> AnsweredRounds:
+    def private_rounds(self) -> "AnsweredRounds":
         """Count the answered private rounds. Raises DataError as `lines` does."""
+        from panfm.privacy.ledger import AnsweredRounds  # a site without private runs does without
+
         count, epsilon = 0, None
         for line in self.lines():
             is_round = line.get("kind") == Kind.ANSWER and line.get("round") is not None

@@ -3,10 +3,10 @@
 Only three questions are known, and each has a limit on time and memory. An error goes out as one scrubbed line under
 the site's public name; its whole story stays in the site's log.
 
-The server may learn of an error at a site its kind, and no word that was written at the site. A ProtocolError is about
-what the server itself sent, so its text passes. Of a LimitError passes the text that it declares as public, since a
-text that counts patients or measures images tells of them. Any other error may quote paths, keys of the site's own
-description, or subjects: only its kind passes.
+Of an error at a site the server may learn the kind, and nothing that was written at the site. A ProtocolError is about
+the server's own message, so its text passes. A LimitError has a public text, which passes; its full text may count
+patients or measure images. Any other error may quote paths, keys of the site's own description, or subjects: only its
+kind passes.
 """
 
 import errno
@@ -66,7 +66,7 @@ def answer(site: Site, question: Frame) -> Frame:
 
 
 def _refuse(kind: Kind) -> NoReturn:
-    raise ProtocolError(f"{kind}: no question, expected {Kind.HANDSHAKE}, {Kind.ROUND} or {Kind.SUMS}")
+    raise ProtocolError(f"{kind}: not a question, expected {Kind.HANDSHAKE}, {Kind.ROUND} or {Kind.SUMS}")
 
 
 def scrub(error: BaseException) -> str:

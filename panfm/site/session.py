@@ -1,7 +1,7 @@
 """Rounds of one run at one site; images, model and private state stay in memory between them.
 
-Disk is the truth. The state in memory is used only if it is that of the file of the round before; otherwise the file is
-loaded. So a site that was killed, or that another process served in between, goes on with the same bits.
+The files on disk decide. The state in memory is used only if it is that of the file of the round before; otherwise the
+file is loaded. So a site that was killed, or that another process served in between, goes on with the same bits.
 """
 
 import logging
@@ -162,7 +162,9 @@ class Session:
             groups = take_step(self.run.sharing.coding, self.manifest, self._global, task.groups)
             if digests(groups) == task.digests:
                 return groups
-        raise ProtocolError(f"round {task.round_number}: no step leads from this site's parameters to the server's")
+        raise ProtocolError(
+            f"round {task.round_number}: the step does not lead from this site's parameters to the server's"
+        )
 
     def load_private(self, round_number: int, states: StateStore) -> int:
         """Load the private state of the round before; returns its round, 0 for a fresh one. Raises DataError as

@@ -1,7 +1,7 @@
 """One site's answers to an invitation, to a round, and to a question for sums over its patients, without Flower.
 
-The ClientApp calls it in a simulation, the resident worker in a hospital. It reads the site's own folder; from outside
-come one `Invitation`, one `RoundTask` per round, and what a run with `probe.tasks` or `[gate]` asks besides.
+The ClientApp calls it in a simulation, the resident worker in a hospital. It reads the site's own folder, and
+gets from outside one `Invitation`, one `RoundTask` per round and, in a run with `probe.tasks` or `[gate]`, `SumsTask`s.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -57,6 +58,8 @@ class Site:
         self.state_dir = state_dir or site_path(folder, self.config.state_dir)
         self.asked_run: RunConfig | None = None
         """The run of the current question; None if it names no valid one."""
+        self.summed: dict[str, Any] | None = None
+        """Purpose and labels of the sums in the current answer; None if it has none."""
         self._warm: tuple[str, Session] | None = None
 
     def handshake(self, invitation: Invitation) -> Handshake:
@@ -111,6 +114,8 @@ class Site:
         task = SumsTask.from_records(question)
         session, states = self._opened(task.model, more_rounds=1)
         result = sum_patients(session, task, states, folder=self.folder, site=self.config)
+        tasks = sorted({**result.get("sums", {}), **result.get("errors", {})})
+        self.summed = {"purpose": task.purpose.value, "labels": {name: session.run.probe.tasks[name] for name in tasks}}
         return build_sums_reply(task.model, result, may_leave=self.config.limits.may_leave).to_records()
 
     def _opened(self, task: RoundTask, *, more_rounds: int = 0) -> tuple[Session, StateStore]:
@@ -146,7 +151,7 @@ class Site:
             return None
 
     def log_error(self, error: BaseException) -> None:
-        """Add the whole story of an error to `site.log` beside the private state; a disk that is full stays silent."""
+        """Add the whole story of an error to `site.log` beside the private state; a full disk is no error."""
         story = f"{datetime.now().astimezone().isoformat()}\n{''.join(traceback.format_exception(error))}\n"
         path = self.state_dir / "site.log"
         with contextlib.suppress(OSError):
@@ -163,14 +168,15 @@ class Site:
 
     def _session(self, run_toml: str) -> Session:
         """The warm session of a run description, or a new one in its place."""
-        self.asked_run = None
+        self.asked_run = self.summed = None
         run = self.asked_run = read_run(run_toml)
         if self._warm is None or self._warm[0] != run_toml:
             run = admit(run, self.config)
             floors = Floors.of(self.config.limits, run.patient_dp)
             self._warm = None  # lets go of the memory of the run before
             store = self._open_store(run.streams, floors)
-            self._warm = (run_toml, Session(self.config.name, run, store, floors, self._budget))
+            budget = self._budget if run.patient_dp else None
+            self._warm = (run_toml, Session(self.config.name, run, store, floors, budget))
         return self._warm[1]
 
     def _open_store(self, streams: Mapping[str, StreamConfig], floors: Floors) -> ImageStore:

@@ -11,8 +11,8 @@ answer tells nothing new. Anything else for a round that was asked, and a round 
 then, is refused: five answers about one patient's gradient cost five rounds of the run.
 
 Every state says which experiment made it, what that experiment may say of its patients' privacy, and which patients it
-was trained on. The server chooses run ids: under an id whose files were made otherwise no round runs, or what a run
-without privacy has learned would come out in one that claims it.
+was trained on. The server chooses run ids, so a round is refused under an id whose files come from another experiment
+or other patients: a run that claims privacy could else give away what a run without it has learned.
 """
 
 import hashlib

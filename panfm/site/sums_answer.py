@@ -86,10 +86,10 @@ def _check_asked(session: Session, task: SumsTask, limits: LimitsConfig) -> bool
     if (label := privacy_label(run)) != "none":
         raise ProtocolError(f"sums are not covered by the run's claim ({label})")
     if task.purpose is Purpose.GATE and run.gate is None:
-        raise ProtocolError("gate: the run has none")
+        raise ProtocolError("gate: this run has no [gate]")
     with_labels = task.purpose is not Purpose.GATE or (run.gate is not None and run.gate.measure == "labels")
     if with_labels and not run.probe.tasks:
-        raise ProtocolError("probe.tasks: the run has none")
+        raise ProtocolError("probe.tasks: this run has no tasks")
     needed = Releasable.LABEL_SUMS if with_labels else Releasable.LOSS
     if needed not in limits.may_leave:
         raise LimitError.of_question(f"this site's limits.may-leave lacks {needed.value}")
@@ -196,5 +196,5 @@ def _note(states: StateStore, session: Session, task: SumsTask, state: str) -> N
         raise ProtocolError(f"{key}: asked before with other parameters")
     newest = max(int(other.rpartition(" ")[2]) for other in sums)
     if key not in known.sums and model.round_number < newest:
-        raise ProtocolError(f"{key}: asked after one before round {newest}")
+        raise ProtocolError(f"{key}: asked after a question before round {newest}")
     write_asked(states.folder, run.train.rounds, known.digests, sums)

@@ -72,19 +72,20 @@ class Worker:
         return user in self._users
 
     def _receive(self, connection: socket.socket) -> Frame | None:
-        """The question of a connection; None if its bytes are none, which the other end is told."""
+        """Read the question of a connection; None, and an error to the other end, if its bytes are not a question."""
         try:
             most = _BYTES_PER_PARAMETER * self.site.config.limits.parameters
             return receive(connection, timeout_s=TRANSFER_TIMEOUT_S, max_arrays=most, largest=_largest)
         except (PanfmError, MemoryError) as error:
-            logger.warning("a question that is none: %s", error)
+            logger.warning("bytes that are not a question: %s", error)
             send(connection, encode(Frame.error(scrub(error))), timeout_s=TRANSFER_TIMEOUT_S)
             return None
 
     def _recorded(self, reply: Frame) -> bytes:
         """The bytes of a reply, once it is in the audit log."""
         content = encode(reply)
-        self._audit_log.append(reply, content, privacy=self.site.privacy, epsilon=self.site.epsilon_spent)
+        spent, summed = self.site.epsilon_spent, self.site.summed
+        self._audit_log.append(reply, content, privacy=self.site.privacy, epsilon=spent, summed=summed)
         return content
 
 

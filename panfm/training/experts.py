@@ -4,10 +4,10 @@
                + balance-weight        mean over the layers of balance_l
     after a step: directors and running activations move by the batch's gate mass
 
-Noise, momentum and balance weight follow a cosine over the whole run. All that moves moves after a successful step, so
-a skipped step leaves no trace. The director moves by the experts that the optimiser has just updated; in the released
-code it moves before the optimiser's step, by the experts as they were. The results do not differ measurably
-(`models/director_experts.py`).
+Noise, momentum and balance weight follow a cosine over the whole run. Directors and activations move after a successful
+step only, so a skipped step leaves no trace. The director moves by the experts that the optimiser has just updated; in
+the released code it moves before the optimiser's step, by the experts as they were. The results do not differ
+measurably (`models/director_experts.py`).
 
 Source: DEX (arXiv 2605.21861).
 """

@@ -13,8 +13,9 @@ A policy gives every stream a score, the log-odds of hiding its tokens (`token_m
     g           1 where the saliency's normalised entropy is 0.1 or more below `balance`, linearly to 0 at `balance`
 
 Dominance is learned in the first few hundred steps, so guidance is full there, and limits itself by log r. Later it
-costs more than it gains (the dominant streams must be learned too), unless dominance lasts: g looks whether it does.
-Steps are counted, not shares of the run, because that is how dominance comes and goes (simulations/studies/LOG.md).
+costs more than it gains (the dominant streams must be learned too), unless dominance lasts, which g measures. The
+schedule counts steps, not shares of the run, because dominance rises and falls with the steps taken
+(simulations/studies/LOG.md).
 
 To add a policy, write its class and a line in `MASKING_POLICIES` (`panfm/registry.py`). This file is read with a run
 description, so torch is imported for type checking alone.

@@ -6,6 +6,7 @@ else), so that a site can send the one and keep the other. `trainer.py` moves it
 
 from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
@@ -14,7 +15,6 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from panfm.config import RunConfig
 from panfm.config.training import TrainConfig
-from panfm.data.augmentation import Augmentation
 from panfm.data.store import Batch, ImageStore
 from panfm.errors import ConfigError
 from panfm.models import PanModel, build_model
@@ -23,6 +23,9 @@ from panfm.models.trained_parts import layers_above
 from panfm.models.transfer import load_with_fresh_private
 from panfm.privacy.guarantees import checked_run
 from panfm.training.objectives.interface import build_objective
+
+if TYPE_CHECKING:
+    from panfm.data.augmentation import Augmentation
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _CHUNK_BYTES = 1 << 28
@@ -42,7 +45,7 @@ class TrainingState:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = build_model(run, streams).to(self.device)
         _check_buffers(run, self.model)
-        self.augmentation = Augmentation(run.augment, self.model.stream_configs) if run.augment else None
+        self.augmentation = _augmentation(run, self.model)
         self.parameters = _trained(self.model, self.model.trained)
         """Parameters that the run trains, in the order in which the optimiser's state is packed."""
         self._start = {name: value.clone() for name, value in self._private_parameters().items()}
@@ -184,6 +187,15 @@ class TrainingState:
 
     def _private_parameters(self) -> dict[str, Tensor]:
         return self.model.split_state(self.run.sharing)[1]
+
+
+def _augmentation(run: RunConfig, model: PanModel) -> "Augmentation | None":
+    """The run's augmentation; None without `[augment]`."""
+    if not run.augment:
+        return None
+    from panfm.data.augmentation import Augmentation  # a worker whose runs have none does without
+
+    return Augmentation(run.augment, model.stream_configs)
 
 
 def _trained(model: PanModel, names: Collection[str]) -> list[nn.Parameter]:

@@ -39,7 +39,7 @@ from server.tracking import Tracking
 from simulations.alone import train_round
 from simulations.bench._steps import Clock
 from simulations.cohorts.prepare import load_simulation, prepare_cohort
-from simulations.engines import Job
+from simulations.engines.job import Job
 from simulations.engines.local import LocalGrid
 from simulations.harness import TRANSIENT, Experiment, bench
 from simulations.study_result import StudyResult

@@ -40,7 +40,7 @@ from simulations.alone import train_round
 from simulations.bench._steps import Clock
 from simulations.cohorts.phantom import PhantomCohort, PhantomSiteConfig
 from simulations.cohorts.prepare import load_simulation, prepare_cohort, with_cohort
-from simulations.engines import Job
+from simulations.engines.job import Job
 from simulations.engines.local import LocalGrid
 from simulations.engines.logs import logged_to
 from simulations.harness import TRANSIENT, bench

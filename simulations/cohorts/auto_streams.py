@@ -1,7 +1,7 @@
 """Streams whose settings follow from the images: `brain-mr = { size = "auto" }`.
 
-A simulation knows where its sites are, so it asks their images as `panfm plan` does; the run folder holds what came of
-it. A hospital never sees "auto": it is sent the resolved description.
+A simulation knows where its sites are, so it asks their images as `panfm plan` does; the run folder holds the
+resolved description. A hospital never sees "auto": it is sent the resolved description.
 """
 
 from collections.abc import Mapping

@@ -18,7 +18,6 @@ from pydantic import Field, model_validator
 
 from panfm.config import StreamConfig, load_site
 from panfm.config.base import Config, Name
-from panfm.data.readers import file_fingerprint
 from panfm.errors import ConfigError
 from panfm.files import new_folder
 
@@ -188,4 +187,6 @@ def texts_of(paths: Iterable[Path]) -> list[object]:
 
 def listing_of(folder: Path, pattern: str) -> list[object]:
     """All files under a folder with what changes when they do, for a fingerprint."""
+    from panfm.data.readers import file_fingerprint  # brings numpy
+
     return [file_fingerprint(path) for path in sorted(folder.rglob(pattern)) if path.is_file()]

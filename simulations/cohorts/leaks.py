@@ -1,28 +1,80 @@
-"""Refuses a cohort whose places share images or people, before anything is trained on it."""
+"""Refuses a cohort whose places share images or people, or have images that show nothing, before it is trained on."""
 
+import hashlib
+import json
 from pathlib import Path
 
-from panfm.config import RunConfig, load_site, site_folders
+from panfm.config import RunConfig, load_site, site_folders, site_path
 from panfm.data.cache import open_store
 from panfm.data.check_places import Place, refuse_leaks
+from panfm.data.intensity import EMPTY_PART, is_constant
+from panfm.data.label_kinds import RULES
+from panfm.data.store import ImageStore
+from panfm.errors import DataError
+
+_HOLDOUT = "holdout"
 
 
-def check_cohort(folder: Path, run: RunConfig) -> None:
+def check_cohort(folder: Path, run: RunConfig) -> dict[str, dict[str, str]]:
     """Compare the sites of a cohort and its hold-out, by subject and by the content of every image.
 
     Builds the caches of images where there are none, as the sites would.
 
+    Returns:
+        Place -> hashes of its `images`, with who they are of, and of its `labels`.
     Raises:
-        DataError: an image is at two places, a held-out subject is at a site, or as `open_store`.
+        DataError: an image is at two places, or shows one value in the part that the run takes, or a held-out subject
+            is at a site; or as `open_store`.
         NoSubjectsError: a site has nobody to train on, or the hold-out nobody to test on.
     """
-    places = []
-    for site in site_folders(folder / "sites"):
-        store = open_store(site, run.streams)
-        store.members("train", str(site))
-        places.append(Place.of_store(load_site(site).name, store))
-    if (folder / "holdout" / "site.toml").is_file():
-        store = open_store(folder / "holdout", run.streams)
-        store.members("test", str(folder / "holdout"))
-        places.append(Place.of_store("holdout", store, is_holdout=True))
+    folders = {load_site(site).name: site for site in site_folders(folder / "sites")}
+    if (folder / _HOLDOUT / "site.toml").is_file():
+        folders[_HOLDOUT] = folder / _HOLDOUT
+    places, hashes = [], {}
+    for name, place in folders.items():
+        store = open_store(place, run.streams)
+        is_holdout = place == folder / _HOLDOUT
+        store.members("test" if is_holdout else "train", str(place))
+        _refuse_empty(name, store)
+        places.append(Place.of_store(name, store, is_holdout=is_holdout))
+        hashes[name] = {"images": _hash_of_images(store), "labels": _hash_of_labels(place)}
     refuse_leaks(places)
+    return hashes
+
+
+def _hash_of_images(store: ImageStore) -> str:
+    """Hash of the content of all images, in any order, with subject, split, stream and session of each."""
+    images = [
+        (
+            store.subjects[at],
+            store.splits[at],
+            stream,
+            store.sessions[stream][number] if stream in store.sessions else "",
+            digest.hex(),
+        )
+        for stream, digests in store.digests.items()
+        for number, (at, digest) in enumerate(zip(store.rows[stream], digests, strict=True))
+    ]
+    return hashlib.sha256(json.dumps(sorted(images)).encode()).hexdigest()
+
+
+def _hash_of_labels(place: Path) -> str:
+    """Hash of a place's label table and of the rules beside it; empty if it has none."""
+    if (labels := load_site(place).labels) is None:
+        return ""
+    path = site_path(place, labels)
+    return hashlib.sha256(
+        b"".join(one.read_bytes() for one in (path, path.with_name(RULES)) if one.is_file())
+    ).hexdigest()
+
+
+def _refuse_empty(place: str, store: ImageStore) -> None:
+    """Raise DataError, one line for each image that shows one value all over."""
+    remedy = "voxels that differ: another shape or spacing, or without it (panfm site check --run --quarantine)"
+    if lines := [
+        f"{place}: {store.subjects[at]} {stream}: found {EMPTY_PART}, expected {remedy}"
+        for stream, images in store.images.items()
+        for at, image in zip(store.rows[stream], images, strict=True)
+        if is_constant(image)
+    ]:
+        raise DataError("\n".join(lines))

@@ -9,10 +9,10 @@ import numpy as np
 
 from panfm.config import RunConfig, site_folders
 from panfm.data.store import ImageStore
-from panfm.evaluate.cohort_labels import read_cohort_labels
 from panfm.evaluate.probe_cohort import Task, evaluate_cohort
 from panfm.evaluate.probe_labels import LabelInfo, LabelledStore
 from panfm.models import PanModel
+from simulations.cohorts.cohort_labels import read_cohort_labels
 from simulations.input_moments import InputMoments
 
 

@@ -9,7 +9,8 @@ from panfm.data.manifest import COLUMNS
 from panfm.data.tables import write_table
 
 _SIMULATED = LimitsConfig(may_leave=tuple(Releasable), smallest_batch=1, smallest_steps=1)
-"""No patient needs a floor where they are drawn or public; everything may leave, and be as small as it likes."""
+"""No patient needs a floor where they are drawn or public; everything may leave, and be as small as it likes. Of the
+public pictures one is of one grey level."""
 
 
 def write_site_folder(
@@ -27,7 +28,8 @@ def write_site_folder(
         labels: Its rows: subject and one value per label; none, and there is no table.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    site = SiteConfig(name=folder.name, labels="labels.csv" if labels else None, limits=_SIMULATED)
+    table = "labels.csv" if labels else None
+    site = SiteConfig(name=folder.name, labels=table, constant_images="take", limits=_SIMULATED)
     (folder / "site.toml").write_text(dump_toml(site), encoding="utf-8")
     write_table(folder / "manifest.csv", COLUMNS[: len(rows[0])], rows)
     if labels:

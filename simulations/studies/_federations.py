@@ -21,7 +21,8 @@ from panfm.models import PanModel
 from server.run_folder import RunFolder
 from simulations.cohorts.opened import OpenedCohort
 from simulations.cohorts.prepare import load_simulation, prepare_cohort
-from simulations.engines import Job, local
+from simulations.engines import local
+from simulations.engines.job import Job
 from simulations.harness import StudyOptions, run_jobs
 from simulations.studies._tables import mean_sd, print_study
 from simulations.study_result import StudyResult

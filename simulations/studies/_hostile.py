@@ -30,7 +30,7 @@ from panfm.sharing.messages import Handshake, RoundReply
 from panfm.sharing.weights import GroupWeights, Weights
 from server.app import app as server_app
 from server.rounds import initial_state
-from simulations.engines import Job
+from simulations.engines.job import Job
 from simulations.engines.local import LocalGrid
 from simulations.engines.logs import logged_to
 from simulations.studies._federations import Federated, federated, outcome

@@ -14,7 +14,6 @@ from rich.table import Table
 from torch import Tensor
 
 from panfm.config import RunConfig
-from panfm.evaluate.classes import Classed, leave_one_modality_out, probe_classes, probe_each_modality
 from panfm.evaluate.embed import embed_store
 from panfm.evaluate.probe_labels import LabelledStore
 from panfm.evaluate.representation import modality_cka
@@ -27,6 +26,7 @@ from simulations.cohorts.opened import OpenedCohort
 from simulations.cohorts.prepare import cohort_of, load_simulation
 from simulations.harness import TRANSIENT, CohortJob
 from simulations.studies._cohorts import FrozenReader, resized, write_files
+from simulations.studies._modality_probe import Classed, leave_one_modality_out, probe_classes, probe_each_modality
 from simulations.studies._routing import seed_routing
 from simulations.studies._tables import mean_sd, print_study
 from simulations.study_result import StudyResult

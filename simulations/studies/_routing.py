@@ -4,7 +4,7 @@
                     built)
     random-routing  every picture has experts of its own, drawn once and for all from its content; no router learns
 
-Random routing has the sparsity of the others and none of their learning: what it shares with them, sparsity explains.
+Random routing has the sparsity of the others and none of their learning: results that they share come from sparsity.
 """
 
 import hashlib

@@ -43,7 +43,7 @@ def test_a_site_cannot_leave_to_the_server_what_its_epsilon_means(limits, missin
         parse_site(f'name = "alpha"\n[limits]\n{limits}\n')
     [line] = str(caught.value).splitlines()
     assert line == (
-        f"site description: limits: epsilon: alone it is no limit, the server would choose {missing}; add {missing}"
+        f"site description: limits: epsilon: limits nothing while the server chooses {missing}; add {missing}"
     )
 
 

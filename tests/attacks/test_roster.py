@@ -17,7 +17,7 @@ from server.app import app as server_app
 from server.coordinator import app
 from server.expected_sites import ExpectedSites
 from server.run_folder import RunFolder
-from simulations.engines import Job
+from simulations.engines.job import Job
 from simulations.engines.local import LocalGrid
 from strategies.round_messages import unpack
 

@@ -3,6 +3,7 @@
 import ast
 import tomllib
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,8 @@ LEVELS = (
     ("__main__", "superlink_database"),
 )
 """Parts of panfm, from the bottom; a part imports its own level and those below."""
+VAGUE = {"found", "each", "held", "what", "take", "come", "came"}
+"""Words that could mean anything."""
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 
 
@@ -34,10 +37,16 @@ def sources(package: str) -> list[Path]:
     return sorted((ROOT / package).rglob("*.py"))
 
 
+@cache
+def nodes(path: Path) -> list[ast.AST]:
+    """All nodes of a file's syntax tree."""
+    return list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+
+
 def imports(path: Path) -> set[str]:
     """Dotted names of all modules that a file imports, wherever in it."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -70,6 +79,22 @@ def test_file_names_are_unique():
         if path.stem not in ("__init__", "__main__", "app") and "objectives" not in path.parts
     )
     assert [name for name, count in names.items() if count > 1] == []
+
+
+def names(path: Path) -> set[str]:
+    """Names that a file gives to variables, parameters and functions, without underscores in front."""
+    given = set()
+    for node in nodes(path):
+        match node:
+            case ast.Name(id=name, ctx=ast.Store()) | ast.arg(arg=name) | ast.FunctionDef(name=name):
+                given.add(name.lstrip("_"))
+    return given
+
+
+@pytest.mark.parametrize("package", HOUSE)
+def test_names_say_what_a_thing_is(package):
+    vague = {path.relative_to(ROOT).as_posix(): names(path) & VAGUE for path in sources(package)}
+    assert {path: words for path, words in vague.items() if words} == {}
 
 
 def test_the_library_imports_downwards_only():

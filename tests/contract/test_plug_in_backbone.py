@@ -66,7 +66,7 @@ import torch
 from panfm.config import parse_run
 from panfm.models import build_model
 from server.run_folder import RunFolder
-from simulations.engines import Job
+from simulations.engines.job import Job
 from simulations.engines.local import run as run_local
 
 sites, run_dir, text = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]

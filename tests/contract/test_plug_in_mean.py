@@ -58,7 +58,7 @@ import numpy as np
 import strategies.grouped as grouped
 from panfm.config import load_run
 from server.run_folder import RunFolder
-from simulations.engines import Job
+from simulations.engines.job import Job
 from simulations.engines.local import run
 
 used = {}

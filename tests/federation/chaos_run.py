@@ -34,7 +34,7 @@ from panfm.config.site_description import LimitsConfig  # noqa: E402
 from panfm.errors import PanfmError  # noqa: E402
 from panfm.site import worker  # noqa: E402
 from server.app import app as server_app  # noqa: E402
-from simulations.engines import Job  # noqa: E402
+from simulations.engines.job import Job  # noqa: E402
 from simulations.engines.local import run_apps  # noqa: E402
 from strategies.exact_mean import ExactMean, Votes  # noqa: E402
 

@@ -9,7 +9,7 @@ import tomli_w
 
 from panfm.config import RunConfig, load_run
 from server.run_folder import RunFolder
-from simulations.engines import Job
+from simulations.engines.job import Job
 from simulations.engines.local import run as run_local
 
 HOLDINGS = {"alpha": ("brain", "heart"), "beta": ("heart",), "gamma": ("brain", "liver")}

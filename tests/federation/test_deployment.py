@@ -30,9 +30,9 @@ from panfm.site.audit_log import AuditLog
 from server.checkpoint import ServerState, load_latest
 from server.flower_cli import ROOT, flwr, submit
 from server.run_folder import RunFolder
-from simulations.engines import Job
 from simulations.engines.deployment import CONNECTION, Deployment, credentials, run_config
 from simulations.engines.flower import wait_for_end
+from simulations.engines.job import Job
 from simulations.engines.processes import Process, free_ports, send_signal, wait_until
 from tests.conftest import NO_FLOORS
 from tests.federation.conftest import HOLDINGS, RUN, Federation

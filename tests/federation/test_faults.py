@@ -21,7 +21,7 @@ from client.app import app as client_app
 from panfm.errors import DataError, RunError
 from panfm.site import resident_site
 from server.app import app as server_app
-from simulations.engines import Job
+from simulations.engines.job import Job
 from simulations.engines.local import LocalGrid, run_apps
 from simulations.engines.local import run as run_local
 from tests.federation.conftest import HOLDINGS, Federation

@@ -27,7 +27,7 @@ from server.app import app as server_app
 from server.console import Progress
 from server.rounds import run_federation
 from server.run_folder import RunFolder
-from simulations.engines import Job
+from simulations.engines.job import Job
 from simulations.engines.local import LocalGrid, run_apps
 from simulations.engines.local import run as run_local
 from strategies import Memory
@@ -164,7 +164,7 @@ def test_a_site_that_lost_its_place_says_so_and_is_sent_everything(federation, m
     run_dir = federation.run("drifted", "sharing.coding=int8")
     rejected = [line["rejected"] for line in lines(run_dir)]
     assert [list(each) for each in rejected] == [[], ["beta"], []]
-    assert "no step leads from this site's parameters" in rejected[1]["beta"]
+    assert "the step does not lead from this site's parameters" in rejected[1]["beta"]
     assert lines(run_dir)[2]["sites"]["beta"]["state_round"] == 1
     assert bytes_down(run_dir)[2] > bytes_down(run_dir)[1]
 

@@ -14,7 +14,7 @@ from panfm.privacy.ledger import FILE
 from panfm.report.report_page import write_report
 from panfm.report.run_files import read_run
 from server.run_folder import RunFolder
-from simulations.engines import Job
+from simulations.engines.job import Job
 from simulations.engines.local import run as run_local
 
 PRIVATE = (

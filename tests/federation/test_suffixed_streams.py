@@ -11,7 +11,7 @@ from panfm.cli import main
 from panfm.config import load_run
 from panfm.evaluate.embed import read_features
 from server.run_folder import RunFolder
-from simulations.engines import Job
+from simulations.engines.job import Job
 from simulations.engines.local import run as run_local
 
 RUN = """

@@ -167,7 +167,7 @@ def test_weights_fetch_without_a_network_is_one_line(tmp_path, monkeypatch):
     result = panfm("weights", "fetch", "facebook/dinov2-small", "--out", tmp_path / "new")
     assert (result.exit_code, result.output) == (
         1,
-        "facebook/dinov2-small: no way to huggingface.co; bring config.json, preprocessor_config.json, "
+        "facebook/dinov2-small: huggingface.co cannot be reached; copy config.json, preprocessor_config.json, "
         "model.safetensors into a folder\n",
     )
     assert panfm("weights", "fetch", "a/b", "--out", tmp_path).output == f"{tmp_path}: exists, expected a new folder\n"

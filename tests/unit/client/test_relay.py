@@ -64,5 +64,5 @@ def test_a_worker_that_comes_late_is_found(worker, tmp_path, monkeypatch):
 
 def test_an_answer_that_is_none_is_refused(worker):
     path, _ = worker(0, b"HTTP/1.1 200 OK\r\n\r\n" + bytes(64))
-    with pytest.raises(ProtocolError, match="not one of panfm"):
+    with pytest.raises(ProtocolError, match="not a message of panfm"):
         relay.ask(path, QUESTION)

@@ -70,7 +70,7 @@ class SiteFolder:
     def assert_quarantine_leaves_one_row(self):
         result = self.check("--quarantine")
         assert result.exit_code == 0
-        assert "1 rows left out, 1 stay" in result.output
+        assert "1 row left out, 1 stay" in result.output
         assert len((self.folder / QUARANTINE).read_text().splitlines()) == 2
         assert len(self.faults()) == 1  # the check itself goes on seeing the fault
 

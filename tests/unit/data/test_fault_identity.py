@@ -180,7 +180,7 @@ def test_sites_that_number_their_subjects_alike_are_told(places):
     add(places, "south", "7", volume(51))
     code, lines = check(places)
     assert code == 0
-    assert lines == ["note: north and south: 1 subjects of the same name, taken for different people: 7"]
+    assert lines == ["note: north and south: 1 subject of the same name, taken for different people: 007"]
 
 
 def test_two_folders_of_one_name_are_refused(places):

@@ -73,7 +73,7 @@ def test_labels_find_their_images_by_any_spelling(site, name):
     (site.folder / "labels.csv").write_text(f"subject,age\n{second},61.5\nnobody,3\n", encoding="utf-8")
     place = LabelledStore.open(site.folder, {"brain-mr": STREAM})
     assert place.labels["age"].tolist() == [61.5]
-    assert "labels.csv: 1 subjects used for the images of clinic" in site.check().output
+    assert "labels.csv: 1 subject used for the images of clinic" in site.check().output
 
 
 def test_the_check_tells_both_sides_by_name(site):
@@ -84,7 +84,7 @@ def test_the_check_tells_both_sides_by_name(site):
     assert told == [
         "note: labels.csv: 2 subjects used for the images of clinic",
         "note: labels.csv: spelled otherwise than in the images of clinic: '7' for '007'",
-        "note: the images of clinic: 1 subjects not in labels.csv: 'c'",
+        "note: the images of clinic: 1 subject not in labels.csv: 'c'",
         "note: labels.csv: 2 subjects not in the images of clinic: 'x', 'y'",
     ]
 
@@ -116,7 +116,7 @@ def test_features_and_labels_are_joined_by_key_and_accounted_for():
     assert score.value > 0.95
     assert notes[0] == "labels: 59 subjects used for features"
     assert notes[1].startswith("labels: spelled otherwise than in features: 'A001' for 'a1', ")
-    assert notes[2:] == ["features: 1 subjects not in labels: '30'", "labels: 1 subjects not in features: 'x'"]
+    assert notes[2:] == ["features: 1 subject not in labels: '30'", "labels: 1 subject not in features: 'x'"]
 
 
 def test_two_places_may_number_their_subjects_alike():

@@ -6,10 +6,12 @@ from PIL import Image
 
 from panfm.anatomy import Modality
 from panfm.config import StreamConfig
+from panfm.data.cache import open_store
 from panfm.data.check import check_site
 from panfm.data.check_outputs import Output, inspect_output, out_of_line
 from panfm.data.intensity import apply_intensity
 from panfm.data.readers import ImageError, Volume
+from panfm.errors import DataError
 
 HU = np.random.default_rng(0).normal(0.0, 300.0, (8, 9, 10)).round().clip(-1000, 1500).astype(np.float32)
 HU[:4] = -1000.0
@@ -168,3 +170,68 @@ def test_the_command_tells_faults_and_notes_by_file(site, streams):
     assert "note: labels_brain-mr.nii.gz: 8 different values: a map of labels?" in result.output
     for report in (check_site(site.folder), check_site(site.folder, streams)):
         assert [fault.file for fault in report.faults] == ["thin_brain-mr.nii.gz"]
+
+
+CONSTANT = {name: FAULTY[name] for name in FAULTY if "one value all over" in FAULTY[name][2]}
+
+
+@pytest.mark.parametrize("name", CONSTANT)
+def test_a_run_refuses_what_shows_one_value_and_says_how_to_leave_it_out(site, name):
+    stream, voxels, _ = CONSTANT[name]
+    for seed, subject in enumerate("ab"):
+        site.add(subject, stream, np.random.default_rng(seed).normal(0.0, 300.0, (8, 9, 10)).astype(np.float32))
+    site.add("flat", stream, voxels.astype(np.float32))
+    with pytest.raises(DataError) as caught:
+        open_store(site.folder, {stream: CONFIG})
+    assert str(caught.value).startswith(f"{site.folder}/flat_{stream}.nii.gz: found one value all over (")
+    assert str(caught.value).endswith("(panfm site check --quarantine leaves it out)")
+    assert site.check("--quarantine").exit_code == 0
+    assert open_store(site.folder, {stream: CONFIG}).subjects == ("a", "b")
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "I;16"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_run_refuses_a_blank_picture(site, mode, channels):
+    Image.fromarray(np.full((9, 9), 7, np.uint16 if mode == "I;16" else np.uint8)).convert(mode).save(
+        site.write() / "a.png"
+    )
+    site.row("a", "chest-xray", "a.png")
+    config = StreamConfig(shape=(8, 8), patch=(4, 4), channels=channels)
+    with pytest.raises(DataError, match=r"a.png: found one value all over .* expected grey levels of 0 to 255"):
+        open_store(site.folder, {"chest-xray": config})
+    (site.folder / "site.toml").write_text('name = "clinic"\nconstant-images = "take"\n')
+    assert np.ptp(open_store(site.folder, {"chest-xray": config}).images["chest-xray"]) == 0
+
+
+def test_a_part_that_shows_nothing_is_told_and_not_refused(site, caplog):
+    """A server chooses the part: its refusals would say where an image is flat."""
+    hollow = np.random.default_rng(0).integers(0, 999, (24, 24, 24)).astype(np.int16)
+    hollow[4:20, 4:20, 4:20] = 5
+    site.add("hollow", voxels=hollow)
+    assert np.ptp(open_store(site.folder, {"brain-mr": CONFIG}).images["brain-mr"]) == 0
+    assert "hollow_brain-mr.nii.gz: one value all over the part that the run's shape" in caplog.text
+
+
+@pytest.mark.parametrize("paddings", [(-1024, -2000), (-1, -2), (-32768, -1), (-1, -1024, -2000), (-2000,)])
+@pytest.mark.parametrize("modality", [Modality.MR, Modality.PET])
+def test_several_paddings_in_one_image_leave_the_scale_to_the_tissue(paddings, modality):
+    tissue = np.random.default_rng(3).integers(0, 900, 2000).astype(np.float32)
+    filled = tissue.copy()
+    for number, padding in enumerate(paddings):
+        filled[100 * number : 100 * (number + 1)] = padding
+    rest = len(paddings) * 100
+    scaled = apply_intensity(filled, modality)
+    np.testing.assert_array_equal(scaled[rest:], apply_intensity(tissue[rest:], modality))
+    assert not scaled[:rest].any()
+
+
+@pytest.mark.parametrize(
+    "negative", [(-1, -2, -3, -4), (-1.5, -2.5), (-700, -20)], ids=["four", "no whole numbers", "a few voxels"]
+)
+def test_other_negative_numbers_are_no_padding(negative):
+    image = np.random.default_rng(3).integers(0, 900, 2000).astype(np.float32)
+    for number, value in enumerate(negative):
+        image[100 * number : 100 * number + (5 if value == -20 else 100)] = value
+    low, high = np.percentile(image, (1, 99))
+    expected = np.clip((image - np.float32(low)) / np.float32(high - low), 0, 1)
+    np.testing.assert_allclose(apply_intensity(image, Modality.MR), expected, atol=1e-6)

@@ -195,3 +195,13 @@ def test_the_check_tells_what_was_applied(site):
 def test_options_that_do_not_hold(stream, text):
     with pytest.raises(ConfigError, match=text):
         parse_run(f'name = "r"\norgans = ["chest"]\n[streams]\nchest-xray = {{ {stream} }}\n')
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP", "BMP", "GIF"])
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
+def test_a_picture_that_was_cut_off_is_refused(kind, share):
+    """Pillow shows what there is of some of them, the rest grey."""
+    whole = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64)).astype(np.uint8)).save(whole, kind)
+    with pytest.raises(ImageError):
+        decode_picture(whole.getvalue()[: int(share * len(whole.getvalue()))])

@@ -1,10 +1,12 @@
 """Kind 12: separators, encodings and decimal commas in tables."""
 
 import codecs
+from pathlib import Path
 
 import pytest
 
-from panfm.data.labels import read_label_table
+from panfm.data.label_kinds import infer_kinds
+from panfm.data.labels import LabelTable, read_label_table
 from panfm.data.tables import read_table
 from panfm.errors import DataError
 
@@ -104,3 +106,38 @@ def test_the_check_names_the_manifest(site):
     manifest = site.folder / "manifest.csv"
     manifest.write_text(manifest.read_text().replace(",", ";"))
     site.assert_one_fault("manifest.csv: found no column subject, stream, path (cells separated by semicolons; ")
+
+
+MARKED = "with commas or other marks, e.g. {}; left out: write them with a point and no other mark, as 1234.5"
+
+
+@pytest.mark.parametrize(
+    ("cells", "kind", "note"),
+    [
+        (["1,5", "2,5", "3,5"], "ignore", f"3 numbers {MARKED.format(repr('1,5'))}"),
+        (["1.5", "2", "3,5", "4"], "ignore", f"1 number {MARKED.format(repr('3,5'))}"),
+        (["1_000", "2000", "3000"], "ignore", MARKED.format(repr("1_000"))),
+        (["1'000", "2000", "3000"], "ignore", "1 number with commas or other marks"),
+        (["1,234.5", "20", "30"], "ignore", MARKED.format(repr("1,234.5"))),
+        (["1 234", "20", "30"], "ignore", MARKED.format(repr("1 234"))),
+        (
+            ["=1+1", "2", "3"],
+            "ignore",
+            "1 formula of a spreadsheet, e.g. '=1+1'; left out: save their values, or write",
+        ),
+        (["#REF!", "a", "b", "a", "b"], "ignore", "1 formula of a spreadsheet, e.g. '#ref!'"),
+        (["#DIV/0!", "1.5", "2.5"], "ignore", "1 formula of a spreadsheet, e.g. '#div/0!'"),
+        (["#N/A", "1.5", "2.5"], "number", ""),
+        (["44197", "44198", "45000"], "number", "whole numbers of 44197 to 45000: dates of a spreadsheet?"),
+        (["44197", "44198.5"], "number", ""),
+        (["\u200b1", "0", "1\ufeff"], "yes-no", ""),
+        (["\u200bYes", "no", "yes\u00ad"], "yes-no", ""),
+        (["IIa", "IIb", "IIa", "IIb", "III", "III"], "classes", "classes iia, iib, iii"),
+    ],
+)
+def test_cells_as_spreadsheets_write_them(cells, kind, note):
+    subjects = tuple(f"s{number}" for number in range(len(cells)))
+    table = LabelTable(Path("labels.csv"), subjects, (2,) * len(cells), {"column": tuple(cells)})
+    kinds = infer_kinds([table], {})
+    assert kinds.by_column["column"].kind == kind
+    assert (note in kinds.notes[0]) if note else kinds.notes == ()

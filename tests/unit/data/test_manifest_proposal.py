@@ -8,8 +8,10 @@ from typer.testing import CliRunner
 
 from panfm.cli import main
 from panfm.config import load_site
+from panfm.data.labels import read_cells
 from panfm.data.manifest import read_manifest
 from panfm.data.manifest_proposal import draw_split
+from panfm.errors import DataError
 
 
 def init(site, source, *options):
@@ -240,3 +242,59 @@ def test_a_manifest_of_another_form_is_not_written_to(tmp_path):
     assert result.exit_code == 1
     assert "found 'subject;stream;path', expected a header with commas" in result.stderr
     assert (site / "manifest.csv").read_text() == "subject;stream;path\n"
+
+
+ROW = "subject,path,stream\nA,{},brain-mr\n"
+NO_IMAGE = "left out, no image that a reader accepts: 1: t.csv:2: "
+TABLES = {
+    "semicolons": ("subject;path\nA;a_brain_mr.nii\n", "found columns subject;path, expected one for the subject"),
+    "a shortened number": ("subject,path\n1.2E+05,a_brain_mr.nii\n", "left out, subject '1.2E+05', expected an"),
+    "a folder": (ROW.format("folder"), NO_IMAGE),
+    "no image": (ROW.format("notes.txt"), NO_IMAGE),
+    "another split": ("subject,path,split\nA,a_brain_mr.nii,mine\n", "left out, split 'mine', expected train or val"),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_line_of_a_table_that_becomes_no_row_is_told(tmp_path, name):
+    text, told = TABLES[name]
+    touch(tmp_path, "a_brain_mr.nii", "folder/x.txt", "notes.txt")
+    (tmp_path / "t.csv").write_text(text)
+    result = init(tmp_path / "clinic", tmp_path / "t.csv", "--yes")
+    assert result.exit_code == 1
+    assert told in result.output
+    if name == "semicolons":
+        assert result.stderr.endswith("(save the table with commas between cells)\n")
+
+
+@pytest.mark.parametrize("header", ["\ufeffSubject ID,Path,Split", "patient-id,File,split", "Participant,image,SPLIT"])
+@pytest.mark.parametrize(("word", "split"), [("Train", "train"), ("TEST", "test"), ("validation", "val")])
+def test_headers_and_splits_as_people_write_them(tmp_path, header, word, split):
+    touch(tmp_path, "a_brain_mr.nii")
+    (tmp_path / "t.csv").write_text(f"{header}\nA,a_brain_mr.nii,{word}\n")
+    assert init(tmp_path / "clinic", tmp_path / "t.csv", "--yes").exit_code == 0
+    [row] = rows_of(tmp_path / "clinic")
+    assert (row.subject, row.split) == ("A", split)
+
+
+def test_a_subject_with_images_of_several_modalities_is_told(tmp_path):
+    """Two departments may number their patients apart."""
+    touch(tmp_path / "data", "brain/mr/A01.nii", "liver/ct/A01.nii", "liver/ct/B02.nii", "brain/mr/A03.nii")
+    told = init(tmp_path / "clinic", tmp_path / "data", "--yes").output
+    assert "1 subject with images of several modalities, e.g. 'A01' with ct and mr: each taken for one person" in told
+    touch(tmp_path / "other", "brain/mr/A01_t1.nii", "brain/mr/A01_t2.nii")
+    assert "several modalities" not in init(tmp_path / "hospital", tmp_path / "other", "--yes").output
+
+
+def test_a_number_that_a_spreadsheet_shortened_is_no_subject(tmp_path):
+    touch(tmp_path, "a.nii")
+    for text, ok in (("1E+05", False), ("1.23e+11", False), ("1e5", True), ("E+05", True), ("s-1E+05", True)):
+        (tmp_path / "site.toml").write_text('name = "clinic"\nlabels = "labels.csv"\n')
+        (tmp_path / "manifest.csv").write_text(f"subject,stream,path\n{text},brain-mr,a.nii\n")
+        (tmp_path / "labels.csv").write_text(f"subject,old\n{text},1\n")
+        for read in (rows_of, lambda folder: read_cells(folder / "labels.csv")):
+            if ok:
+                read(tmp_path)
+            else:
+                with pytest.raises(DataError, match="that no spreadsheet has shortened: format the column as text"):
+                    read(tmp_path)

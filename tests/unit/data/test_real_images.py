@@ -20,6 +20,7 @@ from panfm.config.model import ModelConfig
 from panfm.config.training import TrainConfig
 from panfm.data.cache import open_store
 from panfm.data.check import check_site
+from panfm.errors import DataError
 from panfm.evaluate.embed import embed_store, read_features
 from panfm.models import PanModel
 from panfm.training.trainer import Trainer
@@ -58,6 +59,10 @@ def assert_sound(folder, streams, num_rows, blank=()):
     assert [Path(fault.file).name for fault in report.faults] == list(blank)
     assert all("one value all over" in str(fault) for fault in report.faults)
     assert len(report.rows) == num_rows - len(blank)
+    if blank:
+        with pytest.raises(DataError, match=rf"{blank[0]}: found one value all over .* --quarantine leaves it out"):
+            open_store(folder, streams)
+        (folder / "site.toml").write_text('name = "real"\nconstant-images = "take"\n')
     store = open_store(folder, streams)
     assert sum(len(images) for images in store.images.values()) == num_rows
     for stream, images in store.images.items():

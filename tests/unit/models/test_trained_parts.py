@@ -104,7 +104,7 @@ def test_strict(parts):
 def test_a_private_run_freezes_a():
     privacy = "[patient-dp]\nepsilon = 8.0\ndelta = 1e-3\npublic-subjects = 50\nnoise-multiplier = 1.0\n"
     privacy += "sample-rate = 0.1\n"
-    with pytest.raises(ConfigError, match=r"train\.parts\.frozen-a: a private run multiplies no noise with noise"):
+    with pytest.raises(ConfigError, match=r"train\.parts\.frozen-a: both factors would get noise in a private run"):
         run_of("lora", privacy)
     run_of("lora-frozen-a", privacy)
     with pytest.raises(ConfigError, match=r"patient-dp: trained: .* set train\.parts"):

@@ -7,6 +7,7 @@ from panfm.cli import main
 from panfm.config import load_run
 from panfm.planning import plan as planning
 from panfm.planning.cost import Cost
+from panfm.planning.shared_tasks import propose_tasks
 
 
 def panfm(*words):
@@ -103,3 +104,64 @@ def test_a_mistake_is_one_line_and_nothing_is_written(tmp_path, sites, holdout, 
     assert expected[what] in done.stderr
     assert (done.exit_code, len(done.stderr.splitlines())) == (1, 1)
     assert not (tmp_path / "run.toml").exists()
+
+
+def test_a_description_that_cannot_be_written_is_told_before_any_image_is_read(tmp_path, sites, monkeypatch):
+    monkeypatch.setattr(planning, "survey_sites", lambda *_: pytest.fail("headers were read"))
+    done = panfm("plan", *sites, "--out", tmp_path / "nowhere" / "run.toml")
+    assert done.stderr.startswith(
+        f"{tmp_path / 'nowhere' / 'run.toml'}: cannot be written, expected a file in a folder"
+    )
+
+
+def test_tasks_of_the_probe_stand_in_the_description(quick, tmp_path, sites):
+    for folder in sites:
+        (folder / "labels.csv").write_text("subject,old\na-0,1\na-1,0\nb-0,1\nb-1,0\n")
+        (folder / "site.toml").write_text(f'name = "{folder.name}"\nlabels = "labels.csv"\n{ALLOW}')
+    plan = planning.make_plan(sites, name="run")
+    assert plan.text.endswith('[probe.tasks]\nold = ["old"]\n')
+    assert plan.run.probe.tasks == {"old": ("old",)}
+
+
+ALLOW = '[limits]\nmay-leave = ["updates", "counts", "label-sums"]\n'
+NONE = "no probe of all sites' labels is proposed: "
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "tasks", "note"),
+    [
+        (
+            {"old": "01", "sex": "MF"},
+            {"old": "01", "sex": "FM"},
+            ["old"],
+            "probe.tasks: sex left out: not plain numbers at all sites",
+        ),
+        ({"old": "01", "age": ["61.5", ""]}, {"old": "10", "age": ["48", "7e1"]}, ["old", "age"], ""),
+        ({"old": "01"}, {"sick": "01"}, [], NONE + "no label that all sites have as numbers, such as 0 and 1"),
+        ({"old": "yn"}, {"old": "ny"}, [], NONE + "no label that all sites have as numbers"),
+        ({"old": ["0", "1_0"]}, {"old": "01"}, [], NONE),
+        ({"old": ["0", "na"]}, {"old": "01"}, [], NONE),
+        ({"old": ["0", "-999"]}, {"old": ["1", "2.5"]}, [], NONE),
+        ({"old": "01"}, None, [], NONE + 'no labels = "labels.csv" in site.toml of b'),
+        (None, None, [], ""),
+    ],
+)
+def test_labels_that_all_sites_have_as_numbers_become_tasks(tmp_path, one, other, tasks, note):
+    folders = []
+    for name, labels in (("a", one), ("b", other)):
+        (tmp_path / name).mkdir()
+        named = 'labels = "labels.csv"\n' if labels else ""
+        (tmp_path / name / "site.toml").write_text(f'name = "{name}"\n{named}{ALLOW}')
+        if labels:
+            rows = [",".join([f"{name}-{n}", *(column[n] for column in labels.values())]) for n in range(2)]
+            (tmp_path / name / "labels.csv").write_text("\n".join([",".join(["subject", *labels]), *rows]) + "\n")
+        folders.append(tmp_path / name)
+    found, line = propose_tasks(folders)
+    assert found == {name: (name,) for name in tasks}
+    assert line.startswith(note) if note else line == ""
+    assert propose_tasks(folders[:1]) == ({}, "")
+    if tasks:
+        site = tmp_path / "b" / "site.toml"
+        site.write_text(site.read_text().replace(', "label-sums"', ""))
+        expected = f'{NONE}{", ".join(tasks)} could be probed with "label-sums" in limits.may-leave of site.toml of b'
+        assert propose_tasks(folders) == ({}, f"{expected} (docs/site-operator.md)")

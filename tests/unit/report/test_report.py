@@ -227,7 +227,7 @@ def test_every_label_has_its_own_row(finished):
     rows = [line.replace("\u2502", " ").split() for line in console.export_text().splitlines()]
     assert ["sex", "AUC", "90", "30", ".810", "[.700,", ".900]", ".600"] in rows
     assert ["<age>", "R2", "88", "29", ".250", "[.100,", ".300]", "-"] in rows
-    told = "a-site: 2 subjects with images have no row in the label table, 1 rows no image of the run"
+    told = "a-site: 2 subjects with images and no row in the label table, 1 row without an image of the run"
     page = write_report(run).read_text()
     cells = [".250 [.100, .300]", "-", "R2", "88", "29"]
     row = "".join(f"<td>{cell}</td>" if cell == "R2" else f'<td class="n">{cell}</td>' for cell in cells)

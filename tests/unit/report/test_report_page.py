@@ -86,7 +86,7 @@ def test_a_whole_run_has_all_sections_and_is_small(tmp_path):
         assert anchor in SECTIONS
     words = words_of(page)
     assert "Training together beat every site alone." in words
-    assert "It is better than the start model, an untrained model and plain image statistics." in words
+    assert "The federated model is better than the start model, an untrained model and plain image statistics." in words
     assert "beta alone, the best site" in words
     assert "brain-mr (20%)" in words
     assert "1.500 CPU hours, measured" in words
@@ -186,11 +186,10 @@ def test_references_that_are_ahead_are_named(tmp_path):
     better = {"statistics": 0.75, "tokenizer": 0.8}
     scores = tuple(replace(score, value=better.get(score.arm, score.value)) for score in result.scores)
     write_result(folder / "probe.json", replace(result, scores=scores))
-    sentences = verdict(read_run(folder)).sentences
-    assert (
-        sentences[0] == "It is better than the start model and an untrained model, but not than plain image statistics."
-    )
-    assert "without any network, reaches .800" in sentences[1]
+    told = verdict(read_run(folder))
+    assert told.headline == "Training together beat every site alone; it is not better than plain image statistics."
+    assert told.sentences[0] == "The federated model is better than the start model and an untrained model."
+    assert "without any network, reaches .800" in told.sentences[1]
 
 
 def test_a_private_run_tells_epsilon_and_what_its_claim_does_not_cover(tmp_path):

@@ -56,3 +56,12 @@ def test_nobody_to_train_on_or_to_test_on(cohort, tmp_path):
     cohort["south"].write()
     with pytest.raises(NoSubjectsError, match="south: found no subject in the train split"):
         check_cohort(tmp_path, parse_run(RUN))
+
+
+def test_an_image_whose_part_of_the_run_shows_nothing_stops_a_simulation(cohort, tmp_path):
+    hollow = volume(7, (24, 24, 24))
+    hollow[4:20, 4:20, 4:20] = 5
+    cohort["south"].add("hollow", voxels=hollow, split="train")
+    (cohort["south"].folder / "site.toml").write_text('name = "south"\n')
+    with pytest.raises(DataError, match=r"^south: hollow brain-mr: found one value all over the part that the run's"):
+        check_cohort(tmp_path, parse_run(RUN))

@@ -15,8 +15,9 @@ from panfm.report.report_data import ReportData, read_report_data, write_report_
 from server.run_folder import RunFolder
 from simulations.cohorts.opened import OpenedCohort
 from simulations.embedding_map import HELD_OUT, embedding_map
-from simulations.example_slices import _in_slice, _middle, _slice_patches, example_slices
+from simulations.example_slices import _hidden, _in_slice, _middle, _slice_patches, example_slices
 from simulations.expert_map import expert_map
+from tests.cases import quick
 
 
 def cohort(run, make_store, subjects=12):
@@ -55,7 +56,7 @@ def test_there_is_no_map_of_few_subjects_or_equal_embeddings(make_run, make_stor
     assert embedding_map(run, model, same, []) is None
 
 
-@pytest.mark.parametrize("objective", ["latent", "mae", "views"])
+@pytest.mark.parametrize("objective", quick(["latent", "views", "mae"], 2))
 def test_slices_of_every_stream(make_run, make_store, tmp_path, objective):
     """Pictures have the size of the slice; an objective that predicts nothing has no third one."""
     augment = "[augment]\n" if objective == "views" else ""
@@ -77,6 +78,20 @@ def test_slices_of_every_stream(make_run, make_store, tmp_path, objective):
     assert set(examples.error) == (set(run.streams) if predicts else set())
     write_report_data(tmp_path, ReportData(examples=examples))
     assert read_report_data(tmp_path).examples.rows[0].masked == examples.rows[0].masked
+
+
+def test_a_batch_in_which_nothing_is_hidden(make_run, make_store):
+    """Subjects of one token have nothing to hide; they come before others, in a batch of their own."""
+    run = make_run('[model]\nsize = "nano"\n')
+    one = run.streams["eye-fundus"].model_copy(update={"shape": (4, 4)})
+    run = run.model_copy(update={"streams": run.streams | {"eye-fundus": one}})
+    whole = make_store(run, 32, complete=True)
+    late = {name: rows[16:] if name != "eye-fundus" else rows for name, rows in whole.rows.items()}
+    images = {name: whole.images[name][-len(rows) :] for name, rows in late.items()}
+    hidden = _hidden(run, build_model(run), replace(whole, images=images, rows=late), np.arange(32), "test")
+    assert hidden["brain-mr"].subject.min() >= 16
+    assert hidden["brain-mr"].features.shape == (len(hidden["brain-mr"].subject), 48)
+    assert len(hidden["eye-fundus"].features) == len(hidden["eye-fundus"].pixels)
 
 
 def picture(png):

@@ -141,15 +141,15 @@ def test_a_step_from_elsewhere_is_refused_and_all_parameters_mend_it(folder, tmp
     first = task(1, extra=extra)
     step, reached = stepped(first, first.groups, 2)
     site = Site(folder, tmp_path / "state")
-    with pytest.raises(ProtocolError, match="round 2: no step leads from this site's parameters"):
+    with pytest.raises(ProtocolError, match="round 2: the step does not lead from this site's parameters"):
         site.train_round(step)  # new
     site.train_round(first)
     drifted = {group: flat + np.float32(1e-3) for group, flat in first.groups.items()}
     site.train_round(replace(first, round_number=2, groups=drifted))
-    with pytest.raises(ProtocolError, match="no step leads"):
+    with pytest.raises(ProtocolError, match="the step does not lead"):
         site.train_round(replace(step, round_number=3))
     assert site.train_round(replace(first, round_number=3, groups=reached)).state_round == 2
-    with pytest.raises(ProtocolError, match="round 6: no step leads"):
+    with pytest.raises(ProtocolError, match="round 6: the step does not lead"):
         site.train_round(replace(step, round_number=6))  # away for two rounds
 
 

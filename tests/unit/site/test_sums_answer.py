@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tomli_w
 
+from panfm.cli.site_lines import message_line
 from panfm.config import dump_toml
 from panfm.data.cache import open_store
 from panfm.errors import LimitError, ProtocolError
@@ -131,7 +132,7 @@ def test_a_question_has_one_answer(labelled):
     with pytest.raises(ProtocolError, match=r"^round 1: \w+ is not what the run's seed gives"):
         ask(site, replace(first, model=replace(first.model, groups=moved)))
     ask(site, question(4, extra=GATED, purpose=purpose))
-    with pytest.raises(ProtocolError, match=r"^gate before round 3: asked after one before round 4$"):
+    with pytest.raises(ProtocolError, match=r"^gate before round 3: asked after a question before round 4$"):
         ask(site, question(3, extra=GATED, purpose=purpose))
     assert len(read_asked(site.state_dir / "runs" / "run-1").sums) == 3
 
@@ -199,8 +200,8 @@ def test_the_loss_of_the_val_split(labelled):
 @pytest.mark.parametrize(
     ("asked", "reason"),
     [
-        ({"extra": "", "purpose": Purpose.GATE}, "gate: the run has none"),
-        ({"extra": ""}, "probe.tasks: the run has none"),
+        ({"extra": "", "purpose": Purpose.GATE}, "gate: this run has no [gate]"),
+        ({"extra": ""}, "probe.tasks: this run has no tasks"),
         ({"number": 8}, "round 8: expected 1 to 7"),
     ],
 )
@@ -225,6 +226,32 @@ def test_sums_are_named_in_the_audit_log(labelled, tmp_path):
     [line] = audit_log.lines()
     assert (line["round"], line["numbers"], line["words"]) == (LAST, [], ["round", "run-id"])
     assert {(name.split("/")[1], kind) for name, kind, _ in line["arrays"]} == {("old", "float64"), ("pair", "float64")}
+
+
+def test_the_audit_log_tells_what_sums_are_of(labelled, tmp_path):
+    site, audit_log = labelled(), AuditLog(tmp_path / "log")
+    for purpose in (Purpose.PROBE, Purpose.ERRORS):
+        found = answer(site, Frame(Kind.SUMS, question(purpose=purpose).to_records()))
+        audit_log.append(found, encode(found), summed=site.summed)
+    answer(site, Frame(Kind.SUMS, question(extra="").to_records()))
+    assert site.summed is None
+    first, last = audit_log.lines()
+    assert first["summed"] == {"purpose": "probe", "labels": {"old": ["old"], "pair": ["old", "tall"]}}
+    assert last["summed"] == {"purpose": "errors", "labels": {}}
+    assert f"answer of round {LAST} of run-1, sums for probe; old: old; pair: old, tall: " in message_line(first)
+
+
+def test_a_finished_run_is_probed_while_another_trains(labelled):
+    """Its sums were refused: limits.runs-at-once counts runs that go on."""
+    site = labelled()
+    site.train_round(task(LAST - 1, extra=TASKS))
+    site.train_round(task(run_id="run-2"))
+    assert set(ask(site, question()).sums) == {"old", "pair"}
+    with pytest.raises(LimitError, match=r"limits\.runs-at-once"):
+        site.train_round(task(run_id="run-3"))
+    (site.state_dir / "runs" / "run-1" / "ended").touch()
+    with pytest.raises(LimitError, match="the operator of this site has ended it"):
+        ask(site, question())
 
 
 def test_a_question_holds_no_more_than_parameters_and_paths():

@@ -96,7 +96,7 @@ def test_what_cannot_be_written_down_does_not_leave(folder, serving, monkeypatch
 
 @pytest.mark.parametrize("kind", [Kind.ANSWER, Kind.ERROR])
 def test_it_answers_two_questions_only(serving, kind):
-    reason = "site alpha: ProtocolError: {}: no question, expected handshake, round or sums"
+    reason = "site alpha: ProtocolError: {}: not a question, expected handshake, round or sums"
     assert serving.ask(Frame(kind, Records())) == Frame.error(reason.format(kind))
 
 

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from panfm.errors import ConfigError
-from panfm.evaluate.cohort_labels import read_cohort_labels
 from panfm.evaluate.probe_labels import LabelInfo, Unmatched
+from simulations.cohorts.cohort_labels import read_cohort_labels
 
 
 @pytest.fixture

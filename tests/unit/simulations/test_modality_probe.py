@@ -3,7 +3,7 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 
 from panfm.errors import DataError
-from panfm.evaluate.classes import Classed, leave_one_modality_out, probe_classes, probe_each_modality
+from simulations.studies._modality_probe import Classed, leave_one_modality_out, probe_classes, probe_each_modality
 
 NAMES = ("ct", "mr", "pet")
 

@@ -17,8 +17,8 @@ from panfm.evaluate.linear_probe import auc_per_label, fit_regressors
 from panfm.evaluate.probe_cohort import Task, evaluate_cohort
 from panfm.evaluate.probe_file import LinearProbe, SharedProbe, read_probes, save_probes
 from panfm.evaluate.probe_labels import LabelInfo, LabelledStore
-from panfm.evaluate.probe_sites import FEDERATED, LOCAL, probe_sites
 from panfm.models import build_model
+from simulations.probe_sites import FEDERATED, LOCAL, probe_sites
 
 STREAM = StreamConfig(shape=(8, 8), patch=(4, 4))
 RUN = RunConfig(name="toy", streams={"brain-mr": STREAM, "heart-mr": STREAM}, probe=ProbeConfig(bootstrap=5))
