@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 import panfm
 from panfm.cli import main
 from panfm.evaluate.embed import read_features
+from panfm.report.report_data import read_report_data
 from simulations.__main__ import app as simulations
 
 REAL = os.environ.get("PANFM_REAL_DATA", "")
@@ -86,6 +87,10 @@ def test_three_folders_of_hippocampus_volumes_end_with_probes_and_a_report(tmp_p
     )
     assert "bright" in shown
     assert (tmp_path / "run" / "report.html").stat().st_size > 0
+    data = read_report_data(tmp_path / "run")
+    assert [row.stream for row in data.examples.rows] == ["brain-mr.t1"]
+    assert set(data.embedding.sites) == {"north", "south", "east", "held out"}
+    assert data.cost.cpu_seconds > 0
     written = json.loads((tmp_path / "run" / "probe.json").read_text())
     assert {"federated", "site:north", "site:south", "site:east", "untrained"} <= {
         score["arm"] for score in written["scores"]
