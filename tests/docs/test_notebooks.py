@@ -11,6 +11,7 @@ import pytest
 
 import panfm
 from panfm.evaluate.embed import read_features
+from panfm.report.report_data import read_report_data
 from tests.docs.executed_page import replaced, run_notebook
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -56,6 +57,10 @@ def test_own_data(tmp_path: Path) -> None:
     assert "brain-mr.t1 = {" in told.replace('"', "")
     assert "large" in told
     assert (tmp_path / "runs" / "own" / "report.html").stat().st_size > 0
+    data = read_report_data(tmp_path / "runs" / "own")
+    assert [row.stream for row in data.examples.rows] == ["brain-mr.t1"]
+    assert set(data.embedding.sites) == {"north", "south", "east", "held out"}
+    assert data.cost.cpu_seconds > 0
     written = json.loads((tmp_path / "runs" / "own" / "probe.json").read_text())
     assert {"federated", "site:north", "site:south", "site:east", "untrained"} <= {
         score["arm"] for score in written["scores"]

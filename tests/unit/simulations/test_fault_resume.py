@@ -43,7 +43,7 @@ def begun(tmp_path, monkeypatch):
         shutil.copy(job.run_dir / "run.toml", job.run_dir / "checkpoint" / "run.toml")
 
     monkeypatch.setattr("simulations.simulate.sites_alone", lambda *_: nullcontext())
-    monkeypatch.setattr("simulations.simulate.finish", lambda *_: None)
+    monkeypatch.setattr("simulations.simulate.finish", lambda *_, **__: None)
     monkeypatch.setattr("simulations.simulate.run_job", begin)
     simulate(tmp_path / "run.toml", ["seed=3"], out=tmp_path / "out")
     return tmp_path
