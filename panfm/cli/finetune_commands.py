@@ -44,7 +44,9 @@ def finetune(
     augment: Annotated[bool, typer.Option(help="Vary the images of every step, and their masks with them.")] = True,
     steps: Annotated[int, typer.Option(help="Steps at most; validation may stop earlier.")] = 300,
     batch_size: Annotated[int, typer.Option(help="Images, or visits of patients, per step.")] = 8,
-    learning_rate: Annotated[float, typer.Option(help="Of the head.")] = 1e-3,
+    learning_rate: Annotated[
+        float, typer.Option(help="Of the head of labels; a decoder's is ten times as large.")
+    ] = 1e-3,
     layer_decay: Annotated[float, typer.Option(help="Factor on the learning rate per layer downwards.")] = 0.75,
     streams: Annotated[str, typer.Option(help="Streams to read, e.g. brain-mr,heart-ct; all when left out.")] = "",
     stream: Annotated[str | None, typer.Option(help="Of segmentation: the stream, where several have masks.")] = None,

@@ -88,6 +88,7 @@ class FineTuning:
             embeddings = embed_store(self.model, data.store, data.train, batch_size=settings.batch_size)
             self.head.standardise(torch.from_numpy(embeddings).to(self.device), self._on_device(data.train))
         self.optimiser = build_optimiser(self.model, settings.training())
+        scale_rates(self.optimiser, self.head)
         self.progress = FinetuneProgress()
         self._best = self._kept_state()
 
@@ -222,6 +223,16 @@ class FineTuning:
             digest.update(json.dumps(self.data.patients(part)).encode())
         digest.update(self._targets.numpy().tobytes())
         return digest.hexdigest()
+
+
+def scale_rates(optimiser: torch.optim.Optimizer, head: TaskHead) -> None:
+    """Give the head's parameters groups of their own, with the head's factor on their learning rate."""
+    of_head = set(head.parameters())
+    for group in list(optimiser.param_groups):
+        moved = [parameter for parameter in group["params"] if parameter in of_head]
+        if moved:
+            group["params"] = [parameter for parameter in group["params"] if parameter not in of_head]
+            optimiser.add_param_group({**group, "params": moved, "scale": group["scale"] * head.rate_factor})
 
 
 def choose_parts(model: PanModel, parts: FinetuneParts, seed: int) -> None:

@@ -65,7 +65,7 @@ class FinetuneSettings(Config):
     batch_size: Annotated[int, Field(gt=0, le=65_536)] = 8
     """Images, or patients' visits, per step."""
     learning_rate: Annotated[float, Field(ge=1e-9, le=10.0)] = 1e-3
-    """Of the head; linear warm-up over a tenth of the steps, then cosine to 0."""
+    """Of the head of labels, a tenth of a decoder's; linear warm-up over a tenth of the steps, then cosine to 0."""
     layer_decay: Annotated[float, Field(ge=0.01, le=1.0)] = 0.75
     """Factor on the learning rate per layer downwards (arXiv 2106.08254)."""
     weight_decay: Annotated[float, Field(ge=0.0, le=10.0)] = 0.05

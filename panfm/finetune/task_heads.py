@@ -25,7 +25,9 @@ from panfm.models import PanModel
 from panfm.seeds import torch_generator
 from panfm.sharing.groups import HEAD
 
-_COARSE_CHANNELS, _FINE_CHANNELS = 64, 8
+_COARSE_CHANNELS, _FINE_CHANNELS = (32, 128), 8
+"""Least and greatest channels of the decoder's coarsest level, else half of the encoder's width; each level has half of
+the one before, and this at least."""
 _NORM_GROUPS = 4
 _SMOOTH = 1.0
 """Added to both sides of the Dice ratio, so that a class that is not there counts for little."""
@@ -35,6 +37,8 @@ class TaskHead(nn.Module, ABC):
     """Turns a batch that the model encodes into the outputs of a task."""
 
     sharing_group = HEAD
+    rate_factor = 1.0
+    """The head's learning rate over that of the encoder's last layer."""
 
     @abstractmethod
     def forward(self, model: PanModel, batch: Batch) -> Tensor:
@@ -102,12 +106,16 @@ class LabelHead(TaskHead):
 class SegmentationHead(TaskHead):
     """Decoder from the patches of one stream to its voxels."""
 
+    rate_factor = 10.0
+
     def __init__(self, stream: str, config: StreamConfig, width: int, classes: int) -> None:
         super().__init__()
         self.stream, self.grid = stream, config.grid
         self.steps = upsampling_steps(config.patch)
         """Factor of each axis at each level, coarse to fine."""
-        channels = [max(_COARSE_CHANNELS >> level, _FINE_CHANNELS) for level in range(len(self.steps) + 1)]
+        least, greatest = _COARSE_CHANNELS
+        coarse = min(max(width // 2, least), greatest)
+        channels = [max(coarse >> level, _FINE_CHANNELS) for level in range(len(self.steps) + 1)]
         axes = len(config.shape)
         self.tokens = _conv_block(2 * width, channels[0], axes, kernel=1)
         fine_to_coarse = [config.channels, *reversed(channels[1:])]
