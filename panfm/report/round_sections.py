@@ -37,11 +37,11 @@ def _coverage(run: Run) -> list[Table]:
     if not run.sites:
         return []
     rows, shades = [], []
-    most = max((count or 0 for held in run.sites.values() for count in held.get("streams", {}).values()), default=0)
+    most = max((count or 0 for site in run.sites.values() for count in site.get("streams", {}).values()), default=0)
     for stream in run.config.streams:
-        held = [run.sites.get(site, {}).get("streams", {}) for site in run.site_names]
-        rows.append((stream, *(_holders(streams, stream) for streams in held)))
-        shades.append([(streams.get(stream) or 0) / (most or 1) for streams in held])
+        by_site = [run.sites.get(site, {}).get("streams", {}) for site in run.site_names]
+        rows.append((stream, *(_holders(streams, stream) for streams in by_site)))
+        shades.append([(streams.get(stream) or 0) / (most or 1) for streams in by_site])
     return [Table(("stream", *run.site_names), rows, "Subjects with each stream; the darker, the more", shades)]
 
 
