@@ -31,7 +31,7 @@ from panfm.evaluate.embed import embed_store
 from panfm.files import read_checked, write_checked
 from panfm.finetune.finetune_settings import FinetuneParts, FinetuneSettings, HeadPartsConfig
 from panfm.finetune.task_data import Indices, TaskData
-from panfm.finetune.task_heads import LabelHead, TaskHead, build_head
+from panfm.finetune.task_heads import LabelHead, SegmentationHead, TaskHead, build_head
 from panfm.models import PanModel
 from panfm.models.pan import initialise
 from panfm.models.trained_parts import add_lora, is_lora, trained_names
@@ -87,6 +87,8 @@ class FineTuning:
         if isinstance(self.head, LabelHead):
             embeddings = embed_store(self.model, data.store, data.train, batch_size=settings.batch_size)
             self.head.standardise(torch.from_numpy(embeddings).to(self.device), self._on_device(data.train))
+        elif isinstance(self.head, SegmentationHead):
+            self.head.start_at_shares(self._targets[torch.from_numpy(data.train)])
         self.optimiser = build_optimiser(self.model, settings.training())
         scale_rates(self.optimiser, self.head)
         self.progress = FinetuneProgress()

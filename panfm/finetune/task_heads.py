@@ -29,6 +29,8 @@ _COARSE_CHANNELS, _FINE_CHANNELS = (32, 128), 8
 """Least and greatest channels of the decoder's coarsest level, else half of the encoder's width; each level has half of
 the one before, and this at least."""
 _NORM_GROUPS = 4
+_CLASSIFY_DEVIATION = 0.01
+"""Of the first weights of a segmentation's last layer: small, so that training begins at the classes' shares."""
 _SMOOTH = 1.0
 """Added to both sides of the Dice ratio, so that a class that is not there counts for little."""
 
@@ -123,6 +125,16 @@ class SegmentationHead(TaskHead):
         self.decoder = nn.ModuleList(_conv_block(coarse + fine, fine, axes) for coarse, fine in pairwise(channels))
         self.classify = _convolution(axes)(channels[-1], classes, 1)
 
+    @torch.no_grad()
+    def start_at_shares(self, masks: Tensor) -> None:
+        """Predict the classes' shares of the training voxels everywhere, which is where training begins.
+
+        Without it most of the first steps go into learning that nearly all voxels are background, and small classes
+        are lost (Lin et al. 2017, arXiv 1708.02002, section 3.3).
+        """
+        counts = torch.bincount(masks.flatten().long(), minlength=len(self.classify.bias)) + 1
+        self.classify.bias.copy_((counts / counts.sum()).log())
+
     def forward(self, model: PanModel, batch: Batch) -> Tensor:
         """Logits [P, K, *shape] of the images of the stream."""
         batch = batch.to(model.stream_of_patch.device)
@@ -170,8 +182,11 @@ def build_head(model: PanModel, task: TaskDescription, seed: int) -> TaskHead:
         else:
             head = LabelHead(task.kind, model.embedding_size, len(task.outputs))
     for name, parameter in head.named_parameters():
-        if parameter.dim() > 2:
-            nn.init.kaiming_normal_(parameter, generator=torch_generator(seed, "task-head", name))
+        generator = torch_generator(seed, "task-head", name)
+        if name == "classify.weight":
+            nn.init.normal_(parameter, std=_CLASSIFY_DEVIATION, generator=generator)
+        elif parameter.dim() > 2:
+            nn.init.kaiming_normal_(parameter, generator=generator)
         elif name.endswith(".bias"):
             nn.init.zeros_(parameter)
     return head

@@ -74,6 +74,13 @@ def test_the_loss_of_a_segmentation_by_hand():
     assert head.loss(outputs, targets).item() == pytest.approx(np.log(2) + 1 - dice, abs=1e-6)
 
 
+def test_a_segmentation_begins_at_the_shares_of_its_classes():
+    """97 voxels of background, two of class 1, none of class 2; one is added to each count."""
+    head = SegmentationHead("brain-mr", StreamConfig(shape=(4, 4), patch=(2, 2)), width=8, classes=3)
+    head.start_at_shares(torch.tensor([0.0] * 97 + [1.0] * 2))
+    torch.testing.assert_close(head.classify.bias.softmax(dim=0), torch.tensor([98.0, 3.0, 1.0]) / 102)
+
+
 def test_losses_of_labels_by_hand():
     outputs = torch.tensor([[0.0], [2.0]])
     yes_no = LabelHead("yes-no", 3, 1)
