@@ -124,6 +124,7 @@ class SegmentationHead(TaskHead):
         self.image_levels = nn.ModuleList(_conv_block(*pair, axes) for pair in pairwise(fine_to_coarse))
         self.decoder = nn.ModuleList(_conv_block(coarse + fine, fine, axes) for coarse, fine in pairwise(channels))
         self.classify = _convolution(axes)(channels[-1], classes, 1)
+        self.classes = classes
 
     @torch.no_grad()
     def start_at_shares(self, masks: Tensor) -> None:
@@ -132,7 +133,8 @@ class SegmentationHead(TaskHead):
         Without it most of the first steps go into learning that nearly all voxels are background, and small classes
         are lost (Lin et al. 2017, arXiv 1708.02002, section 3.3).
         """
-        counts = torch.bincount(masks.flatten().long(), minlength=len(self.classify.bias)) + 1
+        counts = torch.bincount(masks.flatten().long(), minlength=self.classes) + 1
+        assert self.classify.bias is not None
         self.classify.bias.copy_((counts / counts.sum()).log())
 
     def forward(self, model: PanModel, batch: Batch) -> Tensor:
