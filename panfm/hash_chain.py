@@ -87,7 +87,7 @@ class HashChain:
         except FileNotFoundError:
             file = Path(os.devnull).open("rb")  # noqa: SIM115
         except OSError as error:
-            raise self._error(f"{self.path}: cannot be read ({error.strerror})") from error
+            raise self._error(_unreadable(self.path, error)) from error
         with file:
             lock(file, shared=True)
             yield file
@@ -139,7 +139,7 @@ class HashChain:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise self._error(f"{self.anchor}: cannot be read ({error.strerror})") from error
+            raise self._error(_unreadable(self.anchor, error)) from error
 
     def write_anchor(self, end: str) -> None:
         """Remember the hash of the newest line."""
@@ -157,3 +157,7 @@ class HashChain:
             return str(json.loads(line)[self._key])
         except (ValueError, KeyError, TypeError, RecursionError):
             return hashlib.sha256(line + b"\n").hexdigest()
+
+
+def _unreadable(path: Path, error: OSError) -> str:
+    return f"{path}: found a file that cannot be read ({error.strerror}), expected records"
