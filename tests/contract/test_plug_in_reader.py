@@ -48,12 +48,12 @@ from panfm.data.template import init_site
 
 folder = Path("clinic")
 init_site(folder, "clinic")
-rows = ["subject,stream,path"]
+rows, weights = ["subject,stream,path"], 1.0 - np.arange(64.0).reshape(8, 8) / 100.0  # extremes at the corner
 for subject in ("a", "b", "twin", "empty"):
     series = folder / f"{subject}.slices"
     series.mkdir()
     for number in range(8 if subject != "empty" else 0):
-        np.savetxt(series / f"{number}.txt", np.full((8, 8), float(number + (subject == "b"))))
+        np.savetxt(series / f"{number}.txt", 3.5 + (number + (subject == "b") - 3.5) * weights)
     rows.append(f"{subject},brain-mr,{series.name}")
 (folder / "manifest.csv").write_text("\\n".join(rows) + "\\n")
 streams = {"brain-mr": StreamConfig(shape=(8, 8, 8), patch=(4, 4, 4), spacing_mm=(2.0, 2.0, 2.0))}
