@@ -229,25 +229,27 @@ def _visits(
 def only(store: ImageStore, kept: Indices) -> ImageStore:
     """The store with some of its rows, in ascending order."""
     place = {int(index): at for at, index in enumerate(kept)}
-    images, rows = {}, {}
+    images, rows, digests = {}, {}, {}
     for name, of_stream in store.rows.items():
         chosen = [at for at, row in enumerate(of_stream.tolist()) if row in place]
+        digests[name] = [store.digests[name][at] for at in chosen if name in store.digests]
         if chosen:
             whole = len(chosen) == len(of_stream)
             images[name] = store.images[name] if whole else store.images[name][chosen]
             rows[name] = np.array([place[int(of_stream[at])] for at in chosen], dtype=np.int64)
     subjects, splits = (tuple(table[index] for index in kept) for table in (store.subjects, store.splits))
-    return ImageStore(subjects, splits, images, rows)
+    return ImageStore(subjects, splits, images, rows, digests=digests)
 
 
 def _joined(folders: Sequence[Path], stores: Sequence[ImageStore]) -> ImageStore:
-    """The rows of all sites, one after the other. Raises DataError: a patient stands in two of them."""
+    """The rows of all sites, one after the other. Raises DataError: a patient or an image stands in two of them."""
     seen: dict[str, int] = {}
     for number, store in enumerate(stores):
         for subject in store.subjects:
             if (first := seen.setdefault(subject_key(subject), number)) != number:
                 given = f"subject {subject!r}, which stands in {folders[first]}"
                 raise DataError(f"{folders[number]}: found {given}, expected each patient in one --data")
+    _refuse_twins(folders, stores)
     if len(stores) == 1:
         return stores[0]
     offsets = np.cumsum([0, *(len(store.subjects) for store in stores)])
@@ -264,15 +266,29 @@ def _joined(folders: Sequence[Path], stores: Sequence[ImageStore]) -> ImageStore
     )
 
 
+def _refuse_twins(folders: Sequence[Path], stores: Sequence[ImageStore]) -> None:
+    """Raise DataError if an image of one site has the content of another site's, under whatever subject."""
+    seen: dict[bytes, tuple[int, str]] = {}
+    for number, store in enumerate(stores):
+        for name, digests in store.digests.items():
+            for row, digest in zip(store.rows.get(name, ()), digests, strict=True):
+                subject = store.subjects[row]
+                first, twin = seen.setdefault(digest, (number, subject))
+                if first != number:
+                    given = f"the same {name} image for subject {subject!r} and for {twin!r} of {folders[first]}"
+                    raise DataError(f"{folders[number]}: found {given}, expected each patient in one --data")
+
+
 def divided(data: TaskData, settings: FinetuneSettings) -> TaskData:
     """Part the examples into training, validation and test, patient by patient.
 
     The site's own splits are used. Where nobody is in `test`, a quarter of the patients is drawn for it; where nobody
-    is in `val`, or few labels are asked for, a fifth of the training patients validates. Every class of a label is
-    drawn for training first.
+    is in `val`, or few labels are asked for, a fifth of the training patients validates. Draws keep the shares of the
+    classes of a label.
 
     Raises:
-        DataError: fewer than two patients are left to train and validate, or `--patients` asks for more than there are.
+        DataError: fewer than two patients are left to train and validate, they are of one class, or `--patients` asks
+            for more than there are.
     """
     split_of: dict[str, str] = {}
     class_of: dict[str, object] = {}
@@ -291,7 +307,10 @@ def divided(data: TaskData, settings: FinetuneSettings) -> TaskData:
         kept = draw(train, len(train) - round(_TEST_SHARE * len(train)), "kept")
         test = [one for one in train if one not in set(kept)]
         train = [one for one in train if one in set(kept)]
-        notes.append(f"no patient in the split test: {len(test)} of {len(test) + len(train)} drawn for it")
+        notes.append(
+            f"no patient in the split test: {len(test)} of {len(test) + len(train)} drawn for it from the split train, "
+            "whose images pre-training may have seen"
+        )
     if settings.patients is not None:
         if settings.patients > len(train):
             raise DataError(
@@ -302,9 +321,15 @@ def divided(data: TaskData, settings: FinetuneSettings) -> TaskData:
         kept = draw(train, len(train) - max(1, round(_VALIDATION_SHARE * len(train))), "training")
         validation = [one for one in train if one not in set(kept)]
         train = kept
+        notes.append(f"{len(validation)} of {len(validation) + len(train)} training patients drawn for validation")
     for name, patients in (("train", train), ("validation", validation), ("test", test)):
         if not patients:
             raise DataError(f"{settings.data[0]}: found no patient to {name} on, expected a few labelled ones")
+        if data.task.kind in ("yes-no", "classes") and len({class_of[one] for one in patients}) == 1:
+            if name == "train":
+                given = f"{len(patients)} patients to train on, all with the same {data.task.name}"
+                raise DataError(f"{settings.data[0]}: found {given}, expected patients of two classes at least")
+            notes.append(f"{data.task.name}: the same for all {len(patients)} {name} patients")
     parts = [np.array([i for i in data.train if data.store.subjects[i] in {*who}]) for who in (train, validation, test)]
     return replace(data, train=parts[0], validation=parts[1], test=parts[2], notes=tuple(notes))
 
@@ -318,10 +343,22 @@ def _class(data: TaskData, index: int) -> object:
 def draw_patients(
     pool: Sequence[str], class_of: Mapping[str, object], count: int, *, seed: int, purpose: str
 ) -> list[str]:
-    """Draw patients, one of each class first, then whoever the seed names."""
+    """Draw patients with the seed, of each class in proportion.
+
+    Guarantees:
+        classes: every class has one drawn patient, and one that is left where it has two patients, as far as `count`
+            allows.
+    """
     shuffled = [str(one) for one in numpy_generator(seed, "fine-tuning", purpose).permutation(sorted(pool))]
-    firsts: dict[object, str] = {}
+    members: dict[object, list[str]] = {}
     for one in shuffled:
-        firsts.setdefault(class_of[one], one)
-    rest = [one for one in shuffled if one not in set(firsts.values())]
-    return [*firsts.values(), *rest][:count]
+        members.setdefault(class_of[one], []).append(one)
+    drawn = dict.fromkeys(members, 0)
+
+    def urgency(of_class: object) -> tuple[bool, bool, float]:
+        size, so_far = len(members[of_class]), drawn[of_class]
+        return so_far == 0, so_far < size - 1, count * size / len(pool) - so_far
+
+    for _ in range(count):
+        drawn[max((name for name in members if drawn[name] < len(members[name])), key=urgency)] += 1
+    return [one for of_class, number in drawn.items() for one in members[of_class][:number]]

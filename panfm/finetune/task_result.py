@@ -109,7 +109,9 @@ def score_labels(task_model: TaskModel, model: PanModel, data: TaskData, frozen:
     scores = [*scores_of(TUNED, by_patient(predicted, patients)), *scores_of(KNN, nearest_neighbours(frozen))]
     notes = [*data.notes]
     try:
-        scores += scores_of(LINEAR, _linear_probe(frozen, data))
+        probed, told = _linear_probe(frozen, data)
+        scores += scores_of(LINEAR, probed)
+        notes += [f"{LINEAR}: {note}" for note in told]
     except DataError as error:
         notes.append(f"{LINEAR}: left out ({error})")
     notes += [f"{one.metric}: cannot be told of the test patients" for one in scores[:1] if np.isnan(one.value)]
@@ -120,7 +122,8 @@ def label_scores(arm: str, kind: str, predicted: Floats, truth: Floats, counts: 
     """AUC and accuracy of yes/no and classes, R2 and mean absolute error of numbers, over patients.
 
     Args:
-        predicted: Probabilities or numbers [N, K].
+        predicted: Probabilities or numbers [N, K]; NaN of a class without a prediction, which is left out of the AUC
+            and is nobody's likeliest class.
         truth: [N, K], of labels 0 and 1.
         counts: [R, N], see `draw_counts`.
     """
@@ -129,10 +132,12 @@ def label_scores(arm: str, kind: str, predicted: Floats, truth: Floats, counts: 
         yield _score(arm, "r2", np.stack([r2(predicted[:, one], truth[:, one], counts) for one in outputs], axis=1))
         yield _score(arm, "mae", _mean(np.abs(predicted - truth), counts))
         return
-    areas = [auc(predicted[:, one], truth[:, one] == 1.0, counts) for one in outputs]
+    areas = []
+    for one, known in enumerate(np.isfinite(predicted).T):
+        areas.append(auc(predicted[known, one], truth[known, one] == 1.0, counts[:, known]))
     yield _score(arm, "auc", np.stack(areas, axis=1))
     if kind == "classes":
-        correct = predicted.argmax(axis=1) == truth.argmax(axis=1)
+        correct = np.where(np.isnan(predicted), -np.inf, predicted).argmax(axis=1) == truth.argmax(axis=1)
     else:
         correct = (predicted[:, 0] > 0.5) == (truth[:, 0] == 1.0)
     yield _score(arm, "accuracy", _mean(correct[:, None].astype(np.float64), counts))
@@ -154,14 +159,15 @@ def _unit(features: NDArray[np.floating]) -> Floats:
     return np.asarray(features / np.maximum(lengths, 1e-12), dtype=np.float64)
 
 
-def _linear_probe(frozen: FrozenFeatures, data: TaskData) -> Floats:
-    """Scores [N, K] of a linear probe; those of yes/no as probabilities."""
+def _linear_probe(frozen: FrozenFeatures, data: TaskData) -> tuple[Floats, tuple[str, ...]]:
+    """Scores [N, K] of a linear probe, those of yes/no as probabilities; and its notes."""
     with needs_extra("evaluate"):
         from panfm.evaluate.linear_probe import fit_classifiers, fit_regressors
     is_number = data.task.kind == "number"
     fit = fit_regressors if is_number else fit_classifiers
-    scores = fit(frozen.fit, frozen.fit_targets, data.task.outputs).score(frozen.test)
-    return scores if is_number else 1.0 / (1.0 + np.exp(-np.clip(scores, -30.0, 30.0)))
+    probe = fit(frozen.fit, frozen.fit_targets, data.task.outputs)
+    scores = probe.score(frozen.test)
+    return (scores if is_number else 1.0 / (1.0 + np.exp(-np.clip(scores, -30.0, 30.0)))), probe.notes
 
 
 def _streams_alone(task_model: TaskModel, model: PanModel, data: TaskData) -> dict[str, float]:
