@@ -121,6 +121,9 @@ def _read_labels(
         raise DataError(f"{tables[0].path}: found no label of a patient of the site, expected the manifest's subjects")
     missing = len(set(store.subjects)) - len({store.subjects[index] for index in labelled})
     notes += [f"{label[1]}: {missing} patients without a label are left out"] if missing else []
+    imaged = {subject_key(subject) for subject in store.subjects}
+    without_image = len({subject for known in values for subject in known} - imaged)
+    notes += [f"{label[1]}: {without_image} labelled patients without an image are left out"] if without_image else []
     nobody = np.empty(0, dtype=np.int64)
     return TaskData(task, store, targets, labelled, nobody, nobody, notes=tuple(notes))
 
@@ -155,20 +158,38 @@ def _read_segmentation(
 ) -> TaskData:
     """Examples of the images that have a mask."""
     stream = _masked_stream(settings.masked_stream, streams, folders)
-    stores, masked = [], []
+    stores, masked, without_mask = [], list[MaskedImage](), 0
     for folder in folders:
         store, sessions = _visits(folder, streams, progress)
         files = _masked_files(folder, stream)
         visits = [files.get(visit) for visit in zip(store.subjects, sessions, strict=True)]
         with_image = np.isin(np.arange(len(visits)), store.rows.get(stream, ()))
         kept = np.flatnonzero(with_image & np.array([visit is not None for visit in visits]))
+        without_mask += int(with_image.sum()) - len(kept)
         stores.append(only(store, kept))
         masked += [visit for index in kept if (visit := visits[index]) is not None]
-    values, targets = _read_masks(masked, streams[stream], progress)
+    store = _joined(folders, stores)
+    values_of, targets = _read_masks(masked, streams[stream], progress)
+    values = tuple(sorted({0}.union(*values_of)))
+    notes = [f"{stream}: {without_mask} images without a mask are left out"] if without_mask else []
+    notes += _notes_of_numbers(folders, [len(store.subjects) for store in stores], values_of)
     outputs = tuple(str(value) for value in values)
     task = TaskDescription(kind="segmentation", name=SEGMENTATION, outputs=outputs, values=values, stream=stream)
     nobody = np.empty(0, dtype=np.int64)
-    return TaskData(task, _joined(folders, stores), targets, np.arange(len(masked)), nobody, nobody, masked)
+    return TaskData(task, store, targets, np.arange(len(masked)), nobody, nobody, masked, tuple(notes))
+
+
+def _notes_of_numbers(folders: Sequence[Path], sizes: Sequence[int], values_of: Sequence[set[int]]) -> list[str]:
+    """A note if the masks of the folders, `sizes` of them one after the other, hold different numbers."""
+    ends = np.cumsum(sizes)
+    of_folder = [
+        ", ".join(map(str, sorted(set[int]().union(*values_of[end - size : end]) - {0}))) or "nothing"
+        for size, end in zip(sizes, ends, strict=True)
+    ]
+    if len(set(of_folder)) == 1:
+        return []
+    told = "; ".join(f"{folder}: {numbers}" for folder, numbers in zip(folders, of_folder, strict=True))
+    return [f"masks hold different class numbers ({told}); one number must mean one class everywhere"]
 
 
 def _masked_stream(named: str | None, streams: Mapping[str, StreamConfig], folders: Sequence[Path]) -> str:
@@ -196,11 +217,13 @@ def _masked_files(folder: Path, stream: str) -> dict[tuple[str, str], MaskedImag
 
 def _read_masks(
     masked: Sequence[MaskedImage], config: StreamConfig, progress: Progress
-) -> tuple[tuple[int, ...], NDArray[np.uint8]]:
-    """Numbers of all classes, background first, and the masks on the stream's grid [N, *shape]."""
+) -> tuple[list[set[int]], NDArray[np.uint8]]:
+    """Numbers in every mask, and the masks on the stream's grid [N, *shape] as indices into all, background first."""
     values: set[int] = {0}
+    values_of = []
     for done, files in enumerate(masked, start=1):
-        values |= set(np.unique(files.read(config)[1]).tolist())
+        values_of.append(set(np.unique(files.read(config)[1]).tolist()))
+        values |= values_of[-1]
         if len(values) > _MOST_CLASSES:
             raise DataError(
                 f"{files.mask}: found more than {_MOST_CLASSES} classes, expected few, with 0 as background"
@@ -214,7 +237,7 @@ def _read_masks(
         image, mask = files.read(config)
         grids[number] = mask_to_grid(mask, image, ordered, config)
         progress(len(masked) + number + 1, 2 * len(masked))
-    return ordered, grids
+    return values_of, grids
 
 
 def _visits(
@@ -331,6 +354,10 @@ def divided(data: TaskData, settings: FinetuneSettings) -> TaskData:
                 raise DataError(f"{settings.data[0]}: found {given}, expected patients of two classes at least")
             notes.append(f"{data.task.name}: the same for all {len(patients)} {name} patients")
     parts = [np.array([i for i in data.train if data.store.subjects[i] in {*who}]) for who in (train, validation, test)]
+    if data.masked:
+        trained = set(np.unique(data.targets[parts[0]]).tolist())
+        absent = [name for number, name in enumerate(data.task.outputs) if number not in trained]
+        notes += [f"class {name}: in no training mask, cannot be learned" for name in absent]
     return replace(data, train=parts[0], validation=parts[1], test=parts[2], notes=tuple(notes))
 
 

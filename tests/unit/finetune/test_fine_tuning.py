@@ -14,6 +14,7 @@ from panfm.finetune import fine_tuning
 from panfm.finetune.fine_tuning import batch_of_step
 from panfm.finetune.finetune_job import FinetuneJob
 from panfm.finetune.starting_model import starting_model
+from panfm.notebook.notebook_images import files_of
 from tests.cases import quick
 from tests.conftest import SMALL_RUN
 
@@ -132,6 +133,10 @@ def test_a_model_of_labels_in_python(model, labelled_site, settings_of, tmp_path
     assert shares.shape == (2, 3)
     assert shares.sum(axis=1) == pytest.approx(np.ones(2), abs=1e-5)
     assert tuned.predict({"brain-mr": paths[1]}) == pytest.approx(shares[1:], abs=1e-5)
+    visits = tuned.predict({"brain-mr": [site / "clinic-0-1.nii.gz", site / "clinic-0-2.nii.gz"]})
+    of_site = tuned.predict(site)
+    assert len(of_site) == 12
+    assert of_site[:3] == pytest.approx(np.concatenate([visits.mean(axis=0)[None], shares]), abs=1e-5)
     with pytest.raises(ConfigError, match="was not fine-tuned, expected the folder of: panfm finetune"):
         panfm.load(model).predict({"brain-mr": paths})
     export_run(tmp_path / "out", "safetensors", tmp_path / "export")
@@ -159,6 +164,12 @@ def test_a_segmentation_writes_masks_on_the_scans_own_grid(model, labelled_site,
     [again, nobody] = tuned.predict({"brain-mr": [site / "clinic-3-only.nii.gz", None]})
     assert nobody is None
     assert np.array_equal(again.dataobj, written.dataobj)
+
+
+def test_sessions_of_a_site_are_not_mixed(labelled_site, make_run):
+    site = labelled_site()
+    [files] = files_of(site, {"brain-mr": make_run().streams["brain-mr"]}).values()
+    assert [path.name for path in files[:3]] == ["clinic-0-1.nii.gz", "clinic-0-2.nii.gz", "clinic-1-only.nii.gz"]
 
 
 def test_private_runs_are_refused(make_run, write_run, labelled_site, settings_of, tmp_path):

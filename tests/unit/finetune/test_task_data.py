@@ -85,7 +85,7 @@ def test_an_image_of_two_sites_is_refused(read, labelled_site):
     (two / "two-1-only.nii.gz").write_bytes((one / "one-5-only.nii.gz").read_bytes())
     (two / "two-1-only-seg.nii.gz").write_bytes((one / "one-5-only-seg.nii.gz").read_bytes())
     for task in ("labels.csv:bright", "segmentation"):
-        with pytest.raises(DataError, match="the same brain-mr image for subject 'two-1' and for 'one-5' of .*/one,"):
+        with pytest.raises(DataError, match=r"the same brain-mr image for subject 'two-1' and for 'one-5' of .*/one,"):
             read(one, task, data=(str(one), str(two)))
 
 
@@ -148,3 +148,27 @@ def test_a_site_without_masks(read, labelled_site):
     (site / "manifest.csv").write_text("\n".join(",".join(row.split(",")[:4]) for row in rows) + "\n")
     with pytest.raises((ConfigError, DataError)):
         read(site, "segmentation")
+
+
+def write_mask(site, stem, mask):
+    nibabel.save(nibabel.Nifti1Image(mask.astype(np.uint8), np.diag([2.0, 2, 2, 1])), site / f"{stem}-only-seg.nii.gz")
+
+
+def test_numbers_of_masks_that_differ_are_told(read, labelled_site):
+    one, two = labelled_site("one", 8), labelled_site("two", 8)
+    mask = np.zeros((9, 8, 6))
+    mask[2:6, 2:6, 1:5] = 9
+    write_mask(two, "two-3", mask)
+    notes = read(one, "segmentation", data=(str(one), str(two))).notes
+    assert notes[0].startswith(f"masks hold different class numbers ({one}: 7; {two}: 7, 9)")
+    assert notes[1] == "class 9: in no training mask, cannot be learned"
+
+
+def test_who_is_left_out_is_counted(read, labelled_site):
+    site = labelled_site()
+    rows = (site / "manifest.csv").read_text().replace("clinic-5-only-seg.nii.gz", "")
+    (site / "manifest.csv").write_text(rows)
+    assert read(site, "segmentation").notes == ("brain-mr: 1 images without a mask are left out",)
+    with (site / "labels.csv").open("a") as table:
+        table.write("somebody,yes,3.5,low\n")
+    assert read(site).notes == ("bright: 1 labelled patients without an image are left out",)
