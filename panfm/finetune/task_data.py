@@ -347,7 +347,7 @@ def divided(data: TaskData, settings: FinetuneSettings) -> TaskData:
         notes.append(f"{len(validation)} of {len(validation) + len(train)} training patients drawn for validation")
     for name, patients in (("train", train), ("validation", validation), ("test", test)):
         if not patients:
-            raise DataError(f"{settings.data[0]}: found no patient to {name} on, expected a few labelled ones")
+            raise DataError(f"{settings.data[0]}: found no labelled patient for {name}, expected a few labelled ones")
         if data.task.kind in ("yes-no", "classes") and len({class_of[one] for one in patients}) == 1:
             if name == "train":
                 given = f"{len(patients)} patients to train on, all with the same {data.task.name}"

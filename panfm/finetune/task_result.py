@@ -3,8 +3,8 @@
     fine-tuned      the model
     linear-probe    a linear probe on the frozen embeddings of the model that fine-tuning started from
     knn             the weighted mean of the labels of the 10 most similar training patients, on the same embeddings
-    grid            of a segmentation: the true masks, brought to the stream's grid and back, as a model without error
-                    would predict them
+    grid            of a segmentation: the true masks, brought to the stream's grid and back; a yardstick and no upper
+                    bound, as probabilities can place a border between voxels
 
 All learn from the same patients: the probes are fitted on those that fine-tuning trains and validates on.
 
@@ -218,17 +218,25 @@ def score_segmentation(
         pairs = zip(task.outputs[1:], means.T, strict=True)
         scores += [replace(_score(arm, metric, mean[:, None]), group=name) for name, mean in pairs]
     notes = [*data.notes, *([] if isinstance(image, Volume) else ["hd95 is in pixels"])]
-    if missing := int(np.isnan(np.array(measured)[:, :, 1]).sum()):
-        notes.append(
-            f"hd95: leaves out {missing} of {len(measured) * (len(task.values) - 1)} classes of images, not there"
-        )
-    return TaskResult(tuple(scores), data.num_patients(), {}, tuple(notes))
+    return TaskResult(tuple(scores), data.num_patients(), {}, (*notes, *_hd95_notes(np.array(measured))))
+
+
+def _hd95_notes(measured: Floats) -> Iterator[str]:
+    """Why some classes of images have no HD95, if there are any; `measured` [N, classes, 4] as `_compare` returns."""
+    in_one, is_there = measured[..., 0] == 0.0, measured[..., 3] == 1.0
+    without = np.isnan(measured[..., 1])
+    missed, added = int((without & in_one & is_there).sum()), int((without & in_one & ~is_there).sum())
+    if left_out := int(without.sum()):
+        told = f"{missed} missed, {added} predicted but not there, {left_out - missed - added} in neither"
+        yield f"hd95: leaves out {left_out} of {without.size} classes of images: {told}"
 
 
 def _compare(
     predicted: NDArray[np.bool_], true: NDArray[np.bool_], at_best: NDArray[np.bool_], spacing: Sequence[float]
-) -> tuple[float, float, float]:
-    return dice(predicted, true), hausdorff_95(predicted, true, spacing), dice(at_best, true)
+) -> tuple[float, float, float, float]:
+    """Dice, HD95, Dice of the grid, and 1 if the class is in the true mask, else 0."""
+    distance = hausdorff_95(predicted, true, spacing)
+    return dice(predicted, true), distance, dice(at_best, true), float(true.any())
 
 
 def _mean(values: Floats, counts: Floats) -> Floats:

@@ -47,6 +47,10 @@ def test_the_same_bits_after_an_interruption(task, model, labelled_site, setting
         FinetuneJob.open(settings, tmp_path / "parts").run(stop)
     FinetuneJob.open(settings, tmp_path / "parts").run()
     assert content(tmp_path / "whole") == content(tmp_path / "parts")
+    before = content(tmp_path / "whole")
+    with pytest.raises(DataError, match="has ended"):
+        FinetuneJob.open(settings, tmp_path / "whole").run()
+    assert content(tmp_path / "whole") == before
 
 
 @pytest.mark.slow
@@ -111,6 +115,27 @@ def test_early_stopping_keeps_the_best(model, labelled_site, settings_of, tmp_pa
     assert (training["best_step"], training["step"], training["best_loss"]) == (2, 4, 1.0)
     head = panfm.load(tmp_path / "out").task_model.head.state_dict()
     assert all(torch.equal(head[name], tuned[2][name]) for name in head)
+
+
+def test_patience_counts_from_the_end_of_the_warm_up(model, labelled_site, settings_of, tmp_path):
+    settings = settings_of(model, labelled_site(), steps=40, validate_every=1, patience=1)
+    job = FinetuneJob.open(settings, tmp_path / "out")
+    tuning = fine_tuning.FineTuning(starting_model(model / "model")[0], job.data, settings)
+    tuning.head.loss = lambda outputs, targets: outputs.sum() * 0.0 + 1.0
+    tuning.run()
+    assert tuning.progress.step == 4
+    assert tuning.notes() == (
+        "training: no validation was better than the one before the first step, whose model is kept",
+        "training: stopped after 4 of 40 steps, best after 0",
+    )
+
+
+def test_images_of_numbers_are_not_cropped(model, labelled_site, settings_of, tmp_path):
+    site = labelled_site()
+    for task, crop in (("labels.csv:size", (1.0, 1.0)), ("labels.csv:bright", (0.5, 1.0))):
+        job = FinetuneJob.open(settings_of(model, site, task), tmp_path / "out")
+        tuning = fine_tuning.FineTuning(starting_model(model / "model")[0], job.data, job.settings)
+        assert tuning.augmentation._streams["brain-mr"][1].crop == crop
 
 
 def test_batches_cover_everybody_once_a_pass():
