@@ -9,7 +9,9 @@ import torch
 
 import panfm
 from panfm.errors import ConfigError, DataError
+from panfm.export.final_model import Source
 from panfm.export.formats import export_run
+from panfm.export.model_card import model_card
 from panfm.finetune import fine_tuning
 from panfm.finetune.fine_tuning import batch_of_step
 from panfm.finetune.finetune_job import FinetuneJob
@@ -185,6 +187,10 @@ def test_a_segmentation_writes_masks_on_the_scans_own_grid(model, labelled_site,
     assert np.allclose(written.affine, affine, atol=1e-5)
     assert set(np.unique(written.dataobj)) <= {0, 7}
     assert result.find("grid", "dice").value > 0.9
+    source = Source.read(tmp_path / "out")
+    assert source.metadata == json.loads((tmp_path / "out" / "model" / "metadata.json").read_text())
+    card = model_card(source, source.metadata, "panfm")
+    assert "fine-tuned for `segmentation`, with labels or masks of 6 training patients" in card
     tuned = panfm.load(tmp_path / "out")
     [again, nobody] = tuned.predict({"brain-mr": [site / "clinic-3-only.nii.gz", None]})
     assert nobody is None
