@@ -41,7 +41,10 @@ def finetune(
             "attention-projections:N, lora:N or lora:N:RANK; N counts blocks from the last."
         ),
     ] = "all",
-    augment: Annotated[bool, typer.Option(help="Vary the images of every step, and their masks with them.")] = True,
+    augment: Annotated[
+        bool,
+        typer.Option(help="Vary the images of every step, and their masks with them. Not for labels of the side."),
+    ] = True,
     steps: Annotated[int, typer.Option(help="Steps at most; validation may stop earlier.")] = 300,
     batch_size: Annotated[int, typer.Option(help="Images, or visits of patients, per step.")] = 8,
     learning_rate: Annotated[
@@ -52,7 +55,7 @@ def finetune(
     stream: Annotated[str | None, typer.Option(help="Of segmentation: the stream, where several have masks.")] = None,
     pooling: Annotated[str | None, typer.Option(help="Instead of the run's, as in panfm embed.")] = None,
     patients: Annotated[
-        int | None, typer.Option(help="Learn from the labels of so many patients, validation included.")
+        int | None, typer.Option(help="Learn from the labels of so many patients, 2 at least, validation included.")
     ] = None,
     from_scratch: Annotated[
         bool, typer.Option("--from-scratch", help="Start from the run's untrained model, for comparison.")

@@ -6,7 +6,7 @@ its file.
 Shape legend: K classes, background first; `*shape` voxels of the stream.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from panfm.data.resample import resample
 Classes = NDArray[np.int64]
 _SAME_PLACE_MM = 0.01
 _GREATEST = 65_535
+_JPEG = b"\xff\xd8\xff"
 _GREY = ("1", "L", "P", "I", "I;16")
 """Modes of Pillow with one number per pixel; of a palette it is the colour's index."""
 
@@ -37,6 +38,8 @@ def read_mask(path: Path, image: Volume | Picture) -> Classes:
         ImageError: it cannot be read, does not lie on the image's grid, or holds other numbers than 0 to 65535.
     """
     source = read_source(path, is_volume=isinstance(image, Volume))
+    if not isinstance(source, Volume) and path.read_bytes()[:3] == _JPEG:
+        raise ImageError("a mask as JPEG, which changes numbers", "PNG")
     mask, shape = _numbers(source), image_shape(image)
     if mask.shape != shape:
         given, expected = (
@@ -90,16 +93,29 @@ def mask_from_grid(probabilities: NDArray[np.float32], image: Volume | Picture, 
         Index of the likeliest class, [X, Y, Z] as stored or [height, width]; background outside the stream's grid.
     """
     if not isinstance(image, Volume):
-        return np.stack([_resized(own, image.size) for own in probabilities]).argmax(axis=0)
+        return _likeliest(_resized(own, image.size) for own in probabilities)
     axes = nib.orientations.io_orientation(image.affine.astype(np.float32))  # type: ignore[no-untyped-call]
     along_stored = axes[:, 0].astype(int)
     spacing, shape = np.empty(3), np.empty(3, dtype=int)
     spacing[along_stored] = voxel_sizes(image.affine.astype(np.float32))
     shape[along_stored] = image.voxels.shape
     to_grid = np.linalg.inv(to_scan(tuple(shape), spacing, config)).astype(np.float64)
-    upright = resample(torch.from_numpy(probabilities)[None], to_grid, shape.tolist())[0].argmax(dim=0).numpy()
+    maps = (torch.from_numpy(own)[None, None] for own in probabilities)
+    upright = _likeliest(resample(own, to_grid, shape.tolist())[0, 0].numpy() for own in maps)
     back = nib.orientations.ornt_transform([[0, 1], [1, 1], [2, 1]], axes)  # type: ignore[no-untyped-call]
     return np.ascontiguousarray(nib.orientations.apply_orientation(upright, back))  # type: ignore[no-untyped-call]
+
+
+def _likeliest(maps: Iterable[NDArray[np.float32]]) -> Classes:
+    """Index of the greatest of some maps of one shape, the first of equal ones; holds two maps at a time."""
+    rest = iter(maps)
+    best = next(rest)
+    classes = np.zeros(best.shape, dtype=np.int64)
+    for number, own in enumerate(rest, start=1):
+        better = own > best
+        classes[better] = number
+        best = np.maximum(best, own)
+    return classes
 
 
 def _numbers(source: Volume | Picture) -> NDArray[Any]:

@@ -95,7 +95,8 @@ def by_session(store: ImageStore) -> tuple[ImageStore, tuple[str, ...]]:
     at = {visit: index for index, visit in enumerate(visits)}
     rows = {stream: np.array([at[pair] for pair in of_stream]) for stream, of_stream in pairs.items()}
     subjects, splits = ([table[row] for row, _ in visits] for table in (store.subjects, store.splits))
-    return ImageStore(tuple(subjects), tuple(splits), store.images, rows), tuple(session for _, session in visits)
+    by_visit = ImageStore(tuple(subjects), tuple(splits), store.images, rows, digests=store.digests)
+    return by_visit, tuple(session for _, session in visits)
 
 
 def mean_of_sessions(table: Features) -> Features:

@@ -42,6 +42,10 @@ class _Written(BaseModel):
     sites: list[str]
     intended_use: str
     whitening: str | None = None
+    task: str | None = None
+    """That the model was fine-tuned for."""
+    fine_tuned_on: int | None = None
+    """Patients."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,7 @@ def _read_metadata(path: Path) -> _Written:
 
 def _describe(folder: Path, model: PanModel, run: RunConfig, written: _Written, licence: str) -> dict[str, Any]:
     return {
-        **written.model_dump(by_alias=True),
+        **written.model_dump(by_alias=True, exclude={"task", "fine_tuned_on"} if written.task is None else None),
         "licence": licence,
         "epsilon": NOT_PRIVATE if (label := privacy_label(run)) == "none" else label,
         "start": run.start and run.start.sha256,

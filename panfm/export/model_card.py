@@ -19,6 +19,7 @@ _USE = {
     model = AutoModel.from_pretrained("FOLDER")       # pixels in [0, 1], no other normalisation
     model(pixel_values=pixels).last_hidden_state[:, 0]   # CLS, float32 [B, {embedding}]""",
 }
+_TUNED = "\n\nIt was then fine-tuned for `{task}`, with labels or masks of {fine-tuned-on} training patients."
 _CARD = """\
 ---
 library_name: {library}
@@ -29,7 +30,7 @@ tags: [medical-imaging, self-supervised, federated-learning]
 # {name}
 
 A {organs} model, pre-trained without labels by {num_sites} sites in {rounds} rounds of federated learning. No image
-left its site.
+left its site.{tuned}
 
 {use}
 
@@ -82,6 +83,7 @@ def model_card(source: Source, metadata: Mapping[str, Any], library: str) -> str
         "library": library,
         "organs": ", ".join(dict.fromkeys(stream["organ"] for stream in metadata["streams"].values())),
         "num_sites": len(metadata["sites"]),
+        "tuned": _TUNED.format(**metadata) if "task" in metadata else "",
         "use": _USE[library].format(first=first, embedding=metadata["embedding"]),
         "sites": ", ".join(metadata["sites"]),
         "start": f"weights of SHA-256 `{metadata['start']}`" if metadata["start"] else "parameters drawn at random",

@@ -2,7 +2,7 @@
 
     step        batch of examples -> head(encoder) -> loss -> AdamW with layer-wise decay of the learning rate
     validation  every `validate_every` steps; the parameters with the smallest loss are kept, and training stops after
-                `patience` validations without a smaller one
+                `patience` validations without a smaller one, counted from the end of the warm-up
 
 Every draw follows from the seed and the number of the step, and each validation writes a checkpoint, so that a
 fine-tuning that was interrupted ends with the same bits.
@@ -41,6 +41,7 @@ from panfm.training.training_state import build_optimiser
 
 CHECKPOINT = "checkpoint.state"
 _AUGMENT = AugmentConfig(crop=(0.5, 1.0), rotation=0.2, blur=0.0, noise=0.0)
+"""Of masks and classes; numbers, which may be sizes, are learned from whole images."""
 _HEADS = "heads."
 _BEST, _MODEL, _OPTIMISER = "best.", "model.", "optimiser."
 
@@ -55,7 +56,7 @@ class FinetuneProgress:
     """Steps behind the parameters with the smallest validation loss."""
     best_loss: float = float("inf")
     since_best: int = 0
-    """Validations since then."""
+    """Validations since then, after the warm-up."""
     losses: tuple[tuple[int, float], ...] = ()
     """Steps taken and validation loss, of every validation."""
 
@@ -82,7 +83,8 @@ class FineTuning:
         model.add_module("heads", self.head)
         choose_parts(model, settings.parts, settings.seed)
         self.model = model.to(self.device).eval()
-        self.augmentation = Augmentation(_AUGMENT, model.stream_configs) if settings.augment else None
+        strengths = _AUGMENT.model_copy(update={"crop": (1.0, 1.0)}) if data.task.kind == "number" else _AUGMENT
+        self.augmentation = Augmentation(strengths, model.stream_configs) if settings.augment else None
         self._targets = torch.from_numpy(np.asarray(data.targets, dtype=_target_dtype(data)))
         if isinstance(self.head, LabelHead):
             embeddings = embed_store(self.model, data.store, data.train, batch_size=settings.batch_size)
@@ -163,9 +165,20 @@ class FineTuning:
             self._best = self._kept_state()
             self.progress = replace(before, best_step=before.step, best_loss=loss, since_best=0, losses=losses)
         else:
-            self.progress = replace(before, since_best=before.since_best + 1, losses=losses)
+            training = self.settings.training()
+            counts = progress_of(training, before.step) >= training.warmup
+            self.progress = replace(before, since_best=before.since_best + counts, losses=losses)
         if folder is not None:
             self.save(folder)
+
+    def notes(self) -> tuple[str, ...]:
+        """A line each where training changed nothing for the better, and where it stopped early."""
+        progress, steps, notes = self.progress, self.settings.steps, []
+        if progress.best_step == 0:
+            notes.append("training: no validation was better than the one before the first step, whose model is kept")
+        if progress.step < steps:
+            notes.append(f"training: stopped after {progress.step} of {steps} steps, best after {progress.best_step}")
+        return tuple(notes)
 
     def _outputs(self, chosen: Indices) -> Tensor:
         outputs: Tensor = self.head(self.model, self.data.store.batch(chosen))

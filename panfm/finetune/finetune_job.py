@@ -2,20 +2,20 @@
 
 finetune.toml       the settings
 checkpoint.state    where `--resume` goes on
-model/              encoder and head of the best validation, for `panfm.load`
 masks/              of a segmentation: the predicted masks of the test images, and masks.csv
 result.json         scores with 95 % intervals, patients, losses
+model/              encoder and head of the best validation, for `panfm.load`; written last
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from panfm.config.features import parse_pooling
+from panfm.config.features import FeaturesConfig, parse_pooling
 from panfm.data.tables import write_table
 from panfm.export.final_model import Source
-from panfm.finetune.fine_tuning import FineTuning
-from panfm.finetune.finetune_settings import FinetuneSettings, write_settings
+from panfm.finetune.fine_tuning import FineTuning, choose_parts
+from panfm.finetune.finetune_settings import FinetuneSettings, refuse_ended, write_settings
 from panfm.finetune.finetuned_model import SegmentedImage, TaskModel, write_finetuned, write_mask
 from panfm.finetune.starting_model import starting_model
 from panfm.finetune.task_data import TaskData, read_task_data
@@ -38,24 +38,26 @@ class FinetuneJob:
         """Read and check model, images, labels and masks.
 
         Raises:
-            ConfigError, DataError: one of them does not hold.
+            ConfigError: the model claims privacy, or does not have the parts, the streams or the pooling's layers.
+            DataError: a file does not hold.
         """
-        run = Source.read(Path(settings.model)).run
-        data = read_task_data(settings, run, progress)
+        source = Source.read(Path(settings.model))
+        model, _ = starting_model(source.folder, pooling=_pooling(settings))
+        choose_parts(model, settings.parts, settings.seed)
+        data = read_task_data(settings, source.run, progress)
         return cls(settings, folder, data)
 
     def run(self, progress: Progress = lambda *_: None) -> TaskResult:
         """Train from the start or from the checkpoint, score, and write everything.
 
         Raises:
-            ConfigError: the model claims privacy, or does not have the parts.
             DataError: the folder holds a finished fine-tuning, or one of other settings or data.
             RunError: a loss is not finite.
         """
         settings, folder, data = self.settings, self.folder, self.data
+        refuse_ended(folder)
         source = Source.read(Path(settings.model))
-        pooling = None if settings.pooling is None else parse_pooling(settings.pooling)
-        model, run = starting_model(source.folder, pooling=pooling, from_scratch=settings.from_scratch)
+        model, run = starting_model(source.folder, pooling=_pooling(settings), from_scratch=settings.from_scratch)
         heads = {name: value.clone() for name, value in model.state_dict().items() if name.startswith("heads.")}
         frozen = None if data.masked else FrozenFeatures.of(model, data)
         tuning = FineTuning(model, data, settings)
@@ -68,9 +70,10 @@ class FinetuneJob:
             result = self._score_masks(task_model, tuning)
         else:
             result = score_labels(task_model, tuning.model, data, frozen)
+        result = replace(result, notes=(*result.notes, *tuning.notes()))
+        result.write(folder / RESULT_FILE, tuning.progress)
         metadata = source.metadata | {"task": data.task.name, "fine-tuned-on": data.num_patients()["train"]}
         write_finetuned(folder / "model", tuning.model, run, data.task, heads=heads, metadata=metadata)
-        result.write(folder / RESULT_FILE, tuning.progress)
         return result
 
     def _score_masks(self, task_model: TaskModel, tuning: FineTuning) -> TaskResult:
@@ -87,3 +90,7 @@ class FinetuneJob:
         result = score_segmentation(task_model, tuning.model, self.data, keep)
         write_table(masks / "masks.csv", ("subject", "stream", "image", "mask"), rows)
         return result
+
+
+def _pooling(settings: FinetuneSettings) -> FeaturesConfig | None:
+    return None if settings.pooling is None else parse_pooling(settings.pooling)

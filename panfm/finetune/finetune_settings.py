@@ -1,5 +1,6 @@
 """Settings of a fine-tuning, and their file `finetune.toml` in its folder. Imports no torch."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -35,6 +36,8 @@ def _read_parts(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     kind, *numbers = value.split(":")
+    if len(numbers) > 2:
+        raise ValueError(f"expected {PARTS_HELP}")
     return {"kind": kind} | dict(zip(("blocks", "rank"), map(int, numbers), strict=False))
 
 
@@ -54,13 +57,13 @@ class FinetuneSettings(Config):
     parts: Annotated[FinetuneParts, BeforeValidator(_read_parts)] = PlainPartsConfig()
     pooling: str | None = None
     """Instead of the run's, as `panfm embed --pooling` takes it; not used by segmentation."""
-    patients: Positive | None = None
-    """Learn from the labels of so many patients, validation included; all when left out."""
+    patients: Annotated[int, Field(ge=2)] | None = None
+    """Learn from the labels of so many patients, of whom at least one validates; all when left out."""
     from_scratch: bool = False
     """Start from the run's untrained model, for comparison."""
     augment: bool = True
-    """Whether the images of every step are cropped, turned, flipped (and their masks with them) and varied in
-    intensity, mildly, as `[augment]` does."""
+    """Whether the images of every step are cropped (unless the labels are numbers), turned, flipped (and their masks
+    with them) and varied in intensity, mildly, as `[augment]` does."""
     steps: Annotated[int, Field(gt=0, le=10_000_000)] = 300
     batch_size: Annotated[int, Field(gt=0, le=65_536)] = 8
     """Images, or patients' visits, per step."""
@@ -72,7 +75,7 @@ class FinetuneSettings(Config):
     validate_every: Positive = 20
     """Steps between validations; each is a checkpoint."""
     patience: Positive = 6
-    """Validations without a smaller loss after which training stops."""
+    """Validations after the warm-up without a smaller loss, after which training stops."""
     seed: Seed = 0
 
     @classmethod
@@ -140,13 +143,21 @@ def settings_to_resume(folder: Path) -> FinetuneSettings:
         DataError: it has ended.
     """
     settings = read_settings(folder)
-    if (folder / "model").exists():
-        raise DataError(f"{folder}: has ended, its model is in {folder / 'model'}; expected one that was interrupted")
+    refuse_ended(folder)
     return settings
 
 
+def refuse_ended(folder: Path) -> None:
+    """Raise DataError if the folder holds a fine-tuning that has ended."""
+    if (folder / "model").exists():
+        raise DataError(f"{folder}: has ended, its model is in {folder / 'model'}; expected one that was interrupted")
+
+
 def new_folder_for(folder: Path) -> Path:
-    """The folder of a new fine-tuning. Raises DataError: it exists."""
+    """The folder of a new fine-tuning. Raises DataError: it exists, or cannot be made."""
     if folder.exists():
         raise DataError(f"{folder}: exists already, expected a new folder (--resume {folder} goes on with it)")
+    parent = next(place for place in folder.absolute().parents if place.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
+        raise DataError(f"{folder}: cannot be made in {parent}, expected a folder that can be written")
     return folder

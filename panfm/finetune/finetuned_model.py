@@ -4,6 +4,7 @@ model.safetensors, run.toml, metadata.json     the fine-tuned encoder, as the fo
 head.safetensors, task.json                    the head, and what it predicts
 """
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,6 +104,7 @@ def write_finetuned(
         model: With the task's head in place; low-rank additions are added to the weights.
         run: Describes the encoder, without parts or whitening.
         heads: The pre-training heads, which stay as they were.
+        metadata: Of the model; its `model-hash` becomes that of the new weights.
     Raises:
         DataError: the folder exists, or cannot be written.
     """
@@ -112,9 +114,11 @@ def write_finetuned(
     weights = fit_lora(encoder, plain) | dict(heads)
     head = {name.removeprefix(_HEADS): value for name, value in state.items() if name.startswith(_HEADS)}
     with new_folder(folder) as partial:
-        write_atomic(partial / "model.safetensors", safetensors.torch.save(weights))
+        content = safetensors.torch.save(weights)
+        write_atomic(partial / "model.safetensors", content)
         write_atomic(partial / "run.toml", dump_toml(run).encode())
-        write_json(partial / "metadata.json", dict(metadata), indent=2)
+        told = dict(metadata) | {"model-hash": hashlib.sha256(content).hexdigest()}
+        write_json(partial / "metadata.json", told, indent=2)
         write_atomic(partial / HEAD_FILE, safetensors.torch.save(head))
         write_task(partial, task)
 

@@ -29,7 +29,8 @@ def hausdorff_95(predicted: Mask, true: Mask, spacing: Sequence[float]) -> float
     """
     if not (predicted.any() and true.any()):
         return float("nan")
-    there, back = _surface(predicted), _surface(true)
+    [box] = ndimage.find_objects((predicted | true).astype(np.uint8))
+    there, back = _surface(predicted[box]), _surface(true[box])
     return max(_percentile(there, back, spacing), _percentile(back, there, spacing))
 
 

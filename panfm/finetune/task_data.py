@@ -121,6 +121,9 @@ def _read_labels(
         raise DataError(f"{tables[0].path}: found no label of a patient of the site, expected the manifest's subjects")
     missing = len(set(store.subjects)) - len({store.subjects[index] for index in labelled})
     notes += [f"{label[1]}: {missing} patients without a label are left out"] if missing else []
+    imaged = {subject_key(subject) for subject in store.subjects}
+    without_image = len({subject for known in values for subject in known} - imaged)
+    notes += [f"{label[1]}: {without_image} labelled patients without an image are left out"] if without_image else []
     nobody = np.empty(0, dtype=np.int64)
     return TaskData(task, store, targets, labelled, nobody, nobody, notes=tuple(notes))
 
@@ -155,20 +158,38 @@ def _read_segmentation(
 ) -> TaskData:
     """Examples of the images that have a mask."""
     stream = _masked_stream(settings.masked_stream, streams, folders)
-    stores, masked = [], []
+    stores, masked, without_mask = [], list[MaskedImage](), 0
     for folder in folders:
         store, sessions = _visits(folder, streams, progress)
         files = _masked_files(folder, stream)
         visits = [files.get(visit) for visit in zip(store.subjects, sessions, strict=True)]
         with_image = np.isin(np.arange(len(visits)), store.rows.get(stream, ()))
         kept = np.flatnonzero(with_image & np.array([visit is not None for visit in visits]))
+        without_mask += int(with_image.sum()) - len(kept)
         stores.append(only(store, kept))
         masked += [visit for index in kept if (visit := visits[index]) is not None]
-    values, targets = _read_masks(masked, streams[stream], progress)
+    store = _joined(folders, stores)
+    values_of, targets = _read_masks(masked, streams[stream], progress)
+    values = tuple(sorted({0}.union(*values_of)))
+    notes = [f"{stream}: {without_mask} images without a mask are left out"] if without_mask else []
+    notes += _notes_of_numbers(folders, [len(store.subjects) for store in stores], values_of)
     outputs = tuple(str(value) for value in values)
     task = TaskDescription(kind="segmentation", name=SEGMENTATION, outputs=outputs, values=values, stream=stream)
     nobody = np.empty(0, dtype=np.int64)
-    return TaskData(task, _joined(folders, stores), targets, np.arange(len(masked)), nobody, nobody, masked)
+    return TaskData(task, store, targets, np.arange(len(masked)), nobody, nobody, masked, tuple(notes))
+
+
+def _notes_of_numbers(folders: Sequence[Path], sizes: Sequence[int], values_of: Sequence[set[int]]) -> list[str]:
+    """A note if the masks of the folders, `sizes` of them one after the other, hold different numbers."""
+    ends = np.cumsum(sizes)
+    of_folder = [
+        ", ".join(map(str, sorted(set[int]().union(*values_of[end - size : end]) - {0}))) or "nothing"
+        for size, end in zip(sizes, ends, strict=True)
+    ]
+    if len(set(of_folder)) == 1:
+        return []
+    told = "; ".join(f"{folder}: {numbers}" for folder, numbers in zip(folders, of_folder, strict=True))
+    return [f"masks hold different class numbers ({told}); one number must mean one class everywhere"]
 
 
 def _masked_stream(named: str | None, streams: Mapping[str, StreamConfig], folders: Sequence[Path]) -> str:
@@ -196,11 +217,13 @@ def _masked_files(folder: Path, stream: str) -> dict[tuple[str, str], MaskedImag
 
 def _read_masks(
     masked: Sequence[MaskedImage], config: StreamConfig, progress: Progress
-) -> tuple[tuple[int, ...], NDArray[np.uint8]]:
-    """Numbers of all classes, background first, and the masks on the stream's grid [N, *shape]."""
+) -> tuple[list[set[int]], NDArray[np.uint8]]:
+    """Numbers in every mask, and the masks on the stream's grid [N, *shape] as indices into all, background first."""
     values: set[int] = {0}
+    values_of = []
     for done, files in enumerate(masked, start=1):
-        values |= set(np.unique(files.read(config)[1]).tolist())
+        values_of.append(set(np.unique(files.read(config)[1]).tolist()))
+        values |= values_of[-1]
         if len(values) > _MOST_CLASSES:
             raise DataError(
                 f"{files.mask}: found more than {_MOST_CLASSES} classes, expected few, with 0 as background"
@@ -214,7 +237,7 @@ def _read_masks(
         image, mask = files.read(config)
         grids[number] = mask_to_grid(mask, image, ordered, config)
         progress(len(masked) + number + 1, 2 * len(masked))
-    return ordered, grids
+    return values_of, grids
 
 
 def _visits(
@@ -229,25 +252,27 @@ def _visits(
 def only(store: ImageStore, kept: Indices) -> ImageStore:
     """The store with some of its rows, in ascending order."""
     place = {int(index): at for at, index in enumerate(kept)}
-    images, rows = {}, {}
+    images, rows, digests = {}, {}, {}
     for name, of_stream in store.rows.items():
         chosen = [at for at, row in enumerate(of_stream.tolist()) if row in place]
+        digests[name] = [store.digests[name][at] for at in chosen if name in store.digests]
         if chosen:
             whole = len(chosen) == len(of_stream)
             images[name] = store.images[name] if whole else store.images[name][chosen]
             rows[name] = np.array([place[int(of_stream[at])] for at in chosen], dtype=np.int64)
     subjects, splits = (tuple(table[index] for index in kept) for table in (store.subjects, store.splits))
-    return ImageStore(subjects, splits, images, rows)
+    return ImageStore(subjects, splits, images, rows, digests=digests)
 
 
 def _joined(folders: Sequence[Path], stores: Sequence[ImageStore]) -> ImageStore:
-    """The rows of all sites, one after the other. Raises DataError: a patient stands in two of them."""
+    """The rows of all sites, one after the other. Raises DataError: a patient or an image stands in two of them."""
     seen: dict[str, int] = {}
     for number, store in enumerate(stores):
         for subject in store.subjects:
             if (first := seen.setdefault(subject_key(subject), number)) != number:
                 given = f"subject {subject!r}, which stands in {folders[first]}"
                 raise DataError(f"{folders[number]}: found {given}, expected each patient in one --data")
+    _refuse_twins(folders, stores)
     if len(stores) == 1:
         return stores[0]
     offsets = np.cumsum([0, *(len(store.subjects) for store in stores)])
@@ -264,15 +289,29 @@ def _joined(folders: Sequence[Path], stores: Sequence[ImageStore]) -> ImageStore
     )
 
 
+def _refuse_twins(folders: Sequence[Path], stores: Sequence[ImageStore]) -> None:
+    """Raise DataError if an image of one site has the content of another site's, under whatever subject."""
+    seen: dict[bytes, tuple[int, str]] = {}
+    for number, store in enumerate(stores):
+        for name, digests in store.digests.items():
+            for row, digest in zip(store.rows.get(name, ()), digests, strict=True):
+                subject = store.subjects[row]
+                first, twin = seen.setdefault(digest, (number, subject))
+                if first != number:
+                    given = f"the same {name} image for subject {subject!r} and for {twin!r} of {folders[first]}"
+                    raise DataError(f"{folders[number]}: found {given}, expected each patient in one --data")
+
+
 def divided(data: TaskData, settings: FinetuneSettings) -> TaskData:
     """Part the examples into training, validation and test, patient by patient.
 
     The site's own splits are used. Where nobody is in `test`, a quarter of the patients is drawn for it; where nobody
-    is in `val`, or few labels are asked for, a fifth of the training patients validates. Every class of a label is
-    drawn for training first.
+    is in `val`, or few labels are asked for, a fifth of the training patients validates. Draws keep the shares of the
+    classes of a label.
 
     Raises:
-        DataError: fewer than two patients are left to train and validate, or `--patients` asks for more than there are.
+        DataError: fewer than two patients are left to train and validate, they are of one class, or `--patients` asks
+            for more than there are.
     """
     split_of: dict[str, str] = {}
     class_of: dict[str, object] = {}
@@ -291,7 +330,10 @@ def divided(data: TaskData, settings: FinetuneSettings) -> TaskData:
         kept = draw(train, len(train) - round(_TEST_SHARE * len(train)), "kept")
         test = [one for one in train if one not in set(kept)]
         train = [one for one in train if one in set(kept)]
-        notes.append(f"no patient in the split test: {len(test)} of {len(test) + len(train)} drawn for it")
+        notes.append(
+            f"no patient in the split test: {len(test)} of {len(test) + len(train)} drawn for it from the split train, "
+            "whose images pre-training may have seen"
+        )
     if settings.patients is not None:
         if settings.patients > len(train):
             raise DataError(
@@ -302,10 +344,20 @@ def divided(data: TaskData, settings: FinetuneSettings) -> TaskData:
         kept = draw(train, len(train) - max(1, round(_VALIDATION_SHARE * len(train))), "training")
         validation = [one for one in train if one not in set(kept)]
         train = kept
+        notes.append(f"{len(validation)} of {len(validation) + len(train)} training patients drawn for validation")
     for name, patients in (("train", train), ("validation", validation), ("test", test)):
         if not patients:
-            raise DataError(f"{settings.data[0]}: found no patient to {name} on, expected a few labelled ones")
+            raise DataError(f"{settings.data[0]}: found no labelled patient for {name}, expected a few labelled ones")
+        if data.task.kind in ("yes-no", "classes") and len({class_of[one] for one in patients}) == 1:
+            if name == "train":
+                given = f"{len(patients)} patients to train on, all with the same {data.task.name}"
+                raise DataError(f"{settings.data[0]}: found {given}, expected patients of two classes at least")
+            notes.append(f"{data.task.name}: the same for all {len(patients)} {name} patients")
     parts = [np.array([i for i in data.train if data.store.subjects[i] in {*who}]) for who in (train, validation, test)]
+    if data.masked:
+        trained = set(np.unique(data.targets[parts[0]]).tolist())
+        absent = [name for number, name in enumerate(data.task.outputs) if number not in trained]
+        notes += [f"class {name}: in no training mask, cannot be learned" for name in absent]
     return replace(data, train=parts[0], validation=parts[1], test=parts[2], notes=tuple(notes))
 
 
@@ -318,10 +370,22 @@ def _class(data: TaskData, index: int) -> object:
 def draw_patients(
     pool: Sequence[str], class_of: Mapping[str, object], count: int, *, seed: int, purpose: str
 ) -> list[str]:
-    """Draw patients, one of each class first, then whoever the seed names."""
+    """Draw patients with the seed, of each class in proportion.
+
+    Guarantees:
+        classes: every class has one drawn patient, and one that is left where it has two patients, as far as `count`
+            allows.
+    """
     shuffled = [str(one) for one in numpy_generator(seed, "fine-tuning", purpose).permutation(sorted(pool))]
-    firsts: dict[object, str] = {}
+    members: dict[object, list[str]] = {}
     for one in shuffled:
-        firsts.setdefault(class_of[one], one)
-    rest = [one for one in shuffled if one not in set(firsts.values())]
-    return [*firsts.values(), *rest][:count]
+        members.setdefault(class_of[one], []).append(one)
+    drawn = dict.fromkeys(members, 0)
+
+    def urgency(of_class: object) -> tuple[bool, bool, float]:
+        size, so_far = len(members[of_class]), drawn[of_class]
+        return so_far == 0, so_far < size - 1, count * size / len(pool) - so_far
+
+    for _ in range(count):
+        drawn[max((name for name in members if drawn[name] < len(members[name])), key=urgency)] += 1
+    return [one for of_class, number in drawn.items() for one in members[of_class][:number]]

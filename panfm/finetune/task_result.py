@@ -3,8 +3,8 @@
     fine-tuned      the model
     linear-probe    a linear probe on the frozen embeddings of the model that fine-tuning started from
     knn             the weighted mean of the labels of the 10 most similar training patients, on the same embeddings
-    grid            of a segmentation: the true masks, brought to the stream's grid and back, as a model without error
-                    would predict them
+    grid            of a segmentation: the true masks, brought to the stream's grid and back; a yardstick and no upper
+                    bound, as probabilities can place a border between voxels
 
 All learn from the same patients: the probes are fitted on those that fine-tuning trains and validates on.
 
@@ -109,7 +109,9 @@ def score_labels(task_model: TaskModel, model: PanModel, data: TaskData, frozen:
     scores = [*scores_of(TUNED, by_patient(predicted, patients)), *scores_of(KNN, nearest_neighbours(frozen))]
     notes = [*data.notes]
     try:
-        scores += scores_of(LINEAR, _linear_probe(frozen, data))
+        probed, told = _linear_probe(frozen, data)
+        scores += scores_of(LINEAR, probed)
+        notes += [f"{LINEAR}: {note}" for note in told]
     except DataError as error:
         notes.append(f"{LINEAR}: left out ({error})")
     notes += [f"{one.metric}: cannot be told of the test patients" for one in scores[:1] if np.isnan(one.value)]
@@ -120,7 +122,8 @@ def label_scores(arm: str, kind: str, predicted: Floats, truth: Floats, counts: 
     """AUC and accuracy of yes/no and classes, R2 and mean absolute error of numbers, over patients.
 
     Args:
-        predicted: Probabilities or numbers [N, K].
+        predicted: Probabilities or numbers [N, K]; NaN of a class without a prediction, which is left out of the AUC
+            and is nobody's likeliest class.
         truth: [N, K], of labels 0 and 1.
         counts: [R, N], see `draw_counts`.
     """
@@ -129,10 +132,12 @@ def label_scores(arm: str, kind: str, predicted: Floats, truth: Floats, counts: 
         yield _score(arm, "r2", np.stack([r2(predicted[:, one], truth[:, one], counts) for one in outputs], axis=1))
         yield _score(arm, "mae", _mean(np.abs(predicted - truth), counts))
         return
-    areas = [auc(predicted[:, one], truth[:, one] == 1.0, counts) for one in outputs]
+    areas = []
+    for one, known in enumerate(np.isfinite(predicted).T):
+        areas.append(auc(predicted[known, one], truth[known, one] == 1.0, counts[:, known]))
     yield _score(arm, "auc", np.stack(areas, axis=1))
     if kind == "classes":
-        correct = predicted.argmax(axis=1) == truth.argmax(axis=1)
+        correct = np.where(np.isnan(predicted), -np.inf, predicted).argmax(axis=1) == truth.argmax(axis=1)
     else:
         correct = (predicted[:, 0] > 0.5) == (truth[:, 0] == 1.0)
     yield _score(arm, "accuracy", _mean(correct[:, None].astype(np.float64), counts))
@@ -154,14 +159,15 @@ def _unit(features: NDArray[np.floating]) -> Floats:
     return np.asarray(features / np.maximum(lengths, 1e-12), dtype=np.float64)
 
 
-def _linear_probe(frozen: FrozenFeatures, data: TaskData) -> Floats:
-    """Scores [N, K] of a linear probe; those of yes/no as probabilities."""
+def _linear_probe(frozen: FrozenFeatures, data: TaskData) -> tuple[Floats, tuple[str, ...]]:
+    """Scores [N, K] of a linear probe, those of yes/no as probabilities; and its notes."""
     with needs_extra("evaluate"):
         from panfm.evaluate.linear_probe import fit_classifiers, fit_regressors
     is_number = data.task.kind == "number"
     fit = fit_regressors if is_number else fit_classifiers
-    scores = fit(frozen.fit, frozen.fit_targets, data.task.outputs).score(frozen.test)
-    return scores if is_number else 1.0 / (1.0 + np.exp(-np.clip(scores, -30.0, 30.0)))
+    probe = fit(frozen.fit, frozen.fit_targets, data.task.outputs)
+    scores = probe.score(frozen.test)
+    return (scores if is_number else 1.0 / (1.0 + np.exp(-np.clip(scores, -30.0, 30.0)))), probe.notes
 
 
 def _streams_alone(task_model: TaskModel, model: PanModel, data: TaskData) -> dict[str, float]:
@@ -212,17 +218,25 @@ def score_segmentation(
         pairs = zip(task.outputs[1:], means.T, strict=True)
         scores += [replace(_score(arm, metric, mean[:, None]), group=name) for name, mean in pairs]
     notes = [*data.notes, *([] if isinstance(image, Volume) else ["hd95 is in pixels"])]
-    if missing := int(np.isnan(np.array(measured)[:, :, 1]).sum()):
-        notes.append(
-            f"hd95: leaves out {missing} of {len(measured) * (len(task.values) - 1)} classes of images, not there"
-        )
-    return TaskResult(tuple(scores), data.num_patients(), {}, tuple(notes))
+    return TaskResult(tuple(scores), data.num_patients(), {}, (*notes, *_hd95_notes(np.array(measured))))
+
+
+def _hd95_notes(measured: Floats) -> Iterator[str]:
+    """Why some classes of images have no HD95, if there are any; `measured` [N, classes, 4] as `_compare` returns."""
+    in_one, is_there = measured[..., 0] == 0.0, measured[..., 3] == 1.0
+    without = np.isnan(measured[..., 1])
+    missed, added = int((without & in_one & is_there).sum()), int((without & in_one & ~is_there).sum())
+    if left_out := int(without.sum()):
+        told = f"{missed} missed, {added} predicted but not there, {left_out - missed - added} in neither"
+        yield f"hd95: leaves out {left_out} of {without.size} classes of images: {told}"
 
 
 def _compare(
     predicted: NDArray[np.bool_], true: NDArray[np.bool_], at_best: NDArray[np.bool_], spacing: Sequence[float]
-) -> tuple[float, float, float]:
-    return dice(predicted, true), hausdorff_95(predicted, true, spacing), dice(at_best, true)
+) -> tuple[float, float, float, float]:
+    """Dice, HD95, Dice of the grid, and 1 if the class is in the true mask, else 0."""
+    distance = hausdorff_95(predicted, true, spacing)
+    return dice(predicted, true), distance, dice(at_best, true), float(true.any())
 
 
 def _mean(values: Floats, counts: Floats) -> Floats:

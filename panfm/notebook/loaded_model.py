@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from panfm.config import RunConfig, StreamConfig
 from panfm.config.features import parse_pooling
 from panfm.data.read import read_image
-from panfm.data.store import Batch
+from panfm.data.store import Batch, ImageStore
 from panfm.errors import ConfigError, needs_extra
-from panfm.evaluate.embed import embed_store
+from panfm.evaluate.embed import by_session, embed_store
 from panfm.export.final_model import Source
 from panfm.finetune.task_description import TASK_FILE, TaskDescription
 from panfm.models import PanModel
@@ -167,18 +167,18 @@ class Model:
             images: As for `embed`, files or a site folder.
         Returns:
             Of labels float32 [B, K]: the probability of yes, or of each class, or the number, as `task.outputs` names
-            them. Of a segmentation a mask per subject: a NIfTI image with the scan's own affine and shape, or a
-            picture; None where a subject lacks the stream.
+            them; of a site's subject with several sessions their mean. Of a segmentation a mask per subject, of a site
+            one per session, subjects in the manifest's order and sessions by name: a NIfTI image with the scan's own
+            affine and shape, or a picture; None where the stream is lacking.
         Raises:
             ConfigError: the model was not fine-tuned, or a stream is unknown or missing.
             DataError: as `embed`.
         """
         if self.task_model is None:
             raise ConfigError(f"{self.folder}: was not fine-tuned, expected the folder of: panfm finetune")
-        files = files_of(images, self.streams)
         if (stream := self.task_model.task.stream) is None:
-            network = self.encoder.model
-            return np.concatenate([self.task_model.predict(network, store) for store in stores_of(files, self.streams)])
+            return np.concatenate([self._predict_labels(store) for store in stores_of(images, self.streams)])
+        files = files_of(images, self.streams)
         if stream not in files:
             raise ConfigError(f"images: found {', '.join(files)}, expected {stream}, which the model segments")
         masks: list[SegmentedImage | None] = []
@@ -189,13 +189,22 @@ class Model:
             masks += [of_row.get(row) for row in range(len(part))]
         return masks
 
+    def _predict_labels(self, store: ImageStore) -> NDArray[np.float32]:
+        from panfm.finetune.task_result import by_patient
+
+        assert self.task_model is not None
+        visits, sessions = by_session(store)
+        outputs = self.task_model.predict(self.encoder.model, visits)
+        return by_patient(outputs, visits.subjects).astype(np.float32) if sessions else outputs
+
     def tokens(self, images: FilesByStream | Place) -> dict[str, TokenGrid]:
         """Encode the images of one or more subjects to patch tokens, on the grid of each stream's patches.
 
         Args:
             images: As for `embed`, files or a site folder.
         Returns:
-            Stream -> its tokens after the last norm; streams that nobody has are left out.
+            Stream -> its tokens after the last norm, a row per subject (of a site: per session, subjects in the
+            manifest's order and sessions by name); streams that nobody has are left out.
         Raises:
             ConfigError, DataError: as `embed`.
         """

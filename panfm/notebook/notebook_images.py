@@ -32,7 +32,7 @@ def check_streams(known: Collection[str], names: Collection[str]) -> None:
 
 
 def files_of(images: FilesByStream | Place, streams: Mapping[str, StreamConfig]) -> dict[str, list[Path | None]]:
-    """Stream -> path or None for every subject; the lists have one length.
+    """Stream -> path or None for every subject, of a site for every session; the lists have one length.
 
     Raises:
         ConfigError: a stream is unknown, or the lists differ in length.
@@ -89,9 +89,11 @@ def _store(files: Mapping[str, Sequence[Path | None]], streams: Mapping[str, Str
 def _files_of_site(folder: Path, streams: Mapping[str, StreamConfig]) -> dict[str, list[Path | None]]:
     site = load_site(folder)
     rows = [row for row in read_manifest(folder, site) if row.stream in streams]
-    position = {subject: index for index, subject in enumerate(dict.fromkeys(row.subject for row in rows))}
+    order = {subject: number for number, subject in enumerate(dict.fromkeys(row.subject for row in rows))}
+    visits = sorted({(order[row.subject], row.session) for row in rows})
+    position = {visit: index for index, visit in enumerate(visits)}
     files: dict[str, list[Path | None]] = {row.stream: [None] * len(position) for row in rows}
     check_streams(streams, files)
     for row in rows:
-        files[row.stream][position[row.subject]] = image_path(folder, site, row.path)
+        files[row.stream][position[order[row.subject], row.session]] = image_path(folder, site, row.path)
     return files

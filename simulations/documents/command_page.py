@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import click
 import typer
@@ -17,6 +18,7 @@ TOOLS: dict[str, typer.Typer] = {
     "python -m server": server,
     "python -m simulations": simulations,
 }
+_ROOT = Path(__file__).resolve().parents[2]
 _PASSED_ON = {"study": "studies", "bench": "bench"}
 """Commands of `python -m simulations` that hand their words to a file's own command -> package of these files."""
 
@@ -96,4 +98,6 @@ def _default(parameter: click.Parameter) -> str:
     value = parameter.default
     if value is None or value is False or callable(value) or value in ((), [], ""):
         return ""
+    if isinstance(value, Path) and value.is_relative_to(_ROOT):
+        value = value.relative_to(_ROOT)
     return f"`{value}`"

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from panfm.config import StreamConfig
-from panfm.data.masks import mask_from_grid, mask_to_grid, read_mask
+from panfm.data.masks import _likeliest, mask_from_grid, mask_to_grid, read_mask
 from panfm.data.read import prepare_volume
 from panfm.data.readers import ImageError, Volume
 
@@ -122,3 +122,15 @@ def test_modes_of_pictures(tmp_path):
         read_mask(tmp_path / "colour.png", picture)
     with pytest.raises(ImageError, match="shape 5x4, expected 4x5"):
         read_mask(tmp_path / "0.png", picture.rotate(90, expand=True))
+
+
+def test_a_mask_as_jpeg_is_refused_under_any_name(tmp_path):
+    image = Image.fromarray(np.zeros((8, 8), np.uint8))
+    image.save(tmp_path / "mask.png", format="JPEG")
+    with pytest.raises(ImageError, match="a mask as JPEG"):
+        read_mask(tmp_path / "mask.png", image)
+
+
+def test_the_likeliest_class_is_that_of_argmax():
+    maps = np.random.default_rng(0).integers(0, 3, (5, 6, 7)).astype(np.float32)  # with equal ones
+    assert np.array_equal(_likeliest(iter(maps)), maps.argmax(axis=0))

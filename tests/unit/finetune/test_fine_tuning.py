@@ -9,11 +9,14 @@ import torch
 
 import panfm
 from panfm.errors import ConfigError, DataError
+from panfm.export.final_model import Source
 from panfm.export.formats import export_run
+from panfm.export.model_card import model_card
 from panfm.finetune import fine_tuning
 from panfm.finetune.fine_tuning import batch_of_step
 from panfm.finetune.finetune_job import FinetuneJob
 from panfm.finetune.starting_model import starting_model
+from panfm.notebook.notebook_images import files_of
 from tests.cases import quick
 from tests.conftest import SMALL_RUN
 
@@ -46,6 +49,10 @@ def test_the_same_bits_after_an_interruption(task, model, labelled_site, setting
         FinetuneJob.open(settings, tmp_path / "parts").run(stop)
     FinetuneJob.open(settings, tmp_path / "parts").run()
     assert content(tmp_path / "whole") == content(tmp_path / "parts")
+    before = content(tmp_path / "whole")
+    with pytest.raises(DataError, match="has ended"):
+        FinetuneJob.open(settings, tmp_path / "whole").run()
+    assert content(tmp_path / "whole") == before
 
 
 @pytest.mark.slow
@@ -112,6 +119,27 @@ def test_early_stopping_keeps_the_best(model, labelled_site, settings_of, tmp_pa
     assert all(torch.equal(head[name], tuned[2][name]) for name in head)
 
 
+def test_patience_counts_from_the_end_of_the_warm_up(model, labelled_site, settings_of, tmp_path):
+    settings = settings_of(model, labelled_site(), steps=40, validate_every=1, patience=1)
+    job = FinetuneJob.open(settings, tmp_path / "out")
+    tuning = fine_tuning.FineTuning(starting_model(model / "model")[0], job.data, settings)
+    tuning.head.loss = lambda outputs, targets: outputs.sum() * 0.0 + 1.0
+    tuning.run()
+    assert tuning.progress.step == 4
+    assert tuning.notes() == (
+        "training: no validation was better than the one before the first step, whose model is kept",
+        "training: stopped after 4 of 40 steps, best after 0",
+    )
+
+
+def test_images_of_numbers_are_not_cropped(model, labelled_site, settings_of, tmp_path):
+    site = labelled_site()
+    for task, crop in (("labels.csv:size", (1.0, 1.0)), ("labels.csv:bright", (0.5, 1.0))):
+        job = FinetuneJob.open(settings_of(model, site, task), tmp_path / "out")
+        tuning = fine_tuning.FineTuning(starting_model(model / "model")[0], job.data, job.settings)
+        assert tuning.augmentation._streams["brain-mr"][1].crop == crop
+
+
 def test_batches_cover_everybody_once_a_pass():
     indices = np.array([3, 5, 7, 9, 11])
     passes = [np.concatenate([batch_of_step(indices, 2, step, 0) for step in (0, 1)]) for _ in range(2)]
@@ -132,6 +160,10 @@ def test_a_model_of_labels_in_python(model, labelled_site, settings_of, tmp_path
     assert shares.shape == (2, 3)
     assert shares.sum(axis=1) == pytest.approx(np.ones(2), abs=1e-5)
     assert tuned.predict({"brain-mr": paths[1]}) == pytest.approx(shares[1:], abs=1e-5)
+    visits = tuned.predict({"brain-mr": [site / "clinic-0-1.nii.gz", site / "clinic-0-2.nii.gz"]})
+    of_site = tuned.predict(site)
+    assert len(of_site) == 12
+    assert of_site[:3] == pytest.approx(np.concatenate([visits.mean(axis=0)[None], shares]), abs=1e-5)
     with pytest.raises(ConfigError, match="was not fine-tuned, expected the folder of: panfm finetune"):
         panfm.load(model).predict({"brain-mr": paths})
     export_run(tmp_path / "out", "safetensors", tmp_path / "export")
@@ -155,10 +187,20 @@ def test_a_segmentation_writes_masks_on_the_scans_own_grid(model, labelled_site,
     assert np.allclose(written.affine, affine, atol=1e-5)
     assert set(np.unique(written.dataobj)) <= {0, 7}
     assert result.find("grid", "dice").value > 0.9
+    source = Source.read(tmp_path / "out")
+    assert source.metadata == json.loads((tmp_path / "out" / "model" / "metadata.json").read_text())
+    card = model_card(source, source.metadata, "panfm")
+    assert "fine-tuned for `segmentation`, with labels or masks of 6 training patients" in card
     tuned = panfm.load(tmp_path / "out")
     [again, nobody] = tuned.predict({"brain-mr": [site / "clinic-3-only.nii.gz", None]})
     assert nobody is None
     assert np.array_equal(again.dataobj, written.dataobj)
+
+
+def test_sessions_of_a_site_are_not_mixed(labelled_site, make_run):
+    site = labelled_site()
+    [files] = files_of(site, {"brain-mr": make_run().streams["brain-mr"]}).values()
+    assert [path.name for path in files[:3]] == ["clinic-0-1.nii.gz", "clinic-0-2.nii.gz", "clinic-1-only.nii.gz"]
 
 
 def test_private_runs_are_refused(make_run, write_run, labelled_site, settings_of, tmp_path):

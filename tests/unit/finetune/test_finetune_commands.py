@@ -47,6 +47,8 @@ def test_labels_to_a_folder(words, tmp_path):
             (["--streams", "leg-mr"], "--streams: found 'leg-mr'"),
             (["--parts", "last-blocks"], "--parts: found 'last-blocks'"),
             (["--parts", "last-blocks:9"], "train.parts.blocks: 9, the model has 2"),
+            (["--parts", "lora:2:8:9"], "--parts: found 'lora:2:8:9'"),
+            (["--patients", "1"], "--patients: found 1, expected greater than or equal to 2"),
             (["--task", "labels.csv"], "--task: found 'labels.csv', expected labels.csv:COLUMN"),
             (["--pooling", "mean"], "--pooling: found 'mean'"),
             (["--data", "absent"], "absent/site.toml: no such file"),
@@ -61,6 +63,12 @@ def test_mistakes_are_told_before_training(words, changes, told, tmp_path):
     assert told in done.output
     assert len(done.output.strip().splitlines()[-1:]) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_told(words, tmp_path):
+    (tmp_path / "file").touch()
+    done = invoke([*words, "--out", str(tmp_path / "file" / "out")])
+    assert f"cannot be made in {tmp_path / 'file'}" in done.output.replace("\n", "")
 
 
 def test_what_is_missing_is_told():

@@ -30,6 +30,13 @@ def test_what_is_not_there():
     assert math.isnan(hausdorff_95(full, empty, (1, 1, 1)))
 
 
+def test_distances_do_not_depend_on_the_empty_space_around():
+    random = np.random.default_rng(0)
+    here, there = (random.random((5, 4, 3)) < 0.5 for _ in range(2))
+    around = [np.pad(mask, ((3, 2), (0, 5), (4, 1))) for mask in (here, there)]
+    assert hausdorff_95(*around, (2.0, 1.0, 0.5)) == hausdorff_95(here, there, (2.0, 1.0, 0.5))
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*always_return_as_numpy:FutureWarning")
 def test_as_monai_has_them():

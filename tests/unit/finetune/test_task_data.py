@@ -52,6 +52,43 @@ def test_draws_begin_with_one_of_each_class():
     assert all("p13" in draw_patients(pool, classes, 2, seed=seed, purpose="x") for seed in range(5))
 
 
+def test_draws_keep_the_shares_of_classes():
+    pool = [f"p{number:02}" for number in range(40)]
+    classes = {name: "rare" if number < 4 else "common" for number, name in enumerate(pool)}
+    for seed in range(5):
+        drawn = [classes[one] for one in draw_patients(pool, classes, 30, seed=seed, purpose="x")]
+        assert (len(drawn), drawn.count("rare")) == (30, 3)
+    two = {name: "rare" if number < 2 else "common" for number, name in enumerate(pool)}
+    assert [two[one] for one in draw_patients(pool, two, 38, seed=0, purpose="x")].count("rare") == 1
+    nobody = dict.fromkeys(pool)
+    assert len(set(draw_patients(pool, nobody, 7, seed=0, purpose="x"))) == 7
+    assert sorted(draw_patients(pool, classes, 40, seed=0, purpose="x")) == pool
+
+
+def relabel(site, **yes_or_no):
+    rows = ["subject,bright"]
+    rows += [f"{subject.replace('_', '-')},{label}" for subject, label in yes_or_no.items()]
+    (site / "labels.csv").write_text("\n".join(rows) + "\n")
+
+
+def test_one_class_alone(read, labelled_site):
+    site = labelled_site()
+    relabel(site, clinic_0="no", clinic_1="no", clinic_2="yes", clinic_3="no", clinic_6="no")
+    with pytest.raises(DataError, match="2 patients to train on, all with the same bright, expected patients of two"):
+        read(site)
+    relabel(site, clinic_0="no", clinic_1="yes", clinic_2="yes", clinic_3="no", clinic_6="no")
+    assert "bright: the same for all 1 test patients" in read(site).notes
+
+
+def test_an_image_of_two_sites_is_refused(read, labelled_site):
+    one, two = labelled_site("one"), labelled_site("two", 8)
+    (two / "two-1-only.nii.gz").write_bytes((one / "one-5-only.nii.gz").read_bytes())
+    (two / "two-1-only-seg.nii.gz").write_bytes((one / "one-5-only-seg.nii.gz").read_bytes())
+    for task in ("labels.csv:bright", "segmentation"):
+        with pytest.raises(DataError, match=r"the same brain-mr image for subject 'two-1' and for 'one-5' of .*/one,"):
+            read(one, task, data=(str(one), str(two)))
+
+
 def test_kinds_of_labels(read, labelled_site):
     site = labelled_site()
     assert read(site, "labels.csv:grade").task.outputs == ("grade=high", "grade=low", "grade=mid")
@@ -111,3 +148,27 @@ def test_a_site_without_masks(read, labelled_site):
     (site / "manifest.csv").write_text("\n".join(",".join(row.split(",")[:4]) for row in rows) + "\n")
     with pytest.raises((ConfigError, DataError)):
         read(site, "segmentation")
+
+
+def write_mask(site, stem, mask):
+    nibabel.save(nibabel.Nifti1Image(mask.astype(np.uint8), np.diag([2.0, 2, 2, 1])), site / f"{stem}-only-seg.nii.gz")
+
+
+def test_numbers_of_masks_that_differ_are_told(read, labelled_site):
+    one, two = labelled_site("one", 8), labelled_site("two", 8)
+    mask = np.zeros((9, 8, 6))
+    mask[2:6, 2:6, 1:5] = 9
+    write_mask(two, "two-3", mask)
+    notes = read(one, "segmentation", data=(str(one), str(two))).notes
+    assert notes[0].startswith(f"masks hold different class numbers ({one}: 7; {two}: 7, 9)")
+    assert notes[1] == "class 9: in no training mask, cannot be learned"
+
+
+def test_who_is_left_out_is_counted(read, labelled_site):
+    site = labelled_site()
+    rows = (site / "manifest.csv").read_text().replace("clinic-5-only-seg.nii.gz", "")
+    (site / "manifest.csv").write_text(rows)
+    assert read(site, "segmentation").notes == ("brain-mr: 1 images without a mask are left out",)
+    with (site / "labels.csv").open("a") as table:
+        table.write("somebody,yes,3.5,low\n")
+    assert read(site).notes == ("bright: 1 labelled patients without an image are left out",)
