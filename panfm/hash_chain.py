@@ -159,5 +159,5 @@ class HashChain:
             return hashlib.sha256(line + b"\n").hexdigest()
 
 
-def _unreadable(path: Path, error: OSError) -> str:
+def _unreadable(path: Path | None, error: OSError) -> str:
     return f"{path}: found a file that cannot be read ({error.strerror}), expected records"
