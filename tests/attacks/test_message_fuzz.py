@@ -36,7 +36,7 @@ from tests.unit.site.test_site import RUN, task
 from tests.unit.strategies.test_grouped import ROSTER, build, message, reply
 
 SECONDS, MIB = 2.0, 200
-COUNTS = [pytest.param(60, id="60"), pytest.param(2000, id="2000", marks=pytest.mark.slow)]
+COUNTS = [pytest.param(60, id="60"), pytest.param(2000, id="2000", marks=[pytest.mark.slow, pytest.mark.long])]
 PRIVATE = (
     '[objective]\nstandardise = false\n[masking]\npolicy = "random"\n[patient-dp]\nepsilon = 8.0\ndelta = 1e-3\n'
     "public-subjects = 40\nnoise-multiplier = 1.5\nsample-rate = 0.5\n"

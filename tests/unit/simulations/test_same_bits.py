@@ -350,6 +350,7 @@ def test_a_name_that_is_none_is_refused_before_work(words, complaint):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_tree_gives_the_same_bits_as_itself(tmp_path):
     runs = chosen(["private"], quick=True)
     verdicts = compare_trees(ROOT, ROOT, tmp_path, runs, Allowances.read(), Console(quiet=True))
