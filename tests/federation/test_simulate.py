@@ -26,7 +26,7 @@ from simulations.simulate import simulate
 @pytest.fixture
 def experiment(federation, monkeypatch) -> Path:
     """A run over the small hospitals as an existing cohort folder; probes are tried elsewhere."""
-    monkeypatch.setattr("simulations.simulate.finish", lambda *_: None)
+    monkeypatch.setattr("simulations.simulate.finish", lambda *_, **__: None)
     monkeypatch.chdir(federation.folder)
     path = federation.folder / "experiment.toml"
     path.write_text(dump_toml(federation.describe("train.rounds=2")) + '\n[cohort]\nkind = "folder"\npath = "."\n')
