@@ -1,5 +1,6 @@
 """Files on disk: atomic writes, checksums, locks, JSON lines, new folders, and one file per round."""
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -69,6 +70,14 @@ def sync(file: IO[Any]) -> None:
 def json_text(content: object, *, indent: int | None = None) -> str:
     """Write a value as JSON; numbers that are not finite, which JSON lacks, become null."""
     return json.dumps(_finite(content), indent=indent, allow_nan=False)
+
+
+def check_place(path: Path) -> None:
+    """Raise OSError if nothing can be made at a path, or written into the folder that is there."""
+    nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
+    code = 0 if os.access(nearest, os.W_OK | os.X_OK) else errno.EACCES
+    if code := code if nearest.is_dir() else errno.ENOTDIR:
+        raise OSError(code, os.strerror(code))
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Loggers of rounds: TensorBoard, MLflow and Weights & Biases.
 
     tensorboard   an events file in the run folder, written anew when a run goes on
-    mlflow        a run in the folder `mlflow` of the run folder, or at the server that MLFLOW_TRACKING_URI names
+    mlflow        a run in `mlflow.db` of the run folder, or at the server that MLFLOW_TRACKING_URI names
     wandb         a run in the folder `wandb` of the run folder, sent nowhere unless WANDB_MODE is `online`;
                   `wandb sync` sends it later
 

@@ -16,8 +16,6 @@ report.html        the report (panfm/report/report_page.py)
 flower.json        where Flower runs it (server/coordinator.py)
 """
 
-import errno
-import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -34,6 +32,7 @@ from panfm.errors import DataError, PanfmError, RunError, reason
 from panfm.evaluate.probe_file import save_probes
 from panfm.files import (
     append_json_line,
+    check_place,
     json_text,
     locked,
     read_checked,
@@ -93,7 +92,7 @@ class RunFolder:
         try:
             if (path / "checkpoint").exists():
                 raise RunError(f"{path}: holds a run already; resume it or choose another folder")
-            _check_can_hold(path)
+            check_place(path)
         except OSError as error:
             raise RunError(f"{path}: cannot be made a run folder ({reason(error)})") from error
 
@@ -293,14 +292,6 @@ def _written(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise RunError(f"{path}: cannot be written ({error.strerror}); the run can be resumed") from error
-
-
-def _check_can_hold(folder: Path) -> None:
-    """Raise OSError if a folder cannot be made, or nothing can be written into it."""
-    nearest = next(one for one in (folder, *folder.absolute().parents) if one.exists())
-    code = 0 if os.access(nearest, os.W_OK | os.X_OK) else errno.EACCES
-    if code := code if nearest.is_dir() else errno.ENOTDIR:
-        raise OSError(code, os.strerror(code))
 
 
 @contextmanager

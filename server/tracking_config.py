@@ -27,7 +27,7 @@ class TrackingConfig(Config):
     """Loggers of a run's rounds."""
 
     loggers: Annotated[tuple[Annotated[str, plug_in(LOGGERS)], ...], Field(strict=False)] = ("tensorboard",)
-    """tensorboard: events in the run folder; mlflow: a run in the folder `mlflow`, or where MLFLOW_TRACKING_URI says;
+    """tensorboard: events in the run folder; mlflow: a run in `mlflow.db`, or where MLFLOW_TRACKING_URI says;
     wandb: a run in the folder `wandb`, sent nowhere unless WANDB_MODE is `online`."""
     project: Name = "panfm"
     """Experiment of MLflow, project of Weights & Biases."""

@@ -40,7 +40,10 @@ def embedding_map(
     places = [(place, "train", place.name) for place in opened.sites.values()]
     places.append((opened.holdout, "test", HELD_OUT))
     most = _MOST_SUBJECTS // len(places)
-    drawn = [(place, _some(run, model, place, split, name, most), name) for place, split, name in places]
+    drawn = []
+    for place, split, name in places:
+        holders = place.store.holders(place.store.indices(split), model.stream_names)
+        drawn.append((place, drawn_subjects(run, holders, most, "embedding", name), name))
     known = [[stream for stream in model.stream_names if stream in place.store.images] for place, _, _ in drawn]
     features = np.concatenate(
         [embed_store(model, place.store, at, names) for (place, at, _), names in zip(drawn, known, strict=True)]
@@ -61,11 +64,10 @@ def embedding_map(
     )
 
 
-def _some(run: RunConfig, model: PanModel, place: LabelledStore, split: str, name: str, most: int) -> NDArray[np.int64]:
-    """At most so many subjects of a split that hold a stream of the model, in their order."""
-    holders = place.store.holders(place.store.indices(split), model.stream_names)
-    generator = numpy_generator(run.seed, "report", "embedding", name)
-    return np.sort(generator.choice(holders, min(most, len(holders)), replace=False))
+def drawn_subjects(run: RunConfig, subjects: NDArray[np.int64], most: int, *purpose: str) -> NDArray[np.int64]:
+    """Draw at most so many subjects by the run's seed and a purpose, in their order."""
+    generator = numpy_generator(run.seed, "report", *purpose)
+    return np.sort(generator.choice(subjects, min(most, len(subjects)), replace=False))
 
 
 def _layouts(

@@ -24,11 +24,12 @@ from panfm.models import PanModel
 from panfm.models.patch_features import patchify
 from panfm.registry import import_class
 from panfm.report.report_data import Example, Examples
-from panfm.seeds import numpy_generator, torch_generator
+from panfm.seeds import torch_generator
 from panfm.sharing.groups import HEAD, is_shared
 from panfm.training.objectives.interface import StudentOutput, student_output
 from panfm.training.token_mask import build_policy, draw_mask
 from simulations.cohorts.opened import OpenedCohort
+from simulations.embedding_map import drawn_subjects
 
 Floats = NDArray[np.float64]
 
@@ -63,10 +64,10 @@ def example_slices(run: RunConfig, model: PanModel, opened: OpenedCohort) -> Exa
     if not streams:
         return None
     quota = max(_FIT_SUBJECTS // len(opened.sites), 1)
-    fitted = [
-        _hidden(run, model, store, _some(run, store.holders(store.indices("train"), streams), name, quota), name)
-        for name, store in opened.stores.items()
-    ]
+    fitted = []
+    for name, store in opened.stores.items():
+        subjects = drawn_subjects(run, store.holders(store.indices("train"), streams), quota, "slices", name)
+        fitted.append(_hidden(run, model, store, subjects, name))
     shown = np.unique(np.concatenate([test.holders(held_out, [name])[:_TEST_SUBJECTS] for name in streams]))
     hidden = _hidden(run, model, test, shown, "held out")
     rows, error = [], {}
@@ -84,19 +85,14 @@ def example_slices(run: RunConfig, model: PanModel, opened: OpenedCohort) -> Exa
                 stream, run.streams[stream], image, own.token[here], None if predicted is None else predicted[here]
             )
         )
-    subjects = sum(len({subject for hidden in place.values() for subject in hidden.subject}) for place in fitted)
-    return Examples(rows, run.masking.ratio, subjects if error else 0, error)
+    fit_subjects = sum(len({subject for hidden in place.values() for subject in hidden.subject}) for place in fitted)
+    return Examples(rows, run.masking.ratio, fit_subjects if error else 0, error)
 
 
 def _predicts(run: RunConfig) -> bool:
     """Whether the shared model predicts features of hidden patches."""
     needs: bool = import_class(run.objective.implementation).needs_predictions
     return needs and is_shared(run.sharing, HEAD) and run.model.positions != "rotary"
-
-
-def _some(run: RunConfig, holders: NDArray[np.int64], name: str, most: int) -> NDArray[np.int64]:
-    generator = numpy_generator(run.seed, "report", "slices", name)
-    return np.sort(generator.choice(holders, min(most, len(holders)), replace=False))
 
 
 def _hidden(

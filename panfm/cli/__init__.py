@@ -18,8 +18,12 @@ from panfm.errors import ConfigError
 _GROUPS = ("site", "ledger", "audit", "weights")
 _SIMULATE = "simulations.simulate_command"
 """Outside this package: a hospital has no simulations."""
-_COMMANDS = {"split": "panfm.cli.data_commands", "plan": "panfm.cli.plan_commands", "simulate": _SIMULATE}
-_COMMANDS["finetune"] = "panfm.cli.finetune_commands"
+_COMMANDS = {
+    "split": "panfm.cli.data_commands",
+    "plan": "panfm.cli.plan_commands",
+    "simulate": _SIMULATE,
+    "finetune": "panfm.cli.finetune_commands",
+}
 _COMMANDS |= dict.fromkeys(("embed", "whiten", "probe", "report", "export"), "panfm.cli.model_commands")
 
 

@@ -90,8 +90,8 @@ def finetune(
     assert task is not None
     assert out is not None
     given = {
-        "model": str(run),
-        "data": tuple(map(str, data)),
+        "model": str(run.absolute()),
+        "data": tuple(str(folder.absolute()) for folder in data),
         "task": task,
         "streams": tuple(name.strip() for name in streams.split(",") if name.strip()),
         "masked_stream": stream,

@@ -143,7 +143,7 @@ def encode(table: LabelTable, kinds: Mapping[str, LabelKind]) -> Labels:
 def _check_cells(table: LabelTable, name: str, kind: LabelKind) -> None:
     for line, cell in zip(table.lines, table.cells.get(name, ()), strict=False):
         plain = _plain(cell)
-        is_sound = _number(plain) is not None if kind.kind == "number" else plain in kind.values
+        is_sound = plain_number(plain) is not None if kind.kind == "number" else plain in kind.values
         if kind.kind != "ignore" and plain not in kind.unknown and not is_sound:
             wanted = "a number" if kind.kind == "number" else _listed(kind.values)
             raise DataError(f"{table.path}:{line}: {name}: found {cell!r:.60}, expected {wanted} or nothing")
@@ -167,7 +167,7 @@ def _infer(cells: Sequence[str], rule: LabelRule, name: str) -> tuple[LabelKind,
     """
     unknown = _UNKNOWN | frozenset(map(_plain, rule.unknown or ()))
     counts = Counter(cell for cell in cells if cell not in unknown)
-    numbers = {cell: number for cell in counts if (number := _number(cell)) is not None}
+    numbers = {cell: number for cell in counts if (number := plain_number(cell)) is not None}
     if rule.kind == "ignore":
         return LabelKind("ignore"), ""
     if len(counts) < 2:
@@ -253,16 +253,17 @@ def _code(numbers: Mapping[str, float]) -> str | None:
 def _plain(cell: str) -> str:
     """A cell in lower case, without characters that have no width; a number as it is usually written."""
     shown = visible(cell).strip()
-    number = _number(shown)
+    number = plain_number(shown)
     return shown.casefold() if number is None else f"{number:.15g}"
 
 
-def _number(cell: str) -> float | None:
+def plain_number(cell: str) -> float | None:
+    """The number in a cell; None if it is none, not finite, or written with `_` between digits, which Python allows."""
     try:
-        number = float(cell.replace("_", "no number"))
+        number = float(cell)
     except ValueError:
         return None
-    return number if np.isfinite(number) else None
+    return number if np.isfinite(number) and "_" not in cell else None
 
 
 def _listed(values: Iterable[str]) -> str:

@@ -22,7 +22,8 @@ from panfm.data.readers import ImageError, Picture, Volume, read_source, voxel_s
 from panfm.data.resample import resample
 
 Classes = NDArray[np.int64]
-_SAME_PLACE_MM = 0.01
+_SAME_PLACE = 0.1
+"""Of the smallest side of a voxel: how far the corners of a mask may lie from those of its image."""
 _GREATEST = 65_535
 _JPEG = b"\xff\xd8\xff"
 _GREY = ("1", "L", "P", "I", "I;16")
@@ -61,7 +62,10 @@ def check_mask(path: Path, image: Volume | Picture) -> None:
 
 
 def _are_at_one_place(mask: Volume, image: Volume) -> bool:
-    return np.allclose(mask.affine, image.affine, atol=_SAME_PLACE_MM)
+    last = np.array(image.voxels.shape) - 1
+    corners = np.array([[*(last * corner), 1] for corner in np.ndindex(2, 2, 2)])
+    apart = np.linalg.norm((corners @ (mask.affine - image.affine).T)[:, :3], axis=1)
+    return bool(apart.max() <= _SAME_PLACE * voxel_sizes(image.affine).min())
 
 
 def image_shape(image: Volume | Picture) -> tuple[int, ...]:

@@ -2,7 +2,6 @@
 
 import importlib
 import logging
-import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from panfm.errors import ConfigError, DataError
+from panfm.errors import ConfigError, DataError, reason
 from panfm.export.final_model import Source
 from panfm.export.network import EmbeddingNetwork, batch_of, random_inputs, require_equal, trace
-from panfm.files import json_text, write_atomic
+from panfm.files import check_place, json_text, write_atomic
 
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
@@ -27,9 +26,10 @@ def write_onnx(source: Source, out: Path, streams: tuple[str, ...]) -> float:
         raise ConfigError(f"--to onnx: {', '.join(missing)} is not installed, expected: pip install 'panfm[onnx]'")
     if out.exists():
         raise DataError(f"{out}: exists already, expected a new file")
-    place = next(folder for folder in out.absolute().parents if folder.exists())
-    if not (place.is_dir() and os.access(place, os.W_OK)):
-        raise DataError(f"{out}: cannot be written, expected {place} to be a folder that may be written to")
+    try:
+        check_place(out)
+    except OSError as error:
+        raise DataError(f"{out}: cannot be written ({reason(error)}), expected a file in a folder of yours") from error
     network = EmbeddingNetwork(source.model, streams)
     content = _to_onnx(network, source.metadata_of(streams))
     inputs = random_inputs(network.configs)

@@ -65,7 +65,7 @@ class FineTuning:
     """A model with a task's head in training.
 
     Guarantees:
-        exact: one that is interrupted and resumed ends with the same bits as one that is not.
+        exact: one that is interrupted and resumed ends with the same bits as one that is not, on the CPU.
         best: after `run`, the parameters are those of the validation with the smallest loss.
     """
 
@@ -95,6 +95,7 @@ class FineTuning:
         scale_rates(self.optimiser, self.head)
         self.progress = FinetuneProgress()
         self._best = self._kept_state()
+        self._origin = self._hash()
 
     def run(self, folder: Path | None = None, on_step: Callable[[int, int], None] = lambda *_: None) -> None:
         """Train until the steps are done or validation gets no better, then load the best parameters.
@@ -202,7 +203,7 @@ class FineTuning:
         tensors |= {f"{_BEST}{name}": value for name, value in self._best.items()}
         for index, slots in self.optimiser.state_dict()["state"].items():
             tensors |= {f"{_OPTIMISER}{index}.{slot}": value.cpu().clone() for slot, value in slots.items()}
-        told = {"progress": json.dumps(asdict(self.progress)), "plan": self._plan()}
+        told = {"progress": json.dumps(asdict(self.progress)), "origin": self._origin}
         write_checked(folder / CHECKPOINT, safetensors.torch.save(tensors, told))
 
     def load(self, folder: Path) -> None:
@@ -215,8 +216,10 @@ class FineTuning:
         if not path.exists():
             return
         tensors, told = _read_tensors(path)
-        if told["plan"] != self._plan():
-            raise DataError(f"{path}: the model, the patients or the settings have changed since, expected the same")
+        if told["origin"] != self._origin:
+            raise DataError(
+                f"{path}: the model, the images, the patients or the settings have changed since, expected the same"
+            )
         progress = json.loads(told["progress"])
         losses = tuple((step, loss) for step, loss in progress.pop("losses"))
         self.progress = FinetuneProgress(**progress, losses=losses)
@@ -228,12 +231,13 @@ class FineTuning:
             state.setdefault(int(index), {})[slot] = value
         self.optimiser.load_state_dict(self.optimiser.state_dict() | {"state": state})
 
-    def _plan(self) -> str:
-        """Hash of everything that decides the result: frozen parameters, patients, targets and settings."""
+    def _hash(self) -> str:
+        """Hash everything that decides the result: first parameters, images, patients, targets and settings."""
         digest = hashlib.sha256(dump_toml(self.settings).encode())
-        for name, value in sorted(self.model.state_dict().items()):
-            if name not in self.model.trained and not name.startswith(_HEADS):
-                digest.update(value.detach().cpu().numpy().tobytes())
+        for _, value in sorted(self.model.state_dict().items()):
+            digest.update(value.detach().cpu().numpy().tobytes())
+        for _, of_stream in sorted(self.data.store.digests.items()):
+            digest.update(b"".join(of_stream))
         for part in (self.data.train, self.data.validation, self.data.test):
             digest.update(json.dumps(self.data.patients(part)).encode())
         digest.update(self._targets.numpy().tobytes())

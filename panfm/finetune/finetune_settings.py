@@ -1,6 +1,5 @@
 """Settings of a fine-tuning, and their file `finetune.toml` in its folder. Imports no torch."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -12,7 +11,7 @@ from panfm.config.base import Config, Positive, Seed
 from panfm.config.parts import BlockPartsConfig, LoraConfig, PlainPartsConfig
 from panfm.config.training import TrainConfig
 from panfm.errors import ConfigError, DataError, reason
-from panfm.files import write_atomic
+from panfm.files import check_place, write_atomic
 from panfm.texts import parse_toml, read_text
 
 SETTINGS_FILE = "finetune.toml"
@@ -157,7 +156,8 @@ def new_folder_for(folder: Path) -> Path:
     """The folder of a new fine-tuning. Raises DataError: it exists, or cannot be made."""
     if folder.exists():
         raise DataError(f"{folder}: exists already, expected a new folder (--resume {folder} goes on with it)")
-    parent = next(place for place in folder.absolute().parents if place.exists())
-    if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
-        raise DataError(f"{folder}: cannot be made in {parent}, expected a folder that can be written")
+    try:
+        check_place(folder)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be made ({reason(error)}), expected a folder that can be written") from error
     return folder

@@ -286,6 +286,7 @@ def _joined(folders: Sequence[Path], stores: Sequence[ImageStore]) -> ImageStore
         tuple(split for store in stores for split in store.splits),
         {name: np.concatenate([store.images[name] for store, _ in own]) for name, own in parts.items()},
         {name: np.concatenate([store.rows[name] + offset for store, offset in own]) for name, own in parts.items()},
+        digests={name: [one for store, _ in own for one in store.digests.get(name, ())] for name, own in parts.items()},
     )
 
 

@@ -1,16 +1,16 @@
 """Proposes tasks of the probe of all sites: labels that all have as numbers, where all let their sums leave."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from panfm.config import Releasable, load_site
 from panfm.data.joins import named
-from panfm.data.label_kinds import LabelKind, infer_kinds, read_rules
+from panfm.data.label_kinds import LabelKind, infer_kinds, plain_number, read_rules
 from panfm.data.labels import LabelTable, read_site_cells
 
 _MOST = 16
 """Tasks that are proposed; a person may name more."""
+_NO_PROBE = "no probe of all sites' labels is proposed"
 
 
 def propose_tasks(folders: Sequence[Path]) -> tuple[dict[str, tuple[str, ...]], str]:
@@ -38,9 +38,6 @@ def propose_tasks(folders: Sequence[Path]) -> tuple[dict[str, tuple[str, ...]], 
     return {name: (name,) for name in numbers[:_MOST]}, _left_out(numbers, shared)
 
 
-_NO_PROBE = "no probe of all sites' labels is proposed"
-
-
 def _left_out(numbers: Sequence[str], shared: Sequence[str]) -> str:
     """A line on labels that all sites have and that are not proposed; empty if there are none."""
     if len(numbers) > _MOST:
@@ -52,11 +49,6 @@ def _left_out(numbers: Sequence[str], shared: Sequence[str]) -> str:
 def _is_of_numbers(table: LabelTable, name: str, kind: LabelKind) -> bool:
     """Whether a site sums a column as it is written: numbers and empty cells, none of which stands for "not known"."""
     cells = [cell for cell in table.cells[name] if cell]
-    return kind.kind in ("yes-no", "number") and all(_is_number(cell) and cell not in kind.unknown for cell in cells)
-
-
-def _is_number(cell: str) -> bool:
-    try:
-        return math.isfinite(float(cell.replace("_", "no number")))
-    except ValueError:
-        return False
+    return kind.kind in ("yes-no", "number") and all(
+        plain_number(cell) is not None and cell not in kind.unknown for cell in cells
+    )

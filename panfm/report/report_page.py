@@ -23,7 +23,7 @@ from panfm.report.round_sections import (
     saliency_section,
     sites_section,
 )
-from panfm.report.run_comparison import comparison_sections, comparison_verdict
+from panfm.report.run_comparison import comparison_sections, comparison_verdict, run_names
 from panfm.report.run_files import Run
 from panfm.report.score_sections import (
     few_labels_section,
@@ -67,7 +67,7 @@ def write_report(run: Run, path: Path | None = None) -> Path:
 
 def write_comparison(runs: Sequence[Run], path: Path) -> Path:
     """Write the page that compares runs, and return the path. Raises OSError."""
-    facts = [f"{run.folder.name}: {_state(run)}" for run in runs]
+    facts = [f"{name}: {_state(run)}" for name, run in zip(run_names(runs), runs, strict=True)]
     page = _page("Comparison of runs", comparison_verdict(runs), facts, comparison_sections(runs))
     write_atomic(path, page.encode())
     return path

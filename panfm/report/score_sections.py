@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from panfm.evaluate.result import ProbeResult
 from panfm.report.blocks import Details, Figure, Figures, Paragraph, Section, Table, absent
-from panfm.report.charts import Line, line_chart
+from panfm.report.charts import COLOURS, Line, line_chart
 from panfm.report.console_tables import arms_of, label_rows, missing_counts, number_text, score_text, unmatched_lines
 from panfm.report.run_files import Run
 from panfm.report.verdict import OURS, arm_words, best_site, main_scores
@@ -99,11 +99,12 @@ def missing_section(run: Run) -> Section:
         ],
         "AUC by number of organs missing",
     )  # fmt: skip
-    lines = [Line(points, f"c{number}") for number, points in enumerate(curves.values())]
+    styles = [f"c{number}" if number < COLOURS else "quiet thin" for number in range(len(curves))]
+    lines = [Line(points, style) for points, style in zip(curves.values(), styles, strict=True)]
     chart = line_chart(
         lines, x="organs missing", y="AUC", words="AUC by number of organs missing; the table has the numbers"
     )
-    legend = [(f"c{number}", arm_words(arm)) for number, arm in enumerate(curves)]
+    legend = [(style, arm_words(arm)) for style, arm in zip(styles, curves, strict=True)]
     figures = [Figure("All held-out patients", chart, numbers=table)] if chart else []
     blocks: list[Paragraph | Table | Figures] = [Paragraph(words), Figures(figures, legend)]
     if drops := _drops(missing):

@@ -133,7 +133,7 @@ def _references(scored: Sequence[Score]) -> list[str]:
     """A sentence on the references that the federated model is ahead of."""
     values = _values(scored)
     ahead = [arm_words(arm) for arm in _RIVALS if values.get(arm, math.inf) < values.get(OURS, -math.inf)]
-    return [f"The federated model is better than {_listed(ahead, 'and')}."] if ahead else []
+    return [f"The federated model scores higher than {_listed(ahead, 'and')}."] if ahead else []
 
 
 def _listed(words: Sequence[str], last: str) -> str:

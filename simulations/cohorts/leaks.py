@@ -12,7 +12,8 @@ from panfm.data.label_kinds import RULES
 from panfm.data.store import ImageStore
 from panfm.errors import DataError
 
-_HOLDOUT = "holdout"
+HOLDOUT = "the hold-out"
+"""Key of its hashes, which no folder of a site has: names have no blanks."""
 
 
 def check_cohort(folder: Path, run: RunConfig) -> dict[str, dict[str, str]]:
@@ -21,23 +22,22 @@ def check_cohort(folder: Path, run: RunConfig) -> dict[str, dict[str, str]]:
     Builds the caches of images where there are none, as the sites would.
 
     Returns:
-        Place -> hashes of its `images`, with who they are of, and of its `labels`.
+        Folder of a site, or `HOLDOUT` -> hashes of its `images`, with their subjects, and of its `labels`.
     Raises:
         DataError: an image is at two places, or shows one value in the part that the run takes, or a held-out subject
             is at a site; or as `open_store`.
         NoSubjectsError: a site has nobody to train on, or the hold-out nobody to test on.
     """
-    folders = {load_site(site).name: site for site in site_folders(folder / "sites")}
-    if (folder / _HOLDOUT / "site.toml").is_file():
-        folders[_HOLDOUT] = folder / _HOLDOUT
+    sites = [(site, site.name, load_site(site).name, "train") for site in site_folders(folder / "sites")]
+    if (folder / "holdout" / "site.toml").is_file():
+        sites.append((folder / "holdout", HOLDOUT, "holdout", "test"))
     places, hashes = [], {}
-    for name, place in folders.items():
+    for place, key, name, split in sites:
         store = open_store(place, run.streams)
-        is_holdout = place == folder / _HOLDOUT
-        store.members("test" if is_holdout else "train", str(place))
-        _refuse_empty(name, store)
-        places.append(Place.of_store(name, store, is_holdout=is_holdout))
-        hashes[name] = {"images": _hash_of_images(store), "labels": _hash_of_labels(place)}
+        store.members(split, str(place))
+        _refuse_empty(key, store)
+        places.append(Place.of_store(name, store, is_holdout=key == HOLDOUT))
+        hashes[key] = {"images": _hash_of_images(store), "labels": _hash_of_labels(place)}
     refuse_leaks(places)
     return hashes
 

@@ -41,7 +41,8 @@ QUARANTINE: Entries = {
 LABELS: Entries = {
     "subject": "As in the manifest; one row per subject.",
     "any other": "A label: two words or 0 and 1 (yes or no), three to twenty words (classes), or numbers. Empty, `na`, "
-    "`nan`, `null`, `unknown` and `?` mean that it is not known. Columns that this does not settle need `labels.toml`.",
+    "`n/a`, `#n/a`, `nan`, `null`, `unknown` and `?` mean that it is not known. Columns that this does not settle need "
+    "`labels.toml`.",
 }
 EXPECTED_SITES: Entries = {
     "site": "Name of the site, as in its site.toml.",
@@ -85,11 +86,15 @@ RUN_FOLDER: Entries = {
     "rounds.jsonl": "One line per round: [keys](#roundsjsonl).",
     "probe.json": "Scores of all probes, in a simulation with held-out patients: [keys](#probejson).",
     "command.json": "Of a simulation: what `--set` changed when it was started, and `--extend` since.",
+    "data.json": "Of a simulation of own folders: hashes of the images and labels of each place, which `--resume` "
+    "compares.",
     "report.json": "Of a simulation with held-out patients: what the report shows besides probes and rounds "
     "(places of embedded subjects, small example images, routing of experts, CPU seconds).",
     "report.html": "The report, one file; `panfm report` writes it anew.",
     "status.html": "Progress while the run goes on, one file.",
     "checkpoint/round-*.state": "State of the server after a round, from which `--resume` goes on.",
+    "checkpoint/label-sums-*.safetensors": "Sums of features and labels, from the sites' answers until "
+    "the model is written.",
     "checkpoint/run.toml": "The description as it was in the first round.",
     "model/model.safetensors": "Weights of the trained model.",
     "model/metadata.json": "What the model is: [keys](#modelmetadatajson).",
@@ -116,7 +121,8 @@ FINETUNE_FOLDER: Entries = {
     "model/head.safetensors": "Weights of the head.",
     "model/task.json": "What the head predicts: kind, outputs, classes.",
     "model/run.toml": "The description of the model that it was tuned from.",
-    "model/metadata.json": "As of a run.",
+    "model/metadata.json": "As of a run, with `task`, `fine-tuned-on` (patients) and `model-hash` (SHA-256 of the "
+    "weights).",
     "masks/masks.csv": "Of a segmentation: `subject`, `stream`, `image` and `mask` of each test image.",
     "masks/*": "The predicted masks, on the grids of their images.",
 }

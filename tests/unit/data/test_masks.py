@@ -99,6 +99,7 @@ def save(tmp_path):
     [
         (lambda mask: (mask[:3], np.eye(4)), "shape 3x5x6"),
         (lambda mask: (mask, np.diag([1.0, 1, 2, 1])), "another place"),
+        (lambda mask: (mask, np.diag([1.0, 1, 1.03, 1])), "another place"),  # 0.15 mm at the far corner
         (lambda mask: (mask + 0.5, np.eye(4)), "holds 0.5, expected whole numbers"),
         (lambda mask: (mask - 1.0, np.eye(4)), "holds -1, expected whole numbers"),
     ],
@@ -107,6 +108,11 @@ def test_a_mask_that_is_none_is_refused(save, change, told):
     image = Volume(np.zeros((4, 5, 6), np.float32), np.eye(4))
     with pytest.raises(ImageError, match=told):
         read_mask(save(*change(np.zeros((4, 5, 6), np.float32))), image)
+
+
+def test_a_mask_may_lie_a_rounding_error_apart(save):
+    image = Volume(np.zeros((4, 5, 6), np.float32), np.diag([1.0, 1, 1, 1]))
+    assert not read_mask(save(np.zeros((4, 5, 6), np.uint8), np.diag([1.0, 1, 1.001, 1])), image).any()
 
 
 def test_modes_of_pictures(tmp_path):

@@ -5,6 +5,7 @@ import json
 import nibabel
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 import panfm
@@ -55,8 +56,26 @@ def test_the_same_bits_after_an_interruption(task, model, labelled_site, setting
     assert content(tmp_path / "whole") == before
 
 
+def other_label(site, model):
+    text = (site / "labels.csv").read_text()
+    (site / "labels.csv").write_text(text.replace("clinic-0,no", "clinic-0,yes"))
+
+
+def other_image(site, model):
+    path = site / "clinic-0-1.nii.gz"
+    scan = nibabel.load(path)
+    nibabel.save(nibabel.Nifti1Image(np.asarray(scan.dataobj)[::-1], scan.affine), path)
+
+
+def other_weights(site, model):
+    path = model / "model" / "model.safetensors"
+    state = safetensors.torch.load_file(path)
+    safetensors.torch.save_file({name: value + 0.01 for name, value in state.items()}, path)
+
+
 @pytest.mark.slow
-def test_other_data_are_not_gone_on_with(model, labelled_site, settings_of, tmp_path):
+@pytest.mark.parametrize("change", [other_label, other_image, other_weights])
+def test_other_data_are_not_gone_on_with(model, labelled_site, settings_of, tmp_path, change):
     site = labelled_site()
     settings = settings_of(model, site)
 
@@ -65,8 +84,7 @@ def test_other_data_are_not_gone_on_with(model, labelled_site, settings_of, tmp_
 
     with pytest.raises(Interrupted):
         FinetuneJob.open(settings, tmp_path / "out").run(stop)
-    text = (site / "labels.csv").read_text()
-    (site / "labels.csv").write_text(text.replace("clinic-0,no", "clinic-0,yes"))
+    change(site, model)
     with pytest.raises(DataError, match="have changed since"):
         FinetuneJob.open(settings, tmp_path / "out").run()
 

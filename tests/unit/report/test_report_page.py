@@ -14,6 +14,7 @@ from panfm.cli import main
 from panfm.config.patient_dp import PatientDpConfig
 from panfm.errors import DataError
 from panfm.evaluate.result import Score, write_result
+from panfm.report.charts import COLOURS
 from panfm.report.report_data import Examples, ReportData, read_report_data, write_report_data
 from panfm.report.report_page import render, write_comparison
 from panfm.report.run_comparison import run_names
@@ -86,7 +87,10 @@ def test_a_whole_run_has_all_sections_and_is_small(tmp_path):
         assert anchor in SECTIONS
     words = words_of(page)
     assert "Training together beat every site alone." in words
-    assert "The federated model is better than the start model, an untrained model and plain image statistics." in words
+    assert (
+        "The federated model scores higher than the start model, an untrained model and plain image statistics."
+        in words
+    )
     assert "beta alone, the best site" in words
     assert "brain-mr (20%)" in words
     assert "1.500 CPU hours, measured" in words
@@ -188,7 +192,7 @@ def test_references_that_are_ahead_are_named(tmp_path):
     write_result(folder / "probe.json", replace(result, scores=scores))
     told = verdict(read_run(folder))
     assert told.headline == "Training together beat every site alone; it is not better than plain image statistics."
-    assert told.sentences[0] == "The federated model is better than the start model and an untrained model."
+    assert told.sentences[0] == "The federated model scores higher than the start model and an untrained model."
     assert "without any network, reaches .800" in told.sentences[1]
 
 
@@ -293,3 +297,14 @@ def test_a_page_that_cannot_be_written_is_one_line(tmp_path):
     refused = CliRunner().invoke(main, ["report", str(folder), "--out", str(folder / "run.toml" / "page.html")])
     assert refused.exit_code == 1
     assert "run.toml/page.html: the page cannot be written there" in refused.stderr
+
+
+def test_every_line_has_a_style_that_the_page_knows(tmp_path):
+    """More models than colours are scored with organs missing."""
+    run = read_run(make_run(tmp_path / "run", LONG))
+    grid = {"auc": 0.7, "auc_missing_1": 0.6}
+    missing = {score.arm: grid for score in run.probe.scores}
+    page = render(replace(run, probe=replace(run.probe, missing=missing)))
+    used = {int(number) for number in re.findall(r'class="line[^"]*\bc(\d+)', page)}
+    assert used <= set(range(COLOURS))
+    assert len(missing) > COLOURS

@@ -110,13 +110,13 @@ VAL = ("north-5_brain-mr.nii.gz,train", "north-5_brain-mr.nii.gz,val")
 CHANGES = {
     "an image": (scan_anew, "images of south"),
     "a row that is gone": (take_away, "images of south"),
-    "a new held-out subject": (add, "images of holdout"),
+    "a new held-out subject": (add, "images of the hold-out"),
     "a split": (lambda at: edit(at / "north" / "manifest.csv", *VAL), "images of north"),
     "a subject": (lambda at: edit(at / "north" / "manifest.csv", "north-5,", "north-7,"), "images of north"),
     "a label": (lambda at: edit(at / "north" / "labels.csv", "north-5,1", "north-5,0"), "labels of north"),
     "rules of labels": (
         lambda at: (at / "held" / "labels.toml").write_text('[sick]\nyes = "1"\n'),
-        "labels of holdout",
+        "labels of the hold-out",
     ),
     "no label table": (lambda at: edit(at / "north" / "site.toml", 'labels = "labels.csv"', ""), "labels of north"),
     "a quarantine": (lambda at: (at / "south" / "quarantine.csv").write_text(QUARANTINE), "images of south"),

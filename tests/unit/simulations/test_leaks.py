@@ -51,6 +51,14 @@ def test_a_held_out_subject_at_a_site_stops_a_simulation(cohort, tmp_path):
         check_cohort(tmp_path, parse_run(RUN))
 
 
+def test_a_site_that_is_called_holdout_is_compared_as_well(cohort, tmp_path):
+    place = SiteFolder(tmp_path / "sites" / "holdout")
+    place.add("copy", voxels=volume(0), split="train")
+    (place.folder / "site.toml").write_text('name = "holdout"\n')
+    with pytest.raises(DataError, match="found the same content as"):
+        check_cohort(tmp_path, parse_run(RUN))
+
+
 def test_nobody_to_train_on_or_to_test_on(cohort, tmp_path):
     cohort["south"].lines = [line.replace(",train,", ",val,") for line in cohort["south"].lines]
     cohort["south"].write()
