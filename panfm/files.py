@@ -82,7 +82,7 @@ def check_place(path: Path) -> None:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Make a folder that appears whole or not at all: a temporary one is yielded, and renamed if the block ends well.
+    """Make a folder that appears complete or not at all: yields a temporary folder and renames it after the block.
 
     Guarantees:
         alone: two processes that make the same folder do not meet; the one that ends second leaves the first's folder.

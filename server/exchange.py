@@ -1,4 +1,4 @@
-"""Questions to many sites: messages go out, replies come in until a deadline, and the others are named with a reason.
+"""Sends questions to many sites and collects replies until a deadline; lists sites without a reply, with the reason.
 
 `Exchange` does this for the messages of a round or an invitation. `ask_sums` asks sites for sums over their patients
 under given global parameters (panfm/sharing/sums_messages.py) and returns the answers in the order of the sites' names,
@@ -125,16 +125,16 @@ def _copy(message: Message) -> Message:
 
 @dataclass(frozen=True)
 class Answers:
-    """Answers of the sites to one question, and why others have none."""
+    """Answers of the sites to one question, and the reason for each site without one."""
 
     replies: Mapping[str, SumsReply]
-    """Site -> its answer, in the order of names."""
+    """Site -> its answer, sorted by site name."""
     failed: Mapping[str, str]
-    """Site -> why it has none."""
+    """Site without an answer -> the reason."""
     seconds: float
 
     def read(self, reader: Callable[[SumsReply], R]) -> tuple[dict[str, R], dict[str, str]]:
-        """Read every answer; returns what was read, and why answers were refused, by site."""
+        """Read every answer by a function; return site -> result, and site -> reason for a refused answer."""
         read: dict[str, R] = {}
         refused: dict[str, str] = {}
         for site, reply in self.replies.items():
@@ -146,7 +146,7 @@ class Answers:
 
 
 def check_sums_fit(run: RunConfig, embedding_size: int) -> None:
-    """Raise ConfigError if the sums of the run's tasks are too large to be solved, or for one message."""
+    """Raise ConfigError if the sums of the run's probe tasks are too large to solve or to fit one message."""
     if not run.probe.tasks:
         return
     if embedding_size > MAX_FEATURES:
@@ -168,13 +168,13 @@ def ask_sums(
     frozen: Mapping[str, Flat],
     paths: Mapping[str, Parts] | None = None,
 ) -> Answers:
-    """Ask sites for sums under the global parameters of a state.
+    """Ask sites for sums over their patients, computed with the global parameters of a state.
 
     Args:
         run: As sites are told of it.
         roster: Node id -> handshake of the sites to ask.
         frozen: Group -> its parameters that the run does not train.
-        paths: Task of labels -> its ridge path, to ask for errors.
+        paths: Probe task -> its ridge solutions, whose errors the sites are asked for.
     """
     start, timeout_s = time.monotonic(), run.federation.round_timeout_s
     model = RoundTask(state.run_id, state.round_number + 1, dump_toml(run), {})
@@ -206,10 +206,10 @@ def ask_sums(
 
 
 def label_sums(run: RunConfig, embedding_size: int, subjects: Mapping[str, int], answers: Answers) -> "SiteSums":
-    """Read the sums of features and labels from answers.
+    """Read the sums of features and labels from answers; a faulty answer counts as failed.
 
     Args:
-        subjects: Site -> most training subjects that it may have.
+        subjects: Site -> greatest number of training subjects that it may report.
     """
 
     def read(reply: SumsReply) -> dict[str, LabelSums]:
@@ -233,15 +233,15 @@ def label_sums(run: RunConfig, embedding_size: int, subjects: Mapping[str, int],
 
 @dataclass(frozen=True)
 class SiteSums:
-    """Sums of features and labels of several sites."""
+    """Sums of features and labels of several sites, and the reason for each site without sums."""
 
     by_site: Mapping[str, Mapping[str, LabelSums]]
-    """Site -> task -> its sums, in the order of names."""
+    """Site -> task -> sums, sorted by site name."""
     failed: Mapping[str, str]
-    """Site -> why it gave none."""
+    """Site without sums -> the reason."""
 
     def of_task(self, task: str) -> dict[str, LabelSums]:
-        """Site -> its sums of a task; without sites that gave none."""
+        """Site -> its sums for a task; sites without sums for it are left out."""
         return {site: sums[task] for site, sums in self.by_site.items() if task in sums}
 
 

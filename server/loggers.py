@@ -1,4 +1,4 @@
-"""Loggers of rounds: TensorBoard, MLflow and Weights & Biases.
+"""Logs rounds to TensorBoard, MLflow or Weights & Biases.
 
     tensorboard   an events file in the run folder, written anew when a run goes on
     mlflow        a run in `mlflow.db` of the run folder, or at the server that MLFLOW_TRACKING_URI names
@@ -32,15 +32,15 @@ _MLFLOW_TAG = "panfm.run-id"
 
 
 class TensorBoardLogger:
-    """Scalars of every round, and histograms of the sites' update norms by group."""
+    """Writes scalars of every round, and histograms of the sites' update norms by group, for TensorBoard."""
 
     def __init__(self, folder: RunFolder, run_id: str) -> None:
-        """Begin the events anew with the rounds done before, so that a resumed run shows every round once."""
+        """Write a new events file, first the rounds done so far, so that a resumed run shows every round once."""
         place = folder.path / "tensorboard"
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir()
         self._events = EventsWriter(str(place / "events"))
-        # A TensorBoard that has read the file before forgets what it held.
+        # Tells a TensorBoard that has read an earlier file of the run to drop its values.
         restart = SessionLog(status=SessionLog.START)
         self._events.write_event(Event(wall_time=time.time(), step=0, session_log=restart))
         if (label := privacy_label(folder.run)) != "none":
@@ -55,7 +55,7 @@ class TensorBoardLogger:
         self._events.flush()
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the events file."""
         self._events.close()
 
     def _add(self, line: Mapping[str, Any]) -> None:
@@ -69,10 +69,10 @@ class TensorBoardLogger:
 
 
 class MlflowLogger:
-    """Numbers of every round as metrics whose step is the round, and the description as `run.toml`."""
+    """Writes numbers of every round to MLflow as metrics, with the round as step, and the description as `run.toml`."""
 
     def __init__(self, folder: RunFolder, run_id: str) -> None:
-        """Begin a run of MLflow, or go on with it."""
+        """Begin a run in MLflow, or go on with the run that has the tag."""
         with needs_extra("mlflow"):
             mlflow = import_module("mlflow")
         self._metric = mlflow.entities.Metric
@@ -103,10 +103,10 @@ class MlflowLogger:
 
 
 class WandbLogger:
-    """Numbers of every round at the step of the round, and histograms of the sites' update norms by group."""
+    """Writes numbers of every round, and histograms of the sites' update norms by group, to Weights & Biases."""
 
     def __init__(self, folder: RunFolder, run_id: str) -> None:
-        """Begin a run, or go on with it. Nothing of the machine, of the code or of the console goes into it."""
+        """Begin a run in wandb, or go on with it. It records nothing about the machine, the code or the console."""
         with needs_extra("wandb"):
             self._wandb = import_module("wandb")
         run = folder.shared_run.model_dump(mode="json", by_alias=True, exclude_none=True)

@@ -123,7 +123,7 @@ class RoundGate:
         return sum(known) / len(known) if known else math.nan
 
     def _with_holders(self, state: ServerState, answers: Answers) -> ServerState:
-        """Return the state, with the sites that answered among those that have the parameters that are not trained."""
+        """Add the sites that answered, which now have the untrained parameters, to the state's `frozen_holders`."""
         holders = {*state.memory.frozen_holders, *answers.replies} if self.frozen else ()
         return replace(state, memory=replace(state.memory, frozen_holders=tuple(sorted(holders))))
 

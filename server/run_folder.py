@@ -82,11 +82,11 @@ class RunFolder:
 
     @staticmethod
     def check_new(path: Path, run: RunConfig) -> None:
-        """Check what can be checked before any work for a run: its folder and its loggers.
+        """Check before any work for a run that its folder can be made and that its loggers are installed.
 
         Raises:
-            RunError: the folder holds a run already, or is not where anything can be written.
-            ConfigError: `[tracking]` does not hold, or names a logger that is not installed.
+            RunError: the folder holds a run already, or cannot be written.
+            ConfigError: `[tracking]` is not valid, or names a logger that is not installed.
         """
         tracking_of(run)
         try:
@@ -192,7 +192,7 @@ class RunFolder:
                 raise
 
     def note_end(self, reason: str, *, state: str = "failed") -> None:
-        """Write down why the run ended without a model; a full disk is no error."""
+        """Write into `ended.json` why the run ended without a model; errors of the disk are ignored."""
         with suppress(OSError):
             write_json(self.path / ENDED, {"state": state, "reason": reason}, indent=2)
 
@@ -214,7 +214,7 @@ class RunFolder:
             save_state(self.path / "checkpoint", state)
 
     def kept_sums(self, round_number: int) -> Path:
-        """File of the sums for probes of the model after a round, until the model is saved."""
+        """Path of the file that keeps the sums for probes of a round's model until the model is saved."""
         return self.path / "checkpoint" / f"label-sums-{round_number:06d}.safetensors"
 
     def append_round(self, line: Mapping[str, Any]) -> None:

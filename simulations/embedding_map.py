@@ -1,4 +1,4 @@
-"""Embeddings of some subjects in two dimensions, for the report: principal components, and t-SNE.
+"""Computes the report's map of embeddings: some subjects in two dimensions, by principal components and by t-SNE.
 
 At most 300 subjects, as many from each site as from the held-out ones, so that the map costs about two seconds whatever
 the cohort's size.
@@ -73,7 +73,7 @@ def drawn_subjects(run: RunConfig, subjects: NDArray[np.int64], most: int, *purp
 def _layouts(
     features: NDArray[np.float32], seed: int
 ) -> tuple[NDArray[np.float64], tuple[float, float], NDArray[np.float64]]:
-    """Principal components [N, 2], their shares of the variance, and t-SNE [N, 2]."""
+    """Compute principal components [N, 2], their shares of the variance, and t-SNE coordinates [N, 2]."""
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
     from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
@@ -93,7 +93,7 @@ def _rounded(places: NDArray[np.float64]) -> list[tuple[float, float]]:
 
 
 def _organs(store: ImageStore, at: NDArray[np.int64], streams: Sequence[str]) -> list[str]:
-    """Organs of each subject, in the order of the streams."""
+    """Organs of each subject as text, such as `brain, heart`, in the order of the streams."""
     holds = {stream: set(store.rows[stream].tolist()) for stream in streams if stream in store.images}
     return [
         ", ".join(dict.fromkeys(parse_stream(stream)[0] for stream, rows in holds.items() if subject in rows))

@@ -1,9 +1,9 @@
-"""Example slices for the report: a held-out image, the same with hidden patches, and what the model puts there.
+"""Makes the report's example slices: a held-out image, the same with hidden patches, and these patches predicted.
 
 A model predicts features of hidden patches, not their pixels. A ridge regression, fitted on training subjects of the
-sites, reads off these features how a patch of the middle slice differs from the mean patch at its place; by how much
-this is better on held-out subjects than the mean patch alone is told beside the pictures. Masks are drawn at random, by
-the run's ratio.
+sites, predicts from these features how a patch of the middle slice differs from the mean patch at its place. The report
+shows by how much its error on held-out subjects is below that of the mean patch alone. Masks are random, with the run's
+ratio of hidden patches.
 
 Shape legend: B subjects, K hidden patches, D width, N hidden patches of the middle slice, F pixels of a patch of it.
 """
@@ -37,26 +37,26 @@ _FIT_SUBJECTS, _TEST_SUBJECTS, _MOST_STREAMS = 200, 50, 10
 _LEAST_ROWS, _MOST_ROWS = 20, 1000
 _SIDE, _BATCH = 128, 16
 _HIDDEN = (64, 112, 168)
-"""Colour of hidden patches."""
+"""Colour of hidden patches, RGB."""
 _PENALTIES = (10.0, 100.0, 1e3, 1e4, 1e5)
 
 
 @dataclass(frozen=True)
 class Hidden:
-    """Hidden patches of one stream's middle slices."""
+    """Hidden patches in the middle slices of one stream: place, predicted features, true pixels."""
 
     subject: NDArray[np.int64]
-    """[N] row of the batch."""
+    """[N] row of the subject in the batch."""
     token: NDArray[np.int64]
-    """[N] patch of the slice, row-major."""
+    """[N] index of the patch in the slice, row-major."""
     features: Floats
     """[N, D] predicted features; [N, 0] without predictions."""
     pixels: Floats
-    """[N, F]"""
+    """[N, F] true pixels."""
 
 
 def example_slices(run: RunConfig, model: PanModel, opened: OpenedCohort) -> Examples | None:
-    """One held-out image of each stream, of ten streams at most; None if nobody is held out."""
+    """Make example slices of one held-out image per stream, for ten streams at most; None if nobody is held out."""
     with_predictions = _predicts(run)
     test = opened.holdout.store
     held_out = test.holders(test.indices("test"), model.stream_names)
@@ -140,7 +140,7 @@ def _of_stream(run: RunConfig, stream: str, model: PanModel, batch: Batch, outpu
 
 
 def _in_slice(stream: StreamConfig, token: NDArray[np.int64]) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-    """Which patches of an image lie in its middle slice, and their places in it; all patches of a picture."""
+    """Whether each patch of an image lies in its middle slice, and its index there; in a picture all patches do."""
     if len(stream.shape) == 2:
         return np.ones(len(token), dtype=np.bool_), token
     depth, patch = stream.grid[2], stream.patch[2]
@@ -148,18 +148,18 @@ def _in_slice(stream: StreamConfig, token: NDArray[np.int64]) -> tuple[NDArray[n
 
 
 def _middle(stream: StreamConfig, images: torch.Tensor) -> torch.Tensor:
-    """The middle slices [P, C, X, Y] of images, along the last axis of volumes."""
+    """Middle slices [P, C, X, Y] along the last axis of volumes; pictures are returned unchanged."""
     return images if len(stream.shape) == 2 else images[..., stream.shape[2] // 2]
 
 
 def _slice_patches(stream: StreamConfig, images: torch.Tensor) -> torch.Tensor:
-    """Patches [P, T, F] of the middle slices."""
+    """Patches [P, T, F] of the middle slices of images."""
     return patchify(_middle(stream, images), stream.patch[:2])
 
 
 def _predicted(known: Sequence[Hidden], hidden: Hidden) -> tuple[Floats, Floats]:
-    """Pixels [N, F] of hidden patches: by the mean patch at the same places plus what the predicted features tell of
-    the difference, and by the mean patch alone."""
+    """Predict the pixels [N, F] of hidden patches in two ways: by the mean patch at the same place plus a difference
+    that the ridge regression reads from the features, and by the mean patch alone."""
     from sklearn.linear_model import RidgeCV
 
     features, pixels, token = (
@@ -174,7 +174,7 @@ def _predicted(known: Sequence[Hidden], hidden: Hidden) -> tuple[Floats, Floats]
 
 
 def _at_places(values: Floats, token: NDArray[np.int64]) -> Callable[[NDArray[np.int64]], Floats]:
-    """A function from places to the mean of the values there; of all values where there is none."""
+    """Return a function from places to the mean of the values there; without values there, the mean of all."""
     overall = values.mean(axis=0)
     means = {place: values[token == place].mean(axis=0) for place in np.unique(token).tolist()}
     return lambda places: np.array([means.get(place, overall) for place in places.tolist()])
@@ -187,7 +187,11 @@ def _mean_square(values: Floats) -> float:
 def _example(
     stream: str, config: StreamConfig, image: NDArray[np.float32], token: NDArray[np.int64], predicted: Floats | None
 ) -> Example:
-    """The pictures of one image, of which the patches at `token` are hidden and, if anything is, predicted [N, F]."""
+    """Make the pictures of one image whose patches at `token` are hidden.
+
+    Args:
+        predicted: Pixels [N, F] of the hidden patches; None without predictions.
+    """
     whole = _slice_patches(config, torch.from_numpy(image)[None])[0].numpy()
     span = float(whole.min()), float(whole.max())
     is_hidden = np.zeros(len(whole), dtype=np.bool_)
@@ -205,7 +209,7 @@ def _png(
     span: tuple[float, float],
     marked: NDArray[np.bool_] | None = None,
 ) -> str:
-    """A slice as a PNG in base64, with some patches in one colour.
+    """Write a slice as a PNG in base64, with the hidden patches in one colour.
 
     Args:
         patches: [T, F]

@@ -1,4 +1,4 @@
-"""Which experts a stream's images go through, for the report of a Director-Experts run.
+"""Computes for the report of a Director-Experts run how much each expert contributes to each stream's images.
 
 Images are shown stream by stream. Private experts are those of each site, on its own training subjects; pooled ones are
 the shared model's, on held-out subjects.
@@ -23,7 +23,8 @@ _MOST_SUBJECTS = 64
 
 
 def expert_map(run: RunConfig, run_dir: RunFolder, shared: PanModel, opened: OpenedCohort) -> ExpertMap | None:
-    """Routing of the last layer with experts; None for a dense model, or where sites' private states lie elsewhere."""
+    """Measure the routing of the last layer with experts; None for a dense model, or if the run folder lacks the sites'
+    private experts."""
     layers = list(shared.director_experts())
     if not layers:
         return None
@@ -38,7 +39,7 @@ def expert_map(run: RunConfig, run_dir: RunFolder, shared: PanModel, opened: Ope
 
 
 def model_at_site(folder: RunFolder, shared: PanModel, site: str) -> PanModel:
-    """The shared model with the parameters that a site of a simulation keeps to itself, in the run's folder."""
+    """Return the shared model with one site's private parameters, read from the run folder of a simulation."""
     state = folder.latest_state()
     assert state is not None
     kept = StateStore(folder.path / "sites" / site, state.run_id).load(state.round_number)
@@ -56,7 +57,7 @@ def _rows(site: str, model: PanModel, store: ImageStore, split: str) -> list[Exp
 
 @torch.inference_mode()
 def _shares(model: PanModel, store: ImageStore, stream: str, at: NDArray[np.int64]) -> list[float]:
-    """Share of each expert of the last layer in the gates of one stream's images."""
+    """Share of each expert of the last layer in the router's gates for one stream's images."""
     batch = store.batch(at, [stream]).to(model.stream_of_patch.device)
     mass = model.eval().encode(model.patch_features(batch)).routed[-1].mass()
     return [round(float(share), 4) for share in mass / mass.sum()]

@@ -105,7 +105,7 @@ def finish(
 def report_data(
     run: RunConfig, cohort: Path, run_dir: Path, result: ProbeResult, began_cpu_s: float | None
 ) -> ReportData:
-    """What the report shows of the cohort's images and of the processor."""
+    """Compute the parts of the report that need the cohort's images, and the processor time."""
     model, opened = load_model(run_dir / "model")[0], OpenedCohort.open(cohort, run)
     cost = None
     if began_cpu_s is not None:

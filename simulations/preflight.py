@@ -53,7 +53,7 @@ class _Place:
         return {row.subject: row.split for row in self.rows}
 
     def counts(self) -> str:
-        """Number of subjects in each split, in words."""
+        """Number of subjects in each split, as text such as `12 in train, 4 in test`."""
         return ", ".join(f"{count} in {split}" for split, count in Counter(self.splits.values()).items())
 
     def in_split(self, split: str) -> list[str]:
@@ -147,7 +147,8 @@ def _unused_streams(where: str, place: _Place) -> Iterator[str]:
 
 
 def _of_labels(labels: CohortLabels, sites: Sequence[_Place], holdout: _Place) -> list[str]:
-    """Read all label tables as the probes will. Raises DataError, with what is left out, if none could be probed."""
+    """Read all label tables as the probes will, and return a line on each label that is left out. Raises DataError: no
+    label could be probed."""
     told = list(labels.notes)
     known = {place.folder: _read(place, labels) for place in (*sites, holdout)}
     for place, table in ((place, known[place.folder]) for place in (*sites, holdout)):
@@ -212,7 +213,7 @@ def _labelled(place: _Place, table: Labels | None, names: set[str], split: str) 
 
 
 def _values(place: _Place, table: Labels | None, name: str, split: str) -> set[float]:
-    """Different known values of a label in a split."""
+    """Set of the known values of a label in a split."""
     if table is None or name not in table.names:
         return set()
     wanted = {subject_key(subject) for subject in place.in_split(split)}

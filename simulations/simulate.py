@@ -24,7 +24,7 @@ from simulations.site_errors import SiteErrors
 _COMMAND = "command.json"
 """The overrides that a run was started with, in its folder."""
 _DATA = "data.json"
-"""Hashes of the images and labels that a run of own folders was started with, by place."""
+"""File with hashes of the images and labels of each site folder that a run was started with."""
 _REMEDIES = {
     "images": "start a new run",
     "labels": "start a new run (`panfm probe RUN SITE...` tries a finished model on other labels)",
@@ -129,14 +129,14 @@ def _resume(path: Path, experiment: Path | None, overrides: Sequence[str], out: 
 
 
 def _own_data(run: RunConfig, cohort: Path) -> dict[str, dict[str, str]]:
-    """Hashes of images and labels of own folders, which are checked for leaks; none of a cohort that was made."""
+    """Check the user's own site folders for leaks, and hash their images and labels; empty for a generated cohort."""
     return check_cohort(cohort, run) if run.cohort and run.cohort["kind"] == "folder" else {}
 
 
 def _check_same_data(folder: RunFolder, data: Mapping[str, Mapping[str, str]]) -> None:
     """Raise ConfigError if images or labels are not those that a run began with."""
     path = folder.path / _DATA
-    began = parse_json(read_text(path), str(path)) if path.exists() else data  # none of a run of an earlier version
+    began = parse_json(read_text(path), str(path)) if path.exists() else data  # runs of earlier versions lack it
     for place in {**began, **data}:
         for part, remedy in _REMEDIES.items():
             if data.get(place, {}).get(part) != began.get(place, {}).get(part):

@@ -1,4 +1,4 @@
-"""The means of a group: their interface, the choice by `sharing.mean`, and the five that come with it.
+"""Means of a group of parameters: the interface, the choice by `sharing.mean`, and the five built-in means.
 
     weighted           weight of site k = w_k
     l-dawa             weight of layer l of site k = w_k max(0, cos(g_l, g_l + u_kl))
@@ -172,7 +172,7 @@ def _cosine(one: Flat, other: Flat) -> float:
 
 
 class BufferedMean(ABC):
-    """Mean that is computed once all updates of a round are there; a subclass says how, in `combine`.
+    """Base of means that are computed once all updates of a round are there; a subclass defines `combine`.
 
     Guarantees:
         order: contributions are sorted by content first, so their order of arrival does not matter.
@@ -181,10 +181,10 @@ class BufferedMean(ABC):
     uses_weights: ClassVar[bool] = True
 
     def __init__(self, setup: GroupSetup) -> None:
-        """Create a mean without contributions."""
+        """Create a mean that has no contributions yet."""
         self.setup = setup
         self._guard = ExactMean(setup.segments, weight_limit=setup.weight_limit, space=setup.space, votes=setup.votes)
-        """Checks contributions, takes their norms, counts their signs."""
+        """Checks contributions, computes their norms, counts their signs."""
         self._contributions: list[tuple[Weights, bytes, Flat]] = []
 
     @abstractmethod
@@ -216,7 +216,7 @@ class BufferedMean(ABC):
 
 
 class CoordinateMedian(BufferedMean):
-    """Median of each number."""
+    """Coordinate-wise median of the updates."""
 
     uses_weights = False
 
@@ -226,7 +226,7 @@ class CoordinateMedian(BufferedMean):
 
 
 class TrimmedMean(BufferedMean):
-    """Mean of each number without the extreme sites."""
+    """Coordinate-wise mean of the updates, without the most extreme sites in each coordinate."""
 
     def combine(self, updates: Sequence[Flat], weights: Sequence[float]) -> Flat:
         """Return `trimmed_mean` of the updates."""
@@ -234,7 +234,7 @@ class TrimmedMean(BufferedMean):
 
 
 class GeometricMedian(BufferedMean):
-    """Point with the least weighted distance to the updates."""
+    """Geometric median: the point with the least sum of weighted distances to the updates."""
 
     def combine(self, updates: Sequence[Flat], weights: Sequence[float]) -> Flat:
         """Return `geometric_median` of the updates, under capped weights."""
@@ -242,12 +242,12 @@ class GeometricMedian(BufferedMean):
 
 
 def coordinate_median(updates: Sequence[Flat]) -> Flat:
-    """Median of each number, float32."""
+    """Coordinate-wise median of the updates, float32."""
     return np.concatenate([np.median(stack, axis=0) for stack in _stacks(updates)]).astype(np.float32)
 
 
 def trimmed_mean(updates: Sequence[Flat], weights: Sequence[float], *, trim: float, max_share: float = 1.0) -> Flat:
-    """Mean of each number without the extreme sites, float32; at least one is left."""
+    """Coordinate-wise mean without the most extreme sites, float32; at least one site is left in each coordinate."""
     num = len(updates)
     max_share = max_share if num >= FEWEST else 1.0
     cut = min(math.ceil(trim * num), (num - 1) // 2)

@@ -33,7 +33,7 @@ settings.load_profile("same-everywhere")
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
-    """Keep the garbage collector away from the objects of all tests, of which it would find none to free."""
+    """Exclude the objects of all collected tests from garbage collection, which would free none of them."""
     gc.disable()
     try:
         return (yield)
@@ -104,7 +104,7 @@ def make_store() -> "Callable[..., ImageStore]":
 
 @cache
 def images_of_noise(name: str, organs: tuple[str, ...], subjects: int) -> Mapping[str, bytes]:
-    """Files of MR noise by name, 8 x 8 x 8 voxels of 8 mm; hundreds of tests write the same."""
+    """File name -> bytes of MR noise, 8 x 8 x 8 voxels of 8 mm; cached, as hundreds of tests write the same files."""
     random, files = np.random.default_rng(list(name.encode())), {}
     for subject in range(subjects):
         for organ in organs:

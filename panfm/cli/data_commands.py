@@ -168,7 +168,7 @@ def show(proposal: "Proposal", name: str) -> None:
 
 
 def _several_modalities(rows: Sequence["Row"]) -> list[str]:
-    """A line on subjects with images of several modalities, whose files might be numbered apart; none without any."""
+    """One line on subjects with images of several modalities, who may be different people of one number; else none."""
     from panfm.anatomy import parse_stream
     from panfm.data.joins import counted
 

@@ -1,4 +1,4 @@
-"""`panfm finetune`: from a run's model and a few labels to a classifier, a regression or a segmentation."""
+"""Command `panfm finetune`: trains a run's model on a few labels to classify, predict a number, or segment."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,46 +21,46 @@ app = typer.Typer(no_args_is_help=True)
 @app.command()
 def finetune(
     run: Annotated[
-        Path | None, typer.Argument(metavar="RUN", help="Run folder, or folder of a model. Left out with --resume.")
+        Path | None, typer.Argument(metavar="RUN", help="Run folder, or folder of a model. Not with --resume.")
     ] = None,
     data: Annotated[
-        list[Path] | None, typer.Option(help="Site folder with images; may be given again, patients are pooled.")
+        list[Path] | None, typer.Option(help="Site folder with images; give it again to pool patients of several.")
     ] = None,
     task: Annotated[
         str | None,
         typer.Option(
-            help="labels.csv:COLUMN (a table in the site folder, or a path from here), or segmentation (masks that the "
-            "column mask of the manifest names)."
+            help="labels.csv:COLUMN (a table in the site folder, or a path), or segmentation (masks that the column "
+            "mask of the manifest names)."
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="New folder for checkpoint, model, masks and result.")] = None,
     parts: Annotated[
         str,
         typer.Option(
-            help="What is trained beside the head: head (nothing), all, norms, vectors, last-blocks:N, "
+            help="Parts trained together with the head: head (none), all, norms, vectors, last-blocks:N, "
             "attention-projections:N, lora:N or lora:N:RANK; N counts blocks from the last."
         ),
     ] = "all",
     augment: Annotated[
         bool,
-        typer.Option(help="Vary the images of every step, and their masks with them. Not for labels of the side."),
+        typer.Option(help="Augment images and masks at every step. Turn off if a label depends on left or right."),
     ] = True,
-    steps: Annotated[int, typer.Option(help="Steps at most; validation may stop earlier.")] = 300,
-    batch_size: Annotated[int, typer.Option(help="Images, or visits of patients, per step.")] = 8,
+    steps: Annotated[int, typer.Option(help="Most steps; validation may stop training earlier.")] = 300,
+    batch_size: Annotated[int, typer.Option(help="Images of a segmentation, or visits of patients, per step.")] = 8,
     learning_rate: Annotated[
-        float, typer.Option(help="Of the head of labels; a decoder's is ten times as large.")
+        float, typer.Option(help="Learning rate of a label head; a segmentation decoder's is ten times as large.")
     ] = 1e-3,
-    layer_decay: Annotated[float, typer.Option(help="Factor on the learning rate per layer downwards.")] = 0.75,
+    layer_decay: Annotated[float, typer.Option(help="Learning rate of a layer over that of the next one.")] = 0.75,
     streams: Annotated[str, typer.Option(help="Streams to read, e.g. brain-mr,heart-ct; all when left out.")] = "",
-    stream: Annotated[str | None, typer.Option(help="Of segmentation: the stream, where several have masks.")] = None,
-    pooling: Annotated[str | None, typer.Option(help="Instead of the run's, as in panfm embed.")] = None,
+    stream: Annotated[str | None, typer.Option(help="Stream to segment, if several have masks.")] = None,
+    pooling: Annotated[str | None, typer.Option(help="Pooling instead of the run's, as in panfm embed.")] = None,
     patients: Annotated[
-        int | None, typer.Option(help="Learn from the labels of so many patients, 2 at least, validation included.")
+        int | None, typer.Option(help="Patients whose labels are learned from, at least 2, validation included.")
     ] = None,
     from_scratch: Annotated[
         bool, typer.Option("--from-scratch", help="Start from the run's untrained model, for comparison.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Of draws of patients, order and head.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the split, of the order of images, and of the head.")] = 0,
     resume: Annotated[
         Path | None, typer.Option(help="Go on with the fine-tuning in this folder, with its own settings.")
     ] = None,
@@ -69,11 +69,11 @@ def finetune(
 
     panfm finetune runs/demo --data sites/clinic --task labels.csv:stroke --out stroke
 
-    Labels may be yes or no, classes or numbers, as panfm probe tells them apart. The manifest's splits are used; where
-    nobody is in val or test, patients are drawn, and a line says so. Training stops when the validation loss no longer
-    falls. Beside the result stand a linear probe and nearest neighbours on the frozen model, from the same patients.
-    The folder holds result.json, model/ for panfm.load, embed and export, and the masks of the test images. Fine-tuning
-    is local and adds no noise: a model with a privacy claim is refused.
+    Labels may be yes or no, classes or numbers, as panfm probe distinguishes them. The manifest's splits are used; if
+    nobody is in val or test, patients are drawn at random, and a line says so. Training stops when the validation loss
+    no longer falls. For comparison a linear probe and nearest neighbours on the frozen model learn from the same
+    patients. The folder holds result.json, model/ for panfm.load, embed and export, and the masks of the test images.
+    Fine-tuning is local and adds no noise: a model with a privacy claim is refused.
     """
     from panfm.finetune.finetune_settings import FinetuneSettings, new_folder_for, parse_parts
 
@@ -113,7 +113,7 @@ def finetune(
 
 
 def _check(settings: "FinetuneSettings") -> None:
-    """Tell mistakes in options and descriptions before torch is imported."""
+    """Report mistakes in options and descriptions before torch is imported."""
     from panfm.config import load_site
     from panfm.config.features import parse_pooling
     from panfm.finetune.task_description import parse_task

@@ -217,7 +217,7 @@ def report(
     ],
     out: Annotated[
         Path | None,
-        typer.Option(help="Page to write, instead of report.html in the run's folder, or comparison.html here."),
+        typer.Option(help="Page to write; by default report.html in the run folder, or comparison.html here."),
     ] = None,
 ) -> None:
     """Print a run's tables and write its page, report.html; of several runs, one page that compares them."""

@@ -41,7 +41,7 @@ class ExpertsConfig(Config):
     """How the experts are pulled to the director: `cosine` as in the paper, `softmax` (cross-entropy over features) as
     in the released code."""
     alignment_weight: Weight = 0.01
-    """Of that pull in the loss."""
+    """Weight in the loss of the pull of the experts to the director."""
     balance_weight: Annotated[tuple[Weight, Weight], Field(strict=False)] = (0.001, 0.0)
     """Weight of the pull to equal use of the experts; the released code has 0.01 throughout."""
 

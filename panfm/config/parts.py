@@ -41,7 +41,7 @@ class LoraConfig(Config):
 
     kind: Literal["lora"]
     rank: Annotated[int, Field(gt=0, le=1024)] = 8
-    """Rows of A, columns of B."""
+    """Rank of the low-rank addition B A: rows of A, columns of B."""
     blocks: Blocks
     """Counted from the last."""
     frozen_a: bool = False

@@ -35,9 +35,9 @@ class RunConfig(Config):
     name: Name
     """Name of the run; its folder is `runs/<name>-<time>` unless `--out` says otherwise."""
     seed: Seed = 0
-    """Of parameters, batches and masks."""
+    """Seed of all random numbers of the run: initial parameters, batches, masks."""
     named_organs: Annotated[tuple[str, ...], Field(strict=False)] | None = Field(default=None, alias="organs")
-    """Organs that a site may have images of; those of the streams and the seven of Pan-FM when left out."""
+    """Organs that a site may have images of; when left out, the organs of the streams and the seven of Pan-FM."""
     streams: Annotated[dict[str, StreamConfig], Field(min_length=1)]
     """Stream (`<organ>-<modality>`, e.g. brain-mr or brain-mr.t1) -> how its images are prepared."""
     cohort: TomlTable | None = None

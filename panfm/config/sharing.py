@@ -42,11 +42,11 @@ class MomentumConfig(Config):
 
     kind: Literal["momentum"]
     learning_rate: ServerRate = 1.0
-    """Factor on the step that momentum makes of the mean updates."""
+    """The server's step is this times the momentum step."""
     momentum: BelowOne = 0.9
-    """Share of the sum of earlier updates that is kept in each round."""
+    """Each round, the running sum of mean updates is multiplied by this before the new mean update is added."""
     nesterov: bool = True
-    """Whether the step is the mean update plus momentum times that sum, or the sum alone."""
+    """Whether the momentum step is the mean update plus momentum times the running sum (true), or the sum (false)."""
 
 
 class AdaptiveConfig(Config):
@@ -56,7 +56,7 @@ class AdaptiveConfig(Config):
     learning_rate: ServerRate = 0.01
     """About what a number moves in a round."""
     betas: Annotated[tuple[BelowOne, BelowOne], Field(strict=False)] = (0.9, 0.99)
-    """Decay of the means of updates and of their squares."""
+    """Decay rates of the running means of updates and of their squares."""
     epsilon: Annotated[float, Field(ge=1e-12, le=1e3)] = 1e-3
     """The paper's tau: an update that is small against it moves little."""
 
@@ -70,7 +70,7 @@ class GroupConfig(Config):
     mean: Mean | None = None
     optimiser: OptimiserConfig | None = None
     norm_limit: NormLimit | None = None
-    """As `sharing.guards.norm-limit`, for this group."""
+    """Norm limit of this group's updates, instead of `sharing.guards.norm-limit`."""
 
 
 class SharingConfig(Uncoupled):

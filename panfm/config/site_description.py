@@ -146,7 +146,7 @@ class SiteConfig(Config):
     labels: RelativePath | None = None
     """Optional table of labels for probes, relative to this file; never leaves the site."""
     constant_images: Literal["refuse", "take"] = "refuse"
-    """Whether runs refuse an image that shows one value all over, or take it as any other."""
+    """Whether a run refuses an image that has the same value everywhere, or uses it like any other."""
     cache_dir: RelativePath = ".panfm/cache"
     """Preprocessed images, relative to this file."""
     state_dir: RelativePath = ".panfm/state"

@@ -12,7 +12,7 @@ class TrainConfig(Uncoupled):
     """The local loop, and how much of it."""
 
     rounds: Annotated[int, Field(gt=0, le=1_000_000)] = 10
-    """Rounds of the run: in each, sites train and the server averages."""
+    """Number of rounds; in each round the sites train and the server averages their updates."""
     local_steps: Annotated[int, Field(gt=0, le=1_000_000)] = 20
     """Optimiser steps per site and round."""
     validate_every: Positive = 5
@@ -25,15 +25,15 @@ class TrainConfig(Uncoupled):
     """Factor on the learning rate per layer downwards: heads and last norm 1, the last block this, the one before it
     this squared (arXiv 2106.08254)."""
     learning_rate: Annotated[float, Field(ge=1e-9, le=10.0)] = 3e-3
-    """Greatest of the schedule, of AdamW."""
+    """Peak learning rate of AdamW, reached at the end of the warm-up."""
     weight_decay: Annotated[float, Field(ge=0.0, le=10.0)] = 0.05
-    """Of AdamW, times the learning rate."""
+    """Weight decay of AdamW; a step shrinks weights by this times the learning rate."""
     betas: Annotated[tuple[BelowOne, BelowOne], Field(strict=False)] = (0.9, 0.95)
-    """Of AdamW: decay of the means of gradients and of their squares."""
+    """Decay rates of AdamW's running means of gradients and of their squares."""
     warmup: Fraction = 0.1
     """Share of the whole run over which the learning rate grows; then cosine to 0."""
     clip_norm: ClipNorm = 3.0
-    """A longer gradient of a batch is scaled down to this norm."""
+    """A batch's gradient with a larger norm is scaled down to this norm."""
     teacher_momentum: Annotated[tuple[Fraction, Fraction], Field(strict=False)] | Literal["auto"] = (0.99, 0.999)
     """EMA momentum of the teacher at the start and the end, by cosine. auto: 1 - 10 / n and 1 - 1 / n in a run of n
     local steps, so that the teacher forgets its start in a short run as in a long one; [1, 1] keeps it as it starts."""

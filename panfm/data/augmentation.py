@@ -66,7 +66,7 @@ class Augmentation:
 
     @torch.no_grad()
     def move(self, name: str, maps: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        """Crop, rotate and flip maps [B, K, *shape] as `vary` does the images of a stream.
+        """Crop, rotate and flip maps [B, K, *shape] in the way in which `vary` does with the images of a stream.
 
         Args:
             generators: One for each subject, in the state in which `vary` was given them.
@@ -75,7 +75,7 @@ class Augmentation:
         return _moved(maps, *self._streams[name], _named(drawn.to(maps.device)))
 
     def _draw(self, generators: Sequence[torch.Generator]) -> Tensor:
-        """Uniform numbers [B, S, n]."""
+        """Draw uniform random numbers [B, S, n]: subjects, streams, numbers per image."""
         return torch.stack([torch.rand(len(self._streams), sum(_DRAWS.values()), generator=one) for one in generators])
 
 

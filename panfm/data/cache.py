@@ -113,7 +113,7 @@ class _Cached:
     sources: Sequence[tuple[Path, ImageReader]]
     """Path of every image, and the reader that accepts it."""
     takes_constant: bool = False
-    """Whether an image of one value is taken as any other."""
+    """Whether an image that has the same value everywhere is prepared like any other; else it is refused."""
 
     @property
     def family(self) -> str:

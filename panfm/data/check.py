@@ -131,7 +131,7 @@ def _inspect(folder: Path, site: SiteConfig, row: Row, config: StreamConfig | No
         output, notes = inspect_output(image, row.stream, config)
         if row.mask:
             file = row.mask
-            from panfm.data.masks import check_mask  # few sites have masks
+            from panfm.data.masks import check_mask  # imported here: few sites have masks
 
             check_mask(image_path(folder, site, row.mask), image)
         return _Inspected(content_digest(image), output, notes)

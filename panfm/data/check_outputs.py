@@ -23,10 +23,10 @@ K = TypeVar("K")
 _MOST_CLIPPED = 0.99
 _MOST_WHITE_CT, _WHITE_CT_WITHOUT_AIR = 0.25, 0.05
 _LEAST_PADDING, _LEAST_AIR, _MOST_SHIFTED = 0.005, 0.001, 0.8
-"""Shares of voxels: of a repeated least value that is padding, below -200 HU where there is air, of those above the
-window that lie where soft tissue does with 1024 added."""
+"""Least shares: of voxels with the smallest value, if that is padding; of voxels below the CT window, if there is air;
+of the voxels above the window, those in the range of soft tissue plus 1024, if 1024 was added."""
 _FLAT = 1e-3
-"""Range of an MR or PET over its median, below which it is flat."""
+"""An MR or PET image is flat if its range of values, divided by its median, is below this."""
 _MANY_SLICES = 8
 _MASK_VALUES, _FEW_VALUES, _FEWEST_VOXELS = 4, 16, 64
 _SQUEEZED, _MUCH_WHITE = 0.05, 0.5
@@ -116,7 +116,7 @@ def _check_scaled(scaled: NDArray[np.float32], image: Volume | Picture, modality
 
 
 def _check_variation(voxels: NDArray[Any], modality: Modality) -> None:
-    """Raise ImageError for one slice that is repeated, or values that hardly differ."""
+    """Raise ImageError for a volume that repeats one slice, or whose values hardly differ."""
     for axis in range(3):
         slices = np.moveaxis(voxels, axis, 0)
         if len(slices) >= _MANY_SLICES and (slices == slices[0]).all():
@@ -155,7 +155,7 @@ def _notes(
 
 
 def _is_offset_ct(image: Volume | Picture, white: float) -> bool:
-    """Whether tissue lies where Hounsfield units have bone, and nothing where they have air, as with 1024 added."""
+    """Whether a CT looks like Hounsfield units plus 1024: tissue has the values of bone, and no voxel those of air."""
     if not isinstance(image, Volume) or white < _WHITE_CT_WITHOUT_AIR:
         return False
     voxels = image.voxels.ravel()

@@ -1,4 +1,4 @@
-"""Finds the images of a new site: in a folder, or in a table of them. Only names are read, no image."""
+"""Finds the images of a new site in a folder, or in a table that lists them. Only names are read, no image."""
 
 import os
 from collections import defaultdict

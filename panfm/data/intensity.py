@@ -27,7 +27,7 @@ GREY_LEVELS = (0.0, 255.0)
 """Everything else: the range of 8-bit grey levels."""
 EMPTY_PART = "one value all over the part that the run's shape and spacing show"
 _LEAST_RANGE = 0.01
-"""Of [0, 1]; an image within less shows nothing."""
+"""An image scaled to [0, 1] whose values span less than this counts as constant."""
 _EXPECTED = {Modality.CT: "Hounsfield units", Modality.PHOTO: "grey levels of 0 to 255"}
 _LARGEST = 1e37
 """Beyond it, and below its inverse, float32 arithmetic may end in infinity or NaN; float64 is used instead."""
@@ -37,7 +37,7 @@ _FILLERS, _FILLER_FROM = (2.0**15 - 1, 2.0**16 - 1, 2.0**31, 2.0**32), 1e30
 _LEAST_PADDING = 0.005
 """Share of the voxels that have a value, below which it is no padding: it decides no percentile."""
 _MOST_PADDINGS = 3
-"""Different negative numbers in one image, such as -1024 outside a CT's circle and -2000 beyond."""
+"""Greatest number of different padding values in one image, such as -1024 and -2000 around a CT's circle."""
 
 
 def apply_intensity(image: NDArray[Any], modality: Modality, *, nan_to_zero: bool = False) -> NDArray[np.float32]:
@@ -63,15 +63,15 @@ def apply_intensity(image: NDArray[Any], modality: Modality, *, nan_to_zero: boo
 
 
 def is_constant(scaled: NDArray[Any]) -> bool:
-    """Whether an image in [0, 1] shows one value, up to a hundredth of the range."""
+    """Whether all values of an image in [0, 1] are the same, up to a hundredth of the range."""
     return not float(scaled.max()) - float(scaled.min()) >= _LEAST_RANGE
 
 
 def check_varies(scaled: NDArray[Any], modality: Modality) -> None:
-    """Raise ImageError for a whole image in [0, 1] that shows one value: constant, saturated, or in another unit.
+    """Raise ImageError if an image in [0, 1] has the same value everywhere: constant, saturated, or in another unit.
 
     Args:
-        scaled: All of the image, or its least and greatest value.
+        scaled: The whole image, or only its least and greatest value.
     """
     if is_constant(scaled):
         given = f"one value all over ({scaled.min():.3g} to {scaled.max():.3g}, of 0 to 1) once it is scaled"
@@ -147,7 +147,7 @@ def _without_padding(image: NDArray[Any], low: float, high: float) -> NDArray[An
 
 
 def _are_paddings(negative: NDArray[Any], size: int) -> bool:
-    """Whether the negative voxels of an image of some size are few whole numbers, each of them repeated."""
+    """Whether the negative voxels of an image of `size` voxels are padding: few whole numbers, each repeated."""
     values, counts = np.unique(negative, return_counts=True)
     enough = counts.min() >= max(2, _LEAST_PADDING * size)
     return bool(len(values) <= _MOST_PADDINGS and enough and (values == np.round(values)).all())

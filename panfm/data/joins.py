@@ -54,7 +54,7 @@ def by_key(subjects: Iterable[str]) -> Mapping[str, str]:
 
 
 def counted(number: int, noun: str) -> str:
-    """A number and what it counts: `1 subject`, `2 subjects`."""
+    """Write a number with its noun: `1 subject`, `2 subjects`."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 

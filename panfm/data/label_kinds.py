@@ -48,11 +48,11 @@ _GRADES = frozenset(map(float, range(10)))
 """Few of these may be numbers or names."""
 _FEW_NUMBERS = 5
 _DATES = (20_000.0, 60_000.0)
-"""Days since 1900, as which spreadsheets write the dates of 1954 to 2064."""
+"""Range of numbers by which spreadsheets write dates of 1954 to 2064: days since 1900."""
 _FAILED = frozenset(("#value!", "#ref!", "#div/0!", "#name?", "#null!", "#num!", "#spill!", "#calc!"))
-"""Cells, in lower case, of formulas of a spreadsheet that failed."""
+"""Cells, in lower case, that a spreadsheet writes for formulas that failed."""
 _GROUPED = re.compile(r"[+-]?\d{1,3}(?:[.,' _]?\d{3})*(?:[.,]\d+)?")
-"""A number with a decimal comma, or with marks between thousands."""
+"""A number with a decimal comma, or with separators between thousands."""
 _YES = frozenset(("yes", "y", "true", "t", "positive", "pos", "present", "case", "1"))
 
 Kind = Literal["yes-no", "classes", "number", "ignore"]
@@ -251,7 +251,7 @@ def _code(numbers: Mapping[str, float]) -> str | None:
 
 
 def _plain(cell: str) -> str:
-    """A cell in lower case, without characters that have no width; a number as it is usually written."""
+    """Normalise a cell: lower case, no zero-width characters, numbers in one spelling."""
     shown = visible(cell).strip()
     number = plain_number(shown)
     return shown.casefold() if number is None else f"{number:.15g}"

@@ -1,4 +1,4 @@
-"""Proposes the manifest of a site from a folder of images, or from a table of them, by names alone.
+"""Proposes the manifest of a site from the file names of a folder of images, or from a table that lists them.
 
 A proposal never changes or drops a row that the manifest has. New rows take the split of their subject where it has
 one, else that of their folder (`train/`, `val/`, `test/`), else one drawn from the subject's name alone: the same
@@ -117,7 +117,7 @@ def _remedy(stream: str, paths: Sequence[PurePath]) -> str:
 
 
 def _respelled(candidates: Sequence[Candidate], kept: Sequence[Row]) -> Iterator[str]:
-    """A line for each subject that is spelled in two ways."""
+    """Yield a line for each subject that is spelled in two ways."""
     spelled: dict[str, str] = {}
     for subject in [row.subject for row in kept] + [one.name.subject for one in candidates]:
         first = spelled.setdefault(subject_key(subject), subject)

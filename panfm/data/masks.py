@@ -1,4 +1,4 @@
-"""Masks: the class of every voxel of a volume or pixel of a picture, from a file to a stream's grid and back.
+"""Reads masks (the class of every voxel or pixel), and resamples them to a stream's grid and back.
 
 A mask holds one whole number per voxel on the grid of its image; 0 is background. The column `mask` of a manifest names
 its file.
@@ -27,7 +27,7 @@ _SAME_PLACE = 0.1
 _GREATEST = 65_535
 _JPEG = b"\xff\xd8\xff"
 _GREY = ("1", "L", "P", "I", "I;16")
-"""Modes of Pillow with one number per pixel; of a palette it is the colour's index."""
+"""Modes of Pillow with one number per pixel; in mode P the number is an index into a palette."""
 
 
 def read_mask(path: Path, image: Volume | Picture) -> Classes:
@@ -36,7 +36,7 @@ def read_mask(path: Path, image: Volume | Picture) -> Classes:
     Returns:
         Numbers of the classes: [X, Y, Z] as stored, or [height, width].
     Raises:
-        ImageError: it cannot be read, does not lie on the image's grid, or holds other numbers than 0 to 65535.
+        ImageError: it cannot be read, is not on the image's grid, or has other values than whole numbers of 0 to 65535.
     """
     source = read_source(path, is_volume=isinstance(image, Volume))
     if not isinstance(source, Volume) and path.read_bytes()[:3] == _JPEG:
@@ -56,7 +56,7 @@ def read_mask(path: Path, image: Volume | Picture) -> Classes:
 
 
 def check_mask(path: Path, image: Volume | Picture) -> None:
-    """Raise ImageError as `read_mask` does, or for a mask that is empty."""
+    """Raise ImageError if `read_mask` does, or if the mask is empty."""
     if not read_mask(path, image).any():
         raise ImageError("an empty mask", "at least one voxel above 0")
 
@@ -69,27 +69,27 @@ def _are_at_one_place(mask: Volume, image: Volume) -> bool:
 
 
 def image_shape(image: Volume | Picture) -> tuple[int, ...]:
-    """Voxels [X, Y, Z] as stored, or pixels [height, width]."""
+    """Shape of an image: voxels (X, Y, Z) as stored, or pixels (height, width)."""
     return image.voxels.shape if isinstance(image, Volume) else (image.height, image.width)
 
 
 def mask_to_grid(
     mask: Classes, image: Volume | Picture, values: Sequence[int], config: StreamConfig
 ) -> NDArray[np.uint8]:
-    """Bring a mask to a stream's grid as its image is brought there; each voxel gets the class that fills most of it.
+    """Resample a mask to a stream's grid in the way of its image; each voxel gets the class that fills most of it.
 
     Args:
         mask: As `read_mask` returns it.
         values: Number of each class in the mask, background (0) first.
     Returns:
-        Index into `values` [*config.shape]; background outside the image.
+        Class indices (into `values`) [*config.shape]; background outside the image.
     """
     shares = [_to_grid((mask == value).astype(np.float32), image, config) for value in values[1:]]
     return np.stack([1.0 - np.sum(shares, axis=0), *shares]).argmax(axis=0).astype(np.uint8)
 
 
 def mask_from_grid(probabilities: NDArray[np.float32], image: Volume | Picture, config: StreamConfig) -> Classes:
-    """Bring predictions on a stream's grid to the grid of their image.
+    """Resample predictions from a stream's grid to the grid of their image.
 
     Args:
         probabilities: float32 [K, *config.shape].
@@ -111,7 +111,7 @@ def mask_from_grid(probabilities: NDArray[np.float32], image: Volume | Picture, 
 
 
 def _likeliest(maps: Iterable[NDArray[np.float32]]) -> Classes:
-    """Index of the greatest of some maps of one shape, the first of equal ones; holds two maps at a time."""
+    """For every voxel, index of the map with the greatest value, the first of equal ones. Keeps two maps in memory."""
     rest = iter(maps)
     best = next(rest)
     classes = np.zeros(best.shape, dtype=np.int64)
@@ -123,7 +123,7 @@ def _likeliest(maps: Iterable[NDArray[np.float32]]) -> Classes:
 
 
 def _numbers(source: Volume | Picture) -> NDArray[Any]:
-    """The numbers of a mask, as they are written."""
+    """Values of a mask as its file has them."""
     if isinstance(source, Volume):
         return source.voxels
     if source.mode in _GREY:
@@ -141,5 +141,5 @@ def _to_grid(share: NDArray[np.float32], image: Volume | Picture, config: Stream
 
 
 def _resized(share: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
-    """A float picture resized to (width, height)."""
+    """Resize a float picture to (width, height)."""
     return np.asarray(Image.fromarray(share).resize(size, Image.Resampling.BILINEAR))

@@ -14,7 +14,7 @@ from panfm.files import write_atomic
 
 
 def write_quarantine(folder: Path, faults: Sequence[Fault]) -> Path:
-    """Write a list of the rows with a fault; they are left out of every run until the list is written anew.
+    """Write the list of rows that have a fault; every run leaves them out until the list is written anew.
 
     Raises:
         DataError: the file cannot be written.

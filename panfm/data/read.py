@@ -46,12 +46,12 @@ def read_image(path: Path, stream: str, config: StreamConfig, reader: ImageReade
 def read_with_digest(
     path: Path, stream: str, config: StreamConfig, reader: ImageReader | None = None, may_be_constant: bool = True
 ) -> tuple[NDArray[np.float32], bytes]:
-    """Read one image as `read_image` does, with the hash of its content as it was before it was prepared.
+    """Read one image as `read_image` does, and hash its content before it is prepared.
 
     Args:
-        may_be_constant: Whether an image of one value is read as well.
+        may_be_constant: Whether to accept an image that has the same value everywhere.
     Raises:
-        DataError: as `read_image`; or the image, whichever part of it the stream's shape takes, shows one value.
+        DataError: as `read_image`; or the whole image has the same value everywhere, and may not.
     """
     try:
         image = read_source(path, is_volume=config.is_volume, reader=reader, nan=config.nan)
@@ -63,7 +63,7 @@ def read_with_digest(
 
 
 def _check_varies(image: Volume | Picture, stream: str, config: StreamConfig) -> None:
-    """Raise ImageError for an image of one value, judged by its least and greatest."""
+    """Raise ImageError if an image has the same value everywhere, judged by its least and greatest value."""
     if isinstance(image, Volume):
         modality = parse_stream(stream)[1]
         ends = np.array([limit.reduce(image.voxels, axis=None) for limit in (np.fmin, np.fmax)])
@@ -105,7 +105,7 @@ def prepare_volume(
 def to_stream_grid(
     voxels: NDArray[np.float32], affine: NDArray[np.float64], config: StreamConfig
 ) -> NDArray[np.float32]:
-    """Turn voxels [X, Y, Z] in [0, 1] to R, A, S and resample them: float32 [1, *config.shape]; 0 outside the scan."""
+    """Reorient voxels [X, Y, Z] in [0, 1] to R, A, S and resample them to float32 [1, *config.shape]; 0 outside."""
     axes = nib.orientations.io_orientation(affine.astype(np.float32))  # type: ignore[no-untyped-call]
     oriented = nib.orientations.apply_orientation(voxels, axes)  # type: ignore[no-untyped-call]
     spacing = np.empty(3)

@@ -6,7 +6,7 @@ import unicodedata
 _LEADING_ZEROS = re.compile(r"(?<!\d)0+(?=\d)")
 _SHORTENED = re.compile(r"\d(?:[.,]\d+)?E\+\d+", re.IGNORECASE)
 SHORTENED = "an identifier that no spreadsheet has shortened: format the column as text, and write it anew"
-"""What is expected in the place of one."""
+"""Text of errors: what is expected instead of an identifier such as 1.23E+05."""
 _INVISIBLE = {"\u034f", "\u115f", "\u1160", "\u3164", *map(chr, range(0xFE00, 0xFE10))}
 """Characters without width that Unicode does not call format characters (Cf)."""
 
@@ -22,10 +22,10 @@ def subject_key(subject: str) -> str:
 
 
 def is_shortened(subject: str) -> bool:
-    """Whether an identifier is a long number as spreadsheets shorten it, such as 1.23E+05; several may look alike."""
+    """Whether a spreadsheet has shortened an identifier to a form such as 1.23E+05, which others may share."""
     return _SHORTENED.fullmatch(subject) is not None
 
 
 def visible(text: str) -> str:
-    """Leave out the characters of a text that have no width."""
+    """Remove zero-width characters from a text."""
     return "".join(letter for letter in text if unicodedata.category(letter) != "Cf" and letter not in _INVISIBLE)

@@ -82,7 +82,7 @@ def save_probes(folder: Path, probes: Mapping[str, SharedProbe], pooling: str) -
         for name in _PARTS
     }
     told = {task: shared.summary() for task, shared in probes.items()}
-    # One entry: safetensors writes several in an order that differs from process to process.
+    # One entry, as safetensors writes several entries in an order that varies between processes.
     metadata = {"probes": json.dumps({"pooling": pooling, "tasks": told}, sort_keys=True)}
     write_atomic(folder / FILE, safetensors.numpy.save(tensors, metadata))
 

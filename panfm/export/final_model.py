@@ -43,9 +43,9 @@ class _Written(BaseModel):
     intended_use: str
     whitening: str | None = None
     task: str | None = None
-    """That the model was fine-tuned for."""
+    """Task that the model was fine-tuned for."""
     fine_tuned_on: int | None = None
-    """Patients."""
+    """Number of training patients of the fine-tuning."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ class Source:
         return self.metadata | {"streams": {name: self.metadata["streams"][name] for name in streams}}
 
     def copy_to(self, folder: Path) -> float:
-        """Write weights, `run.toml`, whitening, a task's head and `metadata.json` into a folder; return the largest
-        difference of the embeddings once it is read back. Raises RunError: they differ."""
+        """Copy weights, `run.toml`, whitening, a task's head and `metadata.json` into a folder, and read it back.
+        Return the largest difference between its embeddings and the model's. Raises RunError: they differ."""
         head = TASK_FILES if (self.folder / TASK_FILE).exists() else ()
         for name in ("model.safetensors", "run.toml", *((WHITENING,) if self.model.whitening else ()), *head):
             shutil.copyfile(self.folder / name, folder / name)

@@ -1,4 +1,4 @@
-"""The loop of a fine-tuning: a task's head in the place of the pre-training heads, and parts of the encoder with it.
+"""Training loop of a fine-tuning: trains a task's head, which replaces the heads of pre-training, and encoder parts.
 
     step        batch of examples -> head(encoder) -> loss -> AdamW with layer-wise decay of the learning rate
     validation  every `validate_every` steps; the parameters with the smallest loss are kept, and training stops after
@@ -41,28 +41,28 @@ from panfm.training.training_state import build_optimiser
 
 CHECKPOINT = "checkpoint.state"
 _AUGMENT = AugmentConfig(crop=(0.5, 1.0), rotation=0.2, blur=0.0, noise=0.0)
-"""Of masks and classes; numbers, which may be sizes, are learned from whole images."""
+"""Augmentation for masks and classes. Labels that are numbers may be sizes, so their images are not cropped."""
 _HEADS = "heads."
 _BEST, _MODEL, _OPTIMISER = "best.", "model.", "optimiser."
 
 
 @dataclass(frozen=True)
 class FinetuneProgress:
-    """How far a fine-tuning has come."""
+    """Steps and validation losses of a fine-tuning so far."""
 
     step: int = 0
     """Steps taken."""
     best_step: int = 0
-    """Steps behind the parameters with the smallest validation loss."""
+    """Number of steps after which the validation loss was smallest."""
     best_loss: float = float("inf")
     since_best: int = 0
-    """Validations since then, after the warm-up."""
+    """Validations since `best_step` that brought no smaller loss; those within the warm-up are not counted."""
     losses: tuple[tuple[int, float], ...] = ()
-    """Steps taken and validation loss, of every validation."""
+    """For every validation: the steps taken before it, and its loss."""
 
 
 class FineTuning:
-    """A model with a task's head in training.
+    """Trains a model with a task's head, and validates it.
 
     Guarantees:
         exact: one that is interrupted and resumed ends with the same bits as one that is not, on the CPU.
@@ -70,7 +70,7 @@ class FineTuning:
     """
 
     def __init__(self, model: PanModel, data: TaskData, settings: FinetuneSettings) -> None:
-        """Put the task's head in place and choose the trained parts.
+        """Replace the model's heads by the task's head, and choose which parameters are trained.
 
         Args:
             model: Its heads are replaced.
@@ -119,7 +119,7 @@ class FineTuning:
         self.model.load_state_dict(self.model.state_dict() | self._best)
 
     def _augmented(self, number: int, chosen: Indices) -> tuple[Batch, Tensor]:
-        """The images of a step, and their labels, or masks that are moved as the images are."""
+        """Augmented images of a step, and their targets: labels, or masks cropped, turned and flipped like them."""
         batch, targets = self.data.store.batch(chosen).to(self.device), self._on_device(chosen)
         if self.augmentation is None:
             return batch, targets
@@ -173,7 +173,7 @@ class FineTuning:
             self.save(folder)
 
     def notes(self) -> tuple[str, ...]:
-        """A line each where training changed nothing for the better, and where it stopped early."""
+        """One line if no step lowered the validation loss, and one if training stopped early."""
         progress, steps, notes = self.progress, self.settings.steps, []
         if progress.best_step == 0:
             notes.append("training: no validation was better than the one before the first step, whose model is kept")
@@ -189,7 +189,7 @@ class FineTuning:
         return self._targets[torch.from_numpy(chosen)].to(self.device)
 
     def _kept_state(self) -> dict[str, Tensor]:
-        """Copies of the trained parameters and of all of the head, by name."""
+        """Copy the trained parameters, and all parameters and buffers of the head, by name."""
         state = self.model.state_dict()
         return {
             name: value.detach().cpu().clone()
@@ -198,7 +198,7 @@ class FineTuning:
         }
 
     def save(self, folder: Path) -> None:
-        """Write the checkpoint."""
+        """Write `checkpoint.state`, from which `load` goes on."""
         tensors = {f"{_MODEL}{name}": value for name, value in self._kept_state().items()}
         tensors |= {f"{_BEST}{name}": value for name, value in self._best.items()}
         for index, slots in self.optimiser.state_dict()["state"].items():
@@ -210,7 +210,7 @@ class FineTuning:
         """Go on from the checkpoint, if there is one.
 
         Raises:
-            DataError: it does not hold, or model, images, labels or settings are others than when it was written.
+            DataError: it is damaged, or model, images, labels or settings have changed since it was written.
         """
         path = folder / CHECKPOINT
         if not path.exists():
@@ -245,7 +245,7 @@ class FineTuning:
 
 
 def scale_rates(optimiser: torch.optim.Optimizer, head: TaskHead) -> None:
-    """Give the head's parameters groups of their own, with the head's factor on their learning rate."""
+    """Move the head's parameters to optimiser groups of their own, whose learning rate has the head's factor."""
     of_head = set(head.parameters())
     for group in list(optimiser.param_groups):
         moved = [parameter for parameter in group["params"] if parameter in of_head]
@@ -255,7 +255,7 @@ def scale_rates(optimiser: torch.optim.Optimizer, head: TaskHead) -> None:
 
 
 def choose_parts(model: PanModel, parts: FinetuneParts, seed: int) -> None:
-    """Train the head and some parts of the encoder; the rest gets no gradient."""
+    """Let the head and the chosen parts of the encoder be trained; all other parameters get no gradient."""
     named = dict(model.named_parameters())
     trained = {name for name in named if name.startswith(_HEADS)}
     if not isinstance(parts, HeadPartsConfig):
@@ -271,8 +271,8 @@ def choose_parts(model: PanModel, parts: FinetuneParts, seed: int) -> None:
 
 
 def batch_of_step(indices: Indices, size: int, step: int, seed: int) -> Indices:
-    """The examples of one step: passes over all of them, each in a new seeded order; a rest smaller than a batch is
-    left for another pass."""
+    """Choose the examples of one step. Steps pass over all examples again and again, each pass in a new seeded order; a
+    pass leaves out the last examples if they do not fill a batch."""
     per_pass = max(len(indices) // size, 1)
     number, at = divmod(step, per_pass)
     order = numpy_generator(seed, "fine-tuning", "order", number).permutation(indices)

@@ -1,8 +1,8 @@
-"""One fine-tuning from folders to a folder.
+"""Runs one fine-tuning: reads a model and site folders, trains, scores, and writes a folder.
 
 finetune.toml       the settings
-checkpoint.state    where `--resume` goes on
-masks/              of a segmentation: the predicted masks of the test images, and masks.csv
+checkpoint.state    state of the training, from which `--resume` goes on
+masks/              for a segmentation: the predicted masks of the test images, and masks.csv
 result.json         scores with 95 % intervals, patients, losses
 model/              encoder and head of the best validation, for `panfm.load`; written last
 """
@@ -22,12 +22,12 @@ from panfm.finetune.task_data import TaskData, read_task_data
 from panfm.finetune.task_result import RESULT_FILE, FrozenFeatures, TaskResult, score_labels, score_segmentation
 
 Progress = Callable[[int, int], None]
-"""Called with (done, total)."""
+"""Called with the number of images or steps done, and their total."""
 
 
 @dataclass(frozen=True)
 class FinetuneJob:
-    """A fine-tuning whose files have been read and checked, and nothing trained."""
+    """A fine-tuning whose input files have been read and checked; `run` trains it."""
 
     settings: FinetuneSettings
     folder: Path
@@ -39,7 +39,7 @@ class FinetuneJob:
 
         Raises:
             ConfigError: the model claims privacy, or does not have the parts, the streams or the pooling's layers.
-            DataError: a file does not hold.
+            DataError: a file is not valid.
         """
         source = Source.read(Path(settings.model))
         model, _ = starting_model(source.folder, pooling=_pooling(settings))
@@ -51,7 +51,7 @@ class FinetuneJob:
         """Train from the start or from the checkpoint, score, and write everything.
 
         Raises:
-            DataError: the folder holds a finished fine-tuning, or one of other settings or data.
+            DataError: the folder holds a finished fine-tuning, or a checkpoint of other settings or data.
             RunError: a loss is not finite.
         """
         settings, folder, data = self.settings, self.folder, self.data
@@ -77,7 +77,7 @@ class FinetuneJob:
         return result
 
     def _score_masks(self, task_model: TaskModel, tuning: FineTuning) -> TaskResult:
-        """Score a segmentation, and write the predicted masks."""
+        """Score a segmentation on the test images, and write their predicted masks."""
         masks, rows = self.folder / "masks", list[tuple[str, str, str, str]]()
         masks.mkdir(exist_ok=True)
         stream = self.data.task.stream or ""

@@ -41,7 +41,7 @@ def _read_parts(value: Any) -> Any:
 
 
 class FinetuneSettings(Config):
-    """Everything that decides a fine-tuning beside the files that it reads."""
+    """All settings of a fine-tuning; with the files that it reads they decide its result."""
 
     model: str
     """Folder of the run, or of its model."""
@@ -50,36 +50,37 @@ class FinetuneSettings(Config):
     task: str
     """`labels.csv:COLUMN` or `segmentation`."""
     streams: Annotated[tuple[str, ...], Field(strict=False)] = ()
-    """Streams that are read; all of the model when empty."""
+    """Streams whose images are read; all streams of the model when empty."""
     masked_stream: str | None = None
-    """Of a segmentation: the stream whose masks are learned; may be left out where one stream has masks."""
+    """For a segmentation: the stream whose masks are learned; may be left out if only one stream has masks."""
     parts: Annotated[FinetuneParts, BeforeValidator(_read_parts)] = PlainPartsConfig()
     pooling: str | None = None
-    """Instead of the run's, as `panfm embed --pooling` takes it; not used by segmentation."""
+    """Pooling that replaces the run's, as `panfm embed --pooling` takes it; a segmentation does not use it."""
     patients: Annotated[int, Field(ge=2)] | None = None
-    """Learn from the labels of so many patients, of whom at least one validates; all when left out."""
+    """Number of patients whose labels are learned from, at least one of them for validation; all when left out."""
     from_scratch: bool = False
-    """Start from the run's untrained model, for comparison."""
+    """Whether to start from the untrained model of the run, for comparison."""
     augment: bool = True
     """Whether the images of every step are cropped (unless the labels are numbers), turned, flipped (and their masks
     with them) and varied in intensity, mildly, as `[augment]` does."""
     steps: Annotated[int, Field(gt=0, le=10_000_000)] = 300
     batch_size: Annotated[int, Field(gt=0, le=65_536)] = 8
-    """Images, or patients' visits, per step."""
+    """Examples per step: images of a segmentation, visits of patients for labels."""
     learning_rate: Annotated[float, Field(ge=1e-9, le=10.0)] = 1e-3
-    """Of the head of labels, a tenth of a decoder's; linear warm-up over a tenth of the steps, then cosine to 0."""
+    """Learning rate of a label head; that of a segmentation's decoder is ten times as large. Linear warm-up over a
+    tenth of the steps, then cosine to 0."""
     layer_decay: Annotated[float, Field(ge=0.01, le=1.0)] = 0.75
-    """Factor on the learning rate per layer downwards (arXiv 2106.08254)."""
+    """Each layer has this times the learning rate of the layer above it (arXiv 2106.08254)."""
     weight_decay: Annotated[float, Field(ge=0.0, le=10.0)] = 0.05
     validate_every: Positive = 20
-    """Steps between validations; each is a checkpoint."""
+    """Steps between validations; each validation writes a checkpoint."""
     patience: Positive = 6
-    """Validations after the warm-up without a smaller loss, after which training stops."""
+    """Training stops after this many validations in a row, after the warm-up, without a smaller loss."""
     seed: Seed = 0
 
     @classmethod
     def of_options(cls, given: Mapping[str, Any]) -> Self:
-        """Settings by the names of their fields. Raises ConfigError: one does not hold; the text names the option."""
+        """Make settings from options, by field name. Raises ConfigError, with the option's name: it is not valid."""
         try:
             return cls.model_validate(given)
         except ValidationError as error:
@@ -90,7 +91,7 @@ class FinetuneSettings(Config):
             ) from error
 
     def training(self) -> TrainConfig:
-        """The settings of the optimiser and its schedule."""
+        """Return the settings of the optimiser and its schedule, as a run's `[train]`."""
         return TrainConfig(
             rounds=1,
             local_steps=self.steps,
@@ -106,7 +107,7 @@ def _expected(message: str) -> str:
 
 
 def parse_parts(text: str) -> FinetuneParts:
-    """Read `--parts`. Raises ConfigError: it names no parts."""
+    """Read the option `--parts`. Raises ConfigError: it does not have one of the forms of `PARTS_HELP`."""
     try:
         parts: FinetuneParts = TypeAdapter(FinetuneParts).validate_python(_read_parts(text))
     except (ValidationError, ValueError):
@@ -120,7 +121,7 @@ def write_settings(folder: Path, settings: FinetuneSettings) -> None:
 
 
 def read_settings(folder: Path) -> FinetuneSettings:
-    """Read the settings of a fine-tuning. Raises ConfigError: its folder holds none, or they do not hold."""
+    """Read `finetune.toml` of a folder. Raises ConfigError: it is absent or not valid."""
     path = folder / SETTINGS_FILE
     try:
         table = parse_toml(read_text(path), str(path))
@@ -135,11 +136,11 @@ def read_settings(folder: Path) -> FinetuneSettings:
 
 
 def settings_to_resume(folder: Path) -> FinetuneSettings:
-    """Settings of a fine-tuning that was interrupted.
+    """Read the settings of a fine-tuning that was interrupted.
 
     Raises:
-        ConfigError: the folder holds none, or they do not hold.
-        DataError: it has ended.
+        ConfigError: `finetune.toml` is absent or not valid.
+        DataError: the fine-tuning has ended.
     """
     settings = read_settings(folder)
     refuse_ended(folder)
@@ -153,7 +154,7 @@ def refuse_ended(folder: Path) -> None:
 
 
 def new_folder_for(folder: Path) -> Path:
-    """The folder of a new fine-tuning. Raises DataError: it exists, or cannot be made."""
+    """Check that a new folder can be made. Raises DataError: it exists already, or cannot be made."""
     if folder.exists():
         raise DataError(f"{folder}: exists already, expected a new folder (--resume {folder} goes on with it)")
     try:

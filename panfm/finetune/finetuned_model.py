@@ -31,18 +31,18 @@ from panfm.models.trained_parts import fit_lora
 
 _HEADS = "heads."
 SegmentedImage = nib.Nifti1Image | Picture
-"""A mask as an image: NIfTI with its scan's own affine and shape, or a picture of its picture's size."""
+"""A mask as an image: NIfTI with the affine and shape of its scan, or a picture of the size of its picture."""
 
 
 @dataclass(frozen=True)
 class TaskModel:
-    """The head of a fine-tuned model; its encoder is the model that it is given."""
+    """Task and head of a fine-tuned model; the encoder is passed to its methods as `model`."""
 
     task: TaskDescription
     head: TaskHead
 
     def predict(self, model: PanModel, store: ImageStore) -> NDArray[np.float32]:
-        """Outputs [N, K] of all rows of a store."""
+        """Predict the outputs [N, K] for all rows of a store."""
         chunks = list(predict_rows(self.head, model, store, np.arange(len(store.subjects))))
         return np.concatenate(chunks) if chunks else np.empty((0, len(self.task.outputs)), np.float32)
 
@@ -62,7 +62,7 @@ class TaskModel:
 
 
 def read_for_segmentation(path: Path, config: StreamConfig) -> Volume | Picture:
-    """Read an image with its place. Raises DataError: it does not hold; the text begins with the path."""
+    """Read an image on its own grid. Raises DataError, which begins with the path: it cannot be read."""
     try:
         return read_source(path, is_volume=config.is_volume, nan=config.nan)
     except ImageError as error:
@@ -70,7 +70,7 @@ def read_for_segmentation(path: Path, config: StreamConfig) -> Volume | Picture:
 
 
 def mask_image(classes: Classes, image: Volume | Picture, task: TaskDescription) -> SegmentedImage:
-    """Make an image of predicted classes, with the numbers that the training masks have."""
+    """Make a mask image from predicted classes, with the class numbers of the training masks."""
     numbers = np.asarray(task.values)[classes].astype(np.uint8 if max(task.values) < 256 else np.uint16)
     if isinstance(image, Volume):
         mask = nib.Nifti1Image(numbers, image.affine)  # type: ignore[no-untyped-call]
@@ -80,7 +80,7 @@ def mask_image(classes: Classes, image: Volume | Picture, task: TaskDescription)
 
 
 def write_mask(path: Path, mask: SegmentedImage) -> Path:
-    """Write a mask under a name that gets `.nii.gz` or `.png`; return its path."""
+    """Write a mask to a path without suffix, to which `.nii.gz` or `.png` is added; return the whole path."""
     whole = path.with_name(f"{path.name}{'.nii.gz' if isinstance(mask, nib.Nifti1Image) else '.png'}")
     if isinstance(mask, nib.Nifti1Image):
         nib.save(mask, whole)
@@ -101,8 +101,8 @@ def write_finetuned(
     """Write a fine-tuned model as a new folder that `panfm.load`, `panfm embed` and `panfm export` read.
 
     Args:
-        model: With the task's head in place; low-rank additions are added to the weights.
-        run: Describes the encoder, without parts or whitening.
+        model: The fine-tuned model with the task's head; low-rank additions are added to the weights.
+        run: Description of the encoder, without trained parts or whitening.
         heads: The pre-training heads, which stay as they were.
         metadata: Of the model; its `model-hash` becomes that of the new weights.
     Raises:
@@ -124,10 +124,10 @@ def write_finetuned(
 
 
 def read_task_model(folder: Path, model: PanModel) -> TaskModel | None:
-    """Read the head of a model; None if the model was not fine-tuned.
+    """Read task and head of a fine-tuned model; None if the model was not fine-tuned.
 
     Raises:
-        DataError: `task.json` or the head does not hold, or does not fit the model.
+        DataError: `task.json` or the head is not valid, or does not fit the model.
     """
     if (task := read_task(folder)) is None:
         return None

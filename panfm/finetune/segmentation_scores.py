@@ -16,13 +16,13 @@ Mask = NDArray[np.bool_]
 
 
 def dice(predicted: Mask, true: Mask) -> float:
-    """Dice of two masks of one shape; NaN where the class is in neither."""
+    """Dice of two masks of one shape; NaN if both are empty."""
     total = int(predicted.sum()) + int(true.sum())
     return 2.0 * int((predicted & true).sum()) / total if total else float("nan")
 
 
 def hausdorff_95(predicted: Mask, true: Mask, spacing: Sequence[float]) -> float:
-    """95 % Hausdorff distance of two masks; NaN where either is empty.
+    """95 % Hausdorff distance of two masks of one shape; NaN if either is empty.
 
     Args:
         spacing: Size of a voxel along each axis.
@@ -35,7 +35,7 @@ def hausdorff_95(predicted: Mask, true: Mask, spacing: Sequence[float]) -> float
 
 
 def _surface(mask: Mask) -> Mask:
-    """Voxels of a mask with a neighbour outside, or at the edge of the image."""
+    """Voxels of a mask that have a neighbour outside the mask, or lie at the edge of the image."""
     surface: Mask = mask & ~ndimage.binary_erosion(mask)
     return surface
 

@@ -1,4 +1,4 @@
-"""The model from which a fine-tuning starts: a run's, as one set of plain weights."""
+"""Reads the model from which a fine-tuning starts: a run's model as one set of plain weights."""
 
 from pathlib import Path
 
@@ -27,8 +27,8 @@ def starting_model(
         pooling: Instead of the run's.
         from_scratch: Whether to return the model with the parameters that the run's seed draws.
     Raises:
-        ConfigError: the model claims privacy, which fine-tuning would not keep, or its run.toml does not hold.
-        DataError: the weights do not hold.
+        ConfigError: the model claims privacy, which fine-tuning would not keep, or its run.toml is not valid.
+        DataError: the weights are not valid.
     """
     before, run = load_model(folder, pooling, whitened=False)
     if (label := privacy_label(run)) != "none":

@@ -1,7 +1,7 @@
-"""Images with labels or masks for a fine-tuning, from site folders, and who trains, validates and tests.
+"""Reads images with labels or masks for a fine-tuning from site folders, and splits them by patient.
 
-A visit (session) of a patient is an example of its own; patients decide everything else: the split, the draws, and
-later the intervals. Site folders are pooled, and a patient that stands in two of them is refused.
+Each visit (session) of a patient is one example; all visits of a patient are in one split, and intervals are computed
+over patients. The patients of all site folders are pooled; a patient of two folders is refused.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +28,7 @@ from panfm.seeds import numpy_generator
 
 _MOST_CLASSES = 64
 _VALIDATION_SHARE, _TEST_SHARE = 0.2, 0.25
-"""Of the training patients, where the site has none of the split."""
+"""Shares of the training patients that validate or test if the site has no patient in `val` or `test`."""
 
 Indices = NDArray[np.int64]
 Progress = Callable[[int, int], None]
@@ -36,13 +36,13 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class MaskedImage:
-    """An image and its mask on disk."""
+    """Paths of an image and of its mask."""
 
     image: Path
     mask: Path
 
     def read(self, config: StreamConfig) -> tuple[Volume | Picture, Classes]:
-        """Read both. Raises DataError: one of them does not hold; the text begins with its path."""
+        """Read image and mask. Raises DataError, which begins with the path: a file is not valid."""
         path = self.image
         try:
             image = read_source(path, is_volume=config.is_volume, nan=config.nan)
@@ -54,26 +54,26 @@ class MaskedImage:
 
 @dataclass(frozen=True)
 class TaskData:
-    """Examples of a task."""
+    """All examples of a task: images, targets, and the split."""
 
     task: TaskDescription
     store: ImageStore
     """One row per example; a patient with several visits has several."""
     targets: NDArray[np.float64] | NDArray[np.uint8]
-    """[N, K] of labels, NaN where unknown; [N, *shape] classes of a segmentation on the stream's grid."""
+    """Labels [N, K], NaN where unknown; or for a segmentation classes [N, *shape] on the stream's grid."""
     train: Indices
     validation: Indices
     test: Indices
     masked: Sequence[MaskedImage] = ()
-    """Of a segmentation: the files of every example."""
+    """For a segmentation: the files of every example."""
     notes: tuple[str, ...] = ()
 
     def patients(self, indices: Indices) -> list[str]:
-        """Patient of each example."""
+        """Patient of each of some examples."""
         return [self.store.subjects[index] for index in indices]
 
     def num_patients(self) -> dict[str, int]:
-        """Patients who train, validate and test."""
+        """Number of patients in each split: `train`, `validation`, `test`."""
         parts = {"train": self.train, "validation": self.validation, "test": self.test}
         return {name: len(set(self.patients(indices))) for name, indices in parts.items()}
 
@@ -82,8 +82,8 @@ def read_task_data(settings: FinetuneSettings, run: RunConfig, progress: Progres
     """Read and check everything that a fine-tuning needs.
 
     Raises:
-        ConfigError: a stream or a site description does not hold.
-        DataError: a manifest, image, label or mask does not hold, or too few patients have one.
+        ConfigError: a stream is unknown, or a site description is not valid.
+        DataError: a manifest, image, label or mask is not valid, or too few patients have a label or mask.
     """
     streams = chosen_streams(settings.streams, run.streams)
     folders = [Path(folder) for folder in settings.data]
@@ -96,7 +96,7 @@ def read_task_data(settings: FinetuneSettings, run: RunConfig, progress: Progres
 
 
 def chosen_streams(names: Sequence[str], streams: Mapping[str, StreamConfig]) -> dict[str, StreamConfig]:
-    """The streams named, all when none is. Raises ConfigError: the model does not have one."""
+    """Choose streams by name; all if no name is given. Raises ConfigError: the model lacks a stream."""
     if unknown := [name for name in names if name not in streams]:
         raise ConfigError(f"--streams: found {unknown[0]!r:.80}, expected some of {', '.join(streams)}")
     return {name: config for name, config in streams.items() if name in names or not names}
@@ -105,7 +105,7 @@ def chosen_streams(names: Sequence[str], streams: Mapping[str, StreamConfig]) ->
 def _read_labels(
     label: tuple[str, str], streams: Mapping[str, StreamConfig], folders: Sequence[Path], progress: Progress
 ) -> TaskData:
-    """Examples of the patients whose label is known."""
+    """Read the examples of a task of labels: the visits of patients whose label is known."""
     tables = [read_cells(_table_path(label[0], folder)) for folder in folders]
     task, values, notes = _task_of_labels(label[1], tables)
     stores = [_visits(folder, streams, progress) for folder in folders]
@@ -129,7 +129,7 @@ def _read_labels(
 
 
 def _table_path(named: str, folder: Path) -> Path:
-    """A label table: in the site folder, else as a path from here."""
+    """Find a label table: in the site folder, else relative to the working directory."""
     inside = folder / named
     return inside if inside.exists() or not Path(named).exists() else Path(named)
 
@@ -137,7 +137,7 @@ def _table_path(named: str, folder: Path) -> Path:
 def _task_of_labels(
     column: str, tables: Sequence[LabelTable]
 ) -> tuple[TaskDescription, list[dict[str, NDArray[np.float64]]], list[str]]:
-    """The task of a column, the labels of each table by `subject_key`, and a note if the column is not plain."""
+    """Infer the task of a column; return it, each table's labels by `subject_key`, and notes on how cells were read."""
     for table in tables:
         if column not in table.cells:
             known = ", ".join(table.cells) or "none"
@@ -156,7 +156,7 @@ def _task_of_labels(
 def _read_segmentation(
     settings: FinetuneSettings, streams: Mapping[str, StreamConfig], folders: Sequence[Path], progress: Progress
 ) -> TaskData:
-    """Examples of the images that have a mask."""
+    """Read the examples of a segmentation: the images that have a mask."""
     stream = _masked_stream(settings.masked_stream, streams, folders)
     stores, masked, without_mask = [], list[MaskedImage](), 0
     for folder in folders:
@@ -180,7 +180,12 @@ def _read_segmentation(
 
 
 def _notes_of_numbers(folders: Sequence[Path], sizes: Sequence[int], values_of: Sequence[set[int]]) -> list[str]:
-    """A note if the masks of the folders, `sizes` of them one after the other, hold different numbers."""
+    """One note if the masks of some folders hold other numbers than those of others.
+
+    Args:
+        sizes: Number of masks of each folder.
+        values_of: Numbers in each mask, folder after folder.
+    """
     ends = np.cumsum(sizes)
     of_folder = [
         ", ".join(map(str, sorted(set[int]().union(*values_of[end - size : end]) - {0}))) or "nothing"
@@ -193,7 +198,7 @@ def _notes_of_numbers(folders: Sequence[Path], sizes: Sequence[int], values_of: 
 
 
 def _masked_stream(named: str | None, streams: Mapping[str, StreamConfig], folders: Sequence[Path]) -> str:
-    """The stream that is segmented. Raises ConfigError: it cannot be told."""
+    """Choose the stream to segment. Raises ConfigError: it has no masks, or none is named and several have masks."""
     rows = [row for folder in folders for row in read_manifest(folder, load_site(folder))]
     masked = sorted({row.stream for row in rows if row.mask and row.stream in streams})
     if named is not None and named not in masked:
@@ -206,7 +211,7 @@ def _masked_stream(named: str | None, streams: Mapping[str, StreamConfig], folde
 
 
 def _masked_files(folder: Path, stream: str) -> dict[tuple[str, str], MaskedImage]:
-    """Image and mask of each visit of a site that has a mask, by (subject, session)."""
+    """(Subject, session) -> image and mask, for each visit of a site that has a mask."""
     site = load_site(folder)
     rows: list[Row] = [row for row in read_manifest(folder, site) if row.stream == stream and row.mask]
     return {
@@ -218,7 +223,10 @@ def _masked_files(folder: Path, stream: str) -> dict[tuple[str, str], MaskedImag
 def _read_masks(
     masked: Sequence[MaskedImage], config: StreamConfig, progress: Progress
 ) -> tuple[list[set[int]], NDArray[np.uint8]]:
-    """Numbers in every mask, and the masks on the stream's grid [N, *shape] as indices into all, background first."""
+    """Read masks; return the numbers in each, and the masks on the stream's grid [N, *shape] as class indices.
+
+    A class index is the place of a mask's number among the sorted numbers of all masks; 0 is background.
+    """
     values: set[int] = {0}
     values_of = []
     for done, files in enumerate(masked, start=1):
@@ -243,14 +251,14 @@ def _read_masks(
 def _visits(
     folder: Path, streams: Mapping[str, StreamConfig], progress: Progress
 ) -> tuple[ImageStore, tuple[str, ...]]:
-    """The images of a site with every visit as a row, and the session of each; empty where a site has none."""
+    """Read the images of a site, one row per visit, and the session of each row; empty text without sessions."""
     store = open_store(folder, streams, progress=lambda _, done, total: progress(done, total))
     visits, sessions = by_session(store)
     return visits, sessions or ("",) * len(visits.subjects)
 
 
 def only(store: ImageStore, kept: Indices) -> ImageStore:
-    """The store with some of its rows, in ascending order."""
+    """Reduce a store to some of its rows, which are given in ascending order."""
     place = {int(index): at for at, index in enumerate(kept)}
     images, rows, digests = {}, {}, {}
     for name, of_stream in store.rows.items():
@@ -265,7 +273,7 @@ def only(store: ImageStore, kept: Indices) -> ImageStore:
 
 
 def _joined(folders: Sequence[Path], stores: Sequence[ImageStore]) -> ImageStore:
-    """The rows of all sites, one after the other. Raises DataError: a patient or an image stands in two of them."""
+    """Join the rows of all sites, site after site. Raises DataError: two sites share a patient or an image."""
     seen: dict[str, int] = {}
     for number, store in enumerate(stores):
         for subject in store.subjects:
@@ -291,7 +299,7 @@ def _joined(folders: Sequence[Path], stores: Sequence[ImageStore]) -> ImageStore
 
 
 def _refuse_twins(folders: Sequence[Path], stores: Sequence[ImageStore]) -> None:
-    """Raise DataError if an image of one site has the content of another site's, under whatever subject."""
+    """Raise DataError if two sites have an image of the same content, even under different subjects."""
     seen: dict[bytes, tuple[int, str]] = {}
     for number, store in enumerate(stores):
         for name, digests in store.digests.items():
@@ -304,11 +312,11 @@ def _refuse_twins(folders: Sequence[Path], stores: Sequence[ImageStore]) -> None
 
 
 def divided(data: TaskData, settings: FinetuneSettings) -> TaskData:
-    """Part the examples into training, validation and test, patient by patient.
+    """Split the examples into training, validation and test by patient.
 
-    The site's own splits are used. Where nobody is in `test`, a quarter of the patients is drawn for it; where nobody
-    is in `val`, or few labels are asked for, a fifth of the training patients validates. Draws keep the shares of the
-    classes of a label.
+    The site's own splits are used. If no patient is in `test`, a quarter of the patients is drawn for it; if no patient
+    is in `val`, or `--patients` is given, a fifth of the training patients validates. Drawn patients have the classes
+    of a label in the same shares as all.
 
     Raises:
         DataError: fewer than two patients are left to train and validate, they are of one class, or `--patients` asks
@@ -363,7 +371,7 @@ def divided(data: TaskData, settings: FinetuneSettings) -> TaskData:
 
 
 def _class(data: TaskData, index: int) -> object:
-    """The class of an example by which draws are balanced; the same for all where the task has none."""
+    """Class of an example, by which patients are drawn in proportion; None for numbers and masks."""
     is_class = data.task.kind in ("yes-no", "classes")
     return tuple(data.targets[index].tolist()) if is_class else None
 
@@ -371,11 +379,11 @@ def _class(data: TaskData, index: int) -> object:
 def draw_patients(
     pool: Sequence[str], class_of: Mapping[str, object], count: int, *, seed: int, purpose: str
 ) -> list[str]:
-    """Draw patients with the seed, of each class in proportion.
+    """Draw `count` patients at random by the seed, of each class in proportion.
 
     Guarantees:
-        classes: every class has one drawn patient, and one that is left where it has two patients, as far as `count`
-            allows.
+        classes: as far as `count` allows, every class has at least one drawn patient and, if it has two patients or
+            more, at least one that is not drawn.
     """
     shuffled = [str(one) for one in numpy_generator(seed, "fine-tuning", purpose).permutation(sorted(pool))]
     members: dict[object, list[str]] = {}

@@ -1,4 +1,4 @@
-"""What a fine-tuned model predicts, and its file `task.json` beside the weights. Imports no torch."""
+"""Describes the task of a fine-tuned model, and reads and writes it as `task.json`. Imports no torch."""
 
 import json
 from pathlib import Path
@@ -12,31 +12,31 @@ from panfm.files import write_json
 
 TASK_FILE, HEAD_FILE = "task.json", "head.safetensors"
 TASK_FILES = (TASK_FILE, HEAD_FILE)
-"""Beside the weights of the encoder, in the folder of a fine-tuned model."""
+"""Files that a fine-tuned model's folder has beside the encoder's weights."""
 SEGMENTATION = "segmentation"
 
 Kind = Literal["yes-no", "classes", "number", "segmentation"]
 
 
 class TaskDescription(Config):
-    """What a fine-tuned model predicts."""
+    """The task that a model was fine-tuned for: labels of one column, or masks of one stream."""
 
     kind: Kind
     name: str
     """Column of the label table; `segmentation` for masks."""
     outputs: Annotated[tuple[str, ...], Field(strict=False)]
-    """One name per output: the label, or `<label>=<class>`; of a segmentation the numbers of the classes as text."""
+    """One name per output: the label, or `<label>=<class>`; for a segmentation the class numbers as text."""
     values: Annotated[tuple[int, ...], Field(strict=False)] = ()
-    """Of a segmentation: the number of each class in a mask, background (0) first."""
+    """For a segmentation: the number of each class in a mask, background (0) first."""
     stream: str | None = None
-    """Of a segmentation: the stream whose images are segmented."""
+    """For a segmentation: the stream whose images are segmented."""
 
 
 def parse_task(text: str) -> tuple[str, str] | None:
     """Read `--task`: the path of a label table and its column, or None for `segmentation`.
 
     Raises:
-        ConfigError: the text is neither.
+        ConfigError: the text has neither form.
     """
     if text == SEGMENTATION:
         return None
@@ -52,7 +52,7 @@ def write_task(folder: Path, task: TaskDescription) -> None:
 
 
 def read_task(folder: Path) -> TaskDescription | None:
-    """Read the task of a model; None if the model was not fine-tuned. Raises DataError: `task.json` does not hold."""
+    """Read the task of a model; None if the model was not fine-tuned. Raises DataError: `task.json` is not valid."""
     path = folder / TASK_FILE
     if not path.exists():
         return None

@@ -1,6 +1,6 @@
-"""Heads of downstream tasks, in the place of the heads of pre-training.
+"""Heads of downstream tasks, which replace the heads of pre-training.
 
-    LabelHead          standardised embedding -> linear: a yes/no, classes, or numbers
+    LabelHead          standardised embedding -> linear layer: yes/no, classes, or a number
     SegmentationHead   tokens of the last and the middle block -> a convolutional decoder with skips from the image, in
                        the manner of UNETR (Hatamizadeh et al. 2022, arXiv 2103.10504) and U-Net
 
@@ -26,21 +26,21 @@ from panfm.seeds import torch_generator
 from panfm.sharing.groups import HEAD
 
 _COARSE_CHANNELS, _FINE_CHANNELS = (32, 128), 8
-"""Least and greatest channels of the decoder's coarsest level, else half of the encoder's width; each level has half of
-the one before, and this at least."""
+"""Channels of the decoder: the coarsest level has half of the encoder's width, within the first two bounds; each finer
+level has half of the level before it, at least the third number."""
 _NORM_GROUPS = 4
 _CLASSIFY_DEVIATION = 0.01
-"""Of the first weights of a segmentation's last layer: small, so that training begins at the classes' shares."""
+"""Deviation of the initial weights of a segmentation's last layer: small, so that the bias decides first outputs."""
 _SMOOTH = 1.0
-"""Added to both sides of the Dice ratio, so that a class that is not there counts for little."""
+"""Added to both sides of the Dice ratio, so that a class that no voxel has counts for little."""
 
 
 class TaskHead(nn.Module, ABC):
-    """Turns a batch that the model encodes into the outputs of a task."""
+    """Predicts the outputs of a task from a batch of images, which the given model encodes."""
 
     sharing_group = HEAD
     rate_factor = 1.0
-    """The head's learning rate over that of the encoder's last layer."""
+    """Learning rate of the head, as a multiple of that of the encoder's last layer."""
 
     @abstractmethod
     def forward(self, model: PanModel, batch: Batch) -> Tensor:
@@ -48,11 +48,11 @@ class TaskHead(nn.Module, ABC):
 
     @abstractmethod
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Mean loss of a batch; unknown targets (NaN) count for nothing."""
+        """Mean loss of a batch; unknown targets (NaN) are left out."""
 
     @abstractmethod
     def probabilities(self, outputs: Tensor) -> Tensor:
-        """Turn raw outputs into probabilities; numbers into their own units."""
+        """Turn raw outputs into probabilities; outputs of a number into the number's own unit."""
 
 
 class LabelHead(TaskHead):
@@ -75,7 +75,7 @@ class LabelHead(TaskHead):
             self.register_buffer(name, torch.ones(length))
 
     def standardise(self, embeddings: Tensor, targets: Tensor) -> None:
-        """Set the constants by embeddings [N, E] and targets [N, K] of the training patients."""
+        """Set mean and deviation from embeddings [N, E] and targets [N, K] of the training patients."""
         self.centre.copy_(embeddings.mean(dim=0))
         self.scale.copy_(embeddings.std(dim=0, correction=0).clamp_min(1e-6))
         if self.kind == "number":
@@ -84,7 +84,7 @@ class LabelHead(TaskHead):
             self.target_scale.copy_(known.std(dim=0, correction=0).clamp_min(1e-12))
 
     def forward(self, model: PanModel, batch: Batch) -> Tensor:
-        """Logits, or standardised numbers, [B, K]."""
+        """Predict logits, or standardised numbers, [B, K]."""
         outputs: Tensor = self.linear((model.embed(batch) - self.centre) / self.scale)
         return outputs
 
@@ -114,7 +114,7 @@ class SegmentationHead(TaskHead):
         super().__init__()
         self.stream, self.grid = stream, config.grid
         self.steps = upsampling_steps(config.patch)
-        """Factor of each axis at each level, coarse to fine."""
+        """Upsampling factor of each axis at each level, coarse to fine."""
         least, greatest = _COARSE_CHANNELS
         coarse = min(max(width // 2, least), greatest)
         channels = [max(coarse >> level, _FINE_CHANNELS) for level in range(len(self.steps) + 1)]
@@ -128,17 +128,17 @@ class SegmentationHead(TaskHead):
 
     @torch.no_grad()
     def start_at_shares(self, masks: Tensor) -> None:
-        """Predict the classes' shares of the training voxels everywhere, which is where training begins.
+        """Set the last bias so that the untrained head predicts each class with its share of the training voxels.
 
-        Without it most of the first steps go into learning that nearly all voxels are background, and small classes
-        are lost (Lin et al. 2017, arXiv 1708.02002, section 3.3).
+        Without this most of the first steps go into learning that nearly all voxels are background, and small classes
+        are never predicted (Lin et al. 2017, arXiv 1708.02002, section 3.3).
         """
         counts = torch.bincount(masks.flatten().long(), minlength=self.classes) + 1
         assert self.classify.bias is not None
         self.classify.bias.copy_((counts / counts.sum()).log())
 
     def forward(self, model: PanModel, batch: Batch) -> Tensor:
-        """Logits [P, K, *shape] of the images of the stream."""
+        """Predict logits [P, K, *shape] for the images of the stream."""
         batch = batch.to(model.stream_of_patch.device)
         images = batch.images[self.stream]
         x = self.tokens(self._token_maps(model, batch))
@@ -152,7 +152,7 @@ class SegmentationHead(TaskHead):
         return logits
 
     def _token_maps(self, model: PanModel, batch: Batch) -> Tensor:
-        """Tokens of the last norm and of the middle block [P, 2 D, *grid]."""
+        """Tokens after the last norm and after the middle block, as maps [P, 2 D, *grid]."""
         encoded = model.encode(model.patch_features(batch), keep_blocks=True)
         stream_of_token = model.stream_of_patch[encoded.layout.patch_index]
         chosen = encoded.layout.valid & (stream_of_token == model.stream_names.index(self.stream))
@@ -175,7 +175,7 @@ class SegmentationHead(TaskHead):
 
 
 def build_head(model: PanModel, task: TaskDescription, seed: int) -> TaskHead:
-    """Head of a task for a model; parameters drawn by the seed and their own names."""
+    """Build the head of a task for a model; the seed and the parameters' names decide its random parameters."""
     head: TaskHead
     with torch.random.fork_rng(devices=[]):
         if task.kind == "segmentation":
@@ -198,8 +198,8 @@ def build_head(model: PanModel, task: TaskDescription, seed: int) -> TaskHead:
 def predict_rows(
     head: TaskHead, model: PanModel, store: ImageStore, indices: NDArray[np.int64], batch_size: int = 32
 ) -> Iterator[NDArray[np.float32]]:
-    """Probabilities of classes, or numbers, of some rows of a store, batch by batch; of a segmentation on the stream's
-    grid, for rows that have its stream."""
+    """Yield probabilities of classes, or numbers, for some rows of a store, batch by batch. A segmentation's are on the
+    grid of its stream, which all rows must have."""
     model.eval()
     for start in range(0, len(indices), batch_size):
         batch = store.batch(indices[start : start + batch_size])
@@ -207,8 +207,8 @@ def predict_rows(
 
 
 def upsampling_steps(patch: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """Factors that lead from one patch to its voxels, coarse to fine: the prime factors of every axis, the greatest
-    first, and 1 where an axis has fewer."""
+    """Upsampling factors from one patch to its voxels, one tuple per level, coarse to fine: the prime factors of every
+    axis of the patch, and 1 at the levels for which an axis has no more."""
     factors = [_prime_factors(size) for size in patch]
     depth = max(len(own) for own in factors)
     return list(zip(*((1,) * (depth - len(own)) + own for own in factors), strict=True)) or [(1,) * len(patch)]

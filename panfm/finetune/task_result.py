@@ -1,10 +1,10 @@
-"""Scores of a fine-tuned model on the test patients, with 95 % intervals by patient, and frozen probes beside it.
+"""Scores a fine-tuned model, and probes of the frozen model, on the test patients, with 95 % intervals by patient.
 
-    fine-tuned      the model
+    fine-tuned      the fine-tuned model
     linear-probe    a linear probe on the frozen embeddings of the model that fine-tuning started from
     knn             the weighted mean of the labels of the 10 most similar training patients, on the same embeddings
-    grid            of a segmentation: the true masks, brought to the stream's grid and back; a yardstick and no upper
-                    bound, as probabilities can place a border between voxels
+    grid            for a segmentation: the true masks, resampled to the stream's grid and back. A model may score
+                    higher, as probabilities can place a border between voxels
 
 All learn from the same patients: the probes are fitted on those that fine-tuning trains and validates on.
 
@@ -41,18 +41,18 @@ _RESAMPLES = 1000
 _NEIGHBOURS, _TEMPERATURE = 10, 0.07
 
 WriteMask = Callable[[int, SegmentedImage], None]
-"""Called with the row of a test example and its predicted mask."""
+"""Called with the row of a test example in the store, and its predicted mask."""
 
 
 @dataclass(frozen=True)
 class TaskResult:
-    """Result of a fine-tuning."""
+    """Scores of a fine-tuning on its test patients, number of patients, and notes."""
 
     scores: tuple[Score, ...]
     patients: Mapping[str, int]
     streams: Mapping[str, float]
-    """Stream -> score of the fine-tuned model on test patients of whom it sees this stream alone; of labels, where
-    there are several streams."""
+    """Stream -> score of the fine-tuned model on test patients of whom it sees only this stream; empty for a
+    segmentation or a single stream."""
     notes: tuple[str, ...]
 
     def write(self, path: Path, progress: FinetuneProgress) -> None:
@@ -60,7 +60,7 @@ class TaskResult:
         write_json(path, asdict(self) | {"training": asdict(progress)}, indent=1)
 
     def find(self, arm: str, metric: str, group: str = "all") -> Score:
-        """One score. Raises KeyError: there is none."""
+        """Find one score. Raises KeyError: there is none."""
         for score in self.scores:
             if (score.arm, score.metric, score.group) == (arm, metric, group):
                 return score
@@ -69,13 +69,13 @@ class TaskResult:
 
 @dataclass(frozen=True)
 class FrozenFeatures:
-    """Embeddings by the model that fine-tuning starts from."""
+    """Embeddings of patients by the model that fine-tuning starts from, and their labels."""
 
     fit: Floats
-    """[patients, E] of those who train or validate."""
+    """[patients, E] of the patients who train or validate."""
     fit_targets: Floats
     test: Floats
-    """[N, E]"""
+    """[N, E] of the test patients."""
 
     @classmethod
     def of(cls, model: PanModel, data: TaskData) -> "FrozenFeatures":
@@ -87,7 +87,7 @@ class FrozenFeatures:
 
 
 def by_patient(values: NDArray[Any], patients: Sequence[str]) -> Floats:
-    """Mean of the examples of each patient, in order of first appearance; of what is known (not NaN)."""
+    """Mean over the examples of each patient, patients in order of first appearance; NaN values are left out."""
     rows_of: dict[str, list[int]] = {}
     for row, patient in enumerate(patients):
         rows_of.setdefault(patient, []).append(row)
@@ -97,7 +97,7 @@ def by_patient(values: NDArray[Any], patients: Sequence[str]) -> Floats:
 
 
 def score_labels(task_model: TaskModel, model: PanModel, data: TaskData, frozen: FrozenFeatures) -> TaskResult:
-    """Score a fine-tuned model of labels, and the probes."""
+    """Score a fine-tuned model of labels, the linear probe and nearest neighbours on the test patients."""
     patients = data.patients(data.test)
     truth = by_patient(data.targets[data.test], patients)
     counts = draw_counts(len(truth), _RESAMPLES, 0)
@@ -114,17 +114,17 @@ def score_labels(task_model: TaskModel, model: PanModel, data: TaskData, frozen:
         notes += [f"{LINEAR}: {note}" for note in told]
     except DataError as error:
         notes.append(f"{LINEAR}: left out ({error})")
-    notes += [f"{one.metric}: cannot be told of the test patients" for one in scores[:1] if np.isnan(one.value)]
+    notes += [f"{one.metric}: not defined for these test patients" for one in scores[:1] if np.isnan(one.value)]
     return TaskResult(tuple(scores), data.num_patients(), _streams_alone(task_model, model, data), tuple(notes))
 
 
 def label_scores(arm: str, kind: str, predicted: Floats, truth: Floats, counts: Floats) -> Iterator[Score]:
-    """AUC and accuracy of yes/no and classes, R2 and mean absolute error of numbers, over patients.
+    """Yield AUC and accuracy for yes/no and classes, R2 and mean absolute error for numbers, over patients.
 
     Args:
-        predicted: Probabilities or numbers [N, K]; NaN of a class without a prediction, which is left out of the AUC
-            and is nobody's likeliest class.
-        truth: [N, K], of labels 0 and 1.
+        predicted: Probabilities or numbers [N, K]. A class that the model cannot predict is NaN: it is left out of the
+            AUC and is never the likeliest class.
+        truth: [N, K], 0 or 1 for yes/no and classes.
         counts: [R, N], see `draw_counts`.
     """
     outputs = range(truth.shape[1])
@@ -144,7 +144,8 @@ def label_scores(arm: str, kind: str, predicted: Floats, truth: Floats, counts: 
 
 
 def nearest_neighbours(frozen: FrozenFeatures) -> Floats:
-    """Predict by the fit patients with the most similar standardised embeddings, weighted by softmax of the cosine."""
+    """Predict labels [N, K] as the mean over the fit patients with the most similar standardised embeddings, weighted
+    by softmax of the cosine."""
     centre, scale = frozen.fit.mean(axis=0), np.maximum(frozen.fit.std(axis=0), 1e-6)
     fit, test = (_unit((features - centre) / scale) for features in (frozen.fit, frozen.test))
     similar = test @ fit.T
@@ -160,7 +161,7 @@ def _unit(features: NDArray[np.floating]) -> Floats:
 
 
 def _linear_probe(frozen: FrozenFeatures, data: TaskData) -> tuple[Floats, tuple[str, ...]]:
-    """Scores [N, K] of a linear probe, those of yes/no as probabilities; and its notes."""
+    """Predict with a linear probe: scores [N, K], probabilities for yes/no; and the notes of the fit."""
     with needs_extra("evaluate"):
         from panfm.evaluate.linear_probe import fit_classifiers, fit_regressors
     is_number = data.task.kind == "number"
@@ -171,7 +172,7 @@ def _linear_probe(frozen: FrozenFeatures, data: TaskData) -> tuple[Floats, tuple
 
 
 def _streams_alone(task_model: TaskModel, model: PanModel, data: TaskData) -> dict[str, float]:
-    """The first score of the fine-tuned model by stream, over the test patients who have it and with it alone."""
+    """Stream -> first score of the fine-tuned model over the test patients with this stream, given only this stream."""
     if len(data.store.images) < 2:
         return {}
     alone = {}
@@ -222,7 +223,11 @@ def score_segmentation(
 
 
 def _hd95_notes(measured: Floats) -> Iterator[str]:
-    """Why some classes of images have no HD95, if there are any; `measured` [N, classes, 4] as `_compare` returns."""
+    """Yield one note on the classes of images that have no HD95, if there are any.
+
+    Args:
+        measured: [N, classes, 4], the four numbers of `_compare`.
+    """
     in_one, is_there = measured[..., 0] == 0.0, measured[..., 3] == 1.0
     without = np.isnan(measured[..., 1])
     missed, added = int((without & in_one & is_there).sum()), int((without & in_one & ~is_there).sum())
@@ -234,13 +239,13 @@ def _hd95_notes(measured: Floats) -> Iterator[str]:
 def _compare(
     predicted: NDArray[np.bool_], true: NDArray[np.bool_], at_best: NDArray[np.bool_], spacing: Sequence[float]
 ) -> tuple[float, float, float, float]:
-    """Dice, HD95, Dice of the grid, and 1 if the class is in the true mask, else 0."""
+    """Return Dice, HD95, Dice of the arm `grid`, and 1 if the class is in the true mask, else 0."""
     distance = hausdorff_95(predicted, true, spacing)
     return dice(predicted, true), distance, dice(at_best, true), float(true.any())
 
 
 def _mean(values: Floats, counts: Floats) -> Floats:
-    """Mean over patients of known values [N, K] in every resample [R, K]; NaN where none is known."""
+    """Mean over patients of the known values [N, K], for every resample: [R, K]; NaN if no value is known."""
     known = np.isfinite(values)
     total, weight = counts @ np.where(known, values, 0.0), counts @ known
     mean: Floats = np.divide(total, weight, out=np.full(total.shape, np.nan), where=weight > 0)

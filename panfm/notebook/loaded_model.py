@@ -86,15 +86,15 @@ class Model:
     """A run's trained model."""
 
     folder: Path
-    """That holds its weights."""
+    """Folder that holds the model's weights."""
     run: RunConfig
     """Description of the run that made it."""
     metadata: Mapping[str, Any]
-    """What the model is: sites, rounds, epsilon, streams, licence, intended use."""
+    """Facts about the model: sites, rounds, epsilon, streams, licence, intended use."""
     encoder: Encoder
     """The network, in inference mode. Experts that their sites kept are copies of the director."""
     task_model: "TaskModel | None" = None
-    """The head of a fine-tuned model; None of any other."""
+    """Task and head of a fine-tuned model; None if the model was not fine-tuned."""
 
     @property
     def streams(self) -> Mapping[str, StreamConfig]:
@@ -157,19 +157,19 @@ class Model:
 
     @property
     def task(self) -> TaskDescription | None:
-        """What `predict` tells: kind, names of the outputs, classes; None of a model that was not fine-tuned."""
+        """The task that `predict` predicts: kind, names of outputs, classes. None if the model was not fine-tuned."""
         return None if self.task_model is None else self.task_model.task
 
     def predict(self, images: FilesByStream | Place) -> "NDArray[np.float32] | list[SegmentedImage | None]":
-        """Predict the task of a fine-tuned model, from any of the streams that a subject has.
+        """Predict labels or masks with a fine-tuned model, from the streams that each subject has.
 
         Args:
             images: As for `embed`, files or a site folder.
         Returns:
-            Of labels float32 [B, K]: the probability of yes, or of each class, or the number, as `task.outputs` names
-            them; of a site's subject with several sessions their mean. Of a segmentation a mask per subject, of a site
-            one per session, subjects in the manifest's order and sessions by name: a NIfTI image with the scan's own
-            affine and shape, or a picture; None where the stream is lacking.
+            For labels, float32 [B, K]: the probability of yes, or of each class, or the number, as `task.outputs` names
+            them; for a subject of a site folder, the mean over its sessions. For a segmentation, a list with one mask
+            per subject (from a site folder one per session; subjects in the manifest's order, sessions by name): a
+            NIfTI image with the scan's own affine and shape, or a picture; None if the subject lacks the stream.
         Raises:
             ConfigError: the model was not fine-tuned, or a stream is unknown or missing.
             DataError: as `embed`.

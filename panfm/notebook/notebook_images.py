@@ -32,7 +32,7 @@ def check_streams(known: Collection[str], names: Collection[str]) -> None:
 
 
 def files_of(images: FilesByStream | Place, streams: Mapping[str, StreamConfig]) -> dict[str, list[Path | None]]:
-    """Stream -> path or None for every subject, of a site for every session; the lists have one length.
+    """Stream -> path or None for every subject, or for every session of a site folder; all lists have one length.
 
     Raises:
         ConfigError: a stream is unknown, or the lists differ in length.

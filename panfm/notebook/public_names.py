@@ -20,7 +20,7 @@ _POINTS = {
     "reader": READERS,
 }
 PUBLIC_NAMES = (*_TARGETS, *_POINTS)
-"""All names that the package has beside its modules."""
+"""All public names of the package `panfm` that are not modules."""
 
 
 def public_name(name: str) -> Any:

@@ -92,10 +92,10 @@ class _Description:
     streams: Mapping[str, StreamConfig]
     survey: Survey
     tasks: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """Of the probe of all sites' labels."""
+    """Task of the probe of all sites' labels -> its labels."""
 
     def text(self, size: str, train: Mapping[str, int]) -> str:
-        """The whole description, without keys that have their default."""
+        """Write the whole description as TOML, without keys that have their default."""
         defaults = RunConfig.model_fields["train"].default
         sites = ",\n".join(f"    {_quoted(folder)}" for folder in self.folders)
         lines = [f'name = "{self.name}"', "", "[cohort]", 'kind = "folder"', f"sites = [\n{sites},\n]"]

@@ -1,4 +1,4 @@
-"""Proposes tasks of the probe of all sites: labels that all have as numbers, where all let their sums leave."""
+"""Proposes tasks for the probe of all sites' labels: labels that all sites have as numbers and allow to be summed."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ from panfm.data.label_kinds import LabelKind, infer_kinds, plain_number, read_ru
 from panfm.data.labels import LabelTable, read_site_cells
 
 _MOST = 16
-"""Tasks that are proposed; a person may name more."""
+"""Greatest number of tasks that are proposed; users may add more by hand."""
 _NO_PROBE = "no probe of all sites' labels is proposed"
 
 
@@ -17,9 +17,9 @@ def propose_tasks(folders: Sequence[Path]) -> tuple[dict[str, tuple[str, ...]], 
     """Propose one task for each label that all sites have as numbers.
 
     Returns:
-        Tasks, and a line on what is needed for more; either may be empty.
+        Tasks, and a line on what sites lack for more tasks; either may be empty.
     Raises:
-        ConfigError, DataError: a site's label table, or its `labels.toml`, does not hold.
+        ConfigError, DataError: a site's label table, or its `labels.toml`, is not valid.
     """
     sites = [(folder, load_site(folder)) for folder in folders]
     if len(sites) < 2 or not any(site.labels for _, site in sites):
@@ -39,7 +39,7 @@ def propose_tasks(folders: Sequence[Path]) -> tuple[dict[str, tuple[str, ...]], 
 
 
 def _left_out(numbers: Sequence[str], shared: Sequence[str]) -> str:
-    """A line on labels that all sites have and that are not proposed; empty if there are none."""
+    """Write a line on labels that all sites have but that are not proposed; empty if there are none."""
     if len(numbers) > _MOST:
         return f"probe.tasks: the first {_MOST} of {len(numbers)} labels are proposed; name others by hand"
     rest = [name for name in shared if name not in numbers]
@@ -47,7 +47,7 @@ def _left_out(numbers: Sequence[str], shared: Sequence[str]) -> str:
 
 
 def _is_of_numbers(table: LabelTable, name: str, kind: LabelKind) -> bool:
-    """Whether a site sums a column as it is written: numbers and empty cells, none of which stands for "not known"."""
+    """Whether a column can be summed as written: only numbers and empty cells, and no number means "not known"."""
     cells = [cell for cell in table.cells[name] if cell]
     return kind.kind in ("yes-no", "number") and all(
         plain_number(cell) is not None and cell not in kind.unknown for cell in cells

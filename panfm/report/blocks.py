@@ -1,4 +1,4 @@
-"""What a report's sections are made of. Templates turn them into HTML, and escape every word of them."""
+"""Blocks of a report's sections: paragraphs, tables, charts, pictures. Templates turn them into escaped HTML."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from typing import ClassVar
 
 
 class Html(str):
-    """Text that is HTML already, every foreign word in it escaped; templates leave it as it is."""
+    """Text that is HTML already, with all text from outside escaped; templates insert it unchanged."""
 
     __slots__ = ()
 
@@ -16,7 +16,7 @@ class Html(str):
 
 @dataclass(frozen=True)
 class Paragraph:
-    """A sentence or some."""
+    """One or more sentences."""
 
     kind: ClassVar = "paragraph"
     text: str
@@ -25,30 +25,30 @@ class Paragraph:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of words; the first column names the row."""
+    """A table of text; the first cell of a row names the row."""
 
     kind: ClassVar = "table"
     headings: Sequence[str]
     rows: Sequence[Sequence[str]]
     caption: str = ""
     shades: Sequence[Sequence[float]] = ()
-    """One number in [0, 1] per cell, the first column left out: how dark the cell is; none of an unshaded table."""
+    """Darkness in [0, 1] of every cell, without those of the first column; empty if no cell is shaded."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A chart with its title, its legend, and the numbers that it shows."""
+    """A chart with its title, its legend, and a table of the numbers that it shows."""
 
     title: str
     chart: Html
     legend: Sequence[tuple[str, str]] = ()
-    """CSS class of the mark, and what it stands for."""
+    """CSS class and meaning of each mark."""
     numbers: Table | None = None
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Charts side by side, as many as the page is wide, with a legend for all of them."""
+    """Charts side by side, as many as fit the width of the page, with one legend for all."""
 
     kind: ClassVar = "figures"
     figures: Sequence[Figure]
@@ -60,18 +60,18 @@ class Picture:
     """One small grey or colour picture."""
 
     png: str
-    """Base64."""
+    """The PNG file in base64."""
     words: str
-    """What it shows, for those who do not see it."""
+    """Description for readers who cannot see the picture."""
 
 
 @dataclass(frozen=True)
 class PictureRow:
-    """Pictures that belong together."""
+    """A titled row of pictures that belong together."""
 
     title: str
     pictures: Sequence[tuple[str, Picture]]
-    """Caption and picture."""
+    """Caption and picture, from left to right."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Details:
-    """Something to be opened: further blocks, or a text as it is."""
+    """A part of the page that readers open by a click: further blocks, or preformatted text."""
 
     kind: ClassVar = "details"
     summary: str
@@ -100,11 +100,11 @@ class Section:
     """A section of the page."""
 
     key: str
-    """Its anchor."""
+    """Anchor of the section: `#key` links to it."""
     title: str
     blocks: Sequence[Block]
 
 
 def absent(key: str, title: str, reason: str) -> Section:
-    """A section that says in one sentence why there is nothing to show."""
+    """Make a section that says in one sentence why there is nothing to show."""
     return Section(key, title, [Paragraph(reason, is_quiet=True)])

@@ -43,12 +43,12 @@ class Line:
 
 
 def interval_bars(bars: Sequence[Bar], *, start: float, axis: str, text: Mapping[str, str]) -> Html:
-    """Horizontal bars from `start`, with whiskers; bars without a finite value say so.
+    """Draw horizontal bars from `start`, with whiskers; a bar without a finite value has only its label and text.
 
     Args:
         start: Where bars begin: .5 for an AUC, 0 for R2.
         axis: Name of the axis.
-        text: Label -> the value in words.
+        text: Label -> the value as text.
     """
     finite = [number for bar in bars for number in (bar.value, bar.low, bar.high) if _is_drawn(number)]
     low, high, ticks = _axis(min([start, *finite]), max([start, *finite]), most=5)
@@ -79,12 +79,12 @@ def interval_bars(bars: Sequence[Bar], *, start: float, axis: str, text: Mapping
 def line_chart(
     lines: Sequence[Line], *, x: str, y: str, words: str, span: tuple[float, float] | None = None
 ) -> Html | None:
-    """A chart of lines; None if there is no finite number.
+    """Draw a chart of lines; None if no point is finite.
 
     Args:
         x: Name of the horizontal axis.
         y: Name of the vertical axis.
-        words: What the chart shows, for those who do not see it.
+        words: Description for readers who cannot see the chart.
         span: Least and greatest value of the vertical axis, so that charts side by side have the same.
     """
     kept = [Line(_thinned(line.points), line.style) for line in lines]
@@ -119,7 +119,7 @@ def line_chart(
 
 
 def scatter(points: Points, colours: Sequence[int], *, x: str, y: str, words: str) -> Html:
-    """Points in a square, each in the style `p0`, `p1`, ... of its number; -1 is drawn quietly, below the others."""
+    """Draw points in a square, each in the style of its number (`mark_style`); -1 is drawn grey, below the others."""
     xs, ys = zip(*points, strict=True)
     room = _SIDE - 34
 
@@ -145,7 +145,7 @@ def scatter(points: Points, colours: Sequence[int], *, x: str, y: str, words: st
 
 
 def mark_style(number: int) -> str:
-    """CSS classes of the points of a class: eight colours, then the same colours as squares."""
+    """CSS classes of the points with some number: eight colours as dots, then the same colours as squares."""
     return f"dots c{number % COLOURS}{' square' if number >= COLOURS else ''}"
 
 
@@ -166,7 +166,7 @@ def _grid(rows: Sequence[tuple[float, str]], columns: Sequence[tuple[float, str,
 
 
 def _x_marks(first: float, last: float, across: Callable[[float], float]) -> list[tuple[float, str, str]]:
-    """Place, text and anchor of at most five whole numbers below a chart."""
+    """Position, text and `text-anchor` of at most five whole numbers below a chart."""
     step = max(_nice((last - first) / 4), 1.0)
     start = math.ceil(first / step) * step
     ticks = [start + index * step for index in range(int((last - start) / step + 1e-9) + 1)] or [first]
@@ -174,7 +174,7 @@ def _x_marks(first: float, last: float, across: Callable[[float], float]) -> lis
 
 
 def _axis(low: float, high: float, *, most: int) -> tuple[float, float, list[float]]:
-    """An axis from a round number to a round number, and at most about so many ticks between."""
+    """Round number below `low`, round number above `high`, and about `most` ticks between them."""
     if not high > low:
         low, high = low - (abs(low) * 0.1 or 1.0), high + (abs(high) * 0.1 or 1.0)
     step = _nice((high - low) / (most - 1))
@@ -183,7 +183,7 @@ def _axis(low: float, high: float, *, most: int) -> tuple[float, float, list[flo
 
 
 def _nice(step: float) -> float:
-    """The least of 1, 2, 5 times a power of ten that is not below a positive step; 1 for a step of 0."""
+    """Round a step up to 1, 2 or 5 times a power of ten; 1 for a step of 0."""
     if step <= 0:
         return 1.0
     power = 10.0 ** math.floor(math.log10(step))
@@ -191,19 +191,19 @@ def _nice(step: float) -> float:
 
 
 def _short(value: float) -> str:
-    """A tick in few characters."""
+    """Text of a tick, in few characters."""
     if value and not 1e-3 <= abs(value) < 1e5:
         return f"{value:.0e}".replace("e+0", "e").replace("e-0", "e-")
     return f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"
 
 
 def _is_drawn(value: float) -> bool:
-    """Whether a number is finite, and so far within what floats hold that differences are finite too."""
+    """Whether a number is finite and small enough that differences of such numbers are finite too."""
     return abs(value) < _LARGEST
 
 
 def _thinned(points: Points) -> Points:
-    """The points that can be drawn, at most so many, the last among them."""
+    """Thin out the finite points to at most `_MOST_POINTS`, the last one among them."""
     finite = [(at, value) for at, value in points if _is_drawn(value)]
     step = -(-len(finite) // _MOST_POINTS) or 1
     return finite[::-1][::step][::-1]

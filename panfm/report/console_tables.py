@@ -152,7 +152,7 @@ def _compared(where: str, values: Mapping[str, float]) -> str:
 
 
 def _uncertain(probe: ProbeResult, arms: Sequence[str]) -> str:
-    """A sentence where the interval of the federated model holds others; empty where it holds none."""
+    """One sentence naming the models whose score lies in the federated model's interval; empty if there are none."""
     ours = probe.find("federated", "all", "auc")
     compared = [arm for arm in arms if arm in ("untrained", "statistics") or arm.startswith("site:")]
     within = [arm for arm in compared if ours and ours.low <= probe.value(arm) <= ours.high]

@@ -1,4 +1,4 @@
-"""Parts of the page of a run's state: style, sections, tables, and a chart with its legend. Every word is escaped."""
+"""Parts of status.html: style, sections, tables, and charts with a legend. All text is escaped."""
 
 import html
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Sections of a report that need patients' images; a simulation computes them at its end (`report.json`)."""
+"""Report sections about patients' images, from `report.json`, which a simulation writes at its end."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +21,7 @@ _UNNOISED = (
 
 
 def embedding_section(run: Run) -> Section:
-    """Embeddings in two dimensions, coloured by site, organs and labels."""
+    """Make the section with embeddings in two dimensions, coloured by site, organs and labels."""
     key, title = "embedding", "Map of the embeddings"
     points = run.data.embedding
     if points is None:
@@ -44,7 +44,7 @@ def _claim(run: Run) -> list[Paragraph]:
 
 
 def _coloured(points: EmbeddingMap, name: str, values: Sequence[str]) -> Figures:
-    """Both layouts in the colours of one property; what is rare or unknown is drawn quietly."""
+    """Draw both layouts (PCA and t-SNE), coloured by one property; subjects with rare or unknown values are grey."""
     counts = Counter(value for value in values if value)
     kept = sorted(value for value, _ in counts.most_common(_MOST_CLASSES))
     numbers = [kept.index(value) if value in kept else -1 for value in values]
@@ -61,7 +61,7 @@ def _coloured(points: EmbeddingMap, name: str, values: Sequence[str]) -> Figures
 
 
 def examples_section(run: Run) -> Section:
-    """Slices of held-out images, the same with hidden patches, and what the model predicts there."""
+    """Make the section with slices of held-out images: unchanged, with hidden patches, and as predicted."""
     key, title = "examples", "Example slices: input, mask, prediction"
     examples = run.data.examples
     if examples is None:
@@ -95,7 +95,7 @@ def _pictures(row: Example) -> Iterable[tuple[str, Picture]]:
 
 
 def experts_section(run: Run) -> Section | None:
-    """Which experts a stream's images go through; no section for a model without experts."""
+    """Make the section with each expert's share in a stream's images; None for a model without experts."""
     if run.config.model.backbone != "director-experts":
         return None
     key, title = "experts", "Which expert reads which modality"

@@ -1,4 +1,4 @@
-"""`report.json` of a run folder: what a report shows of images, which a simulation has in one place.
+"""Reads and writes `report.json` of a run folder: the parts of a report that are computed from patients' images.
 
 ```
 {"embedding": {"pca": [[x, y]], "explained": [share of the variance, two], "tsne": [[x, y]],      one entry per subject
@@ -28,7 +28,7 @@ FILE = "report.json"
 _MAX_BYTES = 4 << 20
 
 Number = Annotated[float, Field(ge=-1e30, le=1e30)]
-"""A number far within what floats hold, so that sums and differences of some are finite."""
+"""A finite number, small enough that sums and differences of such numbers are finite too."""
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Place = tuple[Number, Number]
 Png = Annotated[str, Field(pattern=r"^[A-Za-z0-9+/]+={0,2}$")]
@@ -40,7 +40,7 @@ class EmbeddingMap:
 
     pca: Sequence[Place]
     explained: Place
-    """Shares of the variance."""
+    """Shares of the variance that the two principal components explain."""
     tsne: Sequence[Place]
     sites: Sequence[str]
     organs: Sequence[str]
@@ -56,7 +56,7 @@ def _of_one_length(points: EmbeddingMap) -> EmbeddingMap:
 
 @dataclass(frozen=True)
 class Example:
-    """The middle slice of one held-out image: as it is, with hidden patches, and as the model fills these in."""
+    """The middle slice of one held-out image: unchanged, with hidden patches, and with the patches predicted."""
 
     stream: str
     input: Png
@@ -66,20 +66,20 @@ class Example:
 
 @dataclass(frozen=True)
 class Examples:
-    """Example slices, and what predictions are worth on held-out patients."""
+    """Example slices, and the errors of predicted patches on held-out patients."""
 
     rows: Sequence[Example]
     hidden: Number
-    """Share of the patches that is hidden."""
+    """Share of the patches that are hidden."""
     fitted: Count
-    """Subjects that the read-out of predicted features was fitted on; 0 without predictions."""
+    """Subjects that the regression from predicted features to pixels was fitted on; 0 without predictions."""
     error: dict[str, Place]
-    """Stream -> mean squared error of hidden patches by the prediction, and by the patch's mean over those subjects."""
+    """Stream -> mean squared errors on hidden patches: of the prediction, and of the fitted subjects' mean patch."""
 
 
 @dataclass(frozen=True)
 class ExpertRow:
-    """Share of each expert in the gates of a stream's images, at a site or, with pooled experts, in the one model."""
+    """Share of each expert in the router's gates for a stream's images: at one site, or in the shared model."""
 
     site: str
     stream: str
@@ -88,7 +88,7 @@ class ExpertRow:
 
 @dataclass(frozen=True)
 class ExpertMap:
-    """The routing of one layer."""
+    """Shares of the experts of one layer, by site and stream."""
 
     layer: str
     rows: Sequence[ExpertRow]
@@ -104,7 +104,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class ReportData:
-    """All parts; None where there is none."""
+    """All parts of `report.json`; None for a part that the run does not have."""
 
     embedding: Annotated[EmbeddingMap, AfterValidator(_of_one_length)] | None = None
     examples: Examples | None = None
@@ -121,7 +121,7 @@ def write_report_data(folder: Path, data: ReportData) -> None:
 
 
 def read_report_data(folder: Path) -> ReportData:
-    """Read `report.json` of a run folder; nothing but empty parts where there is none.
+    """Read `report.json` of a run folder; all parts are None if the file is absent.
 
     Raises:
         DataError: the file is not what `write_report_data` writes.

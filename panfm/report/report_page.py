@@ -1,6 +1,6 @@
-"""One page per run, `report.html`, and one page that compares runs: self-contained, without a script or a network.
+"""Writes `report.html` for a run, and a page that compares runs: one file each, without scripts or network access.
 
-Words come from sites too. Templates escape all of them, and the page forbids any script.
+Some text comes from sites. Templates escape all text, and the page's content security policy forbids scripts.
 """
 
 from collections.abc import Sequence
@@ -74,7 +74,7 @@ def write_comparison(runs: Sequence[Run], path: Path) -> Path:
 
 
 def render(run: Run) -> str:
-    """The whole page of a run."""
+    """Make the whole page of a run as HTML."""
     told = [section for make in _SECTIONS if (section := make(run)) is not None]
     privacy = f"Privacy: {privacy_label(run.config)}"
     facts = [_state(run), privacy, *filter(None, [gate_line(run)])]
@@ -87,7 +87,7 @@ def _state(run: Run) -> str:
 
 
 def _run_section(run: Run) -> Section:
-    """The whole description of the run, and what tells it from others."""
+    """Make the section with the run's full description, its hash, seed and version."""
     facts = {
         "configuration hash": config_hash(run.config),
         "seed": str(run.config.seed),

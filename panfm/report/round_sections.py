@@ -1,4 +1,4 @@
-"""Sections of a report on how the run went: sites, learning curves, saliency, time, bytes, norms, privacy, cost."""
+"""Report sections about the rounds of a run: sites, learning curves, saliency, time, bytes, norms, privacy, cost."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +17,7 @@ _NO_ROUND = "No round is done yet."
 
 
 def sites_section(run: Run) -> Section:
-    """Who takes part: subjects, organs, rounds, loss; and how many subjects hold which stream."""
+    """Make the section with each site's subjects, organs, rounds and loss, and its subjects with each stream."""
     rows = []
     for site in run.site_names:
         holdings = run.sites.get(site, {})
@@ -46,18 +46,18 @@ def _coverage(run: Run) -> list[Table]:
 
 
 def _holders(streams: Mapping[str, int | None], stream: str) -> str:
-    """Subjects with a stream; only that there are some, where their number is withheld."""
+    """Number of subjects with a stream; `some` if the site withholds it, a dot if the site lacks the stream."""
     return str(streams[stream] or "some") if stream in streams else "\N{MIDDLE DOT}"
 
 
 def learning_section(run: Run) -> Section:
-    """Loss of the federation and of each site."""
+    """Make the section with loss curves of the federation and of each site."""
     key, title = "learning", "Learning curves"
     whole = list(series(run, "loss"))
     by_site = {site: [_points(run, site, "loss"), _points(run, site, "validation_loss")] for site in run.site_names}
     told: list[Points] = [whole, *(points for lines in by_site.values() for points in lines)]
     if not any(told):
-        return absent(key, title, _NO_ROUND if not run.rounds else "No site told its loss: it stays at the sites.")
+        return absent(key, title, _NO_ROUND if not run.rounds else "No site reported its loss: it stays at the sites.")
     span = _span(told)
     panels: dict[str, list[Line]] = {"all sites, weighted mean": [Line(whole, "c0")]} if whole else {}
     panels |= {site: [Line(lines[0], "c0"), Line(lines[1], "c1 dashed")] for site, lines in by_site.items()}
@@ -70,7 +70,7 @@ def learning_section(run: Run) -> Section:
 
 
 def saliency_section(run: Run) -> Section:
-    """How much the model leans on each stream, over the rounds."""
+    """Make the section with the saliency of each stream by round."""
     key, title = "saliency", "Which organs the model looks at"
     profiles = [(line["round"], line["profile"]) for line in run.rounds if line.get("profile")]
     told = {site: zip(*run.series(site, "saliency"), strict=True) for site in run.site_names}
@@ -81,7 +81,7 @@ def saliency_section(run: Run) -> Section:
             title,
             _NO_ROUND
             if not run.rounds
-            else "No site told saliency: it has one organ, keeps it to itself, or the model has none.",
+            else "No site reported saliency: it has one organ, its limits forbid it, or the model has no saliency.",
         )
     panels = {
         stream: [
@@ -102,7 +102,7 @@ def saliency_section(run: Run) -> Section:
 
 
 def exchange_section(run: Run) -> Section:
-    """Seconds, bytes and update norms."""
+    """Make the section with seconds, bytes and update norms of the rounds."""
     key, title = "exchange", "Time, bytes and update norms"
     if not run.rounds:
         return absent(key, title, _NO_ROUND)
@@ -141,11 +141,11 @@ def _site_totals(run: Run) -> Table:
 
 
 def left_out_section(run: Run) -> Section:
-    """Who did not count in which rounds, and why; what a gate threw away."""
+    """Make the section with sites left out of rounds, and rounds discarded by a gate, each with its reason."""
     rows = left_out(run)
     late = [(site, "late", f"round {line['round']}") for line in run.rounds for site in line.get("late", ())]
     if not rows and not late:
-        return absent("left-out", "Left out, and why", "Nobody was left out of a round.")
+        return absent("left-out", "Left out, and why", "No site was left out of a round.")
     table = Table(
         ("site", "when", "why"), [*rows, *((site, when, why) for site, why, when in late)], "Left out of rounds"
     )
@@ -153,11 +153,11 @@ def left_out_section(run: Run) -> Section:
 
 
 def privacy_section(run: Run) -> Section:
-    """What is promised, what was planned and spent."""
+    """Make the section with the privacy claim, and the epsilon that was planned and spent."""
     key, title = "privacy", "Privacy"
     label = privacy_label(run.config)
     if label == "none":
-        return absent(key, title, "No differential privacy was asked for: what leaves a site is not noised.")
+        return absent(key, title, "No differential privacy was asked for: no noise is added to what leaves a site.")
     private = run.config.patient_dp or run.config.site_dp
     assert private is not None
     costs = {
@@ -185,7 +185,7 @@ _WATTS_PER_CORE, _OVERHEAD = 12.0, 1.67
 
 
 def cost_section(run: Run) -> Section:
-    """Processor hours, and energy by a formula whose assumptions stand beside it."""
+    """Make the section with processor hours, and energy estimated by a formula whose assumptions it names."""
     key, title = "cost", "Cost"
     if not run.rounds:
         return absent(key, title, _NO_ROUND)
@@ -223,7 +223,7 @@ def _points(run: Run, site: str, key: str) -> list[tuple[float, float]]:
 
 
 def _norms(run: Run, site: str) -> list[tuple[float, float]]:
-    """Length of a site's whole update, by round; none where it is withheld."""
+    """(Round, L2 norm of a site's whole update); empty if the site withholds its norms."""
     pairs = zip(*run.series(site, "norms"), strict=True)
     return [(at, math.hypot(*(norm for norm in norms.values() if norm is not None))) for at, norms in pairs if norms]
 
@@ -244,7 +244,7 @@ def _panels(
     columns: Sequence[str],
     span: tuple[float, float],
 ) -> list[Figures | Details]:
-    """One chart per name, with the same scale; beyond the first dozen they are to be opened."""
+    """Draw one chart per name, all with the same scale; those after the first dozen are folded away."""
     figures = []
     for name, lines in panels.items():
         chart = line_chart(
@@ -265,7 +265,7 @@ def _round_table(name: str, lines: Sequence[Line], columns: Sequence[str]) -> Ta
 
 
 def _thinned(rounds: list[float]) -> list[float]:
-    """Twelve rounds at most, the first and the last among them."""
+    """Thin out rounds to at most twelve, the first and the last among them."""
     step = max(-(-(len(rounds) - 1) // 11), 1)
     return sorted({*rounds[::step], *rounds[-1:]})
 
@@ -275,7 +275,7 @@ def _cell(value: float | None) -> str:
 
 
 def _by_site(title: str, y: str, by_site: Mapping[str, Points]) -> Figures:
-    """One chart with a line per site, in colours where there are enough for all, and the numbers."""
+    """Draw one chart with a line per site, and a table of its numbers; coloured if there are colours for all sites."""
     told = {site: points for site, points in by_site.items() if points}
     has_colours = len(told) <= COLOURS
     styles = [f"c{number}" if has_colours else "quiet thin" for number in range(len(told))]

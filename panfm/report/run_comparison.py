@@ -1,4 +1,4 @@
-"""Sections of the page that compares runs: scores side by side, curves in one chart, differences in description."""
+"""Sections of the page that compares runs: scores side by side, curves in one chart, different run descriptions."""
 
 import math
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from panfm.report.verdict import AUC_WORDS, OURS, Verdict, best_site, main_score
 
 
 def run_names(runs: Sequence[Run]) -> list[str]:
-    """A name for each run: its folder's, with as many folders above as tell all runs apart."""
+    """Name each run by its folder, with as many parent folders as make all names different."""
     paths = [run.folder.resolve().parts for run in runs]
     for depth in range(1, max(map(len, paths)) + 1):
         names = ["/".join(parts[-depth:]) for parts in paths]
@@ -26,7 +26,7 @@ def run_names(runs: Sequence[Run]) -> list[str]:
 
 
 def comparison_verdict(runs: Sequence[Run]) -> Verdict:
-    """Which run's model is best on its held-out patients, with a bar for each."""
+    """Write which run's model is best on its held-out patients, with a bar for each run."""
     names = run_names(runs)
     scored = [_federated(run) for run in runs]
     known = {name: score for name, score in zip(names, scored, strict=True) if score is not None}
@@ -59,7 +59,7 @@ def _federated(run: Run) -> Score | None:
 
 
 def _cautions(runs: Sequence[Run]) -> list[str]:
-    """Why scores may not be comparable."""
+    """Sentences on why the scores of these runs may not be comparable."""
     first = runs[0]
     told = ["One run of each kind is not a comparison of methods: two runs that differ only in the seed differ too."]
     if any(run.config.cohort != first.config.cohort for run in runs):
@@ -70,7 +70,7 @@ def _cautions(runs: Sequence[Run]) -> list[str]:
 
 
 def comparison_sections(runs: Sequence[Run]) -> list[Section]:
-    """All sections, in their order."""
+    """Make all sections of the page, in their order."""
     names = run_names(runs)
     return [
         _facts(runs, names),
@@ -119,7 +119,7 @@ def _losses(runs: Sequence[Run], names: Sequence[str]) -> Section:
     chart = _chart(
         "Training loss, mean over sites", names, [list(series(run, "loss")) for run in runs], "round", "loss"
     )
-    reason = "None of these runs has told a loss."
+    reason = "None of these runs has reported a loss."
     return (
         Section("learning", "Learning curves", [Paragraph(words), chart])
         if chart
@@ -150,7 +150,7 @@ def _chart(title: str, names: Sequence[str], curves: Sequence[Points], x: str, y
 
 
 def _descriptions(runs: Sequence[Run], names: Sequence[str]) -> Section:
-    """Keys in which each run differs from the first."""
+    """Make the section with the keys in which each run's description differs from the first run's."""
     rows = [
         (name, key, str(given), str(first))
         for name, run in zip(names[1:], runs[1:], strict=True)

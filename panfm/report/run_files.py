@@ -91,7 +91,7 @@ class Run:
     failure: str = ""
     """Why the run ended so."""
     data: ReportData = field(default_factory=ReportData)
-    """Parts of the report that need images; none but of a simulation."""
+    """Parts of the report that are computed from images; only a simulation writes them."""
 
     @property
     def is_finished(self) -> bool:

@@ -1,4 +1,4 @@
-"""Sections of a report on what the model's features are worth: labels, few labels, missing organs, single streams."""
+"""Report sections with probe scores of the model's features: by label, with few labels, by missing organ, by stream."""
 
 import math
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ NOT_SCORED = "The run has no scores of held-out patients: a simulation with a ho
 
 
 def label_section(run: Run) -> Section:
-    """Every label: for how many subjects it is known, and the scores of the main arms; further tables to be opened."""
+    """Make the section with every label's scores and number of subjects; tables of all models are folded away."""
     key, title = "labels", "Label by label"
     if run.probe is None:
         return absent(key, title, NOT_SCORED)
@@ -51,7 +51,7 @@ def _label_table(probe: ProbeResult, arms: list[str]) -> Table:
 
 
 def _group_tables(probe: ProbeResult) -> list[Table]:
-    """One table per metric: a row per arm, a column per group of labels."""
+    """Make one table per metric: a row per model, a column per group of labels."""
     tables = []
     for metric, words in (("auc", "AUC"), ("r2", "R2")):
         groups = list(dict.fromkeys(score.group for score in probe.scores if score.metric == metric))
@@ -65,7 +65,7 @@ def _group_tables(probe: ProbeResult) -> list[Table]:
 
 
 def few_labels_section(run: Run) -> Section | None:
-    """Scores of probes that were fitted on few patients; no section in a run that did not ask for it."""
+    """Make the section with scores of probes fitted on few patients; None if the run has no such scores."""
     few = run.probe.few_labels if run.probe else {}
     metrics = list(dict.fromkeys(metric for row in few.values() for metric in row))
     if not metrics:
@@ -74,12 +74,12 @@ def few_labels_section(run: Run) -> Section | None:
         (arm_words(arm), *(number_text(row.get(metric, math.nan)) for metric in metrics)) for arm, row in few.items()
     ]
     headings = ("model", *(f"{metric.removeprefix('auc_')} labelled" for metric in metrics))
-    words = "Mean AUC of probes that learn from the labels of so few patients, drawn at random from all sites."
+    words = "Mean AUC of probes that learn from the labels of only so many patients, drawn at random from all sites."
     return Section("few-labels", "With few labels", [Paragraph(words), Table(headings, rows, "AUC with few labels")])
 
 
 def missing_section(run: Run) -> Section:
-    """AUC by number of missing organs, and what the loss of one organ costs."""
+    """Make the section with AUC by number of missing organs, and the AUC lost without each organ."""
     key, title = "missing-organs", "When organs are missing"
     missing = run.probe.missing if run.probe else {}
     counts = missing_counts(missing)
@@ -113,13 +113,13 @@ def missing_section(run: Run) -> Section:
 
 
 def missing_curve(grid: Mapping[str, float]) -> list[tuple[int, float]]:
-    """Number of missing organs, and the AUC of a grid of missing organs."""
+    """(Number of missing organs, AUC) of one model, from its entry under `missing` in probe.json."""
     counts = missing_counts({"": grid}) if grid else []
     return [(count, grid.get(f"auc_missing_{count}" if count else "auc", math.nan)) for count in counts]
 
 
 def _drops(missing: Mapping[str, Mapping[str, float]]) -> Table | None:
-    """What each model loses with one organ; the darker the cell, the more."""
+    """Make the table of the AUC that each model loses without each organ; larger losses have darker cells."""
     prefix = "auc_drop_"
     organs = list(
         dict.fromkeys(
@@ -136,7 +136,7 @@ def _drops(missing: Mapping[str, Mapping[str, float]]) -> Table | None:
 
 
 def streams_section(run: Run) -> Section | None:
-    """AUC of a probe on each stream alone; no section where patients hold several streams."""
+    """Make the section with AUCs of probes on one stream alone; None if patients have several streams."""
     by_arm = run.probe.streams if run.probe else {}
     names = list(dict.fromkeys(name for row in by_arm.values() for name in row))
     if not names:
@@ -151,7 +151,7 @@ def streams_section(run: Run) -> Section | None:
 
 
 def shared_probe_section(run: Run) -> Section | None:
-    """Probes that the labels of all sites gave at the end of the run; no section in a run without them."""
+    """Make the section with probes fitted at the run's end on summed statistics of all sites; None without them."""
     told = run.metadata.get("probe", {})
     rows = [
         (

@@ -1,4 +1,4 @@
-"""The report's first screen: whether training together was worth it, in words and in one chart."""
+"""Writes the report's first screen: whether the federated model beats each site alone, as sentences and a chart."""
 
 import math
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ R2_WORDS = (
 
 @dataclass(frozen=True)
 class Verdict:
-    """Headline, further sentences, a chart, and what its axis means."""
+    """Headline, further sentences, a chart, and an explanation of the chart's axis."""
 
     headline: str
     sentences: Sequence[str]
@@ -48,13 +48,13 @@ class Verdict:
 
 
 def arm_words(arm: str) -> str:
-    """What an arm of the probes is, in words."""
+    """Name a model that was probed for readers: `federated` becomes "the federated model"."""
     site = arm.removeprefix("site:")
     return f"{site} alone" if site != arm else _WORDS.get(arm, arm)
 
 
 def verdict(run: Run) -> Verdict:
-    """The verdict on a run; without scores of held-out patients it says that there is none."""
+    """Write the verdict on a run; without scores of held-out patients it says that they are missing."""
     scored = main_scores(run.probe) if run.probe else []
     if not run.probe or not scored:
         return _unscored(run)
@@ -74,20 +74,20 @@ def verdict(run: Run) -> Verdict:
 
 
 def main_scores(probe: ProbeResult) -> list[Score]:
-    """The AUC over all labels of each arm; without AUCs, R2 of the first number."""
+    """Each model's mean AUC over all labels; without AUCs, its R2 of the first label that is a number."""
     aucs = [score for score in probe.scores if (score.group, score.metric) == ("all", "auc")]
     numbers = [score for score in probe.scores if score.metric == "r2"]
     return aucs or [score for score in numbers if score.group == numbers[0].group]
 
 
 def best_site(scored: Sequence[Score]) -> Score | None:
-    """The best of the sites alone."""
+    """Best score among the models that one site trained alone; None if no such score is known."""
     sites = [score for score in scored if score.arm.startswith("site:") and not math.isnan(score.value)]
     return max(sites, key=lambda score: score.value, default=None)
 
 
 def _in_order(scored: Sequence[Score]) -> list[Score]:
-    """The federated model, the sites with the best first, the references."""
+    """Sort scores: the federated model, then single sites from best to worst, then the references."""
     by_arm = {score.arm: score for score in scored}
     sites = [score for score in scored if score.arm.startswith("site:")]
     sites.sort(key=lambda score: -score.value if not math.isnan(score.value) else math.inf)
@@ -125,24 +125,25 @@ def _headline(scored: Sequence[Score]) -> str:
 
 
 def _values(scored: Sequence[Score]) -> dict[str, float]:
-    """Arm -> its score, without those that are not known."""
+    """Name of a model -> its score; NaN scores are left out."""
     return {score.arm: score.value for score in scored if not math.isnan(score.value)}
 
 
 def _references(scored: Sequence[Score]) -> list[str]:
-    """A sentence on the references that the federated model is ahead of."""
+    """One sentence naming the references that the federated model is ahead of; none if it is ahead of none."""
     values = _values(scored)
     ahead = [arm_words(arm) for arm in _RIVALS if values.get(arm, math.inf) < values.get(OURS, -math.inf)]
     return [f"The federated model scores higher than {_listed(ahead, 'and')}."] if ahead else []
 
 
 def _listed(words: Sequence[str], last: str) -> str:
-    """Words with commas between, and `last` before the last one."""
+    """Join words by commas, the last one by the word `last` (and, or)."""
     return f" {last} ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
 
 
 def _compared(ours: Score, value: float) -> str:
-    """How the federated model stands to a value: above or below by its interval, or ahead or behind within it."""
+    """Compare the federated model with a value: `above` or `below` if its interval excludes the value, else `ahead` or
+    `behind`."""
     if math.isnan(ours.low):
         return "ahead" if ours.value > value else "behind"
     if value < ours.low:
@@ -153,7 +154,7 @@ def _compared(ours: Score, value: float) -> str:
 
 
 def _tokenizer(scored: Sequence[Score]) -> list[str]:
-    """A sentence where a linear model on the network's inputs does as well as the network."""
+    """One sentence if a linear probe of the network's inputs does as well as the network; else none."""
     values = _values(scored)
     ours, inputs = values.get(OURS, math.nan), values.get("tokenizer", math.nan)
     if not inputs >= ours:

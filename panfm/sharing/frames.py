@@ -65,7 +65,7 @@ class Frame:
 
     @classmethod
     def error(cls, reason: str) -> "Frame":
-        """Make an error answer with its reason."""
+        """Make an answer that reports an error and its reason."""
         return cls(Kind.ERROR, Records(config={"reason": reason}))
 
 

@@ -76,13 +76,14 @@ def check_start_known(start: StartConfig | None, patient_dp: PatientDpConfig | N
 
 
 def check_privacy(run: RunConfig, site: SiteConfig) -> None:
-    """Check that a run is as private as the site asks.
+    """Check that a run is as private as the site's limits ask.
 
-    A private run without a claim voids the ledger of all later ones, so only a site without a floor takes part in it.
+    A private run without a claim voids the ledger of all later ones, so only a site with `smallest-batch = 1` takes
+    part in it.
 
     Raises:
         ProtocolError: it is less private.
-        LimitError: it has noise and no claim, and the site sets a floor.
+        LimitError: it adds noise but makes no privacy claim, and the site's `smallest-batch` is above 1.
     """
     if site.limits.epsilon is None:
         if claim(run) == NO_CLAIM and site.limits.smallest_batch > 1:
@@ -95,7 +96,7 @@ def check_privacy(run: RunConfig, site: SiteConfig) -> None:
 
 
 def with_public_subjects(run: RunConfig, site: SiteConfig) -> RunConfig:
-    """Put the site's own public number of patients into a private run.
+    """Replace a private run's public number of patients by the site's own, if the site names one.
 
     Raises:
         ConfigError: with that number the run's guarantee does not hold.
@@ -181,7 +182,7 @@ def check_other_runs(state_dir: Path, run_id: str, limits: LimitsConfig) -> None
     folder = state_dir / RUNS / run_id
     if is_ended(folder):
         raise LimitError.of_question(f"run {run_id}: the operator of this site has ended it")
-    if (known := read_asked(folder)) and known.is_finished:  # asks for its last round again, or for sums of its model
+    if (known := read_asked(folder)) and known.is_finished:  # it can only ask for its last round again, or for sums
         return
     active = {name: asked for name, asked in active_runs(state_dir, limits).items() if name != run_id}
     if len(active) >= limits.runs_at_once:
@@ -264,10 +265,10 @@ def _seeded_hashes(run_toml: str, streams: tuple[str, ...]) -> dict[str, str]:
 
 
 class PatientBudget:
-    """A site's ledger, and the most that the site lets its patients spend."""
+    """A site's privacy ledger, and the epsilon that the site lets its patients spend."""
 
     def __init__(self, folder: Path, site: SiteConfig, state_dir: Path) -> None:
-        from panfm.privacy.ledger import Ledger  # a site without private runs does without
+        from panfm.privacy.ledger import Ledger  # imported here: only private runs need it
 
         self.ledger = Ledger(
             site_path(folder, site.ledger_dir),
@@ -284,7 +285,7 @@ class PatientBudget:
             dataset: Fingerprint of the patients.
         Raises:
             ProtocolError: the run is less private than the site asks, or has mechanisms that cannot be accounted for.
-            LimitError: the run makes no claim, and the site sets a floor.
+            LimitError: the run makes no privacy claim, and the site's `smallest-batch` is above 1.
             BudgetError, LedgerError: the site cannot pay.
         """
         from panfm.privacy.ledger import Limits

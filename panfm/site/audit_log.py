@@ -81,7 +81,7 @@ class AuditLog:
 
     def private_rounds(self) -> "AnsweredRounds":
         """Count the answered private rounds. Raises DataError as `lines` does."""
-        from panfm.privacy.ledger import AnsweredRounds  # a site without private runs does without
+        from panfm.privacy.ledger import AnsweredRounds  # imported here: only private runs need it
 
         count, epsilon = 0, None
         for line in self.lines():

@@ -83,7 +83,7 @@ def dry_run(folder: Path, run: RunConfig) -> DryRun:
 
 
 def _sums(run: RunConfig, limits: LimitsConfig) -> str:
-    """One line on the sums that a run asks a site for, and whether the site's limits let them leave; empty if none."""
+    """Write a line on the sums that a run asks for, and whether the site's limits let them leave; empty if none."""
     asked = []
     if run.probe.tasks:
         asked.append(f"after the last round for sums of features and labels: {', '.join(run.probe.tasks)}")

@@ -59,7 +59,7 @@ class Site:
         self.asked_run: RunConfig | None = None
         """The run of the current question; None if it names no valid one."""
         self.summed: dict[str, Any] | None = None
-        """Purpose and labels of the sums in the current answer; None if it has none."""
+        """Purpose and labels of the sums in the current answer; None if it holds no sums."""
         self._warm: tuple[str, Session] | None = None
 
     def handshake(self, invitation: Invitation) -> Handshake:
@@ -151,7 +151,7 @@ class Site:
             return None
 
     def log_error(self, error: BaseException) -> None:
-        """Add the whole story of an error to `site.log` beside the private state; a full disk is no error."""
+        """Append an error with its traceback to `site.log` in the state folder; errors of the disk are ignored."""
         story = f"{datetime.now().astimezone().isoformat()}\n{''.join(traceback.format_exception(error))}\n"
         path = self.state_dir / "site.log"
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""A site's own files of a run: its private training states, and the questions it was asked; which runs go on.
+"""Stores a site's files of a run: private training states and the questions asked; lists, ends and removes runs.
 
     <folder>/runs/<run id>/round-000007.state     private state after round 7, checksummed
     <folder>/runs/<run id>/frozen.safetensors     shared parameters that the run does not train, checksummed
@@ -229,7 +229,7 @@ def read_origin(path: Path) -> dict[str, str] | None:
 
 
 def active_runs(state_dir: Path, limits: LimitsConfig) -> dict[str, AskedRounds]:
-    """Runs that have asked for rounds and may go on asking, by id."""
+    """Run id -> rounds it has asked for, of the runs that may ask for more."""
     folders = [path.parent for path in sorted(state_dir.glob(f"{RUNS}/*/{ASKED}"))]
     notes = {folder.name: asked for folder in folders if not is_ended(folder) and (asked := read_asked(folder))}
     oldest = time.time() - 3600.0 * limits.idle_hours
@@ -237,7 +237,7 @@ def active_runs(state_dir: Path, limits: LimitsConfig) -> dict[str, AskedRounds]
 
 
 def end_run(state_dir: Path, run_id: str) -> None:
-    """Refuse a run's questions from now on. Raises DataError if the site knows no such run."""
+    """Mark a run as ended, so that its questions are refused. Raises DataError: the site knows no such run."""
     folder = StateStore(state_dir, run_id).folder
     if not (folder / ASKED).exists():
         raise DataError(f"{folder.parent}: run {run_id} has asked for no round here, see: panfm site status")
@@ -245,9 +245,9 @@ def end_run(state_dir: Path, run_id: str) -> None:
 
 
 def make_room(run_folder: Path, kept_bytes: int, limits: LimitsConfig) -> None:
-    """Remove the private states of the runs longest idle, until those of a run have room beside the others.
+    """Remove the private states of the longest idle runs until the states of the given run have room.
 
-    A new run's are one of `limits.kept-runs`, and all of them stay within `limits.state-gib`.
+    At most `limits.kept-runs` runs have states, the given one included, and all states stay within `limits.state-gib`.
 
     Args:
         kept_bytes: Of the run's private states on disk, at most.

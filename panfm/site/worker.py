@@ -72,7 +72,7 @@ class Worker:
         return user in self._users
 
     def _receive(self, connection: socket.socket) -> Frame | None:
-        """Read the question of a connection; None, and an error to the other end, if its bytes are not a question."""
+        """Read the question of a connection. If its bytes are not a question, send an error back and return None."""
         try:
             most = _BYTES_PER_PARAMETER * self.site.config.limits.parameters
             return receive(connection, timeout_s=TRANSFER_TIMEOUT_S, max_arrays=most, largest=_largest)

@@ -1,4 +1,4 @@
-"""Refuses a cohort whose places share images or people, or have images that show nothing, before it is trained on."""
+"""Refuses a cohort, before training, whose folders share images or subjects, or hold images of one constant value."""
 
 import hashlib
 import json

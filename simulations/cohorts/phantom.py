@@ -54,7 +54,7 @@ class PhantomCohort(CohortSource):
     holdout_subjects: Positive = 300
     """Patients with all organs, at no site: the probe's test set."""
     sites: Annotated[dict[Name, PhantomSiteConfig], Field(min_length=1)]
-    """Name of a site -> what it has."""
+    """Name of a site -> its patients and streams."""
 
     @model_validator(mode="after")
     def _no_site_has_the_held_out_patients(self) -> Self:

@@ -51,7 +51,7 @@ class PictureCohort(StreamCohort):
     holdout_subjects: Positive = 60
     """Patients per stream at no site: the probe's test set. As many again to fit on for a held-out stream."""
     sites: Annotated[dict[Name, PictureSiteConfig], Field(min_length=1)]
-    """Name of a site -> what it has."""
+    """Name of a site -> its patients and streams."""
 
     def write(self, folder: Path, streams: Streams, progress: Progress = lambda *_: None) -> None:
         """Write PNG files. Raises DataError as every cohort, or a stream is not one of pictures."""

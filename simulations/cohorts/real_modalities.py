@@ -32,7 +32,7 @@ class RealModalitiesCohort(StreamCohort):
 
     kind: Literal["real-modalities"]
     sites: Annotated[dict[Name, StreamSiteConfig], Field(min_length=1)]
-    """Name of a site -> what it has."""
+    """Name of a site -> its patients and streams."""
     with_weights: Annotated[tuple[str, ...], Field(strict=False)] = ()
     """Changes of the run, as `--set` takes them, with which it starts from the weights that $PANFM_WEIGHTS names."""
 

@@ -9,8 +9,8 @@ from panfm.data.manifest import COLUMNS
 from panfm.data.tables import write_table
 
 _SIMULATED = LimitsConfig(may_leave=tuple(Releasable), smallest_batch=1, smallest_steps=1)
-"""No patient needs a floor where they are drawn or public; everything may leave, and be as small as it likes. Of the
-public pictures one is of one grey level."""
+"""Limits of a simulated site. Its patients are synthetic or public, so everything may leave, with batches and steps of
+any size. `constant_images` is "take" because one of the public pictures has a single grey level."""
 
 
 def write_site_folder(

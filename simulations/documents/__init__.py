@@ -1,1 +1,1 @@
-"""`python -m simulations.documents reference|figures`: pages and figures of docs/ from code and data."""
+"""Generates reference pages and figures of docs/: `python -m simulations.documents reference|figures`."""

@@ -1,4 +1,4 @@
-"""`python -m simulations.documents reference|figures`: writes docs/reference, or docs/figures from kept results."""
+"""Writes docs/reference, or docs/figures: `python -m simulations.documents reference|figures`."""
 
 from pathlib import Path
 from typing import Annotated

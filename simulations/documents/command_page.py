@@ -1,4 +1,4 @@
-"""The reference page of all commands, from the trees of click commands that run them."""
+"""Writes the reference page of all commands, from the click commands themselves."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,19 +20,19 @@ TOOLS: dict[str, typer.Typer] = {
 }
 _ROOT = Path(__file__).resolve().parents[2]
 _PASSED_ON = {"study": "studies", "bench": "bench"}
-"""Commands of `python -m simulations` that hand their words to a file's own command -> package of these files."""
+"""Commands of `python -m simulations` that run the command of a named file -> package of these files."""
 
 
 @dataclass(frozen=True)
 class Command:
-    """One command, with the words that call it."""
+    """One click command, with the words that a user types to call it."""
 
     words: str
     command: click.Command
 
     @property
     def is_group(self) -> bool:
-        """Whether it has commands of its own."""
+        """Whether the command has subcommands."""
         return isinstance(self.command, click.Group)
 
     @property
@@ -42,7 +42,7 @@ class Command:
 
 
 def commands() -> list[Command]:
-    """Every command of every tool, studies and benches included; a group stands before its commands."""
+    """List every command of every tool, studies and benches included; a group comes before its subcommands."""
     listed = [command for words, app in TOOLS.items() for command in _below(words, typer.main.get_command(app))]
     for verb, package in _PASSED_ON.items():
         for name, path in files_of(package).items():
@@ -61,7 +61,7 @@ def _below(words: str, command: click.Command) -> Iterator[Command]:
 
 
 def page() -> str:
-    """The page."""
+    """Write the page of commands as Markdown."""
     parts = [
         "# Commands\n",
         "Every command answers `--help` with the same text. Commands are in `.venv/bin`, which `make install` makes. "
@@ -88,7 +88,7 @@ def _row(parameter: click.Parameter) -> tuple[str, str, str]:
 
 
 def meaning(parameter: click.Parameter) -> str:
-    """What its help says."""
+    """Help text of an argument or option; empty if it has none."""
     return str(getattr(parameter, "help", None) or "")
 
 

@@ -1,7 +1,7 @@
-"""Reference pages of TOML files, from the pydantic models that read them.
+"""Writes reference pages of TOML files, from the pydantic models that read them.
 
-A key's meaning is the docstring of its field; of a table, that of its model. A table of differences, such as
-`[sharing.groups.NAME]`, repeats keys of the table around it, and with them their meaning.
+The meaning of a key is the docstring of its field; that of a table is the docstring of its model. A table such as
+`[sharing.groups.NAME]` repeats keys of the table that contains it; such a key without docstring has the same meaning.
 """
 
 import json
@@ -22,21 +22,21 @@ from simulations.documents.markdown import cell, prose, table
 
 Model = type[BaseModel]
 _CHOSEN: Mapping[str, Registry] = {point.key: point for point in (OBJECTIVES, COHORTS)}
-"""Registries whose classes describe a table: the key that chooses one -> registry."""
+"""Key whose value chooses a class that describes a table -> registry of these classes."""
 _NAMED: Mapping[str, Registry] = {
     "backbone": BACKBONES,
     "policy": MASKING_POLICIES,
     "mean": MEANS,
     "loggers": LOGGERS,
 }
-"""Keys whose values are names of plug-ins."""
+"""Key whose values are names of plug-ins -> registry of these plug-ins."""
 _PLAIN = 1e12
-"""A larger bound is one of the number's type, which nobody need read."""
+"""A larger bound only reflects the number's type, so the page does not show it."""
 
 
 @dataclass(frozen=True)
 class Key:
-    """One key of a table."""
+    """Name, allowed values, default and meaning of one key of a table."""
 
     name: str
     values: str
@@ -46,12 +46,12 @@ class Key:
 
 @dataclass(frozen=True)
 class Section:
-    """One table of a file, or one form of it."""
+    """One table of a file, or one of the forms that a table may have, with its keys."""
 
     path: str
-    """Dotted, with NAME where the user names the table; empty for the top of the file."""
+    """Dotted name of the table, with NAME where the user chooses a name; empty for the top of the file."""
     form: str
-    """The `key = "value"` that chooses this form; empty where a table has one form."""
+    """The `key = "value"` that chooses this form; empty if the table has only one form."""
     meaning: str
     keys: tuple[Key, ...]
 
@@ -72,7 +72,7 @@ def label_rule_sections() -> list[Section]:
 
 
 def page(title: str, about: str, sections: list[Section]) -> str:
-    """A file's page."""
+    """Write the page of one TOML file as Markdown."""
     parts = [f"# {title}\n", f"{about}\n"]
     for section in sections:
         name = f"[{section.path}]" if section.path else "Top of the file"
@@ -84,17 +84,17 @@ def page(title: str, about: str, sections: list[Section]) -> str:
 
 
 def _sections(model: Model, path: str = "") -> list[Section]:
-    """A model's table, and the tables in it; one that stands at two places is told once."""
+    """List the table of a model and all tables in it; a model that two keys use is listed once."""
     return list(_walk(model, path, "", {}, {}))
 
 
 def _walk(model: Model, path: str, form: str, around: Mapping[str, str], places: dict[Model, str]) -> Iterator[Section]:
-    """A model's table, then the tables in it.
+    """Yield the table of a model, then the tables in it.
 
     Args:
         form: What chooses this form of the table.
-        around: Meanings of the keys of the table that holds this one.
-        places: Model -> path of its table, of those that were told; grows.
+        around: Meanings of the keys of the table that contains this one.
+        places: Model -> path of its table, for the tables yielded so far; this function adds to it.
     """
     schema = model.model_json_schema(by_alias=True)
     meanings: dict[str, str] = {}
@@ -116,7 +116,7 @@ def _walk(model: Model, path: str, form: str, around: Mapping[str, str], places:
 
 
 def _forms(where: str, field: FieldInfo) -> Iterator[tuple[str, Model, str]]:
-    """The tables that a key may hold: dotted path, model, and what chooses it."""
+    """Yield the tables that may be a key's value: dotted path, model, and the `key = "value"` that chooses it."""
     if where == "tracking":
         yield where, TrackingConfig, ""
     for key, registry in _CHOSEN.items():
@@ -132,7 +132,7 @@ def _forms(where: str, field: FieldInfo) -> Iterator[tuple[str, Model, str]]:
 
 
 def _chooser(model: Model) -> str:
-    """The `kind = ...` of one of several forms."""
+    """Text `kind = "NAME"` that chooses this model among several."""
     names = typing.get_args(model.model_fields["kind"].annotation)
     return "kind = " + " or ".join(f'"{name}"' for name in names)
 
@@ -144,7 +144,7 @@ def _models(annotation: Any) -> Iterator[Model]:
 
 
 def _parts(annotation: Any) -> Iterator[Any]:
-    """An annotation and all that it is made of."""
+    """Yield a type annotation and, recursively, its type arguments."""
     yield annotation
     if typing.get_origin(annotation) is not Literal:
         for part in typing.get_args(annotation):
@@ -180,7 +180,7 @@ def _default(field: FieldInfo) -> str:
 
 
 def _toml(value: Any) -> str:
-    """A default as TOML has it."""
+    """Write a default value as TOML."""
     if isinstance(value, tuple | list):
         return f"[{', '.join(map(_toml, value))}]"
     if isinstance(value, float) and value == int(value) and abs(value) < 1e6:
@@ -189,7 +189,7 @@ def _toml(value: Any) -> str:
 
 
 def _values(key: str, schema: Mapping[str, Any], root: Mapping[str, Any]) -> str:
-    """What a key may hold, from its JSON schema."""
+    """Describe the allowed values of a key, such as `number, at least 0`, from its JSON schema."""
     if key in _NAMED and ("type" in schema or "anyOf" in schema):
         names = " ".join(f'`"{name}"`' for name in _NAMED[key].built_in)
         return f"list of {names}" if schema.get("type") == "array" else names
@@ -216,7 +216,7 @@ def _list(schema: Mapping[str, Any], root: Mapping[str, Any]) -> str:
 
 
 def _bounds(schema: Mapping[str, Any]) -> str:
-    """The range of a number; nothing where it is that of a 64-bit integer."""
+    """Describe the range of a number, such as `, 1 to 5`; empty without bounds of its own."""
     whole = schema["type"] == "integer"
     least, above = schema.get("minimum"), schema.get("exclusiveMinimum")
     most, below = schema.get("maximum"), schema.get("exclusiveMaximum")

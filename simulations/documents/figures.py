@@ -1,4 +1,4 @@
-"""Figures of README and docs, drawn as SVG from the result files of studies that are kept in docs/results/data."""
+"""Draws the figures of README and docs as SVG, from the result files of studies in docs/results/data."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,9 +19,9 @@ _STYLE = """\
   }
 </style>"""
 _NAMES, _PANEL, _GAP, _ROW, _TOP = 290, 300, 50, 30, 84
-"""Pixels: width of the names and of a panel, space between panels, height of a row, height above the rows."""
+"""Pixels: width of the row names, width of a panel, gap between panels, height of a row, space above the rows."""
 _LEAST, _MOST = 0.5, 0.75
-"""Range of the axis: .5 is an AUC of chance."""
+"""Range of the AUC axis; it begins at .5, the AUC of guessing."""
 _DEMO_ARMS = {
     "federated": "federated: five hospitals together",
     "best-site": "the best hospital alone",
@@ -34,20 +34,20 @@ _DEMO_METRICS = {"auc": "labels of all patients", "auc_100": "labels of 100 pati
 
 @dataclass(frozen=True)
 class Row:
-    """One arm in one panel."""
+    """One row of a panel: the values of one model."""
 
     name: str
     values: Sequence[float]
-    """One per seed."""
+    """One value per seed."""
 
     @property
     def mean(self) -> float:
-        """Over the seeds."""
+        """Mean over the seeds."""
         return sum(self.values) / len(self.values)
 
 
 def figures(data: Path) -> dict[str, str]:
-    """File name -> SVG of every figure that is drawn from results.
+    """Draw every figure; return file name -> SVG.
 
     Args:
         data: Folder of the result files.
@@ -56,7 +56,7 @@ def figures(data: Path) -> dict[str, str]:
 
 
 def demo_figure(result: Mapping[str, Any]) -> str:
-    """The result of `study demo`: AUC of each arm with all labels and with few."""
+    """Draw the result of `study demo`: AUC of each model, with the labels of all patients and of 100."""
     values = {(row["metric"], row["arm"]): row["values"] for row in result["results"]}
     panels = {
         title: [Row(name, values[metric, arm]) for arm, name in _DEMO_ARMS.items()]
@@ -71,7 +71,7 @@ def demo_figure(result: Mapping[str, Any]) -> str:
 
 
 def panel_chart(title: str, note: str, panels: Mapping[str, Sequence[Row]]) -> str:
-    """Bars with the values behind them, one panel beside the other; all panels have the same rows."""
+    """Draw panels side by side: a bar for each row's mean, and a dot for each value. All panels have the same rows."""
     names = [row.name for row in next(iter(panels.values()))]
     width = _NAMES + len(panels) * (_PANEL + _GAP)
     height = _TOP + len(names) * _ROW + 44
@@ -112,7 +112,7 @@ def _panel(left: int, heading: str, rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _x(value: float) -> float:
-    """Pixels from the left of a panel."""
+    """Distance of a value from the left edge of a panel, in pixels."""
     return max(0.0, (value - _LEAST) / (_MOST - _LEAST)) * _PANEL
 
 
@@ -121,7 +121,7 @@ def _short(value: float) -> str:
 
 
 def _spoken(panels: Mapping[str, Sequence[Row]]) -> str:
-    """The means in words, for who does not see the figure."""
+    """Write the means as sentences, for readers who cannot see the figure."""
     return " ".join(
         f"With {heading}: {', '.join(f'{row.name} {_short(row.mean)}' for row in rows)}."
         for heading, rows in panels.items()

@@ -1,6 +1,6 @@
-"""Reference pages of the tables that people write, and of the files of a site's folder and of a run folder.
+"""Writes reference pages of CSV tables, and of the files in the folders of sites, runs and fine-tunings.
 
-Tests compare these entries with the columns that the code reads, and with the files and keys of a run that they make.
+Tests compare these entries with the columns that the code reads, and with the files and keys of a real run.
 """
 
 from collections.abc import Mapping
@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from simulations.documents.markdown import cell, prose, table
 
 Entries = Mapping[str, str]
-"""Name of a column, key or file -> what it is."""
+"""Name of a column, key or file -> its meaning."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A heading, a line about it, and its entries."""
+    """One table of a page: heading, introduction, and entries."""
 
     title: str
     about: str
@@ -51,11 +51,11 @@ EXPECTED_SITES: Entries = {
 }
 FEATURES: Entries = {
     "subjects": "Text [N]: patient of each row.",
-    "sessions": "Text [N]: visit of each row; there where the manifest has sessions.",
+    "sessions": "Text [N]: visit of each row; only if the manifest has sessions.",
     "splits": "Text [N]: train, val or test.",
     "features": "float32 [N, E]: the embeddings.",
     "streams": "Text [S]: names of the streams that were embedded.",
-    "present": "bool [N, S]: who has which stream.",
+    "present": "bool [N, S]: whether each row has each stream.",
     "pooling": "Text: how the embeddings were read off the model.",
     "model_hash": "SHA-256 of the model's weights.",
 }
@@ -70,25 +70,25 @@ SITE_FOLDER: Entries = {
     "heads or experts that stay); the last three rounds.",
     ".panfm/state/runs/<run id>/frozen.safetensors": "Parameters of the run that are not trained.",
     ".panfm/state/runs/<run id>/asked.json": "Digests of the questions that were asked, by round.",
-    ".panfm/state/runs/<run id>/ended": "There where `panfm site end` has ended the run.",
+    ".panfm/state/runs/<run id>/ended": "Present if `panfm site end` has ended the run.",
     ".panfm/state/departures.jsonl": "Audit log, a chained line for each message that left; see `panfm site log`.",
     ".panfm/state/site.log": "Errors of the site, whole; from 16 MiB on a new file is begun, the old is site.log.1.",
-    ".panfm/state/label-sums.digest": "Which tasks, patients and labels were summed; another set is refused.",
+    ".panfm/state/label-sums.digest": "Digest of the tasks, patients and labels summed; another set is refused.",
     ".panfm/state/ledger.anchor": "End of the ledger's chain; without it the ledger is refused.",
     ".panfm/state/.*": "Locks.",
     ".panfm/ledger/ledger.jsonl": "Privacy spent on these patients by all runs. Back it up; never delete it.",
-    ".panfm/run/worker.sock": "Where the resident worker is asked; there while it runs.",
+    ".panfm/run/worker.sock": "Socket of the resident worker; present while it runs.",
     ".panfm/run/worker.lock": "Locked while a worker runs.",
 }
 RUN_FOLDER: Entries = {
     "run.toml": "The description with all defaults: [keys](run-toml.md).",
-    "sites.json": "What the sites said when they joined: [keys](#sitesjson).",
+    "sites.json": "Subjects and streams that sites reported when they joined: [keys](#sitesjson).",
     "rounds.jsonl": "One line per round: [keys](#roundsjsonl).",
     "probe.json": "Scores of all probes, in a simulation with held-out patients: [keys](#probejson).",
-    "command.json": "Of a simulation: what `--set` changed when it was started, and `--extend` since.",
-    "data.json": "Of a simulation of own folders: hashes of the images and labels of each place, which `--resume` "
+    "command.json": "In a simulation: changes by `--set` at its start, and by `--extend` since.",
+    "data.json": "In a simulation of own folders: hashes of the images and labels of each place, which `--resume` "
     "compares.",
-    "report.json": "Of a simulation with held-out patients: what the report shows besides probes and rounds "
+    "report.json": "In a simulation with held-out patients: parts of the report besides probes and rounds "
     "(places of embedded subjects, small example images, routing of experts, CPU seconds).",
     "report.html": "The report, one file; `panfm report` writes it anew.",
     "status.html": "Progress while the run goes on, one file.",
@@ -97,8 +97,8 @@ RUN_FOLDER: Entries = {
     "the model is written.",
     "checkpoint/run.toml": "The description as it was in the first round.",
     "model/model.safetensors": "Weights of the trained model.",
-    "model/metadata.json": "What the model is: [keys](#modelmetadatajson).",
-    "model/run.toml": "The description as the sites were told of it.",
+    "model/metadata.json": "Facts about the model: [keys](#modelmetadatajson).",
+    "model/run.toml": "The description as the sites received it.",
     "model/probe.safetensors": "Probe of all sites from sums of features and labels, in a run with `probe.tasks`.",
     "model/whitening.safetensors": "Whitening of the embeddings, of `features.whitening` or `panfm whiten`.",
     "start.safetensors": "Parameters that the run starts from, in a run with `[start]`.",
@@ -115,19 +115,19 @@ RUN_FOLDER: Entries = {
 }
 FINETUNE_FOLDER: Entries = {
     "finetune.toml": "The settings, as the command's options name them.",
-    "checkpoint.state": "Where `--resume` goes on.",
+    "checkpoint.state": "State of the training, from which `--resume` goes on.",
     "result.json": "`scores` with 95 % intervals by patient, `patients`, `streams`, `notes` and losses (`training`).",
     "model/model.safetensors": "Weights of the tuned encoder.",
     "model/head.safetensors": "Weights of the head.",
-    "model/task.json": "What the head predicts: kind, outputs, classes.",
+    "model/task.json": "Task of the head: kind, outputs, classes.",
     "model/run.toml": "The description of the model that it was tuned from.",
-    "model/metadata.json": "As of a run, with `task`, `fine-tuned-on` (patients) and `model-hash` (SHA-256 of the "
+    "model/metadata.json": "As in a run folder, with `task`, `fine-tuned-on` (patients) and `model-hash` (SHA-256 of the "
     "weights).",
-    "masks/masks.csv": "Of a segmentation: `subject`, `stream`, `image` and `mask` of each test image.",
+    "masks/masks.csv": "For a segmentation: `subject`, `stream`, `image` and `mask` of each test image.",
     "masks/*": "The predicted masks, on the grids of their images.",
 }
 SITES_JSON: Entries = {
-    "privacy": "What the run promises to patients or sites; `none` without a promise.",
+    "privacy": "Privacy claim of the run, to patients or to sites; `none` without a claim.",
     "sites": "Site -> `subjects`, `streams` (stream -> subjects; null where withheld), `versions` of its software, and "
     "`groups`: hashes of the parameters that it would exchange.",
     "coverage": "Stream -> site -> subjects.",
@@ -138,8 +138,8 @@ ROUNDS: Entries = {
     "asked": "Sites that were asked.",
     "phase": "`train`.",
     "seconds": "From the round's start to the new global parameters.",
-    "loss": "Mean training loss of the sites that told theirs, weighted as the backbone is.",
-    "sites": "Site that counted -> its line, below.",
+    "loss": "Mean training loss of the sites that report theirs, weighted as the backbone is.",
+    "sites": "Site whose update counted -> its values, below.",
     "late": "Sites that had not answered when the round ended.",
     "rejected": "Site -> why its answer was refused.",
     "away": "Site -> since when it has not answered; asked again at growing intervals.",
@@ -148,7 +148,7 @@ ROUNDS: Entries = {
     "bytes_down": "Group of parameters -> bytes sent to all sites.",
     "bytes_up": "Group of parameters -> bytes received from all sites.",
     "profile": "Stream -> mean saliency over the sites; 1 is a fair share. Null without a site that has two streams.",
-    "privacy": "What the run promises.",
+    "privacy": "Privacy claim of the run.",
     "epsilon": "Site -> privacy spent so far, in a private run.",
     "gate": "`measure`, `before`, `kept` and `missing`, in a run with `[gate]`.",
 }
@@ -164,14 +164,14 @@ SITE_LINE: Entries = {
     "sites.<site>.norms": "Group of parameters -> L2 norm of its update.",
 }
 METADATA: Entries = {
-    "name": "Of the run.",
-    "run-id": "By which sites know the run.",
+    "name": "Name of the run.",
+    "run-id": "Id by which sites know the run.",
     "rounds": "Rounds behind the model.",
     "sites": "Sites that contributed.",
     "streams": "Stream -> how its images are prepared.",
     "parameters": "Group of parameters -> how many were trained.",
     "frozen-parameters": "Group of parameters -> how many stayed as the run started them.",
-    "privacy": "What the run promises.",
+    "privacy": "Privacy claim of the run.",
     "pooling": "How embeddings are read off the model.",
     "start": "SHA-256 of the weights that the run started from; null without.",
     "panfm": "Version.",
@@ -181,8 +181,8 @@ METADATA: Entries = {
     "whitening": "SHA-256 of the whitening, where there is one.",
 }
 PROBE: Entries = {
-    "scores": "`arm`, `group` (of labels), `metric` (auc or r2), `value`, `low` and `high` (95 % bootstrap over test "
-    "subjects), `num_labels`.",
+    "scores": "`arm` (the model that was probed), `group` (of labels), `metric` (auc or r2), `value`, `low` and "
+    "`high` (95 % bootstrap over test subjects), `num_labels`.",
     "missing": "Arm -> AUC with organs taken away: `auc`, `auc_missing_<n>`, `auc_drop_<organ>`, `auc_only_<organ>`, "
     "`auc_no_dominant`.",
     "balance": "Arm -> `effective_rank` of its features.",
@@ -223,13 +223,13 @@ FOLDERS = (
 
 
 def tables_page() -> str:
-    """The page of tables."""
+    """Write the page of CSV tables as Markdown."""
     about = "Tables are CSV: commas, UTF-8, decimal points, a first line with the columns in any order."
     return _page("Tables", about, TABLES)
 
 
 def folders_page() -> str:
-    """The page of folders."""
+    """Write the page of folders as Markdown."""
     about = (
         "`*` stands for any name, `**` for any path. Files are written whole or not at all, so that any of them may be "
         "read during a run."

@@ -1,31 +1,31 @@
-"""Text as Markdown: cells, tables and paragraphs."""
+"""Writes text as Markdown: table cells, tables and paragraphs."""
 
 import re
 from collections.abc import Iterable, Sequence
 
 _ENTRY = re.compile(r"    [A-Za-z_][\w, ]*: ")
-"""A line that begins an entry of `Args:` and the like."""
+"""First line of an entry under `Args:`, `Raises:` and the like."""
 
 
 def cell(text: str) -> str:
-    """One line of text, safe inside a table."""
+    """Join text to one line that is safe inside a table."""
     return prose(text).replace("|", r"\|")
 
 
 def prose(text: str) -> str:
-    """One line of text in which `<name>` outside of code stays readable."""
+    """Join text to one line, with `<` and `*` escaped outside of code."""
     parts = re.split(r"(`[^`]*`)", " ".join(text.split()))
     return "".join(part if part.startswith("`") else part.replace("<", "&lt;").replace("*", r"\*") for part in parts)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table; its cells are Markdown already."""
+    """Write a table from cells that are Markdown already."""
     lines = [head, ["---"] * len(head), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def paragraphs(docstring: str) -> str:
-    """A docstring as Markdown: examples and indented blocks become code, `Args:` and the like a list, the rest text."""
+    """Turn a docstring into Markdown: examples and indented blocks become code, `Args:` and the like lists."""
     blocks = re.split(r"\n\s*\n", docstring.strip())
     return "\n\n".join(_block(block.rstrip()) for block in blocks)
 

@@ -1,4 +1,4 @@
-"""The reference page of the names that a notebook or a plug-in uses, from their signatures and docstrings."""
+"""Writes the reference page of public Python names and of plug-in bases, from signatures and docstrings."""
 
 import ast
 import inspect
@@ -23,7 +23,7 @@ from simulations.documents.markdown import paragraphs, prose
 from strategies.group_means import BufferedMean, GroupMean
 
 RETURNED = (Encoder, TokenGrid, RunTables)
-"""Classes that the functions return, besides `panfm.Model`."""
+"""Classes of the objects that public functions return, besides `panfm.Model`."""
 BASES = (
     ObjectiveConfig,
     Objective,
@@ -35,11 +35,11 @@ BASES = (
     RoundLogger,
     CohortSource,
 )
-"""What a plug-in derives from, or has the methods of."""
+"""Base classes and protocols of plug-ins."""
 
 
 def page() -> str:
-    """The page."""
+    """Write the page of Python names as Markdown."""
     parts = ["# Python\n", "Examples that run as tests are in [Python and notebooks](../python.md).\n", "## panfm\n"]
     for name in PUBLIC_NAMES:
         parts += _entry(f"panfm.{name}", getattr(panfm, name))
@@ -53,7 +53,11 @@ def page() -> str:
 
 
 def _entry(name: str, item: Any, *, with_methods: bool = True) -> list[str]:
-    """A heading, the docstring, and of a class its attributes and methods; these in full, or their first lines."""
+    """Write the entry of one function or class: heading, docstring, and for a class its attributes and methods.
+
+    Args:
+        with_methods: Whether methods have their whole docstring, or only its first paragraph.
+    """
     lines = [f"### `{name}{_signature(item)}`\n", f"{_text(item)}\n"]
     if not inspect.isclass(item):
         return lines
@@ -67,7 +71,7 @@ def _entry(name: str, item: Any, *, with_methods: bool = True) -> list[str]:
 
 
 def attributes(kind: type) -> dict[str, str]:
-    """Attributes that a class of ours declares -> the docstring after them; empty where there is none."""
+    """Attribute that a class of this project declares -> the docstring below it; empty text without one."""
     [node] = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
     assert isinstance(node, ast.ClassDef)
     declared: dict[str, str] = {}
@@ -84,7 +88,7 @@ def attributes(kind: type) -> dict[str, str]:
 
 
 def members(kind: type) -> Iterator[tuple[str, Any]]:
-    """Public methods and properties that a class of ours defines itself, in the order of its file."""
+    """Yield the public methods and properties that a class defines itself, in the order of its file."""
     for name, value in vars(kind).items():
         function = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
         if not name.startswith("_") and inspect.isfunction(function):
@@ -92,7 +96,7 @@ def members(kind: type) -> Iterator[tuple[str, Any]]:
 
 
 def _signature(item: Any) -> str:
-    """Names of the parameters, with their defaults; nothing for a class or a property."""
+    """Parameters with their defaults, such as `(path, stream=None)`; empty for a class or a property."""
     if inspect.isclass(item) or isinstance(item, property):
         return ""
     parameters = [
@@ -104,12 +108,12 @@ def _signature(item: Any) -> str:
 
 
 def _shown(default: Any) -> Any:
-    """A default as a signature shows it: a function by its dots."""
+    """Default value as the signature shows it: a function is shown as `...`."""
     return ... if inspect.isfunction(default) else default
 
 
 def _text(item: Any) -> str:
-    """The docstring; of a decorator that registers a plug-in, that of the function behind it."""
+    """Docstring as Markdown; for a decorator that registers plug-ins, that of the function that it wraps."""
     return paragraphs(inspect.getdoc(item.func if isinstance(item, partial) else item) or "")
 
 

@@ -1,4 +1,4 @@
-"""The reference pages of docs/, by file name; a test compares them with what lies there."""
+"""Generates all reference pages of docs/, by file name; a test compares them with the files in docs/reference."""
 
 from simulations.documents import command_page, description_page, file_page, python_page
 
@@ -18,7 +18,7 @@ _RULES = (
 
 
 def pages() -> dict[str, str]:
-    """File name -> text of every page."""
+    """Generate every page; return file name -> Markdown."""
     return {
         "run-toml.md": description_page.page("run.toml", _RUN, description_page.run_sections()),
         "site-toml.md": description_page.page("site.toml", _SITE, description_page.site_sections()),

@@ -78,7 +78,7 @@ def federate(run: RunConfig, cohort: Path) -> Federated:
 
 
 def federate_on_copies(run: RunConfig, cohort: Path) -> Federated:
-    """Run a federation over copies of the site folders, so that each run has privacy ledgers of its own."""
+    """Run a federation over copies of the site folders, so that each run has its own privacy ledgers."""
     with tempfile.TemporaryDirectory(dir=cohort.parent) as scratch:
         shutil.copytree(cohort / "sites", Path(scratch) / "sites", copy_function=os.link)
         return federate(run, Path(scratch))

@@ -1,4 +1,4 @@
-"""Which of several classes a subject shows: a linear probe within a modality, over all, and across modalities.
+"""Linear probes of a subject's class, fitted and tested within one modality, over all modalities, and across them.
 
     own         fitted and tested on one modality
     pooled      fitted and tested on all
@@ -35,14 +35,14 @@ class Classed:
     """Features of subjects that each have one modality and one class."""
 
     features: NDArray[np.floating]
-    """[N, D]"""
+    """Features [N, D]."""
     modality: NDArray[np.str_]
-    """[N]"""
+    """Modality [N] of each subject."""
     classes: NDArray[np.int64]
-    """[N]"""
+    """Class [N] of each subject."""
 
     def only(self, chosen: NDArray[np.bool_]) -> "Classed":
-        """Keep some of the subjects."""
+        """Select some of the subjects by a mask [N]."""
         return Classed(self.features[chosen], self.modality[chosen], self.classes[chosen])
 
 
@@ -51,13 +51,13 @@ class ClassScore:
     """Accuracy and AUC of a class probe."""
 
     accuracy: float
-    """Share of the test subjects whose class is the likeliest."""
+    """Share of the test subjects whose likeliest class is their own."""
     auc: float
-    """Mean over the classes, each against the rest."""
+    """Mean over the classes of the AUC of one class against the rest."""
 
 
 def probe_classes(fit: Classed, test: Classed) -> ClassScore:
-    """Fit on some subjects, test on others.
+    """Fit a class probe on some subjects and test it on others.
 
     A class without fit subjects is never the answer, and one that either side lacks is left out of the mean AUC.
 
@@ -85,7 +85,7 @@ def probe_each_modality(fit: Classed, test: Classed, modalities: Sequence[str]) 
 
 
 def leave_one_modality_out(fit: Classed, test: Classed, modalities: Sequence[str]) -> dict[str, ClassScore]:
-    """Test on each modality a probe that was fitted on all the others."""
+    """Fit a class probe on all modalities but one, and test it on that one, for each modality."""
     return {
         name: probe_classes(fit.only(fit.modality != name), test.only(test.modality == name)) for name in modalities
     }

@@ -81,10 +81,12 @@ def require_weights() -> None:
 
 
 def possible_arms(arms: Sequence[str], without_weights: Collection[str]) -> list[str]:
-    """Leave out the arms of a public start if the environment names no weights; says so in one line.
+    """Leave out the arms (variants of the study) that start from public weights if the environment names no weights.
+
+    A line on the console names the arms that are left out.
 
     Args:
-        without_weights: Arms that need none.
+        without_weights: Arms that need no weights.
     Raises:
         typer.BadParameter: no arm is left.
     """

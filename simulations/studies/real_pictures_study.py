@@ -170,7 +170,7 @@ def _of_reading(reading: str, values: Mapping[str, float]) -> dict[str, float]:
 
 
 def _as_held_out(measured: Mapping[str, float]) -> dict[str, float]:
-    """Measurements of the held-out stream for a model that no arm has trained: those of the stream itself."""
+    """Select the measurements of the held-out stream, renamed from `auc_` to `heldout_`, for an untrained model."""
     of_stream = f"auc_{public.HELD_OUT}"
     return {
         name.replace(of_stream, f"heldout_{public.HELD_OUT}"): value

@@ -1,4 +1,4 @@
-"""Every command in README and docs is one that exists, with options that it has."""
+"""Every command in README and docs exists and has the options that the page uses."""
 
 import re
 import shlex
@@ -22,7 +22,7 @@ TREE = {command.words: command for command in commands()}
 
 
 def lines_of(text: str) -> Iterator[str]:
-    """Command lines of a page's blocks of code, fenced or indented, without comments; a broken line is one."""
+    """Command lines of a page's fenced or indented code blocks, without comments; lines continued by \\ are joined."""
     is_fenced = False
     for line in re.sub(r"\\\n\s*", "", text).splitlines():
         if line.lstrip().startswith("```"):
@@ -32,7 +32,7 @@ def lines_of(text: str) -> Iterator[str]:
 
 
 def complaint(line: str) -> str:
-    """What is wrong with a command line; empty if nothing is."""
+    """Describe the mistake in a command line; empty if there is none."""
     tool = TOOLS.match(f"{line} ")
     assert tool
     words = shlex.split(f"{tool[1]} {line[tool.end() :]}".replace("&", " ").replace(";", " "))

@@ -29,7 +29,7 @@ LEVELS = (
 )
 """Parts of panfm, from the bottom; a part imports its own level and those below."""
 VAGUE = {"found", "each", "held", "what", "take", "come", "came"}
-"""Words that could mean anything."""
+"""Names too vague for a variable, parameter or function."""
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 
 

@@ -19,7 +19,7 @@ import nbclient
 import nbformat
 
 RUN = ("bash", "python")
-"""Languages of blocks that are run; blocks of other languages show what is printed, or a file."""
+"""Languages of blocks that are run; blocks of other languages show output, or the content of a file."""
 _BLOCK = re.compile(
     r"^(?:<!-- (?P<key>tests|not run): (?P<words>.+?) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S
 )
@@ -31,11 +31,11 @@ class Block:
 
     language: str
     code: str
-    """As it is run: with the smaller sizes."""
+    """Code of the block, with the smaller sizes that the page names for tests."""
     line: int
-    """Number of its first line of code in the page."""
+    """Line number, in the page, of the first line of code."""
     reason: str = ""
-    """Why it is not run."""
+    """Reason why the block is not run; empty if it is."""
 
     @property
     def is_run(self) -> bool:
@@ -55,7 +55,7 @@ def blocks(text: str) -> list[Block]:
 
 
 def replaced(code: str, sizes: Mapping[str, str]) -> str:
-    """Code with other sizes. Raises ValueError: a text does not stand in it exactly once."""
+    """Replace sizes in code. Raises ValueError: a text to be replaced does not occur exactly once."""
     for old, new in sizes.items():
         if code.count(old) != 1:
             raise ValueError(f"{old!r} stands {code.count(old)} times in the code, expected once:\n{code}")

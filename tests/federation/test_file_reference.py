@@ -34,7 +34,7 @@ def run_folder(labelled) -> Path:
 
 
 def untold(paths: Iterable[str], entries: Mapping[str, str]) -> list[str]:
-    """Paths and keys that no entry stands for."""
+    """Paths and keys that match no entry of the reference."""
     signs = {r"\*\*": ".*", r"\*": "[^/]*"}
     patterns = []
     for entry in entries:
@@ -67,7 +67,7 @@ def test_every_file_and_key_of_a_run_has_an_entry(run_folder, labelled):
 
 
 def test_every_named_file_has_an_entry():
-    """Of those that the run above does not make."""
+    """Checks the files that the run of the test above does not write."""
     for name in (
         EXPECTED_SITES,
         ENDED,

@@ -1,4 +1,4 @@
-"""Masks come to a stream's grid as their images do, and predictions go back to the scan's own grid."""
+"""Masks are resampled to a stream's grid like their images, and predictions back to the scan's own grid."""
 
 import nibabel
 import numpy as np

@@ -1,4 +1,4 @@
-"""The loop: the same bits after an interruption, the parts that are trained, early stopping, one folder out."""
+"""The training loop: same bits after an interruption, trained parts, early stopping, and the folder it writes."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""`panfm finetune`: a whole way on a tiny site, and mistakes in one line."""
+"""`panfm finetune` trains on a tiny site, and reports each mistake in one line."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Dice and the 95 % Hausdorff distance: by hand, at the edges, and as MONAI has them."""
+"""Dice and the 95 % Hausdorff distance equal numbers worked out by hand, and those of MONAI."""
 
 import math
 

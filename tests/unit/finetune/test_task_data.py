@@ -1,4 +1,4 @@
-"""Who trains, validates and tests; and every mistake in labels and masks in one line before anything is trained."""
+"""The split into training, validation and test; each mistake in labels or masks is one line, before training."""
 
 import nibabel
 import numpy as np

@@ -1,4 +1,4 @@
-"""Heads: what they put out, what they ask for, and what a patient's own streams decide."""
+"""Outputs, losses and initial parameters of task heads; a patient's outputs depend on no other patient."""
 
 import numpy as np
 import pytest

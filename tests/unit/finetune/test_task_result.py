@@ -1,4 +1,4 @@
-"""Scores of labels: a class that the probe did not see."""
+"""Scores of classes that the probe did not see, and notes on masks without a Hausdorff distance."""
 
 import numpy as np
 import pytest

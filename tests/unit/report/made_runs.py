@@ -1,4 +1,4 @@
-"""Run folders as runs leave them, made by hand for tests of the report."""
+"""Writes run folders like those of real runs, for tests of the report."""
 
 import base64
 import io

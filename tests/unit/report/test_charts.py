@@ -1,4 +1,4 @@
-"""Charts as text: places, ticks, and numbers that are none."""
+"""Charts as SVG and HTML text: positions, ticks, and values that are not finite."""
 
 import math
 import re

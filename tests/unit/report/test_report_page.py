@@ -75,7 +75,7 @@ def words_of(page):
 
 
 def has_nan(page):
-    """Whether a number of the page is none, in words or in a drawing."""
+    """Whether the text or a drawing of the page contains NaN."""
     return bool(re.search(r"\b(nan|inf)\b", page.replace("update holds NaN", ""), re.IGNORECASE))
 
 

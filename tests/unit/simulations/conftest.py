@@ -38,7 +38,7 @@ def attempt(tmp_path, monkeypatch):
 
 
 class Attempt:
-    """Images are not there: what is told before training is told without them."""
+    """The image files do not exist: checks before training must not need them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -69,7 +69,7 @@ class Attempt:
         path.write_text(change(path.read_text()))
 
     def told(self, *words):
-        """The one line of a refusal, after what is told of the label tables where these are its reason."""
+        """The one line of a refusal; lines about label tables may come before it if they are the reason."""
         begin = [] if "--resume" in words else ["run.toml"] if "--out" in words else ["run.toml", "--out", "out"]
         done = CliRunner().invoke(main, ["simulate", *begin, *map(str, words)])
         assert done.exit_code == 1, done.output
@@ -79,6 +79,6 @@ class Attempt:
         return line
 
     def lines(self):
-        """What is told of an attempt that would begin."""
+        """Lines printed before a run that would begin."""
         run = load_simulation(self.folder / "run.toml")
         return check_before(run, prepare_cohort(run, Console(quiet=True)))

@@ -1,4 +1,4 @@
-"""Kind 8: what would fail after the last round is told before the first."""
+"""Kind 8: faults that would fail the run after its last round are reported before its first round."""
 
 import os
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""What a simulation keeps of images for its report: a map of embeddings, example slices, routing of experts."""
+"""Simulations write a map of embeddings, example slices and the routing of experts into report.json."""
 
 import base64
 import io

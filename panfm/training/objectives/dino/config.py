@@ -18,13 +18,13 @@ class DinoConfig(ObjectiveConfig):
     """Views of each patient in a step. 1: the student's CLS is compared with the teacher's of the same images. 2: with
     the teacher's of another augmented view; hidden tokens are still compared within their view."""
     prototypes: Annotated[int, Field(gt=0, le=65_536)] = 256
-    """Vectors that features are compared with, learned by the head."""
+    """Number of prototypes: learned vectors that the head compares features with."""
     student_temperature: Temperature = 0.1
-    """Of the softmax over the student's scores."""
+    """Temperature of the softmax over the student's prototype scores."""
     teacher_temperature: Temperature = 0.04
-    """Of the softmax over the teacher's scores."""
+    """Temperature of the softmax over the teacher's prototype scores."""
     centre_momentum: Fraction = 0.9
-    """EMA momentum of the mean score that is subtracted from the teacher's."""
+    """EMA momentum of the mean scores that are subtracted from the teacher's scores."""
 
     @property
     def num_views(self) -> int:

@@ -17,11 +17,11 @@ class ViewsConfig(ObjectiveConfig):
     implementation: ClassVar[str | type] = "panfm.training.objectives.views.objective:ViewsObjective"
     name: Literal["views"] = "views"
     invariance_weight: Weight = 25.0
-    """Of the squared difference between the two views."""
+    """Weight in the loss of the squared difference between the two views."""
     variance_weight: Weight = 25.0
-    """Of the term that keeps every feature's deviation over the batch at 1."""
+    """Weight in the loss of the term that pulls every feature's deviation over the batch up to 1."""
     covariance_weight: Weight = 1.0
-    """Of the squared covariances between features."""
+    """Weight in the loss of the squared covariances between features."""
     hidden_width: Annotated[int, Field(gt=0, le=65_536)] = 256
     """Of the projector."""
     projected_width: Annotated[int, Field(gt=1, le=65_536)] = 128
