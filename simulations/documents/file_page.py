@@ -121,8 +121,8 @@ FINETUNE_FOLDER: Entries = {
     "model/head.safetensors": "Weights of the head.",
     "model/task.json": "Task of the head: kind, outputs, classes.",
     "model/run.toml": "The description of the model that it was tuned from.",
-    "model/metadata.json": "As in a run folder, with `task`, `fine-tuned-on` (patients) and `model-hash` (SHA-256 of the "
-    "weights).",
+    "model/metadata.json": "As in a run folder, with `task`, `fine-tuned-on` (patients) and `model-hash` (SHA-256 of "
+    "the weights).",
     "masks/masks.csv": "For a segmentation: `subject`, `stream`, `image` and `mask` of each test image.",
     "masks/*": "The predicted masks, on the grids of their images.",
 }
