@@ -138,6 +138,7 @@ def test_updates_of_noise_are_no_longer_than_the_norm_guards_allow(noise, clip, 
             past.append(median(lengths))
 
 
+@pytest.mark.slow
 def test_updates_of_noise_do_not_point_elsewhere():
     """Cosines of updates of noise with the votes of a round before lie within a few 1 / sqrt(numbers) of 0."""
     random, size = np.random.default_rng(0), 1000

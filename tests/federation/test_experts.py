@@ -81,6 +81,7 @@ class Watched:
                             yield f"{site} {number} {name}", new.tobytes(), (new - old).tobytes()
 
 
+@pytest.mark.slow
 def test_no_byte_of_a_private_expert_or_router_leaves(federation, monkeypatch):
     watched = Watched(monkeypatch)
     job = federation.job("private", *DEX)
@@ -152,6 +153,7 @@ def test_pooled_experts_weigh_as_their_gate_mass(federation, monkeypatch):
         np.testing.assert_allclose(tensors[name][expert] - before, moved / total, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_the_next_local_average_goes_on_from_the_federated_director(federation, monkeypatch):
     """Round 2 at a site: director = m federated + (1 - m) sum of share x its own expert, which it kept."""
     watched = Watched(monkeypatch)
@@ -184,6 +186,7 @@ def crash_in_round_2(message, context):
     return client_app(message, context)
 
 
+@pytest.mark.slow
 def test_a_site_that_joins_late_starts_its_experts_from_the_director(federation, monkeypatch):
     job = federation.job("late", *DEX)
     with pytest.raises(KeyboardInterrupt):
@@ -227,6 +230,7 @@ def test_resuming_gives_the_bits_of_an_undisturbed_run(federation, rule):
     assert all(found[name].tobytes() == undisturbed[name].tobytes() for name in found)
 
 
+@pytest.mark.slow
 def test_the_exported_model_has_the_director_where_experts_are_private(federation):
     """Both paths through it are the director's."""
     run_dir = federation.run("exported", *DEX)

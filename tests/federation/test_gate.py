@@ -83,6 +83,7 @@ def test_a_round_that_makes_the_model_worse_is_not_kept(labelled, monkeypatch):
     assert not np.array_equal(one["global/backbone"], start["global/backbone"])
 
 
+@pytest.mark.slow
 def test_the_measure_of_a_gate_is_the_error_of_the_ridge_on_all_patients(labelled):
     run_dir = labelled.run("measured", TASKS, GATED, "train.rounds=1")
     [gate] = gates(run_dir)
@@ -163,6 +164,7 @@ def test_a_gate_that_no_site_can_feed_ends_the_run_before_round_1(labelled):
         labelled.run("fed", TASKS, GATED)
 
 
+@pytest.mark.slow
 def test_a_round_without_one_of_the_sites_of_the_measure_is_not_kept(labelled, monkeypatch):
     give = Site.give_sums
 

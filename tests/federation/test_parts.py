@@ -32,6 +32,7 @@ def rounds(run_dir):
     return [json.loads(line) for line in (run_dir / "rounds.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_what_is_not_trained_travels_once_and_keeps_its_bits(federation):
     folder = federation.run("parts", LAST)
     run = RunFolder.resume(folder).run
@@ -130,6 +131,7 @@ def test_parts_that_are_not_finite_are_refused_though_the_run_names_them(federat
         Site(federation.sites / "alpha").train_round(RoundTask("run-1", 1, dump_toml(run), groups, frozen=frozen))
 
 
+@pytest.mark.slow
 def test_a_public_start_reaches_the_sites_and_its_additions_the_next_run(federation):
     """Volumes from an RGB kernel of another patch, LoRA on frozen blocks; then a run that has them in its weights."""
     public = federation.folder / "w.safetensors"

@@ -55,6 +55,7 @@ def rounds(folder):
     return [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_each_site_stops_at_its_own_budget_over_all_runs(four_sites):
     first = four_sites.run("first", *PRIVATE)
     lines = rounds(first)
@@ -75,11 +76,13 @@ def test_each_site_stops_at_its_own_budget_over_all_runs(four_sites):
     assert spent(four_sites, "gamma") == pytest.approx(COSTS, abs=0.02)
 
 
+@pytest.mark.slow
 def test_a_run_ends_when_too_few_sites_can_pay(four_sites):
     with pytest.raises(RunError, match="BudgetError"):
         four_sites.run("first", *PRIVATE, "federation.min-sites=4")
 
 
+@pytest.mark.slow
 def test_experts_router_and_heads_are_trained_by_the_private_step(four_sites):
     """A private Director-Experts federation: what never leaves a site moves under the same permit and no other."""
     dex = ("model.backbone=director-experts", "model.experts.balance-weight=[0.0, 0.0]", "sharing.head=private")

@@ -108,6 +108,7 @@ def test_private_heads_stay_at_their_sites(federation):
     assert not any(torch.equal(each[name], seeded[name.removeprefix("student.")]) for each in own)
 
 
+@pytest.mark.slow
 def test_coded_updates_are_small_and_end_near_the_exact_model(federation):
     """One byte a number: a quarter of the bytes, and a model far closer to the exact one than that is to its start."""
     exact, start = exported(federation.run("exact", "train.rounds=2")), build_model(federation.describe()).state_dict()
@@ -169,6 +170,7 @@ def test_a_site_that_lost_its_place_says_so_and_is_sent_everything(federation, m
     assert bytes_down(run_dir)[2] > bytes_down(run_dir)[1]
 
 
+@pytest.mark.slow
 def test_teachers_start_at_the_servers_average(federation):
     """It is sent and counted; with momentum 0 it is the global model, and one runs as the other."""
     run_dir = federation.run("average", "train.teacher-start=server-ema", "train.server-ema=0.0")
@@ -180,6 +182,7 @@ def test_teachers_start_at_the_servers_average(federation):
     assert model_bytes(lazy) != model_bytes(same_as)
 
 
+@pytest.mark.slow
 def test_plain_dilutes_what_few_sites_hold(federation):
     """One round: liver, held by one of three sites of equal weight, moves a third as far as under `grouped`."""
     start = build_model(federation.describe()).state_dict()

@@ -108,6 +108,7 @@ def test_an_edited_description_is_refused(experiment, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_extended(experiment, tmp_path):
     """It goes on from its model and its sites' private states, and can be resumed as it is described from then on."""
     folder = simulate(experiment, ["train.rounds=1"], out=tmp_path / "run")
@@ -123,6 +124,7 @@ def test_a_finished_run_is_extended(experiment, tmp_path):
     assert (folder / "model" / "model.safetensors").read_bytes() == model
 
 
+@pytest.mark.slow
 def test_what_cannot_be_extended_is_one_line(experiment, tmp_path):
     folder = simulate(experiment, ["train.rounds=1", "train.local-steps=1"], out=tmp_path / "run")
     for words, why in {

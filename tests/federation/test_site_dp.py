@@ -90,6 +90,7 @@ def test_a_site_that_fails_ends_the_round_and_nothing_is_released(federation):
     assert not (job.run_dir / "model").exists()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_in_the_same_ledger(federation, cheap, monkeypatch):
     """Killed between paying and the checkpoint: the round is paid for twice."""
 

@@ -78,6 +78,7 @@ def with_few_labels(numbers, draws=2):
     return RUN.model_copy(update={"probe": RUN.probe.model_copy(update={"few_labels": numbers, "few_draws": draws})})
 
 
+@pytest.mark.slow
 def test_probes_of_few_labels_are_fitted_on_the_same_patients_in_every_arm(result):
     assert result.few_labels == {}
     task = make_task()

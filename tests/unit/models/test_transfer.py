@@ -32,6 +32,7 @@ def start(tmp_path, make_run):
     return write
 
 
+@pytest.mark.slow
 def test_the_weights_come_back_and_are_known_by_their_hash(start):
     run = start()
     content = read_start(run)

@@ -42,6 +42,7 @@ def test_patches_that_were_seen_come_back_and_the_mask_with_them(make_private, m
         assert (patches[~seen] - true[~seen]).norm() > 0.1 * true[~seen].norm()
 
 
+@pytest.mark.slow
 def test_clipping_does_not_help_and_noise_does(make_private, make_store):
     """One draw of the masks in forty hides too much of a patient: the median holds unless five of eight are such."""
     run = make_private(clip=1e-3, extra=PATCH)

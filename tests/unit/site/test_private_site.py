@@ -227,6 +227,7 @@ def test_the_smaller_budget_stops_the_site(tmp_path, write_site, limits):
     assert epsilons[-1] <= budget
 
 
+@pytest.mark.slow
 def test_killing_and_resuming_and_another_run_never_lower_what_is_spent(tmp_path, write_site, monkeypatch):
     site = Site(write_site(tmp_path / "beta", "beta", ("brain", "heart"), extra="[limits]\nruns-at-once = 2\n"))
     site.train_round(task())
@@ -313,6 +314,7 @@ def _without_experts(asked: RoundTask) -> RoundTask:
     return RoundTask(asked.run_id, asked.round_number, asked.run_toml, kept)
 
 
+@pytest.mark.slow
 def test_a_dry_run_spends_nothing(site):
     from panfm.site.dry_run import dry_run
 

@@ -174,6 +174,7 @@ def test_a_run_that_asks_for_sums_is_at_work(labelled):
         site.train_round(task(run_id="run-2", extra=TASKS))
 
 
+@pytest.mark.slow
 def test_training_goes_on_with_the_same_bits_after_a_question(labelled, tmp_path):
     site = labelled()
     undisturbed = Site(site.folder, tmp_path / "undisturbed")
