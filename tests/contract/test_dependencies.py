@@ -4,6 +4,7 @@ import ast
 import re
 import sys
 import tomllib
+from functools import cache
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -33,18 +34,26 @@ def is_asked(requirement: Requirement, extras: tuple[str, ...]) -> bool:
     return requirement.marker is None or any(requirement.marker.evaluate({"extra": extra}) for extra in ("", *extras))
 
 
-def imported(*packages: str) -> set[str]:
-    """Distributions that the packages import from, at whatever depth."""
+@cache
+def roots_of(package: str) -> frozenset[str]:
+    """First parts of the names of modules that a package imports, at any depth of its functions."""
     roots: set[str] = set()
-    for path in (path for package in packages for path in (ROOT / package).rglob("*.py")):
+    for path in (ROOT / package).rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 roots |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
                 roots.add((node.module or "").split(".")[0])
-    foreign = roots - set(sys.stdlib_module_names) - set(HOUSE)
-    known = packages_distributions()
-    return {known[root][0].lower().replace("_", "-") for root in foreign}
+    return frozenset(roots)
+
+
+distributions = cache(packages_distributions)
+
+
+def imported(*packages: str) -> set[str]:
+    """Distributions that the packages import from, at whatever depth."""
+    foreign = frozenset().union(*map(roots_of, packages)) - set(sys.stdlib_module_names) - set(HOUSE)
+    return {distributions()[root][0].lower().replace("_", "-") for root in foreign}
 
 
 @pytest.mark.parametrize(

@@ -322,6 +322,7 @@ def large() -> RunConfig:
     return parse_run(f'{text}\n[model]\nsize = "base"\n[federation]\nmin-sites = 1\n')
 
 
+@pytest.mark.long
 def test_a_reply_of_300_mb_arrives(federation, deployment):
     run = large()
     run = run.model_copy(update={"train": run.train.model_copy(update={"rounds": 1, "local_steps": 1})})

@@ -36,17 +36,8 @@ def model_bytes(run_dir: Path) -> bytes:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["ray", "flower"])
-def test_engines_agree_to_the_bit(federation, engine):
-    expected = model_bytes(federation.run("local", "federation.join-timeout-s=200.0"))
-    done = simulate(federation, engine, engine)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert model_bytes(federation.folder / engine) == expected
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ray", "flower", "deployment"])
-def test_engines_agree_on_gate_and_probe_to_the_bit(labelled, engine):
+def test_engines_agree_on_model_gate_and_probe_to_the_bit(labelled, engine):
     asked = (TASKS, GATED, "train.rounds=2", "federation.join-timeout-s=200.0")
     expected = labelled.run("local", *asked)
     done = simulate(labelled, engine, engine, *asked)
