@@ -6,8 +6,10 @@
                   `wandb sync` sends it later
 
 A resumed run continues its run of MLflow, which is known by the tag `panfm.run-id`, and its run of wandb by its id.
+MLflow has no histograms: it is given the mean of the sites' update norms alone.
 """
 
+import io
 import os
 import shutil
 import time
@@ -16,6 +18,7 @@ from importlib import import_module
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
@@ -29,6 +32,8 @@ from server.tracking import scalars, update_norms
 from server.tracking_config import tracking_of
 
 _MLFLOW_TAG = "panfm.run-id"
+_RGB = 3
+"""Code of the colour space in events of TensorBoard."""
 
 
 class TensorBoardLogger:
@@ -53,6 +58,13 @@ class TensorBoardLogger:
         """Add a round that has ended."""
         self._add(line)
         self._events.flush()
+
+    def add_images(self, round_number: int, images: Mapping[str, bytes]) -> None:
+        """Add images of the model after a round."""
+        for name, png in images.items():
+            width, height = _picture(png).size
+            image = Summary.Image(width=width, height=height, colorspace=_RGB, encoded_image_string=png)
+            self._write(round_number, Summary(value=[Summary.Value(tag=name, image=image)]))
 
     def close(self) -> None:
         """Close the events file."""
@@ -97,6 +109,12 @@ class MlflowLogger:
         metrics = [self._metric(name, value, now, line["round"]) for name, value in scalars(line)]
         self._client.log_batch(self._run, metrics=metrics)
 
+    def add_images(self, round_number: int, images: Mapping[str, bytes]) -> None:
+        """Add images of the model after a round, as files of the run."""
+        for name, png in images.items():
+            path = f"{name}-round-{round_number}.png"
+            self._client.log_image(self._run, _picture(png), artifact_file=path)
+
     def close(self) -> None:
         """Mark the run as ended."""
         self._client.set_terminated(self._run)
@@ -130,6 +148,14 @@ class WandbLogger:
         norms = {f"update-norms/{group}": self._wandb.Histogram(norms) for group, norms in update_norms(line).items()}
         self._run.log(dict(scalars(line)) | norms, step=line["round"])
 
+    def add_images(self, round_number: int, images: Mapping[str, bytes]) -> None:
+        """Add images of the model after a round."""
+        self._run.log({name: self._wandb.Image(_picture(png)) for name, png in images.items()}, step=round_number)
+
     def close(self) -> None:
         """End the run."""
         self._run.finish()
+
+
+def _picture(png: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(png))

@@ -23,6 +23,7 @@ from panfm.evaluate.linear_probe import MIN_SUBJECTS
 from panfm.evaluate.probe_labels import Unmatched
 from panfm.models.sizes import sizes_of
 from panfm.planning.plan import too_few_to_train
+from server.tracking_config import tracking_of
 from simulations.cohorts.cohort_labels import CohortLabels, read_cohort_labels
 from simulations.cohorts.cohort_source import require_site
 
@@ -76,7 +77,8 @@ def check_before(run: RunConfig, cohort: Path) -> list[str]:
     at_sites = {row.stream for site in sites for row in site.rows}
     lines += [f"stream {name}: no site has images of it" for name in run.streams if name not in at_sites]
     if not (cohort / "holdout").is_dir():
-        return [*lines, "no hold-out: the model is not probed"]
+        without = "not probed, and no image is logged" if tracking_of(run).images else "not probed"
+        return [*lines, f"no hold-out: the model is {without}"]
     require_site(cohort / "holdout")
     holdout = _Place.read(cohort / "holdout", run)
     return [*lines, *_of_holdout(holdout, run), *_of_labels(read_cohort_labels(cohort), sites, holdout)]
