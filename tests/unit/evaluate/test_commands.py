@@ -74,6 +74,14 @@ def test_pooling_flag_and_whitening_change_what_is_embedded(place, tmp_path):
     assert refused.stderr.startswith(f"{model}/whitening.safetensors: is not the whitening that metadata.json tells of")
 
 
+@pytest.mark.parametrize("name", ["", "site.toml/out.npz"])
+def test_where_features_cannot_be_written_is_told_before_any_image_is_read(place, tmp_path, monkeypatch, name):
+    monkeypatch.setattr("panfm.cli.model_commands._opened", lambda *_: pytest.fail("images were read"))
+    refused = panfm("embed", place, place, "--out", place / name)
+    assert refused.stderr.startswith(f"{place / name}: cannot be written (")
+    assert (refused.exit_code, len(refused.stderr.splitlines())) == (1, 1)
+
+
 def test_a_model_with_a_claim_gets_no_whitening(place, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(place / "model", model)
