@@ -1,7 +1,8 @@
 """Logs rounds to TensorBoard, MLflow or Weights & Biases.
 
     tensorboard   an events file in the run folder, written anew when a run goes on
-    mlflow        a run in `mlflow.db` of the run folder, or at the server that MLFLOW_TRACKING_URI names
+    mlflow        a run in `mlflow.db` of the run folder, its files in `mlflow`, or at the server that
+                  MLFLOW_TRACKING_URI names
     wandb         a run in the folder `wandb` of the run folder, sent nowhere unless WANDB_MODE is `online`;
                   `wandb sync` sends it later
 
@@ -88,11 +89,12 @@ class MlflowLogger:
         with needs_extra("mlflow"):
             mlflow = import_module("mlflow")
         self._metric = mlflow.entities.Metric
-        uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder.path.resolve()}/mlflow.db"
-        self._client = mlflow.MlflowClient(tracking_uri=uri)
+        uri = os.environ.get("MLFLOW_TRACKING_URI")
+        here, files = f"sqlite:///{folder.path.resolve()}/mlflow.db", (folder.path.resolve() / "mlflow").as_uri()
+        self._client = mlflow.MlflowClient(tracking_uri=uri or here)
         project = tracking_of(folder.run).project
         known = self._client.get_experiment_by_name(project)
-        experiment = known.experiment_id if known else self._client.create_experiment(project)
+        experiment = known.experiment_id if known else self._client.create_experiment(project, None if uri else files)
         begun = self._client.search_runs([experiment], f"tags.`{_MLFLOW_TAG}` = '{run_id}'")
         if begun:
             self._run = begun[0].info.run_id

@@ -102,15 +102,19 @@ class _Description:
     """Task of the probe of all sites' labels -> its labels."""
 
     def text(self, size: str, train: Mapping[str, int]) -> str:
-        """Write the whole description as TOML, without keys that have their default."""
+        """Write the whole description as TOML, without keys that have their default; rounds always stand there."""
         defaults = RunConfig.model_fields["train"].default
         sites = ",\n".join(f"    {_quoted(folder)}" for folder in self.folders)
         lines = [f'name = "{self.name}"', "", "[cohort]", 'kind = "folder"', f"sites = [\n{sites},\n]"]
         lines += [f"holdout = {_quoted(self.holdout)}"] if self.holdout else []
         lines += ["", "[streams]", *(f"{toml_key(name)} = {_inline(stream)}" for name, stream in self.streams.items())]
         lines += ["", "[model]", f'size = "{size}"'] if size != _SIZES[0] else []
-        changed = {key: value for key, value in train.items() if value != getattr(defaults, key.replace("-", "_"))}
-        lines += ["", "[train]", *(f"{key} = {value}" for key, value in changed.items())] if changed else []
+        written = {
+            key: value
+            for key, value in train.items()
+            if key == "rounds" or value != getattr(defaults, key.replace("-", "_"))
+        }
+        lines += ["", "[train]", *(f"{key} = {value}" for key, value in written.items())] if written else []
         lines += ["", "[federation]", "min-sites = 1"] if len(self.folders) == 1 else []
         tasks = [f"{toml_key(name)} = {json.dumps(labels, ensure_ascii=False)}" for name, labels in self.tasks.items()]
         lines += ["", "[probe.tasks]", *tasks] if tasks else []

@@ -164,7 +164,8 @@ class FakeMlflow:
     def get_experiment_by_name(self, name):
         return None
 
-    def create_experiment(self, name):
+    def create_experiment(self, name, files):
+        assert files.endswith("/run/mlflow")
         return f"experiment {name}"
 
     def search_runs(self, experiments, query):
@@ -237,11 +238,12 @@ def test_wandb_is_offline_unless_the_coordinator_says_otherwise(folder_with, mon
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("library", ["mlflow", "wandb"])
-def test_the_library_itself_offline(folder_with, library, monkeypatch, caplog):
+def test_the_library_itself_offline(folder_with, library, tmp_path, monkeypatch, caplog):
     if find_spec(library) is None:
         pytest.skip(f"{library} is not installed: pip install 'panfm[{library}]'")
     for name in ("MLFLOW_TRACKING_URI", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
     folder = folder_with(library)
     for number in (1, 2):
         with Tracking(folder, "small-1") as tracking:
@@ -249,6 +251,7 @@ def test_the_library_itself_offline(folder_with, library, monkeypatch, caplog):
     folder.append_round(with_norms(2))
     log_images(folder, "small-1", {"slices/brain-mr/input": png()})
     assert not [record.message for record in caplog.records if library in record.message]
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
     if library == "wandb":
         assert list((folder.path / "wandb").rglob("*.wandb"))
         assert list((folder.path / "wandb").rglob("*.png"))
@@ -259,3 +262,4 @@ def test_the_library_itself_offline(folder_with, library, monkeypatch, caplog):
     assert [(metric.step, metric.value) for metric in history] == [(1, 2.0), (2, 2.0)]
     [image] = client.list_artifacts(run.info.run_id, "slices/brain-mr")
     assert image.path == "slices/brain-mr/input-round-2.png"
+    assert sorted(path.name for path in (folder.path / "mlflow").rglob("*.*")) == ["input-round-2.png", "run.toml"]
