@@ -70,7 +70,7 @@ def check_before(run: RunConfig, cohort: Path) -> list[str]:
     Raises:
         PanfmError: the run would fail, at once or after its last round; the line says what to write instead.
     """
-    sites = [_Place.read(folder, run) for folder in site_folders(cohort / "sites")]
+    sites = [_Place.read(folder.resolve(), run) for folder in site_folders(cohort / "sites")]
     _check_number_of_sites(run, sites)
     lines = [line for site in sites for line in _of_site(site, run)]
     lines += _too_small(run, sites)
@@ -80,7 +80,7 @@ def check_before(run: RunConfig, cohort: Path) -> list[str]:
         without = "not probed, and no image is logged" if tracking_of(run).images else "not probed"
         return [*lines, f"no hold-out: the model is {without}"]
     require_site(cohort / "holdout")
-    holdout = _Place.read(cohort / "holdout", run)
+    holdout = _Place.read((cohort / "holdout").resolve(), run)
     return [*lines, *_of_holdout(holdout, run), *_of_labels(read_cohort_labels(cohort), sites, holdout)]
 
 

@@ -152,7 +152,7 @@ def test_several_images_of_a_patient_are_told_by_name_with_what_to_write(tmp_pat
     first = init(tmp_path / "clinic", images)
     (note,) = [line for line in first.output.splitlines() if line.startswith("note: ")]
     assert note.startswith(
-        "note: these look like several images of one patient: P1_a, P1_b of P1; P12_a, P12_b of P12; P2_a, P2_b of P2; "
+        "note: these look like several images of one patient: P12_a, P12_b of P12; P1_a, P1_b of P1; P2_a, P2_b of P2; "
         "each is taken for a patient of its own. If they are one patient's, write --subject '"
     )
     subject = ["--subject", option(note, "subject")]
@@ -196,8 +196,8 @@ def test_labels_that_lie_among_the_images_are_taken_and_told(tmp_path):
     result = init(tmp_path / "clinic", images, "--yes")
     lines = result.output.splitlines()
     assert f"labels: sick of {images / 'labels.csv'}, which is copied to {tmp_path / 'clinic' / 'labels.csv'}" in lines
-    assert "labels.csv: 1 subject used for images" in lines
-    assert "labels.csv: 1 subject not in images: 'a9'" in lines
+    assert "labels: 1 subject used for images" in lines
+    assert "labels: 1 subject not in images: 'a9'" in lines
     assert [line for line in lines if line.endswith(": 1: more/labels.csv")]
     site = load_site(tmp_path / "clinic")
     assert site.labels == "labels.csv"

@@ -84,7 +84,7 @@ def test_the_budget_decides_size_and_rounds(quick, sites, minutes, size, rounds)
 def test_images_are_read_more_coarsely_where_time_is_short(monkeypatch, tmp_path, write_site, minutes, shape, told):
     """A round takes 2 ms per voxel: by hand, 30 minutes hold 30 * 60 / (1.5 * 0.002 * 64 * 64 * 32) = 4.6 rounds."""
     monkeypatch.setattr(planning, "measure_cost", lambda run, holders: of_voxels(run.streams["brain-mr"].shape))
-    site = write_site(tmp_path / "a", "a", ("brain",), 1)
+    site = write_site(tmp_path / "a", "a", ("brain",), 9)
     survey = planning.survey_sites([site])
     survey.streams["brain-mr"].sizes[:] = [ImageSize((64, 64, 32), (1.0, 1.0, 1.0))]
     monkeypatch.setattr(planning, "survey_sites", lambda *_: survey)

@@ -79,6 +79,16 @@ MISTAKES = {
         sex_as_a_wrong_letter,
         "labels.toml: sex: yes = 'w': no subject has it, expected f, m",
     ),
+    "labels without a column of that name": (
+        lambda attempt: attempt.edit("a/labels.csv", lambda text: text.replace("subject,", "Subject,")),
+        "a/labels.csv: no column subject, found Subject, sick, sex",
+    ),
+    "a path with backslashes": (
+        lambda attempt: attempt.edit(
+            "run.toml", lambda text: text.replace('holdout = "held"', r'holdout = "C:\Users"')
+        ),
+        "(write / in paths, or single quotes)",
+    ),
     "one site only": (
         lambda attempt: attempt.describe(sites=["a"]),
         "federation.min-sites: 2, found 1 site (a); name more sites, or set federation.min-sites = 1",
