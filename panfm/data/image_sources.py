@@ -75,6 +75,8 @@ def _images_below(root: Path, site_folder: Path, left_out: list[LeftOut]) -> Ite
     """Yield images in the order of their names; other files are added to `left_out`."""
     readers = _readers()
     own = {site_folder / name for name in _OWN_FILES}
+    if (root / LABEL_FILES[0]).is_file():  # told of elsewhere
+        own |= {root / name for name in LABEL_FILES}
     for place, folders, files in os.walk(root):
         folder = Path(place)
         for name in sorted(folders):
@@ -89,7 +91,7 @@ def _images_below(root: Path, site_folder: Path, left_out: list[LeftOut]) -> Ite
         folders.sort()
         for name in sorted(files):
             path = folder / name
-            if path in own or path in (root / table for table in LABEL_FILES):
+            if path in own:
                 continue
             if reason := _reason_to_leave(path, readers):
                 left_out.append(LeftOut(path.relative_to(root).as_posix(), reason))
