@@ -18,6 +18,8 @@ MAX_DEPTH = 16
 """Levels of tables, arrays and parts of dotted keys around one value; descriptions have five."""
 PLAIN_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 """Name of a site, or id of a run, that may name a folder."""
+_BROKEN_ESCAPE = re.compile(r"Invalid hex value|Unescaped '")
+"""Errors of the parser about a path with backslashes in double quotes."""
 _NAME = re.compile(r'\.(?:"([^"]*)"|([^.]*))')
 """A name of a dotted key, after its dot."""
 _TOKEN = re.compile(
@@ -51,7 +53,8 @@ def parse_toml(text: str, where: str, *, max_bytes: int = MAX_BYTES) -> dict[str
     try:
         table = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # also numbers too long
-        raise ConfigError(f"{where}: not valid TOML: {one_line(str(error))}") from error
+        hint = " (write / in paths, or single quotes)" if _BROKEN_ESCAPE.match(str(error)) else ""
+        raise ConfigError(f"{where}: not valid TOML: {one_line(str(error))}{hint}") from error
     if _has_long_integer(table):
         raise ConfigError(f"{where}: an integer of more than 64 bits, which TOML does not have")
     return table

@@ -1,13 +1,16 @@
 """Logs rounds to TensorBoard, MLflow or Weights & Biases.
 
     tensorboard   an events file in the run folder, written anew when a run goes on
-    mlflow        a run in `mlflow.db` of the run folder, or at the server that MLFLOW_TRACKING_URI names
+    mlflow        a run in `mlflow.db` of the run folder, its files in `mlflow`, or at the server that
+                  MLFLOW_TRACKING_URI names
     wandb         a run in the folder `wandb` of the run folder, sent nowhere unless WANDB_MODE is `online`;
                   `wandb sync` sends it later
 
 A resumed run continues its run of MLflow, which is known by the tag `panfm.run-id`, and its run of wandb by its id.
+MLflow has no histograms: it is given the mean of the sites' update norms alone.
 """
 
+import io
 import os
 import shutil
 import time
@@ -16,6 +19,7 @@ from importlib import import_module
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
@@ -29,6 +33,8 @@ from server.tracking import scalars, update_norms
 from server.tracking_config import tracking_of
 
 _MLFLOW_TAG = "panfm.run-id"
+_RGB = 3
+"""Code of the colour space in events of TensorBoard."""
 
 
 class TensorBoardLogger:
@@ -54,6 +60,13 @@ class TensorBoardLogger:
         self._add(line)
         self._events.flush()
 
+    def add_images(self, round_number: int, images: Mapping[str, bytes]) -> None:
+        """Add images of the model after a round."""
+        for name, png in images.items():
+            width, height = _picture(png).size
+            image = Summary.Image(width=width, height=height, colorspace=_RGB, encoded_image_string=png)
+            self._write(round_number, Summary(value=[Summary.Value(tag=name, image=image)]))
+
     def close(self) -> None:
         """Close the events file."""
         self._events.close()
@@ -76,11 +89,12 @@ class MlflowLogger:
         with needs_extra("mlflow"):
             mlflow = import_module("mlflow")
         self._metric = mlflow.entities.Metric
-        uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder.path.resolve()}/mlflow.db"
-        self._client = mlflow.MlflowClient(tracking_uri=uri)
+        uri = os.environ.get("MLFLOW_TRACKING_URI")
+        here, files = f"sqlite:///{folder.path.resolve()}/mlflow.db", (folder.path.resolve() / "mlflow").as_uri()
+        self._client = mlflow.MlflowClient(tracking_uri=uri or here)
         project = tracking_of(folder.run).project
         known = self._client.get_experiment_by_name(project)
-        experiment = known.experiment_id if known else self._client.create_experiment(project)
+        experiment = known.experiment_id if known else self._client.create_experiment(project, None if uri else files)
         begun = self._client.search_runs([experiment], f"tags.`{_MLFLOW_TAG}` = '{run_id}'")
         if begun:
             self._run = begun[0].info.run_id
@@ -96,6 +110,12 @@ class MlflowLogger:
         now = int(time.time() * 1000)
         metrics = [self._metric(name, value, now, line["round"]) for name, value in scalars(line)]
         self._client.log_batch(self._run, metrics=metrics)
+
+    def add_images(self, round_number: int, images: Mapping[str, bytes]) -> None:
+        """Add images of the model after a round, as files of the run."""
+        for name, png in images.items():
+            path = f"{name}-round-{round_number}.png"
+            self._client.log_image(self._run, _picture(png), artifact_file=path)
 
     def close(self) -> None:
         """Mark the run as ended."""
@@ -130,6 +150,14 @@ class WandbLogger:
         norms = {f"update-norms/{group}": self._wandb.Histogram(norms) for group, norms in update_norms(line).items()}
         self._run.log(dict(scalars(line)) | norms, step=line["round"])
 
+    def add_images(self, round_number: int, images: Mapping[str, bytes]) -> None:
+        """Add images of the model after a round."""
+        self._run.log({name: self._wandb.Image(_picture(png)) for name, png in images.items()}, step=round_number)
+
     def close(self) -> None:
         """End the run."""
         self._run.finish()
+
+
+def _picture(png: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(png))

@@ -9,7 +9,7 @@ rounds.jsonl       one line per round
 ended.json         how and why the run ended without a model
 checkpoint/        the server's state after the last rounds, and run.toml as it was in its first round
 model/             model.safetensors, metadata.json, run.toml, and probe.safetensors in a run with probe.tasks
-status.html, tensorboard/, mlflow.db, wandb/   for people (tracking.py)
+status.html, tensorboard/, mlflow.db, mlflow/, wandb/   for people (tracking.py)
 probe.json         scores of held-out subjects, in a simulation (panfm/evaluate/result.py)
 report.json        parts of the report that need images, in a simulation (panfm/report/report_data.py)
 report.html        the report (panfm/report/report_page.py)

@@ -4,7 +4,8 @@ The page is made from rounds.jsonl, so a resumed run shows every round once. No 
 the disk is full or a library fails, a line in the log says so.
 
 To add a logger, write a class with the methods of `RoundLogger` and a line in `LOGGERS` (tracking_config.py), or an
-entry point of the group `panfm.loggers`.
+entry point of the group `panfm.loggers`. Sites send no images: the only ones that a logger is given are those that a
+simulation makes from its owner's data.
 """
 
 import logging
@@ -33,6 +34,9 @@ class RoundLogger(Protocol):
 
     def add(self, line: Mapping[str, Any]) -> None:
         """Add a round that has ended: its line of rounds.jsonl (`scalars` are its numbers)."""
+
+    def add_images(self, round_number: int, images: Mapping[str, bytes]) -> None:
+        """Add images of the model after a round: PNG files by name. A logger without this method gets none."""
 
     def close(self) -> None:
         """End, when the run has ended or was interrupted."""
@@ -74,6 +78,25 @@ class Tracking:
     def _refresh(self) -> None:
         refresh_page(self._folder.path)
         self._page_at = time.monotonic()
+
+
+def log_images(folder: RunFolder, run_id: str, images: Mapping[str, bytes]) -> None:
+    """Give images of a finished run's model to the loggers of the run, as of its last round.
+
+    Args:
+        folder: Of the run.
+        run_id: As the loggers were told it.
+        images: PNG files by name.
+    """
+    last = folder.rounds()[-1]["round"]
+    for name in tracking_of(folder.run).loggers:
+        with _told(f"images: {name}"):
+            logger_class = LOGGERS.load(name)
+            if not hasattr(logger_class, "add_images"):
+                continue
+            known = logger_class(folder, run_id)
+            known.add_images(last, images)
+            known.close()
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""`[tracking]` of a run description: where the coordinator sees the numbers of the rounds. No site is told of it."""
+"""`[tracking]` of a run description: where the rounds are logged. No site is told of it."""
 
 from importlib.util import find_spec
 from typing import Annotated
@@ -31,6 +31,9 @@ class TrackingConfig(Config):
     wandb: a run in the folder `wandb`, sent nowhere unless WANDB_MODE is `online`."""
     project: Name = "panfm"
     """Experiment of MLflow, project of Weights & Biases."""
+    images: bool = False
+    """Whether a simulation with a hold-out gives the loggers the report's example slices: a held-out image of each
+    stream, the same with hidden patches, and the prediction. A run of real sites has no images to give."""
 
 
 def tracking_of(run: RunConfig) -> TrackingConfig:

@@ -89,6 +89,13 @@ def example_slices(run: RunConfig, model: PanModel, opened: OpenedCohort) -> Exa
     return Examples(rows, run.masking.ratio, fit_subjects if error else 0, error)
 
 
+def png_files(examples: Examples) -> dict[str, bytes]:
+    """Example slices as PNG files by name, such as `slices/brain-mr/masked`, for loggers."""
+    kinds = ("input", "masked", "prediction")
+    slices = {f"slices/{row.stream}/{kind}": getattr(row, kind) for row in examples.rows for kind in kinds}
+    return {name: base64.b64decode(png) for name, png in slices.items() if png}
+
+
 def _predicts(run: RunConfig) -> bool:
     """Whether the shared model predicts features of hidden patches."""
     needs: bool = import_class(run.objective.implementation).needs_predictions

@@ -32,10 +32,12 @@ from panfm.report.report_data import Cost, ReportData, write_report_data
 from panfm.report.report_page import write_report
 from panfm.report.run_files import read_run
 from server.run_folder import RunFolder
+from server.tracking import log_images
+from server.tracking_config import tracking_of
 from simulations.alone import train_alone
 from simulations.cohorts.opened import OpenedCohort
 from simulations.embedding_map import embedding_map
-from simulations.example_slices import example_slices
+from simulations.example_slices import example_slices, png_files
 from simulations.expert_map import expert_map
 from simulations.harness import background_jobs, run_jobs
 from simulations.probe_sites import probe_sites
@@ -98,6 +100,8 @@ def finish(
         write_result(run_dir / "probe.json", _labelled(privacy_label(run), result))
         write_report_data(run_dir, report_data(run, cohort, run_dir, result, began_cpu_s))
     files = read_run(run_dir)
+    if files.data.examples and tracking_of(run).images:
+        log_images(RunFolder(run_dir, run), files.metadata["run-id"], png_files(files.data.examples))
     print_tables(files, console)
     console.print(f"report: {write_report(files)}")
 

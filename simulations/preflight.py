@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from panfm.config import RunConfig, SiteConfig, load_site, site_folders
+from panfm.config import Releasable, RunConfig, SiteConfig, load_site, site_folders
 from panfm.data.joins import counted
 from panfm.data.label_kinds import encode
 from panfm.data.labels import Labels, read_labels, read_site_cells
@@ -23,6 +23,7 @@ from panfm.evaluate.linear_probe import MIN_SUBJECTS
 from panfm.evaluate.probe_labels import Unmatched
 from panfm.models.sizes import sizes_of
 from panfm.planning.plan import too_few_to_train
+from server.tracking_config import tracking_of
 from simulations.cohorts.cohort_labels import CohortLabels, read_cohort_labels
 from simulations.cohorts.cohort_source import require_site
 
@@ -69,16 +70,18 @@ def check_before(run: RunConfig, cohort: Path) -> list[str]:
     Raises:
         PanfmError: the run would fail, at once or after its last round; the line says what to write instead.
     """
-    sites = [_Place.read(folder, run) for folder in site_folders(cohort / "sites")]
+    sites = [_Place.read(folder.resolve(), run) for folder in site_folders(cohort / "sites")]
     _check_number_of_sites(run, sites)
     lines = [line for site in sites for line in _of_site(site, run)]
     lines += _too_small(run, sites)
     at_sites = {row.stream for site in sites for row in site.rows}
     lines += [f"stream {name}: no site has images of it" for name in run.streams if name not in at_sites]
+    lines += _of_tasks(run, sites)
     if not (cohort / "holdout").is_dir():
-        return [*lines, "no hold-out: the model is not probed"]
+        without = "not probed, and no image is logged" if tracking_of(run).images else "not probed"
+        return [*lines, f"no hold-out: the model is {without}"]
     require_site(cohort / "holdout")
-    holdout = _Place.read(cohort / "holdout", run)
+    holdout = _Place.read((cohort / "holdout").resolve(), run)
     return [*lines, *_of_holdout(holdout, run), *_of_labels(read_cohort_labels(cohort), sites, holdout)]
 
 
@@ -144,6 +147,23 @@ def _of_holdout(place: _Place, run: RunConfig) -> Iterator[str]:
 def _unused_streams(where: str, place: _Place) -> Iterator[str]:
     for stream, count in place.left_out.items():
         yield f"{where}: {counted(count, 'image')} of {stream}: left out, the run has no such stream"
+
+
+def _of_tasks(run: RunConfig, sites: Sequence[_Place]) -> Iterator[str]:
+    """Compare the labels of `probe.tasks` with the sites' label tables. Raises ConfigError: no site has those of a
+    task."""
+    columns = {
+        place.site.name: set(read_site_cells(place.folder, place.site).cells) if place.site.labels else set()
+        for place in (sites if run.probe.tasks else ())
+    }
+    for task, labels in run.probe.tasks.items():
+        having = [place.site for place in sites if columns[place.site.name].issuperset(labels)]
+        if not having:
+            known = ", ".join(sorted(set().union(*columns.values()))) or "no label"
+            raise ConfigError(f"probe.tasks.{task}: no site has {', '.join(labels)}, found {known} in their labels.csv")
+        if not any(Releasable.LABEL_SUMS in site.limits.may_leave for site in having):
+            names = ", ".join(site.name for site in having)
+            yield f"probe.tasks.{task}: not fitted, label-sums are not in limits.may-leave of site.toml of {names}"
 
 
 def _of_labels(labels: CohortLabels, sites: Sequence[_Place], holdout: _Place) -> list[str]:

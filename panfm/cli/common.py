@@ -1,8 +1,10 @@
 """Parts that several groups of commands share: errors as lines, progress bars, common arguments."""
 
 import errno
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,6 +12,7 @@ from typer.core import TyperGroup
 
 from panfm import __version__
 from panfm.errors import DataError, PanfmError, reason
+from panfm.files import check_place
 
 if TYPE_CHECKING:
     import click
@@ -63,6 +66,16 @@ def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(label, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def check_output(path: Path) -> None:
+    """Check before any work that a file can be written. Raises DataError: it cannot, or the path is a folder's."""
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        check_place(path.parent)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({reason(error)}), expected a file in a folder of yours") from error
 
 
 def chain_end(text: str) -> str:

@@ -22,7 +22,7 @@ app = typer.Typer(no_args_is_help=True)
 _BY = ("stream", "label", "size", "iid")
 _SPLITS = ("train", "val", "test")
 _MOST_NAMED = 10
-"""Files that are named for one reason; further ones are counted."""
+"""Files that are named for one reason, and lines on what is unclear; further ones are counted."""
 
 
 @app.callback()
@@ -83,6 +83,7 @@ def init_from(
     from panfm.config import load_site, parse_site
     from panfm.data.joins import counted
     from panfm.data.manifest_proposal import propose
+    from panfm.data.source_labels import SourceLabels
     from panfm.data.template import add_rows, read_rows, site_text
 
     rules = name_rules(streams, subject)
@@ -90,30 +91,37 @@ def init_from(
         raise ConfigError(f"--split: found {split!r:.40}, expected one of {', '.join(_SPLITS)}")
     is_new = not (folder / "site.toml").exists()
     own_name, has_labels = folder.absolute().name if name is None else name, (folder / "labels.csv").is_file()
-    text = site_text(own_name, has_labels=has_labels) if is_new else ""
+    text = site_text(own_name) if is_new else ""
     site = parse_site(text) if is_new else load_site(folder)
     if name is not None and name != site.name:
         raise ConfigError(f"--name: found {name!r:.80}, expected {site.name}, as site.toml has it")
     proposal = propose(source, rules, folder, site, read_rows(folder, site), split=split)
+    rows = (*proposal.kept, *proposal.added)
+    labels = SourceLabels.find(source, folder, (row.subject for row in rows), is_new=is_new)
     show(proposal, site.name)
+    for line in (*labels.lines, *(f"note: {note}" for note in proposal.notes)):
+        typer.echo(one_line(line, limit=1000))
     _require_clear(proposal, source)
-    rows = counted(len(proposal.added), "row")
-    if not yes and not (_can_ask() and typer.confirm(f"Write {rows} to {folder}?")):
+    written = counted(len(proposal.added), "row")
+    if not yes and not (_can_ask() and typer.confirm(f"Write {written} to {folder}?")):
         raise DataError("nothing is written; give --yes to write it")
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if is_new:
+            labels.copy_to(folder)
+            text = site_text(own_name, has_labels=has_labels or bool(labels.files))
             (folder / "site.toml").write_text(text, encoding="utf-8")
     except OSError as error:
         raise DataError(f"{folder}: cannot be written to ({error.strerror}), expected a folder") from error
     add_rows(folder, site, proposal.added)
-    typer.echo(f"{folder}: {rows} written; now run: panfm site check {folder}")
+    typer.echo(f"{folder}: {written} written; now run: panfm site check {folder}")
 
 
 def _require_clear(proposal: "Proposal", source: Path) -> None:
     """Raises DataError: something must be told apart first, or there is nothing to write."""
     if proposal.unclear:
-        lines = [one_line(line, limit=1000) for line in proposal.unclear]
+        lines = [one_line(line, limit=1000) for line in proposal.unclear[:_MOST_NAMED]]
+        lines += [f"and {more} more such lines"] if (more := len(proposal.unclear) - _MOST_NAMED) > 0 else []
         raise DataError("\n".join([*lines, "nothing is written until these are told apart"]))
     if not proposal.added:
         raise DataError(f"{source}: found no new image, expected some that the manifest lacks (see what is left out)")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from panfm.cli.common import progress_bar
-from panfm.cli.model_arguments import check_model
+from panfm.cli.model_arguments import check_model, tell_left_out
 from panfm.errors import ConfigError
 from panfm.evaluate.model_folder import model_folder
 
@@ -136,10 +136,12 @@ def _continue(folder: Path) -> None:
 
 def _train(settings: "FinetuneSettings", folder: Path) -> None:
     """Read everything, train, and print the result."""
+    from panfm.config import load_run
     from panfm.finetune.finetune_job import FinetuneJob
 
     with progress_bar("reading images") as progress:
         job = FinetuneJob.open(settings, folder, progress)
+    tell_left_out(list(map(Path, settings.data)), load_run(model_folder(Path(settings.model)) / "run.toml").streams)
     task, patients = job.data.task, job.data.num_patients()
     told = f" ({', '.join(task.outputs)})" if len(task.outputs) > 1 else ""
     typer.echo(f"{task.name}: {task.kind}{told}; patients: " + ", ".join(f"{n} {name}" for name, n in patients.items()))

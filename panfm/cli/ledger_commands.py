@@ -84,6 +84,6 @@ def _ledger(folder: Path) -> "Ledger":
 
         return run_ledger(folder)
     site = load_site(folder)
-    from panfm.site.admission import PatientBudget
+    from panfm.site.patient_budget import PatientBudget
 
     return PatientBudget(folder, site, site_path(folder, site.state_dir)).ledger

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from panfm.cli.common import progress_bar
+from panfm.cli.common import check_output, progress_bar
 from panfm.cli.model_arguments import Model, check_model, open_stores
 from panfm.errors import ConfigError, DataError
 from panfm.evaluate.model_folder import model_folder
@@ -34,6 +34,7 @@ def embed(
     ] = None,
 ) -> None:
     """Write the frozen features of a site's subjects, or of image files: each file is a subject of its own."""
+    check_output(out)
     check_model(model)
     from panfm.config.features import parse_pooling
 
@@ -85,6 +86,7 @@ def whiten(
     `embed` and `export` use it from then on; sums of several sites are added. It tells of the training images as a
     covariance does, so a model with a privacy claim gets none.
     """
+    check_output(model / "metadata.json")
     check_model(model)
     from panfm.config import load_run, load_site
     from panfm.privacy.guarantees import privacy_label
@@ -223,6 +225,8 @@ def report(
     """Print a run's tables and write its page, report.html; of several runs, one page that compares them."""
     from panfm.report.run_files import read_run
 
+    page = out or (run_folders[0] / "report.html" if len(run_folders) == 1 else Path("comparison.html"))
+    check_output(page)
     runs = [read_run(folder) for folder in run_folders]
     from rich.console import Console
 
@@ -232,7 +236,7 @@ def report(
     for run in runs:
         print_tables(run, Console())
     try:
-        path = write_report(runs[0], out) if len(runs) == 1 else write_comparison(runs, out or Path("comparison.html"))
+        path = write_report(runs[0], page) if len(runs) == 1 else write_comparison(runs, page)
     except OSError as error:
-        raise DataError(f"{out or run_folders[0]}: the page cannot be written there ({error.strerror})") from error
+        raise DataError(f"{page}: cannot be written ({error.strerror})") from error
     typer.echo(f"report: {path}")

@@ -89,14 +89,16 @@ def experiment_hash(run: RunConfig) -> str:
 def _with_start_hash(run: RunConfig) -> RunConfig:
     if run.start is None or run.start.model is None or run.start.sha256 is not None:
         return run
-    path = weights_file(Path(run.start.model))
+    model = Path(run.start.model)
+    model = model / "model" if (model / "model").is_dir() else model
+    path = weights_file(model)
     try:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
         raise ConfigError(
             f"start.model: {path} cannot be read ({error.strerror}), expected a model's weights"
         ) from error
-    known = {"sha256": digest, "public": is_public(Path(run.start.model))}
+    known = {"model": str(model), "sha256": digest, "public": is_public(model)}
     if known["public"] and "parts" not in run.train.model_fields_set:
         raise ConfigError('train.parts: missing, expected the part of public weights to train, e.g. { kind = "norms" }')
     return run.model_copy(update={"start": run.start.model_copy(update=known)})

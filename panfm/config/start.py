@@ -18,7 +18,7 @@ class StartConfig(Uncoupled):
     directors and experts are copies of its MLPs."""
 
     model: Annotated[str | None, Field(min_length=1)] = None
-    """On the machine of the server; sites are not told. An own model's folder, `<run folder>/model`; or public ViT
+    """On the machine of the server; sites are not told. A run folder, or the folder of its model; or public ViT
     weights: a file (.safetensors, .pth, .bin: timm, DINOv2, DINOv3) or a folder of Hugging Face, with config.json."""
     sha256: Annotated[str | None, Field(pattern=r"^[0-9a-f]{64}$")] = None
     """Of its weights file. Filled in when the description is read; another file is then refused."""

@@ -121,6 +121,8 @@ def _check_variation(voxels: NDArray[Any], modality: Modality) -> None:
         slices = np.moveaxis(voxels, axis, 0)
         if len(slices) >= _MANY_SLICES and (slices == slices[0]).all():
             raise ImageError(f"one slice, {len(slices)} times", "a volume of several slices")
+        if len(slices) >= _MANY_SLICES and np.count_nonzero([(slab != slab.flat[0]).any() for slab in slices]) == 1:
+            raise ImageError(f"one of {len(slices)} slices that shows anything", "a volume of several slices")
     if modality in (Modality.MR, Modality.PET):
         least, middle, most = np.nanpercentile(voxels, (1, 50, 99))
         if least < most < least + _FLAT * abs(middle):

@@ -18,6 +18,11 @@ from panfm.registry import READERS
 
 _NOT_ENTERED = {"derivatives", "sourcedata", "code", "stimuli"}
 """Folders of a BIDS data set that hold no original images."""
+LABEL_FILES = ("labels.csv", "labels.toml")
+"""A table of labels, and its rules, as a site folder has them."""
+_OWN_FILES = ("site.toml", "manifest.csv", "quarantine.csv", *LABEL_FILES)
+_TABLES = (".csv", ".tsv", ".xlsx", ".xls", ".ods")
+_A_TABLE = "a table; one of labels is named labels.csv and lies beside site.toml"
 _COLUMNS = {
     "subject": ("subject", "participant_id", "participant", "subject_id", "patient", "patient_id"),
     "path": ("path", "file", "filename", "image", "image_path"),
@@ -69,7 +74,9 @@ def images_of_folder(root: Path, rules: NameRules, site_folder: Path, left_out: 
 def _images_below(root: Path, site_folder: Path, left_out: list[LeftOut]) -> Iterator[Path]:
     """Yield images in the order of their names; other files are added to `left_out`."""
     readers = _readers()
-    own = {site_folder / name for name in ("site.toml", "manifest.csv", "labels.csv", "quarantine.csv")}
+    own = {site_folder / name for name in _OWN_FILES}
+    if (root / LABEL_FILES[0]).is_file():  # told of elsewhere
+        own |= {root / name for name in LABEL_FILES}
     for place, folders, files in os.walk(root):
         folder = Path(place)
         for name in sorted(folders):
@@ -84,20 +91,29 @@ def _images_below(root: Path, site_folder: Path, left_out: list[LeftOut]) -> Ite
         folders.sort()
         for name in sorted(files):
             path = folder / name
-            if name.startswith(".") or path in own:
+            if path in own:
                 continue
-            if not _can_be_written(path):
-                left_out.append(LeftOut(path.relative_to(root).as_posix(), "a name that a table cannot hold"))
-            elif not path.is_file():
-                left_out.append(LeftOut(path.relative_to(root).as_posix(), "a link to nothing"))
-            elif _is_image(path, readers):
-                yield path
+            if reason := _reason_to_leave(path, readers):
+                left_out.append(LeftOut(path.relative_to(root).as_posix(), reason))
             else:
-                left_out.append(LeftOut(path.relative_to(root).as_posix(), "no image that a reader accepts"))
+                yield path
 
 
 def _readers() -> list[ImageReader]:
     return [READERS.load(name)() for name in dict.fromkeys([*READERS.names, *READERS.add_installed()])]
+
+
+def _reason_to_leave(path: Path, readers: Iterable[ImageReader]) -> str:
+    """Why a file is no image of a site; empty if it is one."""
+    if path.name.startswith("."):
+        return "a hidden file"
+    if not _can_be_written(path):
+        return "a name that a table cannot hold"
+    if not path.is_file():
+        return "a link to nothing"
+    if _is_image(path, readers):
+        return ""
+    return _A_TABLE if path.suffix.lower() in _TABLES else "no image that a reader accepts"
 
 
 def _can_be_written(path: Path) -> bool:

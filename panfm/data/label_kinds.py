@@ -53,6 +53,8 @@ _FAILED = frozenset(("#value!", "#ref!", "#div/0!", "#name?", "#null!", "#num!",
 """Cells, in lower case, that a spreadsheet writes for formulas that failed."""
 _GROUPED = re.compile(r"[+-]?\d{1,3}(?:[.,' _]?\d{3})*(?:[.,]\d+)?")
 """A number with a decimal comma, or with separators between thousands."""
+_DATE = re.compile(r"\d{4}[-/.]\d{1,2}[-/.]\d{1,2}|\d{1,2}[-/.]\d{1,2}[-/.]\d{4}")
+_WITH_UNIT = re.compile(r"[+-]?\d+(?:[.,]\d+)?\s*(?:%|k?g|mg|m?l|[cm]?m|mmhg|bpm|y|yrs?|years?|months?|days?)")
 _YES = frozenset(("yes", "y", "true", "t", "positive", "pos", "present", "case", "1"))
 
 Kind = Literal["yes-no", "classes", "number", "ignore"]
@@ -183,6 +185,8 @@ def _infer(cells: Sequence[str], rule: LabelRule, name: str) -> tuple[LabelKind,
         why = f"{counted(sum(counts[cell] for cell in marked), 'number')} with commas or other marks"
         remedy = "left out: write them with a point and no other mark, as 1234.5"
         return LabelKind("ignore"), f"{why}, e.g. {marked[0]!r:.40}; {remedy}"
+    if rule.kind is None and (told := _written_otherwise(counts)):
+        return LabelKind("ignore"), told
     if rule.kind == "classes" or (rule.kind is None and not numbers and len(counts) > 2):
         return _classes(counts, unknown, asked=rule.kind is not None)
     if rule.kind == "yes-no" or (rule.kind is None and len(counts) == 2 and _are_two_sides(numbers)):
@@ -203,6 +207,19 @@ def _infer(cells: Sequence[str], rule: LabelRule, name: str) -> tuple[LabelKind,
     if all(number.is_integer() and _DATES[0] < number < _DATES[1] for number in numbers.values()):
         note = f"whole numbers of {min(numbers.values()):.0f} to {max(numbers.values()):.0f}: dates of a spreadsheet?"
     return LabelKind("number", unknown=unknown), note
+
+
+def _written_otherwise(counts: Mapping[str, int]) -> str:
+    """Tell that all cells are dates, that some are numbers with a unit, or that words and numbers are mixed as two
+    codings of one label are; empty otherwise."""
+    if all(_DATE.fullmatch(cell) for cell in counts):
+        return f"dates, e.g. {next(iter(counts))!r:.40}; left out: write a number, such as an age"
+    words = [cell for cell in counts if plain_number(cell) is None]
+    if words and all(_WITH_UNIT.fullmatch(cell) for cell in words):
+        return f"numbers with a unit, e.g. {words[0]!r:.40}; left out: write the numbers alone"
+    if 2 <= len(words) < len(counts) <= _FEW_NUMBERS:
+        return f"words and numbers ({_listed(sorted(counts))}); left out: write one coding at all places"
+    return ""
 
 
 def _are_two_sides(numbers: Mapping[str, float]) -> bool:

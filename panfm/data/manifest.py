@@ -23,6 +23,7 @@ QUARANTINE = "quarantine.csv"
 """In the site folder: rows to leave out, each with the reason."""
 _NEEDED = ("subject", "stream", "path")
 _OPTIONAL = ("split", "mask", "session")
+_MOST_FAULTS = 10
 COLUMNS = (*_NEEDED, *_OPTIONAL)
 """Of a manifest, in their usual order."""
 
@@ -63,11 +64,14 @@ def read_manifest(folder: Path, site: SiteConfig) -> tuple[Row, ...]:
     """Rows of a site's manifest, less the quarantined ones.
 
     Raises:
-        DataError: the table does not hold; one line per fault, each with file and line number.
+        DataError: the table does not hold; one line per fault, each with file and line number, up to ten of them.
     """
     rows, faults = scan_manifest(folder, site, with_quarantine=True)
     if faults:
-        raise DataError("\n".join(str(fault) for fault in faults))
+        place = site_path(folder, site.manifest).parent
+        lines = [f"{place}/{fault}" for fault in faults[:_MOST_FAULTS]]
+        more = len(faults) - _MOST_FAULTS
+        raise DataError("\n".join([*lines, *([f"and {more} more; panfm site check {folder}"] if more > 0 else [])]))
     return rows
 
 

@@ -6,8 +6,9 @@ whenever it is drawn, so that subjects who are added later move nobody.
 """
 
 import os
+import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 
@@ -21,6 +22,11 @@ from panfm.seeds import derive_seed
 
 VAL_SHARE, TEST_SHARE = 0.1, 0.1
 """Of the subjects, on average."""
+_SEVERAL = range(2, 10)
+"""Images of one patient, where names such as P1_a and P1_b may be two images of patient P1."""
+_MOST_NAMED = 3
+_IMAGE_OF_PATIENT = re.compile(r"(.*\d.*)[-_. ][^-_. ]+|(.*\d)[A-Za-z]")
+"""A name that ends with more than a patient: a word of its own, or a letter behind a number."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,8 @@ class Proposal:
     left_out: tuple[LeftOut, ...]
     unclear: tuple[str, ...]
     """One line for each thing that must be told apart before anything is written."""
+    notes: tuple[str, ...] = ()
+    """One line for each thing that a person should look at."""
 
 
 def propose(
@@ -84,7 +92,9 @@ def propose(
             left_out.append(LeftOut(row.path, reason))
         else:
             rows.append(row)
-    return Proposal(tuple(kept), tuple(rows), tuple(left_out), tuple(unclear))
+    names_are_read = source.is_dir() and rules.subject is None
+    notes = several_images({row.subject: row.path for row in (*kept, *rows)}) if names_are_read else []
+    return Proposal(tuple(kept), tuple(rows), tuple(left_out), tuple(unclear), tuple(notes))
 
 
 def draw_split(subject: str) -> str:
@@ -107,13 +117,52 @@ def _repeated(candidates: Sequence[Candidate]) -> Iterator[str]:
 
 def _remedy(stream: str, paths: Sequence[PurePath]) -> str:
     """What to write so that the images of a subject become streams, or subjects, of their own."""
-    words = [set(stem(path).split("_")) for path in paths]
-    own = [min(mine.difference(*(other for other in words if other is not mine)), default="") for mine in words]
+    words = [stem(path).split("_") for path in paths]
+    own = [min(set(mine).difference(*(other for other in words if other is not mine)), default="") for mine in words]
     plain = stream.partition(".")[0]
     if all(own):
-        several = " ".join(f"--stream {plain}.{_slug(word)}='*{word}*'" for word in own)
+        several = " ".join(
+            f"--stream {plain}.{_slug(word)}='{_pattern(mine, word)}'" for mine, word in zip(words, own, strict=True)
+        )
         return f"write {several} if they are different images, or --subject 'EXPRESSION' if they are different patients"
     return "write --subject 'EXPRESSION' that finds the patient in the path, or a table with subject, stream and path"
+
+
+def _pattern(words: Sequence[str], word: str) -> str:
+    """A pattern of file names without ending that have a word where this name has it: first, last or between."""
+    place = words.index(word)
+    return f"{'*_' if place else ''}{word}{'_*' if place < len(words) - 1 else ''}"
+
+
+def several_images(paths: Mapping[str, str]) -> list[str]:
+    """One line if subjects look like several images of one patient, such as P1_a and P1_b; else none.
+
+    Names with a number at the end, such as study7_001 and study7_002, look so only if there are several of study7.
+
+    Args:
+        paths: Subject -> path of one of its images.
+    """
+    groups: dict[str, list[str]] = defaultdict(list)
+    for subject in paths:
+        if match := _IMAGE_OF_PATIENT.fullmatch(subject):
+            groups[match[1] or match[2]].append(subject)
+    alike = {patient: names for patient, names in groups.items() if len(names) in _SEVERAL}
+    if not alike or (len(groups) == 1 and all(name[-1].isdigit() for name in next(iter(alike.values())))):
+        return []
+    shown = "; ".join(f"{', '.join(names)} of {patient}" for patient, names in list(alike.items())[:_MOST_NAMED])
+    more = f" and {len(alike) - _MOST_NAMED} more" if len(alike) > _MOST_NAMED else ""
+    expression = _expression({patient: [paths[name] for name in names] for patient, names in alike.items()})
+    told = f"these look like several images of one patient: {shown}{more}; each is taken for a patient of its own"
+    return [f"{told}. If they are one patient's, write --subject '{expression}'"]
+
+
+def _expression(paths: Mapping[str, Sequence[str]]) -> str:
+    """A regular expression that finds some patients in the paths of their images, or a word in its place."""
+    forms = {re.sub(r"\d+", r"\\d+", re.escape(patient)) for patient in paths}
+    expression = re.compile(f"({forms.pop()})[^/]*$")
+    matches = [(patient, expression.search(path)) for patient, own in paths.items() for path in own]
+    is_right = all(match and match[1] == patient for patient, match in matches)
+    return expression.pattern if is_right else "EXPRESSION"
 
 
 def _respelled(candidates: Sequence[Candidate], kept: Sequence[Row]) -> Iterator[str]:

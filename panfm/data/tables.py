@@ -29,7 +29,8 @@ def read_table(
     columns, rows = _cells(path, needed, delimiter)
     missing = [name for name in needed if name not in columns]
     if missing:
-        raise DataError(f"no column {', '.join(missing)}{_separator_hint(columns, needed)}")
+        hint = _separator_hint(columns, needed) or (f", found {', '.join(columns):.80}" if columns else "")
+        raise DataError(f"no column {', '.join(missing)}{hint}")
     allowed = columns if optional is None else [*needed, *optional]
     for name in columns:
         if name not in allowed or not name:

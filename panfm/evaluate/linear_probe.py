@@ -2,12 +2,19 @@
 
 Features are standardised on the fit subjects. Yes/no labels: L2 logistic regression, one penalty for all labels, chosen
 by mean AUC on a held-out third of the fit subjects. Numbers: ridge, penalty by closed-form leave-one-out. Unknown
-labels (NaN) leave a subject out of that label alone. Fitting keeps to one thread: the problems are small, and the bits
+labels (NaN) leave a subject out of that label alone.
+
+No value among N subjects is further than sqrt(N - 1) standard deviations from their mean. A feature of another subject
+that is further than sqrt(N) counts as sqrt(N): one that hardly varies among the fit subjects, such as a block of
+background, could else outweigh all others.
+
+Fitting keeps to one thread: the problems are small, and the bits
 then do not depend on the machine's load.
 
 Shape legend: N subjects, D features, L labels, R resamples.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -57,7 +64,7 @@ def fit_classifiers(features: Features, targets: Floats, names: Sequence[str]) -
     inverse_penalty = _choose_inverse_penalty(standard, targets[:, usable])
     weights, bias = _logistic(standard, targets, usable, inverse_penalty)
     notes = [f"{name}: not probed, fit subjects are all of one class" for name in _others(names, usable)]
-    return LinearProbe(scaler.mean_, scaler.scale_, weights, bias, tuple(notes))
+    return LinearProbe(scaler.mean_, scaler.scale_, weights, bias, tuple(notes), reach=math.sqrt(len(features)))
 
 
 def fit_regressors(features: Features, targets: Floats, names: Sequence[str]) -> LinearProbe:
@@ -74,7 +81,7 @@ def fit_regressors(features: Features, targets: Floats, names: Sequence[str]) ->
             ridge = RidgeCV(alphas=PENALTIES).fit(standard[known], (targets[known, column] - centre) / scale)
         weights[:, column], bias[column] = ridge.coef_ * scale, ridge.intercept_ * scale + centre
     notes = [f"{name}: not probed, known for fewer than {MIN_SUBJECTS} fit subjects" for name in _others(names, usable)]
-    return LinearProbe(scaler.mean_, scaler.scale_, weights, bias, tuple(notes))
+    return LinearProbe(scaler.mean_, scaler.scale_, weights, bias, tuple(notes), reach=math.sqrt(len(features)))
 
 
 def auc_per_label(scores: Floats, targets: Floats, counts: Floats) -> Floats:

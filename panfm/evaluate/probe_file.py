@@ -39,10 +39,13 @@ class LinearProbe:
     """[L]"""
     notes: tuple[str, ...] = ()
     """Labels that could not be fitted, one line each."""
+    reach: float = np.inf
+    """Deviations from the centre, in units of the scale, beyond which a feature counts as no further."""
 
     def score(self, features: NDArray[np.floating]) -> Floats:
         """Scores [N, L] of features [N, D]: log-odds of a yes, or the number itself."""
         standard = (np.asarray(features, dtype=np.float64) - self.centre) / self.scale
+        standard = np.clip(standard, -self.reach, self.reach)
         scores: Floats = standard @ self.weights + self.bias
         return scores
 

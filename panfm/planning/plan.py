@@ -1,14 +1,15 @@
 """Writes a short run description over given sites that fits a time budget.
 
-Streams follow from the images' sizes (stream_proposal.py), the batch from the smallest site. The model's size is the
-largest one with which the budget still holds enough rounds. The number of rounds fills the budget, by the time of a
-step that is tried here.
+Streams follow from the images' sizes (stream_proposal.py), the batch from the smallest site. Where the budget holds
+only a few rounds of the smallest model, images are read more coarsely. The model's size is the largest one with which
+the budget still holds enough rounds. The number of rounds fills the budget, by the time of a step that is tried here.
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from panfm.config import RunConfig, SiteConfig, StreamConfig, load_site, parse_run
@@ -18,13 +19,15 @@ from panfm.models.sizes import sizes_of
 from panfm.planning.cost import Cost, measure_cost
 from panfm.planning.image_sizes import Survey, survey_sites
 from panfm.planning.shared_tasks import propose_tasks
-from panfm.planning.stream_proposal import propose_streams
+from panfm.planning.stream_proposal import SIDES, propose_streams
 from panfm.site.admission import check_sizes
 from panfm.texts import toml_key
 
 _SIZES = ("nano", "tiny", "small", "base")
 _ENOUGH_ROUNDS = 100
 """A model grows to the next size only where the budget would hold so many rounds of it."""
+_FEW_ROUNDS = 10
+"""With fewer rounds of the smallest model, images are read more coarsely."""
 _MOST_ROUNDS = 200
 _LARGEST_BATCH = 32
 _MOST_STEP_GIB = 4.0
@@ -70,16 +73,20 @@ def make_plan(
     if holdout is not None:
         _check_holdout(holdout)
     survey = survey_sites(folders, progress)
-    streams = propose_streams(survey.streams)
     tasks, missing = propose_tasks(folders)
-    describe = _Description(folders, _plain_name(name), holdout, streams, survey, tasks)
-    train = _fitting_batch(describe)
-    size, cost = _fitting_size(describe, train, minutes)
-    rounds = max(1, min(_MOST_ROUNDS, round(60 * minutes / (_ALONE * cost.round_seconds))))
-    text = describe.text(size, train | {"rounds": rounds})
+    finest = _Description(folders, _plain_name(name), holdout, propose_streams(survey.streams), survey, tasks)
+    trial, told = _fitting_images(finest, minutes)
+    size, cost = _fitting_size(trial, minutes)
+    rounds = max(1, min(_MOST_ROUNDS, round(_rounds(minutes, cost))))
+    text = trial.describe.text(size, {**trial.train, "rounds": rounds})
     run = parse_run(text)
-    notes = (*_notes(survey, minutes, cost), *_refusals(survey, run), *([missing] if missing else []))
+    notes = (*_notes(survey), *told, *_refusals(survey, run), *([missing] if missing else []))
     return Plan(text, run, survey, cost, notes)
+
+
+def _rounds(minutes: float, cost: Cost) -> float:
+    """Rounds that a time budget holds."""
+    return 60 * minutes / (_ALONE * cost.round_seconds)
 
 
 @dataclass(frozen=True)
@@ -95,15 +102,19 @@ class _Description:
     """Task of the probe of all sites' labels -> its labels."""
 
     def text(self, size: str, train: Mapping[str, int]) -> str:
-        """Write the whole description as TOML, without keys that have their default."""
+        """Write the whole description as TOML, without keys that have their default; rounds always stand there."""
         defaults = RunConfig.model_fields["train"].default
         sites = ",\n".join(f"    {_quoted(folder)}" for folder in self.folders)
         lines = [f'name = "{self.name}"', "", "[cohort]", 'kind = "folder"', f"sites = [\n{sites},\n]"]
         lines += [f"holdout = {_quoted(self.holdout)}"] if self.holdout else []
         lines += ["", "[streams]", *(f"{toml_key(name)} = {_inline(stream)}" for name, stream in self.streams.items())]
         lines += ["", "[model]", f'size = "{size}"'] if size != _SIZES[0] else []
-        changed = {key: value for key, value in train.items() if value != getattr(defaults, key.replace("-", "_"))}
-        lines += ["", "[train]", *(f"{key} = {value}" for key, value in changed.items())] if changed else []
+        written = {
+            key: value
+            for key, value in train.items()
+            if key == "rounds" or value != getattr(defaults, key.replace("-", "_"))
+        }
+        lines += ["", "[train]", *(f"{key} = {value}" for key, value in written.items())] if written else []
         lines += ["", "[federation]", "min-sites = 1"] if len(self.folders) == 1 else []
         tasks = [f"{toml_key(name)} = {json.dumps(labels, ensure_ascii=False)}" for name, labels in self.tasks.items()]
         lines += ["", "[probe.tasks]", *tasks] if tasks else []
@@ -141,30 +152,86 @@ def _step_gib(describe: _Description, batch: int) -> float:
     return sizes_of(describe.run(_SIZES[0], {"batch-size": batch})).step_bytes / 2**30
 
 
-def _fitting_size(describe: _Description, train: Mapping[str, int], minutes: float) -> tuple[str, Cost]:
-    """The largest size with which the budget holds enough rounds; sizes that cannot be are not tried."""
-    chosen, cost = _SIZES[0], measure_cost(describe.run(_SIZES[0], train), describe.holders())
-    for size in _SIZES[1:]:
-        if 60 * minutes < _ENOUGH_ROUNDS * _ALONE * cost.round_seconds * _TIMED_SHARE / 2:
+@dataclass(frozen=True)
+class _Trial:
+    """A description with its batch and steps, and the cost of the smallest model."""
+
+    describe: _Description
+    train: Mapping[str, int]
+    cost: Cost
+
+    @classmethod
+    def of(cls, describe: _Description) -> "_Trial":
+        train = _fitting_batch(describe)
+        return cls(describe, train, measure_cost(describe.run(_SIZES[0], train), describe.holders()))
+
+
+def _fitting_images(finest: _Description, minutes: float) -> tuple[_Trial, list[str]]:
+    """Try the finest images of which the budget holds enough rounds of the smallest model, or else the coarsest; with
+    lines that tell of it."""
+    first = trial = _Trial.of(finest)
+    for side in SIDES[1:]:
+        if _rounds(minutes, trial.cost) >= _FEW_ROUNDS:
             break
-        run = describe.run(size, train)
+        streams = propose_streams(finest.survey.streams, side)
+        if streams != trial.describe.streams:
+            trial = _Trial.of(replace(finest, streams=streams))
+    return trial, [*_coarser(first, trial, minutes), *_too_slow(trial.cost, minutes)]
+
+
+def _coarser(first: _Trial, trial: _Trial, minutes: float) -> Iterator[str]:
+    """Tell which images are read more coarsely than they are."""
+    coarse = trial.describe.streams
+    changes = [
+        f"{name} {_voxels(fine)} -> {_voxels(coarse[name])}"
+        for name, fine in first.describe.streams.items()
+        if fine != coarse[name]
+    ]
+    if changes:
+        yield (
+            f"{minutes:g} minutes hold {_rounds(minutes, first.cost):.2g} rounds at full size: images are read more "
+            f"coarsely ({', '.join(changes)} voxels); --minutes {_minutes_for_few(first.cost)} keeps them"
+        )
+
+
+def _too_slow(cost: Cost, minutes: float) -> Iterator[str]:
+    if _rounds(minutes, cost) < _FEW_ROUNDS:
+        yield (
+            f"{minutes:g} minutes hold {_rounds(minutes, cost):.2g} rounds, with the smallest model and the coarsest "
+            f"images; --minutes {_minutes_for_few(cost)} holds {_FEW_ROUNDS}"
+        )
+
+
+def _minutes_for_few(cost: Cost) -> int:
+    return math.ceil(_FEW_ROUNDS * _ALONE * cost.round_seconds / 60)
+
+
+def _voxels(stream: StreamConfig) -> str:
+    return "x".join(map(str, stream.shape))
+
+
+def _fitting_size(trial: _Trial, minutes: float) -> tuple[str, Cost]:
+    """The largest size with which the budget holds enough rounds; sizes that cannot be are not tried."""
+    chosen, cost = _SIZES[0], trial.cost
+    for size in _SIZES[1:]:
+        if _rounds(minutes, cost) < _ENOUGH_ROUNDS * _TIMED_SHARE / 2:
+            break
+        run = trial.describe.run(size, trial.train)
         if sizes_of(run).step_bytes / 2**30 > _MOST_STEP_GIB:
             break
-        larger = measure_cost(run, describe.holders())
-        if 60 * minutes < _ENOUGH_ROUNDS * _ALONE * larger.round_seconds:
+        larger = measure_cost(run, trial.describe.holders())
+        if _rounds(minutes, larger) < _ENOUGH_ROUNDS:
             break
         chosen, cost = size, larger
     return chosen, cost
 
 
-def _notes(survey: Survey, minutes: float, cost: Cost) -> list[str]:
+def _notes(survey: Survey) -> list[str]:
     notes = [*survey.faults[:3]]
     if len(survey.faults) > len(notes):
         notes.append(f"{len(survey.faults) - len(notes)} more images cannot be read; see `panfm site check`")
     if len(survey.sites) == 1:
         notes.append("one site: federation.min-sites = 1 is written, and nothing is averaged; name more sites for more")
-    if 60 * minutes < _ALONE * cost.round_seconds:
-        notes.append(f"one round takes longer than {minutes:g} minutes; give --minutes, or images of fewer voxels")
     return notes
 
 

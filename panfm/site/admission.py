@@ -1,5 +1,5 @@
 """Decides which runs a site takes part in: those within the limits of its `site.toml`, as private as it asks, from the
-start that the description names; pays for private ones from its patients' budget.
+start that the description names.
 
 Parameters that are not finite are refused as well: training from them gives nothing of use, and under privacy a
 patient's gradient would be there or not, depending on which parts of the model the patient's images go through.
@@ -10,12 +10,11 @@ import time
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from panfm.config import RunConfig, SiteConfig, dump_toml, experiment_hash, parse_run, site_path
+from panfm.config import RunConfig, SiteConfig, dump_toml, experiment_hash, parse_run
 from panfm.config.patient_dp import PatientDpConfig
 from panfm.config.site_description import LimitsConfig
 from panfm.config.start import StartConfig, start_hash
@@ -27,12 +26,9 @@ from panfm.models.packing import shared_hashes
 from panfm.models.sizes import sizes_of, tokens_per_patient
 from panfm.privacy.guarantees import NO_CLAIM, broken_guarantees, claim
 from panfm.sharing.groups import Flat, parameter_hashes
-from panfm.sharing.messages import RoundTask, frozen_name
-from panfm.site.audit_log import AuditLog
+from panfm.sharing.messages import frozen_name
+from panfm.site.patient_budget import check_privacy
 from panfm.site.state import RUNS, active_runs, is_ended, read_asked
-
-if TYPE_CHECKING:
-    from panfm.privacy.ledger import Permit
 
 _SEEDED = f"the run's seed gives with torch {torch.__version__}; another torch at the server may draw others"
 
@@ -73,26 +69,6 @@ def check_start_known(start: StartConfig | None, patient_dp: PatientDpConfig | N
         raise LimitError.of_question(
             f"[start]: parameters that this site has not named; its operator may add {parameters} to limits.starts"
         )
-
-
-def check_privacy(run: RunConfig, site: SiteConfig) -> None:
-    """Check that a run is as private as the site's limits ask.
-
-    A private run without a claim voids the ledger of all later ones, so only a site with `smallest-batch = 1` takes
-    part in it.
-
-    Raises:
-        ProtocolError: it is less private.
-        LimitError: it adds noise but makes no privacy claim, and the site's `smallest-batch` is above 1.
-    """
-    if site.limits.epsilon is None:
-        if claim(run) == NO_CLAIM and site.limits.smallest_batch > 1:
-            raise LimitError(
-                "patient-dp: this run has noise but makes no claim, which would void this site's ledger, expected one"
-            )
-        return
-    if run.patient_dp is None or run.patient_dp.acknowledge_broken_guarantee or claim(run) == NO_CLAIM:
-        raise ProtocolError("this site's limits.epsilon allows private runs only, with their guarantee whole")
 
 
 def with_public_subjects(run: RunConfig, site: SiteConfig) -> RunConfig:
@@ -262,41 +238,3 @@ def _seeded_hashes(run_toml: str, streams: tuple[str, ...]) -> dict[str, str]:
     run = parse_run(run_toml)
     model = build_model(run, streams)
     return shared_hashes(model, run.sharing, {name: value.detach() for name, value in model.state_dict().items()})
-
-
-class PatientBudget:
-    """A site's privacy ledger, and the epsilon that the site lets its patients spend."""
-
-    def __init__(self, folder: Path, site: SiteConfig, state_dir: Path) -> None:
-        from panfm.privacy.ledger import Ledger  # imported here: only private runs need it
-
-        self.ledger = Ledger(
-            site_path(folder, site.ledger_dir),
-            site.name,
-            anchor_dir=state_dir,
-            answered=AuditLog(state_dir).private_rounds,
-        )
-        self._site = site
-
-    def pay(self, run: RunConfig, task: RoundTask, dataset: str) -> "Permit":
-        """Write a round into the ledger, under the stricter of the run's limits and the site's.
-
-        Args:
-            dataset: Fingerprint of the patients.
-        Raises:
-            ProtocolError: the run is less private than the site asks, or has mechanisms that cannot be accounted for.
-            LimitError: the run makes no privacy claim, and the site's `smallest-batch` is above 1.
-            BudgetError, LedgerError: the site cannot pay.
-        """
-        from panfm.privacy.ledger import Limits
-
-        assert run.patient_dp is not None
-        check_privacy(run, self._site)
-        site = self._site.limits
-        epsilons = (run.patient_dp.epsilon, site.epsilon)
-        deltas = (run.patient_dp.delta, site.delta, site.largest_delta)
-        limits = Limits(
-            min(epsilon for epsilon in epsilons if epsilon is not None),
-            min(delta for delta in deltas if delta is not None),
-        )
-        return self.ledger.spend(run, task.run_id, task.round_number, limits=limits, dataset=dataset)

@@ -24,8 +24,9 @@ from panfm.sharing.groups import Flat, GroupManifest
 from panfm.sharing.messages import RoundTask
 from panfm.sharing.release import RoundResult
 from panfm.sharing.weights import GroupWeights, Trained, Weights
-from panfm.site.admission import PatientBudget, check_finite, check_frozen, check_start
+from panfm.site.admission import check_finite, check_frozen, check_start
 from panfm.site.floors import Floors
+from panfm.site.patient_budget import PatientBudget
 from panfm.site.state import Origin, StateStore, fingerprint, note_question, question_digest
 from panfm.training.gradient import TrainResult
 from panfm.training.trainer import Trainer

@@ -25,8 +25,9 @@ from panfm.models.sizes import sizes_of
 from panfm.privacy.guarantees import checked_run, claim
 from panfm.sharing.messages import Handshake, Invitation, Records, RoundReply, RoundTask
 from panfm.sharing.release import build_handshake, build_reply, build_sums_reply, check_may_take_part
-from panfm.site.admission import PatientBudget, admit, check_other_runs
+from panfm.site.admission import admit, check_other_runs
 from panfm.site.floors import Floors
+from panfm.site.patient_budget import PatientBudget
 from panfm.site.session import Session
 from panfm.site.state import StateStore, make_room
 from panfm.texts import check_text

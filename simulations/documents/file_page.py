@@ -109,6 +109,7 @@ RUN_FOLDER: Entries = {
     "ledger/*": "Privacy spent by a run with `[site-dp]`.",
     "tensorboard/*": "Events for TensorBoard.",
     "mlflow.db": "Rounds for MLflow, where `tracking.loggers` names it.",
+    "mlflow/**": "The description, and images of a simulation, for MLflow, where `tracking.loggers` names it.",
     "wandb/**": "Rounds for Weights & Biases, where `tracking.loggers` names it.",
     "sites/<site>/**": "In a simulation: the private state of each site, as in `.panfm/state` of its folder.",
     ".lock": "Locked while a process is at work in the folder.",

@@ -24,8 +24,8 @@ from panfm.sharing.frames import Frame, Kind, encode
 from panfm.sharing.messages import Invitation, Records
 from panfm.site import Site
 from panfm.site import answer as answer_of_site
-from panfm.site.admission import PatientBudget
 from panfm.site.audit_log import AuditLog
+from panfm.site.patient_budget import PatientBudget
 from panfm.site.worker import Worker
 from tests.unit.site.test_private_site import PRIVACY, RANDOM, RUN, task
 

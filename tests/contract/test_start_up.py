@@ -51,6 +51,13 @@ def test_help_imports_nothing_heavy(tool):
     assert seconds < BUSY * HELP_S
 
 
+def test_a_ledger_in_which_nothing_is_spent_is_shown_without_torch(tmp_path):
+    (tmp_path / "site.toml").write_text('name = "a"\n')
+    status, heavy, seconds, _ = ask("panfm", "ledger", "show", tmp_path)
+    assert (status, heavy) == (0, [])
+    assert seconds < BUSY * MISTAKE_S
+
+
 MISTAKES = {
     "panfm site check": ("panfm", "site", "check", "{site}", "--run", "{run}"),
     "panfm site dry-run": ("panfm", "site", "dry-run", "{site}", "--run", "{run}"),

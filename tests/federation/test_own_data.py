@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from panfm.cli import main
+from panfm.config import load_run
 from panfm.evaluate.embed import read_features
 from simulations.__main__ import app as simulations
 
@@ -16,12 +17,15 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not REAL, reason="PANFM_REAL_DATA is not set: no real images"),
 ]
-TINY = """
+DESCRIPTION = """
+name = "own"
+[streams]
+hippocampus-mr = {{ spacing-mm = [2.0, 2.0, 2.0], shape = [20, 28, 20], patch = [10, 14, 10] }}
 [model]
 size = "nano"
 [train]
 rounds = 1
-local-steps = {steps}
+local-steps = 2
 batch-size = 8
 [probe]
 bootstrap = 20
@@ -45,15 +49,18 @@ def copy(files, folder):
     return folder
 
 
-def write_run(folder, streams, *, steps=5):
-    text = f'name = "own"\n[streams]\n{streams}{TINY.format(steps=steps, folder=folder)}'
-    (folder / "run.toml").write_text(text)
-    return folder / "run.toml"
+def plan_and_check(folder, names):
+    """The second and third command: a description from the headers of all images, and the check of all sites."""
+    sites, run = [folder / "sites" / name for name in names], folder / "run.toml"
+    tool(main, "plan", *sites, "--out", run, "--minutes", "0.1")
+    tool(main, "site", "check", *sites, "--run", run)
+    return run
 
 
-def run_and_embed(folder, run, outside):
+def run_and_embed(folder, run, outside, *changes):
     """The last two commands: the run's folder, and the features of a site that no round saw."""
-    tool(simulations, "run", run, "--out", folder / "run")
+    changed = [word for change in ("train.rounds=1", *changes) for word in ("--set", change)]
+    tool(simulations, "run", run, "--out", folder / "run", *changed)
     assert (folder / "run" / "report.html").stat().st_size > 0
     tool(main, "embed", folder / "run" / "model", outside, "--out", folder / "outside.npz")
     return read_features(folder / "outside.npz")
@@ -70,11 +77,8 @@ def test_three_folders_of_single_organ_crops(tmp_path):
         assert all(f"{organ}-ct: e.g. subject 'TS-ct" in shown for organ in parts)
         lines = (site / "site.toml").read_text().replace("smallest-batch = 8", "smallest-batch = 1")
         (site / "site.toml").write_text(lines.replace("smallest-steps = 5", "smallest-steps = 1"))
-    names = [f"{organ}-ct" for parts in organs.values() for organ in parts] + ["liver-mr"]
-    table = "{ spacing-mm = [12.0, 12.0, 12.0], shape = [16, 16, 8], patch = [8, 8, 8] }"
-    run = write_run(tmp_path, "".join(f"{name} = {table}\n" for name in names), steps=1)
-    for name in organs:
-        tool(main, "site", "check", tmp_path / "sites" / name, "--run", run)
+    run = plan_and_check(tmp_path, organs)
+    assert set(load_run(run).streams) >= {f"{organ}-ct" for parts in organs.values() for organ in parts}
     site = tmp_path / "outside"
     tool(
         main,
@@ -87,7 +91,7 @@ def test_three_folders_of_single_organ_crops(tmp_path):
         "liver-ct=*ctatlas_CT*",
         "--yes",
     )
-    assert run_and_embed(tmp_path, run, site).subjects == ("TS_ctatlas",)
+    assert run_and_embed(tmp_path, run, site, "train.local-steps=1").subjects == ("TS_ctatlas",)
 
 
 def test_three_folders_of_pictures(tmp_path):
@@ -96,13 +100,10 @@ def test_three_folders_of_pictures(tmp_path):
         files = copy(sorted(images.iterdir())[:16], tmp_path / "files" / modality)
         site = tmp_path / "sites" / modality
         tool(main, "site", "init", site, "--from", files, "--stream", f"body-{modality}=*", "--split", "train", "--yes")
-    table = "{ shape = [32, 32], patch = [16, 16] }"
-    run = write_run(tmp_path, "".join(f"body-{name} = {table}\n" for name in ("ct", "xray", "ultrasound")))
-    for modality in ("ct", "xray", "ultrasound"):
-        tool(main, "site", "check", tmp_path / "sites" / modality, "--run", run)
+    run = plan_and_check(tmp_path, ("ct", "xray", "ultrasound"))
     outside = copy(sorted(Path(REAL, "modality2d", "test", "xray").iterdir())[:3], tmp_path / "files" / "outside")
     tool(main, "site", "init", tmp_path / "outside", "--from", outside, "--stream", "body-xray=*", "--yes")
-    assert len(run_and_embed(tmp_path, run, tmp_path / "outside").subjects) == 3
+    assert len(run_and_embed(tmp_path, run, tmp_path / "outside", "train.local-steps=5").subjects) == 3
 
 
 def test_one_pooled_folder_is_split_and_simulated(tmp_path):
@@ -112,7 +113,7 @@ def test_one_pooled_folder_is_split_and_simulated(tmp_path):
     words = ["--sites", 3, "--by", "size", "--alpha", 5]
     shown = tool(main, "split", tmp_path / "pooled", "--out", tmp_path / "cohort", *words, "--holdout", 0)
     assert "site-3" in shown
-    stream = "hippocampus-mr = { spacing-mm = [2.0, 2.0, 2.0], shape = [20, 28, 20], patch = [10, 14, 10] }"
-    run = write_run(tmp_path / "cohort", stream, steps=2)
-    table = run_and_embed(tmp_path / "cohort", run, tmp_path / "pooled")
+    run = tmp_path / "run.toml"
+    run.write_text(DESCRIPTION.format(folder=tmp_path / "cohort"))
+    table = run_and_embed(tmp_path, run, tmp_path / "pooled")
     assert len(table.subjects) == 40

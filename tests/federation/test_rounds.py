@@ -33,6 +33,7 @@ from simulations.engines.local import run as run_local
 from strategies import Memory
 from strategies.round_messages import Downlink
 from tests.cases import quick
+from tests.unit.server.test_tracking import events
 
 
 def lines(run_dir: Path) -> list[dict]:
@@ -72,8 +73,12 @@ def test_a_run_leaves_its_folder(federation):
 
 def test_the_same_seed_gives_the_same_model_and_another_does_not(federation):
     first = model_bytes(federation.run("first"))
-    assert model_bytes(federation.run("second")) == first
+    second = federation.run("second", "tracking.images=true")
+    assert model_bytes(second) == first
     assert model_bytes(federation.run("third", "seed=4")) != first
+    values = [value for event in events(second) for value in event.summary.value]
+    assert values
+    assert not any(value.HasField("image") for value in values)  # a server has none, whatever a description asks for
 
 
 def test_every_parameter_has_moved_from_its_start(federation):

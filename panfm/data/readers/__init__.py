@@ -4,6 +4,7 @@ A path may be a file or a folder; its reader alone opens it. Every refusal is an
 """
 
 import errno
+import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from panfm.registry import READERS
 LARGEST_BYTES = 4 * 2**30
 """Of an image file, packed or unpacked; a few megabytes can be made to fill any memory."""
 _ZLIB_NO_MEMORY = "Error -4 "
+_OBJECT = re.compile(r" <[^<>]* object at 0x[0-9a-f]+>")
+"""What Pillow calls a file in memory."""
 
 Picture = Image.Image
 """A decoded picture of 8 bits per channel."""
@@ -158,7 +161,7 @@ def file_at_fault(given: str, expected: str) -> Iterator[None]:
             raise
         if isinstance(error, zlib.error) and str(error).startswith(_ZLIB_NO_MEMORY):
             raise MemoryError from error
-        told = " ".join(str(error).split())[:120] or type(error).__name__
+        told = " ".join(_OBJECT.sub("", str(error)).split())[:120] or type(error).__name__
         raise ImageError(f"{given} ({told})", expected) from error
 
 

@@ -1,3 +1,4 @@
+import hashlib
 import tomllib
 from pathlib import Path
 
@@ -52,6 +53,16 @@ def test_every_shipped_run_loads_and_survives_a_round_trip(path):
 def test_every_shipped_site_loads_and_survives_a_round_trip(path):
     site = parse_site(path.read_text(), path.name)
     assert parse_site(dump_toml(site)) == site
+
+
+@pytest.mark.parametrize("name", ["", "model"])
+def test_a_run_starts_from_a_run_folder_or_from_its_model(run_file, name):
+    folder = run_file.parent / "before"
+    (folder / "model").mkdir(parents=True)
+    (folder / "model" / "model.safetensors").write_bytes(b"weights")
+    start = load_run(run_file, [f"start.model={folder / name}"]).start
+    assert (start.model, start.public) == (str(folder / "model"), False)
+    assert start.sha256 == hashlib.sha256(b"weights").hexdigest()
 
 
 def test_shipped_files_are_found():

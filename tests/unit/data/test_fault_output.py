@@ -235,3 +235,13 @@ def test_other_negative_numbers_are_no_padding(negative):
     low, high = np.percentile(image, (1, 99))
     expected = np.clip((image - np.float32(low)) / np.float32(high - low), 0, 1)
     np.testing.assert_allclose(apply_intensity(image, Modality.MR), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_volume_of_which_one_slice_shows_anything_is_a_fault(axis):
+    voxels = np.zeros((12, 12, 12), dtype=np.float32)
+    np.moveaxis(voxels, axis, 0)[4] = np.random.default_rng(0).uniform(100, 900, (12, 12))
+    with pytest.raises(ImageError, match="one of 12 slices that shows anything, expected a volume of several"):
+        inspect_output(Volume(voxels, np.eye(4)), "brain-mr", None)
+    np.moveaxis(voxels, axis, 0)[5] = np.moveaxis(voxels, axis, 0)[4].T
+    inspect_output(Volume(voxels, np.eye(4)), "brain-mr", None)

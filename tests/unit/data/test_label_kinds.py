@@ -44,6 +44,12 @@ def kind_of(*cells, **rule):
         ("7 7 7", "ignore", (), "all subjects have '7', left out"),
         ("? ? ?", "ignore", (), "no subject has a value, left out"),
         ("a b c d", "ignore", (), "4 different texts, left out"),
+        ("12% 13% 14%", "ignore", (), "numbers with a unit, e.g. '12%'; left out: write the numbers alone"),
+        ("61kg 54 72.5kg", "ignore", (), "numbers with a unit, e.g. '61kg'"),
+        ("1a 1b 2a 1a 1b 2a", "classes", ("1a", "1b", "2a"), "x: classes 1a, 1b, 2a"),
+        ("2020-01-31 2021-02-03 2020-01-31", "ignore", (), "dates, e.g. '2020-01-31'; left out"),
+        ("31.1.2020 3.2.2021 3.2.2021", "ignore", (), "dates, e.g. '31.1.2020'"),
+        ("M F 0 1", "ignore", (), "words and numbers (0, 1, f, m); left out: write one coding at all places"),
     ],
 )  # fmt: skip
 def test_a_kind_is_told_by_the_values(cells, kind, values, note):

@@ -34,7 +34,16 @@ def test_every_fault_has_file_and_line(site):
     site.lines = ["a,brain-mr,x,,", "a,brain-mr,y,,", ",brain-mr,z,,", "b,brain-mr,w,,"]
     with pytest.raises(DataError) as caught:
         rows_of(site.__class__(site.write(), lines=site.lines))
-    assert [line.split(" ")[0] for line in str(caught.value).splitlines()] == ["manifest.csv:3:", "manifest.csv:4:"]
+    places = [line.split(" ")[0] for line in str(caught.value).splitlines()]
+    assert places == [f"{site.folder}/manifest.csv:{number}:" for number in (3, 4)]
+
+
+def test_many_faults_are_counted(site):
+    site.lines = [f"a{number},brain-mr,{number},Train," for number in range(12)]
+    with pytest.raises(DataError) as caught:
+        rows_of(site.__class__(site.write(), lines=site.lines))
+    lines = str(caught.value).splitlines()
+    assert (len(lines), lines[-1]) == (11, f"and 2 more; panfm site check {site.folder}")
 
 
 def test_quarantined_rows_are_left_out_before_rows_are_compared(site):

@@ -8,9 +8,9 @@ from typer.testing import CliRunner
 
 from panfm.cli import main
 from panfm.config import load_site
-from panfm.data.labels import read_cells
+from panfm.data.labels import read_cells, read_site_cells
 from panfm.data.manifest import read_manifest
-from panfm.data.manifest_proposal import draw_split
+from panfm.data.manifest_proposal import draw_split, several_images
 from panfm.errors import DataError
 
 
@@ -39,6 +39,8 @@ def bids(tmp_path):
         "dataset_description.json",
         "participants.tsv",
         "derivatives/x/sub-01_T1w.nii.gz",
+        ".DS_Store",
+        "sub-01/anat/._sub-01_T1w.nii.gz",
         ".git/x.nii",
         "sub-01/func/sub-01_task-rest_bold.nii.gz",
         "sub-01/anat/sub-01_T1w.json",
@@ -74,8 +76,12 @@ def test_a_bids_folder_becomes_a_site(tmp_path, bids):
     assert [row.mask for row in rows if row.mask] == [str(bids / "sub-02/anat/sub-02_T1w_mask.nii.gz")]
     assert all(row.split == draw_split(row.subject) for row in rows)
     lines = result.output.splitlines()
-    names = "dataset_description.json, participants.tsv, sub-01/anat/sub-01_T1w.json"
-    assert f"left out, no image that a reader accepts: 3: {names}" in lines
+    names = "dataset_description.json, sub-01/anat/sub-01_T1w.json"
+    assert f"left out, no image that a reader accepts: 2: {names}" in lines
+    assert (
+        "left out, a table; one of labels is named labels.csv and lies beside site.toml: 1: participants.tsv" in lines
+    )
+    assert "left out, a hidden file: 2: .DS_Store, sub-01/anat/._sub-01_T1w.nii.gz" in lines
     assert "left out, a folder of BIDS without original images: 1: derivatives/" in lines
     assert "left out, a hidden folder: 1: .git/" in lines
     assert "left out, a link to a folder, which is not followed: 1: sub-04/" in lines
@@ -125,7 +131,7 @@ def test_two_images_of_one_subject_and_stream_are_told_apart_by_what_is_written(
     assert result.exit_code == 1
     assert not (tmp_path / "clinic").exists()
     first = result.stderr.splitlines()[0]
-    options = "--stream brain-mr.run-1='*run-1*' --stream brain-mr.run-2='*run-2*'"
+    options = "--stream brain-mr.run-1='*_run-1_*' --stream brain-mr.run-2='*_run-2_*'"
     assert first.startswith(
         "subject 'sub-1' has 2 images of brain-mr.t1: sub-1_run-1_T1w.nii, sub-1_run-2_T1w.nii; write"
     )
@@ -133,6 +139,100 @@ def test_two_images_of_one_subject_and_stream_are_told_apart_by_what_is_written(
     said = [word.replace("'", "") for word in options.split()]
     assert init(tmp_path / "clinic", images, "--yes", *said).exit_code == 0
     assert [row.stream for row in rows_of(tmp_path / "clinic")] == ["brain-mr.run-1", "brain-mr.run-2"]
+
+
+def option(line, name):
+    """The value of an option that a line tells to write."""
+    return line.split(f"--{name} '")[1].split("'")[0]
+
+
+def test_several_images_of_a_patient_are_told_by_name_with_what_to_write(tmp_path):
+    """What the note and then the error say is written, and gives patients with two streams."""
+    images = touch(tmp_path / "batch3", *(f"P{n}_brain_T1_{side}.nii.gz" for n in (1, 2, 12) for side in "ab"))
+    first = init(tmp_path / "clinic", images)
+    (note,) = [line for line in first.output.splitlines() if line.startswith("note: ")]
+    assert note.startswith(
+        "note: these look like several images of one patient: P12_a, P12_b of P12; P1_a, P1_b of P1; P2_a, P2_b of P2; "
+        "each is taken for a patient of its own. If they are one patient's, write --subject '"
+    )
+    subject = ["--subject", option(note, "subject")]
+    second = init(tmp_path / "clinic", images, "--yes", *subject)
+    (*_, line) = [line for line in second.stderr.splitlines() if "has 2 images" in line]
+    streams = [word.replace("'", "") for word in line.split("; write ")[1].split(" if ")[0].split()]
+    assert streams == ["--stream", "brain-mr.a=*_a", "--stream", "brain-mr.b=*_b"]
+    assert init(tmp_path / "clinic", images, "--yes", *subject, *streams).exit_code == 0
+    both = ("brain-mr.a", "brain-mr.b")
+    assert [(row.subject, row.stream) for row in rows_of(tmp_path / "clinic")] == [
+        (patient, stream) for patient in ("P1", "P12", "P2") for stream in both
+    ]
+
+
+@pytest.mark.parametrize(
+    ("subjects", "patients"),
+    [
+        (["P1_a", "P1_b"], ["P1"]),
+        (["7left", "7right"], []),
+        (["7a", "7b"], ["7"]),
+        (["12-pre", "12-post", "13-pre"], ["12"]),
+        (["OAS1_0001_MR1", "OAS1_0001_MR2", "OAS1_0002_MR1"], ["OAS1_0001"]),
+        (["P1_1", "P1_2", "P2_1", "P2_2"], ["P1", "P2"]),
+        (["study7_001", "study7_002", "study7_003"], []),  # patients of one study
+        (["a_001", "a_002"], []),
+        ([f"1_{n}" for n in range(20)], []),
+        (["sub-01", "sub-02"], []),
+        ([], []),
+    ],
+)
+def test_which_names_look_like_images_of_one_patient(subjects, patients):
+    lines = several_images({subject: f"x/{subject}.nii" for subject in subjects})
+    assert len(lines) == bool(patients)
+    assert all(f" of {patient};" in f"{lines[0]};" for patient in patients)
+
+
+def test_labels_that_lie_among_the_images_are_taken_and_told(tmp_path):
+    images = touch(tmp_path / "images", "a1_brain_T1.nii", "a2_brain_T1.nii", "more/labels.csv")
+    (images / "labels.csv").write_text("subject,sick\na1,0\na9,1\n")
+    (images / "labels.toml").write_text("")
+    result = init(tmp_path / "clinic", images, "--yes")
+    lines = result.output.splitlines()
+    assert f"labels: sick of {images / 'labels.csv'}, which is copied to {tmp_path / 'clinic' / 'labels.csv'}" in lines
+    assert "labels: 1 subject used for images" in lines
+    assert "labels: 1 subject not in images: 'a9'" in lines
+    assert [line for line in lines if line.endswith(": 1: more/labels.csv")]
+    site = load_site(tmp_path / "clinic")
+    assert site.labels == "labels.csv"
+    assert read_site_cells(tmp_path / "clinic", site).subjects == ("a1", "a9")
+    assert (tmp_path / "clinic" / "labels.toml").exists()
+    touch(images, "a3_brain_T1.nii")
+    assert f"{images / 'labels.csv'}" not in init(tmp_path / "clinic", images, "--yes").output  # it is there already
+
+
+@pytest.mark.parametrize("why", ["site", "labels", "table"])
+def test_labels_that_are_not_taken_are_told_with_what_to_do(tmp_path, why):
+    images, site = touch(tmp_path / "images", "a1_brain_T1.nii"), tmp_path / "clinic"
+    (images / "labels.csv").write_text("patient,sick\na1,0\n" if why == "table" else "subject,sick\na1,0\n")
+    site.mkdir()
+    if why == "site":
+        (site / "site.toml").write_text('name = "c"\n')
+    if why == "labels":
+        (site / "labels.csv").write_text("subject,old\na1,0\n")
+    result = init(site, images, "--yes", *(["--name", "c"]))
+    (line,) = [line for line in result.output.splitlines() if "labels.csv" in line]
+    if why == "table":
+        assert line.startswith(f"left out, not a table of labels: {images / 'labels.csv'}: ")
+        assert not (site / "labels.csv").exists()
+    else:
+        remedy = (
+            f'to use it, copy it to {site / "labels.csv"} and write labels = "labels.csv" into {site / "site.toml"}'
+        )
+        assert line == f"left out, a table of labels: {images / 'labels.csv'}; {remedy}"
+    assert load_site(site).labels == ("labels.csv" if why == "labels" else None)
+
+
+def test_many_unclear_subjects_are_counted(tmp_path):
+    images = touch(tmp_path / "images", *(f"{n:02}/{side}/brain_T1.nii" for n in range(12) for side in "ab"))
+    lines = init(tmp_path / "clinic", images, "--subject", r"\d+").stderr.splitlines()
+    assert (len(lines), lines[-2]) == (12, "and 2 more such lines")
 
 
 def test_folders_named_after_a_split_are_believed_and_must_agree(tmp_path):

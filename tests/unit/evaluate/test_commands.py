@@ -74,6 +74,28 @@ def test_pooling_flag_and_whitening_change_what_is_embedded(place, tmp_path):
     assert refused.stderr.startswith(f"{model}/whitening.safetensors: is not the whitening that metadata.json tells of")
 
 
+@pytest.mark.parametrize("name", ["", "site.toml/out.npz"])
+def test_where_features_cannot_be_written_is_told_before_any_image_is_read(place, tmp_path, monkeypatch, name):
+    monkeypatch.setattr("panfm.cli.model_commands._opened", lambda *_: pytest.fail("images were read"))
+    refused = panfm("embed", place, place, "--out", place / name)
+    assert refused.stderr.startswith(f"{place / name}: cannot be written (")
+    assert (refused.exit_code, len(refused.stderr.splitlines())) == (1, 1)
+
+
+def test_what_a_command_leaves_out_of_a_site_is_told(place, tmp_path):
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "site.toml").write_text('name = "site"\n')
+    rows = [f"p{number},{stream},{place}/{number}.nii.gz" for number, stream in enumerate(("brain-mr", "liver-ct"))]
+    (site / "manifest.csv").write_text(
+        "\n".join(["subject,stream,path", *rows, f"p3,brain-mr,{place}/3.nii.gz"]) + "\n"
+    )
+    (site / "quarantine.csv").write_text(f"subject,stream,path,copy,voxels,reason\np3,brain-mr,{place}/3.nii.gz,1,,x\n")
+    lines = panfm("embed", place, site, "--out", tmp_path / "out.npz").output.splitlines()
+    assert f"{site}: 1 image of liver-ct left out, the model has no such stream" in lines
+    assert f"{site}: 1 image left out by quarantine.csv" in lines
+
+
 def test_a_model_with_a_claim_gets_no_whitening(place, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(place / "model", model)

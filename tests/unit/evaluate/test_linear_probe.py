@@ -4,6 +4,7 @@ from sklearn.linear_model import LogisticRegression
 
 from panfm.errors import DataError
 from panfm.evaluate.linear_probe import auc_per_label, fit_classifiers, fit_regressors, one_class_notes, r2_per_label
+from panfm.evaluate.probe_file import LinearProbe
 
 
 def draw(n=200, d=6, labels=3, seed=0):
@@ -99,6 +100,35 @@ def test_constant_features_and_constant_targets_are_survived():
     targets = np.tile([[0.0], [1.0]], (10, 1))
     scores = fit_classifiers(np.zeros((20, 2)), targets, ["a"]).score(np.zeros((20, 2)))
     assert auc_per_label(scores, targets, np.ones((1, 20)))[0, 0] == 0.5
+
+
+def test_a_feature_counts_no_further_than_its_reach():
+    """By hand: (2 - 1) / 0.5 = 2 deviations -> 3 + 2 * 2; 198 deviations count as 4."""
+    probe = LinearProbe(np.array([1.0]), np.array([0.5]), np.array([[2.0]]), np.array([3.0]), reach=4.0)
+    assert probe.score(np.array([[2.0], [100.0], [-100.0]]))[:, 0].tolist() == [7.0, 11.0, -5.0]
+
+
+def test_a_feature_that_hardly_varies_does_not_outweigh_the_others():
+    """One of 16 background blocks holds a rounding error; a held-out subject has tissue there, 0.2 / 2.4e-9 deviations
+    from the mean, which is 8e7."""
+    truth = np.arange(16.0)[:, None]
+    features = np.concatenate([truth, np.zeros((16, 1))], axis=1)
+    features[15, 1] = 1e-8
+    probe = fit_regressors(features, truth, ["a"])
+    assert probe.reach == 4.0
+    assert probe.scale[1] == pytest.approx(1e-8 * np.sqrt(1 / 16 * 15 / 16))
+    strange = probe.score(np.array([[7.0, 0.0], [7.0, 0.2]]))[:, 0]
+    assert strange[1] - strange[0] == pytest.approx(probe.weights[1, 0] * (4.0 + np.sqrt(1 / 15)))
+    test = np.array([[3.0, 0.0], [7.0, 0.2], [12.0, 0.0]])
+    assert r2_per_label(probe.score(test), test[:, :1], np.ones((1, 3)))[0, 0] > 0.9
+
+
+def test_no_fit_subject_is_beyond_the_reach():
+    features = np.zeros((48, 3))
+    features[5] = 1e-9, 1.0, 1e9
+    probe = fit_regressors(features, np.arange(48.0)[:, None], ["a"])
+    assert np.abs((features - probe.centre) / probe.scale).max() == pytest.approx(np.sqrt(47))
+    assert probe.reach > np.sqrt(47)
 
 
 def test_no_labels_is_no_score():

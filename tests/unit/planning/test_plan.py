@@ -1,5 +1,7 @@
 """`panfm plan` as a person types it."""
 
+import math
+
 import pytest
 from typer.testing import CliRunner
 
@@ -7,6 +9,7 @@ from panfm.cli import main
 from panfm.config import load_run
 from panfm.planning import plan as planning
 from panfm.planning.cost import Cost
+from panfm.planning.image_sizes import ImageSize
 from panfm.planning.shared_tasks import propose_tasks
 
 
@@ -64,7 +67,36 @@ def quick(monkeypatch):
 def test_the_budget_decides_size_and_rounds(quick, sites, minutes, size, rounds):
     plan = planning.make_plan(sites, name="x", minutes=minutes)
     assert (plan.run.model.size, plan.run.train.rounds) == (size, rounds)
-    assert any("one round takes longer than 1 minutes" in note for note in plan.notes) == (minutes < 1)
+    told = f"{minutes} minutes hold 1 rounds, with the smallest model and the coarsest images; --minutes 10 holds 10"
+    assert (told in plan.notes) == (minutes == 1)
+    assert plan.run.streams["brain-mr"].shape == (8, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("minutes", "shape", "told"),
+    [
+        (120, (64, 64, 32), []),
+        (30, (48, 48, 24), ["30 minutes hold 4.6 rounds at full size", "64x64x32 -> 48x48x24 voxels); --minutes 66"]),
+        (10, (32, 32, 16), ["10 minutes hold 1.5 rounds at full size"]),
+        (0.5, (16, 16, 8), ["(brain-mr 64x64x32 -> 16x16x8 voxels)", "0.5 minutes hold 4.9 rounds, with the smallest"]),
+    ],
+)
+def test_images_are_read_more_coarsely_where_time_is_short(monkeypatch, tmp_path, write_site, minutes, shape, told):
+    """A round takes 2 ms per voxel: by hand, 30 minutes hold 30 * 60 / (1.5 * 0.002 * 64 * 64 * 32) = 4.6 rounds."""
+    monkeypatch.setattr(planning, "measure_cost", lambda run, holders: of_voxels(run.streams["brain-mr"].shape))
+    site = write_site(tmp_path / "a", "a", ("brain",), 9)
+    survey = planning.survey_sites([site])
+    survey.streams["brain-mr"].sizes[:] = [ImageSize((64, 64, 32), (1.0, 1.0, 1.0))]
+    monkeypatch.setattr(planning, "survey_sites", lambda *_: survey)
+    plan = planning.make_plan([site], name="x", minutes=minutes)
+    assert plan.run.streams["brain-mr"].shape == shape
+    notes = [note for note in plan.notes if "minutes hold" in note]
+    assert all(words in " ".join(notes) for words in told)
+    assert bool(notes) == bool(told)
+
+
+def of_voxels(shape):
+    return Cost(1.0, 0.002 * math.prod(shape), 1.0, 1, 1)
 
 
 def test_one_site_is_planned_and_told(quick, sites):

@@ -41,6 +41,14 @@ def test_pictures(shape, channels, expected):
     assert (stream.shape, stream.patch, stream.channels) == expected
 
 
+@pytest.mark.parametrize("side", [64, 48, 32, 24, 16])
+def test_a_coarser_stream_covers_the_same_extent_with_fewer_voxels(side):
+    stream = propose_stream(volumes((64, 50, 20), (1.0, 1.0, 3.0)), side)
+    assert max(stream.shape) <= side
+    assert (np.array(stream.shape) * np.array(stream.spacing_mm) >= (64, 50, 60)).all()
+    assert max(propose_stream([ImageSize((512, 300), ())], side).shape) <= side
+
+
 def test_the_median_spacing_and_the_95th_percentile_of_extents_count():
     sizes = [*volumes((20, 20, 20), (1.0, 1.0, 1.0), 99), ImageSize((200, 200, 200), (3.0, 3.0, 3.0))]
     assert propose_stream(sizes).shape == (24, 24, 24)

@@ -79,6 +79,20 @@ MISTAKES = {
         sex_as_a_wrong_letter,
         "labels.toml: sex: yes = 'w': no subject has it, expected f, m",
     ),
+    "labels without a column of that name": (
+        lambda attempt: attempt.edit("a/labels.csv", lambda text: text.replace("subject,", "Subject,")),
+        "a/labels.csv: no column subject, found Subject, sick, sex",
+    ),
+    "a path with backslashes": (
+        lambda attempt: attempt.edit(
+            "run.toml", lambda text: text.replace('holdout = "held"', r'holdout = "C:\Users"')
+        ),
+        "(write / in paths, or single quotes)",
+    ),
+    "a task of a label that no site has": (
+        lambda attempt: attempt.describe(more='probe = { tasks = { x = ["sick", "nope"] } }'),
+        "probe.tasks.x: no site has sick, nope, found sex, sick in their labels.csv",
+    ),
     "one site only": (
         lambda attempt: attempt.describe(sites=["a"]),
         "federation.min-sites: 2, found 1 site (a); name more sites, or set federation.min-sites = 1",
@@ -141,6 +155,14 @@ def test_one_site_only(attempt):
     assert attempt.told() == expected
     attempt.describe(sites=["a"], more="federation = { min-sites = 1 }")
     assert len(attempt.lines()) == 1
+
+
+def test_a_task_whose_sums_may_not_leave_is_told(attempt):
+    attempt.describe(more='probe = { tasks = { x = ["sick"] } }')
+    told = "probe.tasks.x: not fitted, label-sums are not in limits.may-leave of site.toml of a, b"
+    assert told in attempt.lines()
+    attempt.edit("a/site.toml", lambda text: f'{text}[limits]\nmay-leave = ["updates", "counts", "label-sums"]\n')
+    assert told not in attempt.lines()
 
 
 def test_a_code_for_not_known_is_a_question(attempt):

@@ -15,7 +15,7 @@ from panfm.report.report_data import ReportData, read_report_data, write_report_
 from server.run_folder import RunFolder
 from simulations.cohorts.opened import OpenedCohort
 from simulations.embedding_map import HELD_OUT, embedding_map
-from simulations.example_slices import _hidden, _in_slice, _middle, _slice_patches, example_slices
+from simulations.example_slices import _hidden, _in_slice, _middle, _slice_patches, example_slices, png_files
 from simulations.expert_map import expert_map
 from tests.cases import quick
 
@@ -76,6 +76,8 @@ def test_slices_of_every_stream(make_run, make_store, tmp_path, objective):
             assert np.array_equal(original[~is_hidden], np.asarray(picture(row.prediction))[~is_hidden])
     assert 20 <= examples.fitted <= 24 if predicts else examples.fitted == 0  # some show nothing hidden in the slice
     assert set(examples.error) == (set(run.streams) if predicts else set())
+    kinds = ("input", "masked", "prediction")[: 3 if predicts else 2]
+    assert set(png_files(examples)) == {f"slices/{stream}/{kind}" for stream in run.streams for kind in kinds}
     write_report_data(tmp_path, ReportData(examples=examples))
     assert read_report_data(tmp_path).examples.rows[0].masked == examples.rows[0].masked
 

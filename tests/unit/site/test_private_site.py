@@ -23,7 +23,7 @@ from panfm.sharing.groups import GroupManifest
 from panfm.sharing.messages import Invitation, RoundReply, RoundTask
 from panfm.sharing.weights import GroupWeights
 from panfm.site import Site, answer
-from panfm.site.admission import PatientBudget
+from panfm.site.patient_budget import PatientBudget
 from panfm.site.state import StateStore
 from tests.cases import quick
 from tests.conftest import NO_FLOORS
