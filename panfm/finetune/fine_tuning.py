@@ -87,8 +87,9 @@ class FineTuning:
         self.augmentation = Augmentation(strengths, model.stream_configs) if settings.augment else None
         self._targets = torch.from_numpy(np.asarray(data.targets, dtype=_target_dtype(data)))
         if isinstance(self.head, LabelHead):
-            embeddings = embed_store(self.model, data.store, data.train, batch_size=settings.batch_size)
-            self.head.standardise(torch.from_numpy(embeddings).to(self.device), self._on_device(data.train))
+            train, validation = (self._embedded(rows) for rows in (data.train, data.validation))
+            self.head.standardise(*train)
+            self.head.fit(train, validation)
         elif isinstance(self.head, SegmentationHead):
             large = {row: torch.from_numpy(scan.mask) for row, scan in data.large.items()}
             self.head.start_at_shares(large.get(row, self._targets[row]) for row in data.train.tolist())
@@ -206,8 +207,10 @@ class FineTuning:
             batch = Batch(batch.size, batch.images | {stream: images}, batch.rows)
         return batch.to(self.device), targets.to(self.device)
 
-    def _on_device(self, chosen: Indices) -> Tensor:
-        return self._targets[torch.from_numpy(chosen)].to(self.device)
+    def _embedded(self, chosen: Indices) -> tuple[Tensor, Tensor]:
+        """Embeddings and targets of some examples."""
+        embeddings = embed_store(self.model, self.data.store, chosen, batch_size=self.settings.batch_size)
+        return torch.from_numpy(embeddings).to(self.device), self._targets[torch.from_numpy(chosen)].to(self.device)
 
     def _kept_state(self) -> dict[str, Tensor]:
         """Copy the trained parameters, and all parameters and buffers of the head, by name."""

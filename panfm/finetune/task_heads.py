@@ -10,6 +10,7 @@ D width, `*grid` patches, `*shape` voxels of the stream.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from copy import deepcopy
 from itertools import pairwise
 
 import numpy as np
@@ -32,6 +33,9 @@ level has half of the level before it, at least the third number."""
 _NORM_GROUPS = 4
 _CLASSIFY_DEVIATION = 0.01
 """Deviation of the initial weights of a segmentation's last layer: small, so that the bias decides first outputs."""
+_PENALTIES = (10.0, 1.0, 0.1, 0.01)
+"""Weights of the mean square of a label head's weights, relative to the mean loss, of which validation chooses."""
+_ITERATIONS = 50
 _SMOOTH = 1.0
 """Added to both sides of the Dice ratio, so that a class that no voxel has counts for little."""
 
@@ -94,9 +98,47 @@ class LabelHead(TaskHead):
             self.target_centre.copy_(known.mean(dim=0))
             self.target_scale.copy_(known.std(dim=0, correction=0).clamp_min(1e-12))
 
+    def fit(self, train: tuple[Tensor, Tensor], validation: tuple[Tensor, Tensor]) -> None:
+        """Start as a linear probe: set the linear layer to the best of some penalised fits on frozen embeddings.
+
+        Fine-tuning from an untrained layer distorts the encoder before the layer is of use, most so at few labels
+        (Kumar et al. 2022, arXiv 2202.10054).
+
+        Args:
+            train: Embeddings [N, E] and targets [N, K], which are fitted; `standardise` has seen them.
+            validation: The same of the patients whose loss decides on the penalty.
+        """
+        least, (embeddings, targets) = float("inf"), validation
+        for penalty in _PENALTIES:
+            linear = self._fitted(*train, penalty)
+            with torch.no_grad():
+                loss = float(self.loss(linear(self._standard(embeddings).double()), targets.double()))
+            if loss < least:
+                least = loss
+                self.linear.load_state_dict(linear.state_dict())
+
+    def _fitted(self, embeddings: Tensor, targets: Tensor, penalty: float) -> nn.Linear:
+        """Linear layer float64 with the least mean loss plus half the penalty times its square."""
+        inputs, linear = self._standard(embeddings).double(), deepcopy(self.linear).double()
+        nn.init.zeros_(linear.weight)
+        nn.init.zeros_(linear.bias)
+        optimiser = torch.optim.LBFGS(linear.parameters(), max_iter=_ITERATIONS, line_search_fn="strong_wolfe")
+
+        def closure() -> Tensor:
+            optimiser.zero_grad()
+            loss = self.loss(linear(inputs), targets.double()) + 0.5 * penalty * linear.weight.square().sum()
+            loss.backward()
+            return loss
+
+        optimiser.step(closure)
+        return linear
+
+    def _standard(self, embeddings: Tensor) -> Tensor:
+        return (embeddings - self.centre) / self.scale
+
     def forward(self, model: PanModel, batch: Batch) -> Tensor:
         """Predict logits, standardised numbers or log hazards, [B, K]."""
-        outputs: Tensor = self.linear((model.embed(batch) - self.centre) / self.scale)
+        outputs: Tensor = self.linear(self._standard(model.embed(batch)))
         return outputs
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:

@@ -27,9 +27,9 @@ _SIDE = 60
 """Pixels along the edges of a slice, of 1 mm each. No scan is longer."""
 
 
-def site_folders(folder: Path) -> tuple[str, ...]:
-    """Paths of the folders of the sites and of the held-out people."""
-    return tuple(str(folder / place) for place in (*_SITES, _HOLDOUT))
+def site_folders(folder: Path) -> list[Path]:
+    """Folders of the sites and of the held-out people."""
+    return [folder / place for place in (*_SITES, _HOLDOUT)]
 
 
 def write_hippocampus(folder: Path, seed: int) -> None:

@@ -106,19 +106,19 @@ TASKS = {
         policy = "random"
         ratio = 0.6
         [train]
-        rounds = 10
+        rounds = 5
         local-steps = 30
         batch-size = 32
         """,
         {"steps": 160, "batch_size": 8},
-        {"steps": 40, "parts": "last-blocks:2"},
+        {"steps": 100, "batch_size": 4, "parts": "last-blocks:2"},
     ),
     "busi": DownstreamTask(
         "auc",
         """
         name = "downstream-busi"
         [streams]
-        breast-ultrasound = { shape = [64, 64], patch = [8, 8] }
+        breast-ultrasound = { shape = [32, 32], patch = [4, 4] }
         [objective]
         name = "views"
         [augment]
@@ -133,8 +133,8 @@ TASKS = {
         batch-size = 48
         learning-rate = 5e-3
         """,
-        {"steps": 160, "batch_size": 16},
-        {"steps": 40, "parts": "last-blocks:2", "batch_size": 8},
+        {"steps": 100, "batch_size": 16, "learning_rate": 5e-4, "validate_every": 20},
+        {"steps": 40, "parts": "last-blocks:2", "batch_size": 8, "learning_rate": 2e-4, "validate_every": 10},
         stream=ULTRASOUND,
         task=f"labels.csv:{FINDING}",
         labels_factor=_CLASSES,
@@ -200,7 +200,7 @@ def write_draw(job: CohortJob) -> Path:
         write(job.folder / name, job.draw)
         for arm in filter(lambda arm: is_possible(name, arm), (SCRATCH, SCRATCH_VIT)):
             for folder in site_folders(job.folder / name):
-                open_store(Path(folder), task_run(name, arm, job.draw).streams)
+                open_store(folder, task_run(name, arm, job.draw).streams)
     return job.folder
 
 
@@ -210,7 +210,8 @@ def measure(job: ArmJob) -> dict[str, float]:
     task, folder = TASKS[name], job.cohort / name
     run, start = task_run(name, arm, job.seed), arm_state(name, arm, job.seed, folder)
     own = task.tuning | (task.large_tuning if arm in (SCRATCH_VIT, PUBLIC) else {})
-    given = {"model": "", "data": site_folders(folder), "task": task.task, "validate_every": 40, "seed": job.seed}
+    sites = tuple(map(str, site_folders(folder)))
+    given = {"model": "", "data": sites, "task": task.task, "validate_every": 40, "seed": job.seed}
     settings = FinetuneSettings.of_options(given | own)
     examples = read_examples(settings, run)
     measured = {}

@@ -124,7 +124,7 @@ def test_neighbours_tell_less_of_a_line_than_a_regression():
         by_name(probe_features(tables, [label(one) for one in tables], bootstrap=0, method=method)[0])
         for method in (METHODS["linear"], METHODS["knn"])
     )
-    assert 0.8 < near["features", "sick", "auc"].value <= line["features", "sick", "auc"].value
+    assert near["features", "sick", "auc"].value > 0.9
     assert 0.3 < near["features", "size", "r2"].value < line["features", "size", "r2"].value
 
 

@@ -57,7 +57,7 @@ def test_a_regression_learns_who_is_at_risk(features):
 def add_times(site, change=lambda number: number):
     """Adds `death` and `days`: patients with bright cubes die early."""
     path = site / "labels.csv"
-    rows = list(csv.DictReader(path.open()))
+    rows = list(csv.DictReader(path.read_text().splitlines()))
     lines = ["subject,death,days"]
     for number, row in enumerate(rows):
         is_bright = row["bright"] == "yes"
