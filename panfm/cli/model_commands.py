@@ -143,10 +143,10 @@ def probe(
     is_run = sources[0].is_dir()
     if method not in _METHODS:
         raise ConfigError(f"--method: found {method!r:.80}, expected {', '.join(_METHODS)}")
-    if method == "attentive" and not all(path.is_dir() for path in (sources[0], *(against or ()))):
+    if method == "attentive" and not all(path.is_dir() for path in [*sources[:1], *(against or [])]):
         raise ConfigError("--method attentive: found feature files, expected runs and sites, since it reads tokens")
-    if not is_run and any(path.is_dir() for path in against or ()):
-        raise ConfigError(f"--against {(against or ())[0]}: found a run, expected feature files as {sources[0]}")
+    if not is_run and (runs := [path for path in against or [] if path.is_dir()]):
+        raise ConfigError(f"--against {runs[0]}: found a run, expected feature files as {sources[0]}")
     tables = [read_cells(path) for path in labels or (_tables_of(sources[1:]) if is_run else ())]
     if not tables:
         raise ConfigError("--labels: missing, expected a label table, or sites whose site.toml names one")

@@ -69,6 +69,8 @@ class DownstreamTask:
     """Settings of the fine-tuning of the small models."""
     large_tuning: Mapping[str, Any] = field(default_factory=dict)
     """What differs in the settings for the large models; empty where they do not go with the task."""
+    large_size: int = 84
+    """Pixels along the edges of the pictures of large models."""
     stream: str = HIPPOCAMPUS
     task: str = "segmentation"
     labels_factor: int = 1
@@ -92,7 +94,7 @@ TASKS = {
         local-steps = 20
         batch-size = 16
         """,
-        {"steps": 120, "batch_size": 4},
+        {"steps": 100, "batch_size": 4},
     ),
     "slices": DownstreamTask(
         "dice",
@@ -112,6 +114,7 @@ TASKS = {
         """,
         {"steps": 160, "batch_size": 8},
         {"steps": 100, "batch_size": 4, "parts": "last-blocks:2"},
+        large_size=56,
     ),
     "busi": DownstreamTask(
         "auc",
@@ -146,7 +149,6 @@ LARGE = {
     "train": {"parts": {"kind": "last-blocks", "blocks": 2}},
 }
 """Changes of a run for a ViT-S/14 in DINOv2's layout."""
-LARGE_STREAM = {"shape": [84, 84], "patch": [14, 14]}
 
 Arms = Annotated[str, typer.Option(help="Only these arms, with commas between.")]
 Tasks = Annotated[str, typer.Option(help="Only these tasks, with commas between.")]
@@ -188,7 +190,8 @@ def task_run(name: str, arm: str, seed: int) -> RunConfig:
     """The run of an arm; of arms that are not pre-trained only its model is used."""
     table = parse_toml(TASKS[name].pretraining, f"downstream, {name}") | {"seed": seed}
     if arm in (SCRATCH_VIT, PUBLIC):
-        table |= LARGE | {"streams": {TASKS[name].stream: LARGE_STREAM}}
+        size = TASKS[name].large_size
+        table |= LARGE | {"streams": {TASKS[name].stream: {"shape": [size, size], "patch": [14, 14]}}}
     if arm == PUBLIC:
         table |= {"start": {"model": public_weights()}}
     return run_of_table(table, f"downstream, {name}, {arm}")
@@ -209,7 +212,7 @@ def measure(job: ArmJob) -> dict[str, float]:
     name, _, arm = job.arm.partition("/")
     task, folder = TASKS[name], job.cohort / name
     run, start = task_run(name, arm, job.seed), arm_state(name, arm, job.seed, folder)
-    own = task.tuning | (task.large_tuning if arm in (SCRATCH_VIT, PUBLIC) else {})
+    own = {**task.tuning, **(task.large_tuning if arm in (SCRATCH_VIT, PUBLIC) else {})}
     sites = tuple(map(str, site_folders(folder)))
     given = {"model": "", "data": sites, "task": task.task, "validate_every": 40, "seed": job.seed}
     settings = FinetuneSettings.of_options(given | own)
