@@ -23,6 +23,7 @@ def marked(number, seed, tokens=12):
     return values, labels
 
 
+@pytest.mark.slow
 def test_a_marked_token_is_found():
     (fit, labels), (test, truth) = marked(300, 0), marked(100, 1)
     predicted = attentive(fit, labels, test, "sick", is_number=False)

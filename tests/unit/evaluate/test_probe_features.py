@@ -147,6 +147,7 @@ def test_two_models_are_compared_on_the_same_resamples():
         probe_features([fit, test], labels, against=[fit, make_features("b", "test", n=39, seed=1)])
 
 
+@pytest.mark.slow
 def test_a_curve_of_few_labels_rises_to_the_whole():
     fit, test = make_features("a", "train", n=300), make_features("b", "test", n=100, seed=1)
     noisy = [

@@ -12,6 +12,7 @@ from panfm.errors import DataError
 from panfm.evaluate.scores import draw_counts
 from panfm.finetune.finetune_job import FinetuneJob
 from panfm.finetune.survival import concordance, cox_loss, fit_cox
+from tests.cases import quick
 
 
 def test_the_loss_by_hand():
@@ -42,7 +43,7 @@ def test_concordance_as_a_loop_has_it():
     assert np.isnan(concordance(risks, np.zeros(20, bool), times, counts)).all()
 
 
-@pytest.mark.parametrize("features", [3, 60])
+@pytest.mark.parametrize("features", quick([60, 3], 1))
 def test_a_regression_learns_who_is_at_risk(features):
     random = np.random.default_rng(1)
     values = random.normal(size=(80, features))
@@ -70,6 +71,7 @@ def model(make_run, write_run):
     return write_run(make_run())
 
 
+@pytest.mark.slow
 def test_a_site_with_times(model, labelled_site, settings_of, tmp_path):
     site = labelled_site(patients=24)
     add_times(site)

@@ -135,6 +135,7 @@ def enlarge(site, number):
         nibabel.save(nibabel.Nifti1Image(padded, image.affine), site / f"{stem}{suffix}.nii.gz")
 
 
+@pytest.mark.slow
 def test_large_scans_are_trained_and_segmented_whole(make_run, write_run, labelled_site, settings_of, tmp_path):
     model, site = write_run(make_run()), labelled_site()
     for number in (1, 3, 6):  # train, test, val
