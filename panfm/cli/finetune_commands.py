@@ -33,6 +33,13 @@ def finetune(
             "mask of the manifest names)."
         ),
     ] = None,
+    time: Annotated[
+        str | None,
+        typer.Option(
+            help="Column with the time to the event that --task's column tells, or to the end of follow-up: fits a Cox "
+            "model of survival."
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="New folder for checkpoint, model, masks and result.")] = None,
     parts: Annotated[
         str,
@@ -69,11 +76,11 @@ def finetune(
 
     panfm finetune runs/demo --data sites/clinic --task labels.csv:stroke --out stroke
 
-    Labels may be yes or no, classes or numbers, as panfm probe distinguishes them. The manifest's splits are used; if
-    nobody is in val or test, patients are drawn at random, and a line says so. Training stops when the validation loss
-    no longer falls. For comparison a linear probe and nearest neighbours on the frozen model learn from the same
-    patients. The folder holds result.json, model/ for panfm.load, embed and export, and the masks of the test images.
-    Fine-tuning is local and adds no noise: a model with a privacy claim is refused.
+    Labels may be yes or no, classes or numbers, as panfm probe distinguishes them, or an event with a time (--time).
+    The manifest's splits are used; if nobody is in val or test, patients are drawn at random, and a line says so.
+    Training stops when the validation loss no longer falls. For comparison a linear probe and nearest neighbours on the
+    frozen model learn from the same patients. The folder holds result.json, model/ for panfm.load, embed and export,
+    and the masks of the test images. Fine-tuning is local and adds no noise: a model with a privacy claim is refused.
     """
     from panfm.finetune.finetune_settings import FinetuneSettings, new_folder_for, parse_parts
 
@@ -93,6 +100,7 @@ def finetune(
         "model": str(run.absolute()),
         "data": tuple(str(folder.absolute()) for folder in data),
         "task": task,
+        "time": time,
         "streams": tuple(name.strip() for name in streams.split(",") if name.strip()),
         "masked_stream": stream,
         "parts": parse_parts(parts),
@@ -118,7 +126,10 @@ def _check(settings: "FinetuneSettings") -> None:
     from panfm.config.features import parse_pooling
     from panfm.finetune.task_description import parse_task
 
-    parse_task(settings.task)
+    if parse_task(settings.task) is None and settings.time is not None:
+        raise ConfigError(
+            f"--time: found {settings.time!r:.80} beside a segmentation, expected --task labels.csv:EVENT"
+        )
     if settings.pooling is not None:
         parse_pooling(settings.pooling)
     check_model(model_folder(Path(settings.model)))

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from panfm.evaluate.result import Score
 
 app = typer.Typer(no_args_is_help=True)
+_METHODS = ("linear", "knn", "attentive")
+"""Of `panfm probe`; the functions are in panfm/evaluate/probe_methods.py."""
 
 
 @app.command()
@@ -118,18 +120,35 @@ def probe(
     fit_split: Annotated[str, typer.Option(help="Split to fit on.")] = "train",
     test_split: Annotated[str, typer.Option(help="Split to test on.")] = "test",
     bootstrap: Annotated[int, typer.Option(min=0, help="Resamples of the test subjects.")] = 1000,
+    method: Annotated[
+        str,
+        typer.Option(help="linear, knn (nearest neighbours), or attentive (attention over a run's tokens)."),
+    ] = "linear",
+    few_labels: Annotated[
+        bool, typer.Option("--few-labels", help="Fit on 1, 5, 10, 50 and 100 % of the labels too, five draws of each.")
+    ] = False,
+    against: Annotated[
+        list[Path] | None,
+        typer.Option(help="Feature file, or run, of another model for the same subjects: adds paired differences."),
+    ] = None,
 ) -> None:
-    """Fit a linear probe of each label on frozen features: AUC, or R2 of a number, with 95 % interval.
+    """Fit a probe of each label on frozen features: AUC, or R2 of a number, with 95 % intervals over subjects.
 
     Whether a label is yes or no, one of several classes, or a number is told by its values; a file labels.toml beside
-    the table can say otherwise.
+    the table can say otherwise. Of yes or no the calibration is measured as well, of few whole numbers (grades) the
+    weighted kappa. Without a labelled subject in the test split the others are cross-validated in five folds.
     """
     from panfm.data.label_kinds import encode, infer_kinds, read_rules
     from panfm.data.labels import read_cells
     from panfm.evaluate.embed import read_features
-    from panfm.evaluate.probe_features import probe_features
 
     is_run = sources[0].is_dir()
+    if method not in _METHODS:
+        raise ConfigError(f"--method: found {method!r:.80}, expected {', '.join(_METHODS)}")
+    if method == "attentive" and not all(path.is_dir() for path in [*sources[:1], *(against or [])]):
+        raise ConfigError("--method attentive: found feature files, expected runs and sites, since it reads tokens")
+    if not is_run and (runs := [path for path in against or [] if path.is_dir()]):
+        raise ConfigError(f"--against {runs[0]}: found a run, expected feature files as {sources[0]}")
     tables = [read_cells(path) for path in labels or (_tables_of(sources[1:]) if is_run else ())]
     if not tables:
         raise ConfigError("--labels: missing, expected a label table, or sites whose site.toml names one")
@@ -138,13 +157,23 @@ def probe(
         typer.echo(note)
     if all(kind.kind == "ignore" for kind in kinds.by_column.values()):
         raise DataError(f"{tables[0].path}: no label to probe, expected a column whose values vary")
-    features = _embedded(model_folder(sources[0]), sources[1:]) if is_run else [read_features(path) for path in sources]
+    from panfm.evaluate.probe_features import probe_features
+    from panfm.evaluate.probe_methods import METHODS
+
+    def features_of(paths: Sequence[Path]) -> list["Features"]:
+        if paths and paths[0].is_dir():
+            return _embedded(model_folder(paths[0]), sources[1:], tokens=method == "attentive")
+        return [read_features(path) for path in paths]
+
     scores, notes = probe_features(
-        features,
+        features_of(sources),
         [encode(table, kinds.by_column) for table in tables],
         fit_split=fit_split,
         test_split=test_split,
         bootstrap=bootstrap,
+        method=METHODS[method],
+        few_labels=few_labels,
+        against=features_of(against or ()),
     )
     _print_scores(scores)
     for note in notes:
@@ -159,13 +188,15 @@ def _tables_of(sites: Sequence[Path]) -> list[Path]:
     return [site_path(site, labels) for site, labels in named if labels is not None]
 
 
-def _embedded(model: Path, sites: Sequence[Path]) -> list["Features"]:
-    """Features of the subjects of some sites."""
+def _embedded(model: Path, sites: Sequence[Path], *, tokens: bool) -> list["Features"]:
+    """Features, or all tokens, of the subjects of some sites."""
     check_model(model)
+    from panfm.evaluate.attentive_probe import TokenReader
     from panfm.evaluate.embed import embed_site, load_model
 
     network, run = load_model(model)
-    return [embed_site(model, network, store) for store in open_stores(sites, run.streams)]
+    reader = TokenReader(network) if tokens else None
+    return [embed_site(model, network, store, reader=reader) for store in open_stores(sites, run.streams)]
 
 
 @app.command()
@@ -205,9 +236,10 @@ def _print_scores(scores: Sequence["Score"]) -> None:
 
     from panfm.report.console_tables import score_text
 
-    table = Table("label", "metric", "value [95 % interval]")
+    arms = {score.arm for score in scores}
+    table = Table(*(["features"] if len(arms) > 1 else []), "label", "metric", "value [95 % interval]")
     for score in scores:
-        table.add_row(score.group, score.metric, score_text(score))
+        table.add_row(*([score.arm] if len(arms) > 1 else []), score.group, score.metric, score_text(score))
     Console().print(table)
 
 

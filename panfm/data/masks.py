@@ -99,15 +99,22 @@ def mask_from_grid(probabilities: NDArray[np.float32], image: Volume | Picture, 
     if not isinstance(image, Volume):
         return _likeliest(_resized(own, image.size) for own in probabilities)
     axes = nib.orientations.io_orientation(image.affine.astype(np.float32))  # type: ignore[no-untyped-call]
+    shape, spacing = upright_grid(image)
+    to_grid = np.linalg.inv(to_scan(shape, spacing, config)).astype(np.float64)
+    maps = (torch.from_numpy(own)[None, None] for own in probabilities)
+    upright = _likeliest(resample(own, to_grid, shape)[0, 0].numpy() for own in maps)
+    back = nib.orientations.ornt_transform([[0, 1], [1, 1], [2, 1]], axes)  # type: ignore[no-untyped-call]
+    return np.ascontiguousarray(nib.orientations.apply_orientation(upright, back))  # type: ignore[no-untyped-call]
+
+
+def upright_grid(image: Volume) -> tuple[tuple[int, ...], NDArray[np.float64]]:
+    """Number of voxels and voxel size in mm of a scan along R, A and S, as closely as its own axes run."""
+    axes = nib.orientations.io_orientation(image.affine.astype(np.float32))  # type: ignore[no-untyped-call]
     along_stored = axes[:, 0].astype(int)
     spacing, shape = np.empty(3), np.empty(3, dtype=int)
     spacing[along_stored] = voxel_sizes(image.affine.astype(np.float32))
     shape[along_stored] = image.voxels.shape
-    to_grid = np.linalg.inv(to_scan(tuple(shape), spacing, config)).astype(np.float64)
-    maps = (torch.from_numpy(own)[None, None] for own in probabilities)
-    upright = _likeliest(resample(own, to_grid, shape.tolist())[0, 0].numpy() for own in maps)
-    back = nib.orientations.ornt_transform([[0, 1], [1, 1], [2, 1]], axes)  # type: ignore[no-untyped-call]
-    return np.ascontiguousarray(nib.orientations.apply_orientation(upright, back))  # type: ignore[no-untyped-call]
+    return tuple(shape.tolist()), spacing
 
 
 def _likeliest(maps: Iterable[NDArray[np.float32]]) -> Classes:

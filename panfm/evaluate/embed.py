@@ -118,17 +118,26 @@ def mean_of_sessions(table: Features) -> Features:
 
 
 def embed_site(
-    folder: Path, model: PanModel, store: ImageStore, on_batch: Callable[[int], None] = lambda _: None
+    folder: Path,
+    model: PanModel,
+    store: ImageStore,
+    on_batch: Callable[[int], None] = lambda _: None,
+    *,
+    reader: Embedder | None = None,
 ) -> Features:
-    """Features of all subjects of a store, session by session, by the model that was read from `folder`."""
+    """Features of all subjects of a store, session by session, by the model that was read from `folder`.
+
+    Args:
+        reader: Reads the model instead of its pooling.
+    """
     store, sessions = by_session(store)
     everybody, streams = np.arange(len(store.subjects)), tuple(store.images)
     present = np.zeros((len(everybody), len(streams)), dtype=bool)
     for column, stream in enumerate(streams):
         present[store.rows[stream], column] = True
-    features = embed_store(model, store, everybody, streams, on_batch=on_batch)
+    features = embed_store(reader or model, store, everybody, streams, on_batch=on_batch)
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    pooling = model.pooling.pooling_text + (", whitened" if model.whitening else "")
+    pooling = model.pooling.pooling_text + (", whitened" if model.whitening else "") if reader is None else "tokens"
     return Features(store.subjects, store.splits, streams, present, features, pooling, digest, sessions)
 
 

@@ -87,10 +87,12 @@ class FineTuning:
         self.augmentation = Augmentation(strengths, model.stream_configs) if settings.augment else None
         self._targets = torch.from_numpy(np.asarray(data.targets, dtype=_target_dtype(data)))
         if isinstance(self.head, LabelHead):
-            embeddings = embed_store(self.model, data.store, data.train, batch_size=settings.batch_size)
-            self.head.standardise(torch.from_numpy(embeddings).to(self.device), self._on_device(data.train))
+            train, validation = (self._embedded(rows) for rows in (data.train, data.validation))
+            self.head.standardise(*train)
+            self.head.fit(train, validation)
         elif isinstance(self.head, SegmentationHead):
-            self.head.start_at_shares(self._targets[torch.from_numpy(data.train)])
+            large = {row: torch.from_numpy(scan.mask) for row, scan in data.large.items()}
+            self.head.start_at_shares(large.get(row, self._targets[row]) for row in data.train.tolist())
         self.optimiser = build_optimiser(self.model, settings.training())
         scale_rates(self.optimiser, self.head)
         self.progress = FinetuneProgress()
@@ -120,7 +122,7 @@ class FineTuning:
 
     def _augmented(self, number: int, chosen: Indices) -> tuple[Batch, Tensor]:
         """Augmented images of a step, and their targets: labels, or masks cropped, turned and flipped like them."""
-        batch, targets = self.data.store.batch(chosen).to(self.device), self._on_device(chosen)
+        batch, targets = self._examples(chosen, number)
         if self.augmentation is None:
             return batch, targets
 
@@ -155,12 +157,7 @@ class FineTuning:
 
     @torch.no_grad()
     def _validate(self, folder: Path | None) -> None:
-        size, validation = self.settings.batch_size, self.data.validation
-        total = 0.0
-        for start in range(0, len(validation), size):
-            chosen = validation[start : start + size]
-            total += len(chosen) * float(self.head.loss(self._outputs(chosen), self._on_device(chosen)))
-        loss, before = total / len(validation), self.progress
+        loss, before = self._validation_loss(), self.progress
         losses = (*before.losses, (before.step, loss))
         if loss < before.best_loss:
             self._best = self._kept_state()
@@ -172,6 +169,19 @@ class FineTuning:
         if folder is not None:
             self.save(folder)
 
+    def _validation_loss(self) -> float:
+        """Mean loss of the validation examples; where it compares examples, of all of them together."""
+        size, validation = self.settings.batch_size, self.data.validation
+        examples = (
+            self._examples(validation[start : start + size], "validation") for start in range(0, len(validation), size)
+        )
+        predicted = ((self.head(self.model, batch), targets) for batch, targets in examples)
+        if self.head.compares_examples:
+            outputs, all_targets = zip(*predicted, strict=True)
+            return float(self.head.loss(torch.cat(outputs), torch.cat(all_targets)))
+        total = sum(len(targets) * float(self.head.loss(outputs, targets)) for outputs, targets in predicted)
+        return total / len(validation)
+
     def notes(self) -> tuple[str, ...]:
         """One line if no step lowered the validation loss, and one if training stopped early."""
         progress, steps, notes = self.progress, self.settings.steps, []
@@ -181,12 +191,26 @@ class FineTuning:
             notes.append(f"training: stopped after {progress.step} of {steps} steps, best after {progress.best_step}")
         return tuple(notes)
 
-    def _outputs(self, chosen: Indices) -> Tensor:
-        outputs: Tensor = self.head(self.model, self.data.store.batch(chosen))
-        return outputs
+    def _examples(self, chosen: Indices, purpose: int | str) -> tuple[Batch, Tensor]:
+        """Images and targets of some examples; one window of each scan that is larger than the stream's grid.
 
-    def _on_device(self, chosen: Indices) -> Tensor:
-        return self._targets[torch.from_numpy(chosen)].to(self.device)
+        Args:
+            purpose: Decides, with the seed, where windows lie: the number of the step, or the validation.
+        """
+        batch, targets = self.data.store.batch(chosen), self._targets[torch.from_numpy(chosen)]
+        if (stream := self.data.task.stream) is not None and self.data.large:
+            images = batch.images[stream].clone()
+            for at, row in enumerate(chosen.tolist()):
+                if large := self.data.large.get(row):
+                    generator = torch_generator(self.settings.seed, "fine-tuning", "window", purpose, row)
+                    images[at], targets[at] = large.window(images.shape[2:], generator)
+            batch = Batch(batch.size, batch.images | {stream: images}, batch.rows)
+        return batch.to(self.device), targets.to(self.device)
+
+    def _embedded(self, chosen: Indices) -> tuple[Tensor, Tensor]:
+        """Embeddings and targets of some examples."""
+        embeddings = embed_store(self.model, self.data.store, chosen, batch_size=self.settings.batch_size)
+        return torch.from_numpy(embeddings).to(self.device), self._targets[torch.from_numpy(chosen)].to(self.device)
 
     def _kept_state(self) -> dict[str, Tensor]:
         """Copy the trained parameters, and all parameters and buffers of the head, by name."""
@@ -241,6 +265,8 @@ class FineTuning:
         for part in (self.data.train, self.data.validation, self.data.test):
             digest.update(json.dumps(self.data.patients(part)).encode())
         digest.update(self._targets.numpy().tobytes())
+        for _, large in sorted(self.data.large.items()):
+            digest.update(large.mask.tobytes())
         return digest.hexdigest()
 
 

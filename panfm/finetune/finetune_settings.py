@@ -49,6 +49,9 @@ class FinetuneSettings(Config):
     """Site folders, whose patients are pooled."""
     task: str
     """`labels.csv:COLUMN` or `segmentation`."""
+    time: str | None = None
+    """Column of the same table with the time to the event that the task's column tells (yes), or to the end of
+    follow-up (no): fits a Cox model."""
     streams: Annotated[tuple[str, ...], Field(strict=False)] = ()
     """Streams whose images are read; all streams of the model when empty."""
     masked_stream: str | None = None

@@ -26,6 +26,7 @@ from panfm.errors import DataError, reason
 from panfm.files import new_folder, write_atomic, write_json
 from panfm.finetune.task_description import HEAD_FILE, TASK_FILE, TaskDescription, read_task, write_task
 from panfm.finetune.task_heads import TaskHead, build_head, predict_rows
+from panfm.finetune.windows import predict_map
 from panfm.models import PanModel
 from panfm.models.trained_parts import fit_lora
 
@@ -54,11 +55,10 @@ class TaskModel:
             paths: Row -> file of the image, ascending.
         """
         assert self.task.stream is not None
-        config, rows = model.stream_configs[self.task.stream], np.array([*paths], dtype=np.int64)
-        maps = (own for chunk in predict_rows(self.head, model, store, rows, batch_size=8) for own in chunk)
-        for path, probabilities in zip(paths.values(), maps, strict=True):
-            image = read_for_segmentation(path, config)
-            yield mask_image(mask_from_grid(probabilities, image, config), image, self.task)
+        for row, path in paths.items():
+            image = read_for_segmentation(path, model.stream_configs[self.task.stream])
+            probabilities, grid = predict_map(self.head, model, store, row, image, self.task.stream)
+            yield mask_image(mask_from_grid(probabilities, image, grid), image, self.task)
 
 
 def read_for_segmentation(path: Path, config: StreamConfig) -> Volume | Picture:

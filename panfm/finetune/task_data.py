@@ -5,7 +5,7 @@ over patients. The patients of all site folders are pooled; a patient of two fol
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from panfm.config import RunConfig, StreamConfig, load_site
 from panfm.data.cache import open_store
-from panfm.data.label_kinds import encode, infer_kinds, read_rules
+from panfm.data.label_kinds import LabelKinds, encode, infer_kinds, read_rules
 from panfm.data.labels import LabelTable, read_cells
 from panfm.data.manifest import Row, image_path, read_manifest
 from panfm.data.masks import Classes, mask_to_grid, read_mask
@@ -23,7 +23,8 @@ from panfm.data.subjects import subject_key
 from panfm.errors import ConfigError, DataError
 from panfm.evaluate.embed import by_session
 from panfm.finetune.finetune_settings import FinetuneSettings
-from panfm.finetune.task_description import SEGMENTATION, TaskDescription, parse_task
+from panfm.finetune.task_description import SEGMENTATION, Kind, TaskDescription, parse_task
+from panfm.finetune.windows import LargeImage, covering
 from panfm.seeds import numpy_generator
 
 _MOST_CLASSES = 64
@@ -60,12 +61,16 @@ class TaskData:
     store: ImageStore
     """One row per example; a patient with several visits has several."""
     targets: NDArray[np.float64] | NDArray[np.uint8]
-    """Labels [N, K], NaN where unknown; or for a segmentation classes [N, *shape] on the stream's grid."""
+    """Labels [N, K], NaN where unknown, of survival event and time [N, 2]; or for a segmentation classes [N, *shape] on
+    the stream's grid."""
     train: Indices
     validation: Indices
     test: Indices
     masked: Sequence[MaskedImage] = ()
     """For a segmentation: the files of every example."""
+    large: Mapping[int, LargeImage] = field(default_factory=dict)
+    """For a segmentation: example -> image and mask on a grid that covers the whole scan, where that is larger than the
+    stream's."""
     notes: tuple[str, ...] = ()
 
     def patients(self, indices: Indices) -> list[str]:
@@ -79,20 +84,27 @@ class TaskData:
 
 
 def read_task_data(settings: FinetuneSettings, run: RunConfig, progress: Progress = lambda *_: None) -> TaskData:
-    """Read and check everything that a fine-tuning needs.
+    """Read and check everything that a fine-tuning needs, and split it.
 
     Raises:
         ConfigError: a stream is unknown, or a site description is not valid.
         DataError: a manifest, image, label or mask is not valid, or too few patients have a label or mask.
     """
+    return divided(read_examples(settings, run, progress), settings)
+
+
+def read_examples(settings: FinetuneSettings, run: RunConfig, progress: Progress = lambda *_: None) -> TaskData:
+    """Read all images with a label or a mask, not yet split: all examples are in `train`.
+
+    Raises:
+        ConfigError, DataError: as `read_task_data`, apart from the number of patients.
+    """
     streams = chosen_streams(settings.streams, run.streams)
     folders = [Path(folder) for folder in settings.data]
     label = parse_task(settings.task)
     if label is None:
-        data = _read_segmentation(settings, streams, folders, progress)
-    else:
-        data = _read_labels(label, streams, folders, progress)
-    return divided(data, settings)
+        return _read_segmentation(settings, streams, folders, progress)
+    return _read_labels(*label, settings.time, streams, folders, progress)
 
 
 def chosen_streams(names: Sequence[str], streams: Mapping[str, StreamConfig]) -> dict[str, StreamConfig]:
@@ -103,13 +115,19 @@ def chosen_streams(names: Sequence[str], streams: Mapping[str, StreamConfig]) ->
 
 
 def _read_labels(
-    label: tuple[str, str], streams: Mapping[str, StreamConfig], folders: Sequence[Path], progress: Progress
+    table: str,
+    column: str,
+    time: str | None,
+    streams: Mapping[str, StreamConfig],
+    folders: Sequence[Path],
+    progress: Progress,
 ) -> TaskData:
-    """Read the examples of a task of labels: the visits of patients whose label is known."""
-    tables = [read_cells(_table_path(label[0], folder)) for folder in folders]
-    task, values, notes = _task_of_labels(label[1], tables)
+    """Read the examples of a task of labels: the visits of patients whose label is known, and for survival the time."""
+    tables = [read_cells(_table_path(table, folder)) for folder in folders]
+    task, values, notes = _task_of_labels(column, time, tables)
     stores = [_visits(folder, streams, progress) for folder in folders]
-    targets = np.full((sum(len(store.subjects) for store, _ in stores), len(task.outputs)), np.nan)
+    width = 2 if task.kind == "survival" else len(task.outputs)
+    targets = np.full((sum(len(store.subjects) for store, _ in stores), width), np.nan)
     at = 0
     for (store, _), known in zip(stores, values, strict=True):
         for subject in store.subjects:
@@ -120,10 +138,11 @@ def _read_labels(
     if not len(labelled):
         raise DataError(f"{tables[0].path}: found no label of a patient of the site, expected the manifest's subjects")
     missing = len(set(store.subjects)) - len({store.subjects[index] for index in labelled})
-    notes += [f"{label[1]}: {missing} patients without a label are left out"] if missing else []
+    label = "a label" if time is None else f"a label or {time}"
+    notes += [f"{column}: {missing} patients without {label} are left out"] if missing else []
     imaged = {subject_key(subject) for subject in store.subjects}
     without_image = len({subject for known in values for subject in known} - imaged)
-    notes += [f"{label[1]}: {without_image} labelled patients without an image are left out"] if without_image else []
+    notes += [f"{column}: {without_image} labelled patients without an image are left out"] if without_image else []
     nobody = np.empty(0, dtype=np.int64)
     return TaskData(task, store, targets, labelled, nobody, nobody, notes=tuple(notes))
 
@@ -135,22 +154,39 @@ def _table_path(named: str, folder: Path) -> Path:
 
 
 def _task_of_labels(
-    column: str, tables: Sequence[LabelTable]
+    column: str, time: str | None, tables: Sequence[LabelTable]
 ) -> tuple[TaskDescription, list[dict[str, NDArray[np.float64]]], list[str]]:
     """Infer the task of a column; return it, each table's labels by `subject_key`, and notes on how cells were read."""
+    columns = [column] if time is None else [column, time]
     for table in tables:
-        if column not in table.cells:
+        if absent := [name for name in columns if name not in table.cells]:
             known = ", ".join(table.cells) or "none"
-            raise DataError(f"{table.path}: found no column {column!r:.80}, expected one of {known}")
-    tables = [replace(table, cells={column: table.cells[column]}) for table in tables]
-    rules = {name: rule for name, rule in read_rules(tables).items() if name == column}
+            raise DataError(f"{table.path}: found no column {absent[0]!r:.80}, expected one of {known}")
+    tables = [replace(table, cells={name: table.cells[name] for name in columns}) for table in tables]
+    rules = {name: rule for name, rule in read_rules(tables).items() if name in columns}
     kinds = infer_kinds(tables, rules)
-    kind = kinds.by_column[column]
-    if kind.kind == "ignore":
+    kind = kinds.by_column[column].kind
+    if kind == "ignore":
         raise DataError(f"{tables[0].path}: {kinds.notes[0] if kinds.notes else f'{column}: is to be ignored'}")
+    if time is not None:
+        _check_survival(column, time, kinds, tables[0].path)
     labels = [encode(table, kinds.by_column) for table in tables]
     values = [{subject_key(name): row for name, row in zip(own.subjects, own.values, strict=True)} for own in labels]
-    return TaskDescription(kind=kind.kind, name=column, outputs=labels[0].names), values, list(kinds.notes)
+    if time is None:
+        task = TaskDescription(kind=kind, name=column, outputs=labels[0].names)
+    else:
+        task = TaskDescription(kind="survival", name=column, outputs=(column,), time=time)
+        if any((own.values[:, 1] < 0.0).any() for own in labels):
+            raise DataError(f"{tables[0].path}: {time}: found a time below 0, expected time since the image")
+    return task, values, list(kinds.notes)
+
+
+def _check_survival(column: str, time: str, kinds: LabelKinds, path: Path) -> None:
+    """Raise DataError if the columns of a survival task are not yes or no, and a number."""
+    for name, expected in ((column, "yes-no"), (time, "number")):
+        if (kind := kinds.by_column[name].kind) != expected:
+            told = {"yes-no": "an event that is yes or no", "number": "a number of days, months or years"}[expected]
+            raise DataError(f"{path}: {name}: found {kind}, expected {told}, for --time")
 
 
 def _read_segmentation(
@@ -169,14 +205,15 @@ def _read_segmentation(
         stores.append(only(store, kept))
         masked += [visit for index in kept if (visit := visits[index]) is not None]
     store = _joined(folders, stores)
-    values_of, targets = _read_masks(masked, streams[stream], progress)
+    values_of, targets, large = _read_masks(masked, stream, streams[stream], progress)
     values = tuple(sorted({0}.union(*values_of)))
     notes = [f"{stream}: {without_mask} images without a mask are left out"] if without_mask else []
+    notes += [f"{stream}: {len(large)} scans are larger than its grid, read by windows"] if large else []
     notes += _notes_of_numbers(folders, [len(store.subjects) for store in stores], values_of)
     outputs = tuple(str(value) for value in values)
     task = TaskDescription(kind="segmentation", name=SEGMENTATION, outputs=outputs, values=values, stream=stream)
     nobody = np.empty(0, dtype=np.int64)
-    return TaskData(task, store, targets, np.arange(len(masked)), nobody, nobody, masked, tuple(notes))
+    return TaskData(task, store, targets, np.arange(len(masked)), nobody, nobody, masked, large, tuple(notes))
 
 
 def _notes_of_numbers(folders: Sequence[Path], sizes: Sequence[int], values_of: Sequence[set[int]]) -> list[str]:
@@ -221,9 +258,10 @@ def _masked_files(folder: Path, stream: str) -> dict[tuple[str, str], MaskedImag
 
 
 def _read_masks(
-    masked: Sequence[MaskedImage], config: StreamConfig, progress: Progress
-) -> tuple[list[set[int]], NDArray[np.uint8]]:
-    """Read masks; return the numbers in each, and the masks on the stream's grid [N, *shape] as class indices.
+    masked: Sequence[MaskedImage], stream: str, config: StreamConfig, progress: Progress
+) -> tuple[list[set[int]], NDArray[np.uint8], dict[int, LargeImage]]:
+    """Read masks; return the numbers in each, the masks on the stream's grid [N, *shape] as class indices, and the
+    images that are larger than the grid.
 
     A class index is the place of a mask's number among the sorted numbers of all masks; 0 is background.
     """
@@ -240,12 +278,14 @@ def _read_masks(
     if len(values) == 1:
         raise DataError(f"{masked[0].mask}: found nothing but background in all masks, expected a class above 0")
     ordered = tuple(sorted(values))
-    grids = np.empty((len(masked), *config.shape), dtype=np.uint8)
+    grids, large = np.empty((len(masked), *config.shape), dtype=np.uint8), {}
     for number, files in enumerate(masked):
         image, mask = files.read(config)
         grids[number] = mask_to_grid(mask, image, ordered, config)
+        if cover := covering(image, config):
+            large[number] = LargeImage.of(image, mask, stream, ordered, cover)
         progress(len(masked) + number + 1, 2 * len(masked))
-    return values_of, grids
+    return values_of, grids, large
 
 
 def _visits(
@@ -357,10 +397,11 @@ def divided(data: TaskData, settings: FinetuneSettings) -> TaskData:
     for name, patients in (("train", train), ("validation", validation), ("test", test)):
         if not patients:
             raise DataError(f"{settings.data[0]}: found no labelled patient for {name}, expected a few labelled ones")
-        if data.task.kind in ("yes-no", "classes") and len({class_of[one] for one in patients}) == 1:
+        if _is_one_class(data.task.kind, {class_of[one] for one in patients}):
             if name == "train":
                 given = f"{len(patients)} patients to train on, all with the same {data.task.name}"
-                raise DataError(f"{settings.data[0]}: found {given}, expected patients of two classes at least")
+                expected = "an event" if data.task.kind == "survival" else "patients of two classes at least"
+                raise DataError(f"{settings.data[0]}: found {given}, expected {expected}")
             notes.append(f"{data.task.name}: the same for all {len(patients)} {name} patients")
     parts = [np.array([i for i in data.train if data.store.subjects[i] in {*who}]) for who in (train, validation, test)]
     if data.masked:
@@ -371,9 +412,21 @@ def divided(data: TaskData, settings: FinetuneSettings) -> TaskData:
 
 
 def _class(data: TaskData, index: int) -> object:
-    """Class of an example, by which patients are drawn in proportion; None for numbers and masks."""
-    is_class = data.task.kind in ("yes-no", "classes")
-    return tuple(data.targets[index].tolist()) if is_class else None
+    """Class of an example, by which patients are drawn in proportion: for survival whether the event came; None for
+    numbers and masks."""
+    match data.task.kind:
+        case "yes-no" | "classes":
+            return tuple(data.targets[index].tolist())
+        case "survival":
+            return bool(data.targets[index, 0])
+    return None
+
+
+def _is_one_class(kind: Kind, classes: set[object]) -> bool:
+    """Whether patients of these classes cannot teach the difference; without an event, for survival."""
+    if kind == "survival":
+        return classes == {False}
+    return kind in ("yes-no", "classes") and len(classes) == 1
 
 
 def draw_patients(

@@ -15,7 +15,7 @@ TASK_FILES = (TASK_FILE, HEAD_FILE)
 """Files that a fine-tuned model's folder has beside the encoder's weights."""
 SEGMENTATION = "segmentation"
 
-Kind = Literal["yes-no", "classes", "number", "segmentation"]
+Kind = Literal["yes-no", "classes", "number", "survival", "segmentation"]
 
 
 class TaskDescription(Config):
@@ -23,9 +23,11 @@ class TaskDescription(Config):
 
     kind: Kind
     name: str
-    """Column of the label table; `segmentation` for masks."""
+    """Column of the label table, for survival that of the event; `segmentation` for masks."""
     outputs: Annotated[tuple[str, ...], Field(strict=False)]
     """One name per output: the label, or `<label>=<class>`; for a segmentation the class numbers as text."""
+    time: str | None = None
+    """For survival: the column of the time to the event, or to the end of follow-up."""
     values: Annotated[tuple[int, ...], Field(strict=False)] = ()
     """For a segmentation: the number of each class in a mask, background (0) first."""
     stream: str | None = None

@@ -1,6 +1,6 @@
 """Heads of downstream tasks, which replace the heads of pre-training.
 
-    LabelHead          standardised embedding -> linear layer: yes/no, classes, or a number
+    LabelHead          standardised embedding -> linear layer: yes/no, classes, a number, or a log hazard
     SegmentationHead   tokens of the last and the middle block -> a convolutional decoder with skips from the image, in
                        the manner of UNETR (Hatamizadeh et al. 2022, arXiv 2103.10504) and U-Net
 
@@ -9,7 +9,8 @@ D width, `*grid` patches, `*shape` voxels of the stream.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from copy import deepcopy
 from itertools import pairwise
 
 import numpy as np
@@ -20,6 +21,7 @@ from torch.nn import functional
 
 from panfm.config import StreamConfig
 from panfm.data.store import Batch, ImageStore
+from panfm.finetune.survival import cox_loss
 from panfm.finetune.task_description import Kind, TaskDescription
 from panfm.models import PanModel
 from panfm.seeds import torch_generator
@@ -31,6 +33,9 @@ level has half of the level before it, at least the third number."""
 _NORM_GROUPS = 4
 _CLASSIFY_DEVIATION = 0.01
 """Deviation of the initial weights of a segmentation's last layer: small, so that the bias decides first outputs."""
+_PENALTIES = (10.0, 1.0, 0.1, 0.01)
+"""Weights of the mean square of a label head's weights, relative to the mean loss, of which validation chooses."""
+_ITERATIONS = 50
 _SMOOTH = 1.0
 """Added to both sides of the Dice ratio, so that a class that no voxel has counts for little."""
 
@@ -42,6 +47,11 @@ class TaskHead(nn.Module, ABC):
     rate_factor = 1.0
     """Learning rate of the head, as a multiple of that of the encoder's last layer."""
 
+    @property
+    def compares_examples(self) -> bool:
+        """Whether the loss compares the examples with each other, and so is none of single ones."""
+        return False
+
     @abstractmethod
     def forward(self, model: PanModel, batch: Batch) -> Tensor:
         """Encode a batch of images and return the task's raw outputs."""
@@ -52,7 +62,7 @@ class TaskHead(nn.Module, ABC):
 
     @abstractmethod
     def probabilities(self, outputs: Tensor) -> Tensor:
-        """Turn raw outputs into probabilities; outputs of a number into the number's own unit."""
+        """Turn raw outputs into probabilities; of a number into its own unit; log hazards stay as they are."""
 
 
 class LabelHead(TaskHead):
@@ -74,6 +84,11 @@ class LabelHead(TaskHead):
         for name, length in (("scale", size), ("target_scale", outputs)):
             self.register_buffer(name, torch.ones(length))
 
+    @property
+    def compares_examples(self) -> bool:
+        """True for survival."""
+        return self.kind == "survival"
+
     def standardise(self, embeddings: Tensor, targets: Tensor) -> None:
         """Set mean and deviation from embeddings [N, E] and targets [N, K] of the training patients."""
         self.centre.copy_(embeddings.mean(dim=0))
@@ -83,14 +98,56 @@ class LabelHead(TaskHead):
             self.target_centre.copy_(known.mean(dim=0))
             self.target_scale.copy_(known.std(dim=0, correction=0).clamp_min(1e-12))
 
+    def fit(self, train: tuple[Tensor, Tensor], validation: tuple[Tensor, Tensor]) -> None:
+        """Start as a linear probe: set the linear layer to the best of some penalised fits on frozen embeddings.
+
+        Fine-tuning from an untrained layer distorts the encoder before the layer is of use, most so at few labels
+        (Kumar et al. 2022, arXiv 2202.10054).
+
+        Args:
+            train: Embeddings [N, E] and targets [N, K], which are fitted; `standardise` has seen them.
+            validation: The same of the patients whose loss decides on the penalty.
+        """
+        least, (embeddings, targets) = float("inf"), validation
+        for penalty in _PENALTIES:
+            linear = self._fitted(*train, penalty)
+            with torch.no_grad():
+                loss = float(self.loss(linear(self._standard(embeddings).double()), targets.double()))
+            if loss < least:
+                least = loss
+                self.linear.load_state_dict(linear.state_dict())
+
+    def _fitted(self, embeddings: Tensor, targets: Tensor, penalty: float) -> nn.Linear:
+        """Linear layer float64 with the least mean loss plus half the penalty times its square."""
+        inputs, linear = self._standard(embeddings).double(), deepcopy(self.linear).double()
+        nn.init.zeros_(linear.weight)
+        nn.init.zeros_(linear.bias)
+        optimiser = torch.optim.LBFGS(linear.parameters(), max_iter=_ITERATIONS, line_search_fn="strong_wolfe")
+
+        def closure() -> Tensor:
+            optimiser.zero_grad()
+            loss = self.loss(linear(inputs), targets.double()) + 0.5 * penalty * linear.weight.square().sum()
+            loss.backward()
+            return loss
+
+        optimiser.step(closure)
+        return linear
+
+    def _standard(self, embeddings: Tensor) -> Tensor:
+        return (embeddings - self.centre) / self.scale
+
     def forward(self, model: PanModel, batch: Batch) -> Tensor:
-        """Predict logits, or standardised numbers, [B, K]."""
-        outputs: Tensor = self.linear((model.embed(batch) - self.centre) / self.scale)
+        """Predict logits, standardised numbers or log hazards, [B, K]."""
+        outputs: Tensor = self.linear(self._standard(model.embed(batch)))
         return outputs
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy of [B, K] logits with 0 and 1, or mean squared error of standardised numbers."""
+        """Cross-entropy of [B, K] logits with 0 and 1, mean squared error of standardised numbers, or the partial
+        likelihood of log hazards [B, 1], whose targets are event and time [B, 2]."""
         known = torch.isfinite(targets)
+        if self.kind == "survival":
+            rows = known.all(dim=1)
+            return cox_loss(outputs[rows, 0], *targets[rows].unbind(dim=1))
         if self.kind == "classes":
             rows = known.all(dim=1)
             return functional.cross_entropy(outputs[rows], targets[rows])
@@ -99,7 +156,9 @@ class LabelHead(TaskHead):
         return functional.mse_loss(outputs[known], ((targets - self.target_centre) / self.target_scale)[known])
 
     def probabilities(self, outputs: Tensor) -> Tensor:
-        """Probabilities of yes or of the classes, or numbers in their own units."""
+        """Probabilities of yes or of the classes, numbers in their own units, or log hazards."""
+        if self.kind == "survival":
+            return outputs
         if self.kind == "classes":
             return outputs.softmax(dim=1)
         return outputs.sigmoid() if self.kind == "yes-no" else outputs * self.target_scale + self.target_centre
@@ -127,13 +186,15 @@ class SegmentationHead(TaskHead):
         self.classes = classes
 
     @torch.no_grad()
-    def start_at_shares(self, masks: Tensor) -> None:
+    def start_at_shares(self, masks: Iterable[Tensor]) -> None:
         """Set the last bias so that the untrained head predicts each class with its share of the training voxels.
 
         Without this most of the first steps go into learning that nearly all voxels are background, and small classes
         are never predicted (Lin et al. 2017, arXiv 1708.02002, section 3.3).
         """
-        counts = torch.bincount(masks.flatten().long(), minlength=self.classes) + 1
+        counts = torch.ones(self.classes, dtype=torch.long)
+        for mask in masks:
+            counts += torch.bincount(mask.flatten().long(), minlength=self.classes)
         assert self.classify.bias is not None
         self.classify.bias.copy_((counts / counts.sum()).log())
 

@@ -25,20 +25,22 @@ from panfm.data.readers import Volume, voxel_sizes
 from panfm.data.store import ImageStore
 from panfm.errors import DataError, needs_extra
 from panfm.evaluate.embed import embed_store
+from panfm.evaluate.neighbours import neighbours_mean
 from panfm.evaluate.result import Score
 from panfm.evaluate.scores import Floats, auc, draw_counts, interval, r2
 from panfm.files import write_json
 from panfm.finetune.fine_tuning import FinetuneProgress
 from panfm.finetune.finetuned_model import SegmentedImage, TaskModel, mask_image
 from panfm.finetune.segmentation_scores import dice, hausdorff_95
+from panfm.finetune.survival import concordance, fit_cox
 from panfm.finetune.task_data import TaskData
 from panfm.finetune.task_heads import predict_rows
+from panfm.finetune.windows import predict_map
 from panfm.models import PanModel
 
 RESULT_FILE = "result.json"
 TUNED, LINEAR, KNN, GRID = "fine-tuned", "linear-probe", "knn", "grid"
 _RESAMPLES = 1000
-_NEIGHBOURS, _TEMPERATURE = 10, 0.07
 
 WriteMask = Callable[[int, SegmentedImage], None]
 """Called with the row of a test example in the store, and its predicted mask."""
@@ -106,7 +108,10 @@ def score_labels(task_model: TaskModel, model: PanModel, data: TaskData, frozen:
         return label_scores(arm, data.task.kind, predicted, truth, counts)
 
     predicted = np.concatenate(list(predict_rows(task_model.head, model, data.store, data.test)))
-    scores = [*scores_of(TUNED, by_patient(predicted, patients)), *scores_of(KNN, nearest_neighbours(frozen))]
+    neighbours = neighbours_mean(frozen.fit, frozen.fit_targets, frozen.test)
+    if data.task.kind == "survival":
+        neighbours = _event_rates(neighbours)
+    scores = [*scores_of(TUNED, by_patient(predicted, patients)), *scores_of(KNN, neighbours)]
     notes = [*data.notes]
     try:
         probed, told = _linear_probe(frozen, data)
@@ -119,14 +124,18 @@ def score_labels(task_model: TaskModel, model: PanModel, data: TaskData, frozen:
 
 
 def label_scores(arm: str, kind: str, predicted: Floats, truth: Floats, counts: Floats) -> Iterator[Score]:
-    """Yield AUC and accuracy for yes/no and classes, R2 and mean absolute error for numbers, over patients.
+    """Yield AUC and accuracy for yes/no and classes, R2 and mean absolute error for numbers, the concordance for
+    survival, over patients.
 
     Args:
         predicted: Probabilities or numbers [N, K]. A class that the model cannot predict is NaN: it is left out of the
             AUC and is never the likeliest class.
-        truth: [N, K], 0 or 1 for yes/no and classes.
+        truth: [N, K], 0 or 1 for yes/no and classes; for survival event and time [N, 2].
         counts: [R, N], see `draw_counts`.
     """
+    if kind == "survival":
+        yield _score(arm, "c-index", concordance(predicted[:, 0], truth[:, 0] == 1.0, truth[:, 1], counts)[:, None])
+        return
     outputs = range(truth.shape[1])
     if kind == "number":
         yield _score(arm, "r2", np.stack([r2(predicted[:, one], truth[:, one], counts) for one in outputs], axis=1))
@@ -143,25 +152,16 @@ def label_scores(arm: str, kind: str, predicted: Floats, truth: Floats, counts: 
     yield _score(arm, "accuracy", _mean(correct[:, None].astype(np.float64), counts))
 
 
-def nearest_neighbours(frozen: FrozenFeatures) -> Floats:
-    """Predict labels [N, K] as the mean over the fit patients with the most similar standardised embeddings, weighted
-    by softmax of the cosine."""
-    centre, scale = frozen.fit.mean(axis=0), np.maximum(frozen.fit.std(axis=0), 1e-6)
-    fit, test = (_unit((features - centre) / scale) for features in (frozen.fit, frozen.test))
-    similar = test @ fit.T
-    nearest = np.argsort(-similar, axis=1, kind="stable")[:, :_NEIGHBOURS]
-    weights = np.exp((np.take_along_axis(similar, nearest, axis=1) - 1.0) / _TEMPERATURE)
-    weighted: Floats = np.einsum("nk,nko->no", weights, frozen.fit_targets[nearest])
-    return weighted / weights.sum(axis=1, keepdims=True)
-
-
-def _unit(features: NDArray[np.floating]) -> Floats:
-    lengths = np.linalg.norm(features, axis=1, keepdims=True)
-    return np.asarray(features / np.maximum(lengths, 1e-12), dtype=np.float64)
+def _event_rates(event_and_time: Floats) -> Floats:
+    """Turn mean events and times [N, 2] of neighbours into events per time [N, 1], as a constant hazard has them."""
+    return event_and_time[:, :1] / np.maximum(event_and_time[:, 1:], 1e-12)
 
 
 def _linear_probe(frozen: FrozenFeatures, data: TaskData) -> tuple[Floats, tuple[str, ...]]:
-    """Predict with a linear probe: scores [N, K], probabilities for yes/no; and the notes of the fit."""
+    """Predict with a linear probe: scores [N, K], probabilities for yes/no, log hazards for survival; and the notes of
+    the fit."""
+    if data.task.kind == "survival":
+        return fit_cox(frozen.fit, *frozen.fit_targets.T).risks(frozen.test)[:, None], ()
     with needs_extra("evaluate"):
         from panfm.evaluate.linear_probe import fit_classifiers, fit_regressors
     is_number = data.task.kind == "number"
@@ -195,14 +195,15 @@ def score_segmentation(
     task = data.task
     assert task.stream is not None
     config, measured = model.stream_configs[task.stream], []
-    maps = (own for chunk in predict_rows(task_model.head, model, data.store, data.test, 8) for own in chunk)
-    for index, probabilities in zip(data.test.tolist(), maps, strict=True):
+    for index in data.test.tolist():
         image, mask = data.masked[index].read(config)
+        probabilities, grid = predict_map(task_model.head, model, data.store, index, image, task.stream)
         spacing = voxel_sizes(image.affine).tolist() if isinstance(image, Volume) else [1.0, 1.0]
-        classes = mask_from_grid(probabilities, image, config)
+        classes = mask_from_grid(probabilities, image, grid)
         write_mask(index, mask_image(classes, image, task))
-        one_hot = np.eye(len(task.values), dtype=np.float32)[data.targets[index]]
-        at_best = mask_from_grid(np.ascontiguousarray(np.moveaxis(one_hot, -1, 0)), image, config)
+        true = data.large[index].mask if index in data.large else data.targets[index]
+        one_hot = np.eye(len(task.values), dtype=np.float32)[true]
+        at_best = mask_from_grid(np.ascontiguousarray(np.moveaxis(one_hot, -1, 0)), image, grid)
         measured.append(
             [
                 _compare(classes == number, mask == value, at_best == number, spacing)

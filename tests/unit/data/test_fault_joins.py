@@ -112,7 +112,7 @@ PADDED = [f"{number:03}" for number in range(1, 31)]
 def test_features_and_labels_are_joined_by_key_and_accounted_for():
     fit, test = features([f"a{number}" for number in NUMBERS], "train", 0), features(NUMBERS, "test", 1)
     own = labels([f"A{number}" for number in PADDED], fit), labels([*PADDED[:-1], "x"], test)
-    [score], notes = probe_features([fit, test], own, bootstrap=0)
+    [score, *_], notes = probe_features([fit, test], own, bootstrap=0)
     assert score.value > 0.95
     assert notes[0] == "labels: 59 subjects used for features"
     assert notes[1].startswith("labels: spelled otherwise than in features: 'A001' for 'a1', ")
@@ -121,7 +121,7 @@ def test_features_and_labels_are_joined_by_key_and_accounted_for():
 
 def test_two_places_may_number_their_subjects_alike():
     fit, test = features(NUMBERS, "train", 0), features(PADDED, "test", 1)
-    [score], notes = probe_features([fit, test], [labels(NUMBERS, fit), labels(NUMBERS, test)], bootstrap=0)
+    [score, *_], notes = probe_features([fit, test], [labels(NUMBERS, fit), labels(NUMBERS, test)], bootstrap=0)
     assert score.value > 0.95
     assert [note for note in notes if "used" in note] == [
         f"labels {place}: 30 subjects used for features {place}" for place in (1, 2)

@@ -184,8 +184,9 @@ def test_a_model_of_labels_in_python(model, labelled_site, settings_of, tmp_path
     assert of_site[:3] == pytest.approx(np.concatenate([visits.mean(axis=0)[None], shares]), abs=1e-5)
     with pytest.raises(ConfigError, match="was not fine-tuned, expected the folder of: panfm finetune"):
         panfm.load(model).predict({"brain-mr": paths})
-    export_run(tmp_path / "out", "safetensors", tmp_path / "export")
-    assert panfm.load(tmp_path / "export").predict({"brain-mr": paths}) == pytest.approx(shares, abs=1e-6)
+    for form in ("safetensors", "huggingface"):
+        export_run(tmp_path / "out", form, tmp_path / form)
+        assert panfm.load(tmp_path / form).predict({"brain-mr": paths}) == pytest.approx(shares, abs=1e-6)
 
 
 def test_a_segmentation_writes_masks_on_the_scans_own_grid(model, labelled_site, settings_of, tmp_path):
@@ -213,6 +214,9 @@ def test_a_segmentation_writes_masks_on_the_scans_own_grid(model, labelled_site,
     [again, nobody] = tuned.predict({"brain-mr": [site / "clinic-3-only.nii.gz", None]})
     assert nobody is None
     assert np.array_equal(again.dataobj, written.dataobj)
+    export_run(tmp_path / "out", "huggingface", tmp_path / "export")
+    [exported] = panfm.load(tmp_path / "export").predict({"brain-mr": site / "clinic-3-only.nii.gz"})
+    assert np.array_equal(exported.dataobj, written.dataobj)
 
 
 def test_sessions_of_a_site_are_not_mixed(labelled_site, make_run):

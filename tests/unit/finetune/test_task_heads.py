@@ -99,3 +99,26 @@ def test_a_head_is_drawn_by_seed(make_run):
     first, again, other = (build_head(model, SEGMENTATION, seed).state_dict() for seed in (1, 1, 2))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["classify.weight"], other["classify.weight"])
+
+
+@pytest.mark.parametrize("kind", ["yes-no", "classes", "number", "survival"])
+def test_a_label_head_starts_as_a_probe_whose_penalty_validation_chooses(kind):
+    random = torch.Generator().manual_seed(0)
+    values = 5.0 + 2.0 * torch.randn(90, 6, generator=random)
+    signal = values[:, 0] - 5.0
+    targets = {
+        "yes-no": (signal > 0)[:, None],
+        "classes": torch.stack([signal > 0, signal <= 0], dim=1),
+        "number": 100.0 + 9.0 * signal[:, None],
+        "survival": torch.stack([torch.ones(90), torch.exp(-signal)], dim=1),
+    }[kind].float()
+    head = LabelHead(kind, 6, 2 if kind == "classes" else 1)
+    train, validation = ((values[part], targets[part]) for part in (slice(60), slice(60, 90)))
+    head.standardise(*train)
+    head.fit(train, validation)
+    learned = head.linear.weight[0].abs()
+    assert learned.argmax() == 0
+    assert learned[0] > 5.0 * learned[1:].max()
+    noise = validation[0][:, torch.randperm(6, generator=random)], validation[1].flip(0)
+    head.fit(train, noise)
+    assert head.linear.weight.abs().max() < learned.max() / 2
