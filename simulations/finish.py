@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from panfm.config import RunConfig, dump_toml, load_site, parse_run, site_folders
-from panfm.data.cache import open_store
+from panfm.data.task_labels import open_training_store
 from panfm.errors import DataError
 from panfm.evaluate.embed import load_model
 from panfm.evaluate.probe_cohort import evaluate_cohort
@@ -39,6 +39,7 @@ from simulations.example_slices import example_slices
 from simulations.expert_map import expert_map
 from simulations.harness import background_jobs, run_jobs
 from simulations.probe_sites import probe_sites
+from simulations.task_scores import score_task
 
 _GRID_ARMS = ("federated", "untrained", "statistics", "tokenizer")
 
@@ -59,7 +60,7 @@ def train_site_alone(job: AloneJob) -> PanModel:
     """The model that a site reaches without the others."""
     run = parse_run(job.run_toml).model_copy(update={"patient_dp": None})
     start = RunFolder(job.run_dir, run).start()
-    return train_alone(run, open_store(job.folder, run.streams), load_site(job.folder).name, start=start)
+    return train_alone(run, open_training_store(job.folder, run), load_site(job.folder).name, start=start)
 
 
 @contextmanager
@@ -173,6 +174,8 @@ def probe_run(
         bar.update(shown, description="probing", completed=bar.tasks[shown].total)
     if whitening := models["federated"].whitening:
         save_whitening(run_dir / "model", whitening, run.features.pooling_text)
+    task_scores = score_task(run, models, cohort) if run.task else ()
     probes = read_probes(run_dir / "model")
     together = probe_sites(opened.task(run), load_model(run_dir / "model", whitened=False)[0], probes)
-    return replace(result, scores=result.scores + together.scores, notes=result.notes + together.notes)
+    notes = result.notes + together.notes
+    return replace(result, scores=result.scores + together.scores, notes=notes, task=task_scores)

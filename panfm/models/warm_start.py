@@ -3,7 +3,7 @@
 A warm start is checked: the description names the file of weights by its hash; streams, model and every parameter must
 be the run's own, since a model that fits by chance (another voxel size, another order of channels) would train on
 without a word. A Director-Experts run may also start from a dense model of the same size; its routers are then as the
-run's seed has them.
+run's seed has them. A run with a task takes the encoder alone: its heads are as the seed has them.
 
 Public weights are converted once, where the run folder is made (`public_weights.py`, `public_start.py`); what they
 become is then known by the hashes of its groups.
@@ -26,6 +26,8 @@ from panfm.models.public_weights import read_public
 from panfm.models.trained_parts import fit_lora, is_lora
 from panfm.models.transfer import director_run, director_state, load_with_fresh_private, start_from_dense
 from panfm.sharing.groups import DIRECTOR
+
+_HEADS = "heads."
 
 
 def read_start(run: RunConfig) -> bytes:
@@ -63,7 +65,7 @@ def _read_public_start(run: RunConfig, path: Path) -> bytes:
     check_public_fit(run, public)
     state = dense_state(run, public)
     model = describe_model(director_run(run) if describe_model(run).director_experts() else run)
-    expected = {name: value for name, value in model.state_dict().items() if not name.startswith("heads.")}
+    expected = {name: value for name, value in model.state_dict().items() if not name.startswith(_HEADS)}
     _check_fit(state, {name: value for name, value in expected.items() if not is_lora(name)})
     return safetensors.torch.save(_with_experts(run, state))
 
@@ -120,6 +122,8 @@ def _read_state(run: RunConfig, content: bytes) -> dict[str, Tensor]:
         state = safetensors.torch.load(content)
     except (ValueError, SafetensorError) as error:
         raise DataError("start.model: expected weights as a run exports them") from error
+    if run.task is not None:
+        state = _with_fresh_heads(run, state)
     model = describe_model(run)
     directors = {name for name, group in model.parameter_groups().items() if group == DIRECTOR}
     if directors and not directors & state.keys():
@@ -134,6 +138,13 @@ def _read_state(run: RunConfig, content: bytes) -> dict[str, Tensor]:
         return _with_experts(run, state)
     _check_fit(state, expected)
     return state
+
+
+def _with_fresh_heads(run: RunConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Replace the heads of a trained model by those that the seed gives a run with a task."""
+    fresh = build_model(run).split_state(run.sharing)[0].items()
+    encoder = {name: value for name, value in state.items() if not name.startswith(_HEADS)}
+    return encoder | {name: value for name, value in fresh if name.startswith(_HEADS)}
 
 
 def _check_digest(digest: str, expected: str | None) -> None:

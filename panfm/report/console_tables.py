@@ -30,7 +30,9 @@ def print_tables(run: Run, console: Console) -> None:
 
 
 def probe_tables(probe: ProbeResult) -> Iterator[Table]:
-    """Tables of the probes' scores."""
+    """Tables of the probes' scores; that of a task's predictions first."""
+    if probe.task:
+        yield task_table(probe)
     for metric in ("auc", "r2"):
         if any(score.metric == metric for score in probe.scores):
             yield score_table(probe, metric)
@@ -70,6 +72,25 @@ def score_table(probe: ProbeResult, metric: str) -> Table:
             arm, score_text(first), *(number_text(math.nan if score is None else score.value) for score in rest)
         )
     return table
+
+
+def task_table(probe: ProbeResult) -> Table:
+    """One row per model and place whose patients it predicts, one column per score with its 95 % interval."""
+    metrics, rows = task_rows(probe)
+    table = Table(Column("model", no_wrap=True), "patients", *map(_right, metrics))
+    table.title = "Predictions of the task, of patients who were not trained on (95 % interval)"
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def task_rows(probe: ProbeResult) -> tuple[list[str], list[tuple[str, ...]]]:
+    """Metrics of a task, and a row of each model and place: its arm, the place, a text for each metric."""
+    metrics = list(dict.fromkeys(score.metric for score in probe.task))
+    scores = {(score.arm, score.group, score.metric): score for score in probe.task}
+    places = dict.fromkeys((score.arm, score.group) for score in probe.task)
+    rows = [(*place, *(score_text(scores.get((*place, metric))) for metric in metrics)) for place in places]
+    return metrics, rows
 
 
 def label_table(probe: ProbeResult) -> Table:
