@@ -24,10 +24,15 @@ from panfm.models.pan import PanModel, build_model, describe_model
 from panfm.models.public_start import check_public_fit, dense_state
 from panfm.models.public_weights import read_public
 from panfm.models.trained_parts import fit_lora, is_lora
-from panfm.models.transfer import director_run, director_state, load_with_fresh_private, start_from_dense
+from panfm.models.transfer import (
+    HEADS,
+    director_run,
+    director_state,
+    load_with_fresh_private,
+    start_from_dense,
+    taskless_state,
+)
 from panfm.sharing.groups import DIRECTOR
-
-_HEADS = "heads."
 
 
 def read_start(run: RunConfig) -> bytes:
@@ -65,7 +70,7 @@ def _read_public_start(run: RunConfig, path: Path) -> bytes:
     check_public_fit(run, public)
     state = dense_state(run, public)
     model = describe_model(director_run(run) if describe_model(run).director_experts() else run)
-    expected = {name: value for name, value in model.state_dict().items() if not name.startswith(_HEADS)}
+    expected = {name: value for name, value in model.state_dict().items() if not name.startswith(HEADS)}
     _check_fit(state, {name: value for name, value in expected.items() if not is_lora(name)})
     return safetensors.torch.save(_with_experts(run, state))
 
@@ -123,7 +128,7 @@ def _read_state(run: RunConfig, content: bytes) -> dict[str, Tensor]:
     except (ValueError, SafetensorError) as error:
         raise DataError("start.model: expected weights as a run exports them") from error
     if run.task is not None:
-        state = _with_fresh_heads(run, state)
+        state = taskless_state(state, build_model(run).split_state(run.sharing)[0])
     model = describe_model(run)
     directors = {name for name, group in model.parameter_groups().items() if group == DIRECTOR}
     if directors and not directors & state.keys():
@@ -138,13 +143,6 @@ def _read_state(run: RunConfig, content: bytes) -> dict[str, Tensor]:
         return _with_experts(run, state)
     _check_fit(state, expected)
     return state
-
-
-def _with_fresh_heads(run: RunConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Replace the heads of a trained model by those that the seed gives a run with a task."""
-    fresh = build_model(run).split_state(run.sharing)[0].items()
-    encoder = {name: value for name, value in state.items() if not name.startswith(_HEADS)}
-    return encoder | {name: value for name, value in fresh if name.startswith(_HEADS)}
 
 
 def _check_digest(digest: str, expected: str | None) -> None:
