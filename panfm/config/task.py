@@ -39,6 +39,10 @@ class TaskConfig(Uncoupled):
     scale: Annotated[float, Field(ge=1e-12, le=1e12)] | None = None
     """For a number: about its standard deviation."""
 
+    personal_steps: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+    """Steps that a copy of the final model takes on each site's own labels, for comparison, at the end of a simulation;
+    none when left out. At a hospital `panfm finetune` does it."""
+
     @field_validator("classes")
     @classmethod
     def _classes_stand_once(cls, classes: tuple[str, ...]) -> tuple[str, ...]:

@@ -13,8 +13,9 @@
  "unmatched": {place: {"without_row", "without_images"}}}  subjects on one side of a label table only
 ```
 `group` is a group of labels (`all`, `weak`, `category`, `disease`) or, for a number, the label itself; of `task` it is
-`holdout`, or the site whose patients outside training are scored, and the metric is auc, accuracy, r2 or mae. Intervals
-are 95 % bootstrap over test subjects. What cannot be told is null.
+`holdout`, or the site (`site:<name>`) whose patients outside training are scored, the metric is auc, accuracy, r2 or
+mae, and arms that end in ` minus own` are differences to the site's own model. Intervals are 95 % bootstrap over test
+subjects. What cannot be told is null.
 """
 
 import json
@@ -28,6 +29,13 @@ from pydantic import TypeAdapter
 
 from panfm.errors import DataError, reason
 from panfm.files import write_json
+
+HOLDOUT = "holdout"
+"""Group of a task's scores on the held-out patients."""
+PERSONALISED = "personalised"
+"""Arm of a task: the federated model after more steps on a site's own labels."""
+GAIN = " minus own"
+"""Suffix of an arm: how much better it is than the site's own model, on the same patients."""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from panfm.config import RunConfig
 from panfm.config.objective import ObjectiveConfig
+from panfm.config.parts import PlainPartsConfig
 from panfm.config.sharing import SharingConfig
 from panfm.models.director_experts import dense_name
 from panfm.models.pan import PanModel
@@ -62,7 +63,9 @@ def director_state(model: PanModel) -> dict[str, Tensor]:
 
 def taskless_run(run: RunConfig) -> RunConfig:
     """The same run without a task: its model has heads of pre-training alone, whatever the pooling."""
-    return run.model_copy(update={"task": None, "objective": ObjectiveConfig.model_validate({})})
+    parts = PlainPartsConfig() if run.train.parts.kind == "head" else run.train.parts
+    train, objective = run.train.model_copy(update={"parts": parts}), ObjectiveConfig.model_validate({})
+    return run.model_copy(update={"task": None, "objective": objective, "train": train})
 
 
 def taskless_state(state: Mapping[str, Tensor], fresh: Mapping[str, Tensor]) -> dict[str, Tensor]:

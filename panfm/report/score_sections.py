@@ -8,6 +8,7 @@ from panfm.report.blocks import Details, Figure, Figures, Paragraph, Section, Ta
 from panfm.report.charts import COLOURS, Line, line_chart
 from panfm.report.console_tables import (
     arms_of,
+    benefit_lines,
     label_rows,
     missing_counts,
     number_text,
@@ -35,7 +36,8 @@ def task_section(run: Run) -> Section | None:
     )
     told = [(arm_words(arm), place, *cells) for arm, place, *cells in rows]
     caption = "Scores of the head that the run trained, with 95 % intervals by patient"
-    return Section(key, title, [Paragraph(words), Table(("model", "patients", *metrics), told, caption)])
+    table = Table(("model", "patients", *metrics), told, caption)
+    return Section(key, title, [Paragraph(words), *map(Paragraph, benefit_lines(run.probe)), table])
 
 
 def label_section(run: Run) -> Section:

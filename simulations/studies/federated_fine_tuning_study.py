@@ -26,6 +26,7 @@ from rich.table import Table
 from panfm.config import RunConfig, site_folders
 from panfm.config.load import run_of_table
 from panfm.data.task_labels import open_training_store
+from panfm.evaluate.result import HOLDOUT
 from panfm.models import PanModel
 from panfm.models.warm_start import start_model
 from panfm.seeds import numpy_generator
@@ -39,7 +40,7 @@ from simulations.harness import ArmJob, CohortJob, StudyOptions, run_arms, study
 from simulations.studies._federations import federate
 from simulations.studies._tables import mean_sd, print_study
 from simulations.study_result import StudyResult, Target
-from simulations.task_scores import score_place
+from simulations.task_scores import TaskPlace
 
 TASKS = {"ultrasound": "breast-ultrasound", "xray": "chest-xray"}
 """Task, which is a modality, -> the stream that it is read as."""
@@ -181,7 +182,8 @@ def measure(job: ArmJob) -> dict[str, float]:
     for task in TASKS:
         described, cohort = task_run(task, job.seed), job.cohort / task
         model = train_arm(job.arm, described, cohort)
-        for score in score_place(described, job.arm, model, cohort / "holdout"):
+        place = TaskPlace.open(described, cohort / HOLDOUT, ("test",), HOLDOUT)
+        for score in place.scores(job.arm, place.predict(model)):
             measured[f"{score.metric}_{task}"] = score.value
     return measured
 
