@@ -81,8 +81,8 @@ def test_a_run_starts_from_a_models_encoder_and_goes_on_after_a_crash_with_the_s
     warm = (TASK, f"start.model={start}", "train.parts=head", "train.rounds=2")
     expected = labelled.run("whole", *warm)
     before, after = tensors(start.parent), tensors(expected)
-    moved = {name for name, value in after.items() if name not in before or not np.array_equal(value, before[name])}
-    assert moved == {"heads.task.weight", "heads.task.bias"}
+    assert all(np.array_equal(value, before[name]) for name, value in after.items() if not name.startswith("heads."))
+    assert after["heads.task.weight"].any()
     job = labelled.job("stopped", *warm)
     save, calls = RunFolder.save_state, []
 

@@ -31,7 +31,7 @@ def site(tmp_path, write_site):
             write_site(folder, "alpha", ("brain", "heart"))
         rows = [f"alpha-{number},{cell}" for number, cell in enumerate(cells)]
         (folder / "labels.csv").write_text("\n".join([f"subject,{column}", *rows]) + "\n")
-        table = NO_FLOORS | {"training-labels": ["old"]} | limits
+        table = NO_FLOORS | {"training-labels": ["old"], "runs-at-once": 2} | limits
         (folder / "site.toml").write_text(tomli_w.dumps({"name": "alpha", "labels": "labels.csv", "limits": table}))
         return Site(folder)
 
