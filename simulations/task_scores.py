@@ -125,9 +125,10 @@ def score_task(
 def predict(task: TaskConfig, model: PanModel, store: ImageStore, at: NDArray[np.int64]) -> Floats:
     """Predict probabilities, or numbers in scales from the centre, [N, K] for some patients of a store."""
     model.eval()
+    streams = [name for name in model.stream_names if name in store.images]
     head, chunks = model.heads.get_submodule(TASK_HEAD), [np.empty((0, len(task.outputs)))]
     for start in range(0, len(at), _BATCH):
-        outputs = head(model.embed(store.batch(at[start : start + _BATCH], model.stream_names))).double()
+        outputs = head(model.embed(store.batch(at[start : start + _BATCH], streams))).double()
         if task.kind == "classes":
             outputs = outputs.softmax(dim=1)
         elif task.kind == "yes-no":

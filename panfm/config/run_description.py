@@ -107,6 +107,8 @@ class RunConfig(Config):
             yield f'masking.policy: nothing is hidden in a run with [task], leave it out (got "{self.masking.policy}")'
         if self.sharing.head == "private":
             yield 'sharing.head: "private" would leave the run without the head of its task, set "mean"'
+        if self.sharing.rule == "plain":
+            yield 'sharing.rule: "plain" is a baseline of pre-training, set "grouped" in a run with [task]'
         if self.features.whitening:
             yield "features.whitening: would change the embedding under the head of the task, set false"
         if pooling.startswith("per-stream"):

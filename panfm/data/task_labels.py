@@ -76,10 +76,10 @@ def with_task_labels(
             labels.fault, public=f"task.label: {run.task.label}: this site has other values than the run's"
         )
     values = labels.of(store.subjects, len(run.task.outputs))
-    is_known = np.isfinite(values).all(axis=1)
-    train = np.isin(np.arange(len(values)), store.indices("train"))
+    is_known: NDArray[np.bool_] = np.asarray(np.isfinite(values).all(axis=1))
+    train: NDArray[np.bool_] = np.isin(np.arange(len(values)), store.indices("train"))
     if run.task.kind != "number" and smallest_class > 1:
-        is_known &= ~_is_rare(values, is_known & train, smallest_class)
+        is_known = is_known & ~_is_rare(values, is_known & train, smallest_class)
     pairs = zip(store.splits, is_known.tolist(), strict=True)
     labelled = replace(store, splits=tuple(split if known else UNLABELLED for split, known in pairs), labels=values)
     num_known = int((is_known & train).sum())

@@ -101,7 +101,11 @@ def _first_task(run: RunConfig, handshake: Handshake) -> RoundTask:
     model = build_model(run)
     tensors = {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
     groups, frozen = (
-        {name: flat for name, flat in manifest.pack_all(tensors).items() if has_group(handshake.group_hashes, name)}
+        {
+            name: flat
+            for name, flat in manifest.pack_all(tensors).items()
+            if has_group(handshake.group_hashes, name, handshake.streams)
+        }
         for manifest in (trained_manifest(model, run.sharing), frozen_manifest(model, run.sharing))
     )
     return RoundTask("dry-run", 1, dump_toml(run), groups, frozen=frozen)

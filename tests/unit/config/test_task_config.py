@@ -9,7 +9,9 @@ from panfm.privacy.guarantees import broken_guarantees
 from tests.conftest import SMALL_RUN
 
 OLD = '[task]\nlabel = "old"\nkind = "yes-no"\n'
-PRIVATE = "[patient-dp]\nepsilon = 8.0\ndelta = 1e-3\npublic-subjects = 50\nnoise-multiplier = 1.0\n"
+PRIVATE = (
+    "[patient-dp]\nepsilon = 8.0\ndelta = 1e-3\npublic-subjects = 50\nnoise-multiplier = 1.0\nsample-rate = 0.25\n"
+)
 
 
 def test_a_task_chooses_objective_and_masking_and_is_read_back():
@@ -55,6 +57,7 @@ def test_a_task_that_does_not_hold_is_one_line(keys, why):
         (OLD + '[objective]\nname = "mae"\n', r"objective\.name: a run with \[task\] learns labels"),
         (OLD + '[masking]\npolicy = "sgm"\n', r"masking\.policy: nothing is hidden"),
         (OLD + '[sharing]\nhead = "private"\n', r"sharing\.head"),
+        (OLD + '[sharing]\nrule = "plain"\n', r"sharing\.rule"),
         (OLD + "[features]\nwhitening = true\n", r"features\.whitening"),
         (OLD + '[features]\npooling = "per-stream"\n', r'features\.pooling: "per-stream" has other sizes'),
         ('[objective]\nname = "supervised"\n', r"expected a table \[task\]"),

@@ -18,7 +18,9 @@ from tests.conftest import NO_FLOORS
 from tests.unit.site.test_site import RUN, same
 
 TASK = '[task]\nlabel = "old"\nkind = "yes-no"\n'
-PRIVATE = "[patient-dp]\nepsilon = 50.0\ndelta = 1e-3\npublic-subjects = 50\nnoise-multiplier = 1.0\n"
+PRIVATE = (
+    "[patient-dp]\nepsilon = 50.0\ndelta = 1e-3\npublic-subjects = 50\nnoise-multiplier = 1.0\nsample-rate = 0.5\n"
+)
 
 
 @pytest.fixture

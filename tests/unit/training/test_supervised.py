@@ -129,7 +129,7 @@ def test_the_head_starts_at_zero_and_belongs_to_the_heads(make_run):
 
 
 def private_run(make_run, **changes):
-    run = make_run(OLD + PRIVATE + "sample-rate = 0.25\nclip-norm = 0.7\n")
+    run = make_run(OLD + PRIVATE + "clip-norm = 0.7\n")
     return run.model_copy(update={"patient_dp": run.patient_dp.model_copy(update=changes)})
 
 
