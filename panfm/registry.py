@@ -95,9 +95,10 @@ OBJECTIVES = Registry(
         "mae": "panfm.training.objectives.mae.config:MaeConfig",
         "views": "panfm.training.objectives.views.config:ViewsConfig",
         "view-regression": "panfm.training.objectives.view_regression.config:ViewRegressionConfig",
+        "supervised": "panfm.training.objectives.supervised.config:SupervisedConfig",
     },
 )
-"""Config classes of the self-supervised objectives (`panfm.config.objective`)."""
+"""Config classes of the objectives (`panfm.config.objective`)."""
 
 MASKING_POLICIES = Registry(
     "masking.policy",

@@ -132,7 +132,8 @@ def check_handshake(handshake: Handshake, run: RunConfig, manifest: GroupManifes
     if changed := sorted(group for group, digest in handshake.group_hashes.items() if digest != hashes[group]):
         raise ProtocolError(f"the parameters of {', '.join(changed)} differ from the server's (layout hash)")
     streams = run.streams if run.sharing.rule == "plain" else handshake.streams
-    expected = {group for group in manifest.groups if not group.startswith("stream:")} | set(map(stream_group, streams))
+    of_streams = set(map(stream_group, streams)) & set(manifest.groups)
+    expected = {group for group in manifest.groups if not group.startswith("stream:")} | of_streams
     if expected != (trained := set(handshake.group_hashes)):
         missing, extra = sorted(expected - trained), sorted(trained - expected)
         raise ProtocolError(f"groups it trains: missing {missing or 'none'}, not expected {extra or 'none'}")

@@ -8,7 +8,8 @@ sites.json         handshakes, coverage, and who cannot take part
 rounds.jsonl       one line per round
 ended.json         how and why the run ended without a model
 checkpoint/        the server's state after the last rounds, and run.toml as it was in its first round
-model/             model.safetensors, metadata.json, run.toml, and probe.safetensors in a run with probe.tasks
+model/             model.safetensors, metadata.json, run.toml; with probe.tasks probe.safetensors; with [task] task.json
+                   and head.safetensors
 status.html, tensorboard/, mlflow.db, mlflow/, wandb/   for people (tracking.py)
 probe.json         scores of held-out subjects, in a simulation (panfm/evaluate/result.py)
 report.json        parts of the report that need images, in a simulation (panfm/report/report_data.py)
@@ -41,6 +42,7 @@ from panfm.files import (
     write_checked,
     write_json,
 )
+from panfm.finetune.federated_head import write_head
 from panfm.models import describe_model
 from panfm.models.packing import frozen_manifest
 from panfm.models.warm_start import read_start, start_state, with_start_parameters
@@ -256,11 +258,13 @@ class RunFolder:
         probes: LabelProbes | None = None,
     ) -> None:
         """Write model/: the global parameters by name, those that the run did not train included, probes of labels
-        where there are any, and what they are."""
+        and the head of a task where there are any, and what they are."""
         untrained = frozen_manifest(describe_model(self.run), self.run.sharing)
         tensors = manifest.unpack_all(state.groups) | untrained.unpack_all(frozen)
         write_atomic(self.path / "model" / "model.safetensors", safetensors.numpy.save(tensors))
         write_atomic(self.path / "model" / "run.toml", dump_toml(self.shared_run).encode())
+        if self.run.task is not None:
+            write_head(self.path / "model", self.run.task, tensors)
         if probes and probes.probes:
             save_probes(self.path / "model", probes.probes, self.run.features.pooling_text)
         metadata = {
@@ -279,6 +283,8 @@ class RunFolder:
             "panfm": __version__,
             "intended-use": "research; not a medical device",
         }
+        if self.run.task is not None:
+            metadata["task"] = self.run.task.label
         if state.measure:
             metadata["gate"] = {"measure": state.measure.value, "round": state.measure.round_number}
         if self.run.probe.tasks and probes:

@@ -56,7 +56,13 @@ def train_round(trainer: Trainer, store: ImageStore, name: str, round_number: in
     )
 
 
-def train_together(run: RunConfig, stores: Sequence[ImageStore]) -> PanModel:
-    """Train on the images of all sites in one place, for as many local steps as all sites together take."""
+def train_together(
+    run: RunConfig, stores: Sequence[ImageStore], *, start: Mapping[str, Tensor] | None = None
+) -> PanModel:
+    """Train on the images of all sites in one place, for as many local steps as all sites together take.
+
+    Args:
+        start: As for `train_alone`.
+    """
     train = run.train.model_copy(update={"local_steps": run.train.local_steps * len(stores)})
-    return train_alone(run.model_copy(update={"train": train}), join_stores(stores), "everyone")
+    return train_alone(run.model_copy(update={"train": train}), join_stores(stores), "everyone", start=start)

@@ -7,7 +7,7 @@ written.
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from panfm.config import RunConfig, dump_toml, load_site, parse_run, site_folders
-from panfm.data.cache import open_store
+from panfm.data.task_labels import open_training_store
 from panfm.errors import DataError
 from panfm.evaluate.embed import load_model
 from panfm.evaluate.probe_cohort import evaluate_cohort
@@ -41,6 +41,7 @@ from simulations.example_slices import example_slices, png_files
 from simulations.expert_map import expert_map
 from simulations.harness import background_jobs, run_jobs
 from simulations.probe_sites import probe_sites
+from simulations.task_scores import score_task
 
 _GRID_ARMS = ("federated", "untrained", "statistics", "tokenizer")
 
@@ -61,7 +62,25 @@ def train_site_alone(job: AloneJob) -> PanModel:
     """The model that a site reaches without the others."""
     run = parse_run(job.run_toml).model_copy(update={"patient_dp": None})
     start = RunFolder(job.run_dir, run).start()
-    return train_alone(run, open_store(job.folder, run.streams), load_site(job.folder).name, start=start)
+    return train_alone(run, open_training_store(job.folder, run), load_site(job.folder).name, start=start)
+
+
+def personalise(job: AloneJob) -> PanModel:
+    """The federated model after more steps on a site's own labels."""
+    run = parse_run(job.run_toml)
+    assert run.task is not None
+    train = run.train.model_copy(update={"rounds": 1, "local_steps": run.task.personal_steps})
+    own = run.model_copy(update={"patient_dp": None, "site_dp": None, "train": train})
+    start, store = load_model(job.run_dir / "model")[0].state_dict(), open_training_store(job.folder, run)
+    return train_alone(own, store, f"{load_site(job.folder).name}, personalised", start=start)
+
+
+def _personalised(run: RunConfig, folders: Sequence[Path], run_dir: Path) -> dict[str, PanModel]:
+    """Site -> its personalised model; none where the run asks for no personal steps."""
+    if run.task is None or run.task.personal_steps == 0:
+        return {}
+    models = run_jobs(personalise, [AloneJob(dump_toml(run), folder, run_dir) for folder in folders])
+    return {load_site(folder).name: model for folder, model in zip(folders, models, strict=True)}
 
 
 @contextmanager
@@ -177,6 +196,8 @@ def probe_run(
         bar.update(shown, description="probing", completed=bar.tasks[shown].total)
     if whitening := models["federated"].whitening:
         save_whitening(run_dir / "model", whitening, run.features.pooling_text)
+    task_scores = score_task(run, models, _personalised(run, folders, run_dir), cohort) if run.task else ()
     probes = read_probes(run_dir / "model")
     together = probe_sites(opened.task(run), load_model(run_dir / "model", whitened=False)[0], probes)
-    return replace(result, scores=result.scores + together.scores, notes=result.notes + together.notes)
+    notes = result.notes + together.notes
+    return replace(result, scores=result.scores + together.scores, notes=notes, task=task_scores)

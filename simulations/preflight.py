@@ -18,11 +18,13 @@ from panfm.data.label_kinds import encode
 from panfm.data.labels import Labels, read_labels, read_site_cells
 from panfm.data.manifest import Row, read_manifest
 from panfm.data.subjects import subject_key
-from panfm.errors import ConfigError, DataError, RunError
+from panfm.data.task_labels import read_task_labels
+from panfm.errors import ConfigError, DataError, LimitError, RunError
 from panfm.evaluate.linear_probe import MIN_SUBJECTS
 from panfm.evaluate.probe_labels import Unmatched
 from panfm.models.sizes import sizes_of
 from panfm.planning.plan import too_few_to_train
+from panfm.site.admission import check_labels
 from server.tracking_config import tracking_of
 from simulations.cohorts.cohort_labels import CohortLabels, read_cohort_labels
 from simulations.cohorts.cohort_source import require_site
@@ -74,6 +76,7 @@ def check_before(run: RunConfig, cohort: Path) -> list[str]:
     _check_number_of_sites(run, sites)
     lines = [line for site in sites for line in _of_site(site, run)]
     lines += _too_small(run, sites)
+    lines += [line for site in sites for line in _of_task(site, run)]
     at_sites = {row.stream for site in sites for row in site.rows}
     lines += [f"stream {name}: no site has images of it" for name in run.streams if name not in at_sites]
     lines += _of_tasks(run, sites)
@@ -128,6 +131,24 @@ def _of_site(place: _Place, run: RunConfig) -> Iterator[str]:
     yield from _unused_streams(where, place)
     if others := place.in_split("test"):
         yield f"{where}: {_named(others)} in split test: left out, a site trains on train and validates on val"
+
+
+def _of_task(place: _Place, run: RunConfig) -> Iterator[str]:
+    """Yield a line on the training patients of a site without the label of the run's task. Raises LimitError, with the
+    site's name: it cannot learn the task."""
+    if run.task is None:
+        return
+    where = f"site {place.site.name}"
+    try:
+        check_labels(run.task, place.site.limits)
+        labels = read_task_labels(place.folder, place.site, run.task)
+    except LimitError as error:
+        raise LimitError(f"{where}: {error}") from error
+    if labels.fault:
+        raise LimitError(f"{where}: {labels.fault}")
+    train = place.in_split("train")
+    if missing := sum(subject_key(subject) not in labels.by_subject for subject in train):
+        yield f"{where}: {missing} of {len(train)} training patients have no {run.task.label} and do not train"
 
 
 def _of_holdout(place: _Place, run: RunConfig) -> Iterator[str]:

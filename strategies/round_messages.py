@@ -81,7 +81,7 @@ class Downlink:
             sent |= {
                 frozen_name(group): packed
                 for group, packed in self._packed_frozen.items()
-                if has_group(handshake.group_hashes, group)
+                if has_group(handshake.group_hashes, group, handshake.streams)
             }
         for name, (_, size) in sent.items():
             group = name.partition("/")[0]

@@ -9,9 +9,10 @@ import typer
 
 from panfm.cli.common import Overrides
 from panfm.cli.model_arguments import Model, check_model, open_stores
-from panfm.errors import DataError
+from panfm.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    from panfm.config import RunConfig
     from panfm.privacy.audit_inversion import Scenario
 
 app = typer.Typer(no_args_is_help=True, help="Attacks that test what privacy promises. Nothing leaves.")
@@ -73,6 +74,7 @@ def audit_membership(
     from panfm.privacy.audit_membership import Place, audit_membership
 
     network, run = load_model(model, whitened=False)
+    _refuse_task(model, run)
     if run.start and not before:
         raise DataError(f"{model}: was started from another model, expected its folder as --before")
     start = load_model(before, whitened=False)[0] if before else build_model(run)
@@ -103,9 +105,16 @@ def audit_inversion(
     from panfm.privacy.audit_inversion import audit_inversion
 
     network, run = load_model(model, whitened=False)
+    _refuse_task(model, run)
     scenarios = audit_inversion(network, run, open_stores(sites, run.streams, split="train"), patients=patients)
     _write_json(json, [asdict(scenario) for scenario in scenarios])
     _print_inversion(scenarios)
+
+
+def _refuse_task(model: Path, run: "RunConfig") -> None:
+    """Raise ConfigError for a model that has learned labels: the attacks know losses of images alone."""
+    if run.task is not None:
+        raise ConfigError(f"{model}: has learned labels ([task]), expected a model of pre-training")
 
 
 def _print_inversion(scenarios: Sequence["Scenario"]) -> None:

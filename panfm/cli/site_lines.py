@@ -33,6 +33,8 @@ def dry_run_lines(trial: DryRun) -> Iterator[str]:
         yield f"  {name}: {'a number' if isinstance(value, int | float) else f'{len(value)} numbers'}"
     for name in reply.to_records().config:
         yield f"  {name}: the server's own words, or the round this site started from"
+    if trial.trains_on:
+        yield f"trains on a column of your label table: {trial.trains_on}; updates tell of these labels"
     if trial.sums:
         yield trial.sums
 

@@ -41,6 +41,11 @@ class ObjectiveConfig(Config):
         return 1
 
     @property
+    def hides_tokens(self) -> bool:
+        """Whether the student sees only the tokens that `[masking]` leaves visible."""
+        return True
+
+    @property
     def streams_per_batch(self) -> Literal["all", "one", "one-or-pair"]:
         """Streams that a batch shows: all that its patients hold; one that they all hold; or also two, one per view."""
         return "all"

@@ -3,6 +3,7 @@
 | kind | trained |
 |---|---|
 | all | everything |
+| head | the head of the run's `[task]` alone; the encoder is frozen |
 | last-blocks | the last `blocks` blocks of the backbone, its last norm, and the heads |
 | attention-projections | the output projection of attention in the last `blocks` blocks, and the heads |
 | norms | the backbone's layer norms, and the heads |
@@ -24,7 +25,7 @@ Blocks = Annotated[int, Field(gt=0, le=1024)]
 class PlainPartsConfig(Config):
     """Parts that need no number."""
 
-    kind: Literal["all", "norms", "vectors"] = "all"
+    kind: Literal["all", "head", "norms", "vectors"] = "all"
 
 
 class BlockPartsConfig(Config):

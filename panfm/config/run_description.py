@@ -4,7 +4,8 @@ One TOML file of this shape describes a run (`configs/experiments/*.toml`). The 
 resolved text to the sites, so every part of a federation reads the same words.
 """
 
-from typing import Annotated, Self
+from collections.abc import Iterator
+from typing import Annotated, Any, Self
 
 from pydantic import Field, SerializeAsAny, model_validator
 
@@ -24,9 +25,13 @@ from panfm.config.sharing import SharingConfig
 from panfm.config.site_dp import SiteDpConfig
 from panfm.config.start import StartConfig
 from panfm.config.streams import StreamConfig
+from panfm.config.task import TaskConfig
 from panfm.config.training import TrainConfig
 from panfm.registry import BACKBONES
 from panfm.texts import toml_key
+
+SUPERVISED = "supervised"
+"""Name of the objective of runs with `[task]`."""
 
 
 class RunConfig(Config):
@@ -45,6 +50,8 @@ class RunConfig(Config):
     tracking: TomlTable | None = None
     """Loggers of the rounds at the coordinator, TensorBoard when left out: a table that the server checks itself. No
     site is told of it."""
+    task: TaskConfig | None = None
+    """Labels to learn: the run fine-tunes a head on them instead of pre-training; pre-training when left out."""
     model: ModelConfig = ModelConfig()
     objective: SerializeAsAny[ObjectiveConfig] = Field(default_factory=lambda: ObjectiveConfig.model_validate({}))
     augment: AugmentConfig | None = None
@@ -69,6 +76,44 @@ class RunConfig(Config):
         """Organs that a site may have images of: as named, else those of the streams and the seven of Pan-FM."""
         of_streams = (parse_stream(stream)[0] for stream in self.streams)
         return tuple(dict.fromkeys([*of_streams, *DEFAULT_ORGANS])) if self.named_organs is None else self.named_organs
+
+    @model_validator(mode="before")
+    @classmethod
+    def _task_chooses_its_objective(cls, table: Any) -> Any:
+        """Give a run with `[task]` the objective that learns labels, and a masking policy without saliency."""
+        if not isinstance(table, dict) or table.get("task") is None:
+            return table
+        return {"objective": {"name": SUPERVISED}, "masking": {"policy": "random"}} | table
+
+    @model_validator(mode="after")
+    def _task_fits(self) -> Self:
+        """Refuse a task beside settings that have no effect, or under which its head would not be one of all sites."""
+        if self.task is None:
+            if self.objective.name == SUPERVISED:
+                raise ValueError(f'objective.name: "{SUPERVISED}" learns labels, expected a table [task]')
+            if self.train.parts.kind == "head":
+                raise ValueError('train.parts: "head" trains no encoder, expected a table [task]')
+            return self
+        for fault in self._task_faults():
+            raise ValueError(fault)
+        return self
+
+    def _task_faults(self) -> Iterator[str]:
+        """Yield one line for each setting that does not go with `[task]`."""
+        pooling = self.features.pooling
+        if self.objective.name != SUPERVISED:
+            yield f'objective.name: a run with [task] learns labels, leave it out (got "{self.objective.name}")'
+        if self.masking.policy != "random":
+            yield f'masking.policy: nothing is hidden in a run with [task], leave it out (got "{self.masking.policy}")'
+        if self.sharing.head == "private":
+            yield 'sharing.head: "private" would leave the run without the head of its task, set "mean"'
+        if self.sharing.rule == "plain":
+            yield 'sharing.rule: "plain" is a baseline of pre-training, set "grouped" in a run with [task]'
+        if self.features.whitening:
+            yield "features.whitening: would change the embedding under the head of the task, set false"
+        if pooling.startswith("per-stream"):
+            known = 'set "cls", "cls+mean" or "layers" in a run with [task]'
+            yield f'features.pooling: "{pooling}" has other sizes where a site lacks a stream, {known}'
 
     @model_validator(mode="after")
     def _streams_are_known(self) -> Self:

@@ -56,6 +56,10 @@ class LimitsConfig(Config):
     """Patients that the site is publicly known to have, instead of the private run's number."""
     experiments: Annotated[tuple[Hash, ...], Field(strict=False)] = ()
     """Experiments that may run here, by hash, as `panfm site dry-run` prints it; empty: any."""
+    training_labels: (
+        Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)] | Literal["all"]
+    ) = ()
+    """Columns of the label table that a run's `[task]` may train on, none when left out; "all": any column."""
     starts: Annotated[tuple[Hash, ...], Field(strict=False)] = ()
     """Trained models that a run may start from, by the hash that the refusal of another names; without `epsilon` and
     with a `smallest-batch` above 1, a run that starts from any other is refused unless its experiment is named."""

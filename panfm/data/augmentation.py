@@ -16,6 +16,7 @@ Shape legend: B subjects, P subjects that hold a stream, S streams, C channels, 
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -62,7 +63,7 @@ class Augmentation:
                 draws = _named(drawn[rows, index].to(own.device))
                 varied = _varied_intensities(_moved(own, stream, strengths, draws), strengths, draws)
                 images[name] = _noisy(varied, strengths, draws, [generators[row] for row in rows.tolist()])
-        return Batch(batch.size, images, batch.rows)
+        return replace(batch, images=images)
 
     @torch.no_grad()
     def move(self, name: str, maps: Tensor, generators: Sequence[torch.Generator]) -> Tensor:

@@ -33,7 +33,7 @@ from panfm.errors import ConfigError, DataError, one_line
 from panfm.texts import parse_toml, read_text
 
 RULES = "labels.toml"
-_UNKNOWN = frozenset(("", "na", "n/a", "#n/a", "nan", "null", "unknown", "?"))
+UNKNOWN = frozenset(("", "na", "n/a", "#n/a", "nan", "null", "unknown", "?"))
 """Cells, in lower case, that mean "not known" everywhere."""
 _CODES = frozenset(
     sign * value for sign in (-1.0, 1.0) for value in (8, 9, 88, 98, 99, 888, 998, 999, 8888, 9998, 9999, 99999)
@@ -78,7 +78,7 @@ class LabelKind:
     kind: Kind
     values: tuple[str, ...] = ()
     """In lower case: of yes-no first the no, then the yes; of classes all of them."""
-    unknown: frozenset[str] = _UNKNOWN
+    unknown: frozenset[str] = UNKNOWN
     """Cells, in lower case, that mean "not known"."""
 
 
@@ -116,7 +116,7 @@ def infer_kinds(tables: Sequence[LabelTable], rules: Mapping[str, LabelRule]) ->
         raise ConfigError(f"{RULES}: {unknown[0]}: no label table has this column, known: {', '.join(columns)}")
     kinds, notes = {}, []
     for name in columns:
-        cells = [_plain(cell) for table in tables for cell in table.cells.get(name, ())]
+        cells = [plain_cell(cell) for table in tables for cell in table.cells.get(name, ())]
         kinds[name], note = _infer(cells, rules.get(name, LabelRule()), name)
         notes += [one_line(f"{name}: {note}")] if note else []
     return LabelKinds(kinds, tuple(notes))
@@ -130,7 +130,7 @@ def encode(table: LabelTable, kinds: Mapping[str, LabelKind]) -> Labels:
     """
     columns: dict[str, NDArray[np.float64]] = {}
     for name, kind in kinds.items():
-        cells = [_plain(cell) for cell in table.cells.get(name, ("",) * len(table.subjects))]
+        cells = [plain_cell(cell) for cell in table.cells.get(name, ("",) * len(table.subjects))]
         _check_cells(table, name, kind)
         if kind.kind == "number":
             columns[name] = np.array([np.nan if cell in kind.unknown else float(cell) for cell in cells])
@@ -144,7 +144,7 @@ def encode(table: LabelTable, kinds: Mapping[str, LabelKind]) -> Labels:
 
 def _check_cells(table: LabelTable, name: str, kind: LabelKind) -> None:
     for line, cell in zip(table.lines, table.cells.get(name, ()), strict=False):
-        plain = _plain(cell)
+        plain = plain_cell(cell)
         is_sound = plain_number(plain) is not None if kind.kind == "number" else plain in kind.values
         if kind.kind != "ignore" and plain not in kind.unknown and not is_sound:
             wanted = "a number" if kind.kind == "number" else _listed(kind.values)
@@ -167,7 +167,7 @@ def _infer(cells: Sequence[str], rule: LabelRule, name: str) -> tuple[LabelKind,
     Args:
         cells: In lower case, of all places.
     """
-    unknown = _UNKNOWN | frozenset(map(_plain, rule.unknown or ()))
+    unknown = UNKNOWN | frozenset(map(plain_cell, rule.unknown or ()))
     counts = Counter(cell for cell in cells if cell not in unknown)
     numbers = {cell: number for cell in counts if (number := plain_number(cell)) is not None}
     if rule.kind == "ignore":
@@ -233,7 +233,7 @@ def _yes_no(
     if len(counts) > 2:
         fault = one_line(f"found {len(counts)} values ({_listed(counts)}), expected two")
         raise ConfigError(f'{RULES}: {name}: {fault}; write kind = "classes"')
-    yes = None if rule.yes is None else _plain(rule.yes)
+    yes = None if rule.yes is None else plain_cell(rule.yes)
     if yes is not None and yes not in counts:
         raise ConfigError(
             one_line(f"{RULES}: {name}: yes = {rule.yes!r}: no subject has it, expected {_listed(counts)}")
@@ -267,7 +267,7 @@ def _code(numbers: Mapping[str, float]) -> str | None:
     return None
 
 
-def _plain(cell: str) -> str:
+def plain_cell(cell: str) -> str:
     """Normalise a cell: lower case, no zero-width characters, numbers in one spelling."""
     shown = visible(cell).strip()
     number = plain_number(shown)

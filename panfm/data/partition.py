@@ -31,7 +31,7 @@ from panfm.seeds import numpy_generator
 
 By = Literal["iid", "size", "label", "stream"]
 HOLDOUT = "holdout"
-_SIMULATED = LimitsConfig(smallest_batch=1, smallest_steps=1)
+_SIMULATED = LimitsConfig(smallest_batch=1, smallest_steps=1, training_labels="all")
 """A simulated site has no patients to protect by floors, and may be as small as it likes."""
 
 

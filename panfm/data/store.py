@@ -4,7 +4,7 @@ Shape legend: P subjects that hold a stream, C channels, `*shape` voxels of the 
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -32,16 +32,19 @@ class Batch:
     """Stream -> float32 [P, C, *shape]; only streams that at least one subject holds."""
     rows: dict[str, Tensor]
     """Stream -> int64 [P], which subject of the batch each image belongs to, ascending."""
+    labels: Tensor | None = None
+    """float32 [size, K], the labels of a run's `[task]`; NaN where unknown."""
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
         images = {stream: image.to(device) for stream, image in self.images.items()}
-        return Batch(self.size, images, {stream: rows.to(device) for stream, rows in self.rows.items()})
+        rows = {stream: rows.to(device) for stream, rows in self.rows.items()}
+        return Batch(self.size, images, rows, None if self.labels is None else self.labels.to(device))
 
     def only(self, streams: Collection[str]) -> "Batch":
         """The same subjects with the images of some streams."""
         images = {stream: image for stream, image in self.images.items() if stream in streams}
-        return Batch(self.size, images, {stream: self.rows[stream] for stream in images})
+        return replace(self, images=images, rows={stream: self.rows[stream] for stream in images})
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +68,8 @@ class ImageStore:
     """Stream -> [P], session of each image; of streams with sessions only."""
     digests: Mapping[str, Sequence[bytes]] = field(default_factory=dict)
     """Stream -> hash of the content of each image; none where images were made in memory."""
+    labels: NDArray[np.float32] | None = None
+    """[subjects, K], the labels of a run's `[task]` in the units of its loss; NaN where unknown."""
 
     def batch(
         self,
@@ -88,7 +93,8 @@ class ImageStore:
             if len(holders):
                 images[stream] = torch.from_numpy(np.ascontiguousarray(self.images[stream][where[holders]]))
                 rows[stream] = torch.from_numpy(holders)
-        return Batch(len(wanted), images, rows)
+        labels = None if self.labels is None else torch.from_numpy(self.labels[wanted])
+        return Batch(len(wanted), images, rows, labels)
 
     def indices(self, split: str) -> NDArray[np.int64]:
         """Subjects of one split, as indices into `subjects`."""
@@ -137,4 +143,6 @@ def join_batches(batches: Sequence[Batch]) -> Batch:
             images.setdefault(stream, []).append(image)
             rows.setdefault(stream, []).append(batch.rows[stream] + offset)
     joined = {stream: torch.cat(parts) for stream, parts in images.items()}
-    return Batch(offsets[-1], joined, {stream: torch.cat(parts) for stream, parts in rows.items()})
+    labels = [batch.labels for batch in batches if batch.labels is not None]
+    joined_rows = {stream: torch.cat(parts) for stream, parts in rows.items()}
+    return Batch(offsets[-1], joined, joined_rows, torch.cat(labels) if labels else None)

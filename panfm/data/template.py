@@ -44,6 +44,8 @@ may-leave = ["updates", "counts", "loss", "saliency"]
 # public-subjects = 1000
 # Experiments that may run here, by the hash that `panfm site dry-run` prints; empty: any.
 experiments = []
+# Columns of the label table that a run with [task] may train on; "all": any. Such a run's updates tell of them.
+training-labels = []
 # Trained models that a run may start from ([start]), by the hash that a refusal names. A run that starts from another
 # is refused, unless its experiment is named, smallest-batch is 1, or the run is private and epsilon is set.
 starts = []

@@ -25,7 +25,7 @@ from panfm.data.store import Batch, ImageStore
 from panfm.errors import DataError, reason
 from panfm.files import write_atomic
 from panfm.models import PanModel, build_model
-from panfm.models.transfer import load_with_fresh_private
+from panfm.models.transfer import load_with_fresh_private, taskless_run, taskless_state
 from panfm.models.whitening import read_whitening
 
 
@@ -209,7 +209,8 @@ def load_model(
 ) -> tuple[PanModel, RunConfig]:
     """The model of a run's `model/` folder, and the run that made it.
 
-    What sites kept to themselves is not there: private experts are copies of the director.
+    What sites kept to themselves is not there: private experts are copies of the director. The head of a task reads the
+    run's own pooling: under another the model, and the run that is returned, have none.
 
     Args:
         pooling: How embeddings are read off the model, instead of as the run says; they are then not whitened.
@@ -220,15 +221,17 @@ def load_model(
         DataError: the weights or the whitening are absent or unreadable, or do not fit the run's model.
     """
     run, path = load_run(folder / "run.toml"), folder / "model.safetensors"
+    drops_task = pooling is not None and run.task is not None
     if pooling is not None:
-        run = run.model_copy(update={"features": pooling})
+        run = (taskless_run(run) if drops_task else run).model_copy(update={"features": pooling})
     try:
         weights = load_file(path)
     except (OSError, ValueError, SafetensorError) as error:
         raise DataError(f"{path}: expected a model's weights ({reason(error)})") from error
     model = build_model(run)
     try:
-        load_with_fresh_private(model, run.sharing, weights, model.state_dict())
+        shared = taskless_state(weights, model.split_state(run.sharing)[0]) if drops_task else weights
+        load_with_fresh_private(model, run.sharing, shared, model.state_dict())
     except RuntimeError as error:
         first = " ".join(str(error).split())[:120]
         raise DataError(f"{path}: does not fit the model of run.toml: {first}") from error

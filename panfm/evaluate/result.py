@@ -9,10 +9,13 @@
  "few_labels": {arm: {"auc_<n>": mean AUC of probes fitted on n patients}},
  "labels":  [a score for each label: {"arm", "group": the label, "metric", "value", "low", "high", "num_labels": 1}],
  "known":   {label: {"fit", "test"}},                      subjects for whom a label is known
+ "task":    [a score of each model that has learned the run's [task]: {"arm", "group", "metric", ...}],
  "unmatched": {place: {"without_row", "without_images"}}}  subjects on one side of a label table only
 ```
-`group` is a group of labels (`all`, `weak`, `category`, `disease`) or, for a number, the label itself. Intervals are
-95 % bootstrap over test subjects. What cannot be told is null.
+`group` is a group of labels (`all`, `weak`, `category`, `disease`) or, for a number, the label itself; of `task` it is
+`holdout`, or the site (`site:<name>`) whose patients outside training are scored, the metric is auc, accuracy, r2 or
+mae, and arms that end in ` minus own` are differences to the site's own model. Intervals are 95 % bootstrap over test
+subjects. What cannot be told is null.
 """
 
 import json
@@ -26,6 +29,13 @@ from pydantic import TypeAdapter
 
 from panfm.errors import DataError, reason
 from panfm.files import write_json
+
+HOLDOUT = "holdout"
+"""Group of a task's scores on the held-out patients."""
+PERSONALISED = "personalised"
+"""Arm of a task: the federated model after more steps on a site's own labels."""
+GAIN = " minus own"
+"""Suffix of an arm: how much better it is than the site's own model, on the same patients."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +81,8 @@ class ProbeResult:
     """Every label by itself; `group` is the label."""
     known: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     unmatched: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    task: tuple[Score, ...] = ()
+    """Predictions of the run's `[task]`, by the head that learned it."""
 
     def find(self, arm: str, group: str, metric: str) -> Score | None:
         """One cell of the table; None when it was not measured."""

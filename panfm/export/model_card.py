@@ -20,6 +20,7 @@ _USE = {
     model(pixel_values=pixels).last_hidden_state[:, 0]   # CLS, float32 [B, {embedding}]""",
 }
 _TUNED = "\n\nIt was then fine-tuned for `{task}`, with labels or masks of {fine-tuned-on} training patients."
+_TUNED_TOGETHER = "\n\nIts sites fine-tuned it together for `{task}`, with the labels of their training patients."
 _CARD = """\
 ---
 library_name: {library}
@@ -83,7 +84,7 @@ def model_card(source: Source, metadata: Mapping[str, Any], library: str) -> str
         "library": library,
         "organs": ", ".join(dict.fromkeys(stream["organ"] for stream in metadata["streams"].values())),
         "num_sites": len(metadata["sites"]),
-        "tuned": _TUNED.format(**metadata) if "task" in metadata else "",
+        "tuned": _tuned(metadata),
         "use": _USE[library].format(first=first, embedding=metadata["embedding"]),
         "sites": ", ".join(metadata["sites"]),
         "start": f"weights of SHA-256 `{metadata['start']}`" if metadata["start"] else "parameters drawn at random",
@@ -98,6 +99,13 @@ def _run_of(source: Source) -> Run | None:
     """The run folder around a model; None where the model lies alone."""
     folder = source.folder.parent
     return read_run(folder) if (folder / "rounds.jsonl").exists() else None
+
+
+def _tuned(metadata: Mapping[str, Any]) -> str:
+    """Write a sentence on the task of a model that was fine-tuned; empty for any other."""
+    if "task" not in metadata:
+        return ""
+    return (_TUNED if metadata["fine-tuned-on"] is not None else _TUNED_TOGETHER).format(**metadata)
 
 
 def _stream_rows(streams: Mapping[str, Mapping[str, Any]], run: Run | None) -> Iterator[str]:

@@ -29,7 +29,7 @@ from panfm.data.store import Batch
 from panfm.errors import DataError, RunError
 from panfm.evaluate.embed import embed_store
 from panfm.files import read_checked, write_checked
-from panfm.finetune.finetune_settings import FinetuneParts, FinetuneSettings, HeadPartsConfig
+from panfm.finetune.finetune_settings import FinetuneParts, FinetuneSettings
 from panfm.finetune.task_data import Indices, TaskData
 from panfm.finetune.task_heads import LabelHead, SegmentationHead, TaskHead, build_head
 from panfm.models import PanModel
@@ -284,14 +284,12 @@ def choose_parts(model: PanModel, parts: FinetuneParts, seed: int) -> None:
     """Let the head and the chosen parts of the encoder be trained; all other parameters get no gradient."""
     named = dict(model.named_parameters())
     trained = {name for name in named if name.startswith(_HEADS)}
-    if not isinstance(parts, HeadPartsConfig):
-        if isinstance(parts, LoraConfig):
-            add_lora(model.backbone, parts)
-            for name, parameter in model.named_parameters():
-                if is_lora(name):
-                    initialise(name, parameter, torch_generator(seed, "fine-tuning", name))
-        trained |= trained_names(model, parts)
-    model.trained = frozenset(trained)
+    if isinstance(parts, LoraConfig):
+        add_lora(model.backbone, parts)
+        for name, parameter in model.named_parameters():
+            if is_lora(name):
+                initialise(name, parameter, torch_generator(seed, "fine-tuning", name))
+    model.trained = trained_names(model, parts) | trained
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
@@ -18,15 +18,7 @@ SETTINGS_FILE = "finetune.toml"
 PARTS_HELP = "head, all, norms, vectors, last-blocks:N, attention-projections:N, lora:N or lora:N:RANK"
 
 
-class HeadPartsConfig(Config):
-    """Train the head alone; the encoder is frozen."""
-
-    kind: Literal["head"] = "head"
-
-
-FinetuneParts = Annotated[
-    HeadPartsConfig | PlainPartsConfig | BlockPartsConfig | LoraConfig, Field(discriminator="kind")
-]
+FinetuneParts = Annotated[PlainPartsConfig | BlockPartsConfig | LoraConfig, Field(discriminator="kind")]
 """The head, and the parts of the encoder that are trained with it, by the names of `[train.parts]`."""
 
 

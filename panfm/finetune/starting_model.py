@@ -9,7 +9,7 @@ from panfm.errors import ConfigError
 from panfm.evaluate.embed import load_model
 from panfm.models import PanModel, build_model
 from panfm.models.trained_parts import fit_lora
-from panfm.models.transfer import director_run, director_state
+from panfm.models.transfer import director_run, director_state, taskless_run, taskless_state
 from panfm.privacy.guarantees import privacy_label
 from panfm.sharing.groups import EXPERTS, is_shared
 
@@ -17,7 +17,7 @@ from panfm.sharing.groups import EXPERTS, is_shared
 def starting_model(
     folder: Path, *, pooling: FeaturesConfig | None = None, from_scratch: bool = False
 ) -> tuple[PanModel, RunConfig]:
-    """Read a run's model for fine-tuning, without a whitening.
+    """Read a run's model for fine-tuning, without a whitening and without the head of a task that the run has learned.
 
     Guarantees:
         plain: low-rank additions are added to the weights; experts that their sites kept, which are copies of the
@@ -42,7 +42,10 @@ def starting_model(
     state = before.state_dict()
     if before.director_experts() and not is_shared(run.sharing, EXPERTS):
         run, state = director_run(run), director_state(before)
+    if has_task := run.task is not None:
+        run = taskless_run(run)
     model = build_model(run)
     if not from_scratch:
-        model.load_state_dict(fit_lora(state, model.state_dict()))
+        fitted = fit_lora(state, model.state_dict())
+        model.load_state_dict(taskless_state(fitted, model.state_dict()) if has_task else fitted)
     return model, run

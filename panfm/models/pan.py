@@ -21,6 +21,7 @@ from panfm.config.model import ModelConfig
 from panfm.config.objective import ObjectiveConfig
 from panfm.config.parts import PartsConfig
 from panfm.config.sharing import SharingConfig
+from panfm.config.task import TaskConfig
 from panfm.data.store import Batch
 from panfm.errors import ConfigError
 from panfm.models.backbone import Backbone, Encoded, PerStream, Route, Saliency, parameter_groups
@@ -46,6 +47,8 @@ SIZES = {
 }
 """Width, depth, heads. tiny, small and base as in DeiT (Touvron et al. 2021), large as in ViT (Dosovitskiy et al.
 2021); nano for laptops."""
+TASK_HEAD = "task"
+"""Name of the head of a run's `[task]` among a model's heads: a linear layer on the embedding."""
 _POSITION_SCALE = 0.2
 """Positions are small beside what a token holds, so that the first norm does not drown it."""
 
@@ -89,6 +92,7 @@ class PanModel(nn.Module):
         config: ModelConfig,
         objective: ObjectiveConfig,
         features: FeaturesConfig,
+        task: TaskConfig | None = None,
     ) -> None:
         super().__init__()
         width, depth, heads = SIZES[config.size]
@@ -108,6 +112,9 @@ class PanModel(nn.Module):
             self.backbone.turn_by(_angles(streams, width // heads))
         sizes = {name: num_patch_features(stream, config.tokenizer) for name, stream in streams.items()}
         self.heads = Heads(width, heads, sizes, objective)
+        self.task = task
+        if task is not None:
+            self.heads.add_module(TASK_HEAD, nn.Linear(self.embedding_size, len(task.outputs)))
         self.register_buffer("stream_of_patch", _stream_of_patch(streams), persistent=False)
         self.trained = frozenset(dict(self.named_parameters()))
         """Names of the parameters that a run trains."""
@@ -180,9 +187,13 @@ class PanModel(nn.Module):
         """
         patches = self.patch_features(batch.to(self.stream_of_patch.device))
         encoded = self.encode(patches, keep_blocks=self.pooling.reads_blocks, route=route)
-        stream_of_token = self.stream_of_patch[encoded.layout.patch_index]
-        pooled = pool(encoded, self.pooling, stream_of_token, len(self.streams))
+        pooled = self.pool(encoded)
         return pooled if self.whitening is None else self.whitening(pooled, self.present(batch))
+
+    def pool(self, encoded: Encoded) -> Tensor:
+        """Pool encoded tokens to embeddings [B, E] as `[features]` says, unwhitened. Raises ConfigError as `embed`."""
+        stream_of_token = self.stream_of_patch[encoded.layout.patch_index]
+        return pool(encoded, self.pooling, stream_of_token, len(self.streams))
 
     def parameter_groups(self) -> dict[str, str]:
         """Sharing group of every tensor in the state dict, by its name."""
@@ -193,9 +204,15 @@ class PanModel(nn.Module):
         return split_state(sharing, self.parameter_groups(), self.state_dict())
 
     def choose_parts(self, parts: PartsConfig) -> None:
-        """Train a part of the parameters; the others get no gradient."""
+        """Train a part of the parameters; the others get no gradient.
+
+        Of the heads of a model with a task, that of the task alone is trained, whatever the part.
+        """
         add_lora(self.backbone, parts)
         self.trained = trained_names(self, parts)
+        if self.task is not None:
+            of_encoder = (name for name in self.trained if not name.startswith("heads."))
+            self.trained = frozenset([*of_encoder, f"heads.{TASK_HEAD}.weight", f"heads.{TASK_HEAD}.bias"])
         for name, parameter in self.named_parameters():
             if name not in self.trained:
                 parameter.requires_grad_(False)
@@ -237,7 +254,8 @@ def build_model(run: RunConfig, streams: Sequence[str] | None = None) -> PanMode
     """
     names = [name for name in run.streams if streams is None or name in streams]
     with torch.random.fork_rng(devices=[]):
-        model = PanModel({name: run.streams[name] for name in names}, run.model, run.objective, run.features)
+        streams_of_model = {name: run.streams[name] for name in names}
+        model = PanModel(streams_of_model, run.model, run.objective, run.features, run.task)
         model.choose_parts(run.train.parts)
     layers = model.director_experts().values()
     of_experts = {parameter for layer in layers for parameter in layer.experts.parameters()}
@@ -252,7 +270,7 @@ def build_model(run: RunConfig, streams: Sequence[str] | None = None) -> PanMode
 def describe_model(run: RunConfig) -> PanModel:
     """Model of a run without memory for its parameters: names, shapes and sharing groups are those of `build_model`."""
     with torch.device("meta"):
-        model = PanModel(dict(run.streams), run.model, run.objective, run.features)
+        model = PanModel(dict(run.streams), run.model, run.objective, run.features, run.task)
         model.choose_parts(run.train.parts)
         return model
 
@@ -278,8 +296,8 @@ def is_tokens(name: str) -> bool:
 @torch.no_grad()
 def initialise(name: str, parameter: Tensor, generator: torch.Generator) -> None:
     """Matrices: Xavier normal; biases zero, norms and scales one; CLS, embeddings, queries and other tokens: normal,
-    sd 0.02."""
-    if name.endswith(".lora_b"):
+    sd 0.02. The second factor of a low-rank addition and the head of a task start at zero."""
+    if name.endswith(".lora_b") or name == f"heads.{TASK_HEAD}.weight":
         parameter.zero_()
     elif parameter.dim() > 1 and not is_tokens(name):
         nn.init.xavier_normal_(parameter, generator=generator)

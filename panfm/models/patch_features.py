@@ -9,6 +9,8 @@ the image as it is, as in ViT.
 Shape legend: P images, C channels, `*shape` voxels, `*coarse` blocks, T tokens, F features per token.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -72,7 +74,7 @@ def num_patch_features(stream: StreamConfig, tokenizer: str) -> int:
 def batch_features(batch: Batch, streams: dict[str, StreamConfig], tokenizer: str) -> Batch:
     """Replace every image of a batch by its patch features."""
     features = {name: image_features(images, streams[name], tokenizer) for name, images in batch.images.items()}
-    return Batch(batch.size, features, batch.rows)
+    return replace(batch, images=features)
 
 
 def block_statistics(images: Tensor, block: tuple[int, ...]) -> Tensor:

@@ -87,7 +87,8 @@ def _sizes_once(described: _Description) -> Sizes:
     features = [num_patch_features(stream, run.model.tokenizer) for stream in run.streams.values()]
     target = 8 * width + run.objective.num_target_values(features)
     tokens = tokens_per_patient(run.streams) + 1
-    visible = min((1.0 - run.masking.ratio) * tokens + 1 + len(run.streams), tokens)
+    hidden = run.masking.ratio if run.objective.hides_tokens else 0.0
+    visible = min((1.0 - hidden) * tokens + 1 + len(run.streams), tokens)
     patient = visible * sum(per_block) + tokens * (max(per_block) + depth * width + target)
     batch = math.ceil(run.train.batch_size * run.objective.num_views * patient)
     moments = run.objective.num_running_values(width, tokens - 1, len(run.streams))

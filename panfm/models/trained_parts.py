@@ -92,7 +92,7 @@ def _of_backbone(backbone: Backbone, parts: PartsConfig) -> Iterator[nn.Paramete
     """The trained parameters of a backbone."""
     match parts:
         case PlainPartsConfig():
-            for module in backbone.modules():
+            for module in backbone.modules() if parts.kind == "norms" else ():
                 if isinstance(module, nn.LayerNorm):
                     yield from module.parameters()
         case BlockPartsConfig(kind="last-blocks"):

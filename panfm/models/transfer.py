@@ -4,6 +4,7 @@
                                       from the folder of a run
     director_run, director_state      run and weights of the dense model that the directors of a Director-Experts model
                                       make up
+    taskless_run, taskless_state      run and weights of the model without the head of its task
     start_from_dense                  experts and directors as copies of a dense model's MLPs
 
 State-dict names: `<block>.mlp.director.*` of a Director-Experts model stands for `<block>.mlp.*` of a dense one.
@@ -14,10 +15,15 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from panfm.config import RunConfig
+from panfm.config.objective import ObjectiveConfig
+from panfm.config.parts import PlainPartsConfig
 from panfm.config.sharing import SharingConfig
 from panfm.models.director_experts import dense_name
 from panfm.models.pan import PanModel
 from panfm.sharing.groups import DIRECTOR, EXPERTS, ROUTER, is_shared, split_state
+
+HEADS = "heads."
+"""Prefix of the names of a model's heads."""
 
 
 def load_with_fresh_private(
@@ -53,6 +59,19 @@ def director_run(run: RunConfig) -> RunConfig:
 def director_state(model: PanModel) -> dict[str, Tensor]:
     """State dict of the dense model that goes through the directors alone; loads strictly into `director_run`'s."""
     return {dense_name(name): value for name, value in model.state_dict().items() if name not in _without_dense(model)}
+
+
+def taskless_run(run: RunConfig) -> RunConfig:
+    """The same run without a task: its model has heads of pre-training alone, whatever the pooling."""
+    parts = PlainPartsConfig() if run.train.parts.kind == "head" else run.train.parts
+    train, objective = run.train.model_copy(update={"parts": parts}), ObjectiveConfig.model_validate({})
+    return run.model_copy(update={"task": None, "objective": objective, "train": train})
+
+
+def taskless_state(state: Mapping[str, Tensor], fresh: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """State dict of the encoder in `state`, with the heads of `fresh`."""
+    encoder = {name: value for name, value in state.items() if not name.startswith(HEADS)}
+    return encoder | {name: value for name, value in fresh.items() if name.startswith(HEADS)}
 
 
 def _without_dense(model: PanModel) -> set[str]:

@@ -3,7 +3,7 @@
 A warm start is checked: the description names the file of weights by its hash; streams, model and every parameter must
 be the run's own, since a model that fits by chance (another voxel size, another order of channels) would train on
 without a word. A Director-Experts run may also start from a dense model of the same size; its routers are then as the
-run's seed has them.
+run's seed has them. A run with a task takes the encoder alone: its heads are as the seed has them.
 
 Public weights are converted once, where the run folder is made (`public_weights.py`, `public_start.py`); what they
 become is then known by the hashes of its groups.
@@ -24,7 +24,14 @@ from panfm.models.pan import PanModel, build_model, describe_model
 from panfm.models.public_start import check_public_fit, dense_state
 from panfm.models.public_weights import read_public
 from panfm.models.trained_parts import fit_lora, is_lora
-from panfm.models.transfer import director_run, director_state, load_with_fresh_private, start_from_dense
+from panfm.models.transfer import (
+    HEADS,
+    director_run,
+    director_state,
+    load_with_fresh_private,
+    start_from_dense,
+    taskless_state,
+)
 from panfm.sharing.groups import DIRECTOR
 
 
@@ -63,7 +70,7 @@ def _read_public_start(run: RunConfig, path: Path) -> bytes:
     check_public_fit(run, public)
     state = dense_state(run, public)
     model = describe_model(director_run(run) if describe_model(run).director_experts() else run)
-    expected = {name: value for name, value in model.state_dict().items() if not name.startswith("heads.")}
+    expected = {name: value for name, value in model.state_dict().items() if not name.startswith(HEADS)}
     _check_fit(state, {name: value for name, value in expected.items() if not is_lora(name)})
     return safetensors.torch.save(_with_experts(run, state))
 
@@ -120,6 +127,8 @@ def _read_state(run: RunConfig, content: bytes) -> dict[str, Tensor]:
         state = safetensors.torch.load(content)
     except (ValueError, SafetensorError) as error:
         raise DataError("start.model: expected weights as a run exports them") from error
+    if run.task is not None:
+        state = taskless_state(state, build_model(run).split_state(run.sharing)[0])
     model = describe_model(run)
     directors = {name for name, group in model.parameter_groups().items() if group == DIRECTOR}
     if directors and not directors & state.keys():

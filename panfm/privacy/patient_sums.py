@@ -31,6 +31,7 @@ Source: Abadi et al. 2016, "Deep Learning with Differential Privacy", Algorithm 
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -57,7 +58,9 @@ def one_patient(store: ImageStore, index: int, device: torch.device, generator: 
         return int(torch.randint(count, (), generator=generator)) if generator else 0
 
     batch = store.batch([index], pick=pick)
-    return Batch(1, {name: image.clone() for name, image in batch.images.items()}, batch.rows).to(device)
+    images = {name: image.clone() for name, image in batch.images.items()}
+    labels = None if batch.labels is None else batch.labels.clone()
+    return replace(batch, images=images, labels=labels).to(device)
 
 
 def patient_gradient(loss: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -8,12 +8,13 @@ from rich.table import Column, Table
 
 from panfm.anatomy import parse_stream
 from panfm.data.joins import counted
-from panfm.evaluate.result import ProbeResult, Score
+from panfm.evaluate.result import GAIN, PERSONALISED, ProbeResult, Score
 from panfm.privacy.guarantees import privacy_label
 from panfm.report.run_files import Run
 
 _MOST_LABELS = 20
 """Labels up to which the console shows each; the HTML report always does."""
+_TASK_WORDS = {"federated": "the run's model", PERSONALISED: "the personalised model"}
 _LABEL_ARMS = ("federated", "untrained", "statistics")
 
 
@@ -23,14 +24,16 @@ def print_tables(run: Run, console: Console) -> None:
     for table in (site_table(run), *(probe_tables(run.probe) if run.probe else ())):
         table.caption = None if label == "none" else f"privacy: {label}"
         console.print(table)
-    for sentence in summary(run.probe) if run.probe else ():
+    for sentence in [*benefit_lines(run.probe), *summary(run.probe)] if run.probe else ():
         console.print(sentence)
     for note in [*unmatched_lines(run.probe), *run.probe.notes] if run.probe else ():
         console.print(f"note: {note}", style="dim")
 
 
 def probe_tables(probe: ProbeResult) -> Iterator[Table]:
-    """Tables of the probes' scores."""
+    """Tables of the probes' scores; that of a task's predictions first."""
+    if probe.task:
+        yield task_table(probe)
     for metric in ("auc", "r2"):
         if any(score.metric == metric for score in probe.scores):
             yield score_table(probe, metric)
@@ -70,6 +73,42 @@ def score_table(probe: ProbeResult, metric: str) -> Table:
             arm, score_text(first), *(number_text(math.nan if score is None else score.value) for score in rest)
         )
     return table
+
+
+def task_table(probe: ProbeResult) -> Table:
+    """One row per model and place whose patients it predicts, one column per score with its 95 % interval."""
+    metrics, rows = task_rows(probe)
+    table = Table(Column("model", no_wrap=True), "patients", *map(_right, metrics))
+    table.title = "Predictions of the task, of patients who were not trained on (95 % interval)"
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def task_rows(probe: ProbeResult) -> tuple[list[str], list[tuple[str, ...]]]:
+    """Metrics of a task, and a row of each model and place: its arm, the place, a text for each metric."""
+    metrics = list(dict.fromkeys(score.metric for score in probe.task))
+    scores = {(score.arm, score.group, score.metric): score for score in probe.task}
+    places = dict.fromkeys((score.arm, score.group) for score in probe.task)
+    rows = [(*place, *(score_text(scores.get((*place, metric))) for metric in metrics)) for place in places]
+    return metrics, rows
+
+
+def benefit_lines(probe: ProbeResult) -> Iterator[str]:
+    """Yield a sentence per site on which model predicts its own patients better: the run's or the site's own."""
+    for score in probe.task:
+        if not score.arm.endswith(GAIN):
+            continue
+        site, ours = score.group.removeprefix("site:"), _TASK_WORDS[score.arm.removesuffix(GAIN)]
+        told = f"{score.metric.upper()} {_signed(score.value)} [{_signed(score.low)}, {_signed(score.high)}]"
+        if math.isnan(score.value):
+            yield f"{site}: its patients outside training are too few, or of one class, to compare {ours} with its own."
+        elif score.low > 0:
+            yield f"{site}: {ours} predicts its patients better than its own ({told}); keep it."
+        elif score.high < 0:
+            yield f"{site}: its own model predicts its patients better than {ours} ({told}); keep its own."
+        else:
+            yield f"{site}: {ours} and its own model cannot be told apart on its patients ({told})."
 
 
 def label_table(probe: ProbeResult) -> Table:

@@ -31,6 +31,7 @@ from panfm.report.score_sections import (
     missing_section,
     shared_probe_section,
     streams_section,
+    task_section,
 )
 from panfm.report.status import gate_line
 from panfm.report.verdict import Verdict, verdict
@@ -40,6 +41,7 @@ with needs_extra("report"):
 
 FILE = "report.html"
 _SECTIONS = (
+    task_section,
     label_section,
     few_labels_section,
     streams_section,

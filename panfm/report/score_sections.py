@@ -6,11 +6,38 @@ from collections.abc import Mapping
 from panfm.evaluate.result import ProbeResult
 from panfm.report.blocks import Details, Figure, Figures, Paragraph, Section, Table, absent
 from panfm.report.charts import COLOURS, Line, line_chart
-from panfm.report.console_tables import arms_of, label_rows, missing_counts, number_text, score_text, unmatched_lines
+from panfm.report.console_tables import (
+    arms_of,
+    benefit_lines,
+    label_rows,
+    missing_counts,
+    number_text,
+    score_text,
+    task_rows,
+    unmatched_lines,
+)
 from panfm.report.run_files import Run
 from panfm.report.verdict import OURS, arm_words, best_site, main_scores
 
 NOT_SCORED = "The run has no scores of held-out patients: a simulation with a hold-out makes them at its end."
+
+
+def task_section(run: Run) -> Section | None:
+    """Make the section with predictions of the run's `[task]`; None if the run has learned none."""
+    if run.config.task is None:
+        return None
+    key, title = "task", f"Predictions of {run.config.task.label}"
+    if run.probe is None or not run.probe.task:
+        return absent(key, title, NOT_SCORED)
+    metrics, rows = task_rows(run.probe)
+    words = (
+        "Patients on whom nobody was trained: the hold-out, and those of each site outside its split train. "
+        "Each site's own model has learned from its labels alone, with as many steps."
+    )
+    told = [(arm_words(arm), place, *cells) for arm, place, *cells in rows]
+    caption = "Scores of the head that the run trained, with 95 % intervals by patient"
+    table = Table(("model", "patients", *metrics), told, caption)
+    return Section(key, title, [Paragraph(words), *map(Paragraph, benefit_lines(run.probe)), table])
 
 
 def label_section(run: Run) -> Section:

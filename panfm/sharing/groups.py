@@ -62,9 +62,11 @@ def stream_of(group: str) -> str | None:
     return group.removeprefix(_STREAM) if group.startswith(_STREAM) else None
 
 
-def has_group(trained: Collection[str], group: str) -> bool:
-    """Whether a site's model has a group, given the groups that the site trains: all but those of streams it lacks."""
-    return group in trained or stream_of(group) is None
+def has_group(trained: Collection[str], group: str, streams: Collection[str] = ()) -> bool:
+    """Whether a site's model has a group, given the groups that the site trains and the streams that it holds: all but
+    those of streams it lacks."""
+    stream = stream_of(group)
+    return group in trained or stream is None or stream in streams
 
 
 def layer_of(name: str) -> str:

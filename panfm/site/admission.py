@@ -19,6 +19,7 @@ from panfm.config.patient_dp import PatientDpConfig
 from panfm.config.site_description import LimitsConfig
 from panfm.config.start import StartConfig, start_hash
 from panfm.config.streams import StreamConfig
+from panfm.config.task import TaskConfig
 from panfm.config.training import TrainConfig
 from panfm.errors import ConfigError, LimitError, ProtocolError
 from panfm.models import build_model
@@ -45,6 +46,7 @@ def admit(run: RunConfig, site: SiteConfig) -> RunConfig:
     if experiment not in limits.experiments:
         check_start_known(run.start, run.patient_dp, limits)
     check_sizes(run, limits)
+    check_labels(run.task, limits)
     check_privacy(run := with_public_subjects(run, site), site)
     check_public_cache(run.streams, run.patient_dp, limits)
     check_floors(run.train, run.patient_dp, limits)
@@ -68,6 +70,14 @@ def check_start_known(start: StartConfig | None, patient_dp: PatientDpConfig | N
     if (parameters := start_hash(start)) not in limits.starts:
         raise LimitError.of_question(
             f"[start]: parameters that this site has not named; its operator may add {parameters} to limits.starts"
+        )
+
+
+def check_labels(task: TaskConfig | None, limits: LimitsConfig) -> None:
+    """Raises LimitError if a run trains on a label that the site's operator has not named."""
+    if task is not None and limits.training_labels != "all" and task.label not in limits.training_labels:
+        raise LimitError.of_question(
+            f"task.label: this site's limits.training-labels lacks {task.label!r}, its operator may add it"
         )
 
 

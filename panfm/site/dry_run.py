@@ -43,6 +43,8 @@ class DryRun:
     """Most memory of the GPU, if there is one."""
     sums: str = ""
     """What the run asks for besides rounds, and whether the site's limits let it leave; empty if nothing."""
+    trains_on: str = ""
+    """The column of the label table that the run trains on; empty if it reads none."""
 
 
 def dry_run(folder: Path, run: RunConfig) -> DryRun:
@@ -79,6 +81,7 @@ def dry_run(folder: Path, run: RunConfig) -> DryRun:
         memory_gib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         gpu_gib=torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None,
         sums=_sums(run, site.config.limits),
+        trains_on=run.task.label if run.task else "",
     )
 
 
@@ -98,7 +101,11 @@ def _first_task(run: RunConfig, handshake: Handshake) -> RoundTask:
     model = build_model(run)
     tensors = {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
     groups, frozen = (
-        {name: flat for name, flat in manifest.pack_all(tensors).items() if has_group(handshake.group_hashes, name)}
+        {
+            name: flat
+            for name, flat in manifest.pack_all(tensors).items()
+            if has_group(handshake.group_hashes, name, handshake.streams)
+        }
         for manifest in (trained_manifest(model, run.sharing), frozen_manifest(model, run.sharing))
     )
     return RoundTask("dry-run", 1, dump_toml(run), groups, frozen=frozen)

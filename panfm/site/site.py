@@ -175,21 +175,30 @@ class Site:
             run = admit(run, self.config)
             floors = Floors.of(self.config.limits, run.patient_dp)
             self._warm = None  # lets go of the memory of the run before
-            store = self._open_store(run.streams, floors)
+            store = self._open_store(run, floors)
             budget = self._budget if run.patient_dp else None
             self._warm = (run_toml, Session(self.config.name, run, store, floors, budget))
         return self._warm[1]
 
-    def _open_store(self, streams: Mapping[str, StreamConfig], floors: Floors) -> ImageStore:
-        """Images of a run's streams; without those that too few training subjects hold."""
-        store = open_store(self.folder, streams)
+    def _open_store(self, run: RunConfig, floors: Floors) -> ImageStore:
+        """Images of a run's streams, with the labels of its task; without streams that too few training subjects
+        hold."""
+        store = self._open_streams(run, run.streams, floors)
         store.members("train", str(self.folder))
         few = floors.streams_below(store, [store.indices("train")])
         if not few:
             return store
-        enough = {name: stream for name, stream in streams.items() if name in store.rows and name not in few}
+        enough = {name: stream for name, stream in run.streams.items() if name in store.rows and name not in few}
         floors.check_subjects(store, list(enough))
-        return open_store(self.folder, enough)
+        return self._open_streams(run, enough, floors)
+
+    def _open_streams(self, run: RunConfig, streams: Mapping[str, StreamConfig], floors: Floors) -> ImageStore:
+        store = open_store(self.folder, streams)
+        if run.task is None:
+            return store
+        from panfm.data.task_labels import with_task_labels  # a worker whose runs have no task does without
+
+        return with_task_labels(store, self.folder, self.config, run, smallest_class=floors.batch)
 
 
 @lru_cache(maxsize=1)

@@ -200,7 +200,7 @@ def read_asked(folder: Path) -> AskedRounds | None:
 
 
 def fingerprint(store: ImageStore) -> str:
-    """Digest of who is in the train split, with which images: it tells when patients or images changed.
+    """Digest of who is in the train split, with which images and labels of a task: it tells when one of them changed.
 
     An image counts by its shape and the numbers in its middle, which is quick whatever its size: another image shows, a
     change elsewhere in the same image may not.
@@ -215,6 +215,9 @@ def fingerprint(store: ImageStore) -> str:
             image = images[position].reshape(-1)
             start = max(len(image) - _SAMPLE, 0) // 2
             digest.update(subject.encode() + b"\0" + image[start : start + _SAMPLE].tobytes())
+    if store.labels is not None:
+        labelled = sorted((store.subjects[index], store.labels[index].tobytes()) for index in train)
+        digest.update(b"".join(subject.encode() + b"\0" + values for subject, values in labelled))
     return digest.hexdigest()[:16]
 
 

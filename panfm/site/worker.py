@@ -105,7 +105,9 @@ def load_libraries(limits: LimitsConfig) -> None:
     if limits.epsilon is not None:
         import panfm.privacy.private_step
     if Releasable.LABEL_SUMS in limits.may_leave:
-        import panfm.site.sums_answer  # noqa: F401
+        import panfm.site.sums_answer
+    if limits.training_labels:
+        import panfm.data.task_labels  # noqa: F401
 
     for registry in (READERS, MASKING_POLICIES, BACKBONES):
         for name in registry.names:

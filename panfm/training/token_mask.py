@@ -6,7 +6,8 @@ with the highest keys are hidden: sampling without replacement in proportion to 
 Gumbel-top-k).
 
 A subject from whom nothing is hidden has no loss to speak of, so it does not count. Of the others, a subject counts for
-a stream where it has hidden tokens, where it has visible ones, and for an expert that its tokens go through.
+a stream where it has hidden tokens, where it has visible ones, and for an expert that its tokens go through. Where
+labels are learned, nothing is hidden, and a subject counts for the streams that it has.
 
 Shape legend: B subjects, N patches, S streams, V visible and K hidden patches.
 """
@@ -42,6 +43,19 @@ class TokenMask:
     """The hidden patches [B, K]."""
     hidden_column: Tensor
     """int64 [B, K], where in `layout` each hidden patch stands."""
+    is_whole: bool = False
+    """Whether the loss is of visible tokens: nothing is hidden from anybody."""
+
+    @property
+    def asked(self) -> Layout:
+        """The patches on which the loss depends: the hidden ones, or all of a mask that hides nothing."""
+        return self.visible if self.is_whole else self.hidden
+
+    @classmethod
+    def whole(cls, layout: Layout) -> Self:
+        """Hide nothing."""
+        everything = layout.valid
+        return cls(layout, *layout.select(everything), *layout.select(~everything), is_whole=True)
 
     @classmethod
     def of(cls, layout: Layout, hidden: Tensor) -> Self:
@@ -89,9 +103,9 @@ def _gumbel(shape: torch.Size, generator: torch.Generator) -> Tensor:
 
 
 def has_loss(mask: TokenMask, num_views: int = 1) -> NDArray[np.bool_]:
-    """Which subjects of a batch have hidden tokens to predict in any of their views, bool [B]."""
-    has_hidden: NDArray[np.bool_] = mask.hidden.valid.any(dim=1).cpu().numpy()
-    return np.asarray(has_hidden.reshape(num_views, -1).any(axis=0))
+    """Which subjects of a batch have tokens on which their loss depends, in any of their views, bool [B]."""
+    has_tokens: NDArray[np.bool_] = mask.asked.valid.any(dim=1).cpu().numpy()
+    return np.asarray(has_tokens.reshape(num_views, -1).any(axis=0))
 
 
 class Contributors:
@@ -104,7 +118,7 @@ class Contributors:
             num_subjects: Of the site's store.
             experts: Layer -> number of its experts.
         """
-        self._hidden = np.zeros((num_streams, num_subjects), dtype=bool)
+        self._asked = np.zeros((num_streams, num_subjects), dtype=bool)
         self._visible = np.zeros((num_streams, num_subjects), dtype=bool)
         self._experts = {layer: np.zeros((count, num_subjects), dtype=bool) for layer, count in experts.items()}
 
@@ -114,7 +128,7 @@ class Contributors:
         """Count a step's subjects [B], as indices into the store; mask and encoding have one view after another."""
         counting = has_loss(mask)
         subjects = np.tile(subjects, len(counting) // len(subjects))
-        for marks, layout in ((self._hidden, mask.hidden), (self._visible, mask.visible)):
+        for marks, layout in ((self._asked, mask.asked), (self._visible, mask.visible)):
             present = streams_present(layout, stream_of_patch, len(marks)).cpu().numpy()
             stream, row = np.nonzero(present[counting].T)
             marks[stream, subjects[counting][row]] = True
@@ -123,8 +137,9 @@ class Contributors:
             marks[chosen[counting], subjects[counting, None]] = True
 
     def per_stream(self) -> list[int]:
-        """Subjects behind each stream: those who predict its tokens or those who show them, whichever are fewer."""
-        fewest: list[int] = np.minimum(self._hidden.sum(axis=1), self._visible.sum(axis=1)).tolist()
+        """Subjects behind each stream: those whose loss asks for its tokens or those who show them, whichever are
+        fewer."""
+        fewest: list[int] = np.minimum(self._asked.sum(axis=1), self._visible.sum(axis=1)).tolist()
         return fewest
 
     def per_expert(self) -> dict[str, list[int]]:

@@ -145,8 +145,10 @@ class Trainer(TrainingState):
         self, features: Batch, full: Encoded | None, relative: Tensor, number: int, generator: torch.Generator
     ) -> TokenMask:
         """Draw which tokens are hidden, given the saliency of the streams `relative` to an equal split
-        ([B, S] or [1, S])."""
+        ([B, S] or [1, S]); none where the objective hides none."""
         layout = full.layout if full else self.model.layout(features)
+        if not self.run.objective.hides_tokens:
+            return TokenMask.whole(layout)
         return draw_mask(self.policy, relative, layout, self.model.stream_of_patch, step=number, generator=generator)
 
     def student_forward(

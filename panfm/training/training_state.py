@@ -6,6 +6,7 @@ else), so that a site can send the one and keep the other. `trainer.py` moves it
 
 from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -258,4 +259,4 @@ def _feature_store(store: ImageStore, model: PanModel, *, chunk: int) -> ImageSt
         ]
         features[stream] = torch.cat(parts).numpy()
     rows = {stream: store.rows[stream] for stream in features}
-    return ImageStore(store.subjects, store.splits, features, rows, store.sessions)
+    return replace(store, images=features, rows=rows, digests={})

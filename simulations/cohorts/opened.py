@@ -81,4 +81,6 @@ def join_stores(stores: Sequence[ImageStore]) -> ImageStore:
         images[stream] = np.concatenate([store.images[stream] for store, _ in with_stream])
         rows[stream] = np.concatenate([store.rows[stream] + offset for store, offset in with_stream])
     subjects = tuple(subject for store in stores for subject in store.subjects)
-    return ImageStore(subjects, tuple(split for store in stores for split in store.splits), images, rows)
+    splits = tuple(split for store in stores for split in store.splits)
+    labels = [store.labels for store in stores if store.labels is not None]
+    return ImageStore(subjects, splits, images, rows, labels=np.concatenate(labels) if labels else None)

@@ -1,7 +1,8 @@
 """Base of all objectives: targets without a gradient, then a loss per subject, and the heads for it.
 
 A student sees the visible tokens; the objective compares what it predicts about the hidden ones with a target. Targets
-come from the teacher (`latent`, `dino`) or from the image (`mae`). Any masking policy works under any objective.
+come from the teacher (`latent`, `dino`), from the image (`mae`) or from a label table (`supervised`, which hides
+nothing). Any masking policy works under any of the others.
 All that depends on the data's shape (who hides how much of which stream) is settled in `TokenMask` and the targets;
 from there to the loss everything is a plain function of parameters and tensors, so that `panfm.privacy` can go patient
 by patient.
@@ -47,7 +48,7 @@ class StudentOutput:
 
 
 class Objective(ABC):
-    """A self-supervised loss."""
+    """A loss per subject."""
 
     needs_teacher: bool = True
     """Whether `targets` reads the teacher's encoding."""
@@ -101,7 +102,10 @@ def student_output(
 ) -> StudentOutput:
     """Encode the visible tokens and predict the hidden ones; the student's routers, if it has any, may explore."""
     tokens = student.tokenize(features, mask.layout)
-    encoded = student.backbone(gather_tokens(tokens, mask.visible_column), mask.visible, exploration=exploration)
+    keep_blocks = mask.is_whole and student.pooling.reads_blocks
+    encoded = student.backbone(
+        gather_tokens(tokens, mask.visible_column), mask.visible, exploration=exploration, keep_blocks=keep_blocks
+    )
     if not predicts:
         return StudentOutput(features, mask, encoded, encoded.tokens[:, :0])
     predictions = student.heads.predict(encoded, mask.hidden, student.hidden_queries())
