@@ -70,6 +70,11 @@ class RunConfig(Config):
         of_streams = (parse_stream(stream)[0] for stream in self.streams)
         return tuple(dict.fromkeys([*of_streams, *DEFAULT_ORGANS])) if self.named_organs is None else self.named_organs
 
+    @property
+    def summed_streams(self) -> tuple[str, ...]:
+        """Streams whose `input-centre` and `input-scale` are still to be computed from the sites' sums."""
+        return tuple(name for name, stream in self.streams.items() if stream.lacks_constants)
+
     @model_validator(mode="after")
     def _streams_are_known(self) -> Self:
         for stream in self.streams:
