@@ -221,10 +221,10 @@ def _pin_inputs(state_dir: Path, session: Session, holders: Mapping[str, NDArray
     store, path = session.store, state_dir / SUMMED_INPUTS
     digests = {}
     for name, indices in holders.items():
-        rows = np.searchsorted(store.rows[name], indices)
-        images = [store.digests[name][row].hex() for row in rows] if name in store.digests else []
-        about = [session.floors.batch, [store.subjects[index] for index in indices], images]
-        digests[name] = hashlib.sha256(json.dumps(about).encode()).hexdigest()
+        first = np.searchsorted(store.rows[name], indices)
+        images = [store.digests[name][row].hex() for row in first] if name in store.digests else [""] * len(first)
+        subjects = sorted(zip((store.subjects[index] for index in indices), images, strict=True))
+        digests[name] = hashlib.sha256(json.dumps([session.floors.batch, subjects]).encode()).hexdigest()
     state_dir.mkdir(parents=True, exist_ok=True)
     with locked(state_dir / f".{SUMMED_INPUTS}.lock", wait_s=_LOCK_WAIT_S):
         known = json.loads(read_checked(path)) if path.exists() else {}

@@ -20,6 +20,7 @@ interval, over resamples of volumes (somewhat too narrow, since two volumes are 
 """
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -96,7 +97,7 @@ def run(options: StudyOptions, rounds: int, arms: Sequence[str]) -> StudyResult:
     runs = {arm: start_run(arm) if arm.startswith("start-") else arm_run(arm, 0, rounds) for arm in arms}
     described = {arm: run.model_dump(mode="json", by_alias=True, exclude_none=True) for arm, run in runs.items()}
     result = StudyResult("real-volumes", {"pairs": options.pairs(), "rounds": rounds, "runs": described})
-    for job, measured in run_arms(options, arms, rounds, write_draw, measure):
+    for job, measured in run_arms(options, arms, rounds, partial(write_draw, arms=tuple(arms)), measure):
         for name, value in measured.items():
             suffix, _, metric = name.rpartition(":")
             result.add(job.arm + suffix, {metric: value})
@@ -126,11 +127,11 @@ def start_run(arm: str) -> RunConfig:
     return load_run(EXPERIMENT, changes)
 
 
-def write_draw(job: CohortJob) -> Path:
-    """Write the folders of the sites and of the held-out people, and their volumes as the arms read them."""
+def write_draw(job: CohortJob, arms: Sequence[str] = ARMS) -> Path:
+    """Write the folders of the sites and of the held-out people, and their volumes as some arms read them."""
     run = arm_run("views", job.draw, 1)
     write_files(cohort_of(run), job.folder, run)
-    for arm in ("views-coarse", "start-slices", *INFLATED):
+    for arm in (arm for arm in ("views-coarse", "start-slices", *INFLATED) if arm in arms):
         OpenedCohort.open(job.folder, arm_run(arm, job.draw, 1))
     return job.folder
 

@@ -74,7 +74,7 @@ ARMS = (*MASKING, *REFERENCES)
 SHOWN = ("auc", "auc_weak", "auc_no_dominant", "saliency_entropy")
 
 
-Arms = Annotated[str, typer.Option(help="Only these arms, with commas between; random is always run.")]
+Arms = Annotated[str, typer.Option(help="Only these arms, with commas between; random is run beside any policy.")]
 Phantoms = Annotated[str, typer.Option(help=f"Only these phantoms, with commas between: {', '.join(PHANTOMS)}.")]
 Recipe = Annotated[str, typer.Option(help=f"How all arms are trained: {', '.join(RECIPES)}.")]
 
@@ -93,7 +93,9 @@ def main(
     if recipe not in RECIPES:
         raise typer.BadParameter(f"{recipe}: expected one of {', '.join(RECIPES)}", param_hint="--recipe")
     chosen = chosen_arms(phantoms, PHANTOMS, "--phantoms")
-    result = run(options, budget, chosen_arms(f"random,{arms}", ARMS), chosen, recipe)
+    asked = chosen_arms(arms, ARMS)
+    compared = chosen_arms(f"random,{arms}", ARMS) if {*asked} & {*MASKING} else asked
+    result = run(options, budget, compared, chosen, recipe)
     show(result)
     return result
 
@@ -260,14 +262,11 @@ def _saliency_entropy(model: PanModel, features: ImageStore) -> float:
 def _gains(result: StudyResult) -> dict[str, float]:
     """Mean gain over random masking, and the share of pairs in which it is positive."""
     gains: dict[str, float] = {}
-    for phantom in phantoms_of(result):
-        for metric in SHOWN:
-            for arm in ARMS:
-                if arm == "random" or (f"{phantom}/{metric}", arm) not in result.values:
-                    continue
-                gain = result.gain(f"{phantom}/{metric}", arm, "random")
-                gains[f"{phantom}/{metric}/{arm}-minus-random"] = float(np.mean(gain))
-                gains[f"{phantom}/{metric}/{arm}-wins"] = result.share_won(f"{phantom}/{metric}", arm, "random")
+    for name in (f"{phantom}/{metric}" for phantom in phantoms_of(result) for metric in SHOWN):
+        arms = [arm for arm in ARMS if (name, arm) in result.values]
+        for arm in arms[1:] if "random" in arms else ():
+            gains[f"{name}/{arm}-minus-random"] = float(np.mean(result.gain(name, arm, "random")))
+            gains[f"{name}/{arm}-wins"] = result.share_won(name, arm, "random")
     return gains
 
 

@@ -12,7 +12,7 @@ from panfm.models.patch_features import image_features
 from panfm.training.gradient import BatchGradient
 from panfm.training.trainer import Trainer
 from simulations.cohorts.phantom_draw import Phantom
-from simulations.harness import ArmJob
+from simulations.harness import ArmJob, StudyOptions
 from simulations.studies import sgm_study as sgm
 from simulations.studies._phantoms import Cohort, phantom_store, render_draw
 from simulations.study_result import StudyResult, Target
@@ -48,6 +48,17 @@ def test_bounds_are_read_from_the_factors_that_the_labels_are_drawn_from():
     oracle, latents = (sgm._measure_bound(arm, phantom, cohort, run) for arm in sgm.BOUNDS)
     assert oracle.keys() == latents.keys() == {"auc", "auc_weak"}
     assert 0.85 < latents["auc"] < oracle["auc"] < 0.92
+
+
+def test_references_alone_are_compared_with_nothing(monkeypatch):
+    def run_arms(options, arms, length, write_draw, measure):
+        for arm in arms:
+            yield ArmJob(0, 0, arm, length, None), {"auc": 0.9, "auc_weak": 0.8}
+
+    monkeypatch.setattr(sgm, "run_arms", run_arms)
+    result = sgm.run(StudyOptions(seeds=1, draws=1), "short", sgm.BOUNDS, ["transient"])
+    assert (result.ratios, result.targets) == ({}, [])
+    sgm.show(result)
 
 
 @pytest.mark.slow
