@@ -176,18 +176,47 @@ def ask_sums(
         frozen: Group -> its parameters that the run does not train.
         paths: Probe task -> its ridge solutions, whose errors the sites are asked for.
     """
-    start, timeout_s = time.monotonic(), run.federation.round_timeout_s
-    model = RoundTask(state.run_id, state.round_number + 1, dump_toml(run), {})
-    config = ConfigRecord(dict(SumsTask(model, purpose).to_records().config))
+    task = SumsTask(RoundTask(state.run_id, state.round_number + 1, dump_toml(run), {}), purpose)
     groups = ArrayRecord({group: make_array(flat) for group, flat in state.groups.items()})
     downlink = Downlink(groups, Memory(frozen_holders=state.memory.frozen_holders), teacher={}, frozen=frozen)
     more = ArrayRecord({name: make_array(array) for name, array in path_arrays(paths or {}).items()})
 
+    def content(handshake: Handshake, config: ConfigRecord) -> RecordDict:
+        parameters = downlink.content(handshake, config)
+        return RecordDict({**parameters, "paths": more}) if paths else parameters
+
+    return _collect(grid, run, task, roster, content)
+
+
+def ask_input_sums(grid: Grid, run: RunConfig, run_id: str, roster: Mapping[int, Handshake]) -> Answers:
+    """Ask sites for sums of what the tokenizers read of their images; no parameters are sent.
+
+    Args:
+        run: As sites are told of it.
+        roster: Node id -> handshake of the sites to ask.
+    """
+    task = SumsTask(RoundTask(run_id, 1, dump_toml(run), {}), Purpose.INPUTS)
+    return _collect(grid, run, task, roster, lambda _, config: RecordDict({"config": config}))
+
+
+def _collect(
+    grid: Grid,
+    run: RunConfig,
+    task: SumsTask,
+    roster: Mapping[int, Handshake],
+    content: Callable[[Handshake, ConfigRecord], RecordDict],
+) -> Answers:
+    """Send a question to sites and wait for their answers.
+
+    Args:
+        content: Makes the content of a site's message from its handshake and the words of the question.
+    """
+    start, timeout_s = time.monotonic(), run.federation.round_timeout_s
+    config = ConfigRecord(dict(task.to_records().config))
+
     def message(node_id: int, handshake: Handshake) -> Message:
-        content = downlink.content(handshake, config)
-        content = RecordDict({**content, "paths": more}) if paths else content
-        group_id = f"{purpose}-{model.round_number}"
-        return Message(content, node_id, MessageType.EVALUATE, ttl=timeout_s, group_id=group_id)
+        group_id = f"{task.purpose}-{task.model.round_number}"
+        return Message(content(handshake, config), node_id, MessageType.EVALUATE, ttl=timeout_s, group_id=group_id)
 
     exchange = Exchange(grid, (message(*entry) for entry in roster.items()), timeout_s)
     names = {node_id: handshake.site for node_id, handshake in roster.items()}
@@ -196,7 +225,7 @@ def ask_sums(
     for reply in exchange:
         site = names[reply.metadata.src_node_id]
         try:
-            replies[site] = _read(reply, model)
+            replies[site] = _read(reply, task.model)
         except ProtocolError as error:
             failed[site] = one_line(str(error))
     failed |= {

@@ -2,6 +2,7 @@
 
     1. ask the sites that are there for sums of features and labels, keep them    exchange.py
     2. solve the ridge regression of each task under every penalty                panfm/evaluate/federated_probe.py
+       and a linear discriminant analysis, in a run with `probe.lda-shrinkage`
     3. send the sites these, ask for summed leave-one-out errors, and choose the penalty with the least
     4. write the probes into the model's folder (`probe.safetensors`), and tell of them in its metadata
 
@@ -10,7 +11,9 @@ A site that gives nothing, or answers badly, is left out and named. The model is
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import reduce
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ from flwr.serverapp import Grid
 
 from panfm.config import RunConfig
 from panfm.errors import ProtocolError, one_line
-from panfm.evaluate.federated_probe import choose_penalty, ridge_path
+from panfm.evaluate.federated_probe import choose_penalty, discriminants, ridge_path
 from panfm.evaluate.label_sums import PENALTIES, Floats, LabelSums, RidgePath, checked_arrays
 from panfm.evaluate.probe_file import SharedProbe
 from panfm.sharing.groups import Flat
@@ -95,7 +98,11 @@ def fit_probes(
         if not gave:
             failed[task] = "no site gave leave-one-out errors"
             continue
-        probes[task] = _probe(run.probe.tasks[task], path, of_task[task], gave)
+        probe = _probe(run.probe.tasks[task], path, of_task[task], gave)
+        if (shrinkage := run.probe.lda_shrinkage) is not None:
+            total = reduce(add, of_task[task].values())
+            probe = replace(probe, lda=discriminants(path, total, shrinkage))
+        probes[task] = probe
     for name, reason in sorted({**failed, **answers.failed, **refused}.items()):
         logger.warning("probe: %s left out: %s", name, reason)
     return LabelProbes(probes, {**failed, **answers.failed, **refused})

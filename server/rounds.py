@@ -1,6 +1,7 @@
 """The round loop of a federation, from the server's side.
 
     1. shake hands    every site tells what it holds                                    handshake.py
+       inputs         sum what the tokenizers read, if the run lacks its constants      input_constants.py
     2. each round     choose the sites that are asked                                   membership.py, expected_sites.py
                       send each its groups, read replies until the deadline             exchange.py
                       refuse bad replies, average the others, step                      strategies/
@@ -38,6 +39,7 @@ from server.checkpoint import ServerState
 from server.console import Progress
 from server.exchange import Exchange, check_sums_fit
 from server.handshake import Attendance, shake_hands
+from server.input_constants import fill_in_constants
 from server.label_probe import LabelProbes, fit_probes
 from server.membership import Membership
 from server.round_gate import RoundGate
@@ -69,6 +71,8 @@ def run_federation(grid: Grid, folder: RunFolder, progress: Progress, *, num_sit
     attendance = _gather_sites(grid, folder, manifest, progress, num_sites=num_sites)
     if not (state := folder.latest_state()):
         folder.save_state(state := first)
+    fill_in_constants(grid, folder, state.run_id, attendance.roster)
+    run = folder.shared_run
     strategy = make_strategy(folder, manifest, attendance.roster, state, frozen)
     membership = Membership(grid, run, manifest, attendance)
     gate = RoundGate(grid, run, frozen, embedding_size) if run.gate else None

@@ -4,6 +4,7 @@ run.toml           the resolved description
 start.safetensors  the shared parameters that it starts from, where it is a warm start
 frozen.safetensors the shared parameters that it does not train, packed by group, where there are any
 expected-sites.csv    the coordinator's table of expected sites, if there is one
+inputs.json        constants of the tokenizers' inputs, and sites whose sums they come from, in a run that asks for sums
 sites.json         handshakes, coverage, and who cannot take part
 rounds.jsonl       one line per round
 ended.json         how and why the run ended without a model
@@ -27,9 +28,10 @@ import safetensors.numpy
 from torch import Tensor
 
 from panfm import __version__
-from panfm.config import RunConfig, as_told, dump_toml, load_run
+from panfm.config import RunConfig, as_told, dump_toml, load_run, without_summed_constants
 from panfm.config.differences import check_same_run
 from panfm.errors import DataError, PanfmError, RunError, reason
+from panfm.evaluate.input_sums import Constants, with_constants
 from panfm.evaluate.probe_file import save_probes
 from panfm.files import (
     append_json_line,
@@ -59,6 +61,7 @@ from server.tracking_config import tracking_of
 _START = "start.safetensors"
 _FROZEN = "frozen.safetensors"
 ENDED = "ended.json"
+INPUTS = "inputs.json"
 LOCK = ".lock"
 """Held by the process that is at work in the folder."""
 _LOCK_WAIT_S = 10.0
@@ -133,7 +136,10 @@ class RunFolder:
         """
         folder = cls(path, load_checked_run(path / "run.toml"))
         if (bound := path / "checkpoint" / "run.toml").exists():
-            check_same_run(path / "run.toml", folder.run, load_run(bound))
+            began = load_run(bound)
+            if folder.run.summed_streams:  # killed while they were written, or before
+                began = without_summed_constants(began)
+            check_same_run(path / "run.toml", folder.run, began)
         with _alone_in(path):
             done = state.round_number if (state := folder.latest_state()) else 0
             rounds = path / "rounds.jsonl"
@@ -203,6 +209,26 @@ class RunFolder:
         for path in (self.path / "checkpoint" / "run.toml", self.path / "run.toml"):
             with _written(path):
                 write_atomic(path, dump_toml(self.run).encode())
+
+    def fill_in_constants(
+        self, constants: Mapping[str, Constants], sites: Mapping[str, Sequence[str]], left_out: Mapping[str, str]
+    ) -> None:
+        """Write constants of streams' inputs into the description, and into inputs.json where they come from.
+
+        Args:
+            sites: Stream -> sites whose sums are in its constants.
+            left_out: Site without sums -> the reason.
+        Raises:
+            RunError: as `save_state`.
+        """
+        self.run = with_constants(self.run, constants)
+        streams = {
+            name: {"input-centre": centre, "input-scale": scale, "sites": list(sites[name])}
+            for name, (centre, scale) in constants.items()
+        }
+        with _written(self.path / INPUTS):
+            write_json(self.path / INPUTS, {"streams": streams, "left-out": dict(left_out)}, indent=2)
+        self.describe()
 
     def latest_state(self) -> ServerState | None:
         """The last checkpoint, if there is one."""

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from panfm.config import RunConfig
+from panfm.config import RunConfig, without_summed_constants
 from panfm.data.store import ImageStore
+from panfm.evaluate.input_sums import measured_constants, with_constants
 from panfm.models import PanModel
 from panfm.training.gradient import TrainResult
 from panfm.training.trainer import Trainer
@@ -25,6 +26,7 @@ def train_alone(
     """Train on one store for as many rounds and local steps as a site of the federation takes.
 
     Args:
+        run: Where its streams have constants of inputs from sums, those of this store stand in their place.
         name: Stands for the site in the seeds.
         start: Shared parameters of a warm start.
     Returns:
@@ -33,6 +35,9 @@ def train_alone(
         NoSubjectsError: nobody in the train split holds one of the run's streams.
     """
     store.members("train", name, run.streams)
+    run = without_summed_constants(run)
+    own = measured_constants(run, [store]) if run.summed_streams else {}
+    run = with_constants(run, {name: constants for name, constants in own.items() if name in run.summed_streams})
     trainer = Trainer(run, [stream for stream in run.streams if stream in store.images])
     if start:
         trainer.load_frozen({name: start[name] for name in trainer.frozen_state()})

@@ -2,8 +2,9 @@
 
     local-probe       a ridge probe of every site's own labels; mean over the sites that hold both classes
     federated-probe   the probes that the run fitted from the sums of all sites (server/label_probe.py)
+    federated-lda     the linear discriminant analyses of the same sums, in a run with `probe.lda-shrinkage`
 
-Both are tested on the held-out subjects, beside the arm `federated`, whose probe has all labels in one place. Features
+All are tested on the held-out subjects, beside the arm `federated`, whose probe has all labels in one place. Features
 are not whitened.
 """
 
@@ -23,7 +24,7 @@ from panfm.evaluate.result import ProbeResult, Score
 from panfm.evaluate.scores import interval
 from panfm.models import PanModel
 
-FEDERATED, LOCAL = "federated-probe", "local-probe"
+FEDERATED, LOCAL, LDA = "federated-probe", "local-probe", "federated-lda"
 
 
 def probe_sites(task: Task, model: PanModel, shared: Mapping[str, SharedProbe]) -> ProbeResult:
@@ -34,7 +35,7 @@ def probe_sites(task: Task, model: PanModel, shared: Mapping[str, SharedProbe]) 
         model: The federated model, not whitened.
         shared: Task of labels -> its probe.
     Returns:
-        Scores of the two arms by group of labels, and notes; empty without probes.
+        Scores of the arms by group of labels, and notes; empty without probes.
     """
     by_label = {
         label: _of_label(probe.probe, index)
@@ -51,6 +52,15 @@ def probe_sites(task: Task, model: PanModel, shared: Mapping[str, SharedProbe]) 
         FEDERATED: _auc(task, by_label, names, test),
         LOCAL: _mean([_auc(task, _own_probes(site), names, test) for site in sites]),
     }
+    discriminants = {
+        label: _of_label(probe.lda, index)
+        for probe in shared.values()
+        if probe.lda is not None
+        for index, label in enumerate(probe.labels)
+        if label in by_label
+    }
+    if discriminants:
+        aucs[LDA] = _auc(task, discriminants, names, test)
     groups = {group: [name for name in members if name in names] for group, members in label_groups(task.info).items()}
     scores = [
         _score(arm, group, values[:, [names.index(name) for name in members]])

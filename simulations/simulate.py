@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from panfm.config import RunConfig, site_folders
+from panfm.config import RunConfig, load_run, site_folders, without_summed_constants
 from panfm.config.differences import check_same_run
 from panfm.errors import ConfigError, RunError
 from panfm.files import write_json
@@ -80,10 +80,10 @@ def simulate(
     if engine == "local":  # one process, which leaves the other cores to the sites' training alone
         with sites_alone(folder.run, cohort, folder.path) as alone:
             _run(job, engine, console)
-            finish(folder.run, cohort, folder.path, console, alone, began_cpu_s=began_cpu_s)
+            finish(_as_run(folder), cohort, folder.path, console, alone, began_cpu_s=began_cpu_s)
     else:
         _run(job, engine, console)
-        finish(folder.run, cohort, folder.path, console)
+        finish(_as_run(folder), cohort, folder.path, console)
     console.print(f"run folder: {folder.path}")
     return folder.path
 
@@ -98,6 +98,11 @@ def _run(job: Job, engine: str, console: Console) -> None:
         raise RunError("\n".join([str(error), *new])) from error
     for line in errors.lines():
         console.print(line, markup=False)
+
+
+def _as_run(folder: RunFolder) -> RunConfig:
+    """The description of a run that has ended, with what the server has filled in."""
+    return load_run(folder.path / "run.toml")
 
 
 def _required(experiment: Path | None) -> Path:
@@ -124,7 +129,7 @@ def _resume(path: Path, experiment: Path | None, overrides: Sequence[str], out: 
         given = load_simulation(experiment, _overrides(path), weights=public_weights())
         if not given.probe.tasks:  # filled in from the cohort's labels
             given = given.model_copy(update={"probe": given.probe.model_copy(update={"tasks": folder.run.probe.tasks})})
-        check_same_run(experiment, given, folder.run)
+        check_same_run(experiment, without_summed_constants(given), without_summed_constants(folder.run))
     return folder
 
 

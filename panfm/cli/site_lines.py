@@ -26,6 +26,8 @@ def dry_run_lines(trial: DryRun) -> Iterator[str]:
     streams = ", ".join(f"{stream} {count}" for stream, count in handshake.streams.items())
     yield f"  name {handshake.site}; subjects {handshake.subjects}; with {streams}"
     yield f"  versions {', '.join(f'{name} {version}' for name, version in handshake.versions.items())}"
+    if trial.input_sums:
+        yield f"  {trial.input_sums}"
     yield f"every round leave {trial.bytes_up} bytes:"
     for name, array in reply.updates.items():
         yield f"  {name}: {array.dtype} {list(array.shape)}, {array.nbytes} bytes"
@@ -63,6 +65,7 @@ def message_line(line: Entry) -> str:
     summed = "".join(
         f"; {task}: {', '.join(labels)}" for task, labels in line.get("summed", {}).get("labels", {}).items()
     )
+    summed += "".join(f"; {stream}" for stream in line.get("summed", {}).get("streams", ()))
     asked += f", sums for {line['summed']['purpose']}{summed}" if "summed" in line else ""
     message = f"{line['kind']}{asked}: {line['bytes']} bytes, sha256 {line['sha256'][:16]}"
     return f"{line['time']} {message}; {groups}{numbers}{privacy}{spent}"

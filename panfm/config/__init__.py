@@ -10,6 +10,8 @@ from panfm.config.load import (
     parse_run,
     parse_site,
     parse_table,
+    reviewed_hash,
+    without_summed_constants,
 )
 from panfm.config.run_description import RunConfig
 from panfm.config.site_description import Releasable, SiteConfig, site_folders, site_path
@@ -29,6 +31,8 @@ __all__ = [
     "parse_run",
     "parse_site",
     "parse_table",
+    "reviewed_hash",
     "site_folders",
     "site_path",
+    "without_summed_constants",
 ]

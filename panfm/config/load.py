@@ -86,6 +86,23 @@ def experiment_hash(run: RunConfig) -> str:
     return config_hash(as_told(run))
 
 
+def without_summed_constants(run: RunConfig) -> RunConfig:
+    """Return the description as it was before `input-centre` and `input-scale` were computed from the sites' sums."""
+    streams = {
+        name: stream.model_copy(update={"input_centre": None, "input_scale": None})
+        if stream.input_constants
+        else stream
+        for name, stream in run.streams.items()
+    }
+    return run.model_copy(update={"streams": streams})
+
+
+def reviewed_hash(run: RunConfig) -> str:
+    """Hash by which a site's `limits.experiments` name a run: of the description that its operator can read before
+    the run, without constants that are computed from sums."""
+    return experiment_hash(without_summed_constants(run))
+
+
 def _with_start_hash(run: RunConfig) -> RunConfig:
     if run.start is None or run.start.model is None or run.start.sha256 is not None:
         return run

@@ -32,6 +32,9 @@ class ProbeConfig(Config):
                 raise ValueError(f"{task}: has the labels of {twins[0]!r}, expected one task of them")
         return tasks
 
+    lda_shrinkage: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """Fits a linear discriminant analysis of each yes/no label as well, from the same sums, whose scores are log-odds:
+    share of the covariance within classes that the features' mean variance replaces. None is fitted when left out."""
     bootstrap: Annotated[int, Field(ge=0, le=1_000_000)] = 200
     """Resamples of the test subjects for the interval."""
     missing_draws: Annotated[int, Field(gt=0, le=1_000)] = 3

@@ -115,6 +115,11 @@ class RunConfig(Config):
             known = 'set "cls", "cls+mean" or "layers" in a run with [task]'
             yield f'features.pooling: "{pooling}" has other sizes where a site lacks a stream, {known}'
 
+    @property
+    def summed_streams(self) -> tuple[str, ...]:
+        """Streams whose `input-centre` and `input-scale` are still to be computed from the sites' sums."""
+        return tuple(name for name, stream in self.streams.items() if stream.lacks_constants)
+
     @model_validator(mode="after")
     def _streams_are_known(self) -> Self:
         for stream in self.streams:

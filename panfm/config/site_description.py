@@ -34,6 +34,9 @@ class Releasable(StrEnum):
     LABEL_SUMS = "label-sums"
     """Sums of features and labels over the labelled training patients, for a probe of all sites or the measure of a
     gate (panfm/evaluate/label_sums.py)."""
+    INPUT_SUMS = "input-sums"
+    """Sums of what the tokenizers read, and of its squares, over the training images of each stream, once before
+    round 1 (panfm/evaluate/input_sums.py)."""
 
 
 class LimitsConfig(Config):
@@ -45,8 +48,8 @@ class LimitsConfig(Config):
         Releasable.LOSS,
         Releasable.SALIENCY,
     )
-    """Kinds of content that may leave; updates and counts are needed to take part. `label-sums` leaves only where it
-    is named here."""
+    """Kinds of content that may leave; updates and counts are needed to take part. `label-sums` and `input-sums`
+    leave only where they are named here."""
     epsilon: Annotated[float, Field(gt=0.0)] | None = None
     """Set it to take part in differentially private runs only, and to spend at most this over all of them. It says
     nothing without `delta` and `public-subjects`, which the server would choose otherwise."""

@@ -30,7 +30,7 @@ class StartConfig(Uncoupled):
     deviation .229 .224 .225; half: .5 and .5; none."""
     inflate: Literal["mean", "centre"] | None = None
     """How a public kernel becomes one of volumes. mean: spread evenly over the patch's depth; centre: in its middle
-    slice alone (arXiv 1705.07750). Needed for streams of volumes, without effect on others."""
+    slice alone (arXiv 1705.07750). Needed for streams of volumes without `slices`, without effect on others."""
     inflate_axis: Literal["R", "A", "S"] = "S"
     """Axis of the volume that is the depth."""
     parameters: Annotated[dict[str, Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]] | None, Field(min_length=1)] = (

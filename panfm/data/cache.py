@@ -118,7 +118,9 @@ class _Cached:
     @property
     def family(self) -> str:
         """Beginning of the names of files with the same settings."""
-        return f"{self.stream}.{_hash(str(PREPROCESSING_VERSION), self.stream, dump_toml(self.config))}"
+        of_inputs = dict.fromkeys(("input_centre", "input_scale", "input_constants"))
+        prepared = self.config.model_copy(update=of_inputs)
+        return f"{self.stream}.{_hash(str(PREPROCESSING_VERSION), self.stream, dump_toml(prepared))}"
 
     @cached_property
     def file(self) -> Path:

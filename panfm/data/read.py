@@ -2,8 +2,9 @@
 
 Volumes: intensity rule -> axes to R, A, S -> one resampling to the stream's spacing and shape about the centre of the
 scan. What lies outside the scan is 0, the bottom of the intensity range. Where the target voxels are coarser than the
-scan's, the scan is smoothed first, so that fine texture does not alias. Pictures: grey or colour, resized, / 255
-whatever the modality, because an 8-bit picture has been windowed already; 16-bit grey is windowed, then resized.
+scan's, the scan is smoothed first, so that fine texture does not alias, but not across slices. Pictures: grey or
+colour, resized, / 255 whatever the modality, because an 8-bit picture has been windowed already; 16-bit grey is
+windowed, then resized.
 """
 
 from pathlib import Path
@@ -137,7 +138,10 @@ def to_scan(shape: tuple[int, ...], spacing: NDArray[np.float64], config: Stream
 def _resample(volume: NDArray[np.float32], spacing: NDArray[np.float64], config: StreamConfig) -> NDArray[np.float32]:
     """Trilinear resampling that maps the centre of the scan to the centre of the result."""
     to_input = to_scan(volume.shape, spacing, config)
-    image = _smooth(torch.from_numpy(np.ascontiguousarray(volume))[None, None], np.diag(to_input)[:3])
+    coarser = np.diag(to_input)[:3].copy()
+    if config.slices:
+        coarser["RAS".index(config.slices)] = 1.0
+    image = _smooth(torch.from_numpy(np.ascontiguousarray(volume))[None, None], coarser)
     resampled = resample(image, to_input, config.shape)[0]
     return np.asarray(resampled.clamp_(0.0, 1.0).numpy(), dtype=np.float32)
 

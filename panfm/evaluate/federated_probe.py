@@ -12,7 +12,13 @@ cross-validation (Golub, Heath and Wahba 1979), which puts the mean leverage in 
     n |y - H_p y|^2 / (n - tr H_p)^2 / variance
     |y - H_p y|^2 = |y - ybar|^2 - sum_r (V' b)_r^2 (e_r + 2 p) / (e_r + p)^2
 
-There is no LDA: the same sums would give it, but for two classes it has the direction of this ridge regression.
+The same sums give a linear discriminant analysis of each yes/no label: class means, and the covariance about them,
+which is the scatter less what lies between the means. With d = m1 - m0, k = n1 n0 / n, and a share g of shrinkage
+towards the mean v of the D variances within classes,
+
+    C = (1 - g) (A - k d d') / n + g v I,   w = C^-1 d,   b = log(n1 / n0) - (m1 + m0)' w / 2
+
+For two classes w has the direction of the ridge regression under the penalty n g v / (1 - g); its scores are log-odds.
 
 Shape legend: D features, C labels of a task, P penalties.
 """
@@ -40,6 +46,8 @@ from panfm.evaluate.probe_file import LinearProbe
 
 _NO_VARIANCE = 1e-12
 """Share of a feature's mean square below which its variance is rounding: the feature is constant."""
+_SINGULAR = 1e-9
+"""What is left of the covariance within classes along the difference of their means, as a share, at least."""
 _NEGATIVE = 1e-8
 """Share of the largest eigenvalue by which rounding may make one negative."""
 
@@ -119,6 +127,37 @@ def choose_penalty(path: RidgePath, errors: Sequence[Mapping[str, NDArray[np.gen
     penalty = float(PENALTIES[len(least) - 1 - int(least[::-1].argmin())])
     weights = path.axes @ (path.slopes / (path.eigenvalues + penalty)[:, None])
     return LinearProbe(path.centre, path.scale, weights, path.target_mean), penalty
+
+
+def discriminants(path: RidgePath, total: LabelSums, shrinkage: float) -> LinearProbe:
+    """Solve a linear discriminant analysis of each yes/no label of a task, from the sums of all sites.
+
+    Equal to scikit-learn's `LinearDiscriminantAnalysis(solver="lsqr", shrinkage=...)` on the standardised features of
+    all patients.
+
+    Args:
+        path: Of these sums.
+        total: Sums of all sites.
+        shrinkage: Share of the covariance, 0 to 1, that the mean variance replaces; without, classes that features
+            separate without error have no solution.
+    Returns:
+        The probe, with log-odds as scores; a label that is not 0 and 1, of one class, or without a solution has none.
+    """
+    count, ones = float(total.count), total.y
+    zeros = count - ones
+    is_class = (total.yy == ones) & (ones == np.round(ones)) & (ones > 0) & (zeros > 0)
+    between = np.where(is_class, ones * zeros / count, np.nan)
+    difference = path.slopes / between
+    pooled = (path.eigenvalues.sum() - between * (difference**2).sum(axis=0)) / count / len(path.centre)
+    share = (1 - shrinkage) / count
+    with np.errstate(divide="ignore", invalid="ignore"):
+        solved = difference / (share * path.eigenvalues[:, None] + shrinkage * pooled)
+        along = (difference * solved).sum(axis=0)
+        rest = 1 - share * between * along
+        has_solution = np.isfinite(along) & (rest > _SINGULAR)
+        weights = path.axes @ np.where(has_solution, solved / rest, 0.0)
+        bias = np.log(ones / zeros) - (zeros - ones) / (2 * count) * along / rest
+    return LinearProbe(path.centre, path.scale, weights, np.where(has_solution, bias, np.nan))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """A linear probe of frozen features, and the probes of all sites in the folder of a model (`probe.safetensors`).
 
     <task>/centre, scale [D], weights [D, L], bias [L]     float64
+    <task>/lda-weights [D, L], lda-bias [L]                float64, in a run with `probe.lda-shrinkage`
     metadata: pooling, and for each task its labels, patients, sites, penalty and leave-one-out R2
 
 Shape legend: N subjects, D features, L labels.
@@ -23,6 +24,7 @@ from panfm.files import write_atomic
 Floats = NDArray[np.float64]
 FILE = "probe.safetensors"
 _PARTS = ("centre", "scale", "weights", "bias")
+_OF_LDA = ("weights", "bias")
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,9 @@ class SharedProbe:
     r2: tuple[float, ...]
     """Of each label: 1 minus the leave-one-out error over the variance; NaN without variance."""
     probe: LinearProbe
+    """A ridge regression."""
+    lda: LinearProbe | None = None
+    """A linear discriminant analysis of the same sums, in a run with `probe.lda-shrinkage`."""
 
     def summary(self) -> dict[str, Any]:
         """All but the probe's numbers, for JSON."""
@@ -84,6 +89,12 @@ def save_probes(folder: Path, probes: Mapping[str, SharedProbe], pooling: str) -
         for task, shared in probes.items()
         for name in _PARTS
     }
+    tensors |= {
+        f"{task}/lda-{name}": np.ascontiguousarray(getattr(shared.lda, name))
+        for task, shared in probes.items()
+        if shared.lda is not None
+        for name in _OF_LDA
+    }
     told = {task: shared.summary() for task, shared in probes.items()}
     # One entry, as safetensors writes several entries in an order that varies between processes.
     metadata = {"probes": json.dumps({"pooling": pooling, "tasks": told}, sort_keys=True)}
@@ -106,6 +117,7 @@ def read_probes(folder: Path) -> dict[str, SharedProbe]:
                 told["penalty"],
                 tuple(float("nan") if value is None else value for value in told["r2"]),
                 _probe(tensors, task),
+                _lda(tensors, task),
             )
             for task, told in tasks.items()
         }
@@ -117,4 +129,12 @@ def read_probes(folder: Path) -> dict[str, SharedProbe]:
 
 def _probe(tensors: Mapping[str, Floats], task: str) -> LinearProbe:
     centre, scale, weights, bias = (tensors[f"{task}/{name}"] for name in _PARTS)
+    return LinearProbe(centre, scale, weights, bias)
+
+
+def _lda(tensors: Mapping[str, Floats], task: str) -> LinearProbe | None:
+    if f"{task}/lda-bias" not in tensors:
+        return None
+    centre, scale = (tensors[f"{task}/{name}"] for name in ("centre", "scale"))
+    weights, bias = (tensors[f"{task}/lda-{name}"] for name in _OF_LDA)
     return LinearProbe(centre, scale, weights, bias)

@@ -115,7 +115,7 @@ def _encode(model: PanModel, batch: Batch) -> Tensor:
 def _read_back(source: Source, name: str, folder: Path) -> PanModel:
     """The model of a run that starts from the folder's weights."""
     public, run = read_public(folder), director_run(source.run)
-    stream = run.streams[name].model_copy(update={"input_centre": None, "input_scale": None})
+    stream = run.streams[name].model_copy(update=dict.fromkeys(("input_centre", "input_scale", "input_constants")))
     fields = run.model.model_dump(by_alias=True) | public.model_fields()
     run = run.model_copy(
         update={

@@ -17,6 +17,7 @@ from torch import Tensor
 from panfm.config import StreamConfig
 from panfm.config.model import TOKENIZER_INPUTS
 from panfm.data.store import Batch
+from panfm.errors import ConfigError
 
 _SD_FLOOR = 0.01
 """Added to the standard deviation before the logarithm; intensities lie in [0, 1]."""
@@ -40,6 +41,8 @@ def has_block_features(tokenizer: str) -> bool:
 def image_features(images: Tensor, stream: StreamConfig, tokenizer: str) -> Tensor:
     """Compute the features [P, C', *coarse] of images [P, C, *shape]; `tokenizer` is `statistics`, `texture` or
     `patch`."""
+    if stream.lacks_constants:
+        raise ConfigError('input-constants: "summed" is computed before round 1 of a run, expected its run.toml')
     if stream.input_centre is None or stream.input_scale is None:
         return _MEASURES[tokenizer](images, _block(stream)) if has_block_features(tokenizer) else images
     inputs = tokenizer_inputs(images, stream, tokenizer)
@@ -54,6 +57,11 @@ def tokenizer_inputs(images: Tensor, stream: StreamConfig, tokenizer: str) -> Te
     """Compute the numbers [P, C', *coarse] of images [P, C, *shape] that are centred and scaled: block statistics, or
     the voxels themselves."""
     return torch.cat(_RAW[tokenizer](images, _block(stream)), dim=1) if has_block_features(tokenizer) else images
+
+
+def typical_constants(tokenizer: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return centre and scale of each kind of input where a stream has no constants of its own."""
+    return _CENTRES.get(tokenizer, (0.0,)), _SCALES.get(tokenizer, (1.0,))
 
 
 def patch_step(stream: StreamConfig, tokenizer: str) -> tuple[int, ...]:

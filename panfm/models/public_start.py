@@ -4,7 +4,8 @@
                one did to the image (FlexiViT's pseudo-inverse, Beyer et al. 2023)
     pixels     the family's mean and deviation become part of kernel and bias, since our pixels lie in [0, 1]
     grey       the kernel is summed over its channels: a grey image answers as the same image in three channels
-    volumes    the kernel stands in the plane across `start.inflate-axis`, spread over the depth or in its middle
+    volumes    the kernel stands in the plane across `start.inflate-axis`, spread over the depth or in its middle; of
+               streams with `slices` it stands across that axis, as it is
     positions  bicubic from the public grid to the stream's, as the family's own code does it; along the depth the same
 
 Shape legend: D width, C channels, P patch of the kernel, Q patch of the stream, T patches of the stream.
@@ -19,6 +20,7 @@ from panfm.config import RunConfig, StreamConfig
 from panfm.config.start import StartConfig
 from panfm.errors import DataError
 from panfm.models.public_weights import HALF, IMAGENET, NONE, MeanStd, PublicWeights
+from panfm.texts import toml_key
 
 _DECLARED = {"imagenet": IMAGENET, "half": HALF, "none": NONE}
 _AXES = "RAS"
@@ -37,12 +39,15 @@ def check_public_fit(run: RunConfig, public: PublicWeights) -> None:
     ]
     if run.start.normalisation == "family" and public.normalisation is None:
         remedies.append('start.normalisation = "imagenet", "half" or "none", as these weights were trained')
-    if run.start.inflate is None and any(stream.is_volume for stream in run.streams.values()):
-        remedies.append('start.inflate = "mean" or "centre"')
-    if scaled := [name for name, stream in run.streams.items() if stream.input_centre is not None]:
-        remedies.append(
-            f"no input-centre and input-scale of {', '.join(scaled)}: the patch embedding standardises pixels"
-        )
+    volumes = [name for name, stream in run.streams.items() if stream.is_volume and not stream.slices]
+    if run.start.inflate is None and volumes:
+        remedies.append(f'start.inflate = "mean" or "centre", or {toml_key("streams", volumes[0], "slices")}')
+    for keys, scaled in (
+        ("input-centre and input-scale", [name for name, stream in run.streams.items() if stream.input_centre]),
+        ("input-constants", [name for name, stream in run.streams.items() if stream.lacks_constants]),
+    ):
+        if scaled:
+            remedies.append(f"no {keys} of {', '.join(scaled)}: the patch embedding standardises pixels")
     if remedies:
         raise DataError(f"start.model: {public.family} weights fit another run, set {', '.join(remedies)}")
 
@@ -79,7 +84,7 @@ def stream_kernel(stream: StreamConfig, start: StartConfig, public: PublicWeight
     channels = public.kernel.shape[1]
     if len(mean) != channels or stream.channels not in (1, channels):
         raise DataError(f"start.model: the patch embedding reads {channels} channels, expected {len(mean)}")
-    kernel = resized_kernel(public.kernel.double(), _in_plane(stream.patch, start))
+    kernel = resized_kernel(public.kernel.double(), _in_plane(stream.patch, stream, start))
     kernel = kernel / torch.tensor(deviation, dtype=torch.float64)[:, None, None]
     bias = public.bias.double() - torch.einsum("dchw,c->d", kernel, torch.tensor(mean, dtype=torch.float64))
     if stream.channels == 1:
@@ -92,14 +97,14 @@ def stream_kernel(stream: StreamConfig, start: StartConfig, public: PublicWeight
 def stream_positions(stream: StreamConfig, start: StartConfig, public: PublicWeights) -> Tensor:
     """Learned positions of one stream's patches [T, D], row-major."""
     assert public.positions is not None
-    grid, side = _in_plane(stream.grid, start), int(len(public.positions) ** 0.5)
+    grid, side = _in_plane(stream.grid, stream, start), int(len(public.positions) ** 0.5)
     table = public.positions.unflatten(0, (side, side))
     if grid != (side, side):
         moved = table.permute(2, 0, 1)[None]
         moved = functional.interpolate(moved, grid, mode="bicubic", align_corners=False, antialias=public.antialias)
         table = moved[0].permute(1, 2, 0)
     if stream.is_volume:
-        depth = _AXES.index(start.inflate_axis)
+        depth = _depth(stream, start)
         sizes = [-1] * 4
         sizes[depth] = stream.grid[depth]
         table = table.unsqueeze(depth).expand(sizes)
@@ -122,7 +127,7 @@ def resized_kernel(kernel: Tensor, patch: tuple[int, ...]) -> Tensor:
 
 def _inflated(kernel: Tensor, stream: StreamConfig, start: StartConfig) -> Tensor:
     """Put a kernel [D, 1, Q, Q] into volumes: [D, 1, Q, Q, Q]."""
-    axis = _AXES.index(start.inflate_axis)
+    axis = _depth(stream, start)
     depth = stream.patch[axis]
     if start.inflate == "mean":
         share = torch.full((depth,), 1.0 / depth, dtype=kernel.dtype)
@@ -131,9 +136,14 @@ def _inflated(kernel: Tensor, stream: StreamConfig, start: StartConfig) -> Tenso
     return (kernel[..., None] * share).movedim(-1, 2 + axis)
 
 
-def _in_plane(sizes: tuple[int, ...], start: StartConfig) -> tuple[int, ...]:
+def _depth(stream: StreamConfig, start: StartConfig) -> int:
+    """Axis of a volume that is the depth, 0 to 2."""
+    return _AXES.index(stream.slices or start.inflate_axis)
+
+
+def _in_plane(sizes: tuple[int, ...], stream: StreamConfig, start: StartConfig) -> tuple[int, ...]:
     """The two sizes of an image, or of a volume's plane across the depth."""
-    depth = _AXES.index(start.inflate_axis)
+    depth = _depth(stream, start)
     return sizes if len(sizes) == 2 else (*sizes[:depth], *sizes[depth + 1 :])
 
 

@@ -15,6 +15,7 @@ from panfm.config.base import LEAST_NOISE, Config
 from panfm.config.objective import ObjectiveConfig
 from panfm.config.patient_dp import PatientDpConfig
 from panfm.errors import ConfigError
+from panfm.texts import toml_key
 
 NO_CLAIM = "noise only, no DP claim"
 """Label on every artefact of a run that trains on although its guarantee is broken."""
@@ -106,6 +107,8 @@ def site_dp_faults(run: RunConfig) -> Iterator[str]:
         yield "features.whitening: is fitted from the sites' images without noise, set false"
     if run.probe.tasks:
         yield "probe.tasks: labels are summed at the sites without noise, leave it out"
+    for name, stream in run.streams.items():
+        yield from (f"{toml_key('streams', name)}.{line}" for line in stream.couplings())
     if run.gate:
         yield "gate.measure: is summed at the sites without noise, leave the table out"
     if run.federation.participation < 1.0:

@@ -21,6 +21,7 @@ _WORDS = {
     "statistics": "plain image statistics",
     "tokenizer": "the tokenizer alone, no network",
     "federated-probe": "the federated model, probed by summed statistics of the sites",
+    "federated-lda": "the federated model, probed by a linear discriminant analysis of the same sums",
     "local-probe": "the federated model, each site's own labels",
     "training-mean": "the mean of the training subjects",
 }

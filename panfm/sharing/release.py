@@ -44,6 +44,7 @@ SUMS_RELEASED_UNDER = {
     "errors": Releasable.LABEL_SUMS,
     "loss": Releasable.LOSS,
     "loss_subjects": Releasable.COUNTS,
+    "inputs": Releasable.INPUT_SUMS,
 }
 """Field of the answer to a question for sums -> the name under which the site allows it."""
 NEEDED = (Releasable.UPDATES, Releasable.COUNTS)

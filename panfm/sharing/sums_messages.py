@@ -5,6 +5,7 @@ down   as the task of a round, whose number is that of the round which would sta
        arrays   path/<task>/<part>     float64, a ridge path (panfm/evaluate/label_sums.py), to ask for errors
 up     arrays   sums/<task>/<part>     float64, sums of features and labels
                 errors/<task>          float64, summed squared leave-one-out errors
+                inputs/<stream>/<part> float64, sums of the tokenizer's inputs (panfm/evaluate/input_sums.py)
        metrics  loss, loss-subjects    summed validation loss, and of how many subjects
        config   run-id, round
 """
@@ -22,7 +23,7 @@ from panfm.sharing.messages import Metric, Records, RoundTask, config_value
 
 Parts = Mapping[str, NDArray[Any]]
 """Part -> array."""
-_PATH, _SUMS, _ERRORS = "path", "sums", "errors"
+_PATH, _SUMS, _ERRORS, _INPUTS = "path", "sums", "errors", "inputs"
 
 
 class Purpose(StrEnum):
@@ -34,6 +35,8 @@ class Purpose(StrEnum):
     """Sums of features and labels for the probe of all sites."""
     ERRORS = "errors"
     """Leave-one-out errors of this probe, by which its penalty is chosen."""
+    INPUTS = "inputs"
+    """Sums of what the tokenizers read, from which `input-centre` and `input-scale` are computed before round 1."""
 
 
 @dataclass(frozen=True)
@@ -76,10 +79,13 @@ class SumsReply:
     loss: float | None = None
     """Summed over the subjects of the val split."""
     loss_subjects: int | None = None
+    inputs: Mapping[str, Parts] = field(default_factory=dict)
+    """Stream -> sums of what its tokenizer reads."""
 
     def to_records(self) -> Records:
         """Convert to records."""
-        arrays = _flat(_SUMS, self.sums) | {f"{_ERRORS}/{task}": array.ravel() for task, array in self.errors.items()}
+        arrays = _flat(_SUMS, self.sums) | _flat(_INPUTS, self.inputs)
+        arrays |= {f"{_ERRORS}/{task}": array.ravel() for task, array in self.errors.items()}
         numbers: dict[str, Metric | None] = {"loss": self.loss, "loss-subjects": self.loss_subjects}
         metrics = {key: value for key, value in numbers.items() if value is not None}
         return Records(arrays, metrics, {"run-id": self.run_id, "round": self.round_number})
@@ -100,6 +106,7 @@ class SumsReply:
             errors,
             float(loss) if isinstance(loss, int | float) else None,
             subjects if isinstance(subjects, int) else None,
+            _nested(records.arrays, _INPUTS),
         )
 
 
@@ -113,7 +120,7 @@ def _flat(kind: str, tasks: Mapping[str, Parts]) -> dict[str, NDArray[Any]]:
 
 
 def _nested(arrays: Arrays, kind: str) -> dict[str, dict[str, NDArray[Any]]]:
-    """Arrays `<kind>/<task>/<part>` by task and part."""
+    """Arrays `<kind>/<task>/<part>` by task, or stream, and part."""
     tasks: dict[str, dict[str, NDArray[Any]]] = {}
     for name, array in arrays.items():
         if name.startswith(f"{kind}/"):

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from panfm.config import RunConfig, SiteConfig, dump_toml, experiment_hash, parse_run
+from panfm.config import RunConfig, SiteConfig, dump_toml, parse_run, reviewed_hash
 from panfm.config.patient_dp import PatientDpConfig
 from panfm.config.site_description import LimitsConfig
 from panfm.config.start import StartConfig, start_hash
@@ -41,7 +41,7 @@ def admit(run: RunConfig, site: SiteConfig) -> RunConfig:
         LimitError, ProtocolError: the site takes no part in such a run.
         ConfigError: the site's public number of patients breaks the run's guarantee.
     """
-    limits, experiment = site.limits, experiment_hash(run)
+    limits, experiment = site.limits, reviewed_hash(run)
     check_experiment(experiment, limits)
     if experiment not in limits.experiments:
         check_start_known(run.start, run.patient_dp, limits)

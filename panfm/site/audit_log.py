@@ -5,7 +5,7 @@
     numbers, words             names of its other entries
     privacy                    what the run that the question names may say of its patients' privacy; none without one
     epsilon                    what this and all private rounds before have spent on these patients; null if not private
-    summed                     of sums over patients: their purpose, and the columns of labels of each task
+    summed                     of sums over patients: their purpose, and each task's columns of labels, or the streams
     bytes, sha256              of the message as it left
     chain                      SHA-256 of the line before's chain and of this line
 

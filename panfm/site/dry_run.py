@@ -3,12 +3,13 @@
 import resource
 import tempfile
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from panfm.config import Releasable, RunConfig, dump_toml, experiment_hash
+from panfm.config import Releasable, RunConfig, dump_toml, reviewed_hash
 from panfm.config.site_description import LimitsConfig
 from panfm.config.start import start_hash
 from panfm.models import build_model
@@ -45,6 +46,8 @@ class DryRun:
     """What the run asks for besides rounds, and whether the site's limits let it leave; empty if nothing."""
     trains_on: str = ""
     """The column of the label table that the run trains on; empty if it reads none."""
+    input_sums: str = ""
+    """What the run asks for before round 1 to compute its constants of inputs; empty if nothing."""
 
 
 def dry_run(folder: Path, run: RunConfig) -> DryRun:
@@ -56,6 +59,10 @@ def dry_run(folder: Path, run: RunConfig) -> DryRun:
     checked_run(run)
     one_step = run.train.model_copy(update={"local_steps": 1})
     short = run.model_copy(update={"cohort": None, "start": None, "train": one_step})
+    if run.summed_streams:
+        from panfm.evaluate.input_sums import neutral_constants, with_constants  # most runs do without
+
+        short = with_constants(short, {name: neutral_constants(run, name) for name in run.summed_streams})
     with tempfile.TemporaryDirectory(prefix="panfm-dry-run-") as state:
         site = Site(folder, Path(state))
         named = site.config.limits.experiments
@@ -71,8 +78,8 @@ def dry_run(folder: Path, run: RunConfig) -> DryRun:
         reply = site.train_round(task)
         seconds = time.monotonic() - start
     return DryRun(
-        experiment=experiment_hash(run),
-        is_named=not named or experiment_hash(run) in named,
+        experiment=reviewed_hash(run),
+        is_named=not named or reviewed_hash(run) in named,
         start=start_hash(run.start) if run.start and run.start.parameters else None,
         handshake=handshake,
         reply=reply,
@@ -82,7 +89,22 @@ def dry_run(folder: Path, run: RunConfig) -> DryRun:
         gpu_gib=torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None,
         sums=_sums(run, site.config.limits),
         trains_on=run.task.label if run.task else "",
+        input_sums=_input_sums(run, handshake.streams, site.config.limits),
     )
+
+
+def _input_sums(run: RunConfig, streams: Collection[str], limits: LimitsConfig) -> str:
+    """Write a line on the sums that a run asks for before round 1, and whether they leave; empty if none.
+
+    Args:
+        streams: Those of the site.
+    """
+    names = [name for name in run.summed_streams if name in streams]
+    if not names:
+        return ""
+    if Releasable.INPUT_SUMS not in limits.may_leave:
+        return f"no sums of inputs, limits.may-leave lacks {Releasable.INPUT_SUMS.value}: {', '.join(names)}"
+    return f"sums of what the tokenizers read, and of its squares: {', '.join(names)}"
 
 
 def _sums(run: RunConfig, limits: LimitsConfig) -> str:

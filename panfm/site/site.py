@@ -1,7 +1,8 @@
 """One site's answers to an invitation, to a round, and to a question for sums over its patients, without Flower.
 
 The ClientApp calls it in a simulation, the resident worker in a hospital. It reads the site's own folder, and
-gets from outside one `Invitation`, one `RoundTask` per round and, in a run with `probe.tasks` or `[gate]`, `SumsTask`s.
+gets from outside one `Invitation`, one `RoundTask` per round and, in a run with `probe.tasks`, `[gate]` or streams with
+`input-constants`, `SumsTask`s.
 """
 
 import contextlib
@@ -60,7 +61,7 @@ class Site:
         self.asked_run: RunConfig | None = None
         """The run of the current question; None if it names no valid one."""
         self.summed: dict[str, Any] | None = None
-        """Purpose and labels of the sums in the current answer; None if it holds no sums."""
+        """Purpose, and labels or streams, of the sums in the current answer; None if it holds no sums."""
         self._warm: tuple[str, Session] | None = None
 
     def handshake(self, invitation: Invitation) -> Handshake:
@@ -109,24 +110,31 @@ class Site:
             ProtocolError: the question does not fit, or the run or this site allows no such sums.
             DataError: the label table or the private state is faulty.
         """
-        from panfm.sharing.sums_messages import SumsTask  # a worker that is never asked does without
+        from panfm.sharing.sums_messages import Purpose, SumsTask  # a worker that is never asked does without
         from panfm.site.sums_answer import sum_patients
 
         task = SumsTask.from_records(question)
-        session, states = self._opened(task.model, more_rounds=1)
+        session, states = self._opened(task.model, more_rounds=1, has_constants=task.purpose is not Purpose.INPUTS)
         result = sum_patients(session, task, states, folder=self.folder, site=self.config)
         tasks = sorted({**result.get("sums", {}), **result.get("errors", {})})
         self.summed = {"purpose": task.purpose.value, "labels": {name: session.run.probe.tasks[name] for name in tasks}}
+        if "inputs" in result:
+            self.summed["streams"] = sorted(result["inputs"])
         return build_sums_reply(task.model, result, may_leave=self.config.limits.may_leave).to_records()
 
-    def _opened(self, task: RoundTask, *, more_rounds: int = 0) -> tuple[Session, StateStore]:
+    def _opened(
+        self, task: RoundTask, *, more_rounds: int = 0, has_constants: bool = True
+    ) -> tuple[Session, StateStore]:
         """Session and private states of a task's run, if the site takes part in it.
 
         Args:
             more_rounds: Rounds after the run's last one that the task may name.
+            has_constants: Whether the run must have the constants of all streams' inputs.
         """
         check_may_take_part(self.config.limits.may_leave)
         session = self._session(task.run_toml)
+        if has_constants and session.run.summed_streams:
+            raise ProtocolError(f"input-centre of {session.run.summed_streams[0]}: missing, computed before round 1")
         last = session.run.train.rounds + more_rounds
         if not 1 <= task.round_number <= last:
             raise ProtocolError(f"round {task.round_number}: expected 1 to {last}")

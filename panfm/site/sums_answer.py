@@ -1,5 +1,7 @@
-"""A site's answer to a question for sums over its patients: for the probe of all sites, or the measure of a gate.
+"""A site's answer to a question for sums over its patients: for the probe of all sites, the measure of a gate, or the
+constants of the tokenizers' inputs.
 
+    inputs        before round 1: sums of what the tokenizers read of the training images
     gate, probe   sums of features and labels over the training patients, task by task
     errors        their summed leave-one-out errors under the ridge path that the server found from all sites' sums
     gate          with `gate.measure = "validation-loss"` instead: the summed loss of the val split
@@ -29,6 +31,7 @@ from panfm.data.store import ImageStore
 from panfm.data.subjects import subject_key
 from panfm.errors import LimitError, ProtocolError
 from panfm.evaluate.embed import embed_store
+from panfm.evaluate.input_sums import InputSums
 from panfm.evaluate.label_sums import RidgePath, contributing_rows, site_errors, site_sums
 from panfm.files import locked, read_checked, write_checked
 from panfm.models import build_model, describe_model
@@ -42,6 +45,8 @@ _BATCH = 256
 _LOCK_WAIT_S = 10.0
 SUMMED = "label-sums.digest"
 """Beside the runs: what this site sums. An operator who accepts that sums of two sets can be subtracted removes it."""
+SUMMED_INPUTS = "input-sums.digest"
+"""The same for the inputs of each stream."""
 
 
 def sum_patients(
@@ -55,8 +60,10 @@ def sum_patients(
         LimitError: this site does not let such sums leave, or too few patients stand behind them.
         DataError: the label table or the private state is faulty.
     """
-    with_labels = _check_asked(session, task, site.limits)
     torch.set_num_threads(session.run.train.threads)
+    if task.purpose is Purpose.INPUTS:
+        return {"inputs": _sum_inputs(session, task, states, site.limits)}
+    with_labels = _check_asked(session, task, site.limits)
     states.check_origin()
     session.load_frozen(task.model, states)
     if session.run.train.teacher_start == "server-ema":
@@ -96,6 +103,28 @@ def _check_asked(session: Session, task: SumsTask, limits: LimitsConfig) -> bool
     if task.purpose is not Purpose.GATE and task.model.round_number != run.train.rounds + 1:
         raise ProtocolError(f"{task.purpose}: asked before round {task.model.round_number}, expected after the last")
     return with_labels
+
+
+def _sum_inputs(
+    session: Session, task: SumsTask, states: StateStore, limits: LimitsConfig
+) -> dict[str, dict[str, NDArray[np.float64]]]:
+    """Sums over the inputs of each stream that lacks its constants and that enough training subjects hold. Raises as
+    `sum_patients`."""
+    run, store = session.run, session.store
+    if (label := privacy_label(run)) != "none":
+        raise ProtocolError(f"sums are not covered by the run's claim ({label})")
+    if not run.summed_streams or task.model.round_number != 1:
+        raise ProtocolError("inputs: asked for sums, expected before round 1 of a run that lacks constants")
+    if Releasable.INPUT_SUMS not in limits.may_leave:
+        raise LimitError.of_question(f"this site's limits.may-leave lacks {Releasable.INPUT_SUMS.value}")
+    names = [name for name in run.summed_streams if name in session.streams]
+    if not names:
+        raise LimitError.of_question("inputs: too few training subjects of this site hold any of the streams")
+    train = store.indices("train")
+    _pin_inputs(states.folder.parents[1], session, {name: store.holders(train, [name]) for name in names})
+    _note(states, session, task, "")
+    tokenizer = run.model.tokenizer
+    return {name: InputSums.of(store, name, run.streams[name], tokenizer, train).to_arrays() for name in names}
 
 
 def _validation_loss(session: Session, task: SumsTask, states: StateStore) -> dict[str, Any]:
@@ -177,6 +206,31 @@ def _pin(state_dir: Path, session: Session, targets: Mapping[str, NDArray[np.flo
             write_checked(path, text)
         if read_checked(path) != text:
             raise LimitError.of_question("this site has summed other tasks, patients or labels before")
+
+
+def _pin_inputs(state_dir: Path, session: Session, holders: Mapping[str, NDArray[np.int64]]) -> None:
+    """Note of which patients and images this site sums the inputs, stream by stream: sums of others could be subtracted
+    from them.
+
+    Args:
+        holders: Stream -> its training subjects, as indices into the store.
+    Raises:
+        LimitError: the site has summed the inputs of other patients or images of a stream before, in any run.
+        DataError: the note is corrupted.
+    """
+    store, path = session.store, state_dir / SUMMED_INPUTS
+    digests = {}
+    for name, indices in holders.items():
+        first = np.searchsorted(store.rows[name], indices)
+        images = [store.digests[name][row].hex() for row in first] if name in store.digests else [""] * len(first)
+        subjects = sorted(zip((store.subjects[index] for index in indices), images, strict=True))
+        digests[name] = hashlib.sha256(json.dumps([session.floors.batch, subjects]).encode()).hexdigest()
+    state_dir.mkdir(parents=True, exist_ok=True)
+    with locked(state_dir / f".{SUMMED_INPUTS}.lock", wait_s=_LOCK_WAIT_S):
+        known = json.loads(read_checked(path)) if path.exists() else {}
+        if changed := [name for name in digests if known.get(name, digests[name]) != digests[name]]:
+            raise LimitError.of_question(f"this site has summed other patients or images of {changed[0]} before")
+        write_checked(path, json.dumps(known | digests).encode())
 
 
 def _note(states: StateStore, session: Session, task: SumsTask, state: str) -> None:

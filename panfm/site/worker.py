@@ -104,7 +104,7 @@ def load_libraries(limits: LimitsConfig) -> None:
 
     if limits.epsilon is not None:
         import panfm.privacy.private_step
-    if Releasable.LABEL_SUMS in limits.may_leave:
+    if {Releasable.LABEL_SUMS, Releasable.INPUT_SUMS} & {*limits.may_leave}:
         import panfm.site.sums_answer
     if limits.training_labels:
         import panfm.data.task_labels  # noqa: F401

@@ -9,11 +9,11 @@ import numpy as np
 
 from panfm.config import RunConfig, site_folders
 from panfm.data.store import ImageStore
+from panfm.evaluate.input_sums import Constants, measured_constants
 from panfm.evaluate.probe_cohort import Task, evaluate_cohort
 from panfm.evaluate.probe_labels import LabelInfo, LabelledStore
 from panfm.models import PanModel
 from simulations.cohorts.cohort_labels import read_cohort_labels
-from simulations.input_moments import InputMoments
 
 
 @dataclass(frozen=True)
@@ -50,18 +50,9 @@ class OpenedCohort:
         """The probing of a run's models: fitted on the sites, tested on held-out patients."""
         return Task(run, list(self.sites.values()), self.holdout, self.labels)
 
-    def input_constants(self, run: RunConfig) -> dict[str, tuple[list[float], list[float]]]:
+    def input_constants(self, run: RunConfig) -> dict[str, Constants]:
         """`input-centre` and `input-scale` of every stream at a site, from sums over the sites' training images."""
-        constants = {}
-        for name, stream in run.streams.items():
-            holders = [store for store in self.stores.values() if name in store.images]
-            parts = [
-                InputMoments.measure(store, name, stream, run.model.tokenizer, store.indices("train"))
-                for store in holders
-            ]
-            if parts:
-                constants[name] = InputMoments.sum(parts).constants()
-        return constants
+        return measured_constants(run, self.stores.values())
 
     def auc(self, run: RunConfig, model: PanModel) -> float:
         """AUC of a model's frozen features, over all labels and all held-out patients, as a run probes it."""

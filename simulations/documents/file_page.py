@@ -74,6 +74,8 @@ SITE_FOLDER: Entries = {
     ".panfm/state/departures.jsonl": "Audit log, a chained line for each message that left; see `panfm site log`.",
     ".panfm/state/site.log": "Errors of the site, whole; from 16 MiB on a new file is begun, the old is site.log.1.",
     ".panfm/state/label-sums.digest": "Digest of the tasks, patients and labels summed; another set is refused.",
+    ".panfm/state/input-sums.digest": "Digests of the patients and images whose inputs were summed, by stream; others "
+    "are refused.",
     ".panfm/state/ledger.anchor": "End of the ledger's chain; without it the ledger is refused.",
     ".panfm/state/.*": "Locks.",
     ".panfm/ledger/ledger.jsonl": "Privacy spent on these patients by all runs. Back it up; never delete it.",
@@ -82,6 +84,8 @@ SITE_FOLDER: Entries = {
 }
 RUN_FOLDER: Entries = {
     "run.toml": "The description with all defaults: [keys](run-toml.md).",
+    "inputs.json": "Constants of the tokenizers' inputs by stream, the sites whose sums they come from, and who gave "
+    "none (`left-out`), in a run with `input-constants`.",
     "sites.json": "Subjects and streams that sites reported when they joined: [keys](#sitesjson).",
     "rounds.jsonl": "One line per round: [keys](#roundsjsonl).",
     "probe.json": "Scores of all probes, in a simulation with held-out patients: [keys](#probejson).",
@@ -99,7 +103,8 @@ RUN_FOLDER: Entries = {
     "model/model.safetensors": "Weights of the trained model.",
     "model/metadata.json": "Facts about the model: [keys](#modelmetadatajson).",
     "model/run.toml": "The description as the sites received it.",
-    "model/probe.safetensors": "Probe of all sites from sums of features and labels, in a run with `probe.tasks`.",
+    "model/probe.safetensors": "Probe of all sites from sums of features and labels, in a run with `probe.tasks`; with "
+    "`probe.lda-shrinkage` its discriminant analysis as well.",
     "model/whitening.safetensors": "Whitening of the embeddings, of `features.whitening` or `panfm whiten`.",
     "start.safetensors": "Parameters that the run starts from, in a run with `[start]`.",
     "frozen.safetensors": "Parameters that the run does not train, in a run with `train.parts`.",

@@ -8,7 +8,10 @@ ridge regression, penalty by leave-one-out, and tested on the held-out people. B
     untrained        the model before its first step
     views            the federated model
     untrained-coarse, views-coarse   the same with tokens of 10 x 14 x 10 mm
-    start-slices     a frozen public ViT-S/14 that $PANFM_WEIGHTS names, on 12 coronal slices of 112 x 112 pixels
+    start-slices     a frozen public ViT-S/14 that $PANFM_WEIGHTS names, on 12 coronal slices of 112 x 112 pixels, each
+                     by itself
+    start-mean, start-centre, start-joint    the same model on volumes, with tokens of 8 mm: its kernel spread over a
+                     patch's depth, in the patch's middle slice, or on coronal slices in one sequence (`slices`)
 
 Models are read in two ways (`_volume_readings.py`): pooled, as the run or blocks 8, 10 and 12 say, and, as
 `<arm>-in-place`, by their tokens in their places.
@@ -17,6 +20,7 @@ interval, over resamples of volumes (somewhat too narrow, since two volumes are 
 """
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -46,7 +50,15 @@ from simulations.study_result import StudyResult, Target
 
 EXPERIMENT = QUICKSTART.with_name("real-volumes.toml")
 ROUNDS = {"short": 5, "long": 20}
-ARMS = ("statistics", "untrained", "views", "untrained-coarse", "views-coarse", "start-slices")
+INFLATED = {
+    "start-mean": ("mean", "[0.571, 1.0, 0.571], shape = [70, 56, 70], patch = [14, 8, 14]"),
+    "start-centre": ("centre", "[0.571, 1.0, 0.571], shape = [70, 56, 70], patch = [14, 8, 14]"),
+    "start-joint": (None, "[0.571, 8.0, 0.571], shape = [70, 7, 70], patch = [14, 1, 14], slices = 'A'"),
+}
+"""Arm -> `start.inflate`, and the volumes' stream from its spacing on."""
+ARMS: tuple[str, ...] = ("statistics", "untrained", "views", "untrained-coarse", "views-coarse", "start-slices")
+ARMS += tuple(INFLATED)
+WITHOUT_WEIGHTS = ARMS[:5]
 ROWS = tuple(row for arm in ARMS for row in ([arm] if arm == "statistics" else [arm, f"{arm}-in-place"]))
 COARSE = (f"streams.{HIPPOCAMPUS}.patch=[5, 7, 5]",)
 FINE_VOXELS = (f"streams.{HIPPOCAMPUS}={{ spacing-mm = [1.0, 1.0, 1.0], shape = [40, 56, 40], patch = [8, 8, 8] }}",)
@@ -73,17 +85,19 @@ _ALL = ",".join(ARMS)
 @study(seeds=3, draws=None, budgets=ROUNDS, unit="rounds of 20 steps")
 def main(options: StudyOptions, budget: str, arms: Arms = _ALL) -> StudyResult:
     """R2 of two volumes of the hippocampus, from frozen features of 3D models and of a public 2D model."""
-    result = run(options, ROUNDS[budget], public.possible_arms(chosen_arms(arms, ARMS), without_weights=ARMS[:-1]))
+    result = run(
+        options, ROUNDS[budget], public.possible_arms(chosen_arms(arms, ARMS), without_weights=WITHOUT_WEIGHTS)
+    )
     show(result)
     return result
 
 
 def run(options: StudyOptions, rounds: int, arms: Sequence[str]) -> StudyResult:
     """Run the study with some of the arms."""
-    runs = {arm: slices_run() if arm == "start-slices" else arm_run(arm, 0, rounds) for arm in arms}
+    runs = {arm: start_run(arm) if arm.startswith("start-") else arm_run(arm, 0, rounds) for arm in arms}
     described = {arm: run.model_dump(mode="json", by_alias=True, exclude_none=True) for arm, run in runs.items()}
     result = StudyResult("real-volumes", {"pairs": options.pairs(), "rounds": rounds, "runs": described})
-    for job, measured in run_arms(options, arms, rounds, write_draw, measure):
+    for job, measured in run_arms(options, arms, rounds, partial(write_draw, arms=tuple(arms)), measure):
         for name, value in measured.items():
             suffix, _, metric = name.rpartition(":")
             result.add(job.arm + suffix, {metric: value})
@@ -98,19 +112,26 @@ def arm_run(arm: str, seed: int, rounds: int) -> RunConfig:
         changes += COARSE
     if arm in ("statistics", "start-slices"):
         changes += FINE_VOXELS
+    if arm in INFLATED:
+        changes += [f"streams.{HIPPOCAMPUS}={{ spacing-mm = {INFLATED[arm][1]} }}"]
     return load_simulation(EXPERIMENT, changes)
 
 
-def slices_run() -> RunConfig:
-    """The run whose start is the public model of slices."""
-    return load_run(EXPERIMENT, [*SLICES, f"start.model={public_weights()}"])
+def start_run(arm: str) -> RunConfig:
+    """The run of an arm whose start is the public model, on pictures of slices or on volumes."""
+    changes = [*SLICES, f"start.model={public_weights()}"]
+    if arm in INFLATED:
+        inflate, images = INFLATED[arm]
+        changes += [f"streams={{ {HIPPOCAMPUS} = {{ spacing-mm = {images} }} }}"]
+        changes += [f"start.inflate={inflate}", "start.inflate-axis=A"] if inflate else []
+    return load_run(EXPERIMENT, changes)
 
 
-def write_draw(job: CohortJob) -> Path:
-    """Write the folders of the sites and of the held-out people, and their volumes as the arms read them."""
+def write_draw(job: CohortJob, arms: Sequence[str] = ARMS) -> Path:
+    """Write the folders of the sites and of the held-out people, and their volumes as some arms read them."""
     run = arm_run("views", job.draw, 1)
     write_files(cohort_of(run), job.folder, run)
-    for arm in ("views-coarse", "start-slices"):
+    for arm in (arm for arm in ("views-coarse", "start-slices", *INFLATED) if arm in arms):
         OpenedCohort.open(job.folder, arm_run(arm, job.draw, 1))
     return job.folder
 
@@ -141,8 +162,11 @@ def read_statistics(cohort: OpenedCohort, run: RunConfig) -> Features:
 def read_arm(arm: str, run: RunConfig, cohort: OpenedCohort, folder: Path) -> tuple[Reading, Reading]:
     """Readings of the clinics' volumes and of the held-out ones by the model of an arm, which may be trained first."""
     if arm == "start-slices":
-        model = start_model(slices_run())
+        model = start_model(start_run(arm))
         readings = [read_slices(model, store, HIPPOCAMPUS) for store in stores(cohort)]
+    elif arm in INFLATED:
+        model = start_model(start_run(arm))
+        readings = [read_volumes(model, store, HIPPOCAMPUS) for store in stores(cohort)]
     else:
         model = federate(run, folder).model if arm.startswith("views") else build_model(run)
         readings = [read_volumes(model, store, HIPPOCAMPUS) for store in stores(cohort)]

@@ -1,7 +1,8 @@
 """Gain of saliency-guided masking over other policies, by number of steps, by phantom and by recipe of training.
 
 Three phantoms (`transient` and `lasting` dominance, `shortcut`), three budgets, seven masking arms at one mask ratio,
-and two references: the untrained model and plain organ statistics. Frozen embeddings are read by linear probes fitted
+and references: the untrained model and plain organ statistics, and, as upper bounds, the labels' own score of the true
+factors (`oracle`) and a linear probe of these factors (`latents`). Frozen embeddings are read by linear probes fitted
 on the training subjects as they were scanned, and tested on complete subjects and on the same subjects with organs
 removed. Metric names begin with the phantom: `transient/auc`, `lasting/auc_no_dominant`, ...
 
@@ -24,6 +25,7 @@ from rich.table import Table
 from panfm.config import RunConfig, StreamConfig
 from panfm.data.store import ImageStore
 from panfm.evaluate.embed import embed_store
+from panfm.evaluate.input_sums import InputSums, with_constants
 from panfm.evaluate.linear_probe import auc_per_label, fit_classifiers
 from panfm.evaluate.probe_cohort import FeaturesOf, missing_grid
 from panfm.evaluate.representation import effective_rank, saliency_entropy
@@ -33,10 +35,9 @@ from panfm.training.saliency import stream_shares
 from panfm.training.trainer import Trainer
 from simulations.alone import train_round
 from simulations.cohorts.phantom_draw import Phantom
-from simulations.cohorts.phantom_labels import LABELS
+from simulations.cohorts.phantom_labels import LABELS, score
 from simulations.cohorts.prepare import load_simulation
 from simulations.harness import TRANSIENT, ArmJob, CohortJob, StudyOptions, chosen_arms, run_arms, study
-from simulations.input_moments import InputMoments
 from simulations.studies._cohorts import FrozenReader
 from simulations.studies._phantoms import Cohort, open_draw, render_draw
 from simulations.studies._tables import print_study
@@ -67,12 +68,13 @@ RECIPES: dict[str, tuple[str, ...]] = {
 leave blur and noise out, which would take half of the time of a step."""
 _MEASURED = 256
 """Patients whose images give the constants of scaled inputs."""
-REFERENCES = ("untrained", "statistics")
+BOUNDS = ("oracle", "latents")
+REFERENCES = ("untrained", "statistics", *BOUNDS)
 ARMS = (*MASKING, *REFERENCES)
 SHOWN = ("auc", "auc_weak", "auc_no_dominant", "saliency_entropy")
 
 
-Arms = Annotated[str, typer.Option(help="Only these arms, with commas between; random is always run.")]
+Arms = Annotated[str, typer.Option(help="Only these arms, with commas between; random is run beside any policy.")]
 Phantoms = Annotated[str, typer.Option(help=f"Only these phantoms, with commas between: {', '.join(PHANTOMS)}.")]
 Recipe = Annotated[str, typer.Option(help=f"How all arms are trained: {', '.join(RECIPES)}.")]
 
@@ -91,7 +93,9 @@ def main(
     if recipe not in RECIPES:
         raise typer.BadParameter(f"{recipe}: expected one of {', '.join(RECIPES)}", param_hint="--recipe")
     chosen = chosen_arms(phantoms, PHANTOMS, "--phantoms")
-    result = run(options, budget, chosen_arms(f"random,{arms}", ARMS), chosen, recipe)
+    asked = chosen_arms(arms, ARMS)
+    compared = chosen_arms(f"random,{arms}", ARMS) if {*asked} & {*MASKING} else asked
+    result = run(options, budget, compared, chosen, recipe)
     show(result)
     return result
 
@@ -152,11 +156,12 @@ def study_run(seed: int, arm: str, steps: int, recipe: str = "plain") -> RunConf
 
 def scaled(run: RunConfig, store: ImageStore) -> RunConfig:
     """The same run, with constants that centre and scale what the tokenizer of each stream reads in a store."""
-    streams, some = {}, np.arange(min(_MEASURED, len(store.subjects)))
-    for name, stream in run.streams.items():
-        centre, scale = InputMoments.measure(store, name, stream, run.model.tokenizer, some).constants()
-        streams[name] = stream.model_copy(update={"input_centre": tuple(centre), "input_scale": tuple(scale)})
-    return run.model_copy(update={"streams": streams})
+    some = np.arange(min(_MEASURED, len(store.subjects)))
+    constants = {
+        name: InputSums.of(store, name, stream, run.model.tokenizer, some).constants()
+        for name, stream in run.streams.items()
+    }
+    return with_constants(run, constants)
 
 
 def write_draw(job: CohortJob, phantoms: Sequence[str] = PHANTOMS) -> Path:
@@ -174,6 +179,8 @@ def measure(job: ArmJob) -> dict[str, float]:
     cohort = open_draw(job.cohort / phantom, run.streams)
     if recipe != "plain":
         run = scaled(run, cohort.train)
+    if arm in BOUNDS:
+        return _measure_bound(arm, Phantom(phantom, job.draw), cohort, run)
     if arm == "statistics":
         return _probe(cohort, run, *_statistics_features(cohort, run.streams), draw=job.draw)
     trainer = Trainer(run)
@@ -225,6 +232,19 @@ def _probe(
     return {**grid, "auc_weak": float(per_label(complete)[weak].mean()), "effective_rank": effective_rank(complete)}
 
 
+def _measure_bound(arm: str, phantom: Phantom, cohort: Cohort, run: RunConfig) -> dict[str, float]:
+    """AUC on the test patients of what no image shows whole: the factors that labels and images are drawn from."""
+    weak = np.array([label.weak for label in LABELS.values()])
+    test = phantom.draw("test", len(cohort.test.subjects), run.organs, complete=True).latents
+    if arm == "oracle":
+        scores = np.stack([score(label, test) for label in LABELS.values()], axis=1)
+    else:
+        fit = phantom.draw("train", len(cohort.train.subjects), run.organs).latents
+        scores = fit_classifiers(fit, cohort.train_labels, list(LABELS)).score(test)
+    aucs = auc_per_label(scores, cohort.test_labels, np.ones((1, len(test))))[0]
+    return {"auc": float(aucs.mean()), "auc_weak": float(aucs[weak].mean())}
+
+
 def _saliency_entropy(model: PanModel, features: ImageStore) -> float:
     """Entropy of the mean `value` saliency over complete subjects, in every arm alike."""
     shares = []
@@ -242,14 +262,11 @@ def _saliency_entropy(model: PanModel, features: ImageStore) -> float:
 def _gains(result: StudyResult) -> dict[str, float]:
     """Mean gain over random masking, and the share of pairs in which it is positive."""
     gains: dict[str, float] = {}
-    for phantom in phantoms_of(result):
-        for metric in SHOWN:
-            for arm in ARMS:
-                if arm == "random" or (f"{phantom}/{metric}", arm) not in result.values:
-                    continue
-                gain = result.gain(f"{phantom}/{metric}", arm, "random")
-                gains[f"{phantom}/{metric}/{arm}-minus-random"] = float(np.mean(gain))
-                gains[f"{phantom}/{metric}/{arm}-wins"] = result.share_won(f"{phantom}/{metric}", arm, "random")
+    for name in (f"{phantom}/{metric}" for phantom in phantoms_of(result) for metric in SHOWN):
+        arms = [arm for arm in ARMS if (name, arm) in result.values]
+        for arm in arms[1:] if "random" in arms else ():
+            gains[f"{name}/{arm}-minus-random"] = float(np.mean(result.gain(name, arm, "random")))
+            gains[f"{name}/{arm}-wins"] = result.share_won(name, arm, "random")
     return gains
 
 

@@ -62,10 +62,11 @@ def federation(tmp_path: Path, write_site: Callable[..., Path]) -> Federation:
     return Federation(tmp_path)
 
 
+SUMMED = [f"streams.{stream}-mr.input-constants=summed" for stream in ("brain", "heart", "liver")]
 GATED = 'gate={ measure = "labels" }'
 TASKS = 'probe.tasks={ old = ["old"], shape = ["round", "flat"] }'
 LIMITS = {
-    "may-leave": ["updates", "counts", "loss", "saliency", "label-sums"],
+    "may-leave": ["updates", "counts", "loss", "saliency", "label-sums", "input-sums"],
     "smallest-batch": 1,
     "smallest-steps": 1,
 }

@@ -10,7 +10,7 @@ import pytest
 import tomli_w
 
 from panfm.config import dump_toml
-from tests.federation.conftest import GATED, TASKS
+from tests.federation.conftest import GATED, SUMMED, TASKS
 
 
 def simulate(federation, name: str, engine: str, *overrides: str) -> subprocess.CompletedProcess:
@@ -37,14 +37,14 @@ def model_bytes(run_dir: Path) -> bytes:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ray", "flower", "deployment"])
-def test_engines_agree_on_model_gate_and_probe_to_the_bit(labelled, engine):
-    asked = (TASKS, GATED, "train.rounds=2", "federation.join-timeout-s=200.0")
+def test_engines_agree_on_model_and_all_sums_to_the_bit(labelled, engine):
+    asked = (*SUMMED, TASKS, GATED, "train.rounds=2", "federation.join-timeout-s=200.0")
     expected = labelled.run("local", *asked)
     done = simulate(labelled, engine, engine, *asked)
     assert done.returncode == 0, done.stdout + done.stderr
     found = labelled.folder / engine
     assert model_bytes(found) == model_bytes(expected)
-    for name in ("model/probe.safetensors", "model/metadata.json"):
+    for name in ("model/probe.safetensors", "model/metadata.json", "model/run.toml", "inputs.json"):
         kept, other = ((folder / name).read_bytes() for folder in (expected, found))
         assert re.sub(rb"small-[0-9a-f]{8}", b"", kept) == re.sub(rb"small-[0-9a-f]{8}", b"", other)
 

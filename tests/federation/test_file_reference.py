@@ -25,12 +25,12 @@ from panfm.site.audit_log import FILE as AUDIT_LOG
 from server.expected_sites import FILE as EXPECTED_SITES
 from server.run_folder import ENDED, LOCK
 from simulations.documents import file_page
-from tests.federation.conftest import GATED, TASKS
+from tests.federation.conftest import GATED, SUMMED, TASKS
 
 
 @pytest.fixture
 def run_folder(labelled) -> Path:
-    return labelled.run("run", TASKS, GATED, "train.rounds=1")
+    return labelled.run("run", *SUMMED, TASKS, GATED, "train.rounds=1")
 
 
 def untold(paths: Iterable[str], entries: Mapping[str, str]) -> list[str]:
@@ -62,7 +62,7 @@ def test_every_file_and_key_of_a_run_has_an_entry(run_folder, labelled):
     for site in sorted(labelled.sites.iterdir()):
         own = [path for path in files_of(site) if not path.endswith(".nii.gz")]
         own += [f".panfm/state/{path}" for path in files_of(run_folder / "sites" / site.name)]
-        assert ".panfm/state/label-sums.digest" in own
+        assert {".panfm/state/label-sums.digest", ".panfm/state/input-sums.digest"} <= set(own)
         assert untold(own, file_page.SITE_FOLDER) == []
 
 

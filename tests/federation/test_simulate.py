@@ -109,6 +109,23 @@ def test_an_edited_description_is_refused(experiment, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_run_with_constants_from_sums_is_resumed_under_its_description(experiment, federation, tmp_path):
+    """The description that the user has lacks the numbers that the run has filled in."""
+    for folder in sorted(federation.sites.iterdir()):
+        table = (folder / "site.toml").read_text()
+        (folder / "site.toml").write_text(f'{table}may-leave = ["updates", "counts", "input-sums"]\n')
+    text = experiment.read_text().replace("[streams.heart-mr]", '[streams.heart-mr]\ninput-constants = "summed"')
+    experiment.write_text(text)
+    assert simulate(experiment, out=tmp_path / "run") == tmp_path / "run"
+    numbers = RunFolder.resume(tmp_path / "run").run.streams["heart-mr"].input_centre
+    assert len(numbers) == 3
+    assert simulate(experiment, resume=tmp_path / "run") == tmp_path / "run"
+    experiment.write_text(text.replace("rounds = 2", "rounds = 3"))
+    with pytest.raises(ConfigError, match=r"differs from the run that began: train\.rounds"):
+        simulate(experiment, resume=tmp_path / "run")
+
+
+@pytest.mark.slow
 def test_a_finished_run_is_extended(experiment, tmp_path):
     """It goes on from its model and its sites' private states, and can be resumed as it is described from then on."""
     folder = simulate(experiment, ["train.rounds=1"], out=tmp_path / "run")

@@ -1,12 +1,15 @@
 """The federated ridge probe: by hand, against scikit-learn on pooled patients, leave-one-out by refitting, floors."""
 
 from dataclasses import replace
+from functools import reduce
+from operator import add
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import Ridge, RidgeCV
 from sklearn.preprocessing import StandardScaler
 
@@ -15,6 +18,7 @@ from panfm.evaluate.federated_probe import (
     LabelledSite,
     choose_penalty,
     cross_validated_error,
+    discriminants,
     probe_together,
     ridge_path,
 )
@@ -374,3 +378,52 @@ def test_the_error_of_a_gate_without_use_or_variance():
     assert np.isnan(cross_validated_error([constant]))
     with_constant = LabelSums.of(features, np.hstack([targets, np.ones((40, 1))]))
     assert_allclose(cross_validated_error([with_constant]), useful)
+
+
+def discriminant_of(sites, shrinkage):
+    """The discriminant analyses of summed statistics."""
+    sums = [LabelSums.of(site.features, site.targets[TASK]) for site in sites]
+    return discriminants(ridge_path(sums), reduce(add, sums), shrinkage)
+
+
+def test_a_discriminant_by_hand():
+    """Classes at -2 and 2, variance 1 within: log-odds 4 x, plus those of three to one."""
+    features = np.array([[-3.0], [-1.0], [1.0], [3.0], [1.0], [3.0], [1.0], [3.0]])
+    targets = np.array([0, 0, 1, 1, 1, 1, 1, 1], float)[:, None]
+    probe = discriminant_of(split(features, targets, 2), 0.0)
+    assert_allclose(probe.score(np.array([[0.0], [1.0]]))[:, 0], [np.log(3), 4 + np.log(3)], atol=1e-12)
+
+
+@pytest.mark.parametrize("shrinkage", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("num_sites", [1, 3])
+def test_discriminants_are_those_of_scikit_learn_on_all_patients(shrinkage, num_sites):
+    features, targets = draw(90, 7, labels=3, offset=40.0, spread=5.0)
+    features[:, 2] = 1.5
+    probe = discriminant_of(split(features, targets, num_sites), shrinkage)
+    scaler = StandardScaler().fit(features.astype(np.float64))
+    standard = scaler.transform(features.astype(np.float64))
+    for column, target in enumerate(targets.T):
+        theirs = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=shrinkage or None).fit(standard, target)
+        expected = theirs.decision_function(standard)
+        assert_allclose(probe.score(features)[:, column], expected, rtol=1e-6, atol=1e-6)
+
+
+def test_with_more_features_than_patients_shrinkage_gives_a_solution():
+    features, targets = draw(12, 30)
+    probe = discriminant_of(split(features, targets, 2), 0.2)
+    scaler = StandardScaler().fit(features.astype(np.float64))
+    standard = scaler.transform(features.astype(np.float64))
+    theirs = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=0.2).fit(standard, targets[:, 0])
+    assert_allclose(probe.score(features)[:, 0], theirs.decision_function(standard), rtol=1e-6, atol=1e-6)
+    assert np.isnan(discriminant_of(split(features, targets, 2), 0.0).bias).all()
+
+
+def test_only_labels_of_two_classes_have_a_discriminant():
+    features, targets = draw(40, 4, labels=4)
+    targets[:, 1], targets[:, 2] = 1.0, 0.0
+    targets[:, 3] = np.linspace(0, 1, 40)
+    probe = discriminant_of(split(features, targets, 2), 0.1)
+    assert np.isfinite(probe.bias).tolist() == [True, False, False, False]
+    assert np.isfinite(probe.weights).all()
+    constant = discriminant_of(split(np.full((40, 4), 2.0), targets, 2), 0.1)
+    assert np.isnan(constant.bias[1:]).all()

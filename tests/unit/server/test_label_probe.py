@@ -4,6 +4,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.preprocessing import StandardScaler
 
 from panfm.config import RunConfig, StreamConfig
 from panfm.config.probe import ProbeConfig
@@ -63,9 +65,9 @@ def fit(tmp_path, monkeypatch):
     sites = Sites()
     monkeypatch.setattr(label_probe, "ask_sums", sites.ask)
 
-    def fit(there=("alpha", "beta", "gamma"), name="kept"):
+    def fit(there=("alpha", "beta", "gamma"), name="kept", run=RUN):
         roster = {node: handshake for node, handshake in sites.roster.items() if handshake.site in there}
-        return fit_probes(None, RUN, STATE, roster, frozen={}, embedding_size=4, kept=tmp_path / name)
+        return fit_probes(None, run, STATE, roster, frozen={}, embedding_size=4, kept=tmp_path / name)
 
     return fit, sites
 
@@ -90,6 +92,19 @@ def test_a_crash_after_the_second_message_and_a_site_that_is_away_then(fit):
     again = fit(there=("alpha", "gamma"))
     assert again.failed["errors of old"] == "none of beta: the penalty is chosen without"
     assert again.probes["old"].summary()["patients"] == whole.probes["old"].summary()["patients"]
+
+
+def test_discriminants_are_fitted_where_the_run_asks_for_them(fit):
+    fit, sites = fit
+    assert all(probe.lda is None for probe in fit(name="ridge").probes.values())
+    asked = RUN.model_copy(update={"probe": RUN.probe.model_copy(update={"lda_shrinkage": 0.1})})
+    probes = fit(run=asked).probes
+    features = np.concatenate([features for features, _ in sites.data.values()])
+    truth = np.concatenate([targets["pair"] for _, targets in sites.data.values()])[:, 1]
+    standard = StandardScaler().fit_transform(features)
+    theirs = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=0.1).fit(standard, truth)
+    scores = probes["pair"].lda.score(features)[:, 1]
+    np.testing.assert_allclose(scores, theirs.decision_function(standard), rtol=1e-6, atol=1e-6)
 
 
 def test_sums_are_kept_as_they_were(fit, tmp_path):

@@ -18,7 +18,7 @@ from panfm.evaluate.probe_cohort import Task, evaluate_cohort
 from panfm.evaluate.probe_file import LinearProbe, SharedProbe, read_probes, save_probes
 from panfm.evaluate.probe_labels import LabelInfo, LabelledStore
 from panfm.models import build_model
-from simulations.probe_sites import FEDERATED, LOCAL, probe_sites
+from simulations.probe_sites import FEDERATED, LDA, LOCAL, probe_sites
 
 STREAM = StreamConfig(shape=(8, 8), patch=(4, 4))
 RUN = RunConfig(name="toy", streams={"brain-mr": STREAM, "heart-mr": STREAM}, probe=ProbeConfig(bootstrap=5))
@@ -70,6 +70,19 @@ def test_the_federated_probe_is_tested_beside_the_sites_own():
     expected = auc_per_label(probe.score(test), truth, task.counts)[0, 0]
     assert result.value(FEDERATED) == expected
     assert result.value(FEDERATED) > result.value(LOCAL)
+
+
+def test_discriminants_are_an_arm_where_the_run_fitted_them(tmp_path):
+    """Of one label a ridge regression and its negative; read back from the model's folder."""
+    task, model = make_task(), build_model(RUN)
+    probe = shared(task, model)["bright"]
+    turned = replace(probe.probe, weights=-probe.probe.weights)
+    save_probes(tmp_path, {"bright": replace(probe, lda=turned)}, "cls")
+    result = probe_sites(task, model, read_probes(tmp_path))
+    assert {score.arm for score in result.scores} == {FEDERATED, LOCAL, LDA}
+    assert result.value(LDA) == pytest.approx(1 - result.value(FEDERATED))
+    unfitted = replace(probe, lda=replace(turned, bias=np.array([np.nan])))
+    assert math.isnan(probe_sites(task, model, {"bright": unfitted}).value(LDA))
 
 
 def test_a_site_of_one_class_has_no_probe_of_its_own():

@@ -61,10 +61,11 @@ def test_a_volume_is_read_pooled_and_by_its_tokens(make_run, make_store):
 
 def test_without_weights_the_other_arms_go_on(monkeypatch, capsys):
     monkeypatch.delenv(WEIGHTS, raising=False)
-    assert public.possible_arms(study.ARMS, study.ARMS[:-1]) == list(study.ARMS[:-1])
-    assert capsys.readouterr().err == "PANFM_WEIGHTS is not set: left out start-slices\n"
+    assert public.possible_arms(study.ARMS, study.WITHOUT_WEIGHTS) == list(study.WITHOUT_WEIGHTS)
+    left_out = "start-slices, start-mean, start-centre, start-joint"
+    assert capsys.readouterr().err == f"PANFM_WEIGHTS is not set: left out {left_out}\n"
     with pytest.raises(typer.BadParameter, match="start-slices: need PANFM_WEIGHTS"):
-        public.possible_arms(["start-slices"], study.ARMS[:-1])
+        public.possible_arms(["start-slices"], study.WITHOUT_WEIGHTS)
 
 
 def test_answers_and_targets(monkeypatch):
@@ -103,7 +104,7 @@ def test_arms_on_a_few_volumes(tmp_path, monkeypatch):
 
     monkeypatch.setattr(study, "arm_run", small_run)
     cohort = study.write_draw(CohortJob(0, tmp_path / "cohort"))
-    arms = ("statistics", "untrained", "untrained-coarse", "views", "start-slices")
+    arms = ("statistics", "untrained", "untrained-coarse", "views", "start-slices", "start-mean", "start-joint")
     measured = {arm: study.measure(ArmJob(0, 0, arm, 1, cohort)) for arm in arms}
     of_probe = set(study.METRICS)
     assert measured.pop("statistics").keys() == of_probe

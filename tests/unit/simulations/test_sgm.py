@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,9 +12,9 @@ from panfm.models.patch_features import image_features
 from panfm.training.gradient import BatchGradient
 from panfm.training.trainer import Trainer
 from simulations.cohorts.phantom_draw import Phantom
-from simulations.harness import ArmJob
+from simulations.harness import ArmJob, StudyOptions
 from simulations.studies import sgm_study as sgm
-from simulations.studies._phantoms import phantom_store, render_draw
+from simulations.studies._phantoms import Cohort, phantom_store, render_draw
 from simulations.study_result import StudyResult, Target
 
 BOTH = ("transient", "lasting")
@@ -31,6 +32,33 @@ def folder(tmp_path_factory):
 
 def measure(folder, arm, recipe="plain"):
     return sgm.measure(ArmJob(100, 100, f"{recipe}/transient/{arm}", 2, folder))
+
+
+@pytest.mark.slow
+def test_bounds_are_read_from_the_factors_that_the_labels_are_drawn_from():
+    """The labels' own score beats a linear probe of the factors, which loses little."""
+    run, phantom = sgm.study_run(0, "random", 1), Phantom("transient", 100)
+    train, test = phantom.draw("train", 400, run.organs), phantom.draw("test", 300, run.organs, complete=True)
+    cohort = Cohort(
+        SimpleNamespace(subjects=train.names),
+        SimpleNamespace(subjects=test.names),
+        train.labels.astype(float),
+        test.labels.astype(float),
+    )
+    oracle, latents = (sgm._measure_bound(arm, phantom, cohort, run) for arm in sgm.BOUNDS)
+    assert oracle.keys() == latents.keys() == {"auc", "auc_weak"}
+    assert 0.85 < latents["auc"] < oracle["auc"] < 0.92
+
+
+def test_references_alone_are_compared_with_nothing(monkeypatch):
+    def run_arms(options, arms, length, write_draw, measure):
+        for arm in arms:
+            yield ArmJob(0, 0, arm, length, None), {"auc": 0.9, "auc_weak": 0.8}
+
+    monkeypatch.setattr(sgm, "run_arms", run_arms)
+    result = sgm.run(StudyOptions(seeds=1, draws=1), "short", sgm.BOUNDS, ["transient"])
+    assert (result.ratios, result.targets) == ({}, [])
+    sgm.show(result)
 
 
 @pytest.mark.slow
