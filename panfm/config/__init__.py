@@ -2,7 +2,6 @@
 
 from panfm.config.load import (
     as_told,
-    config_hash,
     dump_toml,
     experiment_hash,
     load_run,
@@ -10,6 +9,7 @@ from panfm.config.load import (
     parse_run,
     parse_site,
     parse_table,
+    read_site_text,
 )
 from panfm.config.run_description import RunConfig
 from panfm.config.site_description import Releasable, SiteConfig, site_folders, site_path
@@ -21,7 +21,6 @@ __all__ = [
     "SiteConfig",
     "StreamConfig",
     "as_told",
-    "config_hash",
     "dump_toml",
     "experiment_hash",
     "load_run",
@@ -29,6 +28,7 @@ __all__ = [
     "parse_run",
     "parse_site",
     "parse_table",
+    "read_site_text",
     "site_folders",
     "site_path",
 ]
