@@ -11,6 +11,7 @@ from panfm.config.differences import changed_keys
 from panfm.errors import DataError, PanfmError, one_line
 from panfm.privacy.guarantees import privacy_label
 from panfm.site.approvals import Approvals, Decision, check_approved
+from panfm.site.audit_log import AuditLog
 from panfm.site.experiment_requests import ExperimentRequest, read_requests
 
 _SHORT = 12
@@ -42,12 +43,14 @@ class Experiments:
         return full_hash(prefix, [*self.requests, *self.decisions])
 
     def state(self, experiment: str) -> str:
-        """The decision on an experiment in words, and whether it is in force today."""
+        """The decision on an experiment in words, and how much of an approval is left."""
         decision = self.decisions.get(experiment)
         try:
             check_approved(experiment, decision)
         except PanfmError:
             return f"{decision}: has ended" if decision and decision.is_approved else str(decision or "pending")
+        if decision and decision.max_rounds:
+            return f"{decision}: {len(AuditLog(self.state_dir).rounds_of(experiment))} answered"
         return str(decision)
 
     def lines(self) -> Iterator[str]:
@@ -115,7 +118,7 @@ class Experiments:
 
     def _dry_run(self, run: RunConfig) -> Iterator[str]:
         """Cost of one local step, and what would leave."""
-        from panfm.cli.site_lines import cost_lines
+        from panfm.cli.dry_run_lines import cost_lines
         from panfm.site.dry_run import dry_run
 
         try:

@@ -75,7 +75,7 @@ def site_dry_run(
     from panfm.privacy.guarantees import load_checked_run
 
     description = load_checked_run(run)
-    from panfm.cli.site_lines import dry_run_lines
+    from panfm.cli.dry_run_lines import dry_run_lines
     from panfm.site.dry_run import dry_run
 
     for line in dry_run_lines(dry_run(site, description)):

@@ -28,6 +28,7 @@ from panfm.sharing.messages import RoundTask
 from panfm.site import Site
 from panfm.site.approvals import Approvals
 from panfm.site.audit_log import AuditLog
+from panfm.site.state import active_runs, end_run
 from server.checkpoint import ServerState, load_latest
 from server.flower_cli import ROOT, flwr, submit
 from server.run_folder import RunFolder
@@ -331,6 +332,9 @@ def test_an_approval_that_is_revoked_between_rounds_is_in_force_in_the_next_ques
     register.approve(experiment, by="operator")
     wait_until(lambda: "gamma" in read_json_lines(rounds)[-1]["sites"], "gamma answers again", LONG_S)
     flwr(["stop", run_id, CONNECTION], deployment.environment)
+    for folder in federation.sites.iterdir():  # so that the next run may ask them
+        for name in active_runs(state := folder / ".panfm" / "state", load_site(folder).limits):
+            end_run(state, name)
     reasons = {line["rejected"]["gamma"] for line in read_json_lines(rounds) if line["rejected"]}
     assert reasons == {f"LimitError: experiment {experiment} is rejected by this site's operator"}
 

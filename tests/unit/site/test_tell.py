@@ -147,6 +147,7 @@ def test_requests_are_listed_shown_and_decided(folder):
         "every round leave ",
     ):
         assert part in shown
+    assert f"  {words}: 0 answered; first asked" in "\n".join(run("requests", folder))
     assert run("reject", folder, first[:12])[1].startswith("  rejected by ")
     assert f"  rejected by {login_name()} on {date.today()}; first asked" in "\n".join(run("requests", folder))
 
