@@ -6,6 +6,7 @@ PanfmError
 |   `-- NoSubjectsError  nobody is left to train on, or to test
 |-- ProtocolError   a message between server and site is wrong
 |-- LimitError      what was asked goes beyond what a site allows
+|   `-- PendingApprovalError  an experiment waits for the decision of a site's operator
 |-- LedgerError     the record of privacy spent is missing, foreign or changed
 |-- BudgetError     a site's privacy budget does not cover what is asked
 `-- RunError        a run could not do what was asked (failed round, lost quorum)
@@ -19,6 +20,15 @@ from contextlib import contextmanager
 
 class PanfmError(Exception):
     """Base of all errors meant for users; `str(error)` is one readable line."""
+
+    def __init__(self, text: str = "", *, can_heal: bool = False) -> None:
+        """Create an error.
+
+        Args:
+            can_heal: The same may succeed when it is tried later.
+        """
+        super().__init__(text)
+        self.can_heal = can_heal
 
 
 class ConfigError(PanfmError):
@@ -55,20 +65,28 @@ class LimitError(PanfmError):
     The server is told nothing of the text unless the error says what it may be told.
     """
 
-    def __init__(self, text: str, *, public: str = "") -> None:
+    def __init__(self, text: str, *, public: str = "", can_heal: bool = False) -> None:
         """The text is for the site's own log.
 
         Args:
             public: What the server may be told: made of its own words and the site's limits, of no patient's data and
                 of no number counted at the site.
+            can_heal: The same question may be answered later.
         """
-        super().__init__(text)
+        super().__init__(text, can_heal=can_heal)
         self.public = public
 
     @classmethod
-    def of_question(cls, text: str) -> "LimitError":
+    def of_question(cls, text: str, *, can_heal: bool = False) -> "LimitError":
         """An error whose whole text is made of the server's own words and the site's limits."""
-        return cls(text, public=text)
+        return cls(text, public=text, can_heal=can_heal)
+
+
+class PendingApprovalError(LimitError):
+    """The operator of a site has not approved an experiment yet, or the approval has run out.
+
+    The same question is answered once the operator approves, so the server may ask again later.
+    """
 
 
 class LedgerError(PanfmError):

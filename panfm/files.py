@@ -25,6 +25,11 @@ _DIGEST_BYTES = 64
 _LOCK_POLL_S = 0.1
 
 
+def make_files_private() -> None:
+    """Let this process, and those that it starts, make files and folders for their own account alone (umask 077)."""
+    os.umask(0o077)
+
+
 @contextmanager
 def open_atomic(path: Path, *, mode: int = 0o666) -> Iterator[IO[bytes]]:
     """Open a file for writing that takes its name when the block has ended and its content is on the disk.

@@ -10,7 +10,7 @@ line costs the same however long the file is.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedRandom
@@ -25,6 +25,12 @@ FIRST_HASH = "0" * 64
 Entry = Mapping[str, Any]
 Seal = Callable[[Mapping[str, Any], str], bytes]
 """Makes the bytes of a line, with its end, from its content and the hash of the line before."""
+
+
+def sealed(content: Mapping[str, Any], before: str) -> bytes:
+    """Make a line that holds, under `chain`, the SHA-256 of the line before's hash and of its own content."""
+    chain = hashlib.sha256((before + json.dumps(content, sort_keys=True)).encode()).hexdigest()
+    return json.dumps({**content, "chain": chain}).encode() + b"\n"
 
 
 @dataclass(frozen=True)
@@ -120,15 +126,21 @@ class HashChain:
         end = self._hash_of(last) if newline else FIRST_HASH
         return content, Position(len(whole) + len(newline), end, stamp)
 
-    def append(self, file: BufferedRandom, position: Position, content: Mapping[str, Any]) -> tuple[Entry, Position]:
-        """Add a line after a position, instead of what follows it; returns the entry, and the new position."""
+    def append(
+        self, file: BufferedRandom, position: Position, content: Mapping[str, Any], *, is_anchored: bool = True
+    ) -> tuple[Entry, Position]:
+        """Add a line after a position, instead of what follows it; returns the entry, and the new position.
+
+        Args:
+            is_anchored: Whether the anchor, if there is one, is to remember this line.
+        """
         line = self._seal(content, position.end)
         entry = json.loads(line)
         file.truncate(position.size)
         file.write(line)
         sync(file)
         end = entry[self._key]
-        if self.anchor:
+        if self.anchor and is_anchored:
             self.write_anchor(end)
         return entry, Position(position.size + len(line), end, FileStamp.of(file))
 
@@ -145,6 +157,28 @@ class HashChain:
         """Remember the hash of the newest line."""
         assert self.anchor is not None
         write_atomic(self.anchor, end.encode())
+
+    def check_anchor(self, entries: Sequence[Entry], vouch: str) -> None:
+        """Raise the chain's error if the anchor is missing, or remembers a hash that none of the entries has.
+
+        A crash between the first line and its anchor leaves one entry without an anchor, which is accepted.
+
+        Args:
+            vouch: Command by which an operator vouches for a file whose anchor is lost.
+        """
+        if self.anchor is None:
+            return
+        newest = self.read_anchor()
+        if newest is None and len(entries) > 1:
+            raise self._error(
+                f"{self.path}: its anchor {self.anchor} is missing, so that nobody can tell whether its end was cut "
+                f"off; restore the anchor, or vouch for the file: {vouch}"
+            )
+        if newest is not None and newest not in {entry[self._key] for entry in entries}:
+            raise self._error(
+                f"{self.path}: missing, foreign or cut off: the newest entry that this site remembers is not in it; "
+                "restore the file from a backup"
+            )
 
     def check_noted(self, entries: Iterable[Entry], noted: str) -> None:
         """Raise the chain's error if none of the entries has the hash that somebody noted."""

@@ -7,6 +7,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from panfm.config import site_folders
 from panfm.errors import ConfigError
+from panfm.files import make_files_private
 from panfm.privacy.guarantees import load_checked_run
 from server.console import Progress
 from server.rounds import run_federation
@@ -21,6 +22,7 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the experiment that the run config names; raises, and so fails the run, if it does not do what was asked."""
+    make_files_private()
     words = {key: str(value) for key, value in context.run_config.items()}
     sites = words.get("sites", "")
     num_sites = len(site_folders(Path(sites))) if sites else None

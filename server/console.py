@@ -16,6 +16,7 @@ from rich.live import Live
 from rich.table import Column, Table
 from rich.text import Text
 
+from panfm.config import experiment_hash
 from panfm.errors import RunError, one_line
 from panfm.report.run_files import Run, read_run
 from panfm.report.status import gate_line, headline, left_out, number, privacy_line, site_statuses, stream_statuses
@@ -103,6 +104,7 @@ def screen(run: Run) -> RenderableType:
     """One screen of a run: rounds done, sites, streams, and who was left out."""
     parts: list[RenderableType] = [
         _text(f"{run.config.name}: {headline(run)}", style="bold"),
+        _text(f"experiment {experiment_hash(run.config)}"),
         _site_table(run),
         _stream_table(run),
     ]

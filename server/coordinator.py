@@ -15,7 +15,7 @@ import typer
 from panfm.cli.common import Version
 from panfm.cli.model_commands import export
 from panfm.errors import RunError, reason
-from panfm.files import write_atomic, write_json
+from panfm.files import make_files_private, write_atomic, write_json
 from server.flower_cli import FlowerRun, flower_environment, submit
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -30,8 +30,9 @@ _POLL_S = 1.0
 
 
 @app.callback()
-def main(version: Version = False) -> None:
+def main(_version: Version = False) -> None:
     """For the coordinator: start a run over real sites, watch it, go on with it after a failure, export its model."""
+    make_files_private()
 
 
 app.command("export")(export)
@@ -52,6 +53,7 @@ def start(
     from panfm.privacy.guarantees import load_checked_run
 
     run = load_checked_run(experiment, overrides or ())
+    from panfm.config import experiment_hash
     from server.expected_sites import ExpectedSites
     from server.run_folder import RunFolder, default_path
 
@@ -67,6 +69,7 @@ def start(
         if is_new:
             shutil.rmtree(folder)
         raise
+    typer.echo(f"experiment {experiment_hash(created.run)}")
     _watch_unless(detach, folder)
 
 
@@ -101,6 +104,50 @@ def resume(
         RunFolder(run_dir, run.config).expect(expected)
     _submit(run_dir, connection or (known.connection if known else ""))
     _watch_unless(detach, run_dir)
+
+
+@app.command("hash")
+def show_hash(
+    experiment: Annotated[Path, typer.Argument(help="Run description (TOML).")],
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value, e.g. train.rounds=3.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the description as sites are sent it: what the hash is of.")
+    ] = None,
+) -> None:
+    """Print the hash of an experiment, by which sites approve it. It is the same in all that a run writes and shows."""
+    from panfm.privacy.guarantees import load_checked_run
+
+    run = load_checked_run(experiment, overrides or ())
+    from panfm.config import as_told, dump_toml, experiment_hash
+    from server.run_folder import with_start
+
+    described, _ = with_start(run)
+    if out:
+        if out.exists():
+            raise RunError(f"{out}: exists, expected a new file")
+        write_atomic(out, dump_toml(as_told(described)).encode())
+    typer.echo(experiment_hash(described))
+
+
+@app.command()
+def clean(
+    run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Remove without asking.")] = False,
+) -> None:
+    """Remove the checkpoints of finished runs, which then cannot be given more rounds. Models, histories, ledgers, and
+    runs that may still go on stay."""
+    from panfm.cli.removal import confirm_removal
+    from panfm.report.run_files import read_run
+
+    runs = {run_dir: read_run(run_dir) for run_dir in run_dirs}
+    for run_dir, run in runs.items():
+        if run.state != "finished":
+            typer.echo(f"{run_dir}: {run.state}, stays")
+    kept = [path for path, run in runs.items() if run.state == "finished"]
+    patterns = ("round-*.state", "label-sums-*.safetensors")
+    confirm_removal(
+        [path for run in kept for name in patterns for path in sorted(run.glob(f"checkpoint/{name}"))], yes=yes
+    )
 
 
 @app.command()

@@ -55,7 +55,7 @@ class Membership:
         self._manifest = manifest
         self._invited = set(attendance.asked)
         self._invitations: list[Exchange] = []
-        self._unanswered: set[int] = set()
+        self._unanswered = set(attendance.asked) - set(attendance.roster)
         """Nodes that were invited and did not answer, or with an error: invited again before the next round."""
         self._absent: dict[int, float] = {}
         """Node id of a site that is offline -> when that was noticed."""

@@ -28,7 +28,7 @@ import safetensors.numpy
 from torch import Tensor
 
 from panfm import __version__
-from panfm.config import RunConfig, as_told, dump_toml, load_run, without_summed_constants
+from panfm.config import RunConfig, as_told, dump_toml, experiment_hash, load_run, without_summed_constants
 from panfm.config.differences import check_same_run
 from panfm.errors import DataError, PanfmError, RunError, reason
 from panfm.evaluate.input_sums import Constants, with_constants
@@ -112,12 +112,11 @@ class RunFolder:
         """
         run = checked_run(run)
         cls.check_new(path, run)
-        weights = read_start(run) if run.start else None
+        run, weights = with_start(run)
         try:
             path.mkdir(parents=True, exist_ok=True)
             with _alone_in(path):
                 if weights is not None:
-                    run = with_start_parameters(run, weights)
                     write_atomic(path / _START, weights)
                 write_atomic(path / "run.toml", dump_toml(run).encode())
                 (path / "rounds.jsonl").write_bytes(b"")
@@ -296,6 +295,7 @@ class RunFolder:
         metadata = {
             "name": self.run.name,
             "run-id": state.run_id,
+            "experiment": experiment_hash(self.run),
             "rounds": state.round_number,
             "sites": sites,
             "streams": {
@@ -316,6 +316,15 @@ class RunFolder:
         if self.run.probe.tasks and probes:
             metadata["probe"] = probes.summary()
         write_json(self.path / "model" / "metadata.json", metadata, indent=2)
+
+
+def with_start(run: RunConfig) -> tuple[RunConfig, bytes | None]:
+    """Return a run with the hashes of what it starts from, and those weights; None without a warm start. Raises
+    ConfigError, DataError: the model that it starts from does not fit."""
+    if run.start is None:
+        return run, None
+    weights = read_start(run)
+    return with_start_parameters(run, weights), weights
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from panfm.errors import (  # noqa: E402
     PanfmError,
     needs_extra,
 )
+from panfm.files import make_files_private  # noqa: E402
 from simulations.simulate_command import simulate  # noqa: E402
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -28,8 +29,9 @@ _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_opti
 
 
 @app.callback()
-def main(version: Version = False) -> None:
+def main(_version: Version = False) -> None:
     """Federations, claims and speed on one machine."""
+    make_files_private()
 
 
 app.command("run")(simulate)

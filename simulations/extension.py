@@ -10,7 +10,7 @@ than one that was described with as many rounds from the start.
 from dataclasses import replace
 from pathlib import Path
 
-from panfm.config import dump_toml, experiment_hash, parse_run
+from panfm.config import description_hash, dump_toml, parse_run
 from panfm.errors import ConfigError, DataError
 from panfm.files import RoundFiles
 from panfm.privacy.guarantees import privacy_label
@@ -43,7 +43,7 @@ def extend(folder: RunFolder, rounds: int) -> RunFolder:
     longer = parse_run(dump_toml(folder.run.model_copy(update={"train": train})))
     extended = RunFolder(folder.path, longer)
     for states in sorted(folder.path.glob(f"sites/*/{RUNS}/{state.run_id}")):
-        _name_experiment(states, experiment_hash(extended.run))
+        _name_experiment(states, description_hash(extended.run))
     extended.describe()
     return extended
 

@@ -1,10 +1,12 @@
-"""Cases of a parametrised test, some of them slow; copies of this repository's packages."""
+"""Cases of a parametrised test, some of them slow; copies of this repository's packages; approvals of operators."""
 
 import shutil
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import pytest
+
+from panfm.config import RunConfig, experiment_hash, load_site
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -26,3 +28,11 @@ def copy_packages(folder: Path, *packages: str) -> None:
     """Copy packages of this repository into a folder, with the bytecode that their interpreter has compiled."""
     for package in packages:
         shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("*.pyc.*"))
+
+
+def approve(folder: Path, run: RunConfig) -> str:
+    """Approve an experiment at a site, as its operator would; returns its hash."""
+    from panfm.site.approvals import Approvals
+
+    Approvals(folder, load_site(folder)).approve(experiment := experiment_hash(run), by="operator")
+    return experiment

@@ -11,9 +11,11 @@ from typing import Any
 
 import click
 import typer
+from typer.core import TyperGroup
 
 from panfm.cli.common import ErrorLines, Version
 from panfm.errors import ConfigError
+from panfm.files import make_files_private
 
 _GROUPS = ("site", "ledger", "audit", "weights")
 _SIMULATE = "simulations.simulate_command"
@@ -39,6 +41,8 @@ class CommandsOnDemand(ErrorLines):
         """Import a command or group; None for an unknown name."""
         if cmd_name not in self.commands:
             return None
+        if cmd_name == "site":
+            return SiteCommands(name="site", help="For the operator of one site.", no_args_is_help=True)
         try:
             file = import_module(_COMMANDS.get(cmd_name, f"panfm.cli.{cmd_name}_commands"))
         except ModuleNotFoundError as error:
@@ -50,6 +54,23 @@ class CommandsOnDemand(ErrorLines):
             return group.get_command(ctx, cmd_name)
         group.name = cmd_name
         return group
+
+
+class SiteCommands(TyperGroup):
+    """Imports the worker's command alone for `start`, and the operator's commands for all others."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """All commands, in the order of the help."""
+        return [*_group("panfm.cli.site_commands").list_commands(ctx), "start"]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import a command; None for an unknown name."""
+        file = "panfm.cli.worker_command" if cmd_name == "start" else "panfm.cli.site_commands"
+        return _group(file).get_command(ctx, cmd_name)
+
+
+def _group(file: str) -> TyperGroup:
+    return typer.main.get_group(import_module(file).app)
 
 
 def _not_installed(name: str) -> click.Command:
@@ -66,5 +87,6 @@ main = typer.Typer(cls=CommandsOnDemand, no_args_is_help=True, add_completion=Fa
 
 
 @main.callback()
-def _panfm(version: Version = False) -> None:
+def _panfm(_version: Version = False) -> None:
     """Pan-organ foundation models, federated."""
+    make_files_private()

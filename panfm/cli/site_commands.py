@@ -1,18 +1,21 @@
-"""`panfm site ...`: for the operator of one site."""
+"""`panfm site ...`: for the operator of one site, all but `start` (worker_command.py)."""
 
-import json
-import shlex
+from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from panfm.cli.common import NotedEnd, chain_end
 
-if TYPE_CHECKING:
-    from panfm.config import SiteConfig
-
 app = typer.Typer(no_args_is_help=True, help="For the operator of one site.")
+_Site = Annotated[Path, typer.Argument(help="Site folder.")]
+_Experiment = Annotated[
+    str, typer.Argument(metavar="HASH", help="Hash of the experiment, or its first 8 or more characters.")
+]
+_Operator = Annotated[
+    str | None, typer.Option("--name", help="Your name in the register; the name you logged in with when left out.")
+]
 
 
 @app.command("init")
@@ -63,33 +66,6 @@ def site_check(
         raise typer.Exit(1)
 
 
-@app.command("start")
-def site_start(site: Annotated[Path, typer.Argument(help="Site folder.")]) -> None:
-    """Run the site's worker until it is stopped: it answers handshakes and rounds at its socket, and nothing else."""
-    import logging
-    import os
-
-    from panfm.config import load_site
-
-    load_site(site)
-    from panfm.site.handler import limit_memory
-    from panfm.site.site import Site
-    from panfm.site.worker import Worker, check_closed, listen
-
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    os.umask(0o077)
-    opened = Site(site)
-    check_closed(site, opened.config)
-    limit_memory(opened.config.limits.memory_gib)
-    with listen(site, opened.config) as listener:
-        worker = Worker(opened, listener)
-        typer.echo(f"{opened.config.name}: at work; its SuperNode, under Flower's account:")
-        typer.echo(supernode_command(site, opened.config))
-        if opened.config.limits.memory_gib is None:
-            typer.echo("limits.memory-gib is not set: a run may fill all memory of this machine", err=True)
-        worker.serve_forever()
-
-
 @app.command("dry-run")
 def site_dry_run(
     site: Annotated[Path, typer.Argument(help="Site folder.")],
@@ -99,7 +75,7 @@ def site_dry_run(
     from panfm.privacy.guarantees import load_checked_run
 
     description = load_checked_run(run)
-    from panfm.cli.site_lines import dry_run_lines
+    from panfm.cli.dry_run_lines import dry_run_lines
     from panfm.site.dry_run import dry_run
 
     for line in dry_run_lines(dry_run(site, description)):
@@ -108,14 +84,102 @@ def site_dry_run(
 
 @app.command("status")
 def site_status(site: Annotated[Path, typer.Argument(help="Site folder.")]) -> None:
-    """Print whether the worker is at work, the rounds whose state is kept, and how much has left."""
+    """Print whether the worker is at work, limits and approvals in force, runs, what has left, and the last error.
+
+    Ends with status 1 where site.toml does not hold: the worker then answers nothing until the file is mended.
+    """
+    from panfm.config import load_site
+    from panfm.errors import ConfigError
+
+    try:
+        config = load_site(site)
+    except ConfigError as error:
+        raise ConfigError(f"the worker answers nothing until this is mended:\n{error}") from error
+    from panfm.cli.site_lines import status_lines
+
+    for line in status_lines(site, config):
+        typer.echo(line)
+
+
+@app.command("requests")
+def site_requests(
+    site: _Site,
+    experiment: Annotated[
+        str | None, typer.Argument(metavar="[HASH]", help="Show one experiment, by 8 or more characters of its hash.")
+    ] = None,
+) -> None:
+    """List the experiments that have asked this site, with your decision on each; with a hash, show one in full.
+
+    That is its description, the difference from the last one you approved, what it would spend of your patients'
+    privacy, and a dry run: the cost of one local step, and everything that would leave. Nothing leaves.
+    """
+    from panfm.config import load_site
+
+    config = load_site(site)
+    from panfm.cli.request_lines import Experiments
+
+    known = Experiments(site, config)
+    for line in known.details(known.find(experiment)) if experiment else known.lines():
+        typer.echo(line)
+
+
+@app.command("approve")
+def site_approve(
+    site: _Site,
+    experiment: _Experiment,
+    until: Annotated[
+        datetime | None, typer.Option(formats=["%Y-%m-%d"], metavar="DATE", help="Last day, YYYY-MM-DD; else no end.")
+    ] = None,
+    max_rounds: Annotated[
+        int | None, typer.Option(min=1, help="Most rounds, counted over all runs of the experiment; else no bound.")
+    ] = None,
+    name: _Operator = None,
+) -> None:
+    """Let an experiment run at this site, from the next question on. The newest decision on an experiment counts.
+
+    Decisions are kept in a register whose lines are only added, each with your name (approvals.jsonl, in the ledger
+    folder). An experiment that has not asked yet is named by its whole hash.
+    """
+    from panfm.config import load_site
+
+    config = load_site(site)
+    from panfm.cli.request_lines import Experiments, decided_lines, login_name
+
+    known = Experiments(site, config)
+    full, by, day = known.find(experiment), login_name() if name is None else name, until and until.date()
+    decision = known.register.approve(full, by=by, until=day, max_rounds=max_rounds)
+    for line in decided_lines(full, decision, known.requests.get(full)):
+        typer.echo(line)
+
+
+@app.command("reject")
+def site_reject(site: _Site, experiment: _Experiment, name: _Operator = None) -> None:
+    """Refuse an experiment from the next question on, also one that you approved before."""
+    from panfm.config import load_site
+
+    config = load_site(site)
+    from panfm.cli.request_lines import Experiments, decided_lines, login_name
+
+    known = Experiments(site, config)
+    full = known.find(experiment)
+    decision = known.register.reject(full, by=login_name() if name is None else name)
+    for line in decided_lines(full, decision, known.requests.get(full)):
+        typer.echo(line)
+
+
+@app.command("clean")
+def site_clean(site: _Site, yes: Annotated[bool, typer.Option("--yes", help="Remove without asking.")] = False) -> None:
+    """Remove the private state of runs that are over: finished and quiet for limits.idle-hours, or ended by you.
+
+    Ledger, register of approvals, audit log, and the notes of what a run has asked stay.
+    """
     from panfm.config import load_site, site_path
 
     config = load_site(site)
-    from panfm.cli.site_lines import status_lines
+    from panfm.cli.removal import confirm_removal
+    from panfm.site.past_runs import states_of_past_runs
 
-    for line in status_lines(site, config, site_path(site, config.state_dir)):
-        typer.echo(line)
+    confirm_removal(states_of_past_runs(site_path(site, config.state_dir), config.limits), yes=yes)
 
 
 @app.command("end")
@@ -160,16 +224,3 @@ def site_log(
     if noted is not None:
         audit_log.check_noted(chain_end(noted))
     typer.echo(f"{count} messages, unbroken; the chain ends with: {end}")
-
-
-def supernode_command(folder: Path, site: "SiteConfig") -> str:
-    """The command that starts the site's SuperNode, ready for a shell."""
-    from panfm.config import site_path
-
-    coordinator = site.coordinator
-    words = ["flower-supernode", "--superlink", coordinator.address]
-    words += ["--root-certificates", str(site_path(folder, coordinator.root_certificates))]
-    words += ["--auth-supernode-private-key", str(site_path(folder, coordinator.key))]
-    return shlex.join(
-        [*words, "--node-config", f"site-socket={json.dumps(str(site_path(folder, site.worker.socket)))}"]
-    )

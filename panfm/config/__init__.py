@@ -2,7 +2,7 @@
 
 from panfm.config.load import (
     as_told,
-    config_hash,
+    description_hash,
     dump_toml,
     experiment_hash,
     load_run,
@@ -10,7 +10,7 @@ from panfm.config.load import (
     parse_run,
     parse_site,
     parse_table,
-    reviewed_hash,
+    read_site_text,
     without_summed_constants,
 )
 from panfm.config.run_description import RunConfig
@@ -23,7 +23,7 @@ __all__ = [
     "SiteConfig",
     "StreamConfig",
     "as_told",
-    "config_hash",
+    "description_hash",
     "dump_toml",
     "experiment_hash",
     "load_run",
@@ -31,7 +31,7 @@ __all__ = [
     "parse_run",
     "parse_site",
     "parse_table",
-    "reviewed_hash",
+    "read_site_text",
     "site_folders",
     "site_path",
     "without_summed_constants",

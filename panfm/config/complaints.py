@@ -21,6 +21,11 @@ _MAX_KEY = 64
 _MAX_FOUND = 80
 _RENAMED = {"privacy": "patient-dp", "server-privacy": "site-dp"}
 """Keys of earlier versions."""
+_REPLACED = dict.fromkeys(
+    ("limits.experiments", "limits.starts"),
+    "is no longer a key; remove the line, and approve each experiment with its start: panfm site approve SITE HASH",
+)
+"""Key of earlier versions -> what takes its place."""
 _WANTED = {"streams": "a table for each stream, as `panfm plan SITE ... --out run.toml` writes them"}
 """Missing key -> its value, where that is not plain."""
 _EXPECTED = {
@@ -73,6 +78,8 @@ def _complaint(kind: type[BaseModel], fault: Any, table: Any) -> str:
         case "extra_forbidden" if keys[0] == "streams" and isinstance(fault["input"], dict):
             quoted = toml_key("streams", ".".join(keys[1:]))
             return f"{'.'.join(keys)}: a table in a stream, expected [{quoted}], in quotes"
+        case "extra_forbidden" if key in _REPLACED:
+            return f"{key}: {_REPLACED[key]}"
         case "extra_forbidden":
             return f"{key}: unknown key, {_known_keys(keys, around)}"
         case "union_tag_invalid" | "union_tag_not_found":

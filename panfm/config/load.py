@@ -43,7 +43,12 @@ def run_of_table(table: Mapping[str, Any], where: str) -> RunConfig:
 
 def load_site(folder: Path) -> SiteConfig:
     """Read `site.toml` of a site folder. Raises ConfigError as `load_run` does."""
-    return _validate(SiteConfig, _read(folder / "site.toml"), str(folder / "site.toml"))
+    return parse_site(read_site_text(folder), str(folder / "site.toml"))
+
+
+def read_site_text(folder: Path) -> str:
+    """Read the text of `site.toml`, as `parse_site` takes it. Raises ConfigError: it is absent or cannot be read."""
+    return _read_text(folder / "site.toml")
 
 
 def parse_site(text: str, where: str = "site description") -> SiteConfig:
@@ -69,21 +74,11 @@ def dump_toml(config: Config) -> str:
     return tomli_w.dumps(config.model_dump(mode="json", by_alias=True, exclude_none=True))
 
 
-def config_hash(config: Config) -> str:
-    """Hex SHA-256 of the resolved text: equal descriptions hash alike."""
-    return hashlib.sha256(dump_toml(config).encode()).hexdigest()
-
-
 def as_told(run: RunConfig) -> RunConfig:
     """Return the description that sites are sent: without the coordinator's loggers, the cohort, and the path of the
     start, which may name folders of one machine."""
     start = run.start and run.start.model_copy(update={"model": None})
     return run.model_copy(update={"cohort": None, "start": start, "tracking": None})
-
-
-def experiment_hash(run: RunConfig) -> str:
-    """Hash of the description that sites are sent."""
-    return config_hash(as_told(run))
 
 
 def without_summed_constants(run: RunConfig) -> RunConfig:
@@ -97,10 +92,16 @@ def without_summed_constants(run: RunConfig) -> RunConfig:
     return run.model_copy(update={"streams": streams})
 
 
-def reviewed_hash(run: RunConfig) -> str:
-    """Hash by which a site's `limits.experiments` name a run: of the description that its operator can read before
-    the run, without constants that are computed from sums."""
-    return experiment_hash(without_summed_constants(run))
+def experiment_hash(run: RunConfig) -> str:
+    """Hash of an experiment: hex SHA-256 of the resolved description that operators can read before the run, without
+    constants that are computed from the sites' sums. The same everywhere: at the coordinator, at every site, on pages
+    and in logs."""
+    return description_hash(without_summed_constants(run))
+
+
+def description_hash(run: RunConfig) -> str:
+    """Hex SHA-256 of the resolved description that sites are sent, with the constants of inputs that it has by now."""
+    return hashlib.sha256(dump_toml(as_told(run)).encode()).hexdigest()
 
 
 def _with_start_hash(run: RunConfig) -> RunConfig:
@@ -122,8 +123,12 @@ def _with_start_hash(run: RunConfig) -> RunConfig:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    return parse_toml(_read_text(path), str(path))
+
+
+def _read_text(path: Path) -> str:
     try:
-        return parse_toml(read_text(path), str(path))
+        return read_text(path)
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such file, expected a TOML description") from error
     except (OSError, UnicodeDecodeError) as error:

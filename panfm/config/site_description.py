@@ -15,7 +15,6 @@ from panfm.errors import ConfigError
 
 RelativePath = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
 Account = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
-Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Limit = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 Count = Annotated[int, Field(gt=0, le=2**53)]
 
@@ -57,15 +56,10 @@ class LimitsConfig(Config):
     """Largest chance that epsilon does not hold; the run's smaller one wins. At most 1 / (10 public-subjects)."""
     public_subjects: Annotated[int, Field(gt=0)] | None = None
     """Patients that the site is publicly known to have, instead of the private run's number."""
-    experiments: Annotated[tuple[Hash, ...], Field(strict=False)] = ()
-    """Experiments that may run here, by hash, as `panfm site dry-run` prints it; empty: any."""
     training_labels: (
         Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)] | Literal["all"]
     ) = ()
     """Columns of the label table that a run's `[task]` may train on, none when left out; "all": any column."""
-    starts: Annotated[tuple[Hash, ...], Field(strict=False)] = ()
-    """Trained models that a run may start from, by the hash that the refusal of another names; without `epsilon` and
-    with a `smallest-batch` above 1, a run that starts from any other is refused unless its experiment is named."""
     smallest_batch: Positive = 8
     """Fewest subjects with a loss in a batch, behind a stream's or expert's update of a round, and behind a loss or
     saliency, of a run that is not private. A private one takes part under this site's `epsilon`, or where both floors

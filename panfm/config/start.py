@@ -1,7 +1,5 @@
 """The model that a run starts from."""
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -51,8 +49,3 @@ def weights_file(path: Path) -> Path:
 def is_public(path: Path) -> bool:
     """Whether a start is public weights: a file, or a folder that is not an own model's."""
     return path.is_file() or ((path / "config.json").exists() and not (path / "run.toml").exists())
-
-
-def start_hash(start: StartConfig) -> str:
-    """SHA-256 over the hashes of all groups that a run starts from; round 1 must start at them."""
-    return hashlib.sha256(json.dumps(sorted((start.parameters or {}).items())).encode()).hexdigest()

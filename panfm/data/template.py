@@ -13,7 +13,8 @@ from panfm.errors import DataError
 from panfm.files import write_atomic
 
 _SITE = """\
-# One hospital. What is forbidden here stays forbidden, whatever a run asks for.
+# One hospital. What is forbidden here stays forbidden, whatever a run asks for. The worker reads this file anew for
+# every question; which experiments may run is decided with `panfm site requests`, `approve` and `reject`.
 
 # Stable name, known to the coordinator: lower-case letters, digits, dot, dash, underscore.
 name = "{name}"
@@ -43,13 +44,8 @@ may-leave = ["updates", "counts", "loss", "saliency"]
 # delta = 1e-4
 # Patients that the site is publicly known to have; stands for the true number in private runs.
 # public-subjects = 1000
-# Experiments that may run here, by the hash that `panfm site dry-run` prints; empty: any.
-experiments = []
 # Columns of the label table that a run with [task] may train on; "all": any. Such a run's updates tell of them.
 training-labels = []
-# Trained models that a run may start from ([start]), by the hash that a refusal names. A run that starts from another
-# is refused, unless its experiment is named, smallest-batch is 1, or the run is private and epsilon is set.
-starts = []
 # Fewest training subjects in a batch, behind a stream's or expert's update of a round, a loss or a saliency, and fewest
 # local steps in a round, of a run that is not private; a private one then needs the epsilon above.
 # docs/site-operator.md says what they do not stop.

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from panfm.config import config_hash, dump_toml
+from panfm.config import dump_toml, experiment_hash
 from panfm.errors import needs_extra
 from panfm.files import write_atomic
 from panfm.privacy.guarantees import privacy_label
@@ -89,9 +89,9 @@ def _state(run: Run) -> str:
 
 
 def _run_section(run: Run) -> Section:
-    """Make the section with the run's full description, its hash, seed and version."""
+    """Make the section with the run's full description, the hash of its experiment, seed and version."""
     facts = {
-        "configuration hash": config_hash(run.config),
+        "experiment": experiment_hash(run.config),
         "seed": str(run.config.seed),
         **{key: str(run.metadata[key]) for key in ("run-id", "rounds", "panfm", "intended-use") if key in run.metadata},
     }

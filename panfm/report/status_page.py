@@ -8,7 +8,7 @@ import html
 import time
 from pathlib import Path
 
-from panfm.config import config_hash
+from panfm.config import experiment_hash
 from panfm.files import write_atomic
 from panfm.report.charts import Points
 from panfm.report.html_parts import STYLE, chart, section, table
@@ -128,7 +128,7 @@ def _charts(run: Run) -> dict[str, str]:
 def _facts(run: Run) -> dict[str, str]:
     sizes = {f"bytes {direction}": sum(run.bytes_by_group(direction).values()) for direction in ("up", "down")}
     return {
-        "configuration hash": config_hash(run.config),
+        "experiment": experiment_hash(run.config),
         **{name: f"{size / 1e6:.1f} MB" for name, size in sizes.items()},
         "intended use": "research; not a medical device",
     }

@@ -14,10 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from panfm.config import RunConfig, SiteConfig, dump_toml, parse_run, reviewed_hash
+from panfm.config import RunConfig, SiteConfig, dump_toml, parse_run
 from panfm.config.patient_dp import PatientDpConfig
 from panfm.config.site_description import LimitsConfig
-from panfm.config.start import StartConfig, start_hash
 from panfm.config.streams import StreamConfig
 from panfm.config.task import TaskConfig
 from panfm.config.training import TrainConfig
@@ -41,36 +40,13 @@ def admit(run: RunConfig, site: SiteConfig) -> RunConfig:
         LimitError, ProtocolError: the site takes no part in such a run.
         ConfigError: the site's public number of patients breaks the run's guarantee.
     """
-    limits, experiment = site.limits, reviewed_hash(run)
-    check_experiment(experiment, limits)
-    if experiment not in limits.experiments:
-        check_start_known(run.start, run.patient_dp, limits)
+    limits = site.limits
     check_sizes(run, limits)
     check_labels(run.task, limits)
     check_privacy(run := with_public_subjects(run, site), site)
     check_public_cache(run.streams, run.patient_dp, limits)
     check_floors(run.train, run.patient_dp, limits)
     return run
-
-
-def check_experiment(experiment: str, limits: LimitsConfig) -> None:
-    """Raises LimitError if the site has named the experiments that it runs and this hash is none of them."""
-    if limits.experiments and experiment not in limits.experiments:
-        raise LimitError.of_question(f"experiment {experiment} is not in this site's limits.experiments")
-
-
-def check_start_known(start: StartConfig | None, patient_dp: PatientDpConfig | None, limits: LimitsConfig) -> None:
-    """Raises LimitError if a run that the site has not named starts from parameters that it has not named either.
-
-    The server chooses such parameters, so that round 1 may be made to answer to one patient. A site without floors does
-    not mind, and one whose own epsilon bounds the noise need not.
-    """
-    if start is None or limits.smallest_batch == 1 or (patient_dp is not None and limits.epsilon is not None):
-        return
-    if (parameters := start_hash(start)) not in limits.starts:
-        raise LimitError.of_question(
-            f"[start]: parameters that this site has not named; its operator may add {parameters} to limits.starts"
-        )
 
 
 def check_labels(task: TaskConfig | None, limits: LimitsConfig) -> None:

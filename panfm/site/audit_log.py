@@ -1,6 +1,7 @@
 """The audit log of a site: one line per message that left it, written before the message goes (hash_chain.py).
 
     time, kind, run, round     which message
+    experiment                 hash of the run's description; null without one
     arrays                     name, type and length of each group of parameters
     numbers, words             names of its other entries
     privacy                    what the run that the question names may say of its patients' privacy; none without one
@@ -46,6 +47,7 @@ class AuditLog:
         frame: Frame,
         content: bytes,
         *,
+        experiment: str | None = None,
         privacy: str = "none",
         epsilon: float | None = None,
         summed: Mapping[str, Any] | None = None,
@@ -61,7 +63,7 @@ class AuditLog:
             if not self._position.is_current(file):
                 before, self._position = self._chain.snapshot(file)
                 self._warn_of_tampering(before)
-            line = _describe(frame, content) | {"privacy": privacy, "epsilon": epsilon}
+            line = _describe(frame, content) | {"experiment": experiment, "privacy": privacy, "epsilon": epsilon}
             line |= {"summed": summed} if summed else {}
             _, self._position = self._chain.append(file, self._position, line)
 
@@ -78,6 +80,17 @@ class AuditLog:
     def check_noted(self, noted: str) -> None:
         """Raise DataError if a hash that somebody noted is not in the log."""
         self._chain.check_noted(self.lines(), noted)
+
+    def rounds_of(self, experiment: str) -> set[tuple[str, int]]:
+        """Run id and number of the rounds of an experiment that were answered. Raises DataError as `lines` does."""
+        return {
+            (line["run"], line["round"])
+            for line in self.lines()
+            if line.get("experiment") == experiment
+            and line.get("kind") == Kind.ANSWER
+            and line.get("round") is not None
+            and "summed" not in line
+        }
 
     def private_rounds(self) -> "AnsweredRounds":
         """Count the answered private rounds. Raises DataError as `lines` does."""

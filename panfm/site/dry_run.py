@@ -9,9 +9,8 @@ from pathlib import Path
 
 import torch
 
-from panfm.config import Releasable, RunConfig, dump_toml, reviewed_hash
+from panfm.config import Releasable, RunConfig, dump_toml, experiment_hash
 from panfm.config.site_description import LimitsConfig
-from panfm.config.start import start_hash
 from panfm.models import build_model
 from panfm.models.packing import frozen_manifest, trained_manifest
 from panfm.privacy.guarantees import checked_run
@@ -19,6 +18,7 @@ from panfm.sharing.frames import Frame, Kind, encode
 from panfm.sharing.groups import has_group
 from panfm.sharing.messages import Handshake, Invitation, RoundReply, RoundTask
 from panfm.site.admission import check_floors, check_sizes, with_public_subjects
+from panfm.site.approvals import Approvals, Decision
 from panfm.site.site import Site
 
 
@@ -27,11 +27,11 @@ class DryRun:
     """Cost of a run at a site, and the messages that would leave."""
 
     experiment: str
-    """Hash for `limits.experiments`."""
-    is_named: bool
-    """Whether `limits.experiments` names it, or names none."""
-    start: str | None
-    """Hash for `limits.starts` of a run that starts from a trained model, if its description has the hashes."""
+    """Hash of the description, by which the operator approves it."""
+    decision: Decision | None
+    """The operator's, if there is one."""
+    lacks_start: bool
+    """Whether it starts from a model whose hashes its description lacks; with them it has another hash."""
     handshake: Handshake
     reply: RoundReply
     bytes_up: int
@@ -63,12 +63,13 @@ def dry_run(folder: Path, run: RunConfig) -> DryRun:
         from panfm.evaluate.input_sums import neutral_constants, with_constants  # most runs do without
 
         short = with_constants(short, {name: neutral_constants(run, name) for name in run.summed_streams})
+    experiment = experiment_hash(run)
     with tempfile.TemporaryDirectory(prefix="panfm-dry-run-") as state:
         site = Site(folder, Path(state))
-        named = site.config.limits.experiments
+        decision = Approvals(folder, site.config).decisions().get(experiment)
         check_floors(run.train, with_public_subjects(run, site.config).patient_dp, site.config.limits)
         check_sizes(run, site.config.limits)
-        limits = site.config.limits.model_copy(update={"experiments": (), "smallest_steps": 1})
+        limits = site.config.limits.model_copy(update={"smallest_steps": 1})
         elsewhere = {"ledger_dir": f"{state}/ledger", "state_dir": state}
         site.config = site.config.model_copy(update={"limits": limits, **elsewhere})
         handshake = site.handshake(Invitation(dump_toml(short)))
@@ -78,9 +79,9 @@ def dry_run(folder: Path, run: RunConfig) -> DryRun:
         reply = site.train_round(task)
         seconds = time.monotonic() - start
     return DryRun(
-        experiment=reviewed_hash(run),
-        is_named=not named or reviewed_hash(run) in named,
-        start=start_hash(run.start) if run.start and run.start.parameters else None,
+        experiment=experiment,
+        decision=decision,
+        lacks_start=run.start is not None and run.start.parameters is None,
         handshake=handshake,
         reply=reply,
         bytes_up=len(encode(Frame(Kind.ANSWER, reply.to_records()))),

@@ -46,8 +46,9 @@ def answer(site: Site, question: Frame) -> Frame:
         always: there is an answer, and it says nothing of an error but what `scrub` lets pass.
     """
     site.asked_run = None
-    limits = site.config.limits
     try:
+        site.refresh()
+        limits = site.config.limits
         with time_limit(limits.seconds_per_round), memory_errors_explained(limits):
             match question.kind:
                 case Kind.HANDSHAKE:
@@ -58,9 +59,11 @@ def answer(site: Site, question: Frame) -> Frame:
                     records = site.give_sums(question.records)
                 case kind:
                     _refuse(kind)
+        site.check_unchanged()
         return Frame(Kind.ANSWER, records)
     except (Exception, SystemExit) as error:
         logger.exception("%s: answered with an error", question.kind)
+        site.summed = None  # sums that were computed stay
         site.log_error(error)
         return Frame.error(f"site {site.config.name}: {scrub(error)}")
 

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from panfm.config import RunConfig, dump_toml, experiment_hash, parse_run
+from panfm.config import RunConfig, description_hash, dump_toml, parse_run
 from panfm.data.store import ImageStore
 from panfm.errors import ProtocolError
 from panfm.models.packing import frozen_manifest, trained_manifest
@@ -56,7 +56,7 @@ class Session:
         self.budget = budget
         self.store = store
         self.floors = floors
-        self.origin = Origin(experiment_hash(run), privacy_label(run), fingerprint(store))
+        self.origin = Origin(description_hash(run), privacy_label(run), fingerprint(store))
         self.streams = trained_streams(run.streams, store)
         self.trained = tuple(run.streams) if run.sharing.rule == "plain" else tuple(self.streams)
         self.trainer = _trainers(dump_toml(run))(self.trained)

@@ -6,7 +6,9 @@ gets from outside one `Invitation`, one `RoundTask` per round and, in a run with
 """
 
 import contextlib
+import logging
 import platform
+import time
 import traceback
 from collections.abc import Mapping
 from datetime import datetime
@@ -17,26 +19,41 @@ from typing import Any
 import torch
 
 from panfm import __version__
-from panfm.config import RunConfig, dump_toml, experiment_hash, load_site, parse_run, site_path
+from panfm.config import (
+    RunConfig,
+    SiteConfig,
+    dump_toml,
+    experiment_hash,
+    parse_run,
+    parse_site,
+    read_site_text,
+    site_path,
+)
 from panfm.config.streams import StreamConfig
 from panfm.data.cache import open_store
 from panfm.data.store import ImageStore
-from panfm.errors import ConfigError, LedgerError, ProtocolError
+from panfm.errors import ConfigError, LedgerError, LimitError, ProtocolError
 from panfm.models.sizes import sizes_of
 from panfm.privacy.guarantees import checked_run, claim
 from panfm.sharing.messages import Handshake, Invitation, Records, RoundReply, RoundTask
 from panfm.sharing.release import build_handshake, build_reply, build_sums_reply, check_may_take_part
 from panfm.site.admission import admit, check_other_runs
+from panfm.site.approvals import Approvals, check_approved
+from panfm.site.audit_log import AuditLog
+from panfm.site.experiment_requests import keep_request
 from panfm.site.floors import Floors
 from panfm.site.patient_budget import PatientBudget
 from panfm.site.session import Session
 from panfm.site.state import StateStore, make_room
 from panfm.texts import check_text
 
+logger = logging.getLogger(__name__)
 _MAX_LOG_BYTES = 1 << 24
 """A `site.log` larger than this becomes `site.log.1`."""
 _MAX_STORY = 1 << 16
 """Characters of one error in it."""
+_SETTLE_S = 0.2
+"""A `site.toml` that has changed is read until two reads this far apart agree: an editor may be half-way through."""
 
 
 class Site:
@@ -48,21 +65,61 @@ class Site:
         own limits: what `site.toml` does not allow to leave is in no reply.
     """
 
-    def __init__(self, folder: Path, state_dir: Path | None = None) -> None:
+    def __init__(self, folder: Path, state_dir: Path | None = None, *, needs_approval: bool = False) -> None:
         """Open a site.
 
         Args:
             folder: The site folder.
             state_dir: Where private state is kept, instead of where `site.toml` says.
+            needs_approval: Whether the operator must have approved an experiment: in a hospital, not in a simulation.
         """
         self.folder = folder
-        self.config = load_site(folder)
+        self._text = read_site_text(folder)
+        """Text of `site.toml` that `config` was read from."""
+        self.config = parse_site(self._text, str(folder / "site.toml"))
         self.state_dir = state_dir or site_path(folder, self.config.state_dir)
         self.asked_run: RunConfig | None = None
         """The run of the current question; None if it names no valid one."""
+        self._asked_round: tuple[str, int] | None = None
+        """Run id and round of the current question; None if it asks for no round."""
+        self._needs_approval = needs_approval
         self.summed: dict[str, Any] | None = None
         """Purpose, and labels or streams, of the sums in the current answer; None if it holds no sums."""
         self._warm: tuple[str, Session] | None = None
+
+    def refresh(self) -> None:
+        """Take over the limits, and all else in `site.toml`, if its text has changed since it was last taken over.
+
+        Raises:
+            ConfigError: the file cannot be read, does not hold, or has changed in what is read only when a worker
+                starts. Nobody can tell whether its old or its new limits are the stricter, so nothing is answered.
+        """
+        if (text := _settled_text(self.folder, self._text)) == self._text:
+            return
+        path = self.folder / "site.toml"
+        config = parse_site(text, str(path))
+        if changed := [
+            key for key, value in _read_at_start(config).items() if value != _read_at_start(self.config)[key]
+        ]:
+            raise ConfigError(f"{path}: {', '.join(changed)}: read when the worker starts, expected it to start again")
+        logger.warning("%s has changed: its limits are in force", path)
+        self._text, self.config, self._warm = text, config, None
+        self.__dict__.pop("_budget", None)
+
+    def check_unchanged(self) -> None:
+        """Check, before an answer leaves, that the operator still lets it leave.
+
+        Raises:
+            LimitError: the limits were changed while the answer was computed, or the approval was revoked.
+            ConfigError: as `refresh` does.
+        """
+        before = self.config
+        self.refresh()
+        if self.config != before:
+            text = "this site's limits were changed during this question, ask again"
+            raise LimitError.of_question(text, can_heal=True)
+        if self.asked_run:
+            self._check_approved(self.asked_run)
 
     def handshake(self, invitation: Invitation) -> Handshake:
         """Open the data, build the model, and answer the server's invitation before round 1.
@@ -99,7 +156,7 @@ class Site:
             DataError: the private state is corrupted.
             BudgetError, LedgerError: the run is private, and the site cannot pay for the round.
         """
-        session, states = self._opened(task)
+        session, states = self._opened(task, asked_round=(task.run_id, task.round_number))
         result = session.train_round(task, states)
         return build_reply(task, result, may_leave=self.config.limits.may_leave)
 
@@ -123,16 +180,22 @@ class Site:
         return build_sums_reply(task.model, result, may_leave=self.config.limits.may_leave).to_records()
 
     def _opened(
-        self, task: RoundTask, *, more_rounds: int = 0, has_constants: bool = True
+        self,
+        task: RoundTask,
+        *,
+        more_rounds: int = 0,
+        has_constants: bool = True,
+        asked_round: tuple[str, int] | None = None,
     ) -> tuple[Session, StateStore]:
         """Session and private states of a task's run, if the site takes part in it.
 
         Args:
             more_rounds: Rounds after the run's last one that the task may name.
             has_constants: Whether the run must have the constants of all streams' inputs.
+            asked_round: Run id and number of the round to train, if the task asks for one.
         """
         check_may_take_part(self.config.limits.may_leave)
-        session = self._session(task.run_toml)
+        session = self._session(task.run_toml, asked_round)
         if has_constants and session.run.summed_streams:
             raise ProtocolError(f"input-centre of {session.run.summed_streams[0]}: missing, computed before round 1")
         last = session.run.train.rounds + more_rounds
@@ -142,6 +205,11 @@ class Site:
         check_other_runs(self.state_dir, task.run_id, self.config.limits)
         make_room(states.folder, sizes_of(session.run).kept_bytes, self.config.limits)
         return session, states
+
+    @property
+    def experiment(self) -> str | None:
+        """Hash of the current question's experiment; None without one."""
+        return experiment_hash(self.asked_run) if self.asked_run else None
 
     @property
     def privacy(self) -> str:
@@ -175,10 +243,31 @@ class Site:
         """One for all runs: the anchor lies where `site.toml` keeps private state, wherever this run's is kept."""
         return PatientBudget(self.folder, self.config, site_path(self.folder, self.config.state_dir))
 
-    def _session(self, run_toml: str) -> Session:
-        """The warm session of a run description, or a new one in its place."""
+    def _check_approved(self, run: RunConfig) -> None:
+        """Keep the description of a run for the operator, and check that the operator has approved it.
+
+        Raises:
+            PendingApprovalError, LimitError: the run is not approved, or no longer.
+            DataError: the register of approvals does not hold.
+        """
+        if not self._needs_approval:
+            return
+        experiment = experiment_hash(run)
+        decisions = Approvals(self.folder, self.config).decisions()
+        keep_request(self.state_dir, run, experiment, decisions)
+        check_approved(
+            experiment,
+            decisions.get(experiment),
+            asked=self._asked_round,
+            answered=lambda: AuditLog(self.state_dir).rounds_of(experiment),
+        )
+
+    def _session(self, run_toml: str, asked_round: tuple[str, int] | None = None) -> Session:
+        """The warm session of a run description, or a new one in its place, if the operator has approved the run."""
         self.asked_run = self.summed = None
         run = self.asked_run = read_run(run_toml)
+        self._asked_round = asked_round
+        self._check_approved(run)
         if self._warm is None or self._warm[0] != run_toml:
             run = admit(run, self.config)
             floors = Floors.of(self.config.limits, run.patient_dp)
@@ -207,6 +296,28 @@ class Site:
         from panfm.data.task_labels import with_task_labels  # a worker whose runs have no task does without
 
         return with_task_labels(store, self.folder, self.config, run, smallest_class=floors.batch)
+
+
+def _settled_text(folder: Path, known: str) -> str:
+    """Text of `site.toml`; if it is not the known one, once two reads agree."""
+    text = read_site_text(folder)
+    while text != known:
+        time.sleep(_SETTLE_S)
+        before, text = text, read_site_text(folder)
+        if text == before:
+            break
+    return text
+
+
+def _read_at_start(config: SiteConfig) -> dict[str, object]:
+    """Values of `site.toml` that a worker reads only when it starts, by key."""
+    limits, worker = config.limits, config.worker
+    return {
+        "name": config.name,
+        "state-dir": config.state_dir,
+        "limits.memory-gib": limits.memory_gib,
+        "worker": worker,
+    }
 
 
 @lru_cache(maxsize=1)

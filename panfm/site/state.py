@@ -42,7 +42,7 @@ RUNS = "runs"
 """A folder of their own: a run id comes over the wire, and may be named like a file of the site's."""
 ASKED = "asked.json"
 _ENDED = "ended"
-_FROZEN = "frozen.safetensors"
+FROZEN = "frozen.safetensors"
 _ORIGIN = "origin"
 _SIZE_BYTES = 8
 """A safetensors file starts with the length of its header."""
@@ -114,12 +114,12 @@ class StateStore:
 
     def save_frozen(self, groups: Mapping[str, Flat]) -> None:
         """Keep the shared parameters that the run does not train, packed by group."""
-        write_checked(self.folder / _FROZEN, safetensors.numpy.save(dict(groups)))
+        write_checked(self.folder / FROZEN, safetensors.numpy.save(dict(groups)))
 
     def load_frozen(self) -> dict[str, Flat] | None:
         """Read the parameters that `save_frozen` wrote, packed by group; None if there are none. Raises DataError if
         they are corrupted."""
-        path = self.folder / _FROZEN
+        path = self.folder / FROZEN
         return safetensors.numpy.load(read_checked(path)) if path.exists() else None
 
 

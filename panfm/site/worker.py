@@ -42,11 +42,16 @@ _PEER = struct.Struct("3i")
 class Worker:
     """Answers the accounts that may ask, one question after the other."""
 
-    def __init__(self, site: Site, listener: socket.socket) -> None:
-        self.site = site
+    def __init__(self, folder: Path, listener: socket.socket) -> None:
+        """Open the site of a folder. It answers for experiments that its operator has approved, and for no other.
+
+        Args:
+            listener: The site's socket (`listen`).
+        """
+        self.site = Site(folder, needs_approval=True)
         self._listener = listener
-        self._users = allowed_users(site.config)
-        self._audit_log = AuditLog(site.state_dir)
+        self._users = allowed_users(self.site.config)
+        self._audit_log = AuditLog(self.site.state_dir)
 
     def serve_forever(self) -> None:
         """Answer one question after the other."""
@@ -85,7 +90,14 @@ class Worker:
         """The bytes of a reply, once it is in the audit log."""
         content = encode(reply)
         spent, summed = self.site.epsilon_spent, self.site.summed
-        self._audit_log.append(reply, content, privacy=self.site.privacy, epsilon=spent, summed=summed)
+        self._audit_log.append(
+            reply,
+            content,
+            experiment=self.site.experiment,
+            privacy=self.site.privacy,
+            epsilon=spent,
+            summed=summed,
+        )
         return content
 
 

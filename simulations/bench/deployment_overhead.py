@@ -28,7 +28,7 @@ from panfm.errors import RunError
 from panfm.files import read_json_lines
 from server.flower_cli import ROOT, submit
 from simulations.cohorts.prepare import load_simulation, prepare_cohort
-from simulations.engines.deployment import CONNECTION, Deployment, deployed
+from simulations.engines.deployment import CONNECTION, Deployment, approve, deployed
 from simulations.engines.processes import wait_until
 from simulations.harness import bench
 from simulations.study_result import StudyResult
@@ -71,6 +71,7 @@ def main(
         folders = [home / "sites" / site.name for site in sorted((cohort / "sites").iterdir())[:_NUM_SITES]]
         for folder in folders:
             shutil.copytree(cohort / "sites" / folder.name, folder)
+        approve(folders, run)
         with deployed(folders, home / "logs") as deployment:
             for turn in range(repeats):
                 for arm in ARMS:

@@ -172,6 +172,7 @@ SITE_LINE: Entries = {
 METADATA: Entries = {
     "name": "Name of the run.",
     "run-id": "Id by which sites know the run.",
+    "experiment": "Hash of the description, by which sites approve the experiment.",
     "rounds": "Rounds behind the model.",
     "sites": "Sites that contributed.",
     "streams": "Stream -> how its images are prepared.",

@@ -10,12 +10,13 @@ because it answers the same question, how to run the apps on one machine, and mu
 import json
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
-from panfm.config import load_site, site_folders, site_path
+from panfm.config import RunConfig, experiment_hash, load_run, load_site, site_folders, site_path
+from panfm.site.approvals import Approvals
 from panfm.site.worker import is_running
 from server.flower_cli import ROOT, flwr, submit
 from simulations.engines.flower import private_environment, wait_for_end
@@ -133,9 +134,16 @@ class Deployment:
 def run(job: Job) -> None:
     """Bring a deployment up, run a federation over it, take it down. Raises RunError unless the run completed."""
     folders = site_folders(job.sites)
+    approve(folders, load_run(job.run_dir / "run.toml"))
     with deployed(folders, job.run_dir / "logs") as deployment:
         run_id = submit(CONNECTION, run_config(job), deployment.environment)
         wait_for_end(run_id, CONNECTION, job, deployment.environment)
+
+
+def approve(folders: Iterable[Path], run: RunConfig) -> None:
+    """Approve an experiment at sites, as their operators do with `panfm site approve`."""
+    for folder in folders:
+        Approvals(folder, load_site(folder)).approve(experiment_hash(run), by="simulation")
 
 
 def run_config(job: Job) -> dict[str, str]:

@@ -240,7 +240,8 @@ def ask(site: Site, frame: Frame) -> dict:
     asking, listening = socket.socketpair()
     with asking, listening, ThreadPoolExecutor(1) as pool:
         sent = pool.submit(asking.sendall, encode(frame))
-        worker = Worker(site, listening)
+        worker = Worker(site.folder, listening)
+        worker.site = site
         worker._recorded(answer_of_site(site, worker._receive(listening)))
         sent.result()
     return list(AuditLog(site.state_dir).lines())[-1]

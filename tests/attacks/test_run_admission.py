@@ -10,18 +10,19 @@ import safetensors.torch
 from typer.testing import CliRunner
 
 from panfm.cli import main
-from panfm.config import dump_toml, experiment_hash, load_run, parse_run
-from panfm.config.start import StartConfig, start_hash
-from panfm.errors import DataError, LimitError, ProtocolError
+from panfm.config import dump_toml, load_run, parse_run
+from panfm.config.start import StartConfig
+from panfm.errors import DataError, LimitError, PendingApprovalError, ProtocolError
 from panfm.files import read_checked, write_checked
 from panfm.models import build_model
 from panfm.sharing.coding import code_step, digests, take_step
 from panfm.sharing.groups import GroupManifest, parameter_hashes
 from panfm.sharing.messages import Invitation, RoundTask
 from panfm.site import Site
+from panfm.site.experiment_requests import read_requests
 from server.rounds import initial_state
 from server.run_folder import RunFolder
-from tests.cases import quick
+from tests.cases import approve, quick
 
 RUN = """
 name = "small"
@@ -191,48 +192,38 @@ def chosen_start(moved: float, extra: str = "") -> RoundTask:
     return RoundTask(f"run-{round(10 * moved)}", 1, dump_toml(run), groups)
 
 
-def test_server_writes_the_start_of_every_run_itself_and_is_refused(tmp_path, write_site):
-    """Round 1 of twenty runs was a choice of the server's, and answered. A site without floors does not mind."""
-    folder = write_site(tmp_path / "beta", "beta", ("brain", "heart"), extra="[limits]\nsmallest-batch = 2\n")
-    for number in range(20):
-        with pytest.raises(
-            LimitError, match=r"^\[start\]: parameters that this site has not named; .* limits\.starts$"
-        ):
-            Site(folder).train_round(chosen_start(0.1 * number))
-    with pytest.raises(LimitError, match=r"^\[start\]"):
-        Site(folder).handshake(Invitation(chosen_start(0.1).run_toml))
-    assert not (folder / ".panfm" / "state" / "runs").exists()
+def test_server_writes_the_start_of_every_run_itself_and_is_refused(folder):
+    """Round 1 of thirty runs was a choice of the server's, and answered. Not one of them is approved."""
+    site = Site(folder, needs_approval=True)
+    for number in range(30):
+        with pytest.raises(PendingApprovalError, match=r"^experiment [0-9a-f]{64} waits for this site's approval"):
+            site.train_round(chosen_start(0.1 * number))
+    with pytest.raises(PendingApprovalError):
+        site.handshake(Invitation(chosen_start(0.1).run_toml))
+    assert not (site.state_dir / "runs").exists()
+    assert len(read_requests(site.state_dir)) == 20
 
 
-@pytest.mark.parametrize("key", ["starts", "experiments"])
-def test_a_start_that_the_operator_has_named_is_answered_and_no_other(tmp_path, write_site, key):
-    asked, run = chosen_start(0.1), parse_run(chosen_start(0.1).run_toml)
-    name = start_hash(run.start) if key == "starts" else experiment_hash(run)
-    extra = f'[limits]\nsmallest-batch = 2\n{key} = ["{name}"]\n'
-    site = Site(write_site(tmp_path / "beta", "beta", ("brain", "heart"), extra=extra))
-    with pytest.raises(LimitError, match=r"^\[start\]: |^experiment "):
-        site.train_round(chosen_start(0.2))
+@pytest.mark.parametrize("extra", ["", PRIVATE])
+def test_a_start_that_the_operator_has_approved_is_answered_and_no_other(folder, extra):
+    asked = chosen_start(0.1, extra)
+    approve(folder, parse_run(asked.run_toml))
+    site = Site(folder, needs_approval=True)
+    with pytest.raises(PendingApprovalError, match=r"^experiment "):
+        site.train_round(chosen_start(0.2, extra))
     assert site.train_round(asked).updates
 
 
-def test_a_named_start_under_other_parameters_is_refused(tmp_path, write_site):
-    """What is named is what round 1 is held to, not the digest of a file that the site never sees."""
-    start = parse_run(chosen_start(0.1).run_toml).start
-    limits = f'[limits]\nsmallest-batch = 2\nstarts = ["{start_hash(start)}", "{"0" * 64}"]\n'
-    site = Site(write_site(tmp_path / "beta", "beta", ("brain", "heart"), extra=limits))
-    other = chosen_start(0.2)
+def test_an_approved_start_under_other_parameters_is_refused(folder):
+    """What is approved is what round 1 is held to, not the digest of a file that the site never sees."""
+    approve(folder, parse_run(chosen_start(0.1).run_toml))
+    site, other = Site(folder, needs_approval=True), chosen_start(0.2)
     run = parse_run(other.run_toml)
     lie = run.model_copy(update={"start": run.start.model_copy(update={"sha256": "0" * 64})})
-    with pytest.raises(LimitError, match=r"^\[start\]"):
+    with pytest.raises(PendingApprovalError):
         site.train_round(replace(other, run_toml=dump_toml(lie)))
     with pytest.raises(ProtocolError, match=r"^round 1: backbone is not what start\.parameters names"):
         site.train_round(replace(chosen_start(0.1), groups=other.groups))
-
-
-def test_a_start_is_free_under_an_epsilon_of_the_sites_own(tmp_path, write_site):
-    limits = "[limits]\nsmallest-batch = 2\nepsilon = 99.0\ndelta = 1e-3\npublic-subjects = 40\n"
-    site = Site(write_site(tmp_path / "beta", "beta", ("brain", "heart"), extra=limits))
-    assert site.train_round(chosen_start(0.1, PRIVATE)).updates
 
 
 def test_weights_of_other_parameters_than_the_description_names_start_no_run(tmp_path):

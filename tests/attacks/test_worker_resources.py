@@ -382,7 +382,7 @@ def test_a_question_holds_no_more_than_the_model_of_its_own_description(folder, 
     with here, there:
         here.sendall(frames._HEADER.pack(frames._MAGIC, len(words), 400 * 2**20) + words)
         here.shutdown(socket.SHUT_WR)
-        assert Worker(Site(folder), here)._receive(there) is None
+        assert Worker(folder, here)._receive(there) is None
         told = here.recv(1 << 16)
     assert b"ProtocolError: frame: 419430400 bytes of arrays, a " + kind.encode() in told
 

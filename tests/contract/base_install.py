@@ -134,9 +134,13 @@ def go(folder: Path, words: list[str]) -> None:
     site_toml = folder / "site.toml"
     site_toml.write_text('name = "base"\n' + NO_FLOORS)
     write_images(folder)
+    from panfm.config import experiment_hash, parse_run
+
     (folder / "run.toml").write_text(RUN)
     panfm("site", "check", folder, "--run", folder / "run.toml")
     panfm("site", "dry-run", folder, "--run", folder / "run.toml")
+    panfm("site", "approve", folder, experiment_hash(parse_run(RUN)))
+    panfm("site", "requests", folder)
     worker = subprocess.Popen([sys.executable, __file__, *words, "--worker"], stdout=subprocess.PIPE, text=True)
     try:
         assert worker.stdout

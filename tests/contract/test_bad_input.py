@@ -310,9 +310,10 @@ def test_run_folder(run_folder, name):
 
 COMMANDS = {
     "panfm": ("site init", "site check", "site dry-run", "site status", "site log", "site start",
+              "site requests", "site approve", "site reject", "site clean",
               "ledger show", "ledger verify", "ledger plan", "audit step", "audit membership", "audit inversion",
               "embed", "probe", "report", "export"),
-    "python -m server": ("start", "status", "watch", "resume", "stop", "export"),
+    "python -m server": ("start", "hash", "status", "watch", "resume", "stop", "clean", "export"),
     "python -m simulations": ("run", "cohort make", "study dex", "bench aggregate"),
 }  # fmt: skip
 

@@ -14,9 +14,10 @@ from flwr.supercore.task_identity import TaskIdentity
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from client.app import app
+from panfm.config import load_site, parse_run
 from panfm.sharing.messages import RoundTask
-from panfm.site import Site
 from panfm.site.worker import Worker, listen
+from tests.cases import approve
 from tests.unit.site import test_private_site, test_site
 
 MOST = 8
@@ -78,10 +79,11 @@ def test_in_a_hospital(tmp_path, write_site, stacks, make_task):
     """The client's thread asks and waits; the worker serves in this one."""
     folder = write_site(tmp_path / "alpha", "alpha", ("brain", "heart"))
     socket = folder / ".panfm" / "run" / "worker.sock"
-    with listen(folder, Site(folder).config) as listener, ThreadPoolExecutor(1) as pool:
+    approve(folder, parse_run(make_task().run_toml))
+    with listen(folder, load_site(folder)) as listener, ThreadPoolExecutor(1) as pool:
         context = Context(1, 7, {"site-socket": str(socket)}, RecordDict(), {})
         reply = pool.submit(app, message(make_task()), context)
-        Worker(Site(folder), listener).serve_one()
+        Worker(folder, listener).serve_one()
         assert not reply.result().has_error()
     worker = before_the_trainer(stacks.pop(threading.get_ident()))
     [asking] = [names for names in stacks.values() if names and names[0].startswith("client.app.")]

@@ -75,8 +75,12 @@ MISTAKES = {
     "panfm site status": ("panfm", "site", "status", "{folder}"),
     "panfm site log": ("panfm", "site", "log", "{folder}"),
     "panfm site end": ("panfm", "site", "end", "{folder}", "run-1"),
+    "panfm site requests": ("panfm", "site", "requests", "{folder}"),
+    "panfm site approve": ("panfm", "site", "approve", "{folder}", "0" * 64),
+    "panfm site clean": ("panfm", "site", "clean", "{folder}"),
     "panfm ledger show": ("panfm", "ledger", "show", "{folder}"),
     "server start": ("server", "start", "{run}", "--connection", "x"),
+    "server hash": ("server", "hash", "{run}"),
     "server status": ("server", "status", "{folder}"),
     "server watch": ("server", "watch", "{folder}"),
     "server resume": ("server", "resume", "{folder}"),
@@ -90,7 +94,19 @@ MISTAKES = {
 }
 
 IN_THE_DEFAULT_SUITE = ("panfm site check", "panfm embed", "panfm site start", "server start", "simulations run")
-SITE_MISTAKES = ("panfm site start", "panfm site status", "panfm site log", "panfm site end", "panfm ledger show")
+SITE_MISTAKES = tuple(
+    f"panfm {words}"
+    for words in (
+        "site start",
+        "site status",
+        "site log",
+        "site end",
+        "site requests",
+        "site approve",
+        "site clean",
+        "ledger show",
+    )
+)
 
 
 @pytest.mark.parametrize("name", quick(MISTAKES, IN_THE_DEFAULT_SUITE))

@@ -12,7 +12,7 @@ import pytest
 
 from panfm.config import dump_toml
 from panfm.report.run_files import read_run
-from simulations.engines.deployment import CONNECTION, Deployment, deployed
+from simulations.engines.deployment import CONNECTION, Deployment, approve, deployed
 from simulations.engines.processes import wait_until
 from tests.federation.conftest import HOLDINGS, Federation
 
@@ -63,7 +63,9 @@ def held_up(deployment: Deployment, site: str) -> Iterator[None]:
 
 def experiment(federation, *overrides: str) -> Path:
     path = federation.folder / "experiment.toml"
-    path.write_text(dump_toml(federation.describe("federation.min-sites=3", *overrides)))
+    run = federation.describe("federation.min-sites=3", *overrides)
+    path.write_text(dump_toml(run))
+    approve(sorted(federation.sites.iterdir()), run)
     return path
 
 

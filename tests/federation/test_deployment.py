@@ -21,16 +21,18 @@ import safetensors.numpy
 import tomli_w
 
 from client.relay import ask
-from panfm.config import RunConfig, dump_toml, load_run, parse_run
+from panfm.config import RunConfig, dump_toml, experiment_hash, load_run, load_site, parse_run
 from panfm.files import read_checked, read_json_lines
 from panfm.sharing.frames import Frame, Kind
 from panfm.sharing.messages import RoundTask
 from panfm.site import Site
+from panfm.site.approvals import Approvals
 from panfm.site.audit_log import AuditLog
+from panfm.site.state import active_runs, end_run
 from server.checkpoint import ServerState, load_latest
 from server.flower_cli import ROOT, flwr, submit
 from server.run_folder import RunFolder
-from simulations.engines.deployment import CONNECTION, Deployment, credentials, run_config
+from simulations.engines.deployment import CONNECTION, Deployment, approve, credentials, run_config
 from simulations.engines.flower import wait_for_end
 from simulations.engines.job import Job
 from simulations.engines.processes import Process, free_ports, send_signal, wait_until
@@ -129,13 +131,19 @@ def freeze_when_asked(deployment: Deployment, folder: Path) -> None:
     wait_until(lambda: connections(socket) > 1, f"{folder.name} is asked", LONG_S)
 
 
+def begin(federation: Federation, deployment: Deployment, job: Job, *operators: str) -> str:
+    """Approve a job at the sites of these operators, or at all, and submit it; returns Flower's id of the run."""
+    approve([federation.sites / name for name in operators or HOLDINGS], load_run(job.run_dir / "run.toml"))
+    return submit(CONNECTION, run_config(job), deployment.environment)
+
+
 @pytest.fixture(scope="module")
 def finished(federation, deployment) -> Job:
     """A run of three rounds with private experts, in which a worker and then the SuperLink were killed."""
     overrides = ("train.rounds=3", "federation.min-sites=3", "model.backbone=director-experts")
     job, beta = federation.job("run", *overrides), federation.sites / "beta"
     rounds = job.run_dir / "rounds.jsonl"
-    run_id = submit(CONNECTION, run_config(job), deployment.environment)
+    run_id = begin(federation, deployment, job)
     wait_until(lambda: len(read_json_lines(rounds)) >= 1, "round 1", LONG_S)
     freeze_when_asked(deployment, beta)
     restart_worker(deployment, beta, signal.SIGKILL)
@@ -292,28 +300,43 @@ def limit(folder: Path, **limits) -> None:
 
 
 def test_limits_of_the_sites_win(federation, deployment):
-    """beta gives a question no time, gamma knows of no such experiment: both refuse, in one line, and alpha goes on."""
+    """beta gives a question no time, gamma has approved no such experiment: both refuse, in one line; alpha goes on.
+
+    The workers are not started again.
+    """
     beta, gamma = federation.sites / "beta", federation.sites / "gamma"
     limit(beta, **{"seconds-per-round": 0.001})
-    limit(gamma, experiments=["0" * 64])
     try:
-        for folder in (beta, gamma):
-            restart_worker(deployment, folder)
         job = federation.job("limits", "train.rounds=1", "federation.min-sites=1")
-        wait_for_end(
-            submit(CONNECTION, run_config(job), deployment.environment), CONNECTION, job, deployment.environment
-        )
+        wait_for_end(begin(federation, deployment, job, "alpha", "beta"), CONNECTION, job, deployment.environment)
     finally:
-        for folder in (beta, gamma):
-            limit(folder)
-            restart_worker(deployment, folder)
+        limit(beta)
     [line] = read_json_lines(job.run_dir / "rounds.jsonl")
     assert list(line["sites"]) == ["alpha"]
     assert line["rejected"] == {}
     sites = (job.run_dir / "sites.json").read_text(encoding="utf-8")
     assert "site beta: LimitError: took longer than this site's limits.seconds-per-round (0.001)" in sites
-    assert re.search(r"site gamma: LimitError: experiment [0-9a-f]{64} is not in this site's limits.experiments", sites)
+    pending = r"site gamma: PendingApprovalError: experiment [0-9a-f]{64} waits for this site's approval"
+    assert re.search(pending, sites)
     assert list(AuditLog(gamma / ".panfm" / "state").lines())[-1]["kind"] == "error"
+
+
+def test_an_approval_that_is_revoked_between_rounds_is_in_force_in_the_next_question(federation, deployment):
+    job = federation.job("revoked", "train.rounds=200", "federation.min-sites=2")
+    gamma, rounds = federation.sites / "gamma", job.run_dir / "rounds.jsonl"
+    experiment, register = experiment_hash(load_run(job.run_dir / "run.toml")), Approvals(gamma, load_site(gamma))
+    run_id = begin(federation, deployment, job)
+    wait_until(lambda: len(read_json_lines(rounds)) >= 1, "round 1", LONG_S)
+    register.reject(experiment, by="operator")
+    wait_until(lambda: "gamma" in read_json_lines(rounds)[-1]["rejected"], "gamma refuses", LONG_S)
+    register.approve(experiment, by="operator")
+    wait_until(lambda: "gamma" in read_json_lines(rounds)[-1]["sites"], "gamma answers again", LONG_S)
+    flwr(["stop", run_id, CONNECTION], deployment.environment)
+    for folder in federation.sites.iterdir():  # so that the next run may ask them
+        for name in active_runs(state := folder / ".panfm" / "state", load_site(folder).limits):
+            end_run(state, name)
+    reasons = {line["rejected"]["gamma"] for line in read_json_lines(rounds) if line["rejected"]}
+    assert reasons == {f"LimitError: experiment {experiment} is rejected by this site's operator"}
 
 
 def large() -> RunConfig:
@@ -328,7 +351,7 @@ def test_a_reply_of_300_mb_arrives(federation, deployment):
     run = run.model_copy(update={"train": run.train.model_copy(update={"rounds": 1, "local_steps": 1})})
     job = Job(federation.sites, federation.folder / "large")
     RunFolder.create(job.run_dir, run)
-    wait_for_end(submit(CONNECTION, run_config(job), deployment.environment), CONNECTION, job, deployment.environment)
+    wait_for_end(begin(federation, deployment, job), CONNECTION, job, deployment.environment)
     [line] = read_json_lines(job.run_dir / "rounds.jsonl")
     assert line["rejected"] == {}
     assert list(line["sites"]) == ["gamma"]
@@ -344,7 +367,7 @@ def test_a_supernode_killed_in_a_round_and_started_again_within_a_minute_comes_b
     overrides = ("train.rounds=60", "federation.min-sites=2", "federation.round-timeout-s=120.0")
     job = federation.job("supernode", *overrides)
     gamma, rounds = federation.sites / "gamma", job.run_dir / "rounds.jsonl"
-    run_id = submit(CONNECTION, run_config(job), deployment.environment)
+    run_id = begin(federation, deployment, job)
     wait_until(lambda: len(read_json_lines(rounds)) >= 1, "round 1", LONG_S)
     freeze_when_asked(deployment, gamma)
     os.kill(child_of(deployment.processes["gamma.supernode"]), signal.SIGKILL)

@@ -57,13 +57,13 @@ def test_a_broken_site_is_one_line(federation, engine):
     The engine local fails here and below, each other engine once: it treats all errors of the ServerApp alike.
     """
     description = tomllib.loads((federation.sites / "beta" / "site.toml").read_text())
-    description["limits"]["experiments"] = ["0" * 64]
+    description["limits"]["rounds"] = 2
     (federation.sites / "beta" / "site.toml").write_text(tomli_w.dumps(description))
     done = simulate(federation, engine, engine)
     assert done.returncode == 1, done.stdout + done.stderr
     [line] = done.stderr.splitlines()
     assert re.search(r"2 of at least 3 sites can take part: node \d+: site beta: LimitError: ", line)
-    assert "limits.experiments" in (federation.folder / engine / "sites" / "beta" / "site.log").read_text()
+    assert "limits.rounds" in (federation.folder / engine / "sites" / "beta" / "site.log").read_text()
     assert not (federation.folder / engine / "model").exists()
 
 

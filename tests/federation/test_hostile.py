@@ -22,6 +22,7 @@ from panfm.site import Site
 from panfm.site.audit_log import AuditLog
 from simulations.engines.flower import private_environment
 from simulations.engines.processes import Process, end, send_signal, start, wait_until
+from tests.cases import approve
 from tests.federation.conftest import RUN
 
 pytestmark = pytest.mark.slow
@@ -64,6 +65,7 @@ def connected(path: Path) -> Iterator[socket.socket]:
 def worker(tmp_path_factory, write_site):
     folder, many = tmp_path_factory.mktemp("sites") / "alpha", "[limits]\nruns-at-once = 9\n"
     worker = Worker(write_site(folder, "alpha", ("brain", "heart"), subjects=8, extra=many))
+    approve(folder, run)
     worker.start()
     yield worker
     end(worker.process)

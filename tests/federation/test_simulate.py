@@ -1,18 +1,30 @@
 """`python -m simulations run` in this process."""
 
+import hashlib
+import io
 import json
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
+from panfm.cli import main as panfm
 from panfm.config import dump_toml
 from panfm.errors import ConfigError, DataError, RunError
 from panfm.files import read_json_lines
+from panfm.report.report_page import render
+from panfm.report.run_files import read_run
+from panfm.sharing.messages import Invitation
+from panfm.site import Site
+from server.console import screen
+from server.coordinator import app as coordinator
 from server.run_folder import RunFolder
+from server.tracking import refresh_page
 from simulations.__main__ import app
 from simulations.cohorts import phantom, real_images
 from simulations.cohorts.phantom import PhantomCohort
@@ -49,6 +61,29 @@ def test_run_and_resume(experiment, tmp_path):
     assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() == model
     assert len((tmp_path / "run" / "rounds.jsonl").read_text().splitlines()) == 2
     assert json.loads((tmp_path / "run" / "model" / "metadata.json").read_text())["rounds"] == 2
+    made = {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "run", *(tmp_path / "run").rglob("*"))}
+    assert made == {0o600, 0o700}  # private states of the sites among them
+
+
+def test_the_hash_of_an_experiment_is_the_same_wherever_it_stands(experiment, federation, tmp_path):
+    run, sent = tmp_path / "run", tmp_path / "sent.toml"
+    simulate(experiment, ["train.rounds=1"], out=run)
+    words = ["hash", experiment, "--set", "train.rounds=1", "--out", sent]
+    told = CliRunner().invoke(coordinator, [str(word) for word in words])
+    [name] = told.stdout.split()
+    assert hashlib.sha256(sent.read_bytes()).hexdigest() == name
+    assert json.loads((run / "model" / "metadata.json").read_text())["experiment"] == name
+    refresh_page(run)
+    assert name in (run / "status.html").read_text()
+    assert name in render(read_run(run))
+    screens = io.StringIO()
+    Console(file=screens, width=200).print(screen(read_run(run)))
+    assert f"experiment {name}" in screens.getvalue()
+    alpha = federation.sites / "alpha"
+    for description in (sent, run / "run.toml"):
+        tried = CliRunner().invoke(panfm, ["site", "dry-run", str(alpha), "--run", str(description)])
+        assert tried.output.startswith(f"experiment {name}: not approved yet")
+    assert Site(alpha).handshake(Invitation(sent.read_text())).experiment == name
 
 
 @pytest.mark.parametrize(

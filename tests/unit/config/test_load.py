@@ -7,7 +7,7 @@ import tomli_w
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from panfm.config import SiteConfig, config_hash, dump_toml, load_run, load_site, parse_run, parse_site
+from panfm.config import SiteConfig, dump_toml, experiment_hash, load_run, load_site, parse_run, parse_site
 from panfm.errors import ConfigError
 from panfm.registry import BACKBONES
 
@@ -198,8 +198,8 @@ def test_files_that_are_no_toml(tmp_path):
 
 def test_hash_follows_the_content():
     run = parse_run(RUN)
-    assert config_hash(run) == config_hash(parse_run("# a comment\n" + RUN))
-    assert config_hash(run) != config_hash(parse_run("seed = 1\n" + RUN))
+    assert experiment_hash(run) == experiment_hash(parse_run("# a comment\n" + RUN))
+    assert experiment_hash(run) != experiment_hash(parse_run("seed = 1\n" + RUN))
 
 
 def test_organs_follow_from_the_streams_and_only_an_override_is_written():
@@ -210,7 +210,7 @@ def test_organs_follow_from_the_streams_and_only_an_override_is_written():
     assert named.organs == ("brain", "heart", "eye")
     assert tomllib.loads(dump_toml(named))["organs"] == ["brain", "heart", "eye"]
     assert parse_run(dump_toml(named)) == named
-    assert config_hash(named) != config_hash(parse_run(RUN))
+    assert experiment_hash(named) != experiment_hash(parse_run(RUN))
 
 
 def test_descriptions_do_not_change():

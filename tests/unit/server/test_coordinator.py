@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from panfm.config import dump_toml
+from panfm.config import dump_toml, experiment_hash
 from panfm.errors import PanfmError, RunError
 from panfm.files import locked
 from server import console as console_module
@@ -92,7 +92,8 @@ def call(*words: object):
 def test_start_hands_the_resolved_run_to_flower(superlink, experiment, tmp_path):
     out = tmp_path / "run"
     code, told, _ = call("start", experiment, "--connection", "lab", "--set", "seed=9", "--out", out, "--detach")
-    assert (code, told) == (0, f"{out}: Flower's run 77 on connection lab\n")
+    made = RunFolder.resume(out).run
+    assert (code, told) == (0, f"{out}: Flower's run 77 on connection lab\nexperiment {experiment_hash(made)}\n")
     [[_, root, connection, _, words]] = superlink.asked
     assert (Path(root), connection) == (ROOT, "lab")
     assert words == f'run-dir="{out}" resume="{out}"'
@@ -290,3 +291,30 @@ def test_export_is_the_librarys(begun, tmp_path):
     code, _, why = call("export", begun.path, "--to", "safetensors", "--out", tmp_path / "out")
     assert (code, why) == (1, f"{begun.path}: found no model/, expected the folder of a finished run")
     assert not (tmp_path / "out").exists()
+
+
+def test_clean_removes_the_checkpoints_of_finished_runs_alone(begun, tmp_path, make_run):
+    done = RunFolder.create(tmp_path / "done", make_run())
+    done.save_state(ServerState("run-2", 2, {}))
+    finish(done)
+    code, told, _ = call("clean", begun.path, done.path, "--yes")
+    assert code == 0
+    assert f"{begun.path}: interrupted, stays" in told
+    assert "removed 1 files" in told
+    assert begun.latest_state().round_number == 1
+    assert done.latest_state() is None
+    assert {path.name for path in (done.path / "checkpoint").iterdir()} == {"run.toml"}
+    assert (done.path / "model" / "metadata.json").exists()
+    assert call("clean", done.path)[1].endswith("nothing to remove\n")
+
+
+def test_a_clean_that_is_not_agreed_to_removes_nothing(begun):
+    finish(begun)
+    done = CliRunner().invoke(app, ["clean", str(begun.path)], input="n\n")
+    assert done.exit_code == 1
+    assert begun.latest_state().round_number == 1
+
+
+def test_the_hash_of_a_description_that_does_not_hold_is_one_line(tmp_path):
+    (tmp_path / "experiment.toml").write_text("name = 1\n")
+    assert call("hash", tmp_path / "experiment.toml")[0] == 1

@@ -117,6 +117,19 @@ def test_a_new_site_shakes_hands_and_nobody_waits_for_it(nodes):
     assert names(roster.attendance.roster) == ["a", "b", "c"]
 
 
+def test_who_could_not_take_part_at_the_start_is_invited_before_every_round(nodes):
+    """Its operator had not approved the run, and then did."""
+    roster = begin(nodes, "a", "c")
+    nodes.online[20], nodes.broken, nodes.reason = "b", {20}, "site b: PendingApprovalError: experiment 1a waits"
+    roster = Membership(nodes, nodes.run, nodes.manifest, Attendance(roster.attendance.roster, asked=[11, 12, 20]))
+    for number in (1, 2):
+        assert names(roster.gather(number)) == ["a", "c"]
+        assert roster.away(number, ["a", "c"]) == {"node 20": f"cannot join: {nodes.reason}"}
+    assert nodes.invited == [20, 20]
+    nodes.broken = set()
+    assert names(roster.gather(3)) == ["a", "b", "c"]
+
+
 def test_a_misfit_is_left_out_and_asked_again_only_when_it_comes_anew(nodes, caplog):
     roster = begin(nodes, "a", "c")
     nodes.online[20] = "misfit"

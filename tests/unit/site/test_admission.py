@@ -4,7 +4,7 @@ import pytest
 
 from panfm.config import experiment_hash, parse_run, parse_site
 from panfm.errors import LimitError
-from panfm.site.admission import check_experiment, check_sizes
+from panfm.site.admission import check_sizes
 
 RUN = 'name = "small"\n[streams]\nbrain-mr = { shape = [8, 8, 8], patch = [4, 4, 8], spacing-mm = [8.0, 8.0, 8.0] }\n'
 
@@ -13,12 +13,6 @@ def test_experiments_are_known_by_what_sites_are_told_of_them():
     run, other = parse_run(RUN), parse_run(RUN + "[train]\nrounds = 9\n")
     simulated = parse_run(RUN + '[cohort]\nkind = "folder"\npath = "/tmp"\n')
     assert experiment_hash(simulated) == experiment_hash(run) != experiment_hash(other)
-    limits = parse_site(f'name = "a"\n[limits]\nexperiments = ["{experiment_hash(run)}"]\n').limits
-    check_experiment(experiment_hash(run), limits)
-    check_experiment(experiment_hash(simulated), limits)
-    with pytest.raises(LimitError, match=experiment_hash(other)):
-        check_experiment(experiment_hash(other), limits)
-    check_experiment(experiment_hash(other), parse_site('name = "a"').limits)
 
 
 def test_sizes_at_the_limit_and_beyond():

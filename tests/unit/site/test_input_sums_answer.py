@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from panfm.cli.site_lines import message_line
-from panfm.config import dump_toml, experiment_hash, parse_run, reviewed_hash
+from panfm.config import description_hash, dump_toml, experiment_hash, parse_run
 from panfm.data.cache import open_store
 from panfm.errors import LimitError, ProtocolError
 from panfm.evaluate.input_sums import InputSums, measured_constants, with_constants
@@ -143,7 +143,7 @@ def test_an_experiment_is_named_by_its_hash_before_the_constants_were_computed(m
     run = parse_run(SUMMED)
     site = make_site(experiments=[experiment_hash(run)])
     whole = with_constants(run, measured_constants(run, [open_store(site.folder, run.streams)]))
-    assert reviewed_hash(whole) == reviewed_hash(run) == experiment_hash(run) != experiment_hash(whole)
+    assert experiment_hash(whole) == experiment_hash(run) != description_hash(whole)
     site.handshake(Invitation(dump_toml(whole)))
     with pytest.raises(LimitError, match=r"is not in this site's limits\.experiments"):
         site.handshake(Invitation(dump_toml(parse_run(RUN))))

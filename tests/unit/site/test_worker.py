@@ -17,14 +17,15 @@ from typer.testing import CliRunner
 
 from client.relay import ask
 from panfm.cli import main
-from panfm.cli.site_commands import supernode_command
-from panfm.config import parse_site
+from panfm.cli.worker_command import supernode_command
+from panfm.config import parse_run, parse_site
 from panfm.errors import ConfigError
 from panfm.sharing.frames import Frame, Kind, address, encode
 from panfm.sharing.messages import Handshake, Invitation, Records, RoundReply
 from panfm.site import Site, handler
 from panfm.site.audit_log import AuditLog
 from panfm.site.worker import Worker, is_running, listen
+from tests.cases import approve
 from tests.unit.site.test_site import same, task
 
 
@@ -36,8 +37,9 @@ def folder(tmp_path, write_site):
 @pytest.fixture
 def serving(folder):
     """Ask from another thread, while the worker serves from this one, as limits on time need the main thread."""
+    approve(folder, parse_run(task().run_toml))
     with listen(folder, Site(folder).config) as listener, ThreadPoolExecutor(1) as pool:
-        worker, path = Worker(Site(folder), listener), folder / ".panfm" / "run" / "worker.sock"
+        worker, path = Worker(folder, listener), folder / ".panfm" / "run" / "worker.sock"
 
         def serve(frame: Frame) -> Frame:
             answer = pool.submit(ask, str(path), frame)
@@ -60,9 +62,10 @@ def test_it_answers_as_the_site_itself(folder, serving, tmp_path):
     assert kinds == [("answer", None), ("answer", 1), ("answer", 2), ("answer", 2)]
 
 
-def test_a_round_of_a_model_that_cannot_be_built_is_answered(serving):
+def test_a_round_of_a_model_that_cannot_be_built_is_answered(folder, serving):
     text = task().run_toml.replace('backbone = "dense"', 'backbone = "director-experts"')
     asked = replace(task(), run_toml=re.sub(r"active = \[\s*2,\s*\]", "active = [9]", text))
+    approve(folder, parse_run(asked.run_toml))
     answer = serving.ask(Frame(Kind.ROUND, asked.to_records()))
     assert answer.kind is Kind.ERROR
     reason = answer.records.config["reason"]
@@ -132,15 +135,14 @@ def test_a_round_that_takes_too_long_is_given_up_and_the_next_one_counts(folder,
     assert serving.ask(Frame(Kind.ROUND, task().to_records())).kind is Kind.ANSWER
 
 
-def test_an_experiment_that_the_site_has_not_named_is_refused(folder, serving):
-    (folder / "site.toml").write_text(f'name = "alpha"\n[limits]\nexperiments = ["{"0" * 64}"]\n')
-    serving.worker.site = Site(folder)
+def test_an_experiment_that_the_operator_has_not_approved_is_refused(folder, serving):
+    other = task(extra="weight-decay = 0.5\n")
     for frame in (
-        Frame(Kind.HANDSHAKE, Invitation(task().run_toml).to_records()),
-        Frame(Kind.ROUND, task().to_records()),
+        Frame(Kind.HANDSHAKE, Invitation(other.run_toml).to_records()),
+        Frame(Kind.ROUND, other.to_records()),
     ):
         answer = serving.ask(frame)
-        assert answer.records.config["reason"].startswith("site alpha: LimitError: experiment ")
+        assert answer.records.config["reason"].startswith("site alpha: PendingApprovalError: experiment ")
     assert not list((folder / ".panfm").rglob("*.npy"))
 
 
@@ -191,7 +193,7 @@ def test_a_path_longer_than_a_sockets_address(tmp_path, write_site):
         path = folder / ".panfm" / "run" / "worker.sock"
         assert len(str(path)) > 140
         answer = pool.submit(ask, str(path), Frame(Kind.ANSWER, Records()))
-        Worker(Site(folder), listener).serve_one()
+        Worker(folder, listener).serve_one()
     assert answer.result().kind is Kind.ERROR
 
 
