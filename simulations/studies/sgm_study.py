@@ -108,7 +108,8 @@ def run(
     config = {"budget": budget, "steps": steps, "pairs": options.pairs(), "recipe": recipe, "phantoms": [*phantoms]}
     result = StudyResult("sgm", config | _settings(recipe))
     jobs = [f"{recipe}/{phantom}/{arm}" for phantom in phantoms for arm in arms]
-    for job, measured in run_arms(options, jobs, steps, partial(write_draw, phantoms=tuple(phantoms)), measure):
+    write = partial(write_draw, phantoms=tuple(phantoms), with_images=not {*arms} <= {*BOUNDS})
+    for job, measured in run_arms(options, jobs, steps, write, measure):
         _, phantom, arm = job.arm.split("/")
         result.add(arm, {f"{phantom}/{metric}": value for metric, value in measured.items()})
     result.ratios.update(_gains(result))
@@ -125,7 +126,7 @@ def show(result: StudyResult) -> None:
         )
         for metric in SHOWN:
             tables[-1].add_column(metric, justify="right")
-        for arm in ARMS:
+        for arm in (arm for arm in ARMS if (f"{phantom}/auc", arm) in result.values):
             tables[-1].add_row(arm, *(_cell(result, f"{phantom}/{metric}", arm) for metric in SHOWN))
     print_study(result, *tables, with_ratios=False)
 
@@ -164,11 +165,12 @@ def scaled(run: RunConfig, store: ImageStore) -> RunConfig:
     return with_constants(run, constants)
 
 
-def write_draw(job: CohortJob, phantoms: Sequence[str] = PHANTOMS) -> Path:
-    """Render the phantoms of one draw, each under its own name; returns their folder."""
+def write_draw(job: CohortJob, phantoms: Sequence[str] = PHANTOMS, *, with_images: bool = True) -> Path:
+    """Render the phantoms of one draw, each under its own name; returns their folder. The bounds need labels alone."""
     run = study_run(0, "random", 1)
     for phantom in phantoms:
-        render_draw(job.folder / phantom, Phantom(phantom, job.draw), run.streams, run.organs)
+        streams = run.streams if with_images else {}
+        render_draw(job.folder / phantom, Phantom(phantom, job.draw), streams, run.organs)
     return job.folder
 
 
@@ -176,11 +178,11 @@ def measure(job: ArmJob) -> dict[str, float]:
     """Train one arm, `<recipe>/<phantom>/<arm>`, and measure it."""
     recipe, phantom, arm = job.arm.split("/")
     run = study_run(job.seed, arm, job.length, recipe)
+    if arm in BOUNDS:
+        return _measure_bound(arm, Phantom(phantom, job.draw), open_draw(job.cohort / phantom, ()), run)
     cohort = open_draw(job.cohort / phantom, run.streams)
     if recipe != "plain":
         run = scaled(run, cohort.train)
-    if arm in BOUNDS:
-        return _measure_bound(arm, Phantom(phantom, job.draw), cohort, run)
     if arm == "statistics":
         return _probe(cohort, run, *_statistics_features(cohort, run.streams), draw=job.draw)
     trainer = Trainer(run)
