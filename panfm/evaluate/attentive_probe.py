@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from panfm.data.store import Batch
-from panfm.evaluate.probe_methods import Prediction, cannot_fit
+from panfm.evaluate.label_prediction import Prediction, cannot_fit
 from panfm.evaluate.scores import Floats
 from panfm.models import PanModel
 from panfm.seeds import numpy_generator

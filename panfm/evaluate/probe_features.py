@@ -17,8 +17,9 @@ from panfm.data.subjects import subject_key
 from panfm.errors import DataError
 from panfm.evaluate.calibration import brier_score, calibration_error, weighted_kappa
 from panfm.evaluate.embed import Features, mean_of_sessions
+from panfm.evaluate.label_prediction import Prediction
 from panfm.evaluate.linear_probe import MIN_SUBJECTS
-from panfm.evaluate.probe_methods import Method, Prediction, linear
+from panfm.evaluate.probe_methods import Method, linear
 from panfm.evaluate.result import Score
 from panfm.evaluate.scores import Floats, auc, draw_counts, interval, r2
 from panfm.seeds import numpy_generator

@@ -8,26 +8,17 @@ Shape legend: N subjects to fit on, M subjects to predict, D features.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import numpy as np
 
-from panfm.errors import DataError
-from panfm.evaluate.linear_probe import MIN_SUBJECTS, fit_classifiers, fit_regressors
+from panfm.evaluate.attentive_probe import attentive
+from panfm.evaluate.label_prediction import Prediction, cannot_fit
+from panfm.evaluate.linear_probe import fit_classifiers, fit_regressors
 from panfm.evaluate.neighbours import neighbours_mean
 from panfm.evaluate.scores import Floats
 
 _SUREST = 1e-6
 """Probabilities of neighbours are kept this far from 0 and 1, so that their log-odds are finite."""
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """Predictions of one label."""
-
-    scores: Floats
-    """[M]: log-odds of a yes, or numbers; NaN if the label could not be fitted."""
-    notes: tuple[str, ...] = ()
 
 
 Method = Callable[[Floats, Floats, Floats, str, bool], Prediction]
@@ -53,23 +44,4 @@ def knn(fit: Floats, labels: Floats, test: Floats, name: str, is_number: bool) -
     return Prediction(np.log(sure / (1.0 - sure)))
 
 
-def cannot_fit(labels: Floats, name: str, is_number: bool) -> tuple[str, ...] | None:
-    """Notes on why known labels cannot be fitted; None if they can.
-
-    Raises:
-        DataError: there are fewer than 10.
-    """
-    if len(labels) < MIN_SUBJECTS:
-        raise DataError(f"probe: {len(labels)} fit subjects, expected at least {MIN_SUBJECTS}")
-    if not is_number and len(np.unique(labels)) < 2:
-        return (f"{name}: not probed, fit subjects are all of one class",)
-    return None
-
-
-def _attentive(fit: Floats, labels: Floats, test: Floats, name: str, is_number: bool) -> Prediction:
-    from panfm.evaluate.attentive_probe import attentive
-
-    return attentive(fit, labels, test, name, is_number)
-
-
-METHODS: Mapping[str, Method] = {"linear": linear, "knn": knn, "attentive": _attentive}
+METHODS: Mapping[str, Method] = {"linear": linear, "knn": knn, "attentive": attentive}
