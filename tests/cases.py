@@ -1,5 +1,6 @@
 """Cases of a parametrised test, some of them slow; copies of this repository's packages; approvals of operators."""
 
+import os
 import shutil
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -34,5 +35,9 @@ def approve(folder: Path, run: RunConfig) -> str:
     """Approve an experiment at a site, as its operator would; returns its hash."""
     from panfm.site.approvals import Approvals
 
-    Approvals(folder, load_site(folder)).approve(experiment := experiment_hash(run), by="operator")
+    before = os.umask(0o077)  # as in every command
+    try:
+        Approvals(folder, load_site(folder)).approve(experiment := experiment_hash(run), by="operator")
+    finally:
+        os.umask(before)
     return experiment

@@ -4,6 +4,7 @@ import os
 import pwd
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from panfm.config import RunConfig, SiteConfig, as_told, site_path
@@ -19,11 +20,12 @@ _SHORT = 12
 
 
 def login_name() -> str:
-    """Name of the person at this terminal, also behind `sudo`; else the name of the account."""
-    try:
+    """Name of the person at this terminal, also behind `sudo`; else the name of the account, or its number."""
+    with suppress(OSError):
         return os.getlogin()
-    except OSError:
+    with suppress(KeyError):  # an account of a container may have no name
         return pwd.getpwuid(os.getuid()).pw_name
+    return str(os.getuid())
 
 
 class Experiments:

@@ -15,7 +15,7 @@ from panfm.site import Site, site
 from panfm.site.approvals import Approvals
 from panfm.site.audit_log import AuditLog
 from panfm.site.worker import Worker, listen
-from tests.cases import approve
+from tests.cases import approve, quick
 from tests.conftest import NO_FLOORS
 from tests.unit.site.test_site import same, task
 
@@ -65,7 +65,9 @@ def test_a_limit_is_in_force_in_the_next_question_and_the_bits_stay(worker, tmp_
     assert same(third, expected[2])
 
 
-@pytest.mark.parametrize("text", ["", 'name = "alpha"\n[limits]\nepsilon = 1.0\n', 'name = "alpha"\nlimits', None])
+@pytest.mark.parametrize(
+    "text", quick(['name = "alpha"\n[limits]\nepsilon = 1.0\n', "", 'name = "alpha"\nlimits', None], 1)
+)
 def test_nothing_is_answered_under_a_description_that_does_not_hold(worker, text):
     """Whatever its old limits said, until the file is mended."""
     path = worker.folder / "site.toml"

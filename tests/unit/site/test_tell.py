@@ -1,6 +1,7 @@
 """What the operator is told by `panfm site dry-run`, `status` and `log`."""
 
 import json
+import os
 import re
 import shlex
 import stat
@@ -150,6 +151,15 @@ def test_requests_are_listed_shown_and_decided(folder):
     assert f"  {words}: 0 answered; first asked" in "\n".join(run("requests", folder))
     assert run("reject", folder, first[:12])[1].startswith("  rejected by ")
     assert f"  rejected by {login_name()} on {date.today()}; first asked" in "\n".join(run("requests", folder))
+
+
+def test_an_account_without_a_name_decides_by_its_number(monkeypatch):
+    def fail(error):
+        raise error
+
+    monkeypatch.setattr("os.getlogin", lambda: fail(OSError()))
+    monkeypatch.setattr("pwd.getpwuid", lambda _: fail(KeyError()))
+    assert login_name() == str(os.getuid())
 
 
 def test_an_approval_that_has_ended_says_so(folder):
