@@ -63,4 +63,4 @@ lint: $(INSTALLED)  ## Format check, lint, strict types
 	$(PY) -m mypy
 
 clean:  ## Remove .venv and everything made
-	rm -rf $(VENV) runs cohorts site
+	rm -rf $(VENV) runs cohorts site build

@@ -33,7 +33,10 @@ def round_line(number: int, seconds: float, exchange: Exchange, strategy: Groupe
         "phase": "train",
         "seconds": round(seconds, 4),
         "loss": mean_loss(accepted, max_share),
-        "sites": {site: _site_line(site, reply, outcome, waited[site]) for site, reply in accepted.items()},
+        "sites": {
+            site: _site_line(site, reply, outcome, waited[site], strategy.site_bytes_down.get(site, 0))
+            for site, reply in accepted.items()
+        },
         "late": sorted(names[node_id] for node_id in exchange.late),
         "rejected": dict(sorted((failed | outcome.rejected).items())),
         "coverage": _coverage(accepted),
@@ -86,7 +89,7 @@ def _coverage(replies: Mapping[str, RoundReply]) -> dict[str, list[str]]:
     return dict(sorted(coverage.items()))
 
 
-def _site_line(site: str, reply: RoundReply, outcome: RoundOutcome, seconds: float) -> dict[str, Any]:
+def _site_line(site: str, reply: RoundReply, outcome: RoundOutcome, seconds: float, bytes_down: int) -> dict[str, Any]:
     return {
         "seconds": round(seconds, 4),
         "state_round": reply.state_round,
@@ -97,4 +100,6 @@ def _site_line(site: str, reply: RoundReply, outcome: RoundOutcome, seconds: flo
         "weights": dict(reply.weights),
         "shares": {group: round(share, 6) for group, share in outcome.shares[site].items()},
         "norms": {group: float(f"{norm:.4g}") for group, norm in outcome.norms[site].items()},
+        "bytes_down": bytes_down,
+        "bytes_up": outcome.site_bytes_up[site],
     }

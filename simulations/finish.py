@@ -115,9 +115,10 @@ def finish(
         DataError: the cohort's label table or held-out folder does not hold.
     """
     if _has_holdout(cohort):
-        result = probe_run(run, cohort, run_dir, console, alone=alone)
+        opened = OpenedCohort.open(cohort, run)
+        result = probe_run(run, cohort, run_dir, console, alone=alone, opened=opened)
         write_result(run_dir / "probe.json", _labelled(privacy_label(run), result))
-        write_report_data(run_dir, report_data(run, cohort, run_dir, result, began_cpu_s))
+        write_report_data(run_dir, report_data(run, opened, run_dir, result, began_cpu_s))
     files = read_run(run_dir)
     if files.data.examples and tracking_of(run).images:
         log_images(RunFolder(run_dir, run), files.metadata["run-id"], png_files(files.data.examples))
@@ -126,10 +127,10 @@ def finish(
 
 
 def report_data(
-    run: RunConfig, cohort: Path, run_dir: Path, result: ProbeResult, began_cpu_s: float | None
+    run: RunConfig, opened: OpenedCohort, run_dir: Path, result: ProbeResult, began_cpu_s: float | None
 ) -> ReportData:
     """Compute the parts of the report that need the cohort's images, and the processor time."""
-    model, opened = load_model(run_dir / "model")[0], OpenedCohort.open(cohort, run)
+    model = load_model(run_dir / "model")[0]
     cost = None
     if began_cpu_s is not None:
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
@@ -160,12 +161,14 @@ def probe_run(
     console: Console,
     *,
     alone: Callable[[], list[PanModel]] | None = None,
+    opened: OpenedCohort | None = None,
     with_all_grids: bool = False,
 ) -> ProbeResult:
     """Probe `federated`, `site:<name>` alone, `untrained`, `start` in a warm start, and the references.
 
     Args:
         alone: Waits for the models of `sites_alone`; they are trained now when left out.
+        opened: Images and labels of the cohort; they are opened now when left out.
         with_all_grids: Take organs away for every arm, instead of for the federated model and the references.
     """
     folders = site_folders(cohort / "sites")
@@ -180,7 +183,7 @@ def probe_run(
     if start := RunFolder(run_dir, run).start():
         models["start"] = build_model(run)
         load_with_fresh_private(models["start"], run.sharing, start, models["start"].state_dict())
-    opened = OpenedCohort.open(cohort, run)
+    opened = opened or OpenedCohort.open(cohort, run)
     if not opened.labels:
         raise DataError(
             f"{cohort}: no label to probe, expected a label table at the sites and of the held-out subjects"

@@ -49,6 +49,8 @@ class RoundOutcome:
     """Site -> why its reply was refused."""
     bytes_up: dict[str, int] = field(default_factory=dict)
     """Group -> bytes of updates as they arrived, refused ones included."""
+    site_bytes_up: dict[str, int] = field(default_factory=dict)
+    """Site -> bytes of its update as it arrived, refused or not."""
     norms: dict[str, dict[str, float]] = field(default_factory=dict)
     """Site -> group -> norm of its update, for accepted replies."""
     shares: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -86,6 +88,8 @@ class GroupedMean(Strategy):
         self.outcome = RoundOutcome()
         self.bytes_down: Mapping[str, int] = {}
         """Group -> bytes sent to the sites of this round."""
+        self.site_bytes_down: Mapping[str, int] = {}
+        """Site -> bytes sent to it in this round."""
         self._weights = GroupWeights(run.sharing, run.train, run.site_dp, manifest)
         self._max_share = 1.0 if run.site_dp else run.federation.max_share  # under [site-dp] all weigh alike
         self._run_id = ""
@@ -100,7 +104,7 @@ class GroupedMean(Strategy):
         self._global = arrays
         self._run_id = str(config["run-id"])
         downlink = Downlink(arrays, self.memory, teacher=self._teacher_average(), frozen=self.frozen)
-        self.bytes_down = downlink.bytes
+        self.bytes_down, self.site_bytes_down = downlink.bytes, downlink.site_bytes
         for node_id, handshake in self.asked.items():
             yield Message(
                 downlink.content(handshake, config),
@@ -203,7 +207,9 @@ class GroupedMean(Strategy):
         if handshake.site in self.outcome.accepted:
             raise ProtocolError("second reply to one question")
         reply = RoundReply.from_records(unpack(message.content))
-        for group, size in bytes_per_group(reply.updates).items():
+        sizes = bytes_per_group(reply.updates)
+        self.outcome.site_bytes_up[handshake.site] = sum(sizes.values())
+        for group, size in sizes.items():
             self.outcome.bytes_up[group] = self.outcome.bytes_up.get(group, 0) + size
         return replace(reply, updates=decode(self.run.sharing.coding, self.manifest, reply.updates))
 

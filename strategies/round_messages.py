@@ -64,6 +64,8 @@ class Downlink:
         """
         self.bytes: dict[str, int] = {}
         """Group -> bytes sent so far, over all sites."""
+        self.site_bytes: dict[str, int] = {}
+        """Site -> bytes sent to it so far."""
         self._holders = frozenset(memory.holders)
         self._whole = {group: (array, view_array(array).nbytes) for group, array in groups.items()}
         self._step = _packed(memory.step)
@@ -86,6 +88,7 @@ class Downlink:
         for name, (_, size) in sent.items():
             group = name.partition("/")[0]
             self.bytes[group] = self.bytes.get(group, 0) + size
+            self.site_bytes[handshake.site] = self.site_bytes.get(handshake.site, 0) + size
         if is_holder:
             words = digest_words({group: self._digests[group] for group in handshake.group_hashes})
             config = ConfigRecord({**config, **words})

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import pandas
 
 Row = dict[str, Any]
+_SITE_NUMBERS = ("loss", "validation_loss", "seconds", "bytes_up", "bytes_down")
 
 
 class RunTables(NamedTuple):
@@ -22,7 +23,7 @@ class RunTables(NamedTuple):
     rounds: "pandas.DataFrame"
     """run, round, loss, seconds, sites (that answered), left_out, bytes_up, bytes_down, saliency:<stream>."""
     sites: "pandas.DataFrame"
-    """run, round, site, loss, validation_loss, seconds, epsilon, saliency:<stream>."""
+    """run, round, site, loss, validation_loss, seconds, bytes_up, bytes_down, epsilon, saliency:<stream>."""
     probes: "pandas.DataFrame"
     """run, and the scores of probe.json: arm, group, metric, value, low, high (95 % interval), num_labels."""
 
@@ -74,7 +75,7 @@ def _round_rows(run: Run) -> Iterator[Row]:
 def _site_rows(run: Run) -> Iterator[Row]:
     for line in run.rounds:
         for site, told in line.get("sites", {}).items():
-            numbers = {key: told.get(key) for key in ("loss", "validation_loss", "seconds")}
+            numbers = {key: told.get(key) for key in _SITE_NUMBERS}
             yield {
                 "run": run.folder.name,
                 "round": line["round"],
@@ -96,7 +97,7 @@ def _saliency(shares: Mapping[str, float | None]) -> Row:
 
 _TABLES = (
     (_round_rows, ["run", "round", "loss", "seconds", "sites", "left_out", "bytes_up", "bytes_down"]),
-    (_site_rows, ["run", "round", "site", "loss", "validation_loss", "seconds", "epsilon"]),
+    (_site_rows, ["run", "round", "site", *_SITE_NUMBERS, "epsilon"]),
     (_probe_rows, ["run", *(part.name for part in fields(Score))]),
 )
 """Rows of each table, and its columns where there is no row."""

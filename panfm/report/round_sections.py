@@ -114,6 +114,8 @@ def exchange_section(run: Run) -> Section:
         _by_site("Seconds of each round", "seconds", {"whole round": list(series(run, "seconds"))}),
         _by_site("Seconds until each site's reply", "seconds", seconds),
         _by_site("Length of each site's update", "length", norms),
+        _by_site("Megabytes from each site", "MB", {site: _megabytes(run, site, "up") for site in sites}),
+        _by_site("Megabytes to each site", "MB", {site: _megabytes(run, site, "down") for site in sites}),
     ]
     bytes_rows = [
         (group, *(f"{run.bytes_by_group(way).get(group, 0) / 1e6:.3f}" for way in ("up", "down")))
@@ -135,9 +137,20 @@ def _site_totals(run: Run) -> Table:
             clock(sum(value for _, value in seconds)) if seconds else "-",
             clock(max(value for _, value in seconds)) if seconds else "-",
             f"{norms[0][1]:.3g} to {norms[-1][1]:.3g}" if norms else "-",
+            *(_total(_megabytes(run, site, way)) for way in ("up", "down")),
         ))  # fmt: skip
-    headings = ("site", "replies", "time, all rounds", "slowest round", "length of the update, first to last")
-    return Table(headings, rows, "Sites: time from question to reply, and length of their updates over all groups")
+    headings = (
+        "site", "replies", "time, all rounds", "slowest round", "length of the update, first to last", "MB from it",
+        "MB to it",
+    )  # fmt: skip
+    caption = (
+        "Sites: time from question to reply, length of their updates over all groups, megabytes of replies that count"
+    )
+    return Table(headings, rows, caption)
+
+
+def _total(points: Points) -> str:
+    return f"{sum(value for _, value in points):.3f}" if points else "-"
 
 
 def left_out_section(run: Run) -> Section:
@@ -226,6 +239,12 @@ def _norms(run: Run, site: str) -> list[tuple[float, float]]:
     """(Round, L2 norm of a site's whole update); empty if the site withholds its norms."""
     pairs = zip(*run.series(site, "norms"), strict=True)
     return [(at, math.hypot(*(norm for norm in norms.values() if norm is not None))) for at, norms in pairs if norms]
+
+
+def _megabytes(run: Run, site: str, way: str) -> list[tuple[float, float]]:
+    """(Round, megabytes from a site or to it), way is `up` or `down`; empty in runs of versions that kept no bytes by
+    site."""
+    return [(at, value / 1e6) for at, value in _points(run, site, f"bytes_{way}")]
 
 
 def _share(told: Iterable[tuple[int, Mapping[str, Any]]], stream: str) -> list[tuple[float, float]]:

@@ -23,6 +23,8 @@ class _SiteLine(BaseModel):
     seconds: Number | None = None
     saliency: dict[str, Number | None] = {}
     norms: dict[str, Number | None] = {}
+    bytes_down: Count | None = None
+    bytes_up: Count | None = None
 
 
 class _GateLine(BaseModel):

@@ -1,4 +1,4 @@
-"""Writes docs/reference, or docs/figures: `python -m simulations.documents reference|figures`."""
+"""Writes reference pages, or figures and tables of results: `python -m simulations.documents reference|figures`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,9 +7,11 @@ import typer
 
 from simulations.documents.figures import figures as all_figures
 from simulations.documents.reference import pages as all_pages
+from simulations.documents.result_tables import filled, marks, tables
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 DOCS = Path(__file__).resolve().parents[2] / "docs"
+RESULTS = DOCS / "results"
 _Out = Annotated[Path, typer.Option(help="Folder to write into.")]
 
 
@@ -20,9 +22,17 @@ def reference(out: _Out = DOCS / "reference") -> None:
 
 
 @app.command()
-def figures(out: _Out = DOCS / "figures") -> None:
-    """Draw the figures of README and docs from the results kept in docs/results/data."""
-    _write(out, all_figures(DOCS / "results" / "data"))
+def figures(
+    out: _Out = DOCS / "figures",
+    results: Annotated[
+        Path, typer.Option(help="Folder of the results pages, with the result files in data/.")
+    ] = RESULTS,
+) -> None:
+    """Draw figures, and write tables between the marks of results pages, from the results kept in docs/results/data."""
+    _write(out, all_figures(results / "data"))
+    written = tables(results / "data")
+    pages = {path.name: path.read_text(encoding="utf-8") for path in sorted(results.glob("*.md"))}
+    _write(results, {name: filled(text, written) for name, text in pages.items() if marks(text)})
 
 
 def _write(folder: Path, texts: dict[str, str]) -> None:

@@ -168,6 +168,8 @@ SITE_LINE: Entries = {
     "sites.<site>.weights": "Group of parameters -> its weight in the mean, before caps.",
     "sites.<site>.shares": "Group of parameters -> its share of the mean, after caps.",
     "sites.<site>.norms": "Group of parameters -> L2 norm of its update.",
+    "sites.<site>.bytes_down": "Bytes of parameters sent to it.",
+    "sites.<site>.bytes_up": "Bytes of its update.",
 }
 METADATA: Entries = {
     "name": "Name of the run.",

@@ -2,33 +2,21 @@
 
 import re
 import shlex
-from collections.abc import Iterator
 from importlib.util import find_spec
-from pathlib import Path
 
 import click
 import pytest
 
 from simulations.documents.command_page import Command, commands
+from tests.docs.page_commands import PAGES, ROOT, steps
 
-ROOT = Path(__file__).parents[2]
-PAGES = [
-    ROOT / "README.md",
-    ROOT / "CONTRIBUTING.md",
-    *sorted(path for path in ROOT.glob("docs/**/*.md") if path.parent.name != "reference"),
-]
 TOOLS = re.compile(r"^(?:[A-Z_]+=\S+ )*(?:(?:\.venv|/opt/\w+)/bin/)?(panfm|python -m \S+|make) ")
 TREE = {command.words: command for command in commands()}
 
 
-def lines_of(text: str) -> Iterator[str]:
-    """Command lines of a page's fenced or indented code blocks, without comments; lines continued by \\ are joined."""
-    is_fenced = False
-    for line in re.sub(r"\\\n\s*", "", text).splitlines():
-        if line.lstrip().startswith("```"):
-            is_fenced = not is_fenced
-        elif (is_fenced or line.startswith("    ")) and TOOLS.match(f"{line.strip()} "):
-            yield re.sub(r"\s+#.*|\s{3,}.*", "", line.strip())
+def lines_of(text: str) -> list[str]:
+    """Command lines of a page's blocks of code that begin with one of our tools."""
+    return [step.text for step in steps(text) if TOOLS.match(f"{step.text} ")]
 
 
 def complaint(line: str) -> str:
@@ -75,16 +63,16 @@ def _parse(command: Command, words: list[str]) -> str:
     return ""
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", PAGES)
 def test_every_command_of_a_page_exists(page):
-    text = page.read_text()
+    text = PAGES[page].read_text()
     assert [(line, told) for line in lines_of(text) if (told := complaint(line))] == []
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", PAGES)
 def test_every_command_in_the_text_of_a_page_exists(page):
     inline = re.findall(
-        r"`((?:panfm|python -m (?:server|simulations)) [a-z][^`]*)`", page.read_text().replace("\n", " ")
+        r"`((?:panfm|python -m (?:server|simulations)) [a-z][^`]*)`", PAGES[page].read_text().replace("\n", " ")
     )
     assert [(line, told) for line in inline if (told := complaint(line))] == []
 
@@ -108,8 +96,3 @@ def test_every_command_in_the_text_of_a_page_exists(page):
 )
 def test_mistakes_are_found(line, told):
     assert complaint(line) == told
-
-
-def test_lines_are_found_in_blocks():
-    text = "panfm a\n\n    panfm b \\\n        c   # why\n```\nX=1 .venv/bin/panfm d     what\nother\n```\nmake e\n"
-    assert list(lines_of(text)) == ["panfm b c", "X=1 .venv/bin/panfm d"]

@@ -16,6 +16,7 @@ import panfm
 from panfm.config.masking import MaskingConfig
 from panfm.training.policies import MaskingPolicy
 from simulations.documents.figures import figures
+from simulations.documents.result_tables import filled, marks, tables
 from tests.contract.test_layers import LEVELS
 
 ROOT = Path(__file__).parents[2]
@@ -26,6 +27,8 @@ TEST = re.compile(r"`(tests/[\w/]+\.py)(?:::(\w+))?`")
 FILE = re.compile(r"`((?:panfm|strategies|server|client|simulations|tests|configs|docs)/[\w/.-]*)`")
 NAME = re.compile(r"`([A-Z]\w+\.[a-z_]\w*|[A-Za-z_]\w*)`")
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
+RESULTS_README = ROOT / "docs" / "results" / "README.md"
+RESULTS = sorted(RESULTS_README.parent.glob("*.md"))
 FIGURE = ROOT / "docs" / "figures" / "manifest-row-to-tensor.svg"
 
 
@@ -59,6 +62,25 @@ def test_the_figures_are_those_of_the_kept_results() -> None:
         assert (ROOT / "docs" / "figures" / name).read_text() == text
 
 
+def test_the_tables_between_marks_are_those_of_the_kept_results() -> None:
+    """`make figures` writes them anew."""
+    written = tables(ROOT / "docs" / "results" / "data")
+    pages = [path.read_text() for path in RESULTS]
+    assert sorted(name for page in pages for name in marks(page)) == sorted(written)
+    for page in pages:
+        assert filled(page, written) == page
+
+
+def test_every_results_page_says_where_its_numbers_come_from() -> None:
+    """docs/results/README.md has a row for each page with a table, and each such page a command that parses."""
+    rows = re.findall(r"^\| \[[^]]+\]\(([\w-]+\.md)\) \|.*?\|.*? \|$", RESULTS_README.read_text(), re.MULTILINE)
+    with_tables = [path for path in RESULTS if "\n| " in path.read_text() and path != RESULTS_README]
+    assert sorted(rows) == sorted(path.name for path in with_tables)
+    for path in with_tables:
+        text = path.read_text().replace("\n", " ")
+        assert re.search(r"python -m simulations (study|bench|run) [\w/]", text), path.name
+
+
 def test_the_readme_tells_what_the_kept_results_say() -> None:
     result = json.loads((ROOT / "docs" / "results" / "data" / "demo.json").read_text())
     values = {(row["metric"], row["arm"]): row["values"] for row in result["results"]}
@@ -68,6 +90,16 @@ def test_the_readme_tells_what_the_kept_results_say() -> None:
         assert re.search(rf"^\| .*\| \**{cells[0]}\** \| \**{cells[1]}\** \|$", readme, re.MULTILINE), (arm, cells)
     for arm in ("federated", "best-site", "untrained", "tokenizer"):
         assert f"{np.mean(values['auc', arm]):.2f}"[1:] in readme.partition("## Try it")[0], arm
+
+
+def test_the_readme_tells_what_the_results_pages_say() -> None:
+    readme, pages = (ROOT / "README.md").read_text(), ROOT / "docs" / "results"
+    means = re.findall(r"^\| 40 \|(.*)\|$", (pages / "few-labels.md").read_text(), re.MULTILINE)[-1]
+    local, *_, with_floors, _ = (float(cell.strip(" *").split()[0]) for cell in means.split("|"))
+    assert f"AUC of {with_floors:.2f} on real".replace("0.", ".") in readme.replace("\n", " ")
+    assert f"against {local:.2f} of a hospital's own".replace("0.", ".") in readme.replace("\n", " ")
+    [rounds] = re.findall(r"federated round over plain loop \| (\d\.\d+) ", (pages / "cost.md").read_text())
+    assert f"A round costs {float(rounds) * 100 - 100:.0f} % more" in readme
 
 
 def test_the_citation_has_what_its_format_needs() -> None:

@@ -66,6 +66,8 @@ def round_line(number, sites, hostile):
                 "validation_loss": 1.1 / number,
                 "saliency": dict.fromkeys(STREAMS, 0.5 + 0.1 * at + 0.02 * number),
                 "norms": {"backbone": 0.3, "head": 0.4},
+                "bytes_down": 2_000_000,
+                "bytes_up": 1_000_000 + 1000 * at,
             }
             for at, site in enumerate(sites)
         },

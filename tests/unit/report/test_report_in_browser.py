@@ -1,6 +1,7 @@
 """The report in headless Chromium: no error, all sections there, nothing clipped or over another, at three widths.
 
-Screenshots are kept in the folder that the environment variable PANFM_SCREENSHOTS names, or in the test's own.
+Screenshots are kept in the folder that the environment variable PANFM_SCREENSHOTS names, or in build/screenshots of the
+repository, which git ignores.
 """
 
 import os
@@ -17,6 +18,7 @@ WIDTHS = (400, 800, 1400)
 LOCAL = ("file:", "data:")
 CHROMIUM = shutil.which("chromium")
 
+ROOT = Path(__file__).parents[3]
 FAULTS = Path(__file__).with_name("page_faults.js").read_text(encoding="utf-8")
 
 
@@ -34,7 +36,7 @@ def test_the_page_in_a_browser(tmp_path):
         "report-long": write_report(read_run(hostile)),
         "comparison": write_comparison([read_run(plain), read_run(hostile)], tmp_path / "comparison.html"),
     }
-    screenshots = Path(os.environ.get("PANFM_SCREENSHOTS") or tmp_path)
+    screenshots = Path(os.environ.get("PANFM_SCREENSHOTS") or ROOT / "build" / "screenshots")
     faults: list[str] = []
     screenshots.mkdir(parents=True, exist_ok=True)
     with sync_playwright() as playwright:

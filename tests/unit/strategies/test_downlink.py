@@ -42,6 +42,7 @@ def test_holders_get_the_step_and_where_it_leads_others_get_everything(arrays):
     assert types == {"backbone": "float32", "stream:a-mr": "float32"}
     assert config == {"round": 3}
     assert downlink.bytes == {"backbone": 8 + 4 + 32, "stream:a-mr": 16}
+    assert downlink.site_bytes == {"a": 8 + 4, "c": 32 + 16}
 
 
 def test_the_teacher_goes_to_all_and_is_counted(arrays):

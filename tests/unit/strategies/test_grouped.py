@@ -112,6 +112,8 @@ def test_by_hand(strategy):
     assert all(array.dtype == np.float32 for array in new.values())
     assert set(strategy.outcome.accepted) == {"a", "b", "c"}
     assert strategy.outcome.bytes_up == {"backbone": 24, "head": 12, "stream:brain-mr": 16}
+    assert strategy.outcome.site_bytes_up == {"a": 8 + 4 + 8, "b": 8 + 4, "c": 8 + 4 + 8}
+    assert strategy.site_bytes_down == {"a": 8 + 4 + 8, "b": 8 + 4, "c": 8 + 4 + 8}
     assert all(not kept.updates for kept in strategy.outcome.accepted.values())
 
 

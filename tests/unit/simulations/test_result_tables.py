@@ -1,0 +1,99 @@
+"""Tables of docs/results that are made from kept result files."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from simulations.documents.kept_results import KeptResult, by_seed, short, signed, with_spread
+from simulations.documents.result_tables import filled, marks, tables
+from simulations.studies import dex_pictures_study, real_pictures_study
+from simulations.study_result import StudyResult
+
+DATA = Path(__file__).parents[3] / "docs" / "results" / "data"
+
+
+def written(folder, name, rows, **more):
+    """Write a result file from rows (metric, arm, values, seeds)."""
+    results = [
+        {"metric": metric, "arm": arm, "values": values} | ({"seeds": seeds} if seeds else {})
+        for metric, arm, values, seeds in rows
+    ]
+    (folder / f"{name}.json").write_text(json.dumps({"commit": "abc", "results": results} | more))
+    return KeptResult.read(folder / f"{name}.json")
+
+
+def test_numbers_by_hand():
+    assert [short(value) for value in (0.6774, 1.0, -0.0203, 0.99996, 10.26)] == [
+        ".677",
+        "1.000",
+        "-.020",
+        "1.000",
+        "10.260",
+    ]
+    assert [signed(value, 4) for value in (0.04, -0.00201, 1.5)] == ["+.0400", "-.0020", "+1.5000"]
+    assert with_spread([0.5, 0.7]) == ".600 ± .141"
+    assert (with_spread([0.5]), with_spread([0.5, 0.5004]), with_spread([])) == (".500", ".500", "")
+    assert by_seed([0.1, -0.2]) == "+.100 -.200"
+
+
+def test_gains_are_taken_over_the_seeds_that_both_arms_have(tmp_path):
+    rows = [("a", "x", [0.5, 0.6, 0.9], [0, 1, 2]), ("a", "y", [0.5, 0.1], [2, 0]), ("b", "x", [1.0], [0])]
+    kept = written(tmp_path, "made", rows)
+    assert (kept.arms, kept.metrics, kept.seeds(), kept.seeds("x", "y")) == (["x", "y"], ["a", "b"], [0, 1, 2], [0, 2])
+    np.testing.assert_allclose(kept.gains(["a", "b"], "x", "y"), [[0.4, 0.4]])
+    assert (kept.of("a", "y"), kept.of("b", "y")) == ([0.1, 0.5], [])
+    assert kept.gains(["b"], "x", "y").shape == (0, 2)
+
+
+def test_seeds_of_a_file_may_stand_in_its_pairs(tmp_path):
+    rows = [("a", "x", [0.5, 0.6], None)]
+    assert written(tmp_path, "made", rows, config={"pairs": [[7, 3], [8, 4]]}).seeds() == [3, 4]
+    with pytest.raises(ValueError, match="zip"):
+        written(tmp_path, "made", rows, config={"pairs": [[7, 3]]})
+
+
+def test_what_stands_between_marks_is_replaced():
+    page = "a\n<!-- made: one -->\n\nold\nlines\n\n<!-- end -->\nb\n"
+    assert marks(page) == ["one"]
+    assert filled(page, {"one": "new\n"}) == "a\n<!-- made: one -->\n\nnew\n\n<!-- end -->\nb\n"
+    assert filled(filled(page, {"one": "new\n"}), {"one": "new\n"}) == filled(page, {"one": "new\n"})
+    assert filled("no marks", {}) == "no marks"
+    with pytest.raises(KeyError, match="one"):
+        filled(page, {})
+
+
+def test_without_result_files_tables_say_so(tmp_path):
+    assert {text.split("**")[1] for text in tables(tmp_path).values()} == {"Not measured yet"}
+
+
+def test_differences_are_those_of_the_study():
+    """The study computes its answers from arms with the same seeds."""
+    kept = KeptResult.read(DATA / "real-pictures.json")
+    complete = [arm for arm in kept.arms if kept.seeds(arm) == kept.seeds()]
+    result = StudyResult("real-pictures", {})
+    result.values = {(metric, arm): kept.of(metric, arm) for metric, arm in kept.values if arm in complete}
+    real_pictures_study.add_answers(result)
+    table = tables(DATA)["real-pictures-differences"]
+    rows = [line.split(" | ") for line in table.splitlines() if line.removeprefix("| ").split(" ")[0] in complete]
+    compared = [row for row in rows if row[0].endswith(tuple(complete))]
+    assert len(compared) >= 3
+    for name, mean, _, worst, *_ in compared:
+        pair = name.removeprefix("| ").replace(" minus ", "-minus-")
+        assert mean == signed(result.ratios[f"cells/{pair}"], 4)
+        assert worst.split()[1] == signed(result.ratios[f"worst-stream/{pair}"], 4)
+
+
+def test_a_result_file_of_director_experts(tmp_path):
+    """As the study writes it; two seeds, made-up values."""
+    result = StudyResult("dex-pictures", {"pairs": [[0, 0], [1, 1]]})
+    for at, arm in enumerate(dex_pictures_study.ARMS):
+        values = dict.fromkeys(dex_pictures_study.METRICS, 0.5 + 0.1 * at)
+        for seed in (0, 1):
+            result.add(arm, {**values, "own_5": 0.5 + 0.1 * at + 0.01 * seed, "bytes_round": 2e6 * at})
+    result.write(tmp_path / "dex-pictures.json")
+    table = tables(tmp_path)["dex-pictures"]
+    assert "| a site's own modality, 5 % | .505 ± .007 | .605 ± .007 |" in table
+    assert "| MB a round | 0.00 | 2.00 | 4.00 | 6.00 | 8.00 |" in table
+    assert "| private minus dense | +.1000 (+.1000 +.1000) | +.1000 (+.1000 +.1000) |" in table
