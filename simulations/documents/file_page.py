@@ -100,6 +100,8 @@ RUN_FOLDER: Entries = {
     "model/metadata.json": "Facts about the model: [keys](#modelmetadatajson).",
     "model/run.toml": "The description as the sites received it.",
     "model/probe.safetensors": "Probe of all sites from sums of features and labels, in a run with `probe.tasks`.",
+    "model/head.safetensors": "Weights of the head that a run with `[task]` has trained.",
+    "model/task.json": "Task of that head: kind, outputs.",
     "model/whitening.safetensors": "Whitening of the embeddings, of `features.whitening` or `panfm whiten`.",
     "start.safetensors": "Parameters that the run starts from, in a run with `[start]`.",
     "frozen.safetensors": "Parameters that the run does not train, in a run with `train.parts`.",
