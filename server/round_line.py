@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from panfm.privacy.guarantees import privacy_label
-from panfm.sharing.groups import BACKBONE, stream_group, stream_of
+from panfm.sharing.groups import BACKBONE, HEAD, stream_group, stream_of
 from panfm.sharing.messages import RoundReply
 from server.exchange import Exchange
 from strategies import GroupedMean, RoundOutcome
@@ -48,9 +48,11 @@ def round_line(number: int, seconds: float, exchange: Exchange, strategy: Groupe
 
 
 def mean_loss(replies: Mapping[str, RoundReply], max_share: float) -> float | None:
-    """Mean of the losses that sites released, weighted and capped as the backbone is; None if no site did."""
+    """Mean of the losses that sites released, weighted and capped as the backbone is (the head, where a run trains that
+    alone); None if no site did."""
     losses = {site: reply.loss for site, reply in replies.items() if reply.loss is not None}
-    shares = capped_shares({site: sum(replies[site].weights[BACKBONE]) for site in losses}, max_share)
+    group = BACKBONE if all(BACKBONE in replies[site].weights for site in losses) else HEAD
+    shares = capped_shares({site: sum(replies[site].weights[group]) for site in losses}, max_share)
     return sum(loss * shares[site] for site, loss in losses.items()) if any(shares.values()) else None
 
 

@@ -105,6 +105,8 @@ RUN_FOLDER: Entries = {
     "model/run.toml": "The description as the sites received it.",
     "model/probe.safetensors": "Probe of all sites from sums of features and labels, in a run with `probe.tasks`; with "
     "`probe.lda-shrinkage` its discriminant analysis as well.",
+    "model/head.safetensors": "Weights of the head that a run with `[task]` has trained.",
+    "model/task.json": "Task of that head: kind, outputs.",
     "model/whitening.safetensors": "Whitening of the embeddings, of `features.whitening` or `panfm whiten`.",
     "start.safetensors": "Parameters that the run starts from, in a run with `[start]`.",
     "frozen.safetensors": "Parameters that the run does not train, in a run with `train.parts`.",

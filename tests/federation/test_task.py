@@ -76,6 +76,7 @@ def _with_holdout(labelled) -> Path:
     return labelled.folder
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_a_models_encoder_and_goes_on_after_a_crash_with_the_same_bits(labelled, monkeypatch):
     start = labelled.run("start", "train.rounds=1") / "model"
     warm = (TASK, f"start.model={start}", "train.parts=head", "train.rounds=2")
