@@ -8,7 +8,7 @@ import numpy as np
 
 from tests.docs.page_commands import code_blocks
 
-PATIENTS = 12
+PATIENTS = 16
 """Patients of a hospital: no batch may have fewer than 8."""
 
 

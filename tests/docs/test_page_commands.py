@@ -49,6 +49,7 @@ MENTIONS = sorted(
 NAME = re.compile(r"(?:python -m [\w.]+|panfm|make)(?: [a-z][a-z-]*(?![\w/.=*]))*")
 """Words of a command before its arguments and options."""
 README = "README.md"
+HOSPITAL = Path("hospital/my-hospital")
 SECTIONS = (
     *("verdict", "labels", "learning", "saliency", "missing-organs", "embedding", "examples"),
     *("sites", "exchange", "cost", "run"),
@@ -126,12 +127,15 @@ def test_commands_and_blocks_of_a_page() -> None:
 def run_steps(page: str, done: set[str]) -> None:
     """Run a page's commands and Python blocks in order, in the current folder, but for commands that were run.
 
-    `<end>` stands for the end of the chain that the last verification printed.
+    `<end>` stands for the end of the chain that the last verification printed, `{run-id}` for the private run's id.
     """
     names: dict[str, object] = {}
     end = ""
     for step in RUN[page]:
         text = RULES.runnable(page, step).replace("<end>", end)
+        if "{run-id}" in text:
+            [state] = (HOSPITAL / ".panfm" / "state" / "runs").iterdir()
+            text = text.replace("{run-id}", state.name)
         if step.is_python:
             exec(compile("\n" * (step.line - 1) + text, page, "exec"), names)
         elif text not in done:
@@ -186,15 +190,14 @@ PRIVATE = (
 
 def write_private_run() -> None:
     """`experiment.toml`, a private run, and a hospital that has taken part in it for a round."""
-    site = Path("hospital/my-hospital")
-    invoke(f"panfm site init {site} --name my-hospital --from north --split train --yes")
-    text = (site / "site.toml").read_text()
+    invoke(f"panfm site init {HOSPITAL} --name my-hospital --from north --yes")
+    text = (HOSPITAL / "site.toml").read_text()
     limits = "[limits]\nepsilon = 8.0\ndelta = 1e-3\npublic-subjects = 50\n"
-    (site / "site.toml").write_text(text.replace("[limits]\n", limits))
+    (HOSPITAL / "site.toml").write_text(text.replace("[limits]\n", limits))
     run = load_run(Path("run.toml"), PRIVATE)
     Path("experiment.toml").write_text(dump_toml(run))
     RunFolder.create(Path("runs/private"), run)
-    run_local(Job(site.parent, Path("runs/private")))
+    run_local(Job(HOSPITAL.parent, Path("runs/private")))
 
 
 @pytest.mark.slow

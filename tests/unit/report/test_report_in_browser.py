@@ -47,6 +47,7 @@ def test_the_page_in_a_browser(tmp_path):
                     picture = screenshots / f"{name}-{width}-{scheme}.png"
                     faults += [f"{picture.stem}: {fault}" for fault in open_page(browser, path, width, scheme, picture)]
         assert not faults, "\n".join(faults)
+        assert_prints(browser, pages["report"], screenshots / "report-print.png")
         assert_reached_by_keyboard(browser, pages["report"])
         assert_faults_are_seen(browser, pages["report"])
         browser.close()
@@ -68,6 +69,16 @@ def open_page(browser, path, width, scheme, screenshot):
         faults += page.evaluate(FAULTS)
     page.close()
     return faults
+
+
+def assert_prints(browser, path, screenshot):
+    """As on paper of A4 size; dark colours are those of screens alone."""
+    page = browser.new_page(viewport={"width": 794, "height": 1123}, color_scheme="dark")
+    page.emulate_media(media="print")
+    page.goto(path.as_uri())
+    assert page.evaluate(FAULTS) == []
+    page.screenshot(path=screenshot, full_page=True)
+    page.close()
 
 
 def assert_reached_by_keyboard(browser, path):
