@@ -54,7 +54,9 @@ def _approval_lines(folder: Path, site: SiteConfig) -> Iterator[str]:
 def _limit_lines(limits: LimitsConfig) -> Iterator[str]:
     """All limits, as they are in force from the next question on."""
     table = limits.model_dump(mode="json", by_alias=True, exclude_none=True)
-    words = [f"{key} {', '.join(value) if isinstance(value, list) else value}" for key, value in table.items()]
+    words = [
+        f"{key} {', '.join(value) or 'none' if isinstance(value, list) else value}" for key, value in table.items()
+    ]
     yield from textwrap.wrap(f"limits in force: {'; '.join(words)}", 116, subsequent_indent="  ")
 
 

@@ -291,7 +291,7 @@ def choose_parts(model: PanModel, parts: FinetuneParts, seed: int) -> None:
                 initialise(name, parameter, torch_generator(seed, "fine-tuning", name))
     model.trained = trained_names(model, parts) | trained
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in trained)
+        parameter.requires_grad_(name in model.trained)
 
 
 def batch_of_step(indices: Indices, size: int, step: int, seed: int) -> Indices:

@@ -194,6 +194,7 @@ METADATA: Entries = {
 PROBE: Entries = {
     "scores": "`arm` (the model that was probed), `group` (of labels), `metric` (auc or r2), `value`, `low` and "
     "`high` (95 % bootstrap over test subjects), `num_labels`.",
+    "task": "Scores of each model that has learned the `[task]` of a run: as `scores`.",
     "missing": "Arm -> AUC with organs taken away: `auc`, `auc_missing_<n>`, `auc_drop_<organ>`, `auc_only_<organ>`, "
     "`auc_no_dominant`.",
     "balance": "Arm -> `effective_rank` of its features.",

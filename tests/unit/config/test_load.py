@@ -120,8 +120,12 @@ BAD_VALUES = {
     "name={}": "name: found a table, expected text",
     "name=''": "name: found '', expected text that matches ^[a-z0-9][a-z0-9._-]{0,63}$",
     "start.model=''": "start.model: found '', expected at least 1 characters",
-    "objective.name='jepa'": "objective.name: found 'jepa', expected one of latent, dino, mae, views, view-regression",
-    "objective.name=3": "objective.name: found 3, expected one of latent, dino, mae, views, view-regression",
+    "objective.name='jepa'": (
+        "objective.name: found 'jepa', expected one of latent, dino, mae, views, view-regression, supervised"
+    ),
+    "objective.name=3": (
+        "objective.name: found 3, expected one of latent, dino, mae, views, view-regression, supervised"
+    ),
     "objective=3": "objective: found 3, expected a table",
     "masking.policy='rando'": (
         "masking.policy: found 'rando', expected one of random, organ, sgm, inverse, static, did you mean 'random'?"

@@ -14,6 +14,7 @@ from panfm.data.readers import ImageError, file_fingerprint, find_reader, read_b
 from panfm.errors import ConfigError, DataError, PanfmError, reason
 from panfm.evaluate.embed import read_features
 from panfm.files import read_checked, read_json_lines, write_atomic
+from panfm.installed_plug_ins import installed_plug_ins
 from server.expected_sites import ExpectedSites
 from tests.unit.data.conftest import STREAM
 
@@ -50,6 +51,7 @@ def test_whatever_is_read_the_reason_and_the_path_are_told(tmp_path, monkeypatch
     def fail(self, *_, **__):
         raise OSError(code, os.strerror(code), str(self))
 
+    installed_plug_ins("image reader")  # asked once in a process, of other files than the one that fails
     for call in ("open", "read_bytes", "read_text", "stat", "exists"):
         if call != "stat" or "fingerprint" in name or "kind" in name:
             monkeypatch.setattr(type(path), call, fail if call != "exists" else lambda _: True)

@@ -32,7 +32,8 @@ def test_the_table_fits_80_columns():
 def test_every_arm_takes_the_same_steps_over_the_same_subjects(monkeypatch, arm):
     trained = []
 
-    def alone(run, store, name):
+    def alone(run, store, name, *, start=None):
+        assert start is None
         trained.append((name, run.train.rounds * run.train.local_steps, store.subjects))
         return f"model of {name}"
 

@@ -8,13 +8,14 @@ import pytest
 from panfm.cli.site_lines import message_line
 from panfm.config import description_hash, dump_toml, experiment_hash, parse_run
 from panfm.data.cache import open_store
-from panfm.errors import LimitError, ProtocolError
+from panfm.errors import LimitError, PendingApprovalError, ProtocolError
 from panfm.evaluate.input_sums import InputSums, measured_constants, with_constants
 from panfm.sharing.frames import Frame, Kind, encode
 from panfm.sharing.messages import Invitation, RoundTask
 from panfm.sharing.release import NEEDED
 from panfm.sharing.sums_messages import Purpose, SumsReply, SumsTask
 from panfm.site import Site, answer
+from panfm.site.approvals import Approvals
 from panfm.site.audit_log import AuditLog
 from panfm.site.dry_run import _input_sums
 from tests.unit.site.test_site import RUN, task
@@ -141,9 +142,10 @@ def test_the_audit_log_tells_what_was_summed(make_site):
 
 def test_an_experiment_is_named_by_its_hash_before_the_constants_were_computed(make_site):
     run = parse_run(SUMMED)
-    site = make_site(experiments=[experiment_hash(run)])
+    site = Site(make_site().folder, needs_approval=True)
+    Approvals(site.folder, site.config).approve(experiment_hash(run), by="operator")
     whole = with_constants(run, measured_constants(run, [open_store(site.folder, run.streams)]))
     assert experiment_hash(whole) == experiment_hash(run) != description_hash(whole)
     site.handshake(Invitation(dump_toml(whole)))
-    with pytest.raises(LimitError, match=r"is not in this site's limits\.experiments"):
+    with pytest.raises(PendingApprovalError, match="approve"):
         site.handshake(Invitation(dump_toml(parse_run(RUN))))

@@ -69,7 +69,7 @@ def test_a_dry_run_tells_what_a_run_asks_for_besides_rounds():
 def test_status_of_a_new_site(folder):
     worker, limits, *_, left, error, disk, authority = run("status", folder)
     assert worker == "alpha: the worker is not running"
-    assert limits.startswith("limits in force: may-leave updates, counts, loss, saliency; smallest-batch 1; ")
+    assert limits.startswith("limits in force: may-leave updates, counts, loss, saliency; training-labels none; ")
     assert (left, error) == ("messages that left: 0, 0 bytes", "last error: none")
     assert re.fullmatch(r"free disk: [\d.]+ of [\d.]+ GiB", disk)
     assert authority.startswith("the coordinator's certificate authority: not known here (")
