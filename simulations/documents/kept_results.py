@@ -50,9 +50,11 @@ class KeptResult:
         return [value for _, value in sorted(self.values.get((metric, arm), {}).items())]
 
     def gains(self, metrics: Sequence[str], arm: str, baseline: str) -> NDArray[np.float64]:
-        """Arm minus baseline [metrics, seeds], over the seeds that both have; metrics that one lacks are left out."""
+        """Arm minus baseline [metrics, seeds], over the seeds that all metrics of both have; metrics that one lacks are
+        left out."""
         known = [metric for metric in metrics if {(metric, arm), (metric, baseline)} <= {*self.values}]
-        seeds = self.seeds(arm, baseline)
+        measured = [{*self.values[metric, name]} for metric in known for name in (arm, baseline)]
+        seeds = sorted({*self.seeds(arm, baseline)}.intersection(*measured))
         differences = [
             [self.values[metric, arm][seed] - self.values[metric, baseline][seed] for seed in seeds] for metric in known
         ]

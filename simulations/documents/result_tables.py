@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from simulations.documents.kept_results import KeptResult, by_seed, short, signed, with_spread
 from simulations.documents.markdown import table
@@ -124,7 +125,7 @@ def _picture_differences(kept: KeptResult) -> str:
         rows.append((
             f"{arm} minus {baseline}", signed(float(gains.mean()), 4), by_seed(gains.mean(axis=0), 4),
             f"{stream} {signed(worst, 4)}", f"{int((gains >= 0).sum())} of {gains.size}",
-            signed(float(there.mean()), 4) if there.size else "",
+            f"{signed(float(there.mean()), 4)}{_fewer(there, kept)}" if there.size else "",
         ))  # fmt: skip
     head = ("difference", "mean over cells", "by seed", "worst stream", "cells not behind", "stream at no site")
     return table(head, rows)
@@ -139,19 +140,19 @@ def _picture_targets(kept: KeptResult) -> str:
         arm, minus, baseline = pair.partition("-minus-")
         if not minus or not {arm, baseline} <= {*kept.arms}:
             continue
-        value = _target_value(kept, place, arm, baseline)
-        seeds = len(kept.seeds(arm, baseline))
-        told = f" ({seeds} seeds)" if seeds < len(kept.seeds()) else ""
-        shown = "not measured" if value is None else f"{signed(value, 5)}: {_verdict(value, least)}{told}"
+        gains = kept.gains(_cells(kept, "heldout_" if place == "heldout" else "auc_"), arm, baseline)
+        shown = "not measured"
+        if gains.size:
+            value = _worst_stream(kept, arm, baseline)[1] if place == "worst-stream" else float(gains.mean())
+            shown = f"{signed(value, 5)}: {_verdict(value, least)}{_fewer(gains, kept)}"
         rows.append((claim, signed(least, 4), shown))
     return table(("target", "at least", "measured"), rows)
 
 
-def _target_value(kept: KeptResult, place: str, arm: str, baseline: str) -> float | None:
-    if place == "worst-stream":
-        return _worst_stream(kept, arm, baseline)[1]
-    gains = kept.gains(_cells(kept, "heldout_" if place == "heldout" else "auc_"), arm, baseline)
-    return float(gains.mean()) if gains.size else None
+def _fewer(gains: NDArray[np.float64], kept: KeptResult) -> str:
+    """Name the number of seeds of some differences [metrics, seeds], if there are fewer than the study has."""
+    seeds = gains.shape[1]
+    return f" ({seeds} seeds)" if seeds < len(kept.seeds()) else ""
 
 
 def _verdict(value: float, least: float) -> str:

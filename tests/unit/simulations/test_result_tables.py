@@ -45,6 +45,8 @@ def test_gains_are_taken_over_the_seeds_that_both_arms_have(tmp_path):
     np.testing.assert_allclose(kept.gains(["a", "b"], "x", "y"), [[0.4, 0.4]])
     assert (kept.of("a", "y"), kept.of("b", "y")) == ([0.1, 0.5], [])
     assert kept.gains(["b"], "x", "y").shape == (0, 2)
+    kept = written(tmp_path, "fewer", [*rows, ("b", "y", [0.25], [0])])
+    np.testing.assert_allclose(kept.gains(["a", "b"], "x", "y"), [[0.4], [0.75]])
 
 
 def test_seeds_of_a_file_may_stand_in_its_pairs(tmp_path):
