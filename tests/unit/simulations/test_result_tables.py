@@ -71,11 +71,15 @@ def test_without_result_files_tables_say_so(tmp_path):
 
 
 def test_differences_are_those_of_the_study():
-    """The study computes its answers from arms with the same seeds."""
+    """The study computes its answers from arms, and metrics, with the same seeds."""
     kept = KeptResult.read(DATA / "real-pictures.json")
     complete = [arm for arm in kept.arms if kept.seeds(arm) == kept.seeds()]
     result = StudyResult("real-pictures", {})
-    result.values = {(metric, arm): kept.of(metric, arm) for metric, arm in kept.values if arm in complete}
+    result.values = {
+        (metric, arm): kept.of(metric, arm)
+        for (metric, arm), values in kept.values.items()
+        if arm in complete and [*values] == kept.seeds()
+    }
     real_pictures_study.add_answers(result)
     table = tables(DATA)["real-pictures-differences"]
     rows = [line.split(" | ") for line in table.splitlines() if line.removeprefix("| ").split(" ")[0] in complete]
