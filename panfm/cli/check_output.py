@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from panfm.cli.common import progress_bar
+from panfm.cli.command_parts import progress_bar
 from panfm.config import StreamConfig, load_site, site_path
 from panfm.data.check import SiteReport, check_site
 from panfm.data.check_places import Place, empty_split, label_lines, leaks, same_names

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from panfm.cli.common import progress_bar
+from panfm.cli.command_parts import progress_bar
 from panfm.cli.model_arguments import check_model, tell_left_out
 from panfm.errors import ConfigError
 from panfm.evaluate.model_folder import model_folder

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from panfm.cli.common import Overrides, chain_end
+from panfm.cli.command_parts import chain_end
+from panfm.cli.common import Overrides
 from panfm.errors import LedgerError
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from panfm.cli.common import progress_bar
+from panfm.cli.command_parts import progress_bar
 from panfm.evaluate.model_folder import model_folder
 
 if TYPE_CHECKING:

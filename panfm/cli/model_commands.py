@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from panfm.cli.common import check_output, progress_bar
+from panfm.cli.command_parts import check_output, progress_bar
 from panfm.cli.model_arguments import Model, check_model, open_stores
 from panfm.errors import ConfigError, DataError
 from panfm.evaluate.model_folder import model_folder

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from panfm.cli.common import progress_bar
+from panfm.cli.command_parts import progress_bar
 from panfm.errors import DataError
 
 if TYPE_CHECKING:

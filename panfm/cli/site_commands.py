@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from panfm.cli.common import NotedEnd, chain_end
+from panfm.cli.command_parts import NotedEnd, chain_end
 
 app = typer.Typer(no_args_is_help=True, help="For the operator of one site.")
 _Site = Annotated[Path, typer.Argument(help="Site folder.")]

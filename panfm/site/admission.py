@@ -27,7 +27,6 @@ from panfm.models.sizes import sizes_of, tokens_per_patient
 from panfm.privacy.guarantees import NO_CLAIM, broken_guarantees, claim
 from panfm.sharing.groups import Flat, parameter_hashes
 from panfm.sharing.messages import frozen_name
-from panfm.site.patient_budget import check_privacy
 from panfm.site.state import RUNS, active_runs, is_ended, read_asked
 
 _SEEDED = f"the run's seed gives with torch {torch.__version__}; another torch at the server may draw others"
@@ -55,6 +54,26 @@ def check_labels(task: TaskConfig | None, limits: LimitsConfig) -> None:
         raise LimitError.of_question(
             f"task.label: this site's limits.training-labels lacks {task.label!r}, its operator may add it"
         )
+
+
+def check_privacy(run: RunConfig, site: SiteConfig) -> None:
+    """Check that a run is as private as the site's limits ask.
+
+    A private run without a claim voids the ledger of all later ones, so only a site with `smallest-batch = 1` takes
+    part in it.
+
+    Raises:
+        ProtocolError: it is less private.
+        LimitError: it adds noise but makes no privacy claim, and the site's `smallest-batch` is above 1.
+    """
+    if site.limits.epsilon is None:
+        if claim(run) == NO_CLAIM and site.limits.smallest_batch > 1:
+            raise LimitError(
+                "patient-dp: this run has noise but makes no claim, which would void this site's ledger, expected one"
+            )
+        return
+    if run.patient_dp is None or run.patient_dp.acknowledge_broken_guarantee or claim(run) == NO_CLAIM:
+        raise ProtocolError("this site's limits.epsilon allows private runs only, with their guarantee whole")
 
 
 def with_public_subjects(run: RunConfig, site: SiteConfig) -> RunConfig:

@@ -1,36 +1,15 @@
-"""Checks that a run is as private as a site asks, and books private rounds in its ledger. Imports no torch."""
+"""Books private rounds in the ledger of a site. A worker imports it for its first private round."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from panfm.config import RunConfig, SiteConfig, site_path
-from panfm.errors import LimitError, ProtocolError
-from panfm.privacy.guarantees import NO_CLAIM, claim
 from panfm.sharing.messages import RoundTask
+from panfm.site.admission import check_privacy
 from panfm.site.audit_log import AuditLog
 
 if TYPE_CHECKING:
     from panfm.privacy.ledger import Permit
-
-
-def check_privacy(run: RunConfig, site: SiteConfig) -> None:
-    """Check that a run is as private as the site's limits ask.
-
-    A private run without a claim voids the ledger of all later ones, so only a site with `smallest-batch = 1` takes
-    part in it.
-
-    Raises:
-        ProtocolError: it is less private.
-        LimitError: it adds noise but makes no privacy claim, and the site's `smallest-batch` is above 1.
-    """
-    if site.limits.epsilon is None:
-        if claim(run) == NO_CLAIM and site.limits.smallest_batch > 1:
-            raise LimitError(
-                "patient-dp: this run has noise but makes no claim, which would void this site's ledger, expected one"
-            )
-        return
-    if run.patient_dp is None or run.patient_dp.acknowledge_broken_guarantee or claim(run) == NO_CLAIM:
-        raise ProtocolError("this site's limits.epsilon allows private runs only, with their guarantee whole")
 
 
 class PatientBudget:

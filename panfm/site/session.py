@@ -7,7 +7,7 @@ file is loaded. So a site that was killed, or that another process served in bet
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,10 +26,12 @@ from panfm.sharing.release import RoundResult
 from panfm.sharing.weights import GroupWeights, Trained, Weights
 from panfm.site.admission import check_finite, check_frozen, check_start
 from panfm.site.floors import Floors
-from panfm.site.patient_budget import PatientBudget
 from panfm.site.state import Origin, StateStore, fingerprint, note_question, question_digest
 from panfm.training.gradient import TrainResult
 from panfm.training.trainer import Trainer
+
+if TYPE_CHECKING:
+    from panfm.site.patient_budget import PatientBudget
 
 _LOST = "coding.lost."
 _GLOBAL = "global."
@@ -43,7 +45,7 @@ class Session:
     """Trains rounds of one run on one store."""
 
     def __init__(
-        self, site: str, run: RunConfig, store: ImageStore, floors: Floors, budget: PatientBudget | None = None
+        self, site: str, run: RunConfig, store: ImageStore, floors: Floors, budget: "PatientBudget | None" = None
     ) -> None:
         """Build the model.
 

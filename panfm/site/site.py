@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -42,10 +42,12 @@ from panfm.site.approvals import Approvals, check_approved
 from panfm.site.audit_log import AuditLog
 from panfm.site.experiment_requests import keep_request
 from panfm.site.floors import Floors
-from panfm.site.patient_budget import PatientBudget
 from panfm.site.session import Session
 from panfm.site.state import StateStore, make_room
 from panfm.texts import check_text
+
+if TYPE_CHECKING:
+    from panfm.site.patient_budget import PatientBudget
 
 logger = logging.getLogger(__name__)
 _MAX_LOG_BYTES = 1 << 24
@@ -239,8 +241,10 @@ class Site:
                 log.write(story[-_MAX_STORY:])
 
     @cached_property
-    def _budget(self) -> PatientBudget:
+    def _budget(self) -> "PatientBudget":
         """One for all runs: the anchor lies where `site.toml` keeps private state, wherever this run's is kept."""
+        from panfm.site.patient_budget import PatientBudget  # imported here: only private runs need it
+
         return PatientBudget(self.folder, self.config, site_path(self.folder, self.config.state_dir))
 
     def _check_approved(self, run: RunConfig) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from panfm.config import Releasable, SiteConfig, site_path
+from panfm.config.run_description import SUPERVISED
 from panfm.config.site_description import LimitsConfig
 from panfm.errors import ConfigError, PanfmError
 from panfm.files import is_locked, locked
@@ -116,6 +117,7 @@ def load_libraries(limits: LimitsConfig) -> None:
 
     if limits.epsilon is not None:
         import panfm.privacy.private_step
+        import panfm.site.patient_budget
     if {Releasable.LABEL_SUMS, Releasable.INPUT_SUMS} & {*limits.may_leave}:
         import panfm.site.sums_answer
     if limits.training_labels:
@@ -125,6 +127,8 @@ def load_libraries(limits: LimitsConfig) -> None:
         for name in registry.names:
             registry.load(name)
     for name in OBJECTIVES.names:
+        if name == SUPERVISED and not limits.training_labels:
+            continue
         import_class(OBJECTIVES.load(name).implementation)
     torch.optim.AdamW([torch.zeros(1)])
 
