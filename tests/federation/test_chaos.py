@@ -93,6 +93,7 @@ def test_killed_anywhere_and_resumed_ends_at_the_same_bits(four_sites, forker):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_killed_on_ray_too(four_sites):
     undisturbed = model_bytes(four_sites.run("undisturbed", *OVERRIDES))
     run_dir = four_sites.job("ray", *OVERRIDES).run_dir

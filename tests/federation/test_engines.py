@@ -36,7 +36,7 @@ def model_bytes(run_dir: Path) -> bytes:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["ray", "flower", "deployment"])
+@pytest.mark.parametrize("engine", ["ray", "flower", pytest.param("deployment", marks=pytest.mark.long)])
 def test_engines_agree_on_model_and_all_sums_to_the_bit(labelled, engine):
     asked = (*SUMMED, TASKS, GATED, "train.rounds=2", "federation.join-timeout-s=200.0")
     expected = labelled.run("local", *asked)
