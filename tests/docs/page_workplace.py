@@ -50,7 +50,7 @@ def write_scan(
 def write_labels(folder: str, places: list[str]) -> None:
     """Write the label table of the patients of some places: a diagnosis, a size and a scanner."""
     Path(folder).mkdir(parents=True)
-    rows = [("subject", "stroke", "large", "scanner")]
+    rows = [("subject", "circulatory", "large", "scanner")]
     for place in places:
         rows += [
             (f"{place}{number:02}", ("no", "yes")[number % 2], ("no", "yes")[number // 2 % 2], "AB"[number % 2])
