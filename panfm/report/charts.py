@@ -13,7 +13,7 @@ from panfm.report.blocks import Html
 
 COLOURS = 8
 WIDTH, HEIGHT = 340, 210
-_LEFT, _RIGHT, _TOP, _BOTTOM = 50, 12, 10, 34
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 12, 10, 34
 _MOST_POINTS = 150
 _LARGEST = 1e30
 _SIDE = 300

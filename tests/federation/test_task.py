@@ -1,9 +1,11 @@
 """Runs with `[task]`: three hospitals fine-tune one head; its folder predicts; engines and resumed runs agree."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -68,11 +70,15 @@ def test_a_run_trains_the_head_and_its_folder_predicts(labelled):
 
 
 def _with_holdout(labelled) -> Path:
-    """The cohort's folder, with alpha's patients as the held-out ones."""
+    """The cohort's folder, with held-out patients that are like alpha's: other names and other voxels."""
     holdout = labelled.folder / "holdout"
     shutil.copytree(labelled.sites / "alpha", holdout)
-    manifest = holdout / "manifest.csv"
-    manifest.write_text(manifest.read_text().replace(",train", ",test").replace(",val", ",test"))
+    for table in ("manifest.csv", "labels.csv"):
+        text = re.sub("^alpha-", "held-", (holdout / table).read_text(), flags=re.MULTILINE)
+        (holdout / table).write_text(text.replace(",train", ",test").replace(",val", ",test"))
+    for path in holdout.rglob("*.nii.gz"):
+        image = nibabel.load(path)
+        nibabel.save(nibabel.Nifti1Image(np.asarray(image.dataobj) + np.int16(1), image.affine), path)
     return labelled.folder
 
 
