@@ -21,15 +21,6 @@ from contextlib import contextmanager
 class PanfmError(Exception):
     """Base of all errors meant for users; `str(error)` is one readable line."""
 
-    def __init__(self, text: str = "", *, can_heal: bool = False) -> None:
-        """Create an error.
-
-        Args:
-            can_heal: The same may succeed when it is tried later.
-        """
-        super().__init__(text)
-        self.can_heal = can_heal
-
 
 class ConfigError(PanfmError):
     """A run or site description does not hold."""
@@ -65,21 +56,20 @@ class LimitError(PanfmError):
     The server is told nothing of the text unless the error says what it may be told.
     """
 
-    def __init__(self, text: str, *, public: str = "", can_heal: bool = False) -> None:
+    def __init__(self, text: str, *, public: str = "") -> None:
         """The text is for the site's own log.
 
         Args:
             public: What the server may be told: made of its own words and the site's limits, of no patient's data and
                 of no number counted at the site.
-            can_heal: The same question may be answered later.
         """
-        super().__init__(text, can_heal=can_heal)
+        super().__init__(text)
         self.public = public
 
     @classmethod
-    def of_question(cls, text: str, *, can_heal: bool = False) -> "LimitError":
+    def of_question(cls, text: str) -> "LimitError":
         """An error whose whole text is made of the server's own words and the site's limits."""
-        return cls(text, public=text, can_heal=can_heal)
+        return cls(text, public=text)
 
 
 class PendingApprovalError(LimitError):

@@ -126,21 +126,15 @@ class HashChain:
         end = self._hash_of(last) if newline else FIRST_HASH
         return content, Position(len(whole) + len(newline), end, stamp)
 
-    def append(
-        self, file: BufferedRandom, position: Position, content: Mapping[str, Any], *, is_anchored: bool = True
-    ) -> tuple[Entry, Position]:
-        """Add a line after a position, instead of what follows it; returns the entry, and the new position.
-
-        Args:
-            is_anchored: Whether the anchor, if there is one, is to remember this line.
-        """
+    def append(self, file: BufferedRandom, position: Position, content: Mapping[str, Any]) -> tuple[Entry, Position]:
+        """Add a line after a position, instead of what follows it; returns the entry, and the new position."""
         line = self._seal(content, position.end)
         entry = json.loads(line)
         file.truncate(position.size)
         file.write(line)
         sync(file)
         end = entry[self._key]
-        if self.anchor and is_anchored:
+        if self.anchor:
             self.write_anchor(end)
         return entry, Position(position.size + len(line), end, FileStamp.of(file))
 
@@ -158,13 +152,13 @@ class HashChain:
         assert self.anchor is not None
         write_atomic(self.anchor, end.encode())
 
-    def check_anchor(self, entries: Sequence[Entry], vouch: str) -> None:
+    def check_anchor(self, entries: Sequence[Entry], remedy: str) -> None:
         """Raise the chain's error if the anchor is missing, or remembers a hash that none of the entries has.
 
         A crash between the first line and its anchor leaves one entry without an anchor, which is accepted.
 
         Args:
-            vouch: Command by which an operator vouches for a file whose anchor is lost.
+            remedy: What an operator may do, instead of restoring the anchor, where it is lost for good.
         """
         if self.anchor is None:
             return
@@ -172,7 +166,7 @@ class HashChain:
         if newest is None and len(entries) > 1:
             raise self._error(
                 f"{self.path}: its anchor {self.anchor} is missing, so that nobody can tell whether its end was cut "
-                f"off; restore the anchor, or vouch for the file: {vouch}"
+                f"off; restore the anchor, or {remedy}"
             )
         if newest is not None and newest not in {entry[self._key] for entry in entries}:
             raise self._error(

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from panfm.cli.common import Version
+from panfm.cli.common import Overrides, Version
 from panfm.cli.model_commands import export
 from panfm.errors import RunError, reason
 from panfm.files import make_files_private, write_atomic, write_json
@@ -44,7 +44,7 @@ app.add_typer(roster, name="roster")
 def start(
     experiment: Annotated[Path, typer.Argument(help="Run description (TOML).")],
     connection: Annotated[str, typer.Option(help="SuperLink connection in $FLWR_HOME/config.toml.")],
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value, e.g. train.rounds=3.")] = None,
+    overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; default runs/<name>-<time>.")] = None,
     roster_file: _RosterFile = None,
     detach: _Detach = False,
@@ -109,7 +109,7 @@ def resume(
 @app.command("hash")
 def show_hash(
     experiment: Annotated[Path, typer.Argument(help="Run description (TOML).")],
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value, e.g. train.rounds=3.")] = None,
+    overrides: Overrides = None,
     out: Annotated[
         Path | None, typer.Option(help="Write the description as sites are sent it: what the hash is of.")
     ] = None,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True)
 _METHODS = ("linear", "knn", "attentive")
-"""Of `panfm probe`; the functions are in panfm/evaluate/probe_methods.py."""
+"""Methods of `panfm probe`, by name; panfm/evaluate/probe_methods.py has their functions."""
 
 
 @app.command()

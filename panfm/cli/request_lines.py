@@ -56,7 +56,7 @@ class Experiments:
         return str(decision)
 
     def lines(self) -> Iterator[str]:
-        """One entry per experiment, those without a decision last."""
+        """Yield two lines for each experiment, those without a decision last."""
         names = dict.fromkeys([*self.decisions, *self.requests])
         if not names:
             yield "no run has asked this site for anything yet"
@@ -70,7 +70,7 @@ class Experiments:
             yield f"read it with: panfm site requests {self.folder} {experiment[:_SHORT]}"
 
     def details(self, experiment: str) -> Iterator[str]:
-        """One experiment: its description, the difference from the last approved one, its cost, and what would leave.
+        """Yield an experiment's description, its difference from the last approved one, its cost, and what would leave.
 
         Raises:
             DataError: no run has asked for it.
@@ -91,7 +91,7 @@ class Experiments:
         yield f"decide with: panfm site approve {place} [--until DATE] [--max-rounds N], or: panfm site reject {place}"
 
     def _difference(self, experiment: str, run: RunConfig) -> Iterator[str]:
-        """Keys that differ from the experiment that was approved last."""
+        """Yield the keys that differ from the experiment that was approved last."""
         approved = [name for name, decision in self.decisions.items() if decision.is_approved and name != experiment]
         known = [name for name in approved if name in self.requests]
         if not known:
@@ -103,7 +103,7 @@ class Experiments:
             yield f"  {one_line(key, 100)}: {value!r:.60}, was {before!r:.60}"
 
     def _epsilon(self, run: RunConfig) -> Iterator[str]:
-        """What a private run would spend on top of the ledger."""
+        """Yield the privacy that a run promises; of a private run, the epsilon that it would add to the ledger."""
         if run.patient_dp is None:
             yield f"privacy: {privacy_label(run)}"
             return
@@ -120,7 +120,7 @@ class Experiments:
         yield from (f"  {line}" for line in lines)
 
     def _dry_run(self, run: RunConfig) -> Iterator[str]:
-        """Cost of one local step, and what would leave."""
+        """Yield the cost of one local step and the messages that would leave, or why this site would refuse the run."""
         from panfm.cli.dry_run_lines import cost_lines
         from panfm.site.dry_run import dry_run
 
@@ -152,7 +152,7 @@ def full_hash(prefix: str, known: Iterable[str]) -> str:
 
 
 def decided_lines(experiment: str, decision: Decision, request: ExperimentRequest | None) -> Iterator[str]:
-    """What a decision says, and that it is in force."""
+    """Yield the decision on an experiment in words, and the note that it is in force."""
     yield f"{experiment} {_title(request)}"
     yield f"  {decision}; in force from the next question on"
     if not request:
@@ -170,7 +170,7 @@ def _title(request: ExperimentRequest | None) -> str:
 
 
 def _description(run: RunConfig) -> Iterator[str]:
-    """What an operator asks first of a run."""
+    """Yield name, length, streams, model and start of a run."""
     train, model = run.train, run.model
     yield f"name {run.name}: {train.rounds} rounds of {train.local_steps} local steps, batches of {train.batch_size}"
     yield f"streams: {', '.join(run.streams)}"

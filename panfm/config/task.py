@@ -35,9 +35,9 @@ class TaskConfig(Uncoupled):
     classes: Annotated[tuple[Annotated[str, Field(min_length=1, max_length=128)], ...], Field(strict=False)] = ()
     """Cells of the column. yes-no: the no, then the yes, 0 and 1 when left out; classes: all of them, 2 to 64."""
     centre: _Unit | None = None
-    """For a number: about its mean over the patients of all sites, known beforehand."""
+    """Centre of a number: about its mean over the patients of all sites, known beforehand."""
     scale: Annotated[float, Field(ge=1e-12, le=1e12)] | None = None
-    """For a number: about its standard deviation."""
+    """Scale of a number: about its standard deviation."""
 
     personal_steps: Annotated[int, Field(ge=0, le=1_000_000)] = 0
     """Steps that a copy of the final model takes on each site's own labels, for comparison, at the end of a simulation;

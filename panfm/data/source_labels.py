@@ -17,7 +17,7 @@ class SourceLabels:
     files: tuple[Path, ...] = ()
     """`labels.csv`, and `labels.toml` if it is there, to be copied to the site; none if they are left out."""
     lines: tuple[str, ...] = ()
-    """For people: whether they are taken, and whose labels they are."""
+    """Lines for people: whether the labels are taken, and whose they are."""
 
     @classmethod
     def find(cls, source: Path, folder: Path, subjects: Iterable[str], *, is_new: bool) -> "SourceLabels":

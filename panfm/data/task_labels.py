@@ -93,7 +93,7 @@ def with_task_labels(
 
 
 def _is_rare(values: NDArray[np.float32], counts: NDArray[np.bool_], fewest: int) -> NDArray[np.bool_]:
-    """Which patients [N] show a class that fewer than `fewest` of the patients that count show."""
+    """Select the patients whose class fewer than `fewest` counted patients have, bool [N]."""
     classes = values[:, 0] if values.shape[1] == 1 else values.argmax(axis=1)
     sizes = {value: int((counts & (classes == value)).sum()) for value in np.unique(classes[np.isfinite(classes)])}
     return np.array([sizes.get(value, 0) < fewest for value in classes], dtype=bool)

@@ -1,4 +1,4 @@
-"""How far predictions can be taken at their word, as a point and over bootstrap resamples of the test subjects.
+"""Measures calibration and agreement of predictions, as a point and over bootstrap resamples of the test subjects.
 
 Shape legend: R resamples, N test subjects.
 """

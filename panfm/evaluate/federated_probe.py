@@ -47,7 +47,7 @@ from panfm.evaluate.probe_file import LinearProbe
 _NO_VARIANCE = 1e-12
 """Share of a feature's mean square below which its variance is rounding: the feature is constant."""
 _SINGULAR = 1e-9
-"""What is left of the covariance within classes along the difference of their means, as a share, at least."""
+"""Smallest share of the covariance within classes, along the difference of their means, that is not singular."""
 _NEGATIVE = 1e-8
 """Share of the largest eigenvalue by which rounding may make one negative."""
 

@@ -27,7 +27,7 @@ class TaskDescription(Config):
     outputs: Annotated[tuple[str, ...], Field(strict=False)]
     """One name per output: the label, or `<label>=<class>`; for a segmentation the class numbers as text."""
     time: str | None = None
-    """For survival: the column of the time to the event, or to the end of follow-up."""
+    """Column of the time to the event, or to the end of follow-up, for survival."""
     values: Annotated[tuple[int, ...], Field(strict=False)] = ()
     """For a segmentation: the number of each class in a mask, background (0) first."""
     stream: str | None = None

@@ -49,7 +49,7 @@ class TaskHead(nn.Module, ABC):
 
     @property
     def compares_examples(self) -> bool:
-        """Whether the loss compares the examples with each other, and so is none of single ones."""
+        """Whether the loss compares the examples of a batch, so that it is no sum of losses of single examples."""
         return False
 
     @abstractmethod

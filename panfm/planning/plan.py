@@ -27,7 +27,7 @@ _SIZES = ("nano", "tiny", "small", "base")
 _ENOUGH_ROUNDS = 100
 """A model grows to the next size only where the budget would hold so many rounds of it."""
 _FEW_ROUNDS = 10
-"""With fewer rounds of the smallest model, images are read more coarsely."""
+"""Fewest rounds of the smallest model; where the minutes hold fewer, images are read more coarsely."""
 _MOST_ROUNDS = 200
 _LARGEST_BATCH = 32
 _MOST_STEP_GIB = 4.0

@@ -31,6 +31,7 @@ from panfm.privacy.mechanisms import Mechanism, Unit, check_mechanism, epsilon, 
 
 FILE = "ledger.jsonl"
 ANCHOR = "ledger.anchor"
+_REMEDY = "vouch for the ledger: panfm ledger verify FOLDER --noted END"
 _ACCOUNTANT_ERROR = 0.02
 """How far two of the accountant's upper bounds of one number may lie apart."""
 _OPENING = {
@@ -285,7 +286,7 @@ class Ledger:
 
     def _checked(self, content: bytes) -> list[Entry]:
         entries = self._checked_without_anchor(content)
-        self._check_anchor(entries)
+        self._chain.check_anchor(entries, _REMEDY)
         return entries
 
     def _checked_without_anchor(self, content: bytes) -> list[Entry]:
@@ -313,21 +314,6 @@ class Ledger:
             raise LedgerError(
                 f"{self.path}: holds {rounds} rounds and less than was spent, the audit log tells of "
                 f"{answered.count} answered ones{spent}; restore the file from a backup"
-            )
-
-    def _check_anchor(self, entries: Sequence[Entry]) -> None:
-        if self._chain.anchor is None:
-            return
-        newest = self._chain.read_anchor()
-        if newest is None and len(entries) > 1:
-            raise LedgerError(
-                f"{self.path}: its anchor {self._chain.anchor} is missing, so that nobody can tell whether its end was "
-                "cut off; restore the anchor, or vouch for the ledger: panfm ledger verify FOLDER --noted END"
-            )
-        if newest is not None and newest not in {entry["hash"] for entry in entries}:
-            raise LedgerError(
-                f"{self.path}: missing, foreign or cut off: the newest entry that this site remembers is not in it; "
-                "restore the file from a backup"
             )
 
     def _append(self, file: BufferedRandom, content: Mapping[str, Any]) -> None:

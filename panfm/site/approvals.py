@@ -24,7 +24,7 @@ from panfm.hash_chain import Entry, HashChain, sealed
 FILE = "approvals.jsonl"
 ANCHOR = "approvals.anchor"
 _MAX_NAME = 80
-_REMEDY = "panfm site requests (or move the register away, and approve every experiment anew)"
+_REMEDY = "move the register away and approve every experiment anew"
 
 
 @dataclass(frozen=True)
@@ -155,4 +155,4 @@ def check_approved(
 
 
 def _pending(text: str) -> PendingApprovalError:
-    return PendingApprovalError(text, public=text, can_heal=True)
+    return PendingApprovalError(text, public=text)

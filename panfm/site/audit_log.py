@@ -15,7 +15,6 @@ site and is not kept.)
 """
 
 import hashlib
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from panfm.errors import DataError
-from panfm.hash_chain import Entry, HashChain, Position
+from panfm.hash_chain import Entry, HashChain, Position, sealed
 from panfm.sharing.frames import Frame, Kind
 
 if TYPE_CHECKING:
@@ -39,7 +38,7 @@ class AuditLog:
     def __init__(self, state_dir: Path) -> None:
         """Args: state_dir: where the site keeps its state."""
         self.path = state_dir / FILE
-        self._chain = HashChain(self.path, _sealed, key="chain")
+        self._chain = HashChain(self.path, sealed, key="chain")
         self._position = Position()
 
     def append(
@@ -125,8 +124,3 @@ def _describe(frame: Frame, content: bytes) -> dict[str, Any]:
         "bytes": len(content),
         "sha256": hashlib.sha256(content).hexdigest(),
     }
-
-
-def _sealed(content: Mapping[str, Any], before: str) -> bytes:
-    chain = hashlib.sha256((before + json.dumps(content, sort_keys=True)).encode()).hexdigest()
-    return json.dumps({**content, "chain": chain}).encode() + b"\n"

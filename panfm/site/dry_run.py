@@ -47,7 +47,7 @@ class DryRun:
     trains_on: str = ""
     """The column of the label table that the run trains on; empty if it reads none."""
     input_sums: str = ""
-    """What the run asks for before round 1 to compute its constants of inputs; empty if nothing."""
+    """Line on the sums that the run asks for before round 1, for its constants of inputs; empty if it asks for none."""
 
 
 def dry_run(folder: Path, run: RunConfig) -> DryRun:

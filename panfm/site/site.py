@@ -118,8 +118,7 @@ class Site:
         before = self.config
         self.refresh()
         if self.config != before:
-            text = "this site's limits were changed during this question, ask again"
-            raise LimitError.of_question(text, can_heal=True)
+            raise LimitError.of_question("this site's limits were changed during this question, ask again")
         if self.asked_run:
             self._check_approved(self.asked_run)
 

@@ -46,7 +46,7 @@ _LOCK_WAIT_S = 10.0
 SUMMED = "label-sums.digest"
 """Beside the runs: what this site sums. An operator who accepts that sums of two sets can be subtracted removes it."""
 SUMMED_INPUTS = "input-sums.digest"
-"""The same for the inputs of each stream."""
+"""Beside the runs: digests of the patients and images whose inputs this site sums, by stream."""
 
 
 def sum_patients(

@@ -44,7 +44,7 @@ class TokenMask:
     hidden_column: Tensor
     """int64 [B, K], where in `layout` each hidden patch stands."""
     is_whole: bool = False
-    """Whether the loss is of visible tokens: nothing is hidden from anybody."""
+    """Whether the loss depends on visible tokens, none of which is hidden."""
 
     @property
     def asked(self) -> Layout:

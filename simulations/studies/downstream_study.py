@@ -68,7 +68,7 @@ class DownstreamTask:
     tuning: Mapping[str, Any]
     """Settings of the fine-tuning of the small models."""
     large_tuning: Mapping[str, Any] = field(default_factory=dict)
-    """What differs in the settings for the large models; empty where they do not go with the task."""
+    """Settings of the fine-tuning that differ for the large models; empty where no large model is measured."""
     large_size: int = 84
     """Pixels along the edges of the pictures of large models."""
     stream: str = HIPPOCAMPUS

@@ -50,7 +50,7 @@ LABELS = 20
 ARMS = ("federated", *(f"site:{name}" for name in SITES), "pooled")
 BEST = "best-site"
 _CONCENTRATION = 1.0
-"""Of the Dirichlet distribution of a site's classes; the larger, the more alike sites are."""
+"""Concentration of the Dirichlet distribution of a site's classes; the larger, the more alike sites are."""
 _SCRATCH = """
 [streams.{stream}]
 shape = [32, 32]

@@ -55,7 +55,7 @@ LABELS = (10, 20, 40)
 """Labels of every site."""
 _SITES, _HELD_OUT = 4, 0.2
 _CONCENTRATION = 1.0
-"""Of the Dirichlet distribution of a site's classes; the larger, the more alike sites are."""
+"""Concentration of the Dirichlet distribution of a site's classes; the larger, the more alike sites are."""
 _FLOOR = LimitsConfig().smallest_batch
 _EXPERIMENT = QUICKSTART.with_name("real-modalities.toml")
 

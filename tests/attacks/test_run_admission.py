@@ -215,7 +215,7 @@ def test_a_start_that_the_operator_has_approved_is_answered_and_no_other(folder,
 
 
 def test_an_approved_start_under_other_parameters_is_refused(folder):
-    """What is approved is what round 1 is held to, not the digest of a file that the site never sees."""
+    """An approval covers the hashes of the starting parameters; a description that names others is not approved."""
     approve(folder, parse_run(chosen_start(0.1).run_toml))
     site, other = Site(folder, needs_approval=True), chosen_start(0.2)
     run = parse_run(other.run_toml)

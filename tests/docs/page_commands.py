@@ -69,7 +69,7 @@ class NotRun:
 
 @dataclass(frozen=True)
 class Rules:
-    """How tests run the commands of pages."""
+    """Settings by which tests run the commands of pages."""
 
     options: dict[str, str]
     """First words of a command -> options that tests add."""

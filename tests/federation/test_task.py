@@ -124,7 +124,7 @@ def test_engines_agree_on_a_task_to_the_bit(labelled, engine):
 
 @pytest.mark.slow
 def test_a_simulation_scores_the_task_on_the_hold_out_and_at_sites(labelled):
-    """Also: a site that may not train on the label is refused before anything is trained."""
+    """A simulation scores the task; a site that may not train on the label is refused before anything is trained."""
     cohort = _with_holdout(labelled)
     done = simulate(labelled, "scored", "local", TASK, "train.rounds=1")
     assert done.returncode == 0, done.stdout + done.stderr

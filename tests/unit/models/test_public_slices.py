@@ -92,7 +92,7 @@ def test_deeper_patches_are_refused_with_the_patch_to_write(make_model):
 
 
 def test_slices_are_those_of_the_scan():
-    """Nothing of the slices between is smoothed into them; within a slice coarser pixels are smooth as ever."""
+    """A stream of slices takes slices unchanged: resampling smooths within a slice, and not across slices."""
     voxels = np.zeros((8, 8, 9), np.float32)
     voxels[..., 1::2] = 1.0
     voxels[:4, :, 4] = 0.5

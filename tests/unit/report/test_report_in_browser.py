@@ -72,7 +72,7 @@ def open_page(browser, path, width, scheme, screenshot):
 
 
 def assert_prints(browser, path, screenshot):
-    """As on paper of A4 size; dark colours are those of screens alone."""
+    """Assert that the page prints on A4 without faults, also from a dark screen, and keep a screenshot."""
     page = browser.new_page(viewport={"width": 794, "height": 1123}, color_scheme="dark")
     page.emulate_media(media="print")
     page.goto(path.as_uri())

@@ -118,7 +118,7 @@ def test_a_new_site_shakes_hands_and_nobody_waits_for_it(nodes):
 
 
 def test_who_could_not_take_part_at_the_start_is_invited_before_every_round(nodes):
-    """Its operator had not approved the run, and then did."""
+    """A site is refused until its operator approves the run, and then joins."""
     roster = begin(nodes, "a", "c")
     nodes.online[20], nodes.broken, nodes.reason = "b", {20}, "site b: PendingApprovalError: experiment 1a waits"
     roster = Membership(nodes, nodes.run, nodes.manifest, Attendance(roster.attendance.roster, asked=[11, 12, 20]))

@@ -73,7 +73,7 @@ def test_the_federated_probe_is_tested_beside_the_sites_own():
 
 
 def test_discriminants_are_an_arm_where_the_run_fitted_them(tmp_path):
-    """Of one label a ridge regression and its negative; read back from the model's folder."""
+    """The probe of one label is a ridge regression and its negative, also when read back from the model's folder."""
     task, model = make_task(), build_model(RUN)
     probe = shared(task, model)["bright"]
     turned = replace(probe.probe, weights=-probe.probe.weights)

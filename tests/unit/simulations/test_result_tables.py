@@ -92,7 +92,7 @@ def test_differences_are_those_of_the_study():
 
 
 def test_a_result_file_of_director_experts(tmp_path):
-    """As the study writes it; two seeds, made-up values."""
+    """Tables are made from a file that the study writes, here of two seeds with made-up values."""
     result = StudyResult("dex-pictures", {"pairs": [[0, 0], [1, 1]]})
     for at, arm in enumerate(dex_pictures_study.ARMS):
         values = dict.fromkeys(dex_pictures_study.METRICS, 0.5 + 0.1 * at)

@@ -71,14 +71,12 @@ def test_what_is_not_decided_waits():
     with pytest.raises(PendingApprovalError, match=f"^experiment {ONE} waits for this site's approval") as caught:
         check_approved(ONE, None)
     assert caught.value.public == str(caught.value)
-    assert caught.value.can_heal
 
 
 def test_what_is_rejected_does_not_wait():
     with pytest.raises(LimitError, match=r"is rejected by this site's operator$") as caught:
         check_approved(ONE, decision(is_approved=False))
     assert not isinstance(caught.value, PendingApprovalError)
-    assert not caught.value.can_heal
 
 
 def test_the_last_day_counts_and_the_next_does_not():

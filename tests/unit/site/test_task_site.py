@@ -49,7 +49,7 @@ def first_round(extra=TASK) -> RoundTask:
 
 
 def refusal(site, extra=TASK) -> str:
-    """What the server hears."""
+    """Return the error text that the server is told."""
     toml = dump_toml(parse_run(RUN + extra))
     with pytest.raises(LimitError) as caught:
         site.handshake(Invitation(toml))

@@ -195,7 +195,7 @@ def test_bad_words_are_one_line_and_decide_nothing(folder, words, why):
 
 
 def test_clean_removes_the_states_of_runs_that_are_over(folder):
-    """Of one that is finished and quiet, and of one that was ended; what they have asked stays, and so do others."""
+    """States go of a finished, quiet run and of an ended one; notes of their questions and other runs stay."""
     site = Site(folder)
     for run_id, numbers in (("done", (1, 6)), ("fresh", (1, 6)), ("ended", (1,)), ("open", (1,))):
         for number in numbers:

@@ -59,7 +59,7 @@ def test_an_unknown_label_has_no_gradient():
 @pytest.mark.parametrize("pooling", ["cls+mean", "layers"])
 @torch.no_grad()
 def test_the_head_reads_the_embedding_of_the_whole_images(make_run, make_store, pooling):
-    """What training sees of a patient is what `embed` gives of it, whoever else is in the batch."""
+    """Training reads the same embedding of a patient as `embed`, whoever else is in the batch."""
     run = make_run(f'{KINDS}[features]\npooling = "{pooling}"\n')
     trainer, store = Trainer(run), labelled(make_store(run, 5), 3)
     trainer.model.heads.task.weight.normal_(generator=torch.Generator().manual_seed(0))
@@ -149,7 +149,7 @@ def test_a_private_step_clips_each_patient_whatever_its_label(make_run, make_sto
 
 
 def test_the_noise_of_a_private_step_has_the_stated_scale(make_run, make_store):
-    """Without a patient, the gradient of all trained parameters is noise of z C / (q N), and of no other scale."""
+    """With no patient drawn, the gradient of all trained parameters is noise of deviation z C / (q N)."""
     trainer = Trainer(private_run(make_run))
     store = labelled(make_store(trainer.run))
     values = []
