@@ -60,19 +60,21 @@ class AloneJob:
 
 def train_site_alone(job: AloneJob) -> PanModel:
     """The model that a site reaches without the others."""
-    run = parse_run(job.run_toml).model_copy(update={"patient_dp": None})
-    start = RunFolder(job.run_dir, run).start()
-    return train_alone(run, open_training_store(job.folder, run), load_site(job.folder).name, start=start)
+    run = parse_run(job.run_toml)
+    start, store = RunFolder(job.run_dir, run).start(), open_training_store(job.folder, run)
+    own = run.model_copy(update={"patient_dp": None})
+    return train_alone(own, store, load_site(job.folder).name, start=start)
 
 
 def personalise(job: AloneJob) -> PanModel:
-    """The federated model after more steps on a site's own labels."""
-    run = parse_run(job.run_toml)
+    """Train the federated model further on a site's own labels, with the federation's constants of inputs."""
+    model, run = load_model(job.run_dir / "model")
     assert run.task is not None
     train = run.train.model_copy(update={"rounds": 1, "local_steps": run.task.personal_steps})
-    own = run.model_copy(update={"patient_dp": None, "site_dp": None, "train": train})
-    start, store = load_model(job.run_dir / "model")[0].state_dict(), open_training_store(job.folder, run)
-    return train_alone(own, store, f"{load_site(job.folder).name}, personalised", start=start)
+    streams = {name: stream.model_copy(update={"input_constants": None}) for name, stream in run.streams.items()}
+    own = run.model_copy(update={"patient_dp": None, "site_dp": None, "train": train, "streams": streams})
+    store = open_training_store(job.folder, run)
+    return train_alone(own, store, f"{load_site(job.folder).name}, personalised", start=model.state_dict())
 
 
 def _personalised(run: RunConfig, folders: Sequence[Path], run_dir: Path) -> dict[str, PanModel]:

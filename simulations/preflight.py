@@ -13,12 +13,13 @@ from pathlib import Path
 import numpy as np
 
 from panfm.config import Releasable, RunConfig, SiteConfig, load_site, site_folders
+from panfm.config.task import TaskConfig
 from panfm.data.joins import counted
 from panfm.data.label_kinds import encode
 from panfm.data.labels import Labels, read_labels, read_site_cells
 from panfm.data.manifest import Row, read_manifest
 from panfm.data.subjects import subject_key
-from panfm.data.task_labels import read_task_labels
+from panfm.data.task_labels import TaskLabels, read_task_labels
 from panfm.errors import ConfigError, DataError, LimitError, RunError
 from panfm.evaluate.linear_probe import MIN_SUBJECTS
 from panfm.evaluate.probe_labels import Unmatched
@@ -76,10 +77,10 @@ def check_before(run: RunConfig, cohort: Path) -> list[str]:
     _check_number_of_sites(run, sites)
     lines = [line for site in sites for line in _of_site(site, run)]
     lines += _too_small(run, sites)
-    lines += [line for site in sites for line in _of_task(site, run)]
+    lines += [line for site in sites for line in _of_task_label(site, run)]
     at_sites = {row.stream for site in sites for row in site.rows}
     lines += [f"stream {name}: no site has images of it" for name in run.streams if name not in at_sites]
-    lines += _of_tasks(run, sites)
+    lines += _of_probe_tasks(run, sites)
     if not (cohort / "holdout").is_dir():
         without = "not probed, and no image is logged" if tracking_of(run).images else "not probed"
         return [*lines, f"no hold-out: the model is {without}"]
@@ -133,7 +134,7 @@ def _of_site(place: _Place, run: RunConfig) -> Iterator[str]:
         yield f"{where}: {_named(others)} in split test: left out, a site trains on train and validates on val"
 
 
-def _of_task(place: _Place, run: RunConfig) -> Iterator[str]:
+def _of_task_label(place: _Place, run: RunConfig) -> Iterator[str]:
     """Yield a line on the training patients of a site without the label of the run's task. Raises LimitError, with the
     site's name: it cannot learn the task."""
     if run.task is None:
@@ -141,14 +142,23 @@ def _of_task(place: _Place, run: RunConfig) -> Iterator[str]:
     where = f"site {place.site.name}"
     try:
         check_labels(run.task, place.site.limits)
-        labels = read_task_labels(place.folder, place.site, run.task)
+    except LimitError as error:
+        raise LimitError(f"{where}: {error}") from error
+    labels = _task_labels(where, place, run.task)
+    train = place.in_split("train")
+    if missing := sum(subject_key(subject) not in labels.by_subject for subject in train):
+        yield f"{where}: {missing} of {len(train)} training patients have no {run.task.label} and do not train"
+
+
+def _task_labels(where: str, place: _Place, task: TaskConfig) -> TaskLabels:
+    """Read the labels of a task at a place. Raises LimitError: there are none, or a cell is none of the task's."""
+    try:
+        labels = read_task_labels(place.folder, place.site, task)
     except LimitError as error:
         raise LimitError(f"{where}: {error}") from error
     if labels.fault:
         raise LimitError(f"{where}: {labels.fault}")
-    train = place.in_split("train")
-    if missing := sum(subject_key(subject) not in labels.by_subject for subject in train):
-        yield f"{where}: {missing} of {len(train)} training patients have no {run.task.label} and do not train"
+    return labels
 
 
 def _of_holdout(place: _Place, run: RunConfig) -> Iterator[str]:
@@ -163,6 +173,10 @@ def _of_holdout(place: _Place, run: RunConfig) -> Iterator[str]:
         yield f"hold-out: {_named(others)} in split train: probes are fitted on them as well, not tested"
     if others := place.in_split("val"):
         yield f"hold-out: {_named(others)} in split val: left out"
+    if run.task is not None:
+        tested, labels = place.in_split("test"), _task_labels("hold-out", place, run.task)
+        if missing := sum(subject_key(subject) not in labels.by_subject for subject in tested):
+            yield f"hold-out: {missing} of {len(tested)} test patients have no {run.task.label} and are not scored"
 
 
 def _unused_streams(where: str, place: _Place) -> Iterator[str]:
@@ -170,7 +184,7 @@ def _unused_streams(where: str, place: _Place) -> Iterator[str]:
         yield f"{where}: {counted(count, 'image')} of {stream}: left out, the run has no such stream"
 
 
-def _of_tasks(run: RunConfig, sites: Sequence[_Place]) -> Iterator[str]:
+def _of_probe_tasks(run: RunConfig, sites: Sequence[_Place]) -> Iterator[str]:
     """Compare the labels of `probe.tasks` with the sites' label tables. Raises ConfigError: no site has those of a
     task."""
     columns = {

@@ -94,8 +94,8 @@ class RunConfig(Config):
             if self.train.parts.kind == "head":
                 raise ValueError('train.parts: "head" trains no encoder, expected a table [task]')
             return self
-        for fault in self._task_faults():
-            raise ValueError(fault)
+        if faults := [*self._task_faults()]:
+            raise ValueError("; ".join(faults))
         return self
 
     def _task_faults(self) -> Iterator[str]:

@@ -8,19 +8,12 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from panfm.cells import plain_cell
 from panfm.config.base import Uncoupled
 from panfm.config.probe import LabelName
 
 LabelKind = Literal["yes-no", "classes", "number"]
 _Unit = Annotated[float, Field(ge=-1e12, le=1e12)]
-
-
-def _plain(name: str) -> str | float:
-    """A class without what does not tell it from others: case, spaces around it, the spelling of a number."""
-    try:
-        return float(name)
-    except ValueError:
-        return name.strip().casefold()
 
 
 class TaskConfig(Uncoupled):
@@ -46,7 +39,7 @@ class TaskConfig(Uncoupled):
     @field_validator("classes")
     @classmethod
     def _classes_stand_once(cls, classes: tuple[str, ...]) -> tuple[str, ...]:
-        plain = [_plain(name) for name in classes]
+        plain = [plain_cell(name) for name in classes]
         if twice := [name for number, name in enumerate(classes) if plain[number] in plain[:number]]:
             raise ValueError(f"{twice[0]!r} stands twice, expected once (case does not tell classes apart)")
         return classes

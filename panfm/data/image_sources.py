@@ -75,7 +75,7 @@ def _images_below(root: Path, site_folder: Path, left_out: list[LeftOut]) -> Ite
     """Yield images in the order of their names; other files are added to `left_out`."""
     readers = _readers()
     own = {site_folder / name for name in _OWN_FILES}
-    if (root / LABEL_FILES[0]).is_file():  # told of elsewhere
+    if (root / LABEL_FILES[0]).is_file():  # SourceLabels tells of them
         own |= {root / name for name in LABEL_FILES}
     for place, folders, files in os.walk(root):
         folder = Path(place)

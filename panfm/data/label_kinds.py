@@ -24,11 +24,11 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from panfm.cells import plain_cell, plain_number
 from panfm.config import parse_table
 from panfm.config.base import Config
 from panfm.data.joins import counted
 from panfm.data.labels import Labels, LabelTable
-from panfm.data.subjects import visible
 from panfm.errors import ConfigError, DataError, one_line
 from panfm.texts import parse_toml, read_text
 
@@ -265,22 +265,6 @@ def _code(numbers: Mapping[str, float]) -> str | None:
         if (number < 0 and rest and min(rest) >= 0) or largest <= abs(number) / _FAR:
             return cell
     return None
-
-
-def plain_cell(cell: str) -> str:
-    """Normalise a cell: lower case, no zero-width characters, numbers in one spelling."""
-    shown = visible(cell).strip()
-    number = plain_number(shown)
-    return shown.casefold() if number is None else f"{number:.15g}"
-
-
-def plain_number(cell: str) -> float | None:
-    """The number in a cell; None if it is none, not finite, or written with `_` between digits, which Python allows."""
-    try:
-        number = float(cell)
-    except ValueError:
-        return None
-    return number if np.isfinite(number) and "_" not in cell else None
 
 
 def _listed(values: Iterable[str]) -> str:

@@ -157,8 +157,11 @@ def several_images(paths: Mapping[str, str]) -> list[str]:
 
 
 def _expression(paths: Mapping[str, Sequence[str]]) -> str:
-    """A regular expression that finds some patients in the paths of their images, or a word in its place."""
+    """Write a regular expression that finds the patients in the paths of their images; the word EXPRESSION if there is
+    none for all."""
     forms = {re.sub(r"\d+", r"\\d+", re.escape(patient)) for patient in paths}
+    if len(forms) > 1:
+        return "EXPRESSION"
     expression = re.compile(f"({forms.pop()})[^/]*$")
     matches = [(patient, expression.search(path)) for patient, own in paths.items() for path in own]
     is_right = all(match and match[1] == patient for patient, match in matches)

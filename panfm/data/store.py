@@ -144,5 +144,6 @@ def join_batches(batches: Sequence[Batch]) -> Batch:
             rows.setdefault(stream, []).append(batch.rows[stream] + offset)
     joined = {stream: torch.cat(parts) for stream, parts in images.items()}
     labels = [batch.labels for batch in batches if batch.labels is not None]
+    assert len(labels) in (0, len(batches)), "batches with labels and batches without cannot be joined"
     joined_rows = {stream: torch.cat(parts) for stream, parts in rows.items()}
     return Batch(offsets[-1], joined, joined_rows, torch.cat(labels) if labels else None)

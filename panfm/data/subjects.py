@@ -3,12 +3,12 @@
 import re
 import unicodedata
 
+from panfm.cells import visible
+
 _LEADING_ZEROS = re.compile(r"(?<!\d)0+(?=\d)")
 _SHORTENED = re.compile(r"\d(?:[.,]\d+)?E\+\d+", re.IGNORECASE)
 SHORTENED = "an identifier that no spreadsheet has shortened: format the column as text, and write it anew"
 """Text of errors: what is expected instead of an identifier such as 1.23E+05."""
-_INVISIBLE = {"\u034f", "\u115f", "\u1160", "\u3164", *map(chr, range(0xFE00, 0xFE10))}
-"""Characters without width that Unicode does not call format characters (Cf)."""
 
 
 def subject_key(subject: str) -> str:
@@ -24,8 +24,3 @@ def subject_key(subject: str) -> str:
 def is_shortened(subject: str) -> bool:
     """Whether a spreadsheet has shortened an identifier to a form such as 1.23E+05, which others may share."""
     return _SHORTENED.fullmatch(subject) is not None
-
-
-def visible(text: str) -> str:
-    """Remove zero-width characters from a text."""
-    return "".join(letter for letter in text if unicodedata.category(letter) != "Cf" and letter not in _INVISIBLE)

@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from panfm.cells import plain_cell, plain_number
 from panfm.config import RunConfig, SiteConfig, load_site
 from panfm.config.task import TaskConfig
 from panfm.data.cache import open_store
-from panfm.data.label_kinds import UNKNOWN, LabelRule, plain_cell, plain_number, read_rules
+from panfm.data.label_kinds import UNKNOWN, LabelRule, read_rules
 from panfm.data.labels import LabelTable, read_site_cells
 from panfm.data.store import ImageStore
 from panfm.data.subjects import subject_key
@@ -47,13 +48,18 @@ class TaskLabels:
 
 
 def open_training_store(folder: Path, run: RunConfig) -> ImageStore:
-    """Open the images of a site folder for the training of a run: with the labels of its task, if it has one.
+    """Open the images of a site folder for the training of a run: with the labels of its task, if it has one, of the
+    patients who train in the federation.
 
     Raises:
         PanfmError: as `open_store` and `with_task_labels`.
     """
     store = open_store(folder, run.streams)
-    return store if run.task is None else with_task_labels(store, folder, load_site(folder), run)
+    if run.task is None:
+        return store
+    site = load_site(folder)
+    smallest_class = site.limits.smallest_batch if run.patient_dp is None else 1
+    return with_task_labels(store, folder, site, run, smallest_class=smallest_class)
 
 
 def with_task_labels(
@@ -93,7 +99,7 @@ def with_task_labels(
 
 
 def _is_rare(values: NDArray[np.float32], counts: NDArray[np.bool_], fewest: int) -> NDArray[np.bool_]:
-    """Select the patients whose class fewer than `fewest` counted patients have, bool [N]."""
+    """Mark the patients [N] whose class fewer than `fewest` of the patients in `counts` have."""
     classes = values[:, 0] if values.shape[1] == 1 else values.argmax(axis=1)
     sizes = {value: int((counts & (classes == value)).sum()) for value in np.unique(classes[np.isfinite(classes)])}
     return np.array([sizes.get(value, 0) < fewest for value in classes], dtype=bool)

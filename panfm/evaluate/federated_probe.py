@@ -47,7 +47,8 @@ from panfm.evaluate.probe_file import LinearProbe
 _NO_VARIANCE = 1e-12
 """Share of a feature's mean square below which its variance is rounding: the feature is constant."""
 _SINGULAR = 1e-9
-"""Smallest share of the covariance within classes, along the difference of their means, that is not singular."""
+"""Least share of the variance along a discriminant that lies within the classes; below it, features separate the
+classes and there is no solution."""
 _NEGATIVE = 1e-8
 """Share of the largest eigenvalue by which rounding may make one negative."""
 

@@ -103,7 +103,7 @@ def values_per_image(stream: StreamConfig, tokenizer: str) -> int:
 
 
 def neutral_constants(run: RunConfig, stream: str) -> Constants:
-    """Return the constants under which a stream's inputs are as they are without any."""
+    """Return constants with which a stream's inputs are those that they would be if it had no constants."""
     channels = range(run.streams[stream].channels)
     centre, scale = ([number for number in kind for _ in channels] for kind in typical_constants(run.model.tokenizer))
     return centre, scale

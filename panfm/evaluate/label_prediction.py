@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from panfm.errors import DataError
 from panfm.evaluate.linear_probe import MIN_SUBJECTS
 from panfm.evaluate.scores import Floats
 
@@ -22,13 +21,9 @@ class Prediction:
 
 
 def cannot_fit(labels: Floats, name: str, is_number: bool) -> tuple[str, ...] | None:
-    """Notes on why known labels cannot be fitted; None if they can.
-
-    Raises:
-        DataError: there are fewer than 10.
-    """
+    """Notes on why known labels cannot be fitted; None if they can."""
     if len(labels) < MIN_SUBJECTS:
-        raise DataError(f"probe: {len(labels)} fit subjects, expected at least {MIN_SUBJECTS}")
+        return (f"{name}: not probed, known for fewer than {MIN_SUBJECTS} fit subjects",)
     if not is_number and len(np.unique(labels)) < 2:
         return (f"{name}: not probed, fit subjects are all of one class",)
     return None

@@ -5,6 +5,7 @@ Without a labelled subject in the test split, the subjects of the fit split are 
 Shape legend: N subjects to fit on, M subjects to test, D features, L labels, R resamples.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -29,6 +30,8 @@ SHARES = (0.01, 0.05, 0.1, 0.5, 1.0)
 """Shares of the labelled subjects that a curve of few labels is fitted on."""
 _DRAWS = 5
 _FOLDS = 5
+_LEAST_CROSSED = math.ceil(MIN_SUBJECTS * _FOLDS / (_FOLDS - 1))
+"""Subjects of a cross-validation, so that every fold fits on `MIN_SUBJECTS`."""
 _MOST_GRADES = 10
 """Whole numbers of so many values at most are read as grades, whose agreement is measured too."""
 
@@ -49,6 +52,8 @@ class _Examples:
     """[N, D], or tokens [N, T, 1 + D]."""
     fit_targets: Floats
     """[N, L]"""
+    fit_subjects: tuple[str, ...]
+    """Keys of the subjects to fit on."""
     test: Floats
     test_targets: Floats
     subjects: tuple[str, ...]
@@ -93,8 +98,9 @@ def probe_features(
     arms = {ARM: own}
     if against:
         arms[AGAINST], _ = _examples(against, labels, names, options)
-        if arms[AGAINST].subjects != own.subjects:
-            raise DataError("--against: features of other test subjects, expected the same subjects and splits")
+        other = arms[AGAINST]
+        if (other.fit_subjects, other.subjects) != (own.fit_subjects, own.subjects):
+            raise DataError("--against: features of other subjects, expected the same subjects and splits")
     if own.is_crossed:
         notes.append(
             f"no labelled subject in the split {test_split}: {_FOLDS}-fold cross-validation over "
@@ -232,13 +238,16 @@ def _examples(
     known = [_by_subject(tables, names) for _, tables in pairs]
     fit = _rows(pairs, known, options.fit_split)
     test = _rows(pairs, known, options.test_split)
-    is_crossed = not test.subjects and len(fit.subjects) >= MIN_SUBJECTS
+    is_crossed = not test.subjects and len(fit.subjects) >= _LEAST_CROSSED
     test = fit if is_crossed else test
     for split, rows in ((options.fit_split, fit), (options.test_split, test)):
         if len(rows.subjects) < MIN_SUBJECTS:
             given = f"{len(rows.subjects)} labelled subjects"
             raise DataError(f"split {split}: found {given}, expected at least {MIN_SUBJECTS}")
-    return _Examples(fit.features, fit.targets, test.features, test.targets, test.subjects, is_crossed), notes
+    examples = _Examples(
+        fit.features, fit.targets, fit.subjects, test.features, test.targets, test.subjects, is_crossed
+    )
+    return examples, notes
 
 
 Pairs = Sequence[tuple[Sequence[Features], Sequence[Labels]]]

@@ -423,7 +423,7 @@ def _class(data: TaskData, index: int) -> object:
 
 
 def _is_one_class(kind: Kind, classes: set[object]) -> bool:
-    """Whether one class is absent, so that nothing can be learned; for survival, whether there is no event."""
+    """Whether all patients are of one class; for survival, whether none has an event."""
     if kind == "survival":
         return classes == {False}
     return kind in ("yes-no", "classes") and len(classes) == 1

@@ -49,7 +49,7 @@ class TaskHead(nn.Module, ABC):
 
     @property
     def compares_examples(self) -> bool:
-        """Whether the loss compares the examples of a batch, so that it is no sum of losses of single examples."""
+        """Whether the loss of a batch compares its examples, and so is no mean over single ones."""
         return False
 
     @abstractmethod
@@ -86,7 +86,7 @@ class LabelHead(TaskHead):
 
     @property
     def compares_examples(self) -> bool:
-        """True for survival."""
+        """Whether the task is survival, whose loss compares patients."""
         return self.kind == "survival"
 
     def standardise(self, embeddings: Tensor, targets: Tensor) -> None:

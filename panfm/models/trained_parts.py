@@ -91,10 +91,14 @@ def trained_names(model: nn.Module, parts: PartsConfig) -> frozenset[str]:
 def _of_backbone(backbone: Backbone, parts: PartsConfig) -> Iterator[nn.Parameter]:
     """The trained parameters of a backbone."""
     match parts:
-        case PlainPartsConfig():
-            for module in backbone.modules() if parts.kind == "norms" else ():
+        case PlainPartsConfig(kind="norms"):
+            for module in backbone.modules():
                 if isinstance(module, nn.LayerNorm):
                     yield from module.parameters()
+        case PlainPartsConfig(kind="head"):
+            return
+        case PlainPartsConfig():
+            raise AssertionError(parts.kind)
         case BlockPartsConfig(kind="last-blocks"):
             for module in _last_layers(backbone, parts.blocks):
                 yield from module.parameters()

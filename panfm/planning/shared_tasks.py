@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from panfm.cells import plain_number
 from panfm.config import Releasable, load_site
 from panfm.data.joins import named
-from panfm.data.label_kinds import LabelKind, infer_kinds, plain_number, read_rules
+from panfm.data.label_kinds import LabelKind, infer_kinds, read_rules
 from panfm.data.labels import LabelTable, read_site_cells
 
 _MOST = 16

@@ -91,7 +91,7 @@ def _state(run: Run) -> str:
 def _run_section(run: Run) -> Section:
     """Make the section with the run's full description, the hash of its experiment, seed and version."""
     facts = {
-        "experiment": experiment_hash(run.config),
+        "hash of the experiment": experiment_hash(run.config),
         "seed": str(run.config.seed),
         **{key: str(run.metadata[key]) for key in ("run-id", "rounds", "panfm", "intended-use") if key in run.metadata},
     }

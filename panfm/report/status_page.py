@@ -128,7 +128,7 @@ def _charts(run: Run) -> dict[str, str]:
 def _facts(run: Run) -> dict[str, str]:
     sizes = {f"bytes {direction}": sum(run.bytes_by_group(direction).values()) for direction in ("up", "down")}
     return {
-        "experiment": experiment_hash(run.config),
+        "hash of the experiment": experiment_hash(run.config),
         **{name: f"{size / 1e6:.1f} MB" for name, size in sizes.items()},
         "intended use": "research; not a medical device",
     }

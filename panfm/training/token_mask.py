@@ -44,7 +44,7 @@ class TokenMask:
     hidden_column: Tensor
     """int64 [B, K], where in `layout` each hidden patch stands."""
     is_whole: bool = False
-    """Whether the loss depends on visible tokens, none of which is hidden."""
+    """Whether the objective hides no token and computes its loss from the visible ones."""
 
     @property
     def asked(self) -> Layout:

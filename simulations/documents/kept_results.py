@@ -23,6 +23,8 @@ class KeptResult:
         have those of `config.pairs`, which is a list of (draw, seed)."""
         table = json.loads(path.read_text(encoding="utf-8"))
         paired = [int(seed) for _, seed in table.get("config", {}).get("pairs", [])]
+        if any("of" in row for row in table["results"]):
+            raise ValueError(f"{path}: has results by place, expected one value per metric, arm and seed")
         values = {
             (row["metric"], row["arm"]): dict(zip(row.get("seeds", paired), row["values"], strict=True))
             for row in table["results"]

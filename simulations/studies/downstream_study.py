@@ -24,10 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from panfm.config import RunConfig
 from panfm.config.load import run_of_table
@@ -46,7 +43,7 @@ from simulations.harness import ArmJob, CohortJob, StudyOptions, chosen_arms, ru
 from simulations.studies._downstream_data import FINDING, ULTRASOUND, WRITERS, site_folders
 from simulations.studies._federations import federate
 from simulations.studies._start_arms import possible_arms
-from simulations.studies._tables import mean_sd, print_study
+from simulations.studies._tables import print_arms
 from simulations.study_result import StudyResult, Target
 
 SCRATCH, PRETRAINED, SCRATCH_VIT, PUBLIC = ARMS = ("scratch", "pretrained", "scratch-vit-s", "public")
@@ -161,7 +158,7 @@ def main(options: StudyOptions, arms: Arms = _ALL_ARMS, tasks: Tasks = _ALL_TASK
     """Fine-tuning of pre-trained, public and untrained models on 5, 20 and all labelled images."""
     chosen = possible_arms(chosen_arms(arms, ARMS), without_weights=(SCRATCH, PRETRAINED))
     result = run(options, chosen, chosen_arms(tasks, tuple(TASKS), "--tasks"))
-    show(result)
+    print_arms(result, "downstream")
     return result
 
 
@@ -201,7 +198,7 @@ def write_draw(job: CohortJob) -> Path:
     """Write the folders of all tasks, and build the caches of their images."""
     for name, write in WRITERS.items():
         write(job.folder / name, job.draw)
-        for arm in filter(lambda arm: is_possible(name, arm), (SCRATCH, SCRATCH_VIT)):
+        for arm in (arm for arm in (SCRATCH, SCRATCH_VIT) if is_possible(name, arm)):
             for folder in site_folders(job.folder / name):
                 open_store(folder, task_run(name, arm, job.draw).streams)
     return job.folder
@@ -253,22 +250,13 @@ def tune(model: PanModel, examples: TaskData, settings: FinetuneSettings) -> Tas
 def add_answers(result: StudyResult) -> None:
     """Add the gains of both pre-trained arms, and the target: a task in which pre-training wins in all seeds."""
     measured = {*result.values}
-    smallest = []
+    shares = []
     for metric in dict.fromkeys(metric for metric, _ in result.values):
         for arm, baseline in PAIRS:
             if {(metric, arm), (metric, baseline)} <= measured:
                 result.add_gain(metric, arm, baseline)
                 if metric.endswith(f"_{FEW}"):
-                    smallest.append(min(result.gain(metric, arm, baseline)))
-    if smallest:
-        told = f"smallest gain over the seeds at {FEW} labels, in the best of the tasks"
-        result.targets.append(Target(told, max(smallest), np.nextafter(0.0, 1.0)))
-
-
-def show(result: StudyResult, console: Console | None = None) -> None:
-    """Print mean and standard deviation of every metric and arm, the gains, and the target."""
-    arms = list(dict.fromkeys(arm for _, arm in result.values))
-    table = Table("", *arms, title="downstream: mean ± sd over seeds")
-    for metric in dict.fromkeys(metric for metric, _ in result.values):
-        table.add_row(metric, *(mean_sd(result.values.get((metric, arm), ())) for arm in arms))
-    print_study(result, table, console=console)
+                    shares.append(result.share_won(metric, arm, baseline))
+    if shares:
+        told = f"largest share of seeds that pre-training wins at {FEW} labels, over tasks and models"
+        result.targets.append(Target(told, max(shares), 1.0))

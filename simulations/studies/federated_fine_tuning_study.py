@@ -16,12 +16,10 @@ train the head alone; else all start from the same untrained small model, and tr
     auc_<task>, accuracy_<task>    on the test pictures; AUC is the mean over the classes, each against the others
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from panfm.config import RunConfig, site_folders
 from panfm.config.load import run_of_table
@@ -38,7 +36,7 @@ from simulations.cohorts.real_modalities import FOLDER, Picture, read_pictures
 from simulations.cohorts.site_folder import write_site_folder
 from simulations.harness import ArmJob, CohortJob, StudyOptions, run_arms, study
 from simulations.studies._federations import federate
-from simulations.studies._tables import mean_sd, print_study
+from simulations.studies._tables import print_arms
 from simulations.study_result import StudyResult, Target
 from simulations.task_scores import TaskPlace
 
@@ -94,7 +92,7 @@ learning-rate = 3e-3
 def main(options: StudyOptions) -> StudyResult:
     """Classifiers of real pictures, fine-tuned by three sites together, by each alone, and in one place."""
     result = run(options)
-    show(result)
+    print_arms(result, "federated fine-tuning")
     return result
 
 
@@ -107,8 +105,8 @@ def run(options: StudyOptions) -> StudyResult:
     start = "public" if public_weights() else "untrained"
     config = {"pairs": options.pairs(), "start": start, "labels": LABELS, "runs": described}
     result = StudyResult("federated-fine-tuning", config)
-    for job, measured in run_arms(options, ARMS, 0, write_draw, measure):
-        result.add(job.arm, measured)
+    for job, measured in run_arms(options, [f"{start}/{arm}" for arm in ARMS], 0, write_draw, measure):
+        result.add(job.arm.rpartition("/")[2], measured)
     add_best_site(result)
     for metric in metrics(result):
         for baseline in (BEST, "pooled"):
@@ -177,13 +175,13 @@ def draw_places(pictures: Sequence[Picture], task: str, draw: int) -> dict[str, 
 
 
 def measure(job: ArmJob) -> dict[str, float]:
-    """Train one arm on both tasks, and score it on the held-out pictures."""
-    measured = {}
+    """Train one arm, named `start/arm`, on both tasks, and score it on the held-out pictures."""
+    measured, arm = {}, job.arm.rpartition("/")[2]
     for task in TASKS:
         described, cohort = task_run(task, job.seed), job.cohort / task
-        model = train_arm(job.arm, described, cohort)
+        model = train_arm(arm, described, cohort)
         place = TaskPlace.open(described, cohort / HOLDOUT, ("test",), HOLDOUT)
-        for score in place.scores(job.arm, place.predict(model)):
+        for score in place.scores(arm, place.predict(model)):
             measured[f"{score.metric}_{task}"] = score.value
     return measured
 
@@ -210,12 +208,3 @@ def add_best_site(result: StudyResult) -> None:
 def metrics(result: StudyResult) -> list[str]:
     """The metrics that were measured."""
     return list(dict.fromkeys(metric for metric, _ in result.values))
-
-
-def show(result: StudyResult, console: Console | None = None) -> None:
-    """Print mean and standard deviation of every metric and arm, the gains, and the targets."""
-    arms: Mapping[str, None] = dict.fromkeys(arm for _, arm in result.values)
-    table = Table("", *arms, title="federated fine-tuning: mean ± sd over draws")
-    for metric in metrics(result):
-        table.add_row(metric, *(mean_sd(result.values[metric, arm]) for arm in arms))
-    print_study(result, table, console=console)

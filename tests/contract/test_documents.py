@@ -72,7 +72,8 @@ def test_the_tables_between_marks_are_those_of_the_kept_results() -> None:
 
 
 def test_every_results_page_says_where_its_numbers_come_from() -> None:
-    """docs/results/README.md has a row for each page with a table, and each such page a command that parses."""
+    """docs/results/README.md has a row for each page with a table, and each such page names a command of
+    simulations."""
     rows = re.findall(r"^\| \[[^]]+\]\(([\w-]+\.md)\) \|.*?\|.*? \|$", RESULTS_README.read_text(), re.MULTILINE)
     with_tables = [path for path in RESULTS if "\n| " in path.read_text() and path != RESULTS_README]
     assert sorted(rows) == sorted(path.name for path in with_tables)

@@ -20,7 +20,7 @@ ALLOWED = {
     "simulations": set(HOUSE),
 }
 LEVELS = (
-    ("errors", "seeds", "anatomy", "registry", "installed_plug_ins", "config", "files", "hash_chain", "texts"),
+    ("errors", "seeds", "anatomy", "registry", "installed_plug_ins", "config", "files", "hash_chain", "texts", "cells"),
     ("data", "models", "sharing"),
     ("training", "privacy", "evaluate"),
     ("site", "report", "export", "planning", "finetune"),

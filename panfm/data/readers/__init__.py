@@ -22,7 +22,7 @@ LARGEST_BYTES = 4 * 2**30
 """Of an image file, packed or unpacked; a few megabytes can be made to fill any memory."""
 _ZLIB_NO_MEMORY = "Error -4 "
 _OBJECT = re.compile(r" <[^<>]* object at 0x[0-9a-f]+>")
-"""Matches the name of a file in memory in an error of Pillow, which differs from call to call."""
+"""Name of an object in memory, as Pillow writes it into its messages."""
 
 Picture = Image.Image
 """A decoded picture of 8 bits per channel."""

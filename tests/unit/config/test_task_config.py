@@ -39,6 +39,8 @@ def test_a_private_run_may_have_a_task():
         ('kind = "classes"', "classes: found 0, expected 2 to 64"),
         ('kind = "classes"\nclasses = ["a", "B", "A"]', "'A' stands twice"),
         ('kind = "classes"\nclasses = ["1", "1.0"]', r"'1\.0' stands twice"),
+        ('kind = "classes"\nclasses = ["a", "a\\u200b"]', "stands twice"),
+        ('kind = "classes"\nclasses = ["nan", "NaN"]', "'NaN' stands twice"),
         ('kind = "number"\ncentre = 1.0', "scale: missing, a number needs centre and scale"),
         ('kind = "number"\ncentre = 1.0\nscale = 0.0', r"task\.scale"),
         ('kind = "number"\ncentre = nan\nscale = 1.0', r"task\.centre"),

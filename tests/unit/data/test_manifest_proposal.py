@@ -147,7 +147,7 @@ def option(line, name):
 
 
 def test_several_images_of_a_patient_are_told_by_name_with_what_to_write(tmp_path):
-    """The option that the note proposes, then the one that the error proposes, lead to patients with two streams."""
+    """A user writes the options that the note and then the error name, and gets patients with two streams."""
     images = touch(tmp_path / "batch3", *(f"P{n}_brain_T1_{side}.nii.gz" for n in (1, 2, 12) for side in "ab"))
     first = init(tmp_path / "clinic", images)
     (note,) = [line for line in first.output.splitlines() if line.startswith("note: ")]

@@ -7,7 +7,7 @@ import pytest
 
 from panfm.config import SiteConfig
 from panfm.config.task import TaskConfig
-from panfm.data.task_labels import UNLABELLED, read_task_labels, with_task_labels
+from panfm.data.task_labels import UNLABELLED, open_training_store, read_task_labels, with_task_labels
 from panfm.errors import LimitError
 from tests.unit.config.test_task_config import OLD, PRIVATE
 
@@ -85,6 +85,16 @@ def test_labels_toml_names_unknown_cells_and_another_kind_is_refused(labelled, t
     (tmp_path / "labels.toml").write_text('[old]\nkind = "ignore"\n')
     with pytest.raises(LimitError, match=r"labels\.toml reads this column as ignore, the run as yes-no"):
         labelled(["1", "0"])
+
+
+def test_a_site_alone_trains_on_the_patients_of_the_federation(labelled, make_run, tmp_path, monkeypatch):
+    """In a private run the floor is 1, as at a site in the federation (`Floors.of`)."""
+    store = labelled(["1", "0", "0", "0", "0", "1"])
+    (tmp_path / "site.toml").write_text('name = "alpha"\nlabels = "labels.csv"\n[limits]\nsmallest-batch = 2\n')
+    opened = replace(store, splits=("train",) * 5 + ("val",))
+    monkeypatch.setattr("panfm.data.task_labels.open_store", lambda *_: opened)
+    for extra, split in (("", UNLABELLED), (PRIVATE, "train")):
+        assert open_training_store(tmp_path, make_run(OLD + extra)).splits[0] == split
 
 
 def test_a_class_of_too_few_patients_does_not_train(labelled):

@@ -105,6 +105,13 @@ def by_name(scores):
     return {(score.arm, score.group, score.metric): score for score in scores}
 
 
+def test_every_fold_fits_on_ten_subjects():
+    enough, few = (make_features("a", "train", n=n) for n in (13, 12))
+    assert probe_features([enough], [label(enough)], bootstrap=0)[0]
+    with pytest.raises(DataError, match="split test: found 0 labelled subjects"):
+        probe_features([few], [label(few)], bootstrap=0)
+
+
 def test_without_a_test_split_subjects_are_cross_validated():
     fit = make_features("a", "train", n=60)
     scores, notes = probe_features([fit], [label(fit)], bootstrap=20)
@@ -143,8 +150,9 @@ def test_two_models_are_compared_on_the_same_resamples():
         "difference", "size", "r2"
     ]
     assert (same.value, same.low, same.high) == (0.0, 0.0, 0.0)
-    with pytest.raises(DataError, match="features of other test subjects"):
-        probe_features([fit, test], labels, against=[fit, make_features("b", "test", n=39, seed=1)])
+    for other in ([fit, make_features("b", "test", n=39, seed=1)], [make_features("a", "train", n=39), test]):
+        with pytest.raises(DataError, match="features of other subjects"):
+            probe_features([fit, test], labels, against=other)
 
 
 @pytest.mark.slow

@@ -77,6 +77,7 @@ def assert_prints(browser, path, screenshot):
     page.emulate_media(media="print")
     page.goto(path.as_uri())
     assert page.evaluate(FAULTS) == []
+    assert page.evaluate("() => getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     page.screenshot(path=screenshot, full_page=True)
     page.close()
 

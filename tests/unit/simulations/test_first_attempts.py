@@ -34,6 +34,13 @@ def sex_as_a_wrong_letter(attempt):
     (attempt.folder / "a" / "labels.toml").write_text('[sex]\nyes = "w"\n')
 
 
+def task_whose_label_the_hold_out_lacks(attempt):
+    attempt.describe(more='task = { label = "sick", kind = "yes-no" }')
+    for name in ("a", "b"):
+        attempt.edit(f"{name}/site.toml", lambda text: text.replace("training-labels = []", 'training-labels = "all"'))
+    attempt.edit("held/labels.csv", lambda text: text.replace(",sick", ",ill"))
+
+
 def edited_description(attempt):
     """Of a run that began in the folder `begun`."""
     run = load_simulation(attempt.folder / "run.toml")
@@ -92,6 +99,10 @@ MISTAKES = {
     "a task of a label that no site has": (
         lambda attempt: attempt.describe(more='probe = { tasks = { x = ["sick", "nope"] } }'),
         "probe.tasks.x: no site has sick, nope, found sex, sick in their labels.csv",
+    ),
+    "a label of [task] that the hold-out lacks": (
+        task_whose_label_the_hold_out_lacks,
+        "hold-out: task.label: sick",
     ),
     "one site only": (
         lambda attempt: attempt.describe(sites=["a"]),

@@ -59,7 +59,7 @@ def test_an_unknown_label_has_no_gradient():
 @pytest.mark.parametrize("pooling", ["cls+mean", "layers"])
 @torch.no_grad()
 def test_the_head_reads_the_embedding_of_the_whole_images(make_run, make_store, pooling):
-    """Training reads the same embedding of a patient as `embed`, whoever else is in the batch."""
+    """Training computes the loss from a patient's embedding as `embed` gives it, whoever else is in the batch."""
     run = make_run(f'{KINDS}[features]\npooling = "{pooling}"\n')
     trainer, store = Trainer(run), labelled(make_store(run, 5), 3)
     trainer.model.heads.task.weight.normal_(generator=torch.Generator().manual_seed(0))

@@ -14,7 +14,7 @@ class SupervisedConfig(ObjectiveConfig):
 
     @property
     def hides_tokens(self) -> bool:
-        """No token is hidden."""
+        """Whether tokens are hidden from the student: none is."""
         return False
 
     def couplings(self) -> Iterator[str]:

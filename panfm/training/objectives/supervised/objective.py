@@ -39,10 +39,8 @@ class SupervisedObjective(Objective):
 
     def targets(self, teacher: PanModel, features: Batch, mask: TokenMask, full: Encoded | None) -> Targets:
         """The labels of the batch [B, K]; NaN where unknown."""
-        labels = features.labels
-        if labels is None:
-            labels = torch.full((features.size, len(self.task.outputs)), torch.nan, device=mask.layout.valid.device)
-        return {"labels": labels}
+        assert features.labels is not None, "a run with [task] trains on a store that has its labels"
+        return {"labels": features.labels}
 
     def loss(self, student: PanModel, output: StudentOutput, targets: Targets) -> Tensor:
         """Loss of each subject [B]."""
@@ -59,5 +57,6 @@ def label_losses(task: TaskConfig, outputs: Tensor, labels: Tensor) -> Tensor:
     elif task.kind == "yes-no":
         losses = functional.binary_cross_entropy_with_logits(outputs, known, reduction="none").mean(dim=1)
     else:
+        assert task.kind == "number"
         losses = functional.mse_loss(outputs, known, reduction="none").mean(dim=1)
     return losses.masked_fill(~is_known, 0.0)
