@@ -94,7 +94,7 @@ def site_status(site: Annotated[Path, typer.Argument(help="Site folder.")]) -> N
     try:
         config = load_site(site)
     except ConfigError as error:
-        raise ConfigError(f"{error}\n{site / 'site.toml'}: the worker answers nothing until this is mended") from error
+        raise ConfigError(f"{site / 'site.toml'}: the worker answers nothing until this is mended:\n{error}") from error
     from panfm.cli.site_lines import status_lines
 
     for line in status_lines(site, config):

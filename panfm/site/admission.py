@@ -40,8 +40,8 @@ def admit(run: RunConfig, site: SiteConfig) -> RunConfig:
         ConfigError: the site's public number of patients breaks the run's guarantee.
     """
     limits = site.limits
-    check_sizes(run, limits)
     check_labels(run.task, limits)
+    check_sizes(run, limits)
     check_privacy(run := with_public_subjects(run, site), site)
     check_public_cache(run.streams, run.patient_dp, limits)
     check_floors(run.train, run.patient_dp, limits)

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 
 from panfm.config import RunConfig, SiteConfig, site_path
 from panfm.sharing.messages import RoundTask
-from panfm.site.admission import check_privacy
 from panfm.site.audit_log import AuditLog
 
 if TYPE_CHECKING:
@@ -37,6 +36,7 @@ class PatientBudget:
             BudgetError, LedgerError: the site cannot pay.
         """
         from panfm.privacy.ledger import Limits
+        from panfm.site.admission import check_privacy  # imported here: commands that show the ledger need no torch
 
         assert run.patient_dp is not None
         check_privacy(run, self._site)

@@ -78,10 +78,10 @@ def test_status_of_a_new_site(folder):
 def test_status_of_a_description_that_does_not_hold(folder):
     (folder / "site.toml").write_text('name = "alpha"\n[limits]\nexperiments = []\n')
     result = CliRunner().invoke(main, ["site", "status", str(folder)])
-    fault, meaning = result.stderr.splitlines()
+    meaning, fault = result.stderr.splitlines()
     assert result.exit_code == 1
     assert fault.startswith(f"{folder}/site.toml: limits.experiments: is no longer a key; remove the line, and approve")
-    assert meaning == f"{folder}/site.toml: the worker answers nothing until this is mended"
+    assert meaning == f"{folder}/site.toml: the worker answers nothing until this is mended:"
 
 
 def test_status_tells_approvals_errors_and_who_waits(folder):

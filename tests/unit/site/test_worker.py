@@ -74,10 +74,11 @@ def test_a_round_of_a_model_that_cannot_be_built_is_answered(folder, serving):
 
 @pytest.mark.slow
 def test_a_first_question_imports_no_plug_in(folder):
-    """An import that a limit on time ends would leave half a module behind."""
+    """An import that a limit on time ends would leave half a module behind. A site without `training-labels` refuses a
+    run that needs the objective of labels before it is imported."""
     script = (
         "import sys\nfrom panfm.config.site_description import LimitsConfig\nfrom panfm.site import worker\n"
-        "worker.load_libraries(LimitsConfig())\nbefore = set(sys.modules)\n"
+        "worker.load_libraries(LimitsConfig(training_labels='all'))\nbefore = set(sys.modules)\n"
         "from panfm import registry\n"
         "tables = (registry.OBJECTIVES, registry.MASKING_POLICIES, registry.BACKBONES, registry.READERS)\n"
         "for table in tables:\n"
