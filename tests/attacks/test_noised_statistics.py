@@ -122,6 +122,7 @@ def lengths_of_noise(deviation: float, seed: int) -> list[dict[str, float]]:
     return rounds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("noise", "clip", "subjects"), [(1.5, 1.0, 40), (LEAST_NOISE, 1e-3, 1000), (1e4, 1e3, 1)])
 def test_updates_of_noise_are_no_longer_than_the_norm_guards_allow(noise, clip, subjects):
     """AdamW moves a number by less than a learning rate a step, whatever the noise. Two sites differ by a tenth at most

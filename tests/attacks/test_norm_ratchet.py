@@ -11,6 +11,7 @@ from tests.attacks.test_site_share import MANIFEST, asked, handshake, message
 _ROUNDS = 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_honest", [1, 2, 4])
 def test_a_site_that_grows_by_the_ratio_each_round_stays_under_a_fixed_multiple_of_the_honest_ones(
     make_run, num_honest

@@ -41,6 +41,7 @@ QUICK = dict(zip(PARTS, [*KINDS, KINDS[1]], strict=True))
 """One objective and backbone for each part in the default suite."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("objective", "backbone", "trained"),
     quick([(*kind, part) for part in PARTS for kind in KINDS], [(*kind, part) for part, kind in QUICK.items()]),

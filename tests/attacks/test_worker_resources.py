@@ -165,6 +165,7 @@ def test_a_teacher_that_goes_through_a_thousand_experts_is_counted(folder, monke
     assert ", this site's limits.step-gib is 0.75" in asked(Site(folder), dump_toml(parse_run(text)))
 
 
+@pytest.mark.slow
 def test_images_of_any_size_go_through_the_stem_within_a_fixed_memory():
     """Sixty-four were taken at a time: 176 GiB of the largest that a site lets pass."""
     image = np.broadcast_to(np.float32(0.5), (64, 1, 192, 192, 192))

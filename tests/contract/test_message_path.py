@@ -64,6 +64,7 @@ def message(task: RoundTask) -> Message:
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make_task", [test_site.task, test_private_site.task], ids=["plain", "private"])
 def test_in_a_simulation(tmp_path, write_site, stacks, make_task):
     write_site(tmp_path / "alpha", "alpha", ("brain", "heart"))

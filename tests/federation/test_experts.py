@@ -99,6 +99,7 @@ def test_no_byte_of_a_private_expert_or_router_leaves(federation, monkeypatch):
     assert not {EXPERTS, ROUTER} & {watched.groups[name] for name in exported(job.run_dir)}
 
 
+@pytest.mark.slow
 def test_what_leaves_is_to_the_bit_what_shared_parameters_moved_by(federation, monkeypatch):
     """Nothing of an expert is mixed into what is shared, where a search for its bytes would not find it."""
     watched, sent, moved = Watched(monkeypatch), [], []
@@ -217,6 +218,7 @@ def client_app_forgets() -> None:
     resident_site.cache_clear()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", quick(["sharing.experts=private", POOLED], 1))
 def test_resuming_gives_the_bits_of_an_undisturbed_run(federation, rule):
     undisturbed = exported(federation.run("undisturbed", *DEX, rule))

@@ -36,6 +36,7 @@ def metadata(run_dir):
     return json.loads((run_dir / "model" / "metadata.json").read_text())
 
 
+@pytest.mark.slow
 def test_the_probe_of_a_run_is_the_ridge_on_the_patients_of_all_sites(labelled):
     run_dir = labelled.run("probed", TASKS, "features.pooling=per-stream")
     probes = read_probes(run_dir / "model")
@@ -65,6 +66,7 @@ def plan(monkeypatch, *values):
     monkeypatch.setattr("server.round_gate.RoundGate._value", measured)
 
 
+@pytest.mark.slow
 def test_a_round_that_makes_the_model_worse_is_not_kept(labelled, monkeypatch):
     """Parameters and the optimiser's slots come back, and the model that is kept is released."""
     plan(monkeypatch, 0.9, 0.8, 0.85)

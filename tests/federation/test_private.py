@@ -104,6 +104,7 @@ def ledger_lines(federation, site):
     return (federation.sites / site / ".panfm" / "ledger" / FILE).read_text().splitlines()
 
 
+@pytest.mark.slow
 def test_a_run_without_a_guarantee_says_so_everywhere(federation, tmp_path):
     folder = federation.run(
         "broken",

@@ -71,6 +71,7 @@ def test_a_run_leaves_its_folder(federation):
     assert coverage["heart-mr"] == {"alpha": 5, "beta": 5}
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_model_and_another_does_not(federation):
     first = model_bytes(federation.run("first"))
     second = federation.run("second", "tracking.images=true")
@@ -135,6 +136,7 @@ class Forgetful(Downlink):
         super().__init__(groups, Memory(), teacher=teacher, frozen=frozen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("coding", quick(["int8", "bf16"], 1))
 def test_steps_go_down_to_those_that_were_there_and_all_parameters_to_the_others(federation, monkeypatch, coding):
     """A site that fails in round 2 is sent everything in round 3; who gets what makes no difference to a bit."""
@@ -352,6 +354,7 @@ LOADED = ("sharing.coding=int8", "train.teacher-start=server-ema", "sharing.opti
 """All that the server's memory may hold."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rounds_before", "overrides"), quick([(2, LOADED), (0, ()), (2, ())], 1))
 def test_resuming_gives_the_bits_of_an_undisturbed_run(federation, rounds_before, overrides):
     undisturbed = model_bytes(federation.run("undisturbed", *overrides))

@@ -29,6 +29,7 @@ def public(federation):
     return federation.run("public", "train.rounds=1") / "model"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", quick(['{ kind = "vectors" }', '{ kind = "last-blocks", blocks = 1 }'], 1))
 def test_what_a_private_run_does_not_train_keeps_the_bits_of_its_start(federation, public, parts):
     warm = (f"start.model={public}", f"train.parts={parts}", "train.rounds=2")

@@ -73,6 +73,7 @@ def assert_sound(folder, streams, num_rows, blank=()):
     return store
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokenizer", ["statistics", "patch"])
 def test_all_seven_organs(tmp_path, tokenizer):
     root = Path(REAL) / "organs3d"
@@ -127,6 +128,7 @@ def assert_embeds(model, run, folder, scratch):
     assert table.features.std(axis=0).max() > 0.01  # subjects differ
 
 
+@pytest.mark.slow
 def test_hippocampus_volumes_and_masks(tmp_path):
     root = Path(REAL) / "hippocampus"
     scans = sorted((root / "images").iterdir())[::4]

@@ -36,6 +36,7 @@ def model(make_run, write_run):
     return write_run(make_run())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", quick(["segmentation", "labels.csv:bright"], 1))
 def test_the_same_bits_after_an_interruption(task, model, labelled_site, settings_of, tmp_path):
     settings = settings_of(model, labelled_site(), task)

@@ -54,6 +54,7 @@ def test_the_largest_and_the_smallest_are_guessed():
     assert guess(seen, present) == (3, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trained", quick(["all", "vectors", "last-block"], 1))
 def test_a_correct_step_stays_under_its_claim(run, trained):
     """67 of 80 guesses would refute it: 4.7 standard deviations more than it gives. Without noise, 78 are right."""

@@ -122,6 +122,7 @@ def leave_one_out(trainer, store):
 SUBSETS = [held for size in (1, 2, 3) for held in itertools.combinations(("brain-mr", "heart-ct", "eye-fundus"), size)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "streams", [pytest.param(one, marks=() if len(one) != 2 else pytest.mark.slow) for one in SUBSETS], ids="+".join
 )

@@ -103,6 +103,7 @@ def changes(summed, clip, leaving):
     return [change(whole, summed(np.delete(np.arange(NUM), each)), clip) for each in leaving]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "at_least"), quick([("none", 0.0), ("load-balance", 1.05), ("koleo", 1.3), ("batch-norm", 2.0)], 2)
 )
@@ -124,6 +125,7 @@ def check(found, at_least):
     assert at_least > 1.0 or 0.95 < found <= LEVEL
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("objective", "at_least"),
     [

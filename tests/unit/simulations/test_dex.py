@@ -39,6 +39,7 @@ def test_one_arm_measured(picture_cohort, arm):
     assert (measured["nmi"] == measured["nmi_unit"]) == (arm != "token-moe")
 
 
+@pytest.mark.slow
 def test_a_dense_model_has_no_specialisation(picture_cohort):
     run = dex.arm_run(0, "dense", 1)
     assert dex.specialisation(build_model(run), Pictures.open(picture_cohort, run)) == {}

@@ -37,7 +37,7 @@ def sex_as_a_wrong_letter(attempt):
 def task_whose_label_the_hold_out_lacks(attempt):
     attempt.describe(more='task = { label = "sick", kind = "yes-no" }')
     for name in ("a", "b"):
-        attempt.edit(f"{name}/site.toml", lambda text: text.replace("training-labels = []", 'training-labels = "all"'))
+        attempt.edit(f"{name}/site.toml", lambda text: f'{text}[limits]\ntraining-labels = "all"\n')
     attempt.edit("held/labels.csv", lambda text: text.replace(",sick", ",ill"))
 
 

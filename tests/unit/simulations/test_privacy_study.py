@@ -94,6 +94,7 @@ def test_references_are_what_the_arms_start_from(public):
     assert not all(torch.equal(cold[name], value) for name, value in first.items())
 
 
+@pytest.mark.slow
 def test_half_of_a_site_is_members(cohort):
     run = privacy.arm_run("untrained", 0, cohort)
     for folder in site_folders(cohort / "sites"):

@@ -116,6 +116,7 @@ def test_probes_are_read_back_as_they_were_written(tmp_path):
         read_probes(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pooling", ["cls", "layers"])
 def test_every_arm_of_a_cohort_is_whitened_if_the_run_wants_it(pooling):
     features = FeaturesConfig(pooling=pooling, whitening=True, whitening_crops=20)

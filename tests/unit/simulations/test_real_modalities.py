@@ -116,6 +116,7 @@ def test_an_existing_folder_or_a_broken_manifest_is_refused(source, tmp_path):
         _config().write(tmp_path / "cohort", STREAMS)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not REAL, reason="PANFM_REAL_DATA is not set: no real images")
 def test_the_shipped_experiment_checks_caches_tokenises_and_learns(tmp_path):
     run = load_simulation(EXPERIMENT, ["train.batch-size=8"])

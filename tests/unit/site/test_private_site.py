@@ -214,6 +214,7 @@ def test_what_is_spent_can_be_told_after_each_round(site):
     assert site.epsilon_spent is None  # this run spends nothing, and its messages say so
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limits", quick([f"[limits]\nepsilon = 8.0\n{PUBLIC}", ""], 1))
 def test_the_smaller_budget_stops_the_site(tmp_path, write_site, limits):
     site = Site(write_site(tmp_path / "beta", "beta", ("brain", "heart"), extra=limits))
@@ -348,6 +349,7 @@ def test_the_noise_that_is_drawn_is_the_noise_that_is_booked(site, monkeypatch):
         assert set(drawn[name]) == {booked[name].noise * booked[name].sensitivity}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "extra", [pytest.param(RANDOM + '[sharing]\ncoding = "int8"\n', marks=pytest.mark.slow), GUIDED + DEX]
 )

@@ -262,6 +262,7 @@ def test_memory_is_used_only_if_disk_agrees(folder):
     assert same(here.train_round(task(3)), third)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "extra",
     [

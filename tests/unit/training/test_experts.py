@@ -266,6 +266,7 @@ def test_bf16_autocast_trains_too(make_dex, make_store, monkeypatch):
     assert mixed.loss != exact.loss
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss(make_dex, make_store):
     run = make_dex()
     run = run.model_copy(update={"train": run.train.model_copy(update={"rounds": 1, "local_steps": 60})})
