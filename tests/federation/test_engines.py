@@ -50,7 +50,7 @@ def test_engines_agree_on_model_and_all_sums_to_the_bit(labelled, engine):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["local", "ray"])
+@pytest.mark.parametrize("engine", ["local", pytest.param("ray", marks=pytest.mark.long)])
 def test_a_broken_site_is_one_line(federation, engine):
     """Site and reason on the console; the whole story in the run folder. A fault of data is told before the engine.
 

@@ -109,9 +109,8 @@ def test_a_run_starts_from_a_models_encoder_and_goes_on_after_a_crash_with_the_s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "engine", ["ray", *(pytest.param(name, marks=pytest.mark.long) for name in ("flower", "deployment"))]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("engine", ["ray", "flower", "deployment"])
 def test_engines_agree_on_a_task_to_the_bit(labelled, engine):
     asked = (TASK, "train.rounds=2", "federation.join-timeout-s=200.0")
     expected = labelled.run("local", *asked)
