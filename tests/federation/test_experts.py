@@ -219,7 +219,7 @@ def client_app_forgets() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rule", quick(["sharing.experts=private", POOLED], 1))
+@pytest.mark.parametrize("rule", ["sharing.experts=private", POOLED])
 def test_resuming_gives_the_bits_of_an_undisturbed_run(federation, rule):
     undisturbed = exported(federation.run("undisturbed", *DEX, rule))
     job = federation.job("killed", *DEX, rule)

@@ -32,7 +32,6 @@ from simulations.engines.local import LocalGrid, run_apps
 from simulations.engines.local import run as run_local
 from strategies import Memory
 from strategies.round_messages import Downlink
-from tests.cases import quick
 from tests.unit.server.test_tracking import events
 
 
@@ -137,7 +136,7 @@ class Forgetful(Downlink):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("coding", quick(["int8", "bf16"], 1))
+@pytest.mark.parametrize("coding", ["int8", "bf16"])
 def test_steps_go_down_to_those_that_were_there_and_all_parameters_to_the_others(federation, monkeypatch, coding):
     """A site that fails in round 2 is sent everything in round 3; who gets what makes no difference to a bit."""
     real, failing = Session.train_round, {("gamma", 2)}
@@ -355,7 +354,7 @@ LOADED = ("sharing.coding=int8", "train.teacher-start=server-ema", "sharing.opti
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("rounds_before", "overrides"), quick([(2, LOADED), (0, ()), (2, ())], 1))
+@pytest.mark.parametrize(("rounds_before", "overrides"), [(2, LOADED), (0, ()), (2, ())])
 def test_resuming_gives_the_bits_of_an_undisturbed_run(federation, rounds_before, overrides):
     undisturbed = model_bytes(federation.run("undisturbed", *overrides))
     answered = []

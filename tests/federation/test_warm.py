@@ -13,7 +13,6 @@ from panfm.privacy.private_step import gradient_parameters
 from server.run_folder import RunFolder
 from simulations.engines.local import run as run_local
 from simulations.finish import train_site_alone
-from tests.cases import quick
 from tests.federation.test_private import PRIVATE
 
 ROOMY = tuple("patient-dp.epsilon=1000.0" if change.startswith("patient-dp.epsilon") else change for change in PRIVATE)
@@ -30,7 +29,7 @@ def public(federation):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parts", quick(['{ kind = "vectors" }', '{ kind = "last-blocks", blocks = 1 }'], 1))
+@pytest.mark.parametrize("parts", ['{ kind = "vectors" }', '{ kind = "last-blocks", blocks = 1 }'])
 def test_what_a_private_run_does_not_train_keeps_the_bits_of_its_start(federation, public, parts):
     warm = (f"start.model={public}", f"train.parts={parts}", "train.rounds=2")
     folder = federation.run("private", *ROOMY, *warm, "sharing.coding=int8")

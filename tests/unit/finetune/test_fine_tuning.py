@@ -37,7 +37,7 @@ def model(make_run, write_run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", quick(["segmentation", "labels.csv:bright"], 1))
+@pytest.mark.parametrize("task", ["segmentation", "labels.csv:bright"])
 def test_the_same_bits_after_an_interruption(task, model, labelled_site, settings_of, tmp_path):
     settings = settings_of(model, labelled_site(), task)
     FinetuneJob.open(settings, tmp_path / "whole").run()

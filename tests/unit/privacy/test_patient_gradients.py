@@ -123,9 +123,7 @@ SUBSETS = [held for size in (1, 2, 3) for held in itertools.combinations(("brain
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "streams", [pytest.param(one, marks=() if len(one) != 2 else pytest.mark.slow) for one in SUBSETS], ids="+".join
-)
+@pytest.mark.parametrize("streams", SUBSETS, ids="+".join)
 @pytest.mark.parametrize("backbone", ["dense", "dex"])
 def test_a_site_of_any_subset_of_streams(make_private, every_subset, fixed_masks, backbone, streams):
     """Its model has these streams' parts only, and its patients any of them or none."""

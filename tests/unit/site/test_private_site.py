@@ -25,7 +25,6 @@ from panfm.sharing.weights import GroupWeights
 from panfm.site import Site, answer
 from panfm.site.patient_budget import PatientBudget
 from panfm.site.state import StateStore
-from tests.cases import quick
 from tests.conftest import NO_FLOORS
 
 RUN = """
@@ -215,7 +214,7 @@ def test_what_is_spent_can_be_told_after_each_round(site):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("limits", quick([f"[limits]\nepsilon = 8.0\n{PUBLIC}", ""], 1))
+@pytest.mark.parametrize("limits", [f"[limits]\nepsilon = 8.0\n{PUBLIC}", ""])
 def test_the_smaller_budget_stops_the_site(tmp_path, write_site, limits):
     site = Site(write_site(tmp_path / "beta", "beta", ("brain", "heart"), extra=limits))
     budget = 8.0 if limits else 9.0
@@ -350,9 +349,7 @@ def test_the_noise_that_is_drawn_is_the_noise_that_is_booked(site, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "extra", [pytest.param(RANDOM + '[sharing]\ncoding = "int8"\n', marks=pytest.mark.slow), GUIDED + DEX]
-)
+@pytest.mark.parametrize("extra", [RANDOM + '[sharing]\ncoding = "int8"\n', GUIDED + DEX])
 def test_a_run_without_privacy_in_the_same_process_leaves_nothing_to_a_private_one(
     tmp_path, write_site, monkeypatch, extra
 ):

@@ -265,11 +265,7 @@ def test_memory_is_used_only_if_disk_agrees(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "extra",
-    [
-        pytest.param("", marks=pytest.mark.slow),
-        '[sharing]\ncoding = "int8"\n',
-        pytest.param('[sharing]\nhead = "private"\n', marks=pytest.mark.slow),
-    ],
+    ["", '[sharing]\ncoding = "int8"\n', '[sharing]\nhead = "private"\n'],
 )
 def test_sites_that_take_turns_at_one_trainer_do_not_meet(tmp_path, write_site, extra, monkeypatch):
     """Three sites of one process with the same streams, not always asked; beside them, each with its own."""
