@@ -199,20 +199,25 @@ def noise_for(target: float, delta: float, *, rate: float, count: int, others: t
     Raises:
         ValueError: the other mechanisms alone take the target, or no noise up to 10,000 is enough.
     """
+    from scipy.optimize import brentq
 
-    def fits(noise: float) -> bool:
-        return epsilon((*others, Mechanism("gradients", (), 1.0, noise, rate, count)), delta) <= target
+    def over(noise: float) -> float:
+        """Logarithm of the epsilon over the target, which falls almost linearly with that of the noise."""
+        spent = epsilon((*others, Mechanism("gradients", (), 1.0, noise, rate, count)), delta)
+        return math.log(min(max(spent / target, 1e-9), 1e9))
 
     high = 1.0
-    while not fits(high):
+    while over(high) > 0:
         if (high := 2.0 * high) > _MOST_NOISE:
             raise ValueError(
                 f"epsilon {target:g}: not reached with noise {_MOST_NOISE:g}; fewer rounds or a larger epsilon"
             )
     low = high / 2.0
-    while low > 0.2 and fits(low):
+    while over(low) <= 0:
+        if low <= 0.2:
+            return low
         low, high = low / 2.0, low
-    while high - low > 1e-3 * high:
-        middle = 0.5 * (low + high)
-        low, high = (low, middle) if fits(middle) else (middle, high)
-    return high
+    noise = math.exp(brentq(lambda exponent: over(math.exp(exponent)), math.log(low), math.log(high), xtol=3e-4))
+    while over(noise) > 0:
+        noise *= 1.0004
+    return noise
