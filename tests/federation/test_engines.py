@@ -26,7 +26,7 @@ def simulate(federation, name: str, engine: str, *overrides: str) -> subprocess.
         cwd=root,
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=1200,
         check=False,
     )
 
@@ -68,7 +68,7 @@ def test_a_broken_site_is_one_line(federation, engine):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["local", "flower"])
+@pytest.mark.parametrize("engine", ["local", pytest.param("flower", marks=pytest.mark.long)])
 def test_a_failed_round_fails_the_command(federation, engine):
     """Every update is larger than the guards allow: the quorum is lost."""
     done = simulate(federation, engine, engine, "sharing.guards.norm-limit=0.001")

@@ -37,6 +37,7 @@ acknowledge-broken-guarantee = true
 """
 SLOW_ONNX = pytest.param("onnx", marks=pytest.mark.slow)
 SLOW_BUNDLE = pytest.param("monai-bundle", marks=pytest.mark.slow)
+LONG_ONNX = pytest.param("onnx", marks=[pytest.mark.slow, pytest.mark.long])
 
 
 def own_embedding(run_folder, streams, *, route="experts"):
@@ -201,7 +202,7 @@ def test_a_bundle_reads_scans_as_the_sites_do(tmp_path, make_run, write_run, wri
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backbone", ["", POOLED])
+@pytest.mark.parametrize("backbone", [pytest.param("", marks=pytest.mark.long), POOLED])
 def test_onnx_embeds_any_number_of_patients(tmp_path, make_run, write_run, backbone):
     run_folder, out, streams = write_run(make_run(backbone)), tmp_path / "model.onnx", ("eye-fundus", "brain-mr")
     assert export_run(run_folder, "onnx", out, streams=streams) <= 1e-5
@@ -289,7 +290,7 @@ def test_missing_packages_are_one_line(tmp_path, make_run, write_run, monkeypatc
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("to", ["safetensors", "dense-vit", "monai-bundle", "onnx"])
+@pytest.mark.parametrize("to", ["safetensors", "dense-vit", "monai-bundle", LONG_ONNX])
 def test_streams_with_a_suffix_are_exported_by_their_names(tmp_path, write_run, to):
     table = "{ spacing-mm = [2.0, 2.0, 2.0], shape = [8, 8, 4], patch = [4, 4, 4] }"
     run = parse_run(

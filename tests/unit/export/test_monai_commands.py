@@ -38,6 +38,7 @@ def call(folder, *words):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_monai_verifies_the_bundle_where_panfm_is_not_installed(bundle):
     metadata = ["--meta_file", "configs/metadata.json", "--filepath", str(SCHEMA)]
     for words in (["verify_metadata", *metadata], ["verify_net_in_out", "network", *CONFIGS]):

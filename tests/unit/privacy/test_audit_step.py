@@ -69,8 +69,11 @@ def test_a_correct_step_stays_under_its_claim(run, trained):
     assert found.lower_bound <= found.claim
 
 
+LONG_BUGS = [pytest.param(bug, marks=pytest.mark.long) for bug in ("no noise", "no clipping")]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("bug", ["none", "no noise", "a tenth of the noise", "no clipping"])
+@pytest.mark.parametrize("bug", ["none", "a tenth of the noise", *LONG_BUGS])
 def test_a_step_that_breaks_its_promise_is_caught(run, monkeypatch, bug):
     noised, add_clipped = private_step.with_noise, private_step.add_clipped
     if bug == "no noise":

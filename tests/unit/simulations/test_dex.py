@@ -28,7 +28,7 @@ def test_every_arm_costs_the_same():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arm", ["dex", "token-moe", "dex-released"])
+@pytest.mark.parametrize("arm", ["dex", "token-moe", pytest.param("dex-released", marks=pytest.mark.long)])
 def test_one_arm_measured(picture_cohort, arm):
     measured = dex.measure(ArmJob(3, 0, arm, 1, picture_cohort))
     blocks = {f"block-{block}/{metric}" for block in range(2) for metric in ("nmi", "conflict")}

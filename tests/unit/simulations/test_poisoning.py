@@ -56,6 +56,7 @@ def test_damage_is_relative_to_what_the_federation_gained():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_every_arm_is_a_run_of_its_own():
     described = {arm: study_run(arm, 0, 0, 10) for arm in arms() if "untrained" not in arm}
     dumps = [run.model_dump_json() for arm, run in described.items() if "/" not in arm]
@@ -88,8 +89,11 @@ def test_the_largest_share_counts_where_three_sites_contribute():
     assert largest_share(Federated(None, []), ["site-05"]) == 0.0
 
 
+LONG_ARMS = [pytest.param(arm, marks=pytest.mark.long) for arm in ("gate-mass/weighted/default", "scaling/median/off")]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("arm", ["inflated/weighted/default", "gate-mass/weighted/default", "scaling/median/off"])
+@pytest.mark.parametrize("arm", ["inflated/weighted/default", *LONG_ARMS])
 def test_an_arm_is_measured_over_real_messages(cohort, monkeypatch, arm):
     shrink(monkeypatch)
     measured = poisoning.measure(ArmJob(0, 0, arm, 3, cohort))

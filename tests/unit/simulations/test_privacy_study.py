@@ -61,7 +61,7 @@ def result_of(**auc: float) -> StudyResult:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arm", ["cold-8", "warm-2"])
+@pytest.mark.parametrize("arm", [pytest.param("cold-8", marks=pytest.mark.long), "warm-2"])
 def test_private_arms_spend_their_epsilon(arm, public, monkeypatch):
     monkeypatch.setattr(privacy, "noise_of", NOISE_OF)
     run = privacy.arm_run(arm, 1, public)
@@ -105,7 +105,7 @@ def test_half_of_a_site_is_members(cohort):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arm", ["cold-2", "warm-inf", "public"])
+@pytest.mark.parametrize("arm", ["cold-2", pytest.param("warm-inf", marks=pytest.mark.long), "public"])
 def test_an_arm_is_trained_probed_and_attacked(cohort, arm, tmp_path, monkeypatch):
     for name, value in SMALL.items():
         monkeypatch.setattr(privacy, name, value)
