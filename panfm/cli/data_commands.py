@@ -5,6 +5,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
@@ -68,7 +69,7 @@ def init_empty(folder: Path, name: str | None) -> None:
     from panfm.data.template import init_site
 
     init_site(folder, typer.prompt("Stable name of the site") if name is None else name)
-    typer.echo(f"{folder}: fill in manifest.csv, then run: panfm site check {folder}")
+    typer.echo(f"{folder}: fill in manifest.csv, then run: panfm site check {quote(str(folder))}")
 
 
 def init_from(
@@ -84,13 +85,16 @@ def init_from(
     from panfm.data.joins import counted
     from panfm.data.manifest_proposal import propose
     from panfm.data.source_labels import SourceLabels
-    from panfm.data.template import add_rows, read_rows, site_text
+    from panfm.data.template import add_rows, plain_name, read_rows, site_text
 
     rules = name_rules(streams, subject)
     if split and split not in _SPLITS:
         raise ConfigError(f"--split: found {split!r:.40}, expected one of {', '.join(_SPLITS)}")
     is_new = not (folder / "site.toml").exists()
-    own_name, has_labels = folder.absolute().name if name is None else name, (folder / "labels.csv").is_file()
+    own_name = plain_name(folder.absolute().name) if name is None else name
+    has_labels = (folder / "labels.csv").is_file()
+    if is_new and not own_name:
+        raise ConfigError(f"--name: needed, as {str(folder)!r} has no letter of a to z, e.g. --name north")
     text = site_text(own_name) if is_new else ""
     site = parse_site(text) if is_new else load_site(folder)
     if name is not None and name != site.name:
@@ -114,7 +118,7 @@ def init_from(
     except OSError as error:
         raise DataError(f"{folder}: cannot be written to ({error.strerror}), expected a folder") from error
     add_rows(folder, site, proposal.added)
-    typer.echo(f"{folder}: {written} written; now run: panfm site check {folder}")
+    typer.echo(f"{folder}: {written} written; now run: panfm site check {quote(str(folder))}")
 
 
 def _require_clear(proposal: "Proposal", source: Path) -> None:
