@@ -174,7 +174,7 @@ def show(proposal: "Proposal", name: str) -> None:
         examples.append(one_line(f"{stream}: e.g. subject {own[-1].subject!r}, {own[-1].path}", limit=1000))
     table.add_section()
     table.add_row("any", *_numbers(rows), str(len(proposal.added)), *_splits(rows))
-    Console().print(table)
+    Console(markup=False).print(table)
     for line in (*examples, *_several_modalities(rows), *left_out_lines(proposal.left_out)):
         typer.echo(line)
 
@@ -239,4 +239,4 @@ def _print_places(
         holders = [str(len({row.subject for row in own if row.stream == stream})) for stream in streams]
         of_class = [str(sum(classes[subject] == value for subject in subjects)) for value in values] if classes else []
         table.add_row(name, str(len(subjects)), *of_split, *holders, *of_class)
-    Console().print(table)
+    Console(markup=False).print(table)
