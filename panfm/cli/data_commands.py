@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from panfm.cli.command_parts import no_nan
 from panfm.errors import ConfigError, DataError, one_line
 
 if TYPE_CHECKING:
@@ -39,9 +40,14 @@ def split(
     by: Annotated[str, typer.Option(help="stream, label, size or iid.")] = "iid",
     label: Annotated[str | None, typer.Option(help="With --by label: column of labels.csv, e.g. a scanner.")] = None,
     alpha: Annotated[
-        float, typer.Option(min=0.001, max=1e6, help="Of the Dirichlet distribution: small for sites that differ.")
+        float,
+        typer.Option(
+            min=0.001, max=1e6, callback=no_nan, help="Of the Dirichlet distribution: small for sites that differ."
+        ),
     ] = 0.3,
-    holdout: Annotated[float, typer.Option(min=0.0, max=0.9, help="Share of subjects that no site gets.")] = 0.2,
+    holdout: Annotated[
+        float, typer.Option(min=0.0, max=0.9, callback=no_nan, help="Share of subjects that no site gets.")
+    ] = 0.2,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="The same seed gives the same split.")] = 0,
 ) -> None:
     """Part one pooled site folder into simulated sites and a hold-out; every patient goes to one place, whole.
