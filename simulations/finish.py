@@ -35,6 +35,7 @@ from server.run_folder import RunFolder
 from server.tracking import log_images
 from server.tracking_config import tracking_of
 from simulations.alone import train_alone
+from simulations.cohorts.cohort_labels import read_cohort_labels
 from simulations.cohorts.opened import OpenedCohort
 from simulations.embedding_map import embedding_map
 from simulations.example_slices import example_slices, png_files
@@ -91,9 +92,10 @@ def sites_alone(run: RunConfig, cohort: Path, run_dir: Path) -> Iterator[Callabl
 
     Yields:
         A function that waits for the models, and returns them in the order of the site folders; no models where the
-        cohort has no held-out subjects to probe them on.
+        cohort has no held-out subjects, or no labels, to probe them on.
     """
-    folders = site_folders(cohort / "sites") if _has_holdout(cohort) else []
+    is_probed = _has_holdout(cohort) and read_cohort_labels(cohort).info
+    folders = site_folders(cohort / "sites") if is_probed else []
     jobs = [AloneJob(dump_toml(run), folder, run_dir) for folder in folders]
     with background_jobs(train_site_alone, jobs) as models:
         yield models
@@ -108,7 +110,8 @@ def finish(
     *,
     began_cpu_s: float | None = None,
 ) -> None:
-    """Probe the federation's model and its baselines if the cohort has held-out subjects; print and write the report.
+    """Probe the federation's model and its baselines if the cohort has held-out subjects with labels; print and write
+    the report.
 
     Args:
         alone: Waits for the models of `sites_alone`; they are trained now when left out.
@@ -118,8 +121,9 @@ def finish(
     """
     if _has_holdout(cohort):
         opened = OpenedCohort.open(cohort, run)
-        result = probe_run(run, cohort, run_dir, console, alone=alone, opened=opened)
-        write_result(run_dir / "probe.json", _labelled(privacy_label(run), result))
+        result = probe_run(run, cohort, run_dir, console, alone=alone, opened=opened) if opened.labels else None
+        if result:
+            write_result(run_dir / "probe.json", _labelled(privacy_label(run), result))
         write_report_data(run_dir, report_data(run, opened, run_dir, result, began_cpu_s))
     files = read_run(run_dir)
     if files.data.examples and tracking_of(run).images:
@@ -129,7 +133,7 @@ def finish(
 
 
 def report_data(
-    run: RunConfig, opened: OpenedCohort, run_dir: Path, result: ProbeResult, began_cpu_s: float | None
+    run: RunConfig, opened: OpenedCohort, run_dir: Path, result: ProbeResult | None, began_cpu_s: float | None
 ) -> ReportData:
     """Compute the parts of the report that need the cohort's images, and the processor time."""
     model = load_model(run_dir / "model")[0]
@@ -137,7 +141,8 @@ def report_data(
     if began_cpu_s is not None:
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
         cost = Cost(round(time.process_time() - began_cpu_s, 1), gpu)
-    aucs = {score.group: score.value for score in result.labels if (score.arm, score.metric) == ("federated", "auc")}
+    scores = result.labels if result else ()
+    aucs = {score.group: score.value for score in scores if (score.arm, score.metric) == ("federated", "auc")}
     best = sorted((label for label, auc in aucs.items() if math.isfinite(auc)), key=aucs.__getitem__, reverse=True)
     return ReportData(
         embedding_map(run, model, opened, best),

@@ -203,12 +203,14 @@ def _of_probe_tasks(run: RunConfig, sites: Sequence[_Place]) -> Iterator[str]:
 
 def _of_labels(labels: CohortLabels, sites: Sequence[_Place], holdout: _Place) -> list[str]:
     """Read all label tables as the probes will, and return a line on each label that is left out. Raises DataError: no
-    label could be probed."""
+    label of them could be probed."""
     told = list(labels.notes)
     known = {place.folder: _read(place, labels) for place in (*sites, holdout)}
     for place, table in ((place, known[place.folder]) for place in (*sites, holdout)):
         if table is not None:
             told += _unmatched(place, Unmatched.of(place.splits, table.subjects))
+    if not labels.info and not told and not any(place.site.labels for place in (*sites, holdout)):
+        return ["no labels.csv at any site or in the hold-out: the model is not probed"]
     if not labels.info:
         missing = f"{holdout.folder}: no label to probe"
         raise DataError(

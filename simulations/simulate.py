@@ -55,7 +55,7 @@ def simulate(
     Raises:
         PanfmError: the run did not do what was asked; the line says why.
     """
-    console = console or Console(soft_wrap=True, highlight=False)
+    console = console or Console(soft_wrap=True, highlight=False, markup=False)
     began_cpu_s = time.process_time()
     if resume:
         folder = _resume(resume, experiment, overrides, out)

@@ -109,4 +109,4 @@ def _print_coverage(report: SiteReport) -> None:
     table.add_section()
     subjects = {(row.subject, row.split) for row in report.rows}
     table.add_row("any", *(str(sum(split == own for _, own in subjects)) for split in SPLITS))
-    Console().print(table)
+    Console(markup=False).print(table)

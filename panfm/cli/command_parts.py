@@ -1,6 +1,7 @@
-"""Parts that some commands share: progress bars, the place of an output, the end of a chain."""
+"""Parts that some commands share: progress bars, the place of an output, the end of a chain, numbers."""
 
 import errno
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -46,3 +47,10 @@ def chain_end(text: str) -> str:
     if len(end) != 64 or set(end) - set("0123456789abcdef"):
         raise DataError(f"--noted {text!r:.80}: expected the 64 characters 0-9 and a-f of an end of the chain")
     return end
+
+
+def no_nan(value: float) -> float:
+    """Return the number of an option. Raises BadParameter: it is NaN, which passes every comparison with a range."""
+    if math.isnan(value):
+        raise typer.BadParameter("nan, expected a number")
+    return value

@@ -5,10 +5,12 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from panfm.cli.command_parts import no_nan
 from panfm.errors import ConfigError, DataError, one_line
 
 if TYPE_CHECKING:
@@ -38,9 +40,14 @@ def split(
     by: Annotated[str, typer.Option(help="stream, label, size or iid.")] = "iid",
     label: Annotated[str | None, typer.Option(help="With --by label: column of labels.csv, e.g. a scanner.")] = None,
     alpha: Annotated[
-        float, typer.Option(min=0.001, max=1e6, help="Of the Dirichlet distribution: small for sites that differ.")
+        float,
+        typer.Option(
+            min=0.001, max=1e6, callback=no_nan, help="Of the Dirichlet distribution: small for sites that differ."
+        ),
     ] = 0.3,
-    holdout: Annotated[float, typer.Option(min=0.0, max=0.9, help="Share of subjects that no site gets.")] = 0.2,
+    holdout: Annotated[
+        float, typer.Option(min=0.0, max=0.9, callback=no_nan, help="Share of subjects that no site gets.")
+    ] = 0.2,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="The same seed gives the same split.")] = 0,
 ) -> None:
     """Part one pooled site folder into simulated sites and a hold-out; every patient goes to one place, whole.
@@ -68,7 +75,7 @@ def init_empty(folder: Path, name: str | None) -> None:
     from panfm.data.template import init_site
 
     init_site(folder, typer.prompt("Stable name of the site") if name is None else name)
-    typer.echo(f"{folder}: fill in manifest.csv, then run: panfm site check {folder}")
+    typer.echo(f"{folder}: fill in manifest.csv, then run: panfm site check {quote(str(folder))}")
 
 
 def init_from(
@@ -84,13 +91,16 @@ def init_from(
     from panfm.data.joins import counted
     from panfm.data.manifest_proposal import propose
     from panfm.data.source_labels import SourceLabels
-    from panfm.data.template import add_rows, read_rows, site_text
+    from panfm.data.template import add_rows, plain_name, read_rows, site_text
 
     rules = name_rules(streams, subject)
     if split and split not in _SPLITS:
         raise ConfigError(f"--split: found {split!r:.40}, expected one of {', '.join(_SPLITS)}")
     is_new = not (folder / "site.toml").exists()
-    own_name, has_labels = folder.absolute().name if name is None else name, (folder / "labels.csv").is_file()
+    own_name = plain_name(folder.absolute().name) if name is None else name
+    has_labels = (folder / "labels.csv").is_file()
+    if is_new and not own_name:
+        raise ConfigError(f"--name: needed, as {str(folder)!r} has no letter of a to z, e.g. --name north")
     text = site_text(own_name) if is_new else ""
     site = parse_site(text) if is_new else load_site(folder)
     if name is not None and name != site.name:
@@ -114,7 +124,7 @@ def init_from(
     except OSError as error:
         raise DataError(f"{folder}: cannot be written to ({error.strerror}), expected a folder") from error
     add_rows(folder, site, proposal.added)
-    typer.echo(f"{folder}: {written} written; now run: panfm site check {folder}")
+    typer.echo(f"{folder}: {written} written; now run: panfm site check {quote(str(folder))}")
 
 
 def _require_clear(proposal: "Proposal", source: Path) -> None:
@@ -170,7 +180,7 @@ def show(proposal: "Proposal", name: str) -> None:
         examples.append(one_line(f"{stream}: e.g. subject {own[-1].subject!r}, {own[-1].path}", limit=1000))
     table.add_section()
     table.add_row("any", *_numbers(rows), str(len(proposal.added)), *_splits(rows))
-    Console().print(table)
+    Console(markup=False).print(table)
     for line in (*examples, *_several_modalities(rows), *left_out_lines(proposal.left_out)):
         typer.echo(line)
 
@@ -235,4 +245,4 @@ def _print_places(
         holders = [str(len({row.subject for row in own if row.stream == stream})) for stream in streams]
         of_class = [str(sum(classes[subject] == value for subject in subjects)) for value in values] if classes else []
         table.add_row(name, str(len(subjects)), *of_split, *holders, *of_class)
-    Console().print(table)
+    Console(markup=False).print(table)

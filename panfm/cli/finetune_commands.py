@@ -175,4 +175,4 @@ def _print_scores(scores: "Sequence[Score]") -> None:
     table = Table("", "of", "metric", "value [95 % interval]")
     for score in scores:
         table.add_row(score.arm, score.group, score.metric, score_text(score))
-    Console().print(table)
+    Console(markup=False).print(table)

@@ -240,7 +240,7 @@ def _print_scores(scores: Sequence["Score"]) -> None:
     table = Table(*(["features"] if len(arms) > 1 else []), "label", "metric", "value [95 % interval]")
     for score in scores:
         table.add_row(*([score.arm] if len(arms) > 1 else []), score.group, score.metric, score_text(score))
-    Console().print(table)
+    Console(markup=False).print(table)
 
 
 @app.command()
@@ -266,7 +266,7 @@ def report(
     from panfm.report.report_page import write_comparison, write_report
 
     for run in runs:
-        print_tables(run, Console())
+        print_tables(run, Console(markup=False))
     try:
         path = write_report(runs[0], page) if len(runs) == 1 else write_comparison(runs, page)
     except OSError as error:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from panfm.cli.command_parts import progress_bar
-from panfm.errors import DataError
+from panfm.cli.command_parts import no_nan, progress_bar
+from panfm.errors import DataError, one_line
 
 if TYPE_CHECKING:
     from panfm.planning.plan import Plan
@@ -24,7 +24,9 @@ def plan(
     sites: Annotated[list[Path], typer.Argument(help="Site folders.")],
     out: Annotated[Path, typer.Option(help="Run description to write (TOML); a new file.")],
     holdout: Annotated[Path | None, typer.Option(help="Folder of held-out subjects, made as a site's.")] = None,
-    minutes: Annotated[float, typer.Option(min=0.1, max=100_000.0, help="Time for the run on this machine.")] = 10.0,
+    minutes: Annotated[
+        float, typer.Option(min=0.1, max=100_000.0, callback=no_nan, help="Time for the run on this machine.")
+    ] = 10.0,
 ) -> None:
     """Read the headers of all images, propose a run and write its description: about ten lines.
 
@@ -80,7 +82,7 @@ def _print(plan: "Plan") -> None:
         f"{cost.round_seconds:.1f} s, {cost.bytes_up:,} bytes from them"
     )
     for note in plan.notes:
-        typer.echo(f"note: {note}")
+        typer.echo(one_line(f"note: {note}", limit=1000))
 
 
 def _axes(numbers: Iterable[float]) -> str:

@@ -39,7 +39,7 @@ _BIDS_STREAMS = {"ct": "brain-ct", "pet": "brain-pet"} | {
     suffix: f"brain-mr.{SEQUENCES[suffix.lower()]}"
     for suffix in ("T1w", "T2w", "FLAIR", "PDw", "T2starw", "angio", "UNIT1")
 }
-_IMAGE_SUFFIX = re.compile(r"(\.nii|\.[A-Za-z0-9]{1,4})?(\.gz)?$")
+_IMAGE_SUFFIX = re.compile(r"(\.nii|\.[a-z0-9]{1,4})?(\.gz)?$", re.IGNORECASE)
 _PERSON = re.compile(r"(?:^|[/_])(sub-[A-Za-z0-9]+)(?=[/_.]|$)")
 _SESSION = re.compile(r"(?:^|[/_])(ses-[A-Za-z0-9]+)(?=[/_.]|$)")
 

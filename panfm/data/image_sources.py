@@ -163,8 +163,8 @@ def images_of_table(table: Path, rules: NameRules, left_out: list[LeftOut]) -> l
         DataError: it is no table, or has no columns for subject and path.
     """
     try:
-        delimiter = "\t" if table.suffix.lower() == ".tsv" else ","
-        columns, lines = read_table(table, (), delimiter=delimiter)
+        is_tsv = table.suffix.lower() == ".tsv"
+        columns, lines = read_table(table, (), delimiter="\t" if is_tsv else ",")
     except DataError as error:
         raise DataError(f"{table}: {error}, expected a folder of images or a table of subject and path") from error
     plain = {one: one.lower().replace(" ", "_").replace("-", "_") for one in columns}
@@ -172,8 +172,8 @@ def images_of_table(table: Path, rules: NameRules, left_out: list[LeftOut]) -> l
     for needed in ("subject", "path"):
         if not column_of[needed]:
             given, expected = ", ".join(columns) or "nothing", " or ".join(_COLUMNS[needed])
-            is_one = len(columns) == 1 and any(mark in given for mark in ";|\t")
-            hint = " (save the table with commas between cells)" if is_one else ""
+            is_one, mark = len(columns) == 1 and any(mark in given for mark in ",;|\t"), "tabs" if is_tsv else "commas"
+            hint = f" (save the table with {mark} between cells)" if is_one else ""
             raise DataError(f"{table}: found columns {given}, expected one for the {needed}: {expected}{hint}")
     unused = [column for column in columns if column not in column_of.values()]
     left_out += [LeftOut(f"column {name}", "no column of a manifest; labels go into labels.csv") for name in unused]

@@ -196,11 +196,12 @@ def _infer(cells: Sequence[str], rule: LabelRule, name: str) -> tuple[LabelKind,
         told = counted(sum(counts[cell] for cell in counts if cell not in numbers), "cell")
         why = f"{told} without a number, e.g. {odd!r:.40}"
         return LabelKind("ignore"), f"{why}; left out until {RULES} says: [{name}] unknown = [{odd!r:.40}]"
-    if rule.unknown != () and (code := _code(numbers)):
-        rest = [number for cell, number in numbers.items() if cell != code]
-        others = f"({min(rest):g} to {max(rest):g})"
-        why = f"{counted(counts[code], 'subject')} with {code}, far from the others {others}: not known?"
-        remedy = f'{RULES} says: [{name}] unknown = ["{code}"], or unknown = []'
+    if rule.unknown != () and (codes := _codes(numbers)):
+        rest = [number for cell, number in numbers.items() if cell not in codes]
+        told = counted(sum(counts[code] for code in codes), "subject")
+        why = f"{told} with {', '.join(codes)}, far from the others ({min(rest):g} to {max(rest):g}): not known?"
+        listed = ", ".join(f'"{code}"' for code in (*(rule.unknown or ()), *codes))
+        remedy = f"{RULES} says: [{name}] unknown = [{listed}], or unknown = []"
         return LabelKind("ignore"), f"{why} left out until {remedy}"
     few = rule.kind is None and len(numbers) <= _FEW_NUMBERS and {*numbers.values()} <= _GRADES
     note = f'{_listed(numbers)}: read as a number; if they are names, {RULES}: [{name}] kind = "classes"' if few else ""
@@ -252,10 +253,11 @@ def _classes(counts: Mapping[str, int], unknown: frozenset[str], *, asked: bool)
     return LabelKind("classes", values, unknown), f"classes {_listed(values)}, each probed against the others"
 
 
-def _code(numbers: Mapping[str, float]) -> str | None:
-    """The cell whose number stands apart as codes for "not known" do; None if there is none."""
+def _codes(numbers: Mapping[str, float]) -> list[str]:
+    """The cells whose numbers stand apart as codes for "not known" do, but never all cells."""
+    codes: list[str] = []
     if {*numbers.values()} == {-1.0, 1.0}:
-        return None
+        return codes
     for cell, number in numbers.items():
         if number not in _CODES:
             continue
@@ -263,8 +265,8 @@ def _code(numbers: Mapping[str, float]) -> str | None:
         rest = [other for other in others if other not in _CODES] or others
         largest = max(map(abs, rest), default=math.inf)
         if (number < 0 and rest and min(rest) >= 0) or largest <= abs(number) / _FAR:
-            return cell
-    return None
+            codes.append(cell)
+    return codes if len(codes) < len(numbers) else codes[:1]
 
 
 def _listed(values: Iterable[str]) -> str:

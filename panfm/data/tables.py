@@ -32,8 +32,10 @@ def read_table(
         hint = _separator_hint(columns, needed) or (f", found {', '.join(columns):.80}" if columns else "")
         raise DataError(f"no column {', '.join(missing)}{hint}")
     allowed = columns if optional is None else [*needed, *optional]
-    for name in columns:
-        if name not in allowed or not name:
+    for number, name in enumerate(columns, start=1):
+        if not name:
+            raise DataError(f"no name over column {number} of {len(columns)} (a column too many?)")
+        if name not in allowed:
             raise DataError(f"unknown column {name!r}, known: {', '.join(allowed)}")
         if columns.count(name) > 1:
             raise DataError(f"column {name!r} twice")
@@ -56,7 +58,8 @@ def _separator_hint(columns: Sequence[str], needed: Sequence[str]) -> str:
     """Name the separator of a table that has other ones than commas."""
     header = ",".join(columns)
     for separator, name in _SEPARATORS.items():
-        if {*needed} <= {cell.strip(' "') for cell in header.split(separator)} or header == f"sep={separator}":
+        cells = {cell.strip(' "') for cell in header.split(separator)}
+        if (separator in header and {*needed} <= cells) or header == f"sep={separator}":
             return f" (cells separated by {name}; save it with commas, and points in numbers)"
     return ""
 

@@ -2,6 +2,8 @@
 
 import csv
 import io
+import re
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -129,6 +131,12 @@ def init_site(folder: Path, name: str) -> None:
             path.write_text(content, encoding="utf-8")
     except OSError as error:
         raise DataError(f"{folder}: cannot be written to ({error.strerror}), expected a folder") from error
+
+
+def plain_name(text: str) -> str:
+    """A name as sites and runs have it, made from any text: `South Clinic` becomes `south-clinic`; may be empty."""
+    letters = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
+    return re.sub(r"[^a-z0-9._-]+", "-", letters).strip("-._")[:64]
 
 
 def site_text(name: str, *, has_labels: bool = False) -> str:

@@ -133,7 +133,7 @@ class Model:
 
         Args:
             images: Stream -> path of one subject's image, or a list with one path per subject (None where a subject
-                lacks the stream); or a site folder; or an `ImageStore`.
+                lacks the stream, of which it needs one); or a site folder; or an `ImageStore`.
             pooling: Instead of the run's, unwhitened: e.g. `cls`, `per-stream`, `layers`, `layers:8,10,12`.
             frame: Whether to return a data frame whose index names the subjects (needs the extra `evaluate`); files
                 name a subject by the path of its first image.
@@ -182,7 +182,7 @@ class Model:
         if stream not in files:
             raise ConfigError(f"images: found {', '.join(files)}, expected {stream}, which the model segments")
         masks: list[SegmentedImage | None] = []
-        for store in stores_of(files, self.streams):
+        for store in stores_of(files, self.streams, may_be_empty=True):
             part = files[stream][len(masks) : len(masks) + len(store.subjects)]
             paths = {row: path for row, path in enumerate(part) if path is not None}
             of_row = dict(zip(paths, self.task_model.segment(self.encoder.model, store, paths), strict=True))
@@ -210,7 +210,7 @@ class Model:
         """
         files = files_of(images, self.streams)
         values: dict[str, list[NDArray[np.float32]]] = {name: [] for name in files}
-        for store in stores_of(files, self.streams):
+        for store in stores_of(files, self.streams, may_be_empty=True):
             for name, tokens in stream_tokens(self.encoder.model, store).items():
                 values[name].append(tokens)
         grids = {}

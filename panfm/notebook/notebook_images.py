@@ -52,9 +52,13 @@ def files_of(images: FilesByStream | Place, streams: Mapping[str, StreamConfig])
     return files
 
 
-def stores_of(images: Images, streams: Mapping[str, StreamConfig]) -> Iterator[ImageStore]:
+def stores_of(
+    images: Images, streams: Mapping[str, StreamConfig], *, may_be_empty: bool = False
+) -> Iterator[ImageStore]:
     """Read images, a few subjects at a time where they are files; a site's come from its cache.
 
+    Args:
+        may_be_empty: Whether to accept a subject of files without any image.
     Raises:
         ConfigError, DataError: as `files_of`, or an image does not hold.
     """
@@ -64,6 +68,9 @@ def stores_of(images: Images, streams: Mapping[str, StreamConfig]) -> Iterator[I
     elif isinstance(images, Mapping):
         files = files_of(images, streams)
         subjects = len(next(iter(files.values())))
+        empty = [number for number, paths in enumerate(zip(*files.values(), strict=True)) if not any(paths)]
+        if empty and not may_be_empty:
+            raise ConfigError(f"images: found None in every stream at place {empty[0]} of the lists, expected an image")
         for first in range(0, subjects, _AT_ONCE):
             yield _store({name: paths[first : first + _AT_ONCE] for name, paths in files.items()}, streams)
     elif isinstance(images, str | os.PathLike) and not Path(images).is_file():

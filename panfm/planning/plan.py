@@ -7,13 +7,13 @@ the budget still holds enough rounds. The number of rounds fills the budget, by 
 
 import json
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from panfm.config import RunConfig, SiteConfig, StreamConfig, load_site, parse_run
 from panfm.data.manifest import read_manifest
+from panfm.data.template import plain_name
 from panfm.errors import DataError, LimitError
 from panfm.models.sizes import sizes_of
 from panfm.planning.cost import Cost, measure_cost
@@ -74,7 +74,7 @@ def make_plan(
         _check_holdout(holdout)
     survey = survey_sites(folders, progress)
     tasks, missing = propose_tasks(folders)
-    finest = _Description(folders, _plain_name(name), holdout, propose_streams(survey.streams), survey, tasks)
+    finest = _Description(folders, plain_name(name) or "run", holdout, propose_streams(survey.streams), survey, tasks)
     trial, told = _fitting_images(finest, minutes)
     size, cost = _fitting_size(trial, minutes)
     rounds = max(1, min(_MOST_ROUNDS, round(_rounds(minutes, cost))))
@@ -267,10 +267,6 @@ def _check_holdout(folder: Path) -> None:
         raise DataError(
             f"{folder / site.manifest}: no row in split test, expected the held-out subjects' to be; {remedy}"
         )
-
-
-def _plain_name(name: str) -> str:
-    return re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-._")[:64] or "run"
 
 
 def _quoted(folder: Path) -> str:

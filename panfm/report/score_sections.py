@@ -19,7 +19,9 @@ from panfm.report.console_tables import (
 from panfm.report.run_files import Run
 from panfm.report.verdict import OURS, arm_words, best_site, main_scores
 
-NOT_SCORED = "The run has no scores of held-out patients: a simulation with a hold-out makes them at its end."
+NOT_SCORED = (
+    "The run has no scores of held-out patients: a simulation makes them at its end, from a hold-out with labels."
+)
 
 
 def task_section(run: Run) -> Section | None:

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from panfm.cli import main
 from panfm.config import load_run
 from panfm.evaluate.embed import read_features
+from panfm.report.report_data import read_report_data
 from simulations.__main__ import app as simulations
 
 REAL = os.environ.get("PANFM_REAL_DATA", "")
@@ -111,9 +112,13 @@ def test_one_pooled_folder_is_split_and_simulated(tmp_path):
     files = copy(volumes, tmp_path / "files")
     tool(main, "site", "init", tmp_path / "pooled", "--from", files, "--stream", "hippocampus-mr=*", "--yes")
     words = ["--sites", 3, "--by", "size", "--alpha", 5]
-    shown = tool(main, "split", tmp_path / "pooled", "--out", tmp_path / "cohort", *words, "--holdout", 0)
+    shown = tool(main, "split", tmp_path / "pooled", "--out", tmp_path / "cohort", *words, "--holdout", 0.2)
     assert "site-3" in shown
     run = tmp_path / "run.toml"
     run.write_text(DESCRIPTION.format(folder=tmp_path / "cohort"))
     table = run_and_embed(tmp_path, run, tmp_path / "pooled")
     assert len(table.subjects) == 40
+    shown = read_report_data(tmp_path / "run")  # the hold-out has no labels: it is shown, and not probed
+    assert shown.examples.rows[0].stream == "hippocampus-mr"
+    assert shown.embedding.sites.count("held out") == 8
+    assert not (tmp_path / "run" / "probe.json").exists()

@@ -56,6 +56,7 @@ def decode_picture(content: bytes) -> Picture:
         image.load()
         if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema() != (255, 255):
             raise ImageError("transparent pixels", "an opaque picture")
+        image.info.pop("transparency", None)
         ImageOps.exif_transpose(image, in_place=True)
     if orientation in range(2, 9):
         image.info["applied"] = f"turned as its EXIF orientation ({orientation}) says"

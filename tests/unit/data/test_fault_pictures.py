@@ -95,6 +95,12 @@ def test_what_pillow_would_change_is_refused(name):
     assert text in str(caught.value)
 
 
+def test_an_opaque_palette_is_read_without_a_warning_of_pillow(recwarn):
+    palette = decode_picture(saved(RGB.convert("P"), "PNG", transparency=b"\xff" * 256))
+    assert prepare_picture(palette, COLOUR).shape == (3, 8, 8)
+    assert list(recwarn) == []
+
+
 EIGHT = [png(1, 0, depth=2, size=(4, 1)), png(1, 0, depth=8), saved(RGB, "WEBP")]
 
 

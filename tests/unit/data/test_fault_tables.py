@@ -51,6 +51,24 @@ def test_a_line_for_excel_is_named(tmp_path):
     assert "(cells separated by semicolons; " in told(tmp_path, "sep=;\n" + text_of(";"))
 
 
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ('subject,stream,path\n"a,brain-mr,x\n', "no UTF-8 CSV file (unexpected end of data)"),
+        (
+            f"subject,stream,path\na,brain-mr,{'x' * 200_000}\n",
+            "no UTF-8 CSV file (field larger than field limit (131072))",
+        ),
+        ("subject,stream,path,\na,brain-mr,x,\n", "no name over column 4 of 4 (a column too many?)"),
+        (",subject,stream,path\n0,a,brain-mr,x\n", "no name over column 1 of 4 (a column too many?)"),
+    ],
+    ids=["a quote that is not closed", "a long cell", "a comma at the end", "an index of pandas"],
+)
+@pytest.mark.parametrize("needed", [(), NEEDED])
+def test_no_separator_is_named_where_it_is_not_at_fault(tmp_path, content, complaint, needed):
+    assert told(tmp_path, content, needed) == complaint
+
+
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
 @pytest.mark.parametrize("mark", [True, False])
 @pytest.mark.parametrize("separator", [",", "\t"])

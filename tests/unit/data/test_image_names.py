@@ -24,6 +24,8 @@ def read(path, patterns=None, subject=None):
         ("test/chest_xray_0007.png", NamedImage("0007", "chest-xray", "", "test")),
         ("Validation/oct/17.png", NamedImage("17", "eye-oct", "", "val")),
         ("brain/007_ses-b_T2.nii.gz", NamedImage("007", "brain-mr.t2", "ses-b")),
+        ("Brain/012_T1.NII.GZ", NamedImage("012", "brain-mr.t1")),
+        ("chest/XRAY_0008.PNG", NamedImage("0008", "chest-xray")),
         ("us/breast_left/n3.png", NamedImage("n3", "breast-ultrasound")),
     ],
 )

@@ -38,6 +38,9 @@ def kind_of(*cells, **rule):
         ("0 1 -1", "ignore", (), 'left out until labels.toml says: [x] unknown = ["-1"], or unknown = []'),
         ("61 54 -999 -999", "ignore", (), "2 subjects with -999, far from the others (54 to 61)"),
         ("61 54 999", "ignore", (), "far from the others"),
+        ("0 1 -1 -999 9", "ignore", (), "3 subjects with -1, -999, 9, far from the others (0 to 1)"),
+        ("0 1 -1 -999 9", "ignore", (), 'labels.toml says: [x] unknown = ["-1", "-999", "9"], or unknown = []'),
+        ("-9 99", "ignore", (), "1 subject with -9, far from the others (99 to 99)"),
         ("90 84 99", "number", (), ""),
         ("61 54 <5", "ignore", (), "1 cell without a number, e.g. '<5'; left out until"),
         ("61 54 NA nan ?", "number", (), ""),
@@ -90,6 +93,10 @@ def test_a_rule_overrules(cells, rule, kind, values):
 def test_a_rule_that_does_not_go_with_the_values_is_one_line(cells, rule, why):
     with pytest.raises(ConfigError, match=why):
         kind_of(*cells.split(), **rule)
+
+
+def test_a_further_code_is_asked_about_beside_those_that_are_known():
+    assert '[x] unknown = ["-1", "9"], or' in kind_of("0", "1", "2", "-1", "9", unknown=("-1",))[2]
 
 
 def test_a_rule_for_a_column_that_is_not_there():

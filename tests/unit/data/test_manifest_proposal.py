@@ -1,6 +1,7 @@
 """`panfm site init --from`: what it shows, writes and keeps. Images are empty files: nothing is read but names."""
 
 import os
+import shlex
 from collections import Counter
 
 import pytest
@@ -57,6 +58,25 @@ def test_nothing_is_written_before_it_is_agreed_to(tmp_path, bids):
     assert result.exit_code == 1
     assert result.stderr == "nothing is written; give --yes to write it\n"
     assert not (tmp_path / "site").exists()
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"), [("South Clinic", "south-clinic"), ("Zürich_2", "zurich_2"), ("NORTH", "north"), (".a", "a")]
+)
+def test_a_site_is_named_after_its_folder(tmp_path, bids, folder, name):
+    result = init(tmp_path / folder, bids, "--yes")
+    assert result.exit_code == 0, result.output
+    assert load_site(tmp_path / folder).name == name
+    assert shlex.split(result.output.splitlines()[-1])[-1] == str(tmp_path / folder)
+
+
+def test_a_folder_that_gives_no_name_is_told(tmp_path, bids):
+    result = init(tmp_path / "北京", bids, "--yes")
+    assert result.exit_code == 1
+    [line] = result.stderr.splitlines()
+    assert line == f"--name: needed, as {str(tmp_path / '北京')!r} has no letter of a to z, e.g. --name north"
+    assert not (tmp_path / "北京").exists()
+    assert init(tmp_path / "北京", bids, "--yes", "--name", "beijing").exit_code == 0
 
 
 def test_a_bids_folder_becomes_a_site(tmp_path, bids):

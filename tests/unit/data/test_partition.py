@@ -142,6 +142,23 @@ def test_labels_are_joined_whatever_the_spelling(clinic, tmp_path):
     assert {"s01", "s02"} <= {line.partition(",")[0] for line in written.splitlines()}
 
 
+@pytest.mark.parametrize("option", ["--alpha", "--holdout"])
+def test_nan_is_outside_of_every_range(clinic, tmp_path, option):
+    result = split(clinic, "--out", tmp_path / "out", "--sites", 2, "--by", "size", option, "nan")
+    assert result.exit_code == 2
+    assert "nan, expected a number" in result.output
+
+
+def test_classes_are_printed_as_they_are_written(clinic, tmp_path):
+    """`[/a]` would end a style in the markup of rich."""
+    table = clinic / "labels.csv"
+    table.write_text(table.read_text().replace(",A,", ",[/a],"))
+    words = ["--sites", 2, "--by", "label", "--label", "scanner", "--alpha", 10]
+    result = split(clinic, "--out", tmp_path / "out", *words)
+    assert result.exit_code == 0
+    assert "[/a]" in result.output
+
+
 def test_sites_are_written_with_paths_that_lead_to_the_images(clinic, tmp_path):
     out = tmp_path / "fed"
     result = split(

@@ -164,6 +164,8 @@ def test_a_run_and_a_site_are_probed_in_one_step(place, tmp_path):
     told = panfm("probe", out, "--labels", tmp_path / "labels.csv").output
     assert "bright: f is read as 0, m as 1" in told
     assert told.partition("\n")[2] == two_steps.output
+    (tmp_path / "labels.csv").write_text(words.replace("bright", "[/b]"))
+    assert "[/b]" in panfm("probe", out, "--labels", tmp_path / "labels.csv").output
     (tmp_path / "labels.csv").write_text("subject,bright\np1,1\n")
     refused = panfm("probe", out, "--labels", tmp_path / "labels.csv")
     assert refused.stderr == f"{tmp_path}/labels.csv: no label to probe, expected a column whose values vary\n"

@@ -63,6 +63,13 @@ def test_a_subject_is_embedded_from_the_streams_that_it_has(run_folder, files):
     assert np.abs(both[1] - eye[0]).max() > 1e-3
 
 
+def test_a_subject_without_any_image_is_refused(run_folder, files):
+    """Its embedding would be a constant of the network."""
+    files["brain-mr"][0] = None
+    with pytest.raises(ConfigError, match="found None in every stream at place 0 of the lists, expected an image"):
+        panfm.load(run_folder).embed(files)
+
+
 def test_more_subjects_than_are_read_at_once(run_folder, files, monkeypatch):
     model = panfm.load(run_folder)
     expected = model.embed(files)

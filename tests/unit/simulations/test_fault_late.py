@@ -14,6 +14,9 @@ def test_no_label_at_all(attempt):
     for name in ("a", "b", "held"):
         attempt.edit(f"{name}/site.toml", lambda text: text.replace('labels = "labels.csv"', ""))
     assert 'no label to probe, expected labels = "labels.csv" in site.toml' in attempt.told()
+    for name in ("a", "b", "held"):
+        (attempt.folder / name / "labels.csv").unlink()
+    assert attempt.lines() == ["no labels.csv at any site or in the hold-out: the model is not probed"]
     attempt.edit("run.toml", lambda text: text.replace('holdout = "held"', ""))
     assert attempt.lines() == ["no hold-out: the model is not probed"]
 
