@@ -33,6 +33,7 @@ from panfm.models import build_model, describe_model
 from panfm.models.packing import frozen_manifest, trained_manifest
 from panfm.privacy.guarantees import privacy_label
 from panfm.privacy.ledger import Limits, run_ledger
+from panfm.report.run_events import EventKind
 from panfm.sharing.groups import Flat, GroupManifest
 from panfm.sharing.messages import Handshake, RoundTask
 from server.checkpoint import ServerState
@@ -68,9 +69,11 @@ def run_federation(grid: Grid, folder: RunFolder, progress: Progress, *, num_sit
     check_sums_fit(run, embedding_size)
     first, manifest = initial_state(run, start := folder.start())
     frozen = folder.frozen() or folder.keep_frozen(frozen_groups(run, start))
+    state = folder.latest_state() or first
+    folder.events.begin(state.run_id, state.round_number)
     attendance = _gather_sites(grid, folder, manifest, progress, num_sites=num_sites)
-    if not (state := folder.latest_state()):
-        folder.save_state(state := first)
+    if state is first:
+        folder.save_state(state)
     fill_in_constants(grid, folder, state.run_id, attendance.roster)
     run = folder.shared_run
     strategy = make_strategy(folder, manifest, attendance.roster, state, frozen)
@@ -91,6 +94,7 @@ def run_federation(grid: Grid, folder: RunFolder, progress: Progress, *, num_sit
             line |= {"away": membership.away(line["round"], line["asked"]), "moved": membership.moved}
             line["epsilon"] = costs.after(line["asked"])
             folder.append_round(line)
+            folder.events.note_round(line)
             tracking.round(line)
             membership.note_late(line)
             for site, reason in line["rejected"].items():
@@ -107,6 +111,7 @@ def run_federation(grid: Grid, folder: RunFolder, progress: Progress, *, num_sit
     sites = [handshake.site for handshake in attendance.roster.values()]
     folder.save_model(state, manifest, frozen, sites, probes)
     folder.kept_sums(state.round_number).unlink(missing_ok=True)
+    folder.events.note(EventKind.FINISHED, f"the model of round {state.round_number} is saved")
 
 
 def train_round(grid: Grid, strategy: GroupedMean, state: ServerState) -> tuple[ServerState, dict[str, Any]]:

@@ -7,6 +7,7 @@ expected-sites.csv    the coordinator's table of expected sites, if there is one
 inputs.json        constants of the tokenizers' inputs, and sites whose sums they come from, in a run that asks for sums
 sites.json         handshakes, coverage, and who cannot take part
 rounds.jsonl       one line per round
+events.jsonl       the history: starts, failures, sites that were missing; lines are only added (events.py)
 ended.json         how and why the run ended without a model
 checkpoint/        the server's state after the last rounds, and run.toml as it was in its first round
 model/             model.safetensors, metadata.json, run.toml; with probe.tasks probe.safetensors; with [task] task.json
@@ -21,6 +22,7 @@ flower.json        where Flower runs it (server/coordinator.py)
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -49,9 +51,11 @@ from panfm.models import describe_model
 from panfm.models.packing import frozen_manifest
 from panfm.models.warm_start import read_start, start_state, with_start_parameters
 from panfm.privacy.guarantees import checked_run, load_checked_run, privacy_label
+from panfm.report.run_events import EventKind
 from panfm.sharing.groups import Flat, GroupManifest
 from panfm.sharing.messages import Handshake
 from server.checkpoint import ServerState, load_latest, save_state
+from server.events import EventLog
 from server.expected_sites import FILE as EXPECTED_SITES
 from server.expected_sites import ExpectedSites
 from server.handshake import Attendance
@@ -84,6 +88,11 @@ class RunFolder:
     def shared_run(self) -> RunConfig:
         """The description as sites are told of it."""
         return as_told(self.run)
+
+    @cached_property
+    def events(self) -> EventLog:
+        """The history of the run. Raises DataError if its file is damaged."""
+        return EventLog(self.path)
 
     @staticmethod
     def check_new(path: Path, run: RunConfig) -> None:
@@ -199,7 +208,10 @@ class RunFolder:
                 raise
 
     def note_end(self, reason: str, *, state: str = "failed") -> None:
-        """Write into `ended.json` why the run ended without a model; errors of the disk are ignored."""
+        """Write into `ended.json`, and add to the history, why the run ended without a model; errors of the disk are
+        ignored."""
+        with suppress(PanfmError):
+            self.events.note(EventKind(state), reason)
         with suppress(OSError):
             write_json(self.path / ENDED, {"state": state, "reason": reason}, indent=2)
 
