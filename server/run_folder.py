@@ -60,6 +60,8 @@ from server.expected_sites import FILE as EXPECTED_SITES
 from server.expected_sites import ExpectedSites
 from server.handshake import Attendance
 from server.label_probe import LabelProbes
+from server.patient_grid import ReplyLostError
+from server.quorum import NoQuorumError
 from server.tracking_config import tracking_of
 
 _START = "start.safetensors"
@@ -75,6 +77,10 @@ _LOCK_WAIT_S = 10.0
 def default_path(name: str) -> Path:
     """Where the folder of a run of this name lies unless it is told otherwise: `runs/<name>-<time>`."""
     return Path(f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+
+
+class DiskError(RunError):
+    """The disk does not take a file of the run."""
 
 
 class RunFolder:
@@ -201,19 +207,24 @@ class RunFolder:
             try:
                 yield
             except PanfmError as error:
-                self.note_end(str(error))
+                self.note_end(str(error), can_heal=_can_heal(error))
                 raise
             except Exception as error:
-                self.note_end(f"internal error ({type(error).__name__}); the server's log tells more")
+                words = f"internal error ({type(error).__name__}); the server's log tells more"
+                self.note_end(words, can_heal=True)
                 raise
 
-    def note_end(self, reason: str, *, state: str = "failed") -> None:
+    def note_end(self, reason: str, *, state: str = "failed", can_heal: bool = False) -> None:
         """Write into `ended.json`, and add to the history, why the run ended without a model; errors of the disk are
-        ignored."""
+        ignored.
+
+        Args:
+            can_heal: The run may get further if it is resumed as it is.
+        """
         with suppress(PanfmError):
             self.events.note(EventKind(state), reason)
         with suppress(OSError):
-            write_json(self.path / ENDED, {"state": state, "reason": reason}, indent=2)
+            write_json(self.path / ENDED, {"state": state, "reason": reason, "can-heal": can_heal}, indent=2)
 
     def describe(self) -> None:
         """Write the description anew, for a run that has begun. Raises RunError as `save_state` does."""
@@ -344,7 +355,11 @@ def _written(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise RunError(f"{path}: cannot be written ({error.strerror}); the run can be resumed") from error
+        raise DiskError(f"{path}: cannot be written ({error.strerror}); the run can be resumed") from error
+
+
+def _can_heal(error: PanfmError) -> bool:
+    return isinstance(error, DiskError | ReplyLostError) or (isinstance(error, NoQuorumError) and error.can_heal)
 
 
 @contextmanager

@@ -123,7 +123,7 @@ def test_every_site_that_fails_is_named(run, manifest, nodes):
             2: words(good(run, manifest, "zeta")),
             3: words(good(run, manifest, "alpha")),
             4: Error(1000, "site beta: DataError: faulty"),
-            5: Error(3, "Node Unavailable"),
+            5: Error(5, "Node Unavailable"),
             6: words(good(run, manifest, "mu")) | {"subjects": "many"},
             7: words(good(run, manifest, "\x1b[31m\n")),
         },
