@@ -26,6 +26,8 @@ from strategies import GroupedMean
 from strategies.round_messages import make_array, view_arrays
 
 logger = logging.getLogger(__name__)
+KeptReplies = dict[int, tuple[Message, RecordDict]]
+"""Node id -> its reply, and a copy of the content."""
 
 
 @dataclass
@@ -39,7 +41,7 @@ class RoundAttempt:
     choose: Callable[[int], Mapping[int, Handshake]]
     """Sites to ask in a round, by node id."""
     watch: Watch = unwatched
-    _kept: dict[int, tuple[Message, RecordDict]] = field(default_factory=dict)
+    _kept: KeptReplies = field(default_factory=dict)
 
     def __call__(self) -> tuple[ServerState, dict[str, Any]]:
         """Return the state after the round, and its line for rounds.jsonl.
@@ -50,7 +52,8 @@ class RoundAttempt:
         number, strategy, membership = self.before.round_number + 1, self.strategy, self.membership
         strategy.roster = self.choose(number)
         strategy.memory = self.before.memory
-        state, line = self._train()
+        state, line, exchange = train_round(self.grid, strategy, self.before, kept=self._kept, watch=self.watch)
+        membership.note_heard(exchange)
         line |= {"away": membership.away(number, line["asked"]), "moved": membership.moved}
         membership.note_late(line)
         for site, reason in line["rejected"].items():
@@ -58,43 +61,6 @@ class RoundAttempt:
         if len(line["sites"]) < strategy.run.federation.min_sites:
             raise self._no_quorum(line)
         return state, line
-
-    def _train(self) -> tuple[ServerState, dict[str, Any]]:
-        start, before, strategy = time.monotonic(), self.before, self.strategy
-        number, run = before.round_number + 1, strategy.run
-        task = RoundTask(before.run_id, number, dump_toml(run), before.groups, before.profile)
-        config = ConfigRecord(dict(task.to_records().config))
-        arrays = ArrayRecord({group: make_array(flat) for group, flat in before.groups.items()})
-        messages = strategy.configure_train(number, arrays, config, self.grid)
-        names: dict[int, str] = {}
-
-        def to_ask() -> Iterator[Message]:
-            for message in messages:
-                node_id = message.metadata.dst_node_id
-                names[node_id] = strategy.asked[node_id].site
-                if node_id not in self._kept:
-                    yield message
-
-        exchange = Exchange(
-            self.grid, to_ask(), run.federation.round_timeout_s, on_change=lambda changed: self.watch(changed, names)
-        )
-        arrays, _ = strategy.aggregate_train(number, self._replies(exchange))
-        self.membership.note_heard(exchange)
-        line = round_line(number, time.monotonic() - start, exchange, strategy)
-        groups, profile = view_arrays(arrays), line["profile"] or before.profile
-        return ServerState(before.run_id, number, groups, profile, strategy.memory), line
-
-    def _replies(self, exchange: Exchange) -> Iterator[Message]:
-        """Yield the replies that are kept, and those of the exchange; keep these if asking again would cost."""
-        for node_id, (reply, content) in self._kept.items():
-            if node_id in self.strategy.asked:
-                exchange.seconds[node_id] = 0.0
-                reply.content = _copy(content)
-                yield reply
-        for reply in exchange:
-            if self.strategy.run.patient_dp is not None:
-                self._kept[reply.metadata.src_node_id] = (reply, _copy(reply.content))
-            yield reply
 
     def _no_quorum(self, line: Mapping[str, Any]) -> NoQuorumError:
         """The error of an attempt; its text says why each of the others failed."""
@@ -108,6 +74,52 @@ class RoundAttempt:
         )
         can_heal = len({handshake.site for handshake in roster} - refused) >= needed
         return NoQuorumError(text, can_heal=can_heal, line=line)
+
+
+def train_round(
+    grid: Grid,
+    strategy: GroupedMean,
+    before: ServerState,
+    *,
+    kept: KeptReplies | None = None,
+    watch: Watch = unwatched,
+) -> tuple[ServerState, dict[str, Any], Exchange]:
+    """Ask the strategy's sites to train, and aggregate their replies.
+
+    Args:
+        kept: Replies to an earlier attempt, whose sites are not asked; those that must be kept are added.
+    Returns:
+        The state after the round, its line for rounds.jsonl, and the exchange of messages.
+    """
+    start, number, run = time.monotonic(), before.round_number + 1, strategy.run
+    kept = {} if kept is None else kept
+    task = RoundTask(before.run_id, number, dump_toml(run), before.groups, before.profile)
+    config = ConfigRecord(dict(task.to_records().config))
+    arrays = ArrayRecord({group: make_array(flat) for group, flat in before.groups.items()})
+    messages = strategy.configure_train(number, arrays, config, grid)
+    exchange = Exchange(
+        grid,
+        (message for message in messages if message.metadata.dst_node_id not in kept),
+        run.federation.round_timeout_s,
+        on_change=lambda changed: watch(changed, {node: known.site for node, known in strategy.asked.items()}),
+    )
+    arrays, _ = strategy.aggregate_train(number, _replies(exchange, strategy, kept))
+    line = round_line(number, time.monotonic() - start, exchange, strategy)
+    groups, profile = view_arrays(arrays), line["profile"] or before.profile
+    return ServerState(before.run_id, number, groups, profile, strategy.memory), line, exchange
+
+
+def _replies(exchange: Exchange, strategy: GroupedMean, kept: KeptReplies) -> Iterator[Message]:
+    """Yield the replies that are kept, and those of the exchange; keep these if asking again would cost."""
+    for node_id, (reply, content) in list(kept.items()):
+        if node_id in strategy.asked:
+            exchange.seconds[node_id] = 0.0
+            reply.content = _copy(content)
+            yield reply
+    for reply in exchange:
+        if strategy.run.patient_dp is not None:
+            kept[reply.metadata.src_node_id] = (reply, _copy(reply.content))
+        yield reply
 
 
 def _copy(content: RecordDict) -> RecordDict:

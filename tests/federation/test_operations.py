@@ -124,7 +124,7 @@ def is_serverapp(pid: int) -> bool:
 
 
 class SameAttendance(ClientApp):
-    """Sites that answer in the rounds in which they answered before. Others may have trained, and the reply was lost."""
+    """Sites that answer in the rounds in which they answered before. Others may have trained; the reply was lost."""
 
     def __init__(self, lines: list[dict], names: list[str]) -> None:
         super().__init__()
