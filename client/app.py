@@ -20,11 +20,7 @@ from panfm.sharing.frames import Frame, Kind
 
 SITE_ERROR = 1000
 """Code of our own error replies; Flower's are below 100."""
-_KINDS = {
-    MessageType.QUERY: Kind.HANDSHAKE,
-    MessageType.TRAIN: Kind.ROUND,
-    MessageType.EVALUATE: Kind.SUMS,
-}
+_KINDS = {MessageType.QUERY: Kind.HANDSHAKE, MessageType.TRAIN: Kind.ROUND, MessageType.EVALUATE: Kind.SUMS}
 
 logger = logging.getLogger(__name__)
 app = ClientApp()

@@ -43,12 +43,12 @@ def is_final(reason: str) -> bool:
     return bool(_FINAL.match(reason))
 
 
-def require_answers(answers: Answers, at_least: int, what: str) -> None:
+def require_answers(answers: Answers, at_least: int, step: str) -> None:
     """Raises NoQuorumError if fewer sites than needed have answered a question for sums, and others still may."""
     missing = [reason for reason in answers.failed.values() if not is_final(reason)]
     if missing and len(answers.replies) < at_least:
         reasons = "; ".join(f"{site}: {reason}" for site, reason in answers.failed.items())
-        raise NoQuorumError(f"{what}: {len(answers.replies)} answers, {at_least} needed: {reasons}", can_heal=True)
+        raise NoQuorumError(f"{step}: {len(answers.replies)} answers, {at_least} needed: {reasons}", can_heal=True)
 
 
 class QuorumWait:
