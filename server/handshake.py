@@ -41,6 +41,8 @@ class Attendance:
     expected: ExpectedSites | None = None
     """The coordinator's table; without one any site may take part."""
 
+    names: dict[int, str] = field(default_factory=dict)
+    """Node id -> the node for people, as `describe_nodes` has it."""
     num_final: int = 0
     """Nodes among `failed` whose refusal asking again does not change."""
 
@@ -94,18 +96,24 @@ def shake_hands(
         timeout_s=run.federation.join_timeout_s,
         settle_s=0.0 if num_sites else _SETTLE_S,
     )
-    names = {node_id: f"node {node_id}" for node_id in nodes}
+    names = describe_nodes(grid, nodes)
     exchange = invite(grid, run, nodes, on_change=lambda changed: watch(changed, names))
-    attendance = Attendance(asked=nodes, expected=expected)
+    attendance = Attendance(asked=nodes, expected=expected, names=names)
     for reply in exchange:
         if handshake := read_handshake(reply, run, manifest, attendance):
             attendance.roster[reply.metadata.src_node_id] = handshake
     attendance.num_final = len(attendance.failed) + sum(map(is_final, exchange.failed.values()))
-    attendance.failed += [f"node {node_id}: {reason}" for node_id, reason in exchange.failed.items()]
+    attendance.failed += [f"{names[node_id]}: {reason}" for node_id, reason in exchange.failed.items()]
     attendance.failed.sort()
     attendance.misfits += _duplicates(attendance.roster.values())
     attendance.roster = dict(sorted(attendance.roster.items(), key=lambda entry: entry[1].site))
     return attendance
+
+
+def describe_nodes(grid: Grid, nodes: Iterable[int]) -> dict[int, str]:
+    """Node id -> the node for people: `node 123`, or `node 123 (name)` if it was registered under a name."""
+    known = {node.node_id: node.name for node in grid.get_nodes()}
+    return {node_id: f"node {node_id}" + (f" ({name})" if (name := known.get(node_id)) else "") for node_id in nodes}
 
 
 def invite(
@@ -120,7 +128,8 @@ def invite(
 
 def read_handshake(reply: Message, run: RunConfig, manifest: GroupManifest, attendance: Attendance) -> Handshake | None:
     """Return the handshake in a reply; None if it is refused, and `attendance` then has the reason."""
-    node = f"node {reply.metadata.src_node_id}"
+    node_id = reply.metadata.src_node_id
+    node = attendance.names.get(node_id, f"node {node_id}")
     try:
         handshake = Handshake.from_records(unpack(reply.content))
         _check_name(handshake.site)

@@ -27,7 +27,7 @@ from panfm.errors import one_line
 from panfm.sharing.groups import GroupManifest
 from panfm.sharing.messages import Handshake
 from server.exchange import Exchange
-from server.handshake import Attendance, invite, read_handshake
+from server.handshake import Attendance, describe_nodes, invite, read_handshake
 from server.ping import Pings
 
 logger = logging.getLogger(__name__)
@@ -143,7 +143,7 @@ class Membership:
         roster = self.attendance.roster
         reasons = {known.site: self._why_not_asked(node_id, round_number) for node_id, known in roster.items()}
         reasons |= {roster[node_id].site: "offline" for node_id in self._absent if node_id in roster}
-        reasons |= {f"node {node_id}": f"cannot join: {reason}" for node_id, reason in self._refused.items()}
+        reasons |= {self._called(node_id): f"cannot join: {reason}" for node_id, reason in self._refused.items()}
         return {site: reason for site, reason in sorted(reasons.items()) if reason and site not in asked}
 
     def _why_not_asked(self, node_id: int, round_number: int) -> str:
@@ -168,6 +168,7 @@ class Membership:
         self._refused = {node_id: reason for node_id, reason in self._refused.items() if node_id in online}
         if strangers := sorted(online - self._invited - (set(self.attendance.roster) - self._silent)):
             self._invited |= set(strangers)
+            self.attendance.names |= describe_nodes(self._grid, strangers)
             self._invitations.append(invite(self._grid, self._run, strangers))
         self._note_absent(round_number, online)
         self._read_answers(online)
@@ -203,11 +204,12 @@ class Membership:
                 self._admit(node_id, claimed, online)
         for exchange in self._invitations:
             for reply in exchange.ready():
-                answer, node_id = Attendance(expected=self.attendance.expected), reply.metadata.src_node_id
+                node_id = reply.metadata.src_node_id
+                answer = Attendance(expected=self.attendance.expected, names=self.attendance.names)
                 if handshake := read_handshake(reply, self._run, self._manifest, answer):
                     self._admit(node_id, handshake, online)
                 for reason in [*answer.failed, *answer.misfits]:
-                    self._refuse(node_id, reason.removeprefix(f"node {node_id}: "))
+                    self._refuse(node_id, reason.removeprefix(f"{self._called(node_id)}: "))
             for node_id, reason in exchange.failed.items():
                 self._refuse(node_id, reason)
             self._pings.note_heard(exchange)
@@ -215,11 +217,14 @@ class Membership:
             exchange.failed.clear()
         self._invitations = [exchange for exchange in self._invitations if exchange.is_waiting]
 
+    def _called(self, node_id: int) -> str:
+        return self.attendance.names.get(node_id, f"node {node_id}")
+
     def _refuse(self, node_id: int, reason: str) -> None:
         """Log why a node cannot join, and keep the reason unless the node is a site's."""
         reason = one_line(reason)
         if self._refused.get(node_id) != reason:
-            logger.warning("node %s cannot join: %s", node_id, reason)
+            logger.warning("%s cannot join: %s", self._called(node_id), reason)
         if node_id not in self.attendance.roster:
             self._refused[node_id] = reason
 

@@ -27,6 +27,9 @@ class Nodes:
         self.invited: list[int] = []
         self.now = 0.0
 
+    def get_nodes(self):
+        return [SimpleNamespace(node_id=2, name="registered-2")]
+
     def get_node_ids(self) -> list[int]:
         return list(self.online)
 
