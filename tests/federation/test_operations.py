@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from flwr.clientapp import ClientApp
+from flwr.app import Context, Error, Message, RecordDict
 
 from client.app import app as client_app
 from panfm.config import dump_toml, load_run
@@ -25,7 +25,8 @@ from panfm.report.run_files import read_run
 from server.app import app as server_app
 from server.flower_cli import ROOT
 from simulations.engines.deployment import CONNECTION, Deployment, approve
-from simulations.engines.local import run_apps
+from simulations.engines.job import Job
+from simulations.engines.local import LocalGrid
 from simulations.engines.processes import Process, send_signal, wait_until
 from tests.federation.conftest import HOLDINGS, Federation
 from tests.federation.test_deployment import HOSTS, child_of, needs_nginx, start_nginx
@@ -123,22 +124,29 @@ def is_serverapp(pid: int) -> bool:
     return any(word.endswith(b"flwr-serverapp") or word == b"flwr-serverapp" for word in words[:3])
 
 
-class SameAttendance(ClientApp):
-    """Sites that answer in the rounds in which they answered before. Others may have trained; the reply was lost."""
+class SameAttendance(LocalGrid):
+    """Sites that are online when they were asked before, and answer when they answered. Others that were asked may have
+    trained; the reply was lost."""
 
-    def __init__(self, lines: list[dict], names: list[str]) -> None:
-        super().__init__()
+    def __init__(self, lines: list[dict], job: Job) -> None:
+        super().__init__(client_app, job.num_sites, job.run_config())
         self.lines = {line["round"]: line for line in lines}
-        self.names = names
+        self.names = dict(zip(super().get_node_ids(), sorted(HOLDINGS), strict=True))
+        self.rounds = job.run_dir / "rounds.jsonl"
 
-    def __call__(self, message, context):
-        site, group = self.names[context.node_config["partition-id"]], message.metadata.group_id
+    def get_node_ids(self):
+        number = len(read_json_lines(self.rounds)) + 1
+        asked = self.lines[number]["asked"] if number in self.lines else self.names.values()
+        return [node for node, site in self.names.items() if site in asked]
+
+    def _reply(self, message):
+        site, group = self.names[message.metadata.dst_node_id], message.metadata.group_id
         if message.metadata.message_type != "train" or site in self.lines[int(group)]["sites"]:
-            return client_app(message, context)
+            return super()._reply(message)
         later = [line["sites"] for number, line in self.lines.items() if number > int(group) and site in line["sites"]]
         if later and later[0][site]["state_round"] == int(group):
-            client_app(message, context)
-        raise ConnectionError("lost")
+            super()._reply(message)
+        return Message(Error(1000, "lost"), reply_to=message)
 
 
 @needs_nginx
@@ -181,6 +189,6 @@ def test_a_run_that_nobody_looks_after(tmp_path, write_site):
     assert {EventKind.LEFT_OUT, EventKind.BACK, EventKind.FINISHED} <= kinds
     assert read_run(operations.run_dir).state == "finished"
     job = federation.job("local", *overrides)
-    run_apps(server_app, SameAttendance(lines, sorted(HOLDINGS)), job)
+    server_app(SameAttendance(lines, job), Context(1, 1, {}, RecordDict(), job.run_config()))
     model = "model/model.safetensors"
     assert (operations.run_dir / model).read_bytes() == (job.run_dir / model).read_bytes()
