@@ -172,7 +172,9 @@ def test_a_run_ends_when_the_time_is_over(federation, clock, wait_s, words):
     assert RunFolder.resume(run_dir).latest_state().round_number == 1
 
 
-@pytest.mark.parametrize("kind", ["BudgetError", "LimitError", "ProtocolError"])
+@pytest.mark.parametrize(
+    "kind", ["BudgetError", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("LimitError", "ProtocolError"))]
+)
 def test_a_decision_of_a_site_that_the_quorum_needs_ends_a_run_at_once(federation, clock, kind):
     with pytest.raises(RunError, match=f"gamma: {kind}: no"):
         start(federation, clock, "no", gamma(f"site gamma: {kind}: no"))
@@ -199,7 +201,7 @@ def test_a_refusal_beside_a_site_that_was_not_asked_does_not_end_a_run(federatio
     assert [sorted(line["sites"]) for line in lines(job)] == [["alpha", "beta", "gamma"], ["alpha", "beta"]]
 
 
-@pytest.mark.parametrize("fate", ["late", PENDING])
+@pytest.mark.parametrize("fate", [pytest.param("late", marks=pytest.mark.slow), PENDING])
 def test_an_invitation_is_repeated_until_there_is_a_quorum(federation, clock, fate):
     job, grid = start(federation, clock, "pending", gamma(fate, group="0", attempts=3, kind="query"))
     assert grid.asked["query", "0", GAMMA] == 4
