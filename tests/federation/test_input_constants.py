@@ -127,8 +127,8 @@ def test_one_site_has_its_own_constants(open_sites):
 def test_a_site_that_answers_badly_is_left_out(open_sites, monkeypatch):
     real = input_constants.ask_input_sums
 
-    def forged(*words):
-        answers = real(*words)
+    def forged(*words, **more):
+        answers = real(*words, **more)
         answers.replies["beta"].inputs["heart-mr"]["count"] = np.array([1e6])
         return answers
 
