@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable
 from functools import partial
 
-from flwr.app import Context, Error, Message, MessageType
+from flwr.app import Context, Error, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 
 from client.records import pack, unpack
@@ -20,11 +20,7 @@ from panfm.sharing.frames import Frame, Kind
 
 SITE_ERROR = 1000
 """Code of our own error replies; Flower's are below 100."""
-_KINDS = {
-    MessageType.QUERY: Kind.HANDSHAKE,
-    MessageType.TRAIN: Kind.ROUND,
-    MessageType.EVALUATE: Kind.SUMS,
-}
+_KINDS = {MessageType.QUERY: Kind.HANDSHAKE, MessageType.TRAIN: Kind.ROUND, MessageType.EVALUATE: Kind.SUMS}
 
 logger = logging.getLogger(__name__)
 app = ClientApp()
@@ -45,6 +41,12 @@ def relay_message(message: Message, context: Context) -> Message:
         logger.exception("%s: answered with an error", kind)
         reason = f"{type(error).__name__}: the site's worker cannot be asked; the SuperNode's log tells more"
     return Message(Error(SITE_ERROR, reason), reply_to=message)
+
+
+@app.query("ping")
+def answer_ping(message: Message, _: Context) -> Message:
+    """Answer a ping, which asks the site's worker nothing: SuperNode and ClientApp are at work."""
+    return Message(RecordDict(), reply_to=message)
 
 
 def _site(context: Context) -> Callable[[Frame], Frame]:

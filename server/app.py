@@ -10,6 +10,7 @@ from panfm.errors import ConfigError
 from panfm.files import make_files_private
 from panfm.privacy.guarantees import load_checked_run
 from server.console import Progress
+from server.patient_grid import PatientGrid
 from server.rounds import run_federation
 from server.run_folder import RunFolder, default_path
 from server.tracking import refresh_page
@@ -29,7 +30,8 @@ def main(grid: Grid, context: Context) -> None:
     folder = open_folder(words)
     try:
         with folder.at_work():
-            run_federation(grid, folder, Progress(), num_sites=num_sites)
+            patient = PatientGrid(grid, folder.run.federation.wait_for_quorum_s) if num_sites is None else grid
+            run_federation(patient, folder, Progress(), num_sites=num_sites)
     finally:
         refresh_page(folder.path)
 

@@ -112,6 +112,7 @@ def screen(run: Run) -> RenderableType:
         parts.append(_text(privacy))
     if gate := gate_line(run):
         parts.append(_text(gate))
+    parts += [_text(line, style="cyan") for line in (run.progress.lines() if run.progress else ())]
     for site, rounds, reason in left_out(run, _MOST_LEFT_OUT):
         parts.append(_text(f"{rounds}: {site} {reason}" if site else f"{rounds}: {reason}", style="yellow"))
     return Group(*parts)

@@ -1,7 +1,8 @@
 """The coordinator's commands. A run is named by its run folder, whose flower.json says where Flower runs it.
 
-Every command ends with status 0 only if it has reached its aim: `start`, `resume` and `watch` if the run finished,
-`status` if it runs or has finished, `stop` if it has stopped. Run them under the ServerApp's account, on its machine.
+Every command ends with status 0 only if it has reached its aim: `start`, `resume`, `watch` and `keep` if the run
+finished, `status` if it runs or has finished, `stop` if it has stopped. Run them under the ServerApp's account, on its
+machine.
 """
 
 import json
@@ -27,6 +28,8 @@ _RosterFile = Annotated[
 _STOP_S = 120.0
 """Flower ends the ServerApp of a stopped run within about a minute."""
 _POLL_S = 1.0
+_GAVE_UP = 3
+"""Status of `keep`, after which its unit does not start it again."""
 
 
 @app.callback()
@@ -214,6 +217,28 @@ def stop(run_dir: _RunDir) -> None:
     typer.echo(f"{run_dir}: stopped after {done} of {run.config.train.rounds} rounds")
 
 
+@app.command()
+def keep(
+    run_dir: _RunDir,
+    connection: Annotated[str | None, typer.Option(help="Another connection than it was started on.")] = None,
+) -> None:
+    """Go on with a run from its last checkpoint whenever it has ended by something that heals, until it has finished.
+    Status 3: it was stopped, or goes on only if somebody does something."""
+    from server.keeper import GaveUpError, Keeper
+
+    known = _flower_run(run_dir)
+    if connection is None and known is None:
+        raise RunError(f"{run_dir}: was not started with `python -m server start`; name a --connection")
+    where = connection or (known.connection if known else "")
+    keeper = Keeper(run_dir, lambda: _flower_run(run_dir), lambda: _submit(run_dir, where), flower_environment())
+    try:
+        keeper.keep()
+    except GaveUpError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(_GAVE_UP) from error
+    typer.echo(f"{run_dir}: finished; model: {run_dir / 'model'}")
+
+
 @roster.command("make")
 def make_roster(
     run_dir: _RunDir, out: Annotated[Path, typer.Option(help="File to write; CSV, one line per site.")]
@@ -251,12 +276,15 @@ def check_roster(
 
 def _submit(run_dir: Path, connection: str) -> None:
     """Hand a run folder to Flower, and write down where."""
+    from server.keeper import SUBMITTING
     from server.run_folder import ENDED
 
     path = str(run_dir.resolve())
+    (run_dir / SUBMITTING).touch()
     run_id = submit(connection, {"run-dir": path, "resume": path}, flower_environment())
     (run_dir / ENDED).unlink(missing_ok=True)
     write_json(run_dir / "flower.json", {"run-id": run_id, "connection": connection})
+    (run_dir / SUBMITTING).unlink()
     typer.echo(f"{run_dir}: Flower's run {run_id} on connection {connection}")
 
 

@@ -8,6 +8,7 @@ so that their sums have the same bits in any order of arrival.
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,37 +30,68 @@ from panfm.sharing.groups import Flat
 from panfm.sharing.messages import Handshake, RoundTask
 from panfm.sharing.sums_messages import Parts, Purpose, SumsReply, SumsTask, path_arrays
 from server.checkpoint import ServerState
+from server.patient_grid import ReplyLostError
 from strategies import Memory
 from strategies.round_messages import Downlink, make_array, unpack
 
 R = TypeVar("R")
+Watch = Callable[["Exchange", Mapping[int, str]], None]
+"""Called with an exchange and the sites by node id when its questions are sent and when a site has answered."""
+
+
+def unwatched(*_: object) -> None:
+    """Watch nothing."""
+
+
 logger = logging.getLogger(__name__)
 _PUSHES = 3
 _MAX_PAUSE_S = 2.0
 _PAUSE_SHARE = 0.05
 """Between looks we wait this share of the time already waited: at most 5 % late, few requests."""
+_LOST = frozenset({3, 4})
+"""Flower's codes of messages and replies that a SuperLink has not or no longer (flwr.common.constant.ErrorCode)."""
+_UNANSWERED = _LOST | {5}
+"""And of a node that is gone."""
 
 
 class Exchange:
     """Messages to nodes, one each; iterate over it for the good replies, then read `failed` and `seconds`.
 
     Replies are fetched one at a time, so that only one is in memory. A failure is put down to the node that was asked
-    (Flower's own error replies name another), by the id of the message.
+    (Flower's own error replies name another), by the id of the message. A question that the SuperLink has lost, or
+    whose reply it has, is asked again while there is time; a site that gets it twice gives the same answer twice.
     """
 
-    def __init__(self, grid: Grid, messages: Iterable[Message], timeout_s: float) -> None:
+    def __init__(
+        self,
+        grid: Grid,
+        messages: Iterable[Message],
+        timeout_s: float,
+        *,
+        on_change: Callable[["Exchange"], None] = lambda _: None,
+    ) -> None:
+        """Send the messages.
+
+        Args:
+            on_change: Called when all are sent, and whenever a node has answered or failed.
+        """
         self.failed: dict[int, str] = {}
         """Node id -> why there is no good reply."""
+        self.errors: set[int] = set()
+        """Node ids among them whose ClientApp answered with an error; the others did not answer."""
         self.seconds: dict[int, float] = {}
         """Node id -> seconds until its reply."""
         self.late: set[int] = set()
         """Node ids without a reply at the deadline."""
         self._grid = grid
         self._timeout_s = timeout_s
-        self._start = time.monotonic()
-        self._waiting: dict[str, int] = {}
+        self.start = time.monotonic()
+        self._waiting: dict[str, Message] = {}
+        self._repeats: Counter[int] = Counter()
+        self._on_change = on_change
         for message in messages:
             self._push(message)
+        on_change(self)
 
     @property
     def is_waiting(self) -> bool:
@@ -69,7 +101,7 @@ class Exchange:
     @property
     def waiting_for(self) -> set[int]:
         """Node ids without a reply so far."""
-        return set(self._waiting.values())
+        return {message.metadata.dst_node_id for message in self._waiting.values()}
 
     def __iter__(self) -> Iterator[Message]:
         while self.is_waiting:
@@ -79,17 +111,42 @@ class Exchange:
                 time.sleep(min(_MAX_PAUSE_S, 0.01 + _PAUSE_SHARE * self._elapsed()))
         self.late = self.waiting_for
         self.failed |= dict.fromkeys(self.late, f"no reply within {self._timeout_s:g} s")
+        if self.late:
+            self._on_change(self)
 
     def ready(self) -> Iterator[Message]:
         """Yield the good replies that have arrived by now."""
         for message_id in list(self._waiting):
-            for reply in self._grid.pull_messages([message_id]):
-                node_id = self._waiting.pop(message_id)
+            for reply in self._pull(message_id):
+                message = self._waiting.pop(message_id)
+                node_id = message.metadata.dst_node_id
+                if reply.has_error() and reply.error.code in _LOST and self._may_repeat(node_id):
+                    self._push(_copy(message))
+                    continue
                 self.seconds[node_id] = self._elapsed()
                 if reply.has_error():
                     self.failed[node_id] = one_line(reply.error.reason or f"error {reply.error.code}")
-                else:
+                    self.errors |= {node_id} if reply.error.code not in _UNANSWERED else set()
+                self._on_change(self)
+                if not reply.has_error():
                     yield reply
+
+    def _pull(self, message_id: str) -> Iterable[Message]:
+        """Fetch a reply. If that failed on the way, it may be lost with the SuperLink: the question is asked again."""
+        message = self._waiting[message_id]
+        try:
+            return self._grid.pull_messages([message_id])
+        except ReplyLostError:
+            if not self._may_repeat(message.metadata.dst_node_id):
+                raise
+            logger.warning("node %s: its reply was lost on the way", message.metadata.dst_node_id, exc_info=True)
+            del self._waiting[message_id]
+            self._push(_copy(message))
+            return ()
+
+    def _may_repeat(self, node_id: int) -> bool:
+        self._repeats[node_id] += 1
+        return self._elapsed() < self._timeout_s and self._repeats[node_id] < _PUSHES
 
     def _push(self, message: Message) -> None:
         """One at a time: arrays that an earlier message carried are not sent again.
@@ -109,12 +166,12 @@ class Exchange:
             else:
                 break
         if message_id:
-            self._waiting[message_id] = node_id
+            self._waiting[message_id] = message
         else:
             self.failed[node_id] = "the message could not be sent"
 
     def _elapsed(self) -> float:
-        return time.monotonic() - self._start
+        return time.monotonic() - self.start
 
 
 def _copy(message: Message) -> Message:
@@ -167,6 +224,7 @@ def ask_sums(
     *,
     frozen: Mapping[str, Flat],
     paths: Mapping[str, Parts] | None = None,
+    watch: Watch = unwatched,
 ) -> Answers:
     """Ask sites for sums over their patients, computed with the global parameters of a state.
 
@@ -185,10 +243,12 @@ def ask_sums(
         parameters = downlink.content(handshake, config)
         return RecordDict({**parameters, "paths": more}) if paths else parameters
 
-    return _collect(grid, run, task, roster, content)
+    return _collect(grid, run, task, roster, content, watch)
 
 
-def ask_input_sums(grid: Grid, run: RunConfig, run_id: str, roster: Mapping[int, Handshake]) -> Answers:
+def ask_input_sums(
+    grid: Grid, run: RunConfig, run_id: str, roster: Mapping[int, Handshake], *, watch: Watch = unwatched
+) -> Answers:
     """Ask sites for sums of what the tokenizers read of their images; no parameters are sent.
 
     Args:
@@ -196,7 +256,7 @@ def ask_input_sums(grid: Grid, run: RunConfig, run_id: str, roster: Mapping[int,
         roster: Node id -> handshake of the sites to ask.
     """
     task = SumsTask(RoundTask(run_id, 1, dump_toml(run), {}), Purpose.INPUTS)
-    return _collect(grid, run, task, roster, lambda _, config: RecordDict({"config": config}))
+    return _collect(grid, run, task, roster, lambda _, config: RecordDict({"config": config}), watch)
 
 
 def _collect(
@@ -205,6 +265,7 @@ def _collect(
     task: SumsTask,
     roster: Mapping[int, Handshake],
     content: Callable[[Handshake, ConfigRecord], RecordDict],
+    watch: Watch,
 ) -> Answers:
     """Send a question to sites and wait for their answers.
 
@@ -218,8 +279,9 @@ def _collect(
         group_id = f"{task.purpose}-{task.model.round_number}"
         return Message(content(handshake, config), node_id, MessageType.EVALUATE, ttl=timeout_s, group_id=group_id)
 
-    exchange = Exchange(grid, (message(*entry) for entry in roster.items()), timeout_s)
     names = {node_id: handshake.site for node_id, handshake in roster.items()}
+    messages = (message(*entry) for entry in roster.items())
+    exchange = Exchange(grid, messages, timeout_s, on_change=lambda exchange: watch(exchange, names))
     replies: dict[str, SumsReply] = {}
     failed: dict[str, str] = {}
     for reply in exchange:

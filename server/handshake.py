@@ -16,8 +16,9 @@ from panfm.errors import ProtocolError, RunError, one_line
 from panfm.sharing.groups import GroupManifest, stream_group
 from panfm.sharing.messages import Handshake, Invitation
 from panfm.texts import PLAIN_NAME
-from server.exchange import Exchange
+from server.exchange import Exchange, Watch, unwatched
 from server.expected_sites import ExpectedSites
+from server.quorum import NoQuorumError, is_final
 from strategies.round_messages import unpack
 
 _POLL_S = 0.2
@@ -34,19 +35,41 @@ class Attendance:
     failed: list[str] = field(default_factory=list)
     """One line for each node that cannot take part, with the reason; only that line names the site that it claims."""
     misfits: list[str] = field(default_factory=list)
-    """One line for each whose software, model or numbers contradict the server's: the run must not start."""
+    """One line for each whose software, model or numbers contradict the server's: a simulation must not start."""
     asked: list[int] = field(default_factory=list)
     """Node ids that were invited."""
     expected: ExpectedSites | None = None
     """The coordinator's table; without one any site may take part."""
 
+    names: dict[int, str] = field(default_factory=dict)
+    """Node id -> the node for people, as `describe_nodes` has it."""
+    num_final: int = 0
+    """Nodes among `failed` whose refusal asking again does not change."""
+
+    def leave_out_misfits(self) -> None:
+        """Let the run start without sites that do not fit, and without those under whose name several nodes answer."""
+        names = Counter(handshake.site for handshake in self.roster.values())
+        unique = {node: known for node, known in self.roster.items() if names[known.site] == 1}
+        self.num_final += len(self.misfits) - len(_duplicates(self.roster.values()))
+        self.roster = unique
+        self.failed, self.misfits = sorted(self.failed + self.misfits), []
+
     def require(self, at_least: int) -> None:
-        """Raises RunError, naming sites and reasons, if a site does not fit or fewer than `at_least` take part."""
+        """Check who takes part.
+
+        Raises:
+            RunError: a site does not fit.
+            NoQuorumError: fewer than `at_least` take part; the text names sites and reasons.
+        """
         if self.misfits:
             raise RunError("; ".join(self.misfits))
         if len(self.roster) < at_least:
             reasons = "; ".join(self.failed) or "no other answered"
-            raise RunError(f"{len(self.roster)} of at least {at_least} sites can take part: {reasons}")
+            known = max(len(self.asked), len(self.expected.sites) if self.expected else 0)
+            raise NoQuorumError(
+                f"{len(self.roster)} of at least {at_least} sites can take part: {reasons}",
+                can_heal=known < at_least or known - self.num_final >= at_least,
+            )
 
 
 def shake_hands(
@@ -56,16 +79,16 @@ def shake_hands(
     *,
     num_sites: int | None = None,
     expected: ExpectedSites | None = None,
-    on_site: Callable[[Handshake], None] = lambda _: None,
+    watch: Watch = unwatched,
 ) -> Attendance:
     """Invite every node that is online. A site reads its images before it answers, so this may take a while.
 
     Args:
         num_sites: Wait for this many; when left out, for `federation.min-sites` and those that come soon after.
         expected: The coordinator's table of sites.
-        on_site: Called with the handshake of each site that takes part.
+        watch: Called with the invitations; nodes have no site's name yet.
     Raises:
-        RunError: too few nodes came online.
+        NoQuorumError: too few nodes came online.
     """
     nodes = _wait_for_nodes(
         grid,
@@ -73,30 +96,40 @@ def shake_hands(
         timeout_s=run.federation.join_timeout_s,
         settle_s=0.0 if num_sites else _SETTLE_S,
     )
-    exchange = invite(grid, run, nodes)
-    attendance = Attendance(asked=nodes, expected=expected)
+    names = describe_nodes(grid, nodes)
+    exchange = invite(grid, run, nodes, on_change=lambda changed: watch(changed, names))
+    attendance = Attendance(asked=nodes, expected=expected, names=names)
     for reply in exchange:
         if handshake := read_handshake(reply, run, manifest, attendance):
             attendance.roster[reply.metadata.src_node_id] = handshake
-            on_site(handshake)
-    attendance.failed += [f"node {node_id}: {reason}" for node_id, reason in exchange.failed.items()]
+    attendance.num_final = len(attendance.failed) + sum(map(is_final, exchange.failed.values()))
+    attendance.failed += [f"{names[node_id]}: {reason}" for node_id, reason in exchange.failed.items()]
     attendance.failed.sort()
     attendance.misfits += _duplicates(attendance.roster.values())
     attendance.roster = dict(sorted(attendance.roster.items(), key=lambda entry: entry[1].site))
     return attendance
 
 
-def invite(grid: Grid, run: RunConfig, nodes: Iterable[int]) -> Exchange:
+def describe_nodes(grid: Grid, nodes: Iterable[int]) -> dict[int, str]:
+    """Node id -> the node for people: `node 123`, or `node 123 (name)` if it was registered under a name."""
+    known = {node.node_id: node.name for node in grid.get_nodes()}
+    return {node_id: f"node {node_id}" + (f" ({name})" if (name := known.get(node_id)) else "") for node_id in nodes}
+
+
+def invite(
+    grid: Grid, run: RunConfig, nodes: Iterable[int], *, on_change: Callable[[Exchange], None] = unwatched
+) -> Exchange:
     """Ask nodes for their handshake. They have as long as for a round."""
     invitation = RecordDict({"config": ConfigRecord(dict(Invitation(dump_toml(run)).to_records().config))})
     timeout_s = run.federation.round_timeout_s
     messages = [Message(invitation, node_id, MessageType.QUERY, ttl=timeout_s, group_id="0") for node_id in nodes]
-    return Exchange(grid, messages, timeout_s)
+    return Exchange(grid, messages, timeout_s, on_change=on_change)
 
 
 def read_handshake(reply: Message, run: RunConfig, manifest: GroupManifest, attendance: Attendance) -> Handshake | None:
     """Return the handshake in a reply; None if it is refused, and `attendance` then has the reason."""
-    node = f"node {reply.metadata.src_node_id}"
+    node_id = reply.metadata.src_node_id
+    node = attendance.names.get(node_id, f"node {node_id}")
     try:
         handshake = Handshake.from_records(unpack(reply.content))
         _check_name(handshake.site)
@@ -174,5 +207,7 @@ def _wait_for_nodes(grid: Grid, at_least: int, *, timeout_s: float, settle_s: fl
         if len(nodes) >= at_least and (is_over or now - settled >= settle_s):
             return nodes
         if is_over:
-            raise RunError(f"{len(nodes)} of at least {at_least} sites online after {timeout_s:g} s")
+            raise NoQuorumError(
+                f"{len(nodes)} of at least {at_least} sites online after {timeout_s:g} s", can_heal=True
+            )
         time.sleep(_POLL_S)

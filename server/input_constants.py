@@ -20,24 +20,38 @@ from panfm.errors import ProtocolError, RunError, one_line
 from panfm.evaluate.input_sums import Constants, InputSums, neutral_constants
 from panfm.sharing.messages import Handshake
 from panfm.sharing.sums_messages import SumsReply
-from server.exchange import ask_input_sums
+from server.exchange import Answers, Watch, ask_input_sums, unwatched
+from server.quorum import require_answers
 from server.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
 
-def fill_in_constants(grid: Grid, folder: RunFolder, run_id: str, roster: Mapping[int, Handshake]) -> None:
+def fill_in_constants(
+    grid: Grid,
+    folder: RunFolder,
+    run_id: str,
+    roster: Mapping[int, Handshake],
+    *,
+    at_least: int = 0,
+    watch: Watch = unwatched,
+) -> None:
     """Compute the constants that the streams of a run lack, and write them into the run folder; nothing if none lack.
 
     Args:
         roster: Node id -> handshake of the sites to ask.
+        at_least: So many of them that hold such streams must answer, unless the others have refused for good.
     Raises:
         RunError: no site gives sums of a stream that some site holds.
+        NoQuorumError: too few answer.
     """
     run = folder.shared_run
     if not run.summed_streams:
         return
-    sums, failed = _site_sums(grid, run, run_id, roster)
+    holders = {node: known for node, known in roster.items() if {*known.streams} & {*run.summed_streams}}
+    answers = ask_input_sums(grid, run, run_id, holders, watch=watch)
+    require_answers(answers, min(at_least, len(holders)), "input-constants")
+    sums, failed = _site_sums(run, answers, {handshake.site: handshake.streams for handshake in holders.values()})
     for site, reason in failed.items():
         logger.warning("input-constants: %s left out: %s", site, reason)
     streams = {stream for handshake in roster.values() for stream in handshake.streams}
@@ -56,12 +70,13 @@ def fill_in_constants(grid: Grid, folder: RunFolder, run_id: str, roster: Mappin
 
 
 def _site_sums(
-    grid: Grid, run: RunConfig, run_id: str, roster: Mapping[int, Handshake]
+    run: RunConfig, answers: Answers, subjects: Mapping[str, Mapping[str, int]]
 ) -> tuple[dict[str, dict[str, InputSums]], dict[str, str]]:
-    """Site -> stream -> its sums, sorted by site, and why sites have none."""
-    holders = {node: known for node, known in roster.items() if {*known.streams} & {*run.summed_streams}}
-    answers = ask_input_sums(grid, run, run_id, holders)
-    subjects = {handshake.site: handshake.streams for handshake in holders.values()}
+    """Site -> stream -> its sums, sorted by site, and why sites have none.
+
+    Args:
+        subjects: Site -> stream that it holds -> its subjects.
+    """
     sums: dict[str, dict[str, InputSums]] = {}
     refused: dict[str, str] = {}
     for site, reply in answers.replies.items():

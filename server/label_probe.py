@@ -29,7 +29,8 @@ from panfm.sharing.groups import Flat
 from panfm.sharing.messages import Handshake
 from panfm.sharing.sums_messages import Purpose, SumsReply
 from server.checkpoint import ServerState
-from server.exchange import Answers, ask_sums, keep_sums, label_sums, read_sums
+from server.exchange import Answers, Watch, ask_sums, keep_sums, label_sums, read_sums, unwatched
+from server.quorum import require_answers
 
 logger = logging.getLogger(__name__)
 _NO_VARIANCE = 1e-12
@@ -61,6 +62,8 @@ def fit_probes(
     frozen: Mapping[str, Flat],
     embedding_size: int,
     kept: Path,
+    at_least: int = 0,
+    watch: Watch = unwatched,
 ) -> LabelProbes:
     """Fit the probes of a run's tasks on its final model.
 
@@ -70,10 +73,14 @@ def fit_probes(
         frozen: Group -> its parameters that the run does not train.
         kept: File for the sums of the first message. A server that was killed after it goes on with them, since a site
             answers the second message under one ridge path only.
+        at_least: So many sites must answer each message, unless the others have refused for good.
+    Raises:
+        NoQuorumError: too few answer.
     """
     subjects = {handshake.site: handshake.subjects for handshake in roster.values()}
     if (sums := read_sums(kept)) is None:
-        answers = ask_sums(grid, run, state, roster, Purpose.PROBE, frozen=frozen)
+        answers = ask_sums(grid, run, state, roster, Purpose.PROBE, frozen=frozen, watch=watch)
+        require_answers(answers, at_least, "probe")
         sums = label_sums(run, embedding_size, subjects, answers)
         keep_sums(kept, sums)
     failed = dict(sums.failed)
@@ -88,7 +95,8 @@ def fit_probes(
         return LabelProbes({}, failed)
     asked = {node_id: handshake for node_id, handshake in roster.items() if handshake.site in sums.by_site}
     told = {task: path.to_arrays() for task, path in paths.items()}
-    answers = ask_sums(grid, run, state, asked, Purpose.ERRORS, frozen=frozen, paths=told)
+    answers = ask_sums(grid, run, state, asked, Purpose.ERRORS, frozen=frozen, paths=told, watch=watch)
+    require_answers(answers, min(at_least, len(sums.by_site)), "probe")
     errors, refused = _errors(run, answers)
     probes = {}
     for task, path in paths.items():

@@ -6,7 +6,8 @@ that begins after its handshake has come and fits, and nobody waits for it. A si
 A site that is online but lets the deadline pass twice in a row is silent: its worker hangs, or its SuperNode waits for
 ever for a reply that its ClientApp never gave, and looks online all the same. A silent site is invited anew, and asked
 again only once it has answered, and has rested for one round, then three, then seven. So a site that answers but is
-always late does not cost every round its deadline, and one that never answers costs two deadlines.
+always late does not cost every round its deadline, and one that never answers costs two deadlines. A site that does not
+answer a ping (ping.py) is silent at once. Silent sites are invited again at growing intervals.
 
 The name of a site stays with the node that first gave it. Flower keeps the id of a SuperNode that signs in with its
 key, so such a site has the same node id after a restart. Without keys it gets a new one: then the name moves, once the
@@ -26,7 +27,8 @@ from panfm.errors import one_line
 from panfm.sharing.groups import GroupManifest
 from panfm.sharing.messages import Handshake
 from server.exchange import Exchange
-from server.handshake import Attendance, invite, read_handshake
+from server.handshake import Attendance, describe_nodes, invite, read_handshake
+from server.ping import Pings
 
 logger = logging.getLogger(__name__)
 _SILENT_AFTER = 2
@@ -35,17 +37,28 @@ _LONGEST_REST = 7
 _MOVES_AFTER_S = 60.0
 """Seconds for which a node must be offline before another may answer in its site's name; Flower takes as long to notice
 that a node is gone."""
-_POLL_S = 0.2
+_POLL_S, _POLL_SHARE, _LONGEST_POLL_S = 0.2, 0.05, 1.0
+_INVITES_AGAIN_S = 60.0
+"""A silent site is invited again after so long, then after twice as long, and so on."""
 
 
 class Membership:
     """Sites of a run, and the nodes that ask to join it."""
 
-    def __init__(self, grid: Grid, run: RunConfig, manifest: GroupManifest, attendance: Attendance) -> None:
+    def __init__(
+        self,
+        grid: Grid,
+        run: RunConfig,
+        manifest: GroupManifest,
+        attendance: Attendance,
+        *,
+        ping_timeout_s: float = 0.0,
+    ) -> None:
         """Start with the sites that came before round 1.
 
         Args:
             attendance: Those sites; kept up to date.
+            ping_timeout_s: As `federation.ping-timeout-s`; 0: no site is pinged.
         """
         self.attendance = attendance
         self.moved: dict[str, str] = {}
@@ -68,9 +81,14 @@ class Membership:
         self._silent: set[int] = set()
         """Node ids of sites that must answer an invitation before they are asked again."""
         self._rests_until: dict[str, int] = {}
+        self._pings = Pings(grid, ping_timeout_s, attendance.roster)
+        self._no_ping: dict[str, str] = {}
+        """Site that is silent because it did not answer a ping -> the reason."""
+        self._invites_again: dict[int, tuple[float, float]] = {}
+        """Node id of a silent site -> when it is invited again, and the pause after that."""
 
     def gather(self, round_number: int) -> dict[int, Handshake]:
-        """Return the sites to ask in a round: fit, online, not silent, not resting.
+        """Return the sites to ask in a round: fit, online, not silent, not resting, and answering a ping.
 
         Waits, up to `federation.join-timeout-s`, until there are `federation.min-sites`; sites that are silent or rest
         are asked before that.
@@ -85,9 +103,26 @@ class Membership:
                 break
             if time.monotonic() - start > self._run.federation.join_timeout_s:
                 return present
-            time.sleep(_POLL_S)
+            time.sleep(min(_LONGEST_POLL_S, _POLL_S + _POLL_SHARE * (time.monotonic() - start)))
         awake = {node_id: known for node_id, known in present.items() if not self._why_not_asked(node_id, round_number)}
-        return awake if len(awake) >= self._run.federation.min_sites else present
+        chosen = awake if len(awake) >= self._run.federation.min_sites else present
+        if unanswered := self._pings.unanswered(chosen):
+            for node_id, reason in unanswered.items():
+                self._note_no_ping(round_number, node_id, reason)
+            self._present(round_number)  # which invites them
+        return {node_id: known for node_id, known in chosen.items() if node_id not in unanswered}
+
+    def note_heard(self, exchange: Exchange) -> None:
+        """Note which sites answered an exchange: they need no ping for a while."""
+        self._pings.note_heard(exchange)
+
+    def _note_no_ping(self, round_number: int, node_id: int, reason: str) -> None:
+        """Note that a site that looks online does not answer."""
+        site = self.attendance.roster[node_id].site
+        self._no_ping[site] = f"not answering: {reason} to a ping before round {round_number}"
+        self._silent.add(node_id)
+        self._invited.discard(node_id)
+        logger.warning("round %s: %s is online but %s", round_number, site, self._no_ping[site])
 
     def note_late(self, line: Mapping[str, Any]) -> None:
         """Note which sites were late in a round, from its line of rounds.jsonl."""
@@ -108,7 +143,7 @@ class Membership:
         roster = self.attendance.roster
         reasons = {known.site: self._why_not_asked(node_id, round_number) for node_id, known in roster.items()}
         reasons |= {roster[node_id].site: "offline" for node_id in self._absent if node_id in roster}
-        reasons |= {f"node {node_id}": f"cannot join: {reason}" for node_id, reason in self._refused.items()}
+        reasons |= {self._called(node_id): f"cannot join: {reason}" for node_id, reason in self._refused.items()}
         return {site: reason for site, reason in sorted(reasons.items()) if reason and site not in asked}
 
     def _why_not_asked(self, node_id: int, round_number: int) -> str:
@@ -121,19 +156,35 @@ class Membership:
         return ""
 
     def _why_silent(self, site: str) -> str:
-        rounds = ", ".join(map(str, self._missed[site][-3:]))
+        if site in self._no_ping:
+            return f"{self._no_ping[site]}; not asked until it answers an invitation"
+        rounds = ", ".join(map(str, dict.fromkeys(self._missed[site][-3:])))
         return f"silent: no reply by the deadline of rounds {rounds}; not asked until it answers an invitation"
 
     def _present(self, round_number: int) -> dict[int, Handshake]:
         online = set(self._grid.get_node_ids())
         self._invited &= online
+        self._invite_silent_again()
         self._refused = {node_id: reason for node_id, reason in self._refused.items() if node_id in online}
         if strangers := sorted(online - self._invited - (set(self.attendance.roster) - self._silent)):
             self._invited |= set(strangers)
+            self.attendance.names |= describe_nodes(self._grid, strangers)
             self._invitations.append(invite(self._grid, self._run, strangers))
         self._note_absent(round_number, online)
         self._read_answers(online)
         return {node_id: known for node_id, known in self.attendance.roster.items() if node_id in online}
+
+    def _invite_silent_again(self) -> None:
+        """Forget the invitation of a silent site after a while: its SuperNode may have lost it, started again."""
+        if not self._pings.timeout_s:
+            return
+        now = time.monotonic()
+        self._invites_again = {node: again for node, again in self._invites_again.items() if node in self._silent}
+        for node_id in self._silent & self._invited:
+            at, pause = self._invites_again.setdefault(node_id, (now + _INVITES_AGAIN_S, 2 * _INVITES_AGAIN_S))
+            if now >= at:
+                self._invites_again[node_id] = (now + pause, 2 * pause)
+                self._invited.discard(node_id)
 
     def _note_absent(self, round_number: int, online: Collection[int]) -> None:
         """Note which sites' nodes are offline, and since when."""
@@ -153,22 +204,27 @@ class Membership:
                 self._admit(node_id, claimed, online)
         for exchange in self._invitations:
             for reply in exchange.ready():
-                answer, node_id = Attendance(expected=self.attendance.expected), reply.metadata.src_node_id
+                node_id = reply.metadata.src_node_id
+                answer = Attendance(expected=self.attendance.expected, names=self.attendance.names)
                 if handshake := read_handshake(reply, self._run, self._manifest, answer):
                     self._admit(node_id, handshake, online)
                 for reason in [*answer.failed, *answer.misfits]:
-                    self._refuse(node_id, reason.removeprefix(f"node {node_id}: "))
+                    self._refuse(node_id, reason.removeprefix(f"{self._called(node_id)}: "))
             for node_id, reason in exchange.failed.items():
                 self._refuse(node_id, reason)
+            self._pings.note_heard(exchange)
             self._unanswered |= set(exchange.failed) | (set() if exchange.is_waiting else exchange.waiting_for)
             exchange.failed.clear()
         self._invitations = [exchange for exchange in self._invitations if exchange.is_waiting]
+
+    def _called(self, node_id: int) -> str:
+        return self.attendance.names.get(node_id, f"node {node_id}")
 
     def _refuse(self, node_id: int, reason: str) -> None:
         """Log why a node cannot join, and keep the reason unless the node is a site's."""
         reason = one_line(reason)
         if self._refused.get(node_id) != reason:
-            logger.warning("node %s cannot join: %s", node_id, reason)
+            logger.warning("%s cannot join: %s", self._called(node_id), reason)
         if node_id not in self.attendance.roster:
             self._refused[node_id] = reason
 
@@ -189,6 +245,7 @@ class Membership:
             self.moved[handshake.site] = f"moved from node {other} to node {node_id}, which says it is this site"
             logger.warning("%s %s", handshake.site, self.moved[handshake.site])
         self._silent -= {node_id, *namesakes}
+        self._no_ping.pop(handshake.site, None)
         self._refused.pop(node_id, None)
         everyone = {other: known for other, known in roster.items() if other not in namesakes} | {node_id: handshake}
         if everyone != roster:

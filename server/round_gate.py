@@ -28,7 +28,8 @@ from panfm.sharing.groups import Flat
 from panfm.sharing.messages import Handshake
 from panfm.sharing.sums_messages import Purpose, SumsReply
 from server.checkpoint import Measure, ServerState
-from server.exchange import Answers, ask_sums, label_sums
+from server.exchange import Answers, Watch, ask_sums, label_sums, unwatched
+from server.quorum import require_answers
 
 logger = logging.getLogger(__name__)
 _MOST_VALIDATION = 10
@@ -47,14 +48,19 @@ class RoundGate:
     """The description that sites get; it has a table `[gate]`."""
     frozen: Mapping[str, Flat]
     embedding_size: int
+    at_least: int = 0
+    """So many sites must measure the start, unless the others have refused for good."""
+    watch: Watch = unwatched
 
     def start(self, state: ServerState, roster: Mapping[int, Handshake]) -> ServerState:
         """Measure the model that a run starts from.
 
         Raises:
             RunError: no site gives what the measure needs.
+            NoQuorumError: too few answer.
         """
         contributions, answers = self._ask(state, roster)
+        require_answers(answers, self.at_least, "gate")
         value = self._value(contributions)
         if not math.isfinite(value):
             reasons = "; ".join(f"{site}: {reason}" for site, reason in answers.failed.items()) or "no label varies"
@@ -93,7 +99,7 @@ class RoundGate:
 
     def _ask(self, state: ServerState, roster: Mapping[int, Handshake]) -> tuple[Contributions, Answers]:
         """Ask the sites for the measure of a model; return their sums, and the answers with all failures."""
-        answers = ask_sums(self.grid, self.run, state, roster, Purpose.GATE, frozen=self.frozen)
+        answers = ask_sums(self.grid, self.run, state, roster, Purpose.GATE, frozen=self.frozen, watch=self.watch)
         assert self.run.gate is not None
         if self.run.gate.measure == "labels":
             subjects = {handshake.site: handshake.subjects for handshake in roster.values()}

@@ -3,7 +3,7 @@
     1. shake hands    every site tells what it holds                                    handshake.py
        inputs         sum what the tokenizers read, if the run lacks its constants      input_constants.py
     2. each round     choose the sites that are asked                                   membership.py, expected_sites.py
-                      send each its groups, read replies until the deadline             exchange.py
+                      send each its groups, read replies until the deadline             round_attempt.py, exchange.py
                       refuse bad replies, average the others, step                      strategies/
                       keep the model only if it is not worse, in a run with a gate      round_gate.py
                       write a line in rounds.jsonl and a checkpoint                     round_line.py, checkpoint.py
@@ -11,45 +11,42 @@
     3. probe          fit probes of labels on the patients of all sites, if asked for   label_probe.py
     4. save           the final model                                                   run_folder.py
 
-A round with fewer good replies than `federation.min-sites` ends the run with an error; it can be resumed.
+A round with fewer good replies than `federation.min-sites` does not count: it is waited for and asked again
+(quorum.py). What cannot heal ends the run with an error; it can be resumed.
 """
 
-import logging
 import secrets
-import time
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord
 from flwr.serverapp import Grid
 from torch import Tensor
 
-from panfm.config import RunConfig, dump_toml
+from panfm.config import RunConfig
 from panfm.config.site_dp import SiteDpConfig
 from panfm.errors import RunError
 from panfm.models import build_model, describe_model
 from panfm.models.packing import frozen_manifest, trained_manifest
 from panfm.privacy.guarantees import privacy_label
-from panfm.privacy.ledger import Limits, run_ledger
+from panfm.report.run_events import EventKind
 from panfm.sharing.groups import Flat, GroupManifest
-from panfm.sharing.messages import Handshake, RoundTask
+from panfm.sharing.messages import Handshake
 from server.checkpoint import ServerState
 from server.console import Progress
-from server.exchange import Exchange, check_sums_fit
+from server.exchange import Watch, check_sums_fit
 from server.handshake import Attendance, shake_hands
 from server.input_constants import fill_in_constants
 from server.label_probe import LabelProbes, fit_probes
 from server.membership import Membership
+from server.progress_file import ProgressFile
+from server.quorum import NoQuorumError, QuorumWait
+from server.round_attempt import RoundAttempt
+from server.round_costs import PlannedCosts, SiteDpBudget
 from server.round_gate import RoundGate
-from server.round_line import round_line
 from server.run_folder import RunFolder
 from server.tracking import Tracking
 from strategies import GroupedMean, SiteDpMean
-from strategies.round_messages import make_array, view_arrays
-
-logger = logging.getLogger(__name__)
 
 
 def run_federation(grid: Grid, folder: RunFolder, progress: Progress, *, num_sites: int | None = None) -> None:
@@ -58,94 +55,128 @@ def run_federation(grid: Grid, folder: RunFolder, progress: Progress, *, num_sit
     Args:
         grid: Flower's connection to the sites.
         folder: A new run, or one to resume.
-        num_sites: Wait for, and require, this many sites; `federation.min-sites` when left out.
+        num_sites: Of a simulation, all of which must take part and none of which is waited for; None: real sites, of
+            which `federation.min-sites` must.
     Raises:
-        RunError: too few sites, one that does not fit, or a round without enough good replies.
+        RunError: too few sites, a simulated one that does not fit, or a round without enough good replies.
     """
+    is_simulated = num_sites is not None
     run = folder.shared_run
     num_sites = needed_sites(run.site_dp, num_sites)
     embedding_size = describe_model(run).embedding_size
     check_sums_fit(run, embedding_size)
     first, manifest = initial_state(run, start := folder.start())
     frozen = folder.frozen() or folder.keep_frozen(frozen_groups(run, start))
-    attendance = _gather_sites(grid, folder, manifest, progress, num_sites=num_sites)
-    if not (state := folder.latest_state()):
-        folder.save_state(state := first)
-    fill_in_constants(grid, folder, state.run_id, attendance.roster)
+    state = folder.latest_state() or first
+    folder.events.begin(state.run_id, state.round_number)
+    now = ProgressFile(None if is_simulated else folder.path)
+    wait = QuorumWait(0.0 if is_simulated else run.federation.wait_for_quorum_s, folder.events, now)
+    gather = partial(_gather_sites, grid, folder, manifest, progress, num_sites=num_sites, watch=now.follow)
+    attendance = wait.until_quorum("handshake", partial(gather, is_strict=is_simulated))
+    if state is first:
+        folder.save_state(state)
+    at_least = run.federation.min_sites if wait.wait_s else 0
+    fill_in = partial(fill_in_constants, grid, folder, state.run_id, attendance.roster)
+    wait.until_quorum("input-constants", partial(fill_in, at_least=at_least, watch=now.follow))
     run = folder.shared_run
     strategy = make_strategy(folder, manifest, attendance.roster, state, frozen)
-    membership = Membership(grid, run, manifest, attendance)
-    gate = RoundGate(grid, run, frozen, embedding_size) if run.gate else None
+    ping_timeout_s = 0.0 if is_simulated else run.federation.ping_timeout_s
+    membership = Membership(grid, run, manifest, attendance, ping_timeout_s=ping_timeout_s)
+    choose = partial(_choose_sites, folder, membership, now, at_least=at_least)
+    gate = RoundGate(grid, run, frozen, embedding_size, at_least, now.follow) if run.gate else None
     if gate and state.measure is None:
-        folder.save_state(state := gate.start(state, _choose_sites(folder, membership, state.round_number + 1)))
+        folder.save_state(state := wait.until_quorum("gate", partial(_start_gate, gate, state, choose)))
         strategy.memory = state.memory
     costs = PlannedCosts(run, folder.rounds())
     with Tracking(folder, state.run_id) as tracking:
         while state.round_number < run.train.rounds:
-            strategy.roster = _choose_sites(folder, membership, state.round_number + 1)
-            before = state
-            state, line = train_round(grid, strategy, before)
-            if gate and len(line["sites"]) >= run.federation.min_sites:
+            attempt = RoundAttempt(grid, strategy, membership, before := state, choose, now.follow)
+            try:
+                state, line = wait.until_quorum(f"round {before.round_number + 1}", attempt)
+            except NoQuorumError as error:
+                if error.line:
+                    _note_round(folder, tracking, costs, dict(error.line))
+                raise
+            if gate:
                 state, line["gate"] = gate.decide(before, state, strategy.roster)
                 strategy.memory = state.memory
-            line |= {"away": membership.away(line["round"], line["asked"]), "moved": membership.moved}
-            line["epsilon"] = costs.after(line["asked"])
-            folder.append_round(line)
-            tracking.round(line)
-            membership.note_late(line)
-            for site, reason in line["rejected"].items():
-                logger.warning("round %s: %s left out: %s", line["round"], site, reason)
-            require_quorum(run.federation.min_sites, line)
+            _note_round(folder, tracking, costs, line)
             folder.save_state(state)
             progress.round(run.train.rounds, line)
     probes = LabelProbes()
     if run.probe.tasks:
-        roster = _choose_sites(folder, membership, state.round_number + 1)
-        kept = folder.kept_sums(state.round_number)
-        probes = fit_probes(grid, run, state, roster, frozen=frozen, embedding_size=embedding_size, kept=kept)
+        fit = partial(fit_probes, grid, run, state, frozen=frozen, embedding_size=embedding_size, watch=now.follow)
+        fit = partial(fit, kept=folder.kept_sums(state.round_number), at_least=at_least)
+        probes = wait.until_quorum("probe", lambda: fit(choose(state.round_number + 1)))
         progress.probes(probes)
     sites = [handshake.site for handshake in attendance.roster.values()]
     folder.save_model(state, manifest, frozen, sites, probes)
     folder.kept_sums(state.round_number).unlink(missing_ok=True)
+    folder.events.note(EventKind.FINISHED, f"the model of round {state.round_number} is saved")
 
 
-def train_round(grid: Grid, strategy: GroupedMean, state: ServerState) -> tuple[ServerState, dict[str, Any]]:
-    """Ask the strategy's sites to train, and aggregate their replies.
-
-    Returns:
-        The state after the round, and its line for rounds.jsonl.
-    """
-    start, number, run = time.monotonic(), state.round_number + 1, strategy.run
-    task = RoundTask(state.run_id, number, dump_toml(run), state.groups, state.profile)
-    config = ConfigRecord(dict(task.to_records().config))
-    arrays = ArrayRecord({group: make_array(flat) for group, flat in state.groups.items()})
-    messages = strategy.configure_train(number, arrays, config, grid)
-    exchange = Exchange(grid, messages, run.federation.round_timeout_s)
-    arrays, _ = strategy.aggregate_train(number, exchange)
-    line = round_line(number, time.monotonic() - start, exchange, strategy)
-    groups, profile = view_arrays(arrays), line["profile"] or state.profile
-    return ServerState(state.run_id, number, groups, profile, strategy.memory), line
+def _note_round(folder: RunFolder, tracking: Tracking, costs: PlannedCosts, line: dict[str, Any]) -> None:
+    """Write down and show a round that has ended."""
+    line["epsilon"] = costs.after(line["asked"])
+    folder.append_round(line)
+    folder.events.note_round(line)
+    tracking.round(line)
 
 
 def _gather_sites(
-    grid: Grid, folder: RunFolder, manifest: GroupManifest, progress: Progress, *, num_sites: int | None
+    grid: Grid,
+    folder: RunFolder,
+    manifest: GroupManifest,
+    progress: Progress,
+    *,
+    num_sites: int | None,
+    is_strict: bool,
+    watch: Watch,
 ) -> Attendance:
-    """Shake hands with the sites that are online. Raises RunError if too few take part or one does not fit."""
+    """Shake hands with the sites that are online.
+
+    Args:
+        is_strict: A site that does not fit ends the run; otherwise it is left out.
+    Raises:
+        RunError: one does not fit.
+        NoQuorumError: too few take part.
+    """
     run, expected = folder.shared_run, folder.expected_sites()
-    attendance = shake_hands(grid, run, manifest, num_sites=num_sites, expected=expected, on_site=progress.site)
+    attendance = shake_hands(grid, run, manifest, num_sites=num_sites, expected=expected, watch=watch)
+    if not is_strict:
+        attendance.leave_out_misfits()
     folder.save_sites(attendance)
     attendance.require(num_sites or run.federation.min_sites)
+    for handshake in attendance.roster.values():
+        progress.site(handshake)
     progress.absent(attendance.failed)
     progress.privacy(privacy_label(run))
     return attendance
 
 
-def _choose_sites(folder: RunFolder, membership: Membership, round_number: int) -> dict[int, Handshake]:
-    """Return the sites to ask in a round; write sites.json if sites joined or left."""
+def _start_gate(gate: RoundGate, state: ServerState, choose: Callable[[int], Mapping[int, Handshake]]) -> ServerState:
+    """Measure the model that the run starts from."""
+    return gate.start(state, choose(state.round_number + 1))
+
+
+def _choose_sites(
+    folder: RunFolder, membership: Membership, now: ProgressFile, round_number: int, *, at_least: int
+) -> dict[int, Handshake]:
+    """Return the sites to ask in a round; write sites.json if sites joined or left.
+
+    Raises:
+        NoQuorumError: they are fewer than `at_least`.
+    """
     roster = membership.attendance.roster
     chosen = membership.gather(round_number)
     if membership.attendance.roster is not roster:
         folder.save_sites(membership.attendance)
+    away = membership.away(round_number, {handshake.site for handshake in chosen.values()})
+    now.leave_out(away)
+    if len(chosen) < at_least:
+        reasons = "; ".join(f"{site}: {reason}" for site, reason in away.items()) or "no other has joined"
+        text = f"before round {round_number}: {len(chosen)} of at least {at_least} sites there (federation.min-sites)"
+        raise NoQuorumError(f"{text}: {reasons}", can_heal=True)
     return chosen
 
 
@@ -175,17 +206,6 @@ def make_strategy(
     return SiteDpMean(run, manifest, roster, state.memory, pay=budget.pay, frozen=frozen)
 
 
-def require_quorum(min_sites: int, line: Mapping[str, Any]) -> None:
-    """Raises RunError if a round had too few good replies; the error says why each of the others failed."""
-    num_replies = len(line["sites"])
-    if num_replies < min_sites:
-        reasons = "; ".join(f"{site}: {reason}" for site, reason in line["rejected"].items())
-        raise RunError(
-            f"round {line['round']}: {num_replies} good replies, at least {min_sites} needed (federation.min-sites): "
-            f"{reasons}"
-        )
-
-
 def initial_state(run: RunConfig, start: Mapping[str, Tensor] | None = None) -> tuple[ServerState, GroupManifest]:
     """Return the trained shared parameters before round 1, under a new run id, and the layout of their groups.
 
@@ -211,49 +231,3 @@ def _shared(run: RunConfig, start: Mapping[str, Tensor] | None) -> dict[str, Fla
     """The shared parameters before round 1, by name."""
     shared = start or build_model(run).split_state(run.sharing)[0]
     return {name: tensor.detach().numpy() for name, tensor in shared.items()}
-
-
-class SiteDpBudget:
-    """Budget of a run under site-level privacy."""
-
-    def __init__(self, run: RunConfig, folder: Path, run_id: str, sites: Sequence[str]) -> None:
-        """Args: folder: the run folder."""
-        assert run.site_dp is not None
-        self.ledger = run_ledger(folder)
-        self._run = run
-        self._run_id = run_id
-        self._sites = ",".join(sites)
-        self._limits = Limits(run.site_dp.epsilon, run.site_dp.delta)
-
-    def check_ahead(self, num_rounds: int) -> None:
-        """Raises BudgetError if so many more rounds would exceed the run's epsilon."""
-        self.ledger.check_ahead(self._run, num_rounds, limits=self._limits)
-
-    def pay(self, round_number: int) -> None:
-        """Write a round into the ledger. Raises BudgetError or LedgerError."""
-        self.ledger.spend(self._run, self._run_id, round_number, limits=self._limits, dataset=self._sites)
-
-
-class PlannedCosts:
-    """Epsilon of each site by the public plan, from the rounds in which it was asked."""
-
-    def __init__(self, run: RunConfig, rounds: Iterable[Mapping[str, Any]]) -> None:
-        """Args: rounds: Lines of rounds.jsonl of the rounds done before."""
-        self._run = run
-        self._asked = Counter(site for line in rounds for site in line["asked"])
-        self._known: dict[int, float | None] = {}
-
-    def after(self, asked: Iterable[str]) -> dict[str, float | None]:
-        """Count one more round of the asked sites; return site -> its epsilon so far, empty without a promise."""
-        if self._run.patient_dp is None:
-            return {}
-        self._asked.update(asked)
-        costs = {site: self._cost(rounds) for site, rounds in sorted(self._asked.items())}
-        return {} if None in costs.values() else costs
-
-    def _cost(self, rounds: int) -> float | None:
-        if rounds not in self._known:
-            from panfm.privacy.statement import cost_of_rounds  # brings the accountant, which takes seconds
-
-            self._known[rounds] = cost_of_rounds(self._run, rounds)
-        return self._known[rounds]

@@ -7,6 +7,7 @@ expected-sites.csv    the coordinator's table of expected sites, if there is one
 inputs.json        constants of the tokenizers' inputs, and sites whose sums they come from, in a run that asks for sums
 sites.json         handshakes, coverage, and who cannot take part
 rounds.jsonl       one line per round
+events.jsonl       the history: starts, failures, sites that were missing; lines are only added (events.py)
 ended.json         how and why the run ended without a model
 checkpoint/        the server's state after the last rounds, and run.toml as it was in its first round
 model/             model.safetensors, metadata.json, run.toml; with probe.tasks probe.safetensors; with [task] task.json
@@ -21,6 +22,7 @@ flower.json        where Flower runs it (server/coordinator.py)
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -49,13 +51,17 @@ from panfm.models import describe_model
 from panfm.models.packing import frozen_manifest
 from panfm.models.warm_start import read_start, start_state, with_start_parameters
 from panfm.privacy.guarantees import checked_run, load_checked_run, privacy_label
+from panfm.report.run_events import EventKind
 from panfm.sharing.groups import Flat, GroupManifest
 from panfm.sharing.messages import Handshake
 from server.checkpoint import ServerState, load_latest, save_state
+from server.events import EventLog
 from server.expected_sites import FILE as EXPECTED_SITES
 from server.expected_sites import ExpectedSites
 from server.handshake import Attendance
 from server.label_probe import LabelProbes
+from server.patient_grid import ReplyLostError
+from server.quorum import NoQuorumError
 from server.tracking_config import tracking_of
 
 _START = "start.safetensors"
@@ -73,6 +79,10 @@ def default_path(name: str) -> Path:
     return Path(f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
+class DiskError(RunError):
+    """The disk does not take a file of the run."""
+
+
 class RunFolder:
     """Reads and writes the folder of one run."""
 
@@ -84,6 +94,11 @@ class RunFolder:
     def shared_run(self) -> RunConfig:
         """The description as sites are told of it."""
         return as_told(self.run)
+
+    @cached_property
+    def events(self) -> EventLog:
+        """The history of the run. Raises DataError if its file is damaged."""
+        return EventLog(self.path)
 
     @staticmethod
     def check_new(path: Path, run: RunConfig) -> None:
@@ -192,16 +207,24 @@ class RunFolder:
             try:
                 yield
             except PanfmError as error:
-                self.note_end(str(error))
+                self.note_end(str(error), can_heal=_can_heal(error))
                 raise
             except Exception as error:
-                self.note_end(f"internal error ({type(error).__name__}); the server's log tells more")
+                words = f"internal error ({type(error).__name__}); the server's log tells more"
+                self.note_end(words, can_heal=True)
                 raise
 
-    def note_end(self, reason: str, *, state: str = "failed") -> None:
-        """Write into `ended.json` why the run ended without a model; errors of the disk are ignored."""
+    def note_end(self, reason: str, *, state: str = "failed", can_heal: bool = False) -> None:
+        """Write into `ended.json`, and add to the history, why the run ended without a model; errors of the disk are
+        ignored.
+
+        Args:
+            can_heal: The run may get further if it is resumed as it is.
+        """
+        with suppress(PanfmError):
+            self.events.note(EventKind(state), reason)
         with suppress(OSError):
-            write_json(self.path / ENDED, {"state": state, "reason": reason}, indent=2)
+            write_json(self.path / ENDED, {"state": state, "reason": reason, "can-heal": can_heal}, indent=2)
 
     def describe(self) -> None:
         """Write the description anew, for a run that has begun. Raises RunError as `save_state` does."""
@@ -332,7 +355,11 @@ def _written(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise RunError(f"{path}: cannot be written ({error.strerror}); the run can be resumed") from error
+        raise DiskError(f"{path}: cannot be written ({error.strerror}); the run can be resumed") from error
+
+
+def _can_heal(error: PanfmError) -> bool:
+    return isinstance(error, DiskError | ReplyLostError) or (isinstance(error, NoQuorumError) and error.can_heal)
 
 
 @contextmanager

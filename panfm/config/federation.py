@@ -16,6 +16,13 @@ class FederationConfig(Uncoupled):
     """A site that has not answered by then is left out of the round."""
     join_timeout_s: Timeout = 120.0
     """How long to wait for sites before round 1. It ends when `min-sites` are there and no other comes for 10 s."""
+    wait_for_quorum_s: Annotated[float, Field(ge=0.0, le=2_592_000.0)] = 86_400.0
+    """If fewer than `min-sites` answer, and the others are away, late or at fault in a way that can heal, the round is
+    asked again until enough answer, for at most this long; then the run ends and can be resumed. Also before round 1
+    and for sums. 0: it ends at once. Simulations never wait."""
+    ping_timeout_s: Annotated[float, Field(ge=0.0, le=3600.0)] = 30.0
+    """A site from which nothing came for so long is sent a short message before a round, and is left out of it if it
+    does not answer within as long again. 0, and in simulations: no such message."""
     max_subjects: Positive = 1_000_000
     """A site that says it has more is refused: its word decides how much it may weigh."""
     max_share: Annotated[float, Field(ge=0.02, le=1.0)] = 0.5

@@ -13,6 +13,7 @@ from panfm.errors import DataError, one_line
 from panfm.evaluate.result import ProbeResult, read_result
 from panfm.files import is_locked, read_json_lines
 from panfm.report.report_data import Count, Number, ReportData, read_report_data
+from panfm.report.run_progress import RunProgress, read_progress
 
 
 class _SiteLine(BaseModel):
@@ -92,6 +93,8 @@ class Run:
     """`failed` or `stopped`, if that was written down."""
     failure: str = ""
     """Why the run ended so."""
+    progress: RunProgress | None = None
+    """The step that it is at; None if nobody is at work, and in a simulation."""
     data: ReportData = field(default_factory=ReportData)
     """Parts of the report that are computed from images; only a simulation writes them."""
 
@@ -143,6 +146,7 @@ def read_run(folder: Path) -> Run:
     config = load_run(folder / "run.toml")
     told, ended = _read_sites(folder / "sites.json"), _read_json(folder / "ended.json")
     probe = read_result(folder / "probe.json") if (folder / "probe.json").exists() else None
+    is_at_work = is_locked(folder / ".lock")
     return Run(
         folder,
         config,
@@ -151,9 +155,10 @@ def read_run(folder: Path) -> Run:
         probe,
         _read_json(_metadata(folder)),
         left_out=tuple(told.failed),
-        is_at_work=is_locked(folder / ".lock"),
+        is_at_work=is_at_work,
         ending=str(ended.get("state", "")),
         failure=str(ended.get("reason", "")),
+        progress=read_progress(folder) if is_at_work else None,
         data=read_report_data(folder),
     )
 

@@ -49,6 +49,7 @@ def render_status(run: Run) -> str:
     guard = "default-src 'none'; style-src 'unsafe-inline'"
     total, done = run.config.train.rounds, len(run.rounds)
     notes = " ".join(filter(None, (privacy_line(run), gate_line(run))))
+    now = "".join(f"<p>{html.escape(line)}</p>" for line in (run.progress.lines() if run.progress else ()))
     sections = [
         section(
             "Sites", table(("site", "subjects", "rounds", "seconds", "loss", "epsilon", "last round"), _sites(run))
@@ -66,7 +67,7 @@ def render_status(run: Run) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{guard}"><title>{name}</title>'
         f"<style>{STYLE}{_MORE_STYLE}</style></head><body><h1>{name}</h1><p>{html.escape(headline(run))}</p>"
         f'<progress max="{total}" value="{done}"></progress>'
-        f'<p class="quiet">as of {told}. {html.escape(notes)}</p>{"".join(sections)}</body></html>\n'
+        f'<p class="quiet">as of {told}. {html.escape(notes)}</p>{now}{"".join(sections)}</body></html>\n'
     )
 
 

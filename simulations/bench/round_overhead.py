@@ -32,8 +32,8 @@ from panfm.sharing.weights import GroupWeights, Trained
 from panfm.site.session import trained_streams
 from panfm.training.trainer import Trainer
 from server.handshake import shake_hands
+from server.round_attempt import train_round as train_federated_round
 from server.rounds import initial_state
-from server.rounds import train_round as train_federated_round
 from server.run_folder import RunFolder
 from server.tracking import Tracking
 from simulations.alone import train_round
@@ -107,7 +107,7 @@ def federated_rounds(run: RunConfig, sites: Path, run_dir: Path) -> Iterator[Non
     strategy = GroupedMean(run, manifest, shake_hands(grid, run, manifest, num_sites=job.num_sites).roster)
     with Tracking(folder) as tracking:
         while True:
-            state, line = train_federated_round(grid, strategy, state)
+            state, line, _ = train_federated_round(grid, strategy, state)
             folder.append_round(line)
             tracking.round(line)
             folder.save_state(state)

@@ -96,6 +96,8 @@ RUN_FOLDER: Entries = {
     "(places of embedded subjects, small example images, routing of experts, CPU seconds).",
     "report.html": "The report, one file; `panfm report` writes it anew.",
     "status.html": "Progress while the run goes on, one file.",
+    "now.json": "The step that a run of real sites is at: since when, who has answered, who has not, who is left out "
+    "and why, and since when it waits for enough sites.",
     "checkpoint/round-*.state": "State of the server after a round, from which `--resume` goes on.",
     "checkpoint/label-sums-*.safetensors": "Sums of features and labels, from the sites' answers until "
     "the model is written.",

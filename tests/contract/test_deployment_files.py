@@ -38,8 +38,8 @@ def help_of(*words: str) -> str:
 def test_commands_and_flags_exist(name):
     program, *words = shlex.split(COMMANDS[name])
     program = program.removeprefix("/opt/flower/bin/" if "supernode" in name else "/opt/panfm/bin/")
-    assert program in {"panfm", "flower-superlink", "flower-superexec", "flower-supernode"}
-    known = help_of(program, *(words[:2] if program == "panfm" else ()))
+    assert program in {"panfm", "python", "flower-superlink", "flower-superexec", "flower-supernode"}
+    known = help_of(program, *words[: {"panfm": 2, "python": 3}.get(program, 0)])
     for flag in [word for word in words if word.startswith("-")]:
         assert re.search(rf"(?<![\w-]){flag}(?![\w-])", known), flag
 
@@ -60,7 +60,8 @@ def test_systemd_accepts_the_units(unit, tmp_path):
 @pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
 def test_units_start_again_what_ends(unit):
     text = unit.read_text(encoding="utf-8")
-    assert "\nRestart=always\n" in text
+    is_of_one_run = unit.name == "panfm-run@.service"  # which ends
+    assert f"\nRestart={'on-failure' if is_of_one_run else 'always'}\n" in text
     assert re.search(r"^RestartSec=[1-9]\d*$", text, re.MULTILINE)
 
 

@@ -206,7 +206,7 @@ class Wedged(LocalGrid):
 def test_a_site_that_is_online_but_silent_holds_up_two_rounds_and_no_more(four_sites, monkeypatch, caplog):
     now = [0.0]
     clock = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda seconds: now.__setitem__(0, now[0] + seconds))
-    for module in ("server.exchange", "server.rounds"):
+    for module in ("server.exchange", "server.round_attempt"):
         monkeypatch.setattr(f"{module}.time", clock)
     job = four_sites.job("wedged", "train.rounds=7")
     server_app(Wedged(job), Context(1, 1, {}, RecordDict(), dict(job.run_config())))

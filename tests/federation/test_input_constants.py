@@ -93,7 +93,7 @@ def test_a_run_that_was_killed_has_the_bits_of_an_undisturbed_one(open_sites, mo
         if place == "before they are written":
             patched.setattr(RunFolder, "fill_in_constants", stop)
         elif place == "in round 1":
-            patched.setattr("server.rounds.train_round", stop)
+            patched.setattr("server.round_attempt.train_round", stop)
         else:
             patched.setattr(RunFolder, "describe", describe_once)
         with pytest.raises(KeyboardInterrupt):
@@ -127,8 +127,8 @@ def test_one_site_has_its_own_constants(open_sites):
 def test_a_site_that_answers_badly_is_left_out(open_sites, monkeypatch):
     real = input_constants.ask_input_sums
 
-    def forged(*words):
-        answers = real(*words)
+    def forged(*words, **more):
+        answers = real(*words, **more)
         answers.replies["beta"].inputs["heart-mr"]["count"] = np.array([1e6])
         return answers
 

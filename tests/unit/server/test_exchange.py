@@ -6,6 +6,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from server import exchange as module
 from server.exchange import Exchange
+from server.patient_grid import ReplyLostError
 
 
 class Clock:
@@ -135,3 +136,41 @@ def test_nobody_asked(clock):
     exchange, order, _ = ask(clock, {})
     assert order == []
     assert exchange.failed == {}
+
+
+def test_a_question_that_the_superlink_has_lost_is_asked_again_but_not_for_ever(clock):
+    """Node 2 loses one, node 3 all; node 4 says that it is gone, which is no loss."""
+    grid = FakeGrid(clock, {2: (1.0, Error(3, "lost")), 3: (1.0, Error(4, "lost")), 4: (1.0, Error(5, "gone"))})
+    found = []
+    pull = grid.pull_messages
+
+    def heals(ids):
+        if len(grid.pulled) == 3:
+            grid.delays[2] = 1.0
+        return pull(ids)
+
+    grid.pull_messages = heals
+    exchange = Exchange(grid, (Message(RecordDict(), node_id, "train") for node_id in (2, 3, 4)), 60.0)
+    found = [reply.metadata.src_node_id for reply in exchange]
+    assert found == [2]
+    assert exchange.failed == {3: "lost", 4: "gone"}
+    assert [grid.pulled.count(f"id-{node}") for node in (2, 3, 4)] == [2, 3, 1]
+    assert exchange.errors == set()
+
+
+def test_a_reply_that_was_lost_with_the_superlink_is_asked_for_again(clock):
+    grid = FakeGrid(clock, {2: 1.0})
+    pull, falls = grid.pull_messages, iter([True])
+
+    def pull_messages(ids):
+        if clock.now > 101.0 and next(falls, False):
+            raise ReplyLostError("the SuperLink went away")
+        return pull(ids)
+
+    grid.pull_messages = pull_messages
+    changes = []
+    exchange = Exchange(
+        grid, [Message(RecordDict(), 2, "train")], 60.0, on_change=lambda changed: changes.append(changed.waiting_for)
+    )
+    assert [reply.metadata.src_node_id for reply in exchange] == [2]
+    assert changes == [{2}, set()]

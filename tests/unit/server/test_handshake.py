@@ -1,4 +1,5 @@
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from flwr.app import ConfigRecord, Error, Message, RecordDict
@@ -84,6 +85,9 @@ class Nodes:
     def sleep(self, seconds: float) -> None:
         self.now += seconds
 
+    def get_nodes(self):
+        return [SimpleNamespace(node_id=5, name="hospital-5")]
+
     def get_node_ids(self):
         return [node for node, since in self.online.items() if self.now >= since]
 
@@ -123,7 +127,7 @@ def test_every_site_that_fails_is_named(run, manifest, nodes):
             2: words(good(run, manifest, "zeta")),
             3: words(good(run, manifest, "alpha")),
             4: Error(1000, "site beta: DataError: faulty"),
-            5: Error(3, "Node Unavailable"),
+            5: Error(5, "Node Unavailable"),
             6: words(good(run, manifest, "mu")) | {"subjects": "many"},
             7: words(good(run, manifest, "\x1b[31m\n")),
         },
@@ -132,13 +136,13 @@ def test_every_site_that_fails_is_named(run, manifest, nodes):
     assert [shaken.site for shaken in attendance.roster.values()] == ["alpha", "zeta"]
     assert attendance.failed == [
         "node 4: site beta: DataError: faulty",
-        "node 5: Node Unavailable",
+        "node 5 (hospital-5): Node Unavailable",
         "node 6: message: subjects is str, expected int",
         "node 7: site name '\\x1b[31m\\n', expected small letters, digits, dot, dash",
     ]
     attendance.require(2)
     with pytest.raises(
-        RunError, match=r"2 of at least 6 sites can take part: node 4: site beta: DataError: faulty; node 5: "
+        RunError, match=r"2 of at least 6 sites can take part: node 4: site beta: DataError: faulty; node 5 "
     ):
         attendance.require(6)
 

@@ -40,7 +40,7 @@ class Sites:
         self.paths: dict[str, bytes] = {}
         self.down = False
 
-    def ask(self, grid, run, state, roster, purpose, *, frozen, paths=None):
+    def ask(self, grid, run, state, roster, purpose, *, frozen, paths=None, watch=None):
         if purpose is Purpose.ERRORS and self.down:
             raise KeyboardInterrupt
         self.asked.append(purpose)

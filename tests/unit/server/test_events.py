@@ -1,0 +1,130 @@
+import errno
+import json
+from datetime import datetime, timedelta
+
+import numpy as np
+import pytest
+
+from panfm.errors import DataError, RunError
+from panfm.report.run_events import EventKind, read_events
+from server.checkpoint import ServerState
+from server.events import EventLog
+from server.run_folder import RunFolder
+
+
+def line(number, *, sites=(), rejected=None, away=None, moved=None):
+    return {
+        "round": number,
+        "sites": {site: {} for site in sites},
+        "rejected": rejected or {},
+        "away": away or {},
+        "moved": moved or {},
+    }
+
+
+def _fail(folder, error):
+    with folder.at_work():
+        folder.events.begin("run", 0)
+        folder.save_state(ServerState("run", 0, {"backbone": np.zeros(1, np.float32)}))
+        raise error
+
+
+def told(folder):
+    return [(event.kind.value, event.round, event.site) for event in read_events(folder)]
+
+
+def test_one_line_of_an_event(tmp_path):
+    log = EventLog(tmp_path)
+    log.begin("run-1", 0)
+    log.note(EventKind.WAITING, "1 of 2\nsites", round_number=3, sites=["a"])
+    first, second = map(json.loads, (tmp_path / "events.jsonl").read_text().splitlines())
+    assert datetime.fromisoformat(first["time"]).utcoffset() == timedelta(0)
+    assert (first["run"], first["round"], first["kind"], first["site"]) == ("run-1", 0, "started", None)
+    del second["time"]
+    expected = {"run": "run-1", "round": 3, "kind": "waiting", "site": None}
+    assert second == expected | {"words": "1 of 2 sites", "details": {"sites": ["a"]}}
+
+
+def test_a_state_is_noted_when_it_begins_and_when_it_is_over(tmp_path):
+    log = EventLog(tmp_path)
+    log.begin("run", 0)
+    for number in range(1, 11):
+        log.note_round(line(number, sites=["a"], rejected={"b": f"late for the {number}. time"}))
+    log.note_round(line(11, sites=["a"], away={"b": "offline", "node 7": "cannot join"}))
+    log.note_round(line(12, sites=["a"], away={"b": "offline", "node 7": "cannot join"}))
+    log.note_round(line(13, sites=["a", "b"], moved={"a": "moved from node 1 to node 2"}))
+    log.note_round(line(14, sites=["a", "b"]))
+    assert told(tmp_path) == [
+        ("started", 0, None),
+        ("left-out", 1, "b"),
+        ("away", 11, "b"),
+        ("away", 11, "node 7"),
+        ("moved", 13, "a"),
+        ("back", 13, "b"),
+        ("back", 13, "node 7"),
+    ]
+
+
+def test_states_last_over_a_resume(tmp_path):
+    log = EventLog(tmp_path)
+    log.begin("run", 0)
+    log.note_round(line(1, rejected={"b": "late"}))
+    log.note(EventKind.WAITING, "1 of 2 sites")
+    log.note_level(EventKind.DISK, "low", "1 GiB free", of="/data")
+    log.note(EventKind.FAILED, "the disk is full")
+    for _ in range(2):
+        log = EventLog(tmp_path)
+        log.begin("run", 1)
+        log.note(EventKind.WAITING, "still")
+        log.note_level(EventKind.DISK, "low", "still", of="/data")
+        log.note_round(line(2, rejected={"b": "late again"}))
+        log.note(EventKind.STOPPED, "by the coordinator")
+    log.note(EventKind.QUORUM, "2 of 2 sites")
+    log.note(EventKind.QUORUM, "2 of 2 sites")
+    log.note_level(EventKind.DISK, None, "90 GiB free", of="/data")
+    kinds = [kind for kind, _, _ in told(tmp_path)]
+    again = ["resumed", "stopped"]
+    assert kinds == ["started", "left-out", "waiting", "disk", "failed", *again, *again, "quorum", "disk"]
+
+
+def test_a_killed_server_is_noted_at_the_resume(tmp_path):
+    EventLog(tmp_path).begin("run", 0)
+    EventLog(tmp_path).begin("run", 4)
+    assert told(tmp_path) == [("started", 0, None), ("failed", 4, None), ("resumed", 4, None)]
+
+
+def test_a_last_line_that_a_crash_cut_is_no_event(tmp_path):
+    EventLog(tmp_path).begin("run", 0)
+    path = tmp_path / "events.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole + whole[:20])
+    assert told(tmp_path) == [("started", 0, None)]
+    EventLog(tmp_path).note(EventKind.STOPPED, "by the coordinator")
+    assert told(tmp_path) == [("started", 0, None), ("stopped", 0, None)]
+    assert path.read_bytes().startswith(whole)
+    path.write_bytes(whole + b'{"kind": "rained"}\n')
+    with pytest.raises(DataError, match=r"events\.jsonl:2"):
+        EventLog(tmp_path)
+
+
+def test_what_a_full_disk_did_not_take_is_written_later(tmp_path, monkeypatch, caplog):
+    log = EventLog(tmp_path)
+    log.begin("run", 0)
+    with monkeypatch.context() as full:
+        full.setattr("server.events.sync", lambda file: (_ for _ in ()).throw(OSError(errno.ENOSPC, "disk full")))
+        log.note(EventKind.WAITING, "1 of 2 sites")
+    assert "events.jsonl: cannot be written (disk full)" in caplog.text
+    log.note(EventKind.QUORUM, "2 of 2 sites")
+    assert [kind for kind, _, _ in told(tmp_path)][-2:] == ["waiting", "quorum"]
+
+
+def test_failures_and_resumes_of_a_run_stay_in_its_history(tmp_path, make_run):
+    folder = RunFolder.create(tmp_path, make_run())
+    for error in (RunError("round 1: 1 good replies"), ValueError("secret")):
+        with pytest.raises(type(error)):
+            _fail(folder, error)
+        folder = RunFolder.resume(tmp_path)
+    events = read_events(tmp_path)
+    assert [event.kind.value for event in events] == ["started", "failed", "resumed", "failed"]
+    assert events[1].words == "round 1: 1 good replies"
+    assert "secret" not in events[3].words
