@@ -12,6 +12,7 @@ from panfm.privacy.guarantees import load_checked_run
 from server.console import Progress
 from server.rounds import run_federation
 from server.run_folder import RunFolder, default_path
+from server.run_watch import watched
 from server.tracking import refresh_page
 
 _ROOT = Path(__file__).resolve().parents[1]
@@ -28,7 +29,7 @@ def main(grid: Grid, context: Context) -> None:
     num_sites = len(site_folders(Path(sites))) if sites else None
     folder = open_folder(words)
     try:
-        with folder.at_work():
+        with folder.at_work(), watched(folder.path, folder.events):
             run_federation(grid, folder, Progress(), num_sites=num_sites)
     finally:
         refresh_page(folder.path)

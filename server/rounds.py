@@ -46,6 +46,7 @@ from server.membership import Membership
 from server.round_gate import RoundGate
 from server.round_line import round_line
 from server.run_folder import RunFolder
+from server.run_watch import note_budget
 from server.tracking import Tracking
 from strategies import GroupedMean, SiteDpMean
 from strategies.round_messages import make_array, view_arrays
@@ -95,6 +96,7 @@ def run_federation(grid: Grid, folder: RunFolder, progress: Progress, *, num_sit
             line["epsilon"] = costs.after(line["asked"])
             folder.append_round(line)
             folder.events.note_round(line)
+            note_budget(run, line["epsilon"], folder.events)
             tracking.round(line)
             membership.note_late(line)
             for site, reason in line["rejected"].items():
