@@ -9,6 +9,7 @@ from panfm.config import site_folders
 from panfm.errors import ConfigError
 from panfm.files import make_files_private
 from panfm.privacy.guarantees import load_checked_run
+from server.alerts import alerted, watched_certificates
 from server.console import Progress
 from server.rounds import run_federation
 from server.run_folder import RunFolder, default_path
@@ -29,7 +30,11 @@ def main(grid: Grid, context: Context) -> None:
     num_sites = len(site_folders(Path(sites))) if sites else None
     folder = open_folder(words)
     try:
-        with folder.at_work(), watched(folder.path, folder.events):
+        with (
+            alerted(folder.path, folder.run.name, folder.events),
+            folder.at_work(),
+            watched(folder.path, folder.events, watched_certificates(folder.path)),
+        ):
             run_federation(grid, folder, Progress(), num_sites=num_sites)
     finally:
         refresh_page(folder.path)
