@@ -165,8 +165,8 @@ class Channel:
 
 def told(name: str, event: Event) -> str:
     """An event in one line."""
-    what = " ".join(filter(None, (event.kind.value, event.site)))
-    return one_line(f"{name}: {what}: {event.words} (round {event.round})", 500)
+    subject = " ".join(filter(None, (event.kind.value, event.site)))
+    return one_line(f"{name}: {subject}: {event.words} (round {event.round})", 500)
 
 
 def post(webhook: WebhookConfig, name: str, number: int, event: Event) -> None:

@@ -104,11 +104,11 @@ def read_alerts(path: Path) -> AlertsConfig:
         raise ConfigError(f"{path}: cannot be read ({reason(error)}), expected a description of alerts") from error
 
 
-def _secret(what: str, variable: str | None, file: str | None) -> str:
+def _secret(key: str, variable: str | None, file: str | None) -> str:
     try:
         text = os.environ.get(variable, "") if variable else Path(file or "").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{what}: {file} cannot be read ({reason(error)})") from error
+        raise ConfigError(f"{key}: {file} cannot be read ({reason(error)})") from error
     if not text.strip():
-        raise ConfigError(f"{what}: {variable or file} is empty or not there, expected the secret")
+        raise ConfigError(f"{key}: {variable or file} is empty or not there, expected the secret")
     return text.strip()
