@@ -15,7 +15,7 @@ import typer
 from panfm.cli.common import Overrides, Version
 from panfm.cli.model_commands import export
 from panfm.errors import RunError, reason
-from panfm.files import make_files_private, write_atomic, write_json
+from panfm.files import make_files_private, open_atomic, write_atomic, write_json
 from server.flower_cli import FlowerRun, flower_environment, submit
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -177,6 +177,30 @@ def status(run_dir: _RunDir) -> None:
         typer.echo(f"Flower: run {flower.run_id} is {status}")
         return
     raise RunError(f"{run_dir}: {why_not_finished(run, status, details)}")
+
+
+@app.command()
+def metrics(
+    run_dir: _RunDir,
+    out: Annotated[
+        Path | None, typer.Option(help="File to write whole, e.g. for node-exporter's textfile collector.")
+    ] = None,
+) -> None:
+    """Print metrics of a run in Prometheus' text format, or write them into a file."""
+    from panfm.report.run_files import read_run
+
+    run = read_run(run_dir)
+    from server.metrics import metrics_text
+
+    text = metrics_text(run)
+    if out is None:
+        typer.echo(text, nl=False)
+        return
+    try:
+        with open_atomic(out, mode=0o644) as file:
+            file.write(text.encode())
+    except OSError as error:
+        raise RunError(f"{out}: cannot be written ({reason(error)})") from error
 
 
 @app.command()
