@@ -1,4 +1,4 @@
-"""`python -m server start|hash|status|metrics|watch|resume|stop|clean|export|roster`: for the coordinator of a federation."""
+"""`python -m server start|status|metrics|watch|resume|stop|...`: for the coordinator of a federation."""
 
 import sys
 
