@@ -1,4 +1,4 @@
-"""`python -m server start|hash|status|watch|keep|resume|stop|clean|export|roster`: for a federation's coordinator."""
+"""`python -m server start|status|metrics|watch|keep|resume|stop|...`: for the coordinator of a federation."""
 
 import sys
 

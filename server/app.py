@@ -9,10 +9,12 @@ from panfm.config import site_folders
 from panfm.errors import ConfigError
 from panfm.files import make_files_private
 from panfm.privacy.guarantees import load_checked_run
+from server.alerts import alerted, watched_certificates
 from server.console import Progress
 from server.patient_grid import PatientGrid
 from server.rounds import run_federation
 from server.run_folder import RunFolder, default_path
+from server.run_watch import watched
 from server.tracking import refresh_page
 
 _ROOT = Path(__file__).resolve().parents[1]
@@ -29,7 +31,11 @@ def main(grid: Grid, context: Context) -> None:
     num_sites = len(site_folders(Path(sites))) if sites else None
     folder = open_folder(words)
     try:
-        with folder.at_work():
+        with (
+            alerted(folder.path, folder.run.name, folder.events),
+            folder.at_work(),
+            watched(folder.path, folder.events, watched_certificates(folder.path)),
+        ):
             patient = PatientGrid(grid, folder.run.federation.wait_for_quorum_s) if num_sites is None else grid
             run_federation(patient, folder, Progress(), num_sites=num_sites)
     finally:

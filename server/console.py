@@ -19,7 +19,16 @@ from rich.text import Text
 from panfm.config import experiment_hash
 from panfm.errors import RunError, one_line
 from panfm.report.run_files import Run, read_run
-from panfm.report.status import gate_line, headline, left_out, number, privacy_line, site_statuses, stream_statuses
+from panfm.report.status import (
+    gate_line,
+    headline,
+    history,
+    left_out,
+    number,
+    privacy_line,
+    site_statuses,
+    stream_statuses,
+)
 from panfm.sharing.messages import Handshake
 from server.flower_cli import FlowerRun
 
@@ -29,6 +38,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 View = Callable[[Run], None]
 _MOST_LEFT_OUT = 6
+_MOST_EVENTS = 6
 _POLL_S = 1.0
 _STATUS_S = 10.0
 """A look at Flower's status costs a process; the rounds are read from the run folder meanwhile."""
@@ -115,6 +125,7 @@ def screen(run: Run) -> RenderableType:
     parts += [_text(line, style="cyan") for line in (run.progress.lines() if run.progress else ())]
     for site, rounds, reason in left_out(run, _MOST_LEFT_OUT):
         parts.append(_text(f"{rounds}: {site} {reason}" if site else f"{rounds}: {reason}", style="yellow"))
+    parts += [_text(" ".join(filter(None, event))) for event in reversed(history(run, _MOST_EVENTS))]
     return Group(*parts)
 
 

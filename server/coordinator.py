@@ -16,7 +16,7 @@ import typer
 from panfm.cli.common import Overrides, Version
 from panfm.cli.model_commands import export
 from panfm.errors import RunError, reason
-from panfm.files import make_files_private, write_atomic, write_json
+from panfm.files import make_files_private, open_atomic, write_atomic, write_json
 from server.flower_cli import FlowerRun, flower_environment, submit
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -24,6 +24,9 @@ _RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]
 _Detach = Annotated[bool, typer.Option("--detach", help="Do not watch it; status 0 once Flower has taken it.")]
 _RosterFile = Annotated[
     Path | None, typer.Option("--roster", help="Table of expected sites; others, and larger ones, take no part.")
+]
+_AlertsFile = Annotated[
+    Path | None, typer.Option("--alerts", help="TOML: webhook and mail that are told of the run's events.")
 ]
 _STOP_S = 120.0
 """Flower ends the ServerApp of a stopped run within about a minute."""
@@ -50,6 +53,7 @@ def start(
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; default runs/<name>-<time>.")] = None,
     roster_file: _RosterFile = None,
+    alerts_file: _AlertsFile = None,
     detach: _Detach = False,
 ) -> None:
     """Start a run, and watch it to its end."""
@@ -60,12 +64,14 @@ def start(
     from server.expected_sites import ExpectedSites
     from server.run_folder import RunFolder, default_path
 
-    expected = ExpectedSites.read(roster_file) if roster_file else None
+    expected, alerts = ExpectedSites.read(roster_file) if roster_file else None, _alerts(alerts_file)
     folder = out or default_path(run.name)
     is_new = not folder.exists()
     created = RunFolder.create(folder, run)
     if expected:
         created.expect(expected)
+    if alerts is not None:
+        created.tell(alerts)
     try:
         _submit(folder, connection)
     except RunError:
@@ -81,17 +87,18 @@ def resume(
     run_dir: _RunDir,
     connection: Annotated[str | None, typer.Option(help="Another connection than it was started on.")] = None,
     roster_file: _RosterFile = None,
+    alerts_file: _AlertsFile = None,
     detach: _Detach = False,
 ) -> None:
-    """Go on with a run from its last checkpoint, as it was described, and watch it to its end. A table given here takes
-    the place of the one that it was started with."""
+    """Go on with a run from its last checkpoint, as it was described, and watch it to its end. A table or alerts
+    given here take the place of those that it was started with."""
     from panfm.report.run_files import read_run
 
     run = read_run(run_dir)
     from server.expected_sites import ExpectedSites
     from server.run_folder import RunFolder
 
-    expected = ExpectedSites.read(roster_file) if roster_file else None
+    expected, alerts = ExpectedSites.read(roster_file) if roster_file else None, _alerts(alerts_file)
     if run.is_at_work:
         raise RunError(f"{run_dir}: is running, expected a run that has ended; stop it first")
     if run.is_finished:
@@ -105,6 +112,8 @@ def resume(
             raise RunError(f"{run_dir}: Flower's run {known.run_id} is {status}; stop it first")
     if expected:
         RunFolder(run_dir, run.config).expect(expected)
+    if alerts is not None:
+        RunFolder(run_dir, run.config).tell(alerts)
     _submit(run_dir, connection or (known.connection if known else ""))
     _watch_unless(detach, run_dir)
 
@@ -174,6 +183,30 @@ def status(run_dir: _RunDir) -> None:
 
 
 @app.command()
+def metrics(
+    run_dir: _RunDir,
+    out: Annotated[
+        Path | None, typer.Option(help="File to write whole, e.g. for node-exporter's textfile collector.")
+    ] = None,
+) -> None:
+    """Print metrics of a run in Prometheus' text format, or write them into a file."""
+    from panfm.report.run_files import read_run
+
+    run = read_run(run_dir)
+    from server.metrics import metrics_text
+
+    text = metrics_text(run)
+    if out is None:
+        typer.echo(text, nl=False)
+        return
+    try:
+        with open_atomic(out, mode=0o644) as file:
+            file.write(text.encode())
+    except OSError as error:
+        raise RunError(f"{out}: cannot be written ({reason(error)})") from error
+
+
+@app.command()
 def watch(run_dir: _RunDir) -> None:
     """Show rounds as they end, until the run ends; also of a run that `python -m simulations` has started."""
     from rich.console import Console
@@ -208,11 +241,14 @@ def stop(run_dir: _RunDir) -> None:
         if time.monotonic() > deadline:
             raise RunError(f"{run_dir}: Flower has stopped the run, but its ServerApp is still at work")
         time.sleep(_POLL_S)
+    from server.alerts import alerted
+    from server.events import EventLog
     from server.run_folder import RunFolder
     from server.tracking import refresh_page
 
     RunFolder(run_dir, run.config).note_end("by the coordinator", state="stopped")
-    refresh_page(run_dir)
+    with alerted(run_dir, run.config.name, EventLog(run_dir)):
+        refresh_page(run_dir)
     done = len(read_run(run_dir).rounds)
     typer.echo(f"{run_dir}: stopped after {done} of {run.config.train.rounds} rounds")
 
@@ -286,6 +322,16 @@ def _submit(run_dir: Path, connection: str) -> None:
     write_json(run_dir / "flower.json", {"run-id": run_id, "connection": connection})
     (run_dir / SUBMITTING).unlink()
     typer.echo(f"{run_dir}: Flower's run {run_id} on connection {connection}")
+
+
+def _alerts(path: Path | None) -> str | None:
+    """Text of a description of alerts. Raises ConfigError if it does not hold."""
+    if path is None:
+        return None
+    from server.alerts_config import read_alerts
+
+    read_alerts(path)
+    return path.read_text(encoding="utf-8")
 
 
 def _flower_run(run_dir: Path) -> FlowerRun | None:

@@ -14,6 +14,7 @@ event, also over a resume, and everything that tells people of events (alerts.py
 """
 
 import logging
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -47,8 +48,9 @@ class EventLog:
             DataError: the file is damaged.
         """
         self.path = folder / FILE
-        self.on_event: Callable[[], None] = lambda: None
+        self.on_event: list[Callable[[], None]] = []
         """Called after an event was written."""
+        self._lock = threading.RLock()
         self.run_id: str | None = None
         self.round_number = 0
         self.last: EventKind | None = None
@@ -87,23 +89,25 @@ class EventLog:
         **details: Any,
     ) -> None:
         """Add an event, unless it is a state that lasts already, or the end of one that had not begun."""
-        if (kind in _LASTING and self._lasting.get(site) == kind) or (kind in _OVER and site not in self._lasting):
-            return
-        if round_number is not None:
-            self.round_number = round_number
-        event = Event(
-            time=datetime.now(UTC).isoformat(timespec="seconds"),
-            run=self.run_id,
-            round=self.round_number,
-            kind=kind,
-            site=site,
-            words=one_line(words),
-            details=details,
-        )
-        self._learn(event)
-        self._unwritten.append(event)
-        self._write()
-        self.on_event()
+        with self._lock:
+            if (kind in _LASTING and self._lasting.get(site) == kind) or (kind in _OVER and site not in self._lasting):
+                return
+            if round_number is not None:
+                self.round_number = round_number
+            event = Event(
+                time=datetime.now(UTC).isoformat(timespec="seconds"),
+                run=self.run_id,
+                round=self.round_number,
+                kind=kind,
+                site=site,
+                words=one_line(words),
+                details=details,
+            )
+            self._learn(event)
+            self._unwritten.append(event)
+            self._write()
+        for call in self.on_event:
+            call()
 
     def note_level(self, kind: EventKind, level: str | None, words: str, *, of: str, site: str | None = None) -> None:
         """Add an event if the level of something (of a disk, a budget, a certificate) has changed.

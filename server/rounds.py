@@ -45,6 +45,7 @@ from server.round_attempt import RoundAttempt
 from server.round_costs import PlannedCosts, SiteDpBudget
 from server.round_gate import RoundGate
 from server.run_folder import RunFolder
+from server.run_watch import note_budget
 from server.tracking import Tracking
 from strategies import GroupedMean, SiteDpMean
 
@@ -120,6 +121,7 @@ def _note_round(folder: RunFolder, tracking: Tracking, costs: PlannedCosts, line
     line["epsilon"] = costs.after(line["asked"])
     folder.append_round(line)
     folder.events.note_round(line)
+    note_budget(folder.shared_run, line["epsilon"], folder.events)
     tracking.round(line)
 
 

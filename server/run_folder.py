@@ -3,6 +3,8 @@
 run.toml           the resolved description
 start.safetensors  the shared parameters that it starts from, where it is a warm start
 frozen.safetensors the shared parameters that it does not train, packed by group, where there are any
+alerts.toml        whom the server tells of events, if the coordinator has said so (alerts_config.py)
+alerts.jsonl       which events were told (alerts.py)
 expected-sites.csv    the coordinator's table of expected sites, if there is one
 inputs.json        constants of the tokenizers' inputs, and sites whose sums they come from, in a run that asks for sums
 sites.json         handshakes, coverage, and who cannot take part
@@ -40,6 +42,7 @@ from panfm.files import (
     check_place,
     json_text,
     locked,
+    open_atomic,
     read_checked,
     read_json_lines,
     write_atomic,
@@ -54,6 +57,7 @@ from panfm.privacy.guarantees import checked_run, load_checked_run, privacy_labe
 from panfm.report.run_events import EventKind
 from panfm.sharing.groups import Flat, GroupManifest
 from panfm.sharing.messages import Handshake
+from server.alerts_config import FILE as ALERTS
 from server.checkpoint import ServerState, load_latest, save_state
 from server.events import EventLog
 from server.expected_sites import FILE as EXPECTED_SITES
@@ -185,6 +189,11 @@ class RunFolder:
             with _written(self.path / _FROZEN):
                 write_checked(self.path / _FROZEN, safetensors.numpy.save(dict(groups)))
         return dict(groups)
+
+    def tell(self, alerts: str) -> None:
+        """Keep the coordinator's description of alerts, for this account alone."""
+        with open_atomic(self.path / ALERTS, mode=0o600) as file:
+            file.write(alerts.encode())
 
     def expect(self, sites: ExpectedSites) -> None:
         """Keep the coordinator's table of sites."""

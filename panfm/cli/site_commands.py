@@ -204,11 +204,14 @@ def site_log(
         bool, typer.Option("--verify", help="Check the chain of hashes only, and print its end.")
     ] = False,
     noted: NotedEnd = None,
+    accept: Annotated[
+        bool, typer.Option("--accept", help="Go on with the log as it is, after lines of it were lost for good.")
+    ] = False,
 ) -> None:
     """Print every message that left the site, oldest first. Ends with status 1 where the log was tampered with.
 
-    Lines that were changed or taken out break the chain. Lines cut off at its end, or a record written anew from some
-    line on, do not: they are found with --noted.
+    Lines that were changed or taken out break the chain, and the anchor remembers its end. A record written anew
+    together with its anchor is found with --noted.
     """
     from panfm.config import load_site, site_path
 
@@ -217,10 +220,15 @@ def site_log(
     from panfm.site.audit_log import AuditLog
 
     audit_log, count, end = AuditLog(state_dir), 0, "nothing yet"
+    if accept:
+        from panfm.cli.site_lines import accept_audit_log
+
+        typer.echo(f"accepted as it is; the chain ends with: {accept_audit_log(state_dir)}")
+        return
     for count, line in enumerate(audit_log.lines(), start=1):  # noqa: B007
         end = line["chain"]
         if not verify:
             typer.echo(message_line(line))
     if noted is not None:
-        audit_log.check_noted(chain_end(noted))
+        audit_log.chain.check_noted(audit_log.lines(), chain_end(noted))
     typer.echo(f"{count} messages, unbroken; the chain ends with: {end}")

@@ -2,15 +2,15 @@
 
 import itertools
 import shutil
-import ssl
 import statistics
 import time
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
 
+from panfm import certificates
 from panfm.config import SiteConfig, site_path
-from panfm.errors import one_line
+from panfm.errors import DataError, one_line
 from panfm.hash_chain import Entry
 
 _RECENT = 6
@@ -61,15 +61,11 @@ def certificate_end(folder: Path, site: SiteConfig) -> str:
     """When the coordinator's certificate authority ends, as far as this account can read it."""
     path = site_path(folder, site.coordinator.root_certificates)
     try:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.load_verify_locations(path)
-    except OSError as error:
-        return f"not known here ({path}: {error.strerror or 'no certificate'})"
-    ends = [ssl.cert_time_to_seconds(str(one["notAfter"])) for one in context.get_ca_certs() if "notAfter" in one]
-    if not ends:
-        return f"not known here ({path}: no certificate authority)"
-    days = (min(ends) - time.time()) / 86_400
-    return f"ends {time.strftime('%Y-%m-%d', time.localtime(min(ends)))}, in {days:.0f} days"
+        end = certificates.certificate_end(path)
+    except DataError as error:
+        return f"not known here ({error})"
+    days = (end - time.time()) / 86_400
+    return f"ends {time.strftime('%Y-%m-%d', time.localtime(end))}, in {days:.0f} days"
 
 
 def _is_time(line: str) -> bool:

@@ -25,7 +25,11 @@ def status_lines(folder: Path, site: SiteConfig) -> Iterator[str]:
     for run_folder in sorted(state_dir.glob(f"{RUNS}/*")):
         for number in RoundFiles(run_folder).rounds():
             yield f"run {run_folder.name}: private state after round {number}"
-    lines = list(AuditLog(state_dir).lines())
+    lines: list[Entry] = []
+    try:
+        lines.extend(AuditLog(state_dir).lines())
+    except DataError as error:
+        yield f"nothing is answered, the audit log does not hold: {error}"
     for name, asked in active_runs(state_dir, site.limits).items():
         yield f"run {name}: not finished, asked for round {max(asked.digests, default=0)} of {asked.rounds}"
         if due := next_round(lines, name):
@@ -75,3 +79,12 @@ def message_line(line: Entry) -> str:
     asked += f", sums for {line['summed']['purpose']}{summed}" if "summed" in line else ""
     message = f"{line['kind']}{asked}: {line['bytes']} bytes, sha256 {line['sha256'][:16]}"
     return f"{line['time']} {message}; {groups}{numbers}{experiment}{privacy}{spent}"
+
+
+def accept_audit_log(state_dir: Path) -> str:
+    """Write the anchor of the audit log anew for the log as it is; returns the hash of its end."""
+    chain = AuditLog(state_dir).chain
+    with chain.writing() as file:
+        _, position = chain.snapshot(file)
+        chain.write_anchor(position.end)
+    return position.end

@@ -17,6 +17,7 @@ from panfm.report.image_sections import embedding_section, examples_section, exp
 from panfm.report.round_sections import (
     cost_section,
     exchange_section,
+    history_section,
     learning_section,
     left_out_section,
     privacy_section,
@@ -55,6 +56,7 @@ _SECTIONS = (
     sites_section,
     exchange_section,
     left_out_section,
+    history_section,
     privacy_section,
     cost_section,
 )

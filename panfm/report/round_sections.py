@@ -10,7 +10,7 @@ from panfm.report.blocks import Details, Figure, Figures, Paragraph, Section, Ta
 from panfm.report.charts import COLOURS, Line, Points, line_chart
 from panfm.report.console_tables import organs_of
 from panfm.report.run_files import Run
-from panfm.report.status import clock, left_out, number, series
+from panfm.report.status import clock, history, left_out, number, series
 
 _MOST_PANELS = 12
 _NO_ROUND = "No round is done yet."
@@ -163,6 +163,14 @@ def left_out_section(run: Run) -> Section:
         ("site", "when", "why"), [*rows, *((site, when, why) for site, why, when in late)], "Left out of rounds"
     )
     return Section("left-out", "Left out, and why", [table])
+
+
+def history_section(run: Run) -> Section | None:
+    """Make the section with the last events of the run; None if it has noted none."""
+    rows = history(run, most=100)
+    if not rows:
+        return None
+    return Section("history", "History", [Table(("time", "round", "event", "site", "what"), rows, "Last events")])
 
 
 def privacy_section(run: Run) -> Section:

@@ -13,6 +13,7 @@ from panfm.errors import DataError, one_line
 from panfm.evaluate.result import ProbeResult, read_result
 from panfm.files import is_locked, read_json_lines
 from panfm.report.report_data import Count, Number, ReportData, read_report_data
+from panfm.report.run_events import Event, read_events
 from panfm.report.run_progress import RunProgress, read_progress
 
 
@@ -98,6 +99,9 @@ class Run:
     data: ReportData = field(default_factory=ReportData)
     """Parts of the report that are computed from images; only a simulation writes them."""
 
+    events: tuple[Event, ...] = ()
+    """The history of the run, oldest first."""
+
     @property
     def is_finished(self) -> bool:
         """Whether there is a final model."""
@@ -160,6 +164,7 @@ def read_run(folder: Path) -> Run:
         failure=str(ended.get("reason", "")),
         progress=read_progress(folder) if is_at_work else None,
         data=read_report_data(folder),
+        events=tuple(read_events(folder)),
     )
 
 

@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from panfm.privacy.guarantees import privacy_label
@@ -79,6 +80,20 @@ def left_out(run: Run, most: int = 30) -> list[tuple[str, str, str]]:
     latest = sorted(rounds.items(), key=lambda entry: entry[1][-1], reverse=True)[:most]
     reasons = [(site, ranges(numbers), reason) for (site, reason), numbers in latest]
     return reasons + [("", "the start", reason) for reason in run.left_out]
+
+
+def history(run: Run, most: int = 30) -> list[tuple[str, str, str, str, str]]:
+    """Last events of a run, the latest first: local time, round, kind, site, words."""
+    return [
+        (
+            datetime.fromisoformat(event.time).astimezone().isoformat(sep=" ", timespec="seconds"),
+            str(event.round),
+            event.kind.value,
+            event.site or "",
+            event.words,
+        )
+        for event in run.events[: -most - 1 : -1]
+    ]
 
 
 def headline(run: Run) -> str:

@@ -1,9 +1,12 @@
 """One page for those who watch a run without a shell: `status.html`, written anew after every round.
 
-It opens without a network and asks the browser to load it again while the run goes on. Its words come from sites too:
-all are escaped, there is no script in it, and it forbids any.
+It opens without a network and asks the browser to load it again while the run goes on. A server at work writes it at
+least once a minute; a page that is older says so by itself. Its words come from sites too: all are escaped, and it
+forbids any script but its own, by the hash.
 """
 
+import base64
+import hashlib
 import html
 import time
 from pathlib import Path
@@ -17,6 +20,7 @@ from panfm.report.status import (
     clock,
     gate_line,
     headline,
+    history,
     left_out,
     number,
     privacy_line,
@@ -26,9 +30,19 @@ from panfm.report.status import (
 )
 
 _REFRESH_S = 15
+WRITTEN_EVERY_S = 60
+"""A server at work writes the page at least as often."""
+_DUE_S = 3 * WRITTEN_EVERY_S
+_SCRIPT = (
+    "const age = document.getElementById('age');"
+    "const check = () => { if (Date.now() / 1000 > Number(age.dataset.due))"
+    " { age.textContent = age.dataset.stale; age.className = 'stale'; } };"
+    "check(); setInterval(check, 5000);"
+)
 _MORE_STYLE = """
 progress { width: 100%; height: 1rem }
 h2 { margin-top: 1.6rem }
+.stale { font-weight: 700; border: 2px solid currentColor; padding: .3rem .6rem }
 body > svg { display: block; width: 100%; max-width: 26rem }
 table { display: block; overflow-x: auto }
 :is(td, th):not(:first-child, :last-child) { text-align: right }
@@ -44,9 +58,10 @@ def write_status(folder: Path) -> Path:
 
 def render_status(run: Run) -> str:
     """The whole page."""
-    name, told = html.escape(run.config.name), time.strftime("%Y-%m-%d %H:%M:%S %Z")
+    name = html.escape(run.config.name)
     refresh = f'<meta http-equiv="refresh" content="{_REFRESH_S}">' if run.state == "running" else ""
-    guard = "default-src 'none'; style-src 'unsafe-inline'"
+    digest = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
+    guard = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     total, done = run.config.train.rounds, len(run.rounds)
     notes = " ".join(filter(None, (privacy_line(run), gate_line(run))))
     now = "".join(f"<p>{html.escape(line)}</p>" for line in (run.progress.lines() if run.progress else ()))
@@ -58,6 +73,7 @@ def render_status(run: Run) -> str:
             "Streams", table(("stream", "held by", "trained by", "last round", "saliency", "sites"), _streams(run))
         ),
         section("Left out, and why", _left_out(run)),
+        section("History", _history(run)),
         *(section(title, chart) for title, chart in _charts(run).items()),
         section("Run", table(("what", ""), _facts(run).items())),
     ]
@@ -67,7 +83,21 @@ def render_status(run: Run) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{guard}"><title>{name}</title>'
         f"<style>{STYLE}{_MORE_STYLE}</style></head><body><h1>{name}</h1><p>{html.escape(headline(run))}</p>"
         f'<progress max="{total}" value="{done}"></progress>'
-        f'<p class="quiet">as of {told}. {html.escape(notes)}</p>{now}{"".join(sections)}</body></html>\n'
+        f'{_age(run)}<p class="quiet">{html.escape(notes)}</p>{now}{"".join(sections)}</body></html>\n'
+    )
+
+
+def _age(run: Run) -> str:
+    """When the page was written; while the run goes on also when a new one is due, and a script that tells of it."""
+    now = time.time()
+    told, due = (time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(at)) for at in (now, now + _DUE_S))
+    if run.state != "running":
+        return f'<p class="quiet">as of {told}.</p>'
+    stale = f"Last heard of at {told}, stale: the server writes this page every minute and has not since."
+    words = f"as of {told}; a new page is due by {due}."
+    return (
+        f'<p id="age" class="quiet" data-due="{now + _DUE_S:.0f}" data-stale="{html.escape(stale)}">'
+        f"{html.escape(words)}</p><script>{_SCRIPT}</script>"
     )
 
 
@@ -103,6 +133,11 @@ def _streams(run: Run) -> list[tuple[str, ...]]:
 def _left_out(run: Run) -> str:
     rows = left_out(run)
     return table(("site", "when", "why"), rows) if rows else '<p class="quiet">Nobody.</p>'
+
+
+def _history(run: Run) -> str:
+    rows = history(run)
+    return table(("time", "round", "event", "site", "what"), rows) if rows else ""
 
 
 def _charts(run: Run) -> dict[str, str]:

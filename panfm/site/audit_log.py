@@ -8,9 +8,12 @@
     epsilon                    what this and all private rounds before have spent on these patients; null if not private
     summed                     of sums over patients: their purpose, and each task's columns of labels, or the streams
     bytes, sha256              of the message as it left
+    anchored                   true: there was an anchor; none in logs of older versions, which get one at the next line
     chain                      SHA-256 of the line before's chain and of this line
 
-Every answer is on disk here before it goes out. (A refusal of bytes that are not a question tells nothing about the
+Every answer is on disk here before it goes out, and the hash of its line in the anchor, `departures.anchor`. So a log
+that was cut off or removed is noticed, and nothing leaves until the operator has restored it, or accepted what is
+there. (A refusal of bytes that are not a question tells nothing about the
 site and is not kept.)
 """
 
@@ -22,13 +25,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from panfm.errors import DataError
-from panfm.hash_chain import Entry, HashChain, Position, sealed
+from panfm.hash_chain import FIRST_HASH, Entry, HashChain, Position, sealed
 from panfm.sharing.frames import Frame, Kind
 
 if TYPE_CHECKING:
     from panfm.privacy.ledger import AnsweredRounds
 
 FILE = "departures.jsonl"
+ANCHOR = "departures.anchor"
 logger = logging.getLogger(__name__)
 
 
@@ -38,7 +42,7 @@ class AuditLog:
     def __init__(self, state_dir: Path) -> None:
         """Args: state_dir: where the site keeps its state."""
         self.path = state_dir / FILE
-        self._chain = HashChain(self.path, sealed, key="chain")
+        self.chain = HashChain(self.path, sealed, key="chain", anchor=state_dir / ANCHOR)
         self._position = Position()
 
     def append(
@@ -53,32 +57,34 @@ class AuditLog:
     ) -> None:
         """Add a message that is about to leave.
 
-        A log that was tampered with is told of, and goes on from its last line.
+        A line that was changed is told of, and the log goes on from its last line.
 
         Raises:
-            DataError, OSError: the line cannot be written; then the message must stay.
+            DataError: lines were cut off, or the log or its anchor was removed.
+            OSError: the line cannot be written. After both the message must stay.
         """
-        with self._chain.writing() as file:
+        with self.chain.writing() as file:
             if not self._position.is_current(file):
-                before, self._position = self._chain.snapshot(file)
+                before, self._position = self.chain.snapshot(file)
                 self._warn_of_tampering(before)
+            if not self._position.size or self.chain.read_anchor() != self._position.end:
+                self._check_anchor(self.chain.snapshot(file)[0])
+                logger.warning("%s: gets an anchor for %d bytes", self.path, self._position.size)
+                self.chain.write_anchor(self._position.end)
             line = _describe(frame, content) | {"experiment": experiment, "privacy": privacy, "epsilon": epsilon}
-            line |= {"summed": summed} if summed else {}
-            _, self._position = self._chain.append(file, self._position, line)
+            line |= {"anchored": True} | ({"summed": summed} if summed else {})
+            _, self._position = self.chain.append(file, self._position, line)
 
     def lines(self) -> Iterator[Entry]:
         """Yield every message, oldest first.
 
         Raises:
-            DataError: a line was changed, moved, or taken out before the last one; or the file cannot be read.
+            DataError: a line was changed, moved, or taken out; or the file cannot be read.
         """
-        with self._chain.reading() as file:
+        with self.chain.reading() as file:
             content = file.read()
-        yield from self._chain.verified(content)
-
-    def check_noted(self, noted: str) -> None:
-        """Raise DataError if a hash that somebody noted is not in the log."""
-        self._chain.check_noted(self.lines(), noted)
+            self._check_anchor(content)
+        yield from self.chain.verified(content)
 
     def rounds_of(self, experiment: str) -> set[tuple[str, int]]:
         """Run id and number of the rounds of an experiment that were answered. Raises DataError as `lines` does."""
@@ -102,10 +108,19 @@ class AuditLog:
             epsilon = epsilon if line.get("epsilon") is None else line["epsilon"]
         return AnsweredRounds(count, epsilon)
 
+    def _check_anchor(self, content: bytes) -> None:
+        """Raise DataError unless the anchor remembers one of the two newest lines (a full disk may keep it from the
+        last), or is missing from a log that never had one."""
+        newest, anchor = content.split(b"\n")[:-1][-2:], self.chain.read_anchor()
+        mark = b'"anchored": true' if anchor is None else f'"chain": "{anchor}"'.encode()
+        if (anchor != FIRST_HASH or len(newest) > 1) and any(mark in line for line in newest) == (anchor is None):
+            raise DataError(
+                f"{self.path}: cut off or removed, or its anchor is; restore it, or: site log SITE --accept"
+            )
+
     def _warn_of_tampering(self, content: bytes) -> None:
         try:
-            for _ in self._chain.verified(content):
-                pass
+            list(self.chain.verified(content))
         except DataError as error:
             logger.warning("the audit log was tampered with: %s", error)
 

@@ -20,7 +20,19 @@ ALLOWED = {
     "simulations": set(HOUSE),
 }
 LEVELS = (
-    ("errors", "seeds", "anatomy", "registry", "installed_plug_ins", "config", "files", "hash_chain", "texts", "cells"),
+    (
+        "errors",
+        "seeds",
+        "anatomy",
+        "registry",
+        "installed_plug_ins",
+        "config",
+        "files",
+        "hash_chain",
+        "texts",
+        "cells",
+        "certificates",
+    ),
     ("data", "models", "sharing"),
     ("training", "privacy", "evaluate"),
     ("site", "report", "export", "planning", "finetune"),

@@ -5,13 +5,16 @@ repository, which git ignores.
 """
 
 import os
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 
+from panfm.files import locked
 from panfm.report.report_page import write_comparison, write_report
 from panfm.report.run_files import read_run
+from panfm.report.status_page import write_status
 from tests.unit.report.made_runs import LONG, make_run
 
 WIDTHS = (400, 800, 1400)
@@ -108,3 +111,23 @@ def assert_faults_are_seen(browser, path):
     assert "is over" in faults
     assert "is clipped" in faults
     page.close()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+def test_an_old_status_page_says_by_itself_that_it_is_stale(tmp_path):
+    from playwright.sync_api import sync_playwright
+
+    folder = make_run(tmp_path / "run", ["alpha"])
+    with locked(folder / ".lock", wait_s=0.0):
+        path = write_status(folder)
+    old = folder / "old.html"
+    old.write_text(re.sub(r'data-due="\d+"', 'data-due="1000000000"', path.read_text()))
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        for page_path, is_stale in ((path, False), (old, True)):
+            page = browser.new_page()
+            page.goto(page_path.as_uri())
+            assert page.inner_text("#age").startswith("Last heard of at" if is_stale else "as of")
+            assert page.evaluate("document.getElementById('age').className") == ("stale" if is_stale else "quiet")
+        browser.close()

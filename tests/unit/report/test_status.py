@@ -13,7 +13,7 @@ from panfm.files import locked
 from panfm.report.html_parts import chart
 from panfm.report.run_files import read_run
 from panfm.report.status import clock, gate_line, headline, left_out, ranges, site_statuses, stream_statuses
-from panfm.report.status_page import render_status, write_status
+from panfm.report.status_page import _SCRIPT, render_status, write_status
 from server.console import screen
 from server.tracking import scalars
 
@@ -111,6 +111,31 @@ def test_the_page_loads_itself_again_only_while_the_run_goes_on(tmp_path):
     assert len(page) < 20_000
 
 
+def test_a_page_of_a_running_server_says_when_the_next_is_due(tmp_path):
+    with locked(tmp_path / ".lock", wait_s=0.0):
+        page = render_status(write(tmp_path, line(1)))
+    assert re.search(r"as of .{10,}; a new page is due by ", page)
+    assert "Last heard of at" in page
+    assert "is due by" not in render_status(read_run(tmp_path))
+
+
+def test_the_last_events_are_told(tmp_path):
+    run = write(tmp_path, line(1))
+    assert "History" not in render_status(run)
+    events = [
+        {"time": "2026-01-01T00:00:00+00:00", "run": "r", "round": number, "kind": "left-out", "site": "b"}
+        for number in range(1, 41)
+    ]
+    (tmp_path / "events.jsonl").write_text(
+        "".join(json.dumps(event | {"words": f"late {event['round']}"}) + "\n" for event in events)
+    )
+    run = read_run(tmp_path)
+    page = render_status(run)
+    assert page.index("late 40") < page.index("late 39")
+    assert "late 10<" not in page
+    assert "left-out b late 40" in on_screen(run)
+
+
 def test_planned_epsilon_is_shown_and_called_a_plan(tmp_path):
     private = PatientDpConfig(epsilon=8.0, delta=1e-4, public_subjects=100, noise_multiplier=1.0, sample_rate=0.1)
     changes = {"objective": {"standardise": False}, "masking": {"policy": "random"}}
@@ -136,10 +161,14 @@ def test_words_of_sites_stay_words(tmp_path, words):
         bytes_up={words: 3},
         epsilon={words: 1.0},
     )
+    event = {"time": "2026-01-01T00:00:00+00:00", "run": words, "round": 1, "kind": "left-out", "site": words}
+    (tmp_path / "events.jsonl").write_text(json.dumps(event | {"words": words, "details": {words: words}}) + "\n")
     sites = {words: {"subjects": 1, "streams": {words: 1, "brain-mr": 1}}}
     run = write(tmp_path, hostile, line(2), hostile | {"round": 3}, sites=sites)
     (tmp_path / "ended.json").write_text(json.dumps({"state": words, "reason": words}))
     page = render_status(read_run(tmp_path))
+    assert page.count("<script") == page.count("setInterval")
+    page = page.replace(f"<script>{_SCRIPT}</script>", "")
     tags = {tag.split()[0] for tag in re.findall(r"<(/?[a-z][^>]*)>", page.lower())}
     plain = "html head meta title style body h1 h2 p progress table tr th td svg path text polyline circle span"
     assert {tag.lstrip("/") for tag in tags} <= set(plain.split())

@@ -6,7 +6,9 @@ import json
 import numpy as np
 import pytest
 
+from panfm.cli.site_lines import accept_audit_log
 from panfm.errors import DataError
+from panfm.hash_chain import FIRST_HASH, sealed
 from panfm.privacy.ledger import AnsweredRounds
 from panfm.sharing.frames import Frame, Kind, encode
 from panfm.sharing.messages import Records
@@ -75,6 +77,65 @@ def test_tampering_is_seen(audit_log, tamper, number):
         with pytest.raises(DataError, match=f"line {number} "):
             list(audit_log.lines())
         audit_log.append(reply(4), encode(reply(4)))  # work goes on
+
+
+@pytest.mark.parametrize("is_new_process", [False, True])
+@pytest.mark.parametrize(
+    "cut",
+    [
+        lambda log: log.path.write_bytes(b"".join(log.path.read_bytes().splitlines(True)[:-1])),
+        lambda log: log.path.write_bytes(b""),
+        lambda log: log.path.unlink(),
+        lambda log: log.path.with_name("departures.anchor").unlink(),
+        lambda log: log.path.with_name("departures.anchor").write_text("0" * 64),
+    ],
+)
+def test_a_log_that_was_cut_off_or_removed_is_seen_before_the_next_message(audit_log, cut, is_new_process):
+    cut(audit_log)
+    again = AuditLog(audit_log.path.parent) if is_new_process else audit_log
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"cut off or removed.* --accept"):
+            list(again.lines())
+        with pytest.raises(DataError, match=r"cut off or removed.* --accept"):
+            again.append(reply(4), encode(reply(4)))
+    left = len(again.path.read_bytes().splitlines()) if again.path.exists() else 0
+    accept_audit_log(again.path.parent)
+    assert len(list(again.lines())) == left
+    again.append(reply(4), encode(reply(4)))
+    assert len(list(again.lines())) == left + 1
+
+
+@pytest.mark.parametrize("before", [0, 1, 2, 5])
+def test_a_full_disk_keeps_messages_and_wedges_nothing(tmp_path, monkeypatch, before):
+    audit_log = AuditLog(tmp_path)
+    for number in range(before):
+        audit_log.append(reply(number), encode(reply(number)))
+    with monkeypatch.context() as full:
+        full.setattr("panfm.hash_chain.write_atomic", lambda *_: (_ for _ in ()).throw(OSError(28, "disk full")))
+        for _ in range(4):
+            with pytest.raises(OSError, match="disk full"):
+                audit_log.append(reply(before), encode(reply(before)))
+    list(AuditLog(tmp_path).lines())
+    for log in (audit_log, AuditLog(tmp_path)):
+        log.append(reply(before), encode(reply(before)))
+        list(log.lines())
+
+
+def test_a_log_of_an_older_version_gets_an_anchor_with_its_next_message(audit_log, caplog):
+    anchor = audit_log.path.with_name("departures.anchor")
+    entries = [dict(entry) for entry in audit_log.lines()]
+    before, old = FIRST_HASH, b""
+    for entry in entries:
+        content = {key: value for key, value in entry.items() if key not in ("chain", "anchored")}
+        old += (line := sealed(content, before))
+        before = json.loads(line)["chain"]
+    audit_log.path.write_bytes(old)
+    anchor.unlink()
+    again = AuditLog(audit_log.path.parent)
+    assert len(list(again.lines())) == 3
+    again.append(reply(4), encode(reply(4)))
+    assert "gets an anchor" in caplog.text
+    assert anchor.read_text() == list(again.lines())[-1]["chain"]
 
 
 def test_the_rest_of_a_crash_goes_with_the_next_message(audit_log):

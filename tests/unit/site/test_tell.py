@@ -239,7 +239,7 @@ def test_log(folder):
 
 
 def test_an_end_that_was_noted_tells_what_the_chain_cannot(folder):
-    """Cut off, or written anew from some line on: the chain holds, the note does not."""
+    """Cut off and accepted, or written anew from some line on: the chain holds, the note does not."""
     audit_log = AuditLog(folder / ".panfm" / "state")
     first, second, forged = (Frame.error(f"site alpha: {reason}") for reason in ("no", "not now", "yes"))
     for frame in (first, second):
@@ -248,10 +248,13 @@ def test_an_end_that_was_noted_tells_what_the_chain_cannot(folder):
     for end in ends:
         assert run("log", folder, "--verify", "--noted", end)[0].startswith("2 messages, unbroken")
     audit_log.path.write_text(audit_log.path.read_text().splitlines(keepends=True)[0])
-    cut = run("log", folder, "--verify")
+    result = CliRunner().invoke(main, ["site", "log", str(folder), "--verify"])
+    assert result.exit_code == 1
+    assert "cut off or removed" in result.stderr
+    assert "the audit log does not hold" in " ".join(run("status", folder))
+    run("log", folder, "--accept")
     audit_log.append(forged, encode(forged))
-    for words in (cut, run("log", folder, "--verify")):
-        assert "unbroken" in words[0]
+    assert "unbroken" in run("log", folder, "--verify")[0]
     result = CliRunner().invoke(main, ["site", "log", str(folder), "--verify", "--noted", ends[1]])
     assert result.exit_code == 1
     assert result.stderr == f"{audit_log.path}: the end noted is not in it, lines were cut off or written anew\n"

@@ -1,0 +1,204 @@
+"""Tells people of a run's events, by a webhook and by mail: one alert for each event, also over resumes.
+
+The queue is the history itself (events.jsonl). What went out is written down in `alerts.jsonl`, one line per alert:
+time, number of the event's line, channel, and `sent`, or `given-up` with the reason. Each channel has a thread, which
+sends what is not in the record, in order, and tries again with longer and longer pauses; an alert older than a day is
+given up. The run never waits for it, but for a moment at its end. What is not out by then goes out when the run is
+resumed. A server that is killed between an alert and its line in the record sends that alert again.
+"""
+
+import json
+import logging
+import smtplib
+import ssl
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from email.message import EmailMessage
+from http.client import HTTPException
+from pathlib import Path
+
+from panfm.errors import PanfmError, one_line, reason
+from panfm.files import read_json_lines
+from panfm.report.run_events import Event, read_events
+from server.alerts_config import FILE, AlertsConfig, MailConfig, WebhookConfig, read_alerts
+from server.events import EventLog, append_lines
+
+RECORD = "alerts.jsonl"
+logger = logging.getLogger(__name__)
+Send = Callable[[str, int, Event], None]
+"""Sends an alert: name of the run, number of the event, and the event."""
+_TIMEOUT_S = 20.0
+_FIRST_PAUSE_S = 5.0
+_LONGEST_PAUSE_S = 600.0
+_GIVEN_UP_S = 86_400.0
+_POLL_S = 0.5
+_LAST_WAIT_S = 20.0
+"""For alerts that are not out when the run ends."""
+
+
+@contextmanager
+def alerted(folder: Path, name: str, events: EventLog) -> Iterator[None]:
+    """Send alerts of a run until the block ends; nothing without `alerts.toml` in the run folder.
+
+    Args:
+        name: Of the run.
+    Raises:
+        ConfigError: the file does not hold.
+    """
+    path = folder / FILE
+    channels = start_channels(folder, name, read_alerts(path)) if path.exists() else []
+    for channel in channels:
+        events.on_event.append(channel.wake.set)
+    try:
+        yield
+    finally:
+        deadline = time.monotonic() + _LAST_WAIT_S
+        for channel in channels:
+            events.on_event.remove(channel.wake.set)
+            channel.close(deadline)
+
+
+def watched_certificates(folder: Path) -> list[Path]:
+    """Certificates whose end a run's server tells of. Raises ConfigError as `alerted`."""
+    path = folder / FILE
+    return [Path(name) for name in read_alerts(path).certificates] if path.exists() else []
+
+
+def start_channels(folder: Path, name: str, config: AlertsConfig) -> list["Channel"]:
+    """Start a thread for each way in which people are told."""
+    sends: dict[str, Send] = {}
+    if webhook := config.webhook:
+        sends["webhook"] = lambda name, number, event: post(webhook, name, number, event)
+    if mail := config.mail:
+        sends["mail"] = lambda name, number, event: write_mail(mail, name, number, event)
+    return [Channel(channel, folder, name, config, send) for channel, send in sends.items()]
+
+
+class Channel:
+    """One way in which people are told, and its thread."""
+
+    def __init__(self, channel: str, folder: Path, name: str, config: AlertsConfig, send: Send) -> None:
+        """Begin to send what has not been sent."""
+        self.wake = threading.Event()
+        self._channel = channel
+        self._folder = folder
+        self._name = name
+        self._kinds = set(config.kinds)
+        self._send = send
+        self._unrecorded: set[int] = set()
+        """Events that were told, where the disk did not take the record."""
+        self._is_closing = False
+        self._thread = threading.Thread(target=self._work, name=f"alerts-{channel}", daemon=True)
+        self._thread.start()
+
+    def close(self, deadline: float) -> None:
+        """Try once more to send what is left, and end; wait for it until a time of the monotonic clock."""
+        self._is_closing = True
+        self.wake.set()
+        self._thread.join(max(0.0, deadline - time.monotonic()))
+        if left := len(self._pending()):
+            logger.warning("alerts: %d not sent by %s; they are sent when the run is resumed", left, self._channel)
+
+    def _work(self) -> None:
+        pause = _FIRST_PAUSE_S
+        while True:
+            is_last = self._is_closing
+            self.wake.clear()
+            if self._send_pending():
+                pause = _FIRST_PAUSE_S
+                if is_last:
+                    return
+                if not self._is_closing:
+                    self.wake.wait()
+            else:
+                if is_last:
+                    return
+                self._rest(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE_S)
+
+    def _rest(self, pause: float) -> None:
+        """Wait before another try; new events do not shorten it, the end of the run does."""
+        end = time.monotonic() + pause
+        while not self._is_closing and time.monotonic() < end:
+            time.sleep(_POLL_S)
+
+    def _send_pending(self) -> bool:
+        """Send what is left, in order; False at the first failure."""
+        for number, event in self._pending().items():
+            try:
+                self._send(self._name, number, event)
+            except (OSError, smtplib.SMTPException, HTTPException, ValueError, PanfmError) as error:
+                text = reason(error)
+                logger.warning("alerts: %s failed: %s", self._channel, text)
+                age = time.time() - datetime.fromisoformat(event.time).timestamp()
+                if age > _GIVEN_UP_S:
+                    self._record(number, "given-up", text)
+                    continue
+                return False
+            self._record(number, "sent")
+        return True
+
+    def _pending(self) -> dict[int, Event]:
+        """Number -> event of those that are neither sent nor given up."""
+        try:
+            lines = read_json_lines(self._folder / RECORD)
+            done = {line["event"] for line in lines if line["channel"] == self._channel} | self._unrecorded
+            events = enumerate(read_events(self._folder), start=1)
+        except PanfmError as error:
+            logger.warning("alerts: %s", error)
+            return {}
+        return {number: event for number, event in events if event.kind in self._kinds and number not in done}
+
+    def _record(self, number: int, state: str, why: str = "") -> None:
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        line = {"time": now, "event": number, "channel": self._channel, "state": state, "why": why}
+        try:
+            append_lines(self._folder / RECORD, [line])
+        except OSError as error:
+            self._unrecorded.add(number)
+            logger.warning("%s: cannot be written (%s)", RECORD, error.strerror)
+
+
+def told(name: str, event: Event) -> str:
+    """An event in one line."""
+    subject = " ".join(filter(None, (event.kind.value, event.site)))
+    return one_line(f"{name}: {subject}: {event.words} (round {event.round})", 500)
+
+
+def post(webhook: WebhookConfig, name: str, number: int, event: Event) -> None:
+    """Post an alert as JSON. Raises OSError, HTTPException, ValueError or ConfigError."""
+    content: Mapping[str, object] = {
+        "text": told(name, event),
+        "name": name,
+        "number": number,
+        "event": event.model_dump(mode="json"),
+    }
+    headers = {"Content-Type": "application/json", "User-Agent": "panfm"}
+    request = urllib.request.Request(webhook.address(), json.dumps(content).encode(), headers, method="POST")
+    with urllib.request.urlopen(request, timeout=_TIMEOUT_S):
+        pass
+
+
+def write_mail(mail: MailConfig, name: str, number: int, event: Event) -> None:
+    """Send an alert by mail. Raises OSError, SMTPException or ConfigError."""
+    message = EmailMessage()
+    message["Subject"] = one_line(f"[panfm] {name}: {event.kind.value} {event.site or ''}".rstrip(), 150)
+    message["From"], message["To"] = mail.sender, ", ".join(mail.to)
+    message["Message-ID"] = f"<{number}.{event.run or name}@panfm.invalid>"
+    message.set_content(f"{told(name, event)}\n\nrun: {event.run}\ntime: {event.time}\nevent: {number}\n")
+    context = ssl.create_default_context(cafile=mail.root_certificates)
+    connection = (
+        smtplib.SMTP_SSL(mail.host, mail.port, timeout=_TIMEOUT_S, context=context)
+        if mail.tls == "tls"
+        else smtplib.SMTP(mail.host, mail.port, timeout=_TIMEOUT_S)
+    )
+    with connection as server:
+        if mail.tls == "starttls":
+            server.starttls(context=context)
+        if mail.user is not None:
+            server.login(mail.user, mail.password())
+        server.send_message(message)

@@ -1,0 +1,170 @@
+"""Alerts, sent to a real HTTP server and a real SMTP server of this machine."""
+
+import http.server
+import json
+import socketserver
+import threading
+import time
+from contextlib import contextmanager
+
+import pytest
+
+import server.alerts as alerts
+from panfm.errors import ConfigError
+from panfm.report.run_events import EventKind
+from server.alerts import alerted
+from server.alerts_config import parse_alerts
+from server.events import EventLog
+
+
+class Hook(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        content = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        status = self.server.statuses.pop(0) if self.server.statuses else 200
+        if status == 200:
+            self.server.got.append(content)
+        self.send_response(status)
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+class Mailbox(socketserver.StreamRequestHandler):
+    def handle(self):
+        def say(text):
+            self.wfile.write(f"{text}\r\n".encode())
+
+        say("220 here")
+        while line := self.rfile.readline().decode().strip():
+            if line.upper() == "DATA":
+                say("354 go on")
+                letter = []
+                while (text := self.rfile.readline().decode().rstrip("\r\n")) != ".":
+                    letter.append(text)
+                self.server.got.append("\n".join(letter))
+            say("221 bye" if line.upper() == "QUIT" else "250 ok")
+            if line.upper() == "QUIT":
+                return
+
+
+@contextmanager
+def served(handler):
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), handler) as local:
+        local.daemon_threads = True
+        local.got, local.statuses = [], []
+        thread = threading.Thread(target=local.serve_forever, args=(0.01,))
+        thread.start()
+        yield local
+        local.shutdown()
+        thread.join()
+
+
+@pytest.fixture(autouse=True)
+def _soon(monkeypatch):
+    monkeypatch.setattr(alerts, "_FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(alerts, "_POLL_S", 0.005)
+
+
+def wait_for(got, count):
+    deadline = time.monotonic() + 20
+    while len(got) < count:
+        assert time.monotonic() < deadline, got
+        time.sleep(0.005)
+
+
+def late(number):
+    return {"round": number, "sites": {"a": {}}, "rejected": {"b": "late"}, "away": {}}
+
+
+def test_one_alert_for_each_event_also_over_a_resume(tmp_path):
+    with served(Hook) as hook, served(Mailbox) as box:
+        (tmp_path / "alerts.toml").write_text(
+            f'[webhook]\nurl = "http://127.0.0.1:{hook.server_address[1]}/x"\n'
+            f'[mail]\nhost = "127.0.0.1"\nport = {box.server_address[1]}\ntls = "none"\n'
+            'sender = "panfm@example.org"\nto = ["a@example.org", "b@example.org"]\n'
+        )
+        for begin in (0, 5, 10):
+            log = EventLog(tmp_path)
+            with alerted(tmp_path, "toy", log):
+                log.begin("toy-1", begin)
+                for number in range(begin + 1, begin + 6):
+                    log.note_round(late(number))
+                log.note(EventKind.FAILED, "lost quorum")
+    kinds = [content["event"]["kind"] for content in hook.got]
+    assert kinds == ["started", "left-out", "failed", "resumed", "failed", "resumed", "failed"]
+    assert hook.got[1]["text"] == "toy: left-out b: late (round 1)"
+    assert len(box.got) == len(kinds)
+    assert "Subject: [panfm] toy: left-out b" in box.got[1]
+    assert "To: a@example.org, b@example.org" in box.got[1]
+    assert "Message-ID: <2.toy-1@panfm.invalid>" in box.got[1]
+
+
+def test_a_failing_webhook_is_tried_again_and_does_not_hold_the_run(tmp_path, caplog):
+    with served(Hook) as hook:
+        hook.statuses += [500, 404, 503]
+        (tmp_path / "alerts.toml").write_text(f'[webhook]\nurl = "http://127.0.0.1:{hook.server_address[1]}"\n')
+        log = EventLog(tmp_path)
+        with alerted(tmp_path, "toy", log):
+            log.begin("toy-1", 0)
+            wait_for(hook.got, 1)
+    assert [content["event"]["kind"] for content in hook.got] == ["started"]
+    assert caplog.text.count("webhook failed") == 3
+
+
+def test_what_is_not_out_at_the_end_goes_out_at_the_resume(tmp_path, caplog):
+    with served(Hook) as hook:
+        (tmp_path / "alerts.toml").write_text(
+            f'kinds = ["failed"]\n[webhook]\nurl = "http://127.0.0.1:{hook.server_address[1]}"\n'
+        )
+        hook.statuses += [500] * 1000
+        log = EventLog(tmp_path)
+        with alerted(tmp_path, "toy", log):
+            log.begin("toy-1", 0)
+            log.note(EventKind.FAILED, "lost quorum")
+        assert "1 not sent by webhook" in caplog.text
+        hook.statuses.clear()
+        with alerted(tmp_path, "toy", EventLog(tmp_path)):
+            wait_for(hook.got, 1)
+    assert [content["event"]["words"] for content in hook.got] == ["lost quorum"]
+
+
+def test_an_alert_older_than_a_day_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(alerts, "_GIVEN_UP_S", -1.0)
+    (tmp_path / "alerts.toml").write_text('[webhook]\nurl = "http://127.0.0.1:1"\n')
+    log = EventLog(tmp_path)
+    with alerted(tmp_path, "toy", log):
+        log.begin("toy-1", 0)
+    (record,) = map(json.loads, (tmp_path / "alerts.jsonl").read_text().splitlines())
+    assert (record["event"], record["state"]) == (1, "given-up")
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ('kinds = ["rain"]', "kinds"),
+        ("[webhook]", "expected one of url, url-env and url-file"),
+        ('[mail]\nhost = "h"\nsender = "a"\nto = ["b@c"]', "sender"),
+        ('[mail]\nhost = "h"\nsender = "a@b"\nto = ["b@c"]\nuser = "u"', "password-file"),
+        (
+            '[mail]\nhost = "h"\nsender = "a@b"\nto = ["b@c"]\nuser = "u"\npassword-env = "P"\ntls = "none"',
+            "would send the password in clear",
+        ),
+        ('slack = "x"', "slack"),
+    ],
+)
+def test_a_faulty_description_of_alerts(text, complaint):
+    with pytest.raises(ConfigError, match=complaint):
+        parse_alerts(text, "alerts.toml")
+
+
+def test_secrets_are_named_not_written(tmp_path, monkeypatch):
+    (tmp_path / "url").write_text("https://hooks.example.org/secret\n")
+    webhook = parse_alerts(f'[webhook]\nurl-file = "{tmp_path / "url"}"', "alerts.toml").webhook
+    assert webhook.address() == "https://hooks.example.org/secret"
+    webhook = parse_alerts('[webhook]\nurl-env = "PANFM_TEST_HOOK"', "alerts.toml").webhook
+    with pytest.raises(ConfigError, match="PANFM_TEST_HOOK is empty"):
+        webhook.address()
+    monkeypatch.setenv("PANFM_TEST_HOOK", "file:///etc/passwd")
+    with pytest.raises(ConfigError, match="https://"):
+        webhook.address()
