@@ -1,4 +1,4 @@
-"""`python -m server start|hash|status|watch|resume|stop|clean|export|roster`: for the coordinator of a federation."""
+"""`python -m server start|status|resume|...|kit|register|revoke`: for the coordinator of a federation."""
 
 import sys
 
