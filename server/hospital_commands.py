@@ -27,7 +27,7 @@ def kit(
         int, typer.Option(min=1, max=100_000, help="Free space that install.py asks for, in GiB.")
     ] = 20,
 ) -> None:
-    """Make one file to send to a hospital: packages with hashes, units, ca.crt, site.toml, installer. No secret is in it.
+    """Make one file to send to a hospital: packages with hashes, units, ca.crt, site.toml, installer. No secret.
 
     It is made of the committed files of this clone. HOSPITAL.tar.gz.README.txt is sent with it: the commands of the
     hospital.

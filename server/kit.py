@@ -174,7 +174,7 @@ def _requirements(wheel: Path, extra: str, constraints: Path, wheels: Path | Non
             lines.append(f"./{wheel.name} --hash=sha256:{hashlib.sha256(wheel.read_bytes()).hexdigest()}\n")
             continue
         file = _local_file(package)
-        if file:
+        if file and wheels:
             copies.mkdir(exist_ok=True)
             shutil.copyfile(file, copies / file.name)
         lines.append(f"{name}=={version} --hash=sha256:{_digest(package, file)}\n")
