@@ -1,7 +1,7 @@
 """Machines of a small federation on this one: own mounts, network, processes and accounts, by namespaces (root only).
 
-What systemd does is done by a stand-in (`stand_in_systemctl.py`), and what a package index holds by wheels that each lead
-to this environment's packages, so that pip resolves, checks and installs as anywhere else, in seconds.
+What systemd does is done by a stand-in (`stand_in_systemctl.py`), and what a package index holds by wheels that each
+lead to this environment's packages, so that pip resolves, checks and installs as anywhere else, in seconds.
 """
 
 import base64
