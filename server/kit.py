@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,8 +145,8 @@ def _commit_time(source: Path) -> int:
 
 
 def _extract_commit(source: Path, target: Path) -> None:
-    with tarfile.open(fileobj=io.BytesIO(_git(source, "archive", "--format=tar", "HEAD"))) as archive:
-        archive.extractall(target, filter="data")
+    with zipfile.ZipFile(io.BytesIO(_git(source, "archive", "--format=zip", "HEAD"))) as archive:
+        archive.extractall(target)
 
 
 def _build_wheel(committed: Path, folder: Path, commit_time: int) -> Path:
