@@ -24,7 +24,7 @@ SYSTEMCTL = Path(__file__).with_name("stand_in_systemctl.py")
 _KEPT = ("Name", "Version", "Requires-Dist", "Requires-Python", "Provides-Extra")
 _MOUNTS = """
 set -e
-mount -t tmpfs -o mode=755 none /mnt
+mount -t tmpfs -o mode=755,size=100g none /mnt
 for place in etc opt srv var/lib var/log usr/local; do
   layer="/mnt/$(echo "$place" | tr / -)"
   mkdir -p "$layer/upper" "$layer/work"
