@@ -87,15 +87,15 @@ class Hospitals:
         fingerprint = fingerprint_of(public_key)
         if plain_fingerprint(told) != fingerprint:
             raise ConfigError(f"{public_key}: its fingerprint is {spelled(fingerprint)}, another than was told")
-        with self._held():
+        with self._locked():
             entries = self.entries()
-            live = [each for each in entries if each.hospital == hospital and not each.revoked]
-            same = [each for each in entries if each.fingerprint == fingerprint]
-            if any(each.revoked or each.hospital != hospital for each in same):
+            live = [entry for entry in entries if entry.hospital == hospital and not entry.revoked]
+            same = [entry for entry in entries if entry.fingerprint == fingerprint]
+            if any(entry.revoked or entry.hospital != hospital for entry in same):
                 raise ConfigError(f"{public_key}: was let in as {same[0].hospital} before; expected a new key")
-            if any(each.node_id for each in same):
+            if any(entry.node_id for entry in same):
                 raise ConfigError(f"{hospital}: this key is registered already, as node {same[0].node_id}")
-            if [each for each in live if each not in same and each.node_id] and not renew:
+            if [entry for entry in live if entry not in same and entry.node_id] and not renew:
                 raise ConfigError(f"{hospital}: has a key already; --renew puts this one in its place")
             for earlier in live:
                 if earlier not in same:
@@ -105,17 +105,17 @@ class Hospitals:
     def revoke(self, hospital: str) -> list[Registration]:
         """Shut out all keys of a hospital; the record keeps them. Raises ConfigError if it has none."""
         check_hospital(hospital)
-        with self._held():
+        with self._locked():
             entries = self.entries()
-            live = [each for each in entries if each.hospital == hospital and not each.revoked]
+            live = [entry for entry in entries if entry.hospital == hospital and not entry.revoked]
             if not live:
-                known = sorted({each.hospital for each in entries if not each.revoked})
+                known = sorted({entry.hospital for entry in entries if not entry.revoked})
                 raise ConfigError(
                     f"{hospital}: no key of it is let in; expected one of: {', '.join(known) or 'nobody'}"
                 )
             for entry in live:
                 entries = self._shut_out(entries, entry)
-            return [each for each in entries if each.hospital == hospital]
+            return [entry for entry in entries if entry.hospital == hospital]
 
     def statuses(self) -> dict[str, str]:
         """Status of each node that Flower knows: registered, online, offline, unregistered."""
@@ -139,12 +139,12 @@ class Hospitals:
             node_id = self._node_of(asked, entries)
         done = {"node_id": node_id, "registered": _now(), "certificate_ends": self._certificate_end()}
         entry = asked.model_copy(update=done)
-        self._write([entry if each == asked else each for each in entries])
+        self._write([entry if listed == asked else listed for listed in entries])
         return entry
 
     def _node_of(self, asked: Registration, entries: list[Registration]) -> str:
         """The node that Flower made for a registration whose answer was lost."""
-        known = {*asked.known_nodes, *(each.node_id for each in entries)}
+        known = {*asked.known_nodes, *(entry.node_id for entry in entries)}
         new = [node for node, status in self.statuses().items() if node not in known and status not in _ENDED]
         if len(new) != 1:
             nodes = ", ".join(new) or "none"
@@ -162,10 +162,10 @@ class Hospitals:
             except RunError:
                 if self.statuses().get(entry.node_id, _ENDED[0]) not in _ENDED:
                     raise
-        elif {*self.statuses()} - {*entry.known_nodes, *(each.node_id for each in entries)}:
+        elif {*self.statuses()} - {*entry.known_nodes, *(listed.node_id for listed in entries)}:
             raise RunError(f"{entry.hospital}: its registration was cut short; give the command `register` again first")
         ended = entry.model_copy(update={"revoked": _now()})
-        entries = [ended if each == entry else each for each in entries]
+        entries = [ended if listed == entry else listed for listed in entries]
         self._write(entries)
         return entries
 
@@ -174,7 +174,7 @@ class Hospitals:
         write_atomic(self.path, tomli_w.dumps({"registration": listed}).encode())
 
     @contextmanager
-    def _held(self) -> Iterator[None]:
+    def _locked(self) -> Iterator[None]:
         """Nobody else changes the record meanwhile."""
         if not self.home.is_dir():
             raise ConfigError(
@@ -191,7 +191,7 @@ class Hospitals:
             return ""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.load_verify_locations(os.path.expanduser(file))  # noqa: PTH111
-        ends = [ssl.cert_time_to_seconds(str(each["notAfter"])) for each in context.get_ca_certs()]
+        ends = [ssl.cert_time_to_seconds(str(entry["notAfter"])) for entry in context.get_ca_certs()]
         return datetime.fromtimestamp(min(ends), UTC).isoformat(timespec="seconds") if ends else ""
 
 
@@ -220,8 +220,8 @@ def plain_fingerprint(told: str) -> str:
     else:
         digits = re.sub(r"[-:.,]", "", text).lower()
     if not re.fullmatch(r"[0-9a-f]{64}", digits):
-        found = one_line(repr(told), 90)
-        raise ConfigError(f"--fingerprint: found {found}, expected 16 groups of 4 digits or letters a-f, or SHA256:...")
+        shown = one_line(repr(told), 90)
+        raise ConfigError(f"--fingerprint: found {shown}, expected 16 groups of 4 digits or letters a-f, or SHA256:...")
     return digits
 
 
