@@ -122,9 +122,12 @@ def machine_faults(settings: dict) -> list[str]:
     if (python, platform.machine()) != (settings["python"], settings["machine"]):
         expected = f"Python {settings['python']} on {settings['machine']}"
         found.append(f"python3: found Python {python} on {platform.machine()}, expected {expected}")
-    missing = [name for name in PROGRAMS if not shutil.which(name)]
+    needed = [*PROGRAMS, "nft"] if any((KIT / "units").glob("*.nft")) else PROGRAMS
+    missing = [name for name in needed if not shutil.which(name)]
     if missing:
-        found.append(f"programs: found no {', '.join(missing)}; install openssh-client, passwd, util-linux, systemd")
+        found.append(
+            f"programs: found no {', '.join(missing)}; install openssh-client, passwd, util-linux, systemd, nftables"
+        )
     if subprocess.run([sys.executable, "-c", "import ensurepip, venv"], capture_output=True, check=False).returncode:
         found.append("python3: has no module venv; install python3-venv")
     for place in (Path("/opt"), Path("/srv")):
