@@ -1,4 +1,4 @@
-"""`python -m server start|status|metrics|watch|keep|resume|stop|...`: for the coordinator of a federation."""
+"""`python -m server start|status|watch|keep|resume|kit|register|metrics|...`: for the coordinator of a federation."""
 
 import sys
 

@@ -18,6 +18,7 @@ from panfm.cli.model_commands import export
 from panfm.errors import RunError, reason
 from panfm.files import make_files_private, open_atomic, write_atomic, write_json
 from server.flower_cli import FlowerRun, flower_environment, submit
+from server.hospital_commands import app as hospital_commands
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 _RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]
@@ -42,6 +43,7 @@ def main(_version: Version = False) -> None:
 
 
 app.command("export")(export)
+app.add_typer(hospital_commands)
 roster = typer.Typer(no_args_is_help=True, help="The table of expected sites and their subjects, kept by you alone.")
 app.add_typer(roster, name="roster")
 

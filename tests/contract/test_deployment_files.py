@@ -92,3 +92,32 @@ def test_the_superlink_keeps_its_database_on_disk_and_waits_for_its_lock(name):
     url = make_url(words[words.index("--database") + 1])
     assert url.query == {"plugin": "panfm"}
     assert Path(url.database).is_absolute()
+
+
+def containerfile() -> list[list[str]]:
+    """The instructions of the Containerfile, each as its words."""
+    text = (HOSTS.parent / "Containerfile").read_text(encoding="utf-8").replace("\\\n", " ")
+    return [shlex.split(line) for line in text.splitlines() if line.strip() and not line.startswith("#")]
+
+
+def test_the_containerfile_names_exact_images_files_that_exist_and_no_root():
+    stages: dict[str, list[list[str]]] = {}
+    for name, *words in containerfile():
+        assert name in {"FROM", "COPY", "RUN", "USER"}, name
+        if name == "FROM":
+            image, stage = words[0], words[2]
+            assert image in stages or re.fullmatch(r"python:\d+\.\d+\.\d+-[\w-]+", image), image
+            stages[stage] = [*stages.get(image, [])]
+        else:
+            stages[stage].append([name, *words])
+        if name == "COPY":
+            assert all((HOSTS.parents[2] / source).exists() for source in words[:-1]), words
+    assert set(stages) == {"packages", "worker", "supernode", "coordinator"}
+    users = {stage: [words[1] for words in listed if words[0] == "USER"] for stage, listed in stages.items()}
+    assert users == {
+        "packages": [],
+        "worker": ["10001:10001"],
+        "supernode": ["10002:10002"],
+        "coordinator": ["10002:10002"],
+    }
+    assert {SERVICES["worker"]["user"], SERVICES["supernode"]["user"]} == {"10001:10001", "10002:10002"}

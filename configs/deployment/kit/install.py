@@ -1,0 +1,357 @@
+#!/usr/bin/env python3
+"""Installs a hospital's worker and SuperNode from the kit that this file lies in. Python 3.11's own library only.
+
+    python3 install.py --check        look at this machine, change nothing; one line per fault
+    python3 install.py                look, then install; given again, it mends what is missing and replaces no key
+    python3 install.py --renew-key    make a new key for the SuperNode; the old one stays beside it
+
+Run it as root. What it makes, in this order:
+
+    /opt/panfm-kit/HASH       the kit, copied and checked against its SHA256SUMS; all below is installed from there
+    accounts                  panfm (reads images), flower (runs the SuperNode), panfm-install (runs pip, owns nothing)
+    /opt/panfm, /opt/flower   links to two environments that pip filled as panfm-install, with hashes, wheels only
+    /srv/panfm                images/ (yours to fill) and site/ (site.toml, manifest.csv, private state), of panfm alone
+    /etc/panfm                ca.crt and the SuperNode's key, which is made here and never leaves
+    /etc/systemd/system       units of the worker and the SuperNode, started
+
+It connects to the coordinator's address only. pip uses this machine's package index, or wheels/ of a kit that has it.
+"""
+
+import base64
+import contextlib
+import email.utils
+import hashlib
+import http.client
+import json
+import os
+import platform
+import pwd
+import shutil
+import socket
+import ssl
+import stat
+import subprocess
+import sys
+import time
+import urllib.parse
+from pathlib import Path
+
+KIT = Path(__file__).resolve().parent
+COPIES = Path("/opt/panfm-kit")
+CONFIG = Path("/etc/panfm")
+DATA = Path("/srv/panfm")
+UNITS = Path("/etc/systemd/system")
+RULES = Path("/etc/nftables.d")
+ENVIRONMENTS = {"panfm": "requirements.txt", "flower": "requirements-flower.txt"}
+ACCOUNTS = ("panfm", "flower", "panfm-install")
+PROGRAMS = ("ssh-keygen", "useradd", "usermod", "runuser", "systemctl")
+CLOCK_S = 300
+TIMEOUT_S = 15
+PROXY = os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy") or ""
+
+
+def main(words: list[str]) -> int:
+    """Do what the command line asks; returns the exit status."""
+    if words not in ([], ["--check"], ["--renew-key"]):
+        print(__doc__, file=sys.stderr)
+        return 2
+    try:
+        settings = json.loads((KIT / "kit.json").read_text(encoding="utf-8"))
+        found = faults(settings, with_network=words != ["--renew-key"])
+    except (OSError, ValueError, KeyError) as error:
+        print(f"FAULT  {KIT}: no whole kit ({error}); unpack it again")
+        return 1
+    for fault in found:
+        print(f"FAULT  {fault}")
+    if found:
+        print(f"{len(found)} faults, nothing was changed")
+        return 1
+    print(f"this machine is ready for {settings['hospital']}: no fault")
+    if words == ["--check"]:
+        return 0
+    try:
+        if words == ["--renew-key"]:
+            renew_key(settings["hospital"])
+        else:
+            install(settings)
+    except (OSError, subprocess.CalledProcessError, RuntimeError) as error:
+        print(f"FAULT  {error}; mend it and run this again")
+        return 1
+    tell(settings)
+    return 0
+
+
+# --- What is looked at before anything is changed ---
+
+
+def faults(settings: dict, *, with_network: bool) -> list[str]:
+    """All faults of this machine and of the kit, one line each."""
+    found = altered(KIT) + machine_faults(settings) + place_faults(settings["hospital"])
+    if with_network and not found_altered_ca(found):
+        found += network_faults(settings["server"], settings["port"])
+    return found
+
+
+def found_altered_ca(found: list[str]) -> bool:
+    """Whether ca.crt is not the kit's own: then nothing is asked of the network with it."""
+    return any(line.startswith(str(KIT / "ca.crt")) for line in found)
+
+
+def altered(folder: Path) -> list[str]:
+    """Files of a kit that are not what its SHA256SUMS says, are missing, or are not in it."""
+    lines = (folder / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
+    expected = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    present = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() or path.is_symlink()}
+    present = {name for name in present if "__pycache__" not in name} - {"SHA256SUMS"}
+    found = [f"{folder / name}: is not a file of this kit" for name in sorted(present - {*expected})]
+    for name, digest in expected.items():
+        path = folder / name
+        if name not in present or path.is_symlink():
+            found.append(f"{path}: missing")
+        elif hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+            found.append(f"{path}: its SHA-256 is not the one in SHA256SUMS")
+    return found
+
+
+def machine_faults(settings: dict) -> list[str]:
+    """Account, Python, programs, disk and GPU."""
+    found = []
+    if os.geteuid() != 0:
+        found.append("account: found no root, expected root (sudo)")
+    python = ".".join(platform.python_version_tuple()[:2])
+    if (python, platform.machine()) != (settings["python"], settings["machine"]):
+        expected = f"Python {settings['python']} on {settings['machine']}"
+        found.append(f"python3: found Python {python} on {platform.machine()}, expected {expected}")
+    needed = [*PROGRAMS, "nft"] if any((KIT / "units").glob("*.nft")) else PROGRAMS
+    missing = [name for name in needed if not shutil.which(name)]
+    if missing:
+        found.append(
+            f"programs: found no {', '.join(missing)}; install openssh-client, passwd, util-linux, systemd, nftables"
+        )
+    if subprocess.run([sys.executable, "-c", "import ensurepip, venv"], capture_output=True, check=False).returncode:
+        found.append("python3: has no module venv; install python3-venv")
+    for place in (Path("/opt"), Path("/srv")):
+        free = shutil.disk_usage(place if place.exists() else "/").free / 2**30
+        if free < settings["disk-gib"]:
+            found.append(f"{place}: {free:.1f} GiB free, expected {settings['disk-gib']}")
+    if settings["gpu"] and not works("nvidia-smi", "-L"):
+        found.append("GPU: nvidia-smi finds none; install its driver, or ask for a kit without --gpu")
+    return found
+
+
+def works(*words: str) -> bool:
+    """Whether a command exists and succeeds."""
+    with contextlib.suppress(OSError):
+        return subprocess.run(words, capture_output=True, check=False).returncode == 0
+    return False
+
+
+def place_faults(hospital: str) -> list[str]:
+    """Folders and files that are there already and that others may change or read."""
+    found: list[str] = []
+    for path in filter(Path.exists, (CONFIG, COPIES, UNITS)):
+        if path.stat().st_uid != 0 or path.stat().st_mode & 0o022:
+            found += [f"{path}: others than root may write into it; chown root {path}; chmod go-w {path}"]
+    for path in filter(Path.exists, (CONFIG / hospital, DATA / "site", DATA / "images")):
+        if path.stat().st_mode & 0o007:
+            found += [f"{path}: open to every account; chmod o-rwx {path}"]
+    for link in filter(Path.exists, (Path("/opt") / name for name in ENVIRONMENTS)):
+        if not link.is_symlink():
+            found += [f"{link}: is there and not from a kit; move it away"]
+    return found
+
+
+def network_faults(server: str, port: int) -> list[str]:
+    """Name, connection, certificate, and clock: what a SuperNode needs, over the proxy where one is set."""
+    proxy = urllib.parse.urlsplit(PROXY if "//" in PROXY else f"http://{PROXY}") if PROXY else None
+    host, through = (proxy.hostname, proxy.port or 80) if proxy else (server, port)
+    try:
+        socket.getaddrinfo(host, through)
+    except OSError as error:
+        return [f"DNS: {host}: {error.strerror}; this machine must know the name"]
+    connection = http.client.HTTPSConnection(
+        str(host), through, timeout=TIMEOUT_S, context=ssl.create_default_context(cafile=KIT / "ca.crt")
+    )
+    if proxy:
+        connection.set_tunnel(server, port)
+    where = f"{server}:{port}" + (f" through the proxy {host}:{through}" if proxy else "")
+    try:
+        connection.request("GET", "/")
+        date = connection.getresponse().headers["Date"]
+    except ssl.SSLError as error:
+        return [
+            f"TLS: {where}: {getattr(error, 'verify_message', '') or error}; ca.crt of the kit does not vouch for it"
+        ]
+    except (OSError, http.client.HTTPException) as error:
+        return [
+            f"network: {where}: {error}; outbound TCP to it must be open" + ("" if proxy else ", or set HTTPS_PROXY")
+        ]
+    finally:
+        connection.close()
+    apart = time.time() - email.utils.parsedate_to_datetime(date).timestamp() if date else 0.0
+    if abs(apart) > CLOCK_S:
+        return [f"clock: {abs(apart):.0f} s {'ahead of' if apart > 0 else 'behind'} the coordinator's; set it (NTP)"]
+    return []
+
+
+# --- What is made ---
+
+
+def install(settings: dict) -> None:
+    """Make what the first lines of this file list. What is there already is kept, or replaced by the kit's."""
+    os.umask(0o022)
+    kit = copy_kit()
+    for name in ACCOUNTS:
+        make_account(name)
+    run("usermod", "-a", "-G", "flower", "panfm")
+    for name, requirements in ENVIRONMENTS.items():
+        make_environment(name, kit, requirements)
+    make_folder(DATA, "root", "root", 0o755)
+    for name in ("images", "site"):
+        make_folder(DATA / name, "panfm", "panfm", 0o700)
+    for name in ("site.toml", "manifest.csv"):
+        if not (DATA / "site" / name).exists():
+            put(kit / name, DATA / "site" / name, "panfm", 0o600)
+    make_folder(CONFIG, "root", "flower", 0o750)
+    put(kit / "ca.crt", CONFIG / "ca.crt", "flower", 0o440)
+    if not (CONFIG / settings["hospital"]).exists():
+        make_key(settings["hospital"])
+    install_units(kit)
+
+
+def copy_kit() -> Path:
+    """Copy the kit to where root alone writes, check the copy, and return its path."""
+    sums = (KIT / "SHA256SUMS").read_bytes()
+    copy = COPIES / hashlib.sha256(sums).hexdigest()[:16]
+    if copy != KIT:
+        COPIES.mkdir(mode=0o755, exist_ok=True)
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(KIT, copy, copy_function=shutil.copyfile, ignore=shutil.ignore_patterns("__pycache__"))
+    found = altered(copy)
+    if found or (copy / "SHA256SUMS").read_bytes() != sums:
+        raise RuntimeError("; ".join(found) or f"{KIT}: changed while it was copied")
+    return copy
+
+
+def make_account(name: str) -> None:
+    """Make a system account with a group of its name, without a shell."""
+    with contextlib.suppress(KeyError):
+        pwd.getpwnam(name)
+        return
+    run("useradd", "--system", "--user-group", "--no-create-home", "--shell", "/usr/sbin/nologin", name)
+
+
+def make_environment(name: str, kit: Path, requirements: str) -> None:
+    """Fill a new environment with the packages of the kit, then let /opt/NAME lead to it."""
+    digest = hashlib.sha256((kit / requirements).read_bytes()).hexdigest()[:12]
+    folder, link = Path(f"/opt/{name}-{digest}"), Path("/opt") / name
+    done = folder / "installed"
+    if not done.exists():
+        print(f"{folder}: installing {requirements} ...", flush=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        make_folder(folder, "panfm-install", "panfm-install", 0o755)
+        as_installer(kit, sys.executable, "-m", "venv", str(folder))
+        wheels = ["--no-index", "--find-links", "wheels"] if (kit / "wheels").is_dir() else []
+        pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        pip += ["--no-cache-dir", "--require-hashes", "--only-binary", ":all:", *wheels, "-r", requirements]
+        as_installer(kit, *pip)
+        run("chown", "-R", "-h", "root:root", str(folder))
+        done.touch()
+    link.with_suffix(".new").unlink(missing_ok=True)
+    link.with_suffix(".new").symlink_to(folder)
+    link.with_suffix(".new").rename(link)
+
+
+def as_installer(folder: Path, *words: str) -> None:
+    """Run a command in a folder, under the account that owns nothing else."""
+    run("runuser", "-u", "panfm-install", "--", "env", "HOME=/nonexistent", *words, cwd=folder)
+
+
+def make_folder(path: Path, owner: str, group: str, mode: int) -> None:
+    """Make a folder, or give one that is there its owner and mode."""
+    path.mkdir(parents=True, exist_ok=True)
+    shutil.chown(path, owner, group)
+    path.chmod(mode)
+
+
+def put(source: Path, target: Path, group: str, mode: int) -> None:
+    """Write a file of the kit in one step; in /srv/panfm it belongs to its group's account, elsewhere to root."""
+    partial = target.with_name(f".{target.name}.new")
+    partial.unlink(missing_ok=True)
+    shutil.copyfile(source, partial)
+    shutil.chown(partial, group if DATA in target.parents else "root", group)
+    partial.chmod(mode)
+    partial.rename(target)
+
+
+def make_key(hospital: str) -> None:
+    """Make the SuperNode's key, readable to its account alone; a key that is there is never replaced."""
+    key, partial = CONFIG / hospital, CONFIG / f".{hospital}.new"
+    for path in (partial, CONFIG / f"{partial.name}.pub"):
+        path.unlink(missing_ok=True)
+    run("ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "", "-C", hospital, "-f", str(partial))
+    shutil.chown(partial, "flower", "root")
+    partial.chmod(0o400)
+    os.link(partial, key)  # fails where a key is there
+    (CONFIG / f"{partial.name}.pub").replace(CONFIG / f"{hospital}.pub")
+    partial.unlink()
+
+
+def renew_key(hospital: str) -> None:
+    """Put the key aside under the time, make a new one, and start the SuperNode with it."""
+    key = CONFIG / hospital
+    if not key.exists():
+        raise RuntimeError(f"{key}: no key to renew; install first")
+    aside = key.with_name(f"{hospital}.until-{time.strftime('%Y%m%dT%H%M%S')}")
+    os.link(key, aside)
+    key.unlink()
+    make_key(hospital)
+    run("systemctl", "restart", "panfm-supernode.service")
+
+
+def install_units(kit: Path) -> None:
+    """Install the units, and with them the rules of isolation where the kit has some; start them."""
+    for rules in sorted((kit / "units").glob("*.nft")):
+        make_folder(RULES, "root", "root", 0o755)
+        put(rules, RULES / rules.name, "root", 0o644)
+    for unit in sorted((kit / "units").glob("*.service")):
+        put(unit, UNITS / unit.name, "root", 0o644)
+    if PROXY:
+        drop_in = UNITS / "panfm-supernode.service.d"
+        make_folder(drop_in, "root", "root", 0o755)
+        (drop_in / "proxy.conf").write_text(f'[Service]\nEnvironment="HTTPS_PROXY={PROXY}"\n', encoding="utf-8")
+    run("systemctl", "daemon-reload")
+    isolation = ["panfm-isolation@site.service"] if (kit / "units" / "panfm-isolation@.service").exists() else []
+    run("systemctl", "enable", "--now", *isolation, "panfm-worker.service", "panfm-supernode.service")
+    run("systemctl", "restart", "panfm-worker.service", "panfm-supernode.service")
+
+
+def run(*words: str, cwd: Path | None = None) -> None:
+    """Run a command. Raises RuntimeError with its last line of error if it fails."""
+    done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=cwd)
+    if done.returncode:
+        last = (done.stderr.strip() or done.stdout.strip() or "no word").splitlines()[-1]
+        raise RuntimeError(f"{' '.join(words[:8])}: {last}")
+
+
+def fingerprint(public_key: Path) -> tuple[str, str]:
+    """SHA-256 of a public key in groups of four digits to read out, and as `ssh-keygen -l` prints it."""
+    digest = hashlib.sha256(base64.b64decode(public_key.read_text(encoding="ascii").split()[1])).digest()
+    digits = digest.hex()
+    groups = " ".join(digits[at : at + 4] for at in range(0, len(digits), 4))
+    return groups, f"SHA256:{base64.b64encode(digest).decode().rstrip('=')}"
+
+
+def tell(settings: dict) -> None:
+    """Say what to send and what to read out, and how the site is seen."""
+    key = CONFIG / f"{settings['hospital']}.pub"
+    key.chmod(stat.S_IRUSR | stat.S_IWUSR | stat.S_IRGRP | stat.S_IROTH)
+    groups, as_ssh = fingerprint(key)
+    print(f"done: {settings['hospital']} is installed; its SuperNode is let in once the coordinator has registered it")
+    print(f"send to the coordinator: {key}")
+    print(f"read out by telephone:   {groups}")
+    print(f"                         ({as_ssh})")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
