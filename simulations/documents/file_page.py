@@ -72,6 +72,7 @@ SITE_FOLDER: Entries = {
     ".panfm/state/runs/<run id>/asked.json": "Digests of the questions that were asked, by round.",
     ".panfm/state/runs/<run id>/ended": "Present if `panfm site end` has ended the run.",
     ".panfm/state/departures.jsonl": "Audit log, a chained line for each message that left; see `panfm site log`.",
+    ".panfm/state/departures.anchor": "End of the audit log's chain: a log that was cut off is noticed.",
     ".panfm/state/site.log": "Errors of the site, whole; from 16 MiB on a new file is begun, the old is site.log.1.",
     ".panfm/state/label-sums.digest": "Digest of the tasks, patients and labels summed; another set is refused.",
     ".panfm/state/input-sums.digest": "Digests of the patients and images whose inputs were summed, by stream; others "
@@ -98,6 +99,11 @@ RUN_FOLDER: Entries = {
     "status.html": "Progress while the run goes on, one file.",
     "now.json": "The step that a run of real sites is at: since when, who has answered, who has not, who is left out "
     "and why, and since when it waits for enough sites.",
+    "events.jsonl": "History of the run, one line per event (`time`, `run`, `round`, `kind`, `site`, `words`, `details`); "
+    "lines are only added. [Monitoring](../monitoring.md).",
+    "alerts.toml": "Whom the server tells of events, in a run with `--alerts`. Never sent to a site.",
+    "alerts.jsonl": "Alerts that went out, one line each.",
+    "submitting": "Present while `start`, `resume` or `keep` hands the run to Flower.",
     "checkpoint/round-*.state": "State of the server after a round, from which `--resume` goes on.",
     "checkpoint/label-sums-*.safetensors": "Sums of features and labels, from the sites' answers until "
     "the model is written.",
