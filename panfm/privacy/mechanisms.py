@@ -33,7 +33,6 @@ from panfm.errors import ProtocolError
 
 SALIENCY_SENSITIVITY = math.sqrt(2.0)
 """Shares sum to 1 and so do equal splits: each has an L2 norm of at most 1."""
-_MOST_NOISE = 1e4
 _MOST_POINTS = 1_600_000
 """Grid points of all different mechanisms together that PRV may use: 2 s and 200 MiB."""
 _MOST_MECHANISMS = 8
@@ -191,33 +190,3 @@ def _rdp_of(noise: float, rate: float) -> NDArray[np.float64]:
     from opacus.accountants.analysis.rdp import compute_rdp
 
     return np.asarray(compute_rdp(q=rate, noise_multiplier=noise, steps=1, orders=_RDP_ORDERS), dtype=np.float64)
-
-
-def noise_for(target: float, delta: float, *, rate: float, count: int, others: tuple[Mechanism, ...] = ()) -> float:
-    """Smallest noise, to 0.1 %, with which `count` steps and the other mechanisms stay within epsilon = `target`.
-
-    Raises:
-        ValueError: the other mechanisms alone take the target, or no noise up to 10,000 is enough.
-    """
-    from scipy.optimize import brentq
-
-    def over(noise: float) -> float:
-        """Logarithm of the epsilon over the target, which falls almost linearly with that of the noise."""
-        spent = epsilon((*others, Mechanism("gradients", (), 1.0, noise, rate, count)), delta)
-        return math.log(min(max(spent / target, 1e-9), 1e9))
-
-    high = 1.0
-    while over(high) > 0:
-        if (high := 2.0 * high) > _MOST_NOISE:
-            raise ValueError(
-                f"epsilon {target:g}: not reached with noise {_MOST_NOISE:g}; fewer rounds or a larger epsilon"
-            )
-    low = high / 2.0
-    while over(low) <= 0:
-        if low <= 0.2:
-            return low
-        low, high = low / 2.0, low
-    noise = math.exp(brentq(lambda exponent: over(math.exp(exponent)), math.log(low), math.log(high), xtol=3e-4))
-    while over(noise) > 0:
-        noise *= 1.0004
-    return noise

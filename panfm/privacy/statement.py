@@ -1,5 +1,6 @@
 """The cost of privacy in words: a ledger's statement for a data-protection officer, and the plan of a private run."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -8,7 +9,7 @@ from panfm.errors import ConfigError
 from panfm.hash_chain import Entry
 from panfm.privacy.guarantees import NO_CLAIM, claim
 from panfm.privacy.ledger import mechanisms_of
-from panfm.privacy.mechanisms import Unit, epsilon, noise_for, planned
+from panfm.privacy.mechanisms import Mechanism, Unit, epsilon, planned
 
 _ADVERSARY = (
     "Protected against: the coordinator and its server, even one that chooses the description of every run, the "
@@ -20,6 +21,7 @@ _VOID_IF = (
     "no noise, and this ledger does not count it. `panfm site log` tells the privacy of all that left. A site with "
     "limits.epsilon, delta and public-subjects in its site.toml refuses such runs."
 )
+_MOST_NOISE = 1e4
 _NOT_COVERED = (
     "runs without privacy, and results that the site publishes itself: probes, embeddings, audits",
     "what is true of patients in general, and can be learned without this one",
@@ -137,6 +139,36 @@ def _plan(run: RunConfig, unit: Unit, entries: Sequence[Entry]) -> list[str]:
         f"noise-multiplier {private.noise_multiplier:g}: epsilon {cost:.3f}",
         f"epsilon {private.epsilon:g}: noise-multiplier {noise:.4g}",
     ]
+
+
+def noise_for(target: float, delta: float, *, rate: float, count: int, others: tuple[Mechanism, ...] = ()) -> float:
+    """Smallest noise, to 0.1 %, with which `count` steps and the other mechanisms stay within epsilon = `target`.
+
+    Raises:
+        ValueError: the other mechanisms alone take the target, or no noise up to 10,000 is enough.
+    """
+    from scipy.optimize import brentq
+
+    def over(noise: float) -> float:
+        """Logarithm of the epsilon over the target, which falls almost linearly with that of the noise."""
+        spent = epsilon((*others, Mechanism("gradients", (), 1.0, noise, rate, count)), delta)
+        return math.log(min(max(spent / target, 1e-9), 1e9))
+
+    high = 1.0
+    while over(high) > 0:
+        if (high := 2.0 * high) > _MOST_NOISE:
+            raise ValueError(
+                f"epsilon {target:g}: not reached with noise {_MOST_NOISE:g}; fewer rounds or a larger epsilon"
+            )
+    low = high / 2.0
+    while over(low) <= 0:
+        if low <= 0.2:
+            return low
+        low, high = low / 2.0, low
+    noise = math.exp(brentq(lambda exponent: over(math.exp(exponent)), math.log(low), math.log(high), xtol=3e-4))
+    while over(noise) > 0:
+        noise *= 1.0004
+    return noise
 
 
 def cost_of_rounds(run: RunConfig, rounds: int) -> float | None:

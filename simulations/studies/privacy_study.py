@@ -40,7 +40,8 @@ from panfm.models import PanModel, build_model
 from panfm.models.warm_start import start_model
 from panfm.privacy.audit_inversion import Attacked
 from panfm.privacy.audit_membership import Place, audit_membership
-from panfm.privacy.mechanisms import noise_for, planned
+from panfm.privacy.mechanisms import planned
+from panfm.privacy.statement import noise_for
 from simulations.alone import train_alone
 from simulations.cohorts.opened import OpenedCohort, join_stores
 from simulations.cohorts.prepare import cohort_of, load_simulation

@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from panfm.privacy.mechanisms import Mechanism, epsilon, noise_for, planned
+from panfm.privacy.mechanisms import Mechanism, epsilon, planned
+from panfm.privacy.statement import noise_for
 from tests.cases import quick
 
 
