@@ -1,16 +1,11 @@
-"""Files on disk: atomic writes, checksums, locks, JSON lines, new folders, and one file per round."""
+"""Files on disk: atomic writes, checksums, locks, and one file per round. JSON and new folders: panfm/outputs.py."""
 
-import errno
 import fcntl
 import hashlib
-import json
-import math
 import os
-import secrets
-import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -61,83 +56,10 @@ def write_atomic(path: Path, content: bytes) -> None:
         file.write(content)
 
 
-def write_json(path: Path, content: object, *, indent: int | None = None) -> None:
-    """Write a value as a whole file of JSON; see `open_atomic` and `json_text`."""
-    write_atomic(path, f"{json_text(content, indent=indent)}\n".encode())
-
-
 def sync(file: IO[Any]) -> None:
     """Wait until all that was written to an open file is on the disk."""
     file.flush()
     os.fsync(file.fileno())
-
-
-def json_text(content: object, *, indent: int | None = None) -> str:
-    """Write a value as JSON; numbers that are not finite, which JSON lacks, become null."""
-    return json.dumps(_finite(content), indent=indent, allow_nan=False)
-
-
-def check_place(path: Path) -> None:
-    """Raise OSError if nothing can be made at a path, or written into the folder that is there."""
-    nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
-    code = 0 if os.access(nearest, os.W_OK | os.X_OK) else errno.EACCES
-    if code := code if nearest.is_dir() else errno.ENOTDIR:
-        raise OSError(code, os.strerror(code))
-
-
-@contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """Make a folder that appears complete or not at all: yields a temporary folder and renames it after the block.
-
-    Guarantees:
-        alone: two processes that make the same folder do not meet; the one that ends second leaves the first's folder.
-
-    Raises:
-        DataError: it exists already, or the block met an error of the file system.
-    """
-    try:
-        if folder.exists():
-            raise DataError(f"{folder}: exists already, expected a new folder")
-        partial = folder.with_name(f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
-        partial.mkdir(parents=True)
-        try:
-            yield partial
-            _take_name(partial, folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be made ({error})") from error
-
-
-def append_json_line(path: Path, content: object) -> None:
-    """Add a line to a file of JSON lines and wait until it is on the disk; numbers that are not finite become null."""
-    with path.open("ab") as file:
-        file.write(f"{json_text(content)}\n".encode())
-        sync(file)
-
-
-def read_json_lines(path: Path, parse: Callable[[bytes], Any] = json.loads) -> list[Any]:
-    """Read the values of a file of JSON lines; none if there is no such file.
-
-    A last line without its end was cut short by a crash, or is still being written: it is left out.
-
-    Args:
-        parse: Makes the value of a line, and raises ValueError for one that does not hold.
-    Raises:
-        DataError: the file cannot be read, or one of its lines does not hold.
-    """
-    try:
-        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({reason(error)})") from error
-    values = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            values.append(parse(line))
-        except (ValueError, RecursionError) as error:
-            start = line.decode(errors="replace")[:40]
-            raise DataError(f"{path}:{number}: found {start!r}, expected one JSON object per line") from error
-    return values
 
 
 def lock(file: IO[Any], *, shared: bool = False) -> None:
@@ -266,22 +188,6 @@ class RoundFiles:
         for number in set(rounds) - set(kept):
             self.path(number).unlink()
         return digest
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _take_name(partial: Path, folder: Path) -> None:
-    try:
-        partial.rename(folder)
-    except OSError:
-        if not folder.is_dir():
-            raise
 
 
 def _sync_folder(folder: Path) -> None:

@@ -22,7 +22,7 @@ from http.client import HTTPException
 from pathlib import Path
 
 from panfm.errors import PanfmError, one_line, reason
-from panfm.files import read_json_lines
+from panfm.outputs import read_json_lines
 from panfm.report.run_events import Event, read_events
 from server.alerts_config import FILE, AlertsConfig, MailConfig, WebhookConfig, read_alerts
 from server.events import EventLog, append_lines

@@ -16,7 +16,8 @@ import typer
 from panfm.cli.common import Overrides, Version
 from panfm.cli.model_commands import export
 from panfm.errors import RunError, reason
-from panfm.files import make_files_private, open_atomic, write_atomic, write_json
+from panfm.files import make_files_private, open_atomic, write_atomic
+from panfm.outputs import write_json
 from server.flower_cli import FlowerRun, flower_environment, submit
 from server.hospital_commands import app as hospital_commands
 

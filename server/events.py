@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from panfm.errors import one_line
-from panfm.files import json_text, lock, sync
+from panfm.files import lock, sync
+from panfm.outputs import json_text
 from panfm.report.run_events import FILE, Event, EventKind, read_events
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from panfm.errors import PanfmError
-from panfm.files import write_json
+from panfm.outputs import write_json
 from panfm.report.run_progress import FILE
 from panfm.report.status_page import write_status
 

@@ -37,22 +37,12 @@ from panfm.config.differences import check_same_run
 from panfm.errors import DataError, PanfmError, RunError, reason
 from panfm.evaluate.input_sums import Constants, with_constants
 from panfm.evaluate.probe_file import save_probes
-from panfm.files import (
-    append_json_line,
-    check_place,
-    json_text,
-    locked,
-    open_atomic,
-    read_checked,
-    read_json_lines,
-    write_atomic,
-    write_checked,
-    write_json,
-)
+from panfm.files import locked, open_atomic, read_checked, write_atomic, write_checked
 from panfm.finetune.federated_head import write_head
 from panfm.models import describe_model
 from panfm.models.packing import frozen_manifest
 from panfm.models.warm_start import read_start, start_state, with_start_parameters
+from panfm.outputs import append_json_line, check_place, json_text, read_json_lines, write_json
 from panfm.privacy.guarantees import checked_run, load_checked_run, privacy_label
 from panfm.report.run_events import EventKind
 from panfm.sharing.groups import Flat, GroupManifest

@@ -22,7 +22,7 @@ import typer
 from rich.console import Console
 
 from panfm.errors import ConfigError
-from panfm.files import append_json_line, read_json_lines
+from panfm.outputs import append_json_line, read_json_lines
 from simulations.study_result import StudyResult, commit, kept_jobs
 
 Experiment = Annotated[Path, typer.Option(help="Run description (TOML).")]

@@ -9,7 +9,7 @@ from rich.console import Console
 from panfm.config import RunConfig, load_run, site_folders, without_summed_constants
 from panfm.config.differences import check_same_run
 from panfm.errors import ConfigError, RunError
-from panfm.files import write_json
+from panfm.outputs import write_json
 from panfm.texts import parse_json, read_text
 from server.run_folder import RunFolder, default_path
 from simulations.cohorts.leaks import check_cohort

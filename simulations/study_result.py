@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from panfm.files import write_json
+from panfm.outputs import write_json
 
 
 @dataclass(frozen=True)

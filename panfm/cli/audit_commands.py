@@ -134,7 +134,7 @@ def _print_inversion(scenarios: Sequence["Scenario"]) -> None:
 
 def _write_json(path: Path | None, content: object) -> None:
     """Raises DataError if the file cannot be written."""
-    from panfm.files import write_json
+    from panfm.outputs import write_json
 
     try:
         if path is not None:

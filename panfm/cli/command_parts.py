@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from panfm.errors import DataError, reason
-from panfm.files import check_place
+from panfm.outputs import check_place
 
 NotedEnd = Annotated[
     str | None,

@@ -26,7 +26,7 @@ from panfm.data.manifest import COLUMNS, Row, image_path, read_manifest
 from panfm.data.subjects import subject_key
 from panfm.data.tables import write_table
 from panfm.errors import DataError
-from panfm.files import new_folder
+from panfm.outputs import new_folder
 from panfm.seeds import numpy_generator
 
 By = Literal["iid", "size", "label", "stream"]

@@ -28,7 +28,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from panfm.errors import DataError, reason
-from panfm.files import write_json
+from panfm.outputs import write_json
 
 HOLDOUT = "holdout"
 """Group of a task's scores on the held-out patients."""

@@ -19,10 +19,10 @@ from panfm.errors import ConfigError, DataError, reason
 from panfm.evaluate.embed import load_model
 from panfm.evaluate.model_folder import model_folder
 from panfm.export.network import batch_of, random_inputs, require_equal
-from panfm.files import write_json
 from panfm.finetune.task_description import TASK_FILE, TASK_FILES
 from panfm.models import PanModel
 from panfm.models.whitening import FILE as WHITENING
+from panfm.outputs import write_json
 from panfm.privacy.guarantees import privacy_label
 from panfm.sharing.groups import EXPERTS, is_shared
 from panfm.texts import parse_json, read_text

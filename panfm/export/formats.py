@@ -23,9 +23,9 @@ from panfm.export.monai_bundle import write_monai_bundle
 from panfm.export.network import batch_of, random_inputs, require_equal
 from panfm.export.onnx import write_onnx
 from panfm.export.timm_folder import write_timm
-from panfm.files import new_folder, write_json
 from panfm.models.transfer import director_run, director_state
 from panfm.models.whitening import FILE as WHITENING
+from panfm.outputs import new_folder, write_json
 
 
 def write_safetensors(source: Source, out: Path, _streams: tuple[str, ...] = ()) -> float:

@@ -19,7 +19,7 @@ from panfm.export.final_model import Source
 from panfm.export.model_card import model_card
 from panfm.export.plain_vit import PlainVit, compare_plain
 from panfm.export.timm_folder import plain_metadata
-from panfm.files import new_folder, write_json
+from panfm.outputs import new_folder, write_json
 
 _RENAMES = (
     (r"^cls_token$", "embeddings.cls_token"),

@@ -28,7 +28,7 @@ from panfm.data.read import read_image
 from panfm.export import monai_network
 from panfm.export.final_model import Source, sizes_text
 from panfm.export.network import EmbeddingNetwork, batch_of, random_inputs, require_equal, trace
-from panfm.files import new_folder, write_json
+from panfm.outputs import new_folder, write_json
 
 SCHEMA = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
 """What `verify_metadata` checks against."""

@@ -15,7 +15,8 @@ from torch import Tensor
 from panfm.errors import ConfigError, DataError, reason
 from panfm.export.final_model import Source
 from panfm.export.network import EmbeddingNetwork, batch_of, random_inputs, require_equal, trace
-from panfm.files import check_place, json_text, write_atomic
+from panfm.files import write_atomic
+from panfm.outputs import check_place, json_text
 
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 

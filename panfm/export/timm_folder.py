@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from panfm.export.final_model import Source
 from panfm.export.plain_vit import PlainVit, compare_plain
-from panfm.files import new_folder, write_json
+from panfm.outputs import new_folder, write_json
 
 _ARCHITECTURE = "vit_base_patch16_224"
 """Any ViT of timm: the arguments say all that differs."""

@@ -11,7 +11,8 @@ from panfm.config.base import Config, Positive, Seed
 from panfm.config.parts import BlockPartsConfig, LoraConfig, PlainPartsConfig
 from panfm.config.training import TrainConfig
 from panfm.errors import ConfigError, DataError, reason
-from panfm.files import check_place, write_atomic
+from panfm.files import write_atomic
+from panfm.outputs import check_place
 from panfm.texts import parse_toml, read_text
 
 SETTINGS_FILE = "finetune.toml"

@@ -23,12 +23,13 @@ from panfm.data.masks import Classes, mask_from_grid
 from panfm.data.readers import ImageError, Picture, Volume, read_source
 from panfm.data.store import ImageStore
 from panfm.errors import DataError, reason
-from panfm.files import new_folder, write_atomic, write_json
+from panfm.files import write_atomic
 from panfm.finetune.task_description import HEAD_FILE, TASK_FILE, TaskDescription, read_task, write_task
 from panfm.finetune.task_heads import TaskHead, build_head, predict_rows
 from panfm.finetune.windows import predict_map
 from panfm.models import PanModel
 from panfm.models.trained_parts import fit_lora
+from panfm.outputs import new_folder, write_json
 
 _HEADS = "heads."
 SegmentedImage = nib.Nifti1Image | Picture

@@ -8,7 +8,7 @@ from pydantic import Field, ValidationError
 
 from panfm.config.base import Config
 from panfm.errors import ConfigError, DataError, reason
-from panfm.files import write_json
+from panfm.outputs import write_json
 
 TASK_FILE, HEAD_FILE = "task.json", "head.safetensors"
 TASK_FILES = (TASK_FILE, HEAD_FILE)

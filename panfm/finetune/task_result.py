@@ -28,7 +28,6 @@ from panfm.evaluate.embed import embed_store
 from panfm.evaluate.neighbours import neighbours_mean
 from panfm.evaluate.result import Score
 from panfm.evaluate.scores import Floats, auc, draw_counts, interval, r2
-from panfm.files import write_json
 from panfm.finetune.fine_tuning import FinetuneProgress
 from panfm.finetune.finetuned_model import SegmentedImage, TaskModel, mask_image
 from panfm.finetune.segmentation_scores import dice, hausdorff_95
@@ -37,6 +36,7 @@ from panfm.finetune.task_data import TaskData
 from panfm.finetune.task_heads import predict_rows
 from panfm.finetune.windows import predict_map
 from panfm.models import PanModel
+from panfm.outputs import write_json
 
 RESULT_FILE = "result.json"
 TUNED, LINEAR, KNN, GRID = "fine-tuned", "linear-probe", "knn", "grid"

@@ -20,7 +20,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from panfm.errors import ConfigError, DataError, reason
-from panfm.files import write_atomic, write_json
+from panfm.files import write_atomic
+from panfm.outputs import write_json
 from panfm.texts import parse_json, read_text
 
 FILE = "whitening.safetensors"

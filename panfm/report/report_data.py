@@ -21,7 +21,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from panfm.errors import DataError, one_line
-from panfm.files import write_json
+from panfm.outputs import write_json
 from panfm.texts import read_text
 
 FILE = "report.json"

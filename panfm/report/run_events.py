@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from panfm.files import read_json_lines
+from panfm.outputs import read_json_lines
 
 FILE = "events.jsonl"
 

@@ -11,7 +11,8 @@ from pydantic import BaseModel, ValidationError
 from panfm.config import RunConfig, load_run
 from panfm.errors import DataError, one_line
 from panfm.evaluate.result import ProbeResult, read_result
-from panfm.files import is_locked, read_json_lines
+from panfm.files import is_locked
+from panfm.outputs import read_json_lines
 from panfm.report.report_data import Count, Number, ReportData, read_report_data
 from panfm.report.run_events import Event, read_events
 from panfm.report.run_progress import RunProgress, read_progress

@@ -25,7 +25,7 @@ from rich.console import Console
 
 from panfm.config import RunConfig, dump_toml
 from panfm.errors import RunError
-from panfm.files import read_json_lines
+from panfm.outputs import read_json_lines
 from server.flower_cli import ROOT, submit
 from simulations.cohorts.prepare import load_simulation, prepare_cohort
 from simulations.engines.deployment import CONNECTION, Deployment, approve, deployed

@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 from panfm.config import StreamConfig, load_site
 from panfm.config.base import Config, Name
 from panfm.errors import ConfigError
-from panfm.files import new_folder
+from panfm.outputs import new_folder
 
 Streams = Mapping[str, StreamConfig]
 Progress = Callable[[int, int], None]

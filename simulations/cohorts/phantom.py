@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from panfm.config.base import Config, Name, Positive, Seed
-from panfm.files import new_folder
+from panfm.outputs import new_folder
 from simulations.cohorts.cohort_source import (
     CohortSource,
     Progress,

@@ -17,7 +17,7 @@ from pydantic import Field
 from panfm.anatomy import parse_stream
 from panfm.config.base import Name, Positive, Seed
 from panfm.errors import DataError
-from panfm.files import new_folder
+from panfm.outputs import new_folder
 from panfm.seeds import numpy_generator
 from simulations.cohorts.cohort_source import (
     Progress,

@@ -25,7 +25,7 @@ from pydantic import Field
 
 from panfm.config.base import Positive, Seed
 from panfm.errors import ConfigError, DataError
-from panfm.files import new_folder
+from panfm.outputs import new_folder
 from panfm.seeds import numpy_generator
 from simulations.cohorts.cohort_source import CohortSource, Progress, Streams, listing_of, texts_of, ticker
 from simulations.cohorts.site_folder import write_site_folder

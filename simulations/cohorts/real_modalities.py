@@ -17,7 +17,7 @@ from panfm.anatomy import parse_stream
 from panfm.config.base import Name
 from panfm.data.tables import read_table
 from panfm.errors import ConfigError, DataError
-from panfm.files import new_folder
+from panfm.outputs import new_folder
 from simulations.cohorts.cohort_source import Progress, StreamCohort, Streams, StreamSiteConfig, listing_of, texts_of
 from simulations.cohorts.real_images import real_data
 from simulations.cohorts.site_folder import write_site_folder

@@ -99,8 +99,8 @@ RUN_FOLDER: Entries = {
     "status.html": "Progress while the run goes on, one file.",
     "now.json": "The step that a run of real sites is at: since when, who has answered, who has not, who is left out "
     "and why, and since when it waits for enough sites.",
-    "events.jsonl": "History of the run, one line per event (`time`, `run`, `round`, `kind`, `site`, `words`, `details`); "
-    "lines are only added. [Monitoring](../monitoring.md).",
+    "events.jsonl": "History of the run, one line per event (`time`, `run`, `round`, `kind`, `site`, `words`, "
+    "`details`); lines are only added. [Monitoring](../monitoring.md).",
     "alerts.toml": "Whom the server tells of events, in a run with `--alerts`. Never sent to a site.",
     "alerts.jsonl": "Alerts that went out, one line each.",
     "submitting": "Present while `start`, `resume` or `keep` hands the run to Flower.",

@@ -20,8 +20,8 @@ import tomli_w
 from flwr.app import Array, ArrayRecord, Error, Message, RecordDict
 
 from panfm.config import dump_toml, parse_run
-from panfm.files import json_text
 from panfm.models import build_model
+from panfm.outputs import json_text
 from panfm.sharing.frames import MAX_ARRAYS, MAX_WORDS, Frame, Kind, address, decode, encode
 from panfm.sharing.groups import GroupManifest
 from panfm.sharing.messages import Invitation, Records

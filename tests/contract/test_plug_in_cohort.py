@@ -19,7 +19,7 @@ from PIL import Image
 from pydantic import Field
 
 from simulations.cohorts.site_folder import write_site_folder
-from panfm.files import new_folder
+from panfm.outputs import new_folder
 from simulations.cohorts.cohort_source import CohortSource, Progress, Streams, texts_of
 
 

@@ -22,7 +22,8 @@ import tomli_w
 
 from client.relay import ask
 from panfm.config import RunConfig, dump_toml, experiment_hash, load_run, load_site, parse_run
-from panfm.files import read_checked, read_json_lines
+from panfm.files import read_checked
+from panfm.outputs import read_json_lines
 from panfm.sharing.frames import Frame, Kind
 from panfm.sharing.messages import RoundTask
 from panfm.site import Site

@@ -12,12 +12,12 @@ import pytest
 from panfm.evaluate.embed import Features, write_features
 from panfm.evaluate.probe_file import FILE as PROBES
 from panfm.evaluate.result import ProbeResult
-from panfm.files import read_json_lines
 from panfm.finetune.fine_tuning import CHECKPOINT
 from panfm.finetune.finetune_settings import SETTINGS_FILE
 from panfm.finetune.task_description import HEAD_FILE, TASK_FILE
 from panfm.finetune.task_result import RESULT_FILE
 from panfm.models.whitening import FILE as WHITENING
+from panfm.outputs import read_json_lines
 from panfm.privacy.ledger import ANCHOR
 from panfm.privacy.ledger import FILE as LEDGER
 from panfm.report.report_data import FILE as REPORT_DATA

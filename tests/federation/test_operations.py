@@ -19,7 +19,7 @@ from flwr.app import Context, Error, Message, RecordDict
 
 from client.app import app as client_app
 from panfm.config import dump_toml, load_run
-from panfm.files import read_json_lines
+from panfm.outputs import read_json_lines
 from panfm.report.run_events import EventKind, read_events
 from panfm.report.run_files import read_run
 from server.app import app as server_app

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from panfm.files import read_json_lines
+from panfm.outputs import read_json_lines
 from panfm.report.run_events import EventKind, read_events
 from panfm.report.run_progress import read_progress
 from simulations.engines.deployment import CONNECTION, Deployment

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from panfm.cli import main as panfm
 from panfm.config import dump_toml
 from panfm.errors import ConfigError, DataError, RunError
-from panfm.files import read_json_lines
+from panfm.outputs import read_json_lines
 from panfm.report.report_page import render
 from panfm.report.run_files import read_run
 from panfm.sharing.messages import Invitation

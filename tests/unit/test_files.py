@@ -7,18 +7,15 @@ import pytest
 from panfm.errors import DataError
 from panfm.files import (
     RoundFiles,
-    append_json_line,
     is_locked,
-    json_text,
     locked,
-    new_folder,
     open_atomic,
     read_checked,
     read_digest,
-    read_json_lines,
     write_atomic,
     write_checked,
 )
+from panfm.outputs import append_json_line, json_text, new_folder, read_json_lines
 
 
 def test_atomic_write_replaces_and_leaves_nothing_behind(tmp_path):

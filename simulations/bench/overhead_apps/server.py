@@ -7,7 +7,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, R
 from flwr.serverapp import Grid, ServerApp
 
 from panfm.config import dump_toml, load_run
-from panfm.files import append_json_line
+from panfm.outputs import append_json_line
 from panfm.sharing.messages import RoundTask
 from server.checkpoint import ServerState
 from server.exchange import Exchange

@@ -13,8 +13,9 @@ from panfm.data.labels import read_label_table
 from panfm.data.readers import ImageError, file_fingerprint, find_reader, read_bytes
 from panfm.errors import ConfigError, DataError, PanfmError, reason
 from panfm.evaluate.embed import read_features
-from panfm.files import read_checked, read_json_lines, write_atomic
+from panfm.files import read_checked, write_atomic
 from panfm.installed_plug_ins import installed_plug_ins
+from panfm.outputs import read_json_lines
 from server.expected_sites import ExpectedSites
 from tests.unit.data.conftest import STREAM
 

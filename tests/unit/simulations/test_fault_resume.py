@@ -6,7 +6,7 @@ from contextlib import nullcontext
 import pytest
 
 from panfm.errors import ConfigError, PanfmError
-from panfm.files import write_json
+from panfm.outputs import write_json
 from simulations.simulate import simulate
 from tests.unit.data.conftest import SiteFolder, volume
 
