@@ -28,6 +28,7 @@ LEVELS = (
         "installed_plug_ins",
         "config",
         "files",
+        "outputs",
         "hash_chain",
         "texts",
         "cells",

@@ -88,7 +88,7 @@ def test_the_run_folder_is_looked_at_before_any_image(attempt, monkeypatch, tmp_
     (tmp_path / "used" / "checkpoint").mkdir(parents=True)
     assert attempt.told("--out", tmp_path / "used").endswith("holds a run already; resume it or choose another folder")
     with monkeypatch.context() as context:
-        context.setattr("panfm.files.os", SimpleNamespace(**{**vars(os), "access": lambda *_: False}))
+        context.setattr("panfm.outputs.os", SimpleNamespace(**{**vars(os), "access": lambda *_: False}))
         assert attempt.told().startswith("out: cannot be made a run folder (PermissionError: Permission denied)")
 
 
