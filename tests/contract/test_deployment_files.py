@@ -57,7 +57,11 @@ def test_systemd_accepts_the_units(unit, tmp_path):
     assert (done.returncode, [line for line in done.stderr.splitlines() if unit.name in line]) == (0, [])
 
 
-@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
+RULES = "panfm-isolation@.service"
+"""The unit that loads rules and has no process."""
+
+
+@pytest.mark.parametrize("unit", [unit for unit in UNITS if unit.name != RULES], ids=lambda unit: unit.name)
 def test_units_start_again_what_ends(unit):
     text = unit.read_text(encoding="utf-8")
     is_of_one_run = unit.name == "panfm-run@.service"  # which ends
@@ -65,7 +69,9 @@ def test_units_start_again_what_ends(unit):
     assert re.search(r"^RestartSec=[1-9]\d*$", text, re.MULTILINE)
 
 
-@pytest.mark.parametrize("name", [name for name in COMMANDS if "supernode" not in name and "worker" not in name])
+@pytest.mark.parametrize(
+    "name", [name for name in COMMANDS if "supernode" not in name and "worker" not in name and name != RULES]
+)
 def test_nothing_is_installed_at_run_time(name):
     """The coordinator's processes are told not to; a SuperNode does only if it is told to."""
     unit, service = HOSTS / name, SERVICES.get(name.removeprefix("compose: "), {})
