@@ -1,9 +1,9 @@
 """A machine with the accounts, folders and units that are shipped, in namespaces of its own: coordinator and one site.
 
 The units' commands, accounts, environment, folders, rules of nftables and hidepid are those of
-configs/deployment/hosts, word for word. In place of systemd, which does not run in tests, this file applies them, and of the sandbox ProtectProc,
-ProcSubset, ProtectSystem, PrivateTmp (as /var/tmp), InaccessiblePaths, PrivateNetwork, NoNewPrivileges and
-CapabilityBoundingSet.
+configs/deployment/hosts, word for word. In place of systemd, which does not run in tests, this file applies them, and
+of the sandbox ProtectProc, ProcSubset, ProtectSystem, PrivateTmp (as /var/tmp), InaccessiblePaths, PrivateNetwork,
+NoNewPrivileges and CapabilityBoundingSet.
 
 Everything here must run as root inside `NAMESPACES`.
 """
