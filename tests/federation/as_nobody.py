@@ -9,6 +9,7 @@ import http.client
 import json
 import socket
 import ssl
+import stat
 import sys
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def connects(name: str) -> bool:
 def is_readable(path: str) -> bool:
     """Whether a file can be opened, or a folder listed."""
     try:
-        if Path(path).is_dir():
+        if stat.S_ISDIR(Path(path).stat().st_mode):
             list(Path(path).iterdir())
         else:
             with Path(path).open("rb") as file:

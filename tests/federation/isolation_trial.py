@@ -105,8 +105,7 @@ def known() -> dict[str, list[object]]:
             target = str(descriptor.readlink()) if descriptor.is_symlink() else ""
             if target.startswith("/") and not target.startswith(("/dev/", "/proc/", sys.prefix, str(ROOT), str(LOGS))):
                 files.add(target)
-    by_path = {path for path in files if Path(path).is_socket()}  # those of another network stand in no table here
-    names = {"ports": listening_ports(), "sockets": sorted({*listening_sockets(), *by_path})}
+    names = {"ports": listening_ports(), "sockets": listening_sockets()}
     return names | {"files": sorted(files), "processes": processes}
 
 

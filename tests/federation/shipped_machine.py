@@ -2,8 +2,8 @@
 
 The units' commands, accounts, environment, folders, rules of nftables and hidepid are those of
 configs/deployment/hosts, word for word. In place of systemd, which does not run in tests, this file applies them, and
-of the sandbox ProtectProc, ProcSubset, ProtectSystem, PrivateTmp (as /var/tmp), InaccessiblePaths, PrivateNetwork,
-NoNewPrivileges and CapabilityBoundingSet.
+of the sandbox UMask, ProtectProc, ProcSubset, ProtectSystem (the root file system), PrivateTmp (/var/tmp),
+InaccessiblePaths, PrivateNetwork, NoNewPrivileges and CapabilityBoundingSet.
 
 Everything here must run as root inside `NAMESPACES`.
 """
@@ -184,9 +184,9 @@ def listening_ports() -> Sequence[int]:
 
 
 def listening_sockets() -> Sequence[str]:
-    """Names of Unix sockets on which anything listens."""
-    lines = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()[1:]]
-    return sorted({words[7] for words in lines if len(words) > 7 and int(words[3], 16) & 0x10000})
+    """Names of Unix sockets on which anything listens, in the networks of all processes."""
+    lines = [line.split() for path in Path("/proc").glob("[0-9]*/net/unix") for line in path.read_text().splitlines()]
+    return sorted({words[7] for words in lines if len(words) > 7 and words[0] != "Num" and int(words[3], 16) & 0x10000})
 
 
 def processes_of(accounts: Sequence[str]) -> list[int]:
