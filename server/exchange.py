@@ -68,11 +68,13 @@ class Exchange:
         messages: Iterable[Message],
         timeout_s: float,
         *,
+        may_repeat: bool = True,
         on_change: Callable[["Exchange"], None] = lambda _: None,
     ) -> None:
         """Send the messages.
 
         Args:
+            may_repeat: A question whose answer was lost is asked again; not where each answer costs privacy.
             on_change: Called when all are sent, and whenever a node has answered or failed.
         """
         self.failed: dict[int, str] = {}
@@ -88,6 +90,7 @@ class Exchange:
         self.start = time.monotonic()
         self._waiting: dict[str, Message] = {}
         self._repeats: Counter[int] = Counter()
+        self._most_repeats = _PUSHES - 1 if may_repeat else 0
         self._on_change = on_change
         for message in messages:
             self._push(message)
@@ -137,8 +140,10 @@ class Exchange:
         try:
             return self._grid.pull_messages([message_id])
         except ReplyLostError:
-            if not self._may_repeat(message.metadata.dst_node_id):
-                raise
+            if not self._may_repeat(node_id := message.metadata.dst_node_id):
+                del self._waiting[message_id]
+                self.failed[node_id] = "its reply was lost on the way"
+                return ()
             logger.warning("node %s: its reply was lost on the way", message.metadata.dst_node_id, exc_info=True)
             del self._waiting[message_id]
             self._push(_copy(message))
@@ -146,7 +151,7 @@ class Exchange:
 
     def _may_repeat(self, node_id: int) -> bool:
         self._repeats[node_id] += 1
-        return self._elapsed() < self._timeout_s and self._repeats[node_id] < _PUSHES
+        return self._elapsed() < self._timeout_s and self._repeats[node_id] <= self._most_repeats
 
     def _push(self, message: Message) -> None:
         """One at a time: arrays that an earlier message carried are not sent again.

@@ -3,11 +3,13 @@
 An attempt with too few good replies leaves nothing behind, here or at the server's strategy. A site that is asked
 again starts from the private state that it started from the first time, so its answer has the same bits. Under
 patient-level privacy it would draw new noise and pay once more: the replies to the first attempt are therefore kept
-until the round is done, and these sites are not asked again.
+until the round is done, and these sites are not asked again. A site without a reply may have paid all the same: it is
+asked once more in this round, and no more than that.
 """
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +30,8 @@ from strategies.round_messages import make_array, view_arrays
 logger = logging.getLogger(__name__)
 KeptReplies = dict[int, tuple[Message, RecordDict]]
 """Node id -> its reply, and a copy of the content."""
+_MOST_PAID = 2
+"""Questions of one private round to one site that may remain without a reply."""
 
 
 @dataclass
@@ -42,6 +46,8 @@ class RoundAttempt:
     """Sites to ask in a round, by node id."""
     watch: Watch = unwatched
     _kept: KeptReplies = field(default_factory=dict)
+    _unanswered: Counter[int] = field(default_factory=Counter)
+    """Under patient-level privacy: node id -> questions of this round without a reply; it may have paid for each."""
 
     def __call__(self) -> tuple[ServerState, dict[str, Any]]:
         """Return the state after the round, and its line for rounds.jsonl.
@@ -50,10 +56,12 @@ class RoundAttempt:
             NoQuorumError: too few good replies.
         """
         number, strategy, membership = self.before.round_number + 1, self.strategy, self.membership
-        strategy.roster = self.choose(number)
+        strategy.roster = self._choose_payable(number)
         strategy.memory = self.before.memory
         state, line, exchange = train_round(self.grid, strategy, self.before, kept=self._kept, watch=self.watch)
         membership.note_heard(exchange)
+        if strategy.run.patient_dp is not None:
+            self._unanswered.update(exchange.failed.keys() - exchange.errors)
         line |= {"away": membership.away(number, line["asked"]), "moved": membership.moved}
         membership.note_late(line)
         for site, reason in line["rejected"].items():
@@ -61,6 +69,22 @@ class RoundAttempt:
         if len(line["sites"]) < strategy.run.federation.min_sites:
             raise self._no_quorum(line)
         return state, line
+
+    def _choose_payable(self, number: int) -> Mapping[int, Handshake]:
+        """Choose the sites to ask, without those that may have paid for this round too often.
+
+        Raises:
+            NoQuorumError: too few are left.
+        """
+        chosen, needed = self.choose(number), self.strategy.run.federation.min_sites
+        payable = {node: known for node, known in chosen.items() if self._unanswered[node] < _MOST_PAID}
+        if len(payable) < needed <= len(chosen):
+            sites = ", ".join(known.site for node, known in chosen.items() if node not in payable)
+            text = f"round {number}: {len(payable)} of at least {needed} sites left (federation.min-sites): {sites}"
+            raise NoQuorumError(
+                f"{text} did not answer {_MOST_PAID} questions and may have paid for each", can_heal=False
+            )
+        return payable
 
     def _no_quorum(self, line: Mapping[str, Any]) -> NoQuorumError:
         """The error of an attempt; its text says why each of the others failed."""
@@ -101,6 +125,7 @@ def train_round(
         grid,
         (message for message in messages if message.metadata.dst_node_id not in kept),
         run.federation.round_timeout_s,
+        may_repeat=run.patient_dp is None,
         on_change=lambda changed: watch(changed, {node: known.site for node, known in strategy.asked.items()}),
     )
     arrays, _ = strategy.aggregate_train(number, _replies(exchange, strategy, kept))

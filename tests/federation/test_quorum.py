@@ -249,3 +249,18 @@ def test_a_private_round_that_is_asked_again_is_paid_for_once(federation, clock)
         assert [json.loads(entry)["kind"] for entry in entries] == ["opened", "round", "round"], site
     assert grid.asked["train", "2", ALPHA] == 1
     assert grid.asked["train", "2", GAMMA] == 3
+
+
+@pytest.mark.slow
+def test_a_private_site_that_never_answers_in_time_is_asked_twice_a_round_and_no_more(federation, clock):
+    """It may have paid for each question that it answered late."""
+    asked = []
+
+    def lost(*key):
+        asked.append(key)
+        return gamma("late", attempts=99)(*key)
+
+    with pytest.raises(RunError, match="gamma did not answer 2 questions and may have paid for each") as told:
+        start(federation, clock, "late", lost, *PRIVATE)
+    assert not told.value.can_heal
+    assert [key[3] for key in asked if key[:3] == ("train", "2", GAMMA)] == [1, 2]
