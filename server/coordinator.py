@@ -228,6 +228,7 @@ def watch(run_dir: _RunDir) -> None:
 def stop(run_dir: _RunDir) -> None:
     """End a run; it can be resumed from the last round that it finished."""
     from panfm.report.run_files import read_run
+    from server.keeper import can_heal
 
     run, flower = read_run(run_dir), _flower_run(run_dir)
     if flower is None:
@@ -236,9 +237,11 @@ def stop(run_dir: _RunDir) -> None:
         raise RunError(f"{run_dir}: has finished, there is nothing to stop")
     environment = flower_environment()
     status, details = flower.entry(environment)
-    if status.startswith("finished"):
+    is_over = status.startswith("finished")
+    if is_over and (run.ending == "stopped" or not can_heal(run_dir)):
         raise RunError(f"{run_dir}: is not running; Flower: {status}: {details}")
-    flower.stop(environment)
+    if not is_over:  # else a keeper may be about to submit it again
+        flower.stop(environment)
     deadline = time.monotonic() + _STOP_S
     while read_run(run_dir).is_at_work:
         if time.monotonic() > deadline:

@@ -65,10 +65,9 @@ class Attendance:
             raise RunError("; ".join(self.misfits))
         if len(self.roster) < at_least:
             reasons = "; ".join(self.failed) or "no other answered"
-            known = max(len(self.asked), len(self.expected.sites) if self.expected else 0)
             raise NoQuorumError(
                 f"{len(self.roster)} of at least {at_least} sites can take part: {reasons}",
-                can_heal=known < at_least or known - self.num_final >= at_least,
+                can_heal=self.expected is None or len(self.expected.sites) - self.num_final >= at_least,
             )
 
 

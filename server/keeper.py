@@ -31,7 +31,7 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 10.0, 600.0
 _START_S = 60.0
 """A ServerApp is at work so long after Flower has taken its run."""
 _MOST_ERRORS = 5
-"""Internal errors in a row, without a round between them, after which a run is given up."""
+"""Internal errors, or ends without a word, in a row and without a round between them, after which a run is given up."""
 
 
 class GaveUpError(RunError):
@@ -74,13 +74,17 @@ class Keeper:
         """Submit the run again after a pause, which grows until a round is done."""
         if len(run.rounds) > self._rounds:
             self._rounds, self._pause, self._errors = len(run.rounds), _FIRST_PAUSE_S, 0
-        self._errors += run.failure.startswith("internal error")
+        why = run.failure or "ended without a word"
+        self._errors += not run.ending or run.failure.startswith("internal error")
         if self._errors > _MOST_ERRORS:
-            raise GaveUpError(f"{self._run_dir}: {self._errors} times in a row: {run.failure}")
-        why = run.failure or run.state
+            raise GaveUpError(f"{self._run_dir}: {self._errors} times in a row: {why}")
+        flower = self._flower()
         logger.warning("%s: ended (%s), goes on in %g s", self._run_dir, why, self._pause)
         time.sleep(self._pause)
         self._pause = min(2.0 * self._pause, _LONGEST_PAUSE_S)
+        now = read_run(self._run_dir)
+        if now.is_at_work or now.is_finished or now.ending != run.ending or self._flower() != flower:
+            return  # somebody has resumed or stopped it meanwhile
         try:
             self._submit()
         except RunError as error:
@@ -89,7 +93,7 @@ class Keeper:
     def _is_starting(self) -> bool:
         """Whether Flower may have taken the run just now, without a note of its id."""
         try:
-            return time.time() - (self._run_dir / SUBMITTING).stat().st_mtime < _START_S
+            return 0.0 <= time.time() - (self._run_dir / SUBMITTING).stat().st_mtime < _START_S
         except FileNotFoundError:
             return False
 
@@ -97,7 +101,7 @@ class Keeper:
         """Whether the run has ended, by its folder or by Flower. Raises GaveUpError if it must not go on by itself."""
         if run.ending == "stopped":
             raise GaveUpError(f"{self._run_dir}: was stopped by the coordinator")
-        if run.ending and not self._can_heal():
+        if run.ending and not can_heal(self._run_dir):
             raise GaveUpError(f"{self._run_dir}: cannot go on by itself: {run.failure}")
         if (flower := self._flower()) is None:
             return True
@@ -118,8 +122,10 @@ class Keeper:
             return False
         return True
 
-    def _can_heal(self) -> bool:
-        try:
-            return bool(json.loads((self._run_dir / ENDED).read_text(encoding="utf-8")).get("can-heal"))
-        except (OSError, ValueError):
-            return True
+
+def can_heal(run_dir: Path) -> bool:
+    """Whether a run that has ended may go on by itself, by its ended.json; without one it may."""
+    try:
+        return bool(json.loads((run_dir / ENDED).read_text(encoding="utf-8")).get("can-heal"))
+    except (OSError, ValueError):
+        return True

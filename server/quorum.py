@@ -89,7 +89,8 @@ class QuorumWait:
                 time.sleep(min(pause, left))
                 pause = min(2.0 * pause, LONGEST_PAUSE_S)
             else:
+                # Also where an earlier server has begun to wait; it is no event if nobody has.
+                self._events.note(EventKind.QUORUM, f"{step}: enough sites after {time.monotonic() - start:.0f} s")
                 if is_waiting:
-                    self._events.note(EventKind.QUORUM, f"{step}: enough sites after {time.monotonic() - start:.0f} s")
                     self._progress.go_on()
                 return result

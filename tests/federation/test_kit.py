@@ -164,7 +164,7 @@ def test_a_second_installation_keeps_key_and_limits(federation):
     machine, folder = federation.hospitals[NAMES[0]], f"/root/panfm-kit-{NAMES[0]}"
     machine.do("echo '# mine' >>/srv/panfm/site/site.toml")
     before = machine.do("sha256sum /etc/panfm/* /srv/panfm/site/site.toml; readlink /opt/panfm")
-    machine.do(f"python3 {folder}/install.py")
+    machine.do(f"python3 -I {folder}/install.py")
     assert machine.do("sha256sum /etc/panfm/* /srv/panfm/site/site.toml; readlink /opt/panfm") == before
 
 
@@ -173,7 +173,7 @@ def test_every_fault_is_a_line_and_nothing_is_changed(federation):
     machine, folder = federation.hospitals[NAMES[0]], "/root/faulty"
     machine.do(f"cp -r /root/panfm-kit-{NAMES[0]} {folder} && echo >>{folder}/units/panfm-worker.service")
     machine.do(f"sed -i s/{SERVER}/nowhere.invalid/ {folder}/kit.json && chmod o+rx /srv/panfm/site")
-    done = machine.run(f"python3 {folder}/install.py")
+    done = machine.run(f"python3 -I {folder}/install.py")
     machine.do("chmod o-rx /srv/panfm/site")
     assert done.returncode == 1
     faults = [line for line in done.stdout.splitlines() if line.startswith("FAULT")]
@@ -220,7 +220,7 @@ def test_a_site_trusts_two_authorities_while_one_is_replaced(federation):
     archive = f"{name}-renewal.tar.gz"
     machine.do("mkdir /root/renewal")
     machine.write(f"/root/renewal/{archive}", coordinator.read(f"{KITS}/{archive}"))
-    machine.do(f"tar -xzf {archive} && python3 panfm-kit-{name}/install.py", folder="/root/renewal")
+    machine.do(f"tar -xzf {archive} && python3 -I panfm-kit-{name}/install.py", folder="/root/renewal")
     assert machine.read("/etc/panfm/ca.crt") == coordinator.read(f"{KITS}/both.crt")
     coordinator.do("cp /etc/panfm-next/ca.crt /etc/panfm-next/server.* /etc/panfm")
     coordinator.do("systemctl restart panfm-superlink.service nginx.service")

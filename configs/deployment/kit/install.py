@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Installs a hospital's worker and SuperNode from the kit that this file lies in. Python 3.11's own library only.
 
-    python3 install.py --check        look at this machine, change nothing; one line per fault
-    python3 install.py                look, then install; given again, it mends what is missing and replaces no key
-    python3 install.py --renew-key    make a new key for the SuperNode; the old one stays beside it
+    python3 -I install.py --check        look at this machine, change nothing; one line per fault
+    python3 -I install.py                look, then install; given again, it mends what is missing and replaces no key
+    python3 -I install.py --renew-key    make a new key for the SuperNode; the old one stays beside it
 
-Run it as root. What it makes, in this order:
+Run it as root, in a folder into which no other account may write. -I: no module is taken from that folder.
+What it makes, in this order:
 
     /opt/panfm-kit/HASH       the kit, copied and checked against its SHA256SUMS; all below is installed from there
     accounts                  panfm (reads images), flower (runs the SuperNode), panfm-install (runs pip, owns nothing)
@@ -20,6 +21,7 @@ It connects to the coordinator's address only. pip uses this machine's package i
 import base64
 import contextlib
 import email.utils
+import grp
 import hashlib
 import http.client
 import json
@@ -74,10 +76,10 @@ def main(words: list[str]) -> int:
             renew_key(settings["hospital"])
         else:
             install(settings)
+        tell(settings)
     except (OSError, subprocess.CalledProcessError, RuntimeError) as error:
         print(f"FAULT  {error}; mend it and run this again")
         return 1
-    tell(settings)
     return 0
 
 
@@ -130,7 +132,14 @@ def machine_faults(settings: dict) -> list[str]:
         )
     if subprocess.run([sys.executable, "-c", "import ensurepip, venv"], capture_output=True, check=False).returncode:
         found.append("python3: has no module venv; install python3-venv")
-    for place in (Path("/opt"), Path("/srv")):
+    for account in ACCOUNTS:
+        with contextlib.suppress(KeyError):
+            if (known := pwd.getpwnam(account)).pw_uid >= 1000 or not known.pw_shell.endswith(("nologin", "false")):
+                found.append(
+                    f"account {account}: is somebody's login, expected none or a system account without a shell"
+                )
+    is_installed = Path("/opt/panfm").is_symlink()
+    for place in () if is_installed else (Path("/opt"), Path("/srv")):
         free = shutil.disk_usage(place if place.exists() else "/").free / 2**30
         if free < settings["disk-gib"]:
             found.append(f"{place}: {free:.1f} GiB free, expected {settings['disk-gib']}")
@@ -155,6 +164,14 @@ def place_faults(hospital: str) -> list[str]:
     for path in filter(Path.exists, (CONFIG / hospital, DATA / "site", DATA / "images")):
         if path.stat().st_mode & 0o007:
             found += [f"{path}: open to every account; chmod o-rwx {path}"]
+    for path in filter(Path.exists, (DATA / "site", DATA / "images")):
+        if path.is_symlink():
+            found += [f"{path}: is a link, expected a folder of its own; mount or copy images into it"]
+        elif path.owner() not in ("root", "panfm"):
+            found += [f"{path}: belongs to {path.owner()}, expected root or panfm; its owner would change"]
+    for path in (KIT, KIT.parent):
+        if path.stat().st_uid != os.geteuid() and not path.stat().st_mode & stat.S_ISVTX:
+            found += [f"{path}: belongs to another account; unpack the kit in a folder of root's"]
     for link in filter(Path.exists, (Path("/opt") / name for name in ENVIRONMENTS)):
         if not link.is_symlink():
             found += [f"{link}: is there and not from a kit; move it away"]
@@ -173,7 +190,7 @@ def network_faults(server: str, port: int) -> list[str]:
         str(host), through, timeout=TIMEOUT_S, context=ssl.create_default_context(cafile=KIT / "ca.crt")
     )
     if proxy:
-        connection.set_tunnel(server, port)
+        connection.set_tunnel(server, port, headers=proxy_headers(proxy))
     where = f"{server}:{port}" + (f" through the proxy {host}:{through}" if proxy else "")
     try:
         connection.request("GET", "/")
@@ -192,6 +209,14 @@ def network_faults(server: str, port: int) -> list[str]:
     if abs(apart) > CLOCK_S:
         return [f"clock: {abs(apart):.0f} s {'ahead of' if apart > 0 else 'behind'} the coordinator's; set it (NTP)"]
     return []
+
+
+def proxy_headers(proxy: urllib.parse.SplitResult) -> dict[str, str]:
+    """What names us to a proxy that asks for a password (http://user:password@proxy:port)."""
+    if not proxy.username:
+        return {}
+    words = f"{urllib.parse.unquote(proxy.username)}:{urllib.parse.unquote(proxy.password or '')}"
+    return {"Proxy-Authorization": f"Basic {base64.b64encode(words.encode()).decode()}"}
 
 
 # --- What is made ---
@@ -278,10 +303,17 @@ def put(source: Path, target: Path, group: str, mode: int) -> None:
     """Write a file of the kit in one step; in /srv/panfm it belongs to its group's account, elsewhere to root."""
     partial = target.with_name(f".{target.name}.new")
     partial.unlink(missing_ok=True)
-    shutil.copyfile(source, partial)
-    shutil.chown(partial, group if DATA in target.parents else "root", group)
-    partial.chmod(mode)
+    # The folder may belong to another account: no link in it is followed, and what is opened here is new.
+    with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600), "wb") as file:
+        file.write(source.read_bytes())
+        os.fchown(file.fileno(), pwd.getpwnam(group if DATA in target.parents else "root").pw_uid, gid_of(group))
+        os.fchmod(file.fileno(), mode)
     partial.rename(target)
+
+
+def gid_of(group: str) -> int:
+    """Number of a group."""
+    return grp.getgrnam(group).gr_gid
 
 
 def make_key(hospital: str) -> None:
@@ -319,7 +351,9 @@ def install_units(kit: Path) -> None:
     if PROXY:
         drop_in = UNITS / "panfm-supernode.service.d"
         make_folder(drop_in, "root", "root", 0o755)
-        (drop_in / "proxy.conf").write_text(f'[Service]\nEnvironment="HTTPS_PROXY={PROXY}"\n', encoding="utf-8")
+        (drop_in / "proxy.conf").write_text(f"[Service]\nEnvironmentFile={CONFIG}/proxy.env\n", encoding="utf-8")
+        (CONFIG / "proxy.env").touch(mode=0o600)  # it may hold a password
+        (CONFIG / "proxy.env").write_text(f"HTTPS_PROXY={PROXY}\n", encoding="utf-8")
     run("systemctl", "daemon-reload")
     isolation = ["panfm-isolation@site.service"] if (kit / "units" / "panfm-isolation@.service").exists() else []
     run("systemctl", "enable", "--now", *isolation, "panfm-worker.service", "panfm-supernode.service")
@@ -344,7 +378,10 @@ def fingerprint(public_key: Path) -> tuple[str, str]:
 
 def tell(settings: dict) -> None:
     """Say what to send and what to read out, and how the site is seen."""
-    key = CONFIG / f"{settings['hospital']}.pub"
+    private, key = CONFIG / settings["hospital"], CONFIG / f"{settings['hospital']}.pub"
+    if not key.exists():  # ended between the two files
+        done = subprocess.run(["ssh-keygen", "-y", "-f", private], capture_output=True, text=True, check=True)
+        key.write_text(f"{done.stdout.strip()} {settings['hospital']}\n", encoding="ascii")
     key.chmod(stat.S_IRUSR | stat.S_IWUSR | stat.S_IRGRP | stat.S_IROTH)
     groups, as_ssh = fingerprint(key)
     print(f"done: {settings['hospital']} is installed; its SuperNode is let in once the coordinator has registered it")

@@ -147,3 +147,25 @@ def test_a_keeper_that_was_killed_before_it_noted_the_id_waits_for_that_serverap
     assert flower.submitted == 1
     assert not marker.exists()
     assert not (flower.folder.path / ENDED).exists()
+
+
+def test_a_run_that_is_stopped_before_it_is_submitted_again_stays_stopped(flower, monkeypatch):
+    """`stop` is taken between two attempts, too."""
+    flower.folder.note_end("round 2: no quorum", can_heal=True)
+
+    def stop(_: float) -> None:
+        result = CliRunner().invoke(app, ["stop", str(flower.folder.path)])
+        assert (result.exit_code, "stopped after 1 of 2 rounds" in result.output) == (0, True), result.output
+
+    monkeypatch.setattr(keeper.time, "sleep", stop)
+    result = keep(flower)
+    assert (result.exit_code, flower.submitted) == (3, 0)
+    assert "was stopped by the coordinator" in result.output
+
+
+def test_a_run_that_ends_without_a_word_again_and_again_is_given_up(flower, monkeypatch):
+    calls = []
+    monkeypatch.setattr(coordinator, "_submit", lambda *_: calls.append(0))
+    result = keep(flower)
+    assert (result.exit_code, len(calls)) == (3, 5)
+    assert "6 times in a row: ended without a word" in result.output
