@@ -7,6 +7,7 @@ from urllib.error import HTTPError
 import pytest
 from typer.testing import CliRunner
 
+from panfm.cli.site_metrics import METRICS as SITE_METRICS
 from panfm.errors import ConfigError, RunError
 from panfm.report.prometheus import escaped
 from panfm.report.run_files import read_run
@@ -99,4 +100,4 @@ def test_labels_are_escaped(text, expected):
 
 def test_the_page_names_every_metric():
     rows = re.findall(r"^\| `(panfm_\w+)` \| (\w+) \| (.+) \|$", PAGE.read_text(), re.MULTILINE)
-    assert {name: (kind, meaning) for name, kind, meaning in rows} == METRICS
+    assert {name: (kind, meaning) for name, kind, meaning in rows} == METRICS | SITE_METRICS
