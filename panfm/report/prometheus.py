@@ -1,5 +1,6 @@
 """Writes samples in Prometheus' text format."""
 
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -42,7 +43,8 @@ def write_metrics(path: Path, text: str) -> None:
         DataError: it cannot be written.
     """
     try:
-        with open_atomic(path, mode=0o644) as file:
+        with open_atomic(path) as file:
+            os.fchmod(file.fileno(), 0o644)  # whatever the umask
             file.write(text.encode())
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({reason(error)})") from error

@@ -1,4 +1,5 @@
 import re
+import stat
 import threading
 import urllib.request
 from pathlib import Path
@@ -39,6 +40,7 @@ def test_the_command_writes_a_whole_file(tmp_path):
     result = CliRunner().invoke(app, ["metrics", str(folder), "--out", str(out)])
     assert result.exit_code == 0, result.output
     assert 'panfm_run_rounds_done{run="made"} 1\n' in out.read_text()
+    assert stat.S_IMODE(out.stat().st_mode) == 0o644
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """What `panfm site metrics` tells a hospital's own monitoring."""
 
 import re
+import stat
 import time
 
 import pytest
@@ -84,6 +85,7 @@ def test_the_file_is_whole_or_stays(folder, tmp_path):
     out = tmp_path / "panfm.prom"
     assert metrics_of(folder, "--out", out) == {}
     before = out.read_text()
+    assert stat.S_IMODE(out.stat().st_mode) == 0o644
     assert "panfm_site_worker_at_work" in samples(before)
     (folder / "site.toml").write_text("nothing")
     result = CliRunner().invoke(main, ["site", "metrics", str(folder), "--out", str(out)])
