@@ -10,7 +10,7 @@ from panfm.errors import ConfigError
 from panfm.files import make_files_private
 from panfm.privacy.guarantees import load_checked_run
 from server.alerts import alerted, watched_certificates
-from server.console import Progress
+from server.json_log import progress_of_environment
 from server.patient_grid import PatientGrid
 from server.rounds import run_federation
 from server.run_folder import RunFolder, default_path
@@ -26,6 +26,7 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run the experiment that the run config names; raises, and so fails the run, if it does not do what was asked."""
     make_files_private()
+    progress = progress_of_environment()
     words = {key: str(value) for key, value in context.run_config.items()}
     sites = words.get("sites", "")
     num_sites = len(site_folders(Path(sites))) if sites else None
@@ -37,7 +38,7 @@ def main(grid: Grid, context: Context) -> None:
             watched(folder.path, folder.events, watched_certificates(folder.path)),
         ):
             patient = PatientGrid(grid, folder.run.federation.wait_for_quorum_s) if num_sites is None else grid
-            run_federation(patient, folder, Progress(), num_sites=num_sites)
+            run_federation(patient, folder, progress, num_sites=num_sites)
     finally:
         refresh_page(folder.path)
 

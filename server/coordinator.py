@@ -15,8 +15,8 @@ import typer
 
 from panfm.cli.common import Overrides, Version
 from panfm.cli.model_commands import export
-from panfm.errors import RunError, reason
-from panfm.files import make_files_private, open_atomic, write_atomic
+from panfm.errors import ConfigError, RunError, reason
+from panfm.files import make_files_private, write_atomic
 from panfm.outputs import write_json
 from server.flower_cli import FlowerRun, flower_environment, submit
 from server.hospital_commands import app as hospital_commands
@@ -191,22 +191,29 @@ def metrics(
     out: Annotated[
         Path | None, typer.Option(help="File to write whole, e.g. for node-exporter's textfile collector.")
     ] = None,
+    listen: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Serve them at http://HOST:PORT/metrics until stopped.")
+    ] = None,
 ) -> None:
-    """Print metrics of a run in Prometheus' text format, or write them into a file."""
+    """Print metrics of a run in Prometheus' text format, write them into a file, or serve them over HTTP."""
+    if out is not None and listen is not None:
+        raise ConfigError("--out and --listen: expected one of them")
+    from panfm.report.prometheus import write_metrics
     from panfm.report.run_files import read_run
 
     run = read_run(run_dir)
     from server.metrics import metrics_text
 
-    text = metrics_text(run)
-    if out is None:
-        typer.echo(text, nl=False)
-        return
-    try:
-        with open_atomic(out, mode=0o644) as file:
-            file.write(text.encode())
-    except OSError as error:
-        raise RunError(f"{out}: cannot be written ({reason(error)})") from error
+    if listen is not None:
+        from server.metrics_page import MetricsServer
+
+        with MetricsServer(run_dir, listen) as server:
+            typer.echo(f"{run_dir}: metrics at http://{listen}/metrics")
+            server.serve_forever()
+    elif out is None:
+        typer.echo(metrics_text(run), nl=False)
+    else:
+        write_metrics(out, metrics_text(run))
 
 
 @app.command()

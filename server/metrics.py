@@ -2,9 +2,10 @@
 
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from datetime import datetime
 
+from panfm.report.prometheus import Sample, prometheus_text
 from panfm.report.run_events import EventKind
 from panfm.report.run_files import Run
 from panfm.report.status import site_statuses
@@ -24,30 +25,14 @@ METRICS = {
     "panfm_run_site_epsilon": ("gauge", "planned epsilon of a site so far, in a private run"),
 }
 """Name -> kind, and meaning with its unit."""
-Samples = Iterator[tuple[str, Mapping[str, str], float]]
 
 
 def metrics_text(run: Run) -> str:
     """All metrics of a run."""
-    lines: dict[str, list[str]] = {}
-    for name, labels, value in _samples(run):
-        told = {"run": run.config.name, **labels}
-        words = ",".join(f'{label}="{escaped(text)}"' for label, text in told.items())
-        lines.setdefault(name, []).append(f"{name}{{{words}}} {value:.17g}")
-    text = ""
-    for name, samples in lines.items():
-        kind, meaning = METRICS[name]
-        text += f"# HELP {name} {meaning}\n# TYPE {name} {kind}\n" + "".join(f"{sample}\n" for sample in samples)
-    return text
+    return prometheus_text(METRICS, _samples(run), {"run": run.config.name})
 
 
-def escaped(text: str) -> str:
-    """Text of a label's value: backslash, quote and end of line escaped, and no half of a character."""
-    text = text.encode("utf-8", "replace").decode()
-    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-
-
-def _samples(run: Run) -> Samples:
+def _samples(run: Run) -> Iterator[Sample]:
     last = run.rounds[-1] if run.rounds else {}
     yield "panfm_run_rounds_done", {}, len(run.rounds)
     yield "panfm_run_rounds_planned", {}, run.config.train.rounds

@@ -101,6 +101,30 @@ def site_status(site: Annotated[Path, typer.Argument(help="Site folder.")]) -> N
         typer.echo(line)
 
 
+@app.command("metrics")
+def site_metrics(
+    site: _Site,
+    out: Annotated[
+        Path | None, typer.Option(help="File to write whole, e.g. for node-exporter's textfile collector.")
+    ] = None,
+) -> None:
+    """Print metrics of the site in Prometheus' text format, or write them into a file. Nothing leaves.
+
+    Ends with status 1, and leaves the file as it was, where site.toml does not hold.
+    """
+    from panfm.config import load_site
+
+    config = load_site(site)
+    from panfm.cli.site_metrics import site_metrics_text
+    from panfm.report.prometheus import write_metrics
+
+    text = site_metrics_text(site, config)
+    if out is None:
+        typer.echo(text, nl=False)
+    else:
+        write_metrics(out, text)
+
+
 @app.command("requests")
 def site_requests(
     site: _Site,

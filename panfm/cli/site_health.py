@@ -52,9 +52,17 @@ def next_round(lines: Sequence[Entry], run_id: str) -> str | None:
 
 def free_space(folder: Path) -> str:
     """Free and whole size of the disk that a folder lies on, or will."""
-    place = next(path for path in (folder, *folder.parents) if path.exists())
-    usage = shutil.disk_usage(place)
+    usage = shutil.disk_usage(_existing(folder))
     return f"{usage.free / _GIB:.1f} of {usage.total / _GIB:.1f} GiB"
+
+
+def free_bytes(folder: Path) -> int:
+    """Free bytes of that disk."""
+    return shutil.disk_usage(_existing(folder)).free
+
+
+def _existing(folder: Path) -> Path:
+    return next(path for path in (folder, *folder.parents) if path.exists())
 
 
 def certificate_end(folder: Path, site: SiteConfig) -> str:

@@ -106,7 +106,7 @@ def test_a_run_that_fails_ends_with_1_and_says_why(federation, tool):
     """Flower's own command line exits with 0."""
     run, words = (
         federation.folder / "failed",
-        ("--set", "federation.min-sites=4", "--set", "federation.join-timeout-s=5.0"),
+        [f"--set=federation.{word}" for word in ("min-sites=4", "join-timeout-s=5.0", "wait-for-quorum-s=0")],
     )
     code, _, why = tool("start", experiment(federation), "--connection", CONNECTION, "--out", run, *words)
     assert code == 1

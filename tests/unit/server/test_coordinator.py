@@ -230,7 +230,11 @@ def test_no_run_folder(superlink, tmp_path, command):
     ("command", "prepare", "why"),
     [
         ("stop", finish, "has finished, there is nothing to stop"),
-        ("stop", lambda run: run.note_end("enough", can_heal=False), "is not running; Flower: finished:completed: no? heart beat"),
+        (
+            "stop",
+            lambda run: run.note_end("no", can_heal=False),
+            "is not running; Flower: finished:completed: no? heart",
+        ),
         ("stop", lambda run: (run.path / "flower.json").unlink(), "end the process that runs it"),
         ("resume", finish, "has finished, expected a run that has not"),
         ("resume", lambda run: (run.path / "flower.json").unlink(), "name a --connection"),

@@ -1,13 +1,21 @@
 import re
+import stat
+import threading
+import urllib.request
 from pathlib import Path
+from urllib.error import HTTPError
 
 import pytest
 from typer.testing import CliRunner
 
+from panfm.cli.site_metrics import METRICS as SITE_METRICS
+from panfm.errors import ConfigError, RunError
+from panfm.report.prometheus import escaped
 from panfm.report.run_files import read_run
 from server.coordinator import app
 from server.events import EventLog
-from server.metrics import METRICS, escaped, metrics_text
+from server.metrics import METRICS, metrics_text
+from server.metrics_page import MetricsServer
 from tests.unit.report.made_runs import make_run as made
 
 PAGE = Path(__file__).parents[3] / "docs" / "monitoring.md"
@@ -32,6 +40,59 @@ def test_the_command_writes_a_whole_file(tmp_path):
     result = CliRunner().invoke(app, ["metrics", str(folder), "--out", str(out)])
     assert result.exit_code == 0, result.output
     assert 'panfm_run_rounds_done{run="made"} 1\n' in out.read_text()
+    assert stat.S_IMODE(out.stat().st_mode) == 0o644
+
+
+@pytest.fixture
+def served(tmp_path):
+    """A run folder with one round, and the address where its metrics are served."""
+    folder = made(tmp_path / "run", ["alpha"], rounds=1)
+    with MetricsServer(folder, "127.0.0.1:0") as server:
+        thread = threading.Thread(target=lambda: server.serve_forever(poll_interval=0.01))
+        thread.start()
+        yield folder, f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+        thread.join()
+
+
+def test_metrics_are_served_as_the_run_is_now(served):
+    folder, address = served
+    with urllib.request.urlopen(f"{address}/metrics", timeout=10) as answer:
+        assert answer.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
+        assert 'panfm_run_finished{run="made"} 1\n' in (first := answer.read().decode())
+    EventLog(folder).begin("made-1", 0)
+    with urllib.request.urlopen(f"{address}/metrics", timeout=10) as answer:
+        assert (text := answer.read().decode()) != first
+    assert 'panfm_run_events_total{run="made",kind="started"} 1\n' in text
+
+
+@pytest.mark.parametrize("path", ["/", "/metrics/../run.toml", "/run.toml", "/metrics?x=1"])
+def test_nothing_but_metrics_is_served(served, path):
+    with pytest.raises(HTTPError) as caught:
+        urllib.request.urlopen(f"{served[1]}{path}", timeout=10)
+    assert caught.value.code == 404
+    caught.value.close()
+
+
+def test_a_run_that_cannot_be_read_is_an_error_without_details(served, caplog):
+    folder, address = served
+    (folder / "rounds.jsonl").write_text("secret\n{}\n")
+    with pytest.raises(HTTPError) as caught:
+        urllib.request.urlopen(f"{address}/metrics", timeout=10)
+    assert caught.value.code == 500
+    assert str(folder) not in caught.value.read().decode()
+    assert "rounds.jsonl" in caplog.text
+
+
+@pytest.mark.parametrize("listen", ["", "9109", ":9109", "host:", "host:x", "host:65536", "::1:80", "[host]:80", "h:²"])
+def test_an_address_that_is_none_is_told(tmp_path, listen):
+    with pytest.raises(ConfigError, match="expected HOST:PORT"):
+        MetricsServer(tmp_path, listen)
+
+
+def test_an_address_that_is_taken_is_told(served):
+    with pytest.raises(RunError, match="nobody can listen there"):
+        MetricsServer(served[0], served[1].removeprefix("http://"))
 
 
 @pytest.mark.parametrize(("text", "expected"), [("a\\b", "a\\\\b"), ('"', '\\"'), ("\n", "\\n"), ("\udcff", "?")])
@@ -41,4 +102,4 @@ def test_labels_are_escaped(text, expected):
 
 def test_the_page_names_every_metric():
     rows = re.findall(r"^\| `(panfm_\w+)` \| (\w+) \| (.+) \|$", PAGE.read_text(), re.MULTILINE)
-    assert {name: (kind, meaning) for name, kind, meaning in rows} == METRICS
+    assert {name: (kind, meaning) for name, kind, meaning in rows} == METRICS | SITE_METRICS
