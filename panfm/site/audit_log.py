@@ -69,7 +69,8 @@ class AuditLog:
                 self._warn_of_tampering(before)
             if not self._position.size or self.chain.read_anchor() != self._position.end:
                 self._check_anchor(self.chain.snapshot(file)[0])
-                logger.warning("%s: gets an anchor for %d bytes", self.path, self._position.size)
+                if self._position.size:
+                    logger.warning("%s: gets an anchor for %d bytes", self.path, self._position.size)
                 self.chain.write_anchor(self._position.end)
             line = _describe(frame, content) | {"experiment": experiment, "privacy": privacy, "epsilon": epsilon}
             line |= {"anchored": True} | ({"summed": summed} if summed else {})

@@ -218,6 +218,7 @@ def test_a_long_record_of_departures_costs_a_message_no_more_than_a_short_one(tm
         before = hashlib.sha256((before + json.dumps(line, sort_keys=True)).encode()).hexdigest()
         lines.append(json.dumps(line | {"chain": before}) + "\n")
     record.path.write_text("".join(lines))
+    record.chain.write_anchor(before)
     record = AuditLog(tmp_path)
     record.append(answer(1), encode(answer(1)))
     start = bytes_read()
