@@ -2,10 +2,12 @@
 
 import http.server
 import json
+import re
 import socketserver
 import threading
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -168,3 +170,12 @@ def test_secrets_are_named_not_written(tmp_path, monkeypatch):
     monkeypatch.setenv("PANFM_TEST_HOOK", "file:///etc/passwd")
     with pytest.raises(ConfigError, match="https://"):
         webhook.address()
+
+
+@pytest.mark.parametrize("page", ["monitoring.md", "coordinator.md"])
+def test_the_examples_of_the_pages_hold(page):
+    text = (Path(__file__).parents[3] / "docs" / page).read_text(encoding="utf-8")
+    [example] = re.findall(r"```toml\n(kinds = .*?)```", text, re.DOTALL)
+    config = parse_alerts(example, page)
+    assert config.webhook
+    assert config.mail
