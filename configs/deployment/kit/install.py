@@ -77,7 +77,7 @@ def main(words: list[str]) -> int:
         else:
             install(settings)
         tell(settings)
-    except (OSError, subprocess.CalledProcessError, RuntimeError) as error:
+    except (OSError, LookupError, ValueError, subprocess.CalledProcessError, RuntimeError) as error:
         print(f"FAULT  {error}; mend it and run this again")
         return 1
     return 0
@@ -104,7 +104,7 @@ def altered(folder: Path) -> list[str]:
     lines = (folder / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
     expected = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
     present = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() or path.is_symlink()}
-    present = {name for name in present if "__pycache__" not in name} - {"SHA256SUMS"}
+    present -= {"SHA256SUMS"}
     found = [f"{folder / name}: is not a file of this kit" for name in sorted(present - {*expected})]
     for name, digest in expected.items():
         path = folder / name
@@ -130,7 +130,9 @@ def machine_faults(settings: dict) -> list[str]:
         found.append(
             f"programs: found no {', '.join(missing)}; install openssh-client, passwd, util-linux, systemd, nftables"
         )
-    if subprocess.run([sys.executable, "-c", "import ensurepip, venv"], capture_output=True, check=False).returncode:
+    if subprocess.run(
+        [sys.executable, "-I", "-c", "import ensurepip, venv"], capture_output=True, check=False
+    ).returncode:
         found.append("python3: has no module venv; install python3-venv")
     for account in ACCOUNTS:
         with contextlib.suppress(KeyError):
@@ -164,18 +166,28 @@ def place_faults(hospital: str) -> list[str]:
     for path in filter(Path.exists, (CONFIG / hospital, DATA / "site", DATA / "images")):
         if path.stat().st_mode & 0o007:
             found += [f"{path}: open to every account; chmod o-rwx {path}"]
-    for path in filter(Path.exists, (DATA / "site", DATA / "images")):
+    for path in (DATA, DATA / "site", DATA / "images"):
         if path.is_symlink():
             found += [f"{path}: is a link, expected a folder of its own; mount or copy images into it"]
-        elif path.owner() not in ("root", "panfm"):
-            found += [f"{path}: belongs to {path.owner()}, expected root or panfm; its owner would change"]
-    for path in (KIT, KIT.parent):
-        if path.stat().st_uid != os.geteuid() and not path.stat().st_mode & stat.S_ISVTX:
-            found += [f"{path}: belongs to another account; unpack the kit in a folder of root's"]
+        elif path.exists() and path.stat().st_uid not in (0, uid_of("panfm")):
+            found += [
+                f"{path}: belongs to account {path.stat().st_uid}, expected root or panfm; its owner would change"
+            ]
+    for path in (KIT, *KIT.parents):
+        is_open = path.stat().st_mode & 0o022 and (path == KIT or not path.stat().st_mode & stat.S_ISVTX)
+        if is_open or path.stat().st_uid not in (0, os.geteuid()):
+            found += [f"{path}: another account may write into it; unpack the kit in a folder of root's"]
     for link in filter(Path.exists, (Path("/opt") / name for name in ENVIRONMENTS)):
         if not link.is_symlink():
             found += [f"{link}: is there and not from a kit; move it away"]
     return found
+
+
+def uid_of(account: str) -> int:
+    """Number of an account; -1 if it is not there."""
+    with contextlib.suppress(KeyError):
+        return pwd.getpwnam(account).pw_uid
+    return -1
 
 
 def network_faults(server: str, port: int) -> list[str]:
@@ -251,7 +263,7 @@ def copy_kit() -> Path:
     if copy != KIT:
         COPIES.mkdir(mode=0o755, exist_ok=True)
         shutil.rmtree(copy, ignore_errors=True)
-        shutil.copytree(KIT, copy, copy_function=shutil.copyfile, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(KIT, copy, copy_function=shutil.copyfile)
     found = altered(copy)
     if found or (copy / "SHA256SUMS").read_bytes() != sums:
         raise RuntimeError("; ".join(found) or f"{KIT}: changed while it was copied")
@@ -324,6 +336,7 @@ def make_key(hospital: str) -> None:
     run("ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "", "-C", hospital, "-f", str(partial))
     shutil.chown(partial, "flower", "root")
     partial.chmod(0o400)
+    (CONFIG / f"{hospital}.pub").unlink(missing_ok=True)  # of an earlier key; `tell` makes one that is missing
     os.link(partial, key)  # fails where a key is there
     (CONFIG / f"{partial.name}.pub").replace(CONFIG / f"{hospital}.pub")
     partial.unlink()
