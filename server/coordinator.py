@@ -235,9 +235,10 @@ def watch(run_dir: _RunDir) -> None:
 def stop(run_dir: _RunDir) -> None:
     """End a run; it can be resumed from the last round that it finished."""
     from panfm.report.run_files import read_run
-    from server.keeper import can_heal
 
     run, flower = read_run(run_dir), _flower_run(run_dir)
+    from server.keeper import can_heal
+
     if flower is None:
         raise RunError(f"{run_dir}: was not started with `python -m server start`; end the process that runs it")
     if run.is_finished and not run.is_at_work:
