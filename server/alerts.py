@@ -16,10 +16,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-from panfm.errors import PanfmError
+from panfm.errors import PanfmError, reason
 from panfm.outputs import read_json_lines
-from panfm.report.run_events import Event, read_events
+from panfm.report.run_events import Event
 from server.alert_senders import FAILURES, post, why_failed, write_mail
 from server.alerts_config import FILE, AlertsConfig, read_alerts
 from server.events import EventLog, append_lines
@@ -48,7 +49,7 @@ def alerted(folder: Path, name: str, events: EventLog) -> Iterator[None]:
         ConfigError: the file does not hold.
     """
     path = folder / FILE
-    channels = start_channels(folder, name, read_alerts(path)) if path.exists() else []
+    channels = start_channels(folder, name, read_alerts(path), events) if path.exists() else []
     for channel in channels:
         events.on_event.append(channel.wake.set)
     try:
@@ -66,29 +67,32 @@ def watched_certificates(folder: Path) -> list[Path]:
     return [Path(name) for name in read_alerts(path).certificates] if path.exists() else []
 
 
-def start_channels(folder: Path, name: str, config: AlertsConfig) -> list["Channel"]:
+def start_channels(folder: Path, name: str, config: AlertsConfig, events: EventLog) -> list["Channel"]:
     """Start a thread for each way in which people are told."""
     sends: dict[str, Send] = {}
     if webhook := config.webhook:
         sends["webhook"] = lambda name, number, event: post(webhook, name, number, event)
     if mail := config.mail:
         sends["mail"] = lambda name, number, event: write_mail(mail, name, number, event)
-    return [Channel(channel, folder, name, config, send) for channel, send in sends.items()]
+    return [Channel(channel, folder, name, config, events, send) for channel, send in sends.items()]
 
 
 class Channel:
     """One way in which people are told, and its thread."""
 
-    def __init__(self, channel: str, folder: Path, name: str, config: AlertsConfig, send: Send) -> None:
+    def __init__(
+        self, channel: str, folder: Path, name: str, config: AlertsConfig, events: EventLog, send: Send
+    ) -> None:
         """Begin to send what has not been sent."""
         self.wake = threading.Event()
         self._channel = channel
         self._folder = folder
         self._name = name
         self._kinds = set(config.kinds)
+        self._events = events
         self._send = send
-        self._unrecorded: set[int] = set()
-        """Events that were told, where the disk did not take the record."""
+        self._unrecorded: dict[int, dict[str, Any]] = {}
+        """Event -> its line of the record, until the disk has taken both."""
         self._failures: Counter[int] = Counter()
         self._first_try: dict[int, float] = {}
         """Event that failed -> when it was tried first, by the monotonic clock."""
@@ -134,6 +138,7 @@ class Channel:
         Returns:
             How many were sent, and how many are left.
         """
+        self._write_record()
         sent = in_a_row = 0
         pending = self._pending()
         for number in sorted(pending, key=lambda number: (self._failures[number], number)):
@@ -164,8 +169,8 @@ class Channel:
         """Number -> event of those that are neither sent nor given up."""
         try:
             lines = read_json_lines(self._folder / RECORD)
-            done = {line["event"] for line in lines if line["channel"] == self._channel} | self._unrecorded
-            events = enumerate(read_events(self._folder), start=1)
+            done = {line["event"] for line in lines if line["channel"] == self._channel} | self._unrecorded.keys()
+            events = enumerate(self._events.all(), start=1)
         except PanfmError as error:
             logger.warning("alerts: %s", error)
             return {}
@@ -174,8 +179,19 @@ class Channel:
     def _record(self, number: int, state: str, why: str = "") -> None:
         now = datetime.now(UTC).isoformat(timespec="seconds")
         line = {"time": now, "event": number, "channel": self._channel, "state": state, "why": why}
+        self._unrecorded[number] = line
+        self._write_record()
+
+    def _write_record(self) -> None:
+        """Write down what became of alerts, but of events that the history lacks still: another may get the number."""
+        if not self._unrecorded:
+            return
         try:
-            append_lines(self._folder / RECORD, [line])
-        except OSError as error:
-            self._unrecorded.add(number)
-            logger.warning("%s: cannot be written (%s)", RECORD, error.strerror)
+            num_events = self._events.num_written()
+            lines = [line for number, line in self._unrecorded.items() if number <= num_events]
+            append_lines(self._folder / RECORD, lines)
+        except (OSError, PanfmError) as error:
+            logger.warning("%s: cannot be written (%s)", RECORD, reason(error))
+            return
+        for line in lines:
+            del self._unrecorded[line["event"]]

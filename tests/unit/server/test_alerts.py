@@ -1,5 +1,6 @@
 """Alerts, sent to a real HTTP server and a real SMTP server of this machine."""
 
+import errno
 import http.server
 import json
 import re
@@ -149,6 +150,10 @@ def test_an_alert_older_than_a_day_is_given_up(tmp_path, monkeypatch):
     assert (record["event"], record["state"]) == (1, "given-up")
 
 
+def no_space(_):
+    raise OSError(errno.ENOSPC, "disk full")
+
+
 def webhook_of(folder, hook, kinds="[]"):
     head = "" if kinds == "[]" else f"kinds = {kinds}\n"
     (folder / "alerts.toml").write_text(f'{head}[webhook]\nurl = "http://127.0.0.1:{hook.server_address[1]}"\n')
@@ -179,6 +184,43 @@ def test_an_alert_that_is_refused_does_not_hold_up_the_others(tmp_path):
             hook.refused = None
             wait_for(hook.got, 7)
     assert [content["event"]["kind"] for content in hook.got] == ["left-out", "back"] * 3 + ["started"]
+
+
+def test_what_a_full_disk_did_not_take_is_told_all_the_same_and_once(tmp_path, monkeypatch):
+    with served(Hook) as hook:
+        webhook_of(tmp_path, hook)
+        log = EventLog(tmp_path)
+        with alerted(tmp_path, "toy", log):
+            log.begin("toy-1", 0)
+            wait_for(hook.got, 1)
+            with monkeypatch.context() as full:
+                full.setattr("server.events.sync", no_space)
+                log.note(EventKind.FAILED, "disk full")
+                wait_for(hook.got, 2)
+        assert len(read_events(tmp_path)) == 1
+        again = EventLog(tmp_path)
+        with alerted(tmp_path, "toy", again):
+            again.begin("toy-1", 0)
+            wait_for(hook.got, 4)
+    kinds = ["started", "failed", "failed", "resumed"]
+    assert [content["event"]["kind"] for content in hook.got] == kinds
+    told = [json.loads(line) for line in (tmp_path / "alerts.jsonl").read_text().splitlines()]
+    assert [(line["event"], line["state"]) for line in told] == [(number, "sent") for number in (1, 2, 3)]
+
+
+def test_the_record_of_an_alert_is_written_once_the_disk_has_room(tmp_path, monkeypatch):
+    with served(Hook) as hook:
+        webhook_of(tmp_path, hook)
+        log = EventLog(tmp_path)
+        with alerted(tmp_path, "toy", log):
+            with monkeypatch.context() as full:
+                full.setattr("server.events.sync", no_space)
+                log.begin("toy-1", 0)
+                wait_for(hook.got, 1)
+            log.note(EventKind.FAILED, "lost quorum")
+        with alerted(tmp_path, "toy", EventLog(tmp_path)):
+            pass
+    assert [content["event"]["kind"] for content in hook.got] == ["started", "failed"]
 
 
 def test_a_jump_of_the_clock_gives_no_alert_up(tmp_path):
