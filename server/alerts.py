@@ -2,39 +2,38 @@
 
 The queue is the history itself (events.jsonl). What went out is written down in `alerts.jsonl`, one line per alert:
 time, number of the event's line, channel, and `sent`, or `given-up` with the reason. Each channel has a thread, which
-sends what is not in the record, in order, and tries again with longer and longer pauses; an alert older than a day is
-given up. The run never waits for it, but for a moment at its end. What is not out by then goes out when the run is
-resumed. A server that is killed between an alert and its line in the record sends that alert again.
+sends what is not in the record, in order, and tries again with longer and longer pauses; one that is refused does not
+hold up those behind it, and one that a process has tried for a day is given up. The run never waits for it, but for a
+moment at its end. What is not out by then goes out when the run is resumed. A server that is killed between an alert
+and its line in the record sends that alert again.
 """
 
-import json
 import logging
-import smtplib
-import ssl
 import threading
 import time
-import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from email.message import EmailMessage
-from http.client import HTTPException
 from pathlib import Path
+from typing import Any
 
-from panfm.errors import PanfmError, one_line, reason
+from panfm.errors import PanfmError, reason
 from panfm.outputs import read_json_lines
-from panfm.report.run_events import Event, read_events
-from server.alerts_config import FILE, AlertsConfig, MailConfig, WebhookConfig, read_alerts
+from panfm.report.run_events import Event
+from server.alert_senders import FAILURES, post, why_failed, write_mail
+from server.alerts_config import FILE, AlertsConfig, read_alerts
 from server.events import EventLog, append_lines
 
 RECORD = "alerts.jsonl"
 logger = logging.getLogger(__name__)
 Send = Callable[[str, int, Event], None]
 """Sends an alert: name of the run, number of the event, and the event."""
-_TIMEOUT_S = 20.0
 _FIRST_PAUSE_S = 5.0
 _LONGEST_PAUSE_S = 600.0
 _GIVEN_UP_S = 86_400.0
+_MOST_FAILURES = 3
+"""In a row, after which a channel takes its server for down, and pauses."""
 _POLL_S = 0.5
 _LAST_WAIT_S = 20.0
 """For alerts that are not out when the run ends."""
@@ -50,7 +49,7 @@ def alerted(folder: Path, name: str, events: EventLog) -> Iterator[None]:
         ConfigError: the file does not hold.
     """
     path = folder / FILE
-    channels = start_channels(folder, name, read_alerts(path)) if path.exists() else []
+    channels = start_channels(folder, name, read_alerts(path), events) if path.exists() else []
     for channel in channels:
         events.on_event.append(channel.wake.set)
     try:
@@ -68,29 +67,35 @@ def watched_certificates(folder: Path) -> list[Path]:
     return [Path(name) for name in read_alerts(path).certificates] if path.exists() else []
 
 
-def start_channels(folder: Path, name: str, config: AlertsConfig) -> list["Channel"]:
+def start_channels(folder: Path, name: str, config: AlertsConfig, events: EventLog) -> list["Channel"]:
     """Start a thread for each way in which people are told."""
     sends: dict[str, Send] = {}
     if webhook := config.webhook:
         sends["webhook"] = lambda name, number, event: post(webhook, name, number, event)
     if mail := config.mail:
         sends["mail"] = lambda name, number, event: write_mail(mail, name, number, event)
-    return [Channel(channel, folder, name, config, send) for channel, send in sends.items()]
+    return [Channel(channel, folder, name, config, events, send) for channel, send in sends.items()]
 
 
 class Channel:
     """One way in which people are told, and its thread."""
 
-    def __init__(self, channel: str, folder: Path, name: str, config: AlertsConfig, send: Send) -> None:
+    def __init__(
+        self, channel: str, folder: Path, name: str, config: AlertsConfig, events: EventLog, send: Send
+    ) -> None:
         """Begin to send what has not been sent."""
         self.wake = threading.Event()
         self._channel = channel
         self._folder = folder
         self._name = name
         self._kinds = set(config.kinds)
+        self._events = events
         self._send = send
-        self._unrecorded: set[int] = set()
-        """Events that were told, where the disk did not take the record."""
+        self._unrecorded: dict[int, dict[str, Any]] = {}
+        """Event -> its line of the record, until the disk has taken both."""
+        self._failures: Counter[int] = Counter()
+        self._first_try: dict[int, float] = {}
+        """Event that failed -> when it was tried first, by the monotonic clock."""
         self._is_closing = False
         self._thread = threading.Thread(target=self._work, name=f"alerts-{channel}", daemon=True)
         self._thread.start()
@@ -108,46 +113,64 @@ class Channel:
         while True:
             is_last = self._is_closing
             self.wake.clear()
-            if self._send_pending():
+            sent, left = self._send_pending()
+            if is_last:
+                return
+            if sent or not left:
                 pause = _FIRST_PAUSE_S
-                if is_last:
-                    return
-                if not self._is_closing:
-                    self.wake.wait()
-            else:
-                if is_last:
-                    return
+            if left:
                 self._rest(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE_S)
+            elif not self._is_closing:
+                self.wake.wait()
 
     def _rest(self, pause: float) -> None:
-        """Wait before another try; new events do not shorten it, the end of the run does."""
-        end = time.monotonic() + pause
-        while not self._is_closing and time.monotonic() < end:
+        """Wait before another try; the end of the run ends it, a new event shortens it to the first pause."""
+        begin = time.monotonic()
+        while not self._is_closing and (rested := time.monotonic() - begin) < pause:
+            if rested >= _FIRST_PAUSE_S and self.wake.is_set():
+                return
             time.sleep(_POLL_S)
 
-    def _send_pending(self) -> bool:
-        """Send what is left, in order; False at the first failure."""
-        for number, event in self._pending().items():
-            try:
-                self._send(self._name, number, event)
-            except (OSError, smtplib.SMTPException, HTTPException, ValueError, PanfmError) as error:
-                text = reason(error)
-                logger.warning("alerts: %s failed: %s", self._channel, text)
-                age = time.time() - datetime.fromisoformat(event.time).timestamp()
-                if age > _GIVEN_UP_S:
-                    self._record(number, "given-up", text)
-                    continue
-                return False
-            self._record(number, "sent")
+    def _send_pending(self) -> tuple[int, int]:
+        """Send what is left, in order, what has failed more often last; stop after a few failures in a row.
+
+        Returns:
+            How many were sent, and how many are left.
+        """
+        self._write_record()
+        sent = in_a_row = 0
+        pending = self._pending()
+        for number in sorted(pending, key=lambda number: (self._failures[number], number)):
+            if in_a_row >= _MOST_FAILURES:
+                break
+            if self._try(number, pending[number]):
+                sent, in_a_row = sent + 1, 0
+            else:
+                in_a_row += 1
+        return sent, len(self._pending())
+
+    def _try(self, number: int, event: Event) -> bool:
+        """Whether an alert went out; one that has failed for a day is given up."""
+        first = self._first_try.setdefault(number, time.monotonic())
+        try:
+            self._send(self._name, number, event)
+        except FAILURES as error:
+            text = why_failed(error)
+            logger.warning("alerts: %s failed: %s", self._channel, text)
+            self._failures[number] += 1
+            if time.monotonic() - first > _GIVEN_UP_S:
+                self._record(number, "given-up", text)
+            return False
+        self._record(number, "sent")
         return True
 
     def _pending(self) -> dict[int, Event]:
         """Number -> event of those that are neither sent nor given up."""
         try:
             lines = read_json_lines(self._folder / RECORD)
-            done = {line["event"] for line in lines if line["channel"] == self._channel} | self._unrecorded
-            events = enumerate(read_events(self._folder), start=1)
+            done = {line["event"] for line in lines if line["channel"] == self._channel} | self._unrecorded.keys()
+            events = enumerate(self._events.all(), start=1)
         except PanfmError as error:
             logger.warning("alerts: %s", error)
             return {}
@@ -156,49 +179,19 @@ class Channel:
     def _record(self, number: int, state: str, why: str = "") -> None:
         now = datetime.now(UTC).isoformat(timespec="seconds")
         line = {"time": now, "event": number, "channel": self._channel, "state": state, "why": why}
+        self._unrecorded[number] = line
+        self._write_record()
+
+    def _write_record(self) -> None:
+        """Write down what became of alerts, but of events that the history lacks still: another may get the number."""
+        if not self._unrecorded:
+            return
         try:
-            append_lines(self._folder / RECORD, [line])
-        except OSError as error:
-            self._unrecorded.add(number)
-            logger.warning("%s: cannot be written (%s)", RECORD, error.strerror)
-
-
-def told(name: str, event: Event) -> str:
-    """An event in one line."""
-    subject = " ".join(filter(None, (event.kind.value, event.site)))
-    return one_line(f"{name}: {subject}: {event.words} (round {event.round})", 500)
-
-
-def post(webhook: WebhookConfig, name: str, number: int, event: Event) -> None:
-    """Post an alert as JSON. Raises OSError, HTTPException, ValueError or ConfigError."""
-    content: Mapping[str, object] = {
-        "text": told(name, event),
-        "name": name,
-        "number": number,
-        "event": event.model_dump(mode="json"),
-    }
-    headers = {"Content-Type": "application/json", "User-Agent": "panfm"}
-    request = urllib.request.Request(webhook.address(), json.dumps(content).encode(), headers, method="POST")
-    with urllib.request.urlopen(request, timeout=_TIMEOUT_S):
-        pass
-
-
-def write_mail(mail: MailConfig, name: str, number: int, event: Event) -> None:
-    """Send an alert by mail. Raises OSError, SMTPException or ConfigError."""
-    message = EmailMessage()
-    message["Subject"] = one_line(f"[panfm] {name}: {event.kind.value} {event.site or ''}".rstrip(), 150)
-    message["From"], message["To"] = mail.sender, ", ".join(mail.to)
-    message["Message-ID"] = f"<{number}.{event.run or name}@panfm.invalid>"
-    message.set_content(f"{told(name, event)}\n\nrun: {event.run}\ntime: {event.time}\nevent: {number}\n")
-    context = ssl.create_default_context(cafile=mail.root_certificates)
-    connection = (
-        smtplib.SMTP_SSL(mail.host, mail.port, timeout=_TIMEOUT_S, context=context)
-        if mail.tls == "tls"
-        else smtplib.SMTP(mail.host, mail.port, timeout=_TIMEOUT_S)
-    )
-    with connection as server:
-        if mail.tls == "starttls":
-            server.starttls(context=context)
-        if mail.user is not None:
-            server.login(mail.user, mail.password())
-        server.send_message(message)
+            num_events = self._events.num_written()
+            lines = [line for number, line in self._unrecorded.items() if number <= num_events]
+            append_lines(self._folder / RECORD, lines)
+        except (OSError, PanfmError) as error:
+            logger.warning("%s: cannot be written (%s)", RECORD, reason(error))
+            return
+        for line in lines:
+            del self._unrecorded[line["event"]]

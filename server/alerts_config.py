@@ -19,6 +19,7 @@ Secrets are named, by file or environment variable of the ServerApp, and read wh
 import os
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
@@ -30,6 +31,7 @@ from panfm.texts import parse_toml
 
 FILE = "alerts.toml"
 _Address = Annotated[str, Field(pattern=r"^[^@\s]+@[^@\s]+$")]
+_WEB_ADDRESS = "expected an address that begins with https:// or http://, without spaces and control characters"
 
 
 class WebhookConfig(Config):
@@ -43,13 +45,15 @@ class WebhookConfig(Config):
     def _one_address(self) -> "WebhookConfig":
         if sum(value is not None for value in (self.url, self.url_env, self.url_file)) != 1:
             raise ValueError("expected one of url, url-env and url-file")
+        if self.url is not None and not _is_web_address(self.url):
+            raise ValueError(f"url: {_WEB_ADDRESS}")
         return self
 
     def address(self) -> str:
-        """The URL. Raises ConfigError if it cannot be read, or is none of http or https."""
+        """The URL. Raises ConfigError, which does not tell it, if it cannot be read or is none of http or https."""
         url = self.url or _secret("webhook.url", self.url_env, self.url_file)
-        if not url.startswith(("http://", "https://")):
-            raise ConfigError("webhook: expected an address that begins with https:// or http://")
+        if not _is_web_address(url):
+            raise ConfigError(f"webhook: {_WEB_ADDRESS}")
         return url
 
 
@@ -90,6 +94,13 @@ class AlertsConfig(Config):
     webhook: WebhookConfig | None = None
     mail: MailConfig | None = None
 
+    def check_secrets(self) -> None:
+        """Read the secrets that are named. Raises ConfigError if one cannot be read here."""
+        if self.webhook:
+            self.webhook.address()
+        if self.mail and self.mail.user is not None:
+            self.mail.password()
+
 
 def parse_alerts(text: str, where: str) -> AlertsConfig:
     """Read a description of alerts. Raises ConfigError with a line for each fault."""
@@ -102,6 +113,16 @@ def read_alerts(path: Path) -> AlertsConfig:
         return parse_alerts(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({reason(error)}), expected a description of alerts") from error
+
+
+def _is_web_address(url: str) -> bool:
+    if not url.isascii() or not url.isprintable() or " " in url:
+        return False
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
 
 
 def _secret(key: str, variable: str | None, file: str | None) -> str:

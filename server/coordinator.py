@@ -326,10 +326,12 @@ def check_roster(
 
 def _submit(run_dir: Path, connection: str) -> None:
     """Hand a run folder to Flower, and write down where."""
+    from server.events import EventLog
     from server.keeper import SUBMITTING
     from server.run_folder import ENDED
 
     path = str(run_dir.resolve())
+    EventLog(run_dir).note_told_end(run_dir / ENDED)
     (run_dir / SUBMITTING).touch()
     run_id = submit(connection, {"run-dir": path, "resume": path}, flower_environment())
     (run_dir / ENDED).unlink(missing_ok=True)

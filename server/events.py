@@ -13,10 +13,14 @@ until `back`, `waiting` until `quorum`; `disk` and `certificate` while the level
 event, also over a resume, and everything that tells people of events (alerts.py, metrics.py) reads them here.
 """
 
+import errno
+import json
 import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +75,9 @@ class EventLog:
         Args:
             round_number: The last round that is done.
         """
-        has_begun, last = self._has_begun, self.last
+        has_begun = self._has_begun
         self.run_id, self.round_number = run_id, round_number
-        if has_begun and last not in ENDS:
-            self.note(EventKind.FAILED, "the server was killed, or its machine went down", noticed="at resume")
+        self._note_missed(EventKind.FAILED, "the server was killed, or its machine went down")
         if has_begun or round_number:
             self.note(EventKind.RESUMED, f"goes on after round {round_number}")
         else:
@@ -110,6 +113,25 @@ class EventLog:
         for call in self.on_event:
             call()
 
+    def all(self) -> list[Event]:
+        """Events of the file, then those that the disk has not taken. Raises DataError if the file is damaged."""
+        with self._lock:
+            return [*read_events(self.path.parent), *self._unwritten]
+
+    def num_written(self) -> int:
+        """How many events the file holds. Raises DataError if it is damaged."""
+        with self._lock:
+            return len(read_events(self.path.parent))
+
+    def note_told_end(self, ended: Path) -> None:
+        """Note the end that `ended.json` tells of, if the history lacks it because its disk was full."""
+        try:
+            told = json.loads(ended.read_text(encoding="utf-8"))
+            kind, words = EventKind(told["state"]), str(told["reason"])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return
+        self._note_missed(kind, words)
+
     def note_level(self, kind: EventKind, level: str | None, words: str, *, of: str, site: str | None = None) -> None:
         """Add an event if the level of something (of a disk, a budget, a certificate) has changed.
 
@@ -139,6 +161,10 @@ class EventLog:
         for node in [site for site in self._lasting if site and site.startswith("node ") and site not in out]:
             self.note(EventKind.BACK, "has joined or is gone", site=node, round_number=number)
 
+    def _note_missed(self, end: EventKind, words: str) -> None:
+        if self._has_begun and self.last not in ENDS:
+            self.note(end, words, noticed="at resume")
+
     def _learn(self, event: Event) -> None:
         """Follow the states that last."""
         self._has_begun = True
@@ -160,11 +186,27 @@ class EventLog:
 
 
 def append_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
-    """Add lines of JSON to a file instead of a last line without its end, and wait until they are on the disk."""
-    with path.open("a+b") as file:
+    """Add lines of JSON to a file instead of a last line without its end, and wait until they are on the disk.
+
+    Raises:
+        OSError: the disk did not take them; none of them is in the file then.
+    """
+    content = "".join(f"{json_text(line)}\n" for line in lines).encode()
+    with path.open("a+b", buffering=0) as file:
         lock(file)
         file.seek(0)
         whole, newline, _ = file.read().rpartition(b"\n")
-        file.truncate(len(whole) + len(newline))
-        file.write("".join(f"{json_text(line)}\n" for line in lines).encode())
-        sync(file)
+        size = len(whole) + len(newline)
+        file.truncate(size)
+        try:
+            _write_whole(file, content)
+            sync(file)
+        except OSError:
+            with suppress(OSError):
+                file.truncate(size)
+            raise
+
+
+def _write_whole(file: FileIO, content: bytes) -> None:
+    if file.write(content) < len(content):
+        raise OSError(errno.ENOSPC, "the disk is full")

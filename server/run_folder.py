@@ -202,6 +202,8 @@ class RunFolder:
             RunError: another process is at work in it.
         """
         with _alone_in(self.path):
+            with suppress(PanfmError):
+                self.events.note_told_end(self.path / ENDED)
             (self.path / ENDED).unlink(missing_ok=True)
             try:
                 yield

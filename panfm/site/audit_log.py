@@ -12,9 +12,9 @@
     chain                      SHA-256 of the line before's chain and of this line
 
 Every answer is on disk here before it goes out, and the hash of its line in the anchor, `departures.anchor`. So a log
-that was cut off or removed is noticed, and nothing leaves until the operator has restored it, or accepted what is
-there. (A refusal of bytes that are not a question tells nothing about the
-site and is not kept.)
+that was cut off or removed is noticed, unless the anchor was forged or removed too; nothing leaves then until the
+operator has restored it, or accepted what is there. Who may write into the state folder can do both: an end that was
+noted elsewhere finds it. (A refusal of bytes that are not a question tells nothing about the site and is not kept.)
 """
 
 import hashlib

@@ -1,5 +1,6 @@
 """Alerts, sent to a real HTTP server and a real SMTP server of this machine."""
 
+import errno
 import http.server
 import json
 import re
@@ -7,13 +8,15 @@ import socketserver
 import threading
 import time
 from contextlib import contextmanager
+from http.client import InvalidURL
 from pathlib import Path
 
 import pytest
 
 import server.alerts as alerts
 from panfm.errors import ConfigError
-from panfm.report.run_events import EventKind
+from panfm.report.run_events import EventKind, read_events
+from server.alert_senders import why_failed
 from server.alerts import alerted
 from server.alerts_config import parse_alerts
 from server.events import EventLog
@@ -23,9 +26,15 @@ class Hook(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         content = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         status = self.server.statuses.pop(0) if self.server.statuses else 200
+        status = 400 if content["event"]["kind"] == self.server.refused else status
         if status == 200:
             self.server.got.append(content)
         self.send_response(status)
+        self.send_header("Location", f"http://127.0.0.1:{self.server.server_address[1]}/moved")
+        self.end_headers()
+
+    def do_GET(self):
+        self.send_response(200)
         self.end_headers()
 
     def log_message(self, *_):
@@ -54,7 +63,7 @@ class Mailbox(socketserver.StreamRequestHandler):
 def served(handler):
     with socketserver.ThreadingTCPServer(("127.0.0.1", 0), handler) as local:
         local.daemon_threads = True
-        local.got, local.statuses = [], []
+        local.got, local.statuses, local.refused = [], [], None
         thread = threading.Thread(target=local.serve_forever, args=(0.01,))
         thread.start()
         yield local
@@ -139,6 +148,109 @@ def test_an_alert_older_than_a_day_is_given_up(tmp_path, monkeypatch):
         log.begin("toy-1", 0)
     (record,) = map(json.loads, (tmp_path / "alerts.jsonl").read_text().splitlines())
     assert (record["event"], record["state"]) == (1, "given-up")
+
+
+def no_space(_):
+    raise OSError(errno.ENOSPC, "disk full")
+
+
+def webhook_of(folder, hook, kinds="[]"):
+    head = "" if kinds == "[]" else f"kinds = {kinds}\n"
+    (folder / "alerts.toml").write_text(f'{head}[webhook]\nurl = "http://127.0.0.1:{hook.server_address[1]}"\n')
+
+
+def test_a_redirect_is_a_failure(tmp_path, caplog):
+    with served(Hook) as hook:
+        hook.statuses += [302, 301, 303]
+        webhook_of(tmp_path, hook)
+        log = EventLog(tmp_path)
+        with alerted(tmp_path, "toy", log):
+            log.begin("toy-1", 0)
+            wait_for(hook.got, 1)
+    assert caplog.text.count("webhook failed") == 3
+
+
+def test_an_alert_that_is_refused_does_not_hold_up_the_others(tmp_path):
+    with served(Hook) as hook:
+        hook.refused = "started"
+        webhook_of(tmp_path, hook)
+        log = EventLog(tmp_path)
+        with alerted(tmp_path, "toy", log):
+            log.begin("toy-1", 0)
+            for number in range(1, 4):
+                log.note_round(late(number))
+                log.note_round({"round": number, "sites": {"b": {}}, "rejected": {}, "away": {}})
+            wait_for(hook.got, 6)
+            hook.refused = None
+            wait_for(hook.got, 7)
+    assert [content["event"]["kind"] for content in hook.got] == ["left-out", "back"] * 3 + ["started"]
+
+
+def test_what_a_full_disk_did_not_take_is_told_all_the_same_and_once(tmp_path, monkeypatch):
+    with served(Hook) as hook:
+        webhook_of(tmp_path, hook)
+        log = EventLog(tmp_path)
+        with alerted(tmp_path, "toy", log):
+            log.begin("toy-1", 0)
+            wait_for(hook.got, 1)
+            with monkeypatch.context() as full:
+                full.setattr("server.events.sync", no_space)
+                log.note(EventKind.FAILED, "disk full")
+                wait_for(hook.got, 2)
+        assert len(read_events(tmp_path)) == 1
+        again = EventLog(tmp_path)
+        with alerted(tmp_path, "toy", again):
+            again.begin("toy-1", 0)
+            wait_for(hook.got, 4)
+    kinds = ["started", "failed", "failed", "resumed"]
+    assert [content["event"]["kind"] for content in hook.got] == kinds
+    told = [json.loads(line) for line in (tmp_path / "alerts.jsonl").read_text().splitlines()]
+    assert [(line["event"], line["state"]) for line in told] == [(number, "sent") for number in (1, 2, 3)]
+
+
+def test_the_record_of_an_alert_is_written_once_the_disk_has_room(tmp_path, monkeypatch):
+    with served(Hook) as hook:
+        webhook_of(tmp_path, hook)
+        log = EventLog(tmp_path)
+        with alerted(tmp_path, "toy", log):
+            with monkeypatch.context() as full:
+                full.setattr("server.events.sync", no_space)
+                log.begin("toy-1", 0)
+                wait_for(hook.got, 1)
+            log.note(EventKind.FAILED, "lost quorum")
+        with alerted(tmp_path, "toy", EventLog(tmp_path)):
+            pass
+    assert [content["event"]["kind"] for content in hook.got] == ["started", "failed"]
+
+
+def test_a_jump_of_the_clock_gives_no_alert_up(tmp_path):
+    with served(Hook) as hook:
+        hook.statuses += [500]
+        webhook_of(tmp_path, hook)
+        log = EventLog(tmp_path)
+        log.begin("toy-1", 0)
+        (tmp_path / "events.jsonl").write_text(
+            (tmp_path / "events.jsonl").read_text().replace(read_events(tmp_path)[0].time, "2001-01-01T00:00:00+00:00")
+        )
+        with alerted(tmp_path, "toy", log):
+            wait_for(hook.got, 1)
+
+
+@pytest.mark.parametrize("rest", ["a b", "a\x01", "\u00e9", ":port/", ":99999/", "[::1/"])
+def test_a_faulty_address_is_told_without_the_address(rest, monkeypatch):
+    url = f"https://secret.example.org{rest}"
+    monkeypatch.setenv("PANFM_TEST_HOOK", url)
+    with pytest.raises(ConfigError, match="without spaces") as told:
+        parse_alerts(f"[webhook]\nurl = {json.dumps(url)}", "alerts.toml")
+    assert "secret" not in str(told.value)
+    with pytest.raises(ConfigError, match="without spaces") as told:
+        parse_alerts('[webhook]\nurl-env = "PANFM_TEST_HOOK"', "alerts.toml").webhook.address()
+    assert "secret" not in str(told.value)
+
+
+def test_errors_that_quote_the_address_are_told_by_their_type():
+    assert why_failed(InvalidURL("/secret path")) == "InvalidURL"
+    assert why_failed(ValueError("unknown url type: secret")) == "ValueError"
 
 
 @pytest.mark.parametrize(

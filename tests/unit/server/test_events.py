@@ -114,8 +114,24 @@ def test_what_a_full_disk_did_not_take_is_written_later(tmp_path, monkeypatch, c
         full.setattr("server.events.sync", lambda file: (_ for _ in ()).throw(OSError(errno.ENOSPC, "disk full")))
         log.note(EventKind.WAITING, "1 of 2 sites")
     assert "events.jsonl: cannot be written (disk full)" in caplog.text
+    assert told(tmp_path) == [("started", 0, None)]
     log.note(EventKind.QUORUM, "2 of 2 sites")
-    assert [kind for kind, _, _ in told(tmp_path)][-2:] == ["waiting", "quorum"]
+    assert [kind for kind, _, _ in told(tmp_path)] == ["started", "waiting", "quorum"]
+
+
+def test_the_end_that_a_full_disk_did_not_take_is_noted_at_the_resume(tmp_path, make_run, monkeypatch):
+    folder = RunFolder.create(tmp_path, make_run())
+    with folder.at_work():
+        folder.events.begin("run", 0)
+    with monkeypatch.context() as full:
+        full.setattr("server.events.append_lines", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+        folder.note_end("round 3: the disk is full")
+    again = RunFolder(tmp_path, folder.run)
+    with again.at_work():
+        again.events.begin("run", 2)
+    events = read_events(tmp_path)
+    assert [event.kind.value for event in events] == ["started", "failed", "resumed"]
+    assert (events[1].words, events[1].details) == ("round 3: the disk is full", {"noticed": "at resume"})
 
 
 def test_failures_and_resumes_of_a_run_stay_in_its_history(tmp_path, make_run):
