@@ -4,8 +4,9 @@ The queue is the history itself (events.jsonl). What went out is written down in
 time, number of the event's line, channel, and `sent`, or `given-up` with the reason. Each channel has a thread, which
 sends what is not in the record, in order, and tries again with longer and longer pauses; one that is refused does not
 hold up those behind it, and one that a process has tried for a day is given up. The run never waits for it, but for a
-moment at its end. What is not out by then goes out when the run is resumed. A server that is killed between an alert
-and its line in the record sends that alert again.
+moment at its end. What is not out by then is sent by `server watch` and `server keep`, which wait for it, or when the
+run is resumed. Processes send in turn, by a lock for each channel, so none sends what another has sent; one that is
+killed between an alert and its line in the record sends that alert again.
 """
 
 import logging
@@ -13,15 +14,17 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from panfm.config import load_run
 from panfm.errors import PanfmError, reason
+from panfm.files import is_locked, locked
 from panfm.outputs import read_json_lines
 from panfm.report.run_events import Event
-from server.alert_senders import FAILURES, post, why_failed, write_mail
+from server.alert_senders import FAILURES, TIMEOUT_S, post, why_failed, write_mail
 from server.alerts_config import FILE, AlertsConfig, read_alerts
 from server.events import EventLog, append_lines
 
@@ -35,6 +38,8 @@ _GIVEN_UP_S = 86_400.0
 _MOST_FAILURES = 3
 """In a row, after which a channel takes its server for down, and pauses."""
 _POLL_S = 0.5
+_RUN_LOCK = ".lock"
+"""Held while a server is at work on the run."""
 _LAST_WAIT_S = 20.0
 """For alerts that are not out when the run ends."""
 
@@ -59,6 +64,45 @@ def alerted(folder: Path, name: str, events: EventLog) -> Iterator[None]:
         for channel in channels:
             events.on_event.remove(channel.wake.set)
             channel.close(deadline)
+
+
+@contextmanager
+def delivered(folder: Path) -> Iterator[None]:
+    """Send what the server of a run could not, after a block that follows the run, also if it says that it failed."""
+    try:
+        yield
+    except PanfmError as error:
+        deliver_pending(folder, f"{error}; ")
+        raise
+    deliver_pending(folder)
+
+
+def deliver_pending(folder: Path, words: str = "") -> None:
+    """Send the alerts of a run that has ended, until all are out or given up, or a server is at work on it again.
+
+    Without alerts, or where their secrets cannot be read, it returns at once.
+
+    Args:
+        words: Told before the wait, if there is one.
+    """
+    path = folder / FILE
+    if not path.exists() or is_locked(folder / _RUN_LOCK):
+        return
+    try:
+        config = read_alerts(path)
+        config.check_secrets()
+        channels = start_channels(folder, load_run(folder / "run.toml").name, config, EventLog(folder))
+    except PanfmError as error:
+        logger.warning("alerts: none is sent from here: %s", error)
+        return
+    if left := sum(channel.num_left() for channel in channels):
+        logger.warning("%swaiting until %d alerts are sent, for a day at most; Ctrl-C ends it", words, left)
+    try:
+        while any(channel.num_left() for channel in channels) and not is_locked(folder / _RUN_LOCK):
+            time.sleep(_POLL_S)
+    finally:
+        for channel in channels:
+            channel.close(time.monotonic())
 
 
 def watched_certificates(folder: Path) -> list[Path]:
@@ -105,8 +149,14 @@ class Channel:
         self._is_closing = True
         self.wake.set()
         self._thread.join(max(0.0, deadline - time.monotonic()))
-        if left := len(self._pending()):
-            logger.warning("alerts: %d not sent by %s; they are sent when the run is resumed", left, self._channel)
+        if left := self.num_left():
+            logger.warning(
+                "alerts: %d not sent by %s; `server watch` sends them, or the run's resume", left, self._channel
+            )
+
+    def num_left(self) -> int:
+        """How many alerts are neither sent nor given up."""
+        return len(self._pending())
 
     def _work(self) -> None:
         pause = _FIRST_PAUSE_S
@@ -144,11 +194,26 @@ class Channel:
         for number in sorted(pending, key=lambda number: (self._failures[number], number)):
             if in_a_row >= _MOST_FAILURES:
                 break
-            if self._try(number, pending[number]):
+            with self._turn() as is_ours:
+                is_out = is_ours and (number not in self._pending() or self._try(number, pending[number]))
+            if is_out:
                 sent, in_a_row = sent + 1, 0
             else:
                 in_a_row += 1
         return sent, len(self._pending())
+
+    @contextmanager
+    def _turn(self) -> Iterator[bool]:
+        """Whether no other process sends on this channel until the block ends."""
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(locked(self._folder / f".alerts-{self._channel}.lock", wait_s=TIMEOUT_S))
+            except BlockingIOError:
+                yield False
+                return
+            except OSError as error:
+                logger.warning("alerts: no lock (%s)", reason(error))
+            yield True
 
     def _try(self, number: int, event: Event) -> bool:
         """Whether an alert went out; one that has failed for a day is given up."""

@@ -218,17 +218,20 @@ def metrics(
 
 @app.command()
 def watch(run_dir: _RunDir) -> None:
-    """Show rounds as they end, until the run ends; also of a run that `python -m simulations` has started."""
+    """Show rounds as they end, until the run ends; also of a run that `python -m simulations` has started. Then wait
+    until alerts that its server could not send are out."""
     from rich.console import Console
 
     from panfm.report.run_files import read_run
+    from server.alerts import delivered
     from server.console import follow, view
 
     console = Console(soft_wrap=True, highlight=False)
     flower = None if read_run(run_dir).is_finished else _flower_run(run_dir)
-    with view(console) as show:
-        follow(run_dir, show, flower, flower_environment())
-    console.print(f"{run_dir}: finished; model: {run_dir / 'model'}", markup=False)
+    with delivered(run_dir):
+        with view(console) as show:
+            follow(run_dir, show, flower, flower_environment())
+        console.print(f"{run_dir}: finished; model: {run_dir / 'model'}", markup=False)
 
 
 @app.command()
@@ -273,7 +276,9 @@ def keep(
     connection: Annotated[str | None, typer.Option(help="Another connection than it was started on.")] = None,
 ) -> None:
     """Go on with a run from its last checkpoint whenever it has ended by something that heals, until it has finished.
-    Status 3: it was stopped, or goes on only if somebody does something."""
+    Then wait until alerts that its server could not send are out. Status 3: it was stopped, or goes on only if somebody
+    does something."""
+    from server.alerts import delivered
     from server.keeper import GaveUpError, Keeper
 
     known = _flower_run(run_dir)
@@ -282,11 +287,12 @@ def keep(
     where = connection or (known.connection if known else "")
     keeper = Keeper(run_dir, lambda: _flower_run(run_dir), lambda: _submit(run_dir, where), flower_environment())
     try:
-        keeper.keep()
+        with delivered(run_dir):
+            keeper.keep()
+            typer.echo(f"{run_dir}: finished; model: {run_dir / 'model'}")
     except GaveUpError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(_GAVE_UP) from error
-    typer.echo(f"{run_dir}: finished; model: {run_dir / 'model'}")
 
 
 @roster.command("make")

@@ -12,14 +12,19 @@ from http.client import InvalidURL
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 import server.alerts as alerts
-from panfm.errors import ConfigError
+from panfm.errors import ConfigError, RunError
+from panfm.files import locked
+from panfm.outputs import write_json
 from panfm.report.run_events import EventKind, read_events
 from server.alert_senders import why_failed
-from server.alerts import alerted
+from server.alerts import alerted, deliver_pending, delivered
 from server.alerts_config import parse_alerts
+from server.coordinator import app
 from server.events import EventLog
+from server.run_folder import RunFolder
 
 
 class Hook(http.server.BaseHTTPRequestHandler):
@@ -138,6 +143,71 @@ def test_what_is_not_out_at_the_end_goes_out_at_the_resume(tmp_path, caplog):
         with alerted(tmp_path, "toy", EventLog(tmp_path)):
             wait_for(hook.got, 1)
     assert [content["event"]["words"] for content in hook.got] == ["lost quorum"]
+
+
+@pytest.fixture
+def ended(tmp_path, make_run):
+    """A run that has failed while nobody took its alerts."""
+    folder = RunFolder.create(tmp_path / "run", make_run())
+    folder.events.begin("toy-1", 0)
+    folder.events.note(EventKind.FAILED, "lost quorum")
+    return folder.path
+
+
+def test_the_last_alert_is_sent_after_the_server_has_ended(ended, caplog):
+    with served(Hook) as hook:
+        webhook_of(ended, hook)
+        hook.statuses += [503] * 6
+        with pytest.raises(RunError, match="lost"), delivered(ended):
+            raise RunError("lost quorum")
+        assert [content["event"]["kind"] for content in hook.got] == ["started", "failed"]
+        assert "lost quorum; waiting until 2 alerts are sent, for a day at most" in caplog.text
+        with delivered(ended):
+            pass
+    assert len(hook.got) == 2
+
+
+def test_two_processes_send_an_alert_once(ended):
+    with served(Hook) as hook:
+        webhook_of(ended, hook)
+        hook.statuses += [503] * 3
+        threads = [threading.Thread(target=deliver_pending, args=(ended,)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert sorted(content["event"]["kind"] for content in hook.got) == ["failed", "started"]
+
+
+def test_nothing_is_waited_for_where_it_cannot_be_sent(ended, caplog):
+    deliver_pending(ended)
+    (ended / "alerts.toml").write_text('[webhook]\nurl-env = "PANFM_TEST_NO_HOOK"\n')
+    deliver_pending(ended)
+    assert "none is sent from here: webhook.url: PANFM_TEST_NO_HOOK is empty" in caplog.text
+    (ended / "alerts.toml").write_text('[webhook]\nurl = "http://127.0.0.1:1"\n')
+    with locked(ended / ".lock", wait_s=0):
+        deliver_pending(ended)
+
+
+def test_the_wait_ends_when_a_server_is_at_work_again(ended):
+    (ended / "alerts.toml").write_text('[webhook]\nurl = "http://127.0.0.1:1"\n')
+    waiting = threading.Thread(target=deliver_pending, args=(ended,))
+    waiting.start()
+    with locked(ended / ".lock", wait_s=5):
+        waiting.join(20)
+        assert not waiting.is_alive()
+
+
+@pytest.mark.parametrize("command", ["watch", "keep"])
+def test_the_commands_send_it(ended, command):
+    write_json(ended / "ended.json", {"state": "failed", "reason": "lost quorum", "can-heal": False})
+    if command == "keep":
+        write_json(ended / "flower.json", {"run-id": "1", "connection": "nowhere"})
+    with served(Hook) as hook:
+        webhook_of(ended, hook)
+        result = CliRunner().invoke(app, [command, str(ended)])
+    assert result.exit_code != 0
+    assert [content["event"]["kind"] for content in hook.got] == ["started", "failed"]
 
 
 def test_an_alert_older_than_a_day_is_given_up(tmp_path, monkeypatch):
