@@ -1,4 +1,4 @@
-"""What commands and servers leave on disk: new folders, JSON files, files of JSON lines. A site's worker needs none."""
+"""Writes files for commands and servers: new folders, JSON, JSON lines. A site's worker does not import it."""
 
 import errno
 import json

@@ -14,7 +14,7 @@ from server.alerts_config import MailConfig, WebhookConfig
 
 TIMEOUT_S = 20.0
 FAILURES = (OSError, smtplib.SMTPException, HTTPException, ValueError, PanfmError)
-"""What `post` and `write_mail` raise."""
+"""Errors that `post` and `write_mail` raise."""
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):

@@ -4,9 +4,9 @@ The queue is the history itself (events.jsonl). What went out is written down in
 time, number of the event's line, channel, and `sent`, or `given-up` with the reason. Each channel has a thread, which
 sends what is not in the record, in order, and tries again with longer and longer pauses; one that is refused does not
 hold up those behind it, and one that a process has tried for a day is given up. The run never waits for it, but for a
-moment at its end. What is not out by then is sent by `server watch` and `server keep`, which wait for it, or when the
-run is resumed. Processes send in turn, by a lock for each channel, so none sends what another has sent; one that is
-killed between an alert and its line in the record sends that alert again.
+moment at its end. What is not out by then is sent by `server keep`, which waits for it, or when the run is resumed.
+Processes send in turn, by a lock for each channel, so none sends what another has sent; one that is killed between an
+alert and its line in the record sends that alert again.
 """
 
 import logging
@@ -27,6 +27,7 @@ from panfm.report.run_events import Event
 from server.alert_senders import FAILURES, TIMEOUT_S, post, why_failed, write_mail
 from server.alerts_config import FILE, AlertsConfig, read_alerts
 from server.events import EventLog, append_lines
+from server.run_folder import LOCK
 
 RECORD = "alerts.jsonl"
 logger = logging.getLogger(__name__)
@@ -38,8 +39,6 @@ _GIVEN_UP_S = 86_400.0
 _MOST_FAILURES = 3
 """In a row, after which a channel takes its server for down, and pauses."""
 _POLL_S = 0.5
-_RUN_LOCK = ".lock"
-"""Held while a server is at work on the run."""
 _LAST_WAIT_S = 20.0
 """For alerts that are not out when the run ends."""
 
@@ -86,7 +85,7 @@ def deliver_pending(folder: Path, words: str = "") -> None:
         words: Told before the wait, if there is one.
     """
     path = folder / FILE
-    if not path.exists() or is_locked(folder / _RUN_LOCK):
+    if not path.exists() or is_locked(folder / LOCK):
         return
     try:
         config = read_alerts(path)
@@ -98,7 +97,7 @@ def deliver_pending(folder: Path, words: str = "") -> None:
     if left := sum(channel.num_left() for channel in channels):
         logger.warning("%swaiting until %d alerts are sent, for a day at most; Ctrl-C ends it", words, left)
     try:
-        while any(channel.num_left() for channel in channels) and not is_locked(folder / _RUN_LOCK):
+        while any(channel.num_left() for channel in channels) and not is_locked(folder / LOCK):
             time.sleep(_POLL_S)
     finally:
         for channel in channels:
@@ -151,7 +150,7 @@ class Channel:
         self._thread.join(max(0.0, deadline - time.monotonic()))
         if left := self.num_left():
             logger.warning(
-                "alerts: %d not sent by %s; `server watch` sends them, or the run's resume", left, self._channel
+                "alerts: %d not sent by %s; `server keep` sends them, or the run's resume", left, self._channel
             )
 
     def num_left(self) -> int:

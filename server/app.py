@@ -11,7 +11,7 @@ from panfm.files import make_files_private
 from panfm.privacy.guarantees import load_checked_run
 from server.alerts import alerted, watched_certificates
 from server.json_log import progress_of_environment
-from server.patient_grid import PatientGrid
+from server.retrying_grid import RetryingGrid
 from server.rounds import run_federation
 from server.run_folder import RunFolder, default_path
 from server.run_watch import watched
@@ -37,8 +37,9 @@ def main(grid: Grid, context: Context) -> None:
             folder.at_work(),
             watched(folder.path, folder.events, watched_certificates(folder.path)),
         ):
-            patient = PatientGrid(grid, folder.run.federation.wait_for_quorum_s) if num_sites is None else grid
-            run_federation(patient, folder, progress, num_sites=num_sites)
+            if num_sites is None:
+                grid = RetryingGrid(grid, folder.run.federation.wait_for_quorum_s)
+            run_federation(grid, folder, progress, num_sites=num_sites)
     finally:
         refresh_page(folder.path)
 

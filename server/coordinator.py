@@ -15,7 +15,7 @@ import typer
 
 from panfm.cli.common import Overrides, Version
 from panfm.cli.model_commands import export
-from panfm.errors import ConfigError, RunError, reason
+from panfm.errors import ConfigError, DataError, RunError, reason
 from panfm.files import make_files_private, write_atomic
 from panfm.outputs import write_json
 from server.flower_cli import FlowerRun, flower_environment, submit
@@ -74,7 +74,7 @@ def start(
     if expected:
         created.expect(expected)
     if alerts is not None:
-        created.tell(alerts)
+        created.keep_alerts(alerts)
     try:
         _submit(folder, connection)
     except RunError:
@@ -106,18 +106,21 @@ def resume(
         raise RunError(f"{run_dir}: is running, expected a run that has ended; stop it first")
     if run.is_finished:
         raise RunError(f"{run_dir}: has finished, expected a run that has not")
-    known = _flower_run(run_dir)
-    if connection is None and known is None:
-        raise RunError(f"{run_dir}: was not started with `python -m server start`; name a --connection")
-    if known and connection in (None, known.connection):
-        status, _ = known.entry(flower_environment())
-        if not status.startswith("finished"):
-            raise RunError(f"{run_dir}: Flower's run {known.run_id} is {status}; stop it first")
-    if expected:
-        RunFolder(run_dir, run.config).expect(expected)
-    if alerts is not None:
-        RunFolder(run_dir, run.config).tell(alerts)
-    _submit(run_dir, connection or (known.connection if known else ""))
+    from server.keeper import in_turn
+
+    with in_turn(run_dir):
+        known = _flower_run(run_dir)
+        if connection is None and known is None:
+            raise RunError(f"{run_dir}: was not started with `python -m server start`; name a --connection")
+        if known and connection in (None, known.connection):
+            status, _ = known.entry(flower_environment())
+            if not status.startswith("finished"):
+                raise RunError(f"{run_dir}: Flower's run {known.run_id} is {status}; stop it first")
+        if expected:
+            RunFolder(run_dir, run.config).expect(expected)
+        if alerts is not None:
+            RunFolder(run_dir, run.config).keep_alerts(alerts)
+        _submit(run_dir, connection or (known.connection if known else ""))
     _watch_unless(detach, run_dir)
 
 
@@ -218,20 +221,17 @@ def metrics(
 
 @app.command()
 def watch(run_dir: _RunDir) -> None:
-    """Show rounds as they end, until the run ends; also of a run that `python -m simulations` has started. Then wait
-    until alerts that its server could not send are out."""
+    """Show rounds as they end, until the run ends; also of a run that `python -m simulations` has started."""
     from rich.console import Console
 
     from panfm.report.run_files import read_run
-    from server.alerts import delivered
     from server.console import follow, view
 
     console = Console(soft_wrap=True, highlight=False)
     flower = None if read_run(run_dir).is_finished else _flower_run(run_dir)
-    with delivered(run_dir):
-        with view(console) as show:
-            follow(run_dir, show, flower, flower_environment())
-        console.print(f"{run_dir}: finished; model: {run_dir / 'model'}", markup=False)
+    with view(console) as show:
+        follow(run_dir, show, flower, flower_environment())
+    console.print(f"{run_dir}: finished; model: {run_dir / 'model'}", markup=False)
 
 
 @app.command()
@@ -239,9 +239,25 @@ def stop(run_dir: _RunDir) -> None:
     """End a run; it can be resumed from the last round that it finished."""
     from panfm.report.run_files import read_run
 
-    run, flower = read_run(run_dir), _flower_run(run_dir)
-    from server.keeper import can_heal
+    read_run(run_dir)
+    from server.keeper import in_turn
 
+    with in_turn(run_dir):
+        _end(run_dir)
+    run = read_run(run_dir)
+    typer.echo(f"{run_dir}: stopped after {len(run.rounds)} of {run.config.train.rounds} rounds")
+
+
+def _end(run_dir: Path) -> None:
+    """Have Flower end a run, wait for its ServerApp, and write down that it was stopped."""
+    from panfm.report.run_files import read_run
+    from server.alerts import alerted
+    from server.events import EventLog
+    from server.keeper import can_heal
+    from server.run_folder import RunFolder
+    from server.tracking import refresh_page
+
+    run, flower = read_run(run_dir), _flower_run(run_dir)
     if flower is None:
         raise RunError(f"{run_dir}: was not started with `python -m server start`; end the process that runs it")
     if run.is_finished and not run.is_at_work:
@@ -258,16 +274,9 @@ def stop(run_dir: _RunDir) -> None:
         if time.monotonic() > deadline:
             raise RunError(f"{run_dir}: Flower has stopped the run, but its ServerApp is still at work")
         time.sleep(_POLL_S)
-    from server.alerts import alerted
-    from server.events import EventLog
-    from server.run_folder import RunFolder
-    from server.tracking import refresh_page
-
     RunFolder(run_dir, run.config).note_end("by the coordinator", state="stopped")
     with alerted(run_dir, run.config.name, EventLog(run_dir)):
         refresh_page(run_dir)
-    done = len(read_run(run_dir).rounds)
-    typer.echo(f"{run_dir}: stopped after {done} of {run.config.train.rounds} rounds")
 
 
 @app.command()
@@ -290,7 +299,7 @@ def keep(
         with delivered(run_dir):
             keeper.keep()
             typer.echo(f"{run_dir}: finished; model: {run_dir / 'model'}")
-    except GaveUpError as error:
+    except (GaveUpError, ConfigError, DataError) as error:  # a damaged folder does not heal by itself
         typer.echo(str(error), err=True)
         raise typer.Exit(_GAVE_UP) from error
 

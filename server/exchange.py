@@ -30,7 +30,7 @@ from panfm.sharing.groups import Flat
 from panfm.sharing.messages import Handshake, RoundTask
 from panfm.sharing.sums_messages import Parts, Purpose, SumsReply, SumsTask, path_arrays
 from server.checkpoint import ServerState
-from server.patient_grid import ReplyLostError
+from server.retrying_grid import ReplyLostError
 from strategies import Memory
 from strategies.round_messages import Downlink, make_array, unpack
 
@@ -60,6 +60,7 @@ class Exchange:
     Replies are fetched one at a time, so that only one is in memory. A failure is put down to the node that was asked
     (Flower's own error replies name another), by the id of the message. A question that the SuperLink has lost, or
     whose reply it has, is asked again while there is time; a site that gets it twice gives the same answer twice.
+    Questions that cost privacy are sent once (`may_repeat`).
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class Exchange:
         """Send the messages.
 
         Args:
-            may_repeat: A question whose answer was lost is asked again; not where each answer costs privacy.
+            may_repeat: A question that failed on the way is asked again; not where each answer costs privacy.
             on_change: Called when all are sent, and whenever a node has answered or failed.
         """
         self.failed: dict[int, str] = {}
@@ -163,7 +164,10 @@ class Exchange:
         for attempt in range(1, _PUSHES + 1):
             try:
                 message_id = next(iter(self._grid.push_messages([message])), None)
-            except Exception:
+            except Exception as error:
+                if not self._most_repeats:
+                    self.failed[node_id] = f"sending failed ({type(error).__name__}), and it may have been asked"
+                    return
                 if attempt == _PUSHES:
                     raise
                 logger.warning("node %s: sending failed, trying again", node_id, exc_info=True)

@@ -7,9 +7,7 @@ knew then, and again after its answer; so a command that was killed in between f
 import base64
 import binascii
 import hashlib
-import os
 import re
-import ssl
 import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +18,7 @@ from typing import Annotated
 import tomli_w
 from pydantic import Field, ValidationError
 
+from panfm.certificates import certificate_end
 from panfm.config.base import Config, Name
 from panfm.errors import ConfigError, RunError, one_line, reason
 from panfm.files import locked, write_atomic
@@ -189,10 +188,8 @@ class Hospitals:
         file = connections.get(self.connection, {}).get("root-certificates")
         if not file:
             return ""
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.load_verify_locations(os.path.expanduser(file))  # noqa: PTH111
-        ends = [ssl.cert_time_to_seconds(str(entry["notAfter"])) for entry in context.get_ca_certs()]
-        return datetime.fromtimestamp(min(ends), UTC).isoformat(timespec="seconds") if ends else ""
+        end = certificate_end(Path(file).expanduser())
+        return datetime.fromtimestamp(end, UTC).isoformat(timespec="seconds")
 
 
 def fingerprint_of(public_key: Path) -> str:

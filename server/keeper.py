@@ -14,15 +14,19 @@ minute for that ServerApp before it submits another.
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from panfm.errors import RunError
+from panfm.errors import RunError, reason
+from panfm.files import locked
 from panfm.report.run_files import Run, read_run
 from server.flower_cli import FlowerRun, flwr
 from server.run_folder import ENDED
 
 logger = logging.getLogger(__name__)
+_TURN = ".turn"
+_TURN_S = 300.0
 SUBMITTING = "submitting"
 """In the run folder, from before Flower is asked until its answer is noted."""
 _POLL_S = 10.0
@@ -82,13 +86,14 @@ class Keeper:
         logger.warning("%s: ended (%s), goes on in %g s", self._run_dir, why, self._pause)
         time.sleep(self._pause)
         self._pause = min(2.0 * self._pause, _LONGEST_PAUSE_S)
-        now = read_run(self._run_dir)
-        if now.is_at_work or now.is_finished or now.ending != run.ending or self._flower() != flower:
-            return  # somebody has resumed or stopped it meanwhile
-        try:
-            self._submit()
-        except RunError as error:
-            logger.warning("%s: cannot be submitted (%s)", self._run_dir, error)
+        with in_turn(self._run_dir):
+            now = read_run(self._run_dir)
+            if now.is_at_work or now.is_finished or now.ending != run.ending or self._flower() != flower:
+                return  # somebody has resumed or stopped it meanwhile
+            try:
+                self._submit()
+            except RunError as error:
+                logger.warning("%s: cannot be submitted (%s)", self._run_dir, error)
 
     def _is_starting(self) -> bool:
         """Whether Flower may have taken the run just now, without a note of its id."""
@@ -121,6 +126,21 @@ class Keeper:
         except RunError:
             return False
         return True
+
+
+@contextmanager
+def in_turn(run_dir: Path) -> Iterator[None]:
+    """Decide alone whether a run goes on: `keep`, `resume` and `stop` wait for each other.
+
+    Raises:
+        RunError: another of them is at work for long.
+    """
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(run_dir / _TURN, wait_s=_TURN_S))
+        except OSError as error:
+            raise RunError(f"{run_dir}: another command decides on this run, or {reason(error)}") from error
+        yield
 
 
 def can_heal(run_dir: Path) -> bool:

@@ -35,13 +35,14 @@ from panfm.files import write_atomic
 _DEPLOYMENT = Path("configs/deployment")
 _REQUIREMENTS = {"requirements.txt": "", "requirements-flower.txt": "[client]"}
 """File of the kit -> extra of panfm that its environment has."""
+_UNITS = ("panfm-worker.service", "panfm-supernode.service", "panfm-isolation@.service", "panfm-isolation-site.nft")
 _HOST_NAME = re.compile(r"(?=.{1,253}$)[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)*")
 _CERTIFICATES = re.compile(r"(\s*-----BEGIN CERTIFICATE-----[A-Za-z0-9+/=\s]+-----END CERTIFICATE-----)+\s*")
 
 
 @dataclass(frozen=True)
 class KitOptions:
-    """What the coordinator decides about a kit."""
+    """Options of a kit: hospital, address of the server, packages, checks."""
 
     hospital: str
     server: str
@@ -213,10 +214,10 @@ def _fill(options: KitOptions, committed: Path, folder: Path) -> None:
     deployment, address = committed / _DEPLOYMENT, f"{options.server}:{options.port}"
     names = {"coordinator.example.org:443": address, "/etc/panfm/example-hospital": f"/etc/panfm/{options.hospital}"}
     hosts = deployment / "hosts"
-    rules = [path for path in sorted(hosts.glob("panfm-isolation*")) if "coordinator" not in path.name]
     (folder / "units").mkdir()
-    for path in [hosts / "panfm-worker.service", hosts / "panfm-supernode.service", *rules]:
-        (folder / "units" / path.name).write_text(_filled(path.read_text(encoding="utf-8"), names), encoding="utf-8")
+    for file in _UNITS:
+        text = _filled((hosts / file).read_text(encoding="utf-8"), names)
+        (folder / "units" / file).write_text(text, encoding="utf-8")
     compose = _filled((hosts / "compose.yaml").read_text(encoding="utf-8"), names)
     (folder / "compose.yaml").write_text(compose, encoding="utf-8")
     shutil.copyfile(deployment / "kit" / "install.py", folder / "install.py")

@@ -1,4 +1,4 @@
-"""Writes `now.json` into the run folder: what the run is doing at the moment, for `server status` and status.html.
+"""Writes `now.json` into the run folder: the step that the run is at, for `server status` and status.html.
 
     time           when it was written, ISO 8601, UTC
     step           `handshake`, `round 7`, or the purpose of an exchange of sums
@@ -12,22 +12,19 @@ Simulations do not write it: their steps are short.
 """
 
 import logging
-import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from panfm.errors import PanfmError
+from panfm.errors import reason
 from panfm.outputs import write_json
 from panfm.report.run_progress import FILE
-from panfm.report.status_page import write_status
 
 if TYPE_CHECKING:
     from server.exchange import Exchange
 
 logger = logging.getLogger(__name__)
-_PAGE_EVERY_S = 15.0
 
 
 class ProgressFile:
@@ -37,7 +34,6 @@ class ProgressFile:
         """Args: folder: The run folder; None: nothing is written."""
         self._path = folder / FILE if folder else None
         self._content: dict[str, Any] = {}
-        self._page_at = time.monotonic()
 
     def begin(self, step: str) -> None:
         """Tell that a step begins, or begins once more."""
@@ -65,24 +61,20 @@ class ProgressFile:
         """Tell that the run waits for a quorum."""
         since = self._content.get("waiting", {}).get("since", _now())
         self._content |= {"waiting": {"since": since, "why": why}}
-        self._write(is_news=True)
+        self._write()
 
     def go_on(self) -> None:
         """Tell that there is a quorum again."""
         self._content.pop("waiting", None)
-        self._write(is_news=True)
+        self._write()
 
-    def _write(self, *, is_news: bool = False) -> None:
-        """Write the file, and status.html if there is news or it is old."""
+    def _write(self) -> None:
         if self._path is None:
             return
         try:
             write_json(self._path, {"time": _now(), **self._content}, indent=2)
-            if is_news or time.monotonic() - self._page_at > _PAGE_EVERY_S:
-                write_status(self._path.parent)
-                self._page_at = time.monotonic()
-        except (OSError, PanfmError) as error:
-            logger.warning("%s: cannot be written (%s)", self._path.name, error)
+        except OSError as error:
+            logger.warning("%s: cannot be written (%s)", self._path.name, reason(error))
 
 
 def _now() -> str:

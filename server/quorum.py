@@ -83,14 +83,14 @@ class QuorumWait:
                     over = f"{error}; waited {self.wait_s:g} s (federation.wait-for-quorum-s); the run can be resumed"
                     raise NoQuorumError(over, can_heal=True, line=error.line) from error
                 is_waiting = True
-                self._events.note(EventKind.WAITING, str(error))
                 self._progress.wait(str(error))
+                self._events.note(EventKind.WAITING, str(error))
                 logger.warning("%s; asked again in %g s", error, min(pause, left))
                 time.sleep(min(pause, left))
                 pause = min(2.0 * pause, LONGEST_PAUSE_S)
             else:
-                # Also where an earlier server has begun to wait; it is no event if nobody has.
-                self._events.note(EventKind.QUORUM, f"{step}: enough sites after {time.monotonic() - start:.0f} s")
                 if is_waiting:
                     self._progress.go_on()
+                # Also where an earlier server has begun to wait; it is no event if nobody has.
+                self._events.note(EventKind.QUORUM, f"{step}: enough sites after {time.monotonic() - start:.0f} s")
                 return result

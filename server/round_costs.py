@@ -1,5 +1,5 @@
-"""What rounds cost in privacy, as the server counts it: its own ledger under site-level privacy, and the public plan of
-private runs."""
+"""Counts the privacy cost of rounds at the server: its ledger under site-level privacy, and the public plan of private
+runs."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence

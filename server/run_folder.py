@@ -54,8 +54,8 @@ from server.expected_sites import FILE as EXPECTED_SITES
 from server.expected_sites import ExpectedSites
 from server.handshake import Attendance
 from server.label_probe import LabelProbes
-from server.patient_grid import ReplyLostError
 from server.quorum import NoQuorumError
+from server.retrying_grid import ReplyLostError
 from server.tracking_config import tracking_of
 
 _START = "start.safetensors"
@@ -180,7 +180,7 @@ class RunFolder:
                 write_checked(self.path / _FROZEN, safetensors.numpy.save(dict(groups)))
         return dict(groups)
 
-    def tell(self, alerts: str) -> None:
+    def keep_alerts(self, alerts: str) -> None:
         """Keep the coordinator's description of alerts, for this account alone."""
         with open_atomic(self.path / ALERTS, mode=0o600) as file:
             file.write(alerts.encode())

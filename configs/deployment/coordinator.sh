@@ -41,13 +41,10 @@ SCRIPT
 sed "s/coordinator\.example\.org/$host/g" "$here/hosts/nginx.conf" >/etc/nginx/conf.d/panfm.conf
 units=(panfm-superlink.service panfm-superexec.service)
 for unit in "${units[@]}" panfm-run@.service; do install -m 0644 "$here/hosts/$unit" /etc/systemd/system/; done
-if [ -e "$here/hosts/panfm-isolation@.service" ]; then
-  install -d /etc/nftables.d
-  install -m 0644 "$here/hosts/panfm-isolation-coordinator.nft" /etc/nftables.d/
-  install -m 0644 "$here/hosts/panfm-isolation@.service" /etc/systemd/system/
-  units=(panfm-isolation@coordinator.service "${units[@]}")
-fi
+install -d /etc/nftables.d
+install -m 0644 "$here/hosts/panfm-isolation-coordinator.nft" /etc/nftables.d/
+install -m 0644 "$here/hosts/panfm-isolation@.service" /etc/systemd/system/
 systemctl daemon-reload
-systemctl enable --now "${units[@]}" nginx.service
+systemctl enable --now panfm-isolation@coordinator.service "${units[@]}" nginx.service
 systemctl restart nginx.service
 echo "coordinator.sh: $host is set up; move /etc/panfm/ca.key to where no server can read it"

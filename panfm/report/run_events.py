@@ -12,7 +12,7 @@ FILE = "events.jsonl"
 
 
 class EventKind(StrEnum):
-    """What an event is."""
+    """Kinds of events in the history of a run."""
 
     STARTED = "started"
     RESUMED = "resumed"

@@ -128,6 +128,7 @@ RUN_FOLDER: Entries = {
     "wandb/**": "Rounds for Weights & Biases, where `tracking.loggers` names it.",
     "sites/<site>/**": "In a simulation: the private state of each site, as in `.panfm/state` of its folder.",
     ".lock": "Locked while a process is at work in the folder.",
+    ".turn": "Locked while `keep`, `resume` or `stop` decides whether the run goes on.",
     ".alerts-*.lock": "Locked while a process sends an alert by webhook or mail.",
 }
 FINETUNE_FOLDER: Entries = {

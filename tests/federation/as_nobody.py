@@ -1,4 +1,4 @@
-"""What an account without rights finds out about a deployment on its machine: run under that account, by path.
+"""Tries every port, socket, file and process of a deployment from the account that runs this script.
 
 Reads a JSON object from standard input: `ports` (listening TCP ports), `sockets` (names of listening Unix sockets),
 `files` (paths) and `processes` (ids), all as root sees them. Prints what answered or could be read.

@@ -110,7 +110,7 @@ def known() -> dict[str, list[object]]:
 
 
 def attempt(account: str) -> dict[str, object]:
-    """What an account finds out about what root knows."""
+    """Try, from an account, everything that root knows of; return what answered or could be read."""
     script = str(Path(__file__).with_name("as_nobody.py"))
     told: dict[str, object] = json.loads(
         run_as(account, "/opt/panfm/bin/python", "-I", "-S", script, text=json.dumps(known()))

@@ -19,6 +19,8 @@ from importlib.metadata import Distribution, distributions
 from pathlib import Path
 from typing import Self
 
+HOME = "/root"
+"""Of root, empty on each machine."""
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 SYSTEMCTL = Path(__file__).with_name("stand_in_systemctl.py")
 _KEPT = ("Name", "Version", "Requires-Dist", "Requires-Python", "Provides-Extra")
@@ -83,7 +85,7 @@ class Machine:
     def run(self, command: str, *, folder: str = "/") -> subprocess.CompletedProcess[str]:
         """Run a command line as root, as a person would who has just logged in."""
         words = ["nsenter", "--target", self.pid, "--mount", "--net", "--pid", "--", "env", "-i", f"PATH={PATH}"]
-        words += ["HOME=/root", "PIP_NO_INDEX=1", "PIP_FIND_LINKS=/run/wheels", "PIP_CONFIG_FILE=/dev/null"]
+        words += [f"HOME={HOME}", "PIP_NO_INDEX=1", "PIP_FIND_LINKS=/run/wheels", "PIP_CONFIG_FILE=/dev/null"]
         words += ["PIP_NO_COMPILE=1", "PYTHONDONTWRITEBYTECODE=1", "OMP_NUM_THREADS=1"]
         words += ["bash", "-c", f"umask 022; cd {folder} || exit\n{command}"]
         return subprocess.run(words, capture_output=True, text=True, check=False, timeout=300)

@@ -89,7 +89,7 @@ def lay_out() -> None:
 
 
 def make_credentials() -> None:
-    """As the pages say: keys where they are used, for the account that uses them."""
+    """Make certificates and keys, and give each to the account that uses it, as docs/coordinator.md says."""
     run(str(CREDENTIALS), "coordinator", "/etc/panfm", "coordinator.example.org")
     run(str(CREDENTIALS), "site", str(SITE_KEYS), "example-hospital")
     shutil.copy("/etc/panfm/ca.crt", SITE_KEYS)

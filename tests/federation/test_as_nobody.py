@@ -1,4 +1,4 @@
-"""What another local account can find out at the coordinator and at a site, where the units are those that are shipped.
+"""Other local accounts of the coordinator's and a site's machine, under the shipped units, read and reach nothing.
 
 One machine holds both; a run is under way, its ServerApp and a ClientApp are alive.
 """
@@ -38,7 +38,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory, write_site):
-    """What each account found out, by account."""
+    """Run the trial; return, by account, what it could read and reach."""
     folder = tmp_path_factory.mktemp("nobody")
     extra = '[worker]\nsocket = "/run/panfm/worker.sock"\nusers = ["flower"]\ngroup = "flower"\n'
     extra += '[coordinator]\naddress = "coordinator.example.org:443"\nroot-certificates = "/etc/panfm-site/ca.crt"\n'

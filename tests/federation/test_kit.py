@@ -18,7 +18,7 @@ import pytest
 from server.flower_cli import ROOT
 from tests.docs.page_commands import steps
 from tests.docs.page_workplace import write_scan
-from tests.federation.kit_hosts import Machine, can_be_made, connect, write_wheels
+from tests.federation.kit_hosts import HOME, Machine, can_be_made, connect, write_wheels
 
 pytestmark = [
     pytest.mark.slow,
@@ -64,15 +64,15 @@ class Federation:
             self.at_coordinator(kit, name)
             self.kits[name] = self.coordinator.read(f"{KITS}/{name}.tar.gz")
             readme = self.coordinator.read(f"{KITS}/{name}.tar.gz.README.txt")
-            machine.write(f"/root/{name}.tar.gz", self.kits[name])
+            machine.write(f"{HOME}/{name}.tar.gz", self.kits[name])
             for image in sorted(Path("images").iterdir()):
-                machine.write(f"/root/{image.name}", image.read_bytes())
+                machine.write(f"{HOME}/{image.name}", image.read_bytes())
             hospitals_own = commands(readme.decode())
             self.counts[name] = len(hospitals_own)
             for command in hospitals_own:
                 if "site init" in command:
-                    machine.do("cp /root/*.nii.gz /srv/panfm/images")  # "put your images into"
-                self.printed[name] = self.printed.get(name, "") + machine.do(command, folder="/root")
+                    machine.do("cp {HOME}/*.nii.gz /srv/panfm/images")  # "put your images into"
+                self.printed[name] = self.printed.get(name, "") + machine.do(command, folder=HOME)
             self.coordinator.write(f"{KITS}/{name}.pub", machine.read(f"/etc/panfm/{name}.pub"))
             self.at_coordinator(register, name, self.fingerprint(name))
         self.counts["coordinator"] = len([*first, kit, register, listing])
@@ -161,7 +161,7 @@ def test_nobody_reads_what_is_the_hospitals(federation):
 
 
 def test_a_second_installation_keeps_key_and_limits(federation):
-    machine, folder = federation.hospitals[NAMES[0]], f"/root/panfm-kit-{NAMES[0]}"
+    machine, folder = federation.hospitals[NAMES[0]], f"{HOME}/panfm-kit-{NAMES[0]}"
     machine.do("echo '# mine' >>/srv/panfm/site/site.toml")
     before = machine.do("sha256sum /etc/panfm/* /srv/panfm/site/site.toml; readlink /opt/panfm")
     machine.do(f"python3 -I {folder}/install.py")
@@ -170,8 +170,8 @@ def test_a_second_installation_keeps_key_and_limits(federation):
 
 def test_every_fault_is_a_line_and_nothing_is_changed(federation):
     """A changed unit, a wrong name and a folder open to all, in one go."""
-    machine, folder = federation.hospitals[NAMES[0]], "/root/faulty"
-    machine.do(f"cp -r /root/panfm-kit-{NAMES[0]} {folder} && echo >>{folder}/units/panfm-worker.service")
+    machine, folder = federation.hospitals[NAMES[0]], f"{HOME}/faulty"
+    machine.do(f"cp -r {HOME}/panfm-kit-{NAMES[0]} {folder} && echo >>{folder}/units/panfm-worker.service")
     machine.do(f"sed -i s/{SERVER}/nowhere.invalid/ {folder}/kit.json && chmod o+rx /srv/panfm/site")
     done = machine.run(f"python3 -I {folder}/install.py")
     machine.do("chmod o-rx /srv/panfm/site")
@@ -191,7 +191,7 @@ def test_every_fault_is_a_line_and_nothing_is_changed(federation):
 def test_a_key_is_renewed_and_a_hospital_leaves(federation):
     name, machine = NAMES[1], federation.hospitals[NAMES[1]]
     at_hospital, at_coordinator = page_section("A new key")
-    federation.printed[name] = machine.do(at_hospital.replace(*NAMES), folder="/root")
+    federation.printed[name] = machine.do(at_hospital.replace(*NAMES), folder=HOME)
     federation.coordinator.write(f"{KITS}/{name}.pub", machine.read(f"/etc/panfm/{name}.pub"))
     wrong = federation.coordinator.run(at_coordinator.replace(*NAMES).replace("WORDS", "0000 " * 16))
     assert (wrong.returncode, "another than was told" in wrong.stderr) == (1, True)
@@ -218,9 +218,9 @@ def test_a_site_trusts_two_authorities_while_one_is_replaced(federation):
     for command in (make, join, kit):
         federation.at_coordinator(command)
     archive = f"{name}-renewal.tar.gz"
-    machine.do("mkdir /root/renewal")
-    machine.write(f"/root/renewal/{archive}", coordinator.read(f"{KITS}/{archive}"))
-    machine.do(f"tar -xzf {archive} && python3 -I panfm-kit-{name}/install.py", folder="/root/renewal")
+    machine.do(f"mkdir {HOME}/renewal")
+    machine.write(f"{HOME}/renewal/{archive}", coordinator.read(f"{KITS}/{archive}"))
+    machine.do(f"tar -xzf {archive} && python3 -I panfm-kit-{name}/install.py", folder=f"{HOME}/renewal")
     assert machine.read("/etc/panfm/ca.crt") == coordinator.read(f"{KITS}/both.crt")
     coordinator.do("cp /etc/panfm-next/ca.crt /etc/panfm-next/server.* /etc/panfm")
     coordinator.do("systemctl restart panfm-superlink.service nginx.service")

@@ -71,7 +71,7 @@ class Operations:
         self.deployment.start(f"{site}.supernode", *as_unit("panfm-supernode.service", command))
 
     def start_run(self, experiment: Path) -> None:
-        """As the coordinator does, and then leaves it to its unit."""
+        """Start the run without watching it, then start its unit `panfm-run@`."""
         approve(self.sites.values(), load_run(experiment))
         words = ["start", str(experiment), "--connection", CONNECTION, "--out", str(self.run_dir), "--detach"]
         command = [sys.executable, "-m", "server"]

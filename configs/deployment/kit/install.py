@@ -46,7 +46,7 @@ UNITS = Path("/etc/systemd/system")
 RULES = Path("/etc/nftables.d")
 ENVIRONMENTS = {"panfm": "requirements.txt", "flower": "requirements-flower.txt"}
 ACCOUNTS = ("panfm", "flower", "panfm-install")
-PROGRAMS = ("ssh-keygen", "useradd", "usermod", "runuser", "systemctl")
+PROGRAMS = ("ssh-keygen", "useradd", "usermod", "runuser", "systemctl", "nft")
 CLOCK_S = 300
 TIMEOUT_S = 15
 PROXY = os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy") or ""
@@ -124,8 +124,7 @@ def machine_faults(settings: dict) -> list[str]:
     if (python, platform.machine()) != (settings["python"], settings["machine"]):
         expected = f"Python {settings['python']} on {settings['machine']}"
         found.append(f"python3: found Python {python} on {platform.machine()}, expected {expected}")
-    needed = [*PROGRAMS, "nft"] if any((KIT / "units").glob("*.nft")) else PROGRAMS
-    missing = [name for name in needed if not shutil.which(name)]
+    missing = [name for name in PROGRAMS if not shutil.which(name)]
     if missing:
         found.append(
             f"programs: found no {', '.join(missing)}; install openssh-client, passwd, util-linux, systemd, nftables"
@@ -224,7 +223,7 @@ def network_faults(server: str, port: int) -> list[str]:
 
 
 def proxy_headers(proxy: urllib.parse.SplitResult) -> dict[str, str]:
-    """What names us to a proxy that asks for a password (http://user:password@proxy:port)."""
+    """The header that a proxy with a password asks for (http://user:password@proxy:port)."""
     if not proxy.username:
         return {}
     words = f"{urllib.parse.unquote(proxy.username)}:{urllib.parse.unquote(proxy.password or '')}"
@@ -355,7 +354,7 @@ def renew_key(hospital: str) -> None:
 
 
 def install_units(kit: Path) -> None:
-    """Install the units, and with them the rules of isolation where the kit has some; start them."""
+    """Install the units and the rules of isolation, and start them."""
     for rules in sorted((kit / "units").glob("*.nft")):
         make_folder(RULES, "root", "root", 0o755)
         put(rules, RULES / rules.name, "root", 0o644)
@@ -368,8 +367,8 @@ def install_units(kit: Path) -> None:
         (CONFIG / "proxy.env").touch(mode=0o600)  # it may hold a password
         (CONFIG / "proxy.env").write_text(f"HTTPS_PROXY={PROXY}\n", encoding="utf-8")
     run("systemctl", "daemon-reload")
-    isolation = ["panfm-isolation@site.service"] if (kit / "units" / "panfm-isolation@.service").exists() else []
-    run("systemctl", "enable", "--now", *isolation, "panfm-worker.service", "panfm-supernode.service")
+    services = ("panfm-isolation@site.service", "panfm-worker.service", "panfm-supernode.service")
+    run("systemctl", "enable", "--now", *services)
     run("systemctl", "restart", "panfm-worker.service", "panfm-supernode.service")
 
 

@@ -198,14 +198,12 @@ def test_the_wait_ends_when_a_server_is_at_work_again(ended):
         assert not waiting.is_alive()
 
 
-@pytest.mark.parametrize("command", ["watch", "keep"])
-def test_the_commands_send_it(ended, command):
+def test_keep_sends_what_the_server_could_not(ended):
     write_json(ended / "ended.json", {"state": "failed", "reason": "lost quorum", "can-heal": False})
-    if command == "keep":
-        write_json(ended / "flower.json", {"run-id": "1", "connection": "nowhere"})
+    write_json(ended / "flower.json", {"run-id": "1", "connection": "nowhere"})
     with served(Hook) as hook:
         webhook_of(ended, hook)
-        result = CliRunner().invoke(app, [command, str(ended)])
+        result = CliRunner().invoke(app, ["keep", str(ended)])
     assert result.exit_code != 0
     assert [content["event"]["kind"] for content in hook.got] == ["started", "failed"]
 

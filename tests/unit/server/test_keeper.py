@@ -169,3 +169,19 @@ def test_a_run_that_ends_without_a_word_again_and_again_is_given_up(flower, monk
     result = keep(flower)
     assert (result.exit_code, len(calls)) == (3, 5)
     assert "6 times in a row: ended without a word" in result.output
+
+
+def test_a_damaged_run_folder_is_given_up(flower):
+    (flower.folder.path / "events.jsonl").write_text("no event\n")
+    result = keep(flower)
+    assert (result.exit_code, flower.submitted) == (3, 0)
+    assert "events.jsonl:1" in result.output
+
+
+def test_commands_that_decide_on_a_run_take_turns(flower, monkeypatch):
+    monkeypatch.setattr(keeper, "_TURN_S", 0.0)
+    with keeper.in_turn(flower.folder.path):
+        for command in ("stop", "resume"):
+            result = CliRunner().invoke(app, [command, str(flower.folder.path)])
+            assert "another command decides on this run" in str(result.exception), command
+    assert flower.submitted == 0

@@ -1,4 +1,4 @@
-"""What a kit refuses to be made of, what install.py finds altered, and the archive's bytes."""
+"""Building a kit: options and clones that are refused, altered files that install.py finds, the archive's bytes."""
 
 import io
 import os

@@ -1,4 +1,4 @@
-"""What install.py of a kit says of name, port, certificate, clock and proxy, against servers on loopback."""
+"""Faults of name, port, certificate, clock and proxy that install.py of a kit tells, with servers on loopback."""
 
 import email.utils
 import http.server

@@ -1,4 +1,4 @@
-"""What `panfm site metrics` tells a hospital's own monitoring."""
+"""`panfm site metrics` on sites in several states: values, labels, damaged records."""
 
 import re
 import stat

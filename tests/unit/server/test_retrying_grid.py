@@ -6,8 +6,8 @@ import httpx
 import pytest
 from flwr.serverapp import Grid
 
-from server import patient_grid
-from server.patient_grid import PatientGrid, ReplyLostError
+from server import retrying_grid
+from server.retrying_grid import ReplyLostError, RetryingGrid
 
 REQUEST = httpx.Request("POST", "https://localhost/v1/runtime/get-nodes")
 ERRORS = {
@@ -56,30 +56,30 @@ class Falls(Grid):
 def clock(monkeypatch):
     clock = SimpleNamespace(now=0.0)
     clock.monotonic, clock.sleep = lambda: clock.now, lambda seconds: setattr(clock, "now", clock.now + seconds)
-    monkeypatch.setattr(patient_grid, "time", clock)
+    monkeypatch.setattr(retrying_grid, "time", clock)
     return clock
 
 
 @pytest.mark.parametrize("error", ERRORS.values(), ids=ERRORS)
 def test_a_call_is_tried_again_until_the_superlink_is_back(clock, error):
-    assert PatientGrid(Falls(error, 8), 3600.0).get_node_ids() == [7]
+    assert RetryingGrid(Falls(error, 8), 3600.0).get_node_ids() == [7]
     assert clock.now == 1 + 2 + 4 + 8 + 16 + 3 * 20
 
 
 def test_not_for_ever_and_not_when_it_refuses(clock):
     with pytest.raises(httpx.ConnectError):
-        PatientGrid(Falls(ERRORS["cut off"], 10**6), 100.0).get_node_ids()
+        RetryingGrid(Falls(ERRORS["cut off"], 10**6), 100.0).get_node_ids()
     assert 75 < clock.now <= 100
     with pytest.raises(httpx.HTTPStatusError):
-        PatientGrid(Falls(REFUSED, 1), 100.0).get_node_ids()
+        RetryingGrid(Falls(REFUSED, 1), 100.0).get_node_ids()
 
 
 def test_whoever_pushed_or_pulled_is_told_once_it_is_back(clock):
-    grid = PatientGrid(Falls(ERRORS["ends"], 3), 3600.0)
+    grid = RetryingGrid(Falls(ERRORS["ends"], 3), 3600.0)
     with pytest.raises(ReplyLostError, match="HTTPStatusError"):
         grid.pull_messages(["id"])
     assert clock.now == 1 + 2
-    grid = PatientGrid(Falls(ERRORS["ends"], 2), 3600.0)
+    grid = RetryingGrid(Falls(ERRORS["ends"], 2), 3600.0)
     with pytest.raises(httpx.HTTPStatusError):
         grid.push_messages([])
     assert (grid.push_messages([]), grid.pull_messages(["id"])) == ([7], [7])

@@ -28,7 +28,7 @@ class ReplyLostError(RunError):
     """A call failed while a reply was on its way: Flower gives a reply once."""
 
 
-class PatientGrid(Grid):
+class RetryingGrid(Grid):
     """Another Grid, whose calls are tried again while its SuperLink is down."""
 
     def __init__(self, grid: Grid, wait_s: float) -> None:
@@ -38,11 +38,11 @@ class PatientGrid(Grid):
 
     def get_node_ids(self) -> Iterable[int]:
         """Ids of the nodes that are online."""
-        return self._patiently(self._grid.get_node_ids)
+        return self._retry(self._grid.get_node_ids)
 
     def get_nodes(self) -> Iterable[NodeInfo]:
         """The nodes that are online."""
-        return self._patiently(self._grid.get_nodes)
+        return self._retry(self._grid.get_nodes)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Send messages. Raises what the Grid raises once the SuperLink is back: Flower cannot send the same message
@@ -80,7 +80,7 @@ class PatientGrid(Grid):
         """The run."""
         return self._grid.run
 
-    def _patiently(self, call: Callable[[], R]) -> R:
+    def _retry(self, call: Callable[[], R]) -> R:
         start, pause = time.monotonic(), _FIRST_PAUSE_S
         while True:
             try:
