@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import secrets
 import shutil
 import tempfile
 from pathlib import Path
@@ -15,5 +16,5 @@ def go_offline() -> None:
     """Set the environment of this process and its children, with a home for Flower instead of ~/.flwr."""
     os.environ.update(OFFLINE)
     if "FLWR_HOME" not in os.environ:
-        os.environ["FLWR_HOME"] = home = str(Path(tempfile.gettempdir(), f"panfm-flower-{os.getpid()}"))
+        os.environ["FLWR_HOME"] = home = str(Path(tempfile.gettempdir(), f"panfm-flower-{secrets.token_hex(8)}"))
         atexit.register(shutil.rmtree, home, ignore_errors=True)
