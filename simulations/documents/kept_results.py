@@ -1,12 +1,24 @@
 """Reads the result files of studies that are kept in docs/results/data, and writes their numbers as the pages do."""
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class KeptTarget:
+    """A number that a study was asked to show, of at least a certain size, and what it showed."""
+
+    claim: str
+    value: float
+    least: float
+    is_met: bool
 
 
 @dataclass(frozen=True)
@@ -15,21 +27,30 @@ class KeptResult:
 
     commit: str
     values: dict[tuple[str, str], dict[int, float]]
-    """(metric, arm) -> seed -> value; arms may have different seeds."""
+    """(metric, arm) -> seed -> value; arms may have different seeds. A metric that was measured in several places is
+    `<place>/<metric>`."""
+    targets: tuple[KeptTarget, ...] = ()
 
     @classmethod
     def read(cls, path: Path) -> "KeptResult":
-        """Read a result file: `{"commit", "results": [{"metric", "arm", "values", "seeds"}]}`. Rows without `seeds`
-        have those of `config.pairs`, which is a list of (draw, seed)."""
+        """Read a result file, as `StudyResult.write` wrote it. Rows without `seeds` have those of `config.pairs`, which
+        is a list of (draw, seed). Raises ValueError for pairs of several draws."""
         table = json.loads(path.read_text(encoding="utf-8"))
         paired = [int(seed) for _, seed in table.get("config", {}).get("pairs", [])]
-        if any("of" in row for row in table["results"]):
-            raise ValueError(f"{path}: has results by place, expected one value per metric, arm and seed")
+        if len({*paired}) < len(paired):
+            raise ValueError(f"{path}: has several draws, expected one value per metric, arm and seed")
         values = {
-            (row["metric"], row["arm"]): dict(zip(row.get("seeds", paired), row["values"], strict=True))
+            (_metric(row), row["arm"]): {
+                seed: math.nan if value is None else float(value)
+                for seed, value in zip(row.get("seeds", paired), row["values"], strict=True)
+            }
             for row in table["results"]
         }
-        return cls(str(table["commit"]), values)
+        targets = tuple(
+            KeptTarget(row["claim"], math.nan if row["found"] is None else row["found"], row["at_least"], row["met"])
+            for row in table.get("targets", [])
+        )
+        return cls(str(table["commit"]), values, targets)
 
     @property
     def arms(self) -> list[str]:
@@ -61,6 +82,10 @@ class KeptResult:
             [self.values[metric, arm][seed] - self.values[metric, baseline][seed] for seed in seeds] for metric in known
         ]
         return np.array(differences).reshape(len(known), len(seeds))
+
+
+def _metric(row: Mapping[str, Any]) -> str:
+    return f"{row['of']}/{row['metric']}" if "of" in row else str(row["metric"])
 
 
 def short(value: float, digits: int = 3) -> str:

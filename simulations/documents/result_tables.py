@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from simulations.documents.kept_results import KeptResult, by_seed, short, signed, with_spread
 from simulations.documents.markdown import table
+from simulations.documents.study_tables import STUDY_TABLES, measured_at
 
 _MARKED = re.compile(r"(<!-- made: ([\w-]+) -->\n\n).*?(\n<!-- end -->)", re.DOTALL)
 _PERCENTS = (5, 20, 100)
@@ -170,10 +171,6 @@ def _rounds_kept(kept: KeptResult) -> str:
     return f"Rounds after which the model is kept, by seed (0 is the start): {'; '.join(told)}.\n"
 
 
-def _measured_at(kept: KeptResult) -> str:
-    return f"Commit {kept.commit}, seeds {', '.join(map(str, kept.seeds()))}.\n"
-
-
 _GATED = ("adapted", "adapted-attention")
 _DEX_ROWS = {
     "own": "a site's own modality",
@@ -190,7 +187,7 @@ def _dex_pictures(kept: KeptResult) -> str:
             rows.append((label, *(with_spread(kept.of(f"{family}_{percent}", arm)) for arm in kept.arms)))
     megabytes = [np.mean(kept.of("bytes_round", arm)) / 1e6 for arm in kept.arms]
     rows.append(("MB a round", *(f"{value:.2f}" for value in megabytes)))
-    return f"{_measured_at(kept)}\n{table(('AUC, share of labels', *kept.arms), rows)}\n{_dex_differences(kept)}"
+    return f"{measured_at(kept)}\n{table(('AUC, share of labels', *kept.arms), rows)}\n{_dex_differences(kept)}"
 
 
 def _dex_differences(kept: KeptResult) -> str:
@@ -215,7 +212,7 @@ def _dex_pairs(arms: Sequence[str]) -> Iterator[tuple[str, str]]:
 _PARTS: Mapping[str, Mapping[str, Callable[[KeptResult], str]]] = {
     "demo": {"demo": _demo, "demo-differences": _demo_differences},
     "real-pictures": {
-        "real-pictures-commit": _measured_at,
+        "real-pictures-commit": measured_at,
         "real-pictures-last-block": _last_block,
         "real-pictures-readout": _readout,
         "real-pictures-differences": _picture_differences,
@@ -223,5 +220,6 @@ _PARTS: Mapping[str, Mapping[str, Callable[[KeptResult], str]]] = {
         "real-pictures-targets": _picture_targets,
     },
     "dex-pictures": {"dex-pictures": _dex_pictures},
+    **STUDY_TABLES,
 }
 """Study -> name of a table -> function that writes it."""

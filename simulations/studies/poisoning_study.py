@@ -185,10 +185,14 @@ def _shares(line: Mapping[str, Any], sites: list[str]) -> Iterator[float]:
 
 def damage(result: StudyResult, arm: str) -> float:
     """Share of what the federation gained in validation loss that an attack costs."""
+    start, honest = (result.mean("val_loss", reference) for reference in references(arm))
+    return (result.mean("val_loss", arm) - honest) / (start - honest)
+
+
+def references(arm: str) -> tuple[str, str]:
+    """Name the untrained and the honest arm that an attacked arm is compared with."""
     prefix = _TEN if arm.startswith(_TEN) else _DEX if arm.startswith(_GATES) else ""
-    start = "untrained" if prefix == _TEN else f"{prefix}untrained"
-    honest = result.mean("val_loss", f"{prefix}honest")
-    return (result.mean("val_loss", arm) - honest) / (result.mean("val_loss", start) - honest)
+    return "untrained" if prefix == _TEN else f"{prefix}untrained", f"{prefix}honest"
 
 
 def targets(result: StudyResult, chosen: Sequence[str]) -> list[Target]:

@@ -1,6 +1,7 @@
 """Tables of docs/results that are made from kept result files."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +9,9 @@ import pytest
 
 from simulations.documents.kept_results import KeptResult, by_seed, short, signed, with_spread
 from simulations.documents.result_tables import filled, marks, tables
+from simulations.documents.study_tables import targets
 from simulations.studies import dex_pictures_study, real_pictures_study
-from simulations.study_result import StudyResult
+from simulations.study_result import StudyResult, Target
 
 DATA = Path(__file__).parents[3] / "docs" / "results" / "data"
 
@@ -54,6 +56,34 @@ def test_seeds_of_a_file_may_stand_in_its_pairs(tmp_path):
     assert written(tmp_path, "made", rows, config={"pairs": [[7, 3], [8, 4]]}).seeds() == [3, 4]
     with pytest.raises(ValueError, match="zip"):
         written(tmp_path, "made", rows, config={"pairs": [[7, 3]]})
+
+
+def test_a_result_by_place_has_metrics_with_the_place_before_them_and_targets(tmp_path):
+    result = StudyResult("made", {"pairs": [[0, 0]]}, targets=[Target("gain", 0.2, 0.1), Target("lost", math.nan, 0.0)])
+    result.add("x", {"lasting/auc": 0.5, "auc": math.nan})
+    result.write(tmp_path / "made.json")
+    kept = KeptResult.read(tmp_path / "made.json")
+    assert kept.of("lasting/auc", "x") == [0.5]
+    assert math.isnan(kept.of("auc", "x")[0])
+    assert [target.is_met for target in kept.targets] == [True, False]
+    assert "| gain | +.100 | +.200: met |" in targets(kept)
+    assert "**missed**" in targets(kept)
+
+
+def test_one_seed_on_several_draws_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="several draws"):
+        written(tmp_path, "made", [("a", "x", [0.5, 0.6], None)], config={"pairs": [[0, 3], [1, 3]]})
+
+
+def test_damage_of_an_attack_by_hand(tmp_path):
+    """Of a fall from 2 to 1 that the honest federation reached, an attack that ends at 1.1 takes a tenth."""
+    result = StudyResult("poisoning", {"pairs": [[0, 0], [1, 1]]})
+    losses = {"untrained": [2.0, 3.0], "honest": [1.0, 1.0], "scaling/weighted/default": [1.1, 1.5]}
+    for arm, values in losses.items():
+        for loss in values:
+            result.add(arm, {"val_loss": loss, "site_share": 0.25})
+    result.write(tmp_path / "poisoning.json")
+    assert "| scaling | 10.0 % | 25.0 % | 17.5 % | .25 |" in tables(tmp_path)["poisoning"]
 
 
 def test_what_stands_between_marks_is_replaced():

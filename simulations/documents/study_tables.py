@@ -1,0 +1,130 @@
+"""Writes the tables of studies whose result file is that of one call: means by metric and arm, and targets."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
+
+import numpy as np
+
+from simulations.documents.kept_results import KeptResult, by_seed, short, signed, with_spread
+from simulations.documents.markdown import cell, table
+
+_FEW_LABELS = ("local", "score-mean", "federated", "federated-floors", "pooled")
+_VOLUMES = {
+    "statistics": "statistics, at 1 mm | blocks of 8 mm",
+    "untrained": "untrained | layers",
+    "untrained-in-place": " | in place",
+    "views": "views | layers",
+    "views-in-place": " | **in place** (chosen)",
+    "untrained-coarse": "untrained, tokens of 10 x 14 x 10 mm | layers",
+    "untrained-coarse-in-place": " | in place",
+    "views-coarse": "views, tokens of 10 x 14 x 10 mm | layers",
+    "views-coarse-in-place": " | in place",
+    "start-slices": "public ViT-S/14, frozen, 12 coronal slices | blocks 8, 10, 12, mean over slices",
+    "start-slices-in-place": " | in place, block 8",
+}
+"""Arm of `real-volumes` -> its name and its reading, as two cells."""
+
+
+def measured_at(kept: KeptResult) -> str:
+    """Name the commit and the seeds of a result."""
+    return f"Commit {kept.commit}, seeds {', '.join(map(str, kept.seeds()))}.\n"
+
+
+def targets(kept: KeptResult) -> str:
+    """Write what the study was asked to show, and whether it did."""
+    rows = []
+    for target in kept.targets:
+        verdict = "met" if target.is_met else "**missed**"
+        rows.append((cell(target.claim), _number(target.least), f"{_number(target.value)}: {verdict}"))
+    return table(("target", "at least", "measured"), rows)
+
+
+def means(kept: KeptResult, head: str, metrics: Mapping[str, str], arms: Sequence[str]) -> str:
+    """Write mean ± standard deviation over the seeds: a row per metric (metric -> its name), a column per arm."""
+    rows = [(name, *(with_spread(kept.of(metric, arm)) for arm in arms)) for metric, name in metrics.items()]
+    return table((head, *arms), rows)
+
+
+def _few_labels(kept: KeptResult) -> str:
+    metrics = {
+        metric: f"{metric.split('_')[1]}, {metric.split('_')[2]}"
+        for metric in kept.metrics
+        if metric.startswith("auc_")
+    }
+    return f"{measured_at(kept)}\n{means(kept, 'task, labels per site', metrics, _FEW_LABELS)}"
+
+
+def _few_labels_differences(kept: KeptResult) -> str:
+    rows = []
+    for baseline in ("local", "score-mean"):
+        for labels in (10, 20, 40):
+            gains = kept.gains([f"auc_mean_{labels}"], "federated", baseline)[0]
+            rows.append((f"{baseline}, {labels} labels", signed(float(gains.mean())), by_seed(gains)))
+    return table(("mean over tasks, federated minus", "mean", "by seed"), rows)
+
+
+def _volumes(kept: KeptResult) -> str:
+    rows = []
+    for arm, names in _VOLUMES.items():
+        interval = " to ".join(short(float(np.mean(kept.of(f"r2_mean_{end}", arm))), 2) for end in ("low", "high"))
+        values = (with_spread(kept.of(f"r2_{part}", arm)) for part in ("anterior", "posterior", "mean"))
+        rows.append((*names.split(" | "), *values, interval))
+    head = ("arm", "reading", "anterior", "posterior", "mean", "interval")
+    return f"{measured_at(kept)}\n{table(head, rows)}"
+
+
+def _volume_differences(kept: KeptResult) -> str:
+    pairs = [*pairwise(("untrained", "views")), *pairwise(("untrained-in-place", "views-in-place"))]
+    pairs += [("statistics", "views-in-place"), ("statistics", "untrained-in-place")]
+    rows = []
+    for baseline, arm in pairs:
+        gains = kept.gains(["r2_mean"], arm, baseline)[0]
+        rows.append((f"{arm} minus {baseline}", signed(float(gains.mean())), by_seed(gains)))
+    return table(("mean R2", "mean", "by seed"), rows)
+
+
+def _poisoning(kept: KeptResult) -> str:
+    seeds = kept.seeds()
+    rows = []
+    for arm in _attacked(kept):
+        shares = _damage(kept, arm)
+        cells = (_percent(share) for share in (*shares, float(np.mean(shares))))
+        rows.append((arm.split("/")[0], *cells, short(max(kept.of("site_share", arm)), 2)))
+    head = ("attack", *(f"seed {seed}" for seed in seeds), "mean", "largest share of a group")
+    return f"{measured_at(kept)}\n{table(head, rows)}"
+
+
+def _damage(kept: KeptResult, arm: str) -> list[float]:
+    """Share of the honest federation's gain in validation loss that an attack costs, by seed."""
+    from simulations.studies.poisoning_study import references
+
+    start, honest = (np.array(kept.of("val_loss", reference)) for reference in references(arm))
+    return [*((np.array(kept.of("val_loss", arm)) - honest) / (start - honest))]
+
+
+def _attacked(kept: KeptResult) -> Iterator[str]:
+    return (arm for arm in kept.arms if "/" in arm)
+
+
+def _number(value: float) -> str:
+    return signed(value) if value == 0 or abs(value) >= 0.0005 else f"{value:+.0e}"
+
+
+def _percent(share: float) -> str:
+    return f"{short(100 * share, 1)} %"
+
+
+STUDY_TABLES: Mapping[str, Mapping[str, Callable[[KeptResult], str]]] = {
+    "few-labels": {
+        "few-labels": _few_labels,
+        "few-labels-differences": _few_labels_differences,
+        "few-labels-targets": targets,
+    },
+    "real-volumes": {
+        "real-volumes": _volumes,
+        "real-volumes-differences": _volume_differences,
+        "real-volumes-targets": targets,
+    },
+    "poisoning": {"poisoning": _poisoning},
+}
+"""Study -> name of a table -> function that writes it."""
