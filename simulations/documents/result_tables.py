@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from simulations.documents.kept_results import KeptResult, by_seed, short, signed, with_spread
 from simulations.documents.markdown import table
-from simulations.documents.study_tables import STUDY_TABLES, measured_at
+from simulations.documents.study_tables import STUDY_TABLES, measured_at, targets
 
 _MARKED = re.compile(r"(<!-- made: ([\w-]+) -->\n\n).*?(\n<!-- end -->)", re.DOTALL)
 _PERCENTS = (5, 20, 100)
@@ -218,6 +218,11 @@ _PARTS: Mapping[str, Mapping[str, Callable[[KeptResult], str]]] = {
         "real-pictures-differences": _picture_differences,
         "real-pictures-rounds-kept": _rounds_kept,
         "real-pictures-targets": _picture_targets,
+    },
+    "real-pictures-scratch": {
+        "real-pictures-scratch": lambda kept: f"{measured_at(kept)}\n{_pictures(kept, kept.arms)}",
+        "real-pictures-scratch-differences": _picture_differences,
+        "real-pictures-scratch-targets": targets,
     },
     "dex-pictures": {"dex-pictures": _dex_pictures},
     **STUDY_TABLES,

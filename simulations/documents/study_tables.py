@@ -1,7 +1,6 @@
 """Writes the tables of studies whose result file is that of one call: means by metric and arm, and targets."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import pairwise
 
 import numpy as np
 
@@ -45,6 +44,17 @@ def means(kept: KeptResult, head: str, metrics: Mapping[str, str], arms: Sequenc
     return table((head, *arms), rows)
 
 
+def differences(kept: KeptResult, head: str, metrics: Mapping[str, str], pairs: Sequence[tuple[str, str]]) -> str:
+    """Write arm minus baseline, seed by seed: a row per metric (metric -> its name) and pair that was measured."""
+    rows = []
+    for metric, name in metrics.items():
+        for arm, baseline in pairs:
+            gains = kept.gains([metric], arm, baseline)
+            if gains.size:
+                rows.append((name, f"{arm} minus {baseline}", signed(float(gains.mean())), by_seed(gains[0])))
+    return table((head, "difference", "mean", "by seed"), rows)
+
+
 def _few_labels(kept: KeptResult) -> str:
     metrics = {
         metric: f"{metric.split('_')[1]}, {metric.split('_')[2]}"
@@ -55,12 +65,10 @@ def _few_labels(kept: KeptResult) -> str:
 
 
 def _few_labels_differences(kept: KeptResult) -> str:
-    rows = []
-    for baseline in ("local", "score-mean"):
-        for labels in (10, 20, 40):
-            gains = kept.gains([f"auc_mean_{labels}"], "federated", baseline)[0]
-            rows.append((f"{baseline}, {labels} labels", signed(float(gains.mean())), by_seed(gains)))
-    return table(("mean over tasks, federated minus", "mean", "by seed"), rows)
+    pairs = [("federated", "local"), ("federated", "score-mean")]
+    return differences(
+        kept, "mean over tasks", {f"auc_mean_{labels}": f"{labels} labels" for labels in (10, 20, 40)}, pairs
+    )
 
 
 def _volumes(kept: KeptResult) -> str:
@@ -74,13 +82,9 @@ def _volumes(kept: KeptResult) -> str:
 
 
 def _volume_differences(kept: KeptResult) -> str:
-    pairs = [*pairwise(("untrained", "views")), *pairwise(("untrained-in-place", "views-in-place"))]
-    pairs += [("statistics", "views-in-place"), ("statistics", "untrained-in-place")]
-    rows = []
-    for baseline, arm in pairs:
-        gains = kept.gains(["r2_mean"], arm, baseline)[0]
-        rows.append((f"{arm} minus {baseline}", signed(float(gains.mean())), by_seed(gains)))
-    return table(("mean R2", "mean", "by seed"), rows)
+    pairs = [("views", "untrained"), ("views-in-place", "untrained-in-place")]
+    pairs += [("views-in-place", "statistics"), ("untrained-in-place", "statistics")]
+    return differences(kept, "measure", {"r2_mean": "mean R2"}, pairs)
 
 
 def _poisoning(kept: KeptResult) -> str:
@@ -92,6 +96,45 @@ def _poisoning(kept: KeptResult) -> str:
         rows.append((arm.split("/")[0], *cells, short(max(kept.of("site_share", arm)), 2)))
     head = ("attack", *(f"seed {seed}" for seed in seeds), "mean", "largest share of a group")
     return f"{measured_at(kept)}\n{table(head, rows)}"
+
+
+def _poisoning_means(kept: KeptResult) -> str:
+    rows = []
+    for arm in kept.arms:
+        loss, auc, share = (kept.of(metric, arm)[0] for metric in ("val_loss", "auc", "site_share"))
+        lost = _damage(kept, arm)[0] if "/" in arm else None
+        is_lost = lost is not None and not lost <= 1.0
+        shown = ("diverged", "> 100 %") if is_lost else (short(loss), "" if lost is None else _percent(lost))
+        rows.append((arm, shown[0], short(auc), short(share), shown[1]))
+    head = ("arm", "loss on held-out patients", "AUC", "largest share of a group", "damage")
+    return f"{measured_at(kept)}\n{table(head, rows)}"
+
+
+def _downstream(kept: KeptResult) -> str:
+    arms = [arm for arm in kept.arms if not arm.endswith("-probe")]
+    return f"{measured_at(kept)}\n{means(kept, 'measure, task, labels', _spaced(kept.metrics), arms)}"
+
+
+def _downstream_probes(kept: KeptResult) -> str:
+    arms = [arm for arm in kept.arms if arm.endswith("-probe")]
+    metrics = [metric for metric in kept.metrics if any(kept.of(metric, arm) for arm in arms)]
+    return means(kept, "measure, task, labels", _spaced(metrics), arms)
+
+
+def _downstream_differences(kept: KeptResult) -> str:
+    from simulations.studies.downstream_study import PAIRS
+
+    return differences(kept, "measure, task, labels", _spaced(kept.metrics), PAIRS)
+
+
+def _fine_tuning(kept: KeptResult) -> str:
+    pairs = [("federated", "best-site"), ("federated", "pooled")]
+    shown = means(kept, "measure, task", _spaced(kept.metrics), kept.arms)
+    return f"{measured_at(kept)}\n{shown}\n{differences(kept, 'measure, task', _spaced(kept.metrics), pairs)}"
+
+
+def _spaced(metrics: Sequence[str]) -> dict[str, str]:
+    return {metric: metric.replace("_", " ") for metric in metrics}
 
 
 def _damage(kept: KeptResult, arm: str) -> list[float]:
@@ -126,5 +169,13 @@ STUDY_TABLES: Mapping[str, Mapping[str, Callable[[KeptResult], str]]] = {
         "real-volumes-targets": targets,
     },
     "poisoning": {"poisoning": _poisoning},
+    "poisoning-means": {"poisoning-means": _poisoning_means},
+    "downstream": {
+        "downstream": _downstream,
+        "downstream-probes": _downstream_probes,
+        "downstream-differences": _downstream_differences,
+        "downstream-targets": targets,
+    },
+    "federated-fine-tuning": {"federated-fine-tuning": _fine_tuning, "federated-fine-tuning-targets": targets},
 }
 """Study -> name of a table -> function that writes it."""

@@ -60,6 +60,8 @@ COMPARED = (
     ("views", "untrained"),
     ("views", "statistics"),
     ("views", "views-alone"),
+    ("views-alone", "untrained"),
+    ("views-alone", "statistics"),
     ("start", "statistics"),
     ("start-readout", "start"),
     ("start-readout", "statistics"),
