@@ -1,5 +1,5 @@
 #!/usr/bin/python3
-"""Does what `systemctl enable`, `restart`, `is-active`, `list-units` and `daemon-reload` do to the units of a test's machine.
+"""Does what `systemctl enable`, `restart`, `is-active`, `list-units` and `daemon-reload` do on a test's machine.
 
 It starts a unit under its account, with its environment and folders, and starts it again when it ends. The sandbox of a
 unit is not made: `systemd-analyze` and the tests of isolation look at that.

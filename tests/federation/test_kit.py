@@ -71,7 +71,7 @@ class Federation:
             self.counts[name] = len(hospitals_own)
             for command in hospitals_own:
                 if "site init" in command:
-                    machine.do("cp {HOME}/*.nii.gz /srv/panfm/images")  # "put your images into"
+                    machine.do(f"cp {HOME}/*.nii.gz /srv/panfm/images")  # "put your images into"
                 self.printed[name] = self.printed.get(name, "") + machine.do(command, folder=HOME)
             self.coordinator.write(f"{KITS}/{name}.pub", machine.read(f"/etc/panfm/{name}.pub"))
             self.at_coordinator(register, name, self.fingerprint(name))

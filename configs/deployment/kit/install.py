@@ -16,8 +16,8 @@ What it makes, in this order:
     /etc/systemd/system       units of the worker and the SuperNode, started
 
 It connects to the coordinator's address only, over the proxy that HTTPS_PROXY names; a later run without the variable
-takes the one in /etc/panfm/proxy.env (remove that file to use none). pip uses this machine's package index, or wheels/ of a
-kit that has it.
+takes the one in /etc/panfm/proxy.env (remove that file to use none). pip uses this machine's package index, or wheels/
+of a kit that has it.
 """
 
 import base64

@@ -1,4 +1,4 @@
-"""What install.py of a kit finds in folders that are there already, how it keeps a proxy, and which units it waits for."""
+"""What install.py of a kit finds in folders that are there, how it keeps a proxy, and which units it waits for."""
 
 import importlib.util
 import os
