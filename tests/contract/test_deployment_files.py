@@ -1,5 +1,6 @@
 """Every command and every flag in the shipped units and the compose file exists; systemd accepts the units."""
 
+import os
 import re
 import shlex
 import shutil
@@ -60,6 +61,24 @@ def test_systemd_accepts_the_units(unit, tmp_path):
     assert (done.returncode, [line for line in done.stderr.splitlines() if unit.name in line]) == (0, [])
 
 
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd-analyze is not installed")
+def test_systemd_accepts_the_units_of_the_page_without_root(tmp_path):
+    page = (HOSTS.parents[2] / "docs" / "without-root.md").read_text(encoding="utf-8")
+    units = re.findall(r"^```text\n# (\S+[.]service)\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert [name for name, _ in units] == ["panfm-worker.service", "panfm-supernode.service"]
+    for name, text in units:
+        (tmp_path / name).write_text(text.replace("%h/panfm/bin", str(BIN)), encoding="utf-8")
+    words = ["systemd-analyze", "--user", "verify", "--man=no", *(tmp_path / name for name, _ in units)]
+    environment = os.environ | {"XDG_RUNTIME_DIR": str(tmp_path)}
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
+    assert (done.returncode, [line for line in done.stderr.splitlines() if str(tmp_path) in line]) == (0, [])
+    for name, text in units:
+        program, *words = shlex.split(re.search("^ExecStart=(.*)$", text.replace("\\\n", " "), re.MULTILINE)[1])
+        shipped = shlex.split(start_command(HOSTS / name))
+        assert Path(program).name == Path(shipped[0]).name
+        assert [word for word in words if word.startswith("--")] == [each for each in shipped if each.startswith("--")]
+
+
 @pytest.mark.parametrize("unit", SERVERS, ids=lambda unit: unit.name)
 def test_units_start_again_what_ends(unit):
     text = unit.read_text(encoding="utf-8")
@@ -118,6 +137,28 @@ def test_the_superlink_keeps_its_database_on_disk_and_waits_for_its_lock(name):
     url = make_url(words[words.index("--database") + 1])
     assert url.query == {"plugin": "panfm"}
     assert Path(url.database).is_absolute()
+
+
+def test_containers_rules_and_units_name_the_same_accounts():
+    """compose.yaml says which account of the machine has which number; rules and units know it by name."""
+    text = (HOSTS / "compose.yaml").read_text(encoding="utf-8")
+    numbers = {name: number for number, name in re.findall(r"^#.*useradd .*--uid (\d+) .* (\S+)$", text, re.MULTILINE)}
+    users = {f"{numbers[name]}:{numbers[name]}" for name in ("panfm-coordinator", "flower")}
+    assert users == {service["user"] for name, service in SERVICES.items() if name != "worker"}
+    assert SERVICES["worker"]["user"] == f"{numbers['panfm']}:{numbers['panfm']}"
+    named = [re.findall(r"^User=(.*)$", unit.read_text(encoding="utf-8"), re.MULTILINE) for unit in SERVERS]
+    assert {account for accounts in named for account in accounts} == {*numbers}
+    rules = "".join(re.findall("^define .*", "".join(path.read_text() for path in HOSTS.glob("*.nft")), re.MULTILINE))
+    assert set(re.findall(r'"([\w-]+)"', rules)) == {*numbers} - {"panfm"} | {"www-data"}
+
+
+def test_the_images_own_the_folder_that_their_volume_covers():
+    made = [" ".join(words) for words in containerfile() if words[:2] == ["RUN", "install"]]
+    assert made == ["RUN install -d -o 10002 -g 10002 -m 0700 /var/lib/flower"] * 2
+    places = {
+        each.split(":")[1] for service in SERVICES.values() for each in service["volumes"] if each.startswith("flower:")
+    }
+    assert places == {"/var/lib/flower"}
 
 
 def containerfile() -> list[list[str]]:

@@ -29,7 +29,7 @@ LANGUAGES = ("bash", "python", "toml", "csv", "text")
 _PROGRAM = re.compile(
     r"(?:[A-Z_]+=\S+ )*(?:(?:\.venv|/opt/\w+)/bin/)?"
     r"(panfm(?:-server)?|python3?|make|pip|flwr|flower-\w+|nvidia-\w+|dcm\w+|docker|git|systemctl|curl|tensorboard|"
-    r"configs/\S+\.sh|chown|chmod|cp|cat|sed|mkdir|source|export|tar|sha256sum|runuser)(?= |$)"
+    r"configs/\S+\.sh|chown|chmod|cp|cat|sed|mkdir|source|export|tar|sha256sum|runuser|install|podman)(?= |$)"
 )
 _CONTROL = re.compile(r"for .*; do|if .*; then|do|done|else|fi")
 _COMMENT = re.compile(r"(?:^|\s+)#.*|\s{3,}.*")

@@ -1,5 +1,5 @@
 #!/usr/bin/python3
-"""Does what `systemctl enable --now`, `restart` and `daemon-reload` do to the units of a test's machine.
+"""Does what `systemctl enable`, `restart`, `is-active`, `list-units` and `daemon-reload` do on a test's machine.
 
 It starts a unit under its account, with its environment and folders, and starts it again when it ends. The sandbox of a
 unit is not made: `systemd-analyze` and the tests of isolation look at that.
@@ -74,8 +74,12 @@ def stop(unit: str) -> None:
 
 verb, *words = sys.argv[1:]
 units = [word for word in words if not word.startswith("-")]
-if verb not in {"daemon-reload", "enable", "restart"}:
+if verb not in {"daemon-reload", "enable", "restart", "is-active", "list-units"}:
     sys.exit(f"systemctl: {verb}: not known to this stand-in")
+if verb == "is-active":
+    print("active" if units[0].startswith("panfm-isolation@") or is_running(units[0]) else "inactive")
+if verb in {"is-active", "list-units"}:  # of runs no unit is started here
+    sys.exit(0)
 for each in units:
     if verb == "restart":
         stop(each)

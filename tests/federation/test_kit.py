@@ -71,7 +71,7 @@ class Federation:
             self.counts[name] = len(hospitals_own)
             for command in hospitals_own:
                 if "site init" in command:
-                    machine.do("cp {HOME}/*.nii.gz /srv/panfm/images")  # "put your images into"
+                    machine.do(f"cp {HOME}/*.nii.gz /srv/panfm/images")  # "put your images into"
                 self.printed[name] = self.printed.get(name, "") + machine.do(command, folder=HOME)
             self.coordinator.write(f"{KITS}/{name}.pub", machine.read(f"/etc/panfm/{name}.pub"))
             self.at_coordinator(register, name, self.fingerprint(name))
@@ -168,6 +168,32 @@ def test_a_second_installation_keeps_key_and_limits(federation):
     assert machine.do("sha256sum /etc/panfm/* /srv/panfm/site/site.toml; readlink /opt/panfm") == before
 
 
+def test_the_coordinator_is_set_up_again_between_runs_only(federation):
+    """With a newer commit: its source and units take the place of the old, and no key changes."""
+    coordinator = federation.coordinator
+    set_up = next(command for command in page_section("Coordinator: six commands") if "coordinator.sh" in command)
+    state = "readlink -f /opt/panfm-source; sha256sum /etc/panfm/*; pgrep -u panfm-coordinator -f bin/flower-superlink"
+    edit = "echo '# newer' >>configs/deployment/hosts/panfm-superlink.service && git -c user.name=x -c user.email=x@x"
+    coordinator.do(f"{edit} commit --quiet --all --message newer", folder="/srv/clone")
+    before = coordinator.do(state)
+    coordinator.do("runuser -u panfm-coordinator -- bash -c 'exec -a flwr-serverapp sleep 300' >/dev/null 2>&1 &")
+    refused = coordinator.run(set_up, folder="/srv/clone")
+    assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
+    assert "a run is under way, nothing was changed; expected none (panfm-server stop RUN): process " in refused.stderr
+    assert coordinator.do(state) == before
+    coordinator.do("pkill -f ^flwr-serverapp")
+    federation.at_coordinator(set_up)
+    assert "# newer" in coordinator.do(
+        "cat /etc/systemd/system/panfm-superlink.service /opt/panfm-source/configs/deployment/hosts/*"
+    )
+    after = coordinator.do(state)
+    for old, new, is_same in zip(before.splitlines(), after.splitlines(), [False, *[True] * 5, False], strict=True):
+        assert (old == new) == is_same, (old, new)
+    other = coordinator.run(set_up.replace(SERVER, "other.example.org"), folder="/srv/clone")
+    assert "/etc/panfm/server.pem: not for other.example.org" in other.stderr
+    federation.wait_for(set(NAMES))
+
+
 def test_every_fault_is_a_line_and_nothing_is_changed(federation):
     """A changed unit, a wrong name and a folder open to all, in one go."""
     machine, folder = federation.hospitals[NAMES[0]], f"{HOME}/faulty"
@@ -214,7 +240,7 @@ def test_a_key_is_renewed_and_a_hospital_leaves(federation):
 def test_a_site_trusts_two_authorities_while_one_is_replaced(federation):
     """The page's commands for new certificates, then the coordinator's change to the new ones."""
     name, machine, coordinator = NAMES[0], federation.hospitals[NAMES[0]], federation.coordinator
-    make, join, kit = page_section("New certificates")
+    make, join, kit, replace, restart = page_section("New certificates")
     for command in (make, join, kit):
         federation.at_coordinator(command)
     archive = f"{name}-renewal.tar.gz"
@@ -222,8 +248,12 @@ def test_a_site_trusts_two_authorities_while_one_is_replaced(federation):
     machine.write(f"{HOME}/renewal/{archive}", coordinator.read(f"{KITS}/{archive}"))
     machine.do(f"tar -xzf {archive} && python3 -I panfm-kit-{name}/install.py", folder=f"{HOME}/renewal")
     assert machine.read("/etc/panfm/ca.crt") == coordinator.read(f"{KITS}/both.crt")
-    coordinator.do("cp /etc/panfm-next/ca.crt /etc/panfm-next/server.* /etc/panfm")
-    coordinator.do("systemctl restart panfm-superlink.service nginx.service")
+    for command in (replace, restart):
+        federation.at_coordinator(command)
+    assert (
+        coordinator.do("stat -c '%U %a' /etc/panfm/server.key /etc/panfm/ca.crt").split()
+        == ["panfm-coordinator", "600"] * 2
+    )
     machine.do("systemctl restart panfm-supernode.service")
     deadline = time.monotonic() + ONLINE_S
     while name not in (coordinator.run("panfm-server hospitals").stdout and federation.online()):

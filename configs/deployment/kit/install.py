@@ -15,7 +15,9 @@ What it makes, in this order:
     /etc/panfm                ca.crt and the SuperNode's key, which is made here and never leaves
     /etc/systemd/system       units of the worker and the SuperNode, started
 
-It connects to the coordinator's address only. pip uses this machine's package index, or wheels/ of a kit that has it.
+It connects to the coordinator's address only, over the proxy that HTTPS_PROXY names; a later run without the variable
+takes the one in /etc/panfm/proxy.env (remove that file to use none). pip uses this machine's package index, or wheels/
+of a kit that has it.
 """
 
 import base64
@@ -47,9 +49,10 @@ RULES = Path("/etc/nftables.d")
 ENVIRONMENTS = {"panfm": "requirements.txt", "flower": "requirements-flower.txt"}
 ACCOUNTS = ("panfm", "flower", "panfm-install")
 PROGRAMS = ("ssh-keygen", "useradd", "usermod", "runuser", "systemctl", "nft")
+SERVICES = ("panfm-isolation@site.service", "panfm-worker.service", "panfm-supernode.service")
 CLOCK_S = 300
 TIMEOUT_S = 15
-PROXY = os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy") or ""
+SETTLE_S = 10
 
 
 def main(words: list[str]) -> int:
@@ -103,9 +106,11 @@ def altered(folder: Path) -> list[str]:
     """Files of a kit that are not what its SHA256SUMS says, are missing, or are not in it."""
     lines = (folder / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
     expected = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-    present = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() or path.is_symlink()}
-    present -= {"SHA256SUMS"}
-    found = [f"{folder / name}: is not a file of this kit" for name in sorted(present - {*expected})]
+    folders = {str(parent) for name in expected for parent in Path(name).parents}
+    everything = {str(path.relative_to(folder)): path for path in folder.rglob("*")}
+    present = {name for name, path in everything.items() if path.is_symlink() or path.is_file()}
+    strange = {*everything} - {"SHA256SUMS", *expected} - {name for name in folders if name not in present}
+    found = [f"{folder / name}: is not of this kit; unpack it in an empty folder" for name in sorted(strange)]
     for name, digest in expected.items():
         path = folder / name
         if name not in present or path.is_symlink():
@@ -144,6 +149,8 @@ def machine_faults(settings: dict) -> list[str]:
         free = shutil.disk_usage(place if place.exists() else "/").free / 2**30
         if free < settings["disk-gib"]:
             found.append(f"{place}: {free:.1f} GiB free, expected {settings['disk-gib']}")
+    if any(sign in proxy_setting() for sign in " \t\n\"'\\"):
+        found.append("HTTPS_PROXY: holds a space, a quote or a backslash; write it as %20, %22, %27 or %5C")
     if settings["gpu"] and not works("nvidia-smi", "-L"):
         found.append("GPU: nvidia-smi finds none; install its driver, or ask for a kit without --gpu")
     return found
@@ -189,9 +196,19 @@ def uid_of(account: str) -> int:
     return -1
 
 
+def proxy_setting() -> str:
+    """The proxy that the environment names, or an earlier run has written; empty for none."""
+    if named := os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"):
+        return named
+    with contextlib.suppress(OSError):
+        return (CONFIG / "proxy.env").read_text(encoding="utf-8").strip().removeprefix("HTTPS_PROXY=")
+    return ""
+
+
 def network_faults(server: str, port: int) -> list[str]:
     """Name, connection, certificate, and clock: what a SuperNode needs, over the proxy where one is set."""
-    proxy = urllib.parse.urlsplit(PROXY if "//" in PROXY else f"http://{PROXY}") if PROXY else None
+    named = proxy_setting()
+    proxy = urllib.parse.urlsplit(named if "//" in named else f"http://{named}") if named else None
     host, through = (proxy.hostname, proxy.port or 80) if proxy else (server, port)
     try:
         socket.getaddrinfo(host, through)
@@ -247,9 +264,9 @@ def install(settings: dict) -> None:
         make_folder(DATA / name, "panfm", "panfm", 0o700)
     for name in ("site.toml", "manifest.csv"):
         if not (DATA / "site" / name).exists():
-            put(kit / name, DATA / "site" / name, "panfm", 0o600)
+            put((kit / name).read_bytes(), DATA / "site" / name, "panfm", 0o600)
     make_folder(CONFIG, "root", "flower", 0o750)
-    put(kit / "ca.crt", CONFIG / "ca.crt", "flower", 0o440)
+    put((kit / "ca.crt").read_bytes(), CONFIG / "ca.crt", "flower", 0o440)
     if not (CONFIG / settings["hospital"]).exists():
         make_key(settings["hospital"])
     install_units(kit)
@@ -310,13 +327,13 @@ def make_folder(path: Path, owner: str, group: str, mode: int) -> None:
     path.chmod(mode)
 
 
-def put(source: Path, target: Path, group: str, mode: int) -> None:
-    """Write a file of the kit in one step; in /srv/panfm it belongs to its group's account, elsewhere to root."""
+def put(content: bytes, target: Path, group: str, mode: int) -> None:
+    """Write a file in one step; in /srv/panfm it belongs to its group's account, elsewhere to root."""
     partial = target.with_name(f".{target.name}.new")
     partial.unlink(missing_ok=True)
     # The folder may belong to another account: no link in it is followed, and what is opened here is new.
     with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600), "wb") as file:
-        file.write(source.read_bytes())
+        file.write(content)
         os.fchown(file.fileno(), pwd.getpwnam(group if DATA in target.parents else "root").pw_uid, gid_of(group))
         os.fchmod(file.fileno(), mode)
     partial.rename(target)
@@ -354,22 +371,42 @@ def renew_key(hospital: str) -> None:
 
 
 def install_units(kit: Path) -> None:
-    """Install the units and the rules of isolation, and start them."""
+    """Install the units and the rules of isolation, start them, and see that they stay."""
     for rules in sorted((kit / "units").glob("*.nft")):
         make_folder(RULES, "root", "root", 0o755)
-        put(rules, RULES / rules.name, "root", 0o644)
+        put(rules.read_bytes(), RULES / rules.name, "root", 0o644)
     for unit in sorted((kit / "units").glob("*.service")):
-        put(unit, UNITS / unit.name, "root", 0o644)
-    if PROXY:
-        drop_in = UNITS / "panfm-supernode.service.d"
-        make_folder(drop_in, "root", "root", 0o755)
-        (drop_in / "proxy.conf").write_text(f"[Service]\nEnvironmentFile={CONFIG}/proxy.env\n", encoding="utf-8")
-        (CONFIG / "proxy.env").touch(mode=0o600)  # it may hold a password
-        (CONFIG / "proxy.env").write_text(f"HTTPS_PROXY={PROXY}\n", encoding="utf-8")
+        put(unit.read_bytes(), UNITS / unit.name, "root", 0o644)
+    set_proxy(proxy_setting())
     run("systemctl", "daemon-reload")
-    services = ("panfm-isolation@site.service", "panfm-worker.service", "panfm-supernode.service")
-    run("systemctl", "enable", "--now", *services)
+    run("systemctl", "enable", "--now", *SERVICES)
     run("systemctl", "restart", "panfm-worker.service", "panfm-supernode.service")
+    watch_services()
+
+
+def set_proxy(proxy: str) -> None:
+    """Let the SuperNode use a proxy, or none."""
+    drop_in = UNITS / "panfm-supernode.service.d"
+    if not proxy:
+        (drop_in / "proxy.conf").unlink(missing_ok=True)
+        return
+    put(f"HTTPS_PROXY={proxy}\n".encode(), CONFIG / "proxy.env", "root", 0o600)  # it may hold a password
+    make_folder(drop_in, "root", "root", 0o755)
+    put(f"[Service]\nEnvironmentFile={CONFIG}/proxy.env\n".encode(), drop_in / "proxy.conf", "root", 0o644)
+
+
+def watch_services() -> None:
+    """Raise RuntimeError if a unit does not stay; a SuperNode is started again until the coordinator lets it in."""
+    deadline = time.monotonic() + SETTLE_S
+    while True:
+        for name in SERVICES:
+            done = subprocess.run(["systemctl", "is-active", name], capture_output=True, text=True, check=False)
+            state = done.stdout.strip() or "unknown"
+            if state not in ({"active", "activating"} if name == SERVICES[-1] else {"active"}):
+                raise RuntimeError(f"{name}: found {state}, expected active; `journalctl -u {name}` tells why")
+        if time.monotonic() > deadline:
+            return
+        time.sleep(1)
 
 
 def run(*words: str, cwd: Path | None = None) -> None:

@@ -117,7 +117,8 @@ def test_install_finds_every_file_that_is_not_the_kits(tmp_path):
     (tmp_path / "units" / "more.service").touch()
     found = [line.removeprefix(f"{tmp_path}/") for line in altered(tmp_path)]
     assert found == [
-        "units/more.service: is not a file of this kit",
+        "units: is not of this kit; unpack it in an empty folder",
+        "units/more.service: is not of this kit; unpack it in an empty folder",
         "changed: its SHA-256 is not the one in SHA256SUMS",
         "gone: missing",
         "link: missing",
