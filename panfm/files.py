@@ -50,9 +50,9 @@ def open_atomic(path: Path, *, mode: int = 0o666) -> Iterator[IO[bytes]]:
     _sync_folder(path.parent)
 
 
-def write_atomic(path: Path, content: bytes) -> None:
+def write_atomic(path: Path, content: bytes, *, mode: int = 0o666) -> None:
     """Write a whole file; see `open_atomic`."""
-    with open_atomic(path) as file:
+    with open_atomic(path, mode=mode) as file:
         file.write(content)
 
 
@@ -120,10 +120,10 @@ class FileStamp:
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_ctime_ns)
 
 
-def write_checked(path: Path, content: bytes) -> str:
+def write_checked(path: Path, content: bytes, *, mode: int = 0o666) -> str:
     """Write `content` atomically behind its SHA-256; returns the hex digest."""
     digest = hashlib.sha256(content).hexdigest()
-    write_atomic(path, digest.encode() + content)
+    write_atomic(path, digest.encode() + content, mode=mode)
     return digest
 
 

@@ -1,5 +1,6 @@
 """ServerApp: reads the run config, opens the run folder, runs the federation."""
 
+from contextlib import ExitStack
 from pathlib import Path
 
 from flwr.app import Context
@@ -13,7 +14,7 @@ from server.alerts import alerted, watched_certificates
 from server.json_log import progress_of_environment
 from server.retrying_grid import RetryingGrid
 from server.rounds import run_federation
-from server.run_folder import RunFolder, default_path
+from server.run_folder import RunFolder, default_path, early_end_noted
 from server.run_watch import watched
 from server.tracking import refresh_page
 
@@ -30,18 +31,16 @@ def main(grid: Grid, context: Context) -> None:
     words = {key: str(value) for key, value in context.run_config.items()}
     sites = words.get("sites", "")
     num_sites = len(site_folders(Path(sites))) if sites else None
-    folder = open_folder(words)
-    try:
-        with (
-            alerted(folder.path, folder.run.name, folder.events),
-            folder.at_work(),
-            watched(folder.path, folder.events, watched_certificates(folder.path)),
-        ):
-            if num_sites is None:
-                grid = RetryingGrid(grid, folder.run.federation.wait_for_quorum_s)
-            run_federation(grid, folder, progress, num_sites=num_sites)
-    finally:
-        refresh_page(folder.path)
+    with ExitStack() as stack:
+        with early_end_noted(words.get("resume")):
+            folder = open_folder(words)
+            stack.callback(refresh_page, folder.path)
+            stack.enter_context(alerted(folder.path, folder.run.name, folder.events))
+        stack.enter_context(folder.at_work())
+        stack.enter_context(watched(folder.path, folder.events, watched_certificates(folder.path)))
+        if num_sites is None:
+            grid = RetryingGrid(grid, folder.run.federation.wait_for_quorum_s)
+        run_federation(grid, folder, progress, num_sites=num_sites)
 
 
 def open_folder(words: dict[str, str]) -> RunFolder:

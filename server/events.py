@@ -8,14 +8,16 @@
     words      one line for people
     details    further values by name
 
-A state is noted when it begins and when it is over, not once more for each round that it lasts: `left-out` and `away`
-until `back`, `waiting` until `quorum`; `disk` and `certificate` while the level stays the same. So one line is one
-event, also over a resume, and everything that tells people of events (alerts.py, metrics.py) reads them here.
+A state is noted when it begins and when it is over, not once more for each round that it lasts: `left-out` (once for
+each reason, numbers aside) and `away` until `back`, `waiting` until `quorum`; `disk` and `certificate` while the level
+stays the same. So one line is one event, also over a resume, and everything that tells people of events (alerts.py,
+metrics.py) reads them here.
 """
 
 import errno
 import json
 import logging
+import re
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -59,8 +61,8 @@ class EventLog:
         self.run_id: str | None = None
         self.round_number = 0
         self.last: EventKind | None = None
-        self._lasting: dict[str | None, EventKind] = {}
-        """Site that is left out or away, or None for a run that waits -> the state."""
+        self._lasting: dict[str | None, tuple[EventKind, str]] = {}
+        """Site that is left out or away, or None for a run that waits -> the state, and why a site is left out."""
         self._levels: dict[tuple[EventKind, str | None, str], Any] = {}
         self._unwritten: list[Event] = []
         self._has_begun = False
@@ -94,7 +96,8 @@ class EventLog:
     ) -> None:
         """Add an event, unless it is a state that lasts already, or the end of one that had not begun."""
         with self._lock:
-            if (kind in _LASTING and self._lasting.get(site) == kind) or (kind in _OVER and site not in self._lasting):
+            is_known = kind in _LASTING and self._lasting.get(site) == _state(kind, words)
+            if is_known or (kind in _OVER and site not in self._lasting):
                 return
             if round_number is not None:
                 self.round_number = round_number
@@ -143,7 +146,8 @@ class EventLog:
             self.note(kind, words, site=site, of=of, level=level)
 
     def note_round(self, line: Mapping[str, Any]) -> None:
-        """Add what a round tells of its sites: who was left out, is away, came back, or moved to another node.
+        """Add what a round tells of its sites: who was left out, is away, came back, or moved to another node. A round
+        that does not count is not done.
 
         Args:
             line: Of rounds.jsonl.
@@ -160,6 +164,7 @@ class EventLog:
         out = {*line["rejected"], *line.get("away", {})}
         for node in [site for site in self._lasting if site and site.startswith("node ") and site not in out]:
             self.note(EventKind.BACK, "has joined or is gone", site=node, round_number=number)
+        self.round_number = number if line.get("counts", True) else number - 1
 
     def _note_missed(self, end: EventKind, words: str) -> None:
         if self._has_begun and self.last not in ENDS:
@@ -170,7 +175,7 @@ class EventLog:
         self._has_begun = True
         self.run_id, self.round_number, self.last = event.run, event.round, event.kind
         if event.kind in _LASTING:
-            self._lasting[event.site] = event.kind
+            self._lasting[event.site] = _state(event.kind, event.words)
         elif event.kind in _OVER:
             self._lasting.pop(event.site, None)
         if "level" in event.details:
@@ -183,6 +188,11 @@ class EventLog:
             logger.warning("%s: cannot be written (%s)", self.path.name, error.strerror)
             return
         self._unwritten.clear()
+
+
+def _state(kind: EventKind, words: str) -> tuple[EventKind, str]:
+    """A state that lasts; a site that is left out for another reason, numbers aside, is in another one."""
+    return kind, re.sub(r"\d+", "0", one_line(words)) if kind is EventKind.LEFT_OUT else ""
 
 
 def append_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:

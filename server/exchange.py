@@ -60,7 +60,6 @@ class Exchange:
     Replies are fetched one at a time, so that only one is in memory. A failure is put down to the node that was asked
     (Flower's own error replies name another), by the id of the message. A question that the SuperLink has lost, or
     whose reply it has, is asked again while there is time; a site that gets it twice gives the same answer twice.
-    Questions that cost privacy are sent once (`may_repeat`).
     """
 
     def __init__(
@@ -69,13 +68,11 @@ class Exchange:
         messages: Iterable[Message],
         timeout_s: float,
         *,
-        may_repeat: bool = True,
         on_change: Callable[["Exchange"], None] = lambda _: None,
     ) -> None:
         """Send the messages.
 
         Args:
-            may_repeat: A question that failed on the way is asked again; not where each answer costs privacy.
             on_change: Called when all are sent, and whenever a node has answered or failed.
         """
         self.failed: dict[int, str] = {}
@@ -91,7 +88,6 @@ class Exchange:
         self.start = time.monotonic()
         self._waiting: dict[str, Message] = {}
         self._repeats: Counter[int] = Counter()
-        self._most_repeats = _PUSHES - 1 if may_repeat else 0
         self._on_change = on_change
         for message in messages:
             self._push(message)
@@ -152,7 +148,7 @@ class Exchange:
 
     def _may_repeat(self, node_id: int) -> bool:
         self._repeats[node_id] += 1
-        return self._elapsed() < self._timeout_s and self._repeats[node_id] <= self._most_repeats
+        return self._elapsed() < self._timeout_s and self._repeats[node_id] < _PUSHES
 
     def _push(self, message: Message) -> None:
         """One at a time: arrays that an earlier message carried are not sent again.
@@ -164,10 +160,7 @@ class Exchange:
         for attempt in range(1, _PUSHES + 1):
             try:
                 message_id = next(iter(self._grid.push_messages([message])), None)
-            except Exception as error:
-                if not self._most_repeats:
-                    self.failed[node_id] = f"sending failed ({type(error).__name__}), and it may have been asked"
-                    return
+            except Exception:
                 if attempt == _PUSHES:
                     raise
                 logger.warning("node %s: sending failed, trying again", node_id, exc_info=True)

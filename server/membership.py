@@ -29,6 +29,7 @@ from panfm.sharing.messages import Handshake
 from server.exchange import Exchange
 from server.handshake import Attendance, describe_nodes, invite, read_handshake
 from server.ping import Pings
+from server.quorum import is_final
 
 logger = logging.getLogger(__name__)
 _SILENT_AFTER = 2
@@ -76,6 +77,8 @@ class Membership:
         """Node that answered in the name of a site whose own node has only just gone offline -> its handshake."""
         self._refused: dict[int, str] = {}
         """Node id -> why it cannot join."""
+        self._unfit: set[int] = set()
+        """Node ids among them whose answer to an invitation, or refusal, will be the same the next time."""
         self._missed: dict[str, list[int]] = {}
         """Site -> rounds in a row in which it let the deadline pass."""
         self._silent: set[int] = set()
@@ -111,6 +114,10 @@ class Membership:
                 self._note_no_ping(round_number, node_id, reason)
             self._present(round_number)  # which invites them
         return {node_id: known for node_id, known in chosen.items() if node_id not in unanswered}
+
+    def num_candidates(self) -> int:
+        """How many nodes are online that may still join: invited and without an answer, or with one that can heal."""
+        return len(set(self._grid.get_node_ids()) - set(self.attendance.roster) - self._unfit)
 
     def note_heard(self, exchange: Exchange) -> None:
         """Note which sites answered an exchange: they need no ping for a while."""
@@ -210,8 +217,10 @@ class Membership:
                     self._admit(node_id, handshake, online)
                 for reason in [*answer.failed, *answer.misfits]:
                     self._refuse(node_id, reason.removeprefix(f"{self._called(node_id)}: "))
+                    self._unfit.add(node_id)
             for node_id, reason in exchange.failed.items():
                 self._refuse(node_id, reason)
+                self._unfit |= {node_id} if is_final(reason) else set()
             self._pings.note_heard(exchange)
             self._unanswered |= set(exchange.failed) | (set() if exchange.is_waiting else exchange.waiting_for)
             exchange.failed.clear()
@@ -247,6 +256,7 @@ class Membership:
         self._silent -= {node_id, *namesakes}
         self._no_ping.pop(handshake.site, None)
         self._refused.pop(node_id, None)
+        self._unfit.discard(node_id)
         everyone = {other: known for other, known in roster.items() if other not in namesakes} | {node_id: handshake}
         if everyone != roster:
             self.attendance.roster = dict(sorted(everyone.items(), key=lambda entry: entry[1].site))

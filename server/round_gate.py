@@ -49,7 +49,7 @@ class RoundGate:
     frozen: Mapping[str, Flat]
     embedding_size: int
     at_least: int = 0
-    """So many sites must measure the start, unless the others have refused for good."""
+    """So many sites must measure a model, unless the others have refused for good."""
     watch: Watch = unwatched
 
     def start(self, state: ServerState, roster: Mapping[int, Handshake]) -> ServerState:
@@ -76,10 +76,13 @@ class RoundGate:
         Args:
             before: State before the round, with the measure of its model.
             after: State after it.
+        Raises:
+            NoQuorumError: too few answer.
         """
         kept = before.measure
         assert kept is not None
         contributions, answers = self._ask(after, roster)
+        require_answers(answers, self.at_least, f"gate after round {after.round_number}")
         contributions = {site: given for site, given in contributions.items() if site in kept.patients}
         missing = [site for site, patients in kept.patients.items() if _of(contributions, site) != patients]
         value = math.nan if missing else self._value(contributions)

@@ -96,10 +96,13 @@ def run_federation(grid: Grid, folder: RunFolder, progress: Progress, *, num_sit
                 state, line = wait.until_quorum(f"round {before.round_number + 1}", attempt)
             except NoQuorumError as error:
                 if error.line:
-                    _note_round(folder, tracking, costs, dict(error.line))
+                    line = {**error.line, "counts": False, "epsilon": costs.after(error.line["asked"])}
+                    folder.append_round(line)
+                    folder.events.note_round(line)
                 raise
             if gate:
-                state, line["gate"] = gate.decide(before, state, strategy.roster)
+                decide = partial(gate.decide, before, state, strategy.roster)
+                state, line["gate"] = wait.until_quorum(f"gate after round {state.round_number}", decide)
                 strategy.memory = state.memory
             _note_round(folder, tracking, costs, line)
             folder.save_state(state)
@@ -117,7 +120,7 @@ def run_federation(grid: Grid, folder: RunFolder, progress: Progress, *, num_sit
 
 
 def _note_round(folder: RunFolder, tracking: Tracking, costs: PlannedCosts, line: dict[str, Any]) -> None:
-    """Write down and show a round that has ended."""
+    """Write down and show a round that is done."""
     line["epsilon"] = costs.after(line["asked"])
     folder.append_round(line)
     folder.events.note_round(line)

@@ -22,7 +22,7 @@ flower.json        where Flower runs it (server/coordinator.py)
 """
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
@@ -207,12 +207,8 @@ class RunFolder:
             (self.path / ENDED).unlink(missing_ok=True)
             try:
                 yield
-            except PanfmError as error:
-                self.note_end(str(error), can_heal=_can_heal(error))
-                raise
             except Exception as error:
-                words = f"internal error ({type(error).__name__}); the server's log tells more"
-                self.note_end(words, can_heal=True)
+                self.note_end(**_end(error))
                 raise
 
     def note_end(self, reason: str, *, state: str = "failed", can_heal: bool = False) -> None:
@@ -222,10 +218,7 @@ class RunFolder:
         Args:
             can_heal: The run may get further if it is resumed as it is.
         """
-        with suppress(PanfmError):
-            self.events.note(EventKind(state), reason)
-        with suppress(OSError):
-            write_json(self.path / ENDED, {"state": state, "reason": reason, "can-heal": can_heal}, indent=2)
+        _note_end(self.path, lambda: self.events, reason, state, can_heal)
 
     def describe(self) -> None:
         """Write the description anew, for a run that has begun. Raises RunError as `save_state` does."""
@@ -349,6 +342,36 @@ def with_start(run: RunConfig) -> tuple[RunConfig, bytes | None]:
         return run, None
     weights = read_start(run)
     return with_start_parameters(run, weights), weights
+
+
+@contextmanager
+def early_end_noted(resumed: str | None) -> Iterator[None]:
+    """Write down, as `RunFolder.note_end`, why a run could not be opened or its alerts not begun.
+
+    Args:
+        resumed: Folder of the run; None: one that is yet to be made, of which there is nothing to tell.
+    """
+    try:
+        yield
+    except Exception as error:
+        if resumed and (path := Path(resumed)).is_dir():
+            with suppress(OSError), locked(path / LOCK, wait_s=0.0):  # another process at work there tells its own end
+                _note_end(path, lambda: EventLog(path), state="failed", **_end(error))
+        raise
+
+
+def _note_end(path: Path, events: Callable[[], EventLog], reason: str, state: str, can_heal: bool) -> None:
+    with suppress(PanfmError):
+        events().note(EventKind(state), reason)
+    with suppress(OSError):
+        write_json(path / ENDED, {"state": state, "reason": reason, "can-heal": can_heal}, indent=2)
+
+
+def _end(error: Exception) -> dict[str, Any]:
+    """Why an error ends a run, and whether it can heal."""
+    if isinstance(error, PanfmError):
+        return {"reason": str(error), "can_heal": _can_heal(error)}
+    return {"reason": f"internal error ({type(error).__name__}); the server's log tells more", "can_heal": True}
 
 
 @contextmanager

@@ -77,6 +77,7 @@ def message_line(line: Entry) -> str:
     )
     summed += "".join(f"; {stream}" for stream in line.get("summed", {}).get("streams", ()))
     asked += f", sums for {line['summed']['purpose']}{summed}" if "summed" in line else ""
+    asked += ", repeated" if "repeat" in line else ""
     message = f"{line['kind']}{asked}: {line['bytes']} bytes, sha256 {line['sha256'][:16]}"
     return f"{line['time']} {message}; {groups}{numbers}{experiment}{privacy}{spent}"
 

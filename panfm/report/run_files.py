@@ -43,6 +43,7 @@ class _RoundLine(BaseModel):
     """Values of one round that a report shows."""
 
     round: Count
+    counts: bool = True
     seconds: Number | None = None
     loss: Number | None = None
     asked: list[str] = []
@@ -80,7 +81,7 @@ class Run:
     folder: Path
     config: RunConfig
     rounds: tuple[Mapping[str, Any], ...]
-    """Lines of rounds.jsonl, by round; none before the first round ends."""
+    """Lines of rounds.jsonl, by round, of rounds that count; none before the first round ends."""
     sites: Mapping[str, Mapping[str, Any]]
     """Site -> subjects and streams (stream -> subjects), from the handshakes."""
     probe: ProbeResult | None
@@ -102,6 +103,8 @@ class Run:
 
     events: tuple[Event, ...] = ()
     """The history of the run, oldest first."""
+    uncounted: Mapping[str, Any] = field(default_factory=dict)
+    """Line of the round in which the run ended for want of a quorum, if it did."""
 
     @property
     def is_finished(self) -> bool:
@@ -152,10 +155,12 @@ def read_run(folder: Path) -> Run:
     told, ended = _read_sites(folder / "sites.json"), _read_json(folder / "ended.json")
     probe = read_result(folder / "probe.json") if (folder / "probe.json").exists() else None
     is_at_work = is_locked(folder / ".lock")
+    rounds = _read_rounds(folder / "rounds.jsonl")
+    uncounted = rounds.pop() if rounds and not rounds[-1].get("counts", True) else {}
     return Run(
         folder,
         config,
-        _read_rounds(folder / "rounds.jsonl"),
+        tuple(rounds),
         {site: holdings.model_dump() for site, holdings in told.sites.items()},
         probe,
         _read_json(_metadata(folder)),
@@ -166,6 +171,7 @@ def read_run(folder: Path) -> Run:
         progress=read_progress(folder) if is_at_work else None,
         data=read_report_data(folder),
         events=tuple(read_events(folder)),
+        uncounted=uncounted,
     )
 
 
@@ -181,9 +187,9 @@ def _metadata(folder: Path) -> Path:
     return folder / "model" / "metadata.json"
 
 
-def _read_rounds(path: Path) -> tuple[Mapping[str, Any], ...]:
+def _read_rounds(path: Path) -> list[Mapping[str, Any]]:
     rounds = {line["round"]: line for line in read_json_lines(path, _round_line)}
-    return tuple(rounds[number] for number in sorted(rounds))
+    return [rounds[number] for number in sorted(rounds)]
 
 
 def _round_line(text: bytes) -> dict[str, Any]:

@@ -50,9 +50,14 @@ class StreamStatus:
 
 def site_statuses(run: Run) -> list[SiteStatus]:
     """All sites, and nodes that ask to join, by name."""
-    last = run.rounds[-1] if run.rounds else {}
+    last = _last_line(run)
     names = dict.fromkeys([*run.site_names, *last.get("away", {}), *last.get("rejected", {})])
     return [_site_status(run, site, last) for site in sorted(names)]
+
+
+def _last_line(run: Run) -> Mapping[str, Any]:
+    """Line of the last round, also if it did not count; empty before the first."""
+    return run.uncounted or (run.rounds[-1] if run.rounds else {})
 
 
 def stream_statuses(run: Run) -> list[StreamStatus]:
@@ -74,7 +79,7 @@ def stream_statuses(run: Run) -> list[StreamStatus]:
 def left_out(run: Run, most: int = 30) -> list[tuple[str, str, str]]:
     """Sites that were left out or moved to another node: in which rounds and why, the latest first."""
     rounds: dict[tuple[str, str], list[int]] = {}
-    for line in run.rounds:
+    for line in [*run.rounds, *([run.uncounted] if run.uncounted else [])]:
         for site, reason in (item for key in ("rejected", "away", "moved") for item in line.get(key, {}).items()):
             rounds.setdefault((site, reason), []).append(line["round"])
     latest = sorted(rounds.items(), key=lambda entry: entry[1][-1], reverse=True)[:most]

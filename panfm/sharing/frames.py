@@ -94,6 +94,12 @@ def decode(words: bytes | bytearray, body: bytes | bytearray) -> Frame:
     return _join(_parse(words), body)
 
 
+def decode_whole(content: bytes) -> Frame:
+    """Read what `encode` wrote. Raises ProtocolError as `decode`."""
+    start = _HEADER.size + _HEADER.unpack_from(content)[1]
+    return decode(content[_HEADER.size : start], content[start:])
+
+
 def _parse(text: bytes | bytearray) -> dict[str, Any]:
     """Words of a frame, checked; its list of arrays is not. Raises ProtocolError if they are none."""
     try:

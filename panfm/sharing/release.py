@@ -63,6 +63,8 @@ class RoundResult:
     validation_loss: float | None
     num_skipped: int | None
     saliency: Mapping[str, float]
+    is_repeat: bool = False
+    """Whether the same question has had this result before, which was paid for then."""
 
 
 def check_may_take_part(may_leave: Collection[Releasable]) -> None:

@@ -7,6 +7,7 @@
     privacy                    what the run that the question names may say of its patients' privacy; none without one
     epsilon                    what this and all private rounds before have spent on these patients; null if not private
     summed                     of sums over patients: their purpose, and each task's columns of labels, or the streams
+    repeat                     true: a private reply that was kept, and is paid for; none in all other lines
     bytes, sha256              of the message as it left
     anchored                   true: there was an anchor; none in logs of older versions, which get one at the next line
     chain                      SHA-256 of the line before's chain and of this line
@@ -54,6 +55,7 @@ class AuditLog:
         privacy: str = "none",
         epsilon: float | None = None,
         summed: Mapping[str, Any] | None = None,
+        is_repeat: bool = False,
     ) -> None:
         """Add a message that is about to leave.
 
@@ -73,7 +75,8 @@ class AuditLog:
                     logger.warning("%s: gets an anchor for %d bytes", self.path, self._position.size)
                 self.chain.write_anchor(self._position.end)
             line = _describe(frame, content) | {"experiment": experiment, "privacy": privacy, "epsilon": epsilon}
-            line |= {"anchored": True} | ({"summed": summed} if summed else {})
+            more = {"summed": summed, "repeat": is_repeat}
+            line |= {"anchored": True} | {name: value for name, value in more.items() if value}
             _, self._position = self.chain.append(file, self._position, line)
 
     def lines(self) -> Iterator[Entry]:
@@ -105,7 +108,7 @@ class AuditLog:
         count, epsilon = 0, None
         for line in self.lines():
             is_round = line.get("kind") == Kind.ANSWER and line.get("round") is not None
-            count += is_round and line.get("privacy", "none") != "none"
+            count += is_round and line.get("privacy", "none") != "none" and "repeat" not in line
             epsilon = epsilon if line.get("epsilon") is None else line["epsilon"]
         return AnsweredRounds(count, epsilon)
 

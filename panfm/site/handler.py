@@ -63,7 +63,7 @@ def answer(site: Site, question: Frame) -> Frame:
         return Frame(Kind.ANSWER, records)
     except (Exception, SystemExit) as error:
         logger.exception("%s: answered with an error", question.kind)
-        site.summed = None  # sums that were computed stay
+        site.summed, site.is_repeat = None, False  # sums and replies stay
         site.log_error(error)
         return Frame.error(f"site {site.config.name}: {scrub(error)}")
 

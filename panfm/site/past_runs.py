@@ -5,7 +5,7 @@ from pathlib import Path
 
 from panfm.config.site_description import LimitsConfig
 from panfm.files import RoundFiles
-from panfm.site.state import ASKED, FROZEN, RUNS, is_ended, read_asked
+from panfm.site.state import ASKED, FROZEN, REPLY, RUNS, is_ended, read_asked
 
 
 def states_of_past_runs(state_dir: Path, limits: LimitsConfig) -> list[Path]:
@@ -20,5 +20,5 @@ def states_of_past_runs(state_dir: Path, limits: LimitsConfig) -> list[Path]:
         if is_ended(folder) or (asked is not None and asked.is_finished and is_quiet):
             states = RoundFiles(folder)
             paths += [states.path(number) for number in states.rounds()]
-            paths += [path for path in (folder / FROZEN,) if path.exists()]
+            paths += [path for path in (folder / FROZEN, folder / REPLY) if path.exists()]
     return paths

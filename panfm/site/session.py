@@ -87,11 +87,17 @@ class Session:
         self.load_global(task, state_round)
         digest = question_digest(dump_toml(self.run), task, self._global, states.digest(state_round))
         note_question(states, self.run.train.rounds, task.round_number, digest)
+        if self.budget:
+            from panfm.site.kept_reply import keep_reply, kept_reply, reply_key  # only private runs need it
+
+            if repeat := kept_reply(states, key := reply_key(task, digest, self.origin.patients)):
+                self.budget.check_paid(self.run, task)
+                return repeat
         result = self._train(task)
         updates = self._updates(self.floors.withheld(self.manifest, result))
         self.trainer.holds = (self._mine, states.save(task.round_number, self._private_state()))
         quiet = self.run.patient_dp or self.run.site_dp
-        return RoundResult(
+        released = RoundResult(
             state_round=state_round,
             updates=updates,
             weights=self._weights(result),
@@ -100,6 +106,9 @@ class Session:
             num_skipped=None if quiet else result.num_skipped,
             saliency={} if self.run.site_dp else self._saliency(result),
         )
+        if self.budget:
+            keep_reply(states, task, key, released)
+        return released
 
     def _train(self, task: RoundTask) -> TrainResult:
         train, indices = self.run.train, self.store.indices("train")

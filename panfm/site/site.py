@@ -63,7 +63,7 @@ class Site:
 
     Guarantees:
         repeatable: the same task gives the same reply, however often it is asked, in whichever process. In a private
-            run every answer draws new noise instead, and is paid for.
+            run, whose answers draw noise and are paid for, the last reply is kept and repeated.
         own limits: what `site.toml` does not allow to leave is in no reply.
     """
 
@@ -87,6 +87,8 @@ class Site:
         self._needs_approval = needs_approval
         self.summed: dict[str, Any] | None = None
         """Purpose, and labels or streams, of the sums in the current answer; None if it holds no sums."""
+        self.is_repeat = False
+        """Whether the current answer is a private reply that the same question has had before."""
         self._warm: tuple[str, Session] | None = None
 
     def refresh(self) -> None:
@@ -159,6 +161,7 @@ class Site:
         """
         session, states = self._opened(task, asked_round=(task.run_id, task.round_number))
         result = session.train_round(task, states)
+        self.is_repeat = result.is_repeat
         return build_reply(task, result, may_leave=self.config.limits.may_leave)
 
     def give_sums(self, question: Records) -> Records:
@@ -267,7 +270,7 @@ class Site:
 
     def _session(self, run_toml: str, asked_round: tuple[str, int] | None = None) -> Session:
         """The warm session of a run description, or a new one in its place, if the operator has approved the run."""
-        self.asked_run = self.summed = None
+        self.asked_run, self.summed, self.is_repeat = None, None, False
         run = self.asked_run = read_run(run_toml)
         self._asked_round = asked_round
         self._check_approved(run)

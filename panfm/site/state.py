@@ -3,6 +3,7 @@
     <folder>/runs/<run id>/round-000007.state     private state after round 7, checksummed
     <folder>/runs/<run id>/frozen.safetensors     shared parameters that the run does not train, checksummed
     <folder>/runs/<run id>/asked.json             digests of the questions, by round; on disk before one is worked on
+    <folder>/runs/<run id>/reply.kept             the last private reply (kept_reply.py)
     <folder>/runs/<run id>/ended                  the operator has ended the run
 
 A round starts from the newest state of an earlier round, so a repeated round starts where it started the first time. It
@@ -43,6 +44,7 @@ RUNS = "runs"
 ASKED = "asked.json"
 _ENDED = "ended"
 FROZEN = "frozen.safetensors"
+REPLY = "reply.kept"
 _ORIGIN = "origin"
 _SIZE_BYTES = 8
 """A safetensors file starts with the length of its header."""
@@ -245,6 +247,7 @@ def end_run(state_dir: Path, run_id: str) -> None:
     if not (folder / ASKED).exists():
         raise DataError(f"{folder.parent}: run {run_id} has asked for no round here, see: panfm site status")
     write_atomic(folder / _ENDED, b"")
+    (folder / REPLY).unlink(missing_ok=True)
 
 
 def make_room(run_folder: Path, kept_bytes: int, limits: LimitsConfig) -> None:

@@ -98,6 +98,7 @@ class Worker:
             privacy=self.site.privacy,
             epsilon=spent,
             summed=summed,
+            is_repeat=self.site.is_repeat,
         )
         return content
 
@@ -117,6 +118,7 @@ def load_libraries(limits: LimitsConfig) -> None:
 
     if limits.epsilon is not None:
         import panfm.privacy.private_step
+        import panfm.site.kept_reply
         import panfm.site.patient_budget
     if {Releasable.LABEL_SUMS, Releasable.INPUT_SUMS} & {*limits.may_leave}:
         import panfm.site.sums_answer

@@ -11,11 +11,14 @@ from client.app import app as client_app
 from panfm.errors import RunError
 from panfm.privacy.ledger import FILE
 from panfm.report.run_events import EventKind, read_events
+from panfm.report.run_files import read_run
 from panfm.report.run_progress import read_progress
+from panfm.report.status import left_out
 from server.app import app as server_app
+from server.metrics import metrics_text
 from server.run_folder import RunFolder
 from simulations.engines.local import LocalGrid
-from tests.federation.conftest import SUMMED
+from tests.federation.conftest import GATED, SUMMED, TASKS
 
 ALPHA, BETA, GAMMA = 2, 3, 4
 NODES = {ALPHA: "alpha", BETA: "beta", GAMMA: "gamma"}
@@ -241,26 +244,55 @@ def test_a_site_that_does_not_answer_a_ping_holds_up_no_round(federation, clock)
 
 @pytest.mark.slow
 def test_a_private_round_that_is_asked_again_is_paid_for_once(federation, clock):
-    """The sites that had answered are not asked again: their first replies count."""
-    job, grid = start(federation, clock, "private", gamma("away", attempts=2), *PRIVATE)
+    """Gamma's replies to two attempts come late: all three sites repeat the reply that they have paid for."""
+    job, grid = start(federation, clock, "private", gamma("late", attempts=2), *PRIVATE)
     assert [sorted(line["sites"]) for line in lines(job)] == [sorted(NODES.values())] * 2
-    for site in ("alpha", "beta"):
+    for site in NODES.values():
         entries = (federation.sites / site / ".panfm" / "ledger" / FILE).read_text().splitlines()
         assert [json.loads(entry)["kind"] for entry in entries] == ["opened", "round", "round"], site
-    assert grid.asked["train", "2", ALPHA] == 1
-    assert grid.asked["train", "2", GAMMA] == 3
+    assert grid.asked["train", "2", ALPHA] == grid.asked["train", "2", GAMMA] == 3
 
 
 @pytest.mark.slow
-def test_a_private_site_that_never_answers_in_time_is_asked_twice_a_round_and_no_more(federation, clock):
-    """It may have paid for each question that it answered late."""
-    asked = []
+def test_a_site_that_may_still_join_takes_the_place_of_one_that_refuses_for_good(federation, clock):
+    """Two of three are enough: beta refuses for good; gamma waits for its operator's approval when round 2 begins."""
 
-    def lost(*key):
-        asked.append(key)
-        return gamma("late", attempts=99)(*key)
+    def lost(kind, group, node, attempt):
+        if (kind, node) == ("query", GAMMA) and attempt <= 4:
+            return PENDING
+        return "site beta: BudgetError: no" if (kind, group, node) == ("train", "2", BETA) else None
 
-    with pytest.raises(RunError, match="gamma did not answer 2 questions and may have paid for each") as told:
-        start(federation, clock, "late", lost, *PRIVATE)
-    assert not told.value.can_heal
-    assert [key[3] for key in asked if key[:3] == ("train", "2", GAMMA)] == [1, 2]
+    job, _ = start(federation, clock, "instead", lost, "federation.min-sites=2")
+    assert [sorted(line["sites"]) for line in lines(job)] == [["alpha", "beta"], ["alpha", "gamma"]]
+    assert lines(job)[1]["rejected"] == {"beta": "BudgetError: no"}
+    [waiting] = [event for event in read_events(job.run_dir) if event.kind == EventKind.WAITING]
+    assert "beta: BudgetError: no" in waiting.words
+
+
+def test_a_round_that_does_not_count_is_not_done(federation, clock):
+    with pytest.raises(RunError, match="gamma: BudgetError: no"):
+        start(federation, clock, "undone", gamma("site gamma: BudgetError: no"))
+    run = read_run(federation.folder / "undone")
+    assert [line["round"] for line in run.rounds] == [1]
+    assert run.uncounted["round"] == 2
+    assert [entry[0] for entry in left_out(run)] == ["gamma"]
+    [done] = [line for line in metrics_text(run).splitlines() if line.startswith("panfm_run_rounds_done{")]
+    assert done.endswith(" 1")
+    assert (run.events[-1].kind, run.events[-1].round) == (EventKind.FAILED, 1)
+
+
+@pytest.mark.slow
+def test_the_gate_waits_for_a_quorum_after_a_round(labelled, clock):
+    """Measures and decisions are those of a run in which nobody was away."""
+
+    def lost(kind, group, node, attempt):
+        return "away" if group == "gate-2" and node in (BETA, GAMMA) and attempt <= 2 else None
+
+    job, grid = start(labelled, clock, "gate", lost, TASKS, GATED)
+    assert grid.asked["evaluate", "gate-2", ALPHA] == 3
+    [waiting] = [event for event in read_events(job.run_dir) if event.kind == EventKind.WAITING]
+    assert waiting.words.startswith("gate after round 1: 1 answers, 3 needed")
+    expected = labelled.run("local", "train.rounds=2", "federation.min-sites=3", TASKS, GATED)
+    told = [{**line["gate"], "seconds": 0} for line in read_run(expected).rounds]
+    assert [{**line["gate"], "seconds": 0} for line in lines(job)] == told
+    assert model(job.run_dir) == model(expected)

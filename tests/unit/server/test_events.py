@@ -4,9 +4,11 @@ from datetime import datetime, timedelta
 
 import numpy as np
 import pytest
+from flwr.app import Context, RecordDict
 
-from panfm.errors import DataError, RunError
+from panfm.errors import DataError, PanfmError, RunError
 from panfm.report.run_events import EventKind, read_events
+from server.app import app
 from server.checkpoint import ServerState
 from server.events import EventLog
 from server.run_folder import RunFolder
@@ -68,7 +70,7 @@ def test_a_state_is_noted_when_it_begins_and_when_it_is_over(tmp_path):
 def test_states_last_over_a_resume(tmp_path):
     log = EventLog(tmp_path)
     log.begin("run", 0)
-    log.note_round(line(1, rejected={"b": "late"}))
+    log.note_round(line(1, rejected={"b": "no reply within 5 s"}))
     log.note(EventKind.WAITING, "1 of 2 sites")
     log.note_level(EventKind.DISK, "low", "1 GiB free", of="/data")
     log.note(EventKind.FAILED, "the disk is full")
@@ -77,7 +79,7 @@ def test_states_last_over_a_resume(tmp_path):
         log.begin("run", 1)
         log.note(EventKind.WAITING, "still")
         log.note_level(EventKind.DISK, "low", "still", of="/data")
-        log.note_round(line(2, rejected={"b": "late again"}))
+        log.note_round(line(2, rejected={"b": "no reply within 6 s"}))
         log.note(EventKind.STOPPED, "by the coordinator")
     log.note(EventKind.QUORUM, "2 of 2 sites")
     log.note(EventKind.QUORUM, "2 of 2 sites")
@@ -144,3 +146,36 @@ def test_failures_and_resumes_of_a_run_stay_in_its_history(tmp_path, make_run):
     assert [event.kind.value for event in events] == ["started", "failed", "resumed", "failed"]
     assert events[1].words == "round 1: 1 good replies"
     assert "secret" not in events[3].words
+
+
+def test_a_site_that_is_left_out_for_another_reason_is_told_of_anew(tmp_path):
+    """Numbers aside: norms and rounds differ each time; also over a resume."""
+    log = EventLog(tmp_path)
+    log.begin("run", 0)
+    for words in ("norm 3.21 is above 2", "norm 4.5 is above 2", "BudgetError: no", "BudgetError: no"):
+        log = EventLog(tmp_path)
+        log.note(EventKind.LEFT_OUT, words, site="alpha")
+    assert [event.words for event in read_events(tmp_path)[1:]] == ["norm 3.21 is above 2", "BudgetError: no"]
+
+
+@pytest.mark.parametrize("fault", ["run.toml", "alerts.toml", "events.jsonl"])
+def test_a_fault_before_the_work_begins_is_written_down(tmp_path, make_run, fault):
+    """So that `keep` gives up and says why, and alerts tell of it."""
+    folder = RunFolder.create(tmp_path / "run", make_run())
+    (folder.path / fault).write_text("no = [\n{}\n")
+    with pytest.raises(PanfmError):
+        app(None, Context(1, 1, {}, RecordDict(), {"resume": str(folder.path)}))
+    ended = json.loads((folder.path / "ended.json").read_text())
+    assert (ended["state"], ended["can-heal"]) == ("failed", False)
+    assert fault in ended["reason"]
+    if fault != "events.jsonl":
+        [event] = read_events(folder.path)
+        assert (event.kind, event.words) == (EventKind.FAILED, ended["reason"])
+
+
+def test_a_second_server_writes_nothing_into_the_folder_of_the_first(tmp_path, make_run, monkeypatch):
+    monkeypatch.setattr("server.run_folder._LOCK_WAIT_S", 0.0)
+    folder = RunFolder.create(tmp_path / "run", make_run())
+    with folder.at_work(), pytest.raises(RunError, match="another process is at work"):
+        app(None, Context(1, 1, {}, RecordDict(), {"resume": str(folder.path)}))
+    assert not (folder.path / "ended.json").exists()

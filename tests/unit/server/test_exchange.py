@@ -174,28 +174,3 @@ def test_a_reply_that_was_lost_with_the_superlink_is_asked_for_again(clock):
     )
     assert [reply.metadata.src_node_id for reply in exchange] == [2]
     assert changes == [{2}, set()]
-
-
-@pytest.mark.parametrize("fault", ["push", "pull"])
-def test_a_question_that_costs_privacy_is_sent_once(clock, fault):
-    """Whatever fails on the way: the site may have been asked, and may have paid."""
-    grid, pushed = FakeGrid(clock, {2: 1.0}), []
-    push = grid.push_messages
-
-    def push_messages(messages):
-        pushed.append(1)
-        if fault == "push":
-            raise OSError("cut off")
-        return push(messages)
-
-    def pull_messages(_):
-        raise ReplyLostError("the SuperLink went away")
-
-    grid.push_messages = push_messages
-    if fault == "pull":
-        grid.pull_messages = pull_messages
-    exchange = Exchange(grid, [Message(RecordDict(), 2, "train")], 60.0, may_repeat=False)
-    assert list(exchange) == []
-    assert len(pushed) == 1
-    assert exchange.failed.keys() == {2}
-    assert exchange.errors == set()

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import stat
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -11,8 +12,9 @@ import pytest
 import tomli_w
 import torch
 
+from panfm.cli.site_lines import message_line
 from panfm.config import dump_toml, experiment_hash, parse_run
-from panfm.errors import BudgetError, ConfigError, LedgerError, ProtocolError
+from panfm.errors import BudgetError, ConfigError, LedgerError, LimitError, ProtocolError
 from panfm.models import build_model
 from panfm.privacy import patient_sums, private_step
 from panfm.privacy.ledger import mechanisms_of
@@ -23,8 +25,10 @@ from panfm.sharing.groups import GroupManifest
 from panfm.sharing.messages import Invitation, RoundReply, RoundTask
 from panfm.sharing.weights import GroupWeights
 from panfm.site import Site, answer
+from panfm.site.audit_log import AuditLog
+from panfm.site.past_runs import states_of_past_runs
 from panfm.site.patient_budget import PatientBudget
-from panfm.site.state import StateStore
+from panfm.site.state import StateStore, end_run
 from tests.conftest import NO_FLOORS
 
 RUN = """
@@ -282,10 +286,100 @@ def test_a_ledger_that_is_gone_stops_the_site(site):
         site.train_round(task(2))
 
 
-def test_a_repeated_round_draws_new_noise(site):
-    first, second = site.train_round(task()), Site(site.folder).train_round(task())
-    assert not np.array_equal(first.updates["backbone"], second.updates["backbone"])
-    assert len(spent(site)) == 3
+def sent(site, asked) -> bytes:
+    """Bytes of the answer to a round."""
+    return encode(answer(site, Frame(Kind.ROUND, asked.to_records())))
+
+
+def test_an_identical_question_has_the_same_bytes_and_is_paid_for_once(site):
+    """Also in another process; the next round is trained from where the first answer ended."""
+    first = sent(site, task())
+    assert sent(site, task()) == sent(Site(site.folder), task()) == first
+    [path] = site.state_dir.glob("runs/*/reply.kept")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert [entry["round"] for entry in spent(site)[1:]] == [1]
+    reply = RoundReply.from_records(_read(sent(site, task(2))).records)
+    assert reply.state_round == 1
+    assert [entry["round"] for entry in spent(site)[1:]] == [1, 2]
+
+
+def test_another_question_for_a_round_is_refused_and_removes_no_reply(site):
+    first = sent(site, task())
+    other = task()
+    changed = RoundTask("run-1", 1, other.run_toml, other.groups, profile={"brain-mr": 1.5, "heart-mr": 0.5})
+    with pytest.raises(ProtocolError, match="asked before with other parameters"):
+        site.train_round(changed)
+    assert sent(site, task()) == first
+
+
+def test_a_reply_that_is_gone_or_of_another_run_is_none(tmp_path, write_site):
+    """Without its own reply a round is trained and paid for again, from the same private state."""
+    site = Site(write_site(tmp_path / "beta", "beta", ("brain", "heart"), extra="[limits]\nruns-at-once = 2\n"))
+    first = sent(site, task())
+    other = sent(site, task(run_id="run-2"))
+    runs = site.state_dir / "runs"
+    (runs / "run-1" / "reply.kept").replace(runs / "run-2" / "reply.kept")
+    again = sent(site, task(run_id="run-2"))
+    assert len({first, other, again}) == 3
+    assert len({sent(site, task()), first}) == 2
+    assert [entry["run"] for entry in spent(site)[1:]] == ["run-1", "run-2", "run-2", "run-1"]
+    epsilons = [entry["epsilon"] for entry in spent(site)[1:]]
+    assert epsilons == sorted(epsilons)
+
+
+def test_the_reply_goes_with_the_next_question_and_with_the_end_of_the_run(site):
+    site.train_round(task())
+    [path] = site.state_dir.glob("runs/*/reply.kept")
+    before, limits = path.read_bytes(), site.config.limits
+    site.train_round(task(2))
+    assert path.read_bytes() != before
+    assert path not in states_of_past_runs(site.state_dir, limits)
+    end_run(site.state_dir, "run-1")
+    assert not path.exists()
+    path.write_bytes(before)
+    assert path in states_of_past_runs(site.state_dir, limits)
+
+
+def test_a_kept_reply_stays_where_the_site_lets_no_more_leave(tmp_path, write_site):
+    """A lower epsilon, a ledger without the round: nothing that is not covered today leaves."""
+    site = Site(write_site(tmp_path / "beta", "beta", ("brain", "heart")))
+    site.train_round(task())
+    before = (site.folder / "site.toml").read_text()
+    limits = NO_FLOORS | {"epsilon": 0.1, "delta": 1e-3, "public-subjects": 40}
+    (site.folder / "site.toml").write_text(tomli_w.dumps({"name": "beta", "limits": limits}))
+    with pytest.raises(BudgetError):
+        Site(site.folder).train_round(task())
+    (site.folder / "site.toml").write_text(before)
+    (site.folder / ".panfm/ledger/ledger.jsonl").unlink()
+    with pytest.raises(LedgerError):
+        site.train_round(task())
+
+
+def test_a_round_that_fails_again_and_again_is_paid_for_three_times_a_day(site, monkeypatch):
+    def dies(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("panfm.site.kept_reply.keep_reply", dies)
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            site.train_round(task())
+    with pytest.raises(LimitError, match="round 1: paid for 3 times within a day"):
+        site.train_round(task())
+    assert len(spent(site)[1:]) == 3
+    monkeypatch.undo()
+    site.train_round(task(2))
+
+
+def test_a_repeat_is_in_the_audit_log_as_one_and_counts_as_no_payment(site):
+    log = AuditLog(site.state_dir)
+    for _ in range(2):
+        frame = answer(site, Frame(Kind.ROUND, task().to_records()))
+        log.append(frame, encode(frame), privacy=site.privacy, epsilon=site.epsilon_spent, is_repeat=site.is_repeat)
+    assert [line.get("repeat", False) for line in log.lines()] == [False, True]
+    assert log.private_rounds().count == 1
+    assert [", repeated" in message_line(line) for line in log.lines()] == [False, True]
+    sent(site, task(2))
+    assert [entry["round"] for entry in spent(site)[1:]] == [1, 2]
 
 
 def test_private_experts_are_trained_by_the_private_step(site):
