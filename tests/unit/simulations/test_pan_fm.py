@@ -1,6 +1,8 @@
 """The study of the Pan-FM paper's baselines: imputation, late fusion and the grid of missing organs by hand."""
 
 import io
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from rich.console import Console
 from panfm.data.store import ImageStore
 from panfm.evaluate.probe_labels import LabelInfo
 from panfm.evaluate.statistics import StatisticsReference, StreamStatistics
+from simulations.cohorts.opened import OpenedCohort
 from simulations.harness import ArmJob, CohortJob, StudyOptions
 from simulations.studies import pan_fm_study as study
 from simulations.studies._missing_organs import PartialModel, ProbeLabels, best_of, mean_of, organ_metrics
@@ -185,7 +188,12 @@ def test_all_trainings_of_a_small_cohort(tmp_path, monkeypatch):
     def small_run(draw, seed, changes=()):
         return described(draw, seed, [*changes, "train.local-steps=2", "train.batch-size=8"])
 
+    def open_with_few_labels(folder, run):
+        opened = OpenedCohort.open(folder, run)
+        return replace(opened, labels={name: opened.labels[name] for name in ("mental", "circulatory", "hypertension")})
+
     monkeypatch.setattr(study, "study_run", small_run)
+    monkeypatch.setattr(study, "OpenedCohort", SimpleNamespace(open=open_with_few_labels))
     monkeypatch.setattr(study, "DRAWS", 1)
     cohort = study.write_draw(CohortJob(100, tmp_path / "cohort", subjects=24, holdout=24))
     arms = {}
