@@ -66,7 +66,7 @@ class MultiLabelClassifier:
                 group["lr"] = rate * group["scale"]
             loss = label_loss(classifier.embed(train.store.batch(subjects)), labels[subjects])
             optimiser.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), run.train.clip_norm)
             optimiser.step()
             if (step + 1) % max(1, steps // _CHECKS) == 0:

@@ -14,6 +14,7 @@ from panfm.evaluate.probe_labels import LabelInfo
 from panfm.evaluate.statistics import StatisticsReference, StreamStatistics
 from simulations.cohorts.opened import OpenedCohort
 from simulations.harness import ArmJob, CohortJob, StudyOptions
+from simulations.studies import _pan_fm_arms
 from simulations.studies import pan_fm_study as study
 from simulations.studies._missing_organs import PartialModel, ProbeLabels, best_of, mean_of, organ_metrics
 from simulations.studies._multi_label import label_loss
@@ -61,6 +62,16 @@ def test_some_subjects_keep_their_own_images(store):
     nobody = some_subjects(store, np.array([], dtype=np.int64))
     assert all(len(images) == 0 for images in nobody.images.values())
     assert list(some_subjects(store, np.array([0]), (HEART,)).images) == [HEART]
+
+
+def test_a_single_organ_model_sees_the_holders_of_its_organ_at_the_sites_that_have_it(store, monkeypatch):
+    """The site without brain gives no store, and thereby no steps."""
+    without = with_streams(store, (HEART,))
+    setting = SimpleNamespace(run="run", cohort=SimpleNamespace(stores={"a": store, "b": without}))
+    monkeypatch.setattr(_pan_fm_arms, "train_together", lambda run, stores: stores)
+    [holders] = _pan_fm_arms.train_on_stream(setting, BRAIN)
+    assert (holders.subjects, list(holders.images)) == (("a", "c"), [BRAIN])
+    assert len(_pan_fm_arms.train_on_stream(setting, HEART)) == 2
 
 
 def statistics(rows, values):
