@@ -100,7 +100,7 @@ def measure(job: ArmJob) -> dict[str, float]:
     """Do one training, `job.arm`, and measure its arms; returns `<arm>/<metric>` -> value."""
     described = study_run(job.draw, job.seed, [f"train.rounds={job.length}"])
     setting = Setting(described, job.cohort, OpenedCohort.open(job.cohort, described))
-    measured = {}
+    measured: dict[str, float] = {}
     for arm, auc_of in TRAININGS[job.arm](setting).items():
         metrics = organ_metrics(
             auc_of, tuple(described.streams), setting.cohort.labels, draws=DRAWS, seed=described.seed

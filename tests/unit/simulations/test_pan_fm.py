@@ -74,6 +74,20 @@ def test_a_single_organ_model_sees_the_holders_of_its_organ_at_the_sites_that_ha
     assert len(_pan_fm_arms.train_on_stream(setting, HEART)) == 2
 
 
+def test_random_masking_changes_the_policy_alone(monkeypatch):
+    described = study.study_run(3, 4)
+
+    def federate(run, folder):
+        return SimpleNamespace(model=SimpleNamespace(stream_names=(BRAIN,), trained=(run, folder)))
+
+    monkeypatch.setattr(_pan_fm_arms, "federate", federate)
+    setting = SimpleNamespace(run=described, folder="cohort", probed=lambda model, streams: model.trained)
+    assert TRAININGS["federated"](setting) == {"federated": (described, "cohort")}
+    (run, _), *_ = TRAININGS["random-masking"](setting).values()
+    assert run.masking.policy == "random"
+    assert run.model_copy(update={"masking": described.masking}) == described
+
+
 def statistics(rows, values):
     """Embeddings of two numbers of some patients."""
     return StreamStatistics(np.array(rows), np.array(values, np.float32))
@@ -193,7 +207,7 @@ def test_targets_are_of_the_mean_with_organs_missing(monkeypatch):
 
 @pytest.mark.slow
 def test_all_trainings_of_a_small_cohort(tmp_path, monkeypatch):
-    """One round of two steps: all arms are measured, and what differs between trainings differs in the result."""
+    """One round of two steps, in which masks are not guided yet: all arms are measured, and all others differ."""
     described = study.study_run
 
     def small_run(draw, seed, changes=()):
@@ -214,4 +228,5 @@ def test_all_trainings_of_a_small_cohort(tmp_path, monkeypatch):
     assert len({tuple(sorted(values)) for values in arms.values()}) == 1
     for arm, values in arms.items():
         assert np.isfinite(list(values.values())).all(), arm
-    assert len({values["auc_missing"] for values in arms.values()}) == len(arms)
+    del arms["random-masking"]
+    assert len({tuple(values.values()) for values in arms.values()}) == len(arms)
