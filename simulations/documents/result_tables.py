@@ -5,7 +5,7 @@ table anew. A study whose result file is not there has a sentence in the table's
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -209,6 +209,54 @@ def _dex_pairs(arms: Sequence[str]) -> Iterator[tuple[str, str]]:
                 yield arm, baseline
 
 
+_PAN_FM_METRICS = {
+    "auc": "all organs",
+    **{f"auc_missing_{number}": f"{number} missing" for number in range(1, 7)},
+    "auc_missing": "missing, mean",
+}
+_PAN_FM_LABELS = ("federated", "centralised", "single-organ-best", "late-fusion", "mean-imputation", "supervised")
+"""Arms whose AUC is shown label by label."""
+
+
+def _pan_fm(kept: KeptResult) -> str:
+    rows = [(arm, *_means(kept, arm, _PAN_FM_METRICS)) for arm in kept.arms]
+    return f"{measured_at(kept)}\n{table(('AUC', *_PAN_FM_METRICS.values()), rows)}"
+
+
+def _pan_fm_differences(kept: KeptResult) -> str:
+    rows = []
+    for arm in kept.arms:
+        if arm != "federated":
+            gains = kept.gains(["auc", "auc_missing"], "federated", arm)
+            rows.append((arm, *(f"{signed(float(row.mean()))} ({by_seed(row)})" for row in gains)))
+    return table(("federated minus", "all organs", "organs missing, mean"), rows)
+
+
+def _pan_fm_organs(kept: KeptResult) -> str:
+    organs = [metric for metric in kept.metrics if metric.startswith("auc_without_")]
+    rows = [(arm, *_means(kept, arm, organs)) for arm in kept.arms]
+    return table(("AUC without", *(metric.removeprefix("auc_without_") for metric in organs)), rows)
+
+
+def _pan_fm_labels(kept: KeptResult) -> str:
+    arms = [arm for arm in _PAN_FM_LABELS if arm in kept.arms]
+    whole = {"category": "mean of the categories", "disease": "mean of the diseases"}
+    single = [metric for metric in kept.metrics if metric.startswith("label_") and "missing" not in metric]
+    rows = [(name, *_complete_and_missing(kept, arms, kind, f"{kind}_missing")) for kind, name in whole.items()]
+    for metric in single:
+        name = metric.removeprefix("label_")
+        rows.append((name, *_complete_and_missing(kept, arms, metric, f"label_missing_{name}")))
+    return table(("AUC, all organs / organs missing", *arms), rows)
+
+
+def _complete_and_missing(kept: KeptResult, arms: Sequence[str], complete: str, missing: str) -> list[str]:
+    return [" / ".join(_means(kept, arm, (complete, missing))) for arm in arms]
+
+
+def _means(kept: KeptResult, arm: str, metrics: Iterable[str]) -> list[str]:
+    return [short(float(np.mean(kept.of(metric, arm)))) for metric in metrics]
+
+
 _PARTS: Mapping[str, Mapping[str, Callable[[KeptResult], str]]] = {
     "demo": {"demo": _demo, "demo-differences": _demo_differences},
     "real-pictures": {
@@ -226,5 +274,11 @@ _PARTS: Mapping[str, Mapping[str, Callable[[KeptResult], str]]] = {
     },
     "dex-pictures": {"dex-pictures": _dex_pictures},
     **STUDY_TABLES,
+    "pan-fm": {
+        "pan-fm": _pan_fm,
+        "pan-fm-differences": _pan_fm_differences,
+        "pan-fm-organs": _pan_fm_organs,
+        "pan-fm-labels": _pan_fm_labels,
+    },
 }
 """Study -> name of a table -> function that writes it."""
