@@ -15,6 +15,12 @@ from panfm.report.run_files import Run
 _MOST_LABELS = 20
 """Labels up to which the console shows each; the HTML report always does."""
 _TASK_WORDS = {"federated": "the run's model", PERSONALISED: "the personalised model"}
+_LEAKAGE_WORDS = {
+    "variance": {"presence": "organs: share of variance", "site": "site: share of variance"},
+    "auc": {"presence": "organs: AUC of a probe"},
+    "accuracy": {"site": "site: accuracy of a probe"},
+    "accuracy-of-presence": {"site": "site: accuracy from organs"},
+}
 _LABEL_ARMS = ("federated", "untrained", "statistics")
 
 
@@ -45,6 +51,31 @@ def probe_tables(probe: ProbeResult) -> Iterator[Table]:
         yield missing_table(probe.missing)
     if probe.streams:
         yield stream_table(probe.streams)
+    if probe.leakage:
+        yield leakage_table(probe)
+
+
+def leakage_table(probe: ProbeResult) -> Table:
+    """One row per measure of leakage, one column per arm."""
+    arms, rows = leakage_rows(probe)
+    table = Table(Column("embedding says only", no_wrap=True), *map(_right, arms), _right("chance"))
+    table.title = "Leakage: organs present, and a patient's site (95 % interval)"
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def leakage_rows(probe: ProbeResult) -> tuple[list[str], list[tuple[str, ...]]]:
+    """Arms, and a row of each measure of leakage: its name, a text for each arm, the value by chance."""
+    arms = list(dict.fromkeys(score.arm for score in probe.leakage))
+    found = {(score.kind, score.metric, score.arm): score for score in probe.leakage}
+    measures = dict.fromkeys((score.kind, score.metric) for score in probe.leakage)
+    rows = []
+    for kind, metric in measures:
+        scores = [found.get((kind, metric, arm)) for arm in arms]
+        chance = next(score.chance for score in scores if score)
+        rows.append((_LEAKAGE_WORDS[metric][kind], *map(score_text, scores), number_text(chance)))
+    return arms, rows
 
 
 def site_table(run: Run) -> Table:
