@@ -8,18 +8,19 @@ from rich.table import Column, Table
 
 from panfm.anatomy import parse_stream
 from panfm.data.joins import counted
-from panfm.evaluate.result import GAIN, PERSONALISED, ProbeResult, Score
+from panfm.evaluate.result import GAIN, PERSONALISED, Leakage, ProbeResult, Score
 from panfm.privacy.guarantees import privacy_label
 from panfm.report.run_files import Run
 
 _MOST_LABELS = 20
 """Labels up to which the console shows each; the HTML report always does."""
 _TASK_WORDS = {"federated": "the run's model", PERSONALISED: "the personalised model"}
-_LEAKAGE_WORDS = {
-    "variance": {"presence": "organs: share of variance", "site": "site: share of variance"},
-    "auc": {"presence": "organs: AUC of a probe"},
-    "accuracy": {"site": "site: accuracy of a probe"},
-    "accuracy-of-presence": {"site": "site: accuracy from organs"},
+LEAKAGE_WORDS = {
+    ("presence", "variance"): "organs: share of variance",
+    ("presence", "auc"): "organs: AUC of a probe",
+    ("site", "variance"): "site: share of variance",
+    ("site", "accuracy"): "site: accuracy of a probe",
+    ("site", "accuracy-of-presence"): "site: accuracy from organs",
 }
 _LABEL_ARMS = ("federated", "untrained", "statistics")
 
@@ -74,7 +75,7 @@ def leakage_rows(probe: ProbeResult) -> tuple[list[str], list[tuple[str, ...]]]:
     for kind, metric in measures:
         scores = [found.get((kind, metric, arm)) for arm in arms]
         chance = next(score.chance for score in scores if score)
-        rows.append((_LEAKAGE_WORDS[metric][kind], *map(score_text, scores), number_text(chance)))
+        rows.append((LEAKAGE_WORDS[kind, metric], *map(score_text, scores), number_text(chance)))
     return arms, rows
 
 
@@ -261,7 +262,7 @@ def organs_of(holdings: Mapping[str, object]) -> list[str]:
     return list(dict.fromkeys(parse_stream(stream)[0] for stream in streams)) if isinstance(streams, dict) else []
 
 
-def score_text(score: Score | None) -> str:
+def score_text(score: Score | Leakage | None) -> str:
     """`.712 [.681, .744]`, or a dash."""
     if score is None or math.isnan(score.value):
         return "-"
