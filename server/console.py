@@ -76,6 +76,7 @@ class Progress:
         )
         if gate := line.get("gate"):
             self._gate(line["round"], gate)
+        self._faults(line)
         for site, reason in line["rejected"].items():
             self._note(f"round {line['round']}: {site} left out: {reason}")
         for site, reason in [*line.get("away", {}).items(), *line.get("moved", {}).items()]:
@@ -99,6 +100,12 @@ class Progress:
         self._console.print(f"round {round_number}: {'kept' if gate['kept'] else 'not kept'}: {compared}")
         for site, reason in gate["missing"].items():
             self._note(f"round {round_number}: {site} is not in the measure: {reason}")
+
+    def _faults(self, line: Mapping[str, Any]) -> None:
+        """Print which monitors of sites have gone wrong."""
+        for wrong in line.get("faults", {}).values():
+            for words in wrong.values():
+                self._note(words)
 
     def _note(self, words: str) -> None:
         self._console.print(one_line(words), style="yellow", markup=False)

@@ -57,6 +57,7 @@ class LoggedProgress(Progress):
         logger.info(words, extra={"round": line["round"], "numbers": dict(scalars(line))})
         if gate := line.get("gate"):
             self._gate(line["round"], gate)
+        self._faults(line)
         for site, reason in [*line.get("away", {}).items(), *line.get("moved", {}).items()]:
             self._note(f"round {line['round']}: {site} {reason}")
 

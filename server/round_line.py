@@ -7,6 +7,7 @@ from panfm.privacy.guarantees import privacy_label
 from panfm.sharing.groups import BACKBONE, HEAD, stream_group, stream_of
 from panfm.sharing.messages import RoundReply
 from server.exchange import Exchange
+from server.monitors import faults, site_monitors
 from strategies import GroupedMean, RoundOutcome
 from strategies.weight_caps import capped_shares, capped_weights
 
@@ -44,6 +45,7 @@ def round_line(number: int, seconds: float, exchange: Exchange, strategy: Groupe
         "bytes_up": dict(sorted(outcome.bytes_up.items())),
         "profile": federated_profile(accepted.values(), max_share),
         "privacy": privacy_label(strategy.run),
+        "faults": faults(strategy.run, number, accepted),
     }
 
 
@@ -99,6 +101,7 @@ def _site_line(site: str, reply: RoundReply, outcome: RoundOutcome, seconds: flo
         "validation_loss": reply.validation_loss,
         "num_skipped": reply.num_skipped,
         "saliency": dict(reply.saliency),
+        "monitors": site_monitors(reply),
         "weights": dict(reply.weights),
         "shares": {group: round(share, 6) for group, share in outcome.shares[site].items()},
         "norms": {group: float(f"{norm:.4g}") for group, norm in outcome.norms[site].items()},

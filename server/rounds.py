@@ -39,6 +39,7 @@ from server.handshake import Attendance, shake_hands
 from server.input_constants import fill_in_constants
 from server.label_probe import LabelProbes, fit_probes
 from server.membership import Membership
+from server.monitors import note_monitors
 from server.progress_file import ProgressFile
 from server.quorum import NoQuorumError, QuorumWait
 from server.round_attempt import RoundAttempt
@@ -124,6 +125,7 @@ def _note_round(folder: RunFolder, tracking: Tracking, costs: PlannedCosts, line
     line["epsilon"] = costs.after(line["asked"])
     folder.append_round(line)
     folder.events.note_round(line)
+    note_monitors(line, folder.events)
     note_budget(folder.shared_run, line["epsilon"], folder.events)
     tracking.round(line)
 

@@ -136,6 +136,7 @@ def scalars(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     for site, reply in line["sites"].items():
         values |= {f"loss/{site}": reply["loss"], f"validation-loss/{site}": reply["validation_loss"]}
         values |= {f"seconds/{site}": reply["seconds"]}
+        values |= {f"{name}/{site}": value for name, value in reply.get("monitors", {}).items()}
     yield from ((name, float(value)) for name, value in values.items() if value is not None)
 
 

@@ -20,6 +20,7 @@ from panfm.config import RunConfig, dump_toml, load_site, parse_run, site_folder
 from panfm.data.task_labels import open_training_store
 from panfm.errors import DataError
 from panfm.evaluate.embed import load_model
+from panfm.evaluate.leakage import leakage
 from panfm.evaluate.probe_cohort import evaluate_cohort
 from panfm.evaluate.probe_file import read_probes
 from panfm.evaluate.result import ProbeResult, write_result
@@ -204,10 +205,12 @@ def probe_run(
         grid_arms = (*_GRID_ARMS, *models) if with_all_grids else _GRID_ARMS
         result = evaluate_cohort(opened.task(run), models, grid_arms=grid_arms, on_arm=show)
         bar.update(shown, description="probing", completed=bar.tasks[shown].total)
+    shown_models = {arm: model for arm, model in models.items() if not arm.startswith("site:")}
+    leaked = leakage(opened.task(run), shown_models)
     if whitening := models["federated"].whitening:
         save_whitening(run_dir / "model", whitening, run.features.pooling_text)
     task_scores = score_task(run, models, _personalised(run, folders, run_dir), cohort) if run.task else ()
     probes = read_probes(run_dir / "model")
     together = probe_sites(opened.task(run), load_model(run_dir / "model", whitened=False)[0], probes)
     notes = result.notes + together.notes
-    return replace(result, scores=result.scores + together.scores, notes=notes, task=task_scores)
+    return replace(result, scores=result.scores + together.scores, notes=notes, task=task_scores, leakage=leaked)

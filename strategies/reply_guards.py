@@ -50,6 +50,7 @@ from panfm.errors import ProtocolError
 from panfm.sharing.groups import DIRECTOR
 from panfm.sharing.messages import Handshake, RoundReply
 from panfm.sharing.weights import Weights
+from panfm.training.monitors import NAMES as MONITORS
 from panfm.training.schedules import progress_of, warmup_cosine
 from strategies.exact_mean import Votes
 from strategies.server_step import HISTORY_ROUNDS, Memory, Norms
@@ -66,6 +67,8 @@ _WIDER = 10.0
 """How much wider the relative bound is while there is less history than that."""
 _INT8_SITES = 127
 _CHUNK = 1 << 16
+_MOST_MONITOR = 1e6
+"""No model has so many features or experts."""
 
 
 class PointsElsewhereError(ProtocolError):
@@ -79,7 +82,7 @@ def check_reply(
     *,
     of: tuple[str, int],
 ) -> None:
-    """Refuse a reply that is stale or incomplete, or states a weight or saliency that cannot be.
+    """Refuse a reply that is stale or incomplete, or states a weight, saliency or monitor that cannot be.
 
     Args:
         limits: Group -> the most the site may weigh in it.
@@ -97,6 +100,7 @@ def check_reply(
     if not any(map(any, reply.weights.values())):
         raise ProtocolError("all local steps were skipped: in none were loss and gradient finite")
     _check_saliency(reply, handshake)
+    _check_monitors(reply)
     for group, weights in reply.weights.items():
         for weight, limit in zip(weights, limits[group], strict=False):
             if not 0.0 <= weight <= limit:
@@ -109,6 +113,14 @@ def _check_saliency(reply: RoundReply, handshake: Handshake) -> None:
     for stream, saliency in reply.saliency.items():
         if stream not in handshake.streams or not 0.0 <= saliency <= limit:
             raise ProtocolError(f"saliency of {stream:.40}: {saliency:g}, expected 0 to {limit:g} of a stream it holds")
+
+
+def _check_monitors(reply: RoundReply) -> None:
+    for name, value in reply.monitors.items():
+        if name not in MONITORS or not 0.0 <= value <= _MOST_MONITOR:
+            raise ProtocolError(
+                f"monitor {name:.40}: {value:g}, expected 0 to {_MOST_MONITOR:g} of {', '.join(MONITORS)}"
+            )
 
 
 class NormBounds:

@@ -30,6 +30,9 @@ class Releasable(StrEnum):
     """Mean training and validation loss of the round, skipped steps."""
     SALIENCY = "saliency"
     """Mean saliency per stream."""
+    MONITORS = "monitors"
+    """Numbers that tell of a collapse: effective rank and deviation of the features of a round's last batch, entropy of
+    a teacher, experts in use (panfm/training/monitors.py)."""
     LABEL_SUMS = "label-sums"
     """Sums of features and labels over the labelled training patients, for a probe of all sites or the measure of a
     gate (panfm/evaluate/label_sums.py)."""
@@ -47,8 +50,8 @@ class LimitsConfig(Config):
         Releasable.LOSS,
         Releasable.SALIENCY,
     )
-    """Kinds of content that may leave; updates and counts are needed to take part. `label-sums` and `input-sums`
-    leave only where they are named here."""
+    """Kinds of content that may leave; updates and counts are needed to take part. `monitors`, `label-sums` and
+    `input-sums` leave only where they are named here."""
     epsilon: Annotated[float, Field(gt=0.0)] | None = None
     """Set it to take part in differentially private runs only, and to spend at most this over all of them. It says
     nothing without `delta` and `public-subjects`, which the server would choose otherwise."""

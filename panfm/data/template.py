@@ -38,6 +38,7 @@ ledger-dir = ".panfm/ledger"
 [limits]
 # Kinds of content that may leave the site; updates and counts are needed to take part.
 # "label-sums" besides: sums of features and labels, for a probe of all sites and for gates (docs/site-operator.md).
+# "monitors" besides: numbers of a round's last batch that tell of a collapse (docs/site-operator.md).
 # "input-sums" besides: sums of what tokenizers read, to centre and scale them alike everywhere (docs/site-operator.md).
 may-leave = ["updates", "counts", "loss", "saliency"]
 # Set these three to take part in differentially private runs only, and to spend at most this over all of them.

@@ -32,13 +32,13 @@ from panfm.evaluate.linear_probe import (
 )
 from panfm.evaluate.probe_file import LinearProbe
 from panfm.evaluate.probe_labels import LabelInfo, LabelledStore, label_groups
-from panfm.evaluate.representation import effective_rank
 from panfm.evaluate.result import ProbeResult, Score
 from panfm.evaluate.scores import Floats, draw_counts, interval
 from panfm.evaluate.statistics import StatisticsReference, measure_store
 from panfm.models import PanModel
 from panfm.models.patch_features import has_block_features
 from panfm.seeds import numpy_generator
+from panfm.training.monitors import effective_rank
 
 Features = NDArray[np.float32]
 

@@ -1,10 +1,9 @@
 """Measures of what a model has learned, without labels.
 
-    effective rank    how evenly an embedding uses its dimensions; saliency entropy: how evenly a model uses its streams
+    saliency entropy  how evenly a model uses its streams
     linear CKA        do modalities lie alike in an embedding?   HSIC(XX', YY') / sqrt(HSIC(XX', XX') HSIC(YY', YY'))
     conflict          over pairs of modalities, where the gradients that each alone would ask for point against another
     nmi               2 I(expert; modality) / (H(expert) + H(modality)), expert = the one with an image's largest gate
-    experts used      exp H(share of gate mass per expert)
 
 Rows of X and Y are class means, one per class. With few rows and many features the plain estimate of HSIC is close to
 its maximum whatever the features, so the unbiased one is used: unrelated features give about 0, and an answer may be
@@ -24,20 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-
-def effective_rank(features: NDArray[np.floating]) -> float:
-    """exp(entropy of the normalised singular values) of the centred features [N, D].
-
-    Guarantees:
-        range: between 1 (one direction) and min(N - 1, D); 0.0 when nothing varies.
-    Source:
-        Roy & Vetterli 2007, "The effective rank: a measure of effective dimensionality".
-    """
-    centred = np.asarray(features, dtype=np.float64)
-    singular = np.linalg.svd(centred - centred.mean(axis=0), compute_uv=False)
-    if not np.any(singular > 1e-12 * max(1.0, float(np.abs(centred).max(initial=0.0)))):
-        return 0.0
-    return float(np.exp(entropy(singular / singular.sum())))
+from panfm.training.monitors import entropy
 
 
 def saliency_entropy(shares: Iterable[float]) -> float:
@@ -50,12 +36,6 @@ def saliency_entropy(shares: Iterable[float]) -> float:
     if len(share) < 2:
         return 1.0
     return entropy(share / share.sum()) / float(np.log(len(share)))
-
-
-def entropy(probabilities: NDArray[np.float64]) -> float:
-    """Entropy in nats of probabilities that sum to 1."""
-    positive = probabilities[probabilities > 0]
-    return float(-(positive * np.log(positive)).sum())
 
 
 Floats = NDArray[np.float64]
@@ -198,11 +178,3 @@ def expert_modality_nmi(gates: NDArray[np.floating], modality: Sequence[object])
     if not of_expert or not of_modality:
         return 0.0
     return max(0.0, 2.0 * (1.0 - entropy(joint.ravel()) / (of_expert + of_modality)))
-
-
-def experts_used(gates: NDArray[np.floating]) -> float:
-    """Effective number of experts of one layer: exp(entropy of their shares of the gate mass [N, R]), 1 to R; NaN
-    without images, or where a gate is not finite."""
-    mass = np.asarray(gates, dtype=np.float64).sum(axis=0)
-    total = mass.sum()
-    return float(np.exp(entropy(mass / total))) if total > 0 and np.isfinite(total) else float("nan")

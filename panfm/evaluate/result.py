@@ -10,6 +10,7 @@
  "labels":  [a score for each label: {"arm", "group": the label, "metric", "value", "low", "high", "num_labels": 1}],
  "known":   {label: {"fit", "test"}},                      subjects for whom a label is known
  "task":    [a score of each model that has learned the run's [task]: {"arm", "group", "metric", ...}],
+ "leakage": [{"arm", "kind": "presence"|"site", "metric", "value", "low", "high", "chance"}],
  "unmatched": {place: {"without_row", "without_images"}}}  subjects on one side of a label table only
 ```
 `group` is a group of labels (`all`, `weak`, `category`, `disease`) or, for a number, the label itself; of `task` it is
@@ -23,7 +24,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
@@ -67,6 +68,28 @@ class Score:
 
 
 @dataclass(frozen=True)
+class Leakage:
+    """How much an arm's embedding says only of organs present, or of a patient's site (leakage.py)."""
+
+    arm: str
+    kind: Literal["presence", "site"]
+    metric: str
+    """variance, auc, accuracy, accuracy-of-presence"""
+    value: float
+    low: float
+    high: float
+    chance: float
+    """The value of an embedding that says nothing of it."""
+
+    @classmethod
+    def of(
+        cls, arm: str, kind: Literal["presence", "site"], metric: str, estimate: Interval, chance: float
+    ) -> "Leakage":
+        """Make a score from an interval."""
+        return cls(arm, kind, metric, estimate.value, estimate.low, estimate.high, chance)
+
+
+@dataclass(frozen=True)
 class ProbeResult:
     """All results of the probes of one run."""
 
@@ -83,6 +106,7 @@ class ProbeResult:
     unmatched: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     task: tuple[Score, ...] = ()
     """Predictions of the run's `[task]`, by the head that learned it."""
+    leakage: tuple[Leakage, ...] = ()
 
     def find(self, arm: str, group: str, metric: str) -> Score | None:
         """One cell of the table; None when it was not measured."""

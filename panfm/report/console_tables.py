@@ -8,13 +8,20 @@ from rich.table import Column, Table
 
 from panfm.anatomy import parse_stream
 from panfm.data.joins import counted
-from panfm.evaluate.result import GAIN, PERSONALISED, ProbeResult, Score
+from panfm.evaluate.result import GAIN, PERSONALISED, Leakage, ProbeResult, Score
 from panfm.privacy.guarantees import privacy_label
 from panfm.report.run_files import Run
 
 _MOST_LABELS = 20
 """Labels up to which the console shows each; the HTML report always does."""
 _TASK_WORDS = {"federated": "the run's model", PERSONALISED: "the personalised model"}
+LEAKAGE_WORDS = {
+    ("presence", "variance"): "organs: share of variance",
+    ("presence", "auc"): "organs: AUC of a probe",
+    ("site", "variance"): "site: share of variance",
+    ("site", "accuracy"): "site: accuracy of a probe",
+    ("site", "accuracy-of-presence"): "site: accuracy from organs",
+}
 _LABEL_ARMS = ("federated", "untrained", "statistics")
 
 
@@ -45,6 +52,31 @@ def probe_tables(probe: ProbeResult) -> Iterator[Table]:
         yield missing_table(probe.missing)
     if probe.streams:
         yield stream_table(probe.streams)
+    if probe.leakage:
+        yield leakage_table(probe)
+
+
+def leakage_table(probe: ProbeResult) -> Table:
+    """One row per measure of leakage, one column per arm."""
+    arms, rows = leakage_rows(probe)
+    table = Table(Column("embedding says only", no_wrap=True), *map(_right, arms), _right("chance"))
+    table.title = "Leakage: organs present, and a patient's site (95 % interval)"
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def leakage_rows(probe: ProbeResult) -> tuple[list[str], list[tuple[str, ...]]]:
+    """Arms, and a row of each measure of leakage: its name, a text for each arm, the value by chance."""
+    arms = list(dict.fromkeys(score.arm for score in probe.leakage))
+    found = {(score.kind, score.metric, score.arm): score for score in probe.leakage}
+    measures = dict.fromkeys((score.kind, score.metric) for score in probe.leakage)
+    rows = []
+    for kind, metric in measures:
+        scores = [found.get((kind, metric, arm)) for arm in arms]
+        chance = next(score.chance for score in scores if score)
+        rows.append((LEAKAGE_WORDS[kind, metric], *map(score_text, scores), number_text(chance)))
+    return arms, rows
 
 
 def site_table(run: Run) -> Table:
@@ -230,7 +262,7 @@ def organs_of(holdings: Mapping[str, object]) -> list[str]:
     return list(dict.fromkeys(parse_stream(stream)[0] for stream in streams)) if isinstance(streams, dict) else []
 
 
-def score_text(score: Score | None) -> str:
+def score_text(score: Score | Leakage | None) -> str:
     """`.712 [.681, .744]`, or a dash."""
     if score is None or math.isnan(score.value):
         return "-"

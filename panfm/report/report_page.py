@@ -14,6 +14,7 @@ from panfm.files import write_atomic
 from panfm.privacy.guarantees import privacy_label
 from panfm.report.blocks import Details, Paragraph, Section, Table
 from panfm.report.image_sections import embedding_section, examples_section, experts_section
+from panfm.report.monitor_sections import leakage_section, monitors_section
 from panfm.report.round_sections import (
     cost_section,
     exchange_section,
@@ -49,7 +50,9 @@ _SECTIONS = (
     shared_probe_section,
     learning_section,
     saliency_section,
+    monitors_section,
     missing_section,
+    leakage_section,
     embedding_section,
     examples_section,
     experts_section,

@@ -111,11 +111,11 @@ def exchange_section(run: Run) -> Section:
     norms = {site: _norms(run, site) for site in sites}
     blocks: list[Paragraph | Table | Figures | Details] = [_site_totals(run)]
     blocks += [
-        _by_site("Seconds of each round", "seconds", {"whole round": list(series(run, "seconds"))}),
-        _by_site("Seconds until each site's reply", "seconds", seconds),
-        _by_site("Length of each site's update", "length", norms),
-        _by_site("Megabytes from each site", "MB", {site: _megabytes(run, site, "up") for site in sites}),
-        _by_site("Megabytes to each site", "MB", {site: _megabytes(run, site, "down") for site in sites}),
+        by_site_chart("Seconds of each round", "seconds", {"whole round": list(series(run, "seconds"))}),
+        by_site_chart("Seconds until each site's reply", "seconds", seconds),
+        by_site_chart("Length of each site's update", "length", norms),
+        by_site_chart("Megabytes from each site", "MB", {site: _megabytes(run, site, "up") for site in sites}),
+        by_site_chart("Megabytes to each site", "MB", {site: _megabytes(run, site, "down") for site in sites}),
     ]
     bytes_rows = [
         (group, *(f"{run.bytes_by_group(way).get(group, 0) / 1e6:.3f}" for way in ("up", "down")))
@@ -197,7 +197,7 @@ def privacy_section(run: Run) -> Section:
         ]
         unit = "spent so far, by the plan" if isinstance(private, PatientDpConfig) else "spent so far"
         blocks.append(Table(("site", f"epsilon {unit}", "planned", "rounds"), rows, "Epsilon by site"))
-        blocks.append(_by_site("Epsilon by round", "epsilon", costs))
+        blocks.append(by_site_chart("Epsilon by round", "epsilon", costs))
     blocks.append(Paragraph("Each site's ledger decides what was spent: panfm ledger show SITE.", is_quiet=True))
     return Section(key, title, blocks)
 
@@ -301,7 +301,7 @@ def _cell(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
 
 
-def _by_site(title: str, y: str, by_site: Mapping[str, Points]) -> Figures:
+def by_site_chart(title: str, y: str, by_site: Mapping[str, Points]) -> Figures:
     """Draw one chart with a line per site, and a table of its numbers; coloured if there are colours for all sites."""
     told = {site: points for site, points in by_site.items() if points}
     has_colours = len(told) <= COLOURS

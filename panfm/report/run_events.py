@@ -35,6 +35,8 @@ class EventKind(StrEnum):
     """A disk is nearly full, or has room again."""
     CERTIFICATE = "certificate"
     """A certificate ends soon, or was renewed."""
+    MONITOR = "monitor"
+    """A monitor tells that a model goes wrong at a site, or has recovered (server/monitors.py)."""
     MOVED = "moved"
     """A site's name moved to another node."""
 

@@ -25,6 +25,7 @@ class _SiteLine(BaseModel):
     validation_loss: Number | None = None
     seconds: Number | None = None
     saliency: dict[str, Number | None] = {}
+    monitors: dict[str, Number | None] = {}
     norms: dict[str, Number | None] = {}
     bytes_down: Count | None = None
     bytes_up: Count | None = None
@@ -58,6 +59,7 @@ class _RoundLine(BaseModel):
     bytes_up: dict[str, Count] = {}
     bytes_down: dict[str, Count] = {}
     gate: _GateLine | None = None
+    faults: dict[str, dict[str, str]] = {}
 
 
 class _Holdings(BaseModel):

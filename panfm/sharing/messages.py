@@ -12,6 +12,7 @@ without knowing what they mean.
                     <group>/scale          float32 [rows], only with int8
            metrics  weight/<group>         list of one, or of one per expert
                     saliency/<stream>      number
+                    monitor/<name>         number
                     loss, validation-loss, num-skipped
            config   run-id, round, state-round
 """
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 Metric = float | int | list[float]
 _WEIGHT = "weight/"
 _SALIENCY = "saliency/"
+_MONITOR = "monitor/"
 _TEACHER = "/teacher"
 _FROZEN = "/frozen"
 _MAX_ENTRIES = 4096
@@ -175,6 +177,8 @@ class RoundReply:
     num_skipped: int | None = None
     """Local steps left out because they were not finite."""
     saliency: Mapping[str, float] = field(default_factory=dict)
+    monitors: Mapping[str, float] = field(default_factory=dict)
+    """Name -> number of the last batch (panfm/training/monitors.py)."""
 
     def to_records(self) -> Records:
         """Convert to records."""
@@ -182,6 +186,7 @@ class RoundReply:
         metrics: dict[str, Metric] = {key: value for key, value in numbers.items() if value is not None}
         metrics |= {_WEIGHT + group: list(weights) for group, weights in self.weights.items()}
         metrics |= {_SALIENCY + stream: share for stream, share in self.saliency.items()}
+        metrics |= {_MONITOR + name: value for name, value in self.monitors.items()}
         config = {"run-id": self.run_id, "round": self.round_number, "state-round": self.state_round}
         return Records(self.updates, metrics, config)
 
@@ -200,6 +205,7 @@ class RoundReply:
             validation_loss=_optional(metrics, "validation-loss"),
             num_skipped=skipped if isinstance(skipped, int) else None,
             saliency={stream: _number(metrics, _SALIENCY + stream) for stream in _under(metrics, _SALIENCY)},
+            monitors={name: _number(metrics, _MONITOR + name) for name in _under(metrics, _MONITOR)},
         )
 
 

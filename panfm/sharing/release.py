@@ -37,6 +37,7 @@ RELEASED_UNDER = {
     "validation_loss": Releasable.LOSS,
     "num_skipped": Releasable.LOSS,
     "saliency": Releasable.SALIENCY,
+    "monitors": Releasable.MONITORS,
 }
 """Field of a reply -> the name under which the site allows it."""
 SUMS_RELEASED_UNDER = {
@@ -63,6 +64,7 @@ class RoundResult:
     validation_loss: float | None
     num_skipped: int | None
     saliency: Mapping[str, float]
+    monitors: Mapping[str, float]
     is_repeat: bool = False
     """Whether the same question has had this result before, which was paid for then."""
 

@@ -28,6 +28,7 @@ from panfm.site.admission import check_finite, check_frozen, check_start
 from panfm.site.floors import Floors
 from panfm.site.state import Origin, StateStore, fingerprint, note_question, question_digest
 from panfm.training.gradient import TrainResult
+from panfm.training.monitors import expert_monitors
 from panfm.training.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -105,6 +106,7 @@ class Session:
             validation_loss=None if quiet else self._validation_loss(task.round_number),
             num_skipped=None if quiet else result.num_skipped,
             saliency={} if self.run.site_dp else self._saliency(result),
+            monitors={} if quiet else self._monitors(result),
         )
         if self.budget:
             keep_reply(states, task, key, released)
@@ -205,6 +207,11 @@ class Session:
         """Saliency of the streams that enough subjects of the last batch hold."""
         thin = self.floors.streams_below(self.store, result.batches[-1:])
         return {stream: value for stream, value in result.saliency.items() if stream not in thin}
+
+    def _monitors(self, result: TrainResult) -> dict[str, float]:
+        """Monitors of the last batch, and the experts in use; none if too few subjects were in the batch."""
+        is_enough = self.floors.is_enough(len(set(*result.batches[-1:])))
+        return result.monitors | expert_monitors(self.floors.gate_mass(result)) if is_enough else {}
 
     def _updates(self, withheld: Mapping[str, NDArray[np.bool_]]) -> Arrays:
         """Code the updates of a round; rounding errors are kept for the next round.

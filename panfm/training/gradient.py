@@ -102,6 +102,8 @@ class TrainResult:
     """Distinct subjects behind a stream's part of the model in the steps that counted; see `token_mask.py`."""
     contributors_per_expert: Mapping[str, Sequence[int]] = field(default_factory=dict)
     """Layer -> distinct subjects behind each of its experts in those steps."""
+    monitors: dict[str, float] = field(default_factory=dict)
+    """Of the teacher's features of the round's last batch (monitors.py)."""
 
 
 class BatchGradient:
@@ -195,8 +197,8 @@ class BatchGradient:
         self._losses.append(self.loss.item())
         self._counted.append(len(self._batches) - 1)
 
-    def result(self, saliency: dict[str, float]) -> TrainResult:
-        """Summary of the round; `saliency` is that of its last batch."""
+    def result(self, saliency: dict[str, float], monitors: dict[str, float]) -> TrainResult:
+        """Summary of the round; `saliency` and `monitors` are those of its last batch."""
         store, names = self._store, self._state.model.stream_names
         return TrainResult(
             num_steps=len(self._batches),
@@ -210,4 +212,5 @@ class BatchGradient:
             counted=self._counted,
             contributors_per_stream=dict(zip(names, self._contributors.per_stream(), strict=True)),
             contributors_per_expert=self._contributors.per_expert(),
+            monitors=monitors,
         )

@@ -24,6 +24,7 @@ from panfm.seeds import torch_generator
 from panfm.training.draw_order import validation_order
 from panfm.training.experts import ExpertTraining
 from panfm.training.gradient import BatchGradient, DrawnBatch, GradientSource, StepOutput, TrainResult
+from panfm.training.monitors import feature_monitors
 from panfm.training.objectives.interface import StudentOutput, student_output
 from panfm.training.saliency import relative_profile, stream_shares, streams_present
 from panfm.training.schedules import cosine, learning_rate, progress_of
@@ -86,7 +87,7 @@ class Trainer(TrainingState):
                 source.count()
             if on_step is not None:
                 on_step(taken + 1, source.loss.item())
-        return source.result(self._batch_saliency(source.output.student.features))
+        return source.result(*self._last_batch(source.output.student.features))
 
     def step(self, source: GradientSource, number: int, profile: Mapping[str, float] | None = None) -> bool:
         """Take local step `number`, counted from the start of the run.
@@ -236,14 +237,17 @@ class Trainer(TrainingState):
         return self.profile[None]
 
     @torch.no_grad()
-    def _batch_saliency(self, features: Batch) -> dict[str, float]:
-        """Saliency of the streams in a batch, relative to an equal split; empty if the backbone has none."""
-        if not self.model.backbone.has_saliency:
-            return {}
-        full = self.teacher.encode(features, saliency=self.run.masking.saliency)
+    def _last_batch(self, features: Batch) -> tuple[dict[str, float], dict[str, float]]:
+        """Saliency of the streams in a batch, relative to an equal split and empty if the backbone has none; and
+        monitors of the teacher's features. Nothing is drawn."""
+        has_saliency = self.model.backbone.has_saliency
+        full = self.teacher.encode(features, saliency=self.run.masking.saliency if has_saliency else None)
+        monitors = feature_monitors(full.cls.float().cpu().numpy()) | self.objective.monitors(self.teacher, full)
+        if not has_saliency:
+            return {}, monitors
         relative, count = relative_profile(*self.stream_saliency(full))
         pairs = zip(self.model.stream_names, relative.tolist(), count.tolist(), strict=True)
-        return {name: value for name, value, num in pairs if num}
+        return {name: value for name, value, num in pairs if num}, monitors
 
 
 def _autocast(trainer: Trainer) -> AbstractContextManager[None]:

@@ -26,7 +26,7 @@ WEIGHTS = "PANFM_WEIGHTS"
 """Environment variable that names a file of public weights."""
 FOLDER = Path("cohorts")
 """Where cohorts are kept, so that a second run finds them."""
-_LAYOUT = 4
+_LAYOUT = 5
 """To be raised whenever site folders are written otherwise (site_folder.py)."""
 
 

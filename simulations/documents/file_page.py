@@ -169,6 +169,7 @@ ROUNDS: Entries = {
     "bytes_up": "Group of parameters -> bytes received from all sites.",
     "profile": "Stream -> mean saliency over the sites; 1 is a fair share. Null without a site that has two streams.",
     "privacy": "Privacy claim of the run.",
+    "faults": "Site -> monitor that has gone wrong -> a line that says so. [Monitoring](../monitoring.md#monitors).",
     "epsilon": "Site -> privacy spent so far, in a private run.",
     "gate": "`measure`, `before`, `kept` and `missing`, in a run with `[gate]`.",
 }
@@ -179,6 +180,7 @@ SITE_LINE: Entries = {
     "sites.<site>.validation_loss": "Loss on its val split, in rounds that measure it.",
     "sites.<site>.num_skipped": "Local steps that were skipped since their gradient was not finite.",
     "sites.<site>.saliency": "Stream -> share of the model's attention, 1 is a fair share.",
+    "sites.<site>.monitors": "Monitor -> its number. [Monitoring](../monitoring.md#monitors).",
     "sites.<site>.weights": "Group of parameters -> its weight in the mean, before caps.",
     "sites.<site>.shares": "Group of parameters -> its share of the mean, after caps.",
     "sites.<site>.norms": "Group of parameters -> L2 norm of its update.",
@@ -216,6 +218,8 @@ PROBE: Entries = {
     "few_labels": "Arm -> `auc_<n>`: mean AUC of probes fitted on n patients.",
     "labels": "As `scores`, for every label by itself.",
     "known": "Label -> `fit` and `test`: patients for whom it is known.",
+    "leakage": "What embeddings say only of the organs present or of a patient's site: `arm`, `kind`, `metric`, `value`, "
+    "`low`, `high`, `chance`.",
     "unmatched": "Place -> subjects with images and no row of labels, and the other way round.",
 }
 TABLES = (

@@ -33,13 +33,14 @@ from torch import Tensor
 
 from panfm.config import RunConfig
 from panfm.data.store import ImageStore
-from panfm.evaluate.representation import expert_modality_nmi, experts_used, gradient_conflict, layer_gradients
+from panfm.evaluate.representation import expert_modality_nmi, gradient_conflict, layer_gradients
 from panfm.models import PanModel
 from panfm.models.backbone import Routed
 from panfm.models.director_experts import DirectorExperts, DirectorExpertsBackbone
 from panfm.models.transfer import director_run, director_state
 from panfm.models.vit import Block, VisionTransformer
 from panfm.seeds import numpy_generator, torch_generator
+from panfm.training.monitors import experts_used
 from panfm.training.trainer import Trainer
 from simulations.alone import train_round
 from simulations.harness import ArmJob, StudyOptions, chosen_arms, run_arms, study

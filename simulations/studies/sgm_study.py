@@ -28,9 +28,10 @@ from panfm.evaluate.embed import embed_store
 from panfm.evaluate.input_sums import InputSums, with_constants
 from panfm.evaluate.linear_probe import auc_per_label, fit_classifiers
 from panfm.evaluate.probe_cohort import FeaturesOf, missing_grid
-from panfm.evaluate.representation import effective_rank, saliency_entropy
+from panfm.evaluate.representation import saliency_entropy
 from panfm.evaluate.statistics import StatisticsReference, measure_store
 from panfm.models import PanModel
+from panfm.training.monitors import effective_rank
 from panfm.training.saliency import stream_shares
 from panfm.training.trainer import Trainer
 from simulations.alone import train_round

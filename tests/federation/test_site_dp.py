@@ -51,9 +51,9 @@ def test_a_run_tells_nothing_raw_of_its_sites(federation):
         assert (line["loss"], line["profile"]) == (None, None)
         for site in line["sites"].values():
             assert set(site) == {"seconds", "state_round", "loss", "validation_loss", "num_skipped", "saliency",
-                                 "weights", "shares", "norms", "bytes_down", "bytes_up"}  # fmt: skip
+                                 "monitors", "weights", "shares", "norms", "bytes_down", "bytes_up"}  # fmt: skip
             assert (site["loss"], site["validation_loss"], site["num_skipped"]) == (None, None, None)
-            assert (site["saliency"], site["norms"]) == ({}, {})
+            assert (site["saliency"], site["monitors"], site["norms"]) == ({}, {}, {})
             assert all(weights == [1.0] for weights in site["weights"].values())
             assert all(round(1 / share, 3) in (1, 2, 3) for share in site["shares"].values())  # equal ones
     sites = json.loads((folder / "sites.json").read_text())

@@ -77,6 +77,10 @@ class Objective(ABC):
     def loss(self, student: PanModel, output: StudentOutput, targets: Targets) -> Tensor:
         """Loss of each subject [B]; output and targets have a row for each view, [views x B], first views first."""
 
+    def monitors(self, teacher: PanModel, full: Encoded) -> dict[str, float]:
+        """Further monitors (training/monitors.py) of the teacher's encoding of a batch; none by default."""
+        return {}
+
     def state(self) -> dict[str, Tensor]:
         """Running statistics, by name, in tensors that are replaced and never changed in place."""
         return {}

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from panfm.evaluate.representation import effective_rank, saliency_entropy
+from panfm.evaluate.representation import saliency_entropy
+from panfm.training.monitors import effective_rank
 
 
 def test_effective_rank_by_hand():

@@ -6,7 +6,8 @@ import pytest
 import torch
 from sklearn.metrics import normalized_mutual_info_score
 
-from panfm.evaluate.representation import expert_modality_nmi, experts_used, gradient_conflict, layer_gradients
+from panfm.evaluate.representation import expert_modality_nmi, gradient_conflict, layer_gradients
+from panfm.training.monitors import experts_used
 
 
 def test_conflict_by_hand():

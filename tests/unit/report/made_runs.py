@@ -8,7 +8,7 @@ import math
 from PIL import Image
 
 from panfm.config import RunConfig, StreamConfig, dump_toml
-from panfm.evaluate.result import ProbeResult, Score, write_result
+from panfm.evaluate.result import Leakage, ProbeResult, Score, write_result
 from panfm.report.report_data import (
     Cost,
     EmbeddingMap,
@@ -23,6 +23,7 @@ from panfm.report.report_data import (
 STREAM = StreamConfig(shape=(4, 4, 4), patch=(2, 2, 2), spacing_mm=(1.0, 1.0, 1.0))
 ORGANS = ("brain", "heart", "liver", "kidney", "pancreas")
 STREAMS = tuple(f"{organ}-mr" for organ in ORGANS)
+LEAKAGE = (("presence", "variance", 0.0), ("presence", "auc", 0.5), ("site", "accuracy", 0.2))
 LONG = [f"hospital-of-saint-{name}-in-the-valley-of-the-long-names" for name in "abcdefghijkl"]
 
 
@@ -65,12 +66,14 @@ def round_line(number, sites, hostile):
                 "loss": 1.0 / number + 0.01 * at,
                 "validation_loss": 1.1 / number,
                 "saliency": dict.fromkeys(STREAMS, 0.5 + 0.1 * at + 0.02 * number),
+                "monitors": {"effective-rank": 20.0 - at, "feature-deviation": 0.4, "saliency-entropy": 0.9},
                 "norms": {"backbone": 0.3, "head": 0.4},
                 "bytes_down": 2_000_000,
                 "bytes_up": 1_000_000 + 1000 * at,
             }
             for at, site in enumerate(sites)
         },
+        "faults": {hostile or sites[0]: {"effective-rank": hostile or f"features collapse at {sites[0]}"}},
         "late": [],
         "rejected": {hostile or sites[0]: hostile or "update holds NaN"},
         "away": {f"node {hostile}": hostile or "offline"},
@@ -97,6 +100,11 @@ def probe(sites, labels, hostile=""):
             Score(arm, label, "auc", auc, auc - 0.1, auc + 0.1, 1) for label in labels for arm, auc in arms.items()
         ),
         known={label: {"fit": 90, "test": 30} for label in labels},
+        leakage=tuple(
+            Leakage(arm, kind, metric, 0.3, 0.2, 0.4, chance)
+            for kind, metric, chance in LEAKAGE
+            for arm in ("federated", "start", "untrained")
+        ),
         unmatched={sites[0]: {"without_row": 2, "without_images": 1}},
     )
 

@@ -8,7 +8,7 @@ ARRAYS = {"backbone": np.arange(3, dtype=np.float32)}
 HANDSHAKE = Handshake("a", 7, {"brain-mr": 5}, {"panfm": "1"}, "5e" * 32, {"backbone": "layout"})
 TASK = RoundTask("run-1", 2, "name = 'x'", ARRAYS, {"brain-mr": 1.5})
 STEP = RoundTask("run-1", 3, "x", ARRAYS, None, {"backbone": "digest"}, {"backbone": np.ones(3, np.float32)})
-REPLY = RoundReply("run-1", 2, 1, ARRAYS, {"backbone": (14.0,)}, 0.5, 0.6, 0, {"brain-mr": 1.0})
+REPLY = RoundReply("run-1", 2, 1, ARRAYS, {"backbone": (14.0,)}, 0.5, 0.6, 0, {"brain-mr": 1.0}, {"experts-used": 2.0})
 
 
 @pytest.mark.parametrize("message", [Invitation("name = 'x'"), HANDSHAKE, TASK, REPLY])

@@ -28,6 +28,7 @@ RESULT = RoundResult(
     validation_loss=0.75,
     num_skipped=3,
     saliency={"brain-mr": 1.0},
+    monitors={"effective-rank": 2.5},
 )
 HANDSHAKE_PROTOCOL = {"site", "versions", "experiment"}
 PROTOCOL = {"run_id", "round_number", "state_round"}
@@ -59,10 +60,12 @@ def test_a_handshake_by_hand(small_run):
 def test_a_reply_by_hand():
     reply = build_reply(TASK, RESULT, may_leave=tuple(Releasable))
     assert reply.updates["backbone"].tolist() == [0.5, 0]
-    assert reply == RoundReply("run-1", 2, 1, reply.updates, {"backbone": (10.0,)}, 0.25, 0.75, 3, {"brain-mr": 1.0})
+    assert reply == RoundReply(
+        "run-1", 2, 1, reply.updates, {"backbone": (10.0,)}, 0.25, 0.75, 3, {"brain-mr": 1.0}, {"effective-rank": 2.5}
+    )
 
 
-@pytest.mark.parametrize("withheld", [Releasable.LOSS, Releasable.SALIENCY])
+@pytest.mark.parametrize("withheld", [Releasable.LOSS, Releasable.SALIENCY, Releasable.MONITORS])
 def test_what_is_not_allowed_is_absent(withheld):
     reply = build_reply(TASK, RESULT, may_leave=[name for name in Releasable if name != withheld])
     absent = RoundReply("", 0, 0, {}, {})

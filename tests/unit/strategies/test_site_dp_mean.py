@@ -47,7 +47,7 @@ def reply(node_id, *, seed=0, size=1.0, **changes):
     groups = ROSTER[node_id].group_hashes
     updates = {group: (size * random.normal(size=MANIFEST.size(group))).astype(np.float32) for group in groups}
     weights = dict.fromkeys(groups, (1.0,))
-    said = RoundReply("run-1", 5, 4, updates, weights, 0.7, 0.8, 1, {"brain-mr": 1.0})
+    said = RoundReply("run-1", 5, 4, updates, weights, 0.7, 0.8, 1, {"brain-mr": 1.0}, {"experts-used": 2.0})
     return replace(said, **changes)
 
 
@@ -166,6 +166,7 @@ def test_nothing_that_a_site_says_of_itself_is_kept(build):
     aggregate(strategy, everyone())
     for kept in strategy.outcome.accepted.values():
         assert (kept.loss, kept.validation_loss, kept.num_skipped, kept.saliency) == (None, None, None, {})
+        assert kept.monitors == {}
         assert set(kept.weights.values()) == {(1.0,)}
     assert set(map(len, strategy.outcome.norms.values())) == {0}
     assert not any(strategy.memory.norms.values())

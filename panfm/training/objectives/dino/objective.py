@@ -14,6 +14,7 @@ Source: DINO (Caron et al. 2021), iBOT (Zhou et al. 2022).
 Shape legend: B subjects, V views of each, K hidden patches, Q prototypes, D width.
 """
 
+import math
 from collections.abc import Mapping
 from typing import cast
 
@@ -60,6 +61,13 @@ class DinoObjective(Objective):
         tokens = self._cross_entropy(student, output.predictions, targets["patches"])
         of_views: Tensor = cls + mean_over(tokens, output.mask.hidden.valid)
         return of_views.unflatten(0, (self.config.views, -1)).mean(dim=0)
+
+    def monitors(self, teacher: PanModel, full: Encoded) -> dict[str, float]:
+        """Mean entropy of p of CLS over the subjects, as a share of its maximum; the centre stays."""
+        scores = assign(teacher, teacher.heads.project(full.cls)).float() - self.centres["cls"]
+        p = (scores / self.config.teacher_temperature).softmax(dim=-1)
+        entropy = torch.special.entr(p).sum(dim=-1).mean() / math.log(p.shape[-1])
+        return {"teacher-entropy": float(entropy)} if torch.isfinite(entropy) else {}
 
     def _assign(self, teacher: PanModel, features: Tensor, kind: str, valid: Tensor) -> Tensor:
         scores = assign(teacher, teacher.heads.project(features)).float()
