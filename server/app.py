@@ -1,5 +1,6 @@
-"""ServerApp: reads the run config, opens the run folder, runs the federation."""
+"""ServerApp: reads the run config, opens the run folder, runs the federation, or evaluates the model of a run."""
 
+import json
 from pathlib import Path
 
 from flwr.app import Context
@@ -10,6 +11,7 @@ from panfm.errors import ConfigError
 from panfm.files import make_files_private
 from panfm.privacy.guarantees import load_checked_run
 from server.alerts import alerted, watched_certificates
+from server.evaluation import evaluate_run
 from server.json_log import progress_of_environment
 from server.retrying_grid import RetryingGrid
 from server.rounds import run_federation
@@ -30,6 +32,9 @@ def main(grid: Grid, context: Context) -> None:
     words = {key: str(value) for key, value in context.run_config.items()}
     sites = words.get("sites", "")
     num_sites = len(site_folders(Path(sites))) if sites else None
+    if columns := words.get("evaluate"):
+        evaluate_run(grid, Path(words["run-dir"]), json.loads(columns), num_sites=num_sites)
+        return
     folder = open_folder(words)
     try:
         with (

@@ -16,6 +16,7 @@ from panfm.outputs import read_json_lines
 from panfm.report.report_data import Count, Number, ReportData, read_report_data
 from panfm.report.run_events import Event, read_events
 from panfm.report.run_progress import RunProgress, read_progress
+from panfm.report.site_evaluation import SiteEvaluation, read_evaluation
 
 
 class _SiteLine(BaseModel):
@@ -102,6 +103,8 @@ class Run:
 
     events: tuple[Event, ...] = ()
     """The history of the run, oldest first."""
+    evaluation: SiteEvaluation = field(default_factory=SiteEvaluation)
+    """Scores of the model on the sites' own labels, where the coordinator has asked for them."""
 
     @property
     def is_finished(self) -> bool:
@@ -166,6 +169,7 @@ def read_run(folder: Path) -> Run:
         progress=read_progress(folder) if is_at_work else None,
         data=read_report_data(folder),
         events=tuple(read_events(folder)),
+        evaluation=read_evaluation(folder),
     )
 
 

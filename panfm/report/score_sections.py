@@ -42,6 +42,20 @@ def task_section(run: Run) -> Section | None:
     return Section(key, title, [Paragraph(words), *map(Paragraph, benefit_lines(run.probe)), table])
 
 
+def evaluation_section(run: Run) -> Section | None:
+    """Make the section with the sites' scores of the model on their own labels; None if nobody has asked for them."""
+    if not run.evaluation.columns:
+        return None
+    words = (
+        "Each site has scored the final model on its own labels and told no more than this: on held-out patients, or, "
+        "where none are held out, by cross-validation of a linear probe of its own."
+    )
+    headings = ("column", "site", "score", "patients", "scored on")
+    table = Table(headings, run.evaluation.rows(), "Scores at the sites, with 95 % intervals by patient")
+    left_out = [Paragraph(f"left out: {line}", is_quiet=True) for line in run.evaluation.left_out()]
+    return Section("evaluation", "Evaluation at the sites", [Paragraph(words), table, *left_out])
+
+
 def label_section(run: Run) -> Section:
     """Make the section with every label's scores and number of subjects; tables of all models are folded away."""
     key, title = "labels", "Label by label"

@@ -5,6 +5,7 @@ constants of the tokenizers' inputs.
     gate, probe   sums of features and labels over the training patients, task by task
     errors        their summed leave-one-out errors under the ridge path that the server found from all sites' sums
     gate          with `gate.measure = "validation-loss"` instead: the summed loss of the val split
+    evaluation    AUC or R2 of the model on a column of labels (evaluation_answer.py)
 
 Features are those of the model as whoever gets it would read them: shared parameters as the server sent them, private
 experts as copies of the director, pooled as `[features]` says, not whitened. Floors are those of label_sums.py.
@@ -42,7 +43,7 @@ from panfm.site.session import Session
 from panfm.site.state import AskedRounds, StateStore, question_digest, read_asked, write_asked
 
 _BATCH = 256
-_LOCK_WAIT_S = 10.0
+LOCK_WAIT_S = 10.0
 SUMMED = "label-sums.digest"
 """Beside the runs: what this site sums. An operator who accepts that sums of two sets can be subtracted removes it."""
 SUMMED_INPUTS = "input-sums.digest"
@@ -63,11 +64,16 @@ def sum_patients(
     torch.set_num_threads(session.run.train.threads)
     if task.purpose is Purpose.INPUTS:
         return {"inputs": _sum_inputs(session, task, states, site.limits)}
+    if task.purpose is Purpose.EVALUATION:
+        from panfm.site.evaluation_answer import evaluate_column  # most sites are never asked
+
+        score = evaluate_column(session, task, states, folder=folder, site=site)
+        numbers = np.array([score.value, score.low, score.high, float(score.is_held_out)])
+        return {"score": {score.metric: numbers}, "scored": score.patients}
     with_labels = _check_asked(session, task, site.limits)
     states.check_origin()
     session.load_frozen(task.model, states)
-    if session.run.train.teacher_start == "server-ema":
-        task = replace(task, model=replace(task.model, teacher=task.model.groups))
+    task = _with_teacher(session, task)
     if not with_labels:
         return _validation_loss(session, task, states)
     at = session.store.indices("train")
@@ -80,7 +86,7 @@ def sum_patients(
     floor, rows = session.floors.batch, contributing_rows(targets, session.floors.batch)[0]
     if not rows:
         raise LimitError.of_question("probe.tasks: too few patients of this site know the labels of any")
-    features = _embed(session, at)
+    features = embed_patients(session, at)
     if task.purpose is Purpose.ERRORS:
         return {"errors": site_errors(features, targets, paths, floor=floor)}
     sums = site_sums(features, targets, floor=floor).tasks
@@ -139,7 +145,22 @@ def _validation_loss(session: Session, task: SumsTask, states: StateStore) -> di
     return {"loss": validation.loss * len(indices), "loss_subjects": len(indices)}
 
 
-def _embed(session: Session, at: NDArray[np.int64]) -> NDArray[np.float32]:
+def load_model(session: Session, task: SumsTask, states: StateStore) -> None:
+    """Put the parameters of a question in place. Raises as `sum_patients`."""
+    states.check_origin()
+    session.load_frozen(task.model, states)
+    session.trainer.holds = None
+    session.load_global(_with_teacher(session, task).model, 0)
+
+
+def _with_teacher(session: Session, task: SumsTask) -> SumsTask:
+    """The question with a teacher where the run's rounds come with one."""
+    if session.run.train.teacher_start != "server-ema":
+        return task
+    return replace(task, model=replace(task.model, teacher=task.model.groups))
+
+
+def embed_patients(session: Session, at: NDArray[np.int64]) -> NDArray[np.float32]:
     """Features [n, D] of subjects of a site by the model with all streams of the run; those it lacks are zero."""
     trainer, run = session.trainer, session.run
     model = build_model(run)
@@ -201,7 +222,7 @@ def _pin(state_dir: Path, session: Session, targets: Mapping[str, NDArray[np.flo
         digest.update(json.dumps([task, session.run.probe.tasks[task]]).encode() + values.tobytes())
     path, text = state_dir / SUMMED, digest.hexdigest().encode()
     state_dir.mkdir(parents=True, exist_ok=True)
-    with locked(state_dir / f".{SUMMED}.lock", wait_s=_LOCK_WAIT_S):
+    with locked(state_dir / f".{SUMMED}.lock", wait_s=LOCK_WAIT_S):
         if not path.exists():
             write_checked(path, text)
         if read_checked(path) != text:
@@ -226,7 +247,7 @@ def _pin_inputs(state_dir: Path, session: Session, holders: Mapping[str, NDArray
         subjects = sorted(zip((store.subjects[index] for index in indices), images, strict=True))
         digests[name] = hashlib.sha256(json.dumps([session.floors.batch, subjects]).encode()).hexdigest()
     state_dir.mkdir(parents=True, exist_ok=True)
-    with locked(state_dir / f".{SUMMED_INPUTS}.lock", wait_s=_LOCK_WAIT_S):
+    with locked(state_dir / f".{SUMMED_INPUTS}.lock", wait_s=LOCK_WAIT_S):
         known = json.loads(read_checked(path)) if path.exists() else {}
         if changed := [name for name in digests if known.get(name, digests[name]) != digests[name]]:
             raise LimitError.of_question(f"this site has summed other patients or images of {changed[0]} before")

@@ -1,5 +1,6 @@
 """The job that an engine is given, and the choice of an engine."""
 
+import json
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -19,6 +20,8 @@ class Job:
     """Folder of site folders."""
     run_dir: Path
     """Run folder; holds `run.toml` already. A run that has begun goes on."""
+    evaluate: tuple[str, ...] = ()
+    """Columns of labels on which the sites evaluate the model of the run, which has finished."""
 
     @property
     def num_sites(self) -> int:
@@ -33,7 +36,8 @@ class Job:
     def run_config(self) -> dict[str, str]:
         """The scalars that the apps read."""
         run_dir = str(self.run_dir.resolve())
-        return {"sites": str(self.sites.resolve()), "run-dir": run_dir, "resume": run_dir}
+        evaluate = json.dumps(self.evaluate) if self.evaluate else ""
+        return {"sites": str(self.sites.resolve()), "run-dir": run_dir, "resume": run_dir, "evaluate": evaluate}
 
 
 def run_job(job: Job, engine: str) -> None:
