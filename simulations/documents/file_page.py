@@ -77,6 +77,8 @@ SITE_FOLDER: Entries = {
     ".panfm/state/label-sums.digest": "Digest of the tasks, patients and labels summed; another set is refused.",
     ".panfm/state/input-sums.digest": "Digests of the patients and images whose inputs were summed, by stream; others "
     "are refused.",
+    ".panfm/state/evaluations.json": "Digests of the patients and labels on which models were evaluated, and of the "
+    "questions, by column; others are refused.",
     ".panfm/state/ledger.anchor": "End of the ledger's chain; without it the ledger is refused.",
     ".panfm/state/.*": "Locks.",
     ".panfm/ledger/ledger.jsonl": "Privacy spent on these patients by all runs. Back it up; never delete it.",
@@ -90,6 +92,8 @@ RUN_FOLDER: Entries = {
     "sites.json": "Subjects and streams that sites reported when they joined: [keys](#sitesjson).",
     "rounds.jsonl": "One line per round: [keys](#roundsjsonl).",
     "probe.json": "Scores of all probes, in a simulation with held-out patients: [keys](#probejson).",
+    "evaluation.json": "Scores that sites told of their own labels, and who told none (`left_out`), by column; "
+    "`python -m server evaluate` adds to it.",
     "command.json": "In a simulation: changes by `--set` at its start, and by `--extend` since.",
     "data.json": "In a simulation of own folders: hashes of the images and labels of each place, which `--resume` "
     "compares.",
@@ -128,6 +132,7 @@ RUN_FOLDER: Entries = {
     "wandb/**": "Rounds for Weights & Biases, where `tracking.loggers` names it.",
     "sites/<site>/**": "In a simulation: the private state of each site, as in `.panfm/state` of its folder.",
     ".lock": "Locked while a process is at work in the folder.",
+    ".evaluation.lock": "Locked while sites are asked for an evaluation.",
     ".turn": "Locked while `keep`, `resume` or `stop` decides whether the run goes on.",
     ".alerts-*.lock": "Locked while a process sends an alert by webhook or mail.",
 }

@@ -1,0 +1,79 @@
+"""The server's part of an evaluation at sites: which runs are asked about, and which answers are taken."""
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from panfm.config import RunConfig, StreamConfig
+from panfm.config.site_dp import SiteDpConfig
+from panfm.errors import DataError, ProtocolError, RunError
+from panfm.report.site_evaluation import ColumnScores, SiteEvaluation, SiteResult, read_evaluation, write_evaluation
+from panfm.sharing.sums_messages import SumsReply
+from server.coordinator import app
+from server.evaluation import _score, check_can_be_evaluated
+from server.run_folder import RunFolder
+
+STREAM = StreamConfig(shape=(8, 8), patch=(4, 4))
+RUN = RunConfig(name="toy", streams={"brain-mr": STREAM})
+
+
+def reply(metric="auc", numbers=(0.8, 0.7, 0.9, 1.0), scored=12):
+    return SumsReply("run-1", 7, score={metric: np.array(numbers)}, scored=scored)
+
+
+def test_a_score_is_read():
+    told = _score(reply("r2", (-0.2, -1.0, 0.4, 0.0)))
+    assert told == SiteResult(metric="r2", value=-0.2, low=-1.0, high=0.4, patients=12, held_out=False)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        reply(scored=None),
+        reply(scored=0),
+        reply(scored=10**12),
+        reply("accuracy"),
+        reply(numbers=(0.8, 0.7, 0.9)),
+        reply(numbers=(0.8, 0.9, 0.7, 1.0)),
+        reply(numbers=(-0.1, 0.0, 0.9, 1.0)),
+        reply(numbers=(0.8, 0.7, 1.2, 1.0)),
+        reply(numbers=(0.8, 0.7, 0.9, 0.5)),
+        reply(numbers=(np.nan, 0.7, 0.9, 1.0)),
+        SumsReply("run-1", 7, score={"auc": np.ones(4), "r2": np.ones(4)}, scored=3),
+        SumsReply("run-1", 7, scored=3),
+    ],
+)
+def test_an_answer_that_is_no_score_is_refused(bad):
+    with pytest.raises(ProtocolError):
+        _score(bad)
+
+
+def test_private_runs_and_columns_named_twice_are_not_asked_about():
+    private = RUN.model_copy(
+        update={"site_dp": SiteDpConfig(epsilon=8.0, delta=0.01, num_sites=2, noise_multiplier=2.0)}
+    )
+    with pytest.raises(RunError, match=r"^a private run \(.*\): exact scores are outside its claim"):
+        check_can_be_evaluated(private, ["old"])
+    for columns in ([], [""], ["old", "old"]):
+        with pytest.raises(RunError, match="expected one or more columns"):
+            check_can_be_evaluated(RUN, columns)
+
+
+def test_a_run_that_has_not_finished_is_told_before_flower_is_asked(tmp_path):
+    RunFolder.create(tmp_path / "run", RUN)
+    result = CliRunner().invoke(app, ["evaluate", str(tmp_path / "run"), "--task", "old"])
+    assert result.exit_code == 1
+    assert str(result.exception).endswith("run: not begun, expected a run that has finished")
+
+
+def test_the_file_is_read_as_it_was_written_and_a_damaged_one_is_told(tmp_path):
+    score = SiteResult(metric="auc", value=1.0, low=0.5, high=1.0, patients=12, held_out=True)
+    evaluation = SiteEvaluation(columns={"old": ColumnScores(sites={"alpha": score}, left_out={"beta": "offline"})})
+    write_evaluation(tmp_path, evaluation)
+    assert read_evaluation(tmp_path) == evaluation
+    assert evaluation.rows() == [("old", "alpha", "AUC 1.00 [0.50, 1.00]", "12", "held out")]
+    assert evaluation.left_out() == ["old: beta: offline"]
+    assert evaluation.only(["grade"]).columns == {}
+    (tmp_path / "evaluation.json").write_text('{"columns": {"old": 3}}')
+    with pytest.raises(DataError, match=r"evaluation\.json: not what an evaluation writes there"):
+        read_evaluation(tmp_path)
