@@ -1,6 +1,5 @@
 """ServerApp: reads the run config, opens the run folder, runs the federation, or evaluates the model of a run."""
 
-import json
 from pathlib import Path
 
 from flwr.app import Context
@@ -20,7 +19,6 @@ from server.run_watch import watched
 from server.tracking import refresh_page
 
 _ROOT = Path(__file__).resolve().parents[1]
-
 app = ServerApp()
 
 
@@ -28,13 +26,10 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run the experiment that the run config names; raises, and so fails the run, if it does not do what was asked."""
     make_files_private()
-    progress = progress_of_environment()
     words = {key: str(value) for key, value in context.run_config.items()}
-    sites = words.get("sites", "")
-    num_sites = len(site_folders(Path(sites))) if sites else None
-    if columns := words.get("evaluate"):
-        evaluate_run(grid, Path(words["run-dir"]), json.loads(columns), num_sites=num_sites)
-        return
+    num_sites = len(site_folders(Path(sites))) if (sites := words.get("sites")) else None
+    if words.get("evaluate"):
+        return evaluate_run(grid, Path(words["run-dir"]), words["evaluate"], num_sites=num_sites)
     folder = open_folder(words)
     try:
         with (
@@ -44,7 +39,7 @@ def main(grid: Grid, context: Context) -> None:
         ):
             if num_sites is None:
                 grid = RetryingGrid(grid, folder.run.federation.wait_for_quorum_s)
-            run_federation(grid, folder, progress, num_sites=num_sites)
+            run_federation(grid, folder, progress_of_environment(), num_sites=num_sites)
     finally:
         refresh_page(folder.path)
 

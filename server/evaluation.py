@@ -8,6 +8,7 @@
 A site that tells nothing, or answers badly, is left out and named with its reason. Nothing else of the run changes.
 """
 
+import json
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -43,12 +44,12 @@ def check_can_be_evaluated(run: RunConfig, columns: Sequence[str]) -> None:
         raise RunError("--task: expected one or more columns of the sites' label tables, each once")
 
 
-def evaluate_run(grid: Grid, path: Path, columns: Sequence[str], *, num_sites: int | None = None) -> None:
+def evaluate_run(grid: Grid, path: Path, columns: str, *, num_sites: int | None = None) -> None:
     """Ask the sites to evaluate the model of a run, and write their scores; a failure is written down as well.
 
     Args:
         path: Folder of a run that has finished.
-        columns: Of the sites' label tables.
+        columns: Of the sites' label tables, a list in JSON.
         num_sites: Of a simulation; None: real sites.
     Raises:
         PanfmError: the run is private or has not finished, too few sites are online, or its model is damaged.
@@ -61,7 +62,7 @@ def evaluate_run(grid: Grid, path: Path, columns: Sequence[str], *, num_sites: i
         known = read_evaluation(path)
         try:
             run = load_checked_run(path / "run.toml")
-            scores = _ask(grid, RunFolder(path, run), columns, num_sites)
+            scores = _ask(grid, RunFolder(path, run), json.loads(columns), num_sites)
         except PanfmError as error:
             write_evaluation(path, known.model_copy(update={"failure": str(error)}))
             raise

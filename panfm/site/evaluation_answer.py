@@ -33,10 +33,11 @@ from panfm.files import locked, read_checked, write_checked
 from panfm.models.pan import TASK_HEAD
 from panfm.privacy.guarantees import privacy_label
 from panfm.sharing.sums_messages import SumsTask
+from panfm.site.asked_model import embed_patients, load_model
 from panfm.site.session import Session
 from panfm.site.state import StateStore, question_digest
-from panfm.site.sums_answer import LOCK_WAIT_S, embed_patients, load_model
 
+_LOCK_WAIT_S = 10.0
 EVALUATIONS = "evaluations.json"
 """Beside the runs: column -> digest of its patients and labels, and digests of the questions that were answered."""
 
@@ -54,7 +55,7 @@ def evaluate_column(
     _check_asked(session, task, site.limits)
     is_own_task = session.run.task is not None and session.run.task.label == task.column
     labels, is_number = _own_labels(session) if is_own_task else _read_column(session, folder, site, task.column)
-    known = np.isfinite(labels).all(axis=1)
+    known: NDArray[np.bool_] = np.asarray(np.isfinite(labels).all(axis=1))
     train, test = (at[known[at]] for at in map(session.store.indices, ("train", "test")))
     floor = session.floors.batch
     has_test = len(test) > 0
@@ -152,7 +153,7 @@ def _note(
     question = question_digest(dump_toml(session.run), task.model, task.model.groups, task.column)
     path = state_dir / EVALUATIONS
     state_dir.mkdir(parents=True, exist_ok=True)
-    with locked(state_dir / f".{EVALUATIONS}.lock", wait_s=LOCK_WAIT_S):
+    with locked(state_dir / f".{EVALUATIONS}.lock", wait_s=_LOCK_WAIT_S):
         known = json.loads(read_checked(path)) if path.exists() else {}
         before, questions = known.get(task.column, [patients, []])
         if before != patients:

@@ -17,7 +17,6 @@ another question under them is refused (`asked.json` beside the private states).
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +30,18 @@ from panfm.data.labels import numbers_of, read_site_cells
 from panfm.data.store import ImageStore
 from panfm.data.subjects import subject_key
 from panfm.errors import LimitError, ProtocolError
-from panfm.evaluate.embed import embed_store
 from panfm.evaluate.input_sums import InputSums
 from panfm.evaluate.label_sums import RidgePath, contributing_rows, site_errors, site_sums
 from panfm.files import locked, read_checked, write_checked
-from panfm.models import build_model, describe_model
+from panfm.models import describe_model
 from panfm.privacy.guarantees import privacy_label
 from panfm.sharing.groups import parameter_hashes
 from panfm.sharing.sums_messages import Purpose, SumsTask, path_arrays
+from panfm.site.asked_model import embed_patients, with_teacher
 from panfm.site.session import Session
 from panfm.site.state import AskedRounds, StateStore, question_digest, read_asked, write_asked
 
-_BATCH = 256
-LOCK_WAIT_S = 10.0
+_LOCK_WAIT_S = 10.0
 SUMMED = "label-sums.digest"
 """Beside the runs: what this site sums. An operator who accepts that sums of two sets can be subtracted removes it."""
 SUMMED_INPUTS = "input-sums.digest"
@@ -73,7 +71,7 @@ def sum_patients(
     with_labels = _check_asked(session, task, site.limits)
     states.check_origin()
     session.load_frozen(task.model, states)
-    task = _with_teacher(session, task)
+    task = with_teacher(session, task)
     if not with_labels:
         return _validation_loss(session, task, states)
     at = session.store.indices("train")
@@ -145,31 +143,6 @@ def _validation_loss(session: Session, task: SumsTask, states: StateStore) -> di
     return {"loss": validation.loss * len(indices), "loss_subjects": len(indices)}
 
 
-def load_model(session: Session, task: SumsTask, states: StateStore) -> None:
-    """Put the parameters of a question in place. Raises as `sum_patients`."""
-    states.check_origin()
-    session.load_frozen(task.model, states)
-    session.trainer.holds = None
-    session.load_global(_with_teacher(session, task).model, 0)
-
-
-def _with_teacher(session: Session, task: SumsTask) -> SumsTask:
-    """The question with a teacher where the run's rounds come with one."""
-    if session.run.train.teacher_start != "server-ema":
-        return task
-    return replace(task, model=replace(task.model, teacher=task.model.groups))
-
-
-def embed_patients(session: Session, at: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Features [n, D] of subjects of a site by the model with all streams of the run; those it lacks are zero."""
-    trainer, run = session.trainer, session.run
-    model = build_model(run)
-    state = {name: value.to("cpu") for name, value in trainer.model.state_dict().items()}
-    model.load_state_dict(model.state_dict() | state)
-    size = min(_BATCH, run.train.batch_size)
-    return embed_store(model.to(trainer.device), session.store, at, list(session.streams), batch_size=size)
-
-
 def read_targets(
     folder: Path,
     site: SiteConfig,
@@ -222,7 +195,7 @@ def _pin(state_dir: Path, session: Session, targets: Mapping[str, NDArray[np.flo
         digest.update(json.dumps([task, session.run.probe.tasks[task]]).encode() + values.tobytes())
     path, text = state_dir / SUMMED, digest.hexdigest().encode()
     state_dir.mkdir(parents=True, exist_ok=True)
-    with locked(state_dir / f".{SUMMED}.lock", wait_s=LOCK_WAIT_S):
+    with locked(state_dir / f".{SUMMED}.lock", wait_s=_LOCK_WAIT_S):
         if not path.exists():
             write_checked(path, text)
         if read_checked(path) != text:
@@ -247,7 +220,7 @@ def _pin_inputs(state_dir: Path, session: Session, holders: Mapping[str, NDArray
         subjects = sorted(zip((store.subjects[index] for index in indices), images, strict=True))
         digests[name] = hashlib.sha256(json.dumps([session.floors.batch, subjects]).encode()).hexdigest()
     state_dir.mkdir(parents=True, exist_ok=True)
-    with locked(state_dir / f".{SUMMED_INPUTS}.lock", wait_s=LOCK_WAIT_S):
+    with locked(state_dir / f".{SUMMED_INPUTS}.lock", wait_s=_LOCK_WAIT_S):
         known = json.loads(read_checked(path)) if path.exists() else {}
         if changed := [name for name in digests if known.get(name, digests[name]) != digests[name]]:
             raise LimitError.of_question(f"this site has summed other patients or images of {changed[0]} before")
