@@ -17,10 +17,10 @@ Shape legend: N patients, L labels, R resamples.
 from collections.abc import Iterator, Mapping
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from panfm.data.store import ImageStore
-from panfm.evaluate.embed import embed_store
+from panfm.data.store import Batch, ImageStore
 from panfm.evaluate.linear_probe import auc_per_label, r2_per_label
 from panfm.evaluate.probe_cohort import Task
 from panfm.evaluate.probe_labels import LabelledStore
@@ -29,6 +29,7 @@ from panfm.evaluate.scores import Floats, draw_counts, interval
 from panfm.evaluate.site_score import cross_validated, enough_of, probed
 from panfm.models import PanModel
 
+_BATCH = 256
 _FEWEST = 10
 """Patients that a probe is fitted on."""
 
@@ -69,7 +70,8 @@ def _site_scores(task: Task, place: LabelledStore, arms: Mapping[str, PanModel])
         return
     metric, measure = ("r2", r2_per_label) if is_number else ("auc", auc_per_label)
     counts = draw_counts(int(told.sum()), task.run.probe.bootstrap, task.run.seed)
-    predicted = {arm: _predict(_embed(model, store, at), values, fitted) for arm, model in arms.items()}
+    features = embed_models(arms, store, at)
+    predicted = {arm: _predict(of_arm, values, fitted) for arm, of_arm in features.items()}
     predicted[ENSEMBLE] = (predicted[own] + predicted["federated"]) / 2
     measured = {arm: measure(scores[told], values[told], counts) for arm, scores in predicted.items()}
     for arm, by_label in measured.items():
@@ -85,8 +87,24 @@ def _can_be_told(column: Floats, fitted: NDArray[np.bool_], told: NDArray[np.boo
     return len(fit) >= _FEWEST and bool(enough_of(fit[:, None], 1)[0] and enough_of(test[:, None], 1)[0])
 
 
-def _embed(model: PanModel, store: ImageStore, at: NDArray[np.int64]) -> NDArray[np.float32]:
-    return embed_store(model, store, at, [name for name in model.stream_names if name in store.images])
+@torch.inference_mode()
+def embed_models(
+    models: Mapping[str, PanModel], store: ImageStore, at: NDArray[np.int64]
+) -> dict[str, NDArray[np.float32]]:
+    """Arm -> features [N, D] of patients. Patch features, which take longest, are computed once for models that read
+    the same of an image."""
+    chunks: dict[str, list[NDArray[np.float32]]] = {arm: [] for arm in models}
+    for start in range(0, len(at), _BATCH):
+        read: list[tuple[object, Batch]] = []
+        for arm, model in models.items():
+            names = [name for name in model.stream_names if name in store.images]
+            way = (model.tokenizer, [(name, model.stream_configs[name]) for name in names])
+            patches = next((batch for known, batch in read if known == way), None)
+            if patches is None:
+                patches = model.patch_features(store.batch(at[start : start + _BATCH], names))
+                read.append((way, patches))
+            chunks[arm].append(model.eval().embed_patches(patches).float().numpy())
+    return {arm: np.concatenate(parts) for arm, parts in chunks.items()}
 
 
 def _predict(features: NDArray[np.float32], values: Floats, fitted: NDArray[np.bool_]) -> Floats:

@@ -210,6 +210,8 @@ PROBE: Entries = {
     "scores": "`arm` (the model that was probed), `group` (of labels), `metric` (auc or r2), `value`, `low` and "
     "`high` (95 % bootstrap over test subjects), `num_labels`.",
     "task": "Scores of each model that has learned the `[task]` of a run: as `scores`.",
+    "benefit": "Scores of the models that a site could keep, on its own patients: as `scores`; arms that end in "
+    "` minus own` are differences to the site's own model.",
     "missing": "Arm -> AUC with organs taken away: `auc`, `auc_missing_<n>`, `auc_drop_<organ>`, `auc_only_<organ>`, "
     "`auc_no_dominant`.",
     "balance": "Arm -> `effective_rank` of its features.",

@@ -8,27 +8,38 @@ from sklearn.metrics import roc_auc_score
 
 from panfm.config import parse_run
 from panfm.data.store import ImageStore
+from panfm.evaluate.embed import embed_store
 from panfm.evaluate.probe_cohort import Task
 from panfm.evaluate.probe_labels import LabelInfo, LabelledStore
 from panfm.evaluate.result import GAIN, ProbeResult, Score, read_result, write_result
 from panfm.evaluate.site_score import probed
+from panfm.models import build_model
 from panfm.report.console_tables import contract_lines, contract_rows
 from simulations import site_benefit
 from tests.conftest import SMALL_RUN
 
+TWO_STREAMS = """
+name = "two"
+[streams]
+eye-fundus = { shape = [8, 8], patch = [4, 4] }
+chest-xray = { shape = [8, 8], patch = [4, 4] }
+"""
 N, TRAIN = 120, 80
 RANDOM = np.random.default_rng(1)
 SICK = RANDOM.integers(0, 2, N).astype(float)
 GOOD, BAD = SICK[:, None] + RANDOM.normal(size=(N, 1)), RANDOM.normal(size=(N, 1))
 MODELS = {
-    name: SimpleNamespace(stream_names=(), features=features)
+    name: SimpleNamespace(features=features)
     for name, features in {"federated": GOOD, "site:a": BAD, "untrained": BAD[::-1]}.items()
 }
 
 
 @pytest.fixture(autouse=True)
 def features(monkeypatch):
-    monkeypatch.setattr(site_benefit, "embed_store", lambda model, _, at, names: model.features[at])
+    def embed(models, _, at):
+        return {arm: model.features[at] for arm, model in models.items()}
+
+    monkeypatch.setattr(site_benefit, "embed_models", embed)
 
 
 def task(labels, splits=("train",) * TRAIN + ("val",) * 20 + ("test",) * (N - TRAIN - 20), number=False):
@@ -77,6 +88,22 @@ def test_numbers_are_scored_by_r2_where_there_are_no_classes():
     told = scores(task({"age": GOOD[:, 0] * 3 + 50}, number=True))
     assert told["federated"].metric == "r2"
     assert told["federated"].value > 0.9
+
+
+def test_features_are_those_of_each_model_by_itself(monkeypatch):
+    """A model of all streams and one of some, with constants of its own, read the same patients."""
+    run = parse_run(TWO_STREAMS)
+    fundus = run.streams["eye-fundus"].model_copy(update={"input_centre": (0.4,), "input_scale": (2.0,)})
+    other = run.model_copy(update={"streams": {**run.streams, "eye-fundus": fundus}})
+    models = {"federated": build_model(run), "site:a": build_model(run, ["eye-fundus"]), "start": build_model(other)}
+    images = RANDOM.random((3, 1, 8, 8)).astype(np.float32)
+    store = ImageStore(("x", "y", "z"), ("train",) * 3, {"eye-fundus": images}, {"eye-fundus": np.arange(3)})
+    monkeypatch.undo()
+    told = site_benefit.embed_models(models, store, np.array([0, 2]))
+    for arm, model in models.items():
+        expected = embed_store(model, store, np.array([0, 2]), ["eye-fundus"])
+        np.testing.assert_array_equal(told[arm], expected)
+    assert not np.array_equal(told["federated"], told["start"])
 
 
 def benefit(*gains):
