@@ -169,17 +169,12 @@ class Site:
             DataError: the label table or the private state is faulty.
         """
         from panfm.sharing.sums_messages import Purpose, SumsTask  # a worker that is never asked does without
-        from panfm.site.sums_answer import sum_patients
+        from panfm.site.sums_answer import describe_answer, sum_patients
 
         task = SumsTask.from_records(question)
         session, states = self._opened(task.model, more_rounds=1, has_constants=task.purpose is not Purpose.INPUTS)
         result = sum_patients(session, task, states, folder=self.folder, site=self.config)
-        tasks = sorted({**result.get("sums", {}), **result.get("errors", {})})
-        self.summed = {"purpose": task.purpose.value, "labels": {name: session.run.probe.tasks[name] for name in tasks}}
-        if "inputs" in result:
-            self.summed["streams"] = sorted(result["inputs"])
-        if task.column:
-            self.summed["labels"] = {task.column: sorted(result["score"])}
+        self.summed = describe_answer(session.run, task, result)
         return build_sums_reply(task.model, result, may_leave=self.config.limits.may_leave).to_records()
 
     def _opened(

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from panfm.config import Releasable, SiteConfig, dump_toml
+from panfm.config import Releasable, RunConfig, SiteConfig, dump_toml
 from panfm.config.site_description import LimitsConfig
 from panfm.data.labels import numbers_of, read_site_cells
 from panfm.data.store import ImageStore
@@ -89,6 +89,17 @@ def sum_patients(
         return {"errors": site_errors(features, targets, paths, floor=floor)}
     sums = site_sums(features, targets, floor=floor).tasks
     return {"sums": {name: of_task.to_arrays() for name, of_task in sums.items()}}
+
+
+def describe_answer(run: RunConfig, task: SumsTask, result: Mapping[str, Any]) -> dict[str, Any]:
+    """Purpose of an answer, and the labels or streams that it tells of, for the audit log."""
+    labels = {name: run.probe.tasks[name] for name in sorted({**result.get("sums", {}), **result.get("errors", {})})}
+    told: dict[str, Any] = {"purpose": task.purpose.value, "labels": labels}
+    if "inputs" in result:
+        told["streams"] = sorted(result["inputs"])
+    if "score" in result:
+        told["labels"] = {task.column: sorted(result["score"])}
+    return told
 
 
 def _check_asked(session: Session, task: SumsTask, limits: LimitsConfig) -> bool:
