@@ -23,7 +23,7 @@ from panfm.errors import DataError
 from panfm.evaluate.embed import load_model
 from panfm.evaluate.probe_cohort import evaluate_cohort
 from panfm.evaluate.probe_file import read_probes
-from panfm.evaluate.result import ProbeResult, write_result
+from panfm.evaluate.result import ProbeResult, Score, write_result
 from panfm.models import PanModel, build_model
 from panfm.models.transfer import load_with_fresh_private
 from panfm.models.whitening import save_whitening
@@ -44,7 +44,7 @@ from simulations.example_slices import example_slices, png_files
 from simulations.expert_map import expert_map
 from simulations.harness import background_jobs, run_jobs
 from simulations.probe_sites import probe_sites
-from simulations.site_benefit import site_benefits
+from simulations.site_benefit import MOST_FEATURES, site_benefits
 from simulations.task_scores import score_task
 
 _STUDENT = "student."
@@ -231,6 +231,10 @@ def probe_run(
     task_scores = score_task(run, models, personalised, cohort) if run.task else ()
     probes = read_probes(run_dir / "model")
     together = probe_sites(opened.task(run), load_model(run_dir / "model", whitened=False)[0], probes)
-    benefits = site_benefits(opened.task(run), models, personalised) if run.task is None else ()
     notes = result.notes + together.notes
+    benefits: tuple[Score, ...] = ()
+    if run.task is None and (size := models["federated"].embedding_size) > MOST_FEATURES:
+        notes += (f"what a site should keep is not told: embeddings of {size} numbers, expected {MOST_FEATURES}",)
+    elif run.task is None:
+        benefits = site_benefits(opened.task(run), models, personalised)
     return replace(result, scores=result.scores + together.scores, notes=notes, task=task_scores, benefit=benefits)

@@ -29,6 +29,8 @@ from panfm.evaluate.scores import Floats, draw_counts, interval
 from panfm.evaluate.site_score import cross_validated, enough_of, probed
 from panfm.models import PanModel
 
+MOST_FEATURES = 1024
+"""Numbers of an embedding up to which the probes take seconds."""
 _BATCH = 256
 _FEWEST = 10
 """Patients that a probe is fitted on."""

@@ -27,9 +27,10 @@ from panfm.data.label_kinds import encode, infer_kinds, read_rules
 from panfm.data.labels import Labels, read_site_cells
 from panfm.data.subjects import subject_key
 from panfm.errors import LimitError, ProtocolError
-from panfm.evaluate.label_sums import Floats
+from panfm.evaluate.label_sums import MAX_FEATURES, Floats
 from panfm.evaluate.site_score import SiteScore, cross_validated, enough_of, probed, scored
 from panfm.files import locked, read_checked, write_checked
+from panfm.models import describe_model
 from panfm.models.pan import TASK_HEAD
 from panfm.privacy.guarantees import privacy_label
 from panfm.sharing.sums_messages import SumsTask
@@ -95,6 +96,8 @@ def _check_asked(session: Session, task: SumsTask, limits: LimitsConfig) -> None
         )
     if task.model.round_number != session.run.train.rounds + 1:
         raise ProtocolError(f"evaluation: asked before round {task.model.round_number}, expected after the last")
+    if (size := describe_model(session.run).embedding_size) > MAX_FEATURES:
+        raise ProtocolError(f"evaluation: embeddings have {size} numbers, expected at most {MAX_FEATURES}")
 
 
 def _refusal(column: str) -> LimitError:

@@ -66,6 +66,45 @@ def test_a_run_that_has_not_finished_is_told_before_flower_is_asked(tmp_path):
     assert str(result.exception).endswith("run: not begun, expected a run that has finished")
 
 
+@pytest.fixture
+def finished(tmp_path, monkeypatch):
+    """A run folder with a model, and a Flower that runs nothing: what it was asked, and what it says afterwards."""
+    RunFolder.create(tmp_path / "run", RUN)
+    (tmp_path / "run" / "model").mkdir()
+    (tmp_path / "run" / "model" / "metadata.json").write_text('{"rounds": 7}')
+    asked, answers = [], [("running", "no details"), ("finished:completed", "no details")]
+    monkeypatch.setattr("server.coordinator.submit", lambda where, words, _: asked.append((where, words)) or "7")
+    monkeypatch.setattr(
+        "server.coordinator.FlowerRun.entry", lambda *_: answers.pop(0) if len(answers) > 1 else answers[0]
+    )
+    monkeypatch.setattr("server.coordinator._POLL_S", 0.0)
+    return tmp_path / "run", asked, answers
+
+
+def test_the_command_asks_flower_and_prints_the_columns_that_it_asked_for(finished):
+    run_dir, asked, _ = finished
+    score = SiteResult(metric="auc", value=0.81, low=0.7, high=0.9, patients=12, held_out=True)
+    given = {name: ColumnScores(sites={"alpha": score}, left_out={"beta": "offline"}) for name in ("old", "grade")}
+    write_evaluation(run_dir, SiteEvaluation(columns=given))
+    result = CliRunner().invoke(app, ["evaluate", str(run_dir), "--task", "old", "--connection", "here"])
+    assert result.exit_code == 0, result.output
+    assert asked == [("here", {"run-dir": str(run_dir.resolve()), "evaluate": '["old"]'})]
+    assert "AUC 0.81 [0.70, 0.90]" in result.output
+    assert "left out: old: beta: offline" in result.output
+    assert "grade" not in result.output
+
+
+def test_a_failed_evaluation_fails_the_command_with_its_reason(finished):
+    run_dir, _, answers = finished
+    answers[:] = [("finished:failed", "Task failed")]
+    write_evaluation(run_dir, SiteEvaluation(failure="1 of at least 2 sites online after 60 s"))
+    result = CliRunner().invoke(app, ["evaluate", str(run_dir), "--task", "old", "--connection", "here"])
+    assert result.exit_code == 1
+    assert str(result.exception) == f"{run_dir}: 1 of at least 2 sites online after 60 s"
+    without = CliRunner().invoke(app, ["evaluate", str(run_dir), "--task", "old"])
+    assert "name a --connection" in str(without.exception)
+
+
 def test_the_file_is_read_as_it_was_written_and_a_damaged_one_is_told(tmp_path):
     score = SiteResult(metric="auc", value=1.0, low=0.5, high=1.0, patients=12, held_out=True)
     evaluation = SiteEvaluation(columns={"old": ColumnScores(sites={"alpha": score}, left_out={"beta": "offline"})})
