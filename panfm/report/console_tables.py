@@ -14,7 +14,11 @@ from panfm.report.run_files import Run
 
 _MOST_LABELS = 20
 """Labels up to which the console shows each; the HTML report always does."""
-_TASK_WORDS = {"federated": "the run's model", PERSONALISED: "the personalised model"}
+_TASK_WORDS = {
+    "federated": "the run's model",
+    PERSONALISED: "the personalised model",
+    ENSEMBLE: "the mean of both predictions",
+}
 _KEPT = {
     "federated": "the federated model",
     PERSONALISED: "the personalised model",
