@@ -6,8 +6,9 @@
 
 Only columns that `limits.evaluation-labels` names, only after a run's last round, and in no private run: exact numbers
 are outside its claim. A server chooses the parameters that are evaluated, and can learn a little of a patient from each
-answer. So all answers on a column are about the same patients and labels, and about `limits.evaluations` models at
-most, in whatever run; `evaluations.json` beside the private states notes them before an answer is computed.
+answer. So all answers on a column, of heads and of probes each, are about the same patients and labels, and about
+`limits.evaluations` models at most, in whatever run; `evaluations.json` beside the private states notes them before an
+answer is computed.
 
 Whatever the data decide (no such column, too few patients of a class, values that are no labels) is refused in the same
 words.
@@ -40,7 +41,7 @@ from panfm.site.state import StateStore, question_digest
 
 _LOCK_WAIT_S = 10.0
 EVALUATIONS = "evaluations.json"
-"""Beside the runs: column -> digest of its patients and labels, and digests of the questions that were answered."""
+"""Beside the runs: head or probe, and column -> digest of patients and labels, digests of questions answered."""
 
 
 def evaluate_column(
@@ -69,7 +70,8 @@ def evaluate_column(
         raise _refusal(task.column)
     at = np.union1d(train, test)
     targets = labels[at][:, kept]
-    _note(states.folder.parents[1], session, task, at, targets, site.limits)
+    key = f"{'head' if is_own_task else 'probe'} {task.column}"
+    _note(states.folder.parents[1], session, task, key, at, targets, site.limits)
     load_model(session, task, states)
     is_test = np.isin(at, test)
     if is_own_task:
@@ -142,10 +144,18 @@ def _head_outputs(session: Session, at: NDArray[np.int64]) -> Floats:
 
 
 def _note(
-    state_dir: Path, session: Session, task: SumsTask, at: NDArray[np.int64], targets: Floats, limits: LimitsConfig
+    state_dir: Path,
+    session: Session,
+    task: SumsTask,
+    key: str,
+    at: NDArray[np.int64],
+    targets: Floats,
+    limits: LimitsConfig,
 ) -> None:
     """Note what is asked, and about whom, on disk before it is answered.
 
+    Args:
+        key: Column, and whether a head or a probe is scored on it: each has patients of its own.
     Raises:
         LimitError: the column was evaluated on other patients or labels before, or for `limits.evaluations` models.
         DataError: the note is corrupted.
@@ -158,9 +168,9 @@ def _note(
     state_dir.mkdir(parents=True, exist_ok=True)
     with locked(state_dir / f".{EVALUATIONS}.lock", wait_s=_LOCK_WAIT_S):
         known = json.loads(read_checked(path)) if path.exists() else {}
-        before, questions = known.get(task.column, [patients, []])
+        before, questions = known.get(key, [patients, []])
         if before != patients:
             raise LimitError.of_question(f"evaluation: {task.column!r:.140}: this site has told of other patients")
         if question not in questions and len(questions) >= limits.evaluations:
             raise LimitError.of_question(f"this site's limits.evaluations is {limits.evaluations}")
-        write_checked(path, json.dumps({**known, task.column: [patients, sorted({*questions, question})]}).encode())
+        write_checked(path, json.dumps({**known, key: [patients, sorted({*questions, question})]}).encode())

@@ -107,6 +107,7 @@ def test_a_task_is_scored_by_its_head_on_held_out_patients_only(labelled):
     outputs = model.heads.task(model.embed(store.batch(np.arange(8, 12)))).detach().double().numpy()
     expected = scored(outputs, np.array(OLD[8:], float)[:, None], is_number=False, is_held_out=True)
     assert ask(site, asked).score["auc"].tolist() == [expected.value, expected.low, expected.high, 1.0]
+    assert ask(site, question(run_id="run-2")).scored == 4  # a probe of another run, beside the head
 
 
 def test_a_task_without_held_out_patients_is_not_scored(labelled):
