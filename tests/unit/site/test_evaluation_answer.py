@@ -1,5 +1,6 @@
 """A site's answers to questions for an evaluation: which columns, of whom, how often, and what leaves."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import tomli_w
 import torch
 
+from client.relay import ask as ask_worker
 from panfm.cli.site_lines import message_line
 from panfm.config import Releasable
 from panfm.config.site_description import LimitsConfig
@@ -19,6 +21,9 @@ from panfm.models.packing import trained_manifest
 from panfm.sharing.frames import Frame, Kind
 from panfm.sharing.sums_messages import Purpose, SumsReply, SumsTask
 from panfm.site import Site, answer
+from panfm.site.audit_log import AuditLog
+from panfm.site.worker import Worker, listen
+from tests.cases import approve
 from tests.unit.site.test_site import parse_run, task
 from tests.unit.site.test_task_site import TASK, first_round
 
@@ -207,6 +212,23 @@ def test_the_audit_log_tells_the_column_and_a_refusal_tells_no_number(labelled):
     assert "answer of round 7 of run-1, evaluation; old: auc: 9 bytes" in told
     refused = answer(site, Frame(Kind.SUMS, question("same").to_records()))
     assert refused.records.config["reason"].startswith("site alpha: LimitError: evaluation: 'same': too few patients")
+
+
+def test_a_worker_at_its_socket_is_asked_and_its_audit_log_has_the_column(labelled):
+    """The real frames, and an operator who has approved the experiment."""
+    site, asked = labelled(needs_approval=True), question()
+    approve(site.folder, parse_run(asked.model.run_toml))
+    with listen(site.folder, site.config) as listener:
+        worker = Worker(site.folder, listener)
+        with ThreadPoolExecutor(1) as threads:
+            replied = threads.submit(
+                ask_worker, str(site.folder / ".panfm/run/worker.sock"), Frame(Kind.SUMS, asked.to_records())
+            )
+            worker.serve_one()
+            reply = SumsReply.from_records(replied.result(timeout=60).records)
+    assert (list(reply.score), reply.scored) == (["auc"], 12)
+    [line] = AuditLog(site.state_dir).lines()
+    assert line["summed"] == {"purpose": "evaluation", "labels": {"old": ["auc"]}}
 
 
 def test_a_question_without_a_column_is_none(labelled):
