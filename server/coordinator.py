@@ -18,7 +18,7 @@ from panfm.cli.model_commands import export
 from panfm.errors import ConfigError, DataError, RunError, reason
 from panfm.files import make_files_private, write_atomic
 from panfm.outputs import write_json
-from server.flower_cli import FlowerRun, flower_environment, submit
+from server.flower_cli import FlowerRun, as_one_word, flower_environment, submit
 from server.hospital_commands import app as hospital_commands
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -209,7 +209,7 @@ def evaluate(
     if connection is None and known is None:
         raise RunError(f"{run_dir}: was not started with `python -m server start`; name a --connection")
     where, environment = connection or (known.connection if known else ""), flower_environment()
-    words = {"run-dir": str(run_dir.resolve()), "evaluate": json.dumps(columns)}
+    words = {"run-dir": str(run_dir.resolve()), "evaluate": as_one_word(columns)}
     flower = FlowerRun(submit(where, words, environment), where)
     while not (entry := flower.entry(environment))[0].startswith("finished"):
         time.sleep(_POLL_S)

@@ -8,7 +8,6 @@
 A site that tells nothing, or answers badly, is left out and named with its reason. Nothing else of the run changes.
 """
 
-import json
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -29,6 +28,7 @@ from panfm.report.run_files import read_run
 from panfm.report.site_evaluation import ColumnScores, SiteEvaluation, SiteResult, read_evaluation, write_evaluation
 from panfm.sharing.sums_messages import Purpose, SumsReply
 from server.exchange import ask_sums
+from server.flower_cli import of_one_word
 from server.handshake import shake_hands
 from server.run_folder import RunFolder
 
@@ -49,7 +49,7 @@ def evaluate_run(grid: Grid, path: Path, columns: str, *, num_sites: int | None 
 
     Args:
         path: Folder of a run that has finished.
-        columns: Of the sites' label tables, a list in JSON.
+        columns: Of the sites' label tables, as one word (flower_cli.py).
         num_sites: Of a simulation; None: real sites.
     Raises:
         PanfmError: the run is private or has not finished, too few sites are online, or its model is damaged.
@@ -62,7 +62,7 @@ def evaluate_run(grid: Grid, path: Path, columns: str, *, num_sites: int | None 
         known = read_evaluation(path)
         try:
             run = load_checked_run(path / "run.toml")
-            scores = _ask(grid, RunFolder(path, run), json.loads(columns), num_sites)
+            scores = _ask(grid, RunFolder(path, run), of_one_word(columns), num_sites)
         except PanfmError as error:
             write_evaluation(path, known.model_copy(update={"failure": str(error)}))
             raise

@@ -1,11 +1,11 @@
 """The job that an engine is given, and the choice of an engine."""
 
-import json
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
 from panfm.config import site_folders
+from server.flower_cli import as_one_word
 
 ENGINES = ("local", "ray", "flower", "deployment")
 """local: in this process; ray: Flower's simulation engine; flower: `flwr run` on a local Flower connection; deployment:
@@ -36,8 +36,8 @@ class Job:
     def run_config(self) -> dict[str, str]:
         """The scalars that the apps read."""
         run_dir = str(self.run_dir.resolve())
-        evaluate = json.dumps(self.evaluate) if self.evaluate else ""
-        return {"sites": str(self.sites.resolve()), "run-dir": run_dir, "resume": run_dir, "evaluate": evaluate}
+        words = {"sites": str(self.sites.resolve()), "run-dir": run_dir, "resume": run_dir}
+        return words | {"evaluate": as_one_word(self.evaluate)}
 
 
 def run_job(job: Job, engine: str) -> None:

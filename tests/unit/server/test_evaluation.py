@@ -1,7 +1,10 @@
 """The server's part of an evaluation at sites: which runs are asked about, and which answers are taken."""
 
+import json
+
 import numpy as np
 import pytest
+from flwr.common.config import parse_config_args
 from typer.testing import CliRunner
 
 from panfm.config import RunConfig, StreamConfig
@@ -11,6 +14,7 @@ from panfm.report.site_evaluation import ColumnScores, SiteEvaluation, SiteResul
 from panfm.sharing.sums_messages import SumsReply
 from server.coordinator import app
 from server.evaluation import _score, check_can_be_evaluated
+from server.flower_cli import as_one_word, of_one_word
 from server.run_folder import RunFolder
 
 STREAM = StreamConfig(shape=(8, 8), patch=(4, 4))
@@ -88,7 +92,7 @@ def test_the_command_asks_flower_and_prints_the_columns_that_it_asked_for(finish
     write_evaluation(run_dir, SiteEvaluation(columns=given))
     result = CliRunner().invoke(app, ["evaluate", str(run_dir), "--task", "old", "--connection", "here"])
     assert result.exit_code == 0, result.output
-    assert asked == [("here", {"run-dir": str(run_dir.resolve()), "evaluate": '["old"]'})]
+    assert asked == [("here", {"run-dir": str(run_dir.resolve()), "evaluate": "old"})]
     assert "AUC 0.81 [0.70, 0.90]" in result.output
     assert "left out: old: beta: offline" in result.output
     assert "grade" not in result.output
@@ -116,3 +120,10 @@ def test_the_file_is_read_as_it_was_written_and_a_damaged_one_is_told(tmp_path):
     (tmp_path / "evaluation.json").write_text('{"columns": {"old": 3}}')
     with pytest.raises(DataError, match=r"evaluation\.json: not what an evaluation writes there"):
         read_evaluation(tmp_path)
+
+
+def test_names_of_columns_pass_through_a_run_config_of_flower():
+    for columns in (["old"], ["old age", "x,y", "50%"], ['a"b', "c'd", "e=f", "größe"]):
+        words = {"run-dir": "/srv/x y", "evaluate": as_one_word(columns)}
+        text = " ".join(f"{key}={json.dumps(value)}" for key, value in words.items())
+        assert of_one_word(parse_config_args([text])["evaluate"]) == columns
