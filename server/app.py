@@ -1,4 +1,4 @@
-"""ServerApp: reads the run config, opens the run folder, runs the federation."""
+"""ServerApp: reads the run config, opens the run folder, runs the federation, or evaluates the model of a run."""
 
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,6 +11,7 @@ from panfm.errors import ConfigError
 from panfm.files import make_files_private
 from panfm.privacy.guarantees import load_checked_run
 from server.alerts import alerted, watched_certificates
+from server.evaluation import evaluate_run
 from server.json_log import progress_of_environment
 from server.retrying_grid import RetryingGrid
 from server.rounds import run_federation
@@ -19,7 +20,6 @@ from server.run_watch import watched
 from server.tracking import refresh_page
 
 _ROOT = Path(__file__).resolve().parents[1]
-
 app = ServerApp()
 
 
@@ -27,10 +27,15 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run the experiment that the run config names; raises, and so fails the run, if it does not do what was asked."""
     make_files_private()
-    progress = progress_of_environment()
     words = {key: str(value) for key, value in context.run_config.items()}
-    sites = words.get("sites", "")
-    num_sites = len(site_folders(Path(sites))) if sites else None
+    num_sites = len(site_folders(Path(sites))) if (sites := words.get("sites")) else None
+    if words.get("evaluate"):
+        evaluate_run(grid, Path(words["run-dir"]), words["evaluate"], num_sites=num_sites)
+    else:
+        _train(grid, words, num_sites)
+
+
+def _train(grid: Grid, words: dict[str, str], num_sites: int | None) -> None:
     with ExitStack() as stack:
         with early_end_noted(words.get("resume")):
             folder = open_folder(words)
@@ -40,7 +45,7 @@ def main(grid: Grid, context: Context) -> None:
         stack.enter_context(watched(folder.path, folder.events, watched_certificates(folder.path)))
         if num_sites is None:
             grid = RetryingGrid(grid, folder.run.federation.wait_for_quorum_s)
-        run_federation(grid, folder, progress, num_sites=num_sites)
+        run_federation(grid, folder, progress_of_environment(), num_sites=num_sites)
 
 
 def open_folder(words: dict[str, str]) -> RunFolder:

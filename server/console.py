@@ -19,6 +19,7 @@ from rich.text import Text
 from panfm.config import experiment_hash
 from panfm.errors import RunError, one_line
 from panfm.report.run_files import Run, read_run
+from panfm.report.site_evaluation import SiteEvaluation
 from panfm.report.status import (
     gate_line,
     headline,
@@ -134,6 +135,14 @@ def screen(run: Run) -> RenderableType:
         parts.append(_text(f"{rounds}: {site} {reason}" if site else f"{rounds}: {reason}", style="yellow"))
     parts += [_text(" ".join(filter(None, event))) for event in reversed(history(run, _MOST_EVENTS))]
     return Group(*parts)
+
+
+def evaluation_table(evaluation: SiteEvaluation) -> Table:
+    """Scores of a run's model on the sites' own labels."""
+    table = Table("column", "site", "score", _right("patients"), "scored on")
+    for row in evaluation.rows():
+        table.add_row(*map(_text, row))
+    return table
 
 
 def _site_table(run: Run) -> Table:

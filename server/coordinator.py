@@ -18,7 +18,7 @@ from panfm.cli.model_commands import export
 from panfm.errors import ConfigError, DataError, RunError, reason
 from panfm.files import make_files_private, write_atomic
 from panfm.outputs import write_json
-from server.flower_cli import FlowerRun, flower_environment, submit
+from server.flower_cli import FlowerRun, as_one_word, flower_environment, submit
 from server.hospital_commands import app as hospital_commands
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -186,6 +186,45 @@ def status(run_dir: _RunDir) -> None:
         typer.echo(f"Flower: run {flower.run_id} is {status}")
         return
     raise RunError(f"{run_dir}: {why_not_finished(run, status, details)}")
+
+
+@app.command()
+def evaluate(
+    run_dir: _RunDir,
+    columns: Annotated[
+        list[str], typer.Option("--task", metavar="COLUMN", help="Column of the sites' label tables; may be repeated.")
+    ],
+    connection: Annotated[str | None, typer.Option(help="Another connection than it was started on.")] = None,
+) -> None:
+    """Let each site score the model of a finished run on its own labels, and print AUC or R2 with 95 % intervals. A
+    site answers for the columns that its operator has named, see limits.evaluation-labels of site.toml."""
+    from panfm.report.run_files import read_run
+
+    run, known = read_run(run_dir), _flower_run(run_dir)
+    from server.evaluation import check_can_be_evaluated
+
+    check_can_be_evaluated(run.config, columns)
+    if not run.is_finished or run.is_at_work:
+        raise RunError(f"{run_dir}: {run.state}, expected a run that has finished")
+    if connection is None and known is None:
+        raise RunError(f"{run_dir}: was not started with `python -m server start`; name a --connection")
+    where, environment = connection or (known.connection if known else ""), flower_environment()
+    words = {"run-dir": str(run_dir.resolve()), "evaluate": as_one_word(columns)}
+    flower = FlowerRun(submit(where, words, environment), where)
+    while not (entry := flower.entry(environment))[0].startswith("finished"):
+        time.sleep(_POLL_S)
+    from rich.console import Console
+
+    from panfm.report.site_evaluation import read_evaluation
+    from server.console import evaluation_table
+
+    evaluation = read_evaluation(run_dir)
+    if entry[0] != "finished:completed":
+        raise RunError(f"{run_dir}: {evaluation.failure or ': '.join(entry)}")
+    asked = evaluation.only(columns)
+    Console(soft_wrap=True).print(evaluation_table(asked))
+    for line in asked.left_out():
+        typer.echo(f"left out: {line}")
 
 
 @app.command()

@@ -226,17 +226,20 @@ def ask_sums(
     *,
     frozen: Mapping[str, Flat],
     paths: Mapping[str, Parts] | None = None,
+    column: str = "",
     watch: Watch = unwatched,
 ) -> Answers:
-    """Ask sites for sums over their patients, computed with the global parameters of a state.
+    """Ask sites for sums over their patients, or for an evaluation, with the global parameters of a state.
 
     Args:
         run: As sites are told of it.
         roster: Node id -> handshake of the sites to ask.
         frozen: Group -> its parameters that the run does not train.
         paths: Probe task -> its ridge solutions, whose errors the sites are asked for.
+        column: Of the sites' label tables, to evaluate on.
     """
-    task = SumsTask(RoundTask(state.run_id, state.round_number + 1, dump_toml(run), {}), purpose)
+    model = RoundTask(state.run_id, state.round_number + 1, dump_toml(run), {})
+    task = SumsTask(model, purpose, column=column)
     groups = ArrayRecord({group: make_array(flat) for group, flat in state.groups.items()})
     downlink = Downlink(groups, Memory(frozen_holders=state.memory.frozen_holders), teacher={}, frozen=frozen)
     more = ArrayRecord({name: make_array(array) for name, array in path_arrays(paths or {}).items()})

@@ -10,10 +10,11 @@ import ssl
 import subprocess
 import sys
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote
 
 from panfm.errors import RunError, one_line
 
@@ -58,6 +59,16 @@ def submit(
     """Start a run of an app, this checkout's when left out; returns Flower's run id."""
     words = " ".join(f"{key}={json.dumps(value)}" for key, value in run_config.items())
     return str(flwr(["run", str(app), connection, "--run-config", words, *more], environment)["run-id"])
+
+
+def as_one_word(texts: Sequence[str]) -> str:
+    """Several texts as one value of a run config, in which Flower takes no quotes."""
+    return ",".join(quote(text, safe="") for text in texts)
+
+
+def of_one_word(word: str) -> list[str]:
+    """The texts that `as_one_word` was given."""
+    return [unquote(text) for text in word.split(",")]
 
 
 def flwr(words: list[str], environment: Mapping[str, str]) -> dict[str, Any]:

@@ -16,11 +16,13 @@ model/             model.safetensors, metadata.json, run.toml; with probe.tasks 
                    and head.safetensors
 status.html, tensorboard/, mlflow.db, mlflow/, wandb/   for people (tracking.py)
 probe.json         scores of held-out subjects, in a simulation (panfm/evaluate/result.py)
+evaluation.json    scores of the model on the sites' own labels, if the coordinator has asked for them (evaluation.py)
 report.json        parts of the report that need images, in a simulation (panfm/report/report_data.py)
 report.html        the report (panfm/report/report_page.py)
 flower.json        where Flower runs it (server/coordinator.py)
 """
 
+import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -29,6 +31,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import safetensors.numpy
+from safetensors import SafetensorError
 from torch import Tensor
 
 from panfm import __version__
@@ -40,7 +43,7 @@ from panfm.evaluate.probe_file import save_probes
 from panfm.files import locked, open_atomic, read_checked, write_atomic, write_checked
 from panfm.finetune.federated_head import write_head
 from panfm.models import describe_model
-from panfm.models.packing import frozen_manifest
+from panfm.models.packing import frozen_manifest, trained_manifest
 from panfm.models.warm_start import read_start, start_state, with_start_parameters
 from panfm.outputs import append_json_line, check_place, json_text, read_json_lines, write_json
 from panfm.privacy.guarantees import checked_run, load_checked_run, privacy_label
@@ -260,6 +263,19 @@ class RunFolder:
     def kept_sums(self, round_number: int) -> Path:
         """Path of the file that keeps the sums for probes of a round's model until the model is saved."""
         return self.path / "checkpoint" / f"label-sums-{round_number:06d}.safetensors"
+
+    def final_state(self) -> tuple[ServerState, dict[str, Flat]]:
+        """The model of a finished run, and its parameters that the run did not train, packed by group. Raises DataError
+        if a file of the model is damaged."""
+        path, model = self.path / "model", describe_model(self.run)
+        try:
+            tensors = safetensors.numpy.load((path / "model.safetensors").read_bytes())
+            words = json.loads((path / "metadata.json").read_text(encoding="utf-8"))
+            layouts = trained_manifest(model, self.run.sharing), frozen_manifest(model, self.run.sharing)
+            trained, frozen = (layout.pack_all(tensors) for layout in layouts)
+            return ServerState(str(words["run-id"]), int(words["rounds"]), trained), frozen
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise DataError(f"{path}: expected the model of a finished run ({reason(error)})") from error
 
     def append_round(self, line: Mapping[str, Any]) -> None:
         """Add a line to rounds.jsonl; numbers that are not finite become null. Raises RunError as `save_state` does."""

@@ -22,6 +22,7 @@ def train_alone(
     name: str,
     *,
     start: Mapping[str, Tensor] | None = None,
+    kept: Mapping[str, Tensor] | None = None,
 ) -> PanModel:
     """Train on one store for as many rounds and local steps as a site of the federation takes.
 
@@ -29,6 +30,7 @@ def train_alone(
         run: Where its streams have constants of inputs from sums, those of this store stand in their place.
         name: Stands for the site in the seeds.
         start: Shared parameters of a warm start.
+        kept: Private parameters, such as experts, to start from.
     Returns:
         The model, over the store's streams only.
     Raises:
@@ -43,6 +45,9 @@ def train_alone(
         trainer.load_frozen({name: start[name] for name in trainer.frozen_state()})
         trainer.load_shared({name: start[name] for name in trainer.shared_state()})
         trainer.reset_private()
+    if kept:
+        trainer.model.load_state_dict(trainer.model.state_dict() | dict(kept))
+        trainer.restart_teacher()
     for round_number in range(1, run.train.rounds + 1):
         train_round(trainer, store, name, round_number)
     return trainer.model.cpu()

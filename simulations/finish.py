@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.progress import Progress
+from torch import Tensor
 
 from panfm.config import RunConfig, dump_toml, load_site, parse_run, site_folders
 from panfm.data.task_labels import open_training_store
@@ -23,7 +24,7 @@ from panfm.evaluate.embed import load_model
 from panfm.evaluate.leakage import leakage
 from panfm.evaluate.probe_cohort import evaluate_cohort
 from panfm.evaluate.probe_file import read_probes
-from panfm.evaluate.result import ProbeResult, write_result
+from panfm.evaluate.result import ProbeResult, Score, write_result
 from panfm.models import PanModel, build_model
 from panfm.models.transfer import load_with_fresh_private
 from panfm.models.whitening import save_whitening
@@ -32,6 +33,7 @@ from panfm.report.console_tables import print_tables
 from panfm.report.report_data import Cost, ReportData, write_report_data
 from panfm.report.report_page import write_report
 from panfm.report.run_files import read_run
+from panfm.site.state import RUNS, StateStore
 from server.run_folder import RunFolder
 from server.tracking import log_images
 from server.tracking_config import tracking_of
@@ -43,8 +45,11 @@ from simulations.example_slices import example_slices, png_files
 from simulations.expert_map import expert_map
 from simulations.harness import background_jobs, run_jobs
 from simulations.probe_sites import probe_sites
+from simulations.site_benefit import MOST_FEATURES, site_benefits
 from simulations.task_scores import score_task
 
+_STUDENT = "student."
+"""Prefix of a site's own parameters in its private state."""
 _GRID_ARMS = ("federated", "untrained", "statistics", "tokenizer")
 
 
@@ -69,19 +74,35 @@ def train_site_alone(job: AloneJob) -> PanModel:
 
 
 def personalise(job: AloneJob) -> PanModel:
-    """Train the federated model further on a site's own labels, with the federation's constants of inputs."""
+    """Train the federated model further on a site's own images, and labels in a run with a task, with the federation's
+    constants of inputs and the experts that the site has kept."""
     model, run = load_model(job.run_dir / "model")
-    assert run.task is not None
-    train = run.train.model_copy(update={"rounds": 1, "local_steps": run.task.personal_steps})
+    train = run.train.model_copy(update={"rounds": 1, "local_steps": _personal_steps(run)})
     streams = {name: stream.model_copy(update={"input_constants": None}) for name, stream in run.streams.items()}
     own = run.model_copy(update={"patient_dp": None, "site_dp": None, "train": train, "streams": streams})
     store = open_training_store(job.folder, run)
-    return train_alone(own, store, f"{load_site(job.folder).name}, personalised", start=model.state_dict())
+    name, kept = f"{load_site(job.folder).name}, personalised", _kept_parameters(job)
+    return train_alone(own, store, name, start=model.state_dict(), kept=kept)
+
+
+def _personal_steps(run: RunConfig) -> int:
+    return run.task.personal_steps if run.task else run.probe.personal_steps
+
+
+def _kept_parameters(job: AloneJob) -> dict[str, Tensor]:
+    """Parameters that a site has kept to itself after the last round, by name; none if they are not in the run
+    folder, as in a deployment."""
+    for path in sorted((job.run_dir / "sites" / job.folder.name / RUNS).glob("*")):
+        states = StateStore(path.parents[1], path.name)
+        if last := states.round_before(parse_run(job.run_toml).train.rounds + 1):
+            state = states.load(last)
+            return {name.removeprefix(_STUDENT): value for name, value in state.items() if name.startswith(_STUDENT)}
+    return {}
 
 
 def _personalised(run: RunConfig, folders: Sequence[Path], run_dir: Path) -> dict[str, PanModel]:
     """Site -> its personalised model; none where the run asks for no personal steps."""
-    if run.task is None or run.task.personal_steps == 0:
+    if _personal_steps(run) == 0:
         return {}
     models = run_jobs(personalise, [AloneJob(dump_toml(run), folder, run_dir) for folder in folders])
     return {load_site(folder).name: model for folder, model in zip(folders, models, strict=True)}
@@ -209,8 +230,15 @@ def probe_run(
     leaked = leakage(opened.task(run), shown_models)
     if whitening := models["federated"].whitening:
         save_whitening(run_dir / "model", whitening, run.features.pooling_text)
-    task_scores = score_task(run, models, _personalised(run, folders, run_dir), cohort) if run.task else ()
+    personalised = _personalised(run, folders, run_dir)
+    task_scores = score_task(run, models, personalised, cohort) if run.task else ()
     probes = read_probes(run_dir / "model")
     together = probe_sites(opened.task(run), load_model(run_dir / "model", whitened=False)[0], probes)
     notes = result.notes + together.notes
-    return replace(result, scores=result.scores + together.scores, notes=notes, task=task_scores, leakage=leaked)
+    benefits: tuple[Score, ...] = ()
+    if run.task is None and (size := models["federated"].embedding_size) > MOST_FEATURES:
+        notes += (f"what a site should keep is not told: embeddings of {size} numbers, expected {MOST_FEATURES}",)
+    elif run.task is None:
+        benefits = site_benefits(opened.task(run), models, personalised)
+    scores = result.scores + together.scores
+    return replace(result, scores=scores, notes=notes, task=task_scores, leakage=leaked, benefit=benefits)

@@ -1,9 +1,9 @@
 """Scores what the models of a run with `[task]` predict of patients on whom they were not trained.
 
     holdout     the held-out patients in the split `test`: the federated model, and each site's own
-    site:NAME   patients of a site in the splits `val` and `test`: the federated model, the site's own, and, if the run
-                asks for it, the federated model after `task.personal-steps` more steps on the site's labels; and how
-                much better the first and the third are than the second, on the same resamples of patients
+    site:NAME   patients of a site in the splits `val` and `test`: the federated model, the site's own, the mean of both
+                (`ensemble`), and, if the run asks for it, the federated model after `task.personal-steps` more steps
+                on the site's labels; and how much better each is than the site's own, on the same resamples of patients
 
 Private experts are copies of the director in the federated model.
 
@@ -24,7 +24,7 @@ from panfm.data.cache import open_store
 from panfm.data.store import ImageStore
 from panfm.data.task_labels import read_task_labels
 from panfm.errors import DataError, LimitError
-from panfm.evaluate.result import GAIN, HOLDOUT, PERSONALISED, Score
+from panfm.evaluate.result import ENSEMBLE, GAIN, HOLDOUT, PERSONALISED, Score
 from panfm.evaluate.scores import Floats, auc, draw_counts, interval, r2
 from panfm.finetune.task_result import label_scores
 from panfm.models import PanModel
@@ -114,6 +114,8 @@ def score_task(
         own = {"federated": trained["federated"], f"site:{name}": trained.get(f"site:{name}")}
         own |= {PERSONALISED: personalised[name]} if name in personalised else {}
         predicted = {arm: place.predict(model) for arm, model in own.items() if model is not None}
+        if f"site:{name}" in predicted:
+            predicted[ENSEMBLE] = (predicted["federated"] + predicted[f"site:{name}"]) / 2
         scores += [score for arm, values in predicted.items() for score in place.scores(arm, values)]
         baseline = predicted.pop(f"site:{name}", None)
         if baseline is not None:

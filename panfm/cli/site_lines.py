@@ -76,7 +76,9 @@ def message_line(line: Entry) -> str:
         f"; {task}: {', '.join(labels)}" for task, labels in line.get("summed", {}).get("labels", {}).items()
     )
     summed += "".join(f"; {stream}" for stream in line.get("summed", {}).get("streams", ()))
-    asked += f", sums for {line['summed']['purpose']}{summed}" if "summed" in line else ""
+    if "summed" in line:
+        kind = "sums for " * (line["summed"]["purpose"] != "evaluation")
+        asked += f", {kind}{line['summed']['purpose']}{summed}"
     asked += ", repeated" if "repeat" in line else ""
     message = f"{line['kind']}{asked}: {line['bytes']} bytes, sha256 {line['sha256'][:16]}"
     return f"{line['time']} {message}; {groups}{numbers}{experiment}{privacy}{spent}"

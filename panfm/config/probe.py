@@ -39,6 +39,9 @@ class ProbeConfig(Config):
     """Resamples of the test subjects for the interval."""
     missing_draws: Annotated[int, Field(gt=0, le=1_000)] = 3
     """Random organ subsets per number of missing organs."""
+    personal_steps: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+    """Steps that a copy of the final model takes on each site's own images, its experts kept, for comparison, at the
+    end of a simulation; none when left out. A run with `[task]` has `task.personal-steps` instead."""
     few_labels: Annotated[tuple[Annotated[int, Field(ge=10, le=1_000_000)], ...], Field(strict=False)] = ()
     """Numbers of labelled patients on which further probes are fitted."""
     few_draws: Annotated[int, Field(gt=0, le=1_000)] = 3

@@ -17,6 +17,7 @@ RelativePath = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
 Account = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
 Limit = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 Count = Annotated[int, Field(gt=0, le=2**53)]
+Columns = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)] | Literal["all"]
 
 
 class Releasable(StrEnum):
@@ -39,6 +40,8 @@ class Releasable(StrEnum):
     INPUT_SUMS = "input-sums"
     """Sums of what the tokenizers read, and of its squares, over the training images of each stream, once before
     round 1 (panfm/evaluate/input_sums.py)."""
+    EVALUATION = "evaluation"
+    """AUC or R2 of a run's model on a column of labels, with its interval (panfm/site/evaluation_answer.py)."""
 
 
 class LimitsConfig(Config):
@@ -50,8 +53,8 @@ class LimitsConfig(Config):
         Releasable.LOSS,
         Releasable.SALIENCY,
     )
-    """Kinds of content that may leave; updates and counts are needed to take part. `monitors`, `label-sums` and
-    `input-sums` leave only where they are named here."""
+    """Kinds of content that may leave; updates and counts are needed to take part. `monitors`, `label-sums`,
+    `input-sums` and `evaluation` leave only where they are named here."""
     epsilon: Annotated[float, Field(gt=0.0)] | None = None
     """Set it to take part in differentially private runs only, and to spend at most this over all of them. It says
     nothing without `delta` and `public-subjects`, which the server would choose otherwise."""
@@ -59,10 +62,13 @@ class LimitsConfig(Config):
     """Largest chance that epsilon does not hold; the run's smaller one wins. At most 1 / (10 public-subjects)."""
     public_subjects: Annotated[int, Field(gt=0)] | None = None
     """Patients that the site is publicly known to have, instead of the private run's number."""
-    training_labels: (
-        Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)] | Literal["all"]
-    ) = ()
+    training_labels: Columns = ()
     """Columns of the label table that a run's `[task]` may train on, none when left out; "all": any column."""
+    evaluation_labels: Columns = ()
+    """Columns of the label table on which a run's model may be evaluated, none when left out; "all": any column. With
+    them `may-leave` names `evaluation`."""
+    evaluations: Positive = 20
+    """Models that are evaluated on one column, over all runs; one that was evaluated is so again."""
     smallest_batch: Positive = 8
     """Fewest subjects with a loss in a batch, behind a stream's or expert's update of a round, and behind a loss or
     saliency, of a run that is not private. A private one takes part under this site's `epsilon`, or where both floors
@@ -110,6 +116,12 @@ class LimitsConfig(Config):
             raise ValueError(
                 f"delta: {self.delta:g} is above 1 / (10 public-subjects), set at most {self.largest_delta:.3g}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _evaluation_may_leave(self) -> Self:
+        if self.evaluation_labels and Releasable.EVALUATION not in self.may_leave:
+            raise ValueError('evaluation-labels: nothing leaves, expected "evaluation" in may-leave, or no columns')
         return self
 
     @property

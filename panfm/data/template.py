@@ -49,6 +49,9 @@ may-leave = ["updates", "counts", "loss", "saliency"]
 # public-subjects = 1000
 # Columns of the label table that a run with [task] may train on; "all": any. Such a run's updates tell of them.
 training-labels = []
+# Columns on which the model of a run may be evaluated; "all": any. Needs "evaluation" in may-leave. What leaves is the
+# AUC or R2 of a column with its interval, and the number of patients (docs/site-operator.md).
+evaluation-labels = []
 # Fewest training subjects in a batch, behind a stream's or expert's update of a round, a loss or a saliency, and fewest
 # local steps in a round, of a run that is not private; a private one then needs the epsilon above.
 # docs/site-operator.md says what they do not stop.

@@ -11,12 +11,13 @@
  "known":   {label: {"fit", "test"}},                      subjects for whom a label is known
  "task":    [a score of each model that has learned the run's [task]: {"arm", "group", "metric", ...}],
  "leakage": [{"arm", "kind": "presence"|"site", "metric", "value", "low", "high", "chance"}],
+ "benefit": [a score of each model that a site could keep, on its own patients: {"arm", "group", "metric", ...}],
  "unmatched": {place: {"without_row", "without_images"}}}  subjects on one side of a label table only
 ```
 `group` is a group of labels (`all`, `weak`, `category`, `disease`) or, for a number, the label itself; of `task` it is
 `holdout`, or the site (`site:<name>`) whose patients outside training are scored, the metric is auc, accuracy, r2 or
-mae, and arms that end in ` minus own` are differences to the site's own model. Intervals are 95 % bootstrap over test
-subjects. What cannot be told is null.
+mae, and arms that end in ` minus own`, of `benefit` as well, are differences to the site's own model. Intervals are
+95 % bootstrap over test subjects. What cannot be told is null.
 """
 
 import json
@@ -35,6 +36,8 @@ HOLDOUT = "holdout"
 """Group of a task's scores on the held-out patients."""
 PERSONALISED = "personalised"
 """Arm of a task: the federated model after more steps on a site's own labels."""
+ENSEMBLE = "ensemble"
+"""Arm of a site: the mean of what the federated and the site's own model predict."""
 GAIN = " minus own"
 """Suffix of an arm: how much better it is than the site's own model, on the same patients."""
 
@@ -107,6 +110,8 @@ class ProbeResult:
     task: tuple[Score, ...] = ()
     """Predictions of the run's `[task]`, by the head that learned it."""
     leakage: tuple[Leakage, ...] = ()
+    benefit: tuple[Score, ...] = ()
+    """Linear probes of the models that a site could keep, on its own patients; `group` is `site:<name>`."""
 
     def find(self, arm: str, group: str, metric: str) -> Score | None:
         """One cell of the table; None when it was not measured."""

@@ -185,10 +185,12 @@ class PanModel(nn.Module):
         Raises:
             ConfigError: the pooling is not possible with this backbone.
         """
-        patches = self.patch_features(batch.to(self.stream_of_patch.device))
-        encoded = self.encode(patches, keep_blocks=self.pooling.reads_blocks, route=route)
-        pooled = self.pool(encoded)
-        return pooled if self.whitening is None else self.whitening(pooled, self.present(batch))
+        return self.embed_patches(self.patch_features(batch.to(self.stream_of_patch.device)), route=route)
+
+    def embed_patches(self, patches: Batch, *, route: Route = "experts") -> Tensor:
+        """Embedding [B, E] of a batch of patch features. Raises ConfigError as `embed`."""
+        pooled = self.pool(self.encode(patches, keep_blocks=self.pooling.reads_blocks, route=route))
+        return pooled if self.whitening is None else self.whitening(pooled, self.present(patches))
 
     def pool(self, encoded: Encoded) -> Tensor:
         """Pool encoded tokens to embeddings [B, E] as `[features]` says, unwhitened. Raises ConfigError as `embed`."""

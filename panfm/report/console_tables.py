@@ -8,13 +8,23 @@ from rich.table import Column, Table
 
 from panfm.anatomy import parse_stream
 from panfm.data.joins import counted
-from panfm.evaluate.result import GAIN, PERSONALISED, Leakage, ProbeResult, Score
+from panfm.evaluate.result import ENSEMBLE, GAIN, PERSONALISED, Leakage, ProbeResult, Score
 from panfm.privacy.guarantees import privacy_label
 from panfm.report.run_files import Run
 
 _MOST_LABELS = 20
 """Labels up to which the console shows each; the HTML report always does."""
-_TASK_WORDS = {"federated": "the run's model", PERSONALISED: "the personalised model"}
+_TASK_WORDS = {
+    "federated": "the run's model",
+    PERSONALISED: "the personalised model",
+    ENSEMBLE: "the mean of both predictions",
+}
+_KEPT = {
+    "federated": "the federated model",
+    PERSONALISED: "the personalised model",
+    ENSEMBLE: "the ensemble with the federated model",
+}
+"""Model beside its own that a site could keep -> words, in the order in which it is named."""
 LEAKAGE_WORDS = {
     ("presence", "variance"): "organs: share of variance",
     ("presence", "auc"): "organs: AUC of a probe",
@@ -31,7 +41,7 @@ def print_tables(run: Run, console: Console) -> None:
     for table in (site_table(run), *(probe_tables(run.probe) if run.probe else ())):
         table.caption = None if label == "none" else f"privacy: {label}"
         console.print(table)
-    for sentence in [*benefit_lines(run.probe), *summary(run.probe)] if run.probe else ():
+    for sentence in [*benefit_lines(run.probe), *contract_lines(run.probe), *summary(run.probe)] if run.probe else ():
         console.print(sentence)
     for note in [*unmatched_lines(run.probe), *run.probe.notes] if run.probe else ():
         console.print(f"note: {note}", style="dim")
@@ -44,6 +54,8 @@ def probe_tables(probe: ProbeResult) -> Iterator[Table]:
     for metric in ("auc", "r2"):
         if any(score.metric == metric for score in probe.scores):
             yield score_table(probe, metric)
+    if probe.benefit:
+        yield contract_table(probe)
     if probe.labels and len(probe.known) <= _MOST_LABELS:
         yield label_table(probe)
     if probe.few_labels:
@@ -132,7 +144,7 @@ def benefit_lines(probe: ProbeResult) -> Iterator[str]:
         if not score.arm.endswith(GAIN):
             continue
         site, ours = score.group.removeprefix("site:"), _TASK_WORDS[score.arm.removesuffix(GAIN)]
-        told = f"{score.metric.upper()} {_signed(score.value)} [{_signed(score.low)}, {_signed(score.high)}]"
+        told = _gain_text(score)
         if math.isnan(score.value):
             yield f"{site}: its patients outside training are too few, or of one class, to compare {ours} with its own."
         elif score.low > 0:
@@ -141,6 +153,45 @@ def benefit_lines(probe: ProbeResult) -> Iterator[str]:
             yield f"{site}: its own model predicts its patients better than {ours} ({told}); keep its own."
         else:
             yield f"{site}: {ours} and its own model cannot be told apart on its patients ({told})."
+
+
+def contract_lines(probe: ProbeResult) -> Iterator[str]:
+    """Yield a sentence per site on which model to keep, by linear probes of its own labels on its own patients."""
+    gains = {(score.group, score.arm): score for score in probe.benefit if score.arm.endswith(GAIN)}
+    for group in dict.fromkeys(score.group for score in probe.benefit):
+        site = group.removeprefix("site:")
+        offered = [(arm, gains[group, f"{arm}{GAIN}"]) for arm in _KEPT if (group, f"{arm}{GAIN}") in gains]
+        better = [(arm, gain) for arm, gain in offered if gain.low > 0]
+        (arm, gain), *_ = better or offered
+        told = _gain_text(gain)
+        if better:
+            yield f"{site}: keep {_KEPT[arm]}: {told} over its own."
+        elif gain.high < 0:
+            yield f"{site}: keep its own model: {_KEPT[arm]} has {told} against it."
+        else:
+            yield f"{site}: no difference shown between {_KEPT[arm]} and its own ({told})."
+
+
+def contract_table(probe: ProbeResult) -> Table:
+    """One row per site, one column per model that it could keep."""
+    arms, rows = contract_rows(probe)
+    table = Table("patients of", *map(_right, arms), title="Models on each site's own patients (95 % interval)")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def contract_rows(probe: ProbeResult) -> tuple[list[str], list[tuple[str, ...]]]:
+    """Models that sites could keep, `own` first, and a row of each site: its name, a text for each model."""
+    scores = {
+        (score.group, "own" if score.arm == score.group else score.arm): score
+        for score in probe.benefit
+        if not score.arm.endswith(GAIN)
+    }
+    arms = list(dict.fromkeys(arm for _, arm in scores))
+    sites = dict.fromkeys(group for group, _ in scores)
+    rows = [(site.removeprefix("site:"), *(score_text(scores.get((site, arm))) for arm in arms)) for site in sites]
+    return arms, rows
 
 
 def label_table(probe: ProbeResult) -> Table:
@@ -231,6 +282,12 @@ def _uncertain(probe: ProbeResult, arms: Sequence[str]) -> str:
         return ""
     interval = f"{number_text(ours.low)} to {number_text(ours.high)}"
     return f"Its 95 % interval, {interval}, holds {', '.join(within)}: these patients are too few to tell them apart."
+
+
+def _gain_text(gain: Score) -> str:
+    """`AUC +.040 [+.010, +.070]`; without resamples there is no interval."""
+    told = f"{gain.metric.upper()} {_signed(gain.value)}"
+    return told if math.isnan(gain.low) else f"{told} [{_signed(gain.low)}, {_signed(gain.high)}]"
 
 
 def _signed(value: float) -> str:

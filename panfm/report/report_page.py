@@ -28,6 +28,8 @@ from panfm.report.round_sections import (
 from panfm.report.run_comparison import comparison_sections, comparison_verdict, run_names
 from panfm.report.run_files import Run
 from panfm.report.score_sections import (
+    contract_section,
+    evaluation_section,
     few_labels_section,
     label_section,
     missing_section,
@@ -44,6 +46,8 @@ with needs_extra("report"):
 FILE = "report.html"
 _SECTIONS = (
     task_section,
+    contract_section,
+    evaluation_section,
     label_section,
     few_labels_section,
     streams_section,

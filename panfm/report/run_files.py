@@ -16,6 +16,7 @@ from panfm.outputs import read_json_lines
 from panfm.report.report_data import Count, Number, ReportData, read_report_data
 from panfm.report.run_events import Event, read_events
 from panfm.report.run_progress import RunProgress, read_progress
+from panfm.report.site_evaluation import SiteEvaluation, read_evaluation
 
 
 class _SiteLine(BaseModel):
@@ -107,6 +108,8 @@ class Run:
     """The history of the run, oldest first."""
     uncounted: Mapping[str, Any] = field(default_factory=dict)
     """Line of the round in which the run ended for want of a quorum, if it did."""
+    evaluation: SiteEvaluation = field(default_factory=SiteEvaluation)
+    """Scores of the model on the sites' own labels, where the coordinator has asked for them."""
 
     @property
     def is_finished(self) -> bool:
@@ -174,6 +177,7 @@ def read_run(folder: Path) -> Run:
         data=read_report_data(folder),
         events=tuple(read_events(folder)),
         uncounted=uncounted,
+        evaluation=read_evaluation(folder),
     )
 
 

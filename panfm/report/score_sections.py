@@ -9,6 +9,8 @@ from panfm.report.charts import COLOURS, Line, line_chart
 from panfm.report.console_tables import (
     arms_of,
     benefit_lines,
+    contract_lines,
+    contract_rows,
     label_rows,
     missing_counts,
     number_text,
@@ -40,6 +42,20 @@ def task_section(run: Run) -> Section | None:
     caption = "Scores of the head that the run trained, with 95 % intervals by patient"
     table = Table(("model", "patients", *metrics), told, caption)
     return Section(key, title, [Paragraph(words), *map(Paragraph, benefit_lines(run.probe)), table])
+
+
+def evaluation_section(run: Run) -> Section | None:
+    """Make the section with the sites' scores of the model on their own labels; None if nobody has asked for them."""
+    if not run.evaluation.columns:
+        return None
+    words = (
+        "Each site has scored the final model on its own labels and told no more than this: on held-out patients, or, "
+        "where none are held out, by cross-validation of a linear probe of its own."
+    )
+    headings = ("column", "site", "score", "patients", "scored on")
+    table = Table(headings, run.evaluation.rows(), "Scores at the sites, with 95 % intervals by patient")
+    left_out = [Paragraph(f"left out: {line}", is_quiet=True) for line in run.evaluation.left_out()]
+    return Section("evaluation", "Evaluation at the sites", [Paragraph(words), table, *left_out])
 
 
 def label_section(run: Run) -> Section:
@@ -91,6 +107,21 @@ def _group_tables(probe: ProbeResult) -> list[Table]:
         if groups:
             tables.append(Table(("model", *groups), rows, f"{words} by group of labels"))
     return tables
+
+
+def contract_section(run: Run) -> Section | None:
+    """Make the section with the model that each site should keep; None if the run has no such scores."""
+    if run.probe is None or not run.probe.benefit:
+        return None
+    words = (
+        "A linear probe of each site's own labels reads every model that the site could keep, and is scored on the "
+        "site's patients outside its split train, or across its patients where there are none. A model is to be kept "
+        "if its gain over the site's own lies above 0 with all of its interval, on the same patients."
+    )
+    arms, rows = contract_rows(run.probe)
+    table = Table(("patients of", *map(arm_words, arms)), rows, "Models on each site's own patients, 95 % intervals")
+    sentences = map(Paragraph, contract_lines(run.probe))
+    return Section("contract", "What each site should keep", [Paragraph(words), *sentences, table])
 
 
 def few_labels_section(run: Run) -> Section | None:

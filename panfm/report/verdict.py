@@ -23,6 +23,8 @@ _WORDS = {
     "federated-probe": "the federated model, probed by summed statistics of the sites",
     "federated-lda": "the federated model, probed by a linear discriminant analysis of the same sums",
     "local-probe": "the federated model, each site's own labels",
+    "own": "the site's own",
+    "ensemble": "the mean of both",
     "training-mean": "the mean of the training subjects",
 }
 AUC_WORDS = (

@@ -50,7 +50,7 @@ class Kind(StrEnum):
     HANDSHAKE = "handshake"
     ROUND = "round"
     SUMS = "sums"
-    """Sums over patients, for a probe of all sites or a gate."""
+    """Sums over patients, for a probe of all sites or a gate; or an evaluation on a site's labels."""
     ANSWER = "answer"
     ERROR = "error"
     """Its config holds one line, `reason`."""

@@ -2,7 +2,7 @@
 
     build_handshake             the answer to an invitation
     build_reply                 the answer to a round's task
-    build_sums_reply            the answer to a question for sums over patients
+    build_sums_reply            the answer to a question for sums over patients, or for an evaluation
     panfm.site.handler.scrub    an error: its kind, and nothing that was written at the site
 
 Every field of the first three is either the server's own words sent back (which run, which round, whether private state
@@ -46,6 +46,8 @@ SUMS_RELEASED_UNDER = {
     "loss": Releasable.LOSS,
     "loss_subjects": Releasable.COUNTS,
     "inputs": Releasable.INPUT_SUMS,
+    "score": Releasable.EVALUATION,
+    "scored": Releasable.COUNTS,
 }
 """Field of the answer to a question for sums -> the name under which the site allows it."""
 NEEDED = (Releasable.UPDATES, Releasable.COUNTS)

@@ -1,8 +1,8 @@
-"""One site's answers to an invitation, to a round, and to a question for sums over its patients, without Flower.
+"""One site's answers to an invitation, to a round, and to a question for sums over its patients or for an evaluation.
 
-The ClientApp calls it in a simulation, the resident worker in a hospital. It reads the site's own folder, and
-gets from outside one `Invitation`, one `RoundTask` per round and, in a run with `probe.tasks`, `[gate]` or streams with
-`input-constants`, `SumsTask`s.
+Without Flower: the ClientApp calls it in a simulation, the resident worker in a hospital. It reads the site's own
+folder, and gets from outside one `Invitation`, one `RoundTask` per round and, in a run with `probe.tasks`, `[gate]` or
+streams with `input-constants`, or for an evaluation after its last round, `SumsTask`s.
 """
 
 import contextlib
@@ -86,7 +86,7 @@ class Site:
         """Run id and round of the current question; None if it asks for no round."""
         self._needs_approval = needs_approval
         self.summed: dict[str, Any] | None = None
-        """Purpose, and labels or streams, of the sums in the current answer; None if it holds no sums."""
+        """Purpose, and labels or streams, of the sums or the score in the current answer; None if it holds none."""
         self.is_repeat = False
         """Whether the current answer is a private reply that the same question has had before."""
         self._warm: tuple[str, Session] | None = None
@@ -165,22 +165,19 @@ class Site:
         return build_reply(task, result, may_leave=self.config.limits.may_leave)
 
     def give_sums(self, question: Records) -> Records:
-        """Answer a question for sums over patients (sums_answer.py).
+        """Answer a question for sums over patients or for an evaluation (sums_answer.py).
 
         Raises:
             ProtocolError: the question does not fit, or the run or this site allows no such sums.
             DataError: the label table or the private state is faulty.
         """
         from panfm.sharing.sums_messages import Purpose, SumsTask  # a worker that is never asked does without
-        from panfm.site.sums_answer import sum_patients
+        from panfm.site.sums_answer import describe_answer, sum_patients
 
         task = SumsTask.from_records(question)
         session, states = self._opened(task.model, more_rounds=1, has_constants=task.purpose is not Purpose.INPUTS)
         result = sum_patients(session, task, states, folder=self.folder, site=self.config)
-        tasks = sorted({**result.get("sums", {}), **result.get("errors", {})})
-        self.summed = {"purpose": task.purpose.value, "labels": {name: session.run.probe.tasks[name] for name in tasks}}
-        if "inputs" in result:
-            self.summed["streams"] = sorted(result["inputs"])
+        self.summed = describe_answer(session.run, task, result)
         return build_sums_reply(task.model, result, may_leave=self.config.limits.may_leave).to_records()
 
     def _opened(

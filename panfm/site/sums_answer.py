@@ -5,6 +5,7 @@ constants of the tokenizers' inputs.
     gate, probe   sums of features and labels over the training patients, task by task
     errors        their summed leave-one-out errors under the ridge path that the server found from all sites' sums
     gate          with `gate.measure = "validation-loss"` instead: the summed loss of the val split
+    evaluation    AUC or R2 of the model on a column of labels (evaluation_answer.py)
 
 Features are those of the model as whoever gets it would read them: shared parameters as the server sent them, private
 experts as copies of the director, pooled as `[features]` says, not whitened. Floors are those of label_sums.py.
@@ -16,7 +17,6 @@ another question under them is refused (`asked.json` beside the private states).
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +24,23 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from panfm.config import Releasable, SiteConfig, dump_toml
+from panfm.config import Releasable, RunConfig, SiteConfig, dump_toml
 from panfm.config.site_description import LimitsConfig
 from panfm.data.labels import numbers_of, read_site_cells
 from panfm.data.store import ImageStore
 from panfm.data.subjects import subject_key
 from panfm.errors import LimitError, ProtocolError
-from panfm.evaluate.embed import embed_store
 from panfm.evaluate.input_sums import InputSums
 from panfm.evaluate.label_sums import RidgePath, contributing_rows, site_errors, site_sums
 from panfm.files import locked, read_checked, write_checked
-from panfm.models import build_model, describe_model
+from panfm.models import describe_model
 from panfm.privacy.guarantees import privacy_label
 from panfm.sharing.groups import parameter_hashes
 from panfm.sharing.sums_messages import Purpose, SumsTask, path_arrays
+from panfm.site.asked_model import embed_patients, with_teacher
 from panfm.site.session import Session
 from panfm.site.state import AskedRounds, StateStore, question_digest, read_asked, write_asked
 
-_BATCH = 256
 _LOCK_WAIT_S = 10.0
 SUMMED = "label-sums.digest"
 """Beside the runs: what this site sums. An operator who accepts that sums of two sets can be subtracted removes it."""
@@ -63,11 +62,16 @@ def sum_patients(
     torch.set_num_threads(session.run.train.threads)
     if task.purpose is Purpose.INPUTS:
         return {"inputs": _sum_inputs(session, task, states, site.limits)}
+    if task.purpose is Purpose.EVALUATION:
+        from panfm.site.evaluation_answer import evaluate_column  # most sites are never asked
+
+        score = evaluate_column(session, task, states, folder=folder, site=site)
+        numbers = np.array([score.value, score.low, score.high, float(score.is_held_out)])
+        return {"score": {score.metric: numbers}, "scored": score.patients}
     with_labels = _check_asked(session, task, site.limits)
     states.check_origin()
     session.load_frozen(task.model, states)
-    if session.run.train.teacher_start == "server-ema":
-        task = replace(task, model=replace(task.model, teacher=task.model.groups))
+    task = with_teacher(session, task)
     if not with_labels:
         return _validation_loss(session, task, states)
     at = session.store.indices("train")
@@ -80,11 +84,22 @@ def sum_patients(
     floor, rows = session.floors.batch, contributing_rows(targets, session.floors.batch)[0]
     if not rows:
         raise LimitError.of_question("probe.tasks: too few patients of this site know the labels of any")
-    features = _embed(session, at)
+    features = embed_patients(session, at)
     if task.purpose is Purpose.ERRORS:
         return {"errors": site_errors(features, targets, paths, floor=floor)}
     sums = site_sums(features, targets, floor=floor).tasks
     return {"sums": {name: of_task.to_arrays() for name, of_task in sums.items()}}
+
+
+def describe_answer(run: RunConfig, task: SumsTask, result: Mapping[str, Any]) -> dict[str, Any]:
+    """Purpose of an answer, and the labels or streams that it tells of, for the audit log."""
+    labels = {name: run.probe.tasks[name] for name in sorted({**result.get("sums", {}), **result.get("errors", {})})}
+    told: dict[str, Any] = {"purpose": task.purpose.value, "labels": labels}
+    if "inputs" in result:
+        told["streams"] = sorted(result["inputs"])
+    if "score" in result:
+        told["labels"] = {task.column: sorted(result["score"])}
+    return told
 
 
 def _check_asked(session: Session, task: SumsTask, limits: LimitsConfig) -> bool:
@@ -137,16 +152,6 @@ def _validation_loss(session: Session, task: SumsTask, states: StateStore) -> di
     if not validation.subjects or not session.floors.is_enough(min(len(indices), validation.subjects)):
         raise LimitError.of_question("gate.measure: this site has too few patients for validation")
     return {"loss": validation.loss * len(indices), "loss_subjects": len(indices)}
-
-
-def _embed(session: Session, at: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Features [n, D] of subjects of a site by the model with all streams of the run; those it lacks are zero."""
-    trainer, run = session.trainer, session.run
-    model = build_model(run)
-    state = {name: value.to("cpu") for name, value in trainer.model.state_dict().items()}
-    model.load_state_dict(model.state_dict() | state)
-    size = min(_BATCH, run.train.batch_size)
-    return embed_store(model.to(trainer.device), session.store, at, list(session.streams), batch_size=size)
 
 
 def read_targets(

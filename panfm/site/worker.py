@@ -1,8 +1,8 @@
 """The resident worker: a process of the site that answers at a local socket, with model, images and state in memory.
 
-Flower's client process, and the code in it that came from the server, can ask it for a handshake, a round or sums over
-patients, and gets nothing else. One question at a time. Every answer is in the audit log before it leaves, and all that
-the worker needs is on disk: killed at any point and started again, it gives the same bits.
+Flower's client process, and the code in it that came from the server, can ask it for a handshake, a round, sums over
+patients or an evaluation, and gets nothing else. One question at a time. Every answer is in the audit log before it
+leaves, and all that the worker needs is on disk: killed at any point and started again, it gives the same bits.
 """
 
 import grp
@@ -122,6 +122,8 @@ def load_libraries(limits: LimitsConfig) -> None:
         import panfm.site.patient_budget
     if {Releasable.LABEL_SUMS, Releasable.INPUT_SUMS} & {*limits.may_leave}:
         import panfm.site.sums_answer
+    if limits.evaluation_labels:
+        import panfm.site.evaluation_answer
     if limits.training_labels:
         import panfm.data.task_labels  # noqa: F401
 

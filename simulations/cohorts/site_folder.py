@@ -8,7 +8,9 @@ from panfm.config.site_description import LimitsConfig
 from panfm.data.manifest import COLUMNS
 from panfm.data.tables import write_table
 
-_SIMULATED = LimitsConfig(may_leave=tuple(Releasable), smallest_batch=1, smallest_steps=1, training_labels="all")
+_SIMULATED = LimitsConfig(
+    may_leave=tuple(Releasable), smallest_batch=1, smallest_steps=1, training_labels="all", evaluation_labels="all"
+)
 """Limits of a simulated site. Its patients are synthetic or public, so everything may leave, with batches and steps of
 any size. `constant_images` is "take" because one of the public pictures has a single grey level."""
 

@@ -70,8 +70,8 @@ SITE_FOLDER: Entries = {
     "heads or experts that stay); the last three rounds.",
     ".panfm/state/runs/<run id>/frozen.safetensors": "Parameters of the run that are not trained.",
     ".panfm/state/runs/<run id>/asked.json": "Digests of the questions that were asked, by round.",
-    ".panfm/state/runs/<run id>/reply.kept": "Last reply of a private run, repeated for the identical question; goes with "
-    "the next one.",
+    ".panfm/state/runs/<run id>/reply.kept": "Last reply of a private run, repeated for the identical question; goes "
+    "with the next one.",
     ".panfm/state/runs/<run id>/ended": "Present if `panfm site end` has ended the run.",
     ".panfm/state/departures.jsonl": "Audit log, a chained line for each message that left; see `panfm site log`.",
     ".panfm/state/departures.anchor": "End of the audit log's chain: a log that was cut off is noticed.",
@@ -79,6 +79,8 @@ SITE_FOLDER: Entries = {
     ".panfm/state/label-sums.digest": "Digest of the tasks, patients and labels summed; another set is refused.",
     ".panfm/state/input-sums.digest": "Digests of the patients and images whose inputs were summed, by stream; others "
     "are refused.",
+    ".panfm/state/evaluations.json": "Digests of the patients and labels on which models were evaluated, and of the "
+    "questions, by column; others are refused.",
     ".panfm/state/ledger.anchor": "End of the ledger's chain; without it the ledger is refused.",
     ".panfm/state/.*": "Locks.",
     ".panfm/ledger/ledger.jsonl": "Privacy spent on these patients by all runs. Back it up; never delete it.",
@@ -92,6 +94,8 @@ RUN_FOLDER: Entries = {
     "sites.json": "Subjects and streams that sites reported when they joined: [keys](#sitesjson).",
     "rounds.jsonl": "One line per round: [keys](#roundsjsonl).",
     "probe.json": "Scores of all probes, in a simulation with held-out patients: [keys](#probejson).",
+    "evaluation.json": "Scores that sites told of their own labels, and who told none (`left_out`), by column; "
+    "`python -m server evaluate` adds to it.",
     "command.json": "In a simulation: changes by `--set` at its start, and by `--extend` since.",
     "data.json": "In a simulation of own folders: hashes of the images and labels of each place, which `--resume` "
     "compares.",
@@ -130,6 +134,7 @@ RUN_FOLDER: Entries = {
     "wandb/**": "Rounds for Weights & Biases, where `tracking.loggers` names it.",
     "sites/<site>/**": "In a simulation: the private state of each site, as in `.panfm/state` of its folder.",
     ".lock": "Locked while a process is at work in the folder.",
+    ".evaluation.lock": "Locked while sites are asked for an evaluation.",
     ".turn": "Locked while `keep`, `resume` or `stop` decides whether the run goes on.",
     ".alerts-*.lock": "Locked while a process sends an alert by webhook or mail.",
 }
@@ -209,6 +214,8 @@ PROBE: Entries = {
     "scores": "`arm` (the model that was probed), `group` (of labels), `metric` (auc or r2), `value`, `low` and "
     "`high` (95 % bootstrap over test subjects), `num_labels`.",
     "task": "Scores of each model that has learned the `[task]` of a run: as `scores`.",
+    "benefit": "Scores of the models that a site could keep, on its own patients: as `scores`; arms that end in "
+    "` minus own` are differences to the site's own model.",
     "missing": "Arm -> AUC with organs taken away: `auc`, `auc_missing_<n>`, `auc_drop_<organ>`, `auc_only_<organ>`, "
     "`auc_no_dominant`.",
     "balance": "Arm -> `effective_rank` of its features.",
@@ -218,8 +225,8 @@ PROBE: Entries = {
     "few_labels": "Arm -> `auc_<n>`: mean AUC of probes fitted on n patients.",
     "labels": "As `scores`, for every label by itself.",
     "known": "Label -> `fit` and `test`: patients for whom it is known.",
-    "leakage": "What embeddings say only of the organs present or of a patient's site: `arm`, `kind`, `metric`, `value`, "
-    "`low`, `high`, `chance`.",
+    "leakage": "What embeddings say only of the organs present or of a patient's site: `arm`, `kind`, `metric`, "
+    "`value`, `low`, `high`, `chance`.",
     "unmatched": "Place -> subjects with images and no row of labels, and the other way round.",
 }
 TABLES = (

@@ -5,6 +5,7 @@ from importlib import import_module
 from pathlib import Path
 
 from panfm.config import site_folders
+from server.flower_cli import as_one_word
 
 ENGINES = ("local", "ray", "flower", "deployment")
 """local: in this process; ray: Flower's simulation engine; flower: `flwr run` on a local Flower connection; deployment:
@@ -19,6 +20,8 @@ class Job:
     """Folder of site folders."""
     run_dir: Path
     """Run folder; holds `run.toml` already. A run that has begun goes on."""
+    evaluate: tuple[str, ...] = ()
+    """Columns of labels on which the sites evaluate the model of the run, which has finished."""
 
     @property
     def num_sites(self) -> int:
@@ -33,7 +36,8 @@ class Job:
     def run_config(self) -> dict[str, str]:
         """The scalars that the apps read."""
         run_dir = str(self.run_dir.resolve())
-        return {"sites": str(self.sites.resolve()), "run-dir": run_dir, "resume": run_dir}
+        words = {"sites": str(self.sites.resolve()), "run-dir": run_dir, "resume": run_dir}
+        return words | {"evaluate": as_one_word(self.evaluate)}
 
 
 def run_job(job: Job, engine: str) -> None:

@@ -19,11 +19,13 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import tomli_w
+from typer.testing import CliRunner
 
 from client.relay import ask
 from panfm.config import RunConfig, dump_toml, experiment_hash, load_run, load_site, parse_run
 from panfm.files import read_checked
 from panfm.outputs import read_json_lines
+from panfm.report.site_evaluation import read_evaluation
 from panfm.sharing.frames import Frame, Kind
 from panfm.sharing.messages import RoundTask
 from panfm.site import Site
@@ -31,6 +33,7 @@ from panfm.site.approvals import Approvals
 from panfm.site.audit_log import AuditLog
 from panfm.site.state import active_runs, end_run
 from server.checkpoint import ServerState, load_latest
+from server.coordinator import app as coordinator
 from server.flower_cli import ROOT, flwr, submit
 from server.run_folder import RunFolder
 from simulations.engines.deployment import CONNECTION, Deployment, approve, credentials, run_config
@@ -232,6 +235,36 @@ def test_a_replayed_round_tells_nothing_new_and_changes_nothing(federation, depl
     assert len(list(AuditLog(alpha / ".panfm" / "state").lines())) == lines + 2  # on record all the same
 
 
+def test_sites_score_the_model_on_labels_that_never_leave_them(federation, deployment, finished, monkeypatch):
+    """`python -m server evaluate` over the same messages; beta's operator names no column."""
+    monkeypatch.setenv("FLWR_HOME", str(deployment.home))
+    named = {"may-leave": ["updates", "counts", "evaluation"], "evaluation-labels": ["old"]}
+    for name in HOLDINGS:
+        rows = [f"{name}-{number},{number % 2},{number}.25" for number in range(6)]
+        (federation.sites / name / "labels.csv").write_text("\n".join(["subject,old,dose", *rows]) + "\n")
+        limit(federation.sites / name, labels="labels.csv", **(named if name != "beta" else {}))
+    try:
+        words = ["evaluate", str(finished.run_dir), "--task", "old", "--connection", CONNECTION]
+        done = CliRunner().invoke(coordinator, words)
+    finally:
+        for name in HOLDINGS:
+            limit(federation.sites / name)
+    assert done.exit_code == 0, done.output
+    assert "left out: old: beta: LimitError: this site's limits.evaluation-labels lacks 'old'" in done.output
+    scores = read_evaluation(finished.run_dir).columns["old"].sites
+    assert {site: (score.metric, score.patients) for site, score in scores.items()} == {
+        "alpha": ("auc", 5),
+        "gamma": ("auc", 5),
+    }
+    last = list(AuditLog(Site(federation.sites / "alpha").state_dir).lines())[-1]
+    assert last["summed"] == {"purpose": "evaluation", "labels": {"old": ["auc"]}}
+    assert [name for name, _, _ in last["arrays"]] == ["score/auc"]
+    up = captured(deployment, "up")
+    assert b"score/auc" in up
+    for word in (b"alpha-1", b"dose", b"labels.csv"):
+        assert word not in up, word
+
+
 def test_nobody_else_gets_in(federation, deployment):
     """Another authority's certificate, a key that nobody registered, plain text: each ends, none comes online."""
     others = federation.folder / "other-authority"
@@ -294,9 +327,10 @@ def test_nginx_lets_a_stranger_reach_fleet_routes_that_refuse_him(deployment):
     assert post(deployment, deployment.address, "/v1/control/list-runs") == 200  # so 404 was the proxy's doing
 
 
-def limit(folder: Path, **limits) -> None:
+def limit(folder: Path, *, labels: str = "", **limits) -> None:
+    table = {"labels": labels} if labels else {}
     (folder / "site.toml").write_text(
-        tomli_w.dumps({"name": folder.name, "limits": NO_FLOORS | limits}), encoding="utf-8"
+        tomli_w.dumps({"name": folder.name, **table, "limits": NO_FLOORS | limits}), encoding="utf-8"
     )
 
 

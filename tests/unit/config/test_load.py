@@ -88,7 +88,7 @@ TYPOS = {
     "objective.nmae='dino'": "objective.nmae: unknown key, did you mean objective.name?",
     "streams.brain-mr.shap=[8]": "streams.brain-mr.shap: unknown key, did you mean streams.brain-mr.shape?",
     "probe.zzz=3": "probe.zzz: unknown key, known: bootstrap, few-draws, few-labels, lda-shrinkage, missing-draws, "
-    "tasks",
+    "personal-steps, tasks",
 }
 
 

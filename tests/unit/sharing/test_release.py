@@ -91,3 +91,10 @@ def test_sums_leave_under_their_own_names():
     assert build_sums_reply(TASK, result, may_leave=tuple(Releasable)) == SumsReply("run-1", 2, **result)
     assert build_sums_reply(TASK, result, may_leave=(Releasable.LOSS,)) == SumsReply("run-1", 2, loss=2.5)
     assert build_sums_reply(TASK, result, may_leave=NEEDED) == SumsReply("run-1", 2, loss_subjects=4)
+
+
+def test_a_score_leaves_under_its_own_name():
+    result = {"score": {"auc": np.ones(4)}, "scored": 12}
+    assert build_sums_reply(TASK, result, may_leave=tuple(Releasable)) == SumsReply("run-1", 2, **result)
+    others = [name for name in Releasable if name != Releasable.EVALUATION]
+    assert build_sums_reply(TASK, result, may_leave=others) == SumsReply("run-1", 2, scored=12)
