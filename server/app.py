@@ -15,6 +15,7 @@ from server.retrying_grid import RetryingGrid
 from server.rounds import run_federation
 from server.run_folder import RunFolder, default_path
 from server.run_watch import watched
+from server.superlink_watch import superlink_watched
 from server.tracking import refresh_page
 
 _ROOT = Path(__file__).resolve().parents[1]
@@ -37,9 +38,12 @@ def main(grid: Grid, context: Context) -> None:
             folder.at_work(),
             watched(folder.path, folder.events, watched_certificates(folder.path)),
         ):
-            if num_sites is None:
+            if num_sites is not None:
+                run_federation(grid, folder, progress, num_sites=num_sites)
+                return
+            with superlink_watched(grid, folder.events):
                 grid = RetryingGrid(grid, folder.run.federation.wait_for_quorum_s)
-            run_federation(grid, folder, progress, num_sites=num_sites)
+                run_federation(grid, folder, progress)
     finally:
         refresh_page(folder.path)
 

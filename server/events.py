@@ -9,8 +9,9 @@
     details    further values by name
 
 A state is noted when it begins and when it is over, not once more for each round that it lasts: `left-out` and `away`
-until `back`, `waiting` until `quorum`; `disk` and `certificate` while the level stays the same. So one line is one
-event, also over a resume, and everything that tells people of events (alerts.py, metrics.py) reads them here.
+until `back`, `waiting` until `quorum`; `disk`, `certificate` and `superlink` while the level stays the same. A site
+that was left out and is then offline is missing as before, so that is no second event. So one line is one event, also
+over a resume, and everything that tells people of events (alerts.py, metrics.py) reads them here.
 """
 
 import errno
@@ -94,7 +95,7 @@ class EventLog:
     ) -> None:
         """Add an event, unless it is a state that lasts already, or the end of one that had not begun."""
         with self._lock:
-            if (kind in _LASTING and self._lasting.get(site) == kind) or (kind in _OVER and site not in self._lasting):
+            if not self._is_news(kind, site):
                 return
             if round_number is not None:
                 self.round_number = round_number
@@ -112,6 +113,13 @@ class EventLog:
             self._write()
         for call in self.on_event:
             call()
+
+    def _is_news(self, kind: EventKind, site: str | None) -> bool:
+        """Whether a kind of event changes what is known: no state that lasts, no end of one that had not begun."""
+        lasting = self._lasting.get(site)
+        if kind == EventKind.AWAY and lasting == EventKind.LEFT_OUT:
+            return False
+        return kind != lasting if kind in _LASTING else kind not in _OVER or lasting is not None
 
     def all(self) -> list[Event]:
         """Events of the file, then those that the disk has not taken. Raises DataError if the file is damaged."""
@@ -143,7 +151,8 @@ class EventLog:
             self.note(kind, words, site=site, of=of, level=level)
 
     def note_round(self, line: Mapping[str, Any]) -> None:
-        """Add what a round tells of its sites: who was left out, is away, came back, or moved to another node.
+        """Add what a round tells of its sites: who was left out, is away, came back, moved to another node, or lost its
+        worker for a while.
 
         Args:
             line: Of rounds.jsonl.
@@ -151,6 +160,9 @@ class EventLog:
         number = self.round_number = line["round"]
         for site, words in line.get("moved", {}).items():
             self.note(EventKind.MOVED, words, site=site, round_number=number)
+        for site in line.get("worker_lost", ()):
+            words = "its worker went away or was not there when it was asked, and came back"
+            self.note(EventKind.WORKER_LOST, words, site=site, round_number=number)
         for site, words in line["rejected"].items():
             self.note(EventKind.LEFT_OUT, words, site=site, round_number=number)
         for site, words in line.get("away", {}).items():

@@ -37,6 +37,10 @@ class EventKind(StrEnum):
     """A certificate ends soon, or was renewed."""
     MOVED = "moved"
     """A site's name moved to another node."""
+    SUPERLINK = "superlink"
+    """The SuperLink does not answer, or answers again."""
+    WORKER_LOST = "worker-lost"
+    """A site's worker went away, or was not there, when it was asked; it came back and answered."""
 
 
 class Event(BaseModel):

@@ -57,7 +57,6 @@ def test_a_state_is_noted_when_it_begins_and_when_it_is_over(tmp_path):
     assert told(tmp_path) == [
         ("started", 0, None),
         ("left-out", 1, "b"),
-        ("away", 11, "b"),
         ("away", 11, "node 7"),
         ("moved", 13, "a"),
         ("back", 13, "b"),
