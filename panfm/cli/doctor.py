@@ -48,7 +48,7 @@ class Finding:
 
     def line(self) -> str:
         """The finding in one line."""
-        return one_line(f"{self.state:<7}  {self.subject}: {self.words}", 500)
+        return f"{self.state:<7}  {one_line(f'{self.subject}: {self.words}', 500)}"
 
 
 def tell(findings: Iterable[Finding]) -> None:
