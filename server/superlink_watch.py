@@ -11,7 +11,7 @@ from panfm.report.run_events import EventKind
 from server.events import ENDS, EventLog
 
 _ASKED_EVERY_S = 5.0
-_SILENT_S = 15.0
+_SILENT_S = 30.0
 _LOOK_S = 1.0
 
 
