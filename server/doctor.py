@@ -1,15 +1,15 @@
 """What `python -m server doctor` checks of the coordinator's machine."""
 
+import re
+import ssl
+import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC
 from pathlib import Path
 
-from cryptography import x509
-
+from panfm.certificates import certificate_end
 from panfm.cli.doctor import (
     Finding,
-    State,
     certificate_finding,
     check_closed,
     check_connection,
@@ -19,11 +19,12 @@ from panfm.cli.doctor import (
     check_rules,
     check_units,
 )
-from panfm.errors import reason
+from panfm.errors import PanfmError, one_line, reason
 
 _UNITS = ("panfm-isolation@coordinator", "panfm-superlink", "panfm-superexec", "nginx")
 _SECRETS = ("server.key", "superexec.secret")
 _NOBODY = "nobody"
+_CERTIFICATE = re.compile(r"notAfter=(?P<end>[^\n]+)\n.*?(?:DNS|IP Address):(?P<host>[^,\s]+)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -55,27 +56,27 @@ def coordinator_findings(places: Places) -> Iterator[Finding]:
     for folder in (places.state, places.runs):
         yield check_disk(folder)
     authority, server = places.config / "ca.crt", places.config / "server.pem"
-    yield from (_certificate(path) for path in (authority, server))
-    if host := _host(server):
-        yield from check_connection(host, places.door, authority, connect_to="127.0.0.1")
-
-
-def _certificate(path: Path) -> Finding:
-    """Whether a certificate lasts."""
     try:
-        end = x509.load_pem_x509_certificate(path.read_bytes()).not_valid_after_utc
-    except (OSError, ValueError) as error:
-        state: State = "unknown" if isinstance(error, PermissionError) else "FAULT"
-        return Finding(state, f"certificate {path}", f"cannot be read ({reason(error)}); run this as root, or renew it")
-    return certificate_finding(f"certificate {path}", end.astimezone(UTC).timestamp())
+        yield certificate_finding(f"certificate {authority}", certificate_end(authority))
+    except PanfmError as error:
+        yield Finding("unknown", f"certificate {authority}", f"{error}; run this as root, or make it")
+    words = _server_certificate(server)
+    if isinstance(words, Finding):
+        yield words
+        return
+    yield certificate_finding(f"certificate {server}", ssl.cert_time_to_seconds(words["end"]))
+    yield from check_connection(words["host"], places.door, authority, connect_to="127.0.0.1")
 
 
-def _host(server: Path) -> str:
-    """The first name of the server's certificate; empty where there is none, which `_certificate` has told."""
+def _server_certificate(path: Path) -> dict[str, str] | Finding:
+    """End and first name of the server's certificate, as openssl tells them; a finding if it cannot be read."""
+    subject = f"certificate {path}"
+    command = ["openssl", "x509", "-in", str(path), "-noout", "-enddate", "-ext", "subjectAltName"]
     try:
-        certificate = x509.load_pem_x509_certificate(server.read_bytes())
-        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except (OSError, ValueError, x509.ExtensionNotFound):
-        return ""
-    addresses = [str(address) for address in names.get_values_for_type(x509.IPAddress)]
-    return next(iter([*names.get_values_for_type(x509.DNSName), *addresses]), "")
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        return Finding("unknown", subject, f"openssl cannot be asked ({reason(error)})")
+    if found := _CERTIFICATE.search(done.stdout):
+        return found.groupdict()
+    told = one_line(done.stderr, 100) or "no DNS name"
+    return Finding("unknown", subject, f"cannot be read ({told}); run this as root, or make it anew")
