@@ -7,22 +7,18 @@ It always answers: a handler that returned nothing would leave a SuperNode waiti
 """
 
 import logging
-import threading
 from collections.abc import Callable
 from functools import partial
+from threading import Event
 
-from flwr.app import Context, Error, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import Context, Error, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 
-from client.records import pack, unpack
+from client.records import SITE_ERROR, pack, unpack
 from client.relay import ask
 from panfm.errors import ConfigError
 from panfm.sharing.frames import Frame, Kind
 
-ASKED_AGAIN = "asked-again"
-"""Record of a reply by which the server learns that the worker went away, or was not there, when it was asked."""
-SITE_ERROR = 1000
-"""Code of our own error replies; Flower's are below 100."""
 _KINDS = {MessageType.QUERY: Kind.HANDSHAKE, MessageType.TRAIN: Kind.ROUND, MessageType.EVALUATE: Kind.SUMS}
 
 logger = logging.getLogger(__name__)
@@ -35,14 +31,11 @@ app = ClientApp()
 def relay_message(message: Message, context: Context) -> Message:
     """Answer the handshake before round 1 (a query), a round (train), or a question for sums (evaluate)."""
     kind = message.metadata.message_type
-    lost = threading.Event()
+    lost = Event()
     try:
         answer = _site(context, lost)(Frame(_KINDS[kind], unpack(message.content)))
         if answer.kind is Kind.ANSWER:
-            content = pack(answer.records)
-            if lost.is_set():
-                content[ASKED_AGAIN] = MetricRecord()
-            return Message(content, reply_to=message)
+            return Message(pack(answer.records, asked_again=lost.is_set()), reply_to=message)
         reason = str(answer.records.config.get("reason"))
     except (Exception, SystemExit) as error:
         logger.exception("%s: answered with an error", kind)
@@ -56,12 +49,8 @@ def answer_ping(message: Message, _: Context) -> Message:
     return Message(RecordDict(), reply_to=message)
 
 
-def _site(context: Context, lost: threading.Event) -> Callable[[Frame], Frame]:
-    """The site's worker at its socket; in a simulation, the site in this process.
-
-    Args:
-        lost: Set when the worker is not there, or goes away before it has answered.
-    """
+def _site(context: Context, lost: Event) -> Callable[[Frame], Frame]:
+    """The site's worker at its socket, which sets `lost` if it goes away; in a simulation, the site in this process."""
     if path := context.node_config.get("site-socket"):
         return partial(ask, str(path), on_lost=lost.set)
     if not context.run_config.get("sites"):

@@ -11,11 +11,10 @@ from panfm.files import make_files_private
 from panfm.privacy.guarantees import load_checked_run
 from server.alerts import alerted, watched_certificates
 from server.json_log import progress_of_environment
-from server.retrying_grid import RetryingGrid
 from server.rounds import run_federation
 from server.run_folder import RunFolder, default_path
 from server.run_watch import watched
-from server.superlink_watch import superlink_watched
+from server.superlink_watch import outages_survived
 from server.tracking import refresh_page
 
 _ROOT = Path(__file__).resolve().parents[1]
@@ -37,13 +36,9 @@ def main(grid: Grid, context: Context) -> None:
             alerted(folder.path, folder.run.name, folder.events),
             folder.at_work(),
             watched(folder.path, folder.events, watched_certificates(folder.path)),
+            outages_survived(grid, folder, is_simulated=num_sites is not None) as steady,
         ):
-            if num_sites is not None:
-                run_federation(grid, folder, progress, num_sites=num_sites)
-                return
-            with superlink_watched(grid, folder.events):
-                grid = RetryingGrid(grid, folder.run.federation.wait_for_quorum_s)
-                run_federation(grid, folder, progress)
+            run_federation(steady, folder, progress, num_sites=num_sites)
     finally:
         refresh_page(folder.path)
 

@@ -236,7 +236,7 @@ def doctor(
     One line per check: ok, FAULT with what to do, or unknown where this account cannot look. Status 0 only if all are
     ok.
     """
-    from panfm.cli.doctor import tell
+    from panfm.cli.machine_checks import tell
     from server.doctor import Places, coordinator_findings
 
     accounts = tuple(account or Places.accounts)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from panfm.certificates import certificate_end
-from panfm.cli.doctor import (
+from panfm.cli.machine_checks import (
     Finding,
     certificate_finding,
     check_closed,
@@ -48,10 +48,10 @@ def coordinator_findings(places: Places) -> Iterator[Finding]:
     yield check_port(places.port, places.accounts)
     yield check_processes_hidden()
     outsiders = (_NOBODY, *places.accounts[1:])
-    yield from (check_closed(places.config / name, outsiders, what="secret") for name in _SECRETS)
-    yield check_closed(places.config / "ca.key", outsiders, what="secret", is_needed=False)
-    yield check_closed(places.state, outsiders, what="state")
-    yield check_closed(places.runs, outsiders, what="run folders")
+    yield from (check_closed(places.config / name, outsiders, kind="secret") for name in _SECRETS)
+    yield check_closed(places.config / "ca.key", outsiders, kind="secret", is_needed=False)
+    yield check_closed(places.state, outsiders, kind="state")
+    yield check_closed(places.runs, outsiders, kind="run folders")
     yield from check_units(_UNITS)
     for folder in (places.state, places.runs):
         yield check_disk(folder)
@@ -76,7 +76,7 @@ def _server_certificate(path: Path) -> dict[str, str] | Finding:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:
         return Finding("unknown", subject, f"openssl cannot be asked ({reason(error)})")
-    if found := _CERTIFICATE.search(done.stdout):
-        return found.groupdict()
-    told = one_line(done.stderr, 100) or "no DNS name"
-    return Finding("unknown", subject, f"cannot be read ({told}); run this as root, or make it anew")
+    if told := _CERTIFICATE.search(done.stdout):
+        return told.groupdict()
+    why = one_line(done.stderr, 100) or "no DNS name"
+    return Finding("unknown", subject, f"cannot be read ({why}); run this as root, or make it anew")

@@ -45,7 +45,7 @@ def unwatched(*_: object) -> None:
 
 logger = logging.getLogger(__name__)
 ASKED_AGAIN = "asked-again"
-"""Record of a reply by which a ClientApp tells that the site's worker went away or was not there (client/app.py)."""
+"""Record of a reply by which a ClientApp tells that the site's worker went away (client/records.py)."""
 _PUSHES = 3
 _MAX_PAUSE_S = 2.0
 _PAUSE_SHARE = 0.05

@@ -9,6 +9,8 @@ from flwr.serverapp import Grid
 
 from panfm.report.run_events import EventKind
 from server.events import ENDS, EventLog
+from server.retrying_grid import RetryingGrid
+from server.run_folder import RunFolder
 
 _ASKED_EVERY_S = 5.0
 _SILENT_S = 30.0
@@ -36,6 +38,17 @@ class _Answers:
     def stop(self) -> None:
         """Ask no more."""
         self._stopped.set()
+
+
+@contextmanager
+def outages_survived(grid: Grid, folder: RunFolder, *, is_simulated: bool) -> Iterator[Grid]:
+    """Yield a grid that tries calls again while the SuperLink is down, and note each outage and its end until the block
+    ends; in a simulation, which has no SuperLink, the grid itself."""
+    if is_simulated:
+        yield grid
+        return
+    with superlink_watched(grid, folder.events):
+        yield RetryingGrid(grid, folder.run.federation.wait_for_quorum_s)
 
 
 @contextmanager

@@ -140,7 +140,7 @@ def site_doctor(
     from panfm.config import load_site
 
     config = load_site(site)
-    from panfm.cli.doctor import tell
+    from panfm.cli.machine_checks import tell
     from panfm.cli.site_doctor import site_findings
 
     tell(site_findings(site, config, supernode_port))

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from panfm.certificates import certificate_end
-from panfm.cli.doctor import (
+from panfm.cli.machine_checks import (
     Finding,
     certificate_finding,
     check_closed,
@@ -54,14 +54,14 @@ def _rights(folder: Path, site: SiteConfig) -> Iterator[Finding]:
     """Key and socket are for Flower's account; data, state and ledger for the worker's."""
     flower, worker = site.worker.users, _owner(folder)
     strangers = (_NOBODY,) if worker in flower else (_NOBODY, worker)
-    yield check_closed(site_path(folder, site.coordinator.key), strangers, what="key")
-    yield check_closed(site_path(folder, site.worker.socket), (_NOBODY,), what="socket")
+    yield check_closed(site_path(folder, site.coordinator.key), strangers, kind="key")
+    yield check_closed(site_path(folder, site.worker.socket), (_NOBODY,), kind="socket")
     outsiders = (_NOBODY, *flower)
-    for what, relative in (("state", site.state_dir), ("ledger", site.ledger_dir), ("cache", site.cache_dir)):
-        yield check_closed(site_path(folder, relative), outsiders, what=what, is_needed=False)
-    for what, name in (("manifest", site.manifest), ("labels", site.labels)):
+    for kind, relative in (("state", site.state_dir), ("ledger", site.ledger_dir), ("cache", site.cache_dir)):
+        yield check_closed(site_path(folder, relative), outsiders, kind=kind, is_needed=False)
+    for kind, name in (("manifest", site.manifest), ("labels", site.labels)):
         if name:
-            yield check_closed(site_path(folder, name), outsiders, what=what)
+            yield check_closed(site_path(folder, name), outsiders, kind=kind)
     yield _images(folder, site, outsiders)
 
 
@@ -74,9 +74,11 @@ def _images(folder: Path, site: SiteConfig, outsiders: tuple[str, ...]) -> Findi
         return Finding("unknown", "images", f"the manifest cannot be read ({words}); see panfm site check")
     for row in rows:
         path = image_path(folder, site, row.path)
-        found = check_closed(path, outsiders, what="images")
-        if found.state != "ok":
-            return Finding(found.state, f"images of {path.parent}", found.words.replace(str(path), str(path.parent)))
+        finding = check_closed(path, outsiders, kind="images")
+        if finding.state != "ok":
+            return Finding(
+                finding.state, f"images of {path.parent}", finding.words.replace(str(path), str(path.parent))
+            )
     return Finding("ok", "images", f"all {len(rows)} closed to {', '.join(outsiders)}")
 
 

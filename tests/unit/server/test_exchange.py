@@ -4,7 +4,7 @@ import pytest
 from flwr.app import Error, Message, MetricRecord, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from client import app as client_app
+from client import records as client_records
 from server import exchange as module
 from server.exchange import ASKED_AGAIN, Exchange
 from server.retrying_grid import ReplyLostError
@@ -212,4 +212,4 @@ def test_a_worker_that_was_asked_again_is_told_and_leaves_the_reply_as_it_was(cl
     [reply] = exchange
     assert list(reply.content) == ["metrics"]
     assert exchange.worker_lost == {1}
-    assert ASKED_AGAIN == client_app.ASKED_AGAIN
+    assert ASKED_AGAIN == client_records.ASKED_AGAIN

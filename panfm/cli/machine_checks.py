@@ -78,10 +78,10 @@ def check_rules(role: str, port: int, accounts: Sequence[str]) -> Finding:
     rules = [_words(rule[1]) for rule in _RULE.findall(done.stdout) if str(port) in _words(rule[0])]
     if not rules:
         return Finding("FAULT", subject, f"table {table} has no rule for it: every account may connect; {load}")
-    found = set.intersection(*({_number(name) for name in rule} for rule in rules))
+    let_in = set.intersection(*({_number(name) for name in rule} for rule in rules))
     expected = {_number(name) for name in accounts}
-    if found != expected:
-        names = ", ".join(sorted(map(_name, found))) or "nobody"
+    if let_in != expected:
+        names = ", ".join(sorted(map(_name, let_in))) or "nobody"
         return Finding("FAULT", subject, f"they let in {names}, expected {', '.join(accounts)}; mend and {load}")
     return Finding("ok", subject, f"loaded; only {', '.join(accounts)} may connect")
 
@@ -138,14 +138,14 @@ def check_processes_hidden(mounts: Path = Path("/proc/self/mounts")) -> Finding:
     return Finding("FAULT", "/proc", words)
 
 
-def check_closed(path: Path, outsiders: Sequence[str], *, what: str, is_needed: bool = True) -> Finding:
+def check_closed(path: Path, outsiders: Sequence[str], *, kind: str, is_needed: bool = True) -> Finding:
     """Whether accounts, by the rights of a path and of the folders that it lies in, can neither read nor enter it.
 
     Args:
         outsiders: Accounts by name or number; those that are not there are passed over.
-        what: For people, e.g. "key".
+        kind: For people, e.g. "key".
     """
-    subject = f"{what} {path}"
+    subject = f"{kind} {path}"
     try:
         path.stat()
         open_to = [name for name in dict.fromkeys(outsiders) if _number(name) > 0 and _may_read(path, name)]
@@ -249,17 +249,17 @@ def check_connection(host: str, port: int, trusted: Path, *, connect_to: str = "
     except (OSError, ValueError, http.client.HTTPException) as error:
         words = f"{reason(error)}; see {trusted}, the name, outbound TCP to the port, and HTTPS_PROXY"
         return [Finding("FAULT", subject, words)]
-    found = [certificate_finding(f"certificate of {host}:{port}", end)]
+    findings = [certificate_finding(f"certificate of {host}:{port}", end)]
     if fleet >= http.HTTPStatus.INTERNAL_SERVER_ERROR:
-        found.append(Finding("FAULT", subject, f"the proxy there answers {fleet}: the SuperLink behind it is down"))
+        findings.append(Finding("FAULT", subject, f"the proxy there answers {fleet}: the SuperLink behind it is down"))
     elif fleet != http.HTTPStatus.UNAUTHORIZED:
-        found.append(Finding("FAULT", subject, f"answers {fleet} to {_FLEET}, expected 401: no SuperLink of ours"))
+        findings.append(Finding("FAULT", subject, f"answers {fleet} to {_FLEET}, expected 401: no SuperLink of ours"))
     elif control != http.HTTPStatus.NOT_FOUND:
         words = f"answers {control} to {_CONTROL}, expected 404: nginx.conf must publish the fleet routes alone"
-        found.append(Finding("FAULT", subject, words))
+        findings.append(Finding("FAULT", subject, words))
     else:
-        found.append(Finding("ok", subject, "the SuperLink answers, and control routes are closed"))
-    return [*found, _clock(host, date)]
+        findings.append(Finding("ok", subject, "the SuperLink answers, and control routes are closed"))
+    return [*findings, _clock(host, date)]
 
 
 def _clock(host: str, date: str | None) -> Finding:

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import pytest
 from typer.testing import CliRunner
 
-from panfm.cli import doctor
-from panfm.cli.doctor import (
+from panfm.cli import machine_checks
+from panfm.cli.machine_checks import (
     Finding,
     certificate_finding,
     check_closed,
@@ -86,7 +86,7 @@ def test_rules_that_cannot_be_read(program, text, state, words):
 
 
 def test_without_nft_nothing_is_known(monkeypatch):
-    monkeypatch.setattr(doctor.shutil, "which", lambda *_, **__: None)
+    monkeypatch.setattr(machine_checks.shutil, "which", lambda *_, **__: None)
     assert check_rules("site", 9094, ("nobody",)).state == "unknown"
 
 
@@ -148,7 +148,7 @@ def test_who_may_read_is_found_by_rights(open_way, folder, file, owner, state):
     os.chown(open_way, *ids[owner])
     open_way.chmod(file)
     open_way.parent.chmod(folder)
-    found = check_closed(open_way, ("nobody", "no-such-account"), what="key")
+    found = check_closed(open_way, ("nobody", "no-such-account"), kind="key")
     assert found.state == state, found
     assert "secret words" not in found.words
 
@@ -157,14 +157,14 @@ def test_who_may_read_is_found_by_rights(open_way, folder, file, owner, state):
 def test_a_folder_that_can_be_entered_or_listed_is_open(open_way):
     for mode in (0o701, 0o704):
         open_way.parent.chmod(mode)
-        assert check_closed(open_way.parent, ("nobody",), what="state").state == "FAULT"
+        assert check_closed(open_way.parent, ("nobody",), kind="state").state == "FAULT"
     open_way.parent.chmod(0o700)
-    assert check_closed(open_way.parent, ("nobody",), what="state").state == "ok"
+    assert check_closed(open_way.parent, ("nobody",), kind="state").state == "ok"
 
 
 def test_what_is_missing(tmp_path):
-    assert check_closed(tmp_path / "key", ("nobody",), what="key").state == "FAULT"
-    assert check_closed(tmp_path / "state", ("nobody",), what="state", is_needed=False).state == "ok"
+    assert check_closed(tmp_path / "key", ("nobody",), kind="key").state == "FAULT"
+    assert check_closed(tmp_path / "state", ("nobody",), kind="state", is_needed=False).state == "ok"
 
 
 @pytest.mark.parametrize(("days", "state"), [(400, "ok"), (29, "FAULT"), (-1, "FAULT")])
@@ -173,19 +173,19 @@ def test_certificates_end(days, state):
 
 
 def test_units_are_asked_where_systemd_runs(program, monkeypatch, tmp_path):
-    monkeypatch.setattr(doctor, "Path", lambda *_: tmp_path)
+    monkeypatch.setattr(machine_checks, "Path", lambda *_: tmp_path)
     program("systemctl", "inactive\n")
     [found] = check_units(["panfm-worker"])
     assert (found.state, found.words.split(";")[0]) == ("FAULT", "is inactive")
     program("systemctl", "active\n")
     assert [one.state for one in check_units(["panfm-worker", "nginx"])] == ["ok", "ok"]
-    monkeypatch.setattr(doctor, "Path", lambda *_: tmp_path / "absent")
+    monkeypatch.setattr(machine_checks, "Path", lambda *_: tmp_path / "absent")
     assert check_units(["panfm-worker"]) == []
 
 
 def test_a_full_disk(tmp_path, monkeypatch):
     assert check_disk(tmp_path / "absent").subject.endswith("absent")
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: SimpleNamespace(total=2**40, free=2**30))
+    monkeypatch.setattr(machine_checks.shutil, "disk_usage", lambda _: SimpleNamespace(total=2**40, free=2**30))
     assert check_disk(tmp_path).state == "FAULT"
 
 
@@ -255,9 +255,9 @@ def test_a_door_that_is_not_the_coordinators(keys, tmp_path):
 
 
 def test_one_line_per_check_and_the_exit_status(capsys):
-    doctor.tell([Finding("ok", "a", "b")])
-    with pytest.raises(doctor.typer.Exit):
-        doctor.tell([Finding("ok", "a", "b"), Finding("unknown", "c", "d\ne")])
+    machine_checks.tell([Finding("ok", "a", "b")])
+    with pytest.raises(machine_checks.typer.Exit):
+        machine_checks.tell([Finding("ok", "a", "b"), Finding("unknown", "c", "d\ne")])
     assert capsys.readouterr().out == "ok       a: b\nok       a: b\nunknown  c: d e\n"
 
 
