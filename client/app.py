@@ -9,17 +9,16 @@ It always answers: a handler that returned nothing would leave a SuperNode waiti
 import logging
 from collections.abc import Callable
 from functools import partial
+from threading import Event
 
 from flwr.app import Context, Error, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 
-from client.records import pack, unpack
+from client.records import SITE_ERROR, pack, unpack
 from client.relay import ask
 from panfm.errors import ConfigError
 from panfm.sharing.frames import Frame, Kind
 
-SITE_ERROR = 1000
-"""Code of our own error replies; Flower's are below 100."""
 _KINDS = {MessageType.QUERY: Kind.HANDSHAKE, MessageType.TRAIN: Kind.ROUND, MessageType.EVALUATE: Kind.SUMS}
 
 logger = logging.getLogger(__name__)
@@ -32,10 +31,11 @@ app = ClientApp()
 def relay_message(message: Message, context: Context) -> Message:
     """Answer the handshake before round 1 (a query), a round (train), or a question for sums (evaluate)."""
     kind = message.metadata.message_type
+    lost = Event()
     try:
-        answer = _site(context)(Frame(_KINDS[kind], unpack(message.content)))
+        answer = _site(context, lost)(Frame(_KINDS[kind], unpack(message.content)))
         if answer.kind is Kind.ANSWER:
-            return Message(pack(answer.records), reply_to=message)
+            return Message(pack(answer.records, asked_again=lost.is_set()), reply_to=message)
         reason = str(answer.records.config.get("reason"))
     except (Exception, SystemExit) as error:
         logger.exception("%s: answered with an error", kind)
@@ -49,10 +49,10 @@ def answer_ping(message: Message, _: Context) -> Message:
     return Message(RecordDict(), reply_to=message)
 
 
-def _site(context: Context) -> Callable[[Frame], Frame]:
-    """The site's worker at its socket; in a simulation, the site in this process."""
+def _site(context: Context, lost: Event) -> Callable[[Frame], Frame]:
+    """The site's worker at its socket, which sets `lost` if it goes away; in a simulation, the site in this process."""
     if path := context.node_config.get("site-socket"):
-        return partial(ask, str(path))
+        return partial(ask, str(path), on_lost=lost.set)
     if not context.run_config.get("sites"):
         raise ConfigError("node-config: site-socket is missing, expected the path of the worker's socket")
     from client import simulated  # brings torch, which only a simulation needs here

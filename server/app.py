@@ -13,10 +13,10 @@ from panfm.privacy.guarantees import load_checked_run
 from server.alerts import alerted, watched_certificates
 from server.evaluation import evaluate_run
 from server.json_log import progress_of_environment
-from server.retrying_grid import RetryingGrid
 from server.rounds import run_federation
 from server.run_folder import RunFolder, default_path, early_end_noted
 from server.run_watch import watched
+from server.superlink_watch import outages_survived
 from server.tracking import refresh_page
 
 _ROOT = Path(__file__).resolve().parents[1]
@@ -43,9 +43,8 @@ def _train(grid: Grid, words: dict[str, str], num_sites: int | None) -> None:
             stack.enter_context(alerted(folder.path, folder.run.name, folder.events))
         stack.enter_context(folder.at_work())
         stack.enter_context(watched(folder.path, folder.events, watched_certificates(folder.path)))
-        if num_sites is None:
-            grid = RetryingGrid(grid, folder.run.federation.wait_for_quorum_s)
-        run_federation(grid, folder, progress_of_environment(), num_sites=num_sites)
+        steady = stack.enter_context(outages_survived(grid, folder, is_simulated=num_sites is not None))
+        run_federation(steady, folder, progress_of_environment(), num_sites=num_sites)
 
 
 def open_folder(words: dict[str, str]) -> RunFolder:

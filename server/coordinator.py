@@ -259,6 +259,30 @@ def metrics(
 
 
 @app.command()
+def doctor(
+    config: Annotated[Path, typer.Option(help="Folder of keys, certificates and secret.")] = Path("/etc/panfm"),
+    state: Annotated[Path, typer.Option(help="The SuperLink's own folder.")] = Path("/var/lib/panfm-coordinator"),
+    runs: Annotated[Path, typer.Option(help="Folder of run folders.")] = Path("/srv/panfm/runs"),
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the SuperLink.")] = 8000,
+    door: Annotated[int, typer.Option(min=1, max=65535, help="Port of nginx.")] = 443,
+    account: Annotated[
+        list[str] | None,
+        typer.Option(help="The SuperLink's account, then nginx's; panfm-coordinator and www-data when left out."),
+    ] = None,
+) -> None:
+    """Check, as root, that other accounts of this machine are kept out and that the deployment is healthy.
+
+    One line per check: ok, FAULT with what to do, or unknown where this account cannot look. Status 0 only if all are
+    ok.
+    """
+    from panfm.cli.machine_checks import tell
+    from server.doctor import Places, coordinator_findings
+
+    accounts = tuple(account or Places.accounts)
+    tell(coordinator_findings(Places(config, state, runs, port, door, accounts)))
+
+
+@app.command()
 def watch(run_dir: _RunDir) -> None:
     """Show rounds as they end, until the run ends; also of a run that `python -m simulations` has started."""
     from rich.console import Console

@@ -9,9 +9,10 @@
     details    further values by name
 
 A state is noted when it begins and when it is over, not once more for each round that it lasts: `left-out` (once for
-each reason, numbers aside) and `away` until `back`, `waiting` until `quorum`; `disk` and `certificate` while the level
-stays the same. So one line is one event, also over a resume, and everything that tells people of events (alerts.py,
-metrics.py) reads them here.
+each reason, numbers aside) and `away` until `back`, `waiting` until `quorum`; `disk`, `certificate` and `superlink`
+while the level stays the same. A site that was left out and is then offline is missing as before, so that is no second
+event. So one line is one event, also over a resume, and everything that tells people of events (alerts.py, metrics.py)
+reads them here.
 """
 
 import errno
@@ -96,8 +97,7 @@ class EventLog:
     ) -> None:
         """Add an event, unless it is a state that lasts already, or the end of one that had not begun."""
         with self._lock:
-            is_known = kind in _LASTING and self._lasting.get(site) == _state(kind, words)
-            if is_known or (kind in _OVER and site not in self._lasting):
+            if not self._is_news(kind, site, words):
                 return
             if round_number is not None:
                 self.round_number = round_number
@@ -115,6 +115,13 @@ class EventLog:
             self._write()
         for call in self.on_event:
             call()
+
+    def _is_news(self, kind: EventKind, site: str | None, words: str) -> bool:
+        """Whether an event changes what is known: no state that lasts, no end of one that had not begun."""
+        lasting = self._lasting.get(site)
+        if kind == EventKind.AWAY and lasting is not None and lasting[0] == EventKind.LEFT_OUT:
+            return False
+        return lasting != _state(kind, words) if kind in _LASTING else kind not in _OVER or lasting is not None
 
     def all(self) -> list[Event]:
         """Events of the file, then those that the disk has not taken. Raises DataError if the file is damaged."""
@@ -146,8 +153,8 @@ class EventLog:
             self.note(kind, words, site=site, of=of, level=level)
 
     def note_round(self, line: Mapping[str, Any]) -> None:
-        """Add what a round tells of its sites: who was left out, is away, came back, or moved to another node. A round
-        that does not count is not done.
+        """Add what a round tells of its sites: who was left out, is away, came back, moved to another node, or lost its
+        worker for a while. A round that does not count is not done.
 
         Args:
             line: Of rounds.jsonl.
@@ -155,6 +162,9 @@ class EventLog:
         number = self.round_number = line["round"]
         for site, words in line.get("moved", {}).items():
             self.note(EventKind.MOVED, words, site=site, round_number=number)
+        for site in line.get("worker_lost", ()):
+            words = "its worker went away or was not there when it was asked, and came back"
+            self.note(EventKind.WORKER_LOST, words, site=site, round_number=number)
         for site, words in line["rejected"].items():
             self.note(EventKind.LEFT_OUT, words, site=site, round_number=number)
         for site, words in line.get("away", {}).items():

@@ -44,6 +44,8 @@ def unwatched(*_: object) -> None:
 
 
 logger = logging.getLogger(__name__)
+ASKED_AGAIN = "asked-again"
+"""Record of a reply by which a ClientApp tells that the site's worker went away (client/records.py)."""
 _PUSHES = 3
 _MAX_PAUSE_S = 2.0
 _PAUSE_SHARE = 0.05
@@ -83,6 +85,8 @@ class Exchange:
         """Node id -> seconds until its reply."""
         self.late: set[int] = set()
         """Node ids without a reply at the deadline."""
+        self.worker_lost: set[int] = set()
+        """Node ids with a good reply whose worker had to be asked again."""
         self._grid = grid
         self._timeout_s = timeout_s
         self.start = time.monotonic()
@@ -127,6 +131,8 @@ class Exchange:
                 if reply.has_error():
                     self.failed[node_id] = one_line(reply.error.reason or f"error {reply.error.code}")
                     self.errors |= {node_id} if reply.error.code not in _UNANSWERED else set()
+                elif reply.content.pop(ASKED_AGAIN, None) is not None:
+                    self.worker_lost.add(node_id)
                 self._on_change(self)
                 if not reply.has_error():
                     yield reply

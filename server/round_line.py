@@ -39,6 +39,7 @@ def round_line(number: int, seconds: float, exchange: Exchange, strategy: Groupe
             for site, reply in accepted.items()
         },
         "late": sorted(names[node_id] for node_id in exchange.late),
+        "worker_lost": sorted(names[node_id] for node_id in exchange.worker_lost),
         "rejected": dict(sorted((failed | outcome.rejected).items())),
         "coverage": _coverage(accepted),
         "bytes_down": dict(strategy.bytes_down),

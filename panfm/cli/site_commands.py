@@ -125,6 +125,27 @@ def site_metrics(
         write_metrics(out, text)
 
 
+@app.command("doctor")
+def site_doctor(
+    site: _Site,
+    supernode_port: Annotated[
+        int, typer.Option(min=1, max=65535, help="Port on which the SuperNode serves its ClientApps.")
+    ] = 9094,
+) -> None:
+    """Check, as root, that other accounts of this machine are kept out and that the site can take part.
+
+    One line per check: ok, FAULT with what to do, or unknown where this account cannot look. Status 0 only if all are
+    ok. It connects to the coordinator's address, and sends nothing of the site.
+    """
+    from panfm.config import load_site
+
+    config = load_site(site)
+    from panfm.cli.machine_checks import tell
+    from panfm.cli.site_doctor import site_findings
+
+    tell(site_findings(site, config, supernode_port))
+
+
 @app.command("requests")
 def site_requests(
     site: _Site,

@@ -39,6 +39,10 @@ class EventKind(StrEnum):
     """A monitor tells that a model goes wrong at a site, or has recovered (server/monitors.py)."""
     MOVED = "moved"
     """A site's name moved to another node."""
+    SUPERLINK = "superlink"
+    """The SuperLink does not answer, or answers again."""
+    WORKER_LOST = "worker-lost"
+    """A site's worker went away, or was not there, when it was asked; it came back and answered."""
 
 
 class Event(BaseModel):

@@ -166,6 +166,7 @@ ROUNDS: Entries = {
     "loss": "Mean training loss of the sites that report theirs, weighted as the backbone is.",
     "sites": "Site whose update counted -> its values, below.",
     "late": "Sites that had not answered when the round ended.",
+    "worker_lost": "Sites that answered after their worker had gone away, or was not there, and came back.",
     "rejected": "Site -> why its answer was refused.",
     "away": "Site -> since when it has not answered; asked again at growing intervals.",
     "moved": "Site whose name went over to another node -> the node before.",

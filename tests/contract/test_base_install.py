@@ -15,7 +15,7 @@ NOT_OF_A_SITE = {
     "flwr", "jinja2", "numba", "sklearn", "sqlalchemy", "tensorboardX", "threadpoolctl", "ray", "grpc", "onnx",
     "strategies", "server", "client", "simulations",
 }  # fmt: skip
-NOT_OF_A_WORKER = ("panfm.evaluate", "panfm.report", "panfm.export", "panfm.privacy.audit")
+NOT_OF_A_WORKER = ("panfm.evaluate", "panfm.report", "panfm.export", "panfm.privacy.audit", "panfm.cli.machine_checks")
 MOST_CODE = 7_000
 """Lines that a hospital reviews, without docstrings, comments and empty lines."""
 

@@ -59,8 +59,10 @@ def main(site: Path, experiment: Path, findings: Path) -> None:
     found["flower"] = attempt("flower")
     found["panfm"] = attempt("panfm")
     found["tokens"] = command_lines("--token")
+    found["doctors"] = doctors()
     take_protections_away()
     found["without"] = attempt("nobody")
+    found["doctors without"] = doctors()
     findings.write_text(json.dumps(found), encoding="utf-8")
 
 
@@ -116,6 +118,18 @@ def attempt(account: str) -> dict[str, object]:
         run_as(account, "/opt/panfm/bin/python", "-I", "-S", script, text=json.dumps(known()))
     )
     return told
+
+
+def doctors() -> dict[str, list[object]]:
+    """Exit status and lines of `server doctor` and `panfm site doctor`, as root."""
+    commands = {"coordinator": ["-m", "server", "doctor"], "site": ["-m", "panfm", "site", "doctor", str(SITE)]}
+    found: dict[str, list[object]] = {}
+    for role, words in commands.items():
+        command = ["/opt/panfm/bin/python", *words]
+        settings = {"PATH": "/opt/panfm/bin:/usr/sbin:/usr/bin:/bin", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True, check=False)
+        found[role] = [done.returncode, f"{done.stdout}{done.stderr}".splitlines()]
+    return found
 
 
 def take_protections_away() -> None:

@@ -102,6 +102,27 @@ def test_each_account_reaches_its_own_part_and_no_other(found):
     assert found["coordinator"]["processes"]
 
 
+@pytest.mark.parametrize("role", ["coordinator", "site"])
+def test_the_doctor_finds_the_isolation_in_force(found, role):
+    status, lines = found["doctors"][role]
+    assert [line for line in lines if not line.startswith("ok ")] == []
+    assert status == 0
+
+
+@pytest.mark.parametrize(
+    ("role", "faults"),
+    [
+        ("coordinator", {"rules for port 8000", "port 8000", "/proc", "secret /etc/panfm/server.key"}),
+        ("site", {"rules for port 9094", "port 9094", "/proc", "key /etc/panfm-site/example-hospital", "images of"}),
+    ],
+)
+def test_the_doctor_names_each_protection_that_is_gone(found, role, faults):
+    status, lines = found["doctors without"][role]
+    named = [line.removeprefix("FAULT    ") for line in lines if line.startswith("FAULT ")]
+    assert status == 1
+    assert [fault for fault in faults if not any(line.startswith(fault) for line in named)] == []
+
+
 def test_without_the_protections_nobody_reads_everything(found):
     open_to_all = found["without"]
     assert open_to_all["ports"]["8000"]["/v1/control/list-runs"] == 200

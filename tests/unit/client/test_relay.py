@@ -44,8 +44,10 @@ def worker(tmp_path):
 @pytest.mark.parametrize("deaths", [0, 1, relay.ATTEMPTS - 1])
 def test_it_asks_again(worker, deaths):
     path, asked = worker(deaths)
-    assert relay.ask(path, QUESTION) == ANSWER
+    lost = []
+    assert relay.ask(path, QUESTION, lambda: lost.append(1)) == ANSWER
     assert asked == [QUESTION] * (deaths + 1)
+    assert bool(lost) == bool(deaths)
 
 
 def test_but_not_for_ever(worker):
@@ -59,7 +61,9 @@ def test_a_worker_that_comes_late_is_found(worker, tmp_path, monkeypatch):
     monkeypatch.setattr(relay, "_POLL_S", 0.01)
     timer = threading.Timer(0.1, worker, (0,))
     timer.start()
-    assert relay.ask(str(tmp_path / "worker.sock"), QUESTION) == ANSWER
+    lost = []
+    assert relay.ask(str(tmp_path / "worker.sock"), QUESTION, lambda: lost.append(1)) == ANSWER
+    assert lost
 
 
 def test_an_answer_that_is_none_is_refused(worker):

@@ -59,12 +59,26 @@ def test_a_state_is_noted_when_it_begins_and_when_it_is_over(tmp_path):
     assert told(tmp_path) == [
         ("started", 0, None),
         ("left-out", 1, "b"),
-        ("away", 11, "b"),
         ("away", 11, "node 7"),
         ("moved", 13, "a"),
         ("back", 13, "b"),
         ("back", 13, "node 7"),
     ]
+
+
+def test_a_worker_that_was_lost_is_told_each_time(tmp_path):
+    log = EventLog(tmp_path)
+    for number in (1, 2):
+        log.note_round(line(number, sites=["a"]) | {"worker_lost": ["a"]})
+    assert told(tmp_path) == [("worker-lost", 1, "a"), ("worker-lost", 2, "a")]
+
+
+def test_a_site_that_is_back_and_refuses_is_told_anew(tmp_path):
+    log = EventLog(tmp_path)
+    log.note_round(line(1, away={"a": "offline"}))
+    log.note_round(line(2, rejected={"a": "no"}))
+    log.note_round(line(3, away={"a": "offline"}))
+    assert told(tmp_path) == [("away", 1, "a"), ("left-out", 2, "a")]
 
 
 def test_states_last_over_a_resume(tmp_path):

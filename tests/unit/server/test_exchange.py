@@ -1,11 +1,12 @@
 from types import SimpleNamespace
 
 import pytest
-from flwr.app import Error, Message, RecordDict
+from flwr.app import Error, Message, MetricRecord, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
+from client import records as client_records
 from server import exchange as module
-from server.exchange import Exchange
+from server.exchange import ASKED_AGAIN, Exchange
 from server.retrying_grid import ReplyLostError
 
 
@@ -29,6 +30,8 @@ class FakeGrid:
 
     def __init__(self, clock: Clock, delays: dict[int, object]) -> None:
         self.clock, self.delays, self.pending, self.pulled = clock, delays, {}, []
+        self.records: tuple[str, ...] = ()
+        """Names of the records of each reply."""
         self.refusals: dict[int, int] = {}
         """Node -> messages to it that raise first."""
 
@@ -54,7 +57,8 @@ class FakeGrid:
         if self.clock.now - 100 < after:
             return []
         self.pulled.append(ids[0])
-        return [Message(error or RecordDict(), reply_to=message)]
+        content = RecordDict(dict.fromkeys(self.records, MetricRecord()))
+        return [Message(error or content, reply_to=message)]
 
 
 @pytest.fixture
@@ -174,3 +178,13 @@ def test_a_reply_that_was_lost_with_the_superlink_is_asked_for_again(clock):
     )
     assert [reply.metadata.src_node_id for reply in exchange] == [2]
     assert changes == [{2}, set()]
+
+
+def test_a_worker_that_was_asked_again_is_told_and_leaves_the_reply_as_it_was(clock):
+    grid = FakeGrid(clock, {1: 0, 2: (0, Error(1000, "no"))})
+    grid.records = (ASKED_AGAIN, "metrics")
+    exchange = Exchange(grid, [Message(RecordDict(), node, "train") for node in (1, 2)], 60.0)
+    [reply] = exchange
+    assert list(reply.content) == ["metrics"]
+    assert exchange.worker_lost == {1}
+    assert ASKED_AGAIN == client_records.ASKED_AGAIN
