@@ -20,8 +20,10 @@ those that read none of the organs that are left are left out of the mean.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -42,26 +44,32 @@ ARMS = (
 )  # fmt: skip
 BASELINES = ("single-organ", "zero-imputation", "mean-imputation", "late-fusion", "late-fusion-indicator", "local")
 """What the federated model has to be ahead of, in the mean over the pairs, with organs missing."""
-POOLING = "per-stream"
+POOLINGS = ("per-stream", "cls", "cls+mean")
 DRAWS = 5
 """Random sets of missing organs, of each size."""
 SHOWN = ("auc", "auc_missing", "auc_missing_1", "auc_missing_3", "auc_missing_6", "category", "disease")
 
 
+Pooling = Annotated[str, typer.Option(help=f"How all models are read: {', '.join(POOLINGS)}.")]
+
+
 @study(seeds=3, draws=None)
-def main(options: StudyOptions) -> StudyResult:
+def main(options: StudyOptions, pooling: Pooling = POOLINGS[0]) -> StudyResult:
     """Federated model against single-organ, imputed, late-fused, local, central and supervised ones, organs missing."""
-    result = run(options)
+    if pooling not in POOLINGS:
+        raise typer.BadParameter(f"{pooling}: expected one of {', '.join(POOLINGS)}", param_hint="--pooling")
+    result = run(options, pooling)
     show(result)
     return result
 
 
-def run(options: StudyOptions) -> StudyResult:
+def run(options: StudyOptions, pooling: str = POOLINGS[0]) -> StudyResult:
     """Run the study."""
-    described = study_run(0, 0)
+    described = study_run(0, 0, [f"features.pooling={pooling}"])
     config = {"pairs": options.pairs(), "run": described.model_dump(mode="json", by_alias=True, exclude_none=True)}
     result = StudyResult("pan-fm", config)
-    for _, measured in run_arms(options, list(TRAININGS), described.train.rounds, write_draw, measure):
+    jobs = [f"{pooling}/{training}" for training in TRAININGS]
+    for _, measured in run_arms(options, jobs, described.train.rounds, write_draw, measure):
         for arm, values in by_arm(measured).items():
             result.add(arm, values)
     for metric in ("auc", "auc_missing"):
@@ -82,9 +90,8 @@ def targets(result: StudyResult) -> list[Target]:
 
 
 def study_run(draw: int, seed: int, changes: Sequence[str] = ()) -> RunConfig:
-    """The run of the demo, with the seeds of a pair and the study's pooling."""
-    own = [f"cohort.seed={draw}", f"seed={seed}", f"features.pooling={POOLING}"]
-    return load_simulation(QUICKSTART, [*own, *changes])
+    """The run of the demo, with the seeds of a pair."""
+    return load_simulation(QUICKSTART, [f"cohort.seed={draw}", f"seed={seed}", *changes])
 
 
 def write_draw(job: CohortJob) -> Path:
@@ -97,11 +104,12 @@ def write_draw(job: CohortJob) -> Path:
 
 
 def measure(job: ArmJob) -> dict[str, float]:
-    """Do one training, `job.arm`, and measure its arms; returns `<arm>/<metric>` -> value."""
-    described = study_run(job.draw, job.seed, [f"train.rounds={job.length}"])
+    """Do one training, named `<pooling>/<training>`, and measure its arms; returns `<arm>/<metric>` -> value."""
+    pooling, _, training = job.arm.partition("/")
+    described = study_run(job.draw, job.seed, [f"train.rounds={job.length}", f"features.pooling={pooling}"])
     setting = Setting(described, job.cohort, OpenedCohort.open(job.cohort, described))
     measured: dict[str, float] = {}
-    for arm, auc_of in TRAININGS[job.arm](setting).items():
+    for arm, auc_of in TRAININGS[training](setting).items():
         metrics = organ_metrics(
             auc_of, tuple(described.streams), setting.cohort.labels, draws=DRAWS, seed=described.seed
         )

@@ -186,7 +186,7 @@ def metrics_of(auc, missing):
 
 def test_targets_are_of_the_mean_with_organs_missing(monkeypatch):
     def run_arms(options, trainings, length, write_draw, measure):
-        assert (trainings, length) == (list(TRAININGS), 30)
+        assert (trainings, length) == ([f"cls/{training}" for training in TRAININGS], 30)
         for draw, seed in options.pairs():
             measured = {}
             for arm in study.ARMS:
@@ -195,8 +195,9 @@ def test_targets_are_of_the_mean_with_organs_missing(monkeypatch):
             yield ArmJob(draw, seed, "all", length, None), measured
 
     monkeypatch.setattr(study, "run_arms", run_arms)
-    result = study.run(StudyOptions(seeds=2, draws=None))
+    result = study.run(StudyOptions(seeds=2, draws=None), "cls")
     assert result.config["pairs"] == [(0, 0), (1, 1)]
+    assert result.config["run"]["features"]["pooling"] == "cls"
     assert [target.is_met for target in result.targets] == [arm != "late-fusion" for arm in study.BASELINES]
     assert result.ratios["auc_missing/federated-minus-late-fusion"] == pytest.approx(-0.01)
     assert result.ratios["auc/federated-minus-centralised"] == 0.0
@@ -223,7 +224,7 @@ def test_all_trainings_of_a_small_cohort(tmp_path, monkeypatch):
     cohort = study.write_draw(CohortJob(100, tmp_path / "cohort", subjects=24, holdout=24))
     arms = {}
     for training in TRAININGS:
-        arms |= study.by_arm(study.measure(ArmJob(100, 100, training, 1, cohort)))
+        arms |= study.by_arm(study.measure(ArmJob(100, 100, f"per-stream/{training}", 1, cohort)))
     assert set(arms) == set(study.ARMS)
     assert len({tuple(sorted(values)) for values in arms.values()}) == 1
     for arm, values in arms.items():
