@@ -216,7 +216,7 @@ PROBE: Entries = {
     "few_labels": "Arm -> `auc_<n>`: mean AUC of probes fitted on n patients.",
     "labels": "As `scores`, for every label by itself.",
     "known": "Label -> `fit` and `test`: patients for whom it is known.",
-    "leakage": "What embeddings say only of the organs present or of a patient's site: `arm`, `kind`, `metric`, `value`, "
+    "leakage": "What embeddings say only of organs present or of a patient's site: `arm`, `kind`, `metric`, `value`, "
     "`low`, `high`, `chance`.",
     "unmatched": "Place -> subjects with images and no row of labels, and the other way round.",
 }
