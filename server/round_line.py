@@ -7,7 +7,7 @@ from panfm.privacy.guarantees import privacy_label
 from panfm.sharing.groups import BACKBONE, HEAD, stream_group, stream_of
 from panfm.sharing.messages import RoundReply
 from server.exchange import Exchange
-from server.monitors import faults, site_monitors
+from server.monitor_faults import faults, site_monitors
 from strategies import GroupedMean, RoundOutcome
 from strategies.weight_caps import capped_shares, capped_weights
 

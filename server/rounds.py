@@ -39,7 +39,7 @@ from server.handshake import Attendance, shake_hands
 from server.input_constants import fill_in_constants
 from server.label_probe import LabelProbes, fit_probes
 from server.membership import Membership
-from server.monitors import note_monitors
+from server.monitor_faults import note_monitors
 from server.progress_file import ProgressFile
 from server.quorum import NoQuorumError, QuorumWait
 from server.round_attempt import RoundAttempt

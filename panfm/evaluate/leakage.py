@@ -183,11 +183,11 @@ def _of_sites(task: Task, arm: str, model: PanModel) -> list[Leakage]:
     fit_sites, sites = (np.repeat(np.arange(len(places)), list(map(len, at))) for at in (train, others))
     counts = draw_counts(len(sites), task.run.probe.bootstrap, task.run.seed)
     fit, test = (_embedded(model, places, at) for at in (train, others))
-    held_fit, held = (_held(tuple(task.run.streams), places, at) for at in (train, others))
+    flags_fit, flags = (_stream_flags(tuple(task.run.streams), places, at) for at in (train, others))
     values = {
         "variance": site_variance(test, sites, counts),
         "accuracy": site_accuracy(fit, fit_sites, test, sites, counts),
-        "accuracy-of-presence": site_accuracy(held_fit, fit_sites, held, sites, counts),
+        "accuracy-of-presence": site_accuracy(flags_fit, fit_sites, flags, sites, counts),
     }
     return [
         Leakage.of(arm, "site", metric, interval(of[:, None]), 0.0 if metric == "variance" else 1 / len(places))
@@ -208,7 +208,7 @@ def _embedded(model: PanModel, places: Sequence[LabelledStore], at: Sequence[NDA
     )
 
 
-def _held(streams: Sequence[str], places: Sequence[LabelledStore], at: Sequence[NDArray[np.int64]]) -> Features:
+def _stream_flags(streams: Sequence[str], places: Sequence[LabelledStore], at: Sequence[NDArray[np.int64]]) -> Features:
     """1 for each stream that a patient has, else 0."""
     rows = [
         [np.isin(own, place.store.rows.get(stream, [])) for stream in streams]

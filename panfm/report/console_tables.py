@@ -81,11 +81,11 @@ def leakage_table(probe: ProbeResult) -> Table:
 def leakage_rows(probe: ProbeResult) -> tuple[list[str], list[tuple[str, ...]]]:
     """Arms, and a row of each measure of leakage: its name, a text for each arm, the value by chance."""
     arms = list(dict.fromkeys(score.arm for score in probe.leakage))
-    found = {(score.kind, score.metric, score.arm): score for score in probe.leakage}
+    by_measure = {(score.kind, score.metric, score.arm): score for score in probe.leakage}
     measures = dict.fromkeys((score.kind, score.metric) for score in probe.leakage)
     rows = []
     for kind, metric in measures:
-        scores = [found.get((kind, metric, arm)) for arm in arms]
+        scores = [by_measure.get((kind, metric, arm)) for arm in arms]
         chance = next(score.chance for score in scores if score)
         rows.append((LEAKAGE_WORDS[kind, metric], *map(score_text, scores), number_text(chance)))
     return arms, rows

@@ -57,9 +57,9 @@ def leakage_section(run: Run) -> Section | None:
     figures = []
     for kind, metric in dict.fromkeys((score.kind, score.metric) for score in run.probe.leakage):
         scores = [score for score in run.probe.leakage if (score.kind, score.metric) == (kind, metric)]
-        bars = [Bar(arm_words(each.arm), each.value, each.low, each.high, _style(each.arm)) for each in scores]
+        bars = [Bar(arm_words(score.arm), score.value, score.low, score.high, _style(score.arm)) for score in scores]
         bars.append(Bar("chance", scores[0].chance))
-        text = {arm_words(each.arm): score_text(each) for each in scores} | {"chance": number_text(scores[0].chance)}
+        text = {arm_words(score.arm): score_text(score) for score in scores} | {"chance": number_text(scores[0].chance)}
         named = LEAKAGE_WORDS[kind, metric]
         figures.append(Figure(named, interval_bars(bars, start=0.5 if metric == "auc" else 0.0, axis=named, text=text)))
     return Section("leakage", "What embeddings tell besides the patient", [Paragraph(words), table, Figures(figures)])

@@ -36,7 +36,7 @@ class EventKind(StrEnum):
     CERTIFICATE = "certificate"
     """A certificate ends soon, or was renewed."""
     MONITOR = "monitor"
-    """A monitor tells that a model goes wrong at a site, or has recovered (server/monitors.py)."""
+    """A monitor tells that a model goes wrong at a site, or has recovered (server/monitor_faults.py)."""
     MOVED = "moved"
     """A site's name moved to another node."""
     SUPERLINK = "superlink"

@@ -19,6 +19,8 @@ delta = 1e-3
 num-sites = 4
 noise-multiplier = 1.5
 clip-norm = 1.0
+[federation]
+min-sites = 4
 """
 FEATURES = {"effective-rank", "feature-deviation"}
 

@@ -46,7 +46,7 @@ def site_monitors(reply: RoundReply) -> dict[str, float]:
 
 def faults(run: RunConfig, round_number: int, replies: Mapping[str, RoundReply]) -> dict[str, dict[str, str]]:
     """Site -> monitor that has gone wrong -> a line that says so; sites without any are left out."""
-    found = {
+    by_site = {
         site: {
             name: f"{FAULTS[name]} at {site}: {name.replace('-', ' ')} {value:.3g}{most} in round {round_number}"
             for name, value in site_monitors(reply).items()
@@ -55,7 +55,7 @@ def faults(run: RunConfig, round_number: int, replies: Mapping[str, RoundReply])
         }
         for site, reply in replies.items()
     }
-    return {site: words for site, words in found.items() if words}
+    return {site: words for site, words in by_site.items() if words}
 
 
 def note_monitors(line: Mapping[str, Any], events: EventLog) -> None:

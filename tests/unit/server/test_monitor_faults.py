@@ -5,7 +5,7 @@ import pytest
 from panfm.report.run_events import EventKind, read_events
 from panfm.sharing.messages import RoundReply
 from server.events import EventLog
-from server.monitors import FAULTS, faults, note_monitors, site_monitors
+from server.monitor_faults import FAULTS, faults, note_monitors, site_monitors
 
 GOOD = {"effective-rank": 17.0, "feature-deviation": 0.4, "teacher-entropy": 0.6}
 
