@@ -73,7 +73,7 @@ def gaussian_kernel(sigma: float, *, cut_off: float = 4.0) -> Tensor:
         cut_off: Half width of the kernel, in standard deviations.
     """
     deviation = torch.tensor(sigma, dtype=torch.float)
-    tail = int(max(float(deviation) * cut_off, 0.5) + 0.5)
+    tail = int(max(float(np.float32(sigma)) * cut_off, 0.5) + 0.5)
     voxels = torch.arange(-tail, tail + 1, dtype=torch.float)
     scale = _SQRT_HALF / deviation
     return (0.5 * ((scale * (voxels + 0.5)).erf() - (scale * (voxels - 0.5)).erf())).clamp(min=0.0)
