@@ -53,9 +53,8 @@ def blur(images: Tensor, kernels: Sequence[Tensor], padding: str) -> Tensor:
     """
     axes, channels = images.dim() - 2, images.shape[1]
     convolve = (functional.conv2d, functional.conv3d)[axes - 2]
-    kept = [
-        (axis, send(kernel, images.device).to(images.dtype)) for axis, kernel in enumerate(kernels) if len(kernel) > 1
-    ]
+    sent = [send(kernel, images.device).to(images.dtype) for kernel in kernels]
+    kept = [(axis, kernel) for axis, kernel in enumerate(sent) if len(kernel) > 1]
     padded = images
     for axis, kernel in reversed(kept):
         around = [len(kernel) // 2 if other == axis else 0 for other in reversed(range(axes)) for _ in range(2)]

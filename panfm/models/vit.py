@@ -12,7 +12,6 @@ Shape legend: S blocks, B subjects, L = 1 + N tokens (CLS first), H heads, d wid
 from collections.abc import Iterator
 from typing import cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -242,7 +241,7 @@ class CentredNorms:
         assert held is not None, "saliency is of a batch of which nothing is hidden"
         self._row = None if (held == held[:1]).all() else row.flatten()
         holders = held.sum(axis=0)
-        count = send(torch.from_numpy(np.append(row.numel() - held.sum(), holders)), row.device)
+        count = functional.pad(send(torch.from_numpy(holders), row.device), (1, 0), value=row.numel())
         self._share = count.clamp_min(1).reciprocal()[:, None]
         alone = (count < 2)[row[:, 1:]] & layout.valid
         self._alone = alone if (holders == 1).any() else None

@@ -115,9 +115,7 @@ def has_loss(mask: TokenMask, num_views: int = 1) -> NDArray[np.bool_]:
 class Contributors:
     """Counts the distinct subjects behind the steps of a round; on the device, which is asked at the end."""
 
-    def __init__(
-        self, num_subjects: int, num_streams: int, experts: Mapping[str, int], device: torch.device | None = None
-    ) -> None:
+    def __init__(self, num_subjects: int, num_streams: int, experts: Mapping[str, int], device: torch.device) -> None:
         """Start a round.
 
         Args:
@@ -130,12 +128,7 @@ class Contributors:
         """A column for each stream whose tokens are asked for, for each that is shown, and for each expert."""
 
     def add(
-        self,
-        subjects: NDArray[np.int64],
-        mask: TokenMask,
-        encoded: Encoded,
-        stream_of_patch: Tensor,
-        counts: Tensor | bool = True,
+        self, subjects: NDArray[np.int64], mask: TokenMask, encoded: Encoded, stream_of_patch: Tensor, counts: Tensor
     ) -> None:
         """Count a step's subjects [B], all different, as indices into the store, if the step `counts`; mask and
         encoding have one view after another."""

@@ -68,8 +68,7 @@ class DinoObjective(Objective):
         scores = assign(teacher, teacher.heads.project(features)).float()
         target = ((scores - self.centres[kind]) / self.config.teacher_temperature).softmax(dim=-1)
         if valid.any():
-            rows = send(torch.from_numpy(np.flatnonzero(valid)), scores.device)
-            mean = scores.flatten(0, -2)[rows].mean(dim=0)
+            mean = scores.flatten(0, -2)[send(torch.from_numpy(np.flatnonzero(valid)), scores.device)].mean(dim=0)
             self.centres[kind] = self.centres[kind].lerp(mean, 1.0 - self.config.centre_momentum)
         return target
 
