@@ -6,7 +6,7 @@
               vector and go through the student like the others; teacher, loss, clipping, AdamW and teacher's update
               as in `masked`, but no predictor, and targets are not standardised
     products  the matrix products of `masked`, forward and backward, on operands of the same shapes and strides that lie
-              ready; those of attention as products of matrices
+              ready, into results that do; those of attention as products of matrices
 
 A step is of 16 subjects that hold seven organs of 27 tokens each, three fifths of them hidden; 12 blocks, 192 wide, one
 thread. The arms take turns, step by step, in one process; a ratio is the median over the turns, in CPU time.
@@ -158,6 +158,7 @@ class Products(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.pairs: list[tuple[Operand, Operand]] = []
         self.operands: dict[Operand, Tensor] = {}
+        self.results: dict[tuple[int, ...], Tensor] = {}
 
     @classmethod
     def of_step(cls, trainer: Trainer, store: ImageStore) -> "Products":
@@ -169,10 +170,13 @@ class Products(TorchDispatchMode):
         return products
 
     def stop(self) -> None:
-        """Take no more notes, and make the operands."""
+        """Take no more notes, and make room for operands and results."""
         for shape, strides in {operand for pair in self.pairs for operand in pair}:
             size = 1 + sum((edge - 1) * stride for edge, stride in zip(shape, strides, strict=True))
             self.operands[shape, strides] = torch.rand(size).as_strided(shape, strides)
+        for first, second in self.pairs:
+            shape = (*first[0][:-1], second[0][-1])
+            self.results.setdefault(shape, torch.empty(shape))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Note the products of an operation, and do it."""
@@ -199,7 +203,8 @@ class Products(TorchDispatchMode):
         """CPU seconds of all products, one after the other."""
         begin = time.process_time()
         for first, second in self.pairs:
-            torch.matmul(self.operands[first], self.operands[second])
+            result = self.results[*first[0][:-1], second[0][-1]]
+            torch.matmul(self.operands[first], self.operands[second], out=result)
         return time.process_time() - begin
 
     def _note(self, first: Tensor, second: Tensor) -> None:

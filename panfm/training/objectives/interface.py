@@ -78,7 +78,7 @@ class Objective(ABC):
         """Loss of each subject [B]; output and targets have a row for each view, [views x B], first views first."""
 
     def state(self) -> dict[str, Tensor]:
-        """Running statistics, by name, in tensors on the model's device that are replaced and never changed in place."""
+        """Running statistics, by name, in tensors on the model's device, replaced and never changed in place."""
         return {}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
