@@ -25,7 +25,7 @@ from torch.nn import functional
 from panfm.config import StreamConfig
 from panfm.config.augment import AugmentConfig, Strengths, axis_names
 from panfm.data.resample import blur, gaussian_kernel
-from panfm.data.store import Batch
+from panfm.data.store import Batch, send
 
 _DRAWS = {"area": 1, "offset": 3, "angle": 3, "flip": 3, "blur": 1, "field": 9, "gamma": 1, "contrast": 1} | {
     "brightness": 1,
@@ -57,10 +57,10 @@ class Augmentation:
         images = {}
         for index, (name, (stream, strengths)) in enumerate(self._streams.items()):
             if name in batch.images:
-                own, rows = batch.images[name], batch.rows[name].cpu()
+                own, rows = batch.images[name], batch.rows[name]
                 if own.shape[2:] != stream.shape:
                     raise ValueError(f"stream {name}: found {tuple(own.shape[2:])}, expected images of {stream.shape}")
-                draws = _named(drawn[rows, index].to(own.device))
+                draws = _named(send(drawn[rows, index], own.device))
                 varied = _varied_intensities(_moved(own, stream, strengths, draws), strengths, draws)
                 images[name] = _noisy(varied, strengths, draws, [generators[row] for row in rows.tolist()])
         return replace(batch, images=images)
@@ -100,11 +100,9 @@ def _affine(stream: StreamConfig, strengths: Strengths, draws: Mapping[str, Tens
     axes = len(stream.shape)
     least, greatest = strengths.crop
     edge = (least + (greatest - least) * draws["area"]) ** (1.0 / axes)
-    flips = torch.tensor([name in strengths.flips for name in axis_names(stream)], device=edge.device)
+    flips = send(torch.tensor([name in strengths.flips for name in axis_names(stream)]), edge.device)
     sign = torch.where(flips & (draws["flip"][:, :axes] < 0.5), -1.0, 1.0)
-    extent = torch.tensor(stream.shape, device=edge.device) * torch.tensor(
-        stream.spacing_mm or (1.0,) * axes, device=edge.device
-    )
+    extent = send(torch.tensor(stream.shape) * torch.tensor(stream.spacing_mm or (1.0,) * axes), edge.device)
     turned = _rotation(strengths.rotation * _signed(draws["angle"]), axes)
     matrix = turned * extent / extent[:, None] * (edge * sign)[:, None, :]
     return matrix, (1.0 - edge) * _signed(draws["offset"][:, :axes])
@@ -165,9 +163,9 @@ def _noisy(
 ) -> Tensor:
     """Add noise to images [P, C, *shape], and cut them to [0, 1]."""
     if strengths.noise:
-        noise = torch.stack([torch.randn(images.shape[1:], generator=one) for one in generators]).to(images.device)
+        noise = torch.stack([torch.randn(images.shape[1:], generator=one) for one in generators])
         deviation = strengths.noise * draws["noise"]
-        images = images + deviation.reshape(-1, *(1,) * (images.dim() - 1)) * noise
+        images = images + deviation.reshape(-1, *(1,) * (images.dim() - 1)) * send(noise, images.device)
     return images.clamp(0.0, 1.0)
 
 

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from panfm.data.store import send
+
 _SQRT_HALF = 0.70710678
 
 
@@ -51,7 +53,8 @@ def blur(images: Tensor, kernels: Sequence[Tensor], padding: str) -> Tensor:
     """
     axes, channels = images.dim() - 2, images.shape[1]
     convolve = (functional.conv2d, functional.conv3d)[axes - 2]
-    kept = [(axis, kernel.to(images)) for axis, kernel in enumerate(kernels) if len(kernel) > 1]
+    sent = [send(kernel, images.device).to(images.dtype) for kernel in kernels]
+    kept = [(axis, kernel) for axis, kernel in enumerate(sent) if len(kernel) > 1]
     padded = images
     for axis, kernel in reversed(kept):
         around = [len(kernel) // 2 if other == axis else 0 for other in reversed(range(axes)) for _ in range(2)]
@@ -69,7 +72,7 @@ def gaussian_kernel(sigma: float, *, cut_off: float = 4.0) -> Tensor:
         cut_off: Half width of the kernel, in standard deviations.
     """
     deviation = torch.tensor(sigma, dtype=torch.float)
-    tail = int(max(float(deviation) * cut_off, 0.5) + 0.5)
+    tail = int(max(float(np.float32(sigma)) * cut_off, 0.5) + 0.5)
     voxels = torch.arange(-tail, tail + 1, dtype=torch.float)
     scale = _SQRT_HALF / deviation
     return (0.5 * ((scale * (voxels + 0.5)).erf() - (scale * (voxels - 0.5)).erf())).clamp(min=0.0)

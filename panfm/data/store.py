@@ -31,15 +31,15 @@ class Batch:
     images: dict[str, Tensor]
     """Stream -> float32 [P, C, *shape]; only streams that at least one subject holds."""
     rows: dict[str, Tensor]
-    """Stream -> int64 [P], which subject of the batch each image belongs to, ascending."""
+    """Stream -> int64 [P], which subject of the batch each image belongs to, ascending; always on the CPU, because
+    shapes follow from it."""
     labels: Tensor | None = None
     """float32 [size, K], the labels of a run's `[task]`; NaN where unknown."""
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
-        images = {stream: image.to(device) for stream, image in self.images.items()}
-        rows = {stream: rows.to(device) for stream, rows in self.rows.items()}
-        return Batch(self.size, images, rows, None if self.labels is None else self.labels.to(device))
+        images = {stream: send(image, device) for stream, image in self.images.items()}
+        return replace(self, images=images, labels=None if self.labels is None else send(self.labels, device))
 
     def only(self, streams: Collection[str]) -> "Batch":
         """The same subjects with the images of some streams."""
@@ -129,6 +129,12 @@ class ImageStore:
         for at in np.flatnonzero(end > first + 1):
             first[at] += pick(int(wanted[at]), int(end[at] - first[at]))
         return np.where(end > first, first, -1)
+
+
+def send(value: Tensor, device: torch.device | str) -> Tensor:
+    """Copy a tensor to a device; a copy from the CPU to a GPU does not wait for what the GPU has to do before."""
+    is_upload = value.device.type == "cpu" and torch.device(device).type == "cuda"
+    return value.pin_memory().to(device, non_blocking=True) if is_upload else value.to(device)
 
 
 def join_batches(batches: Sequence[Batch]) -> Batch:

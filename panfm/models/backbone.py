@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from panfm.anatomy import stream_of_module
-from panfm.data.store import Batch
+from panfm.data.store import Batch, send
 from panfm.errors import ConfigError, ProtocolError
 from panfm.models.tokens import Layout
 from panfm.sharing.groups import BACKBONE, stream_group
@@ -39,7 +39,7 @@ class Exploration:
     @classmethod
     def of(cls, scale: float, generator: torch.Generator) -> Self:
         """Draw the noise from a generator."""
-        return cls(scale, lambda x: torch.randn(x.shape, generator=generator, device=generator.device).to(x))
+        return cls(scale, lambda x: send(torch.randn(x.shape, generator=generator), x.device).to(x.dtype))
 
 
 @dataclass(frozen=True)

@@ -95,9 +95,7 @@ class Heads(nn.Module):
             queries: [M, D], one per patch of the vocabulary.
         """
         memory = torch.cat([encoded.cls[:, None], encoded.tokens], dim=1)
-        valid = functional.pad(encoded.layout.valid, (1, 0), value=True)
-        mask = None if bool(valid.all()) else valid[:, None, None, :]
-        return self.project(self.predictor(queries[hidden.patch_index], memory, mask))
+        return self.project(self.predictor(queries[hidden.patch_index], memory, encoded.layout.key_mask()))
 
     def summarise(self, cls: Tensor) -> Tensor:
         """Predict the summary of every stream from CLS [B, D] alone -> [B, S, D]."""

@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,7 +23,7 @@ from panfm.config.objective import ObjectiveConfig
 from panfm.config.parts import PartsConfig
 from panfm.config.sharing import SharingConfig
 from panfm.config.task import TaskConfig
-from panfm.data.store import Batch
+from panfm.data.store import Batch, send
 from panfm.errors import ConfigError
 from panfm.models.backbone import Backbone, Encoded, PerStream, Route, Saliency, parameter_groups
 from panfm.models.director_experts import DirectorExperts, dense_name
@@ -115,7 +116,11 @@ class PanModel(nn.Module):
         self.task = task
         if task is not None:
             self.heads.add_module(TASK_HEAD, nn.Linear(self.embedding_size, len(task.outputs)))
-        self.register_buffer("stream_of_patch", _stream_of_patch(streams), persistent=False)
+        self._places = _stream_of_patch(streams)
+        self.register_buffer("stream_of_patch", self._places, persistent=False)
+        ends = np.cumsum([math.prod(stream.grid) for stream in streams.values()]).tolist()
+        self.patches_of = {name: slice(*ends) for name, *ends in zip(streams, [0, *ends], ends, strict=False)}
+        """Where the patches of each stream stand among all."""
         self.trained = frozenset(dict(self.named_parameters()))
         """Names of the parameters that a run trains."""
 
@@ -135,11 +140,11 @@ class PanModel(nn.Module):
 
     def layout(self, batch: Batch) -> Layout:
         """Layout of a batch's tokens."""
-        return pack(self.present(batch), self.stream_of_patch)
+        return pack(self.present(batch), self._places).to(self.stream_of_patch.device)
 
     def present(self, batch: Batch) -> Tensor:
-        """Which subject has which of the model's streams, bool [B, S]."""
-        present = torch.zeros(batch.size, len(self.streams), dtype=torch.bool, device=self.stream_of_patch.device)
+        """Which subject has which of the model's streams, bool [B, S], on the CPU."""
+        present = torch.zeros(batch.size, len(self.streams), dtype=torch.bool)
         for index, name in enumerate(self.stream_names):
             if name in batch.rows:
                 present[batch.rows[name], index] = True
@@ -148,18 +153,17 @@ class PanModel(nn.Module):
     def tokenize(self, features: Batch, layout: Layout) -> Tensor:
         """Tokens [B, N, D] of a batch of features, standing as `layout` says; zero where padded."""
         self.backbone.see(features)
-        start = layout.valid.new_full((features.size, len(self.stream_of_patch)), 0, dtype=torch.long)
+        start = torch.zeros(features.size, len(self.stream_of_patch), dtype=torch.long)
         flat, offset = [self.stream_of_patch.new_zeros(1, self.width, dtype=self.dtype)], 1
-        for index, (name, tokenizer) in enumerate(zip(self.stream_names, self.streams.values(), strict=True)):
+        for name, tokenizer in zip(self.stream_names, self.streams.values(), strict=True):
             if name not in features.images:
                 continue
             tokens = tokenizer(features.images[name])
-            patches = torch.nonzero(self.stream_of_patch == index).squeeze(1)
-            rows = torch.arange(offset, offset + tokens.shape[0] * tokens.shape[1], device=tokens.device)
-            start[features.rows[name][:, None], patches] = rows.view(tokens.shape[:2])
+            rows = torch.arange(offset, offset + tokens.shape[0] * tokens.shape[1])
+            start[features.rows[name], self.patches_of[name]] = rows.view(tokens.shape[:2])
             flat.append(tokens.flatten(0, 1))
             offset += len(rows)
-        source = start.gather(1, layout.patch_index).masked_fill(~layout.valid, 0)
+        source = send(start, layout.valid.device).gather(1, layout.patch_index).masked_fill(~layout.valid, 0)
         return torch.cat(flat)[source]
 
     def encode(
@@ -190,7 +194,7 @@ class PanModel(nn.Module):
     def embed_patches(self, patches: Batch, *, route: Route = "experts") -> Tensor:
         """Embedding [B, E] of a batch of patch features. Raises ConfigError as `embed`."""
         pooled = self.pool(self.encode(patches, keep_blocks=self.pooling.reads_blocks, route=route))
-        return pooled if self.whitening is None else self.whitening(pooled, self.present(patches))
+        return pooled if self.whitening is None else self.whitening(pooled, self.present(patches).to(pooled.device))
 
     def pool(self, encoded: Encoded) -> Tensor:
         """Pool encoded tokens to embeddings [B, E] as `[features]` says, unwhitened. Raises ConfigError as `embed`."""

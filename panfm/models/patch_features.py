@@ -16,7 +16,7 @@ from torch import Tensor
 
 from panfm.config import StreamConfig
 from panfm.config.model import TOKENIZER_INPUTS
-from panfm.data.store import Batch
+from panfm.data.store import Batch, send
 from panfm.errors import ConfigError
 
 _SD_FLOOR = 0.01
@@ -48,7 +48,8 @@ def image_features(images: Tensor, stream: StreamConfig, tokenizer: str) -> Tens
     inputs = tokenizer_inputs(images, stream, tokenizer)
     per_channel = (-1, *(1,) * len(stream.shape))
     centre, scale = (
-        inputs.new_tensor(numbers).view(per_channel) for numbers in (stream.input_centre, stream.input_scale)
+        send(inputs.new_tensor(numbers, device="cpu"), inputs.device).view(per_channel)
+        for numbers in (stream.input_centre, stream.input_scale)
     )
     return (inputs - centre) * scale
 

@@ -8,11 +8,15 @@ Shape legend: B subjects, N patches of the fullest subject, K patches kept, M pa
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
+
+from panfm.data.store import send
 
 
 @dataclass(frozen=True)
@@ -23,44 +27,67 @@ class Layout:
     """int64 [B, N], index into the vocabulary of M patches; 0 where padded."""
     valid: Tensor
     """bool [B, N], False where padded."""
+    counts: NDArray[np.int64] | None = None
+    """[B], the patches of each subject, if the CPU knows them without asking the device."""
+    held: NDArray[np.bool_] | None = None
+    """[B, M], which patches each subject has; known of the layout of a batch before anything is hidden."""
+
+    def lengths(self) -> NDArray[np.int64]:
+        """Patches of each subject [B], on the CPU."""
+        return self.valid.sum(dim=1).cpu().numpy() if self.counts is None else self.counts
+
+    def to(self, device: torch.device) -> "Layout":
+        """The same layout on another device."""
+        return replace(self, patch_index=send(self.patch_index, device), valid=send(self.valid, device))
+
+    @property
+    def is_full(self) -> bool:
+        """Whether nothing is padded."""
+        return bool((self.lengths() == self.valid.shape[1]).all())
 
     def key_mask(self) -> Tensor | None:
         """Mark what attention may look at, CLS first: bool [B, 1, 1, 1 + N]; None if that is everything.
 
         A graph that is exported has no such choice, since it must hold for every batch.
         """
-        valid = functional.pad(self.valid, (1, 0), value=True)
-        if not torch.compiler.is_exporting() and bool(valid.all()):
+        if not torch.compiler.is_exporting() and self.is_full:
             return None
-        return valid[:, None, None, :]
+        return functional.pad(self.valid, (1, 0), value=True)[:, None, None, :]
 
-    def select(self, keep: Tensor) -> tuple["Layout", Tensor]:
+    def select(
+        self, keep: Tensor, counts: NDArray[np.int64] | None = None, *, width: int | None = None
+    ) -> tuple["Layout", Tensor]:
         """Keep some patches, packed to the left in their old order.
 
         Args:
             keep: bool [B, N].
+            counts: How many are kept of each subject [B], for who knows: otherwise the device is asked.
+            width: K, the same or more than any subject keeps, for who does not know the counts.
         Returns:
             The smaller layout [B, K] and the int64 [B, K] column each of its patches came from (0 where padded).
         """
         keep = keep & self.valid
-        counts = keep.sum(dim=1)
-        width = int(counts.max()) if len(counts) else 0
+        kept = keep.sum(dim=1)
+        if width is None:
+            counts = kept.cpu().numpy() if counts is None else counts
+            width = int(counts.max(initial=0))
         column = keep.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :width]
-        valid = torch.arange(width, device=keep.device) < counts[:, None]
+        valid = torch.arange(width, device=keep.device) < kept[:, None]
         column = column.masked_fill(~valid, 0)
-        return Layout(self.patch_index.gather(1, column).masked_fill(~valid, 0), valid), column
+        return Layout(self.patch_index.gather(1, column).masked_fill(~valid, 0), valid, counts), column
 
 
 def pack(present: Tensor, stream_of_patch: Tensor) -> Layout:
-    """Layout of a batch.
+    """Layout of a batch, on the CPU.
 
     Args:
-        present: bool [B, S], the streams each subject has.
-        stream_of_patch: int64 [M], the stream of each patch.
+        present: bool [B, S], the streams each subject has; on the CPU.
+        stream_of_patch: int64 [M], the stream of each patch; on the CPU.
     """
     has_patch = present[:, stream_of_patch]
-    patches = torch.arange(len(stream_of_patch), device=present.device).expand(len(present), -1)
-    return Layout(patches, torch.ones_like(has_patch)).select(has_patch)[0]
+    patches = torch.arange(len(stream_of_patch)).expand(len(present), -1)
+    layout, _ = Layout(patches, torch.ones_like(has_patch)).select(has_patch)
+    return replace(layout, held=has_patch.numpy())
 
 
 def gather_tokens(tokens: Tensor, column: Tensor) -> Tensor:

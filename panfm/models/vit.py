@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from panfm.config.model import ModelConfig
+from panfm.data.store import send
 from panfm.models.backbone import Backbone, Encoded, Exploration, Route, Routed, Saliency
 from panfm.models.tokens import Layout
 
@@ -203,7 +204,7 @@ class ClsSaliency:
 
     def __init__(self, layout: Layout, kind: Saliency) -> None:
         self._length = 1 + layout.valid.shape[1]
-        self._padding = None if bool(layout.valid.all()) else ~layout.valid[:, None]
+        self._padding = None if layout.is_full else ~layout.valid[:, None]
         self._logits: list[Tensor] = []
         self._norms = CentredNorms(layout) if kind == "value" else None
 
@@ -236,12 +237,16 @@ class CentredNorms:
     def __init__(self, layout: Layout) -> None:
         # CLS and padding share row 0.
         row = functional.pad((layout.patch_index + 1).masked_fill(~layout.valid, 0), (1, 0))
-        self._row = None if bool((row == row[:1]).all()) else row.flatten()
-        count = row.flatten().bincount()
+        held = layout.held
+        assert held is not None, "saliency is of a batch of which nothing is hidden"
+        self._row = None if (held == held[:1]).all() else row.flatten()
+        holders = held.sum(axis=0)
+        count = functional.pad(send(torch.from_numpy(holders), row.device), (1, 0), value=row.numel())
         self._share = count.clamp_min(1).reciprocal()[:, None]
         alone = (count < 2)[row[:, 1:]] & layout.valid
-        self._alone = alone if bool(alone.any()) else None
+        self._alone = alone if (holders == 1).any() else None
         self._known = layout.valid & ~alone
+        self._all_alone = not (holders > 1).any()
         self._norms: list[Tensor] = []
 
     def add(self, values: Tensor) -> None:
@@ -257,7 +262,7 @@ class CentredNorms:
             return norms
         known = self._known[:, None]
         total = torch.where(known, norms, 0.0).sum(dim=(1, 2, 3), keepdim=True)
-        typical = total / (known.sum() * norms.shape[2]) if bool(known.any()) else torch.ones_like(total)
+        typical = torch.ones_like(total) if self._all_alone else total / (known.sum() * norms.shape[2])
         return torch.where(self._alone[:, None], typical, norms)
 
     def _centred(self, values: Tensor, row: Tensor) -> Tensor:

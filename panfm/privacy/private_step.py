@@ -121,14 +121,14 @@ class PrivateGradient:
         """The sum of clipped gradients, float64 on the CPU; zero for no patient."""
         return {name: value.cpu() for name, value in self._total.items()}
 
-    def finish(self) -> bool:
+    def finish(self) -> Tensor:
         """Leave the noised mean in the parameters' `.grad`; parameters that are not trained have none. Every step
         counts."""
         private = self.private
         scale, size = private.noise_multiplier * private.clip_norm, private.sample_rate * private.public_subjects
         noised = {name: (with_noise(value, scale) / size).float() for name, value in self.total().items()}
         self._trainer.set_gradient(noised)
-        return True
+        return torch.ones((), dtype=torch.bool, device=self._trainer.device)
 
     def gate_mass(self) -> None:
         """Return None: which patient used which expert must not be known."""

@@ -71,21 +71,27 @@ class ExpertTraining:
         """Gate mass of every expert in a batch, by layer."""
         return {name: routed.mass() for name, routed in zip(self.layers, encoded.routed, strict=True)}
 
-    def after_step(self, gate_mass: Mapping[str, Tensor] | None, progress: float) -> None:
-        """Move directors and running activations after a successful step.
+    @torch.no_grad()
+    def after_step(self, gate_mass: Mapping[str, Tensor] | None, progress: float, counts: Tensor) -> None:
+        """Move directors and running activations after a step, if it counts.
 
         Args:
             gate_mass: Of the step's batch; if it is None, directors follow all experts alike and activations stay.
+            counts: bool, on the device.
         """
         momentum = _at(self.config.director_momentum, progress)
         for name, layer in self.layers.items():
             if f"{name}.director.0.weight" not in self.model.trained:
                 continue
+            moved = [*layer.director.parameters(), layer.router.activation]
+            before = [value.clone() for value in moved]
             if gate_mass is None:
                 layer.move_director(torch.ones_like(layer.router.activation), momentum=momentum)
             else:
                 layer.move_director(gate_mass[name], momentum=momentum)
                 layer.router.move_activation(gate_mass[name])
+            for value, old in zip(moved, before, strict=True):
+                value.copy_(torch.where(counts, value, old))
 
 
 def _at(ends: tuple[float, float], progress: float) -> float:

@@ -67,8 +67,8 @@ class GradientSource(Protocol):
         """Add the losses of one of the step's batches."""
         ...
 
-    def finish(self) -> bool:
-        """Leave the gradient in the parameters' `.grad`; False if the step is to be skipped."""
+    def finish(self) -> Tensor:
+        """Leave the gradient in the parameters' `.grad`; False, a bool on the device, if the step is to be skipped."""
         ...
 
     def gate_mass(self) -> Mapping[str, Tensor] | None:
@@ -135,11 +135,11 @@ class BatchGradient:
         self._routing = torch_generator(seed, site, round_number, "routing")
         layers = model.director_experts()
         num_experts = {name: len(layer.router.activation) for name, layer in layers.items()}
-        self._contributors = Contributors(len(store.subjects), len(model.stream_names), num_experts)
+        self._contributors = Contributors(len(store.subjects), len(model.stream_names), num_experts, state.device)
         self._mass = {name: torch.zeros_like(layer.router.activation) for name, layer in layers.items()}
         self._batches: list[list[int]] = []
-        self._losses: list[float] = []
-        self._counted: list[int] = []
+        self._losses: list[Tensor] = []
+        self._counts: list[Tensor] = []
         self.output: StepOutput
         """Of the last step."""
         self.loss: Tensor
@@ -167,20 +167,18 @@ class BatchGradient:
         self.output, self.loss = output, output.losses.mean()
         self._total = self._experts.regularise(self.loss, output.student.encoded, output.progress)
 
-    def finish(self) -> bool:
+    def finish(self) -> Tensor:
         """Compute and clip the gradient; False if loss or gradient is not finite, or nothing was hidden that the loss
         could ask for."""
-        if not self._total.requires_grad:
-            return False
-        parameters, clip_norm = self._state.parameters, self._state.run.train.clip_norm
         self._state.optimiser.zero_grad()
+        if not self._total.requires_grad:
+            return torch.zeros((), dtype=torch.bool, device=self._total.device)
         self._total.backward()
-        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-        if not bool(torch.isfinite(self._total) & torch.isfinite(norm)):
-            return False
-        if norm > clip_norm:
-            torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
-        return True
+        gradients = [parameter.grad for parameter in self._state.parameters if parameter.grad is not None]
+        norm, clip_norm = torch.nn.utils.get_total_norm(gradients), self._state.run.train.clip_norm
+        factor = (clip_norm / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(gradients, torch.where(norm > clip_norm, factor, 1.0))
+        return torch.isfinite(self._total.detach()) & torch.isfinite(norm)
 
     def gate_mass(self) -> Mapping[str, Tensor]:
         """Gate mass of the batch by layer; that of a subject is the mean over its views."""
@@ -188,28 +186,30 @@ class BatchGradient:
         self._mass_of_step = {name: sums / len(self.output.batch.views) for name, sums in mass.items()}
         return self._mass_of_step
 
-    def count(self) -> None:
-        """Record that the last step counted."""
+    def record(self, counts: Tensor) -> None:
+        """Record the last step and whether it counts, a bool on the device, which is asked at the end of the round."""
         subjects, student = self.output.batch.subjects, self.output.student
-        self._contributors.add(subjects, student.mask, student.encoded, self._state.model.stream_of_patch)
+        self._contributors.add(subjects, student.mask, student.encoded, self._state.model.stream_of_patch, counts)
         for name, mass in self._mass_of_step.items():
-            self._mass[name] += mass
-        self._losses.append(self.loss.item())
-        self._counted.append(len(self._batches) - 1)
+            self._mass[name] += torch.where(counts, mass, 0.0)
+        self._losses.append(self.loss.detach())
+        self._counts.append(counts)
 
     def result(self, saliency: dict[str, float], monitors: dict[str, float]) -> TrainResult:
         """Summary of the round; `saliency` and `monitors` are those of its last batch."""
         store, names = self._store, self._state.model.stream_names
+        counted, losses = torch.stack(self._counts).cpu().numpy(), torch.stack(self._losses).tolist()
+        kept = [loss for loss, counts in zip(losses, counted, strict=True) if counts]
         return TrainResult(
             num_steps=len(self._batches),
-            num_skipped=len(self._batches) - len(self._losses),
-            loss=float(np.mean(self._losses)) if self._losses else float("nan"),
+            num_skipped=len(losses) - len(kept),
+            loss=float(np.mean(kept)) if kept else float("nan"),
             saliency=saliency,
             subjects=len(self._indices),
             subjects_per_stream={name: len(store.holders(self._indices, [name])) for name in store.images},
             gate_mass={name: mass.tolist() for name, mass in self._mass.items()},
             batches=self._batches,
-            counted=self._counted,
+            counted=np.flatnonzero(counted).tolist(),
             contributors_per_stream=dict(zip(names, self._contributors.per_stream(), strict=True)),
             contributors_per_expert=self._contributors.per_expert(),
             monitors=monitors,

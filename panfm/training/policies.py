@@ -121,8 +121,8 @@ class StaticPolicy(MaskingPolicy):
 
     def scores(self, relative: "Tensor", num_subjects: int, step: int, generator: "torch.Generator") -> "Tensor":
         """Strength for `static-organs`, 0 for the others."""
-        chosen = relative.new_tensor([float(organ in self.config.static_organs) for organ in self.organs])
-        return self.config.strength * chosen[None]
+        chosen = [float(organ in self.config.static_organs) for organ in self.organs]
+        return self.config.strength * relative.new_tensor([chosen], device="cpu")
 
 
 class SaliencyPolicy(MaskingPolicy):

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from panfm.config.masking import MaskingConfig
+from panfm.data.store import send
 from panfm.models.backbone import Encoded
 from panfm.models.tokens import Layout
 from panfm.registry import MASKING_POLICIES
@@ -54,13 +55,16 @@ class TokenMask:
     @classmethod
     def whole(cls, layout: Layout) -> Self:
         """Hide nothing."""
-        everything = layout.valid
-        return cls(layout, *layout.select(everything), *layout.select(~everything), is_whole=True)
+        everything, counts = layout.valid, layout.lengths()
+        nothing = ~everything
+        return cls(layout, *layout.select(everything, counts), *layout.select(nothing, 0 * counts), is_whole=True)
 
     @classmethod
-    def of(cls, layout: Layout, hidden: Tensor) -> Self:
-        """Hide some patches (bool [B, N])."""
-        return cls(layout, *layout.select(~hidden), *layout.select(hidden))
+    def of(cls, layout: Layout, hidden: Tensor, counts: NDArray[np.int64] | None = None) -> Self:
+        """Hide some patches (bool [B, N]), so many of each subject [B]; the device is asked how many if that is left
+        out."""
+        counts = (hidden & layout.valid).sum(dim=1).cpu().numpy() if counts is None else counts
+        return cls(layout, *layout.select(~hidden, layout.lengths() - counts), *layout.select(hidden, counts))
 
 
 def build_policy(config: MaskingConfig, organs: Sequence[str]) -> MaskingPolicy:
@@ -88,13 +92,14 @@ def draw_mask(
         step: Local steps taken since the start of the run.
     """
     stream = stream_of_patch[layout.patch_index]
-    noise = policy.noise * _gumbel(stream.shape, generator).to(stream.device)
-    scores = policy.scores(relative, len(stream), step, generator).to(stream.device)
+    noise = policy.noise * send(_gumbel(stream.shape, generator), stream.device)
+    scores = send(policy.scores(relative, len(stream), step, generator), stream.device)
     key = scores.expand(len(stream), -1).gather(1, stream) + noise
     rank = key.masked_fill(~layout.valid, -torch.inf).argsort(dim=1, descending=True).argsort(dim=1)
-    count = layout.valid.sum(dim=1)
+    count = torch.from_numpy(layout.lengths())
     budget = (count * policy.config.ratio).round().long().clamp_min(1).minimum(count - 1)
-    return TokenMask.of(layout, (rank < budget[:, None]) & layout.valid)
+    hidden = (rank < send(budget, rank.device)[:, None]) & layout.valid
+    return TokenMask.of(layout, hidden, budget.clamp_min(0).numpy())
 
 
 def _gumbel(shape: torch.Size, generator: torch.Generator) -> Tensor:
@@ -104,44 +109,46 @@ def _gumbel(shape: torch.Size, generator: torch.Generator) -> Tensor:
 
 def has_loss(mask: TokenMask, num_views: int = 1) -> NDArray[np.bool_]:
     """Which subjects of a batch have tokens on which their loss depends, in any of their views, bool [B]."""
-    has_tokens: NDArray[np.bool_] = mask.asked.valid.any(dim=1).cpu().numpy()
-    return np.asarray(has_tokens.reshape(num_views, -1).any(axis=0))
+    return np.asarray((mask.asked.lengths() > 0).reshape(num_views, -1).any(axis=0))
 
 
 class Contributors:
-    """Counts the distinct subjects behind the steps of a round."""
+    """Counts the distinct subjects behind the steps of a round; on the device, which is asked at the end."""
 
-    def __init__(self, num_subjects: int, num_streams: int, experts: Mapping[str, int]) -> None:
+    def __init__(self, num_subjects: int, num_streams: int, experts: Mapping[str, int], device: torch.device) -> None:
         """Start a round.
 
         Args:
             num_subjects: Of the site's store.
             experts: Layer -> number of its experts.
         """
-        self._asked = np.zeros((num_streams, num_subjects), dtype=bool)
-        self._visible = np.zeros((num_streams, num_subjects), dtype=bool)
-        self._experts = {layer: np.zeros((count, num_subjects), dtype=bool) for layer, count in experts.items()}
+        self._num_streams, self._experts = num_streams, experts
+        columns = 2 * num_streams + sum(experts.values())
+        self._marks = torch.zeros(num_subjects, columns, dtype=torch.bool, device=device)
+        """A column for each stream whose tokens are asked for, for each that is shown, and for each expert."""
 
     def add(
-        self, subjects: NDArray[np.int64], mask: TokenMask, encoded: Encoded, stream_of_patch: torch.Tensor
+        self, subjects: NDArray[np.int64], mask: TokenMask, encoded: Encoded, stream_of_patch: Tensor, counts: Tensor
     ) -> None:
-        """Count a step's subjects [B], as indices into the store; mask and encoding have one view after another."""
-        counting = has_loss(mask)
-        subjects = np.tile(subjects, len(counting) // len(subjects))
-        for marks, layout in ((self._asked, mask.asked), (self._visible, mask.visible)):
-            present = streams_present(layout, stream_of_patch, len(marks)).cpu().numpy()
-            stream, row = np.nonzero(present[counting].T)
-            marks[stream, subjects[counting][row]] = True
-        for marks, routed in zip(self._experts.values(), encoded.routed, strict=True):
-            chosen = routed.chosen.cpu().numpy().reshape(len(subjects), -1)  # by subject, or by each of its tokens
-            marks[chosen[counting], subjects[counting, None]] = True
+        """Count a step's subjects [B], all different, as indices into the store, if the step `counts`; mask and
+        encoding have one view after another."""
+        layouts = (mask.asked, mask.visible)
+        here = [streams_present(layout, stream_of_patch, self._num_streams) for layout in layouts]
+        for size, routed in zip(self._experts.values(), encoded.routed, strict=True):
+            chosen = routed.chosen.reshape(len(here[0]), -1)  # by subject, or by each of its tokens
+            here.append(here[0].new_zeros(len(chosen), size).scatter_(1, chosen, value=True))
+        marks = torch.cat(here, dim=1) & mask.asked.valid.any(dim=1, keepdim=True) & counts
+        rows = send(torch.from_numpy(subjects), marks.device)
+        self._marks[rows] |= marks.unflatten(0, (-1, len(subjects))).any(dim=0)
 
     def per_stream(self) -> list[int]:
         """Subjects behind each stream: those whose loss asks for its tokens or those who show them, whichever are
         fewer."""
-        fewest: list[int] = np.minimum(self._asked.sum(axis=1), self._visible.sum(axis=1)).tolist()
+        asked, visible = self._marks[:, : 2 * self._num_streams].sum(dim=0).chunk(2)
+        fewest: list[int] = asked.minimum(visible).tolist()
         return fewest
 
     def per_expert(self) -> dict[str, list[int]]:
         """Layer -> subjects whose tokens went through each of its experts."""
-        return {layer: marks.sum(axis=1).tolist() for layer, marks in self._experts.items()}
+        counted = self._marks[:, 2 * self._num_streams :].sum(dim=0).split(list(self._experts.values()))
+        return {layer: numbers.tolist() for layer, numbers in zip(self._experts, counted, strict=True)}

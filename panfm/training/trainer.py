@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from panfm.config import RunConfig
-from panfm.data.store import Batch, ImageStore, join_batches
+from panfm.data.store import Batch, ImageStore, join_batches, send
 from panfm.errors import ConfigError
 from panfm.models.backbone import Encoded, Exploration
 from panfm.seeds import torch_generator
@@ -63,7 +63,7 @@ class Trainer(TrainingState):
         site: str,
         round_number: int,
         profile: Mapping[str, float] | None = None,
-        on_step: Callable[[int, float], None] | None = None,
+        on_step: Callable[[int, Tensor], None] | None = None,
     ) -> TrainResult:
         """Take `num_steps` plain steps on some subjects of a store.
 
@@ -74,7 +74,8 @@ class Trainer(TrainingState):
             indices: The subjects to train on.
             first_step: Local steps that the schedule has behind it.
             profile: The federation's saliency profile, relative to an equal split; used under scope `federation`.
-            on_step: Called after each step with the number of steps taken and the loss.
+            on_step: Called after each step with the number of steps taken and the loss, on the device: who reads it
+                waits for the step.
         """
         if self.run.patient_dp is not None:
             raise ConfigError(
@@ -83,29 +84,29 @@ class Trainer(TrainingState):
         inputs = self.training_inputs(store)
         source = BatchGradient(self, self.experts, inputs, indices, site=site, round_number=round_number)
         for taken in range(num_steps):
-            if self.step(source, first_step + taken, profile):
-                source.count()
+            source.record(self.step(source, first_step + taken, profile))
             if on_step is not None:
-                on_step(taken + 1, source.loss.item())
+                on_step(taken + 1, source.loss.detach())
         return source.result(*self._last_batch(source.output.student.features))
 
-    def step(self, source: GradientSource, number: int, profile: Mapping[str, float] | None = None) -> bool:
-        """Take local step `number`, counted from the start of the run.
+    def step(self, source: GradientSource, number: int, profile: Mapping[str, float] | None = None) -> Tensor:
+        """Take local step `number`, counted from the start of the run; returns whether it counts, a bool on the device.
 
         Guarantees:
             skipped: a step whose loss or gradient is not finite leaves parameters, directors, teacher, running
-                statistics and profile as they were, and returns False.
+                statistics and profile as they were, and does not count.
+            no wait: nothing in a plain step asks the device for a number, so the CPU can be steps ahead of it.
         """
         statistics, own_profile = self.objective.state(), self.profile
         for batch in source.draw():
             with _autocast(self):
                 source.add(self.forward(batch, number, profile, moves_profile=source.moves_profile))
-        if not source.finish():
-            self.objective.load_state(statistics)
-            self.profile = own_profile
-            return False
-        self.update(self.progress(number), source.gate_mass())
-        return True
+        counts = source.finish()
+        moved = self.objective.state().items()
+        self.objective.load_state({name: torch.where(counts, value, statistics[name]) for name, value in moved})
+        self.profile = torch.where(counts, self.profile, own_profile)
+        self.update(self.progress(number), source.gate_mass(), counts)
+        return counts
 
     def forward(
         self, batch: DrawnBatch, number: int, profile: Mapping[str, float] | None = None, *, moves_profile: bool = False
@@ -164,21 +165,26 @@ class Trainer(TrainingState):
         targets = self.objective.targets(self.teacher, output.features, output.mask, full)
         return self.objective.loss(self.model, output, targets)
 
-    def update(self, progress: float, gate_mass: Mapping[str, Tensor] | None = None) -> None:
+    def update(
+        self, progress: float, gate_mass: Mapping[str, Tensor] | None = None, counts: Tensor | None = None
+    ) -> None:
         """Move student, directors and teacher by the gradient in the parameters' `.grad`.
 
         Args:
             gate_mass: Of the step's patients, by layer with experts; directors follow all experts alike without.
+            counts: Whether to move them at all, a bool on the device; they move when left out.
         """
         config = self.run.train
+        counts = torch.ones((), dtype=torch.bool, device=self.device) if counts is None else counts
         rate = learning_rate(config, progress)
         for group in self.optimiser.param_groups:
             group["lr"] = rate * group["scale"]
+        self.optimiser.found_inf = (~counts).float()  # type: ignore[attr-defined]  # the fused kernel then moves nothing
         self.optimiser.step()
-        self.proximal_step(rate * config.proximal_mu)
-        self.experts.after_step(gate_mass, progress)
+        self.proximal_step(rate * config.proximal_mu, counts)
+        self.experts.after_step(gate_mass, progress, counts)
         start, end = config.teacher_momenta
-        self.update_teacher(cosine(progress, start=start, end=end))
+        self.update_teacher(cosine(progress, start=start, end=end), counts)
 
     def progress(self, number: int) -> float:
         """Share of the run, in [0, 1], at the middle of a local step."""
@@ -233,7 +239,7 @@ class Trainer(TrainingState):
             self.profile = torch.where(count > 0, moved, self.profile)
         if steered_by == "federation" and profile is not None:
             known = [profile.get(name, 1.0) for name in self.model.stream_names]
-            return torch.tensor([known], device=self.device)
+            return send(torch.tensor([known]), self.device)
         return self.profile[None]
 
     @torch.no_grad()

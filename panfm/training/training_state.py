@@ -12,7 +12,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from panfm.config import RunConfig
 from panfm.config.training import TrainConfig
@@ -91,9 +90,16 @@ class TrainingState:
         for name, parameter in self.model.named_parameters():
             parameter.grad = gradient[name].to(parameter.device) if name in gradient else None
 
-    def update_teacher(self, momentum: float) -> None:
-        """teacher <- momentum teacher + (1 - momentum) student."""
-        get_ema_multi_avg_fn(momentum)(self._teacher_parameters, self.parameters, 0)
+    @torch.no_grad()
+    def update_teacher(self, momentum: float, counts: Tensor) -> None:
+        """teacher <- momentum teacher + (1 - momentum) student, if the step counts."""
+        share = self._share(1.0 - momentum, counts)
+        for teacher, student in zip(self._teacher_parameters, self.parameters, strict=True):
+            teacher.lerp_(student, share)
+
+    def _share(self, share: float, counts: Tensor) -> Tensor:
+        """A number as a tensor, 0 if the step does not count."""
+        return (share * counts.double()).to(self.model.dtype)
 
     def shared_state(self) -> dict[str, Tensor]:
         """The student's shared parameters that are trained, by name; copies."""
@@ -120,12 +126,13 @@ class TrainingState:
             self._anchor = {name: value.to(self.device, copy=True) for name, value in state.items()}
 
     @torch.no_grad()
-    def proximal_step(self, share: float) -> None:
-        """Move shared parameters back by a share of their way from those last loaded; nothing if none were."""
+    def proximal_step(self, share: float, counts: Tensor) -> None:
+        """Move shared parameters back by a share of their way from those last loaded, if the step counts; nothing if
+        none were."""
         if share and self._anchor:
             for name, parameter in self.model.named_parameters():
                 if name in self._anchor:
-                    parameter.lerp_(self._anchor[name], share)
+                    parameter.lerp_(self._anchor[name], self._share(share, counts))
 
     def restart_teacher(self) -> None:
         """Set the teacher to the student."""

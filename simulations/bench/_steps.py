@@ -24,9 +24,17 @@ def in_turns(arms: Mapping[str, Callable[[int], float]], turns: int) -> dict[str
     return measured
 
 
-def step_seconds(trainer: Trainer, store: ImageStore, turn: int = 0) -> float:
-    """CPU seconds of one training step on all subjects, without what a round does once at its end."""
+def step_seconds(
+    trainer: Trainer, store: ImageStore, turn: int = 0, *, at_end: Callable[[], None] = lambda: None
+) -> float:
+    """CPU seconds of one training step on all subjects, without what a round does once at its end, before which
+    `at_end` is called."""
     ended: list[float] = []
+
+    def note(*_: object) -> None:
+        ended.append(time.process_time())
+        at_end()
+
     begin = time.process_time()
     trainer.train(
         store,
@@ -35,7 +43,7 @@ def step_seconds(trainer: Trainer, store: ImageStore, turn: int = 0) -> float:
         num_steps=1,
         site="bench",
         round_number=turn,
-        on_step=lambda *_: ended.append(time.process_time()),
+        on_step=note,
     )
     return ended[0] - begin
 

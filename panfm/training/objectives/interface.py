@@ -82,7 +82,7 @@ class Objective(ABC):
         return {}
 
     def state(self) -> dict[str, Tensor]:
-        """Running statistics, by name, in tensors that are replaced and never changed in place."""
+        """Running statistics, by name, in tensors on the model's device, replaced and never changed in place."""
         return {}
 
     def load_state(self, state: dict[str, Tensor]) -> None:

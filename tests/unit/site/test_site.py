@@ -85,7 +85,7 @@ def test_where_the_teacher_starts_a_round(folder, tmp_path, monkeypatch):
         extra = f'teacher-start = "{choice}"\n'
         replies[choice] = [site.train_round(task(number, extra=extra)) for number in (1, 2)]
         with monkeypatch.context() as patched:
-            patched.setattr(Trainer, "update_teacher", lambda trainer, momentum: None)
+            patched.setattr(Trainer, "update_teacher", lambda trainer, momentum, counts: None)
             site.train_round(task(3, extra=extra))
         start, kept = build_model(parse_run(RUN)).state_dict(), site._warm[1].trainer.teacher.state_dict()
         assert all(torch.equal(kept[name], start[name]) for name in kept) == (choice == "global")

@@ -185,7 +185,7 @@ def test_schedules_run_over_the_whole_run_and_not_over_the_round(make_run, make_
 
     monkeypatch.setattr(SaliencyPolicy, "scores", note_step)
     trainer, store = Trainer(run), make_store(run)
-    monkeypatch.setattr(trainer, "update_teacher", momenta.append)
+    monkeypatch.setattr(trainer, "update_teacher", lambda momentum, _: momenta.append(momentum))
     for first in (0, 4):
         train(
             trainer,

@@ -18,11 +18,13 @@ import math
 from collections.abc import Mapping
 from typing import cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from panfm.data.store import Batch
+from panfm.data.store import Batch, send
 from panfm.models import PanModel
 from panfm.models.backbone import Encoded
 from panfm.models.heads import ObjectiveHeads
@@ -50,10 +52,11 @@ class DinoObjective(Objective):
         """Centred assignments of CLS of the other view [V B, Q], if there is one, and of the hidden patches
         [V B, K, Q]. Moves the centres."""
         assert full is not None
-        cls = self._assign(teacher, full.cls, "cls", full.layout.valid.any(dim=1))
+        cls = self._assign(teacher, full.cls, "cls", full.layout.lengths() > 0)
         hidden = gather_tokens(full.tokens, mask.hidden_column)
         other = cls.roll(len(cls) // self.config.views, dims=0)
-        return {"cls": other, "patches": self._assign(teacher, hidden, "token", mask.hidden.valid)}
+        valid = np.arange(hidden.shape[1]) < mask.hidden.lengths()[:, None]
+        return {"cls": other, "patches": self._assign(teacher, hidden, "token", valid)}
 
     def loss(self, student: PanModel, output: StudentOutput, targets: Targets) -> Tensor:
         """Loss of each subject [B]."""
@@ -69,11 +72,12 @@ class DinoObjective(Objective):
         entropy = torch.special.entr(p).sum(dim=-1).mean() / math.log(p.shape[-1])
         return {"teacher-entropy": float(entropy)} if torch.isfinite(entropy) else {}
 
-    def _assign(self, teacher: PanModel, features: Tensor, kind: str, valid: Tensor) -> Tensor:
+    def _assign(self, teacher: PanModel, features: Tensor, kind: str, valid: NDArray[np.bool_]) -> Tensor:
         scores = assign(teacher, teacher.heads.project(features)).float()
         target = ((scores - self.centres[kind]) / self.config.teacher_temperature).softmax(dim=-1)
-        if bool(valid.any()):
-            self.centres[kind] = self.centres[kind].lerp(scores[valid].mean(dim=0), 1.0 - self.config.centre_momentum)
+        if valid.any():
+            mean = scores.flatten(0, -2)[send(torch.from_numpy(np.flatnonzero(valid)), scores.device)].mean(dim=0)
+            self.centres[kind] = self.centres[kind].lerp(mean, 1.0 - self.config.centre_momentum)
         return target
 
     def _cross_entropy(self, student: PanModel, features: Tensor, target: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from panfm.data.store import Batch
+from panfm.data.store import Batch, send
 from panfm.models import PanModel
 from panfm.models.backbone import Encoded
 from panfm.models.patch_features import num_patch_features, patch_step, patchify
@@ -114,11 +114,11 @@ class LatentObjective(Objective):
     def _contents(self, model: PanModel, features: Batch, layout: Layout) -> Tensor:
         """Projected patch features [B, N, D]."""
         contents = torch.zeros(features.size, len(model.stream_of_patch), model.width, device=layout.patch_index.device)
-        for index, name in enumerate(model.stream_names):
+        for name in model.stream_names:
             if name in features.images:
                 patches = patchify(features.images[name], patch_step(model.stream_configs[name], model.tokenizer))
-                columns = torch.nonzero(model.stream_of_patch == index).squeeze(1)
-                contents[features.rows[name][:, None], columns] = (patches @ self.projections[name]).float()
+                rows = send(features.rows[name], contents.device)
+                contents[rows, model.patches_of[name]] = (patches @ self.projections[name]).float()
         return gather_tokens(contents, layout.patch_index)
 
     def _distance(self, prediction: Tensor, target: Tensor) -> Tensor:

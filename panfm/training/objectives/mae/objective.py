@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from panfm.anatomy import module_name
-from panfm.data.store import Batch
+from panfm.data.store import Batch, send
 from panfm.models import PanModel
 from panfm.models.backbone import Encoded
 from panfm.models.heads import ObjectiveHeads
@@ -46,13 +46,16 @@ class MaeObjective(Objective):
     @torch.no_grad()
     def targets(self, teacher: PanModel, features: Batch, mask: TokenMask, full: Encoded | None) -> Targets:
         """Per stream with something hidden: `patches/<stream>` [P, W, F], normalised; `column/<stream>` [P, W], where
-        among the hidden patches each stands; `valid/<stream>` [P, W]. W is the most that one subject hides of it."""
+        among the hidden patches each stands; `valid/<stream>` [P, W]. W is the most that one subject hides of it, or,
+        on a device that would have to be asked, the most that one could."""
         targets = {}
         stream = teacher.stream_of_patch[mask.hidden.patch_index]
         for index, (name, rows) in enumerate((name, features.rows.get(name)) for name in teacher.stream_names):
             if rows is None:
                 continue
-            hidden, column = mask.hidden.select(stream == index)
+            patches, rows = teacher.patches_of[name], send(rows, stream.device)
+            most = min(stream.shape[1], patches.stop - patches.start)
+            hidden, column = mask.hidden.select(stream == index, width=None if stream.device.type == "cpu" else most)
             if column.shape[1]:
                 targets["patches/" + name] = _patches(teacher, features, name, hidden.patch_index[rows])
                 targets["column/" + name] = column[rows]
@@ -64,7 +67,7 @@ class MaeObjective(Objective):
         total = output.predictions.new_zeros(output.features.size, dtype=torch.float32)
         for name, head in zip(student.stream_names, student.heads.stream_heads(), strict=True):
             if "patches/" + name in targets:
-                rows = output.features.rows[name]
+                rows = send(output.features.rows[name], total.device)
                 patches = cast(nn.Linear, head.decode)(
                     gather_tokens(output.predictions[rows], targets["column/" + name])
                 )
@@ -78,7 +81,7 @@ def _patches(model: PanModel, features: Batch, name: str, patch_index: Tensor) -
     """Normalised patches [P, W, F] of one stream at indices [P, W] into the vocabulary."""
     tokenizer = model.streams[module_name(name)]
     assert isinstance(tokenizer, StreamTokenizer)
-    first = int((model.stream_of_patch < model.stream_names.index(name)).sum())
-    chosen = gather_tokens(patchify(features.images[name], tokenizer.step), (patch_index - first).clamp_min(0))
+    places = (patch_index - model.patches_of[name].start).clamp_min(0)
+    chosen = gather_tokens(patchify(features.images[name], tokenizer.step), places)
     centred = chosen - chosen.mean(dim=-1, keepdim=True)
     return centred / (centred.square().mean(dim=-1, keepdim=True) + 1e-6).sqrt()
