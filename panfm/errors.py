@@ -14,8 +14,7 @@ PanfmError
 The text says what was found, where, and what was expected, on one line: tools print it and exit with status 1.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 
 class PanfmError(Exception):
@@ -101,22 +100,3 @@ def reason(error: BaseException) -> str:
     """Say why a file could not be read or written: the kind of error, and the system's or parser's own words."""
     text = one_line((error.strerror if isinstance(error, OSError) else None) or str(error), 120)
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-_OURS = {"panfm", "strategies", "server", "client", "simulations"}
-
-
-@contextmanager
-def needs_extra(extra: str) -> Iterator[None]:
-    """Turn a failed import of a library into one line that names the extra of panfm to install.
-
-    Raises:
-        ConfigError: a library is not installed.
-    """
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        library = (error.name or "").partition(".")[0]
-        if library in _OURS:
-            raise
-        raise ConfigError(f"{library}: not installed, expected: pip install 'panfm[{extra}]'") from error

@@ -4,7 +4,8 @@ import sys
 
 import typer
 
-from panfm.errors import PanfmError, needs_extra
+from panfm.errors import PanfmError
+from panfm.extras import needs_extra
 from server.coordinator import app
 
 if __name__ == "__main__":

@@ -29,14 +29,10 @@ def main(grid: Grid, context: Context) -> None:
     make_files_private()
     words = {key: str(value) for key, value in context.run_config.items()}
     num_sites = len(site_folders(Path(sites))) if (sites := words.get("sites")) else None
-    if words.get("evaluate"):
-        evaluate_run(grid, Path(words["run-dir"]), words["evaluate"], num_sites=num_sites)
-    else:
-        _train(grid, words, num_sites)
-
-
-def _train(grid: Grid, words: dict[str, str], num_sites: int | None) -> None:
     with ExitStack() as stack:
+        if words.get("evaluate"):
+            evaluate_run(grid, Path(words["run-dir"]), words["evaluate"], num_sites=num_sites)
+            return
         with early_end_noted(words.get("resume")):
             folder = open_folder(words)
             stack.callback(refresh_page, folder.path)

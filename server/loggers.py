@@ -26,7 +26,7 @@ from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.summary import histogram, scalar, text
 
 from panfm.config import dump_toml
-from panfm.errors import needs_extra
+from panfm.extras import needs_extra
 from panfm.privacy.guarantees import privacy_label
 from server.run_folder import RunFolder
 from server.tracking import scalars, update_norms

@@ -14,11 +14,8 @@ go_offline()
 import typer  # noqa: E402
 
 from panfm.cli.common import Version  # noqa: E402
-from panfm.errors import (  # noqa: E402
-    ConfigError,
-    PanfmError,
-    needs_extra,
-)
+from panfm.errors import ConfigError, PanfmError  # noqa: E402
+from panfm.extras import needs_extra  # noqa: E402
 from panfm.files import make_files_private  # noqa: E402
 from simulations.simulate_command import simulate  # noqa: E402
 

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from panfm.errors import ConfigError, needs_extra
+from panfm.errors import ConfigError
+from panfm.extras import needs_extra
 
 app = typer.Typer(no_args_is_help=True)
 

@@ -24,7 +24,7 @@ from flwr.serverapp.strategy import Strategy
 
 from panfm.config import RunConfig
 from panfm.errors import ProtocolError, one_line
-from panfm.sharing.coding import bytes_per_group, code_step, decode, take_step
+from panfm.sharing.coding import decode, take_step
 from panfm.sharing.groups import Flat, GroupManifest, stream_of
 from panfm.sharing.messages import Handshake, RoundReply
 from panfm.sharing.npy import NpySpace
@@ -32,9 +32,18 @@ from panfm.sharing.weights import GroupWeights
 from strategies.exact_mean import Votes
 from strategies.group_means import GroupMean, GroupSetup, make_mean, usual_size
 from strategies.reply_guards import LIMIT, Directions, NormBounds, PointsElsewhereError, check_reply
-from strategies.round_messages import Downlink, draw_sites, hand_over, unpack, view_array, view_arrays
+from strategies.round_messages import (
+    Downlink,
+    bytes_per_group,
+    code_step,
+    draw_sites,
+    hand_over,
+    unpack,
+    view_array,
+    view_arrays,
+)
 from strategies.server_step import Memory, add_norms, follow_average, server_step
-from strategies.weight_caps import WeightLimits, group_shares
+from strategies.weight_caps import WeightLimits, check_gate_mass, group_shares
 
 logger = logging.getLogger(__name__)
 
@@ -199,7 +208,7 @@ class GroupedMean(Strategy):
         reply = self._read(message, handshake)
         limits = self._weight_limits.of_site(handshake.site)
         check_reply(reply, handshake, limits, of=(self._run_id, self._round))
-        self._weights.check_gate_mass(reply.weights, subjects=handshake.subjects)
+        check_gate_mass(self._weights, reply.weights, subjects=handshake.subjects)
         return self._weight_limits.cap(reply)
 
     def _read(self, message: Message, handshake: Handshake) -> RoundReply:

@@ -9,8 +9,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from panfm.config.federation import FederationConfig
 from panfm.errors import ProtocolError
 from panfm.seeds import numpy_generator
-from panfm.sharing.coding import Arrays, digests
-from panfm.sharing.groups import Flat, has_group
+from panfm.sharing.coding import SCALE, Arrays, Coding, digests, encode_with_feedback
+from panfm.sharing.groups import Flat, GroupManifest, has_group
 from panfm.sharing.messages import (
     Handshake,
     Records,
@@ -151,3 +151,29 @@ def hand_over(space: NpySpace) -> Array:
 
 def _wrap(dtype: np.dtype[np.generic], shape: tuple[int, ...], data: bytes) -> Array:
     return Array(dtype=str(dtype), shape=shape, stype="numpy.ndarray", data=data)
+
+
+def bytes_per_group(arrays: Arrays) -> dict[str, int]:
+    """Group -> bytes of its arrays, scales included."""
+    total: dict[str, int] = {}
+    for name, array in arrays.items():
+        group = name.removesuffix(SCALE)
+        total[group] = total.get(group, 0) + array.nbytes
+    return total
+
+
+def code_step(
+    coding: Coding, manifest: GroupManifest, group: str, step: Flat, lost: Mapping[str, Flat]
+) -> tuple[Arrays, dict[str, Flat]]:
+    """Code a group's step; also returns its rounding error.
+
+    Args:
+        step: float32 [size]; -0.0 where nobody trained, which then loses nothing and makes up for nothing.
+        lost: Group -> what the step before lost; nothing for a group that lost nothing.
+    """
+    idle = (step == 0) & np.signbit(step)
+    owed = {group: np.where(idle, np.float32(0.0), lost[group])} if group in lost else {}
+    arrays, loses = encode_with_feedback(coding, manifest, {group: step}, owed)
+    if group in lost:
+        loses[group][idle] = lost[group][idle]
+    return arrays, loses

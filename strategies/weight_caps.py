@@ -14,9 +14,11 @@ from dataclasses import replace
 from fractions import Fraction
 from statistics import median
 
+from panfm.errors import ProtocolError
 from panfm.registry import MEANS
+from panfm.sharing.groups import DIRECTOR, EXPERTS, ROUTER, GroupManifest
 from panfm.sharing.messages import Handshake, RoundReply
-from panfm.sharing.weights import GroupWeights, Weights
+from panfm.sharing.weights import ROUNDING, GroupWeights, Weights
 
 FEWEST = 3
 """Contributing sites with which the caps are in force."""
@@ -128,3 +130,46 @@ def may_be_capped(weight: int, weights: Sequence[int], max_share: float) -> bool
     A weight w is lowered if it exceeds `max_share` of sum_j min(w_j, w), which only grows as sites contribute.
     """
     return weight > Fraction(max_share) * sum(min(weight, other) for other in weights)
+
+
+def check_gate_mass(rules: GroupWeights, weights: Mapping[str, Weights], *, subjects: int) -> None:
+    """Refuse gate mass that no images have.
+
+    A layer's experts share the images of the steps among them: their weights sum to as many in every layer and in
+    each pooled group, to no more than a round's batches hold, and over the layers to the director's weight.
+
+    Args:
+        weights: Group -> weights of one site.
+        subjects: Of that site, as it said before round 1.
+    Raises:
+        ProtocolError: the sum, and what it is expected to be.
+    """
+    most = rules.most_images(subjects)
+    images: float | None = None
+    for group in (group for group in (EXPERTS, ROUTER) if group in weights and rules.is_pooled(group)):
+        for layer, mass in _layer_masses(rules.manifest, group, weights[group]).items():
+            if not mass <= most:
+                raise ProtocolError(f"{group}: gate mass {mass:g} in {layer}, expected at most {most:g} images")
+            images = mass if images is None else images
+            if not _agree(mass, images):
+                other = f"expected {images:g} as in other layers"
+                raise ProtocolError(f"{group}: gate mass {mass:g} in {layer}, {other}")
+    if images is not None and DIRECTOR in weights:
+        total, expected = sum(weights[DIRECTOR]), images * len(rules.layer_names(DIRECTOR))
+        if not _agree(total, expected):
+            raise ProtocolError(f"director: weight {total:g}, expected {expected:g}, its layers' gate mass")
+
+
+def _layer_masses(manifest: GroupManifest, group: str, weights: Weights) -> dict[str, float]:
+    """Layer -> sum of its experts' weights. Raises ProtocolError if there is not one for each expert."""
+    experts = manifest.experts(group)
+    if len(weights) != len(experts):
+        raise ProtocolError(f"{group}: {len(weights)} weights, expected {len(experts)}")
+    masses: dict[str, float] = {}
+    for (layer, _), weight in zip(experts, weights, strict=True):
+        masses[layer] = masses.get(layer, 0.0) + weight
+    return masses
+
+
+def _agree(one: float, other: float) -> bool:
+    return max(one, other) <= ROUNDING * min(one, other)

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from panfm.errors import DataError, needs_extra
+from panfm.errors import DataError
+from panfm.extras import needs_extra
 
 app = typer.Typer(no_args_is_help=True, help="Public ViT weights to start from.")
 _FILES = ["config.json", "preprocessor_config.json", "model.safetensors", "pytorch_model.bin"]

@@ -91,15 +91,6 @@ def picture_levels(image: Picture, channels: int, window: tuple[float, float] | 
     return Image.fromarray(np.clip((levels - low) / max(high - low, 1.0), 0.0, 1.0).astype(np.float32))
 
 
-def intensity_rule(modality: Modality) -> str:
-    """The rule of a modality, in words."""
-    if modality is Modality.CT:
-        return f"{HU_WINDOW[0]:g} to {HU_WINDOW[1]:g} HU to 0 to 1, clipped"
-    if modality not in (Modality.MR, Modality.PET):
-        return f"grey levels {GREY_LEVELS[0]:g} to {GREY_LEVELS[1]:g} to 0 to 1"
-    return f"the scan's own {PERCENTILES[0]:g}st to {PERCENTILES[1]:g}th percentile to 0 to 1, clipped"
-
-
 def _scaled(raw: NDArray[np.float32], known: NDArray[np.float32], modality: Modality) -> NDArray[np.float32]:
     low, high = _range(known, modality)
     if high <= low:

@@ -24,9 +24,8 @@ from panfm.config.site_description import LimitsConfig
 from panfm.data.labels import read_cells
 from panfm.data.manifest import COLUMNS, Row, image_path, read_manifest
 from panfm.data.subjects import subject_key
-from panfm.data.tables import write_table
 from panfm.errors import DataError
-from panfm.outputs import new_folder
+from panfm.outputs import new_folder, write_table
 from panfm.seeds import numpy_generator
 
 By = Literal["iid", "size", "label", "stream"]

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from panfm.errors import DataError, reason
@@ -44,14 +44,6 @@ def read_table(
             hint = " (a comma in a number, or in a text without quotes?)" if len(cells) > len(columns) else ""
             raise DataError(f"{len(cells)} cells on line {line} under {len(columns)} columns{hint}")
     return columns, [(line, dict(zip(columns, cells, strict=True))) for line, cells in rows]
-
-
-def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Write what `read_table` reads."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(rows)
 
 
 def _separator_hint(columns: Sequence[str], needed: Sequence[str]) -> str:

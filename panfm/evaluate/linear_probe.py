@@ -22,10 +22,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from panfm.errors import DataError, needs_extra
+from panfm.errors import DataError
 from panfm.evaluate.label_sums import PENALTIES
 from panfm.evaluate.probe_file import LinearProbe
 from panfm.evaluate.scores import Floats, auc, r2
+from panfm.extras import needs_extra
 from panfm.seeds import numpy_generator
 
 with needs_extra("evaluate"):

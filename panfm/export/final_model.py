@@ -14,7 +14,7 @@ from panfm import __version__
 from panfm.anatomy import Modality, parse_stream
 from panfm.config import RunConfig, StreamConfig
 from panfm.config.sharing import SharingConfig
-from panfm.data.intensity import intensity_rule
+from panfm.data.intensity import GREY_LEVELS, HU_WINDOW, PERCENTILES
 from panfm.errors import ConfigError, DataError, reason
 from panfm.evaluate.embed import load_model
 from panfm.evaluate.model_folder import model_folder
@@ -135,7 +135,7 @@ def _describe_stream(name: str, config: StreamConfig) -> dict[str, Any]:
         "modality": str(modality),
         "axes": "C, R, A, S" if config.is_volume else "C, height, width",
         **config.model_dump(mode="json", by_alias=True, exclude_none=True),
-        "intensity": intensity_rule(modality if config.is_volume else Modality.PHOTO),
+        "intensity": _intensity_rule(modality if config.is_volume else Modality.PHOTO),
     }
 
 
@@ -148,3 +148,12 @@ def _describe_experts(model: PanModel, sharing: SharingConfig) -> str:
 def sizes_text(sizes: Iterable[float]) -> str:
     """Sizes along axes as text: `8 x 8 x 4`; a dash if there are none."""
     return " x ".join(f"{size:g}" for size in sizes) or "-"
+
+
+def _intensity_rule(modality: Modality) -> str:
+    """Tell in words how grey levels of a modality become 0 to 1."""
+    if modality is Modality.CT:
+        return f"{HU_WINDOW[0]:g} to {HU_WINDOW[1]:g} HU to 0 to 1, clipped"
+    if modality not in (Modality.MR, Modality.PET):
+        return f"grey levels {GREY_LEVELS[0]:g} to {GREY_LEVELS[1]:g} to 0 to 1"
+    return f"the scan's own {PERCENTILES[0]:g}st to {PERCENTILES[1]:g}th percentile to 0 to 1, clipped"

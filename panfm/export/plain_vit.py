@@ -26,10 +26,10 @@ from panfm.errors import ConfigError
 from panfm.export.final_model import Source
 from panfm.export.network import require_equal
 from panfm.models import PanModel, build_model
+from panfm.models.low_rank import fit_lora
 from panfm.models.pan import SIZES, StreamTokenizer
 from panfm.models.public_start import dense_state
 from panfm.models.public_weights import OUR_LAYERS, read_public
-from panfm.models.trained_parts import fit_lora
 from panfm.models.transfer import director_run, director_state
 from panfm.models.vit import VisionTransformer
 from panfm.seeds import torch_generator

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from panfm.config.features import FeaturesConfig, parse_pooling
-from panfm.data.tables import write_table
 from panfm.export.final_model import Source
 from panfm.finetune.fine_tuning import FineTuning, choose_parts
 from panfm.finetune.finetune_settings import FinetuneSettings, refuse_ended, write_settings
@@ -20,6 +19,7 @@ from panfm.finetune.finetuned_model import SegmentedImage, TaskModel, write_fine
 from panfm.finetune.starting_model import starting_model
 from panfm.finetune.task_data import TaskData, read_task_data
 from panfm.finetune.task_result import RESULT_FILE, FrozenFeatures, TaskResult, score_labels, score_segmentation
+from panfm.outputs import write_table
 
 Progress = Callable[[int, int], None]
 """Called with the number of images or steps done, and their total."""

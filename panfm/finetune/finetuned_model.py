@@ -28,7 +28,7 @@ from panfm.finetune.task_description import HEAD_FILE, TASK_FILE, TaskDescriptio
 from panfm.finetune.task_heads import TaskHead, build_head, predict_rows
 from panfm.finetune.windows import predict_map
 from panfm.models import PanModel
-from panfm.models.trained_parts import fit_lora
+from panfm.models.low_rank import fit_lora
 from panfm.outputs import new_folder, write_json
 
 _HEADS = "heads."

@@ -8,7 +8,7 @@ from panfm.config.parts import PlainPartsConfig
 from panfm.errors import ConfigError
 from panfm.evaluate.embed import load_model
 from panfm.models import PanModel, build_model
-from panfm.models.trained_parts import fit_lora
+from panfm.models.low_rank import fit_lora
 from panfm.models.transfer import director_run, director_state, taskless_run, taskless_state
 from panfm.privacy.guarantees import privacy_label
 from panfm.sharing.groups import EXPERTS, is_shared

@@ -23,11 +23,12 @@ from numpy.typing import NDArray
 from panfm.data.masks import mask_from_grid
 from panfm.data.readers import Volume, voxel_sizes
 from panfm.data.store import ImageStore
-from panfm.errors import DataError, needs_extra
+from panfm.errors import DataError
 from panfm.evaluate.embed import embed_store
 from panfm.evaluate.neighbours import neighbours_mean
 from panfm.evaluate.result import Score
 from panfm.evaluate.scores import Floats, auc, draw_counts, interval, r2
+from panfm.extras import needs_extra
 from panfm.finetune.fine_tuning import FinetuneProgress
 from panfm.finetune.finetuned_model import SegmentedImage, TaskModel, mask_image
 from panfm.finetune.segmentation_scores import dice, hausdorff_95

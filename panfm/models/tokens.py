@@ -29,7 +29,7 @@ class Layout:
     """bool [B, N], False where padded."""
     counts: NDArray[np.int64] | None = None
     """[B], the patches of each subject, if the CPU knows them without asking the device."""
-    held: NDArray[np.bool_] | None = None
+    presence: NDArray[np.bool_] | None = None
     """[B, M], which patches each subject has; known of the layout of a batch before anything is hidden."""
 
     def lengths(self) -> NDArray[np.int64]:
@@ -87,7 +87,7 @@ def pack(present: Tensor, stream_of_patch: Tensor) -> Layout:
     has_patch = present[:, stream_of_patch]
     patches = torch.arange(len(stream_of_patch)).expand(len(present), -1)
     layout, _ = Layout(patches, torch.ones_like(has_patch)).select(has_patch)
-    return replace(layout, held=has_patch.numpy())
+    return replace(layout, presence=has_patch.numpy())
 
 
 def gather_tokens(tokens: Tensor, column: Tensor) -> Tensor:

@@ -4,7 +4,7 @@
 directors of trained layers count as trained, though experts move them and no gradient does.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import assert_never, cast
 
 import torch
@@ -17,7 +17,7 @@ from panfm.models.backbone import Backbone
 from panfm.models.vit import Attention
 from panfm.sharing.groups import DIRECTOR
 
-_A, _B = ".lora_a", ".lora_b"
+LORA_A, LORA_B = ".lora_a", ".lora_b"
 
 
 class LoraLinear(nn.Linear):
@@ -49,26 +49,7 @@ def add_lora(backbone: Backbone, parts: PartsConfig) -> None:
 
 def is_lora(name: str) -> bool:
     """Whether a parameter is a factor of a low-rank addition."""
-    return name.endswith((_A, _B))
-
-
-def fit_lora(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Add the low-rank additions of a trained model to its weights, W + B A, where a model of other names has none;
-    factors that do not fit a weight stay as they are."""
-    fitted = dict(state)
-    for name in [name for name in state if name.endswith(_A) and name not in expected]:
-        layer = name.removesuffix(_A)
-        a, b, weight = state[name], state.get(layer + _B), state.get(f"{layer}.weight")
-        if b is not None and weight is not None and _are_factors(a, b, weight):
-            fitted[f"{layer}.weight"] = weight + b @ a
-            del fitted[name], fitted[layer + _B]
-    return fitted
-
-
-def _are_factors(a: Tensor, b: Tensor, weight: Tensor) -> bool:
-    """Whether b @ a has the shape of a weight."""
-    is_product = a.dim() == b.dim() == 2 and b.shape[1] == a.shape[0]
-    return is_product and (b.shape[0], a.shape[1]) == tuple(weight.shape)
+    return name.endswith((LORA_A, LORA_B))
 
 
 def trained_names(model: nn.Module, parts: PartsConfig) -> frozenset[str]:

@@ -237,10 +237,10 @@ class CentredNorms:
     def __init__(self, layout: Layout) -> None:
         # CLS and padding share row 0.
         row = functional.pad((layout.patch_index + 1).masked_fill(~layout.valid, 0), (1, 0))
-        held = layout.held
-        assert held is not None, "saliency is of a batch of which nothing is hidden"
-        self._row = None if (held == held[:1]).all() else row.flatten()
-        holders = held.sum(axis=0)
+        presence = layout.presence
+        assert presence is not None, "saliency is of a batch of which nothing is hidden"
+        self._row = None if (presence == presence[:1]).all() else row.flatten()
+        holders = presence.sum(axis=0)
         count = functional.pad(send(torch.from_numpy(holders), row.device), (1, 0), value=row.numel())
         self._share = count.clamp_min(1).reciprocal()[:, None]
         alone = (count < 2)[row[:, 1:]] & layout.valid

@@ -19,11 +19,12 @@ from torch import Tensor
 
 from panfm.config import RunConfig, load_run
 from panfm.errors import DataError
+from panfm.models.low_rank import fit_lora
 from panfm.models.packing import shared_hashes
 from panfm.models.pan import PanModel, build_model, describe_model
 from panfm.models.public_start import check_public_fit, dense_state
 from panfm.models.public_weights import read_public
-from panfm.models.trained_parts import fit_lora, is_lora
+from panfm.models.trained_parts import is_lora
 from panfm.models.transfer import (
     HEADS,
     director_run,

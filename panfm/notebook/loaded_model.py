@@ -19,9 +19,10 @@ from panfm.config import RunConfig, StreamConfig
 from panfm.config.features import parse_pooling
 from panfm.data.read import read_image
 from panfm.data.store import Batch, ImageStore
-from panfm.errors import ConfigError, needs_extra
+from panfm.errors import ConfigError
 from panfm.evaluate.embed import by_session, embed_store
 from panfm.export.final_model import Source
+from panfm.extras import needs_extra
 from panfm.finetune.task_description import TASK_FILE, TaskDescription
 from panfm.models import PanModel
 from panfm.models.pan import SIZES

@@ -5,8 +5,9 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from panfm.errors import DataError, needs_extra
+from panfm.errors import DataError
 from panfm.evaluate.result import Score
+from panfm.extras import needs_extra
 from panfm.notebook.notebook_images import Place
 from panfm.report.run_files import Run, read_run
 

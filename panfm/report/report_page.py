@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from panfm.config import dump_toml, experiment_hash
-from panfm.errors import needs_extra
+from panfm.extras import needs_extra
 from panfm.files import write_atomic
 from panfm.privacy.guarantees import privacy_label
 from panfm.report.blocks import Details, Paragraph, Section, Table

@@ -39,7 +39,7 @@ Arrays = Mapping[str, NDArray[Any]]
 
 _ROW = 256
 _LARGEST = 127
-_SCALE = "/scale"
+SCALE = "/scale"
 _TINY = np.finfo(np.float32).tiny
 
 
@@ -64,7 +64,7 @@ def encode(coding: Coding, manifest: GroupManifest, updates: Mapping[str, Flat])
     arrays: dict[str, NDArray[Any]] = {}
     for group, update in updates.items():
         if coding == "int8":
-            arrays[group], arrays[group + _SCALE] = _to_int8(update, _row_lengths(manifest, group))
+            arrays[group], arrays[group + SCALE] = _to_int8(update, _row_lengths(manifest, group))
         else:
             arrays[group] = _to_bf16(update) if coding == "bf16" else update
     return arrays
@@ -80,20 +80,11 @@ def decode(coding: Coding, manifest: GroupManifest, arrays: Arrays) -> dict[str,
     for group in manifest.groups.keys() & arrays.keys() if coding != "float32" else ():
         size, lengths = manifest.size(group), _row_lengths(manifest, group)
         if coding == "int8":
-            scales = _expect(group + _SCALE, updates.pop(group + _SCALE, None), np.float32, len(lengths))
+            scales = _expect(group + SCALE, updates.pop(group + SCALE, None), np.float32, len(lengths))
             updates[group] = _from_int8(_expect(group, arrays[group], np.int8, size), np.repeat(scales, lengths))
         else:
             updates[group] = _from_bf16(_expect(group, arrays[group], np.uint16, size))
     return updates
-
-
-def bytes_per_group(arrays: Arrays) -> dict[str, int]:
-    """Group -> bytes of its arrays, scales included."""
-    total: dict[str, int] = {}
-    for name, array in arrays.items():
-        group = name.removesuffix(_SCALE)
-        total[group] = total.get(group, 0) + array.nbytes
-    return total
 
 
 def _row_lengths(manifest: GroupManifest, group: str) -> NDArray[np.intp]:
@@ -132,23 +123,6 @@ def _expect(name: str, array: NDArray[Any] | None, dtype: type[np.generic], size
         given = "nothing" if array is None else f"{array.dtype} {list(array.shape)}"
         raise ProtocolError(f"{name} is {given}, expected {np.dtype(dtype)} [{size}]")
     return array
-
-
-def code_step(
-    coding: Coding, manifest: GroupManifest, group: str, step: Flat, lost: Mapping[str, Flat]
-) -> tuple[Arrays, dict[str, Flat]]:
-    """Code a group's step; also returns its rounding error.
-
-    Args:
-        step: float32 [size]; -0.0 where nobody trained, which then loses nothing and makes up for nothing.
-        lost: Group -> what the step before lost; nothing for a group that lost nothing.
-    """
-    idle = (step == 0) & np.signbit(step)
-    owed = {group: np.where(idle, np.float32(0.0), lost[group])} if group in lost else {}
-    arrays, loses = encode_with_feedback(coding, manifest, {group: step}, owed)
-    if group in lost:
-        loses[group][idle] = lost[group][idle]
-    return arrays, loses
 
 
 def take_step(coding: Coding, manifest: GroupManifest, groups: Mapping[str, Flat], step: Arrays) -> dict[str, Flat]:

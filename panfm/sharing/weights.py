@@ -18,12 +18,11 @@ from dataclasses import dataclass, field
 from panfm.config.sharing import SharingConfig
 from panfm.config.site_dp import SiteDpConfig
 from panfm.config.training import TrainConfig
-from panfm.errors import ProtocolError
 from panfm.sharing.groups import DIRECTOR, EXPERTS, ROUTER, GroupManifest, Segments, layer_of, stream_of
 
 Weights = tuple[float, ...]
 """One weight, or one per expert of the group."""
-_ROUNDING = 1.001
+ROUNDING = 1.001
 """Gates sum to 1 as well as float32 can."""
 
 
@@ -55,46 +54,19 @@ class GroupWeights:
         if self.is_pooled(group):
             return tuple(trained.gate_mass[layer][index] for layer, index in self.manifest.experts(group))
         if self._is_by_gates(group):
-            return (sum(sum(trained.gate_mass[layer]) for layer in self._layers(group)),)
+            return (sum(sum(trained.gate_mass[layer]) for layer in self.layer_names(group)),)
         return self._plain_weights(group, trained)
 
     def limits(self, group: str, *, subjects: int, subjects_per_stream: Mapping[str, int]) -> Weights:
         """Largest weights that a site may have in a group, by the numbers it gave before round 1."""
         if self._site_dp is not None:
             return (1.0,)
-        images = self._most_images(subjects)
+        images = self.most_images(subjects)
         if self.is_pooled(group):
             return (images,) * len(self.manifest.experts(group))
         if self._is_by_gates(group):
-            return (images * len(self._layers(group)),)
+            return (images * len(self.layer_names(group)),)
         return self._plain_weights(group, Trained(subjects, subjects_per_stream, self._train.local_steps))
-
-    def check_gate_mass(self, weights: Mapping[str, Weights], *, subjects: int) -> None:
-        """Refuse gate mass that no images have.
-
-        A layer's experts share the images of the steps among them: their weights sum to as many in every layer and in
-        each pooled group, to no more than a round's batches hold, and over the layers to the director's weight.
-
-        Args:
-            weights: Group -> weights of one site.
-            subjects: Of that site, as it said before round 1.
-        Raises:
-            ProtocolError: the sum, and what it is expected to be.
-        """
-        most = self._most_images(subjects)
-        images: float | None = None
-        for group in (group for group in (EXPERTS, ROUTER) if group in weights and self.is_pooled(group)):
-            for layer, mass in self._layer_masses(group, weights[group]).items():
-                if not mass <= most:
-                    raise ProtocolError(f"{group}: gate mass {mass:g} in {layer}, expected at most {most:g} images")
-                images = mass if images is None else images
-                if not _agree(mass, images):
-                    other = f"expected {images:g} as in other layers"
-                    raise ProtocolError(f"{group}: gate mass {mass:g} in {layer}, {other}")
-        if images is not None and DIRECTOR in weights:
-            total, expected = sum(weights[DIRECTOR]), images * len(self._layers(DIRECTOR))
-            if not _agree(total, expected):
-                raise ProtocolError(f"director: weight {total:g}, expected {expected:g}, its layers' gate mass")
 
     def segments(self, group: str) -> Segments:
         """Segments of a packed group: (numbers, index of the site's weight that counts for them)."""
@@ -113,22 +85,13 @@ class GroupWeights:
     def _is_by_gates(self, group: str) -> bool:
         return group == DIRECTOR and self.sharing.rule == "grouped"
 
-    def _most_images(self, subjects: int) -> float:
+    def most_images(self, subjects: int) -> float:
         """Most images that a round's batches hold at a site."""
-        return _ROUNDING * min(subjects, self._train.batch_size) * self._train.local_steps
+        return ROUNDING * min(subjects, self._train.batch_size) * self._train.local_steps
 
-    def _layers(self, group: str) -> list[str]:
+    def layer_names(self, group: str) -> list[str]:
+        """Names of the layers that a group has parameters of."""
         return sorted({layer_of(name) for name, _ in self.manifest.groups[group]})
-
-    def _layer_masses(self, group: str, weights: Weights) -> dict[str, float]:
-        """Layer -> sum of its experts' weights. Raises ProtocolError if there is not one for each expert."""
-        experts = self.manifest.experts(group)
-        if len(weights) != len(experts):
-            raise ProtocolError(f"{group}: {len(weights)} weights, expected {len(experts)}")
-        masses: dict[str, float] = {}
-        for (layer, _), weight in zip(experts, weights, strict=True):
-            masses[layer] = masses.get(layer, 0.0) + weight
-        return masses
 
     def _plain_weights(self, group: str, trained: Trained) -> Weights:
         """Weight by subjects; under the `plain` rule a stream's group weighs as any other."""
@@ -136,7 +99,3 @@ class GroupWeights:
         if stream is None or self.sharing.rule == "plain":
             return (float(trained.subjects * trained.num_steps),)
         return (float(trained.subjects_per_stream.get(stream, 0)) if trained.num_steps else 0.0,)
-
-
-def _agree(one: float, other: float) -> bool:
-    return max(one, other) <= _ROUNDING * min(one, other)

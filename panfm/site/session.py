@@ -28,7 +28,6 @@ from panfm.site.admission import check_finite, check_frozen, check_start
 from panfm.site.floors import Floors
 from panfm.site.state import Origin, StateStore, fingerprint, note_question, question_digest
 from panfm.training.gradient import TrainResult
-from panfm.training.monitors import expert_monitors
 from panfm.training.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -46,19 +45,28 @@ class Session:
     """Trains rounds of one run on one store."""
 
     def __init__(
-        self, site: str, run: RunConfig, store: ImageStore, floors: Floors, budget: "PatientBudget | None" = None
+        self,
+        site: str,
+        run: RunConfig,
+        store: ImageStore,
+        floors: Floors,
+        budget: "PatientBudget | None" = None,
+        *,
+        with_monitors: bool = False,
     ) -> None:
         """Build the model.
 
         Args:
             floors: What the site asks of a round before its result leaves.
             budget: Pays for the rounds of a private run.
+            with_monitors: Compute monitors in runs that are not private.
         """
         self.site = site
         self.run = run
         self.budget = budget
         self.store = store
         self.floors = floors
+        self.with_monitors = with_monitors and not (run.patient_dp or run.site_dp)
         self.origin = Origin(description_hash(run), privacy_label(run), fingerprint(store))
         self.streams = trained_streams(run.streams, store)
         self.trained = tuple(run.streams) if run.sharing.rule == "plain" else tuple(self.streams)
@@ -106,7 +114,7 @@ class Session:
             validation_loss=None if quiet else self._validation_loss(task.round_number),
             num_skipped=None if quiet else result.num_skipped,
             saliency={} if self.run.site_dp else self._saliency(result),
-            monitors={} if quiet else self._monitors(result),
+            monitors=self._monitors(result) if self.with_monitors else {},
         )
         if self.budget:
             keep_reply(states, task, key, released)
@@ -126,7 +134,8 @@ class Session:
 
             permit = self.budget.pay(self.run, task, self.origin.patients)
             return train_privately(self.trainer, self.store, indices, permit=permit, **steps)
-        result = self.trainer.train(self.store, indices, site=self.site, round_number=task.round_number, **steps)
+        steps |= {"site": self.site, "round_number": task.round_number, "with_monitors": self.with_monitors}
+        result = self.trainer.train(self.store, indices, **steps)
         self.floors.check_round(train, first_step, result)
         return result
 
@@ -210,6 +219,8 @@ class Session:
 
     def _monitors(self, result: TrainResult) -> dict[str, float]:
         """Monitors of the last batch, and the experts in use; none if too few subjects were in the batch."""
+        from panfm.training.monitors import expert_monitors
+
         is_enough = self.floors.is_enough(len(set(*result.batches[-1:])))
         return result.monitors | expert_monitors(self.floors.gate_mass(result)) if is_enough else {}
 

@@ -20,6 +20,7 @@ import torch
 
 from panfm import __version__
 from panfm.config import (
+    Releasable,
     RunConfig,
     SiteConfig,
     dump_toml,
@@ -277,7 +278,9 @@ class Site:
             self._warm = None  # lets go of the memory of the run before
             store = self._open_store(run, floors)
             budget = self._budget if run.patient_dp else None
-            self._warm = (run_toml, Session(self.config.name, run, store, floors, budget))
+            monitored = Releasable.MONITORS in self.config.limits.may_leave
+            session = Session(self.config.name, run, store, floors, budget, with_monitors=monitored)
+            self._warm = (run_toml, session)
         return self._warm[1]
 
     def _open_store(self, run: RunConfig, floors: Floors) -> ImageStore:

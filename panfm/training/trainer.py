@@ -24,7 +24,6 @@ from panfm.seeds import torch_generator
 from panfm.training.draw_order import validation_order
 from panfm.training.experts import ExpertTraining
 from panfm.training.gradient import BatchGradient, DrawnBatch, GradientSource, StepOutput, TrainResult
-from panfm.training.monitors import feature_monitors
 from panfm.training.objectives.interface import StudentOutput, student_output
 from panfm.training.saliency import relative_profile, stream_shares, streams_present
 from panfm.training.schedules import cosine, learning_rate, progress_of
@@ -64,6 +63,7 @@ class Trainer(TrainingState):
         round_number: int,
         profile: Mapping[str, float] | None = None,
         on_step: Callable[[int, Tensor], None] | None = None,
+        with_monitors: bool = False,
     ) -> TrainResult:
         """Take `num_steps` plain steps on some subjects of a store.
 
@@ -76,6 +76,7 @@ class Trainer(TrainingState):
             profile: The federation's saliency profile, relative to an equal split; used under scope `federation`.
             on_step: Called after each step with the number of steps taken and the loss, on the device: who reads it
                 waits for the step.
+            with_monitors: Compute the monitors of the last batch; the training is the same.
         """
         if self.run.patient_dp is not None:
             raise ConfigError(
@@ -87,7 +88,7 @@ class Trainer(TrainingState):
             source.record(self.step(source, first_step + taken, profile))
             if on_step is not None:
                 on_step(taken + 1, source.loss.detach())
-        return source.result(*self._last_batch(source.output.student.features))
+        return source.result(*self._last_batch(source.output.student.features, with_monitors=with_monitors))
 
     def step(self, source: GradientSource, number: int, profile: Mapping[str, float] | None = None) -> Tensor:
         """Take local step `number`, counted from the start of the run; returns whether it counts, a bool on the device.
@@ -243,17 +244,24 @@ class Trainer(TrainingState):
         return self.profile[None]
 
     @torch.no_grad()
-    def _last_batch(self, features: Batch) -> tuple[dict[str, float], dict[str, float]]:
+    def _last_batch(self, features: Batch, *, with_monitors: bool) -> tuple[dict[str, float], dict[str, float]]:
         """Saliency of the streams in a batch, relative to an equal split and empty if the backbone has none; and
-        monitors of the teacher's features. Nothing is drawn."""
+        monitors of the teacher's features, if they are asked for. Nothing is drawn."""
         has_saliency = self.model.backbone.has_saliency
+        if not (has_saliency or with_monitors):
+            return {}, {}
         full = self.teacher.encode(features, saliency=self.run.masking.saliency if has_saliency else None)
-        monitors = feature_monitors(full.cls.float().cpu().numpy()) | self.objective.monitors(self.teacher, full)
+        monitors = self._monitors(full) if with_monitors else {}
         if not has_saliency:
             return {}, monitors
         relative, count = relative_profile(*self.stream_saliency(full))
         pairs = zip(self.model.stream_names, relative.tolist(), count.tolist(), strict=True)
         return {name: value for name, value, num in pairs if num}, monitors
+
+    def _monitors(self, full: Encoded) -> dict[str, float]:
+        from panfm.training.monitors import feature_monitors  # a site that keeps monitors to itself does without
+
+        return feature_monitors(full.cls.float().cpu().numpy()) | self.objective.monitors(self.teacher, full)
 
 
 def _autocast(trainer: Trainer) -> AbstractContextManager[None]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from panfm.config import Releasable, SiteConfig, dump_toml
 from panfm.config.site_description import LimitsConfig
 from panfm.data.manifest import COLUMNS
-from panfm.data.tables import write_table
+from panfm.outputs import write_table
 
 _SIMULATED = LimitsConfig(
     may_leave=tuple(Releasable), smallest_batch=1, smallest_steps=1, training_labels="all", evaluation_labels="all"

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from panfm.errors import DataError, needs_extra
+from panfm.errors import DataError
 from panfm.evaluate.linear_probe import MIN_SUBJECTS, auc_per_label
+from panfm.extras import needs_extra
 from panfm.seeds import numpy_generator
 
 with needs_extra("evaluate"):

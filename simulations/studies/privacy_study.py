@@ -35,9 +35,9 @@ from rich.table import Table
 from panfm.config import RunConfig, dump_toml, site_folders
 from panfm.data.cache import open_store
 from panfm.data.store import ImageStore
-from panfm.data.tables import write_table
 from panfm.models import PanModel, build_model
 from panfm.models.warm_start import start_model
+from panfm.outputs import write_table
 from panfm.privacy.audit_inversion import Attacked
 from panfm.privacy.audit_membership import Place, audit_membership
 from panfm.privacy.mechanisms import planned

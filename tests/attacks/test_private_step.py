@@ -18,7 +18,7 @@ from panfm.privacy.guarantees import NO_CLAIM, broken_guarantees, checked_run, c
 from panfm.privacy.patient_sums import saliency_sum
 from panfm.privacy.private_step import clipped_sum
 from panfm.registry import BACKBONES, MASKING_POLICIES, OBJECTIVES
-from panfm.sharing.coding import code_step, digests, take_step
+from panfm.sharing.coding import digests, take_step
 from panfm.sharing.groups import GroupManifest
 from panfm.sharing.messages import RoundTask
 from panfm.site import Site
@@ -28,6 +28,7 @@ from panfm.training.token_mask import TokenMask, build_policy
 from panfm.training.trainer import Trainer
 from simulations.cohorts.prepare import cohort_folder
 from strategies.group_means import GroupSetup, make_mean
+from strategies.round_messages import code_step
 from tests.attacks.private_steps import (
     LEVEL,
     PRIVACY,

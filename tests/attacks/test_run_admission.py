@@ -15,13 +15,14 @@ from panfm.config.start import StartConfig
 from panfm.errors import DataError, LimitError, PendingApprovalError, ProtocolError
 from panfm.files import read_checked, write_checked
 from panfm.models import build_model
-from panfm.sharing.coding import code_step, digests, take_step
+from panfm.sharing.coding import digests, take_step
 from panfm.sharing.groups import GroupManifest, parameter_hashes
 from panfm.sharing.messages import Invitation, RoundTask
 from panfm.site import Site
 from panfm.site.experiment_requests import read_requests
 from server.rounds import initial_state
 from server.run_folder import RunFolder
+from strategies.round_messages import code_step
 from tests.cases import approve, quick
 
 RUN = """

@@ -22,6 +22,7 @@ ALLOWED = {
 LEVELS = (
     (
         "errors",
+        "extras",
         "seeds",
         "anatomy",
         "registry",

@@ -8,8 +8,9 @@ import torch
 from panfm.config import RunConfig, dump_toml, parse_run
 from panfm.errors import ConfigError
 from panfm.models import build_model, describe_model
+from panfm.models.low_rank import fit_lora
 from panfm.models.packing import frozen_manifest, trained_manifest
-from panfm.models.trained_parts import fit_lora, layers_above
+from panfm.models.trained_parts import layers_above
 from tests.conftest import SMALL_RUN
 
 PARTS = {

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from panfm.errors import ProtocolError
-from panfm.sharing.coding import bytes_per_group, decode, encode, encode_with_feedback
+from panfm.sharing.coding import decode, encode, encode_with_feedback
 from panfm.sharing.groups import GroupManifest
+from strategies.round_messages import bytes_per_group
 from tests.conftest import manifest_of
 
 LOSSY = ["bf16", "int8"]

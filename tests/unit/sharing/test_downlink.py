@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from panfm.errors import ProtocolError
-from panfm.sharing.coding import code_step, decode, digests, take_step
+from panfm.sharing.coding import decode, digests, take_step
+from strategies.round_messages import code_step
 from tests.conftest import manifest_of
 
 MANIFEST = manifest_of({"backbone": {"backbone.a": (300,)}, "head": {"heads.b": (4,)}})

@@ -9,7 +9,7 @@ import torch
 from panfm.config import dump_toml, experiment_hash, parse_run
 from panfm.errors import DataError, ProtocolError
 from panfm.models import build_model
-from panfm.sharing.coding import code_step, decode, digests, take_step
+from panfm.sharing.coding import decode, digests, take_step
 from panfm.sharing.frames import Frame
 from panfm.sharing.groups import GroupManifest
 from panfm.sharing.messages import Invitation, RoundTask
@@ -17,6 +17,7 @@ from panfm.site import Site, session
 from panfm.site.audit_log import AuditLog
 from panfm.site.state import StateStore
 from panfm.training.trainer import Trainer, Validation
+from strategies.round_messages import code_step
 
 RUN = """
 name = "small"

@@ -61,7 +61,7 @@ def test_a_step_reads_nothing_from_the_device(make_run, make_store, choice, mode
     seen = Counter(event.name for event in watched.events() if not is_of_optimiser(event))
     assert seen["aten::mm"] + seen["aten::addmm"] > 0
     assert {name: seen[name] for name in WAITS} == dict.fromkeys(WAITS, 0)
-    assert source.result({}).num_skipped == 0
+    assert source.result({}, {}).num_skipped == 0
 
 
 def test_reading_a_number_would_be_seen():
