@@ -70,8 +70,8 @@ SITE_FOLDER: Entries = {
     "heads or experts that stay); the last three rounds.",
     ".panfm/state/runs/<run id>/frozen.safetensors": "Parameters of the run that are not trained.",
     ".panfm/state/runs/<run id>/asked.json": "Digests of the questions that were asked, by round.",
-    ".panfm/state/runs/<run id>/reply.kept": "Last reply of a private run, repeated for the identical question; goes "
-    "with the next one.",
+    ".panfm/state/runs/<run id>/reply.kept": "Last reply of a private run, repeated for the identical question; "
+    "goes with the next one.",
     ".panfm/state/runs/<run id>/ended": "Present if `panfm site end` has ended the run.",
     ".panfm/state/departures.jsonl": "Audit log, a chained line for each message that left; see `panfm site log`.",
     ".panfm/state/departures.anchor": "End of the audit log's chain: a log that was cut off is noticed.",
@@ -160,6 +160,7 @@ SITES_JSON: Entries = {
 }
 ROUNDS: Entries = {
     "round": "Number, from 1.",
+    "counts": "False: the run ended in this round for want of a quorum; left out in all others.",
     "asked": "Sites that were asked.",
     "phase": "`train`.",
     "seconds": "From the round's start to the new global parameters.",
