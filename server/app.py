@@ -12,7 +12,7 @@ from panfm.files import make_files_private
 from panfm.privacy.guarantees import load_checked_run
 from server.alerts import alerted, watched_certificates
 from server.evaluation import evaluate_run
-from server.json_log import progress_of_environment
+from server.logged_progress import progress_of_environment
 from server.rounds import run_federation
 from server.run_folder import RunFolder, default_path, early_end_noted
 from server.run_watch import watched

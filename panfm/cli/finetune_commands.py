@@ -123,7 +123,7 @@ def finetune(
 def _check(settings: "FinetuneSettings") -> None:
     """Report mistakes in options and descriptions before torch is imported."""
     from panfm.config import load_site
-    from panfm.config.features import parse_pooling
+    from panfm.evaluate.pooling_option import parse_pooling
     from panfm.finetune.task_description import parse_task
 
     if parse_task(settings.task) is None and settings.time is not None:

@@ -38,7 +38,7 @@ def embed(
     """Write the frozen features of a site's subjects, or of image files: each file is a subject of its own."""
     check_output(out)
     check_model(model)
-    from panfm.config.features import parse_pooling
+    from panfm.evaluate.pooling_option import parse_pooling
 
     features = None if pooling is None else parse_pooling(pooling)
     from panfm.data.joins import counted

@@ -146,6 +146,29 @@ def site_doctor(
     tell(site_findings(site, config, supernode_port))
 
 
+@app.command("watchdog")
+def site_watchdog(
+    site: _Site,
+    unit: Annotated[str, typer.Option(help="The SuperNode's unit of systemd.")] = "panfm-supernode.service",
+    patience: Annotated[
+        float, typer.Option(min=1.0, metavar="MINUTES", help="Time without a question, beyond the run's own pace.")
+    ] = 30.0,
+) -> None:
+    """Start the SuperNode anew, as root, if a reply of the worker may wait in it: a run that is not finished was
+    answered, and nothing was asked for long. Once for each reply; panfm-watchdog.timer calls it every five minutes.
+    """
+    from panfm.config import load_site, site_path
+
+    config = load_site(site)
+    state_dir = site_path(site, config.state_dir)
+    from panfm.cli.site_watchdog import watch_once
+    from panfm.site.audit_log import AuditLog
+    from panfm.site.state import active_runs
+
+    lines = list(AuditLog(state_dir).lines())
+    typer.echo(watch_once(lines, active_runs(state_dir, config.limits), unit, 60.0 * patience))
+
+
 @app.command("requests")
 def site_requests(
     site: _Site,

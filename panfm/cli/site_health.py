@@ -42,12 +42,23 @@ def next_round(lines: Sequence[Entry], run_id: str) -> str | None:
     Args:
         lines: Of the audit log.
     """
+    last, pace = pace_of(lines, run_id)
+    if last is None or pace is None:
+        return None
+    return (last + timedelta(seconds=pace)).astimezone().isoformat(sep=" ", timespec="minutes")
+
+
+def pace_of(lines: Sequence[Entry], run_id: str) -> tuple[datetime | None, float | None]:
+    """When the last round of a run was answered, and the median distance of its last rounds in seconds; None where it
+    cannot be told.
+
+    Args:
+        lines: Of the audit log.
+    """
     answered = {line["round"]: line["time"] for line in lines if line.get("run") == run_id and line["kind"] == "answer"}
     times = [datetime.fromisoformat(text) for text in list(answered.values())[-_RECENT:]]
-    if len(times) < 2:
-        return None
-    pace = statistics.median((later - earlier).total_seconds() for earlier, later in itertools.pairwise(times))
-    return (times[-1] + timedelta(seconds=pace)).astimezone().isoformat(sep=" ", timespec="minutes")
+    distances = [(later - earlier).total_seconds() for earlier, later in itertools.pairwise(times)]
+    return times[-1] if times else None, statistics.median(distances) if distances else None
 
 
 def free_space(folder: Path) -> str:

@@ -1,6 +1,7 @@
 """`panfm site start`: runs the worker. It is in a file of its own, so that a worker holds no other command's code."""
 
 import json
+import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -27,6 +28,10 @@ def site_start(site: Annotated[Path, typer.Argument(help="Site folder.")]) -> No
     from panfm.site.handler import limit_memory
     from panfm.site.worker import Worker, check_closed, listen
 
+    if "PANFM_LOG" in os.environ:
+        from panfm.json_log import begin_json_log
+
+        begin_json_log()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     check_closed(site, config)
     limit_memory(config.limits.memory_gib)

@@ -1,12 +1,11 @@
 """`[features]`: how a patient's embedding is read off the model."""
 
 from collections.abc import Iterator
-from typing import Annotated, Literal, Self, get_args
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from panfm.config.base import Config
-from panfm.errors import ConfigError
 
 Pooling = Literal["cls", "cls+mean", "per-stream", "layers", "per-stream-layers"]
 
@@ -51,21 +50,3 @@ class FeaturesConfig(Config):
         """Yield what lets numbers of patients out of a private run without noise."""
         if self.whitening:
             yield "whitening: is fitted from patients' images without noise, set false"
-
-
-def parse_pooling(text: str) -> FeaturesConfig:
-    """Read `--pooling`: the name of a pooling, with `:` and block numbers where it reads blocks; without whitening.
-
-    Raises:
-        ConfigError: the text is none of these.
-    """
-    name, colon, numbers = text.partition(":")
-    try:
-        if colon:
-            return FeaturesConfig.model_validate(
-                {"pooling": name, "layers": [int(part) for part in numbers.split(",")]}
-            )
-        return FeaturesConfig.model_validate({"pooling": name})
-    except (ValidationError, ValueError):
-        expected = f"one of {', '.join(get_args(Pooling))}; of layers perhaps some, ascending: layers:8,10,12"
-        raise ConfigError(f"--pooling: found {text!r:.80}, expected {expected}") from None

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from panfm.config.features import FeaturesConfig, parse_pooling
+from panfm.config.features import FeaturesConfig
+from panfm.evaluate.pooling_option import parse_pooling
 from panfm.export.final_model import Source
 from panfm.finetune.fine_tuning import FineTuning, choose_parts
 from panfm.finetune.finetune_settings import FinetuneSettings, refuse_ended, write_settings

@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from panfm.config import RunConfig, StreamConfig
-from panfm.config.features import parse_pooling
 from panfm.data.read import read_image
 from panfm.data.store import Batch, ImageStore
 from panfm.errors import ConfigError
 from panfm.evaluate.embed import by_session, embed_store
+from panfm.evaluate.pooling_option import parse_pooling
 from panfm.export.final_model import Source
 from panfm.extras import needs_extra
 from panfm.finetune.task_description import TASK_FILE, TaskDescription

@@ -45,7 +45,7 @@ def answer(site: Site, question: Frame) -> Frame:
     Guarantees:
         always: there is an answer, and it says nothing of an error but what `scrub` lets pass.
     """
-    site.asked_run = None
+    site.asked_run = site.asked_round = None
     try:
         site.refresh()
         limits = site.config.limits

@@ -83,7 +83,7 @@ class Site:
         self.state_dir = state_dir or site_path(folder, self.config.state_dir)
         self.asked_run: RunConfig | None = None
         """The run of the current question; None if it names no valid one."""
-        self._asked_round: tuple[str, int] | None = None
+        self.asked_round: tuple[str, int] | None = None
         """Run id and round of the current question; None if it asks for no round."""
         self._needs_approval = needs_approval
         self.summed: dict[str, Any] | None = None
@@ -262,7 +262,7 @@ class Site:
         check_approved(
             experiment,
             decisions.get(experiment),
-            asked=self._asked_round,
+            asked=self.asked_round,
             answered=lambda: AuditLog(self.state_dir).rounds_of(experiment),
         )
 
@@ -270,7 +270,7 @@ class Site:
         """The warm session of a run description, or a new one in its place, if the operator has approved the run."""
         self.asked_run, self.summed, self.is_repeat = None, None, False
         run = self.asked_run = read_run(run_toml)
-        self._asked_round = asked_round
+        self.asked_round = asked_round
         self._check_approved(run)
         if self._warm is None or self._warm[0] != run_toml:
             run = admit(run, self.config)

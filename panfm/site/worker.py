@@ -11,6 +11,7 @@ import os
 import pwd
 import socket
 import struct
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -66,8 +67,10 @@ class Worker:
         with connection:
             try:
                 if self._may_ask(connection) and (question := self._receive(connection)) is not None:
-                    reply = answer(self.site, question)
-                    send(connection, self._recorded(reply), timeout_s=TRANSFER_TIMEOUT_S)
+                    start = time.monotonic()
+                    content = self._recorded(reply := answer(self.site, question))
+                    send(connection, content, timeout_s=TRANSFER_TIMEOUT_S)
+                    self._log(question, reply, {"seconds": time.monotonic() - start, "bytes": len(content)})
             except Exception as error:
                 logger.warning("a connection ended without an answer (%s: %s)", type(error).__name__, error)
 
@@ -86,6 +89,11 @@ class Worker:
             logger.warning("bytes that are not a question: %s", error)
             send(connection, encode(Frame.error(scrub(error))), timeout_s=TRANSFER_TIMEOUT_S)
             return None
+
+    def _log(self, question: Frame, reply: Frame, numbers: dict[str, float]) -> None:
+        run, number = self.site.asked_round or (None, None)
+        words = f"{question.kind}: {reply.kind}, {numbers['bytes']} bytes after {numbers['seconds']:.1f} s"
+        logger.info("%s", words, extra={"run": run, "round": number, "numbers": numbers})
 
     def _recorded(self, reply: Frame) -> bytes:
         """The bytes of a reply, once it is in the audit log."""

@@ -17,7 +17,8 @@ HOSTS = Path(__file__).resolve().parents[2] / "configs" / "deployment" / "hosts"
 BIN = Path(sys.executable).parent
 UNITS = sorted(HOSTS.glob("*.service"))
 ISOLATION = HOSTS / "panfm-isolation@.service"
-SERVERS = [unit for unit in UNITS if unit != ISOLATION]
+WATCHDOG = HOSTS / "panfm-watchdog.service"
+SERVERS = [unit for unit in UNITS if unit not in (ISOLATION, WATCHDOG)]
 SERVICES = yaml.safe_load((HOSTS / "compose.yaml").read_text(encoding="utf-8"))["services"]
 
 
@@ -27,7 +28,7 @@ def start_command(unit: Path) -> str:
     return re.search(r"^ExecStart=(.*)$", text, re.MULTILINE)[1]
 
 
-COMMANDS = {unit.name: start_command(unit) for unit in SERVERS}
+COMMANDS = {unit.name: start_command(unit) for unit in (*SERVERS, WATCHDOG)}
 COMMANDS |= {f"compose: {name}": service["command"] for name, service in SERVICES.items()}
 
 
@@ -101,6 +102,12 @@ def test_units_are_sandboxed_and_flowers_do_not_start_without_isolation(unit):
     assert f"panfm-isolation@{role}.service" in after
 
 
+def test_the_watchdog_is_called_by_its_timer_and_opens_no_network():
+    lines = WATCHDOG.read_text(encoding="utf-8").splitlines()
+    assert {"Type=oneshot", "PrivateNetwork=yes", "ProtectSystem=strict", "NoNewPrivileges=yes"} <= set(lines)
+    assert "OnUnitActiveSec=5min" in WATCHDOG.with_suffix(".timer").read_text(encoding="utf-8").splitlines()
+
+
 @pytest.mark.parametrize(("role", "unit"), [("coordinator", "panfm-superlink"), ("site", "panfm-supernode")])
 def test_the_rules_guard_the_port_that_the_unit_opens_for_its_account(role, unit):
     rules = (HOSTS / f"panfm-isolation-{role}.nft").read_text(encoding="utf-8")
@@ -110,7 +117,9 @@ def test_the_rules_guard_the_port_that_the_unit_opens_for_its_account(role, unit
     assert re.search(rf'^define \w+_accounts? = .*"{account}"', rules, re.MULTILINE)
 
 
-@pytest.mark.parametrize("name", [name for name in COMMANDS if "supernode" not in name and "worker" not in name])
+@pytest.mark.parametrize(
+    "name", [name for name in COMMANDS if not {"supernode", "worker", "watchdog"} & set(re.split(r"\W", name))]
+)
 def test_nothing_is_installed_at_run_time(name):
     """The coordinator's processes are told not to; a SuperNode does only if it is told to."""
     unit, service = HOSTS / name, SERVICES.get(name.removeprefix("compose: "), {})

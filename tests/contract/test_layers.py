@@ -23,6 +23,7 @@ LEVELS = (
     (
         "errors",
         "extras",
+        "json_log",
         "seeds",
         "anatomy",
         "registry",

@@ -45,6 +45,7 @@ def main(site: Path, experiment: Path, findings: Path) -> None:
     make_credentials()
     shutil.copytree(site, SITE)
     shutil.copy(experiment, "/srv/run.toml")
+    Path("/srv/run.toml").chmod(0o644)
     SITE.chmod(0o700)
     give(SITE, "panfm")
     load("panfm-isolation@coordinator")

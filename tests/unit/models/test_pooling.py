@@ -8,9 +8,10 @@ import torch
 from torch.nn import functional
 from torch.testing import assert_close
 
-from panfm.config.features import FeaturesConfig, parse_pooling
+from panfm.config.features import FeaturesConfig
 from panfm.data.store import Batch
 from panfm.errors import ConfigError
+from panfm.evaluate.pooling_option import parse_pooling
 from panfm.models import build_model
 from panfm.models.backbone import Encoded
 from panfm.models.pooling import pool

@@ -1,5 +1,6 @@
 """The worker at its socket: what may ask, what is answered, and that nothing ends it."""
 
+import json
 import os
 import re
 import socket
@@ -20,6 +21,7 @@ from panfm.cli import main
 from panfm.cli.worker_command import supernode_command
 from panfm.config import parse_run, parse_site
 from panfm.errors import ConfigError
+from panfm.json_log import JsonLines
 from panfm.sharing.frames import Frame, Kind, address, encode
 from panfm.sharing.messages import Handshake, Invitation, Records, RoundReply
 from panfm.site import Site, handler
@@ -70,6 +72,18 @@ def test_a_round_of_a_model_that_cannot_be_built_is_answered(folder, serving):
     assert answer.kind is Kind.ERROR
     reason = answer.records.config["reason"]
     assert "model.experts.active: 9 in block 0, expected at most count = 8" in reason
+
+
+def test_an_answer_is_one_line_of_the_log(folder, serving, caplog):
+    caplog.set_level("INFO", "panfm.site.worker")
+    serving.ask(Frame(Kind.HANDSHAKE, Invitation(task().run_toml).to_records()))
+    answer = serving.ask(Frame(Kind.ROUND, task(1).to_records()))
+    asked, trained = [record for record in caplog.records if record.name == "panfm.site.worker"]
+    assert (asked.run, asked.round, trained.run, trained.round) == (None, None, task().run_id, 1)
+    assert trained.numbers["bytes"] == len(encode(answer))
+    line = json.loads(JsonLines().format(trained))
+    assert (line["run"], line["round"], line["numbers"]) == (task().run_id, 1, trained.numbers)
+    assert re.fullmatch(r"round: answer, \d+ bytes after [\d.]+ s", line["message"])
 
 
 @pytest.mark.slow

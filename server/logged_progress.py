@@ -1,47 +1,18 @@
-"""Logs of the ServerApp as JSON, one object per line, where the environment says `PANFM_LOG=json`.
-
-time       ISO 8601, UTC
-level      as Python names it: INFO, WARNING, ...
-logger     which part of the program
-message    one line for people
-round      number of the round that has ended
-numbers    its numbers by name, as the loggers of `[tracking]` get them
-error      traceback
-"""
+"""Progress of a run as records of a log in JSON (panfm/json_log.py)."""
 
 import io
 import logging
-import os
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from typing import Any
 
 from rich.console import Console
 
-from panfm.errors import ConfigError, one_line
-from panfm.outputs import json_text
+from panfm.errors import one_line
+from panfm.json_log import begin_json_log
 from server.console import Progress
 from server.tracking import scalars
 
-VARIABLE = "PANFM_LOG"
 logger = logging.getLogger(__name__)
-
-
-class JsonLines(logging.Formatter):
-    """Makes a line of JSON of each record."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """The record in one line."""
-        content: dict[str, Any] = {
-            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
-            "level": record.levelname,
-            "logger": record.name,
-            "message": record.getMessage().strip(),
-        }
-        content |= {key: getattr(record, key) for key in ("round", "numbers") if hasattr(record, key)}
-        if record.exc_info:
-            content["error"] = self.formatException(record.exc_info)
-        return json_text(content)
 
 
 class LoggedProgress(Progress):
@@ -79,16 +50,8 @@ def progress_of_environment() -> Progress:
     Raises:
         ConfigError: the environment asks for another form.
     """
-    form = os.environ.get(VARIABLE, "")
-    if form not in ("", "json"):
-        raise ConfigError(f"{VARIABLE}={form!r:.40}: expected json, or nothing")
-    if not form:
+    if not begin_json_log():
         return Progress()
-    if not any(isinstance(handler.formatter, JsonLines) for handler in logging.root.handlers):
-        handler = logging.StreamHandler()
-        handler.setFormatter(JsonLines())
-        logging.root.addHandler(handler)
-        logging.root.setLevel(logging.INFO)
-        flower = logging.getLogger("flwr")
-        flower.handlers, flower.propagate = [], True
+    flower = logging.getLogger("flwr")
+    flower.handlers, flower.propagate = [], True
     return LoggedProgress()

@@ -7,8 +7,9 @@ from datetime import UTC, datetime
 import pytest
 
 from panfm.errors import ConfigError
+from panfm.json_log import JsonLines
 from server.console import Progress
-from server.json_log import JsonLines, LoggedProgress, progress_of_environment
+from server.logged_progress import LoggedProgress, progress_of_environment
 from server.tracking import scalars
 from tests.unit.report.test_status import line as round_line
 
@@ -36,7 +37,7 @@ def test_a_round_is_one_object_with_its_numbers(output):
     progress.round(5, done)
     told, away = output()
     assert (away["level"], away["message"]) == ("WARNING", "round 3: c offline")
-    assert (told["level"], told["logger"], told["round"]) == ("INFO", "server.json_log", 3)
+    assert (told["level"], told["logger"], told["round"]) == ("INFO", "server.logged_progress", 3)
     assert told["message"].startswith("round 3/5: loss ")
     assert told["numbers"] == dict(scalars(done))
     assert abs((datetime.now(UTC) - datetime.fromisoformat(told["time"])).total_seconds()) < 60
