@@ -26,7 +26,9 @@ _VOLUMES = {
 
 def measured_at(kept: KeptResult) -> str:
     """Name the commit and the seeds of a result."""
-    return f"Commit {kept.commit}, seeds {', '.join(map(str, kept.seeds()))}.\n"
+    draws, seeds = (sorted({*parts}) for parts in zip(*(divmod(seed, 100) for seed in kept.seeds()), strict=True))
+    on = f" on each of draws {', '.join(map(str, draws))}" if len(draws) > 1 else ""
+    return f"Commit {kept.commit}, seeds {', '.join(map(str, seeds if on else kept.seeds()))}{on}.\n"
 
 
 def targets(kept: KeptResult) -> str:
