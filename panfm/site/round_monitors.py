@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from panfm.config import Releasable, SiteConfig, dump_toml
-from panfm.errors import LimitError
+from panfm.errors import DataError, LimitError
 from panfm.evaluate.label_sums import MAX_FEATURES, Floats
 from panfm.evaluate.site_score import enough_of, probed, scored
 from panfm.models import describe_model
@@ -45,7 +45,11 @@ class RoundMonitors:
         if session.floors.is_enough(len(set(*result.batches[-1:]))):
             told |= result.monitors | expert_monitors(session.floors.gate_mass(result))
         if session.validates(task.round_number):
-            score = self._validation_auc(session, task, states)
+            try:
+                score = self._validation_auc(session, task, states)
+            except DataError as error:
+                logger.warning("round %s: no validation-auc (%s)", task.round_number, error)
+                score = None
             told |= {} if score is None else {"validation-auc": score}
         return told
 
@@ -85,11 +89,15 @@ class RoundMonitors:
         return score.value if np.isfinite(score.value) else None
 
     def _labels(self, session: Session, at: NDArray[np.int64]) -> dict[str, Floats]:
-        """Values of the run's yes/no labels that the operator lets be evaluated, by name; NaN where unknown."""
+        """Values of the run's yes/no labels that the operator lets be evaluated and that somebody has, by name; NaN
+        where unknown."""
         limits, tasks = self._site.limits, session.run.probe.tasks
         if Releasable.EVALUATION not in limits.may_leave:
             return {}
         named, open_to = {name for names in tasks.values() for name in names}, limits.evaluation_labels
         asked = {name: (name,) for name in sorted(named) if open_to == "all" or name in open_to}
         values = read_targets(self._folder, self._site, session.store, asked, at) if asked else {}
-        return {name: of[:, 0] for name, of in values.items() if np.isin(of[np.isfinite(of)], (0.0, 1.0)).all()}
+        known = {name: of[np.isfinite(of)] for name, of in values.items()}
+        return {
+            name: of[:, 0] for name, of in values.items() if len(known[name]) and np.isin(known[name], (0, 1)).all()
+        }

@@ -113,3 +113,21 @@ def test_other_patients_or_labels_get_no_second_answer(labelled):
     assert "validation-auc" in monitors(site)
     (site.folder / "labels.csv").write_text((site.folder / "labels.csv").read_text().replace("alpha-9,0", "alpha-9,1"))
     assert "validation-auc" not in monitors(site, 2)
+
+
+@pytest.mark.parametrize("cell", ["yes", "1;0"])
+def test_a_table_that_cannot_be_read_costs_no_round(labelled, cell):
+    site = labelled(old=(cell, *OLD[1:]))
+    reply = site.train_round(task(extra=PROBE))
+    assert "validation-auc" not in reply.monitors
+    assert reply.updates
+    assert reply.monitors
+
+
+def test_a_label_that_nobody_has_hides_no_other(labelled):
+    both = '[probe.tasks]\nage = ["old", "frail"]\n'
+    site = labelled(**{"evaluation-labels": ["old", "frail"]})
+    (site.folder / "labels.csv").write_text(
+        "\n".join(["subject,old,frail", *(f"alpha-{number},{value}," for number, value in enumerate(OLD))]) + "\n"
+    )
+    assert monitors(site, extra=both)["validation-auc"] == monitors(labelled("beta"))["validation-auc"]
