@@ -46,15 +46,13 @@ class RoundMonitors:
             told |= result.monitors | expert_monitors(session.floors.gate_mass(result))
         if session.validates(task.round_number):
             try:
-                score = self._validation_auc(session, task, states)
+                told |= self._validation_auc(session, task, states)
             except DataError as error:
                 logger.warning("round %s: no validation-auc (%s)", task.round_number, error)
-                score = None
-            told |= {} if score is None else {"validation-auc": score}
         return told
 
-    def _validation_auc(self, session: Session, task: RoundTask, states: StateStore) -> float | None:
-        """Mean AUC of the probe; None where no label may be used, has enough patients, or was asked of too often.
+    def _validation_auc(self, session: Session, task: RoundTask, states: StateStore) -> dict[str, float]:
+        """Mean AUC of the probe; empty where no label may be used, has enough patients, or was asked of too often.
 
         Raises:
             DataError: the label table or the note of evaluations is faulty.
@@ -62,7 +60,7 @@ class RoundMonitors:
         at = np.concatenate([session.store.indices(split) for split in ("train", "val")])
         labels = self._labels(session, at)
         if not labels or describe_model(session.run).embedding_size > MAX_FEATURES:
-            return None
+            return {}
         targets = np.stack(list(labels.values()), axis=1)
         known: NDArray[np.bool_] = np.asarray(np.isfinite(targets).all(axis=1))
         train, val = (np.flatnonzero(known & np.isin(at, session.store.indices(split))) for split in ("train", "val"))
@@ -70,7 +68,7 @@ class RoundMonitors:
         floor = session.floors.batch
         kept: NDArray[np.bool_] = np.asarray(enough_of(targets[train], floor) & enough_of(targets[val], floor))
         if not kept.any():
-            return None
+            return {}
         used = np.concatenate([train, val])
         targets = targets[used][:, kept]
         names = ", ".join(name for name, is_kept in zip(labels, kept, strict=True) if is_kept)
@@ -80,13 +78,13 @@ class RoundMonitors:
             note_evaluated(state_dir, session, question, f"validation {names}", at[used], targets, limits)
         except LimitError as error:
             logger.info("round %s: no validation-auc (%s)", task.round_number, error)
-            return None
+            return {}
         features = embed_patients(session, at[used])
         if not np.isfinite(features).all():
-            return None
+            return {}
         predicted = probed(features, targets, np.arange(len(train)))[len(train) :]
         score = scored(predicted, targets[len(train) :], is_number=False, is_held_out=True)
-        return score.value if np.isfinite(score.value) else None
+        return {"validation-auc": score.value} if np.isfinite(score.value) else {}
 
     def _labels(self, session: Session, at: NDArray[np.int64]) -> dict[str, Floats]:
         """Values of the run's yes/no labels that the operator lets be evaluated and that somebody has, by name; NaN

@@ -51,7 +51,7 @@ def test_labels_to_a_folder(words, tmp_path):
             (["--parts", "lora:2:8:9"], "--parts: found 'lora:2:8:9'"),
             (["--patients", "1"], "--patients: found 1, expected greater than or equal to 2"),
             (["--task", "labels.csv"], "--task: found 'labels.csv', expected labels.csv:COLUMN"),
-            (["--pooling", "mean"], "--pooling: found 'mean'"),
+            (["--pooling", "max"], "--pooling: found 'max'"),
             (["--data", "absent"], "absent/site.toml: no such file"),
             (["--resume", "absent"], "--resume: found RUN, --data, --task or --out beside it"),
         ],
