@@ -53,6 +53,7 @@ class Session:
         budget: "PatientBudget | None" = None,
         *,
         with_monitors: bool = False,
+        workers: int = 0,
     ) -> None:
         """Build the model.
 
@@ -60,6 +61,7 @@ class Session:
             floors: What the site asks of a round before its result leaves.
             budget: Pays for the rounds of a private run.
             with_monitors: Compute monitors in runs that are not private.
+            workers: Threads that prepare batches ahead of their steps.
         """
         self.site = site
         self.run = run
@@ -67,6 +69,7 @@ class Session:
         self.store = store
         self.floors = floors
         self.with_monitors = with_monitors and not (run.patient_dp or run.site_dp)
+        self.workers = workers
         self.origin = Origin(description_hash(run), privacy_label(run), fingerprint(store))
         self.streams = trained_streams(run.streams, store)
         self.trained = tuple(run.streams) if run.sharing.rule == "plain" else tuple(self.streams)
@@ -134,7 +137,8 @@ class Session:
 
             permit = self.budget.pay(self.run, task, self.origin.patients)
             return train_privately(self.trainer, self.store, indices, permit=permit, **steps)
-        steps |= {"site": self.site, "round_number": task.round_number, "with_monitors": self.with_monitors}
+        steps |= {"site": self.site, "round_number": task.round_number, "workers": self.workers}
+        steps["with_monitors"] = self.with_monitors
         result = self.trainer.train(self.store, indices, **steps)
         self.floors.check_round(train, first_step, result)
         return result

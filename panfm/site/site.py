@@ -278,8 +278,9 @@ class Site:
             self._warm = None  # lets go of the memory of the run before
             store = self._open_store(run, floors)
             budget = self._budget if run.patient_dp else None
-            monitored = Releasable.MONITORS in self.config.limits.may_leave
-            session = Session(self.config.name, run, store, floors, budget, with_monitors=monitored)
+            limits = self.config.limits
+            extra: dict[str, Any] = {"with_monitors": Releasable.MONITORS in limits.may_leave}
+            session = Session(self.config.name, run, store, floors, budget, **extra, workers=limits.reading_threads)
             self._warm = (run_toml, session)
         return self._warm[1]
 
