@@ -55,6 +55,8 @@ class Session:
         floors: Floors,
         budget: "PatientBudget | None" = None,
         monitors: "Monitors | None" = None,
+        *,
+        workers: int = 0,
     ) -> None:
         """Build the model.
 
@@ -62,6 +64,7 @@ class Session:
             floors: What the site asks of a round before its result leaves.
             budget: Pays for the rounds of a private run.
             monitors: Computes the monitors of rounds of a run that is not private.
+            workers: Threads that prepare batches ahead of their steps.
         """
         self.site = site
         self.run = run
@@ -69,6 +72,7 @@ class Session:
         self.store = store
         self.floors = floors
         self._monitors = None if run.patient_dp or run.site_dp else monitors
+        self.workers = workers
         self.origin = Origin(description_hash(run), privacy_label(run), fingerprint(store))
         self.streams = trained_streams(run.streams, store)
         self.trained = tuple(run.streams) if run.sharing.rule == "plain" else tuple(self.streams)
@@ -136,7 +140,8 @@ class Session:
 
             permit = self.budget.pay(self.run, task, self.origin.patients)
             return train_privately(self.trainer, self.store, indices, permit=permit, **steps)
-        steps |= {"site": self.site, "round_number": task.round_number, "with_monitors": self._monitors is not None}
+        steps |= {"site": self.site, "round_number": task.round_number, "workers": self.workers}
+        steps["with_monitors"] = self._monitors is not None
         result = self.trainer.train(self.store, indices, **steps)
         self.floors.check_round(train, first_step, result)
         return result

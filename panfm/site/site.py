@@ -278,7 +278,8 @@ class Site:
             self._warm = None  # lets go of the memory of the run before
             store = self._open_store(run, floors)
             budget = self._budget if run.patient_dp else None
-            session = Session(self.config.name, run, store, floors, budget, self._monitors())
+            threads = self.config.limits.reading_threads
+            session = Session(self.config.name, run, store, floors, budget, self._monitors(), workers=threads)
             self._warm = (run_toml, session)
         return self._warm[1]
 
