@@ -170,8 +170,8 @@ def _first_metric(scores: Floats, truth: Floats, counts: Floats, is_number: bool
 def _few_labels(
     examples: _Examples, column: int, counts: Floats, share: float, is_number: bool, options: _Options
 ) -> tuple[Floats, int]:
-    """Mean AUC or R2 [R] over several draws of a share of the labelled subjects, NaN if they are fewer than ten; and the
-    number of draws that are left out, because all subjects are of one class, where others are not."""
+    """Mean AUC or R2 [R] over several draws of a share of the labelled subjects, NaN if they are fewer than ten; and
+    the number of draws that are left out, because all subjects are of one class, where others are not."""
     there, values = examples.test_targets[:, column], []
     for draw in range(_DRAWS if share < 1.0 else 1):
         predicted = _predicted(examples, column, "", is_number, options, share=share, draw=draw)
