@@ -157,7 +157,9 @@ def _measured(
         nearest = grades[np.abs(scores[:, None] - grades).argmin(axis=1)]
         measured["weighted kappa"] = weighted_kappa(nearest, truth, weights)
     for share in SHARES if options.few_labels else ():
-        measured[f"{first}, {share:.0%} of labels"] = _few_labels(examples, column, counts, share, is_number, options)
+        told = f"{share:.0%} of labels"
+        measured[f"{first}, {told}"], left_out = _few_labels(examples, column, counts, share, is_number, options)
+        notes += [f"{name}, {told}: {left_out} of {_DRAWS} draws are of one class, left out"] if left_out else []
     return measured
 
 
@@ -167,15 +169,17 @@ def _first_metric(scores: Floats, truth: Floats, counts: Floats, is_number: bool
 
 def _few_labels(
     examples: _Examples, column: int, counts: Floats, share: float, is_number: bool, options: _Options
-) -> Floats:
-    """Mean AUC or R2 [R] over several draws of a share of the labelled subjects; NaN if they are fewer than ten."""
+) -> tuple[Floats, int]:
+    """Mean AUC or R2 [R] over several draws of a share of the labelled subjects, NaN if they are fewer than ten; and
+    the number of draws that are left out, because all subjects are of one class, where others are not."""
     there, values = examples.test_targets[:, column], []
     for draw in range(_DRAWS if share < 1.0 else 1):
         predicted = _predicted(examples, column, "", is_number, options, share=share, draw=draw)
-        known = np.isfinite(predicted.scores) & np.isfinite(there)
-        values.append(_first_metric(predicted.scores[known], there[known], counts[:, known], is_number))
-    mean: Floats = np.mean(values, axis=0)
-    return mean
+        told = np.isfinite(predicted.scores) & np.isfinite(there)
+        values.append(_first_metric(predicted.scores[told], there[told], counts[:, told], is_number))
+    known = [of_draw for of_draw in values if np.isfinite(of_draw[0])] or values
+    mean: Floats = np.mean(known, axis=0)
+    return mean, len(values) - len(known)
 
 
 def _predicted(

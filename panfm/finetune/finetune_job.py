@@ -7,13 +7,16 @@ result.json         scores with 95 % intervals, patients, losses
 model/              encoder and head of the best validation, for `panfm.load`; written last
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from panfm.config.features import FeaturesConfig
+from panfm.errors import DataError
 from panfm.evaluate.pooling_option import parse_pooling
 from panfm.export.final_model import Source
+from panfm.files import locked
 from panfm.finetune.fine_tuning import FineTuning, choose_parts
 from panfm.finetune.finetune_settings import FinetuneSettings, refuse_ended, write_settings
 from panfm.finetune.finetuned_model import SegmentedImage, TaskModel, write_finetuned, write_mask
@@ -52,7 +55,8 @@ class FinetuneJob:
         """Train from the start or from the checkpoint, score, and write everything.
 
         Raises:
-            DataError: the folder holds a finished fine-tuning, or a checkpoint of other settings or data.
+            DataError: the folder holds a finished fine-tuning, a checkpoint of other settings or data, or another
+                process is at work in it.
             RunError: a loss is not finite.
         """
         settings, folder, data = self.settings, self.folder, self.data
@@ -63,19 +67,20 @@ class FinetuneJob:
         frozen = None if data.masked else FrozenFeatures.of(model, data)
         tuning = FineTuning(model, data, settings)
         folder.mkdir(parents=True, exist_ok=True)
-        tuning.load(folder)
-        write_settings(folder, settings)
-        tuning.run(folder, progress)
-        task_model = TaskModel(data.task, tuning.head)
-        if frozen is None:
-            result = self._score_masks(task_model, tuning)
-        else:
-            result = score_labels(task_model, tuning.model, data, frozen)
-        result = replace(result, notes=(*result.notes, *tuning.notes()))
-        result.write(folder / RESULT_FILE, tuning.progress)
-        metadata = source.metadata | {"task": data.task.name, "fine-tuned-on": data.num_patients()["train"]}
-        write_finetuned(folder / "model", tuning.model, run, data.task, heads=heads, metadata=metadata)
-        return result
+        with _only_one(folder):
+            tuning.load(folder)
+            write_settings(folder, settings)
+            tuning.run(folder, progress)
+            task_model = TaskModel(data.task, tuning.head)
+            if frozen is None:
+                result = self._score_masks(task_model, tuning)
+            else:
+                result = score_labels(task_model, tuning.model, data, frozen)
+            result = replace(result, notes=(*result.notes, *tuning.notes()))
+            result.write(folder / RESULT_FILE, tuning.progress)
+            metadata = source.metadata | {"task": data.task.name, "fine-tuned-on": data.num_patients()["train"]}
+            write_finetuned(folder / "model", tuning.model, run, data.task, heads=heads, metadata=metadata)
+            return result
 
     def _score_masks(self, task_model: TaskModel, tuning: FineTuning) -> TaskResult:
         """Score a segmentation on the test images, and write their predicted masks."""
@@ -91,6 +96,18 @@ class FinetuneJob:
         result = score_segmentation(task_model, tuning.model, self.data, keep)
         write_table(masks / "masks.csv", ("subject", "stream", "image", "mask"), rows)
         return result
+
+
+@contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    """Lock a folder until the block ends. Raises DataError: another process is at work in it."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(folder / ".finetune.lock", wait_s=0.0))
+        except BlockingIOError as error:
+            raise DataError(f"{folder}: another process is at work in it, expected one at a time") from error
+        refuse_ended(folder)
+        yield
 
 
 def _pooling(settings: FinetuneSettings) -> FeaturesConfig | None:

@@ -1,4 +1,5 @@
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -153,6 +154,17 @@ def test_two_models_are_compared_on_the_same_resamples():
     for other in ([fit, make_features("b", "test", n=39, seed=1)], [make_features("a", "train", n=39), test]):
         with pytest.raises(DataError, match="features of other subjects"):
             probe_features([fit, test], labels, against=other)
+
+
+def test_draws_of_few_labels_without_both_classes_are_left_out_and_counted():
+    fit, test = make_features("a", "train", n=100), make_features("b", "test", seed=1)
+    rare = Labels(fit.subjects, ("sick",), (fit.features[:, :1] > np.sort(fit.features[:, 0])[-8]).astype(float))
+    told = Labels(test.subjects, ("sick",), (test.features[:, :1] > 0).astype(float))
+    scores, notes = probe_features([fit, test], [rare, told], bootstrap=10, few_labels=True)
+    named = by_name(scores)
+    [note] = [note for note in notes if "10% of labels" in note]
+    assert re.fullmatch("sick, 10% of labels: [1-4] of 5 draws are of one class, left out", note)
+    assert named["features", "sick", "auc, 10% of labels"].value > 0.6
 
 
 @pytest.mark.slow

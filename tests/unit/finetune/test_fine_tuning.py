@@ -13,6 +13,7 @@ from panfm.errors import ConfigError, DataError
 from panfm.export.final_model import Source
 from panfm.export.formats import export_run
 from panfm.export.model_card import model_card
+from panfm.files import locked
 from panfm.finetune import fine_tuning
 from panfm.finetune.fine_tuning import batch_of_step
 from panfm.finetune.finetune_job import FinetuneJob
@@ -157,6 +158,14 @@ def test_images_of_numbers_are_not_cropped(model, labelled_site, settings_of, tm
         job = FinetuneJob.open(settings_of(model, site, task), tmp_path / "out")
         tuning = fine_tuning.FineTuning(starting_model(model / "model")[0], job.data, job.settings)
         assert tuning.augmentation._streams["brain-mr"][1].crop == crop
+
+
+def test_one_process_at_a_time(model, labelled_site, settings_of, tmp_path):
+    job = FinetuneJob.open(settings_of(model, labelled_site()), tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    with locked(tmp_path / "out" / ".finetune.lock", wait_s=0.0), pytest.raises(DataError, match="another process"):
+        job.run()
+    assert not (tmp_path / "out" / "checkpoint.state").exists()
 
 
 def test_batches_cover_everybody_once_a_pass():
