@@ -37,13 +37,14 @@ class Reduced:
 
 
 REDUCED: Mapping[str, Reduced] = {
-    "aggregate": Reduced(("--turns", "5", "--most-sites", "4"), ("ours_over_flower_cpu", "peak_copies")),
-    "dex-step": Reduced(("--turns", "3", "--shrink", "4"), ("dex_over_dense", "dex_over_naive")),
-    "dp-step": Reduced(("--turns", "3", "--shrink", "8"), ("dense", "dex", "dense_memory", "dex_memory")),
-    "local-step": Reduced(("--turns", "2"), ("over_dense", "over_matmul")),
+    "aggregate": Reduced(("--turns", "3", "--most-sites", "4"), ("ours_over_flower_cpu", "peak_copies")),
+    "dex-step": Reduced(("--turns", "3", "--shrink", "8"), ("dex_over_dense", "dex_over_naive")),
+    "dp-step": Reduced(("--turns", "2", "--shrink", "8"), ("dense", "dex", "dense_memory", "dex_memory")),
+    "local-step": Reduced(("--turns", "3", "--subjects", "6"), ("over_dense", "over_matmul")),
     "parts-bytes": Reduced((), ("mean/last-blocks 2", "mean/norms", "mean/lora r8, 12 blocks")),
-    "round-overhead": Reduced(("--cycles", "1", "--processes", "1", "--local-steps", "5"), ("local_over_plain_cpu",)),
-    "sgm-overhead": Reduced(("--turns", "4"), ("attention", "value")),
+    "round-overhead": Reduced(("--cycles", "1", "--processes", "1", "--local-steps", "2"), ("local_over_plain_cpu",)),
+    "scale": Reduced(("--turns", "2", "--what", "organs,tokens", "--no-projection"), ("organs", "tokens")),
+    "sgm-overhead": Reduced(("--turns", "3"), ("attention", "value")),
     "thousand-sites": Reduced(("--sites", "12", "--rounds", "3"), ("over_pure_cpu", "memory_grown", "files_grown")),
 }
 """Benches that are compared. `deployment-overhead` and `peers` start servers or install packages, and are not."""
