@@ -43,7 +43,7 @@ REDUCED: Mapping[str, Reduced] = {
     "local-step": Reduced(("--turns", "3", "--subjects", "6"), ("over_dense", "over_matmul")),
     "parts-bytes": Reduced((), ("mean/last-blocks 2", "mean/norms", "mean/lora r8, 12 blocks")),
     "round-overhead": Reduced(("--cycles", "1", "--processes", "1", "--local-steps", "2"), ("local_over_plain_cpu",)),
-    "scale": Reduced(("--turns", "2", "--what", "organs,tokens", "--no-projection"), ("organs", "tokens")),
+    "scale": Reduced(("--turns", "2", "--what", "subjects,organs", "--no-projection"), ("subjects", "organs")),
     "sgm-overhead": Reduced(("--turns", "3"), ("attention", "value")),
     "thousand-sites": Reduced(("--sites", "12", "--rounds", "3"), ("over_pure_cpu", "memory_grown", "files_grown")),
 }
