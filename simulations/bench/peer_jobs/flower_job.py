@@ -27,7 +27,7 @@ def main(path: str) -> None:
         return Message(RecordDict(records), reply_to=message)
 
     @server_app.main()
-    def serve(grid: Grid, context: Context) -> None:
+    def serve(grid: Grid, _: Context) -> None:
         strategy = FedAvg(fraction_evaluate=0.0, min_train_nodes=num_sites, min_available_nodes=num_sites)
         result = strategy.start(grid, ArrayRecord(job.start()), num_rounds=job.rounds)  # type: ignore[arg-type]
         job.keep(result.arrays.to_torch_state_dict())
