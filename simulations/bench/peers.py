@@ -195,10 +195,10 @@ def run_arm(arm: str, python: str, run: RunConfig, folder: Path) -> dict[str, fl
             check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired as error:
-        raise RunError(f"{arm}: did not end within {_TIMEOUT_S:g} s") from error
+        raise RunError(f"did not end within {_TIMEOUT_S:g} s") from error
     taken: dict[str, float] = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {"status": 1}
     if taken.pop("status") or not (folder / "model.pt").exists():
-        raise RunError(f"{arm}: does not run: {_last_line(done.stdout)}")
+        raise RunError(f"does not run: {_last_line(done.stdout)}")
     return taken
 
 

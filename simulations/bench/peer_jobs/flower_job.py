@@ -20,16 +20,18 @@ def main(path: str) -> None:
 
     @client_app.train()
     def train(message: Message, context: Context) -> Message:
-        site, round_number = int(context.node_config["partition-id"]), message.content["config"]["server-round"]
+        site = int(context.node_config["partition-id"])
+        round_number = message.content.config_records["config"]["server-round"]
+        assert isinstance(round_number, int)
         state = message.content.array_records["arrays"].to_torch_state_dict()
-        trained = job_at(path).train(site, int(round_number), state)  # type: ignore[call-overload]
-        records = {"arrays": ArrayRecord(trained), "metrics": MetricRecord({"num-examples": 1})}  # type: ignore[arg-type]
-        return Message(RecordDict(records), reply_to=message)
+        trained = job_at(path).train(site, round_number, state)
+        content = RecordDict({"arrays": ArrayRecord(trained), "metrics": MetricRecord({"num-examples": 1})})
+        return Message(content, reply_to=message)
 
     @server_app.main()
     def serve(grid: Grid, _: Context) -> None:
         strategy = FedAvg(fraction_evaluate=0.0, min_train_nodes=num_sites, min_available_nodes=num_sites)
-        result = strategy.start(grid, ArrayRecord(job.start()), num_rounds=job.rounds)  # type: ignore[arg-type]
+        result = strategy.start(grid, ArrayRecord(job.start()), num_rounds=job.rounds)
         job.keep(result.arrays.to_torch_state_dict())
 
     logging.getLogger("flwr").setLevel(logging.ERROR)
