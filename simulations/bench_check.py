@@ -43,11 +43,11 @@ REDUCED: Mapping[str, Reduced] = {
     "local-step": Reduced(("--turns", "3", "--subjects", "6"), ("over_dense", "over_matmul")),
     "parts-bytes": Reduced((), ("mean/last-blocks 2", "mean/norms", "mean/lora r8, 12 blocks")),
     "round-overhead": Reduced(("--cycles", "1", "--processes", "1", "--local-steps", "2"), ("local_over_plain_cpu",)),
-    "scale": Reduced(("--turns", "2", "--what", "subjects,organs", "--no-projection"), ("subjects", "organs")),
     "sgm-overhead": Reduced(("--turns", "3"), ("attention", "value")),
     "thousand-sites": Reduced(("--sites", "12", "--rounds", "3"), ("over_pure_cpu", "memory_grown", "files_grown")),
 }
-"""Benches that are compared. `deployment-overhead` and `peers` start servers or install packages, and are not."""
+"""Benches that are compared. Not compared: `deployment-overhead` (starts servers), `peers` (installs packages) and
+`scale` (whose exponents hardly move when everything gets slower)."""
 
 Measure = Callable[[str, Reduced], Mapping[str, float]]
 
