@@ -82,8 +82,10 @@ def read_kept(path: Path, names: Iterable[str]) -> dict[str, dict[str, float]]:
                 f"{path}: {name} was measured with {entry['options']}, expected {[*reduced.options]}; {remedy}"
             )
         if {*entry["ratios"]} != {*reduced.ratios}:
-            found = ", ".join(entry["ratios"])
-            raise ConfigError(f"{path}: {name} has the ratios {found}, expected {', '.join(reduced.ratios)}; {remedy}")
+            present = ", ".join(entry["ratios"])
+            raise ConfigError(
+                f"{path}: {name} has the ratios {present}, expected {', '.join(reduced.ratios)}; {remedy}"
+            )
         for ratio, value in entry["ratios"].items():
             if not (isinstance(value, float | int) and value > 0.0):
                 raise ConfigError(f"{path}: {name} {ratio} is {value}, expected a number above 0; {remedy}")

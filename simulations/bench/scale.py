@@ -127,15 +127,15 @@ GROWING: Mapping[str, Callable[[int], Arms]] = {
 @bench
 def main(
     turns: Annotated[int, typer.Option(min=1, help="Turns per value, after one to warm up.")] = 3,
-    what: Annotated[str, typer.Option(help="What grows, with commas between.")] = ",".join(GROWING),
+    axes: Annotated[str, typer.Option(help="What grows, with commas between.")] = ",".join(GROWING),
     projection: Annotated[bool, typer.Option(help="Measure a step of ViT-B for the projection.")] = True,
 ) -> StudyResult:
     """CPU seconds against sites, subjects, organs, tokens, experts and parameters: fitted exponents."""
     torch.set_num_threads(1)
     console = Console(soft_wrap=True, highlight=False)
-    names = chosen_arms(what, GROWING, "--what")
+    names = chosen_arms(axes, GROWING, "--axes")
     pairs = [[0, turn] for turn in range(turns)]
-    result = StudyResult("scale", {"turns": turns, "what": names, "pairs": pairs}, unit="CPU s")
+    result = StudyResult("scale", {"turns": turns, "axes": names, "pairs": pairs}, unit="CPU s")
     for name in names:
         medians = {}
         for value, seconds in in_turns(GROWING[name](turns), turns).items():

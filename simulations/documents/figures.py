@@ -7,18 +7,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-STYLE = """\
-<style>
-  .page { fill: #ffffff; } .grid { stroke: #d5dbe3; } .mean { fill: #6b7a8c; } .lead { fill: #0b57a4; }
-  .dot { fill: #ffffff; stroke: #16202b; stroke-width: 1.2; } .trend { stroke: #0b57a4; fill: none; }
-  text { fill: #16202b; font: 13px system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; }
-  .head { font-weight: 600; font-size: 14px; } .note { fill: #536170; font-size: 12px; } .first { font-weight: 600; }
-  @media (prefers-color-scheme: dark) {
-    .page { fill: #0e141b; } .grid { stroke: #33404e; } .mean { fill: #8b9bad; } .lead { fill: #8cc4ff; }
-    .trend { stroke: #8cc4ff; }
-    .dot { fill: #0e141b; stroke: #eef3f8; } text { fill: #eef3f8; } .note { fill: #b2bfcc; }
-  }
-</style>"""
+from simulations.documents.figure_style import STYLE
+from simulations.documents.scale_figure import scale_figure
+
 _NAMES, _PANEL, _GAP, _ROW, _TOP = 290, 300, 50, 30, 84
 """Pixels: width of the row names, width of a panel, gap between panels, height of a row, space above the rows."""
 _LEAST, _MOST = 0.5, 0.75
@@ -53,8 +44,6 @@ def figures(data: Path) -> dict[str, str]:
     Args:
         data: Folder of the result files.
     """
-    from simulations.documents.scale_figure import scale_figure
-
     drawn = {"demo": demo_figure, "scale": scale_figure}
     return {
         f"{name}.svg": draw(json.loads((data / f"{name}.json").read_text(encoding="utf-8")))

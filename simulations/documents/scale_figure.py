@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from simulations.documents.figures import STYLE
+from simulations.documents.figure_style import STYLE
 
 _WIDTH, _HEIGHT, _GAP_X, _GAP_Y, _LEFT, _TOP = 230, 150, 70, 84, 62, 84
 """Pixels: a panel, the gaps between panels, and the space left of and above the first."""

@@ -48,11 +48,11 @@ def _descendants() -> list[int]:
     for stat in Path("/proc").glob("[0-9]*/stat"):
         if fields := _read(stat).rpartition(")")[2].split():
             children.setdefault(int(fields[1]), []).append(int(stat.parent.name))
-    found, new = [], [os.getpid()]
+    listed, new = [], [os.getpid()]
     while new:
         new = [child for parent in new for child in children.get(parent, [])]
-        found += new
-    return found
+        listed += new
+    return listed
 
 
 def _proportional_kib(pid: int) -> int:

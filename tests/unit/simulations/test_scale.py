@@ -25,7 +25,7 @@ def test_a_run_has_as_many_organs_as_asked():
 
 
 def test_what_is_unknown_is_refused():
-    done = CliRunner().invoke(app, ["bench", "scale", "--what", "sites,moons"])
+    done = CliRunner().invoke(app, ["bench", "scale", "--axes", "sites,moons"])
     assert done.exit_code == 2
     assert "moons: expected some of sites, subjects" in done.output
 
@@ -33,7 +33,7 @@ def test_what_is_unknown_is_refused():
 @pytest.mark.slow
 def test_the_bench_at_a_small_size(tmp_path):
     path = tmp_path / "scale.json"
-    words = ["bench", "scale", "--turns", "1", "--what", "subjects", "--no-projection", "--json", str(path)]
+    words = ["bench", "scale", "--turns", "1", "--axes", "subjects", "--no-projection", "--json", str(path)]
     done = CliRunner().invoke(app, words, catch_exceptions=False)
     assert done.exit_code == 0, done.output
     table = json.loads(path.read_text())
