@@ -58,6 +58,10 @@ def test_processes_of_a_command_are_looked_at():
         time.sleep(0.2)
         assert process.pid in measured_process._descendants()
         assert measured_process._proportional_kib(process.pid) > 100
+        seen = measured_process.Seen()
+        seen.look()
+        assert seen.peak_kib > 100
+        assert [seconds for (pid, _), seconds in seen.cpu_seconds.items() if pid == process.pid][0] < 5.0
         process.communicate(b"\n")
     assert measured_process._proportional_kib(process.pid) == 0
 
