@@ -61,7 +61,7 @@ def test_processes_of_a_command_are_looked_at():
         seen = measured_process.Seen()
         seen.look()
         assert seen.peak_kib > 100
-        assert [seconds for (pid, _), seconds in seen.cpu_seconds.items() if pid == process.pid][0] < 5.0
+        assert next(seconds for (pid, _), seconds in seen.cpu_seconds.items() if pid == process.pid) < 5.0
         process.communicate(b"\n")
     assert measured_process._proportional_kib(process.pid) == 0
 
