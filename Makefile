@@ -16,7 +16,7 @@ export NUMBA_CACHE_DIR := $(CURDIR)/$(VENV)/numba
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all same-bits flower federation docs reference figures lint clean
+.PHONY: help install demo test test-all same-bits bench-check flower federation docs reference figures lint clean
 
 help:  ## What can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -46,6 +46,9 @@ test-all: $(INSTALLED)  ## The default suite and the slow tests
 
 same-bits: $(INSTALLED)  ## Does this tree give the bits of an earlier commit? make same-bits BASE=<commit>
 	$(PY) -m simulations same-bits $(BASE)
+
+bench-check: $(INSTALLED)  ## Has a bench become slower by more than a fifth? Ratios against kept ones, two minutes
+	$(PY) -m simulations bench-check
 
 docs: $(INSTALLED)  ## The documentation as a web site, in site/
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict

@@ -1,4 +1,4 @@
-"""`python -m simulations run|cohort|inputs|study|bench|same-bits`: federations, claims and speed on one machine."""
+"""Federations, claims and speed on one machine: `python -m simulations run|cohort|inputs|study|bench|...`."""
 
 import ast
 import itertools
@@ -92,6 +92,22 @@ def study(context: typer.Context, name: Annotated[str, typer.Argument(help="Name
 def bench(context: typer.Context, name: Annotated[str, typer.Argument(help="Name of the bench.")]) -> None:
     """Answer a speed or size question, both sides in one run."""
     _pass_on("bench", "bench", name, context.args)
+
+
+@app.command()
+def bench_check(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Names of benches; all that are kept when left out.")
+    ] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Measure three times and keep the ratios instead.")] = False,
+) -> None:
+    """Compare the ratios of benches, at a reduced size, with those that are kept: none may be a fifth larger."""
+    from rich.console import Console
+
+    from simulations import bench_check as checked
+
+    work = checked.keep if keep else checked.check
+    work(checked.chosen(names or ()), Console(soft_wrap=True, highlight=False))
 
 
 @app.command()

@@ -11,8 +11,8 @@ from panfm.data.store import ImageStore
 from panfm.models import describe_model
 from panfm.models.packing import trained_manifest
 from panfm.models.sizes import sizes_of
+from panfm.planning.run_cost import bytes_up, round_seconds
 from panfm.seeds import numpy_generator
-from panfm.sharing.groups import has_group, stream_group
 from panfm.training.trainer import Trainer
 
 _STEPS = 2
@@ -43,18 +43,13 @@ def measure_cost(run: RunConfig, holders: Mapping[str, Mapping[str, float]]) -> 
     fullest = max(holders.values(), key=len)
     seconds = _step_seconds(run, fullest)
     sizes, manifest = sizes_of(run), trained_manifest(describe_model(run), run.sharing)
-    sent = [
-        4 * manifest.size(group)
-        for shares in holders.values()
-        for group in manifest.groups
-        if has_group(set(map(stream_group, shares)), group)
-    ]
+    sent = bytes_up({group: manifest.size(group) for group in manifest.groups}, holders)
     return Cost(
         step_seconds=seconds,
-        round_seconds=seconds * run.train.local_steps * len(holders),
+        round_seconds=round_seconds(seconds, run.train.local_steps, sites_in_turn=len(holders)),
         memory_gib=sizes.step_bytes / 2**30,
         parameters=sizes.parameters,
-        bytes_up=sum(sent),
+        bytes_up=sum(sent.values()),
     )
 
 

@@ -36,25 +36,26 @@ streams.chest-xray = { shape = [224, 224], patch = [16, 16] }
 objective.name = "mae"
 masking = { policy = "random", ratio = 0.75 }
 train.rounds = 1
-train.batch-size = 32
 """
 _MODELS = {
     "dense": 'model = { size = "tiny", tokenizer = "patch" }',
     "dex": 'model = { size = "tiny", tokenizer = "patch", backbone = "director-experts", hidden-multiple = 2, '
     "experts = { noise = [1.0, 1.0] } }",
 }
-_NUM_SUBJECTS = 64
+_BATCH = 32
 
 
 @bench
 def main(
     turns: Annotated[int, typer.Option(min=1, help="Steps per arm, after one to warm up.")] = 15,
+    shrink: Annotated[int, typer.Option(min=1, max=16, help="Divide the number of images by this.")] = 1,
 ) -> StudyResult:
     """CPU seconds of a Director-Experts step over a dense and over a naive one."""
     torch.set_num_threads(1)
     console = Console(soft_wrap=True, highlight=False)
-    result = StudyResult("dex-step", {"turns": turns, "run": _RUN, "models": _MODELS}, unit="s")
-    for arm, values in measure(turns).items():
+    batch = _BATCH // shrink
+    result = StudyResult("dex-step", {"turns": turns, "batch": batch, "run": _RUN, "models": _MODELS}, unit="s")
+    for arm, values in measure(turns, batch).items():
         result.values["step", arm] = values
     for other in ("dense", "naive"):
         result.ratios[f"dex_over_{other}"] = result.median_ratio("step", "dex", other)
@@ -62,12 +63,12 @@ def main(
     return result
 
 
-def measure(turns: int) -> dict[str, list[float]]:
+def measure(turns: int, batch: int) -> dict[str, list[float]]:
     """CPU seconds of `turns` steps of every arm, in turn order."""
-    trainers = {arm: Trainer(_run(arm, turns)) for arm in _MODELS}
-    trainers["naive"] = Trainer(naive_run(_run("dex", turns)))
+    trainers = {arm: Trainer(_run(arm, turns, batch)) for arm in _MODELS}
+    trainers["naive"] = Trainer(naive_run(_run("dex", turns, batch)))
     run = trainers["dense"].run
-    store = noise_store(run.streams, run.seed, _NUM_SUBJECTS, "dex-step")
+    store = noise_store(run.streams, run.seed, 2 * batch, "dex-step")
     return in_turns({arm: partial(step_seconds, trainer, store) for arm, trainer in trainers.items()}, turns)
 
 
@@ -140,5 +141,5 @@ def naive_run(run: RunConfig) -> RunConfig:
     return run.model_copy(update=changed)
 
 
-def _run(arm: str, turns: int) -> RunConfig:
-    return parse_run(f"{_MODELS[arm]}\n{_RUN}train.local-steps = {turns + 1}\n")
+def _run(arm: str, turns: int, batch: int) -> RunConfig:
+    return parse_run(f"{_MODELS[arm]}\n{_RUN}train.batch-size = {batch}\ntrain.local-steps = {turns + 1}\n")

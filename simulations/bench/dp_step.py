@@ -52,16 +52,18 @@ _BATCH = {"dense": 32, "dex": 16}
 @bench
 def main(
     turns: Annotated[int, typer.Option(min=1, help="Steps per arm, after one to warm up.")] = 7,
+    shrink: Annotated[int, typer.Option(min=1, max=16, help="Divide the number of images by this.")] = 1,
 ) -> StudyResult:
     """CPU seconds and memory of a private step over a plain one."""
     torch.set_num_threads(1)
     console = Console(soft_wrap=True, highlight=False)
-    result = StudyResult("dp-step", {"turns": turns, "batch": _BATCH, "models": _MODELS}, unit="s")
+    batch = {kind: size // shrink for kind, size in _BATCH.items()}
+    result = StudyResult("dp-step", {"turns": turns, "batch": batch, "models": _MODELS}, unit="s")
     for kind in _MODELS:
-        for arm, values in measure(kind, turns).items():
+        for arm, values in measure(kind, batch[kind], turns).items():
             result.values[f"{kind}/step", arm] = values
         result.ratios[kind] = result.median_ratio(f"{kind}/step", "private", "plain")
-        grown = {arm: peak_growth(kind, arm) for arm in ("plain", "private")}
+        grown = {arm: peak_growth(kind, batch[kind], arm) for arm in ("plain", "private")}
         result.ratios[f"{kind}_memory"] = grown["private"] / grown["plain"]
         megabytes = " / ".join(f"{grown[arm] / 2**20:.0f}" for arm in ("private", "plain"))
         console.print(
@@ -70,18 +72,19 @@ def main(
     return result
 
 
-def measure(kind: str, turns: int) -> dict[str, list[float]]:
+def measure(kind: str, batch: int, turns: int) -> dict[str, list[float]]:
     """CPU seconds of `turns` steps of either arm, in turn order."""
-    return in_turns({arm: _Arm(kind, private=arm == "private").take_step for arm in ("plain", "private")}, turns)
+    arms = {arm: _Arm(kind, batch, private=arm == "private").take_step for arm in ("plain", "private")}
+    return in_turns(arms, turns)
 
 
 class _Arm:
     """One trainer that takes steps on one batch."""
 
-    def __init__(self, kind: str, *, private: bool) -> None:
-        self.trainer = Trainer(run := _run(kind, private=private))
-        self.indices = np.arange(_BATCH[kind])
-        self.store = noise_store(run.streams, run.seed, _BATCH[kind], "dp-step")
+    def __init__(self, kind: str, batch: int, *, private: bool) -> None:
+        self.trainer = Trainer(run := _run(kind, batch, private=private))
+        self.indices = np.arange(batch)
+        self.store = noise_store(run.streams, run.seed, batch, "dp-step")
         self.features = self.trainer.patch_features(self.store)
 
     def take_step(self, _: int = 0) -> float:
@@ -93,15 +96,15 @@ class _Arm:
         return time.process_time() - begin
 
 
-def peak_growth(kind: str, arm: str) -> float:
+def peak_growth(kind: str, batch: int, arm: str) -> float:
     """Bytes by which three steps raise the peak of a fresh process."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak_growth, (kind, arm))
+        return pool.apply(_peak_growth, (kind, batch, arm))
 
 
-def _peak_growth(kind: str, arm: str) -> float:
+def _peak_growth(kind: str, batch: int, arm: str) -> float:
     torch.set_num_threads(1)
-    ready = _Arm(kind, private=arm == "private")
+    ready = _Arm(kind, batch, private=arm == "private")
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far, which a child inherits, is forgotten
     before = _status_bytes("VmRSS")
     for _ in range(3):
@@ -115,6 +118,6 @@ def _status_bytes(key: str) -> float:
     return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
 
 
-def _run(kind: str, *, private: bool) -> RunConfig:
-    train = f"train.batch-size = {_BATCH[kind]}\n"
+def _run(kind: str, batch: int, *, private: bool) -> RunConfig:
+    train = f"train.batch-size = {batch}\n"
     return parse_run(_RUN + train + _MODELS[kind] + (_PRIVACY if private else ""))

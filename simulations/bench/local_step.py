@@ -44,18 +44,18 @@ model.size = "{size}"
 masking = {{ policy = "random", ratio = 0.6 }}
 train = {{ rounds = 1, local-steps = {steps}, batch-size = {subjects} }}
 """
-_NUM_SUBJECTS = 16
 
 
 @bench
 def main(
     turns: Annotated[int, typer.Option(min=1, help="Steps per arm, after one to warm up.")] = 9,
+    subjects: Annotated[int, typer.Option(min=2, help="Subjects per step.")] = 16,
 ) -> StudyResult:
     """CPU seconds of a training step over a dense one and over its matrix products."""
     torch.set_num_threads(1)
     console = Console(soft_wrap=True, highlight=False)
-    run = description("tiny", turns, _NUM_SUBJECTS)
-    result = StudyResult("local-step", {"turns": turns, "subjects": _NUM_SUBJECTS, "size": "tiny"}, unit="s")
+    run = description("tiny", turns, subjects)
+    result = StudyResult("local-step", {"turns": turns, "subjects": subjects, "size": "tiny"}, unit="s")
     for arm, values in measure(run, turns).items():
         result.values["step", arm] = values
     for other in ("dense", "products"):

@@ -50,16 +50,19 @@ from strategies import GroupedMean
 def main(
     cycles: Annotated[int, typer.Option(min=1, help="Cycles per arm and process, after one round to warm up.")] = 2,
     processes: Annotated[int, typer.Option(min=1, help="Fresh processes, one after the other.")] = 6,
+    local_steps: Annotated[
+        int | None, typer.Option(min=1, help="Local steps of a round, instead of the run's.")
+    ] = None,
     experiment: Experiment = TRANSIENT,
 ) -> StudyResult:
     """Seconds per round: federation in one process against a plain loop."""
     console = Console(soft_wrap=True, highlight=False)
     prepare_cohort(load_simulation(experiment), console)
-    config = {"experiment": str(experiment), "cycles": cycles, "processes": processes}
+    config = {"experiment": str(experiment), "cycles": cycles, "processes": processes, "local-steps": local_steps}
     result = StudyResult("round-overhead", config, unit="s")
     for number in range(1, processes + 1):
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            measured = pool.submit(measure_cycles, experiment, cycles, number).result()
+            measured = pool.submit(measure_cycles, experiment, cycles, number, local_steps).result()
         for arm, values in measured.items():
             for cycle in values:
                 result.add(arm, cycle)
@@ -71,10 +74,14 @@ def main(
     return result
 
 
-def measure_cycles(experiment: Path, cycles: int, number: int) -> dict[str, list[dict[str, float]]]:
+def measure_cycles(
+    experiment: Path, cycles: int, number: int, local_steps: int | None = None
+) -> dict[str, list[dict[str, float]]]:
     """Arm -> the cost of each of its cycles in this process; every other process begins with the other arm."""
     cycle = load_simulation(experiment).train.validate_every
-    run = load_simulation(experiment, [f"train.rounds={cycles * cycle + 2}"])
+    overrides = [f"train.rounds={cycles * cycle + 2}"]
+    overrides += [f"train.local-steps={local_steps}"] if local_steps else []
+    run = load_simulation(experiment, overrides)
     sites = prepare_cohort(run, Console(quiet=True)) / "sites"
     measured: dict[str, list[dict[str, float]]] = {"local": [], "plain": []}
     with tempfile.TemporaryDirectory() as folder:

@@ -31,8 +31,10 @@ def figures(
     """Draw figures, and write tables between the marks of results pages, from the results kept in docs/results/data."""
     _write(out, all_figures(results / "data"))
     written = tables(results / "data")
-    pages = {path.name: path.read_text(encoding="utf-8") for path in sorted(results.glob("*.md"))}
-    _write(results, {name: filled(text, written) for name, text in pages.items() if marks(text)})
+    paths = [*sorted(results.glob("*.md")), *sorted(results.parent.glob("scaling.md"))]
+    for path in paths:
+        if marks(text := path.read_text(encoding="utf-8")):
+            _write(path.parent, {path.name: filled(text, written)})
 
 
 def _write(folder: Path, texts: dict[str, str]) -> None:

@@ -7,17 +7,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-_STYLE = """\
-<style>
-  .page { fill: #ffffff; } .grid { stroke: #d5dbe3; } .mean { fill: #6b7a8c; } .lead { fill: #0b57a4; }
-  .dot { fill: #ffffff; stroke: #16202b; stroke-width: 1.2; }
-  text { fill: #16202b; font: 13px system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; }
-  .head { font-weight: 600; font-size: 14px; } .note { fill: #536170; font-size: 12px; } .first { font-weight: 600; }
-  @media (prefers-color-scheme: dark) {
-    .page { fill: #0e141b; } .grid { stroke: #33404e; } .mean { fill: #8b9bad; } .lead { fill: #8cc4ff; }
-    .dot { fill: #0e141b; stroke: #eef3f8; } text { fill: #eef3f8; } .note { fill: #b2bfcc; }
-  }
-</style>"""
+from simulations.documents.figure_style import STYLE
+from simulations.documents.scale_figure import scale_figure
+
 _NAMES, _PANEL, _GAP, _ROW, _TOP = 290, 300, 50, 30, 84
 """Pixels: width of the row names, width of a panel, gap between panels, height of a row, space above the rows."""
 _LEAST, _MOST = 0.5, 0.75
@@ -52,7 +44,11 @@ def figures(data: Path) -> dict[str, str]:
     Args:
         data: Folder of the result files.
     """
-    return {"demo.svg": demo_figure(json.loads((data / "demo.json").read_text(encoding="utf-8")))}
+    drawn = {"demo": demo_figure, "scale": scale_figure}
+    return {
+        f"{name}.svg": draw(json.loads((data / f"{name}.json").read_text(encoding="utf-8")))
+        for name, draw in drawn.items()
+    }
 
 
 def demo_figure(result: Mapping[str, Any]) -> str:
@@ -78,7 +74,7 @@ def panel_chart(title: str, note: str, panels: Mapping[str, Sequence[Row]]) -> s
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" aria-labelledby="title">',
         f'<title id="title">{escape(title)}. {escape(_spoken(panels))}</title>',
-        _STYLE,
+        STYLE,
         f'<rect class="page" width="{width}" height="{height}"/>',
         f'<text class="head" x="16" y="28">{escape(title)}</text>',
         f'<text class="note" x="16" y="{height - 12}">{escape(note)}</text>',

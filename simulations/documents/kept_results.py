@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ class KeptResult:
     """(metric, arm) -> seed -> value; arms may have different seeds. A metric that was measured in several places is
     `<place>/<metric>`."""
     targets: tuple[KeptTarget, ...] = ()
+    absent: Mapping[str, str] = field(default_factory=dict)
+    """Arms that could not be measured, with the reason."""
 
     @classmethod
     def read(cls, path: Path) -> "KeptResult":
@@ -57,7 +59,7 @@ class KeptResult:
             KeptTarget(row["claim"], math.nan if row["found"] is None else row["found"], row["at_least"], row["met"])
             for row in table.get("targets", [])
         )
-        return cls(str(table["commit"]), values, targets)
+        return cls(str(table["commit"]), values, targets, table.get("config", {}).get("absent", {}))
 
     @property
     def arms(self) -> list[str]:

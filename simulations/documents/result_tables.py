@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from simulations.documents.cost_tables import COST_TABLES
 from simulations.documents.kept_results import KeptResult, by_seed, short, signed, with_spread
 from simulations.documents.markdown import table
 from simulations.documents.phantom_tables import PHANTOM_TABLES
@@ -280,6 +281,7 @@ _PARTS: Mapping[str, Mapping[str, Callable[[KeptResult], str]]] = {
     "dex-pictures": {"dex-pictures": _dex_pictures},
     **STUDY_TABLES,
     **PHANTOM_TABLES,
+    **COST_TABLES,
     "pan-fm": {
         "pan-fm": _pan_fm,
         "pan-fm-differences": _pan_fm_differences,

@@ -48,11 +48,13 @@ def roots_of(package: str) -> frozenset[str]:
 
 
 distributions = cache(packages_distributions)
+PEERS = {"fedlab", "nvflare", "pfl"}
+"""What `bench peers` installs into environments of their own."""
 
 
 def imported(*packages: str) -> set[str]:
     """Distributions that the packages import from, at whatever depth."""
-    foreign = frozenset().union(*map(roots_of, packages)) - set(sys.stdlib_module_names) - set(HOUSE)
+    foreign = frozenset().union(*map(roots_of, packages)) - set(sys.stdlib_module_names) - set(HOUSE) - PEERS
     return {distributions()[root][0].lower().replace("_", "-") for root in foreign}
 
 
