@@ -104,7 +104,7 @@ def _has_new_code() -> bool:
 
 @cache
 def _installed() -> str:
-    return "\n".join(sorted(f"{each.name} {each.version}" for each in importlib.metadata.distributions()))
+    return "\n".join(sorted(f"{package.name} {package.version}" for package in importlib.metadata.distributions()))
 
 
 def _software() -> Iterator[bytes]:
