@@ -37,9 +37,7 @@ def train_alone(
         NoSubjectsError: nobody in the train split holds one of the run's streams.
     """
     store.members("train", name, run.streams)
-    run = without_summed_constants(run)
-    own = measured_constants(run, [store]) if run.summed_streams else {}
-    run = with_constants(run, {name: constants for name, constants in own.items() if name in run.summed_streams})
+    run = with_own_constants(run, store)
     trainer = Trainer(run, [stream for stream in run.streams if stream in store.images])
     if start:
         trainer.load_frozen({name: start[name] for name in trainer.frozen_state()})
@@ -51,6 +49,13 @@ def train_alone(
     for round_number in range(1, run.train.rounds + 1):
         train_round(trainer, store, name, round_number)
     return trainer.model.cpu()
+
+
+def with_own_constants(run: RunConfig, store: ImageStore) -> RunConfig:
+    """The run with a store's own constants of inputs, where its streams have constants from sums."""
+    run = without_summed_constants(run)
+    own = measured_constants(run, [store]) if run.summed_streams else {}
+    return with_constants(run, {name: constants for name, constants in own.items() if name in run.summed_streams})
 
 
 def train_round(trainer: Trainer, store: ImageStore, name: str, round_number: int) -> TrainResult:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,13 +38,14 @@ from panfm.site.state import RUNS, StateStore
 from server.run_folder import RunFolder
 from server.tracking import log_images
 from server.tracking_config import tracking_of
-from simulations.alone import train_alone
+from simulations.alone import train_alone, with_own_constants
 from simulations.cohorts.cohort_labels import read_cohort_labels
 from simulations.cohorts.opened import OpenedCohort
 from simulations.embedding_map import embedding_map
 from simulations.example_slices import example_slices, png_files
 from simulations.expert_map import expert_map
 from simulations.harness import background_jobs, run_jobs
+from simulations.kept_models import kept_or_trained, model_key
 from simulations.probe_sites import probe_sites
 from simulations.site_benefit import MOST_FEATURES, site_benefits
 from simulations.task_scores import score_task
@@ -66,11 +68,13 @@ class AloneJob:
 
 
 def train_site_alone(job: AloneJob) -> PanModel:
-    """The model that a site reaches without the others."""
+    """The model that a site reaches without the others; one that an earlier run has trained is used again."""
     run = parse_run(job.run_toml)
     start, store = RunFolder(job.run_dir, run).start(), open_training_store(job.folder, run)
-    own = run.model_copy(update={"patient_dp": None})
-    return train_alone(own, store, load_site(job.folder).name, start=start)
+    own, name = run.model_copy(update={"patient_dp": None}), load_site(job.folder).name
+    key = model_key(own, store, name, start)
+    train = partial(train_alone, own, store, name, start=start)
+    return kept_or_trained(job.folder, key, with_own_constants(own, store), store, train)
 
 
 def personalise(job: AloneJob) -> PanModel:
@@ -201,7 +205,7 @@ def probe_run(
         with_all_grids: Take organs away for every arm, instead of for the federated model and the references.
     """
     folders = site_folders(cohort / "sites")
-    console.print(f"training each of {len(folders)} sites alone, for comparison")
+    console.print(f"training each of {len(folders)} sites alone, for comparison; models of an equal run are used again")
     if alone is None:
         site_models = run_jobs(train_site_alone, [AloneJob(dump_toml(run), folder, run_dir) for folder in folders])
     else:

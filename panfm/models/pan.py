@@ -121,6 +121,7 @@ class PanModel(nn.Module):
         ends = np.cumsum([math.prod(stream.grid) for stream in streams.values()]).tolist()
         self.patches_of = {name: slice(*ends) for name, *ends in zip(streams, [0, *ends], ends, strict=False)}
         """Where the patches of each stream stand among all."""
+        self._groups: dict[str, str] = {}
         self.trained = frozenset(dict(self.named_parameters()))
         """Names of the parameters that a run trains."""
 
@@ -203,7 +204,9 @@ class PanModel(nn.Module):
 
     def parameter_groups(self) -> dict[str, str]:
         """Sharing group of every tensor in the state dict, by its name."""
-        return parameter_groups(self)
+        if self._groups.keys() != self.state_dict().keys():
+            self._groups = parameter_groups(self)
+        return self._groups
 
     def split_state(self, sharing: SharingConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The state dict in two: parameters that a run shares, and those that stay at the site."""

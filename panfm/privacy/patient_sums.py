@@ -30,7 +30,7 @@ Source: Abadi et al. 2016, "Deep Learning with Differential Privacy", Algorithm 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -81,13 +81,21 @@ def add_clipped(total: Mapping[str, Tensor], gradient: Mapping[str, Tensor], cli
     """
     if not gradient:
         return
-    norms = [torch.linalg.vector_norm(value, dtype=torch.float64) for value in gradient.values()]
+    norms = [torch.linalg.vector_norm(value) for _, value in _in_float64(gradient)]
     norm = float(torch.stack(norms).norm())
     if not math.isfinite(norm):
         return
     factor = clip_norm / norm if norm > clip_norm else 1.0
-    for name, value in gradient.items():
+    for name, value in _in_float64(gradient):
         total[name].add_(value, alpha=factor)
+
+
+def _in_float64(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield names and values, one after the other in the same memory: fresh memory costs more than the conversion."""
+    largest = max(tensors.values(), key=Tensor.numel)
+    room = torch.empty(largest.numel(), dtype=torch.float64, device=largest.device)
+    for name, value in tensors.items():
+        yield name, room[: value.numel()].view(value.shape).copy_(value)
 
 
 def noisy_profile(trainer: Trainer, store: ImageStore, indices: NDArray[np.int64]) -> Tensor:

@@ -76,7 +76,8 @@ class Session:
         self.origin = Origin(description_hash(run), privacy_label(run), fingerprint(store))
         self.streams = trained_streams(run.streams, store)
         self.trained = tuple(run.streams) if run.sharing.rule == "plain" else tuple(self.streams)
-        self.trainer = _trainers(dump_toml(run))(self.trained)
+        self._description = dump_toml(run)
+        self.trainer = _trainers(self._description)(self.trained)
         self.manifest = trained_manifest(self.trainer.model, run.sharing)
         self.frozen = frozen_manifest(self.trainer.model, run.sharing)
         self._group_weights = GroupWeights(run.sharing, run.train, run.site_dp, self.manifest)
@@ -100,7 +101,7 @@ class Session:
         self.load_frozen(task, states)
         state_round = self.load_private(task.round_number, states)
         self.load_global(task, state_round)
-        digest = question_digest(dump_toml(self.run), task, self._global, states.digest(state_round))
+        digest = question_digest(self._description, task, self._global, states.digest(state_round))
         note_question(states, self.run.train.rounds, task.round_number, digest)
         if self.budget:
             from panfm.site.kept_reply import keep_reply, kept_reply, reply_key  # only private runs need it

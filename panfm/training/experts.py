@@ -21,7 +21,7 @@ from torch.nn import functional
 from panfm.config.model import ExpertsConfig
 from panfm.models import PanModel
 from panfm.models.backbone import Encoded, Exploration
-from panfm.models.director_experts import DirectorExperts, balance_loss, layer_weight
+from panfm.models.director_experts import balance_loss, layer_weight
 from panfm.training.schedules import cosine
 
 
@@ -31,11 +31,8 @@ class ExpertTraining:
     def __init__(self, config: ExpertsConfig, model: PanModel) -> None:
         self.config = config
         self.model = model
-
-    @property
-    def layers(self) -> dict[str, DirectorExperts]:
+        self.layers = model.director_experts()
         """Layers with experts, by the prefix of their parameters' names."""
-        return self.model.director_experts()
 
     def exploration(self, progress: float, generator: torch.Generator) -> Exploration | None:
         """The routers' noise at a point of the run, drawn from a generator."""

@@ -66,6 +66,8 @@ SITE_FOLDER: Entries = {
     "labels.toml": "How columns of the label table are read, where that cannot be told from their values.",
     "quarantine.csv": "Rows of the manifest that every run leaves out; `panfm site check --quarantine` writes it.",
     ".panfm/cache/*.npy": "Prepared images, one file per stream and setting. May be removed; it is made anew.",
+    ".panfm/alone/*.safetensors": "In a simulation: models that the site reached alone, for the next run of the "
+    "same description. May be removed.",
     ".panfm/state/runs/<run id>/round-*.state": "The site's private part of a run after a round (teacher, optimiser, "
     "heads or experts that stay); the last three rounds.",
     ".panfm/state/runs/<run id>/frozen.safetensors": "Parameters of the run that are not trained.",

@@ -1,18 +1,21 @@
-"""A mistake is told at once: before a library is imported that takes seconds."""
+"""A mistake is told at once, before a library is imported that takes seconds; and a site that starts trains soon."""
 
 import json
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 
+from panfm.config import load_run
+from panfm.data.cache import open_store
 from tests.cases import quick
 from tests.federation.conftest import RUN
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "monai", "sklearn", "flwr", "jinja2", "numba", "scipy", "opacus", "nibabel", "tensorboardX", "ray")
-HELP_S, MISTAKE_S = 0.3, 0.6
+HELP_S, MISTAKE_S, FIRST_STEP_S = 0.3, 0.6, 4.0
 """CPU seconds that were measured on a quiet machine; one that is at work takes up to twice as much."""
 BUSY = 3.0
 _PROGRAM = """
@@ -38,8 +41,13 @@ PROGRAMS = {
 
 def ask(tool: str, *words: object) -> tuple[int, list[str], float, str]:
     """Exit status, heavy libraries that were imported, CPU seconds, and the last line of stderr."""
-    program = _PROGRAM.format(words=[str(word) for word in words], program=PROGRAMS[tool], heavy=HEAVY)
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    return measure(PROGRAMS[tool], *words)
+
+
+def measure(program: str, *words: object) -> tuple[int, list[str], float, str]:
+    """As `ask`, of a program in a process of its own."""
+    text = _PROGRAM.format(words=[str(word) for word in words], program=program, heavy=HEAVY)
+    done = subprocess.run([sys.executable, "-c", text], cwd=ROOT, capture_output=True, text=True, check=True)
     status, heavy, seconds = json.loads(done.stdout.splitlines()[-1])
     return status, heavy, seconds, done.stderr.rstrip().rpartition("\n")[2]
 
@@ -123,6 +131,30 @@ def test_a_mistake_in_a_description_is_told_before_anything_heavy_is_imported(na
     assert expected in line
     assert (status, heavy) == (1, [])
     assert seconds < BUSY * MISTAKE_S
+
+
+_FIRST_STEP = """
+from pathlib import Path
+from panfm.config import load_run
+from panfm.data.task_labels import open_training_store
+from panfm.training.trainer import Trainer
+run = load_run(Path(sys.argv[1]))
+store = open_training_store(Path(sys.argv[2]), run)
+patients = store.members("train", "alpha")
+Trainer(run, list(store.images)).train(store, patients, first_step=0, num_steps=1, site="alpha", round_number=1)
+status = 0
+"""
+
+
+@pytest.mark.slow
+def test_the_first_step_over_prepared_images_comes_soon(tmp_path, write_site):
+    site, run = write_site(tmp_path / "alpha", "alpha", ("brain", "heart")), tmp_path / "run.toml"
+    run.write_text(RUN)
+    open_store(site, load_run(run).streams)
+    status, heavy, seconds, _ = measure(textwrap.indent(_FIRST_STEP, "    ").strip(), run, site)
+    assert status == 0
+    assert "monai" not in heavy
+    assert seconds < BUSY / 2 * FIRST_STEP_S
 
 
 def write(folder: Path, faulty: str) -> None:
