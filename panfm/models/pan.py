@@ -31,7 +31,6 @@ from panfm.models.heads import Heads
 from panfm.models.patch_features import batch_features, num_patch_features, patch_step, patchify
 from panfm.models.pooling import check_layers, embedding_size, pool
 from panfm.models.tokens import Layout, pack, rotary_angles, sincos_positions
-from panfm.models.trained_parts import add_lora, trained_names
 from panfm.registry import BACKBONES
 from panfm.seeds import torch_generator
 from panfm.sharing.groups import split_state
@@ -217,8 +216,13 @@ class PanModel(nn.Module):
 
         Of the heads of a model with a task, that of the task alone is trained, whatever the part.
         """
-        add_lora(self.backbone, parts)
-        self.trained = trained_names(self, parts)
+        if parts.kind == "all":
+            self.trained = frozenset(dict(self.named_parameters()))
+        else:  # a run that trains all of a model does without this module
+            from panfm.models.trained_parts import add_lora, trained_names
+
+            add_lora(self.backbone, parts)
+            self.trained = trained_names(self, parts)
         if self.task is not None:
             of_encoder = (name for name in self.trained if not name.startswith("heads."))
             self.trained = frozenset([*of_encoder, f"heads.{TASK_HEAD}.weight", f"heads.{TASK_HEAD}.bias"])

@@ -18,7 +18,6 @@ from panfm.data.store import ImageStore
 from panfm.errors import ConfigError
 from panfm.models import PanModel, build_model
 from panfm.models.pan import is_tokens
-from panfm.models.trained_parts import layers_above
 from panfm.models.transfer import load_with_fresh_private
 from panfm.privacy.guarantees import checked_run
 from panfm.training.feature_store import feature_store
@@ -227,7 +226,11 @@ def _under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def build_optimiser(model: PanModel, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW; weight decay on matrices only, and a group with its `scale` of the learning rate for every layer."""
-    above = layers_above(model) if config.layer_decay < 1.0 else {}
+    above: Mapping[str, int] = {}
+    if config.layer_decay < 1.0:
+        from panfm.models.trained_parts import layers_above  # a run with one rate does without
+
+        above = layers_above(model)
     groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
