@@ -22,6 +22,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import tomli_w
+import torch
 
 from panfm.config import dump_toml, parse_run, parse_site
 from panfm.data import cache, read
@@ -29,7 +30,7 @@ from panfm.data.cache import open_store
 from panfm.data.readers import ImageError, picture
 from panfm.data.readers.nifti import NiftiReader, decode_volume
 from panfm.data.readers.picture import decode_picture
-from panfm.data.store import Batch, ImageStore
+from panfm.data.store import ImageStore
 from panfm.errors import DataError, LimitError, ProtocolError
 from panfm.models.sizes import sizes_of
 from panfm.sharing import frames
@@ -39,7 +40,7 @@ from panfm.site import Site, answer, session
 from panfm.site.admission import check_sizes
 from panfm.site.handler import time_limit
 from panfm.site.worker import Worker
-from panfm.training import training_state
+from panfm.training import feature_store
 from tests.conftest import NO_FLOORS
 from tests.unit.site.test_site import RUN, task
 
@@ -166,19 +167,21 @@ def test_a_teacher_that_goes_through_a_thousand_experts_is_counted(folder, monke
 
 
 @pytest.mark.slow
-def test_images_of_any_size_go_through_the_stem_within_a_fixed_memory():
+def test_images_of_any_size_go_through_the_stem_within_a_fixed_memory(monkeypatch):
     """Sixty-four were taken at a time: 176 GiB of the largest that a site lets pass."""
     image = np.broadcast_to(np.float32(0.5), (64, 1, 192, 192, 192))
     store = ImageStore(("a",) * 64, ("train",) * 64, {"brain-mr": image}, {"brain-mr": np.arange(64)})
     taken: list[int] = []
 
-    def patch_features(batch: Batch) -> Batch:
-        taken.append(batch.images["brain-mr"].numel() * 4)
-        return Batch(0, {"brain-mr": batch.images["brain-mr"][:, :, :1, :1, :1].clone()}, {})
+    def smallest_features(images: torch.Tensor, *_: object) -> torch.Tensor:
+        taken.append(images.numel() * 4)
+        return images[:, :, :1, :1, :1].clone()
 
-    model = SimpleNamespace(stream_names=("brain-mr", "heart-mr"), patch_features=patch_features)
-    features = training_state._feature_store(store, model, chunk=64)
-    assert features.images["brain-mr"].shape == (64, 1, 1, 1, 1)
+    monkeypatch.setattr(feature_store, "image_features", smallest_features)
+    streams = dict(parse_run(RUN.replace("[8, 8, 8]", "[192, 192, 192]")).streams)
+    model = SimpleNamespace(stream_names=("brain-mr",), stream_configs=streams, tokenizer="statistics")
+    features = feature_store.feature_store(store, model, torch.device("cpu"))
+    assert features.images_at("brain-mr", np.arange(64)).shape == (64, 1, 1, 1, 1)
     assert max(taken) <= 256 * 2**20
 
 
