@@ -160,6 +160,7 @@ def _measure_size(result: StudyResult, size: str, pythons: Mapping[str, str], co
         }
         result.add(arm, {f"{size}/{name}": value for name, value in measured.items()})
         ratio = measured["cpu_per_round"] / result.mean(f"{size}/cpu_per_round", "plain")
+        result.add(arm, {f"{size}/over_plain": ratio})
         result.ratios[f"{size}/{arm}_over_plain"] = ratio
         console.print(f"{size} MB, {arm}: {ratio:.3f}, " + ", ".join(f"{key} {of:.4g}" for key, of in measured.items()))
 

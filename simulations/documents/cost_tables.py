@@ -46,7 +46,7 @@ def _peers(kept: KeptResult) -> str:
 def _peer(kept: KeptResult, size: str, arm: str) -> str:
     if not (taken := kept.of(f"{size}/cpu_per_round", arm)):
         return ""
-    ratio = taken[0] / kept.of(f"{size}/cpu_per_round", "plain")[0]
+    (ratio,) = kept.of(f"{size}/over_plain", arm)
     wall, peak = kept.of(f"{size}/seconds", arm)[0], kept.of(f"{size}/peak_mib", arm)[0]
     return f"{short(ratio, 2)} ({taken[0]:.1f}; {wall:.0f}, {peak:,.0f})"
 
