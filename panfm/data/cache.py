@@ -11,8 +11,9 @@ make room: those longest unused go first.
 An image that is the same all over is refused. One that is so only in the part that the run shows is told in the log: a
 server that chooses the part could find by refusals what an image shows where.
 
-Behind the images a file holds a hash of each one's content before it was prepared, so that an image that stands under
-two subjects, or twice under one, is refused wherever data is opened.
+Images are kept in the type of their sources (`packed.py`), those of a stream in the widest of its images. Behind them a
+file holds the range of each image, which integers need, and a hash of each one's content before it was prepared, so
+that an image that stands under two subjects, or twice under one, is refused wherever data is opened.
 """
 
 import hashlib
@@ -38,17 +39,19 @@ from panfm.data.ahead import done_ahead
 from panfm.data.content import DIGEST_BYTES
 from panfm.data.intensity import EMPTY_PART, is_constant
 from panfm.data.manifest import Row, image_path, read_manifest
-from panfm.data.readers import ImageError, ImageReader, find_reader
-from panfm.data.store import ImageStore
+from panfm.data.packed import FLOAT16, TYPES, Packed, PackedImages
+from panfm.data.readers import ImageError, ImageReader, find_reader, source_bits
+from panfm.data.store import Images, ImageStore
 from panfm.errors import DataError, LimitError, reason
 from panfm.files import open_atomic
 
-PREPROCESSING_VERSION = 2
+PREPROCESSING_VERSION = 3
 """To be raised whenever `panfm.data.read` would give other values for the same file."""
 _MAX_FILES = 1000
 """Files of one cache folder."""
 _SPARE_BYTES = 2 << 30
 """Of the disk that images leave free, for ledger and private state; of a small disk, a twentieth."""
+_RANGE_BYTES = 8
 _LEAVES_OUT = "panfm site check --quarantine leaves it out"
 _STALE_S = 3600.0
 """An unfinished file that nobody has written to for so long was left behind by a process that was killed."""
@@ -89,7 +92,10 @@ def open_store(folder: Path, streams: Mapping[str, StreamConfig], *, progress: P
         stream_rows = sorted(own, key=lambda row: (position[row.subject], row.session))
         if stream_rows:
             sources = [_source(folder, site, row) for row in stream_rows]
-            cached[stream] = _Cached(cache_dir, stream, config, sources, site.constant_images == "take", threads)
+            floats = FLOAT16 if site.float_images == "float16" else TYPES[32]
+            cached[stream] = _Cached(
+                cache_dir, stream, config, sources, site.constant_images == "take", threads, floats
+            )
             holders[stream] = np.array([position[row.subject] for row in stream_rows], dtype=np.int64)
             if any(row.session for row in stream_rows):
                 sessions[stream] = [row.session for row in stream_rows]
@@ -102,7 +108,7 @@ def open_store(folder: Path, streams: Mapping[str, StreamConfig], *, progress: P
 
 @dataclass(frozen=True)
 class _Cached:
-    """The prepared images of one stream: float32 [P, C, *shape] in a file."""
+    """The prepared images of one stream: [P, C, *shape] in a file."""
 
     folder: Path
     stream: str
@@ -113,13 +119,16 @@ class _Cached:
     """Whether an image that has the same value everywhere is prepared like any other; else it is refused."""
     threads: int = 2
     """How many images are read at once."""
+    floats: np.dtype[Any] = TYPES[32]
+    """Type of an image that is not of integers of 8 or 16 bits."""
 
     @property
     def family(self) -> str:
         """Beginning of the names of files with the same settings."""
         of_inputs = dict.fromkeys(("input_centre", "input_scale", "input_constants"))
         prepared = self.config.model_copy(update=of_inputs)
-        return f"{self.stream}.{_hash(str(PREPROCESSING_VERSION), self.stream, dump_toml(prepared))}"
+        version = f"{PREPROCESSING_VERSION} {self.floats}"
+        return f"{self.stream}.{_hash(version, self.stream, dump_toml(prepared))}"
 
     @cached_property
     def file(self) -> Path:
@@ -130,10 +139,23 @@ class _Cached:
     def shape(self) -> tuple[int, ...]:
         return (len(self.sources), self.config.channels, *self.config.shape)
 
+    @cached_property
+    def kept_type(self) -> np.dtype[Any]:
+        """Type of the images in the file: the widest of their sources'."""
+        types = {**TYPES, 32: self.floats}
+        if found := [kept for kept in types.values() if _is_whole(self, kept)]:
+            return found[0]
+        return types.get(max(starmap(source_bits, self.sources)), self.floats)
+
     @property
     def size_bytes(self) -> int:
         """Bytes of the array."""
-        return 4 * math.prod(self.shape)
+        return self.kept_type.itemsize * math.prod(self.shape)
+
+    @property
+    def behind_bytes(self) -> int:
+        """Bytes of the ranges and hashes behind the array."""
+        return (_RANGE_BYTES + DIGEST_BYTES) * len(self.sources)
 
 
 def _make_room(cached: Sequence[_Cached], limit_gib: float) -> None:
@@ -193,24 +215,27 @@ def _nearest(folder: Path) -> Path:
     return next(path for path in (folder, *folder.parents) if path.is_dir())
 
 
-def _open(cached: _Cached, progress: Progress | None) -> NDArray[np.float32]:
-    """Memory-mapped float32 [P, C, *shape], read-only."""
-    if not _is_whole(cached):
+def _open(cached: _Cached, progress: Progress | None) -> Images:
+    """Memory-mapped images [P, C, *shape], read-only."""
+    if not _is_whole(cached, cached.kept_type):
         with _atomic(cached.file) as part:
             _write(part, cached, progress)
         for stale in set(cached.folder.glob(f"{cached.family}.*.npy")) - {cached.file}:
             stale.unlink(missing_ok=True)
     with suppress(PermissionError):  # another account's file
         os.utime(cached.file, ns=(time.time_ns(), cached.file.stat().st_mtime_ns))
-    images: NDArray[np.float32] = np.load(cached.file, mmap_mode="r")
-    return images
+    images: NDArray[Any] = np.load(cached.file, mmap_mode="r")
+    if images.dtype == np.float32:
+        return images
+    ranges = np.frombuffer(_behind(cached), "<f4", 2 * len(images)).reshape(-1, 2)
+    return PackedImages(images, ranges)
 
 
-def _is_whole(cached: _Cached) -> bool:
-    """Whether the file is there with all that belongs in it; a disk that was full leaves a shorter one."""
+def _is_whole(cached: _Cached, kept: np.dtype[Any]) -> bool:
+    """Whether the file is there with all that belongs in it, in a type; a disk that was full leaves a shorter one."""
     header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, _header(cached))
-    size = len(header.getvalue()) + 4 * math.prod(cached.shape) + DIGEST_BYTES * len(cached.sources)
+    np.lib.format.write_array_header_1_0(header, _header(cached, kept))
+    size = len(header.getvalue()) + kept.itemsize * math.prod(cached.shape) + cached.behind_bytes
     try:
         with cached.file.open("rb") as file:
             return file.read(len(header.getvalue())) == header.getvalue() and cached.file.stat().st_size == size
@@ -220,16 +245,22 @@ def _is_whole(cached: _Cached) -> bool:
         raise DataError(f"{cached.file}: cannot be read ({reason(error)})") from error
 
 
-def _header(cached: _Cached) -> dict[str, Any]:
-    return {"descr": "<f4", "fortran_order": False, "shape": cached.shape}
+def _header(cached: _Cached, kept: np.dtype[Any]) -> dict[str, Any]:
+    return {"descr": kept.str, "fortran_order": False, "shape": cached.shape}
 
 
 def _digests(cached: _Cached) -> tuple[bytes, ...]:
-    """Hashes of the content of a stream's images, which stand at the end of its file."""
+    """Hashes of the content of a stream's images."""
+    hashes = _behind(cached)[_RANGE_BYTES * len(cached.sources) :]
+    return tuple(hashes[start : start + DIGEST_BYTES] for start in range(0, len(hashes), DIGEST_BYTES))
+
+
+def _behind(cached: _Cached) -> bytes:
+    """The ranges of a stream's images, float32 [P, 2], then the hashes of their content."""
     try:
         with cached.file.open("rb") as file:
-            file.seek(-DIGEST_BYTES * len(cached.sources), os.SEEK_END)
-            return tuple(file.read(DIGEST_BYTES) for _ in cached.sources)
+            file.seek(-cached.behind_bytes, os.SEEK_END)
+            return file.read()
     except OSError as error:
         raise DataError(f"{cached.file}: cannot be read ({reason(error)})") from error
 
@@ -245,29 +276,34 @@ def _refuse_twins(cached: Mapping[str, _Cached], digests: Mapping[str, Sequence[
 
 
 def _write(part: IO[bytes], cached: _Cached, progress: Progress | None) -> None:
-    np.lib.format.write_array_header_1_0(part, _header(cached))
+    np.lib.format.write_array_header_1_0(part, _header(cached, cached.kept_type))
+    ranges: list[tuple[float, float]] = []
     digests: list[bytes] = []
     try:
-        with closing(_read_all(cached)) as images:
-            for image, digest in images:
-                part.write(image.astype("<f4").tobytes())
-                if is_constant(image):
+        with closing(_read_all(cached, cached.kept_type)) as images:
+            for image, is_empty, digest in images:
+                part.write(image.stored.tobytes())
+                if is_empty:
                     logger.warning("%s: %s", cached.sources[len(digests)][0], EMPTY_PART)
+                ranges.append((image.low, image.high))
                 digests.append(digest)
                 if progress:
                     progress(cached.stream, len(digests), len(cached.sources))
     except DataError as error:
         raise DataError(f"{error} ({_LEAVES_OUT})") from error
-    part.write(b"".join(digests))
+    part.write(np.array(ranges, dtype="<f4").tobytes() + b"".join(digests))
 
 
-def _read_all(cached: _Cached) -> Generator[tuple[NDArray[np.float32], bytes]]:
-    """Images in order, read by threads, a few ahead."""
+def _read_all(cached: _Cached, kept: np.dtype[Any]) -> Generator[tuple[Packed, bool, bytes]]:
+    """Images in order as they are kept, whether they show one value all over, and the hash of their content; read by
+    threads, a few ahead."""
     from panfm.data.read import read_with_digest  # a warm cache does not need it
 
-    def read(source: tuple[Path, ImageReader]) -> tuple[NDArray[np.float32], bytes]:
+    def read(source: tuple[Path, ImageReader]) -> tuple[Packed, bool, bytes]:
         path, reader = source
-        return read_with_digest(path, cached.stream, cached.config, reader, cached.takes_constant)
+        image, digest = read_with_digest(path, cached.stream, cached.config, reader, cached.takes_constant)
+        ends = np.array([image.stored.min(), image.stored.max()])
+        return image.widened(kept), is_constant(image._replace(stored=ends).values()), digest
 
     return done_ahead(read, cached.sources, cached.threads)
 

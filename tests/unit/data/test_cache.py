@@ -47,9 +47,10 @@ def test_images_are_those_of_read_image_in_manifest_order(clinic, streams):
 
 def test_images_are_memory_mapped_and_read_only(clinic, streams):
     images = open_store(clinic.folder, streams).images["brain-mr"]
-    assert isinstance(images, np.memmap)
-    assert images.dtype == np.float32
-    assert not images.flags.writeable
+    assert isinstance(images.stored, np.memmap)
+    assert images.stored.dtype == np.uint16
+    assert images[0].dtype == np.float32
+    assert not images.stored.flags.writeable
 
 
 def test_second_opening_reads_no_image(clinic, streams, monkeypatch):
