@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from panfm.config import StreamConfig
-from panfm.data import cache
+from panfm.data import cache_file
 from panfm.data.cache import open_store
 from panfm.data.manifest import Fault, Row
 from panfm.data.quarantine import write_quarantine
@@ -110,7 +110,7 @@ def test_other_settings_live_side_by_side(clinic, streams):
 def test_new_preprocessing_version_reads_anew(clinic, streams, monkeypatch):
     open_store(clinic.folder, streams)
     before = set(files_of(clinic))
-    monkeypatch.setattr(cache, "PREPROCESSING_VERSION", cache.PREPROCESSING_VERSION + 1)
+    monkeypatch.setattr(cache_file, "PREPROCESSING_VERSION", cache_file.PREPROCESSING_VERSION + 1)
     open_store(clinic.folder, streams)
     assert len(set(files_of(clinic)) - before) == 2
 
