@@ -29,7 +29,7 @@ from panfm.data.packed import TYPES
 from panfm.data.readers import ImageError, ImageReader, source_bits
 from panfm.errors import DataError, reason
 
-PREPROCESSING_VERSION = 3
+PREPROCESSING_VERSION = 4
 """To be raised whenever `panfm.data.read` would give other values for the same file."""
 RANGE_BYTES = 8
 LEAVES_OUT = "panfm site check --quarantine leaves it out"

@@ -31,7 +31,7 @@ from panfm.data.readers import (
     source_bits,
     voxel_sizes,
 )
-from panfm.data.resample import blur, gaussian_kernel, resample
+from panfm.data.resample import reading_weights
 from panfm.errors import DataError
 
 _SAME_SPACING = 1e-3
@@ -152,20 +152,18 @@ def to_scan(shape: tuple[int, ...], spacing: NDArray[np.float64], config: Stream
 
 
 def _resample(volume: NDArray[np.float32], spacing: NDArray[np.float64], config: StreamConfig) -> NDArray[np.float32]:
-    """Trilinear resampling that maps the centre of the scan to the centre of the result."""
+    """Trilinear resampling that maps the centre of the scan to the centre of the result.
+
+    An axis that gets coarser is blurred first, by a Gaussian of sigma (factor - 1) / 2 voxels, factor at most 64.
+    """
     to_input = to_scan(volume.shape, spacing, config)
     coarser = np.diag(to_input)[:3].copy()
     if config.slices:
         coarser["RAS".index(config.slices)] = 1.0
-    image = _smooth(torch.from_numpy(np.ascontiguousarray(volume))[None, None], coarser)
-    resampled = resample(image, to_input, config.shape)[0]
-    return np.asarray(resampled.clamp_(0.0, 1.0).numpy(), dtype=np.float32)
-
-
-def _smooth(image: torch.Tensor, factor: NDArray[np.float64]) -> torch.Tensor:
-    """Gaussian blur of sigma (factor - 1) / 2 voxels along each axis that gets coarser, at most 64 times as coarse."""
-    sigmas = np.maximum((np.minimum(factor, _COARSEST) - 1) / 2, 0.0)
-    if not sigmas.any():
-        return image
-    kernels = [gaussian_kernel(sigma) if sigma else torch.ones(1) for sigma in sigmas]
-    return blur(image, kernels, "replicate")
+    sigmas = np.maximum((np.minimum(coarser, _COARSEST) - 1) / 2, 0.0)
+    image = torch.from_numpy(np.ascontiguousarray(volume))
+    for axis, (start, factor) in enumerate(zip(to_input[:3, 3], np.diag(to_input), strict=False)):
+        places = start + factor * np.arange(config.shape[axis])
+        weights = reading_weights(places, volume.shape[axis], sigmas[axis])
+        image = torch.tensordot(weights, image, dims=([1], [axis])).movedim(0, axis)
+    return np.ascontiguousarray(image.clamp(0.0, 1.0)[None].numpy())
