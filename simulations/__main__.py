@@ -142,7 +142,9 @@ def _pass_on(verb: str, package: str, name: str, words: list[str]) -> None:
 def files_of(package: str) -> dict[str, Path]:
     """Name of each file in the package `studies` or `bench` -> its path."""
     paths = (Path(__file__).parent / package).glob("[a-z]*.py")
-    return dict(sorted((path.stem.removesuffix("_study").replace("_", "-"), path) for path in paths))
+    return dict(
+        sorted((path.stem.removesuffix("_study").removesuffix("_bench").replace("_", "-"), path) for path in paths)
+    )
 
 
 def command_of(package: str, path: Path) -> typer.Typer:

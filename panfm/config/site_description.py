@@ -166,6 +166,9 @@ class SiteConfig(Config):
     """Optional table of labels for probes, relative to this file; never leaves the site."""
     constant_images: Literal["refuse", "take"] = "refuse"
     """Whether a run refuses an image that has the same value everywhere, or uses it like any other."""
+    float_images: Literal["float32", "float16"] = "float32"
+    """How prepared images are kept whose sources are not integers of 8 or 16 bits, which are kept in as many bits.
+    float16 takes half of the space, and rounds to 3 digits."""
     cache_dir: RelativePath = ".panfm/cache"
     """Preprocessed images, relative to this file."""
     state_dir: RelativePath = ".panfm/state"

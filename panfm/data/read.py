@@ -20,8 +20,18 @@ from panfm.anatomy import Modality, parse_stream
 from panfm.config import StreamConfig
 from panfm.data.content import content_digest
 from panfm.data.intensity import GREY_LEVELS, apply_intensity, check_varies, picture_levels
-from panfm.data.readers import ImageError, ImageReader, Picture, Volume, read_source, voxel_sizes
-from panfm.data.resample import blur, gaussian_kernel, resample
+from panfm.data.packed import TYPES, Packed, integer_bits
+from panfm.data.readers import (
+    ImageError,
+    ImageReader,
+    Picture,
+    Volume,
+    find_reader,
+    read_source,
+    source_bits,
+    voxel_sizes,
+)
+from panfm.data.resample import reading_weights
 from panfm.errors import DataError
 
 _SAME_SPACING = 1e-3
@@ -36,18 +46,18 @@ def read_image(path: Path, stream: str, config: StreamConfig, reader: ImageReade
     Args:
         reader: The one that accepts the path; looked for when None.
     Returns:
-        float32 [C, *config.shape] in [0, 1]; a volume's axes run R, A, S.
+        float32 [C, *config.shape] in [0, 1], rounded to as many bits as the source has; a volume's axes run R, A, S.
     Raises:
         DataError: the image is absent, unreadable, of another kind than the stream's, or does not come out finite; the
             text begins with the path.
     """
-    return read_with_digest(path, stream, config, reader)[0]
+    return read_with_digest(path, stream, config, reader)[0].values()
 
 
 def read_with_digest(
     path: Path, stream: str, config: StreamConfig, reader: ImageReader | None = None, may_be_constant: bool = True
-) -> tuple[NDArray[np.float32], bytes]:
-    """Read one image as `read_image` does, and hash its content before it is prepared.
+) -> tuple[Packed, bytes]:
+    """Read one image as `read_image` does, in the type of its source, and hash its content before it is prepared.
 
     Args:
         may_be_constant: Whether to accept an image that has the same value everywhere.
@@ -55,10 +65,12 @@ def read_with_digest(
         DataError: as `read_image`; or the whole image has the same value everywhere, and may not.
     """
     try:
+        reader = reader or find_reader(path)
         image = read_source(path, is_volume=config.is_volume, reader=reader, nan=config.nan)
         if not may_be_constant:
             _check_varies(image, stream, config)
-        return prepare(image, stream, config), content_digest(image)
+        kept = TYPES.get(source_bits(path, reader), TYPES[32])
+        return Packed.of(prepare(image, stream, config), kept, is_volume=config.is_volume), content_digest(image)
     except ImageError as error:
         raise DataError(f"{path}: {error}") from error
 
@@ -97,10 +109,11 @@ def prepare_volume(
         stream: Its modality decides the intensity rule.
         config: Spacing in mm and shape wanted.
     Returns:
-        float32 [1, *config.shape] in [0, 1].
+        float32 [1, *config.shape] in [0, 1], rounded to as many bits as integers have.
     """
     scaled = apply_intensity(voxels, parse_stream(stream)[1], nan_to_zero=config.nan == "zero")
-    return to_stream_grid(scaled, affine, config)
+    prepared = to_stream_grid(scaled, affine, config)
+    return Packed.of(prepared, TYPES[integer_bits(np.asarray(voxels).dtype)], is_volume=True).values()
 
 
 def to_stream_grid(
@@ -119,7 +132,10 @@ def prepare_picture(image: Picture, config: StreamConfig) -> NDArray[np.float32]
     height, width = config.shape
     picture = picture_levels(image, config.channels, config.window).resize((width, height), Image.Resampling.BILINEAR)
     pixels = np.asarray(picture).reshape(height, width, -1)
-    scaled = pixels if picture.mode == "F" else apply_intensity(pixels, Modality.PHOTO)
+    if picture.mode == "F":
+        scaled = Packed.of(pixels, TYPES[16], is_volume=False).values()
+    else:
+        scaled = apply_intensity(pixels, Modality.PHOTO)
     return np.ascontiguousarray(np.broadcast_to(scaled, (height, width, config.channels)).transpose(2, 0, 1))
 
 
@@ -136,20 +152,18 @@ def to_scan(shape: tuple[int, ...], spacing: NDArray[np.float64], config: Stream
 
 
 def _resample(volume: NDArray[np.float32], spacing: NDArray[np.float64], config: StreamConfig) -> NDArray[np.float32]:
-    """Trilinear resampling that maps the centre of the scan to the centre of the result."""
+    """Trilinear resampling that maps the centre of the scan to the centre of the result.
+
+    An axis that gets coarser is blurred first, by a Gaussian of sigma (factor - 1) / 2 voxels, factor at most 64.
+    """
     to_input = to_scan(volume.shape, spacing, config)
     coarser = np.diag(to_input)[:3].copy()
     if config.slices:
         coarser["RAS".index(config.slices)] = 1.0
-    image = _smooth(torch.from_numpy(np.ascontiguousarray(volume))[None, None], coarser)
-    resampled = resample(image, to_input, config.shape)[0]
-    return np.asarray(resampled.clamp_(0.0, 1.0).numpy(), dtype=np.float32)
-
-
-def _smooth(image: torch.Tensor, factor: NDArray[np.float64]) -> torch.Tensor:
-    """Gaussian blur of sigma (factor - 1) / 2 voxels along each axis that gets coarser, at most 64 times as coarse."""
-    sigmas = np.maximum((np.minimum(factor, _COARSEST) - 1) / 2, 0.0)
-    if not sigmas.any():
-        return image
-    kernels = [gaussian_kernel(sigma) if sigma else torch.ones(1) for sigma in sigmas]
-    return blur(image, kernels, "replicate")
+    sigmas = np.maximum((np.minimum(coarser, _COARSEST) - 1) / 2, 0.0)
+    image = torch.from_numpy(np.ascontiguousarray(volume))
+    for axis, (start, factor) in enumerate(zip(to_input[:3, 3], np.diag(to_input), strict=False)):
+        places = start + factor * np.arange(config.shape[axis])
+        weights = reading_weights(places, volume.shape[axis], sigmas[axis])
+        image = torch.tensordot(weights, image, dims=([1], [axis])).movedim(0, axis)
+    return np.ascontiguousarray(image.clamp(0.0, 1.0)[None].numpy())

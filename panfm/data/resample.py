@@ -37,6 +37,26 @@ def resample(images: Tensor, to_input: NDArray[np.float64], shape: Sequence[int]
     return functional.grid_sample(images.contiguous(), grid, align_corners=False)
 
 
+def reading_weights(places: NDArray[np.float64], size: int, sigma: float) -> Tensor:
+    """Matrix float32 [places, size] that blurs an axis of `size` voxels and interpolates it linearly at places.
+
+    Blur and interpolation of an axis are those of `blur` with `replicate` and of `resample`, in one product.
+
+    Args:
+        places: In voxels of the axis; outside is 0.
+        sigma: Standard deviation of the blur in voxels; none with 0.
+    """
+    kernel = gaussian_kernel(sigma).numpy() if sigma else np.ones(1)
+    taps = np.arange(len(kernel)) - len(kernel) // 2
+    weights, rows = np.zeros((len(places), size)), np.arange(len(places))[:, None]
+    lower = np.floor(places)
+    for voxel, share in ((lower, 1.0 - (places - lower)), (lower + 1, places - lower)):
+        inside = np.where((voxel >= 0) & (voxel < size), share, 0.0)
+        columns = np.clip(voxel[:, None] + taps, 0, size - 1).astype(np.int64)
+        np.add.at(weights, (rows, columns), inside[:, None] * kernel)
+    return torch.from_numpy(weights.astype(np.float32))
+
+
 def _to_unit(shape: Sequence[int]) -> Tensor:
     """Matrix float32 [axes + 1, axes + 1] from voxel indices to coordinates that span [-1, 1] from edge to edge."""
     sizes = torch.tensor(shape, dtype=torch.float64)

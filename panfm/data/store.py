@@ -11,8 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from panfm.data.packed import PackedImages
 from panfm.errors import NoSubjectsError
 
+Images = NDArray[np.float32] | PackedImages
+"""Images [P, C, *shape], whose index gives float32."""
 PickSession = Callable[[int, int], int]
 """(index of a subject, number of its images of a stream) -> index of the one to show."""
 
@@ -65,8 +68,8 @@ class ImageStore:
     subjects: tuple[str, ...]
     splits: tuple[str, ...]
     """Per subject: train, val or test."""
-    images: Mapping[str, NDArray[np.float32]]
-    """Stream -> float32 [P, C, *shape]."""
+    images: Mapping[str, Images]
+    """Stream -> float32 [P, C, *shape], or what gives them."""
     rows: Mapping[str, NDArray[np.int64]]
     """Stream -> int64 [P], index into `subjects`."""
     sessions: Mapping[str, Sequence[str]] = field(default_factory=dict)

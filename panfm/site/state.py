@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from panfm.config.site_description import LimitsConfig
+from panfm.data.packed import PackedImages
 from panfm.data.store import ImageStore
 from panfm.errors import DataError, LimitError, ProtocolError
 from panfm.files import RoundFiles, read_checked, read_checked_start, read_digest, write_atomic, write_checked
@@ -211,6 +212,7 @@ def fingerprint(store: ImageStore) -> str:
     train = store.indices("train")
     for stream in sorted(store.images):
         images, rows = store.images[stream], store.rows[stream]
+        images = images.stored if isinstance(images, PackedImages) else images
         digest.update(f"{stream} {images.shape[1:]}\0".encode())
         positions = [(store.subjects[rows[position]], position) for position in np.flatnonzero(np.isin(rows, train))]
         for subject, position in sorted(positions):

@@ -25,8 +25,10 @@ import tomli_w
 import torch
 
 from panfm.config import dump_toml, parse_run, parse_site
-from panfm.data import cache, read
+from panfm.data import cache_build
 from panfm.data.cache import open_store
+from panfm.data.cache_file import CachedStream
+from panfm.data.packed import TYPES, Packed
 from panfm.data.readers import ImageError, picture
 from panfm.data.readers.nifti import NiftiReader, decode_volume
 from panfm.data.readers.picture import decode_picture
@@ -215,7 +217,7 @@ def test_threads_that_read_images_stop_with_the_question(folder, monkeypatch):
         time.sleep(0.3)
         return np.zeros((1, 8, 8, 8), np.float32), b""
 
-    monkeypatch.setattr(read, "read_with_digest", slow)
+    monkeypatch.setattr(cache_build, "read_with_digest", slow)
     set_limit(folder, "seconds-per-round", 0.1)
     assert "seconds-per-round" in asked(Site(folder), task().run_toml)
     alive = [thread for thread in threading.enumerate() if thread.name.startswith("ThreadPoolExecutor")]
@@ -229,17 +231,19 @@ def test_threads_that_read_images_stop_with_the_question(folder, monkeypatch):
 
 def test_images_are_not_read_far_ahead_of_what_is_written(folder, monkeypatch):
     done = []
-    monkeypatch.setattr(read, "read_with_digest", lambda *_: done.append(1) or (np.zeros((1, 8, 8, 8)), b""))
-    written = cache._read_all(_cached(folder))
+    monkeypatch.setattr(
+        cache_build, "read_with_digest", lambda *_: done.append(1) or (Packed(np.zeros((1, 8, 8, 8))), b"")
+    )
+    written = cache_build._read_all(_cached(folder), TYPES[32])
     for number, _ in enumerate(written, start=1):
         time.sleep(0.01)
         assert len(done) <= number + 2 * 2 + 1
 
 
-def _cached(folder: Path) -> "cache._Cached":
+def _cached(folder: Path) -> CachedStream:
     config = parse_run(RUN).streams["brain-mr"]
     sources = [(folder / f"{number}.nii.gz", NiftiReader()) for number in range(40)]
-    return cache._Cached(folder, "brain-mr", config, sources)
+    return CachedStream(folder, "brain-mr", config, sources)
 
 
 def test_a_cache_beyond_the_limit_is_refused_before_it_is_built(folder):
@@ -250,30 +254,30 @@ def test_a_cache_beyond_the_limit_is_refused_before_it_is_built(folder):
 
 
 def test_a_cache_beyond_the_disk_is_refused_before_it_is_built(folder, monkeypatch):
-    monkeypatch.setattr(cache, "_free_bytes", lambda _: 1000)
-    with pytest.raises(DataError, match=r"found 9\.31e-07 GiB free, expected 2\.29e-05 for the run's images"):
+    monkeypatch.setattr(cache_build, "_free_bytes", lambda _: 1000)
+    with pytest.raises(DataError, match=r"found 9\.31e-07 GiB free, expected 1\.14e-05 for the run's images"):
         open_store(folder, parse_run(RUN).streams)
     assert not list((folder / ".panfm").rglob("*.npy"))
 
 
 def test_a_hundred_descriptions_do_not_fill_the_disk(folder):
     """Each with another spacing; the files of those before make room, and those in use stay."""
-    limit = 40_000
+    limit = 20_000
     set_limit(folder, "cache-gib", limit / 2**30)
     for number in range(20):
         spacing = f"[{8.0 + number / 100}, 8.0, 8.0]"
         run = parse_run(hostile(brain_mr=stream("[8, 8, 8]", "[4, 4, 8]").replace("[8.0, 8.0, 8.0]", spacing)))
         store = open_store(folder, run.streams)
         files = list((folder / ".panfm" / "cache").iterdir())
-        assert sum(4 * 512 * 6 for _ in files) <= limit
+        assert sum(2 * 512 * 6 for _ in files) <= limit
         assert all(np.isfinite(images).all() for images in store.images.values())
     assert len(files) == 3
 
 
 def test_images_leave_room_for_ledger_and_private_state(folder, monkeypatch):
     """They were let fill the disk to its last byte."""
-    monkeypatch.setattr(cache, "_free_bytes", lambda _: 30_000)
-    with pytest.raises(DataError, match=r"expected 2\.29e-05 for the run's images and .* to spare"):
+    monkeypatch.setattr(cache_build, "_free_bytes", lambda _: 15_000)
+    with pytest.raises(DataError, match=r"expected 1\.14e-05 for the run's images and .* to spare"):
         open_store(folder, parse_run(RUN).streams)
     assert not list((folder / ".panfm").rglob("*.npy"))
 
@@ -285,7 +289,7 @@ def test_what_a_killed_build_left_is_removed(folder, monkeypatch):
         path = folder_of_cache / f"{name}.part"
         path.write_bytes(bytes(1000))
         os.utime(path, (time.time() - age,) * 2)
-    monkeypatch.setattr(cache, "_MAX_FILES", 2)
+    monkeypatch.setattr(cache_build, "_MAX_FILES", 2)
     open_store(folder, parse_run(RUN).streams)
     assert sorted(path.name for path in folder_of_cache.glob("*.part")) == ["new.part"]
 

@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,6 +62,20 @@ class ImageReader(Protocol):
     def read(self, path: Path) -> Volume | Picture:
         """Decode all of the image. Raises ImageError: it is absent, broken, or not to be trusted."""
         ...
+
+
+@runtime_checkable
+class TellsBits(Protocol):
+    """A reader that knows how many bits its images have; others' images count as float32."""
+
+    def bits(self, path: Path) -> int:
+        """8 or 16 if the numbers of an image are integers of so many bits, as its first bytes say; else 32."""
+        ...
+
+
+def source_bits(path: Path, reader: ImageReader) -> int:
+    """Bits of the numbers of an image: 8, 16 or 32."""
+    return reader.bits(path) if isinstance(reader, TellsBits) else 32
 
 
 def find_reader(path: Path) -> ImageReader:

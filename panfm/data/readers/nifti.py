@@ -15,6 +15,7 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
+from panfm.data.packed import integer_bits
 from panfm.data.readers import (
     LARGEST_BYTES,
     ImageError,
@@ -38,7 +39,7 @@ _BLOCK_BYTES = 1 << 20
 _MOST_BEHIND = 1 << 20
 """Bytes that may follow the voxels."""
 _GZIP_START = b"\x1f\x8b"
-_HEADER_BYTES = 348
+_HEADER_BYTES = 540
 _PACKED_BYTES = 1 << 12
 """Of a gzipped file, which hold the names at its start and the header."""
 
@@ -60,6 +61,14 @@ class NiftiReader:
     def fingerprint(self, path: Path) -> str:
         """Path, size, times of change and inode."""
         return file_fingerprint(path)
+
+    def bits(self, path: Path) -> int:
+        """Bits of the voxels, by the header; 32 if they are no integers of 8 or 16 bits, or the header is broken."""
+        start = _unzipped_start(first_bytes(path, _PACKED_BYTES))
+        try:
+            return integer_bits(_raw_header(start).get_data_dtype())
+        except Exception:  # the fault is told when the image is read
+            return 32
 
     def read(self, path: Path) -> Volume:
         """Read and decode the file. Raises ImageError as `decode_volume`, or the file cannot be read."""

@@ -33,6 +33,14 @@ class PictureReader:
         """Path, size, times of change and inode."""
         return file_fingerprint(path)
 
+    def bits(self, path: Path) -> int:
+        """Bits of a channel: 16 of grey levels that have them, else 8."""
+        try:
+            with Image.open(path, formats=_FORMATS) as image:
+                return 16 if image.mode.startswith("I") else 8
+        except Exception:  # the fault is told when the image is read
+            return 16
+
     def read(self, path: Path) -> Picture:
         """Read and decode the file. Raises ImageError as `decode_picture`, or the file cannot be read."""
         return decode_picture(read_bytes(path))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from panfm.config import StreamConfig
-from panfm.data import cache
+from panfm.data import cache_file
 from panfm.data.cache import open_store
 from panfm.data.manifest import Fault, Row
 from panfm.data.quarantine import write_quarantine
@@ -47,9 +47,10 @@ def test_images_are_those_of_read_image_in_manifest_order(clinic, streams):
 
 def test_images_are_memory_mapped_and_read_only(clinic, streams):
     images = open_store(clinic.folder, streams).images["brain-mr"]
-    assert isinstance(images, np.memmap)
-    assert images.dtype == np.float32
-    assert not images.flags.writeable
+    assert isinstance(images.stored, np.memmap)
+    assert images.stored.dtype == np.uint16
+    assert images[0].dtype == np.float32
+    assert not images.stored.flags.writeable
 
 
 def test_second_opening_reads_no_image(clinic, streams, monkeypatch):
@@ -109,7 +110,7 @@ def test_other_settings_live_side_by_side(clinic, streams):
 def test_new_preprocessing_version_reads_anew(clinic, streams, monkeypatch):
     open_store(clinic.folder, streams)
     before = set(files_of(clinic))
-    monkeypatch.setattr(cache, "PREPROCESSING_VERSION", cache.PREPROCESSING_VERSION + 1)
+    monkeypatch.setattr(cache_file, "PREPROCESSING_VERSION", cache_file.PREPROCESSING_VERSION + 1)
     open_store(clinic.folder, streams)
     assert len(set(files_of(clinic)) - before) == 2
 

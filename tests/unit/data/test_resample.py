@@ -6,7 +6,7 @@ import scipy.ndimage
 import torch
 from numpy.testing import assert_allclose
 
-from panfm.data.resample import blur, gaussian_kernel, resample
+from panfm.data.resample import blur, gaussian_kernel, reading_weights, resample
 
 
 def affine(factors, offsets):
@@ -60,6 +60,25 @@ def test_blur_is_that_of_scipy(padding, mode):
     for axis, kernel in enumerate(kernels):
         expected = scipy.ndimage.correlate1d(expected, kernel.numpy(), axis=2 + axis, mode=mode)
     assert_allclose(blur(images, kernels, padding), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("number", range(20))
+def test_reading_weights_blur_and_resample_in_one_product(number):
+    images, to_input, shape, sigmas = random_case(number)
+    images = images[:1, :1]
+    expected = resample(blur(images, kernels_of(sigmas), "replicate"), to_input, shape)[0, 0]
+    image = images[0, 0]
+    for axis, size in enumerate(shape):
+        places = to_input[axis, -1] + to_input[axis, axis] * np.arange(size)
+        weights = reading_weights(places, image.shape[axis], sigmas[axis])
+        image = torch.tensordot(weights, image, dims=([1], [axis])).movedim(0, axis)
+    assert_allclose(image, expected, atol=2e-4)
+
+
+def test_reading_at_whole_voxels_copies_them():
+    weights = reading_weights(np.array([-1.0, 0.0, 2.0, 3.0]), 3, 0.0)
+    assert weights.tolist() == [[0, 0, 0], [1, 0, 0], [0, 0, 1], [0, 0, 0]]
+    assert reading_weights(np.array([0.25]), 2, 0.0).tolist() == [[0.75, 0.25]]
 
 
 @pytest.mark.slow
