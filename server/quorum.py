@@ -31,7 +31,7 @@ _FINAL = re.compile(r"(node [^:]+: )?(site [^:]+: )?(BudgetError|LimitError|Prot
 class NoQuorumError(RunError):
     """Too few sites take part in a step of a run."""
 
-    def __init__(self, text: str, *, can_heal: bool, line: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, text: str, *, can_heal: bool = False, line: Mapping[str, Any] | None = None) -> None:
         """Args: line: Of a round, as for rounds.jsonl."""
         super().__init__(text)
         self.can_heal = can_heal
