@@ -13,7 +13,7 @@ Norms, for each group:
 AdamW moves a number by about its learning rate in a step, or less, whatever the gradient: the absolute bound is what
 local training can reach. A site's own norms never move its bound, so that it cannot climb round by round. The relative
 bound holds once two other sites or more have trained the group in two rounds; with less history it is ten times as
-wide, and without any only the absolute bound is left. Norms of earlier rounds are scaled to this round's learning
+wide, and without any only the absolute bound is left. Sites that left a group as it was do not count. Norms of earlier rounds are scaled to this round's learning
 rates, for the relative bound only up: low rates at the end refuse nobody. Together with the caps on weights
 (weight_caps.py) shortening bounds how far a site can move a group: by its share times one usual norm.
 
@@ -197,7 +197,8 @@ def learning_rates(train: TrainConfig, round_number: int) -> float:
 
 
 def _of_others(norms: Mapping[str, float], site: str) -> list[float]:
-    return [norm for other, norm in norms.items() if other != site]
+    """Norms of the other sites that changed the group: by the plain mean a site sends those it lacks as they came."""
+    return [norm for other, norm in norms.items() if other != site and norm > 0.0]
 
 
 class Directions:

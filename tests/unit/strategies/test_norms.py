@@ -78,6 +78,16 @@ def test_with_little_history_the_bound_is_ten_times_as_wide(run, rounds):
     assert (limit, key) == (pytest.approx(0.03, rel=1e-3), "norm-ratio")
 
 
+def test_sites_that_left_a_group_as_it_was_do_not_count(run):
+    """By the plain mean, sites without an organ send its group unchanged: sites that have it are judged among them."""
+    having = [{"a": 0.03, "b": norm} for norm in (0.002, 0.004)]
+    alone = bounds_of(run, 3, past(*having))
+    among = bounds_of(run, 3, past(*({**sites, "c": 0.0, "d": 0.0, "e": 0.0} for sites in having)))
+    assert among.limit("a", "backbone", 400) == alone.limit("a", "backbone", 400)
+    assert among.clip("a", "backbone") == alone.clip("a", "backbone") == math.inf
+    assert among.limit("c", "backbone", 400)[0] == pytest.approx(3 * (0.016 + 0.017) / 2, rel=1e-3)
+
+
 def test_a_site_alone_is_bound_by_what_training_can_reach(run):
     assert bounds_of(run, 4, past({"a": 0.01}, {"a": 0.01}, {"a": 0.01})).limit("a", "backbone", 4)[1] == "norm-limit"
 
