@@ -81,10 +81,10 @@ pooling = "cls+mean"
 
 [train]
 parts = "head"
-rounds = 6
+rounds = 20
 local-steps = 5
 batch-size = 10
-learning-rate = 3e-3
+learning-rate = 1e-2
 """
 
 
