@@ -20,8 +20,6 @@ PLAIN_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 """Name of a site, or id of a run, that may name a folder."""
 _BROKEN_ESCAPE = re.compile(r"Invalid hex value|Unescaped '")
 """Errors of the parser about a path with backslashes in double quotes."""
-_NAME = re.compile(r'\.(?:"([^"]*)"|([^.]*))')
-"""A name of a dotted key, after its dot."""
 _TOKEN = re.compile(
     r"""
       \"{3} (?: [^"\\] | \\. | "(?!"") )*+ (?: "{3,5}+ )?
@@ -40,11 +38,6 @@ that does not end is one token as well: every character is read once."""
 def toml_key(*names: str) -> str:
     """A dotted key as TOML writes it; a name with a dot stands in quotes: `streams."brain-mr.t1".shape`."""
     return ".".join(f'"{name}"' if "." in name else name for name in names)
-
-
-def toml_names(key: str) -> list[str]:
-    """The names of a dotted key; a dot within double quotes is part of a name."""
-    return [quoted or plain for quoted, plain in _NAME.findall(f".{key.strip()}")]
 
 
 def parse_toml(text: str, where: str, *, max_bytes: int = MAX_BYTES) -> dict[str, Any]:

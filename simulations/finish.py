@@ -27,7 +27,7 @@ from panfm.evaluate.probe_cohort import evaluate_cohort
 from panfm.evaluate.probe_file import read_probes
 from panfm.evaluate.result import ProbeResult, Score, write_result
 from panfm.models import PanModel, build_model
-from panfm.models.transfer import load_with_fresh_private
+from panfm.models.private_part import load_with_fresh_private
 from panfm.models.whitening import save_whitening
 from panfm.privacy.guarantees import privacy_label
 from panfm.report.console_tables import print_tables

@@ -33,11 +33,11 @@ def copy_packages(folder: Path, *packages: str) -> None:
 
 def approve(folder: Path, run: RunConfig) -> str:
     """Approve an experiment at a site, as its operator would; returns its hash."""
-    from panfm.site.approvals import Approvals
+    from panfm.site.decisions import WritableApprovals
 
     before = os.umask(0o077)  # as in every command
     try:
-        Approvals(folder, load_site(folder)).approve(experiment := experiment_hash(run), by="operator")
+        WritableApprovals(folder, load_site(folder)).approve(experiment := experiment_hash(run), by="operator")
     finally:
         os.umask(before)
     return experiment

@@ -11,8 +11,9 @@ from panfm.config import RunConfig, SiteConfig, as_told, site_path
 from panfm.config.differences import changed_keys
 from panfm.errors import DataError, PanfmError, one_line
 from panfm.privacy.guarantees import privacy_label
-from panfm.site.approvals import Approvals, Decision, check_approved
+from panfm.site.approvals import Decision, check_approved
 from panfm.site.audit_log import AuditLog
+from panfm.site.decisions import WritableApprovals
 from panfm.site.experiment_requests import ExperimentRequest, read_requests
 
 _SHORT = 12
@@ -36,7 +37,7 @@ class Experiments:
         self.folder = folder
         self.site = site
         self.state_dir = site_path(folder, site.state_dir)
-        self.register = Approvals(folder, site)
+        self.register = WritableApprovals(folder, site)
         self.decisions = self.register.decisions()
         self.requests = {request.experiment: request for request in read_requests(self.state_dir)}
 

@@ -24,8 +24,9 @@ from torch.nn import functional
 
 from panfm.config import StreamConfig
 from panfm.config.augment import AugmentConfig, Strengths, axis_names
-from panfm.data.resample import blur, gaussian_kernel
+from panfm.data.resample import gaussian_kernel
 from panfm.data.store import Batch, send
+from panfm.data.warp import blur
 
 _DRAWS = {"area": 1, "offset": 3, "angle": 3, "flip": 3, "blur": 1, "field": 9, "gamma": 1, "contrast": 1} | {
     "brightness": 1,

@@ -21,7 +21,7 @@ import numpy as np
 from panfm.data.ahead import done_ahead
 from panfm.data.cache_file import LEAVES_OUT, CachedStream, header_of
 from panfm.data.intensity import EMPTY_PART, is_constant
-from panfm.data.packed import Packed
+from panfm.data.packed import TYPES, Packed
 from panfm.data.read import read_with_digest
 from panfm.data.readers import ImageReader
 from panfm.errors import DataError, LimitError
@@ -134,9 +134,18 @@ def _read_all(cached: CachedStream, kept: np.dtype[Any]) -> Generator[tuple[Pack
         path, reader = source
         image, digest = read_with_digest(path, cached.stream, cached.config, reader, cached.takes_constant)
         ends = np.array([image.stored.min(), image.stored.max()])
-        return image.widened(kept), is_constant(image._replace(stored=ends).values()), digest
+        return widened(image, kept), is_constant(image._replace(stored=ends).values()), digest
 
     return done_ahead(read, cached.sources, cached.threads)
+
+
+def widened(image: Packed, kept: np.dtype[Any]) -> Packed:
+    """The same image in a wider type; its values have the same bits, in float16 rounded."""
+    if image.stored.dtype == kept:
+        return image
+    if (image.stored.dtype, kept) == (TYPES[8], TYPES[16]):
+        return image._replace(stored=image.stored.astype(kept) * kept.type(257))
+    return Packed.of(image.values(), kept, is_volume=True)
 
 
 @contextmanager

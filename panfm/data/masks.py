@@ -19,7 +19,7 @@ from PIL import Image
 from panfm.config import StreamConfig
 from panfm.data.read import to_scan, to_stream_grid
 from panfm.data.readers import ImageError, Picture, Volume, read_source, voxel_sizes
-from panfm.data.resample import resample
+from panfm.data.warp import resample
 
 Classes = NDArray[np.int64]
 _SAME_PLACE = 0.1

@@ -43,17 +43,11 @@ class Packed(NamedTuple):
         values += self.low
         return np.minimum(values, self.high, out=values)
 
-    def widened(self, kept: np.dtype[Any]) -> "Packed":
-        """The same image in a wider type; its values have the same bits, in float16 rounded."""
-        if self.stored.dtype == kept:
-            return self
-        if (self.stored.dtype, kept) == (TYPES[8], TYPES[16]):
-            return self._replace(stored=self.stored.astype(kept) * kept.type(257))
-        return Packed.of(self.values(), kept, is_volume=True)
-
 
 class PackedImages:
     """Images [P, C, *shape] as they are kept; an index gives float32, as that of an array would."""
+
+    dtype = np.dtype(np.float32)
 
     def __init__(self, stored: NDArray[Any], ranges: NDArray[np.float32]) -> None:
         """Take images and their least and greatest values [P, 2]."""

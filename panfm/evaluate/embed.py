@@ -25,7 +25,8 @@ from panfm.data.store import Batch, ImageStore
 from panfm.errors import DataError, reason
 from panfm.files import write_atomic
 from panfm.models import PanModel, build_model
-from panfm.models.transfer import load_with_fresh_private, taskless_run, taskless_state
+from panfm.models.private_part import load_with_fresh_private
+from panfm.models.transfer import taskless_run, taskless_state
 from panfm.models.whitening import read_whitening
 
 

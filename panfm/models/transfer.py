@@ -1,7 +1,5 @@
-"""Models whose weights come from elsewhere: from a shared part, or a dense model.
+"""Models made of other models: dense of Director-Experts and back, and without a task.
 
-    load_with_fresh_private           a whole model where only its shared part is known: at a site that joins, or read
-                                      from the folder of a run
     director_run, director_state      run and weights of the dense model that the directors of a Director-Experts model
                                       make up
     taskless_run, taskless_state      run and weights of the model without the head of its task
@@ -17,33 +15,12 @@ from torch import Tensor
 from panfm.config import RunConfig
 from panfm.config.objective import ObjectiveConfig
 from panfm.config.parts import PlainPartsConfig
-from panfm.config.sharing import SharingConfig
 from panfm.models.director_experts import dense_name
 from panfm.models.pan import PanModel
-from panfm.sharing.groups import DIRECTOR, EXPERTS, ROUTER, is_shared, split_state
+from panfm.sharing.groups import DIRECTOR, EXPERTS, ROUTER
 
 HEADS = "heads."
 """Prefix of the names of a model's heads."""
-
-
-def load_with_fresh_private(
-    model: PanModel, sharing: SharingConfig, shared: Mapping[str, Tensor], seeded: Mapping[str, Tensor]
-) -> None:
-    """Load a shared part, and set the private part as if nobody had trained it yet.
-
-    Guarantees:
-        experts: each private expert is a copy of its layer's director in `shared`, so that whatever the router says,
-            the experts' output is the director's.
-        the rest: other private parameters (router, heads) are as in `seeded`.
-
-    Raises:
-        RuntimeError: names or shapes do not fit, as from `load_state_dict`.
-    """
-    _, private = split_state(sharing, model.parameter_groups(), seeded)
-    model.load_state_dict(private | dict(shared))
-    if not is_shared(sharing, EXPERTS):
-        for layer in model.director_experts().values():
-            layer.start_experts()
 
 
 def director_run(run: RunConfig) -> RunConfig:

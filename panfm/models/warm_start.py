@@ -22,6 +22,7 @@ from panfm.errors import DataError
 from panfm.models.low_rank import fit_lora
 from panfm.models.packing import shared_hashes
 from panfm.models.pan import PanModel, build_model, describe_model
+from panfm.models.private_part import load_with_fresh_private
 from panfm.models.public_start import check_public_fit, dense_state
 from panfm.models.public_weights import read_public
 from panfm.models.trained_parts import is_lora
@@ -29,7 +30,6 @@ from panfm.models.transfer import (
     HEADS,
     director_run,
     director_state,
-    load_with_fresh_private,
     start_from_dense,
     taskless_state,
 )

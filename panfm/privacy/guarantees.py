@@ -10,7 +10,7 @@ updates of one site as they are, or all zero.
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from panfm.config import RunConfig, load_run
+from panfm.config import RunConfig
 from panfm.config.base import LEAST_NOISE, Config
 from panfm.config.objective import ObjectiveConfig
 from panfm.config.patient_dp import PatientDpConfig
@@ -28,6 +28,8 @@ def load_checked_run(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
 
     Torch is imported last, and only for a run with patient-level privacy: its backbone says what couples patients.
     """
+    from panfm.config import load_run  # a worker is sent the text
+
     return checked_run(load_run(path, overrides), str(path))
 
 

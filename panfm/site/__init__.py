@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from panfm.site.handler import answer
-    from panfm.site.site import Site, resident_site
+    from panfm.site.resident import resident_site
+    from panfm.site.site import Site
 
 __all__ = ["Site", "answer", "resident_site"]
 
-_MODULES = {"Site": "panfm.site.site", "answer": "panfm.site.handler", "resident_site": "panfm.site.site"}
+_MODULES = {"Site": "panfm.site.site", "answer": "panfm.site.handler", "resident_site": "panfm.site.resident"}
 
 
 def __getattr__(name: str) -> object:

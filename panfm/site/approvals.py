@@ -11,11 +11,11 @@ hash (hash_chain.py). The register lies beside the site's ledger, its anchor in 
 changed, cut off or deleted is found, and the site then answers nothing. Without both every experiment is pending.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from datetime import date, datetime
+from datetime import date
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from panfm.config import SiteConfig, site_path
 from panfm.errors import DataError, LimitError, PendingApprovalError
@@ -23,7 +23,6 @@ from panfm.hash_chain import Entry, HashChain, sealed
 
 FILE = "approvals.jsonl"
 ANCHOR = "approvals.anchor"
-_MAX_NAME = 80
 _REMEDY = "move the register away and approve every experiment anew"
 
 
@@ -66,14 +65,14 @@ class Decision:
 
 
 class Approvals:
-    """The register of one site. Operators write it through `panfm site approve` and `reject`; the worker reads it."""
+    """The register of one site, as the worker reads it; operators write it (decisions.py)."""
 
     def __init__(self, folder: Path, site: SiteConfig) -> None:
         """Name the register of a site folder; nothing is read or written yet."""
         self.path = site_path(folder, site.ledger_dir) / FILE
         self._site = site.name
         anchor = site_path(folder, site.state_dir) / ANCHOR
-        self._chain = HashChain(self.path, sealed, key="chain", anchor=anchor)
+        self.chain = HashChain(self.path, sealed, key="chain", anchor=anchor)
 
     def decisions(self) -> dict[str, Decision]:
         """Return experiment -> the newest decision on it, the newest decision last.
@@ -81,43 +80,18 @@ class Approvals:
         Raises:
             DataError: the register was changed or cut off, is another site's, or cannot be read.
         """
-        with self._chain.reading() as file:
-            entries = self._checked(file.read())
+        with self.chain.reading() as file:
+            entries = self.checked(file.read())
         newest: dict[str, Decision] = {}
         for entry in entries[1:]:
             newest.pop(entry["experiment"], None)
             newest[entry["experiment"]] = Decision.of(entry)
         return newest
 
-    def approve(
-        self, experiment: str, *, by: str, until: date | None = None, max_rounds: int | None = None
-    ) -> Decision:
-        """Let an experiment run here. Raises DataError: `until` has passed, or as `decisions` does."""
-        if until and until < date.today():
-            raise DataError(f"--until {until}: has passed, expected today or a later day")
-        limits = {"until": until and until.isoformat(), "max-rounds": max_rounds}
-        return self._add({"kind": "approved", "experiment": experiment, "by": by, **limits})
-
-    def reject(self, experiment: str, *, by: str) -> Decision:
-        """Let an experiment not run here, also if it was approved before. Raises DataError as `decisions` does."""
-        return self._add({"kind": "rejected", "experiment": experiment, "by": by})
-
-    def _add(self, content: Mapping[str, Any]) -> Decision:
-        if not content["by"].strip() or len(content["by"]) > _MAX_NAME or not content["by"].isprintable():
-            raise DataError(f"--name {content['by']!r:.100}: expected a name of 1 to {_MAX_NAME} printable characters")
-        now = datetime.now().astimezone().isoformat(timespec="seconds")
-        with self._chain.writing() as file:
-            before, position = self._chain.snapshot(file)
-            self._checked(before)
-            if not position.size:
-                opening = {"kind": "opened", "site": self._site, "time": now}
-                _, position = self._chain.append(file, position, opening)
-            entry, _ = self._chain.append(file, position, {**content, "time": now})
-        return Decision.of(entry)
-
-    def _checked(self, content: bytes) -> list[Entry]:
-        entries = list(self._chain.verified(content))
-        self._chain.check_anchor(entries, _REMEDY)
+    def checked(self, content: bytes) -> list[Entry]:
+        """Entries of the register's content. Raises DataError as `decisions` does."""
+        entries = list(self.chain.verified(content))
+        self.chain.check_anchor(entries, _REMEDY)
         if entries and (entries[0].get("kind"), entries[0].get("site")) != ("opened", self._site):
             raise DataError(f"{self.path}: is not the register of site {self._site}, expected the one it has written")
         return entries

@@ -18,7 +18,7 @@ from panfm.data.store import ImageStore
 from panfm.errors import ConfigError
 from panfm.models import PanModel, build_model
 from panfm.models.pan import is_tokens
-from panfm.models.transfer import load_with_fresh_private
+from panfm.models.private_part import load_with_fresh_private
 from panfm.privacy.guarantees import checked_run
 from panfm.training.feature_store import feature_store
 from panfm.training.objectives.interface import build_objective

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from panfm.config import RunConfig, dump_toml, parse_table, site_folders
-from panfm.config.load import read_description, run_of_table
+from panfm.config.run_file import read_description, run_of_table
 from panfm.errors import ConfigError, DataError
 from panfm.privacy.guarantees import checked_run
 from panfm.texts import check_text

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Self
 
 from panfm.config import RunConfig, experiment_hash, load_run, load_site, site_folders, site_path
-from panfm.site.approvals import Approvals
+from panfm.site.decisions import WritableApprovals
 from panfm.site.worker import is_running
 from server.flower_cli import ROOT, flwr, submit
 from simulations.engines.flower import private_environment, wait_for_end
@@ -143,7 +143,7 @@ def run(job: Job) -> None:
 def approve(folders: Iterable[Path], run: RunConfig) -> None:
     """Approve an experiment at sites, as their operators do with `panfm site approve`."""
     for folder in folders:
-        Approvals(folder, load_site(folder)).approve(experiment_hash(run), by="simulation")
+        WritableApprovals(folder, load_site(folder)).approve(experiment_hash(run), by="simulation")
 
 
 def run_config(job: Job) -> dict[str, str]:

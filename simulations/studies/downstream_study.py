@@ -27,7 +27,7 @@ from typing import Annotated, Any
 import typer
 
 from panfm.config import RunConfig
-from panfm.config.load import run_of_table
+from panfm.config.run_file import run_of_table
 from panfm.data.cache import open_store
 from panfm.finetune.fine_tuning import FineTuning
 from panfm.finetune.finetune_settings import FinetuneSettings

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from panfm.config import RunConfig, site_folders
-from panfm.config.load import run_of_table
+from panfm.config.run_file import run_of_table
 from panfm.data.task_labels import open_training_store
 from panfm.evaluate.result import HOLDOUT
 from panfm.models import PanModel

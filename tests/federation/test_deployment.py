@@ -29,8 +29,8 @@ from panfm.report.site_evaluation import read_evaluation
 from panfm.sharing.frames import Frame, Kind
 from panfm.sharing.messages import RoundTask
 from panfm.site import Site
-from panfm.site.approvals import Approvals
 from panfm.site.audit_log import AuditLog
+from panfm.site.decisions import WritableApprovals
 from panfm.site.state import active_runs, end_run
 from server.checkpoint import ServerState, load_latest
 from server.coordinator import app as coordinator
@@ -359,7 +359,10 @@ def test_limits_of_the_sites_win(federation, deployment):
 def test_an_approval_that_is_revoked_between_rounds_is_in_force_in_the_next_question(federation, deployment):
     job = federation.job("revoked", "train.rounds=200", "federation.min-sites=2")
     gamma, rounds = federation.sites / "gamma", job.run_dir / "rounds.jsonl"
-    experiment, register = experiment_hash(load_run(job.run_dir / "run.toml")), Approvals(gamma, load_site(gamma))
+    experiment, register = (
+        experiment_hash(load_run(job.run_dir / "run.toml")),
+        WritableApprovals(gamma, load_site(gamma)),
+    )
     run_id = begin(federation, deployment, job)
     wait_until(lambda: len(read_json_lines(rounds)) >= 1, "round 1", LONG_S)
     register.reject(experiment, by="operator")

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from panfm import texts
+from panfm.config.run_file import toml_names
 from panfm.errors import ConfigError
 
 QUOTES = '"' * 3
@@ -109,9 +110,9 @@ def _too_deep(text: str, depth: int) -> bool:
 )
 def test_a_name_with_a_dot_is_quoted_in_a_dotted_key(names, key):
     assert texts.toml_key(*names) == key
-    assert texts.toml_names(f" {key} ") == names
+    assert toml_names(f" {key} ") == names
 
 
 @pytest.mark.parametrize("key", ["", "a", "a..b", ".", "stream:brain-mr.mean", "a. b"])
 def test_a_key_without_quotes_is_cut_at_every_dot(key):
-    assert texts.toml_names(key) == key.strip().split(".")
+    assert toml_names(key) == key.strip().split(".")

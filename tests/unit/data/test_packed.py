@@ -9,6 +9,7 @@ from PIL import Image
 
 from panfm.config import StreamConfig, parse_run
 from panfm.data.cache import open_store
+from panfm.data.cache_build import widened
 from panfm.data.packed import FLOAT16, TYPES, Packed, PackedImages
 from panfm.data.read import read_image
 
@@ -26,7 +27,7 @@ def test_a_volume_is_counted_from_its_least_to_its_greatest_value():
 def test_an_8_bit_picture_comes_back_to_the_bit():
     picture = np.clip(np.arange(256, dtype=np.float32)[None] / np.float32(255.0), 0.0, 1.0)
     for kept in (U1, U2, F4):
-        packed = Packed.of(picture, U1, is_volume=False).widened(kept)
+        packed = widened(Packed.of(picture, U1, is_volume=False), kept)
         assert packed.stored.dtype == kept
         assert packed.values().tobytes() == picture.tobytes()
 
@@ -55,8 +56,8 @@ def test_a_wider_type_has_the_same_bits():
     image = np.random.default_rng(1).random((1, 8, 8, 8), dtype=np.float32)
     narrow = Packed.of(image, U1, is_volume=True)
     for kept in (U2, F4):
-        assert narrow.widened(kept).values().tobytes() == narrow.values().tobytes()
-    np.testing.assert_allclose(narrow.widened(FLOAT16).values(), narrow.values(), rtol=1e-3)
+        assert widened(narrow, kept).values().tobytes() == narrow.values().tobytes()
+    np.testing.assert_allclose(widened(narrow, FLOAT16).values(), narrow.values(), rtol=1e-3)
 
 
 def test_an_index_gives_what_that_of_an_array_would():

@@ -6,7 +6,8 @@ import scipy.ndimage
 import torch
 from numpy.testing import assert_allclose
 
-from panfm.data.resample import blur, gaussian_kernel, reading_weights, resample
+from panfm.data.resample import gaussian_kernel, reading_weights
+from panfm.data.warp import blur, resample
 
 
 def affine(factors, offsets):

@@ -10,7 +10,7 @@ import torch
 from panfm.config import as_told, dump_toml, experiment_hash, load_run, parse_run
 from panfm.errors import ConfigError, DataError
 from panfm.models import PanModel, build_model
-from panfm.models.transfer import load_with_fresh_private
+from panfm.models.private_part import load_with_fresh_private
 from panfm.models.warm_start import read_start, start_state
 from tests.conftest import SMALL_RUN
 

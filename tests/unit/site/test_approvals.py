@@ -7,7 +7,8 @@ import pytest
 from panfm.cli.request_lines import full_hash
 from panfm.config import load_site
 from panfm.errors import DataError, LimitError, PendingApprovalError
-from panfm.site.approvals import Approvals, Decision, check_approved
+from panfm.site.approvals import Decision, check_approved
+from panfm.site.decisions import WritableApprovals
 
 ONE, OTHER = "1a" * 32, "1b" * 32
 TODAY = date.today()
@@ -20,8 +21,8 @@ def folder(tmp_path):
     return tmp_path / "alpha"
 
 
-def register(folder) -> Approvals:
-    return Approvals(folder, load_site(folder))
+def register(folder) -> WritableApprovals:
+    return WritableApprovals(folder, load_site(folder))
 
 
 def test_nothing_is_decided_before_the_first_decision(folder):

@@ -15,8 +15,8 @@ from panfm.sharing.messages import Invitation, RoundTask
 from panfm.sharing.release import NEEDED
 from panfm.sharing.sums_messages import Purpose, SumsReply, SumsTask
 from panfm.site import Site, answer
-from panfm.site.approvals import Approvals
 from panfm.site.audit_log import AuditLog
+from panfm.site.decisions import WritableApprovals
 from panfm.site.dry_run import _input_sums
 from tests.unit.site.test_site import RUN, task
 
@@ -143,7 +143,7 @@ def test_the_audit_log_tells_what_was_summed(make_site):
 def test_an_experiment_is_named_by_its_hash_before_the_constants_were_computed(make_site):
     run = parse_run(SUMMED)
     site = Site(make_site().folder, needs_approval=True)
-    Approvals(site.folder, site.config).approve(experiment_hash(run), by="operator")
+    WritableApprovals(site.folder, site.config).approve(experiment_hash(run), by="operator")
     whole = with_constants(run, measured_constants(run, [open_store(site.folder, run.streams)]))
     assert experiment_hash(whole) == experiment_hash(run) != description_hash(whole)
     site.handshake(Invitation(dump_toml(whole)))

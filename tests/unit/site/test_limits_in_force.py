@@ -12,8 +12,8 @@ from panfm.config import load_site, parse_run
 from panfm.sharing.frames import Frame, Kind
 from panfm.sharing.messages import Invitation, RoundReply
 from panfm.site import Site, site
-from panfm.site.approvals import Approvals
 from panfm.site.audit_log import AuditLog
+from panfm.site.decisions import WritableApprovals
 from panfm.site.worker import Worker, listen
 from tests.cases import approve, quick
 from tests.conftest import NO_FLOORS
@@ -24,7 +24,7 @@ from tests.unit.site.test_site import same, task
 def worker(tmp_path, write_site, monkeypatch):
     monkeypatch.setattr(site, "_SETTLE_S", 0.001)
     folder = write_site(tmp_path / "alpha", "alpha", ("brain", "heart"))
-    experiment, register = approve(folder, parse_run(task().run_toml)), Approvals(folder, load_site(folder))
+    experiment, register = approve(folder, parse_run(task().run_toml)), WritableApprovals(folder, load_site(folder))
     with listen(folder, load_site(folder)) as listener, ThreadPoolExecutor(1) as pool:
         serving = Worker(folder, listener)
 
