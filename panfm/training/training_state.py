@@ -46,7 +46,10 @@ class TrainingState:
         self.parameters = _trained(self.model, self.model.trained)
         """Parameters that the run trains, in the order in which the optimiser's state is packed."""
         self._start = {name: value.clone() for name, value in self._private_parameters().items()}
-        self.teacher = _teacher_of(self.model)
+        self.objective = build_objective(run.objective, self.model, seed=run.seed)
+        self.has_teacher = self.objective.needs_teacher or run.masking.steered_by is not None
+        self.teacher = _teacher_of(self.model) if self.has_teacher else self.model
+        """The student itself where neither objective nor masking has use for a teacher."""
         self._teacher_parameters = _trained(self.teacher, self.model.trained)
         self.reset_private()
         self.holds: tuple[object, str] | None = None
@@ -89,7 +92,9 @@ class TrainingState:
 
     @torch.no_grad()
     def update_teacher(self, momentum: float, counts: Tensor) -> None:
-        """teacher <- momentum teacher + (1 - momentum) student, if the step counts."""
+        """teacher <- momentum teacher + (1 - momentum) student, if the step counts and there is a teacher."""
+        if not self.has_teacher:
+            return
         share = self._share(1.0 - momentum, counts)
         for teacher, student in zip(self._teacher_parameters, self.parameters, strict=True):
             teacher.lerp_(student, share)
@@ -133,20 +138,27 @@ class TrainingState:
 
     def restart_teacher(self) -> None:
         """Set the teacher to the student."""
-        self.teacher.load_state_dict(self.model.state_dict())
+        if self.has_teacher:
+            self.teacher.load_state_dict(self.model.state_dict())
+
+    def restart_optimiser(self) -> None:
+        """Let the optimiser forget the steps so far if the run begins every round so."""
+        if self.run.train.optimiser_state == "fresh":
+            self.optimiser = build_optimiser(self.model, self.run.train)
 
     def load_teacher(self, state: Mapping[str, Tensor]) -> None:
         """Load the teacher's shared parameters that are trained; its private ones stay."""
-        self.teacher.load_state_dict(self.teacher.state_dict() | dict(state))
+        if self.has_teacher:
+            self.teacher.load_state_dict(self.teacher.state_dict() | dict(state))
 
     def private_state(self) -> dict[str, Tensor]:
         """Everything else that training depends on: the student's private parameters, teacher, optimiser, statistics,
         experts' activation, saliency profile."""
         state = {f"student.{name}": value for name, value in self._private_parameters().items()}
-        state |= {
-            f"teacher.{name}": value for name, value in self.teacher.state_dict().items() if name in self.model.trained
-        }
-        state |= {f"optimiser.{slot}": packed for slot, packed in self._optimiser_state().items()}
+        teacher = self.teacher.state_dict() if self.has_teacher else {}
+        state |= {f"teacher.{name}": value for name, value in teacher.items() if name in self.model.trained}
+        if self.run.train.optimiser_state == "kept":
+            state |= {f"optimiser.{slot}": packed for slot, packed in self._optimiser_state().items()}
         state |= {f"objective.{name}": value for name, value in self.objective.state().items()}
         layers = self.model.director_experts()
         state |= {f"activation.{name}": layer.router.activation for name, layer in layers.items()}
@@ -155,10 +167,13 @@ class TrainingState:
 
     def load_private(self, state: Mapping[str, Tensor]) -> None:
         """Restore what `private_state` returned."""
-        self.model.load_state_dict(self._shared_parameters() | _under(state, "student."), strict=True)
-        frozen = {name: value for name, value in self.model.state_dict().items() if name not in self.model.trained}
-        self.teacher.load_state_dict(frozen | _under(state, "teacher."), strict=True)
-        self._load_optimiser_state(_under(state, "optimiser."))
+        if own := _under(state, "student."):
+            self.model.load_state_dict(self._shared_parameters() | own, strict=True)
+        if self.has_teacher:
+            frozen = {name: value for name, value in self.model.state_dict().items() if name not in self.model.trained}
+            self.teacher.load_state_dict(frozen | _under(state, "teacher."), strict=True)
+        if self.run.train.optimiser_state == "kept":
+            self._load_optimiser_state(_under(state, "optimiser."))
         self.objective.load_state(_under(state, "objective."))
         for name, layer in self.model.director_experts().items():
             layer.router.activation.copy_(state[f"activation.{name}"])

@@ -56,6 +56,7 @@ class PeerJob:
 
     def train_in_place(self, site: int, round_number: int) -> None:
         """Train a site for a round, from the parameters that the model has."""
+        self.trainer.restart_optimiser()
         store, num_steps = self.stores[site], self.run.train.local_steps
         self.trainer.train(
             store,
