@@ -170,8 +170,8 @@ def describe(size: str, rounds: int, steps: int) -> RunConfig:
     """The job as a run description."""
     overrides = {
         "train.rounds": rounds, "train.local-steps": steps, "train.batch-size": 8, "train.validate-every": 1000,
-        "train.optimiser-state": "fresh", "model.size": SIZES[size], "model.tokenizer": "patch", "objective.name": "mae",
-        "masking.policy": "random", "sharing.rule": "plain",
+        "train.optimiser-state": "fresh", "model.size": SIZES[size], "model.tokenizer": "patch",
+        "objective.name": "mae", "masking.policy": "random", "sharing.rule": "plain",
     }  # fmt: skip
     run = load_simulation(TRANSIENT, [f"{key}={value}" for key, value in overrides.items()])
     stream = run.streams[_STREAM].model_copy(update={"spacing_mm": (8.0,) * 3, "shape": (24,) * 3, "patch": (8,) * 3})
