@@ -124,8 +124,7 @@ def write_checked(path: Path, content: bytes, *, mode: int = 0o666) -> str:
     """Write `content` atomically behind its SHA-256; returns the hex digest."""
     digest = hashlib.sha256(content).hexdigest()
     with open_atomic(path, mode=mode) as file:
-        file.write(digest.encode())
-        file.write(content)
+        file.writelines([digest.encode(), content])
     return digest
 
 

@@ -186,10 +186,7 @@ class GroupManifest:
                 given = "nothing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
                 raise ProtocolError(f"{group}: {name} is {given}, expected float32 {list(shape)}")
             part = slice(start, start := start + tensor.size)
-            if minus is None:
-                flat[part] = tensor.reshape(-1)
-            else:
-                np.subtract(tensor.reshape(-1), minus[part], out=flat[part])
+            np.subtract(tensor.reshape(-1), 0 if minus is None else minus[part], out=flat[part])
         return flat
 
     def pack_all(self, tensors: Mapping[str, NDArray[np.float32]]) -> dict[str, Flat]:

@@ -178,7 +178,6 @@ class Session:
             for parameters in (groups, task.teacher):
                 check_start(self.run, self.trained, parameters)
         self.trainer.load_shared(tensors)
-        self.trainer.restart_optimiser()
         self._global = groups
         if state_round == 0:
             self.trainer.reset_private()

@@ -50,7 +50,7 @@ class TrainingState:
         self.has_teacher = self.objective.needs_teacher or run.masking.steered_by is not None
         self.teacher = _teacher_of(self.model) if self.has_teacher else self.model
         """The student itself where neither objective nor masking has use for a teacher."""
-        self._teacher_parameters = _trained(self.teacher, self.model.trained)
+        self._teacher_parameters = _trained(self.teacher, self.model.trained) if self.has_teacher else []
         self.reset_private()
         self.holds: tuple[object, str] | None = None
         """Whose private state is in place, and its digest: a note of those who take turns at the trainer."""
@@ -93,10 +93,8 @@ class TrainingState:
     @torch.no_grad()
     def update_teacher(self, momentum: float, counts: Tensor) -> None:
         """teacher <- momentum teacher + (1 - momentum) student, if the step counts and there is a teacher."""
-        if not self.has_teacher:
-            return
         share = self._share(1.0 - momentum, counts)
-        for teacher, student in zip(self._teacher_parameters, self.parameters, strict=True):
+        for teacher, student in zip(self._teacher_parameters, self.parameters, strict=self.has_teacher):
             teacher.lerp_(student, share)
 
     def _share(self, share: float, counts: Tensor) -> Tensor:
@@ -121,9 +119,12 @@ class TrainingState:
         self.has_frozen = True
 
     def load_shared(self, state: Mapping[str, Tensor]) -> None:
-        """Load the student's shared parameters that are trained; names must match exactly."""
+        """Load the student's shared parameters that are trained, and begin the optimiser anew in a run whose rounds do;
+        names must match exactly."""
         others = self._private_parameters() | self.model.frozen_state(self.run.sharing)
         self.model.load_state_dict(others | dict(state), strict=True)
+        if self.run.train.optimiser_state == "fresh":
+            self.optimiser = build_optimiser(self.model, self.run.train)
         if self.run.train.proximal_mu:
             self._anchor = {name: value.to(self.device, copy=True) for name, value in state.items()}
 
@@ -138,16 +139,10 @@ class TrainingState:
 
     def restart_teacher(self) -> None:
         """Set the teacher to the student."""
-        if self.has_teacher:
-            self.teacher.load_state_dict(self.model.state_dict())
-
-    def restart_optimiser(self) -> None:
-        """Let the optimiser forget the steps so far if the run begins every round so."""
-        if self.run.train.optimiser_state == "fresh":
-            self.optimiser = build_optimiser(self.model, self.run.train)
+        self.load_teacher(self.model.state_dict())
 
     def load_teacher(self, state: Mapping[str, Tensor]) -> None:
-        """Load the teacher's shared parameters that are trained; its private ones stay."""
+        """Load some of the teacher's parameters, if there is a teacher; the others stay."""
         if self.has_teacher:
             self.teacher.load_state_dict(self.teacher.state_dict() | dict(state))
 
@@ -198,9 +193,8 @@ class TrainingState:
         for parameter, step, values in zip(self.parameters, packed["step"], moments, strict=True):
             if step:
                 slots = {slot: value.view_as(parameter) for slot, value in zip(_MOMENTS, values, strict=True)}
-                self.optimiser.state[parameter] = {
-                    slot: value.to(self.device, copy=True) for slot, value in {"step": step, **slots}.items()
-                }
+                kept = {"step": step, **slots}.items()
+                self.optimiser.state[parameter] = {slot: value.to(self.device, copy=True) for slot, value in kept}
 
     def _shared_parameters(self) -> dict[str, Tensor]:
         return self.model.split_state(self.run.sharing)[0]
