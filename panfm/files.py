@@ -123,7 +123,8 @@ class FileStamp:
 def write_checked(path: Path, content: bytes, *, mode: int = 0o666) -> str:
     """Write `content` atomically behind its SHA-256; returns the hex digest."""
     digest = hashlib.sha256(content).hexdigest()
-    write_atomic(path, digest.encode() + content, mode=mode)
+    with open_atomic(path, mode=mode) as file:
+        file.writelines([digest.encode(), content])
     return digest
 
 
@@ -134,11 +135,11 @@ def read_checked(path: Path) -> bytes:
         DataError: the file cannot be read, or its content is not what was written.
     """
     try:
-        stored = path.read_bytes()
+        with path.open("rb") as file:
+            digest, content = file.read(_DIGEST_BYTES), file.read()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({reason(error)})") from error
-    content = stored[_DIGEST_BYTES:]
-    if hashlib.sha256(content).hexdigest().encode() != stored[:_DIGEST_BYTES]:
+    if hashlib.sha256(content).hexdigest().encode() != digest:
         raise DataError(f"{path}: corrupted, its checksum does not match; delete it to fall back to the one before")
     return content
 

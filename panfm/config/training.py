@@ -30,6 +30,9 @@ class TrainConfig(Uncoupled):
     """Weight decay of AdamW; a step shrinks weights by this times the learning rate."""
     betas: Annotated[tuple[BelowOne, BelowOne], Field(strict=False)] = (0.9, 0.95)
     """Decay rates of AdamW's running means of gradients and of their squares."""
+    optimiser_state: Literal["kept", "fresh"] = "kept"
+    """AdamW's means when a site starts a round. kept: as they were after its last round, in its private state; fresh:
+    empty, as clients of FedAvg begin in most frameworks."""
     warmup: Fraction = 0.1
     """Share of the whole run over which the learning rate grows; then cosine to 0."""
     clip_norm: ClipNorm = 3.0

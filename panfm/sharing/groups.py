@@ -170,9 +170,11 @@ class GroupManifest:
             group: hashlib.sha256(json.dumps(layout).encode()).hexdigest()[:16] for group, layout in self.groups.items()
         }
 
-    def pack(self, group: str, tensors: Mapping[str, NDArray[np.float32]]) -> Flat:
+    def pack(self, group: str, tensors: Mapping[str, NDArray[np.float32]], minus: Flat | None = None) -> Flat:
         """Pack a group into one flat float32 array.
 
+        Args:
+            minus: A packed group that is subtracted.
         Raises:
             ProtocolError: a parameter is missing, has another shape, or is not float32.
         """
@@ -183,8 +185,8 @@ class GroupManifest:
             if tensor is None or tensor.shape != shape or tensor.dtype != np.float32:
                 given = "nothing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
                 raise ProtocolError(f"{group}: {name} is {given}, expected float32 {list(shape)}")
-            flat[start : start + tensor.size] = tensor.reshape(-1)
-            start += tensor.size
+            part = slice(start, start := start + tensor.size)
+            np.subtract(tensor.reshape(-1), 0 if minus is None else minus[part], out=flat[part])
         return flat
 
     def pack_all(self, tensors: Mapping[str, NDArray[np.float32]]) -> dict[str, Flat]:

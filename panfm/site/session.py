@@ -231,8 +231,9 @@ class Session:
         Args:
             withheld: Group -> which of its numbers travel as 0; what their coding lost before is kept as it is.
         """
-        local = self.manifest.pack_all({name: value.numpy() for name, value in self.trainer.shared_state().items()})
-        updates = {group: parameters - self._global[group] for group, parameters in local.items()}
+        state = self.trainer.model.travelling_state(self.run.sharing)
+        local = {name: value.cpu().numpy() for name, value in state.items()}
+        updates = {group: self.manifest.pack(group, local, minus=self._global[group]) for group in self.manifest.groups}
         updates, owed = _without(updates, withheld), _without(self._lost, withheld)
         coded, lost = encode_with_feedback(self.run.sharing.coding, self.manifest, updates, owed)
         kept = {

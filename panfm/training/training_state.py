@@ -46,8 +46,11 @@ class TrainingState:
         self.parameters = _trained(self.model, self.model.trained)
         """Parameters that the run trains, in the order in which the optimiser's state is packed."""
         self._start = {name: value.clone() for name, value in self._private_parameters().items()}
-        self.teacher = _teacher_of(self.model)
-        self._teacher_parameters = _trained(self.teacher, self.model.trained)
+        self.objective = build_objective(run.objective, self.model, seed=run.seed)
+        self.has_teacher = self.objective.needs_teacher or run.masking.steered_by is not None
+        self.teacher = _teacher_of(self.model) if self.has_teacher else self.model
+        """The student itself where neither objective nor masking has use for a teacher."""
+        self._teacher_parameters = _trained(self.teacher, self.model.trained) if self.has_teacher else []
         self.reset_private()
         self.holds: tuple[object, str] | None = None
         """Whose private state is in place, and its digest: a note of those who take turns at the trainer."""
@@ -89,9 +92,9 @@ class TrainingState:
 
     @torch.no_grad()
     def update_teacher(self, momentum: float, counts: Tensor) -> None:
-        """teacher <- momentum teacher + (1 - momentum) student, if the step counts."""
+        """teacher <- momentum teacher + (1 - momentum) student, if the step counts and there is a teacher."""
         share = self._share(1.0 - momentum, counts)
-        for teacher, student in zip(self._teacher_parameters, self.parameters, strict=True):
+        for teacher, student in zip(self._teacher_parameters, self.parameters, strict=self.has_teacher):
             teacher.lerp_(student, share)
 
     def _share(self, share: float, counts: Tensor) -> Tensor:
@@ -116,9 +119,12 @@ class TrainingState:
         self.has_frozen = True
 
     def load_shared(self, state: Mapping[str, Tensor]) -> None:
-        """Load the student's shared parameters that are trained; names must match exactly."""
+        """Load the student's shared parameters that are trained, and begin the optimiser anew in a run whose rounds do;
+        names must match exactly."""
         others = self._private_parameters() | self.model.frozen_state(self.run.sharing)
         self.model.load_state_dict(others | dict(state), strict=True)
+        if self.run.train.optimiser_state == "fresh":
+            self.optimiser = build_optimiser(self.model, self.run.train)
         if self.run.train.proximal_mu:
             self._anchor = {name: value.to(self.device, copy=True) for name, value in state.items()}
 
@@ -133,20 +139,21 @@ class TrainingState:
 
     def restart_teacher(self) -> None:
         """Set the teacher to the student."""
-        self.teacher.load_state_dict(self.model.state_dict())
+        self.load_teacher(self.model.state_dict())
 
     def load_teacher(self, state: Mapping[str, Tensor]) -> None:
-        """Load the teacher's shared parameters that are trained; its private ones stay."""
-        self.teacher.load_state_dict(self.teacher.state_dict() | dict(state))
+        """Load some of the teacher's parameters, if there is a teacher; the others stay."""
+        if self.has_teacher:
+            self.teacher.load_state_dict(self.teacher.state_dict() | dict(state))
 
     def private_state(self) -> dict[str, Tensor]:
         """Everything else that training depends on: the student's private parameters, teacher, optimiser, statistics,
         experts' activation, saliency profile."""
         state = {f"student.{name}": value for name, value in self._private_parameters().items()}
-        state |= {
-            f"teacher.{name}": value for name, value in self.teacher.state_dict().items() if name in self.model.trained
-        }
-        state |= {f"optimiser.{slot}": packed for slot, packed in self._optimiser_state().items()}
+        teacher = self.teacher.state_dict() if self.has_teacher else {}
+        state |= {f"teacher.{name}": value for name, value in teacher.items() if name in self.model.trained}
+        if self.run.train.optimiser_state == "kept":
+            state |= {f"optimiser.{slot}": packed for slot, packed in self._optimiser_state().items()}
         state |= {f"objective.{name}": value for name, value in self.objective.state().items()}
         layers = self.model.director_experts()
         state |= {f"activation.{name}": layer.router.activation for name, layer in layers.items()}
@@ -155,10 +162,13 @@ class TrainingState:
 
     def load_private(self, state: Mapping[str, Tensor]) -> None:
         """Restore what `private_state` returned."""
-        self.model.load_state_dict(self._shared_parameters() | _under(state, "student."), strict=True)
-        frozen = {name: value for name, value in self.model.state_dict().items() if name not in self.model.trained}
-        self.teacher.load_state_dict(frozen | _under(state, "teacher."), strict=True)
-        self._load_optimiser_state(_under(state, "optimiser."))
+        if own := _under(state, "student."):
+            self.model.load_state_dict(self._shared_parameters() | own, strict=True)
+        if self.has_teacher:
+            frozen = {name: value for name, value in self.model.state_dict().items() if name not in self.model.trained}
+            self.teacher.load_state_dict(frozen | _under(state, "teacher."), strict=True)
+        if self.run.train.optimiser_state == "kept":
+            self._load_optimiser_state(_under(state, "optimiser."))
         self.objective.load_state(_under(state, "objective."))
         for name, layer in self.model.director_experts().items():
             layer.router.activation.copy_(state[f"activation.{name}"])
@@ -183,9 +193,8 @@ class TrainingState:
         for parameter, step, values in zip(self.parameters, packed["step"], moments, strict=True):
             if step:
                 slots = {slot: value.view_as(parameter) for slot, value in zip(_MOMENTS, values, strict=True)}
-                self.optimiser.state[parameter] = {
-                    slot: value.to(self.device, copy=True) for slot, value in {"step": step, **slots}.items()
-                }
+                kept = {"step": step, **slots}.items()
+                self.optimiser.state[parameter] = {slot: value.to(self.device, copy=True) for slot, value in kept}
 
     def _shared_parameters(self) -> dict[str, Tensor]:
         return self.model.split_state(self.run.sharing)[0]

@@ -5,6 +5,7 @@ Models and images of the sites stay in memory between rounds. The only file that
 `Message` wants to know which task it is in, and messages get their ids from whoever carries them.
 """
 
+import ctypes
 from collections.abc import Iterable
 from copy import deepcopy
 from itertools import count
@@ -21,6 +22,8 @@ from simulations.engines.logs import logged_to
 _SERVER_NODE = 1
 _RUN = 1
 _CLIENT_APP_RAISED = 2
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+_MOST_INT = 2**31 - 1
 
 
 class LocalGrid(Grid):
@@ -91,8 +94,19 @@ def run(job: Job) -> None:
     from client.app import app as client_app
     from server.app import app as server_app
 
+    _reuse_memory()
     with logged_to(job.log):
         run_apps(server_app, client_app, job)
+
+
+def _reuse_memory() -> None:
+    """Let glibc give large arrays the memory that earlier ones have left, which the process then keeps.
+
+    It would map it anew for every array, page by page, which costs more than to write the array.
+    """
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, _MOST_INT)
 
 
 def run_apps(server_app: ServerApp, client_app: ClientApp, job: Job) -> None:

@@ -349,12 +349,16 @@ def test_who_cannot_take_part_is_named_and_the_run_goes_on(federation, monkeypat
     assert json.loads((job.run_dir / "model" / "metadata.json").read_text())["sites"] == ["alpha", "gamma"]
 
 
+NOTHING_KEPT = (
+    "train.optimiser-state=fresh", "objective.name=mae", "masking.policy=random", "sharing.guards.norm-ratio=1e6",
+)  # fmt: skip
+"""A job whose sites have no private state to speak of."""
 LOADED = ("sharing.coding=int8", "train.teacher-start=server-ema", "sharing.optimiser.kind=adam")
 """All that the server's memory may hold."""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("rounds_before", "overrides"), [(2, LOADED), (0, ()), (2, ())])
+@pytest.mark.parametrize(("rounds_before", "overrides"), [(2, LOADED), (0, ()), (2, ()), (2, NOTHING_KEPT)])
 def test_resuming_gives_the_bits_of_an_undisturbed_run(federation, rounds_before, overrides):
     undisturbed = model_bytes(federation.run("undisturbed", *overrides))
     answered = []

@@ -15,6 +15,7 @@ from panfm.config import load_run, site_folders
 from panfm.data.cache import open_store
 from panfm.data.store import ImageStore
 from panfm.training.trainer import Trainer
+from panfm.training.training_state import build_optimiser
 
 State = dict[str, Tensor]
 
@@ -51,11 +52,15 @@ class PeerJob:
     def train(self, site: int, round_number: int, state: Mapping[str, Tensor]) -> State:
         """Train a site for a round, from round 1; its shared parameters afterwards."""
         self.trainer.load_shared(state)
-        self.train_in_place(site, round_number)
+        self._train(site, round_number)
         return self.trainer.shared_state()
 
     def train_in_place(self, site: int, round_number: int) -> None:
-        """Train a site for a round, from the parameters that the model has."""
+        """Train a site for a round, from the parameters that the model has, with a new optimiser."""
+        self.trainer.optimiser = build_optimiser(self.trainer.model, self.run.train)
+        self._train(site, round_number)
+
+    def _train(self, site: int, round_number: int) -> None:
         store, num_steps = self.stores[site], self.run.train.local_steps
         self.trainer.train(
             store,
