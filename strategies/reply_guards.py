@@ -11,11 +11,12 @@ Norms, for each group:
     shortened   to norm-ratio / 3 x the same median over the last three rounds, if it is longer
 
 AdamW moves a number by about its learning rate in a step, or less, whatever the gradient: the absolute bound is what
-local training can reach. A site's own norms never move its bound, so that it cannot climb round by round. The relative
-bound holds once two other sites or more have trained the group in two rounds; with less history it is ten times as
-wide, and without any only the absolute bound is left. Sites that left a group as it was do not count. Norms of earlier rounds are scaled to this round's learning
-rates, for the relative bound only up: low rates at the end refuse nobody. Together with the caps on weights
-(weight_caps.py) shortening bounds how far a site can move a group: by its share times one usual norm.
+local training can reach. A site's own norms never move its bound, so that it cannot climb round by round, and sites
+that left a group as it was do not count. The relative bound holds once two other sites or more have trained the group
+in two rounds; with less history it is ten times as wide, and without any only the absolute bound is left. Norms of
+earlier rounds are scaled to this round's learning rates, for the relative bound only up: low rates at the end refuse
+nobody. Together with the caps on weights (weight_caps.py) shortening bounds how far a site can move a group: by its
+share times one usual norm.
 
 Direction, for each group in which three other sites or more have voted:
 
