@@ -149,16 +149,18 @@ class BatchGradient:
 
     def draw(self) -> Iterator[DrawnBatch]:
         """Draw one batch."""
-        subjects, views = next(self._order)
+        yield self._read(len(self._batches), *next(self._order))
+
+    def _read(self, step: int, subjects: NDArray[np.int64], views: Sequence[Collection[str]]) -> DrawnBatch:
         shown = [name for name in self._store.images if any(name in view for view in views)]
-        step, augments = len(self._batches), self._state.run.augment is not None
+        augments = self._state.run.augment is not None
 
         def pick(subject: int, count: int) -> int:
             return self._sessions(step, subject) % count
 
         inputs = self._store.batch(subjects, shown, pick).to(self._state.device)
         generators = [self._augmentation(step, int(subject)) for subject in subjects] if augments else []
-        yield DrawnBatch(subjects, inputs, views, self._masks, self._routing, generators)
+        return DrawnBatch(subjects, inputs, views, self._masks, self._routing, generators)
 
     def add(self, output: StepOutput) -> None:
         """Take the mean of the batch's losses, and add the experts' regularisers."""
@@ -174,11 +176,15 @@ class BatchGradient:
         if not self._total.requires_grad:
             return torch.zeros((), dtype=torch.bool, device=self._total.device)
         self._total.backward()
+        return self._clip(self._total.detach())
+
+    def _clip(self, total: Tensor) -> Tensor:
+        """Clip the gradient; False if the loss that it is of, or its norm, is not finite."""
         gradients = [parameter.grad for parameter in self._state.parameters if parameter.grad is not None]
         norm, clip_norm = torch.nn.utils.get_total_norm(gradients), self._state.run.train.clip_norm
         factor = (clip_norm / (norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(gradients, torch.where(norm > clip_norm, factor, 1.0))
-        return torch.isfinite(self._total.detach()) & torch.isfinite(norm)
+        return torch.isfinite(total) & torch.isfinite(norm)
 
     def gate_mass(self) -> Mapping[str, Tensor]:
         """Gate mass of the batch by layer; that of a subject is the mean over its views."""
