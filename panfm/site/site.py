@@ -12,7 +12,7 @@ import time
 import traceback
 from collections.abc import Mapping
 from datetime import datetime
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -279,8 +279,12 @@ class Site:
             store = self._open_store(run, floors)
             budget = self._budget if run.patient_dp else None
             monitored = Releasable.MONITORS in self.config.limits.may_leave
-            session = Session(self.config.name, run, store, floors, budget, with_monitors=monitored)
-            self._warm = (run_toml, session)
+            session = partial(Session, self.config.name, run, store, floors, budget, with_monitors=monitored)
+            if (devices := self.config.limits.devices) > 1:
+                from panfm.site.spread_session import spread_session  # a site with one device does without
+
+                session = partial(spread_session, self.folder, run_toml, devices, session)
+            self._warm = (run_toml, session())
         return self._warm[1]
 
     def _open_store(self, run: RunConfig, floors: Floors) -> ImageStore:

@@ -7,6 +7,7 @@ process takes. The process of rank 0 keeps the record of the round.
 Shape legend: B subjects of a batch, V views, N patches, S streams.
 """
 
+import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -185,7 +186,7 @@ class _SpreadExperts(ExpertTraining):
 
     def __init__(self, trainer: SpreadTrainer) -> None:
         super().__init__(trainer.run.model.experts, trainer.model)
-        self._trainer = trainer
+        self._trainer = weakref.proxy(trainer)
 
     def exploration(self, progress: float, generator: torch.Generator) -> Exploration | None:
         """The routers' noise at a point of the run, drawn from a generator."""
