@@ -170,15 +170,19 @@ class SpreadTrainer(Trainer):
 
     @contextmanager
     def _spread(self) -> Iterator[None]:
-        batch_sums.add_processes = self._add
+        batch_sums.add_processes, batch_sums.mean_of_processes = self._add, self._mean
         try:
             yield
         finally:
-            batch_sums.add_processes = self.share = None
+            batch_sums.add_processes = batch_sums.mean_of_processes = self.share = None
 
     def _add(self, own: Tensor) -> Tensor:
         assert self.share is not None
         return self.share.add(own)
+
+    def _mean(self, values: Tensor, otherwise: Tensor | float) -> Tensor:
+        total, count = self._add(values.sum(dim=0)), self._add(values.new_tensor(float(len(values))))
+        return (total / count.clamp_min(1)).where(count > 0, otherwise)
 
 
 class _SpreadExperts(ExpertTraining):
