@@ -283,7 +283,7 @@ class Site:
             if (devices := self.config.limits.devices) > 1:
                 from panfm.site.spread_session import spread_session  # a site with one device does without
 
-                session = partial(spread_session, self.folder, run_toml, devices, session)
+                session = partial(spread_session, partial(_reopen, self.folder, run_toml), devices, session)
             self._warm = (run_toml, session())
         return self._warm[1]
 
@@ -306,6 +306,11 @@ class Site:
         from panfm.data.task_labels import with_task_labels  # a worker whose runs have no task does without
 
         return with_task_labels(store, self.folder, self.config, run, smallest_class=floors.batch)
+
+
+def _reopen(folder: Path, run_toml: str) -> Session:
+    """A session for another process of the site, which keeps no state."""
+    return Site(folder)._session(run_toml)
 
 
 def _settled_text(folder: Path, known: str) -> str:

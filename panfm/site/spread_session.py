@@ -37,10 +37,11 @@ class Processes:
 
     _running: ClassVar[Callable[[], Any] | None] = None
 
-    def __init__(self, folder: Path, run_toml: str, devices: int) -> None:
+    def __init__(self, reopen: Callable[[], Session], devices: int) -> None:
         """Start them, and wait until all have opened the site.
 
         Args:
+            reopen: Opens the worker's session in another process.
             devices: Processes in all, the worker among them.
         Raises:
             PanfmError: one of them has ended.
@@ -58,18 +59,18 @@ class Processes:
         for rank in range(1, devices):
             ours, theirs = spawn.Pipe()
             self._pipes.append(ours)
-            words = (rank, devices, folder, run_toml, place, theirs)
+            words = (rank, devices, reopen, place, theirs)
             processes.append(spawn.Process(target=_work, args=words, daemon=True))
             processes[-1].start()
             theirs.close()
-        self._each(Connection.recv)
+        self._ask_all(Connection.recv)
         _join(0, devices, place)
 
     def begin(self, steps: dict[str, Any]) -> None:
         """Have all of them train a round. Raises PanfmError if one has ended."""
-        self._each(lambda pipe: pipe.send(steps))
+        self._ask_all(lambda pipe: pipe.send(steps))
 
-    def _each(self, action: Callable[[Connection], Any]) -> None:
+    def _ask_all(self, action: Callable[[Connection], Any]) -> None:
         try:
             for pipe in self._pipes:
                 action(pipe)
@@ -100,22 +101,21 @@ class RankZero(SpreadTrainer):
             raise
 
 
-def spread_session(folder: Path, run_toml: str, devices: int, session: Callable[..., Session]) -> Session:
-    """A session of a site folder's run, with a trainer that spreads its steps.
+def spread_session(reopen: Callable[[], Session], devices: int, session: Callable[..., Session]) -> Session:
+    """A session with a trainer that spreads its steps.
 
     Args:
+        reopen: Opens it in another process; can be pickled.
         session: Makes the session, given how to make its trainer.
     """
-    return session(make_trainer=partial(RankZero, partial(Processes, folder, run_toml, devices)))
+    return session(make_trainer=partial(RankZero, partial(Processes, reopen, devices)))
 
 
-def _work(rank: int, devices: int, folder: Path, run_toml: str, place: str, pipe: Connection) -> None:
+def _work(rank: int, devices: int, reopen: Callable[[], Session], place: str, pipe: Connection) -> None:
     """Open the site, and train rounds with the worker until it hangs up."""
-    from panfm.site.site import Site
-
     if torch.cuda.is_available():
         torch.cuda.set_device(rank)
-    session = Site(folder)._session(run_toml)
+    session = reopen()
     torch.set_num_threads(session.run.train.threads)
     trainer = session.trainer
     assert isinstance(trainer, SpreadTrainer)

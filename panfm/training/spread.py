@@ -69,8 +69,8 @@ class Share:
     def of(cls, store: ImageStore, subjects: NDArray[np.int64], views: Sequence[Collection[str]]) -> "Share":
         """This process's share of a batch of a store's subjects."""
         size, rows = len(subjects), {}
-        for name, held in store.rows.items():
-            holders = np.flatnonzero(np.isin(subjects, held))
+        for name, subjects_of in store.rows.items():
+            holders = np.flatnonzero(np.isin(subjects, subjects_of))
             parts = [number * size + holders for number, view in enumerate(views) if name in view]
             if parts and len(holders):
                 rows[name] = torch.from_numpy(np.concatenate(parts))
@@ -249,10 +249,10 @@ class SpreadGradient(BatchGradient):
         moved = [parameter for parameter, has in zip(parameters, has_gradient.tolist(), strict=True) if has]
         if not moved:
             return torch.zeros((), dtype=torch.bool, device=self._total.device)
-        own = [torch.zeros_like(each) if each.grad is None else each.grad for each in moved]
+        own = [torch.zeros_like(parameter) if parameter.grad is None else parameter.grad for parameter in moved]
         flat = torch.cat([gradient.reshape(-1) for gradient in own])
         distributed.all_reduce(flat)
-        for parameter, gradient in zip(moved, flat.split([each.numel() for each in moved]), strict=True):
+        for parameter, gradient in zip(moved, flat.split([parameter.numel() for parameter in moved]), strict=True):
             parameter.grad = gradient.view_as(parameter)
         return self._clip(self._share.add(self._total.detach()))
 
