@@ -50,6 +50,7 @@ def faults(run: RunConfig, round_number: int, replies: Mapping[str, RoundReply])
         site: {
             name: f"{FAULTS[name]} at {site}: {name.replace('-', ' ')} {value:.3g}{most} in round {round_number}"
             for name, value in site_monitors(reply).items()
+            if name in FAULTS
             if _is_wrong(run, name, value)
             for most in [_most(run, name)]
         }

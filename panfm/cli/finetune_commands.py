@@ -99,7 +99,7 @@ def finetune(
     given = {
         "model": str(run.absolute()),
         "data": tuple(str(folder.absolute()) for folder in data),
-        "task": task,
+        "task": _task_from_anywhere(task, data),
         "time": time,
         "streams": tuple(name.strip() for name in streams.split(",") if name.strip()),
         "masked_stream": stream,
@@ -118,6 +118,16 @@ def finetune(
     folder = new_folder_for(out)
     _check(settings)
     _train(settings, folder)
+
+
+def _task_from_anywhere(task: str, data: "Sequence[Path]") -> str:
+    """Make the path of a label table absolute if it is relative to the working directory, for `--resume` elsewhere."""
+    from panfm.finetune.task_description import parse_task
+
+    label = parse_task(task)
+    if label is None or any((folder / label[0]).exists() for folder in data) or not Path(label[0]).exists():
+        return task
+    return f"{Path(label[0]).absolute()}:{label[1]}"
 
 
 def _check(settings: "FinetuneSettings") -> None:

@@ -7,16 +7,16 @@ from pydantic import Field, model_validator
 
 from panfm.config.base import Config
 
-Pooling = Literal["cls", "cls+mean", "per-stream", "layers", "per-stream-layers"]
+Pooling = Literal["cls", "mean", "cls+mean", "per-stream", "layers", "per-stream-layers"]
 
 
 class FeaturesConfig(Config):
     """Pooling and whitening of the embeddings that `embed`, probes and exports give; training does not use them."""
 
     pooling: Pooling = "cls"
-    """cls: the CLS token; cls+mean: and the mean of all tokens; per-stream: CLS and the mean of each stream's tokens,
-    zeros where a patient lacks the stream; layers: CLS, mean and standard deviation of the tokens of several blocks;
-    per-stream-layers: the same with mean and deviation of each stream's tokens."""
+    """cls: the CLS token; mean: the mean of all tokens; cls+mean: both; per-stream: CLS and the mean of each stream's
+    tokens, zeros where a patient lacks the stream; layers: CLS, mean and standard deviation of the tokens of several
+    blocks; per-stream-layers: the same with mean and deviation of each stream's tokens."""
     layers: Annotated[tuple[Annotated[int, Field(ge=1, le=1024)], ...], Field(strict=False, max_length=64)] = ()
     """Blocks of the last two poolings, ascending, the first is 1; all when left out. Of a ViT-S with public weights:
     [8, 10, 12]."""

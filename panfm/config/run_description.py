@@ -112,7 +112,7 @@ class RunConfig(Config):
         if self.features.whitening:
             yield "features.whitening: would change the embedding under the head of the task, set false"
         if pooling.startswith("per-stream"):
-            known = 'set "cls", "cls+mean" or "layers" in a run with [task]'
+            known = 'set "cls", "mean", "cls+mean" or "layers" in a run with [task]'
             yield f'features.pooling: "{pooling}" has other sizes where a site lacks a stream, {known}'
 
     @property

@@ -33,7 +33,7 @@ class Releasable(StrEnum):
     """Mean saliency per stream."""
     MONITORS = "monitors"
     """Numbers that tell of a collapse: effective rank and deviation of the features of a round's last batch, entropy of
-    a teacher, experts in use (panfm/training/monitors.py)."""
+    a teacher, experts in use; with `evaluation` the AUC of a probe on the val split (panfm/training/monitors.py)."""
     LABEL_SUMS = "label-sums"
     """Sums of features and labels over the labelled training patients, for a probe of all sites or the measure of a
     gate (panfm/evaluate/label_sums.py)."""
@@ -104,6 +104,9 @@ class LimitsConfig(Config):
     state_gib: Limit = 200.0
     """Space of the private states of all runs on disk, in GiB. A run whose own need more, counted generously, is
     refused; those of runs longest idle, for `idle-hours` at least, are removed for it."""
+    reading_threads: Annotated[int, Field(ge=0, le=64)] = 2
+    """Threads that read images: all at once when prepared images are built, and ahead of the training steps that need
+    them; with 0, one image or batch is read when it is needed. No result depends on it."""
     cache_gib: Limit = 1000.0
     """Space of all prepared images on disk, in GiB. The oldest of other runs are removed for those of a new one."""
     kept_runs: Count = 20

@@ -22,9 +22,7 @@ import math
 import os
 import shutil
 import time
-from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -36,6 +34,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from panfm.config import SiteConfig, StreamConfig, dump_toml, load_site, site_path
+from panfm.data.ahead import done_ahead
 from panfm.data.content import DIGEST_BYTES
 from panfm.data.intensity import EMPTY_PART, is_constant
 from panfm.data.manifest import Row, image_path, read_manifest
@@ -46,9 +45,6 @@ from panfm.files import open_atomic
 
 PREPROCESSING_VERSION = 2
 """To be raised whenever `panfm.data.read` would give other values for the same file."""
-_THREADS = 2
-_AHEAD = 2 * _THREADS
-"""Images read before the one that is written next."""
 _MAX_FILES = 1000
 """Files of one cache folder."""
 _SPARE_BYTES = 2 << 30
@@ -85,6 +81,7 @@ def open_store(folder: Path, streams: Mapping[str, StreamConfig], *, progress: P
     wanted = {row.subject for row in rows}
     splits = {row.subject: row.split for row in manifest if row.subject in wanted}
     position = {subject: index for index, subject in enumerate(splits)}
+    threads = max(1, site.limits.reading_threads)
     cached, holders, sessions = {}, {}, {}
     cache_dir = site_path(folder, site.cache_dir)
     for stream, config in streams.items():
@@ -92,7 +89,7 @@ def open_store(folder: Path, streams: Mapping[str, StreamConfig], *, progress: P
         stream_rows = sorted(own, key=lambda row: (position[row.subject], row.session))
         if stream_rows:
             sources = [_source(folder, site, row) for row in stream_rows]
-            cached[stream] = _Cached(cache_dir, stream, config, sources, site.constant_images == "take")
+            cached[stream] = _Cached(cache_dir, stream, config, sources, site.constant_images == "take", threads)
             holders[stream] = np.array([position[row.subject] for row in stream_rows], dtype=np.int64)
             if any(row.session for row in stream_rows):
                 sessions[stream] = [row.session for row in stream_rows]
@@ -114,6 +111,8 @@ class _Cached:
     """Path of every image, and the reader that accepts it."""
     takes_constant: bool = False
     """Whether an image that has the same value everywhere is prepared like any other; else it is refused."""
+    threads: int = 2
+    """How many images are read at once."""
 
     @property
     def family(self) -> str:
@@ -263,22 +262,14 @@ def _write(part: IO[bytes], cached: _Cached, progress: Progress | None) -> None:
 
 
 def _read_all(cached: _Cached) -> Generator[tuple[NDArray[np.float32], bytes]]:
-    """Images in order, read by threads, a few ahead. Closed early, it reads no further one; one that a thread is at is
-    read to its end."""
+    """Images in order, read by threads, a few ahead."""
     from panfm.data.read import read_with_digest  # a warm cache does not need it
 
-    waiting: deque[Future[tuple[NDArray[np.float32], bytes]]] = deque()
-    pool = ThreadPoolExecutor(_THREADS)
-    try:
-        for path, reader in cached.sources:
-            more = (cached.stream, cached.config, reader, cached.takes_constant)
-            waiting.append(pool.submit(read_with_digest, path, *more))
-            if len(waiting) > _AHEAD:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    def read(source: tuple[Path, ImageReader]) -> tuple[NDArray[np.float32], bytes]:
+        path, reader = source
+        return read_with_digest(path, cached.stream, cached.config, reader, cached.takes_constant)
+
+    return done_ahead(read, cached.sources, cached.threads)
 
 
 @contextmanager

@@ -41,6 +41,11 @@ class Batch:
         images = {stream: send(image, device) for stream, image in self.images.items()}
         return replace(self, images=images, labels=None if self.labels is None else send(self.labels, device))
 
+    def pinned(self) -> "Batch":
+        """The same batch with what is on the CPU in memory from which a copy to a GPU does not wait."""
+        pinned = {stream: image.pin_memory() if image.is_cpu else image for stream, image in self.images.items()}
+        return replace(self, images=pinned)
+
     def only(self, streams: Collection[str]) -> "Batch":
         """The same subjects with the images of some streams."""
         images = {stream: image for stream, image in self.images.items() if stream in streams}
@@ -91,10 +96,14 @@ class ImageStore:
             where = self._position(stream, wanted, pick)
             holders = np.flatnonzero(where >= 0)
             if len(holders):
-                images[stream] = torch.from_numpy(np.ascontiguousarray(self.images[stream][where[holders]]))
+                images[stream] = self.images_at(stream, where[holders])
                 rows[stream] = torch.from_numpy(holders)
         labels = None if self.labels is None else torch.from_numpy(self.labels[wanted])
         return Batch(len(wanted), images, rows, labels)
+
+    def images_at(self, stream: str, positions: NDArray[np.int64]) -> Tensor:
+        """Images of a stream by their positions, [n, C, *shape], in memory of their own."""
+        return torch.from_numpy(np.ascontiguousarray(self.images[stream][positions]))
 
     def indices(self, split: str) -> NDArray[np.int64]:
         """Subjects of one split, as indices into `subjects`."""

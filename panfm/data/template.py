@@ -50,7 +50,8 @@ may-leave = ["updates", "counts", "loss", "saliency"]
 # Columns of the label table that a run with [task] may train on; "all": any. Such a run's updates tell of them.
 training-labels = []
 # Columns on which the model of a run may be evaluated; "all": any. Needs "evaluation" in may-leave. What leaves is the
-# AUC or R2 of a column with its interval, and the number of patients (docs/site-operator.md).
+# AUC or R2 of a column with its interval, and the number of patients (docs/site-operator.md). With "monitors" as well,
+# rounds that validate tell the mean AUC of a probe of these labels on the val split, if the run names them.
 evaluation-labels = []
 # Fewest training subjects in a batch, behind a stream's or expert's update of a round, a loss or a saliency, and fewest
 # local steps in a round, of a run that is not private; a private one then needs the epsilon above.

@@ -14,7 +14,8 @@
 
 A dot is a mean over that index. By chance a variance is 0, an AUC is .5 and an accuracy is 1 / K. Sets come in pairs, a
 set and the organs that it lacks, so each organ is present in half of them, whatever the others are: what the sets
-explain is no content. A variance below 0 is told as 0. Intervals are 95 % bootstrap over patients.
+explain is no content. A variance below 0 is told as 0. Intervals are 95 % bootstrap over patients; in a resample, what
+patients add to sums between sets or sites by chance follows from how often each is drawn.
 
 A site that scans other organs than the rest is known from them alone: read `accuracy` beside `accuracy-of-presence`.
 
@@ -88,8 +89,9 @@ def presence_variance(features: Features, counts: Floats) -> Floats:
     whole = counts @ (centred**2).sum(axis=(0, 2)) - middle
     of_sets = number * (means**2).sum(axis=(1, 2)) - middle
     of_patients = sets * (counts @ (centred.mean(axis=0) ** 2).sum(axis=1)) - middle
-    rest = np.maximum(whole - of_sets - of_patients, 0.0)
-    return _share(of_sets - rest / (number - 1), whole, features)
+    rest, repeats = np.maximum(whole - of_sets - of_patients, 0.0), (counts**2).sum(axis=1) / number
+    by_chance = np.divide(rest * repeats, number - repeats, out=np.full(len(counts), np.nan), where=number > repeats)
+    return _share(of_sets - by_chance, whole, features)
 
 
 def site_variance(features: Features, sites: NDArray[np.int64], counts: Floats) -> Floats:
@@ -105,10 +107,11 @@ def site_variance(features: Features, sites: NDArray[np.int64], counts: Floats) 
     middle = (sums.sum(axis=1) ** 2).sum(axis=1) / number
     whole = counts @ (centred**2).sum(axis=1) - middle
     between = ((sums**2).sum(axis=2) / np.maximum(per_site, 1.0)).sum(axis=1) - middle
-    groups = (per_site > 0).sum(axis=1)
-    spare = number - groups
-    within = np.divide(whole - between, spare, out=np.full(len(counts), np.nan), where=(spare > 0) & (groups > 1))
-    return _share(between - (groups - 1) * np.maximum(within, 0.0), whole, features)
+    repeats = (counts**2 @ belongs / np.maximum(per_site, 1.0)).sum(axis=1)
+    is_told = (number > repeats) & ((per_site > 0).sum(axis=1) > 1)
+    within = np.divide(whole - between, number - repeats, out=np.full(len(counts), np.nan), where=is_told)
+    by_chance = (repeats - (counts**2).sum(axis=1) / number) * np.maximum(within, 0.0)
+    return _share(between - by_chance, whole, features)
 
 
 def _share(part: Floats, whole: Floats, features: Features) -> Floats:

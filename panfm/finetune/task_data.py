@@ -167,10 +167,13 @@ def _task_of_labels(
     kinds = infer_kinds(tables, rules)
     kind = kinds.by_column[column].kind
     if kind == "ignore":
-        raise DataError(f"{tables[0].path}: {kinds.notes[0] if kinds.notes else f'{column}: is to be ignored'}")
+        why = next((note for note in kinds.notes if note.startswith(f"{column}: ")), f"{column}: is to be ignored")
+        raise DataError(f"{tables[0].path}: {why}")
     if time is not None:
         _check_survival(column, time, kinds, tables[0].path)
     labels = [encode(table, kinds.by_column) for table in tables]
+    if any((np.abs(own.values) > np.finfo(np.float32).max).any() for own in labels):
+        raise DataError(f"{tables[0].path}: {column}: found a number beyond float32, expected up to 3e38")
     values = [{subject_key(name): row for name, row in zip(own.subjects, own.values, strict=True)} for own in labels]
     if time is None:
         task = TaskDescription(kind=kind, name=column, outputs=labels[0].names)
@@ -186,7 +189,8 @@ def _check_survival(column: str, time: str, kinds: LabelKinds, path: Path) -> No
     for name, expected in ((column, "yes-no"), (time, "number")):
         if (kind := kinds.by_column[name].kind) != expected:
             told = {"yes-no": "an event that is yes or no", "number": "a number of days, months or years"}[expected]
-            raise DataError(f"{path}: {name}: found {kind}, expected {told}, for --time")
+            why = next((f" ({note})" for note in kinds.notes if note.startswith(f"{name}: ")), "")
+            raise DataError(f"{path}: {name}: found {kind}{why}, expected {told}, for --time")
 
 
 def _read_segmentation(
@@ -403,7 +407,8 @@ def divided(data: TaskData, settings: FinetuneSettings) -> TaskData:
                 expected = "an event" if data.task.kind == "survival" else "patients of two classes at least"
                 raise DataError(f"{settings.data[0]}: found {given}, expected {expected}")
             notes.append(f"{data.task.name}: the same for all {len(patients)} {name} patients")
-    parts = [np.array([i for i in data.train if data.store.subjects[i] in {*who}]) for who in (train, validation, test)]
+    subjects = np.array(data.patients(data.train))
+    parts = [data.train[np.isin(subjects, who)] for who in (train, validation, test)]
     if data.masked:
         trained = set(np.unique(data.targets[parts[0]]).tolist())
         absent = [name for number, name in enumerate(data.task.outputs) if number not in trained]

@@ -1,6 +1,7 @@
 """Poolings: from the encoded tokens of a batch to one embedding per patient.
 
     cls                CLS after the last norm                                              [D]
+    mean               mean of all tokens after the last norm                               [D]
     cls+mean           CLS, mean of all tokens                                              [2 D]
     per-stream         CLS, mean of the tokens of every stream of the model                 [(1 + S) D]
     layers             of every chosen block, normalised: CLS, mean and sd of all tokens    [3 K D]
@@ -36,7 +37,7 @@ def embedding_size(features: FeaturesConfig, *, width: int, streams: int, depth:
     if features.reads_blocks:
         per_block = 3 if features.pooling == "layers" else 1 + 2 * streams
         return per_block * len(features.layers or range(depth)) * width
-    return {"cls": 1, "cls+mean": 2, "per-stream": 1 + streams}[features.pooling] * width
+    return {"cls": 1, "mean": 1, "cls+mean": 2, "per-stream": 1 + streams}[features.pooling] * width
 
 
 def pool(encoded: Encoded, features: FeaturesConfig, stream_of_token: Tensor, streams: int) -> Tensor:
@@ -59,6 +60,8 @@ def pool(encoded: Encoded, features: FeaturesConfig, stream_of_token: Tensor, st
     match features.pooling:
         case "cls":
             return encoded.cls
+        case "mean":
+            return _mean(encoded.tokens, valid)
         case "cls+mean":
             return cls_and_mean(encoded)
         case "per-stream":
@@ -77,7 +80,7 @@ def cls_and_mean(encoded: Encoded) -> Tensor:
 def _pool_layers(encoded: Encoded, features: FeaturesConfig, sets: Sequence[Tensor]) -> Tensor:
     """Pool the tokens of each set, bool [B, N], block by block."""
     if not encoded.blocks or len(encoded.block_cls) != len(encoded.blocks):
-        expected = 'expected "cls", "cls+mean" or "per-stream"'
+        expected = 'expected "cls", "mean", "cls+mean" or "per-stream"'
         raise ConfigError(f"features.pooling: the backbone tells no CLS of its blocks, {expected}")
     parts = []
     for layer in features.layers or range(1, len(encoded.blocks) + 1):

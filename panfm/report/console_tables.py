@@ -23,8 +23,9 @@ _KEPT = {
     "federated": "the federated model",
     PERSONALISED: "the personalised model",
     ENSEMBLE: "the ensemble with the federated model",
+    "start": "the model that the run started from",
 }
-"""Model beside its own that a site could keep -> words, in the order in which it is named."""
+"""Model beside its own that a site could keep -> words; the first of them is named where no difference is shown."""
 LEAKAGE_WORDS = {
     ("presence", "variance"): "organs: share of variance",
     ("presence", "auc"): "organs: AUC of a probe",
@@ -162,7 +163,7 @@ def contract_lines(probe: ProbeResult) -> Iterator[str]:
         site = group.removeprefix("site:")
         offered = [(arm, gains[group, f"{arm}{GAIN}"]) for arm in _KEPT if (group, f"{arm}{GAIN}") in gains]
         better = [(arm, gain) for arm, gain in offered if gain.low > 0]
-        (arm, gain), *_ = better or offered
+        arm, gain = max(better, key=lambda one: one[1].value) if better else offered[0]
         told = _gain_text(gain)
         if better:
             yield f"{site}: keep {_KEPT[arm]}: {told} over its own."

@@ -71,7 +71,8 @@ def evaluate_column(
     at = np.union1d(train, test)
     targets = labels[at][:, kept]
     key = f"{'head' if is_own_task else 'probe'} {task.column}"
-    _note(states.folder.parents[1], session, task, key, at, targets, site.limits)
+    question = question_digest(dump_toml(session.run), task.model, task.model.groups, task.column)
+    note_evaluated(states.folder.parents[1], session, question, key, at, targets, site.limits)
     load_model(session, task, states)
     is_test = np.isin(at, test)
     if is_own_task:
@@ -143,10 +144,10 @@ def _head_outputs(session: Session, at: NDArray[np.int64]) -> Floats:
     return torch.cat(outputs).double().cpu().numpy()
 
 
-def _note(
+def note_evaluated(
     state_dir: Path,
     session: Session,
-    task: SumsTask,
+    question: str,
     key: str,
     at: NDArray[np.int64],
     targets: Floats,
@@ -155,22 +156,24 @@ def _note(
     """Note what is asked, and about whom, on disk before it is answered.
 
     Args:
-        key: Column, and whether a head or a probe is scored on it: each has patients of its own.
+        question: Digest of the model and what is asked of it.
+        key: Columns, and what is scored on them (a head, a probe, the val split): each has patients of its own.
     Raises:
-        LimitError: the column was evaluated on other patients or labels before, or for `limits.evaluations` models.
+        LimitError: they were evaluated on other patients or labels before, or for `limits.evaluations` models.
         DataError: the note is corrupted.
     """
     store = session.store
     about = [[store.subjects[index], store.splits[index]] for index in at]
     patients = hashlib.sha256(json.dumps([about, targets.tolist()]).encode()).hexdigest()
-    question = question_digest(dump_toml(session.run), task.model, task.model.groups, task.column)
     path = state_dir / EVALUATIONS
     state_dir.mkdir(parents=True, exist_ok=True)
     with locked(state_dir / f".{EVALUATIONS}.lock", wait_s=_LOCK_WAIT_S):
         known = json.loads(read_checked(path)) if path.exists() else {}
         before, questions = known.get(key, [patients, []])
         if before != patients:
-            raise LimitError.of_question(f"evaluation: {task.column!r:.140}: this site has told of other patients")
+            raise LimitError.of_question(
+                f"evaluation: {key.partition(' ')[2]!r:.140}: this site has told of other patients"
+            )
         if question not in questions and len(questions) >= limits.evaluations:
             raise LimitError.of_question(f"this site's limits.evaluations is {limits.evaluations}")
         write_checked(path, json.dumps({**known, key: [patients, sorted({*questions, question})]}).encode())

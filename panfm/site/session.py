@@ -40,6 +40,9 @@ round started from, which a coded step leads on from."""
 
 logger = logging.getLogger(__name__)
 
+Monitors = Callable[["Session", RoundTask, TrainResult, StateStore], dict[str, float]]
+"""Computes the monitors of a round that has been trained."""
+
 
 class Session:
     """Trains rounds of one run on one store."""
@@ -51,8 +54,9 @@ class Session:
         store: ImageStore,
         floors: Floors,
         budget: "PatientBudget | None" = None,
+        monitors: "Monitors | None" = None,
         *,
-        with_monitors: bool = False,
+        workers: int = 0,
         make_trainer: Callable[[RunConfig, tuple[str, ...]], Trainer] = Trainer,
     ) -> None:
         """Build the model.
@@ -60,14 +64,16 @@ class Session:
         Args:
             floors: What the site asks of a round before its result leaves.
             budget: Pays for the rounds of a private run.
-            with_monitors: Compute monitors in runs that are not private.
+            monitors: Computes the monitors of rounds of a run that is not private.
+            workers: Threads that prepare batches ahead of their steps.
         """
         self.site = site
         self.run = run
         self.budget = budget
         self.store = store
         self.floors = floors
-        self.with_monitors = with_monitors and not (run.patient_dp or run.site_dp)
+        self._monitors = None if run.patient_dp or run.site_dp else monitors
+        self.workers = workers
         self.origin = Origin(description_hash(run), privacy_label(run), fingerprint(store))
         self.streams = trained_streams(run.streams, store)
         self.trained = tuple(run.streams) if run.sharing.rule == "plain" else tuple(self.streams)
@@ -115,7 +121,7 @@ class Session:
             validation_loss=None if quiet else self._validation_loss(task.round_number),
             num_skipped=None if quiet else result.num_skipped,
             saliency={} if self.run.site_dp else self._saliency(result),
-            monitors=self._monitors(result) if self.with_monitors else {},
+            monitors=self._monitors(self, task, result, states) if self._monitors else {},
         )
         if self.budget:
             keep_reply(states, task, key, released)
@@ -135,7 +141,8 @@ class Session:
 
             permit = self.budget.pay(self.run, task, self.origin.patients)
             return train_privately(self.trainer, self.store, indices, permit=permit, **steps)
-        steps |= {"site": self.site, "round_number": task.round_number, "with_monitors": self.with_monitors}
+        steps |= {"site": self.site, "round_number": task.round_number, "workers": self.workers}
+        steps["with_monitors"] = self._monitors is not None
         result = self.trainer.train(self.store, indices, **steps)
         self.floors.check_round(train, first_step, result)
         return result
@@ -218,13 +225,6 @@ class Session:
         thin = self.floors.streams_below(self.store, result.batches[-1:])
         return {stream: value for stream, value in result.saliency.items() if stream not in thin}
 
-    def _monitors(self, result: TrainResult) -> dict[str, float]:
-        """Monitors of the last batch, and the experts in use; none if too few subjects were in the batch."""
-        from panfm.training.monitors import expert_monitors
-
-        is_enough = self.floors.is_enough(len(set(*result.batches[-1:])))
-        return result.monitors | expert_monitors(self.floors.gate_mass(result)) if is_enough else {}
-
     def _updates(self, withheld: Mapping[str, NDArray[np.bool_]]) -> Arrays:
         """Code the updates of a round; rounding errors are kept for the next round.
 
@@ -249,11 +249,14 @@ class Session:
             kept |= {_GLOBAL + group: parameters for group, parameters in self._global.items()}
         return self.trainer.private_state() | {name: torch.from_numpy(array) for name, array in kept.items()}
 
+    def validates(self, round_number: int) -> bool:
+        """Whether the val split is looked at after a round."""
+        return round_number % self.run.train.validate_every == 0 or round_number == self.run.train.rounds
+
     def _validation_loss(self, round_number: int) -> float | None:
         """Loss on the val split; None in rounds between validations, and if it is of too few subjects."""
-        due = round_number % self.run.train.validate_every == 0 or round_number == self.run.train.rounds
         indices = self.store.indices("val")
-        if not due or len(indices) < self.floors.batch:
+        if not self.validates(round_number) or len(indices) < self.floors.batch:
             return None
         validation = self.trainer.validate(self.store, indices, site=self.site)
         return validation.loss if self.floors.is_enough(validation.subjects) else None

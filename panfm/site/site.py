@@ -43,7 +43,7 @@ from panfm.site.approvals import Approvals, check_approved
 from panfm.site.audit_log import AuditLog
 from panfm.site.experiment_requests import keep_request
 from panfm.site.floors import Floors
-from panfm.site.session import Session
+from panfm.site.session import Monitors, Session
 from panfm.site.state import StateStore, make_room
 from panfm.texts import check_text
 
@@ -278,14 +278,22 @@ class Site:
             self._warm = None  # lets go of the memory of the run before
             store = self._open_store(run, floors)
             budget = self._budget if run.patient_dp else None
-            monitored = Releasable.MONITORS in self.config.limits.may_leave
-            session = partial(Session, self.config.name, run, store, floors, budget, with_monitors=monitored)
+            threads = self.config.limits.reading_threads
+            args = (self.config.name, run, store, floors, budget, self._monitors())
+            session = partial(Session, *args, workers=threads)
             if (devices := self.config.limits.devices) > 1:
                 from panfm.site.spread_session import spread_session  # a site with one device does without
 
                 session = partial(spread_session, partial(_reopen, self.folder, run_toml), devices, session)
             self._warm = (run_toml, session())
         return self._warm[1]
+
+    def _monitors(self) -> Monitors | None:
+        if Releasable.MONITORS not in self.config.limits.may_leave:
+            return None
+        from panfm.site.round_monitors import RoundMonitors  # a site that keeps monitors to itself does without
+
+        return RoundMonitors(self.folder, self.config).after
 
     def _open_store(self, run: RunConfig, floors: Floors) -> ImageStore:
         """Images of a run's streams, with the labels of its task; without streams that too few training subjects

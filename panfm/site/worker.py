@@ -129,7 +129,7 @@ def load_libraries(limits: LimitsConfig) -> None:
         import panfm.site.kept_reply
         import panfm.site.patient_budget
     if Releasable.MONITORS in limits.may_leave:
-        import panfm.training.monitors
+        import panfm.site.round_monitors
     if {Releasable.LABEL_SUMS, Releasable.INPUT_SUMS} & {*limits.may_leave}:
         import panfm.site.sums_answer
     if limits.devices > 1:

@@ -7,8 +7,9 @@ Shape legend: B subjects.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from typing import Protocol
 
 import numpy as np
@@ -16,9 +17,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from panfm.data.ahead import done_ahead
 from panfm.data.store import Batch, ImageStore
 from panfm.seeds import derive_seed, torch_generator
-from panfm.training.draw_order import draw_order
+from panfm.training.draw_order import Drawn, draw_order
 from panfm.training.experts import ExpertTraining
 from panfm.training.objectives.interface import StudentOutput
 from panfm.training.token_mask import Contributors, has_loss
@@ -123,12 +125,20 @@ class BatchGradient:
         *,
         site: str,
         round_number: int,
+        num_steps: int | None = None,
+        workers: int = 0,
     ) -> None:
-        """Start a round on some subjects of a store of training inputs (`TrainingState.training_inputs`)."""
+        """Start a round on some subjects of a store of training inputs (`TrainingState.training_inputs`).
+
+        Args:
+            num_steps: Steps that are taken at most; any number when left out.
+            workers: Threads that prepare batches ahead of their steps. No number depends on them.
+        """
         seed, model = state.run.seed, state.model
         self._state, self._store, self._indices = state, store, indices
         self._experts = experts
-        self._order = draw_order(state.run, model.stream_names, store, indices, site, round_number)
+        order = draw_order(state.run, model.stream_names, store, indices, site, round_number)
+        self._prepared = done_ahead(self._prepare, enumerate(islice(order, num_steps)), workers)
         self._augmentation = partial(torch_generator, seed, site, round_number, "augmentation")
         self._sessions = partial(derive_seed, seed, site, round_number, "sessions")
         self._masks = torch_generator(seed, site, round_number, "masking")
@@ -149,16 +159,23 @@ class BatchGradient:
 
     def draw(self) -> Iterator[DrawnBatch]:
         """Draw one batch."""
-        yield self._read(len(self._batches), *next(self._order))
+        drawn = next(self._prepared)
+        yield replace(drawn, inputs=drawn.inputs.to(self._state.device))
 
-    def _read(self, step: int, subjects: NDArray[np.int64], views: Sequence[Collection[str]]) -> DrawnBatch:
+    def close(self) -> None:
+        """Prepare no further batch."""
+        self._prepared.close()
+
+    def _prepare(self, numbered: tuple[int, Drawn]) -> DrawnBatch:
+        """Gather the images of a step's subjects."""
+        step, (subjects, views) = numbered
         shown = [name for name in self._store.images if any(name in view for view in views)]
-        augments = self._state.run.augment is not None
 
         def pick(subject: int, count: int) -> int:
             return self._sessions(step, subject) % count
 
-        inputs = self._store.batch(subjects, shown, pick).to(self._state.device)
+        inputs, augments = self._store.batch(subjects, shown, pick), self._state.run.augment is not None
+        inputs = inputs.pinned() if self._state.device.type == "cuda" else inputs
         generators = [self._augmentation(step, int(subject)) for subject in subjects] if augments else []
         return DrawnBatch(subjects, inputs, views, self._masks, self._routing, generators)
 

@@ -4,6 +4,7 @@
     feature-deviation  sqrt(D) x mean over the features of their deviation, of rows of length 1; 0 if all rows are equal
     experts-used       exp H(share of gate mass per expert), mean over the layers; 1 if one expert gets all
     teacher-entropy    mean entropy of the `dino` teacher's answers, in shares of its maximum; 1 if it prefers nothing
+    validation-auc     mean AUC of a probe of the site's own labels on its val split (panfm/site/round_monitors.py)
 
 Features are the teacher's CLS tokens of the round's last batch, every view a row.
 
@@ -16,7 +17,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-NAMES = ("effective-rank", "feature-deviation", "teacher-entropy", "experts-used")
+NAMES = ("effective-rank", "feature-deviation", "teacher-entropy", "experts-used", "validation-auc")
 
 
 def feature_monitors(features: NDArray[np.floating]) -> dict[str, float]:

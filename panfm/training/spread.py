@@ -9,7 +9,7 @@ Shape legend: B subjects of a batch, V views, N patches, S streams.
 
 import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -25,6 +25,7 @@ from panfm.errors import ConfigError, LimitError
 from panfm.models import batch_sums
 from panfm.models.backbone import Encoded, Exploration
 from panfm.registry import BACKBONES, import_class
+from panfm.training.draw_order import Drawn
 from panfm.training.experts import ExpertTraining
 from panfm.training.gradient import BatchGradient, DrawnBatch, StepOutput, TrainResult
 from panfm.training.token_mask import TokenMask, draw_mask
@@ -107,20 +108,13 @@ class SpreadTrainer(Trainer):
         The state of rank 0 is that of all, and its result that of the round.
         """
         self.take_state()
-        first_step, profile = steps["first_step"], steps.get("profile")
-        source = SpreadGradient(
-            self,
-            self.experts,
-            self.training_inputs(store),
-            indices,
-            site=steps["site"],
-            round_number=steps["round_number"],
-        )
+        of_round = {name: steps[name] for name in ("site", "round_number", "num_steps", "workers") if name in steps}
         on_step = steps.get("on_step") or (lambda *_: None)
-        for taken in range(steps["num_steps"]):
-            with self._spread():
-                source.record(self.step(source, first_step + taken, profile))
-            on_step(taken + 1, source.loss.detach())
+        with closing(SpreadGradient(self, self.experts, self.training_inputs(store), indices, **of_round)) as source:
+            for taken in range(steps["num_steps"]):
+                with self._spread():
+                    source.record(self.step(source, steps["first_step"] + taken, steps.get("profile")))
+                on_step(taken + 1, source.loss.detach())
         source.gather_record()
         if distributed.get_rank():
             return source.result({}, {})
@@ -212,15 +206,26 @@ class SpreadGradient(BatchGradient):
 
     _state: SpreadTrainer
 
+    def __init__(self, *words: Any, **of_round: Any) -> None:
+        self._prepared_shares: dict[int, tuple[Share, Drawn]] = {}
+        super().__init__(*words, **of_round)
+
     def draw(self) -> Iterator[DrawnBatch]:
-        """Draw one batch, and read this process's share of it."""
-        subjects, views = self._last = next(self._order)
-        self._state.share = share = Share.of(self._store, subjects, views)
-        yield self._read(len(self._batches), subjects[share.subjects], views)
+        """Draw one batch, of which this process has its share."""
+        for drawn in super().draw():
+            self._state.share, self._last = self._prepared_shares.pop(len(self._batches))
+            yield drawn
 
     def last_whole(self) -> DrawnBatch:
         """Read the last batch again, whole."""
-        return self._read(len(self._batches) - 1, *self._last)
+        drawn = super()._prepare((len(self._batches) - 1, self._last))
+        return replace(drawn, inputs=drawn.inputs.to(self._state.device))
+
+    def _prepare(self, numbered: tuple[int, Drawn]) -> DrawnBatch:
+        step, (subjects, views) = numbered
+        share = Share.of(self._store, subjects, views)
+        self._prepared_shares[step] = share, numbered[1]
+        return super()._prepare((step, (subjects[share.subjects], views)))
 
     def add(self, output: StepOutput) -> None:
         """Take this process's part of the batch's mean loss and regularisers."""

@@ -8,8 +8,9 @@ Shape legend: B subjects, S streams.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,6 +65,7 @@ class Trainer(TrainingState):
         profile: Mapping[str, float] | None = None,
         on_step: Callable[[int, Tensor], None] | None = None,
         with_monitors: bool = False,
+        workers: int = 0,
     ) -> TrainResult:
         """Take `num_steps` plain steps on some subjects of a store.
 
@@ -77,17 +79,19 @@ class Trainer(TrainingState):
             on_step: Called after each step with the number of steps taken and the loss, on the device: who reads it
                 waits for the step.
             with_monitors: Compute the monitors of the last batch; the training is the same.
+            workers: Threads that prepare batches ahead of their steps; the training is the same.
         """
         if self.run.patient_dp is not None:
             raise ConfigError(
                 "patient-dp: a private run trains by panfm.privacy.private_step.train_privately, with a ledger's permit"
             )
         inputs = self.training_inputs(store)
-        source = BatchGradient(self, self.experts, inputs, indices, site=site, round_number=round_number)
-        for taken in range(num_steps):
-            source.record(self.step(source, first_step + taken, profile))
-            if on_step is not None:
-                on_step(taken + 1, source.loss.detach())
+        of_round: dict[str, Any] = {"site": site, "round_number": round_number, "num_steps": num_steps}
+        with closing(BatchGradient(self, self.experts, inputs, indices, **of_round, workers=workers)) as source:
+            for taken in range(num_steps):
+                source.record(self.step(source, first_step + taken, profile))
+                if on_step is not None:
+                    on_step(taken + 1, source.loss.detach())
         return source.result(*self._last_batch(source.output.student.features, with_monitors=with_monitors))
 
     def step(self, source: GradientSource, number: int, profile: Mapping[str, float] | None = None) -> Tensor:

@@ -6,7 +6,6 @@ else), so that a site can send the one and keep the other. `trainer.py` moves it
 
 from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import replace
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -15,21 +14,20 @@ from torch import Tensor, nn
 
 from panfm.config import RunConfig
 from panfm.config.training import TrainConfig
-from panfm.data.store import Batch, ImageStore
+from panfm.data.store import ImageStore
 from panfm.errors import ConfigError
 from panfm.models import PanModel, build_model
 from panfm.models.pan import is_tokens
 from panfm.models.trained_parts import layers_above
 from panfm.models.transfer import load_with_fresh_private
 from panfm.privacy.guarantees import checked_run
+from panfm.training.feature_store import feature_store
 from panfm.training.objectives.interface import build_objective
 
 if TYPE_CHECKING:
     from panfm.data.augmentation import Augmentation
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-_CHUNK_BYTES = 1 << 28
-"""Of images whose patch features are computed at a time: 64 of 96^3 voxels, or one larger image."""
 
 
 class TrainingState:
@@ -78,11 +76,11 @@ class TrainingState:
         return store if self.augmentation else self.patch_features(store)
 
     def patch_features(self, store: ImageStore) -> ImageStore:
-        """The store's patch features, computed once per store and kept in memory as long as the store lives."""
+        """The store with patch features in its batches; few are computed once and kept as long as the store lives."""
         if self.run.model.tokenizer == "patch":
             return store
         if store not in self._feature_stores:
-            self._feature_stores[store] = _feature_store(store, self.model, chunk=1 if self.run.patient_dp else 64)
+            self._feature_stores[store] = feature_store(store, self.model, self.device)
         return self._feature_stores[store]
 
     def set_gradient(self, gradient: Mapping[str, Tensor]) -> None:
@@ -244,26 +242,3 @@ def build_optimiser(model: PanModel, config: TrainConfig) -> torch.optim.AdamW:
         for (layers, is_vector), parameters in sorted(groups.items())
     ]
     return torch.optim.AdamW(settings, lr=config.learning_rate, betas=config.betas, fused=True)
-
-
-def _feature_store(store: ImageStore, model: PanModel, *, chunk: int) -> ImageStore:
-    """Patch features of a whole store, in memory.
-
-    Args:
-        chunk: Images at a time, fewer if they are large; with 1, no bit of a map depends on other patients.
-    """
-    features = {}
-    for stream in model.stream_names:
-        if stream not in store.images:
-            continue
-        images = store.images[stream]
-        num = min(chunk, max(1, _CHUNK_BYTES // images[0].nbytes))
-        parts = [
-            model.patch_features(Batch(0, {stream: torch.from_numpy(images[start : start + num].copy())}, {})).images[
-                stream
-            ]
-            for start in range(0, len(images), num)
-        ]
-        features[stream] = torch.cat(parts).numpy()
-    rows = {stream: store.rows[stream] for stream in features}
-    return replace(store, images=features, rows=rows, digests={})

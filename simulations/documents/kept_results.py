@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+_OF_DRAW = 100
+"""More than any seed that is reported."""
+
 
 @dataclass(frozen=True)
 class KeptTarget:
@@ -34,11 +37,15 @@ class KeptResult:
     @classmethod
     def read(cls, path: Path) -> "KeptResult":
         """Read a result file, as `StudyResult.write` wrote it. Rows without `seeds` have those of `config.pairs`, which
-        is a list of (draw, seed). Raises ValueError for pairs of several draws."""
+        is a list of (draw, seed); where there are several draws, seed 3 of draw 2 is 203. Raises ValueError for a
+        pair that stands twice."""
         table = json.loads(path.read_text(encoding="utf-8"))
-        paired = [int(seed) for _, seed in table.get("config", {}).get("pairs", [])]
-        if len({*paired}) < len(paired):
-            raise ValueError(f"{path}: has several draws, expected one value per metric, arm and seed")
+        pairs = [(int(draw), int(seed)) for draw, seed in table.get("config", {}).get("pairs", [])]
+        paired = [seed for _, seed in pairs]
+        if len({*paired}) < len(pairs):
+            paired = [_OF_DRAW * draw + seed for draw, seed in pairs]
+        if len({*paired}) < len(pairs):
+            raise ValueError(f"{path}: a pair of draw and seed stands twice, expected once")
         values = {
             (_metric(row), row["arm"]): {
                 seed: math.nan if value is None else float(value)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from simulations.documents.kept_results import KeptResult, by_seed, short, signed, with_spread
 from simulations.documents.markdown import table
+from simulations.documents.phantom_tables import PHANTOM_TABLES
 from simulations.documents.study_tables import STUDY_TABLES, measured_at, targets
 
 _MARKED = re.compile(r"(<!-- made: ([\w-]+) -->\n\n).*?(\n<!-- end -->)", re.DOTALL)
@@ -274,6 +275,7 @@ _PARTS: Mapping[str, Mapping[str, Callable[[KeptResult], str]]] = {
     },
     "dex-pictures": {"dex-pictures": _dex_pictures},
     **STUDY_TABLES,
+    **PHANTOM_TABLES,
     "pan-fm": {
         "pan-fm": _pan_fm,
         "pan-fm-differences": _pan_fm_differences,

@@ -22,11 +22,22 @@ _VOLUMES = {
     "start-slices-in-place": " | in place, block 8",
 }
 """Arm of `real-volumes` -> its name and its reading, as two cells."""
+_INFLATION = {
+    "start-mean": "mean: kernel spread over the depth | layers",
+    "start-mean-in-place": " | in place",
+    "start-centre": "centre: kernel in the middle slice | layers",
+    "start-centre-in-place": " | in place",
+    "start-joint": "slices in one sequence | layers",
+    "start-joint-in-place": " | in place",
+}
+"""The same of the ways in which a public 2D model reads volumes."""
 
 
 def measured_at(kept: KeptResult) -> str:
     """Name the commit and the seeds of a result."""
-    return f"Commit {kept.commit}, seeds {', '.join(map(str, kept.seeds()))}.\n"
+    draws, seeds = (sorted({*parts}) for parts in zip(*(divmod(seed, 100) for seed in kept.seeds()), strict=True))
+    on = f" on each of draws {', '.join(map(str, draws))}" if len(draws) > 1 else ""
+    return f"Commit {kept.commit}, seeds {', '.join(map(str, seeds if on else kept.seeds()))}{on}.\n"
 
 
 def targets(kept: KeptResult) -> str:
@@ -71,9 +82,9 @@ def _few_labels_differences(kept: KeptResult) -> str:
     )
 
 
-def _volumes(kept: KeptResult) -> str:
+def _volumes(kept: KeptResult, named: Mapping[str, str] = _VOLUMES) -> str:
     rows = []
-    for arm, names in _VOLUMES.items():
+    for arm, names in named.items():
         interval = " to ".join(short(float(np.mean(kept.of(f"r2_mean_{end}", arm))), 2) for end in ("low", "high"))
         values = (with_spread(kept.of(f"r2_{part}", arm)) for part in ("anterior", "posterior", "mean"))
         rows.append((*names.split(" | "), *values, interval))
@@ -168,6 +179,7 @@ STUDY_TABLES: Mapping[str, Mapping[str, Callable[[KeptResult], str]]] = {
         "real-volumes-differences": _volume_differences,
         "real-volumes-targets": targets,
     },
+    "real-volumes-inflation": {"real-volumes-inflation": lambda kept: _volumes(kept, _INFLATION)},
     "poisoning": {"poisoning": _poisoning},
     "poisoning-means": {"poisoning-means": _poisoning_means},
     "downstream": {

@@ -66,7 +66,7 @@ MISTAKES = {
     "panfm audit membership": ("panfm", "audit", "membership", "{folder}", "{site}"),
     "panfm audit inversion": ("panfm", "audit", "inversion", "{folder}", "{site}"),
     "panfm embed": ("panfm", "embed", "{folder}", "{site}", "--out", "x.npz"),
-    "panfm embed --pooling": ("panfm", "embed", "{folder}", "{site}", "--out", "x.npz", "--pooling", "mean"),
+    "panfm embed --pooling": ("panfm", "embed", "{folder}", "{site}", "--out", "x.npz", "--pooling", "max"),
     "panfm finetune": ("panfm", "finetune", "{folder}", "--data", "{site}", "--task", "a.csv:b", "--out", "x"),
     "panfm whiten": ("panfm", "whiten", "{folder}", "{site}"),
     "panfm report": ("panfm", "report", "{folder}"),

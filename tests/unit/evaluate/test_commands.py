@@ -59,8 +59,8 @@ def test_pooling_flag_and_whitening_change_what_is_embedded(place, tmp_path):
     assert (layers.pooling, layers.features.shape) == ("layers:2", (36, 144))
     refused = panfm("embed", model, place, "--out", tmp_path / "out.npz", "--pooling", "layers:3")
     assert (refused.exit_code, refused.stderr) == (1, "features.layers: found block 3, expected 1 to 2\n")
-    refused = panfm("embed", model, place, "--out", tmp_path / "out.npz", "--pooling", "mean")
-    assert refused.stderr.startswith("--pooling: found 'mean', expected one of cls, cls+mean")
+    refused = panfm("embed", model, place, "--out", tmp_path / "out.npz", "--pooling", "max")
+    assert refused.stderr.startswith("--pooling: found 'max', expected one of cls, mean, cls+mean")
     written = panfm("whiten", model, place)
     assert written.exit_code == 0
     digest = json.loads((model / "metadata.json").read_text())["whitening"]

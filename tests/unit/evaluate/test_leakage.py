@@ -13,14 +13,15 @@ ONCE = np.ones((1, 2))
 RANDOM = np.random.default_rng(0)
 
 
-def slow_presence_variance(features):
-    """The definition, summed entry by entry."""
+def slow_presence_variance(features, counts=None):
+    """The definition, summed entry by entry; features of patients drawn several times stand there several times."""
     sets, patients, _ = features.shape
     middle = features.reshape(sets * patients, -1).mean(axis=0)
     whole = sum(((features[m, i] - middle) ** 2).sum() for m in range(sets) for i in range(patients))
     of_sets = sum(patients * ((features[m].mean(axis=0) - middle) ** 2).sum() for m in range(sets))
     of_patients = sum(sets * ((features[:, i].mean(axis=0) - middle) ** 2).sum() for i in range(patients))
-    return max((of_sets - (whole - of_sets - of_patients) / (patients - 1)) / whole, 0.0)
+    alike = sum(count**2 for count in counts) / patients**2 if counts is not None else 1 / patients
+    return max((of_sets - (whole - of_sets - of_patients) * alike / (1 - alike)) / whole, 0.0)
 
 
 def slow_site_variance(features, sites):
@@ -43,7 +44,7 @@ def test_presence_by_hand():
 def test_presence_equals_the_slow_definition_in_every_resample():
     features = RANDOM.normal(size=(4, 6, 3)) + RANDOM.normal(size=(4, 1, 3)) + 50.0
     counts = draw_counts(6, 5, seed=1)
-    slow = [slow_presence_variance(np.repeat(features, row.astype(int), axis=1)) for row in counts]
+    slow = [slow_presence_variance(np.repeat(features, row.astype(int), axis=1), row) for row in counts]
     assert presence_variance(features, counts) == pytest.approx(slow, rel=1e-9)
 
 
@@ -63,6 +64,19 @@ def test_site_equals_the_slow_definition():
     features, sites = RANDOM.normal(size=(9, 3)) + 20.0, np.array([0] * 2 + [1] * 3 + [2] * 4)
     features[sites == 2] += 3.0
     assert site_variance(features, sites, np.ones((1, 9))) == pytest.approx([slow_site_variance(features, sites)])
+
+
+def test_intervals_lie_around_the_estimate():
+    """A resample repeats patients, which must not read as more variance between sets or sites."""
+    patients, sites = RANDOM.normal(size=(1, 30, 40)), np.arange(30) % 3
+    counts = draw_counts(30, 400, seed=2)
+    for shift in (0.0, 0.7):
+        of_sets = patients + RANDOM.normal(size=(8, 30, 40)) + shift * RANDOM.normal(size=(8, 1, 40))
+        of_sites = patients[0] + shift * RANDOM.normal(size=(3, 40))[sites]
+        for values in (presence_variance(of_sets, counts), site_variance(of_sites, sites, counts)):
+            low, high = np.percentile(values[1:], [2.5, 97.5])
+            assert low <= values[0] <= high
+            assert abs(values[1:].mean() - values[0]) < 0.01 + 0.5 * (high - low) / 4
 
 
 @pytest.mark.parametrize("features", [np.full((4, 6, 3), 0.1), np.zeros((1, 6, 3)), np.zeros((4, 1, 3))])

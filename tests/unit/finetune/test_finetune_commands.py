@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 import panfm
 from panfm.cli import main
+from panfm.finetune.finetune_settings import read_settings, write_settings
 from tests.cases import quick
 
 invoke = partial(CliRunner().invoke, main)
@@ -50,7 +51,7 @@ def test_labels_to_a_folder(words, tmp_path):
             (["--parts", "lora:2:8:9"], "--parts: found 'lora:2:8:9'"),
             (["--patients", "1"], "--patients: found 1, expected greater than or equal to 2"),
             (["--task", "labels.csv"], "--task: found 'labels.csv', expected labels.csv:COLUMN"),
-            (["--pooling", "mean"], "--pooling: found 'mean'"),
+            (["--pooling", "max"], "--pooling: found 'max'"),
             (["--data", "absent"], "absent/site.toml: no such file"),
             (["--resume", "absent"], "--resume: found RUN, --data, --task or --out beside it"),
         ],
@@ -63,6 +64,16 @@ def test_mistakes_are_told_before_training(words, changes, told, tmp_path):
     assert told in done.output
     assert len(done.output.strip().splitlines()[-1:]) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_table_of_the_working_directory_is_found_from_elsewhere(words, tmp_path, monkeypatch):
+    site = tmp_path / "clinic"
+    (tmp_path / "here").mkdir()
+    (site / "labels.csv").rename(tmp_path / "here" / "mine.csv")
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr("panfm.cli.finetune_commands._train", lambda settings, folder: write_settings(folder, settings))
+    assert invoke([*words, "--task", "mine.csv:bright"]).exit_code == 0
+    assert read_settings(tmp_path / "out").task == f"{tmp_path / 'here' / 'mine.csv'}:bright"
 
 
 def test_a_folder_that_cannot_be_made_is_told(words, tmp_path):

@@ -92,6 +92,7 @@ def test_a_site_with_times(model, labelled_site, settings_of, tmp_path):
         ("labels.csv:days", lambda days: days, "days: found number, expected an event that is yes or no, for --time"),
         ("labels.csv:death", lambda days: -days, "days: found a time below 0, expected time since the image"),
         ("labels.csv:death", lambda days: days % 2, "days: found yes-no, expected a number of days, months or years"),
+        ("labels.csv:death", lambda days: "late" if days < 50 else days, r"found ignore \(days: .* without a number"),
     ],
 )
 def test_mistakes_in_times(model, labelled_site, settings_of, tmp_path, task, change, told):

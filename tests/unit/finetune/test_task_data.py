@@ -164,6 +164,15 @@ def test_numbers_of_masks_that_differ_are_told(read, labelled_site):
     assert notes[1] == "class 9: in no training mask, cannot be learned"
 
 
+def test_a_number_that_float32_cannot_hold_is_refused(read, labelled_site):
+    site = labelled_site()
+    lines = (site / "labels.csv").read_text().splitlines()
+    lines[2] = "clinic-1,yes,1e300,mid"
+    (site / "labels.csv").write_text("\n".join(lines) + "\n")
+    with pytest.raises(DataError, match="size: found a number beyond float32"):
+        read(site, "labels.csv:size")
+
+
 def test_who_is_left_out_is_counted(read, labelled_site):
     site = labelled_site()
     rows = (site / "manifest.csv").read_text().replace("clinic-5-only-seg.nii.gz", "")

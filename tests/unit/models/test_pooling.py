@@ -19,6 +19,7 @@ from panfm.models.tokens import Layout
 
 POOLINGS = [
     {"pooling": "cls"},
+    {"pooling": "mean"},
     {"pooling": "cls+mean"},
     {"pooling": "per-stream"},
     {"pooling": "layers"},
@@ -50,6 +51,7 @@ CLS = [[10.0, 20.0], [30.0, 40.0]]
     ("pooling", "expected"),
     [
         ("cls", CLS),
+        ("mean", [[3.0, 3.0], [7.0, 8.0]]),
         ("cls+mean", [[10.0, 20.0, 3.0, 3.0], [30.0, 40.0, 7.0, 8.0]]),
         ("per-stream", [[10.0, 20.0, 2.0, 4.0, 0.0, 0.0, 5.0, 1.0], [30.0, 40.0, 0.0, 0.0, 7.0, 8.0, 0.0, 0.0]]),
     ],
@@ -109,8 +111,8 @@ def slow(encoded, subject, places, streams, pooling, layers=(1, 2)):
             tokens = torch.stack(rows)
             parts += [cls, tokens.mean(0), tokens.std(0, correction=0)]
         return torch.cat(parts)
-    parts = [encoded.cls[subject]]
-    chosen = {"cls": [], "cls+mean": [set(streams)], "per-stream": [{0}, {1}, {2}]}[pooling]
+    parts = [] if pooling == "mean" else [encoded.cls[subject]]
+    chosen = {"cls": [], "mean": [set(streams)], "cls+mean": [set(streams)], "per-stream": [{0}, {1}, {2}]}[pooling]
     for wanted in chosen:
         rows = [
             encoded.tokens[subject, place] for place, stream in zip(places, streams, strict=True) if stream in wanted
@@ -182,8 +184,8 @@ def test_a_block_that_is_not_there_and_a_backbone_without_cls_are_one_line(make_
 
 
 def test_pooling_flags_are_read_and_mistakes_are_one_line():
-    texts = ["cls", "cls+mean", "per-stream", "layers", "layers:8,10,12", "per-stream-layers:1,2"]
+    texts = ["cls", "mean", "cls+mean", "per-stream", "layers", "layers:8,10,12", "per-stream-layers:1,2"]
     assert [parse_pooling(text).pooling_text for text in texts] == texts
-    for wrong in ("", "mean", "layers:", "layers:2,1", "layers:0", "cls:1", "layers:1,1", "layers:1.5", "layers:9999"):
-        with pytest.raises(ConfigError, match=r"^--pooling: found .*, expected one of cls, cls\+mean"):
+    for wrong in ("", "max", "mean:1", "layers:", "layers:2,1", "layers:0", "layers:1,1", "layers:1.5", "layers:9999"):
+        with pytest.raises(ConfigError, match=r"^--pooling: found .*, expected one of cls, mean, cls\+mean"):
             parse_pooling(wrong)

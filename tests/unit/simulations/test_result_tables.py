@@ -9,7 +9,7 @@ import pytest
 
 from simulations.documents.kept_results import KeptResult, by_seed, short, signed, with_spread
 from simulations.documents.result_tables import filled, marks, tables
-from simulations.documents.study_tables import targets
+from simulations.documents.study_tables import measured_at, targets
 from simulations.studies import dex_pictures_study, real_pictures_study
 from simulations.study_result import StudyResult, Target
 
@@ -70,9 +70,33 @@ def test_a_result_by_place_has_metrics_with_the_place_before_them_and_targets(tm
     assert "**missed**" in targets(kept)
 
 
-def test_one_seed_on_several_draws_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="several draws"):
-        written(tmp_path, "made", [("a", "x", [0.5, 0.6], None)], config={"pairs": [[0, 3], [1, 3]]})
+def test_seeds_of_several_draws_have_the_draw_before_them(tmp_path):
+    kept = written(tmp_path, "made", [("a", "x", [0.5, 0.6], None)], config={"pairs": [[0, 3], [1, 3]]})
+    assert kept.seeds() == [3, 103]
+    assert measured_at(kept) == "Commit abc, seeds 3 on each of draws 0, 1.\n"
+    with pytest.raises(ValueError, match="stands twice"):
+        written(tmp_path, "made", [("a", "x", [0.5, 0.6], None)], config={"pairs": [[0, 3], [0, 3]]})
+
+
+def test_masking_policies_are_compared_with_random_masking_pair_by_pair(tmp_path):
+    result = StudyResult("sgm", {"pairs": [[0, 0], [0, 1], [1, 0]]}, targets=[Target("ahead", 0.1, 0.0)])
+    for random, guided in ((0.5, 0.6), (0.6, 0.6), (0.7, 0.9)):
+        result.add("random", {"lasting/auc": random})
+        result.add("sgm", {"lasting/auc": guided})
+    result.write(tmp_path / "sgm.json")
+    shown = tables(tmp_path)["sgm"]
+    assert "| `lasting` | random | .600 |" in shown
+    assert "| `lasting` | sgm | .700 (+.100 ± .100, 2 of 3) |" in shown
+    assert "| ahead |" in shown
+
+
+def test_arms_beside_the_first_by_hand(tmp_path):
+    result = StudyResult("coding", {"pairs": [[0, 0], [0, 1]]})
+    for arm, values, sent in (("float32", (0.5, 0.6), 100.0), ("int8", (0.51, 0.58), 25.0)):
+        for value in values:
+            result.add(arm, {"auc": value, "bytes_up_round": sent})
+    result.write(tmp_path / "coding.json")
+    assert "| int8 | .5100 | .5800 | -.0050 (1 of 2) | .250 |" in tables(tmp_path)["coding"]
 
 
 def test_damage_of_an_attack_by_hand(tmp_path):

@@ -130,9 +130,17 @@ def benefit(*gains):
             [("federated", -0.01, 0.05), ("ensemble", -0.01, 0.01), ("untrained", 0.1, 0.2)],
             "a: no difference shown between the federated model and its own (AUC +.020 [-.010, +.050]).",
         ),
+        (
+            [("federated", 0.01, 0.03), ("ensemble", 0.01, 0.09), ("start", 0.0, 0.2)],
+            "a: keep the ensemble with the federated model: AUC +.050 [+.010, +.090] over its own.",
+        ),
+        (
+            [("federated", -0.07, -0.01), ("start", 0.02, 0.06)],
+            "a: keep the model that the run started from: AUC +.040 [+.020, +.060] over its own.",
+        ),
     ],
 )
-def test_a_site_keeps_the_first_model_whose_gain_lies_above_nothing(gains, line):
+def test_a_site_keeps_the_model_with_the_greatest_gain_of_those_above_nothing(gains, line):
     assert list(contract_lines(benefit(*gains))) == [line]
 
 

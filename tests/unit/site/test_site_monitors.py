@@ -7,6 +7,7 @@ import pytest
 
 from panfm.config.site_description import LimitsConfig, Releasable
 from panfm.site import Site
+from panfm.site.round_monitors import RoundMonitors
 from tests.unit.site.test_private_site import GUIDED
 from tests.unit.site.test_private_site import task as private_task
 from tests.unit.site.test_site import task
@@ -52,14 +53,15 @@ def test_features_of_a_dense_model_and_experts_beside(make_site):
 
 def test_not_of_a_batch_below_the_floor(make_site):
     """Also of the last batch alone, which may be one that did not count."""
-    session = make_site(OPEN)._session(task().run_toml)
+    site = make_site(OPEN)
+    session, monitors = site._session(task().run_toml), RoundMonitors(site.folder, site.config)
     batches = [[1, 2, 3, 4], [1, 2, 2]]
     result = SimpleNamespace(
         monitors={"effective-rank": 2.0}, gate_mass={}, contributors_per_expert={}, batches=batches
     )
     for batch, told in ((2, {"effective-rank": 2.0}), (3, {}), (1, {"effective-rank": 2.0})):
         session.floors = replace(session.floors, batch=batch)
-        assert session._monitors(result) == told
+        assert monitors.after(session, task(), result, states=None) == told
 
 
 @pytest.mark.parametrize("name", ["patient-dp", "site-dp"])
