@@ -79,6 +79,10 @@ class LimitsConfig(Config):
     """Unfinished runs that may ask for rounds; `panfm site end` ends one."""
     idle_hours: Limit = 24.0
     """An unfinished run that has asked for no round for so long gives way to another."""
+    devices: Annotated[int, Field(gt=0, le=64)] = 1
+    """GPUs, or on a processor processes, that train a round together, each a part of every batch. With 2 or more, the
+    site refuses runs whose batches cannot be split: private ones, and the objective `views`. `memory-gib` then holds
+    for each process."""
     seconds_per_round: Limit = 86_400.0
     """A round, or a handshake with what it reads and prepares, that takes longer is given up."""
     memory_gib: Annotated[float, Field(ge=0.5)] | None = None

@@ -41,6 +41,7 @@ from torch.nn import functional
 from panfm.config.model import ModelConfig
 from panfm.errors import ConfigError
 from panfm.models.backbone import Exploration, Route, Routed
+from panfm.models.batch_sums import batch_mean
 from panfm.models.dispatch import Experts
 from panfm.models.vit import Block, Mlp, VisionTransformer
 from panfm.sharing.groups import BACKBONE, DIRECTOR, EXPERTS, ROUTER
@@ -257,7 +258,7 @@ class _CosineDistance(torch.autograd.Function):
 
 def balance_loss(probs: Tensor) -> Tensor:
     """R sum imp stopgrad(imp) of probabilities [B, R]; 1 when all experts are equally probable."""
-    importance = probs.mean(dim=0)
+    importance = batch_mean(probs)
     return probs.shape[1] * (importance * importance.detach()).sum()
 
 

@@ -2,7 +2,8 @@
 
     out_b = sum_k gate_bk expert_(chosen_bk)(x_b)
 
-There are two ways to compute it. `mix_experts` is for batches, with a backward pass written by hand. `gather_experts`
+There are three ways to compute it. `mix_experts` is for batches, with a backward pass written by hand. `group_experts`
+is for batches in bf16 on CUDA: one grouped product instead of a loop, and no wait for the device. `gather_experts`
 copies the chosen experts' weights for every subject. For one subject, as in a private step, it is faster where experts
 are small (forward and backward, one thread: 1.1 against 1.8 ms at width 48, 4.7 against 8.0 ms at 192 with 50 tokens,
 10.7 against 11.5 with 197, 152 against 137 at 768). And no choice in it depends on a value, so it can be exported.
@@ -54,7 +55,8 @@ class Experts(nn.Module):
             return gather_experts(x, chosen, gates, self.stacked)
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         weight_in, bias_in, weight_out, bias_out = (parameter.to(dtype) for parameter in self.stacked)
-        return mix_experts(x.to(dtype), chosen, gates.to(dtype), (weight_in, bias_in, weight_out, bias_out))
+        mix = group_experts if x.is_cuda and dtype == torch.bfloat16 and x.shape[2] % 8 == 0 else mix_experts
+        return mix(x.to(dtype), chosen, gates.to(dtype), (weight_in, bias_in, weight_out, bias_out))
 
 
 def gather_experts(x: Tensor, chosen: Tensor, gates: Tensor, experts: Stacked) -> Tensor:
@@ -63,6 +65,22 @@ def gather_experts(x: Tensor, chosen: Tensor, gates: Tensor, experts: Stacked) -
     hidden = torch.einsum("bld,bkhd->bklh", x, weight_in) + bias_in[:, :, None]
     outputs = torch.einsum("bklh,bkdh->bkld", functional.gelu(hidden), weight_out) + bias_out[:, :, None]
     return torch.einsum("bk,bkld->bld", gates.to(outputs.dtype), outputs)
+
+
+def group_experts(x: Tensor, chosen: Tensor, gates: Tensor, experts: Stacked) -> Tensor:
+    """Mix the chosen experts' outputs [B, L, D] by grouped products; see `mix_experts`. Asks the device for nothing."""
+    weight_in, bias_in, weight_out, bias_out = experts
+    sorted_experts, order = chosen.flatten().sort(stable=True)
+    loads = (sorted_experts[:, None] == torch.arange(len(bias_in), device=x.device)).sum(dim=0) * x.shape[1]
+    ends = loads.cumsum(dim=0).to(torch.int32)
+
+    def layer(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        products = functional.grouped_mm(rows.flatten(0, 1), weight.transpose(1, 2), offs=ends)
+        return products.view(len(rows), x.shape[1], -1) + bias.index_select(0, sorted_experts)[:, None]
+
+    hidden = functional.gelu(layer(x.index_select(0, order // chosen.shape[1]), weight_in, bias_in))
+    outputs = layer(hidden, weight_out, bias_out).index_select(0, order.argsort()).unflatten(0, chosen.shape)
+    return (gates[:, :, None, None] * outputs).sum(dim=1)
 
 
 def mix_experts(x: Tensor, chosen: Tensor, gates: Tensor, experts: Stacked) -> Tensor:

@@ -19,6 +19,7 @@ from torch.nn import functional
 from panfm.config.model import ModelConfig
 from panfm.data.store import send
 from panfm.models.backbone import Backbone, Encoded, Exploration, Route, Routed, Saliency
+from panfm.models.batch_sums import batch_mean, batch_sum
 from panfm.models.tokens import Layout
 
 Rotation = tuple[Tensor, Tensor]
@@ -252,7 +253,7 @@ class CentredNorms:
     def add(self, values: Tensor) -> None:
         """Add a block's values [B, H, L, d]."""
         values = values.transpose(1, 2).float()
-        centred = values - values.mean(dim=0) if self._row is None else self._centred(values, self._row)
+        centred = values - batch_mean(values) if self._row is None else self._centred(values, self._row)
         self._norms.append(torch.linalg.vector_norm(centred, dim=-1))
 
     def norms(self) -> Tensor:
@@ -268,5 +269,5 @@ class CentredNorms:
     def _centred(self, values: Tensor, row: Tensor) -> Tensor:
         """Values [B, L, H, d], whose means are formed in `row` [B L], less their mean; or the mean less them."""
         flat = values.flatten(2).flatten(0, 1).contiguous()
-        means = flat.new_zeros(len(self._share), flat.shape[1]).index_add_(0, row, flat).mul_(self._share)
+        means = batch_sum(flat.new_zeros(len(self._share), flat.shape[1]).index_add_(0, row, flat)).mul_(self._share)
         return means.index_select(0, row).sub_(flat).view(values.shape)

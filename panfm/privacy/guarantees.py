@@ -13,14 +13,11 @@ from pathlib import Path
 from panfm.config import RunConfig
 from panfm.config.base import LEAST_NOISE, Config
 from panfm.config.objective import ObjectiveConfig
-from panfm.config.patient_dp import PatientDpConfig
 from panfm.errors import ConfigError
-from panfm.texts import toml_key
 
 NO_CLAIM = "noise only, no DP claim"
 """Label on every artefact of a run that trains on although its guarantee is broken."""
 _LARGEST_DELTA = 0.01
-_NO_PROXIMAL_STEP = "train.proximal-mu: not done in private runs, set 0"
 
 
 def load_checked_run(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
@@ -57,6 +54,8 @@ def site_dp_claim(run: RunConfig) -> str | None:
     """Claim that a run may make about its sites' privacy; None without site-level privacy."""
     if run.site_dp is None:
         return None
+    from panfm.privacy.site_dp_faults import site_dp_faults  # of no use to other runs
+
     if any(site_dp_faults(run)):
         return NO_CLAIM
     private = run.site_dp
@@ -78,7 +77,8 @@ def broken_guarantees(run: RunConfig) -> Iterator[str]:
     private = run.patient_dp
     largest = min(0.1 / private.public_subjects, _LARGEST_DELTA)
     if private.delta > largest:
-        yield f"patient-dp.delta: {private.delta:g} is above {_delta_rule(private)}, set at most {largest:.3g}"
+        rule = "1 / (10 public-subjects)" if largest < _LARGEST_DELTA else f"{_LARGEST_DELTA:g}"
+        yield f"patient-dp.delta: {private.delta:g} is above {rule}, set at most {largest:.3g}"
     noises = {"noise-multiplier": private.noise_multiplier, "statistics-noise": private.statistics_noise}
     for key, noise in noises.items():
         if noise < LEAST_NOISE:
@@ -87,50 +87,16 @@ def broken_guarantees(run: RunConfig) -> Iterator[str]:
         yield from _couplings(table, key)
 
 
-def site_dp_faults(run: RunConfig) -> Iterator[str]:
-    """List what would show a site by more than its clipped and noised update, one line each."""
-    assert run.site_dp is not None
-    private, sharing = run.site_dp, run.sharing
-    largest = 0.1 / private.num_sites
-    if private.delta > largest:
-        yield f"site-dp.delta: {private.delta:g} is above 1 / (10 num-sites), set at most {largest:.3g}"
-    if private.num_sites != run.federation.min_sites:
-        yield f"federation.min-sites: no round is released without all sites, set {private.num_sites}, as num-sites"
-    means = {"sharing.mean": sharing.mean}
-    means |= {f"sharing.groups.{name}.mean": group.mean for name, group in sharing.groups.items() if group.mean}
-    for key, mean in means.items():
-        if mean != "weighted":
-            yield f'{key}: "{mean}" has no sensitivity of clip-norm / num-sites, set "weighted"'
-    if sharing.experts == "pooled":
-        yield 'sharing.experts: "pooled" weighs sites by their patients\' gates, set "private" or "naive"'
-    if sharing.guards.direction is not None:
-        yield "sharing.guards.direction: refuses sites by what their updates say, leave it out"
-    if run.features.whitening:
-        yield "features.whitening: is fitted from the sites' images without noise, set false"
-    if run.probe.tasks:
-        yield "probe.tasks: labels are summed at the sites without noise, leave it out"
-    for name, stream in run.streams.items():
-        yield from (f"{toml_key('streams', name)}.{line}" for line in stream.couplings())
-    if run.gate:
-        yield "gate.measure: is summed at the sites without noise, leave the table out"
-    if run.federation.participation < 1.0:
-        yield "federation.participation: the mean is over all sites in every round, set 1.0"
-    if run.masking.steered_by == "federation":
-        yield 'masking.scope: "federation" tells the mean of the sites\' saliency, set "site" or "subject"'
-
-
 def _faults(run: RunConfig) -> Iterator[str]:
     """All faults for which a run is refused."""
     if run.patient_dp and run.train.proximal_mu:
-        yield _NO_PROXIMAL_STEP
+        yield "train.proximal-mu: not done in private runs, set 0"
     if run.patient_dp and not run.patient_dp.acknowledge_broken_guarantee:
         yield from broken_guarantees(run)
     if run.site_dp:
+        from panfm.privacy.site_dp_faults import site_dp_faults
+
         yield from site_dp_faults(run)
-
-
-def _delta_rule(private: PatientDpConfig) -> str:
-    return "1 / (10 public-subjects)" if 0.1 / private.public_subjects < _LARGEST_DELTA else f"{_LARGEST_DELTA:g}"
 
 
 def _tables(run: RunConfig) -> Iterator[tuple[str, Config]]:

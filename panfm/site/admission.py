@@ -45,6 +45,10 @@ def admit(run: RunConfig, site: SiteConfig) -> RunConfig:
     check_privacy(run := with_public_subjects(run, site), site)
     check_public_cache(run.streams, run.patient_dp, limits)
     check_floors(run.train, run.patient_dp, limits)
+    if limits.devices > 1:
+        from panfm.training.spread import check_spread  # a site with one device does without
+
+        check_spread(run, limits.devices)
     return run
 
 

@@ -57,6 +57,7 @@ class Session:
         monitors: "Monitors | None" = None,
         *,
         workers: int = 0,
+        make_trainer: Callable[[RunConfig, tuple[str, ...]], Trainer] = Trainer,
     ) -> None:
         """Build the model.
 
@@ -77,7 +78,7 @@ class Session:
         self.streams = trained_streams(run.streams, store)
         self.trained = tuple(run.streams) if run.sharing.rule == "plain" else tuple(self.streams)
         self._description = dump_toml(run)
-        self.trainer = _trainers(self._description)(self.trained)
+        self.trainer = _trainers(self._description, make_trainer)(self.trained)
         self.manifest = trained_manifest(self.trainer.model, run.sharing)
         self.frozen = frozen_manifest(self.trainer.model, run.sharing)
         self._group_weights = GroupWeights(run.sharing, run.train, run.site_dp, self.manifest)
@@ -280,13 +281,15 @@ def _under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Flat]:
 
 
 @lru_cache(maxsize=1)
-def _trainers(run_toml: str) -> Callable[[tuple[str, ...]], Trainer]:
+def _trainers(
+    run_toml: str, make: Callable[[RunConfig, tuple[str, ...]], Trainer]
+) -> Callable[[tuple[str, ...]], Trainer]:
     """A run's trainers by the streams that they train; those of the run before are let go.
 
     Sites of one process that train the same streams of a run take turns at one trainer: a round loads all of it that is
     not in place, and building one takes as long as two steps.
     """
-    return lru_cache(maxsize=32)(partial(Trainer, parse_run(run_toml)))
+    return lru_cache(maxsize=32)(partial(make, parse_run(run_toml)))
 
 
 def trained_streams(streams: Iterable[str], store: ImageStore) -> dict[str, int]:

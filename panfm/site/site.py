@@ -12,7 +12,7 @@ import time
 import traceback
 from collections.abc import Mapping
 from datetime import datetime
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -279,8 +279,13 @@ class Site:
             store = self._open_store(run, floors)
             budget = self._budget if run.patient_dp else None
             threads = self.config.limits.reading_threads
-            session = Session(self.config.name, run, store, floors, budget, self._monitors(), workers=threads)
-            self._warm = (run_toml, session)
+            args = (self.config.name, run, store, floors, budget, self._monitors())
+            session = partial(Session, *args, workers=threads)
+            if (devices := self.config.limits.devices) > 1:
+                from panfm.site.spread_session import spread_session  # a site with one device does without
+
+                session = partial(spread_session, partial(_reopen, self.folder, run_toml), devices, session)
+            self._warm = (run_toml, session())
         return self._warm[1]
 
     def _monitors(self) -> Monitors | None:
@@ -309,6 +314,11 @@ class Site:
         from panfm.data.task_labels import with_task_labels  # a worker whose runs have no task does without
 
         return with_task_labels(store, self.folder, self.config, run, smallest_class=floors.batch)
+
+
+def _reopen(folder: Path, run_toml: str) -> Session:
+    """A session for another process of the site, which keeps no state."""
+    return Site(folder)._session(run_toml)
 
 
 def _settled_text(folder: Path, known: str) -> str:

@@ -132,6 +132,8 @@ def load_libraries(limits: LimitsConfig) -> None:
         import panfm.site.round_monitors
     if {Releasable.LABEL_SUMS, Releasable.INPUT_SUMS} & {*limits.may_leave}:
         import panfm.site.sums_answer
+    if limits.devices > 1:
+        import panfm.site.spread_session
     if limits.evaluation_labels:
         import panfm.site.evaluation_answer
     if limits.training_labels:

@@ -43,9 +43,12 @@ class ExpertTraining:
         if not self.layers or not loss.requires_grad:
             return loss
         alignment = self.alignment(encoded).mean()
+        return loss + self.config.alignment_weight * alignment + self.balance(encoded, progress)
+
+    def balance(self, encoded: Encoded, progress: float) -> Tensor:
+        """Weighted balance of a batch, for a model with experts."""
         balance = torch.stack([balance_loss(routed.probs) for routed in encoded.routed]).mean()
-        weight = _at(self.config.balance_weight, progress)
-        return loss + self.config.alignment_weight * alignment + weight * balance
+        return _at(self.config.balance_weight, progress) * balance
 
     def align(self, losses: Tensor, encoded: Encoded) -> Tensor:
         """Add alignment to the loss of each subject [B]: the regulariser that reads one subject alone."""

@@ -193,11 +193,15 @@ class BatchGradient:
         if not self._total.requires_grad:
             return torch.zeros((), dtype=torch.bool, device=self._total.device)
         self._total.backward()
+        return self._clip(self._total.detach())
+
+    def _clip(self, total: Tensor) -> Tensor:
+        """Clip the gradient; False if the loss that it is of, or its norm, is not finite."""
         gradients = [parameter.grad for parameter in self._state.parameters if parameter.grad is not None]
         norm, clip_norm = torch.nn.utils.get_total_norm(gradients), self._state.run.train.clip_norm
         factor = (clip_norm / (norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(gradients, torch.where(norm > clip_norm, factor, 1.0))
-        return torch.isfinite(self._total.detach()) & torch.isfinite(norm)
+        return torch.isfinite(total) & torch.isfinite(norm)
 
     def gate_mass(self) -> Mapping[str, Tensor]:
         """Gate mass of the batch by layer; that of a subject is the mean over its views."""

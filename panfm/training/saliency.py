@@ -9,6 +9,7 @@ Shape legend: B subjects, N patches, S streams.
 import torch
 from torch import Tensor
 
+from panfm.models.batch_sums import batch_sum
 from panfm.models.tokens import Layout
 
 
@@ -40,8 +41,8 @@ def relative_profile(shares: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
         Mean of share x n [S] (1 where no subject has the stream) and the number of subjects that have it [S].
     """
     relative = shares * present.sum(dim=1, keepdim=True)
-    count = present.sum(dim=0)
-    mean = relative.sum(dim=0) / count.clamp_min(1)
+    count = batch_sum(present.sum(dim=0))
+    mean = batch_sum(relative.sum(dim=0)) / count.clamp_min(1)
     return torch.where(count > 0, mean, torch.ones_like(mean)), count
 
 

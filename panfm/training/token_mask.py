@@ -124,7 +124,7 @@ class Contributors:
         """
         self._num_streams, self._experts = num_streams, experts
         columns = 2 * num_streams + sum(experts.values())
-        self._marks = torch.zeros(num_subjects, columns, dtype=torch.bool, device=device)
+        self.marks = torch.zeros(num_subjects, columns, dtype=torch.bool, device=device)
         """A column for each stream whose tokens are asked for, for each that is shown, and for each expert."""
 
     def add(
@@ -139,16 +139,16 @@ class Contributors:
             here.append(here[0].new_zeros(len(chosen), size).scatter_(1, chosen, value=True))
         marks = torch.cat(here, dim=1) & mask.asked.valid.any(dim=1, keepdim=True) & counts
         rows = send(torch.from_numpy(subjects), marks.device)
-        self._marks[rows] |= marks.unflatten(0, (-1, len(subjects))).any(dim=0)
+        self.marks[rows] |= marks.unflatten(0, (-1, len(subjects))).any(dim=0)
 
     def per_stream(self) -> list[int]:
         """Subjects behind each stream: those whose loss asks for its tokens or those who show them, whichever are
         fewer."""
-        asked, visible = self._marks[:, : 2 * self._num_streams].sum(dim=0).chunk(2)
+        asked, visible = self.marks[:, : 2 * self._num_streams].sum(dim=0).chunk(2)
         fewest: list[int] = asked.minimum(visible).tolist()
         return fewest
 
     def per_expert(self) -> dict[str, list[int]]:
         """Layer -> subjects whose tokens went through each of its experts."""
-        counted = self._marks[:, 2 * self._num_streams :].sum(dim=0).split(list(self._experts.values()))
+        counted = self.marks[:, 2 * self._num_streams :].sum(dim=0).split(list(self._experts.values()))
         return {layer: numbers.tolist() for layer, numbers in zip(self._experts, counted, strict=True)}

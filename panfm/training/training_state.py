@@ -94,8 +94,9 @@ class TrainingState:
     def update_teacher(self, momentum: float, counts: Tensor) -> None:
         """teacher <- momentum teacher + (1 - momentum) student, if the step counts and there is a teacher."""
         share = self._share(1.0 - momentum, counts)
-        for teacher, student in zip(self._teacher_parameters, self.parameters, strict=self.has_teacher):
-            teacher.lerp_(student, share)
+        if self.has_teacher:
+            follow = follow_at_once if share.is_cuda else follow_in_turn
+            follow(self._teacher_parameters, self.parameters, share)
 
     def _share(self, share: float, counts: Tensor) -> Tensor:
         """A number as a tensor, 0 if the step does not count."""
@@ -231,6 +232,19 @@ def _check_buffers(run: RunConfig, model: PanModel) -> None:
 
 def _under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def follow_in_turn(followers: Sequence[Tensor], leaders: Sequence[Tensor], share: Tensor) -> None:
+    """Move followers to their leaders by a share of the way, in place, one after the other."""
+    for follower, leader in zip(followers, leaders, strict=True):
+        follower.lerp_(leader, share)
+
+
+def follow_at_once(followers: Sequence[Tensor], leaders: Sequence[Tensor], share: Tensor) -> None:
+    """The same up to rounding, in a few kernels for all of them: on a GPU each launch costs."""
+    ways = torch._foreach_sub([*leaders], [*followers])
+    torch._foreach_mul_(ways, share)
+    torch._foreach_add_([*followers], ways)
 
 
 def build_optimiser(model: PanModel, config: TrainConfig) -> torch.optim.AdamW:

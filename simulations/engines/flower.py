@@ -13,6 +13,7 @@ from server.flower_cli import FlowerRun, flower_environment, submit
 from simulations.engines.job import Job
 from simulations.engines.offline import OFFLINE
 from simulations.engines.processes import end, free_ports, is_healthy, start, wait_until
+from simulations.engines.resources import site_resources
 
 _CONNECTION = "panfm-local"
 _START_TIMEOUT_S = 300.0
@@ -35,6 +36,8 @@ def run(job: Job) -> None:
         try:
             wait_until(lambda: is_healthy(f"127.0.0.1:{port}"), "flower-superlink", _START_TIMEOUT_S, superlink)
             federation = f"num-supernodes={job.num_sites} client-resources-num-cpus=1"
+            if share := site_resources(job)["num_gpus"]:
+                federation += f" client-resources-num-gpus={share}"
             run_id = submit(_CONNECTION, job.run_config(), environment, "--federation-config", federation)
             wait_for_end(run_id, _CONNECTION, job, environment)
         finally:

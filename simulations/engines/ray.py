@@ -13,6 +13,7 @@ from flwr.simulation import run_simulation
 
 from simulations.engines.job import Job
 from simulations.engines.logs import logged_to
+from simulations.engines.resources import site_resources
 
 
 @dataclass
@@ -29,7 +30,7 @@ class _ConfiguredClient(ClientApp):
 
 
 def run(job: Job) -> None:
-    """Run a federation on Ray, one CPU per site at work."""
+    """Run a federation on Ray, one CPU per site at work and, where there are GPUs, a share of one."""
     from server.app import app
 
     server_app = ServerApp()
@@ -45,7 +46,7 @@ def run(job: Job) -> None:
             _ConfiguredClient(job),
             num_supernodes=job.num_sites,
             backend_config={
-                "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
+                "client_resources": {**site_resources(job)},
                 "init_args": {"log_to_driver": False},
             },
         )

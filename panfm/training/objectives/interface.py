@@ -52,6 +52,8 @@ class Objective(ABC):
 
     needs_teacher: bool = True
     """Whether `targets` reads the teacher's encoding."""
+    spreads: bool = False
+    """Whether all that couples patients goes through `panfm.models.batch_sums`, so that processes may split a batch."""
     needs_predictions: bool = True
     """Whether `loss` reads predictions of the hidden tokens."""
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from panfm.data.store import Batch, send
-from panfm.models import PanModel
+from panfm.models import PanModel, batch_sums
 from panfm.models.backbone import Encoded
 from panfm.models.heads import ObjectiveHeads
 from panfm.models.tokens import gather_tokens
@@ -36,6 +36,8 @@ from panfm.training.token_mask import TokenMask
 
 class DinoObjective(Objective):
     """Cross-entropy to the teacher's centred prototype assignments."""
+
+    spreads = True
 
     def __init__(self, config: DinoConfig, model: PanModel, seed: int) -> None:
         self.config = config
@@ -75,8 +77,9 @@ class DinoObjective(Objective):
     def _assign(self, teacher: PanModel, features: Tensor, kind: str, valid: NDArray[np.bool_]) -> Tensor:
         scores = assign(teacher, teacher.heads.project(features)).float()
         target = ((scores - self.centres[kind]) / self.config.teacher_temperature).softmax(dim=-1)
-        if valid.any():
-            mean = scores.flatten(0, -2)[send(torch.from_numpy(np.flatnonzero(valid)), scores.device)].mean(dim=0)
+        if valid.any() or batch_sums.add_processes:
+            known = scores.flatten(0, -2)[send(torch.from_numpy(np.flatnonzero(valid)), scores.device)]
+            mean = batch_sums.batch_mean(known, self.centres[kind])
             self.centres[kind] = self.centres[kind].lerp(mean, 1.0 - self.config.centre_momentum)
         return target
 

@@ -25,6 +25,7 @@ from torch.nn import functional
 from panfm.data.store import Batch, send
 from panfm.models import PanModel
 from panfm.models.backbone import Encoded
+from panfm.models.batch_sums import batch_sum
 from panfm.models.patch_features import num_patch_features, patch_step, patchify
 from panfm.models.tokens import Layout, gather_tokens
 from panfm.seeds import torch_generator
@@ -47,13 +48,13 @@ class RunningMoments:
     def update(self, values: Tensor, present: Tensor) -> None:
         """Update with values [B, rows, D] where present [B, rows]; rows that no subject has stay as they were."""
         weight = present[..., None].to(values.dtype)
-        num = weight.sum(dim=0)
+        num = batch_sum(weight.sum(dim=0))
         here = num > 0
         self.count = self.count + here
         rate = torch.where(here, (1.0 / self.count.clamp_min(1)).clamp_min(1.0 - _MOMENTUM), 0.0)
         num = num.clamp_min(1)
-        self.mean = self.mean + rate * ((values * weight).sum(dim=0) / num - self.mean)
-        self.square = self.square + rate * ((values.square() * weight).sum(dim=0) / num - self.square)
+        self.mean = self.mean + rate * (batch_sum((values * weight).sum(dim=0)) / num - self.mean)
+        self.square = self.square + rate * (batch_sum((values.square() * weight).sum(dim=0)) / num - self.square)
 
     def standardise(self, values: Tensor) -> Tensor:
         """Values [B, rows, D] in units of their row's standard deviation."""
@@ -67,6 +68,8 @@ class RunningMoments:
 
 class LatentObjective(Objective):
     """Regression of teacher features, per subject; nothing couples subjects but the running statistics."""
+
+    spreads = True
 
     def __init__(self, config: LatentConfig, model: PanModel, seed: int) -> None:
         self.config = config

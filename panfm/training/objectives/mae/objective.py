@@ -64,7 +64,7 @@ class MaeObjective(Objective):
 
     def loss(self, student: PanModel, output: StudentOutput, targets: Targets) -> Tensor:
         """Loss of each subject [B]."""
-        total = output.predictions.new_zeros(output.features.size, dtype=torch.float32)
+        total = output.predictions.new_zeros(output.features.size).float()
         for name, head in zip(student.stream_names, student.heads.stream_heads(), strict=True):
             if "patches/" + name in targets:
                 rows = send(output.features.rows[name], total.device)
