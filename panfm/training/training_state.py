@@ -232,9 +232,9 @@ def follow_in_turn(followers: Sequence[Tensor], leaders: Sequence[Tensor], share
 
 def follow_at_once(followers: Sequence[Tensor], leaders: Sequence[Tensor], share: Tensor) -> None:
     """The same up to rounding, in a few kernels for all of them: on a GPU each launch costs."""
-    ways = torch._foreach_sub(leaders, followers)
+    ways = torch._foreach_sub(list(leaders), list(followers))
     torch._foreach_mul_(ways, share)
-    torch._foreach_add_(followers, ways)
+    torch._foreach_add_(list(followers), ways)
 
 
 def build_optimiser(model: PanModel, config: TrainConfig) -> torch.optim.AdamW:
