@@ -149,10 +149,10 @@ def _ours(run: RunConfig, steps: int, *, workers: int = 0, compiles: bool = Fals
                 block.compile(dynamic=True, backend=COMPILER)
     everyone, words = np.arange(run.train.batch_size), {"site": "bench", "round_number": 1, "workers": workers}
 
-    def take(number: int) -> None:
+    def take_steps(number: int) -> None:
         trainer.train(store, everyone, first_step=0, num_steps=number, **words)  # type: ignore[arg-type]
 
-    return _measured(take, run.train.batch_size, steps, trainer.device, counts=not compiles)
+    return _measured(take_steps, run.train.batch_size, steps, trainer.device, counts=not compiles)
 
 
 def _two_sites(run: RunConfig, steps: int) -> tuple[float, float]:
@@ -168,7 +168,7 @@ def _plain(
     if compiles:
         for block in (*plain.student, *plain.teacher):
             block.compile(backend=COMPILER)
-    return _measured(plain.take, batch, steps, device, counts=not compiles)
+    return _measured(plain.take_steps, batch, steps, device, counts=not compiles)
 
 
 class PlainLayers:
@@ -183,7 +183,7 @@ class PlainLayers:
         self.tokens = torch.randn(batch, 1 + tokens, width, device=device)
         self.num_visible = 1 + round(tokens * (1 - _HIDDEN))
 
-    def take(self, number: int) -> None:
+    def take_steps(self, number: int) -> None:
         """Take some steps."""
         for _ in range(number):
             with torch.autocast(self.tokens.device.type, torch.bfloat16, enabled=self.tokens.is_cuda):
@@ -198,11 +198,11 @@ class PlainLayers:
                 torch._foreach_add_(list(self.teacher.parameters()), ways, alpha=0.004)
 
 
-def _measured(take: Steps, batch: int, steps: int, device: torch.device, *, counts: bool) -> tuple[float, float]:
+def _measured(take_steps: Steps, batch: int, steps: int, device: torch.device, *, counts: bool) -> tuple[float, float]:
     """Samples/s of steps, and operations of the products of one if they are to be counted: compiled ones are not."""
-    take(3)
-    rate = batch * steps / _seconds(partial(take, steps), device)
-    return rate, float(operations_of(partial(take, 2)) - operations_of(partial(take, 1))) if counts else 0.0
+    take_steps(3)
+    rate = batch * steps / _seconds(partial(take_steps, steps), device)
+    return rate, float(operations_of(partial(take_steps, 2)) - operations_of(partial(take_steps, 1))) if counts else 0.0
 
 
 def operations_of(work: Callable[[], Any]) -> int:
