@@ -57,6 +57,8 @@ def manifest() -> GroupManifest:
 def test_pack_by_hand():
     assert manifest().pack("backbone", tensors()).tolist() == [10, 11, 12, 13, 14, 15, 0, 1]
     assert manifest().pack("head", tensors()).tolist() == [7]
+    before = np.arange(8, dtype=np.float32)
+    assert manifest().pack("backbone", tensors(), minus=before).tolist() == [10, 10, 10, 10, 10, 10, -6, -6]
 
 
 @given(st.dictionaries(st.sampled_from("abcdef"), st.lists(st.integers(0, 4), max_size=3), min_size=1))
