@@ -5,12 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 
-from panfm.config import parse_run
-from panfm.data.packed import PackedImages
-from panfm.data.store import ImageStore
 from panfm.training import feature_store
 from panfm.training.trainer import Trainer
 
@@ -60,22 +56,3 @@ def test_features_are_computed_for_each_batch_where_no_file_can_hold_them(make_r
     assert isinstance(Trainer(run).patch_features(store), feature_store.FeatureStore)
     computed = training(run, store)
     assert all(torch.equal(computed[name], value) for name, value in kept.items())
-
-
-@pytest.mark.slow
-def test_features_of_many_patients_fill_no_memory(make_run, tmp_path):
-    """48 MiB of them, of 4000 patients, filled 48 MiB and as much again while they were joined."""
-    stream = "brain-mr = { spacing-mm = [2.0, 2.0, 2.0], shape = [32, 32, 32], patch = [8, 8, 8] }"
-    run = parse_run(f'name = "many"\n[streams]\n{stream}\n[model]\nsize = "nano"\ntokenizer = "statistics"\n')
-    images = np.lib.format.open_memmap(tmp_path / "i.npy", mode="w+", dtype=np.uint8, shape=(4000, 1, 32, 32, 32))
-    images[:] = np.arange(32, dtype=np.uint8)
-    packed = PackedImages(images, np.tile(np.float32([0, 1]), (4000, 1)))
-    rows = np.arange(4000)
-    store = ImageStore(tuple(map(str, rows)), ("train",) * 4000, {"brain-mr": packed}, {"brain-mr": rows})
-    few = replace(store, rows={"brain-mr": rows[:64]}, images={"brain-mr": PackedImages(images[:64], packed.ranges)})
-    trainer = Trainer(run)
-    trainer.patch_features(few)
-    before = anonymous_mib()
-    features = Trainer(run).patch_features(store)
-    assert features.images["brain-mr"].nbytes > 40 * 2**20
-    assert anonymous_mib() - before < 16
