@@ -28,7 +28,7 @@ COLUMNS = (*_NEEDED, *_OPTIONAL)
 """Of a manifest, in their usual order."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """One image of one subject, as the manifest writes it."""
 

@@ -30,9 +30,10 @@ def words(**changes) -> bytes:
     return json.dumps({"kind": "round", "arrays": [], "metrics": {}, "config": {}} | changes).encode()
 
 
-numbers = st.one_of(st.integers(-(2**63), 2**63 - 1), st.floats(allow_nan=False))
+integers = st.integers(-(2**63), 2**63 - 1)
+numbers = st.one_of(integers, st.floats(allow_nan=False))
 scalars = st.one_of(numbers, st.booleans(), st.text(max_size=9))
-lists = st.one_of(st.lists(st.integers(), max_size=3), st.lists(st.text(max_size=5), max_size=3))
+lists = st.one_of(st.lists(integers, max_size=3), st.lists(st.text(max_size=5), max_size=3))
 flats = st.sampled_from(["float32", "uint16", "int8"]).flatmap(lambda kind: arrays(kind, st.integers(0, 9)))
 
 
