@@ -22,12 +22,13 @@ A site that scans other organs than the rest is known from them alone: read `acc
 Shape legend: M sets, N patients, D features, S streams or organs, K sites, R resamples.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from panfm.anatomy import parse_stream
+from panfm.data.store import ImageStore
 from panfm.evaluate.embed import Embedder, embed_store
 from panfm.evaluate.linear_probe import MIN_SUBJECTS, auc_per_label, fit_classifiers
 from panfm.evaluate.probe_cohort import Task
@@ -69,6 +70,20 @@ def organ_sets(num_organs: int, seed: int) -> NDArray[np.bool_]:
     chosen = generator.choice(len(every), min(len(every), _SETS // 2), replace=False)
     half = every[np.sort(chosen)].astype(bool)
     return np.stack([half, ~half], axis=1).reshape(-1, num_organs)
+
+
+def organs_present(streams: Sequence[str], seed: int) -> tuple[NDArray[np.bool_], list[list[str]]]:
+    """The sets of organs [M, S] of some streams, and the streams of each; none of one organ."""
+    organs = list(dict.fromkeys(parse_stream(stream)[0] for stream in streams))
+    sets = organ_sets(len(organs), seed)
+    named = [{organ for organ, is_in in zip(organs, row, strict=True) if is_in} for row in sets]
+    return sets, [[stream for stream in streams if parse_stream(stream)[0] in names] for names in named]
+
+
+def complete_patients(store: ImageStore, streams: Sequence[str], at: Iterable[int]) -> NDArray[np.int64]:
+    """The first 64 of some patients who have all of the streams."""
+    complete = [index for index in at if all(index in store.rows[stream] for stream in streams)]
+    return np.array(complete[:_MOST_PATIENTS], dtype=np.int64)
 
 
 def presence_variance(features: Features, counts: Floats) -> Floats:
@@ -159,15 +174,11 @@ def site_accuracy(
 
 def _of_presence(task: Task, arm: str, model: Embedder) -> list[Leakage]:
     store, streams = task.holdout.store, task.streams
-    organs = list(dict.fromkeys(parse_stream(stream)[0] for stream in streams))
-    complete = [index for index in task.test_indices if all(index in store.rows[stream] for stream in streams)]
-    sets = organ_sets(len(organs), task.run.seed)
-    if len(complete) < 2 * MIN_SUBJECTS or not len(sets):
+    drawn = complete_patients(store, streams, task.test_indices)
+    sets, parts = organs_present(streams, task.run.seed)
+    if len(drawn) < 2 * MIN_SUBJECTS or not parts:
         return []
-    drawn = np.array(complete[:_MOST_PATIENTS])
     counts = draw_counts(len(drawn), task.run.probe.bootstrap, task.run.seed)
-    named = [{organ for organ, is_in in zip(organs, row, strict=True) if is_in} for row in sets]
-    parts = [[stream for stream in streams if parse_stream(stream)[0] in names] for names in named]
     features = np.stack([embed_store(model, store, drawn, names) for names in parts])
     auc = presence_auc(features, sets, counts, task.run.seed)
     return [

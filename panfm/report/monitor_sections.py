@@ -13,6 +13,7 @@ _TITLES = {
     "teacher-entropy": "Entropy of the teacher",
     "saliency-entropy": "Entropy of the saliency",
     "experts-used": "Experts in use",
+    "presence-leakage": "Presence leakage: what features tell only of organs present",
     "validation-auc": "AUC of a probe on the site's own validation patients",
 }
 _MOST_FAULTS = 20

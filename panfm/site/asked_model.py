@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from panfm.evaluate.embed import embed_store
-from panfm.models import build_model
+from panfm.models import PanModel, build_model
 from panfm.sharing.sums_messages import SumsTask
 from panfm.site.session import Session
 from panfm.site.state import StateStore
@@ -31,9 +31,13 @@ def with_teacher(session: Session, task: SumsTask) -> SumsTask:
 
 def embed_patients(session: Session, at: NDArray[np.int64]) -> NDArray[np.float32]:
     """Features [n, D] of subjects of a site by the model with all streams of the run; those it lacks are zero."""
-    trainer, run = session.trainer, session.run
-    model = build_model(run)
+    size = min(_BATCH, session.run.train.batch_size)
+    return embed_store(whole_model(session), session.store, at, list(session.streams), batch_size=size)
+
+
+def whole_model(session: Session) -> PanModel:
+    """The model with all streams of the run, as the site's trainer has it now."""
+    trainer, model = session.trainer, build_model(session.run)
     state = {name: value.to("cpu") for name, value in trainer.model.state_dict().items()}
     model.load_state_dict(model.state_dict() | state)
-    size = min(_BATCH, run.train.batch_size)
-    return embed_store(model.to(trainer.device), session.store, at, list(session.streams), batch_size=size)
+    return model.to(trainer.device)

@@ -1,6 +1,10 @@
-"""A site's monitors of a round: what its last batch tells of the features, and a probe of its own labels beside.
+"""A site's monitors of a round: what its last batch tells of the features, what they say only of organs present, and a
+probe of its own labels.
 
-Loaded only where the operator lets monitors leave. The probe, `validation-auc`, needs more of the operator:
+Loaded only where the operator lets monitors leave. The last two are of the model that the site has just trained, in the
+rounds that validate. `presence-leakage` is the share of the variance of features that tells only which organs are
+present (panfm/evaluate/leakage.py), of the first 64 patients of the val split who have all organs of the site. The
+probe, `validation-auc`, needs more of the operator:
 `evaluation` in `limits.may-leave`, and the columns in `limits.evaluation-labels`. It is the mean AUC, over the run's
 yes/no labels that the site has, of a ridge regression fitted on training patients and scored on the val split, both
 read by the model that the site has just trained. It is computed in the rounds that validate, for `limits.evaluations`
@@ -15,11 +19,13 @@ from numpy.typing import NDArray
 
 from panfm.config import Releasable, SiteConfig, dump_toml
 from panfm.errors import DataError, LimitError
+from panfm.evaluate.embed import embed_store
 from panfm.evaluate.label_sums import MAX_FEATURES, Floats
+from panfm.evaluate.leakage import complete_patients, organs_present, presence_variance
 from panfm.evaluate.site_score import enough_of, probed, scored
 from panfm.models import describe_model
 from panfm.sharing.messages import RoundTask
-from panfm.site.asked_model import embed_patients
+from panfm.site.asked_model import embed_patients, whole_model
 from panfm.site.evaluation_answer import note_evaluated
 from panfm.site.session import Session
 from panfm.site.state import StateStore, question_digest
@@ -45,6 +51,7 @@ class RoundMonitors:
         if session.floors.is_enough(len(set(*result.batches[-1:]))):
             told |= result.monitors | expert_monitors(session.floors.gate_mass(result))
         if session.validates(task.round_number):
+            told |= _presence_leakage(session)
             try:
                 told |= self._validation_auc(session, task, states)
             except DataError as error:
@@ -99,3 +106,17 @@ class RoundMonitors:
         return {
             name: of[:, 0] for name, of in values.items() if len(known[name]) and np.isin(known[name], (0, 1)).all()
         }
+
+
+def _presence_leakage(session: Session) -> dict[str, float]:
+    """Share of the variance; empty at a site of one organ, or if too few patients stand behind it."""
+    store, seed = session.store, session.run.seed
+    streams = [name for name in session.streams if name in store.rows]
+    patients = complete_patients(store, streams, store.indices("val"))
+    _, parts = organs_present(streams, seed)
+    if not session.floors.is_enough(len(patients)) or not parts:
+        return {}
+    model, size = whole_model(session), min(len(patients), session.run.train.batch_size)
+    features = np.stack([embed_store(model, store, patients, names, batch_size=size) for names in parts])
+    share = float(presence_variance(features, np.ones((1, len(patients))))[0])
+    return {"presence-leakage": share} if np.isfinite(share) else {}

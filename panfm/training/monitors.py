@@ -4,9 +4,10 @@
     feature-deviation  sqrt(D) x mean over the features of their deviation, of rows of length 1; 0 if all rows are equal
     experts-used       exp H(share of gate mass per expert), mean over the layers; 1 if one expert gets all
     teacher-entropy    mean entropy of the `dino` teacher's answers, in shares of its maximum; 1 if it prefers nothing
+    presence-leakage   share of the variance on the val split that only the organs present explain (round_monitors.py)
     validation-auc     mean AUC of a probe of the site's own labels on its val split (panfm/site/round_monitors.py)
 
-Features are the teacher's CLS tokens of the round's last batch, every view a row.
+But for the last two, features are the teacher's CLS tokens of the round's last batch, every view a row.
 
 Source: Roy & Vetterli 2007 (effective rank); Chen & He 2021, SimSiam (deviation); Caron et al. 2021, DINO (entropy).
 Shape legend: N rows, D features, R experts.
@@ -17,7 +18,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-NAMES = ("effective-rank", "feature-deviation", "teacher-entropy", "experts-used", "validation-auc")
+NAMES = ("effective-rank", "feature-deviation", "teacher-entropy", "experts-used", "presence-leakage", "validation-auc")
 
 
 def feature_monitors(features: NDArray[np.floating]) -> dict[str, float]:
