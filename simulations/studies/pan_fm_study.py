@@ -44,7 +44,7 @@ ARMS = (
 )  # fmt: skip
 BASELINES = ("single-organ", "zero-imputation", "mean-imputation", "late-fusion", "late-fusion-indicator", "local")
 """What the federated model has to be ahead of, in the mean over the pairs, with organs missing."""
-POOLINGS = ("per-stream", "cls", "cls+mean")
+POOLINGS = ("per-stream", "per-stream-layers", "cls", "cls+mean")
 DRAWS = 5
 """Random sets of missing organs, of each size."""
 SHOWN = ("auc", "auc_missing", "auc_missing_1", "auc_missing_3", "auc_missing_6", "category", "disease")

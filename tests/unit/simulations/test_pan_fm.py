@@ -224,7 +224,7 @@ def test_all_trainings_of_a_small_cohort(tmp_path, monkeypatch):
     cohort = study.write_draw(CohortJob(100, tmp_path / "cohort", subjects=24, holdout=24))
     arms = {}
     for training in TRAININGS:
-        arms |= study.by_arm(study.measure(ArmJob(100, 100, f"per-stream/{training}", 1, cohort)))
+        arms |= study.by_arm(study.measure(ArmJob(100, 100, f"{study.POOLINGS[0]}/{training}", 1, cohort)))
     assert set(arms) == set(study.ARMS)
     assert len({tuple(sorted(values)) for values in arms.values()}) == 1
     for arm, values in arms.items():
