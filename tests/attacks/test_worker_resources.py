@@ -43,6 +43,7 @@ from panfm.site.admission import check_sizes
 from panfm.site.handler import time_limit
 from panfm.site.worker import Worker
 from panfm.training import feature_store
+from panfm.training.trainer import Trainer
 from tests.conftest import NO_FLOORS
 from tests.unit.site.test_site import RUN, task
 
@@ -351,9 +352,9 @@ def test_a_private_state_is_no_larger_than_was_counted(folder, extra):
 
 def test_models_of_earlier_descriptions_are_let_go():
     """Thirty-two of them were kept."""
-    first = session._trainers(dump_toml(parse_run(RUN)))(("brain-mr",))
-    assert session._trainers(dump_toml(parse_run(RUN)))(("brain-mr",)) is first
-    session._trainers(dump_toml(parse_run(hostile(batch_size="4"))))
+    first = session._trainers(dump_toml(parse_run(RUN)), Trainer)(("brain-mr",))
+    assert session._trainers(dump_toml(parse_run(RUN)), Trainer)(("brain-mr",)) is first
+    session._trainers(dump_toml(parse_run(hostile(batch_size="4"))), Trainer)
     assert session._trainers.cache_info().maxsize == 1
 
 

@@ -66,9 +66,10 @@ def assert_sound(folder, streams, num_rows, blank=()):
     store = open_store(folder, streams)
     assert sum(len(images) for images in store.images.values()) == num_rows
     for stream, images in store.images.items():
-        assert np.asarray(images).min() >= 0, stream
-        assert np.asarray(images).max() <= 1, stream
-        shows_something = images.std(axis=tuple(range(1, images.ndim))) > 0.01
+        values = np.asarray(images)
+        assert values.min() >= 0, stream
+        assert values.max() <= 1, stream
+        shows_something = values.std(axis=tuple(range(1, values.ndim))) > 0.01
         assert shows_something.mean() > 0.95, stream  # one of the pictures is blank
     return store
 
