@@ -399,13 +399,15 @@ def divided(data: TaskData, settings: FinetuneSettings) -> TaskData:
         train = kept
         notes.append(f"{len(validation)} of {len(validation) + len(train)} training patients drawn for validation")
     for name, patients in (("train", train), ("validation", validation), ("test", test)):
+        is_asked = settings.patients is not None and name != "test"
+        place = f"--patients {settings.patients}" if is_asked else settings.data[0]
         if not patients:
-            raise DataError(f"{settings.data[0]}: found no labelled patient for {name}, expected a few labelled ones")
+            raise DataError(f"{place}: found no labelled patient for {name}, expected a few labelled ones")
         if _is_one_class(data.task.kind, {class_of[one] for one in patients}):
             if name == "train":
                 given = f"{len(patients)} patients to train on, all with the same {data.task.name}"
                 expected = "an event" if data.task.kind == "survival" else "patients of two classes at least"
-                raise DataError(f"{settings.data[0]}: found {given}, expected {expected}")
+                raise DataError(f"{place}: found {given}, expected {expected}")
             notes.append(f"{data.task.name}: the same for all {len(patients)} {name} patients")
     subjects = np.array(data.patients(data.train))
     parts = [data.train[np.isin(subjects, who)] for who in (train, validation, test)]

@@ -44,6 +44,8 @@ def test_few_labels(read, labelled_site):
     assert classes == {0.0, 1.0}
     with pytest.raises(DataError, match="--patients: found 40, expected at most 6"):
         read(labelled_site("other"), patients=40)
+    with pytest.raises(DataError, match="^--patients 2: found 1 patients to train on, all with the same bright"):
+        read(labelled_site("third"), patients=2)
 
 
 def test_draws_begin_with_one_of_each_class():
