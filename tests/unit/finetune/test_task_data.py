@@ -44,7 +44,7 @@ def test_few_labels(read, labelled_site):
     assert classes == {0.0, 1.0}
     with pytest.raises(DataError, match="--patients: found 40, expected at most 6"):
         read(labelled_site("other"), patients=40)
-    with pytest.raises(DataError, match="^--patients 2: found 1 patients to train on, all with the same bright"):
+    with pytest.raises(DataError, match=r"^--patients 2: found 1 patients to train on, all with the same bright"):
         read(labelled_site("third"), patients=2)
 
 
