@@ -114,7 +114,7 @@ def _presence_leakage(session: Session) -> dict[str, float]:
     streams = [name for name in session.streams if name in store.rows]
     patients = complete_patients(store, streams, store.indices("val"))
     _, parts = organs_present(streams, seed)
-    if not session.floors.is_enough(len(patients)) or not parts:
+    if len(patients) < 2 or not session.floors.is_enough(len(patients)) or not parts:
         return {}
     model, size = whole_model(session), min(len(patients), session.run.train.batch_size)
     features = np.stack([embed_store(model, store, patients, names, batch_size=size) for names in parts])

@@ -81,3 +81,8 @@ def test_one_organ_tells_nothing_of_which_are_present(make_site):
 def test_not_of_fewer_patients_than_the_site_asks_for(make_site):
     assert told(make_site(least=3, held_out=3)) is not None
     assert told(make_site("beta", least=3, held_out=2)) is None
+
+
+@pytest.mark.parametrize("held_out", [0, 1])
+def test_not_of_one_patient_or_none(make_site, held_out):
+    assert told(make_site(held_out=held_out)) is None
