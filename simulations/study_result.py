@@ -98,7 +98,7 @@ class StudyResult:
             {"claim": target.claim, "found": target.value, "at_least": target.least, "met": target.is_met}
             for target in self.targets
         ]
-        table: dict[str, Any] = {"name": self.name, "config": self.config, "commit": commit()}
+        table: dict[str, Any] = {"name": self.name, "config": without_folders(self.config), "commit": commit()}
         table["results"] = [self._row(metric, arm, values) for (metric, arm), values in self.values.items()]
         table |= {"ratios": self.ratios, "targets": targets}
         write_json(path, table, indent=1)
@@ -116,6 +116,15 @@ class StudyResult:
             "n": len(values),
             "unit": self.unit,
         }
+
+
+def without_folders(config: Any) -> Any:
+    """Cut absolute paths of a study's description, such as that of a start model, to the names of the files."""
+    if isinstance(config, Mapping):
+        return {name: without_folders(value) for name, value in config.items()}
+    if isinstance(config, list | tuple):
+        return [without_folders(value) for value in config]
+    return Path(config).name if isinstance(config, Path | str) and Path(config).is_absolute() else config
 
 
 def half_interval(values: Sequence[float] | NDArray[np.float64]) -> float:

@@ -63,6 +63,11 @@ def test_the_figures_are_those_of_the_kept_results() -> None:
         assert (ROOT / "docs" / "figures" / name).read_text() == text
 
 
+def test_kept_results_hold_no_path_of_a_machine() -> None:
+    for path in (ROOT / "docs" / "results" / "data").glob("*.json"):
+        assert not re.findall(r'"(/[^"]*)"', path.read_text()), path.name
+
+
 def test_the_tables_between_marks_are_those_of_the_kept_results() -> None:
     """`make figures` writes them anew."""
     written = tables(ROOT / "docs" / "results" / "data")

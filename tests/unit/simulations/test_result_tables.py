@@ -186,3 +186,10 @@ def test_ratios_of_benches_beside_their_bounds(tmp_path):
     assert lines[at] == first
     assert lines[at + 1] == "|  | the same over experts in a loop | **.900** | 0.9 |"
     assert sum("Not measured yet" in line for line in lines) == len(lines) - 4
+
+
+def test_a_result_file_names_a_start_model_without_its_folder(tmp_path):
+    config = {"runs": [{"start": {"model": "/home/somebody/weights.safetensors", "inflate": "mean"}}], "turns": 3}
+    StudyResult("toy", config).write(tmp_path / "toy.json")
+    written_config = json.loads((tmp_path / "toy.json").read_text())["config"]
+    assert written_config == {"runs": [{"start": {"model": "weights.safetensors", "inflate": "mean"}}], "turns": 3}
