@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from simulations.documents.cost_tables import bounds_table
 from simulations.documents.kept_results import KeptResult, by_seed, short, signed, with_spread
 from simulations.documents.result_tables import filled, marks, tables
 from simulations.documents.study_tables import measured_at, targets
@@ -172,20 +171,6 @@ def test_tables_of_missing_organs(tmp_path):
     assert "| late-fusion | +.000 (+.000 +.000) | +.020 (+.010 +.030) |" in made["pan-fm-differences"]
     assert made["pan-fm-organs"].startswith("| AUC without | brain |")
     assert "| stroke | .750 / .750 | .750 / .750 |" in made["pan-fm-labels"]
-
-
-def test_ratios_of_benches_beside_their_bounds(tmp_path):
-    """A ratio above its bound is bold; a bench without a file says so."""
-    kept = {"config": {"turns": 5, "batch": 1000, "run": "x"}, "commit": "0123456789abcdef"}
-    (tmp_path / "bench-dex-step.json").write_text(
-        json.dumps(kept | {"ratios": {"dex_over_dense": 1.35, "dex_over_naive": 0.9004}})
-    )
-    lines = bounds_table(tmp_path).splitlines()
-    at = next(number for number, line in enumerate(lines) if "dex-step" in line)
-    first = "| `dex-step` (5 turns, 1,000 batch; 0123456789ab) | step of Director-Experts over dense | 1.350 | 1.35 |"
-    assert lines[at] == first
-    assert lines[at + 1] == "|  | the same over experts in a loop | **.900** | 0.9 |"
-    assert sum("Not measured yet" in line for line in lines) == len(lines) - 4
 
 
 def test_a_result_file_names_a_start_model_without_its_folder(tmp_path):
