@@ -14,6 +14,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 from panfm.errors import RunError
@@ -31,11 +32,15 @@ _FINAL = re.compile(r"(node [^:]+: )?(site [^:]+: )?(BudgetError|LimitError|Prot
 class NoQuorumError(RunError):
     """Too few sites take part in a step of a run."""
 
-    def __init__(self, text: str, *, can_heal: bool = False, line: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, text: str, *, can_heal: bool, line: Mapping[str, Any] | None = None) -> None:
         """Args: line: Of a round, as for rounds.jsonl."""
         super().__init__(text)
         self.can_heal = can_heal
         self.line = line
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the error with all of its parts, as the worker process of a study sends it."""
+        return partial(NoQuorumError, can_heal=self.can_heal, line=self.line), (str(self),)
 
 
 def is_final(reason: str) -> bool:

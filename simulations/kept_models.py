@@ -31,7 +31,7 @@ from panfm.registry import BACKBONES, MASKING_POLICIES, import_class
 FOLDER = Path(".panfm", "alone")
 """Of a site's folder, with the kept files."""
 _PACKAGES = (panfm, simulations)
-"""Whose code trains a model."""
+"""Packages whose source files decide the bits of a trained model."""
 _LOADED_AT = time.time()
 _SETTLED_S = 60.0
 """A source file that changed later than this before `_LOADED_AT` may not be the one that was loaded."""

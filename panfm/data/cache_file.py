@@ -102,7 +102,7 @@ class CachedStream:
 
 
 def header_of(cached: CachedStream, kept: np.dtype[Any]) -> dict[str, Any]:
-    """What numpy writes at the start of the file."""
+    """Make the header of the file, which is numpy's format: type, order and shape of the images."""
     return {"descr": kept.str, "fortran_order": False, "shape": cached.shape}
 
 

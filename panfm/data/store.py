@@ -45,7 +45,7 @@ class Batch:
         return replace(self, images=images, labels=None if self.labels is None else send(self.labels, device))
 
     def pinned(self) -> "Batch":
-        """The same batch with what is on the CPU in memory from which a copy to a GPU does not wait."""
+        """Copy what is on the CPU into pinned memory, from which a copy to a GPU does not wait."""
         pinned = {stream: image.pin_memory() if image.is_cpu else image for stream, image in self.images.items()}
         return replace(self, images=pinned)
 

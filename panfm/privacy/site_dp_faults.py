@@ -1,4 +1,4 @@
-"""What would break the promise of a run with site-level privacy (`[site-dp]`)."""
+"""Finds settings of a run description that would break its site-level privacy (`[site-dp]`)."""
 
 from collections.abc import Iterator
 

@@ -134,7 +134,7 @@ class SpreadTrainer(Trainer):
             self.load_private(private)
 
     def teacher_forward(self, features: Batch, *, reads_saliency: bool) -> Encoded | None:
-        """As `Trainer.teacher_forward`; what saliency asks of the batch is asked of the whole one."""
+        """Run the teacher on this process's part of a batch; saliency counts the streams of the whole batch."""
         if self.share is None or not reads_saliency:
             return super().teacher_forward(features, reads_saliency=reads_saliency)
         with torch.no_grad():

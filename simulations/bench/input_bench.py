@@ -145,7 +145,7 @@ def add_memory(result: StudyResult, folder: Path, subjects: int) -> None:
 
 
 def peak_mib(folder: Path) -> float:
-    """What this process fills at most while it opens a site and trains three rounds on it."""
+    """Measure the most memory, in MiB, that this process fills while it opens a site and trains three rounds on it."""
     torch.set_num_threads(1)
     run, samples, is_over = description(16, "nano"), [anonymous_mib()], threading.Event()
 
@@ -190,6 +190,6 @@ def add_cold(result: StudyResult, folder: Path, scans: int, turns: int) -> None:
 
 
 def decode(file: Path) -> NDArray[np.int16]:
-    """What nibabel alone does."""
+    """Decode a scan with nibabel alone, int16 [X, Y, Z]: the reference for this project's reading."""
     image: Any = nibabel.load(file)
     return np.asarray(image.dataobj)

@@ -30,7 +30,7 @@ _INFLATION = {
     "start-joint": "slices in one sequence | layers",
     "start-joint-in-place": " | in place",
 }
-"""The same of the ways in which a public 2D model reads volumes."""
+"""Arm -> row of the table: the ways in which a public 2D model reads volumes."""
 
 
 def measured_at(kept: KeptResult) -> str:

@@ -1,4 +1,4 @@
-"""What one site at work takes of this machine, so that Flower's simulation puts sites on CPUs and GPUs."""
+"""Computes the CPUs and the share of a GPU that Flower's simulation reserves for each site."""
 
 import os
 from collections.abc import Sequence

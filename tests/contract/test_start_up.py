@@ -45,7 +45,7 @@ def ask(tool: str, *words: object) -> tuple[int, list[str], float, str]:
 
 
 def measure(program: str, *words: object) -> tuple[int, list[str], float, str]:
-    """As `ask`, of a program in a process of its own."""
+    """Run a program in a process of its own; returns what `ask` does."""
     text = _PROGRAM.format(words=[str(word) for word in words], program=program, heavy=HEAVY)
     done = subprocess.run([sys.executable, "-c", text], cwd=ROOT, capture_output=True, text=True, check=True)
     status, heavy, seconds = json.loads(done.stdout.splitlines()[-1])

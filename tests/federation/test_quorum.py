@@ -1,6 +1,7 @@
 """Runs that lose their quorum: the real ServerApp, ClientApp and files in process; only sleeps move the clock."""
 
 import json
+import pickle
 import threading
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ from panfm.report.run_progress import read_progress
 from panfm.report.status import left_out
 from server.app import app as server_app
 from server.metrics import metrics_text
+from server.quorum import NoQuorumError
 from server.run_folder import RunFolder
 from simulations.engines.local import LocalGrid
 from tests.federation.conftest import GATED, SUMMED, TASKS
@@ -298,3 +300,10 @@ def test_the_gate_waits_for_a_quorum_after_a_round(labelled, clock):
     told = [{**line["gate"], "seconds": 0} for line in read_run(expected).rounds]
     assert [{**line["gate"], "seconds": 0} for line in lines(job)] == told
     assert model(job.run_dir) == model(expected)
+
+
+def test_a_lost_quorum_comes_whole_out_of_a_worker_process():
+    """Without its own way to be pickled it broke the pool of a study, and its reason was lost."""
+    error = NoQuorumError("round 2: 1 good replies", can_heal=True, line={"round": 2})
+    again = pickle.loads(pickle.dumps(error))
+    assert (str(again), again.can_heal, again.line) == ("round 2: 1 good replies", True, {"round": 2})

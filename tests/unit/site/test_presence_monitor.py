@@ -4,15 +4,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 
 from panfm.data.cache import open_store
 from panfm.evaluate.embed import embed_store
 from panfm.evaluate.leakage import presence_variance
-from panfm.models import build_model
-from panfm.models.packing import trained_manifest
 from panfm.site import Site
 from tests.unit.site.test_site import same, task
+from tests.unit.site.test_validation_probe import hold_out, trained_model
 
 OPEN = """[limits]
 smallest-batch = {least}
@@ -28,10 +26,7 @@ def make_site(tmp_path, write_site):
     def make(name="alpha", organs=("brain", "heart"), monitors=', "monitors"', least=1, held_out=4):
         extra = OPEN.format(least=least, monitors=monitors)
         folder = write_site(tmp_path / name, "alpha", organs, subjects=12, extra=extra)
-        lines = (folder / "manifest.csv").read_text().splitlines()
-        is_val = {f"alpha-{number}" for number in range(12 - held_out, 12)}
-        rows = [line.rpartition(",")[0] + (",val" if line.split(",")[0] in is_val else ",train") for line in lines[1:]]
-        (folder / "manifest.csv").write_text("\n".join([lines[0], *rows]) + "\n")
+        hold_out(folder, range(12 - held_out, 12))
         return Site(folder)
 
     return make
@@ -41,16 +36,6 @@ def told(site, without=()):
     asked = task()
     groups = {name: flat for name, flat in asked.groups.items() if name not in without}
     return site.train_round(replace(asked, groups=groups)).monitors.get("presence-leakage")
-
-
-def trained_model(site, reply, asked):
-    run = site._session(asked.run_toml).run
-    own = build_model(run, ["brain-mr", "heart-mr"])
-    flat = {group: asked.groups[group] + update for group, update in reply.updates.items()}
-    tensors = trained_manifest(own, run.sharing).unpack_all(flat)
-    model = build_model(run)
-    model.load_state_dict({**model.state_dict(), **{name: torch.from_numpy(array) for name, array in tensors.items()}})
-    return model, run
 
 
 def test_it_is_the_share_of_validation_patients_by_the_trained_model(make_site):

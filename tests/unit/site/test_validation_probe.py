@@ -26,10 +26,7 @@ def labelled(tmp_path, write_site):
 
     def make(name="alpha", old=tuple(OLD), **limits):
         folder = write_site(tmp_path / name, "alpha", ("brain", "heart"), subjects=12)
-        lines = (folder / "manifest.csv").read_text().splitlines()
-        is_val = {f"alpha-{number}" for number in range(8, 12)}
-        rows = [line.rpartition(",")[0] + (",val" if line.split(",")[0] in is_val else ",train") for line in lines[1:]]
-        (folder / "manifest.csv").write_text("\n".join([lines[0], *rows]) + "\n")
+        hold_out(folder, range(8, 12))
         cells = [f"alpha-{number},{value}" for number, value in enumerate(old)]
         (folder / "labels.csv").write_text("\n".join(["subject,old", *cells]) + "\n")
         table = {"smallest-batch": 1, "smallest-steps": 1} | OPEN | limits
@@ -39,6 +36,25 @@ def labelled(tmp_path, write_site):
     return make
 
 
+def hold_out(folder, numbers):
+    """Put some of a site's patients into the val split, and the others into the train split."""
+    lines = (folder / "manifest.csv").read_text().splitlines()
+    is_val = {f"alpha-{number}" for number in numbers}
+    rows = [line.rpartition(",")[0] + (",val" if line.split(",")[0] in is_val else ",train") for line in lines[1:]]
+    (folder / "manifest.csv").write_text("\n".join([lines[0], *rows]) + "\n")
+
+
+def trained_model(site, reply, asked):
+    """The model with all streams of the run as a site has trained it in a round, and the run."""
+    run = site._session(asked.run_toml).run
+    own = build_model(run, ["brain-mr", "heart-mr"])
+    flat = {group: asked.groups[group] + update for group, update in reply.updates.items()}
+    tensors = trained_manifest(own, run.sharing).unpack_all(flat)
+    model = build_model(run)
+    model.load_state_dict({**model.state_dict(), **{name: torch.from_numpy(array) for name, array in tensors.items()}})
+    return model, run
+
+
 def monitors(site, number=1, extra=PROBE, run_id="run-1"):
     return site.train_round(task(number, extra=extra, run_id=run_id)).monitors
 
@@ -46,12 +62,7 @@ def monitors(site, number=1, extra=PROBE, run_id="run-1"):
 def test_it_is_the_auc_of_a_ridge_probe_of_the_trained_model(labelled):
     site, asked = labelled(), task(extra=PROBE)
     reply = site.train_round(asked)
-    run = site._session(asked.run_toml).run
-    model = build_model(run, ["brain-mr", "heart-mr"])
-    trained = {group: asked.groups[group] + update for group, update in reply.updates.items()}
-    tensors = trained_manifest(model, run.sharing).unpack_all(trained)
-    whole = build_model(run)
-    whole.load_state_dict({**whole.state_dict(), **{name: torch.from_numpy(array) for name, array in tensors.items()}})
+    whole, run = trained_model(site, reply, asked)
     features = embed_store(whole, open_store(site.folder, run.streams), np.arange(12), batch_size=3)
     truth = np.array(OLD, float)[:, None]
     expected = scored(probed(features, truth, np.arange(8))[8:], truth[8:], is_number=False, is_held_out=True)

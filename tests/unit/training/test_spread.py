@@ -16,6 +16,7 @@ from panfm.errors import LimitError
 from panfm.training.objectives.latent import objective as latent
 from panfm.training.spread import SpreadTrainer, check_spread
 from panfm.training.trainer import Trainer
+from tests.conftest import SMALL_RUN
 
 EXPERTS = '[model]\nbackbone = "director-experts"\n[model.experts]\nbalance-weight = [0.1, 0.1]\n'
 AUGMENT = "[augment]\nrotation = 0.1\nnoise = 0.1\n"
@@ -27,19 +28,7 @@ CASES = {
     "view-regression": f'[objective]\nname = "view-regression"\n{AUGMENT}',
     "fewer subjects than processes": f"{EXPERTS}",
 }
-RUN = """
-name = "small"
-seed = 7
-organs = ["brain", "heart", "eye"]
-[streams]
-brain-mr = { spacing-mm = [2.0, 2.0, 2.0], shape = [8, 8, 4], patch = [4, 4, 4] }
-heart-ct = { spacing-mm = [2.0, 2.0, 2.0], shape = [8, 4, 4], patch = [4, 4, 4] }
-eye-fundus = { shape = [8, 8], patch = [4, 4], channels = 3 }
-[train]
-rounds = 2
-local-steps = 4
-batch-size = 5
-"""
+RUN = SMALL_RUN.replace("batch-size = 6", "batch-size = 5")
 
 
 def double(trainer: Trainer) -> Trainer:
