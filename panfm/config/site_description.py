@@ -33,8 +33,8 @@ class Releasable(StrEnum):
     """Mean saliency per stream."""
     MONITORS = "monitors"
     """Numbers that tell of a collapse: effective rank and deviation of the features of a round's last batch, entropy of
-    a teacher, experts in use, what features tell only of the organs present; with `evaluation` the AUC of a probe on the val
-    split (panfm/training/monitors.py)."""
+    a teacher, experts in use, what features tell only of the organs present; with `evaluation` the AUC of a probe on
+    the val split (panfm/training/monitors.py)."""
     LABEL_SUMS = "label-sums"
     """Sums of features and labels over the labelled training patients, for a probe of all sites or the measure of a
     gate (panfm/evaluate/label_sums.py)."""
