@@ -9,7 +9,7 @@ from flwr.serverapp import Grid
 
 from panfm.report.run_events import EventKind
 from server.events import ENDS, EventLog
-from server.retrying_grid import RetryingGrid
+from server.nudging_grid import NudgingGrid
 from server.run_folder import RunFolder
 
 _ASKED_EVERY_S = 5.0
@@ -42,13 +42,13 @@ class _Answers:
 
 @contextmanager
 def outages_survived(grid: Grid, folder: RunFolder, *, is_simulated: bool) -> Iterator[Grid]:
-    """Yield a grid that tries calls again while the SuperLink is down, and note each outage and its end until the block
-    ends; in a simulation, which has no SuperLink, the grid itself."""
+    """Yield a grid that tries calls again while the SuperLink is down and pings nodes that owe a reply, and note each
+    outage and its end until the block ends; in a simulation, which has no SuperLink, the grid itself."""
     if is_simulated:
         yield grid
         return
     with superlink_watched(grid, folder.events):
-        yield RetryingGrid(grid, folder.run.federation.wait_for_quorum_s)
+        yield NudgingGrid(grid, folder.run.federation.wait_for_quorum_s)
 
 
 @contextmanager

@@ -128,11 +128,25 @@ def restart_worker(deployment: Deployment, folder: Path, number: signal.Signals 
     deployment.wait_for_worker(folder)
 
 
-def freeze_when_asked(deployment: Deployment, folder: Path) -> None:
-    """The worker accepts nothing more; returns when the next round's question waits for it."""
-    os.killpg(deployment.processes[f"{folder.name}.worker"].pid, signal.SIGSTOP)
-    socket = folder / ".panfm" / "run" / "worker.sock"
-    wait_until(lambda: connections(socket) > 1, f"{folder.name} is asked", LONG_S)
+def freeze_until_asked(workers: Mapping[int, Path]) -> None:
+    """Stop workers while no question is open, and wait until the next round's question waits for each.
+
+    Right after a round the connection of its question may still be open.
+
+    Args:
+        workers: Site folder of each worker, by its process id.
+    """
+    sockets = [folder / ".panfm" / "run" / "worker.sock" for folder in workers.values()]
+    is_frozen = False
+    while not is_frozen:
+        wait_until(lambda: all(connections(socket) == 1 for socket in sockets), "workers are idle", LONG_S)
+        for pid in workers:
+            os.kill(pid, signal.SIGSTOP)
+        is_frozen = all(connections(socket) == 1 for socket in sockets)
+        if not is_frozen:
+            for pid in workers:
+                os.kill(pid, signal.SIGCONT)
+    wait_until(lambda: all(connections(socket) > 1 for socket in sockets), "workers are asked", LONG_S)
 
 
 def begin(federation: Federation, deployment: Deployment, job: Job, *operators: str) -> str:
@@ -149,7 +163,7 @@ def finished(federation, deployment) -> Job:
     rounds = job.run_dir / "rounds.jsonl"
     run_id = begin(federation, deployment, job)
     wait_until(lambda: len(read_json_lines(rounds)) >= 1, "round 1", LONG_S)
-    freeze_when_asked(deployment, beta)
+    freeze_until_asked({deployment.processes["beta.worker"].pid: beta})
     restart_worker(deployment, beta, signal.SIGKILL)
     wait_until(lambda: len(read_json_lines(rounds)) >= 2, "round 2", LONG_S)
     send_signal(deployment.processes["superlink"], signal.SIGKILL)
@@ -407,9 +421,10 @@ def test_a_supernode_killed_in_a_round_and_started_again_within_a_minute_comes_b
     gamma, rounds = federation.sites / "gamma", job.run_dir / "rounds.jsonl"
     run_id = begin(federation, deployment, job)
     wait_until(lambda: len(read_json_lines(rounds)) >= 1, "round 1", LONG_S)
-    freeze_when_asked(deployment, gamma)
+    worker = deployment.processes["gamma.worker"].pid
+    freeze_until_asked({worker: gamma})
     os.kill(child_of(deployment.processes["gamma.supernode"]), signal.SIGKILL)
-    os.killpg(deployment.processes["gamma.worker"].pid, signal.SIGCONT)
+    os.kill(worker, signal.SIGCONT)
 
     def is_back() -> bool:
         lines = read_json_lines(rounds)

@@ -36,7 +36,7 @@ from simulations.engines.job import Job
 from simulations.engines.local import LocalGrid
 from simulations.engines.processes import Process, send_signal, wait_until
 from tests.federation.conftest import HOLDINGS, Federation
-from tests.federation.test_deployment import HOSTS, child_of, connections, needs_nginx, start_nginx
+from tests.federation.test_deployment import HOSTS, child_of, freeze_until_asked, needs_nginx, start_nginx
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 ROUNDS = 20
@@ -101,12 +101,9 @@ class Operations:
 
     def kill_workers(self) -> None:
         """Kill the worker of every site once it is asked."""
-        workers = {child_of(self.deployment.processes[f"{site}.worker"]): site for site in self.sites}
+        workers = {child_of(self.deployment.processes[f"{site}.worker"]): folder for site, folder in self.sites.items()}
+        freeze_until_asked(workers)
         for pid in workers:
-            os.kill(pid, signal.SIGSTOP)
-        for pid, site in workers.items():
-            socket = self.sites[site] / ".panfm" / "run" / "worker.sock"
-            wait_until(lambda socket=socket: connections(socket) > 1, f"{site} is asked", LONG_S)
             os.kill(pid, signal.SIGKILL)
 
     def answers_again(self, site: str) -> bool:

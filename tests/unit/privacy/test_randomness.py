@@ -1,4 +1,4 @@
-"""Noise from the operating system: the right spread, found wrong if it is 2 % off, and never the same twice."""
+"""Noise has the right spread, is found wrong if that is 2 % off, and is never the same twice."""
 
 import math
 
@@ -53,32 +53,51 @@ def test_no_seed_decides_what_is_drawn(draw):
 
 @pytest.mark.parametrize("byte", [0, 127, 255])
 def test_the_ends_of_the_range_are_finite(monkeypatch, byte):
-    monkeypatch.setattr(randomness.os, "urandom", lambda size: bytes([byte]) * size)
+    monkeypatch.setattr(randomness, "random_bytes", lambda size: bytearray([byte]) * size)
     assert 0.0 < uniform(3)[0] < 1.0
     assert torch.isfinite(normal(3)).all()
 
 
 def test_every_number_comes_from_eight_fresh_bytes(monkeypatch):
     asked = []
-    monkeypatch.setattr(randomness.os, "urandom", lambda size: asked.append(size) or b"\x5a" * size)
+    monkeypatch.setattr(randomness, "random_bytes", lambda size: asked.append(size) or bytearray(b"\x5a" * size))
     normal(10)
     assert asked == [8 * 10]
     assert normal(0).shape == uniform(0).shape == (0,)
 
 
+def test_random_bytes_are_those_of_chacha20(monkeypatch):
+    """Test vector 1 of RFC 8439, appendix A.1: the key stream under a key, nonce and counter of zeros."""
+    monkeypatch.setattr(randomness.os, "urandom", bytes)
+    assert randomness.random_bytes(64).hex() == (
+        "76b8e0ada0f13d90405d6ae55386bd28bdd219b8a08ded1aa836efcc8b770dc7"
+        "da41597c5157488d7724e03fb8d84a376a43b8f41518a11cc387b669b2ee6586"
+    )
+
+
+def test_every_draw_has_a_key_of_its_own_from_the_operating_system(monkeypatch):
+    keys, real = [], randomness.os.urandom
+    monkeypatch.setattr(randomness.os, "urandom", lambda size: keys.append(real(size)) or keys[-1])
+    for draw in (uniform, normal):
+        for _ in range(2):
+            draw(1000)
+    assert {len(key) for key in keys} == {32}
+    assert len(keys) == len({*keys}) >= 4
+
+
 def test_numbers_of_the_tail_get_as_many_bits_as_others(monkeypatch):
     """Seven leading zero bytes leave 8 bits of 63: the rest is drawn again, or a large number had 2^8 values only."""
-    real = randomness.os.urandom
+    real = randomness.random_bytes
 
-    def urandom(size):
+    def random_bytes(size):
         words = np.frombuffer(real(size), dtype=np.int64).copy()
         if first:
             words &= np.int64(0xFF) | np.int64(-(2**63))
             first.clear()
-        return words.tobytes()
+        return bytearray(words.tobytes())
 
     first = [True]
-    monkeypatch.setattr(randomness.os, "urandom", urandom)
+    monkeypatch.setattr(randomness, "random_bytes", random_bytes)
     values = normal(10_000)
     assert len(values.unique()) == 10_000
     assert (values.abs() > 8.0).all()
