@@ -11,10 +11,11 @@ Norms, for each group:
     shortened   to norm-ratio / 3 x the same median over the last three rounds, if it is longer
 
 AdamW moves a number by about its learning rate in a step, or less, whatever the gradient: the absolute bound is what
-local training can reach. A site's own norms never move its bound, so that it cannot climb round by round, and sites
-that left a group as it was do not count. The relative bound holds once two other sites or more have trained the group
-in two rounds; with less history it is ten times as wide, and without any only the absolute bound is left. Norms of
-earlier rounds are scaled to this round's learning rates, for the relative bound only up: low rates at the end refuse
+local training can reach. Directors follow, with a lag, experts that moved in earlier rounds: their bound is that of a
+round at the full learning rate. A site's own norms never move its bound, so that it cannot climb round by round, and
+sites that left a group as it was do not count. The relative bound holds once two other sites or more have trained the
+group in two rounds; with less history it is ten times as wide, and without any only the absolute bound is left. Norms
+of earlier rounds are scaled to this round's learning rates, for the relative bound only up: low rates at the end refuse
 nobody. Together with the caps on weights (weight_caps.py) shortening bounds how far a site can move a group: by its
 share times one usual norm.
 
@@ -153,7 +154,8 @@ class NormBounds:
 
     def limit(self, site: str, group: str, size: int) -> tuple[float, str]:
         """Return the longest that a site's update of `size` numbers may be, and the key that limits it."""
-        absolute = self._sharing.norm_limit_of(group) * self._rates * math.sqrt(size)
+        rates = self._train.learning_rate * self._train.local_steps if group == DIRECTOR else self._rates
+        absolute = self._sharing.norm_limit_of(group) * rates * math.sqrt(size)
         rounds = [
             [norm * max(self._growth(group, rate), 1.0) for norm in others]
             for rate, norms in self._rounds.get(group, ())

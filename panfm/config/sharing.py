@@ -17,8 +17,8 @@ class GuardsConfig(Config):
     """Bounds on a site's update. An update beyond one is refused and logged; the round goes on without it."""
 
     norm_limit: NormLimit = 1.5
-    """Greatest root mean square of a group's update, in units of the sum of the round's learning rates: AdamW moves a
-    number by about 1 of these in a round, or less."""
+    """Greatest root mean square of a group's update, in units of the sum of the round's learning rates (of directors:
+    of a round at the full rate): AdamW moves a number by about 1 of these in a round, or less."""
     norm_ratio: Annotated[float, Field(gt=1.0, le=1e6)] = 3.0
     """Greatest norm of a group's update, as a multiple of what was usual for the other sites in the last ten rounds;
     ten times as much until two other sites have trained the group in two rounds. One longer than a third of this

@@ -49,6 +49,16 @@ def test_the_absolute_bound_follows_the_schedule(make_run):
     assert 0 < last < first or rounds < 3
 
 
+def test_the_absolute_bound_of_directors_does_not_shrink_with_the_rates(make_run):
+    """They follow experts that moved at the rates of earlier rounds: 1.5 * 0.003 * steps * sqrt(4) in each."""
+    run = make_run()
+    run = run.model_copy(update={"train": run.train.model_copy(update={"rounds": 15, "warmup": 0.0})})
+    expected = 1.5 * 0.003 * run.train.local_steps * 2.0
+    for number in (1, 8, 15):
+        assert bounds_of(run, number, {}).limit("a", "director", 4) == (pytest.approx(expected), "norm-limit")
+    assert bounds_of(run, 15, {}).limit("a", "experts", 4)[0] < 0.1 * expected
+
+
 def test_a_group_may_have_a_bound_of_its_own(make_run, run):
     own = make_run("[sharing.groups.stream]\nnorm-limit = 0.1\n[sharing.groups.'stream:brain-mr']\nnorm-limit = 0.2\n")
     bounds = NormBounds(own.sharing, run.train, 1, {})
