@@ -1,8 +1,7 @@
 """Writes the tables of docs/results that are made from kept result files, between marks of their pages.
 
 A page has `<!-- made: NAME -->`, the table, and `<!-- end -->`; `python -m simulations.documents figures` writes the
-table anew. A study whose result file is not there has a sentence in the table's place, or no marks where its page has a
-table that was copied by hand.
+table anew. A study whose result file is not there has a sentence in the table's place.
 """
 
 import re
@@ -36,8 +35,7 @@ def tables(data: Path) -> dict[str, str]:
     for study, parts in _PARTS.items():
         path = data / f"{study}.json"
         kept = KeptResult.read(path) if path.exists() else None
-        if kept or study not in _RECORDS:
-            written |= {name: write(kept) if kept else _NOT_MEASURED for name, write in parts.items()}
+        written |= {name: write(kept) if kept else _NOT_MEASURED for name, write in parts.items()}
     return written
 
 
@@ -261,8 +259,6 @@ def _means(kept: KeptResult, arm: str, metrics: Iterable[str]) -> list[str]:
     return [short(float(np.mean(kept.of(metric, arm)))) for metric in metrics]
 
 
-_RECORDS = {*PHANTOM_TABLES, "real-volumes-inflation"}
-"""Studies whose page has a table that was copied by hand until a result file is kept."""
 _PARTS: Mapping[str, Mapping[str, Callable[[KeptResult], str]]] = {
     "demo": {"demo": _demo, "demo-differences": _demo_differences},
     "real-pictures": {
