@@ -16,10 +16,10 @@ ones (tested), the sum is rounded at some 1e-14 of a standard deviation, both se
 added up, a thousand steps of a million parameters would cost 0.01 in epsilon, which is the accountant's own margin.
 
 What is not proved: the bound for quantiles where no test looked; that sums of clipped gradients, in float32 and
-float64, keep their sensitivity beyond a relative 1e-5; anything about time, caches, or the quality of the system's
-source. Adding up several normal numbers, as Holohan & Braghin propose and Opacus' secure mode does, makes the search
-for the inputs of one draw expensive; it leaves the gaps in the range, costs four times the randomness, and was dropped
-for this.
+float64, keep their sensitivity beyond a relative 1e-5; that ChaCha20 cannot be told from random bits; anything about
+time, caches, or the quality of the system's source. Adding up several normal numbers, as Holohan & Braghin propose and
+Opacus' secure mode does, makes the search for the inputs of one draw expensive; it leaves the gaps in the range, costs
+four times the randomness, and was dropped for this.
 
 Source:
     Mironov 2012, "On Significance of the Least Significant Bits for Differential Privacy", for the attack and rounding;

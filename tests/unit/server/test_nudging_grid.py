@@ -5,7 +5,6 @@ from types import SimpleNamespace
 import httpx
 import pytest
 from flwr.app import Message, RecordDict
-from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
 from server import exchange as exchange_module
@@ -15,7 +14,7 @@ from server.nudging_grid import NudgingGrid
 from server.ping import PING
 
 
-class PlayedGrid(Grid):
+class PlayedGrid:
     """Nodes that answer at once; those that lag send a reply when the next message arrives."""
 
     def __init__(self, *, lagging=(), silent=()) -> None:
@@ -42,22 +41,6 @@ class PlayedGrid(Grid):
 
     def pull_messages(self, message_ids):
         return [self.ready.pop(name) for name in message_ids if name in self.ready]
-
-    def get_node_ids(self):
-        return [1, 2]
-
-    def send_and_receive(self, messages, *, timeout=None):
-        raise NotImplementedError
-
-    def create_message(self, content, message_type, dst_node_id, group_id, ttl=None):
-        raise NotImplementedError
-
-    def set_run(self, run) -> None:
-        raise NotImplementedError
-
-    @property
-    def run(self):
-        raise NotImplementedError
 
 
 @pytest.fixture
