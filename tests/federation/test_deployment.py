@@ -250,11 +250,16 @@ def test_a_replayed_round_tells_nothing_new_and_changes_nothing(federation, depl
 
 
 def test_sites_score_the_model_on_labels_that_never_leave_them(federation, deployment, finished, monkeypatch):
-    """`python -m server evaluate` over the same messages; beta's operator names no column."""
+    """`python -m server evaluate` over the same messages; beta's operator names no column.
+
+    Labels differ between sites, for Flower carries an array with the same content only once: the score of alpha
+    would not pass the recorder if gamma had sent an equal one before.
+    """
     monkeypatch.setenv("FLWR_HOME", str(deployment.home))
     named = {"may-leave": ["updates", "counts", "evaluation"], "evaluation-labels": ["old"]}
     for name in HOLDINGS:
-        rows = [f"{name}-{number},{number % 2},{number}.25" for number in range(6)]
+        labels = (0, 1, 0, 1, 0, 1) if name == "alpha" else (0, 0, 0, 1, 1, 1)
+        rows = [f"{name}-{number},{label},{number}.25" for number, label in enumerate(labels)]
         (federation.sites / name / "labels.csv").write_text("\n".join(["subject,old,dose", *rows]) + "\n")
         limit(federation.sites / name, labels="labels.csv", **(named if name != "beta" else {}))
     try:
@@ -270,6 +275,7 @@ def test_sites_score_the_model_on_labels_that_never_leave_them(federation, deplo
         "alpha": ("auc", 5),
         "gamma": ("auc", 5),
     }
+    assert scores["alpha"].value != scores["gamma"].value
     last = list(AuditLog(Site(federation.sites / "alpha").state_dir).lines())[-1]
     assert last["summed"] == {"purpose": "evaluation", "labels": {"old": ["auc"]}}
     assert [name for name, _, _ in last["arrays"]] == ["score/auc"]
