@@ -3,8 +3,8 @@ probe of its own labels.
 
 Loaded only where the operator lets monitors leave. The last two are of the model that the site has just trained, in the
 rounds that validate. `presence-leakage` is the share of the variance of features that tells only which organs are
-present (panfm/evaluate/leakage.py), of the first 64 patients of the val split who have all organs of the site. The
-probe, `validation-auc`, needs more of the operator:
+present (panfm/evaluate/leakage.py), of the first 16 patients of the val split who have all organs of the site, or as
+many as the operator asks for at least. The probe, `validation-auc`, needs more of the operator:
 `evaluation` in `limits.may-leave`, and the columns in `limits.evaluation-labels`. It is the mean AUC, over the run's
 yes/no labels that the site has, of a ridge regression fitted on training patients and scored on the val split, both
 read by the model that the site has just trained. It is computed in the rounds that validate, for `limits.evaluations`
@@ -12,18 +12,21 @@ models at most.
 """
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from panfm.config import Releasable, SiteConfig, dump_toml
+from panfm.data.store import Batch
 from panfm.errors import DataError, LimitError
 from panfm.evaluate.embed import embed_store
 from panfm.evaluate.label_sums import MAX_FEATURES, Floats
 from panfm.evaluate.leakage import complete_patients, organs_present, presence_variance
 from panfm.evaluate.site_score import enough_of, probed, scored
-from panfm.models import describe_model
+from panfm.models import PanModel, describe_model
 from panfm.sharing.messages import RoundTask
 from panfm.site.asked_model import embed_patients, whole_model
 from panfm.site.evaluation_answer import note_evaluated
@@ -35,6 +38,10 @@ from panfm.training.monitors import expert_monitors
 
 _MOST_TRAINING = 512
 """Training patients that the probe is fitted on: the first ones that have all of its labels."""
+
+_MOST_PATIENTS = 16
+"""Patients of `presence-leakage`: each is embedded from up to 16 sets of organs, so more of them would cost a round
+several percent."""
 
 logger = logging.getLogger(__name__)
 
@@ -110,13 +117,28 @@ class RoundMonitors:
 
 def _presence_leakage(session: Session) -> dict[str, float]:
     """Share of the variance; empty at a site of one organ, or if too few patients stand behind it."""
-    store, seed = session.store, session.run.seed
+    store, seed = session.trainer.patch_features(session.store), session.run.seed
     streams = [name for name in session.streams if name in store.rows]
-    patients = complete_patients(store, streams, store.indices("val"))
+    patients = complete_patients(store, streams, store.indices("val"))[: max(_MOST_PATIENTS, session.floors.batch)]
     _, parts = organs_present(streams, seed)
     if len(patients) < 2 or not session.floors.is_enough(len(patients)) or not parts:
         return {}
-    model, size = whole_model(session), min(len(patients), session.run.train.batch_size)
-    features = np.stack([embed_store(model, store, patients, names, batch_size=size) for names in parts])
+    reader = _PatchReader(whole_model(session))
+    features = np.stack([embed_store(reader, store, patients, names, batch_size=len(patients)) for names in parts])
     share = float(presence_variance(features, np.ones((1, len(patients))))[0])
     return {"presence-leakage": share} if np.isfinite(share) else {}
+
+
+@dataclass(frozen=True)
+class _PatchReader:
+    """Embeds batches of patch features, which a session keeps."""
+
+    model: PanModel
+
+    def eval(self) -> object:
+        """Go to inference mode."""
+        return self.model.eval()
+
+    def embed(self, batch: Batch) -> Tensor:
+        """Features [B, D]."""
+        return self.model.embed_patches(batch.to(self.model.stream_of_patch.device))
