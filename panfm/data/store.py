@@ -5,6 +5,7 @@ Shape legend: P subjects that hold a stream, C channels, `*shape` voxels of the 
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -64,6 +65,10 @@ class ImageStore:
     Guarantees:
         order: subjects keep the order of the manifest; rows of a stream ascend, sessions of a subject by name.
     """
+
+    read_ahead: ClassVar[bool] = True
+    """Whether threads should prepare batches ahead of their steps. Where a batch takes less time than a thread takes
+    from the steps, they should not."""
 
     subjects: tuple[str, ...]
     splits: tuple[str, ...]

@@ -28,7 +28,7 @@ from panfm.evaluate.leakage import complete_patients, organs_present, presence_v
 from panfm.evaluate.site_score import enough_of, probed, scored
 from panfm.models import PanModel, describe_model
 from panfm.sharing.messages import RoundTask
-from panfm.site.asked_model import embed_patients, whole_model
+from panfm.site.asked_model import embed_patients
 from panfm.site.evaluation_answer import note_evaluated
 from panfm.site.session import Session
 from panfm.site.state import StateStore, question_digest
@@ -123,7 +123,7 @@ def _presence_leakage(session: Session) -> dict[str, float]:
     _, parts = organs_present(streams, seed)
     if len(patients) < 2 or not session.floors.is_enough(len(patients)) or not parts:
         return {}
-    reader = _PatchReader(whole_model(session))
+    reader = _PatchReader(session.trainer.model)
     features = np.stack([embed_store(reader, store, patients, names, batch_size=len(patients)) for names in parts])
     share = float(presence_variance(features, np.ones((1, len(patients))))[0])
     return {"presence-leakage": share} if np.isfinite(share) else {}

@@ -10,7 +10,7 @@ a number depends on how many images there are.
 import logging
 import math
 import tempfile
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -51,19 +51,26 @@ class FeatureStore(ImageStore):
         return torch.cat(parts)
 
 
+class KeptFeatures(ImageStore):
+    """Patch features that are kept, in memory or in a file mapped into it."""
+
+    read_ahead = False
+
+
 def feature_store(store: ImageStore, model: PanModel, device: torch.device) -> ImageStore:
     """The streams of a store that a model has, with patch features in the batches."""
     images = {name: store.images[name] for name in model.stream_names if name in store.images}
-    own = replace(store, images=images, rows={name: store.rows[name] for name in images}, digests={})
-    computed = FeatureStore(**{part.name: getattr(own, part.name) for part in fields(own)}, model=model, device=device)
-    if sum(4 * len(own.rows[name]) * _num_values(model, name) for name in images) > _KEPT_BYTES:
+    rows = {name: store.rows[name] for name in images}
+    own = {part.name: getattr(store, part.name) for part in fields(store)} | {"rows": rows, "digests": {}}
+    computed = FeatureStore(**own | {"images": images}, model=model, device=device)
+    if sum(4 * len(rows[name]) * _num_values(model, name) for name in images) > _KEPT_BYTES:
         return computed
     images_file = next((getattr(_stored(part), "filename", None) for part in images.values()), None)
     if images_file is None:
-        kept = {name: computed.images_at(name, np.arange(len(own.rows[name]))).cpu().numpy() for name in images}
-        return replace(own, images=kept)
+        kept = {name: computed.images_at(name, np.arange(len(rows[name]))).cpu().numpy() for name in images}
+        return KeptFeatures(**own | {"images": kept})
     try:
-        return replace(own, images=_mapped(computed, Path(images_file).parent))
+        return KeptFeatures(**own | {"images": _mapped(computed, Path(images_file).parent)})
     except OSError as error:  # a full disk, or another account's folder
         logger.warning("patch features are computed for each batch, no file can hold them (%s)", error.strerror)
         return computed

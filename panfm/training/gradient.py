@@ -132,13 +132,15 @@ class BatchGradient:
 
         Args:
             num_steps: Steps that are taken at most; any number when left out.
-            workers: Threads that prepare batches ahead of their steps. No number depends on them.
+            workers: Threads that prepare batches ahead of their steps, where the store's are worth it. No number
+                depends on them.
         """
         seed, model = state.run.seed, state.model
         self._state, self._store, self._indices = state, store, indices
         self._experts = experts
         order = draw_order(state.run, model.stream_names, store, indices, site, round_number)
-        self._prepared = done_ahead(self._prepare, enumerate(islice(order, num_steps)), workers)
+        threads = workers if store.read_ahead else 0
+        self._prepared = done_ahead(self._prepare, enumerate(islice(order, num_steps)), threads)
         self._augmentation = partial(torch_generator, seed, site, round_number, "augmentation")
         self._sessions = partial(derive_seed, seed, site, round_number, "sessions")
         self._masks = torch_generator(seed, site, round_number, "masking")

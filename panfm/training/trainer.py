@@ -79,7 +79,7 @@ class Trainer(TrainingState):
             on_step: Called after each step with the number of steps taken and the loss, on the device: who reads it
                 waits for the step.
             with_monitors: Compute the monitors of the last batch; the training is the same.
-            workers: Threads that prepare batches ahead of their steps; the training is the same.
+            workers: Threads that prepare batches of images ahead of their steps; the training is the same.
         """
         if self.run.patient_dp is not None:
             raise ConfigError(

@@ -64,6 +64,22 @@ def test_features_that_are_kept_are_those_computed_for_a_batch(make_run, make_st
     assert same(*states)
 
 
+@pytest.mark.parametrize(("extra", "kept", "are_started"), [("", 1 << 26, False), ("", 0, True), (AUGMENT, 0, True)])
+def test_threads_are_started_for_images_and_not_for_features_that_are_kept(
+    make_run, make_store, monkeypatch, extra, kept, are_started
+):
+    """Threads beside the steps take more than 5 % of a round, and batches of kept features 1.5 %."""
+    monkeypatch.setattr(feature_store, "_KEPT_BYTES", kept)
+    run, seen = make_run(extra), set()
+    store = make_store(run)
+    steps = {"first_step": 0, "num_steps": STEPS, "site": "a", "round_number": 1, "workers": 2}
+    before = threading.active_count()
+    Trainer(run).train(
+        store, np.arange(len(store.subjects)), **steps, on_step=lambda *_: seen.add(threading.active_count() - before)
+    )
+    assert (max(seen) > 0) == are_started
+
+
 class BrokenStore(ImageStore):
     """A store whose images cannot be read from the third batch on."""
 
