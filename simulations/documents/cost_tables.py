@@ -1,6 +1,9 @@
-"""Writes the tables of the benches `peers` and `scale`."""
+"""Writes the tables of the benches: ratios with their bounds, `peers` and `scale`."""
 
+import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,6 +19,56 @@ _ARMS = {
     "nvflare": "NVFlare 2.9, simulator",
     "fedlab": "FedLab 1.3",
 }
+
+
+class _Bound(NamedTuple):
+    """A ratio of a bench, and what it is to stay below."""
+
+    words: str
+    bound: float
+
+
+_BOUNDS: Mapping[str, Mapping[str, _Bound]] = {
+    "sgm-overhead": {
+        "tiny/attention": _Bound("guided step over one with random masks, CPU: tiny, attention", 1.02),
+        "tiny/value": _Bound("tiny, value", 1.03),
+        "small/attention": _Bound("small, attention", 1.02),
+        "small/value": _Bound("small, value", 1.03),
+    },
+    "round-overhead": {
+        "local_over_plain": _Bound("federated round over plain loop", 1.05),
+        "local_over_plain_cpu": _Bound("the same, CPU", 1.05),
+    },
+    "dex-step": {
+        "dex_over_dense": _Bound("step of Director-Experts over dense", 1.35),
+        "dex_over_naive": _Bound("the same over experts in a loop", 0.9),
+    },
+    "aggregate": {
+        "ours_over_flower": _Bound("mean of updates over Flower's", 0.5),
+        "ours_over_axpy": _Bound("the same over sums in place", 2.5),
+        "peak_copies": _Bound("memory, copies of the model", 3.0),
+    },
+    "thousand-sites": {
+        "over_pure": _Bound("round of a site over its training alone", 1.15),
+        "over_pure_cpu": _Bound("the same, CPU", 1.15),
+    },
+    "dp-step": {
+        "dense": _Bound("private over plain step, CPU: dense", 1.5),
+        "dex": _Bound("experts", 2.6),
+        "dense_memory": _Bound("memory: dense", 1.3),
+        "dex_memory": _Bound("memory: experts", 1.3),
+    },
+    "local-step": {
+        "over_dense": _Bound("masked step over one that computes all tokens", 0.55),
+        "over_matmul": _Bound("the same over its matrix products", 1.4),
+    },
+    "deployment-overhead": {
+        "worker_over_plain": _Bound("CPU of a message, worker over torch in the ClientApp", 0.4),
+        "worker_over_echo": _Bound("the same over Flower's floor", 1.3),
+    },
+}
+"""Bench -> name of a ratio -> its bound."""
+_SIZES = ("turns", "cycles", "processes", "repeats", "rounds", "sites", "batch")
 _PROJECTION = {
     "parameters": "parameters that travel, million",
     "megabytes_up": "MB from a site in a round, float32 (int8: a quarter)",
@@ -80,3 +133,26 @@ COST_TABLES: Mapping[str, Mapping[str, Callable[[KeptResult], str]]] = {
     "scale": {"scale-exponents": _exponents, "scale-projection": _projection},
 }
 """Bench -> name of a table -> function that writes it."""
+
+
+def bounds_table(data: Path) -> str:
+    """Write a row per ratio: the kept result of its bench (`bench-<name>.json`), and the bound."""
+    rows = []
+    for bench, ratios in _BOUNDS.items():
+        path = data / f"bench-{bench}.json"
+        kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        first = f"`{bench}`" + (f" ({_size(kept['config'])}; {kept['commit'][:12]})" if kept else "")
+        for name, (words, bound) in ratios.items():
+            rows.append(
+                (first, words, _against(kept["ratios"][name], bound) if kept else "**Not measured yet**", f"{bound:g}")
+            )
+            first = ""
+    return table(("bench (size; commit)", "ratio", "measured", "bound"), rows)
+
+
+def _size(config: Mapping[str, Any]) -> str:
+    return ", ".join(f"{config[name]:,} {name}" for name in _SIZES if isinstance(config.get(name), int))
+
+
+def _against(value: float, bound: float) -> str:
+    return short(value) if value <= bound else f"**{short(value)}**"

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from simulations.documents.cost_tables import COST_TABLES
+from simulations.documents.cost_tables import COST_TABLES, bounds_table
 from simulations.documents.kept_results import KeptResult, by_seed, short, signed, with_spread
 from simulations.documents.markdown import table
 from simulations.documents.phantom_tables import PHANTOM_TABLES
@@ -31,7 +31,7 @@ _DEMO_ARMS = ("federated", "best-site", "untrained", "statistics", "tokenizer")
 
 def tables(data: Path) -> dict[str, str]:
     """Write every table from the result files of a folder; return name -> Markdown."""
-    written: dict[str, str] = {}
+    written = {"bounds": bounds_table(data)}
     for study, parts in _PARTS.items():
         path = data / f"{study}.json"
         kept = KeptResult.read(path) if path.exists() else None
