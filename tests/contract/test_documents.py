@@ -78,11 +78,11 @@ def test_the_tables_between_marks_are_those_of_the_kept_results() -> None:
 
 
 def test_every_results_page_says_where_its_numbers_come_from() -> None:
-    """docs/results/README.md has a row for each page with a table, and each such page names a command of
-    simulations."""
-    rows = re.findall(r"^\| \[[^]]+\]\(([\w-]+\.md)\) \|.*?\|.*? \|$", RESULTS_README.read_text(), re.MULTILINE)
+    """docs/results/README.md leads to each page with a table, and each such page names a command of simulations."""
+    linked = set(re.findall(r"\]\(([\w-]+\.md)\)", RESULTS_README.read_text()))
     with_tables = [path for path in RESULTS if "\n| " in path.read_text() and path != RESULTS_README]
-    assert sorted(rows) == sorted(path.name for path in with_tables)
+    assert with_tables
+    assert {path.name for path in with_tables} <= linked
     for path in with_tables:
         text = path.read_text().replace("\n", " ")
         assert re.search(r"python -m simulations (study|bench|run) [\w/]", text), path.name
@@ -105,8 +105,8 @@ def test_the_readme_tells_what_the_results_say() -> None:
     local, with_floors = (np.mean(few.of("auc_mean_40", arm)) for arm in ("local", "federated-floors"))
     assert f"AUC of {with_floors:.2f} on real".replace("0.", ".") in readme.replace("\n", " ")
     assert f"against {local:.2f} of a hospital's own".replace("0.", ".") in readme.replace("\n", " ")
-    [rounds] = re.findall(r"federated round over plain loop \| (\d\.\d+) ", (pages / "cost.md").read_text())
-    assert f"A round costs {float(rounds) * 100 - 100:.0f} % more" in readme
+    rounds = json.loads((pages / "data" / "bench-round-overhead.json").read_text())["ratios"]
+    assert f"A round costs {rounds['local_over_plain'] * 100 - 100:.0f} % more" in readme
 
 
 def test_the_citation_has_what_its_format_needs() -> None:
