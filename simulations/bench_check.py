@@ -7,6 +7,7 @@ large is measured again, up to four times in all, and the smallest counts: load 
 
 import json
 import math
+import os
 import subprocess
 import sys
 import tempfile
@@ -54,11 +55,17 @@ Measure = Callable[[str, Reduced], Mapping[str, float]]
 
 
 def measure(name: str, reduced: Reduced) -> dict[str, float]:
-    """Ratios of a bench at its reduced size, in a process of its own. Raises RunError if it failed."""
+    """Ratios of a bench at its reduced size, in a process of its own. Raises RunError if it failed.
+
+    Compiled loops are kept in the virtual environment: to compile them would take longer than what is measured.
+    """
+    environment = {"NUMBA_CACHE_DIR": str(Path(sys.prefix, "numba")), **os.environ, "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "result.json")
         words = [sys.executable, "-m", "simulations", "bench", name, *reduced.options, "--json", str(path)]
-        done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+        done = subprocess.run(
+            words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, env=environment
+        )
         if done.returncode:
             raise RunError(f"bench {name}: ended with status {done.returncode}, expected 0: {done.stdout[-2000:]}")
         ratios = json.loads(path.read_text(encoding="utf-8"))["ratios"]

@@ -45,10 +45,13 @@ from simulations.harness import TRANSIENT, Experiment, bench
 from simulations.study_result import StudyResult
 from strategies import GroupedMean
 
+_WARM_UP = 2
+"""Rounds before those that count: the first two compile the loops of the mean."""
+
 
 @bench
 def main(
-    cycles: Annotated[int, typer.Option(min=1, help="Cycles per arm and process, after one round to warm up.")] = 2,
+    cycles: Annotated[int, typer.Option(min=1, help="Cycles per arm and process, after two rounds to warm up.")] = 2,
     processes: Annotated[int, typer.Option(min=1, help="Fresh processes, one after the other.")] = 6,
     local_steps: Annotated[
         int | None, typer.Option(min=1, help="Local steps of a round, instead of the run's.")
@@ -79,7 +82,7 @@ def measure_cycles(
 ) -> dict[str, list[dict[str, float]]]:
     """Arm -> the cost of each of its cycles in this process; every other process begins with the other arm."""
     cycle = load_simulation(experiment).train.validate_every
-    overrides = [f"train.rounds={cycles * cycle + 2}"]
+    overrides = [f"train.rounds={cycles * cycle + _WARM_UP + 1}"]
     overrides += [f"train.local-steps={local_steps}"] if local_steps else []
     run = load_simulation(experiment, overrides)
     sites = prepare_cohort(run, Console(quiet=True)) / "sites"
@@ -87,11 +90,11 @@ def measure_cycles(
     with tempfile.TemporaryDirectory() as folder:
         arms = {"local": federated_rounds(run, sites, Path(folder)), "plain": plain_rounds(run, sites)}
         rounds: dict[str, list[dict[str, float]]] = {arm: [] for arm in arms}
-        for turn in range(cycles * cycle + 1):
+        for turn in range(cycles * cycle + _WARM_UP):
             for arm in sorted(arms, reverse=bool((turn + number) % 2)):
                 rounds[arm].append(_clocked(arms[arm]))
     for arm, taken in rounds.items():
-        for start in range(1, len(taken), cycle):
+        for start in range(_WARM_UP, len(taken), cycle):
             part = taken[start : start + cycle]
             measured[arm].append({name: sum(cost[name] for cost in part) for name in part[0]})
     return measured
