@@ -50,6 +50,9 @@ class TrainConfig(Uncoupled):
     round's global ones; apart from Adam's scaling, as weight decay is in AdamW."""
     precision: Literal["auto", "float32"] = "auto"
     """auto: bf16 autocast on CUDA, float32 on CPU."""
+    activations: Literal["kept", "recomputed"] = "kept"
+    """What a step keeps of its blocks for the backward pass. recomputed: each block's input, the rest is computed a
+    second time, with the same bits: less memory, more time."""
     threads: Annotated[int, Field(gt=0, le=256)] = 1
     """CPU threads per site; part of the run because it decides the last bits."""
 

@@ -11,7 +11,7 @@ D width.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Self
 
 import torch
@@ -40,6 +40,16 @@ class Exploration:
     def of(cls, scale: float, generator: torch.Generator) -> Self:
         """Draw the noise from a generator."""
         return cls(scale, lambda x: send(torch.randn(x.shape, generator=generator), x.device).to(x.dtype))
+
+    def once(self) -> Self:
+        """The noise of one layer, which is the same when the layer is computed again."""
+        drawn: list[Tensor] = []
+
+        def draw(x: Tensor) -> Tensor:
+            drawn.extend([] if drawn else [self.draw(x)])
+            return drawn[0]
+
+        return replace(self, draw=draw)
 
 
 @dataclass(frozen=True)
@@ -118,6 +128,10 @@ class Backbone(nn.Module, ABC):
     def turn_by(self, angles: Tensor) -> None:
         """Turn queries and keys of every patch by angles [M, d]. Raises ConfigError if the backbone cannot."""
         raise ConfigError('model.positions: this backbone knows no "rotary", expected "fixed" or "learned"')
+
+    def recompute(self) -> None:
+        """Keep each block's input alone for the backward pass. Raises ConfigError if the backbone cannot."""
+        raise ConfigError('train.activations: this backbone knows no "recomputed", expected "kept"')
 
     @abstractmethod
     def last_layers(self, count: int) -> list[nn.Module]:

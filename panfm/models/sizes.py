@@ -17,6 +17,8 @@ from panfm.models.patch_features import num_patch_features
 _TRAINED_COPIES = 8
 """Numbers per parameter that training holds: student, teacher, gradient, two moments of AdamW, the globals that the
 round started from, the parameters that the model was built with, and a copy that a step or a save makes."""
+_AT_WORK = 4
+"""Times its own numbers that a block fills while it is computed again and its gradients are taken; measured on a CPU."""
 _KEPT_COPIES = 5
 """Numbers per parameter of a private state: teacher, two moments, what the coding lost, and either the student's
 parameter or the global one."""
@@ -35,8 +37,9 @@ class Sizes:
     step_bytes: int
     """Bytes that one local step fills, in float32, at most, for a whole batch of patients who have every stream.
 
-    Counted: all copies of the parameters, what the student's blocks keep of the visible tokens for the backward pass,
-    one block of the teacher at work on all tokens and the outputs of the others, targets, guesses, and running moments.
+    Counted: all copies of the parameters, what the student's blocks keep of the visible tokens for the backward pass
+    (`train.activations`), one block of the teacher at work on all tokens and the outputs of the others, targets,
+    guesses, and running moments.
     Not counted: images and their patch features.
     """
     probe_bytes: int = 0
@@ -89,7 +92,8 @@ def _sizes_once(described: _Description) -> Sizes:
     tokens = tokens_per_patient(run.streams) + 1
     hidden = run.masking.ratio if run.objective.hides_tokens else 0.0
     visible = min((1.0 - hidden) * tokens + 1 + len(run.streams), tokens)
-    patient = visible * sum(per_block) + tokens * (max(per_block) + depth * width + target)
+    kept = sum(per_block) if run.train.activations == "kept" else depth * width + _AT_WORK * max(per_block)
+    patient = visible * kept + tokens * (max(per_block) + depth * width + target)
     batch = math.ceil(run.train.batch_size * run.objective.num_views * patient)
     moments = run.objective.num_running_values(width, tokens - 1, len(run.streams))
     size, labels = model.embedding_size, map(len, run.probe.tasks.values())

@@ -10,11 +10,12 @@ Shape legend: S blocks, B subjects, L = 1 + N tokens (CLS first), H heads, d wid
 """
 
 from collections.abc import Iterator
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from panfm.config.model import ModelConfig
 from panfm.data.store import send
@@ -131,6 +132,7 @@ class VisionTransformer(Backbone):
         self.blocks = nn.ModuleList(self.make_blocks(width, depth, heads, config))
         self.norm = nn.LayerNorm(width, eps=config.norm_epsilon)
         self.register_buffer("angles", None, persistent=False)
+        self._recomputes = False
 
     def make_blocks(self, width: int, depth: int, heads: int, config: ModelConfig) -> list[Block]:
         """Make the blocks, first to last."""
@@ -161,7 +163,13 @@ class VisionTransformer(Backbone):
         attended = ClsSaliency(layout, saliency) if saliency else None
         for depth, block in enumerate(self.blocks):
             watched = attended if saliency == "value" or depth == len(self.blocks) - 1 else None
-            x, routed = block(x, mask, saliency=watched, rotation=rotation, route=route, exploration=exploration)
+            read: dict[str, Any] = {"saliency": watched, "rotation": rotation, "route": route}
+            if self._recomputes and watched is None and torch.is_grad_enabled():
+                noise = exploration and exploration.once()
+                run_again: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+                x, routed = checkpoint(block, x, mask, exploration=noise, **read, **run_again)
+            else:
+                x, routed = block(x, mask, exploration=exploration, **read)
             if routed is not None:
                 routings.append(routed)
             if keep_blocks:
@@ -183,6 +191,10 @@ class VisionTransformer(Backbone):
     def turn_by(self, angles: Tensor) -> None:
         """Turn queries and keys of every patch by angles [M, d], those of other tokens not at all."""
         self.angles = functional.pad(angles, (0, 0, 1, 0))
+
+    def recompute(self) -> None:
+        """Keep each block's input alone for the backward pass, where no saliency is read."""
+        self._recomputes = True
 
     def _rotation(self, layout: Layout) -> Rotation | None:
         if self.angles is None:

@@ -41,6 +41,8 @@ class TrainingState:
         self.run = checked_run(run)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = build_model(run, streams).to(self.device)
+        if run.train.activations == "recomputed":
+            self.model.backbone.recompute()
         _check_buffers(run, self.model)
         self.augmentation = _augmentation(run, self.model)
         self.parameters = _trained(self.model, self.model.trained)

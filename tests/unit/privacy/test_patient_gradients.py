@@ -76,6 +76,18 @@ def test_the_sum_equals_a_loop_over_patients(make_private, every_subset, fixed_m
 
 
 @pytest.mark.parametrize("backbone", ["dense", "dex"])
+def test_activations_that_are_computed_again_give_the_same_bits(make_private, every_subset, fixed_masks, backbone):
+    run = make_private(backbone=backbone)
+    recomputed = run.model_copy(update={"train": run.train.model_copy(update={"activations": "recomputed"})})
+    sums = []
+    for each in (run, recomputed):
+        trainer = Trainer(each)
+        sums.append(clipped_sum(trainer, trainer.patch_features(every_subset(each, 1)), np.arange(7), 0))
+    assert sums[0].keys() == sums[1].keys()
+    assert all(torch.equal(sums[1][name], value) for name, value in sums[0].items())
+
+
+@pytest.mark.parametrize("backbone", ["dense", "dex"])
 @pytest.mark.parametrize("parts", PARTS)
 def test_the_sum_over_a_part_of_the_parameters_is_clipped_by_that_part(
     make_private, every_subset, fixed_masks, parts, backbone
