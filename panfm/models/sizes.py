@@ -18,7 +18,7 @@ _TRAINED_COPIES = 8
 """Numbers per parameter that training holds: student, teacher, gradient, two moments of AdamW, the globals that the
 round started from, the parameters that the model was built with, and a copy that a step or a save makes."""
 _AT_WORK = 4
-"""Times its own numbers that a block fills while it is computed again and its gradients are taken; measured on a CPU."""
+"""Times its own numbers that a block fills while it is computed again and gradients are taken, measured on a CPU."""
 _KEPT_COPIES = 5
 """Numbers per parameter of a private state: teacher, two moments, what the coding lost, and either the student's
 parameter or the global one."""
