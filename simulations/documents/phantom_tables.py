@@ -70,9 +70,9 @@ def _experts(kept: KeptResult) -> str:
 
 def _federated_experts(kept: KeptResult) -> str:
     shown = means(kept, "measure", _FEDERATED_EXPERTS, kept.arms)
+    sending = [arm for arm in kept.arms if np.isfinite(kept.of("bytes_round", arm)).all()]
     megabytes = table(
-        ("", *kept.arms),
-        [("MB a round", *(f"{np.mean(kept.of('bytes_round', arm)) / 1e6:.2f}" for arm in kept.arms))],
+        ("", *sending), [("MB a round", *(f"{np.mean(kept.of('bytes_round', arm)) / 1e6:.2f}" for arm in sending))]
     )
     pairs = [("private", baseline) for baseline in ("dense", "naive", "local")]
     gaps = differences(kept, "probe", _FEDERATED_EXPERTS, pairs)

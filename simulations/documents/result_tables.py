@@ -188,7 +188,7 @@ def _dex_pictures(kept: KeptResult) -> str:
             label = f"{name}, {percent} %" if percent == _PERCENTS[0] else f"{percent} %"
             rows.append((label, *(with_spread(kept.of(f"{family}_{percent}", arm)) for arm in kept.arms)))
     megabytes = [np.mean(kept.of("bytes_round", arm)) / 1e6 for arm in kept.arms]
-    rows.append(("MB a round", *(f"{value:.2f}" for value in megabytes)))
+    rows.append(("MB a round", *("" if np.isnan(value) else f"{value:.2f}" for value in megabytes)))
     return f"{measured_at(kept)}\n{table(('AUC, share of labels', *kept.arms), rows)}\n{_dex_differences(kept)}"
 
 
