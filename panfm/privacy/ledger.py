@@ -269,7 +269,7 @@ class Ledger:
             "ledger": secrets.token_hex(8),
             "site": self.site,
             "accountant": "PRV (Opacus)",
-            "randomness": "operating system",
+            "randomness": "ChaCha20, keys of the operating system",
             **_OPENING[self.unit],
         }
 
