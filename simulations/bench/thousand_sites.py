@@ -57,7 +57,7 @@ def main(
     sites: Annotated[
         int, typer.Option(min=2, max=10_000, help="Sites; a tenth is asked in a round, at least 2.")
     ] = 1000,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds.")] = 20,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds.")] = 6,
 ) -> StudyResult:
     """Seconds per site and round: many sites in one process against their training alone."""
     console = Console(soft_wrap=True, highlight=False)
@@ -126,7 +126,7 @@ class Turns(Progress):
 
     def round(self, num_rounds: int, line: Mapping[str, Any]) -> None:
         """A round has ended; the other arm trains its sites again."""
-        local = self._clock.seconds(len(line["sites"]))
+        local = self._clock.seconds(len(line["sites"]) + len(line["rejected"]))
         self._result.add("local", local)
         self.resources.append(_resources())
         pure = self._pure.train(line["sites"], line["round"])
