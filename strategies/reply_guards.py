@@ -26,9 +26,6 @@ Direction, for each group in which three other sites or more have voted:
     refused: c_k < 0 and usual c - c_k > limit   usual: median c of the other sites, in that last round; 0 without one
              |c_k - usual c| > limit             where the usual is below 0
 
-The other sites are those that train the same groups, where the last round had three of them, and all otherwise: in a
-federation of many small hospitals, those that share a stream but differ in the others pull it different ways.
-
 Every site has one vote on each number, whatever its weight and the length of its update. No update has to be kept, and
 a reply is judged as it arrives.
 
@@ -43,7 +40,7 @@ than the accepted ones, honest sites have turned together, and all of them count
 """
 
 import math
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from statistics import median
 
 import numpy as np
@@ -223,10 +220,6 @@ class Directions:
         self._memory = memory
         self._votes: dict[str, Votes] = {}
         self._lengths = {group: _length(votes) for group, votes in memory.votes.items()}
-        self._groups_of: dict[str, set[str]] = {}
-        for group, sites in memory.voters.items():
-            for site in sites:
-                self._groups_of.setdefault(site, set()).add(group)
 
     def votes(self, group: str, size: int, num_sites: int) -> Votes:
         """Return an empty count of the signs of a group's updates, of at most `num_sites` sites."""
@@ -246,20 +239,14 @@ class Directions:
         for group, cosine in cosines.items():
             if len(set(self._memory.voters.get(group, ())) - {site}) < OTHERS:
                 continue
-            usual = self._usual(group, site, cosines.keys())
+            others = [usual for other, usual in self._memory.cosines.get(group, {}).items() if other != site]
+            usual = median(others) if others else 0.0
             too_far = abs(cosine - usual) if usual < 0.0 else usual - cosine
             if too_far > self._limit and (usual < 0.0 or cosine < 0.0):
                 raise PointsElsewhereError(
                     f"{group}: points elsewhere: cosine {cosine:.2f} with the others, usual {usual:.2f} "
                     "(sharing.guards.direction)"
                 )
-
-    def _usual(self, group: str, site: str, groups: Set[str]) -> float:
-        """Median cosine of the last round's other sites: of those that trained the same groups, if they are enough."""
-        others = {other: usual for other, usual in self._memory.cosines.get(group, {}).items() if other != site}
-        alike = [usual for other, usual in others.items() if self._groups_of.get(other) == groups]
-        judged_by = alike if len(alike) >= OTHERS else list(others.values())
-        return median(judged_by) if judged_by else 0.0
 
     def accept(self, site: str, cosines: Mapping[str, float]) -> None:
         """Record the cosines of an accepted reply."""

@@ -118,32 +118,3 @@ def test_to_agree_more_than_usual_is_no_fault():
     memory, _ = one_round(Memory(), sites(5, 100))
     memory.cosines = {"head": dict.fromkeys(sites(5, 100), 0.1)}
     assert one_round(memory, sites(5, 200))[1] == {}
-
-
-def test_sites_are_judged_by_those_that_train_the_same_groups():
-    """Four hospitals share the head with six that hold another organ, and pull it the other way."""
-    few, many = [f"few-{k}" for k in range(4)], [f"many-{k}" for k in range(6)]
-    memory = Memory(
-        votes={"head": np.ones(9, np.int8)},
-        voters={"head": (*few, *many), "stream:brain-mr": tuple(few), "stream:heart-mr": tuple(many)},
-        cosines={"head": dict.fromkeys(few, -0.3) | dict.fromkeys(many, 0.4)},
-    )
-    directions = Directions(0.4, memory)
-    directions.check("few-0", {"head": -0.3, "stream:brain-mr": 0.0})
-    with pytest.raises(ProtocolError, match=r"cosine 0\.30 with the others, usual -0\.30"):
-        directions.check("few-0", {"head": 0.3, "stream:brain-mr": 0.0})
-    with pytest.raises(ProtocolError, match=r"cosine -0\.30 with the others, usual 0\.40"):
-        directions.check("many-0", {"head": -0.3, "stream:heart-mr": 0.0})
-
-
-def test_less_than_three_alike_are_judged_by_all():
-    few, many = [f"few-{k}" for k in range(3)], [f"many-{k}" for k in range(6)]
-    memory = Memory(
-        votes={"head": np.ones(9, np.int8)},
-        voters={"head": (*few, *many), "stream:brain-mr": tuple(few)},
-        cosines={"head": dict.fromkeys(few, -0.3) | dict.fromkeys(many, 0.4)},
-    )
-    with pytest.raises(ProtocolError, match=r"usual 0\.40"):
-        Directions(0.4, memory).check("few-0", {"head": -0.3, "stream:brain-mr": 0.0})
-    with pytest.raises(ProtocolError, match=r"usual 0\.40"):
-        Directions(0.4, memory).check("new", {"head": -0.3, "stream:liver-mr": 0.0})
