@@ -25,8 +25,8 @@ class GuardsConfig(Config):
     multiple of what was usual in the last three, at the same learning rate, is shortened to it."""
     direction: Annotated[float, Field(gt=0.0, le=2.0)] | None = None
     """Refuse an update whose cosine with the last round's updates lies further than this from the usual one, as a
-    sign-flipped one may (strategies/reply_guards.py tells when). Needs four sites. 0.4 when left out; 2 refuses none, as
-    a federation of a hundred or more small, unlike sites needs: 0.4 refused honest ones there. Not under `[site-dp]`."""
+    sign-flipped one may (strategies/reply_guards.py tells when). Needs four sites. 0.4 when left out. 2 refuses none: a
+    federation of a hundred or more small, unlike sites needs it, as 0.4 refused honest ones. Not under `[site-dp]`."""
 
 
 class PlainStepConfig(Config):
